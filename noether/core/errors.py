@@ -1,0 +1,92 @@
+"""What is wrong with a setting, as data: the same refusal reads well in Python and, with file and line, in YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One refused setting.
+
+    Args:
+        setting: Name of the setting, dotted where it is nested; empty when it is about the whole object.
+        message: The value, and what would be right.
+
+    Example:
+        >>> print(Problem("tolerance", "0 is not a whole number of at least 1"))
+        tolerance: 0 is not a whole number of at least 1
+    """
+
+    setting: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.message}" if self.setting else self.message
+
+
+class SettingsError(ValueError):
+    """Settings were refused; `problems` holds every one of them.
+
+    Example:
+        >>> raise SettingsError([Problem("keep", "-1 is not a whole number of at least 1")])
+        Traceback (most recent call last):
+        noether.core.errors.SettingsError: keep: -1 is not a whole number of at least 1
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def refuse(problems: Iterable[Problem | None]) -> None:
+    """Raise every problem there is at once; return when there is none.
+
+    Raises:
+        SettingsError: If any of `problems` is not None.
+    """
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        raise SettingsError(found)
+
+
+def whole(setting: str, value: object, *, at_least: int = 1) -> Problem | None:
+    """Return the problem of `value` as a whole number, or None; True and 2.0 are not whole numbers.
+
+    Example:
+        >>> print(whole("every_n_epochs", 2.7))
+        every_n_epochs: 2.7 is not a whole number of at least 1
+        >>> whole("every_n_epochs", 2)
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
+        return None
+    return Problem(setting, f"{value!r} is not a whole number of at least {at_least}")
+
+
+def one_of(setting: str, value: object, choices: Iterable[str]) -> Problem | None:
+    """Return the problem of `value` as one of `choices`, with the nearest of them, or None.
+
+    Example:
+        >>> print(one_of("mode", "hihger", ["higher", "lower"]))
+        mode: 'hihger' is not one of 'higher', 'lower'; did you mean 'higher'?
+    """
+    names = list(choices)
+    if value in names:
+        return None
+    return Problem(setting, f"{value!r} is not one of {', '.join(map(repr, names))}{nearest(str(value), names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the nearest known name, or nothing.
+
+    Example:
+        >>> nearest("toleranse", ["tolerance", "mode"])
+        "; did you mean 'tolerance'?"
+    """
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
