@@ -1,0 +1,285 @@
+"""Adverbs for callbacks: when a function is called, and what it remembers. Each is a decorator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+from noether.core.callback import declaration_of, init_of, label_of, listens
+from noether.core.event import AfterUpdate
+from noether.core.gate import Gate
+from noether.core.reducer import Reducer
+from noether.core.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
+    from noether.core.state import Memory, TrainState
+
+    Decorator = Callable[[Callback], "Callback"]
+
+
+def every_n_epochs(n: int, *, at_end: bool = False) -> Decorator:
+    """Return the decorator that calls a callback at the end of every n-th epoch.
+
+    Args:
+        n: Epochs between calls, >= 1.
+        at_end: Whether to call it after training too, unless it was due at the last update or epoch.
+
+    Raises:
+        SettingsError: If `n` is not a whole number >= 1.
+
+    Example:
+        >>> from noether import AfterEpoch, LogText, TrainState, every_n_epochs
+        >>> @every_n_epochs(2)
+        ... def say(state, event):
+        ...     return state, (LogText(f"epoch {state.iteration.epoch}"),)
+        >>> say(TrainState().next_epoch(), AfterEpoch())[1]
+        ()
+        >>> say(TrainState().next_epoch().next_epoch(), AfterEpoch())[1]
+        (LogText(text='epoch 2'),)
+    """
+    return _gated(EveryNEpochs(n), at_end=at_end)
+
+
+def every_n_updates(n: int, *, at_end: bool = False) -> Decorator:
+    """Return the decorator that calls a callback after every n-th update; see `every_n_epochs`."""
+    return _gated(EveryNUpdates(n), at_end=at_end)
+
+
+def every_n_samples(n: int, *, at_end: bool = False) -> Decorator:
+    """Return the decorator that calls a callback after every update that crosses a multiple of n samples."""
+    return _gated(EveryNSamples(n), at_end=at_end)
+
+
+def on(*event_types: type[Event]) -> Decorator:
+    """Return the decorator that calls a callback on events of these types only.
+
+    Example:
+        >>> from noether import AfterTraining, LogText, TrainState, on
+        >>> farewell = on(AfterTraining)(lambda state, event: (state, (LogText("done"),)))
+        >>> farewell(TrainState(), AfterTraining())[1]
+        (LogText(text='done'),)
+    """
+    return lambda callback: On(_inner(callback), event_types)
+
+
+def when(condition: Schedule | Callable[[TrainState, Event], bool], *, at_end: bool = False) -> Decorator:
+    """Return the decorator that calls a callback where a schedule is due, or where `condition(state, event)` holds.
+
+    Args:
+        condition: A schedule, or a pure predicate.
+        at_end: As for `every_n_epochs`; for a schedule only.
+
+    Raises:
+        TypeError: If `at_end` is given with a predicate.
+
+    Example:
+        >>> from noether import AfterUpdate, At, LogText, TrainingIteration, TrainState, when
+        >>> note = when(At(TrainingIteration(update=1)))(lambda state, event: (state, (LogText("first"),)))
+        >>> note(TrainState().advance(samples=1), AfterUpdate(samples=1))[1]
+        (LogText(text='first'),)
+    """
+    if isinstance(condition, Schedule):
+        return _gated(condition, at_end=at_end)
+    if at_end:
+        raise TypeError("at_end goes with a schedule; a predicate sees AfterTraining itself")
+    return lambda callback: When(_inner(callback), condition)
+
+
+def callback(
+    name: str,
+    *,
+    init: Callable[[TrainState], Memory] | None = None,
+    track: Callable[[Memory, AfterUpdate], Memory] | None = None,
+    produces: tuple[str, ...] | None = None,
+    consumes: tuple[str, ...] = (),
+) -> Decorator:
+    """Return the decorator that gives a function a name, a memory, and declarations.
+
+    It goes outside of a gate: `track` runs at every update, and the function only where its gate opens.
+
+    Args:
+        name: Name of the memory and of the callback in messages.
+        init: `state -> memory`, what it remembers before it is first called.
+        track: `(memory, event) -> memory`, called at every `AfterUpdate` before the function.
+        produces: Patterns of the metric keys that it logs; None if it does not say.
+        consumes: Metric keys that it needs current.
+
+    Raises:
+        TypeError: If `track` is given without `init`.
+
+    Example:
+        >>> from noether import AfterUpdate, TrainState, callback, every_n_updates, log
+        >>> @callback("seen", init=lambda state: 0, track=lambda seen, event: seen + event.samples, produces=("seen",))
+        ... @every_n_updates(2)
+        ... def seen(state, event):
+        ...     return log(state, event, {"seen": state.memory("seen")})
+        >>> state = TrainState()
+        >>> for _ in range(2):
+        ...     state, effects = seen(state.advance(samples=4), AfterUpdate(samples=4))
+        >>> effects[0].values["seen"]
+        8
+    """
+    if track is not None and init is None:
+        raise TypeError(f"callback {name!r} tracks without a memory: give init=lambda state: ..., what it begins with")
+    return lambda body: Remembering(_inner(body), name, init, track, produces, consumes)
+
+
+@dataclass(frozen=True)
+class _Wrapper:
+    """A callback around another, which hands on what that one says about itself."""
+
+    callback: Callback
+
+    @property
+    def __wrapped__(self) -> Callback:
+        return self.callback
+
+    @property
+    def __name__(self) -> str:
+        return label_of(self.callback)
+
+    @property
+    def gate(self) -> Gate | None:
+        return declaration_of(self.callback).gate
+
+    @property
+    def tracks(self) -> bool:
+        return declaration_of(self.callback).tracks
+
+    @property
+    def produces(self) -> tuple[str, ...] | None:
+        return declaration_of(self.callback).produces
+
+    @property
+    def consumes(self) -> tuple[str, ...]:
+        return declaration_of(self.callback).consumes
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        return declaration_of(self.callback).uses
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        return init_of(self.callback, state)
+
+    def listens(self, event_type: type[Event]) -> bool:
+        return listens(self.callback, event_type)
+
+
+@final
+@dataclass(frozen=True)
+class Gated(_Wrapper):
+    """Calls its callback where its gate is open."""
+
+    opening: Gate
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        if self.opening.opens(state, event) is None:
+            return state, ()
+        return self.callback(state, event)
+
+    @property
+    def gate(self) -> Gate:
+        """When it acts."""
+        return self.opening
+
+    def listens(self, event_type: type[Event]) -> bool:
+        """Return whether the gate can open on events of this type."""
+        return self.opening.listens(event_type) and listens(self.callback, event_type)
+
+
+@final
+@dataclass(frozen=True)
+class On(_Wrapper):
+    """Calls its callback on events of some types."""
+
+    event_types: tuple[type[Event], ...]
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        return self.callback(state, event) if isinstance(event, self.event_types) else (state, ())
+
+    def listens(self, event_type: type[Event]) -> bool:
+        """Return whether events of this type are among its own."""
+        return issubclass(event_type, self.event_types) and listens(self.callback, event_type)
+
+
+@final
+@dataclass(frozen=True)
+class When(_Wrapper):
+    """Calls its callback where a predicate holds."""
+
+    predicate: Callable[[TrainState, Event], bool]
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        return self.callback(state, event) if self.predicate(state, event) else (state, ())
+
+
+@final
+@dataclass(frozen=True)
+class Remembering(_Wrapper):
+    """Gives its callback a name, a memory and declarations."""
+
+    name: str
+    start: Callable[[TrainState], Any] | None
+    track: Callable[[Any, AfterUpdate], Any] | None
+    produced: tuple[str, ...] | None
+    consumed: tuple[str, ...]
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        if self.start is not None and self.name not in state.callback_states:
+            state = state.remember(self.name, self.start(state))
+        if self.track is not None and isinstance(event, AfterUpdate):
+            state = state.remember(self.name, self.track(state.memory(self.name), event))
+        # Tracking makes it listen where its callback does not.
+        return self.callback(state, event) if listens(self.callback, type(event)) else (state, ())
+
+    @property
+    def tracks(self) -> bool:
+        """Whether it looks at every update."""
+        return self.track is not None or super().tracks
+
+    @property
+    def produces(self) -> tuple[str, ...] | None:
+        """Patterns of the metric keys that it logs."""
+        return self.produced
+
+    @property
+    def consumes(self) -> tuple[str, ...]:
+        """Metric keys that it needs current."""
+        return self.consumed
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return the memory that it and its callback begin with."""
+        own = {} if self.start is None else {self.name: self.start(state)}
+        return {**super().init(state), **own}
+
+    def listens(self, event_type: type[Event]) -> bool:
+        """Return whether its callback listens, or it tracks."""
+        return super().listens(event_type) or (self.track is not None and event_type is AfterUpdate)
+
+
+def _inner(callback: Callback) -> Callback:
+    return callback.nested() if isinstance(callback, Reducer) else callback
+
+
+def _gated(schedule: Schedule, *, at_end: bool) -> Decorator:
+    def decorate(callback: Callback) -> Callback:
+        for member in callback.members if isinstance(callback, Reducer) else (callback,):
+            _check_gateable(member)
+        return Gated(_inner(callback), Gate(schedule, at_end))
+
+    return decorate
+
+
+def _check_gateable(callback: Callback) -> None:
+    declared = declaration_of(callback)
+    if declared.tracks:
+        raise TypeError(
+            f"{declared.label} tracks every update, and behind a gate would see only the due ones: "
+            "put @callback(track=...) above the gate, or give it its own interval"
+        )
+    if declared.gate is not None:
+        raise TypeError(f"{declared.label} already has a schedule: unite the two with | or drop one")

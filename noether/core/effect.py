@@ -1,0 +1,96 @@
+"""What is asked of the outside: requests as data. Nothing here does anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+_EMPTY: Final = FrozenDict()
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A request. Users add types of their own and register a handler for them with the interpreter."""
+
+
+@dataclass(frozen=True)
+class LogScalars(Effect):
+    """Write `values` to every log.
+
+    Args:
+        values: Number or 0-dimensional tensor by metric key; a tensor is read only when it is written.
+    """
+
+    values: Mapping[str, float | torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LogText(Effect):
+    """Write a line to the console."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class SetSummary(Effect):
+    """Set entries of the run's summary, the later value winning.
+
+    Args:
+        values: JSON value or 0-dimensional tensor by key.
+    """
+
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveCheckpoint(Effect):
+    """Save the state under `tag` as a new checkpoint. Requests of one event for the same tag are merged.
+
+    Args:
+        tag: Name of the checkpoint; None stands for the iteration of the state.
+        weights: Whether to save params and buffers.
+        optimizer: Whether to save the optimizer's memory and the rest of the state, which together with the weights is
+            what a resume needs.
+        models: Names of sub-modules; only their weights are saved. Empty means all.
+        pointers: Names that point to this checkpoint from now on, such as `latest`.
+        retention: By name of who asks, how many of its newest checkpoints stay; None stands for all of them. A
+            checkpoint goes when nobody who asked for it still keeps it and no pointer names it.
+    """
+
+    tag: str | None = None
+    weights: bool = True
+    optimizer: bool = True
+    models: tuple[str, ...] = ()
+    pointers: tuple[str, ...] = ()
+    retention: Mapping[str, int | None] = field(default_factory=lambda: FrozenDict(default=None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveTensors(Effect):
+    """Write tensors to `tensors/{name}.safetensors` in the run's directory.
+
+    Args:
+        name: Path below that directory, such as `outputs/E1_U100_S800`.
+        tensors: Tensor by name.
+    """
+
+    name: str
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurePeakMemory(Effect):
+    """Log the peak memory since the last request. It goes to the logs only: no callback can consume it.
+
+    Args:
+        key: Metric key, in bytes.
+    """
+
+    key: str = "memory/peak_bytes"

@@ -1,0 +1,99 @@
+"""Metrics: the last value of each key, and whether it is current."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from noether.core.effect import Effect, LogScalars
+from noether.core.errors import nearest
+from noether.core.event import BeforeTraining
+from noether.core.state import Measured
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+
+
+class MetricError(LookupError):
+    """A metric was asked for that is not there or not current."""
+
+
+def log(
+    state: TrainState, event: Event, values: Mapping[str, float | torch.Tensor]
+) -> tuple[TrainState, tuple[Effect, ...]]:
+    """Return the state that records `values` as metrics, and the effect that logs them.
+
+    On a resumed `BeforeTraining` they are only logged: a resume leaves the state as it is.
+
+    Args:
+        state: The state at the event.
+        event: The event at which they were measured.
+        values: Number or 0-dimensional tensor by metric key.
+
+    Raises:
+        ValueError: If a tensor is not 0-dimensional.
+
+    Example:
+        >>> from noether import AfterUpdate, TrainState
+        >>> state, effects = log(TrainState(), AfterUpdate(samples=1), {"loss/train": 0.5})
+        >>> effects[0].values["loss/train"], state.metrics["loss/train"].value
+        (0.5, 0.5)
+    """
+    for key, value in values.items():
+        if getattr(value, "ndim", 0):
+            raise ValueError(f"metric {key!r} has shape {tuple(value.shape)}; log a number or a 0-dimensional tensor")  # type: ignore[union-attr]
+    effects = (LogScalars(FrozenDict(values)),)
+    if isinstance(event, BeforeTraining) and event.resumed:
+        return state, effects
+    measured = {key: Measured(value, state.iteration) for key, value in values.items()}
+    return state.replace(metrics=FrozenDict({**state.metrics, **measured})), effects
+
+
+def is_current(state: TrainState, key: str) -> bool:
+    """Return whether `key` was measured at the update of `state`, whatever the epoch."""
+    return key in state.metrics and state.metrics[key].iteration.update == state.iteration.update
+
+
+def current(state: TrainState, key: str) -> float:
+    """Return the value of a metric that was measured at this very update.
+
+    Raises:
+        MetricError: If there is none, naming the keys that exist, or if it is older, naming its age.
+
+    Example:
+        >>> from noether import TrainState
+        >>> current(TrainState(), "val/accuracy")
+        Traceback (most recent call last):
+        noether.core.metrics.MetricError: no metric 'val/accuracy' was measured yet; measured: none
+    """
+    if key not in state.metrics:
+        known = ", ".join(map(repr, state.metrics)) or "none"
+        raise MetricError(f"no metric {key!r} was measured yet; measured: {known}{nearest(key, state.metrics)}")
+    value, measured = state.metrics[key]
+    age = state.iteration.update - measured.update
+    if age:
+        fresh = ", ".join(repr(name) for name in state.metrics if is_current(state, name)) or "none"
+        raise MetricError(
+            f"metric {key!r} is {age} updates old: it was measured at {measured}, and now is {state.iteration}; "
+            f"measured now: {fresh}. Give its producer the same interval, and list it first"
+        )
+    return float(value)
+
+
+def matches(pattern: str, key: str) -> bool:
+    """Return whether a key pattern and a key, or two patterns, have a key in common; `*` stays within one `/` part.
+
+    Example:
+        >>> matches("loss/val/*", "loss/val/total"), matches("loss/val/*", "loss/val/total/ema=0.9")
+        (True, False)
+    """
+    ours, theirs = pattern.split("/"), key.split("/")
+    if len(ours) != len(theirs):
+        return False
+    return all(fnmatchcase(a, b) or fnmatchcase(b, a) for a, b in zip(ours, theirs, strict=True))

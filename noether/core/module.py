@@ -1,0 +1,143 @@
+"""Between a live model with its optimizer and a state: views of them, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.func import functional_call
+
+from noether.core.batch import model_arguments
+from noether.core.tree import FrozenDict, freeze
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from noether.core.state import TrainState
+
+Losses = Mapping[str, "Tensor"]
+
+
+def params_of(model: nn.Module) -> FrozenDict:
+    """Return the parameters of `model` by name; they share its memory."""
+    return FrozenDict({name: parameter.detach() for name, parameter in model.named_parameters()})
+
+
+def buffers_of(model: nn.Module) -> FrozenDict:
+    """Return the buffers of `model` by name; they share its memory."""
+    return FrozenDict(dict(model.named_buffers()))
+
+
+class BorrowedOptState(Mapping[str, Any]):
+    """The memory of a live optimizer, by parameter name, as it is whenever it is read."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._optimizer = optimizer
+
+    def _read(self) -> FrozenDict:
+        state = {self._names[p]: freeze(dict(memory)) for p, memory in self._optimizer.state.items()}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        return FrozenDict(state=FrozenDict(state), groups=freeze(groups))
+
+    def __getitem__(self, key: str) -> Any:  # noqa: ANN401  # a tree
+        return self._read()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("state", "groups"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+@torch.no_grad()
+def write_into(state: TrainState, model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Write params, buffers, optimizer memory and the scaled learning rates of `state` into live objects.
+
+    Raises:
+        KeyError: If the state and the model do not have the same parameters and buffers.
+    """
+    _write_tensors("parameter", dict(model.named_parameters()), state.params)
+    _write_tensors("buffer", dict(model.named_buffers()), state.buffers)
+    if optimizer is not None:
+        if not isinstance(state.opt_state, BorrowedOptState):
+            _write_opt_state(model, optimizer, state.opt_state)
+        _scale_lr(optimizer, float(state.hyperparams.get("lr_scale", 1.0)))
+
+
+def _write_tensors(what: str, live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    odd = sorted(live.keys() ^ saved.keys())
+    if odd:
+        where = "the state" if odd[0] in live else "the model"
+        raise KeyError(f"{what} {odd[0]!r} is not in {where}: the state was made from another model")
+    for name, tensor in saved.items():
+        if live[name].data_ptr() != tensor.data_ptr():
+            live[name].copy_(tensor)
+
+
+def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str, Any]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, memory in opt_state.get("state", {}).items():
+        optimizer.state[parameters[name]] = {
+            key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in memory.items()
+        }
+    for group, saved in zip(optimizer.param_groups, opt_state.get("groups", ()), strict=True):
+        group.update(saved)
+
+
+def _scale_lr(optimizer: Optimizer, scale: float) -> None:
+    # The group remembers the scale that its learning rate has, so that writing twice scales once.
+    for group in optimizer.param_groups:
+        applied = group.get("lr_scale", 1.0)
+        if applied != scale:
+            group["lr"] = group["lr"] * (scale / applied)
+            group["lr_scale"] = scale
+
+
+def forward(model: nn.Module, loss: Callable[[Any, Any], Losses]) -> Callable[[TrainState, Any], tuple[Losses, Any]]:
+    """Return a forward that calls `model` with the weights of a state, in evaluation mode and without gradients.
+
+    Args:
+        model: Gives the architecture; its own weights and its mode are left as they are.
+        loss: `(outputs, batch) -> {name: mean over samples}`, pure.
+
+    Returns:
+        `(state, batch) -> (losses, outputs)`, where `losses["total"]` is the sum of the named losses.
+
+    Example:
+        >>> import noether, torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> predict = noether.forward(model, lambda outputs, batch: {"mse": (outputs - batch[1]).square().mean()})
+        >>> state = noether.TrainState.from_module(model)
+        >>> losses, outputs = predict(state, (torch.zeros(4, 2), torch.zeros(4, 1)))
+        >>> sorted(losses), tuple(outputs.shape)
+        (['mse', 'total'], (4, 1))
+    """
+
+    @torch.no_grad()
+    def call(state: TrainState, batch: Any) -> tuple[Losses, Any]:  # noqa: ANN401  # a user's batch
+        arguments, keywords = model_arguments(model, batch)
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            outputs = functional_call(model, {**state.params, **state.buffers}, arguments, keywords)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return with_total(loss(outputs, batch)), outputs
+
+    return call
+
+
+def with_total(losses: Losses) -> Losses:
+    """Return named losses with their sum as `total`.
+
+    Raises:
+        ValueError: If there is none, or one is called `total` beside others.
+    """
+    if not losses or ("total" in losses and len(losses) > 1):
+        raise ValueError(f"a loss function returns named losses, 'total' not among them; got {list(losses)}")
+    total: Any = sum(losses.values())
+    return FrozenDict({**losses, "total": total})

@@ -1,0 +1,191 @@
+"""Callbacks composed into one callback: a fold over them, in order, that collects what they ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+from noether.core.callback import declaration_of, init_of, is_due, label_of, listens
+from noether.core.declarations import check_declarations
+from noether.core.errors import nearest
+from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
+from noether.core.schedule import Thresholds
+from noether.core.tree import FrozenDict, check_memory, freeze, storages
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
+    from noether.core.iteration import TrainingIteration
+    from noether.core.state import Memory, TrainState
+
+
+def identity(state: TrainState, event: Event) -> tuple[TrainState, Effects]:  # noqa: ARG001  # a callback takes both
+    """Return the state as it is and ask for nothing: the unit of `compose`."""
+    return state, ()
+
+
+def compose(*callbacks: Callback) -> Reducer:
+    """Return the callback that calls `callbacks` in order, each on the state that the one before it left.
+
+    It nests, and composition is associative: `compose(a, compose(b, c))` does what `compose(compose(a, b), c)` does.
+
+    Args:
+        callbacks: Any callbacks, bare functions and other reducers among them; a bare function is called on every event.
+
+    Raises:
+        TypeError: If one of them cannot be called, or is a class in place of an object.
+
+    Example:
+        >>> from noether import AfterUpdate, LogText, TrainState, compose, every_n_updates
+        >>> @every_n_updates(2)
+        ... def say(state, event):
+        ...     return state, (LogText(str(state.iteration)),)
+        >>> reducer = compose(say)
+        >>> state = TrainState().advance(samples=4).advance(samples=4)
+        >>> reducer(state, AfterUpdate(samples=4))[1]
+        (LogText(text='E0_U2_S8'),)
+    """
+    members: list[Callback] = []
+    for callback in callbacks:
+        if isinstance(callback, type) or not callable(callback):
+            raise TypeError(f"compose takes callbacks (state, event) -> (state, effects), got {callback!r}")
+        members.extend(callback.members if isinstance(callback, Reducer) else [callback])
+    return Reducer(tuple(member for member in members if member is not identity))
+
+
+@final
+class Reducer:
+    """The callback that `compose` returns.
+
+    On `BeforeTraining` it checks that its members fit together and fills in the memory that is missing. A member that
+    changes what only the loop may change is refused by name.
+    """
+
+    def __init__(self, members: tuple[Callback, ...], *, outermost: bool = True) -> None:
+        self.members = members
+        self._outermost = outermost
+        self._listening: dict[type[Event], tuple[Callback, ...]] = {}
+        gated = [member for member in members if _idles(member)]
+        self._restless = tuple(m for m in members if not _idles(m) and listens(m, AfterUpdate))
+        self._schedules = tuple(declaration_of(m).gate.parts[AfterUpdate] for m in gated)  # type: ignore[union-attr]
+        self._quiet: tuple[TrainingIteration, Thresholds] | None = None
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return the state after every member has had its say, and all that they ask for, in their order."""
+        if isinstance(event, BeforeTraining) and self._outermost:
+            state = self._prepare(state, event)
+        effects: Effects = ()
+        for member in self._acting(state, type(event)):
+            after, asked = member(state, event)
+            if after is not state:
+                _check_change(member, state, after, event)
+                state = after
+            if asked:
+                effects += asked
+        if effects and isinstance(event, AfterAccumulationStep):
+            raise ValueError(f"nothing can be logged or saved after an accumulation step; {effects[0]!r} was asked for")
+        return state, effects
+
+    def __repr__(self) -> str:
+        return f"compose({', '.join(map(label_of, self.members))})"
+
+    def nested(self) -> Reducer:
+        """Return the reducer as a part of another callback, which then checks and fills in memory for it."""
+        return Reducer(self.members, outermost=False)
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return the memory that the members begin with, by name."""
+        return FrozenDict({name: memory for member in self.members for name, memory in init_of(member, state).items()})
+
+    def listens(self, event_type: type[Event]) -> bool:
+        """Return whether any member can do anything on events of this type."""
+        return bool(self._listeners(event_type))
+
+    def due(self, event_type: type[Event], state: TrainState) -> bool:
+        """Return whether any member would act on an event of this type, so that a loop can skip readings nobody needs.
+
+        Members that only track updates do not count.
+        """
+        return any(is_due(member, event_type, state) for member in self._listeners(event_type))
+
+    @property
+    def produces(self) -> tuple[str, ...] | None:
+        """Patterns of the metric keys that the members log; None if one of them does not say."""
+        said = [declaration_of(member).produces for member in self.members]
+        return None if None in said else tuple(key for keys in said for key in keys or ())
+
+    @property
+    def consumes(self) -> tuple[str, ...]:
+        """Metric keys that a member needs and no member before it produces."""
+        return tuple(key for member in self.members for key in declaration_of(member).consumes)
+
+    @property
+    def tracks(self) -> bool:
+        """Whether a member looks at every update, its gate open or not."""
+        return any(declaration_of(member).tracks for member in self.members)
+
+    def _listeners(self, event_type: type[Event]) -> tuple[Callback, ...]:
+        if event_type not in self._listening:
+            self._listening[event_type] = tuple(m for m in self.members if listens(m, event_type))
+        return self._listening[event_type]
+
+    def _acting(self, state: TrainState, event_type: type[Event]) -> tuple[Callback, ...]:
+        if event_type is AfterUpdate and self._schedules and self._is_quiet(state):
+            return self._restless
+        return self._listeners(event_type)
+
+    def _is_quiet(self, state: TrainState) -> bool:
+        """Return whether no gate can be due, by the window in which the last look found nothing due.
+
+        The window is a pure function of schedules and iteration; keeping it only saves computing it again.
+        """
+        window = self._quiet
+        if window is None or not state.previous.reached(window[0]) or window[1].reached(state.iteration):
+            following = Thresholds()
+            for schedule in self._schedules:
+                following = following.merge(schedule.next_due(state.previous))
+            self._quiet = window = (state.previous, following)
+        return not window[1].reached(state.iteration)
+
+    def _prepare(self, state: TrainState, event: BeforeTraining) -> TrainState:
+        check_declarations(self.members, state, event.run)
+        initial = self.init(state)
+        if event.resumed:
+            _check_claimed(state, initial)
+        missing = {name: freeze(memory) for name, memory in initial.items() if name not in state.callback_states}
+        if not missing:
+            return state
+        _check_new_memory(missing, state)
+        return state.replace(callback_states=FrozenDict({**state.callback_states, **missing}))
+
+
+def _idles(member: Callback) -> bool:
+    """Return whether `member` does nothing on an update at which its gate is closed."""
+    declared = declaration_of(member)
+    return declared.gate is not None and not declared.tracks and AfterUpdate in declared.gate.parts
+
+
+def _check_change(member: Callback, before: TrainState, after: TrainState, event: Event) -> None:
+    for name in ("iteration", "previous", "seed", "ended"):
+        if getattr(after, name) is not getattr(before, name):
+            raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")
+    if isinstance(event, BeforeTraining) and event.resumed:
+        raise ValueError(f"{label_of(member)} changed the state of a resumed run before training; it may ask for effects")
+
+
+def _check_claimed(state: TrainState, initial: Mapping[str, Any]) -> None:
+    for name in state.callback_states:
+        if name not in initial:
+            raise LookupError(
+                f"the saved run holds the memory of {name!r}, which no callback claims{nearest(name, initial)} "
+                f"Give a callback that id, or accept the loss with --drop-memory {name}"
+            )
+
+
+def _check_new_memory(missing: Mapping[str, Any], state: TrainState) -> None:
+    theirs = storages((state.params, state.buffers, state.opt_state))
+    for name, memory in missing.items():
+        check_memory(name, memory)
+        if storages(memory) & theirs:
+            raise ValueError(f"memory {name!r} shares storage with the params, buffers or opt_state: clone the tensors")

@@ -1,0 +1,151 @@
+"""Everything that a run remembers, in one immutable value."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+from noether.core.iteration import TrainingIteration
+from noether.core.tree import FrozenDict, freeze
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.optim import Optimizer
+
+Memory = Any
+"""What one callback remembers: a tree of JSON scalars, tuples, dicts and tensors."""
+
+
+class Measured(NamedTuple):
+    """The last value of a metric and the iteration at which it was measured."""
+
+    value: float | torch.Tensor
+    iteration: TrainingIteration
+
+
+_EMPTY: Final = FrozenDict()
+_HYPERPARAMS: Final = FrozenDict(lr_scale=1.0)
+_START: Final = TrainingIteration()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TrainState:
+    """What a run remembers. Every method returns a new state; nothing writes to one.
+
+    Args:
+        iteration: What is completed.
+        previous: The iteration before the last update; schedules compare the two.
+        params: The model's parameters by name.
+        buffers: The model's buffers by name.
+        opt_state: The optimizer's memory.
+        hyperparams: What a callback may set; `lr_scale` multiplies the learning rate of every later update.
+        metrics: The last value of each metric and where it was measured.
+        callback_states: Each callback's memory by name.
+        stop: The first reason to stop, or None.
+        ended: Whether `AfterTraining` has been dispatched since the last update.
+        seed: What every random number of the run is derived from.
+
+    Example:
+        >>> state = TrainState().advance(samples=4)
+        >>> str(state.iteration), str(state.previous)
+        ('E0_U1_S4', 'E0_U0_S0')
+    """
+
+    iteration: TrainingIteration = _START
+    previous: TrainingIteration = _START
+    params: Mapping[str, torch.Tensor] = _EMPTY
+    buffers: Mapping[str, torch.Tensor] = _EMPTY
+    opt_state: Mapping[str, Any] = _EMPTY
+    hyperparams: Mapping[str, Any] = _HYPERPARAMS
+    metrics: Mapping[str, Measured] = _EMPTY
+    callback_states: Mapping[str, Memory] = _EMPTY
+    stop: str | None = None
+    ended: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _MAPPINGS:
+            value = getattr(self, name)
+            if type(value) is dict:
+                object.__setattr__(self, name, FrozenDict(value))
+
+    @classmethod
+    def from_module(cls, model: nn.Module, optimizer: Optimizer | None = None, *, seed: int = 0) -> Self:
+        """Return a state that views a live model and optimizer: it is borrowed, and changes as they do.
+
+        Args:
+            model: Gives params and buffers.
+            optimizer: Gives the optimizer's memory, read whenever the state is saved.
+            seed: What random numbers are derived from.
+
+        Example:
+            >>> import torch
+            >>> sorted(TrainState.from_module(torch.nn.Linear(2, 1)).params)
+            ['bias', 'weight']
+        """
+        from noether.core import module
+
+        opt_state = _EMPTY if optimizer is None else module.BorrowedOptState(model, optimizer)
+        return cls(params=module.params_of(model), buffers=module.buffers_of(model), opt_state=opt_state, seed=seed)
+
+    def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """Write the state into a live model and optimizer, the learning rates times `hyperparams["lr_scale"]`.
+
+        For after loading a checkpoint, or after a dispatch that changed params or hyperparams.
+
+        Raises:
+            KeyError: If the model does not have the parameters and buffers of the state.
+        """
+        from noether.core import module
+
+        module.write_into(self, model, optimizer)
+
+    def replace(self, **changes: Any) -> Self:  # noqa: ANN401  # one type per field
+        """Return the state with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def advance(self, *, samples: int) -> Self:
+        """Return the state after one more update of `samples` samples; a run that goes on has not ended."""
+        return self.replace(iteration=self.iteration.advance(samples=samples), previous=self.iteration, ended=False)
+
+    def next_epoch(self) -> Self:
+        """Return the state after the end of its epoch; `previous` stays, so `AfterEpoch` still sees the last update."""
+        return self.replace(iteration=self.iteration.next_epoch())
+
+    def memory(self, name: str) -> Memory:
+        """Return the memory of the callback `name`.
+
+        Raises:
+            KeyError: If there is none, naming those that exist.
+        """
+        try:
+            return self.callback_states[name]
+        except KeyError:
+            known = ", ".join(map(repr, self.callback_states)) or "none"
+            raise KeyError(f"no callback remembers under the name {name!r}; memories: {known}") from None
+
+    def remember(self, name: str, memory: Memory) -> Self:
+        """Return the state in which the callback `name` remembers `memory`; the same state if it is the same object.
+
+        Example:
+            >>> TrainState().remember("count", 3).memory("count")
+            3
+        """
+        if name in self.callback_states and self.callback_states[name] is memory:
+            return self
+        return self.replace(callback_states=FrozenDict({**self.callback_states, name: freeze(memory)}))
+
+    def stopped(self, reason: str) -> Self:
+        """Return the state that asks the loop to stop; the first reason stays.
+
+        Example:
+            >>> TrainState().stopped("plateau").stopped("late").stop
+            'plateau'
+        """
+        return self if self.stop is not None else self.replace(stop=reason)
+
+
+_MAPPINGS: Final = ("params", "buffers", "opt_state", "hyperparams", "metrics", "callback_states")

@@ -1,0 +1,124 @@
+"""Trees are values: mappings that cannot be written to, and pure functions over nested mappings and tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, Never
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SCALARS: Final = (str, int, float, bool, type(None))
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that is never written to after it is made; `|` returns a new one.
+
+    It is a dict, so whatever reads dicts (`torch.func.functional_call`, `json`, `==`) reads it as fast as one.
+
+    Example:
+        >>> params = FrozenDict(weight=1)
+        >>> params | {"bias": 2}
+        FrozenDict({'weight': 1, 'bias': 2})
+        >>> params["weight"] = 3
+        Traceback (most recent call last):
+        TypeError: a state is never written to: make a new one, e.g. state.replace(params=state.params | {...})
+    """
+
+    __slots__ = ()
+
+    def _refuse(self, *_: object, **__: object) -> Never:
+        raise TypeError("a state is never written to: make a new one, e.g. state.replace(params=state.params | {...})")
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse  # type: ignore[assignment]  # refusing is the point
+
+    def __or__(self, other: Mapping[str, Any]) -> FrozenDict:  # type: ignore[override]  # dict's own returns a dict
+        return FrozenDict({**self, **other})
+
+    def __hash__(self) -> int:  # type: ignore[override]  # dict has none; equal dicts have equal keys
+        return hash(frozenset(self))
+
+    def __repr__(self) -> str:
+        return f"FrozenDict({super().__repr__()})"
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
+
+
+def freeze(tree: Any) -> Any:  # noqa: ANN401  # any leaf is passed on
+    """Return `tree` with its mappings frozen and its lists as tuples; the same object if nothing had to change.
+
+    Example:
+        >>> freeze({"a": [1, {"b": 2}]})
+        FrozenDict({'a': (1, FrozenDict({'b': 2}))})
+    """
+    if isinstance(tree, Mapping):
+        frozen = {key: freeze(value) for key, value in tree.items()}
+        unchanged = isinstance(tree, FrozenDict) and all(frozen[key] is tree[key] for key in tree)
+        return tree if unchanged else FrozenDict(frozen)
+    if isinstance(tree, (list, tuple)):
+        items = tuple(freeze(value) for value in tree)
+        same = type(tree) is tuple and all(new is old for new, old in zip(items, tree, strict=True))
+        return tree if same else items
+    return tree
+
+
+def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:  # noqa: ANN401  # any leaf
+    """Yield `(path, leaf)` for every leaf of nested mappings and tuples, in order.
+
+    Example:
+        >>> list(leaves({"a": (1, 2), "b": {"c": 3}}))
+        [(('a', '0'), 1), (('a', '1'), 2), (('b', 'c'), 3)]
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, str(key)))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from leaves(value, (*path, str(index)))
+    else:
+        yield path, tree
+
+
+def tensors(tree: Any) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ANN401  # any leaf
+    """Yield `(dotted path, tensor)` for every tensor in `tree`."""
+    return ((".".join(path), leaf) for path, leaf in leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:  # noqa: ANN401  # any leaf
+    """Return `tree` with `function` applied to every leaf.
+
+    Example:
+        >>> map_leaves(lambda x: x + 1, {"a": (1, 2)})
+        FrozenDict({'a': (2, 3)})
+    """
+    if isinstance(tree, Mapping):
+        return FrozenDict({key: map_leaves(function, value) for key, value in tree.items()})
+    if isinstance(tree, (list, tuple)):
+        return tuple(map_leaves(function, value) for value in tree)
+    return function(tree)
+
+
+def storages(tree: Any) -> set[int]:  # noqa: ANN401  # any leaf
+    """Return the addresses of the memory that the tensors of `tree` live in."""
+    return {tensor.untyped_storage().data_ptr() for _, tensor in tensors(tree) if tensor.numel()}
+
+
+def check_memory(name: str, memory: Any) -> None:  # noqa: ANN401  # any leaf
+    """Refuse memory that could not be written to disk and read back as it is.
+
+    Raises:
+        TypeError: If a leaf is no JSON scalar or tensor, or a key is no string.
+
+    Example:
+        >>> check_memory("ema", {"decay": {1, 2}})
+        Traceback (most recent call last):
+        TypeError: memory 'ema': decay is a set; memory is made of str, int, float, bool, None, tensors, tuples and dicts
+    """
+    for path, leaf in leaves(memory):
+        if not isinstance(leaf, (*SCALARS, torch.Tensor)):
+            where = ".".join(path) or "it"
+            allowed = "str, int, float, bool, None, tensors, tuples and dicts"
+            raise TypeError(f"memory {name!r}: {where} is a {type(leaf).__name__}; memory is made of {allowed}")
