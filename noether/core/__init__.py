@@ -1,0 +1,1 @@
+"""The pure ground: no I/O, no clock, no configuration."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TARGETS: Final = ("target", "targets", "label", "labels", "y")
 
 
-def batch_size(batch: Any) -> int:  # noqa: ANN401  # a user's batch
+def batch_size(batch: Any) -> int:
     """Return the number of samples in `batch`: the first dimension of its first tensor.
 
     Raises:
@@ -32,7 +32,7 @@ def batch_size(batch: Any) -> int:  # noqa: ANN401  # a user's batch
     raise ValueError("the batch holds no tensor with a dimension: give Run(batch_size=...), a function of the batch")
 
 
-def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401  # a user's batch
+def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments that `model` takes of `batch`.
 
     A tuple or list is `(inputs, *targets)`: the model takes the first. Of a mapping the model takes the entries that
@@ -53,7 +53,7 @@ def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
     return (batch,), {}
 
 
-def target_of(batch: Any) -> torch.Tensor:  # noqa: ANN401  # a user's batch
+def target_of(batch: Any) -> torch.Tensor:
     """Return what the outputs are compared with: the second entry of a tuple, or an entry with a usual name.
 
     Raises:

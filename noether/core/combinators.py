@@ -177,6 +177,7 @@ class Gated(_Wrapper):
     opening: Gate
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return what the callback returns, or the state as it is."""
         if self.opening.opens(state, event) is None:
             return state, ()
         return self.callback(state, event)
@@ -199,6 +200,7 @@ class On(_Wrapper):
     event_types: tuple[type[Event], ...]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return what the callback returns, or the state as it is."""
         return self.callback(state, event) if isinstance(event, self.event_types) else (state, ())
 
     def listens(self, event_type: type[Event]) -> bool:
@@ -214,6 +216,7 @@ class When(_Wrapper):
     predicate: Callable[[TrainState, Event], bool]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return what the callback returns, or the state as it is."""
         return self.callback(state, event) if self.predicate(state, event) else (state, ())
 
 
@@ -229,6 +232,7 @@ class Remembering(_Wrapper):
     consumed: tuple[str, ...]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return what the callback returns, or the state as it is."""
         if self.start is not None and self.name not in state.callback_states:
             state = state.remember(self.name, self.start(state))
         if self.track is not None and isinstance(event, AfterUpdate):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from noether.core.iteration import COUNTERS
+
 if TYPE_CHECKING:
     from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
@@ -70,9 +72,9 @@ def _count_stepping(
         position = run.iteration_after(update)
         following = schedule.next_due(position)
         candidates = [
-            run.updates_to(member, threshold)
-            for member, threshold in (("epoch", following.epoch), ("update", following.update), ("sample", following.sample))
-            if threshold is not None
+            run.updates_to(counter, threshold)
+            for counter in COUNTERS
+            if (threshold := getattr(following, counter)) is not None
         ]
         update = min(candidates, default=last + 1)
         if update > last:

@@ -62,7 +62,9 @@ def _shared_names(callbacks: Sequence[Callback], state: TrainState) -> Iterator[
     counted = Multiset(name for name, _ in names)
     for name in (name for name, times in counted.items() if times > 1):
         last = [callback for other, callback in names if other == name][-1]
-        yield Misfit(last, f"{counted[name]} callbacks remember under the name {name!r}; give this one an id of its own")
+        yield Misfit(
+            last, f"{counted[name]} callbacks remember under the name {name!r}; give this one an id of its own"
+        )
 
 
 def _shared_keys(callbacks: Sequence[Callback], declared: Sequence[Declaration]) -> Iterator[Misfit]:

@@ -36,7 +36,7 @@ class Event:
         """What data-iterating callbacks iterate, by dataset key."""
         return self.run.data
 
-    def forward(self, state: TrainState, batch: Any) -> tuple[Mapping[str, torch.Tensor], Any]:  # noqa: ANN401  # a user's batch
+    def forward(self, state: TrainState, batch: Any) -> tuple[Mapping[str, torch.Tensor], Any]:
         """Return `(losses, outputs)` of the model with the weights of `state`, in evaluation mode."""
         return self.run.forward(state, batch)
 

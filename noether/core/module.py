@@ -34,7 +34,7 @@ class BorrowedOptState(Mapping[str, Any]):
     """The memory of a live optimizer, by parameter name, as it is whenever it is read."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._optimizer = optimizer
 
     def _read(self) -> FrozenDict:
@@ -42,7 +42,7 @@ class BorrowedOptState(Mapping[str, Any]):
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         return FrozenDict(state=FrozenDict(state), groups=freeze(groups))
 
-    def __getitem__(self, key: str) -> Any:  # noqa: ANN401  # a tree
+    def __getitem__(self, key: str) -> Any:
         return self._read()[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -117,7 +117,7 @@ def forward(model: nn.Module, loss: Callable[[Any, Any], Losses]) -> Callable[[T
     """
 
     @torch.no_grad()
-    def call(state: TrainState, batch: Any) -> tuple[Losses, Any]:  # noqa: ANN401  # a user's batch
+    def call(state: TrainState, batch: Any) -> tuple[Losses, Any]:
         arguments, keywords = model_arguments(model, batch)
         modes = [(module, module.training) for module in model.modules()]
         model.eval()

@@ -31,7 +31,7 @@ def compose(*callbacks: Callback) -> Reducer:
     It nests, and composition is associative: `compose(a, compose(b, c))` does what `compose(compose(a, b), c)` does.
 
     Args:
-        callbacks: Any callbacks, bare functions and other reducers among them; a bare function is called on every event.
+        callbacks: Any callbacks, other reducers among them; a bare function is called on every event.
 
     Raises:
         TypeError: If one of them cannot be called, or is a class in place of an object.
@@ -171,7 +171,9 @@ def _check_change(member: Callback, before: TrainState, after: TrainState, event
         if getattr(after, name) is not getattr(before, name):
             raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")
     if isinstance(event, BeforeTraining) and event.resumed:
-        raise ValueError(f"{label_of(member)} changed the state of a resumed run before training; it may ask for effects")
+        raise ValueError(
+            f"{label_of(member)} changed the state of a resumed run before training; it may ask for effects"
+        )
 
 
 def _check_claimed(state: TrainState, initial: Mapping[str, Any]) -> None:

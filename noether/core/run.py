@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NOT_GIVEN: Final[Any] = object()
 
 
-def _optional() -> Any:  # noqa: ANN401  # stands for a value of the field's type
+def _optional() -> Any:  # stands for a value of the field's type
     # A factory leaves no class attribute behind, so that reading a field that was not given reaches `__getattr__`.
     return field(default_factory=lambda: _NOT_GIVEN)
 
@@ -68,7 +68,7 @@ class Run:
 
     if not TYPE_CHECKING:  # a type checker would otherwise accept any name
 
-        def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # always raises
+        def __getattr__(self, name: str) -> Any:  # always raises
             if name in {f.name for f in fields(self)}:
                 raise AttributeError(f"this run was not given {name!r}: build it as Run({name}=..., ...)")
             raise AttributeError(f"Run has no field {name!r}")
@@ -77,10 +77,10 @@ class Run:
         given = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name not in {"data", "forward"})
         return f"Run({given})"
 
-    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # noqa: ANN401, FBT001  # IPython's and hypothesis' hook
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # noqa: FBT001  # IPython's and hypothesis' hook
         printer.text(repr(self))
 
-    def replace(self, **changes: Any) -> Self:  # noqa: ANN401  # one type per field
+    def replace(self, **changes: Any) -> Self:
         """Return the run with some fields changed."""
         return type(self)(**{**vars(self), **changes})
 

@@ -12,10 +12,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self, final
 
+from noether.core.counting import count_firings, updates_crossing_multiples
 from noether.core.errors import Problem, refuse, whole
 from noether.core.iteration import COUNTERS, LETTERS, Counter, TrainingIteration
-
-from noether.core.counting import count_firings, updates_crossing_multiples
 
 if TYPE_CHECKING:
     from noether.core.run import Run
@@ -166,8 +165,12 @@ class Union(Schedule):
 class OneCounter(Schedule):
     """A schedule whose thresholds lie on one counter; a subclass says where, in functions of whole numbers."""
 
-    counter: ClassVar[Counter] | Counter
     window: Window
+
+    @property
+    @abstractmethod
+    def counter(self) -> Counter:
+        """The counter that its thresholds lie on."""
 
     @abstractmethod
     def thresholds_in(self, low: int, high: int) -> int:
@@ -213,7 +216,13 @@ class OneCounter(Schedule):
     def until(self, point: TrainingIteration) -> Self:
         """Return the schedule that is due for the last time where `point` is reached."""
         if point == _START:
-            refuse([Problem("until", "E0_U0_S0 names no point that a run reaches; name one like TrainingIteration(epoch=2)")])
+            refuse(
+                [
+                    Problem(
+                        "until", "E0_U0_S0 names no point that a run reaches; name one like TrainingIteration(epoch=2)"
+                    )
+                ]
+            )
         last = Thresholds(*(getattr(point, counter) or None for counter in COUNTERS))
         return self.within(Window(self.window.start, self.window.until.merge(last)))
 
@@ -319,7 +328,7 @@ class At(OneCounter):
     points: tuple[TrainingIteration, ...]
     window: Window
 
-    def __init__(self, *points: TrainingIteration, window: Window = Window()) -> None:  # noqa: B008  # it is immutable
+    def __init__(self, *points: TrainingIteration, window: Window = Window()) -> None:  # it is immutable
         used = {name for point in points for name in COUNTERS if getattr(point, name)}
         if len(used) != 1 or _START in points:
             right = "points on one counter, e.g. At(TrainingIteration(update=100)); unite two counters with |"
@@ -328,7 +337,7 @@ class At(OneCounter):
         object.__setattr__(self, "window", window)
 
     @property
-    def counter(self) -> Counter:  # type: ignore[override]  # read-only here as there
+    def counter(self) -> Counter:
         """The counter that the points are on."""
         return next(name for name in COUNTERS if getattr(self.points[0], name))
 

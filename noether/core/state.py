@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -11,6 +10,8 @@ from noether.core.iteration import TrainingIteration
 from noether.core.tree import FrozenDict, freeze
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import nn
     from torch.optim import Optimizer
@@ -103,7 +104,7 @@ class TrainState:
 
         module.write_into(self, model, optimizer)
 
-    def replace(self, **changes: Any) -> Self:  # noqa: ANN401  # one type per field
+    def replace(self, **changes: Any) -> Self:
         """Return the state with some fields changed."""
         return dataclasses.replace(self, **changes)
 

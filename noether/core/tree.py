@@ -32,7 +32,7 @@ class FrozenDict(dict[str, Any]):
     def _refuse(self, *_: object, **__: object) -> Never:
         raise TypeError("a state is never written to: make a new one, e.g. state.replace(params=state.params | {...})")
 
-    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse  # type: ignore[assignment]  # refusing is the point
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
 
     def __or__(self, other: Mapping[str, Any]) -> FrozenDict:  # type: ignore[override]  # dict's own returns a dict
         return FrozenDict({**self, **other})
@@ -47,7 +47,7 @@ class FrozenDict(dict[str, Any]):
         return FrozenDict, (dict(self),)
 
 
-def freeze(tree: Any) -> Any:  # noqa: ANN401  # any leaf is passed on
+def freeze(tree: Any) -> Any:  # any leaf is passed on
     """Return `tree` with its mappings frozen and its lists as tuples; the same object if nothing had to change.
 
     Example:
@@ -65,7 +65,7 @@ def freeze(tree: Any) -> Any:  # noqa: ANN401  # any leaf is passed on
     return tree
 
 
-def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:  # noqa: ANN401  # any leaf
+def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield `(path, leaf)` for every leaf of nested mappings and tuples, in order.
 
     Example:
@@ -82,12 +82,12 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
         yield path, tree
 
 
-def tensors(tree: Any) -> Iterator[tuple[str, torch.Tensor]]:  # noqa: ANN401  # any leaf
+def tensors(tree: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `(dotted path, tensor)` for every tensor in `tree`."""
     return ((".".join(path), leaf) for path, leaf in leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
-def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:  # noqa: ANN401  # any leaf
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """Return `tree` with `function` applied to every leaf.
 
     Example:
@@ -101,12 +101,12 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:  # noqa: ANN40
     return function(tree)
 
 
-def storages(tree: Any) -> set[int]:  # noqa: ANN401  # any leaf
+def storages(tree: Any) -> set[int]:
     """Return the addresses of the memory that the tensors of `tree` live in."""
     return {tensor.untyped_storage().data_ptr() for _, tensor in tensors(tree) if tensor.numel()}
 
 
-def check_memory(name: str, memory: Any) -> None:  # noqa: ANN401  # any leaf
+def check_memory(name: str, memory: Any) -> None:
     """Refuse memory that could not be written to disk and read back as it is.
 
     Raises:
@@ -115,7 +115,7 @@ def check_memory(name: str, memory: Any) -> None:  # noqa: ANN401  # any leaf
     Example:
         >>> check_memory("ema", {"decay": {1, 2}})
         Traceback (most recent call last):
-        TypeError: memory 'ema': decay is a set; memory is made of str, int, float, bool, None, tensors, tuples and dicts
+        TypeError: memory 'ema': decay is a set; memory is made of str, int, float, bool, None, tensors, ...
     """
     for path, leaf in leaves(memory):
         if not isinstance(leaf, (*SCALARS, torch.Tensor)):

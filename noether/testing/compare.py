@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-def same(a: Any, b: Any) -> bool:  # noqa: ANN401  # any two values
+def same(a: Any, b: Any) -> bool:  # any two values
     """Return whether two states, effects or trees are equal, bit for bit: NaN equals NaN, and 0.0 is not -0.0.
 
     Tensors are equal in shape, dtype and values; mappings in keys and values, not in order; floats to the last bit.

@@ -18,9 +18,7 @@ def walk(run):
     """Yield `(counters the event reads, previous, iteration)` of every event, as a loop would dispatch them."""
     iteration = TrainingIteration()
     while not iteration.reached(run.final):
-        size = min(
-            run.effective_batch_size, (iteration.epoch + 1) * run.samples_per_epoch - iteration.sample
-        )
+        size = min(run.effective_batch_size, (iteration.epoch + 1) * run.samples_per_epoch - iteration.sample)
         previous, iteration = iteration, iteration.advance(samples=size)
         yield ("update", "sample"), previous, iteration
         if iteration.update == (iteration.epoch + 1) * run.updates_per_epoch:
@@ -157,7 +155,12 @@ def test_an_interval_is_a_whole_number_of_at_least_one(n):
 
 
 def test_points_lie_on_one_counter():
-    for wrong in [(), (TrainingIteration(),), (TrainingIteration(1, 1, 1),), (TrainingIteration(1), TrainingIteration(0, 1))]:
+    for wrong in [
+        (),
+        (TrainingIteration(),),
+        (TrainingIteration(1, 1, 1),),
+        (TrainingIteration(1), TrainingIteration(0, 1)),
+    ]:
         with pytest.raises(SettingsError, match="give points on one counter"):
             At(*wrong)
 

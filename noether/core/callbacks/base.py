@@ -1,0 +1,133 @@
+"""The base of every callback that is a class: settings are fields, memory is in the state, hooks are pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, dataclass_transform
+
+from noether.core.event import (
+    AfterAccumulationStep,
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    AtEval,
+    BeforeTraining,
+    Event,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.state import Memory, TrainState
+
+HOOKS: Final[dict[type[Event], str]] = {
+    BeforeTraining: "before_training",
+    AfterAccumulationStep: "after_accumulation_step",
+    AfterUpdate: "after_update",
+    AfterEpoch: "after_epoch",
+    AfterTraining: "after_training",
+    AtEval: "at_eval",
+}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class CallbackBase:
+    """A callback that fills in hooks. Every subclass is a frozen keyword-only dataclass without saying so.
+
+    Each hook takes `(state, event)` and returns `(state, effects)`; what a hook does not do is `return state, ()`. A
+    subclass that logs says which keys in `produces`; one that says nothing (None) may produce any.
+
+    Args:
+        id: Name of the callback's memory, in place of the one made of its kind and settings.
+
+    Example:
+        >>> from noether import LogText, TrainState
+        >>> class Greet(CallbackBase):
+        ...     greeting: str = "hello"
+        ...     def before_training(self, state, event):
+        ...         return state, (LogText(self.greeting),)
+        >>> Greet(greeting="go")(TrainState(), BeforeTraining())[1]
+        (LogText(text='go'),)
+    """
+
+    id: str | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:  # whatever a metaclass takes
+        super().__init_subclass__(**options)
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return what the hook for this type of event returns."""
+        hook = HOOKS.get(type(event))
+        if hook is None:
+            return state, ()
+        after: tuple[TrainState, Effects] = getattr(self, hook)(state, event)
+        return after
+
+    def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
+        """Return what happens before the first update, or before going on where `event.resumed`."""
+        return state, ()
+
+    def after_accumulation_step(self, state: TrainState, event: AfterAccumulationStep) -> tuple[TrainState, Effects]:
+        """Return what happens when the gradients of a micro-batch are there; effects are refused here."""
+        return state, ()
+
+    def after_update(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+        """Return what happens after an optimizer update."""
+        return state, ()
+
+    def after_epoch(self, state: TrainState, event: AfterEpoch) -> tuple[TrainState, Effects]:
+        """Return what happens after an epoch."""
+        return state, ()
+
+    def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
+        """Return what happens after training."""
+        return state, ()
+
+    def at_eval(self, state: TrainState, event: AtEval) -> tuple[TrainState, Effects]:
+        """Return what happens at an evaluation outside of training."""
+        return state, ()
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return the memory that the callback begins with, by name; most have one, under `self.name`."""
+        return {}
+
+    @property
+    def name(self) -> str:
+        """Name of the memory: `id`, or the kind and what tells two of one kind apart."""
+        return self.id or "/".join((type(self).__name__, *self.distinction()))
+
+    def distinction(self) -> tuple[str, ...]:
+        """Return what tells two callbacks of one kind apart, such as interval and metric key."""
+        return ()
+
+    def memory(self, state: TrainState) -> Memory:
+        """Return what this callback remembers in `state`, or what it begins with where that is missing."""
+        if self.name in state.callback_states:
+            return state.callback_states[self.name]
+        return self.init(state)[self.name]
+
+    @property
+    def produces(self) -> tuple[str, ...] | None:
+        """Patterns of the metric keys that it logs; None if it does not say."""
+        return None
+
+    @property
+    def consumes(self) -> tuple[str, ...]:
+        """Metric keys that it needs current when it acts."""
+        return ()
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Metric keys that it reads if they are current."""
+        return ()
+
+    def listens(self, event_type: type[Event]) -> bool:
+        """Return whether it fills in the hook for events of this type."""
+        return self.fills_in(HOOKS.get(event_type, "__call__"), CallbackBase)
+
+    @classmethod
+    def fills_in(cls, hook: str, base: type) -> bool:
+        """Return whether the class defines `hook` itself, rather than having it from `base`."""
+        return getattr(cls, hook) is not getattr(base, hook)

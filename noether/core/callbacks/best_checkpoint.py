@@ -1,0 +1,93 @@
+"""The checkpoint at which a metric was best."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from noether.core.callbacks.improvement import MetricWatcher, improves, min_delta_problem
+from noether.core.effect import SaveCheckpoint
+from noether.core.errors import whole
+from noether.core.metrics import current
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.errors import Problem
+    from noether.core.event import Event
+    from noether.core.gate import Interval
+    from noether.core.state import Memory, TrainState
+
+
+class BestCheckpointCallback(MetricWatcher):
+    """Saves a checkpoint whenever a metric improves; the pointer `best_model.{metric}` follows it (`/` becomes `.`).
+
+    For each tolerance k the pointer `best_model.{metric}.tolerance={k}` stays where early stopping with that tolerance
+    would have left it. Only what a pointer names is kept.
+
+    Args:
+        metric_key: The metric to watch.
+        mode: `higher` or `lower`; left out, it is read from the key.
+        min_delta: By how much a value has to be better to be an improvement, >= 0.
+        tolerances: Firings in a row without improvement, each >= 1 and given once.
+        model_names: Sub-modules whose weights to save, by their name in the model; none stands for all.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    Raises:
+        MetricError: If the metric is not current.
+
+    ```yaml
+    - kind: noether.core.callbacks.BestCheckpointCallback
+      every_n_epochs: 1
+      metric_key: val/accuracy
+      tolerances: [3, 5]
+    ```
+
+    Example:
+        >>> from noether import AfterEpoch, TrainState, log
+        >>> callback = BestCheckpointCallback(every_n_epochs=1, metric_key="val/accuracy")
+        >>> state, _ = log(TrainState().next_epoch(), AfterEpoch(), {"val/accuracy": 0.9})
+        >>> callback(state, AfterEpoch())[1][0].pointers
+        ('best_model.val.accuracy',)
+    """
+
+    min_delta: float = 0.0
+    tolerances: tuple[int, ...] = ()
+    model_names: tuple[str, ...] = ()
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        yield min_delta_problem(self.min_delta)
+        yield from (whole("tolerances", tolerance) for tolerance in self.tolerances)
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """Nothing: it saves."""
+        return ()
+
+    @property
+    def pointer(self) -> str:
+        """Name of the pointer to the best checkpoint."""
+        return f"best_model.{self.metric_key.replace('/', '.')}"
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return no best yet, and no tolerance exceeded."""
+        return {self.name: FrozenDict(best=None, since=0, longest=0)}
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Compare, remember, and ask for a checkpoint at a new best."""
+        value, memory = current(state, self.metric_key), self.memory(state)
+        if not improves(value, memory["best"], self.direction, self.min_delta):
+            since = memory["since"] + 1
+            longest = max(since, memory["longest"])
+            return state.remember(self.name, FrozenDict(best=memory["best"], since=since, longest=longest)), ()
+        state = state.remember(self.name, FrozenDict(best=value, since=0, longest=memory["longest"]))
+        # A tolerance that the longest wait has reached would have stopped there.
+        running = [k for k in self.tolerances if memory["longest"] < k]
+        pointers = (self.pointer, *(f"{self.pointer}.tolerance={k}" for k in running))
+        save = SaveCheckpoint(models=self.model_names, pointers=pointers, retention=FrozenDict({self.name: 0}))
+        return state, (save,)

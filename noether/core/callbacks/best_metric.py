@@ -1,0 +1,96 @@
+"""The best value of a metric so far, and what other metrics were at that moment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from noether.core.callbacks.improvement import MetricWatcher, improves
+from noether.core.effect import SetSummary
+from noether.core.iteration import TrainingIteration
+from noether.core.metrics import current, is_current, log
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.event import Event
+    from noether.core.gate import Interval
+    from noether.core.state import Memory, TrainState
+
+
+class BestMetricCallback(MetricWatcher):
+    """Logs the best value of a metric so far as `{metric}/best`, and the update it was reached at.
+
+    Args:
+        metric_key: The metric to watch.
+        mode: `higher` or `lower`; left out, it is read from the key.
+        target_metric_keys: Metrics that are logged as `{target}/at_best/{metric}` at a new best, and repeated between.
+        optional_target_metric_keys: The same for metrics that need not be there.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    Raises:
+        MetricError: If the metric or a target is not current.
+
+    ```yaml
+    - kind: noether.core.callbacks.BestMetricCallback
+      every_n_epochs: 1
+      metric_key: val/accuracy
+    ```
+
+    Example:
+        >>> from noether import AfterEpoch, TrainState, log
+        >>> state, _ = log(TrainState().next_epoch(), AfterEpoch(), {"val/accuracy": 0.9})
+        >>> _, effects = BestMetricCallback(every_n_epochs=1, metric_key="val/accuracy")(state, AfterEpoch())
+        >>> dict(effects[0].values)
+        {'val/accuracy/best': 0.9, 'val/accuracy/best_update': 0}
+    """
+
+    target_metric_keys: tuple[str, ...] = ()
+    optional_target_metric_keys: tuple[str, ...] = ()
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """The best value, where it was reached, and the targets there."""
+        best = (f"{self.metric_key}/best", f"{self.metric_key}/best_update")
+        targets = (*self.target_metric_keys, *self.optional_target_metric_keys)
+        return best + tuple(self._target_key(target) for target in targets)
+
+    @property
+    def consumes(self) -> tuple[str, ...]:
+        """The metric and the targets that have to be there."""
+        return (self.metric_key, *self.target_metric_keys)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The targets that need not be there."""
+        return self.optional_target_metric_keys
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return no best yet."""
+        return {self.name: FrozenDict(best=None, at=None, targets=FrozenDict())}
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Compare, remember, and log the best."""
+        value, memory = current(state, self.metric_key), self.memory(state)
+        if improves(value, memory["best"], self.direction):
+            memory = FrozenDict(best=value, at=str(state.iteration), targets=self._targets(state))
+            state = state.remember(self.name, memory)
+        if memory["best"] is None:
+            return state, ()
+        best_update = TrainingIteration.parse(memory["at"]).update
+        best = {f"{self.metric_key}/best": memory["best"], f"{self.metric_key}/best_update": best_update}
+        state, effects = log(state, event, {**best, **memory["targets"]})
+        summary = SetSummary(
+            FrozenDict({f"{self.metric_key}/best": memory["best"], f"{self.metric_key}/best_at": memory["at"]})
+        )
+        return state, (*effects, summary)
+
+    def _targets(self, state: TrainState) -> FrozenDict:
+        present = [key for key in self.optional_target_metric_keys if is_current(state, key)]
+        return FrozenDict({self._target_key(key): current(state, key) for key in (*self.target_metric_keys, *present)})
+
+    def _target_key(self, target: str) -> str:
+        return f"{target}/at_best/{self.metric_key}"

@@ -1,0 +1,121 @@
+"""Checkpoints at an interval."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.effect import LogText, SaveCheckpoint
+from noether.core.errors import Problem, whole
+from noether.core.tree import FrozenDict, tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from noether.core.callback import Effects
+    from noether.core.event import AfterTraining, BeforeTraining, Event
+    from noether.core.gate import Interval
+    from noether.core.run import Run
+    from noether.core.state import TrainState
+
+
+class CheckpointCallback(PeriodicCallback):
+    """Saves a checkpoint at its interval and after training.
+
+    The pointer `latest` follows it, after training `last` too. A checkpoint with weights and optimizer can be resumed.
+
+    Args:
+        save_weights: Whether to save the weights and keep them.
+        save_optim: Whether to save the optimizer and the run's state, and keep them.
+        save_latest_weights: Whether to save the weights and keep those of the newest checkpoint only.
+        save_latest_optim: The same for the optimizer and the run's state. At least one of the four is set.
+        model_names: Sub-modules whose weights to save, by their name in the model; none stands for all.
+        keep: How many of the newest checkpoints stay, >= 1; None keeps all. Those that a pointer names, and the one
+            resumed from, stay too.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    Raises:
+        SettingsError: If nothing is to be saved, or `keep` is not a whole number >= 1.
+
+    ```yaml
+    - kind: noether.core.callbacks.CheckpointCallback
+      every_n_epochs: 1
+      save_weights: true
+      save_optim: true
+      keep: 2
+    ```
+
+    Example:
+        >>> from noether import AfterEpoch, TrainState
+        >>> callback = CheckpointCallback(every_n_epochs=1, save_weights=True, save_optim=True)
+        >>> callback(TrainState().next_epoch(), AfterEpoch())[1][0].pointers
+        ('latest',)
+    """
+
+    save_weights: bool = False
+    save_optim: bool = False
+    save_latest_weights: bool = False
+    save_latest_optim: bool = False
+    model_names: tuple[str, ...] = ()
+    keep: int | None = None
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        if not (self._lasting or self.save_latest_weights or self.save_latest_optim):
+            one = "save_weights, save_optim, save_latest_weights, save_latest_optim"
+            yield Problem("", f"nothing is to be saved; set at least one of {one} to true")
+        if self.keep is not None:
+            yield whole("keep", self.keep)
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """Nothing: it saves."""
+        return ()
+
+    @property
+    def _lasting(self) -> bool:
+        return self.save_weights or self.save_optim
+
+    def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
+        """Say how much the schedule will write."""
+        if not hasattr(event.run, "end"):
+            return state, ()
+        return state, (LogText(self._forecast(state, event.run)),)
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Ask for a checkpoint."""
+        return state, self._saves("latest")
+
+    def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
+        """Ask for the last checkpoint."""
+        return state, self._saves("latest", "last")
+
+    def _saves(self, *pointers: str) -> Effects:
+        return (
+            SaveCheckpoint(
+                weights=self.save_weights or self.save_latest_weights,
+                optimizer=self.save_optim or self.save_latest_optim,
+                models=self.model_names,
+                pointers=pointers,
+                retention=FrozenDict({self.name: self.keep if self._lasting else 0}),
+            ),
+        )
+
+    def _forecast(self, state: TrainState, run: Run) -> str:
+        (asked,) = self._saves()
+        assert isinstance(asked, SaveCheckpoint)  # noqa: S101  # made just above
+        weights = _bytes((state.params, state.buffers)) if asked.weights else 0
+        optimizer = _bytes((state.opt_state, state.callback_states)) if asked.optimizer else 0
+        # The optimizer makes its memory at the first update; before that only the weights are known.
+        unknown = " and the optimizer's memory" if asked.optimizer and not state.iteration.update else ""
+        count = self.gate.schedule.count(state.iteration, run.final, run) + 1
+        kept = count if self._lasting and self.keep is None else min(count, self.keep or 1)
+        size = f"{(weights + optimizer) / 1e6:.2f} MB"
+        return f"{self.name}: {count} checkpoints of {size}{unknown} will be written, {kept} of them kept"
+
+
+def _bytes(tree: object) -> int:
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors(tree))

@@ -1,0 +1,97 @@
+"""When to stop before the end."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from noether.core.callbacks.improvement import MetricWatcher, improves, min_delta_problem
+from noether.core.effect import LogText
+from noether.core.errors import one_of, whole
+from noether.core.metrics import current
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.errors import Problem
+    from noether.core.event import Event
+    from noether.core.gate import Interval
+    from noether.core.state import Memory, TrainState
+
+
+class MetricEarlyStopping(MetricWatcher):
+    """Stops training when a metric has not improved for a number of firings.
+
+    Args:
+        metric_key: The metric to watch.
+        tolerance: Firings in a row without improvement after which it stops, >= 1.
+        min_delta: By how much a value has to be better to be an improvement, >= 0.
+        mode: `higher` or `lower`; left out, it is read from the key.
+        nan: What a value of NaN does: `count` as no improvement, `stop`, or `raise`.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    Raises:
+        MetricError: If the metric is not current.
+        FloatingPointError: If it is NaN and `nan` is `raise`.
+
+    ```yaml
+    - kind: noether.core.callbacks.MetricEarlyStopping
+      every_n_epochs: 1
+      metric_key: val/accuracy
+      tolerance: 5
+    ```
+
+    Example:
+        >>> from noether import AfterEpoch, TrainState, log
+        >>> stopping = MetricEarlyStopping(every_n_epochs=1, metric_key="val/accuracy", tolerance=1)
+        >>> state = TrainState()
+        >>> for accuracy in (0.9, 0.8):
+        ...     state, _ = log(state.next_epoch(), AfterEpoch(), {"val/accuracy": accuracy})
+        ...     state, _ = stopping(state, AfterEpoch())
+        >>> state.stop
+        'val/accuracy has not been higher than 0.9 for 1 of 1 firings'
+    """
+
+    tolerance: int
+    min_delta: float = 0.0
+    nan: Literal["count", "stop", "raise"] = "count"
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        yield whole("tolerance", self.tolerance)
+        yield min_delta_problem(self.min_delta)
+        yield one_of("nan", self.nan, ("count", "stop", "raise"))
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """Nothing: it stops."""
+        return ()
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return no best yet."""
+        return {self.name: FrozenDict(best=None, since=0)}
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Compare, count, and stop."""
+        value, memory = current(state, self.metric_key), self.memory(state)
+        if math.isnan(value) and self.nan == "raise":
+            raise FloatingPointError(f"{self.metric_key} is NaN at {state.iteration}; to go on, set nan: count")
+        if improves(value, memory["best"], self.direction, self.min_delta):
+            return state.remember(self.name, FrozenDict(best=value, since=0)), ()
+        since = memory["since"] + 1
+        state = state.remember(self.name, FrozenDict({**memory, "since": since}))
+        reason = self._reason(value, memory["best"], since)
+        return (state, ()) if reason is None else (state.stopped(reason), (LogText(f"stopping: {reason}"),))
+
+    def _reason(self, value: float, best: float | None, since: int) -> str | None:
+        if math.isnan(value) and self.nan == "stop":
+            return f"{self.metric_key} is NaN"
+        if since < self.tolerance:
+            return None
+        beyond = "a number" if best is None else f"{self.direction} than {best:.6g}"
+        return f"{self.metric_key} has not been {beyond} for {since} of {self.tolerance} firings"

@@ -1,0 +1,235 @@
+"""Losses and metrics over a whole dataset, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from noether.core.batch import batch_size, target_of
+from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.errors import Problem, nearest
+from noether.core.metrics import is_current, log
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from noether.core.callback import Effects
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+
+MetricFunction = Callable[[Any, Any], torch.Tensor]
+"""`(outputs, batch)` -> a value for each sample `(batch,)`, or their mean; pure."""
+
+
+def accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Return for each sample whether the largest output is the target's.
+
+    Args:
+        outputs: Scores `(batch, classes)`.
+        batch: Holds the targets `(batch,)`, whole numbers in `[0, classes)`; see `target_of`.
+
+    Returns:
+        `(batch,)`, 1.0 or 0.0.
+
+    Example:
+        >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), (None, torch.tensor([1, 1])))
+        tensor([1., 0.])
+    """
+    return (outputs.argmax(dim=-1) == target_of(batch)).float()
+
+
+METRICS: Final[dict[str, MetricFunction]] = {"accuracy": accuracy}
+
+
+class _Evaluation(PeriodicDataIteratorCallback):
+    """Sums losses and metrics over a dataset; subclasses say which."""
+
+    @property
+    def _losses(self) -> bool:
+        return False
+
+    @property
+    def _metrics(self) -> Mapping[str, str | MetricFunction]:
+        return {}
+
+    def process_data(self, state: TrainState, batch: Any, forward: Callable[..., Any]) -> Mapping[str, torch.Tensor]:
+        """Return sums over the batch."""
+        losses, outputs = forward(state, batch)
+        sums = (
+            {f"loss/{name}": loss.double() * batch_size(batch) for name, loss in losses.items()} if self._losses else {}
+        )
+        for name, metric in self._metrics.items():
+            sums[f"metric/{name}"] = _sum_over_batch(name, _function(metric)(outputs, batch), batch)
+        return sums
+
+    def process_results(
+        self, state: TrainState, event: Event, results: Mapping[str, Any]
+    ) -> tuple[TrainState, Effects]:
+        """Log the means."""
+        means = {name: value / results["samples"] for name, value in results.items() if name != "samples"}
+        values: dict[str, Any] = {}
+        for name, mean in means.items():
+            kind, _, short = name.partition("/")
+            values[self._loss_key(short) if kind == "loss" else self.key(short)] = mean
+            if kind == "loss":
+                values |= self._difference(state, short, mean)
+        return log(state, event, values)
+
+    def _loss_key(self, name: str, prefix: str = "loss") -> str:
+        return "/".join((prefix, self.dataset_key, name, *((self.weights,) if self.weights else ())))
+
+    def _difference(self, state: TrainState, name: str, mean: torch.Tensor) -> dict[str, torch.Tensor]:
+        online = f"loss/online/{name}/{self.interval_name}"
+        if not is_current(state, online):
+            return {}
+        return {self._loss_key(name, "lossdiff"): mean - state.metrics[online].value}
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """The keys of its losses and metrics."""
+        losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._losses else ()
+        return (*losses, *(self.key(name) for name in self._metrics))
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The online loss of the same interval, for the difference."""
+        return (f"loss/online/*/{self.interval_name}",) if self._losses else ()
+
+
+class OfflineLossCallback(_Evaluation):
+    """Logs `loss/{dataset}/{name}`: the sample-weighted mean of each loss over a dataset.
+
+    Where the online loss of the same interval is current, `lossdiff/{dataset}/{name}` is the one minus the other.
+
+    Args:
+        dataset_key: Which dataset to evaluate.
+        batch_size: Samples in a batch, >= 1; None takes the trainer's.
+        weights: Whose weights to evaluate, such as `ema=0.999`.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    ```yaml
+    - kind: noether.core.callbacks.OfflineLossCallback
+      every_n_epochs: 1
+      dataset_key: val
+    ```
+
+    Example:
+        >>> OfflineLossCallback(every_n_epochs=1, dataset_key="val").produces
+        ('loss/val/*', 'lossdiff/val/*')
+    """
+
+    @property
+    def _losses(self) -> bool:
+        return True
+
+
+class MetricCallback(_Evaluation):
+    """Logs `{dataset}/{metric}`: the mean of a metric over a dataset, from sums that do not grow with it.
+
+    Args:
+        dataset_key: Which dataset to evaluate.
+        metric: `accuracy`, or a pure function of outputs and batch (in YAML its dotted path) that returns a value for
+            each sample, or the mean over the batch.
+        batch_size: Samples in a batch, >= 1; None takes the trainer's.
+        weights: Whose weights to evaluate, such as `ema=0.999`.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    ```yaml
+    - kind: noether.core.callbacks.MetricCallback
+      every_n_epochs: 1
+      dataset_key: val
+      metric: accuracy
+    ```
+
+    Example:
+        >>> MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy").produces
+        ('val/accuracy',)
+    """
+
+    metric: str | MetricFunction
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        yield _metric_problem("metric", self.metric)
+
+    @property
+    def _metrics(self) -> Mapping[str, str | MetricFunction]:
+        return {metric_name(self.metric): self.metric}
+
+    def distinction(self) -> tuple[str, ...]:
+        """Return interval, dataset and metric."""
+        return (*super().distinction(), metric_name(self.metric))
+
+
+class EvaluateCallback(_Evaluation):
+    """Logs losses and metrics over one dataset, in one pass; what `trainer.evaluate` adds.
+
+    Args:
+        dataset_key: Which dataset to evaluate.
+        measures: `loss`, or metrics as for `MetricCallback`; at least one, none twice.
+        batch_size: Samples in a batch, >= 1; None takes the trainer's.
+        weights: Whose weights to evaluate, such as `ema=0.999`.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    Example:
+        >>> EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", "accuracy")).produces
+        ('loss/val/*', 'lossdiff/val/*', 'val/accuracy')
+    """
+
+    measures: tuple[str | MetricFunction, ...]
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        if not self.measures or len({metric_name(m) for m in self.measures}) < len(self.measures):
+            yield Problem(
+                "measures", f"{list(self.measures)} is not a list of different measures, like [loss, accuracy]"
+            )
+        yield from (_metric_problem("measures", measure) for measure in self.measures if measure != "loss")
+
+    @property
+    def _losses(self) -> bool:
+        return "loss" in self.measures
+
+    @property
+    def _metrics(self) -> Mapping[str, str | MetricFunction]:
+        return {metric_name(measure): measure for measure in self.measures if measure != "loss"}
+
+
+def metric_name(metric: str | MetricFunction) -> str:
+    """Return the name that a metric has in keys."""
+    return metric if isinstance(metric, str) else str(getattr(metric, "__name__", type(metric).__name__))
+
+
+def _function(metric: str | MetricFunction) -> MetricFunction:
+    return METRICS[metric] if isinstance(metric, str) else metric
+
+
+def _metric_problem(setting: str, metric: object) -> Problem | None:
+    if callable(metric) or metric in METRICS:
+        return None
+    known = ", ".join(map(repr, METRICS))
+    return Problem(
+        setting, f"{metric!r} is not {known}, or a function of outputs and batch{nearest(str(metric), METRICS)}"
+    )
+
+
+def _sum_over_batch(name: str, value: torch.Tensor, batch: Any) -> torch.Tensor:
+    samples = batch_size(batch)
+    if value.ndim == 0:
+        return value.double() * samples
+    if value.shape != (samples,):
+        raise ValueError(
+            f"metric {name!r} returned shape {tuple(value.shape)} for {samples} samples; "
+            f"return one value for each, ({samples},), or their mean, ()"
+        )
+    return value.double().sum()

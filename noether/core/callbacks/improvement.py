@@ -1,0 +1,99 @@
+"""When a metric is better: its direction, and comparisons in which NaN never improves."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Final, Literal
+
+from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.errors import Problem, one_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Mode = Literal["higher", "lower"]
+MODES: Final = ("higher", "lower")
+
+HIGHER: Final = frozenset({"accuracy", "f1", "auc", "iou", "psnr", "r2"})
+LOWER: Final = frozenset({"loss", "error", "rmse", "mse", "mae", "perplexity"})
+
+
+def direction_of(metric_key: str) -> Mode | None:
+    """Return the direction that the words of a metric key tell, or None if they tell none or both.
+
+    Example:
+        >>> direction_of("val/accuracy"), direction_of("loss/val/total"), direction_of("val/dice")
+        ('higher', 'lower', None)
+    """
+    words = set(re.split(r"[/_.\-=]", metric_key.lower()))
+    if bool(words & HIGHER) == bool(words & LOWER):
+        return None
+    return "higher" if words & HIGHER else "lower"
+
+
+def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
+    """Return what is wrong with `mode`, or with leaving it out for this key."""
+    if mode is not None:
+        return one_of("mode", mode, MODES)
+    if direction_of(metric_key) is None:
+        return Problem("mode", f"the key {metric_key!r} does not tell whether higher or lower is better; give mode")
+    return None
+
+
+def improves(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:
+    """Return whether `value` is better than `best` by more than `min_delta`; anything but NaN is better than None.
+
+    Example:
+        >>> improves(0.5, None, "higher"), improves(0.5, 0.5, "higher"), improves(float("nan"), None, "lower")
+        (True, False, False)
+    """
+    if math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value > best + min_delta if mode == "higher" else value < best - min_delta
+
+
+def min_delta_problem(min_delta: float) -> Problem | None:
+    """Return what is wrong with `min_delta`, or None."""
+    if not isinstance(min_delta, bool) and 0 <= min_delta < math.inf:
+        return None
+    return Problem("min_delta", f"{min_delta!r} is not a number of at least 0")
+
+
+class MetricWatcher(PeriodicCallback):
+    """What the callbacks that watch one metric for improvements have in common.
+
+    Args:
+        metric_key: The metric to watch.
+        mode: `higher` or `lower`; left out, it is read from the key.
+
+    Example:
+        >>> MetricWatcher(every_n_epochs=1, metric_key="val/accuracy").direction
+        'higher'
+    """
+
+    metric_key: str
+    mode: Mode | None = None
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        yield mode_problem(self.metric_key, self.mode)
+
+    @property
+    def direction(self) -> Mode:
+        """Whether higher or lower is better: `mode`, or what the key tells."""
+        direction = self.mode or direction_of(self.metric_key)
+        assert direction is not None  # noqa: S101  # refused at construction
+        return direction
+
+    def distinction(self) -> tuple[str, ...]:
+        """Return interval and metric."""
+        return (*super().distinction(), self.metric_key)
+
+    @property
+    def consumes(self) -> tuple[str, ...]:
+        """The metric that it watches."""
+        return (self.metric_key,)

@@ -1,0 +1,82 @@
+"""Learning rate and weight decay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.event import AfterUpdate
+from noether.core.iteration import TrainingIteration
+from noether.core.metrics import log
+from noether.core.schedule import At
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.event import Event
+    from noether.core.gate import Interval
+    from noether.core.schedule import Schedule
+    from noether.core.state import Memory, TrainState
+
+
+class LrCallback(PeriodicCallback):
+    """Logs `optim/lr` and `optim/wd` of the last update, at the first update too; with several groups, one key each.
+
+    Args:
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    ```yaml
+    - kind: noether.core.callbacks.LrCallback
+      every_n_updates: 1
+    ```
+
+    Example:
+        >>> from noether import TrainState
+        >>> event = AfterUpdate(samples=8, lr={"default": 0.1}, weight_decay={"default": 0.0})
+        >>> LrCallback(every_n_updates=10)(TrainState().advance(samples=8), event)[1]
+        (LogScalars(values=FrozenDict({'optim/lr': 0.1, 'optim/wd': 0.0})),)
+    """
+
+    @property
+    def schedule(self) -> Schedule:
+        """When it is due: at its interval, and at the first update."""
+        return super().schedule | At(TrainingIteration(update=1))
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """The learning rate and weight decay of each group."""
+        return ("optim/lr", "optim/wd", "optim/lr/*", "optim/wd/*")
+
+    @property
+    def tracks(self) -> bool:
+        """Whether it has to remember the last update: only that event carries the learning rate."""
+        return self.every_n_epochs is not None or self.at_end
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return no learning rates yet, where they have to be remembered."""
+        return {self.name: FrozenDict()} if self.tracks else {}
+
+    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+        """Remember what an epoch's end will log."""
+        return state.remember(self.name, _by_key(event)), ()
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Log them."""
+        values = _by_key(event) if isinstance(event, AfterUpdate) else self.memory(state)
+        return log(state, event, values) if values else (state, ())
+
+
+def _by_key(event: AfterUpdate) -> FrozenDict:
+    single = len(event.lr) <= 1
+    readings = (("optim/lr", event.lr), ("optim/wd", event.weight_decay))
+    return FrozenDict(
+        {key if single else f"{key}/{group}": value for key, groups in readings for group, value in groups.items()}
+    )
+
+
+LR = LrCallback
+"""The name that the class-based framework gives it."""

@@ -1,0 +1,105 @@
+"""The training loss as it goes by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.errors import one_of
+from noether.core.metrics import log
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.errors import Problem
+    from noether.core.event import AfterUpdate, Event
+    from noether.core.gate import Interval
+    from noether.core.state import Memory, TrainState
+
+
+class OnlineLossCallback(PeriodicCallback):
+    """Logs `loss/online/{name}/{interval}`: the sample-weighted mean of every training loss since the last firing.
+
+    Updates that were skipped as non-finite do not count; a mean over none of them is NaN.
+
+    Args:
+        nan: What to do where an applied update's loss makes the mean NaN: `raise` or `log`.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    Raises:
+        FloatingPointError: If the mean of applied updates is NaN and `nan` is `raise`.
+
+    ```yaml
+    - kind: noether.core.callbacks.OnlineLossCallback
+      every_n_updates: 50
+    ```
+
+    Example:
+        >>> from noether import AfterUpdate, TrainState
+        >>> event = AfterUpdate(samples=8, losses={"total": 0.25})
+        >>> _, effects = OnlineLossCallback(every_n_updates=1)(TrainState().advance(samples=8), event)
+        >>> effects[0].values["loss/online/total/U1"]
+        tensor(0.2500, dtype=torch.float64)
+    """
+
+    nan: Literal["raise", "log"] = "raise"
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        yield one_of("nan", self.nan, ("raise", "log"))
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """One key for each loss."""
+        return (f"loss/online/*/{self.interval_name}",)
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return empty sums."""
+        return {self.name: FrozenDict(sums=FrozenDict(), samples=0)}
+
+    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+        """Add the update's losses, in double precision and on their device."""
+        sums = self.memory(state)["sums"]
+        if event.skipped:
+            # The keys are kept, so that an interval of skipped updates only is logged as NaN.
+            added = {name: sums.get(name, torch.zeros((), dtype=torch.float64)) for name in event.losses}
+            samples = self.memory(state)["samples"]
+        else:
+            added = {name: _weighted(loss, event.samples) for name, loss in event.losses.items()}
+            added = {name: sums[name] + value if name in sums else value for name, value in added.items()}
+            samples = self.memory(state)["samples"] + event.samples
+        return state.remember(self.name, FrozenDict(sums=FrozenDict({**sums, **added}), samples=samples)), ()
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Log the means and begin anew."""
+        sums, samples = self.memory(state)["sums"], self.memory(state)["samples"]
+        # Zero samples divide zero sums: NaN, the mean of nothing.
+        means = {f"loss/online/{name}/{self.interval_name}": total / samples for name, total in sums.items()}
+        if samples and self.nan == "raise":
+            for key, mean in means.items():
+                _refuse_nan(key, mean, state)
+        state = state.remember(self.name, self.init(state)[self.name])
+        return log(state, event, means) if means else (state, ())
+
+
+def _weighted(loss: float | torch.Tensor, samples: int) -> torch.Tensor:
+    return torch.as_tensor(loss).to(torch.float64) * samples
+
+
+def _refuse_nan(key: str, mean: torch.Tensor, state: TrainState) -> None:
+    if mean.isnan():
+        raise FloatingPointError(
+            f"{key} is NaN at {state.iteration}: training has diverged. Lower the learning rate, clip gradients, "
+            "have such updates left out with trainer.nonfinite: skip, or log on with nan: log"
+        )
+
+
+OnlineLoss = OnlineLossCallback
+"""The name that the class-based framework gives it."""

@@ -1,0 +1,283 @@
+"""Callbacks that run at an interval, and those among them that iterate a dataset."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from noether.core.callbacks.base import HOOKS, CallbackBase
+from noether.core.errors import Problem, nearest, refuse, whole
+from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, Event
+from noether.core.gate import Gate, Interval
+from noether.core.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.state import TrainState
+
+INTERVALS: Final[dict[str, Callable[[int], Schedule]]] = {
+    "every_n_epochs": EveryNEpochs,
+    "every_n_updates": EveryNUpdates,
+    "every_n_samples": EveryNSamples,
+}
+
+
+class PeriodicCallback(CallbackBase):
+    """A callback that runs every n epochs, updates or samples.
+
+    A subclass fills in `periodic_callback`, called when the interval is due, and may fill in the two `track_` hooks,
+    called at every accumulation step and update.
+
+    Args:
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        at_end: Whether to run after training too, unless it was due at the last update or epoch.
+
+    Raises:
+        SettingsError: If not exactly one interval is given, or it is not a whole number >= 1.
+
+    Example:
+        >>> from noether import LogText, TrainState
+        >>> class Count(PeriodicCallback):
+        ...     def periodic_callback(self, state, event, interval):
+        ...         return state, (LogText(f"{interval} {state.iteration}"),)
+        >>> Count(every_n_updates=1)(TrainState().advance(samples=8), AfterUpdate(samples=8))[1]
+        (LogText(text='update E0_U1_S8'),)
+    """
+
+    every_n_epochs: int | None = None
+    every_n_updates: int | None = None
+    every_n_samples: int | None = None
+    at_end: bool = False
+
+    def __post_init__(self) -> None:
+        refuse(self.problems())
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings; a subclass adds its own."""
+        given = {name: value for name in INTERVALS if (value := getattr(self, name)) is not None}
+        names = ", ".join(INTERVALS)
+        if not given:
+            yield Problem("", f"no interval is set; give exactly one of {names}")
+        if len(given) > 1:
+            both = " and ".join(f"{name}: {value!r}" for name, value in given.items())
+            yield Problem(list(given)[-1], f"{both} are both set; give exactly one of {names}")
+        yield from (whole(name, value) for name, value in given.items())
+
+    @property
+    def schedule(self) -> Schedule:
+        """When it is due."""
+        name, n = next((name, n) for name in INTERVALS if (n := getattr(self, name)) is not None)
+        return INTERVALS[name](n)
+
+    @cached_property
+    def gate(self) -> Gate:
+        """When it runs."""
+        return Gate(self.schedule, self.at_end)
+
+    @property
+    def interval_name(self) -> str:
+        """Short name of the interval, such as `E1`, `U100` or `S512`."""
+        name, n = next((name, n) for name in INTERVALS if (n := getattr(self, name)) is not None)
+        return f"{name.removeprefix('every_n_')[0].upper()}{n}"
+
+    def distinction(self) -> tuple[str, ...]:
+        """Return the interval."""
+        return (self.interval_name,)
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Return what happens when it is due.
+
+        Args:
+            state: The state at the event.
+            event: `AfterUpdate`, `AfterEpoch`, `AfterTraining` or `AtEval`, as `interval` says.
+            interval: `epoch`, `update` or `sample` as its interval is one of; `end` after training with `at_end`;
+                `eval` at an evaluation outside of training.
+        """
+        return state, ()
+
+    def track_after_accumulation_step(
+        self,
+        state: TrainState,
+        event: AfterAccumulationStep,
+    ) -> tuple[TrainState, Effects]:
+        """Return what happens after every accumulation step; effects are refused here."""
+        return state, ()
+
+    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+        """Return what happens after every update, before `periodic_callback` if that is due."""
+        return state, ()
+
+    def after_accumulation_step(self, state: TrainState, event: AfterAccumulationStep) -> tuple[TrainState, Effects]:
+        """Track the accumulation step."""
+        return self.track_after_accumulation_step(state, event)
+
+    def after_update(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+        """Track the update, and run if updates or samples are due."""
+        state, tracked = self.track_after_update_step(state, event) if self.tracks else (state, ())
+        state, effects = self._run_if_due(state, event)
+        return state, tracked + effects
+
+    def after_epoch(self, state: TrainState, event: AfterEpoch) -> tuple[TrainState, Effects]:
+        """Run if epochs are due."""
+        return self._run_if_due(state, event)
+
+    def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
+        """Run if `at_end` asks for it."""
+        return self._run_if_due(state, event)
+
+    def _run_if_due(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        interval = self.gate.opens(state, event)
+        return (state, ()) if interval is None else self.periodic_callback(state, event, interval)
+
+    @property
+    def tracks(self) -> bool:
+        """Whether it looks at every update, due or not."""
+        return self.fills_in("track_after_update_step", PeriodicCallback)
+
+    def listens(self, event_type: type[Event]) -> bool:
+        """Return whether it can do anything on events of this type."""
+        if event_type is AfterAccumulationStep:
+            return self.fills_in("track_after_accumulation_step", PeriodicCallback)
+        hook = HOOKS.get(event_type, "__call__")
+        return (
+            self.fills_in(hook, PeriodicCallback)
+            or self.gate.listens(event_type)
+            or (event_type is AfterUpdate and self.tracks)
+        )
+
+
+class PeriodicDataIteratorCallback(PeriodicCallback):
+    """A periodic callback that iterates a dataset with the model in evaluation mode, and then looks at the results.
+
+    A subclass fills in `process_data`, called for each batch, and `process_results`, called once. It also runs at an
+    evaluation outside of training, whatever its interval.
+
+    Args:
+        dataset_key: Which of `event.data` to iterate.
+        batch_size: Samples in a batch, >= 1; None takes the batches as they come.
+        weights: Whose weights to evaluate, such as `ema=0.999`; None takes those in training.
+
+    Raises:
+        SettingsError: As for `PeriodicCallback`, and if `batch_size` is not a whole number >= 1.
+
+    Example:
+        >>> import torch
+        >>> from noether import Run, TrainState, log
+        >>> class Mean(PeriodicDataIteratorCallback):
+        ...     def process_data(self, state, batch, forward):
+        ...         return {"sum": batch.sum()}
+        ...     def process_results(self, state, event, results):
+        ...         return log(state, event, {self.key("mean"): results["sum"] / results["samples"]})
+        >>> run = Run(data={"val": [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]}, forward=None)
+        >>> state, effects = Mean(every_n_epochs=1, dataset_key="val")(TrainState().next_epoch(), AfterEpoch(run=run))
+        >>> effects[0].values["val/mean"]
+        tensor(3., dtype=torch.float64)
+    """
+
+    dataset_key: str
+    batch_size: int | None = None
+    weights: str | None = None
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        if self.batch_size is not None:
+            yield whole("batch_size", self.batch_size)
+
+    def distinction(self) -> tuple[str, ...]:
+        """Return interval, dataset and weights."""
+        return (*super().distinction(), self.dataset_key, *((self.weights,) if self.weights else ()))
+
+    def key(self, metric: str) -> str:
+        """Return the metric key for `metric` on this dataset and these weights, such as `val/accuracy`."""
+        return "/".join((self.dataset_key, metric, *((self.weights,) if self.weights else ())))
+
+    def process_data(self, state: TrainState, batch: Any, forward: Callable[..., Any]) -> Mapping[str, torch.Tensor]:
+        """Return the results of one batch.
+
+        Args:
+            state: The state, holding the weights to evaluate.
+            batch: What the dataset yields.
+            forward: `(state, batch) -> (losses, outputs)`, without gradients.
+
+        Returns:
+            Tensor by name: a 0-dimensional one is summed over the dataset, in double precision if it is floating
+            point; any other is concatenated in the dataset's order along its first dimension.
+        """
+        return {}
+
+    def process_results(
+        self,
+        state: TrainState,
+        event: Event,
+        results: Mapping[str, Any],
+    ) -> tuple[TrainState, Effects]:
+        """Return what happens with the results of the whole dataset, and `results["samples"]`, their number."""
+        return state, ()
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Iterate the dataset, and hand on the results."""
+        evaluated = self._with_weights(state)
+        collected = _Collected()
+        for batch in self._batches(event):
+            collected.add(self.process_data(evaluated, batch, event.run.forward), event.run.batch_size(batch))
+        return self.process_results(state, event, collected.results())
+
+    def at_eval(self, state: TrainState, event: AtEval) -> tuple[TrainState, Effects]:
+        """Run, whatever the interval."""
+        return self.periodic_callback(state, event, "eval")
+
+    def _batches(self, event: Event) -> Iterable[Any]:
+        if self.dataset_key not in event.data:
+            known = ", ".join(map(repr, event.data)) or "none"
+            raise KeyError(f"no dataset {self.dataset_key!r}; datasets: {known}{nearest(self.dataset_key, event.data)}")
+        data = event.data[self.dataset_key]
+        if self.batch_size is None:
+            batches: Iterable[Any] = data
+            return batches
+        if not hasattr(data, "batched"):
+            raise TypeError(
+                f"{self.name}: batch_size: dataset {self.dataset_key!r} cannot be batched anew; leave it out"
+            )
+        rebatched: Iterable[Any] = data.batched(self.batch_size)
+        return rebatched
+
+    def _with_weights(self, state: TrainState) -> TrainState:
+        if self.weights is None:
+            return state
+        averages = state.callback_states.get(f"weights/{self.weights}")
+        if averages is None:
+            known = [name.removeprefix("weights/") for name in state.callback_states if name.startswith("weights/")]
+            raise KeyError(f"{self.name}: no weights {self.weights!r}; there are: {', '.join(known) or 'none'}")
+        return state.replace(params=averages["params"], buffers=averages["buffers"])
+
+
+class _Collected:
+    """Results of batches as they come in; a value of one call, never kept by a callback."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, list[torch.Tensor]] = {}
+        self._samples = 0
+
+    def add(self, results: Mapping[str, torch.Tensor], samples: int) -> None:
+        self._samples += samples
+        for name, value in results.items():
+            if name == "samples":
+                raise ValueError("process_data returned a result named 'samples', which is the number of samples")
+            if value.ndim:
+                self._parts.setdefault(name, []).append(value)
+            else:
+                wide = value.double() if value.is_floating_point() else value
+                self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+
+    def results(self) -> Mapping[str, Any]:
+        parts = {name: torch.cat(values) for name, values in self._parts.items()}
+        return FrozenDict({**self._sums, **parts, "samples": self._samples})
