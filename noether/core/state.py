@@ -92,10 +92,13 @@ class TrainState:
         opt_state = _EMPTY if optimizer is None else module.BorrowedOptState(model, optimizer)
         return cls(params=module.params_of(model), buffers=module.buffers_of(model), opt_state=opt_state, seed=seed)
 
-    def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
         """Write the state into a live model and optimizer, the learning rates times `hyperparams["lr_scale"]`.
 
         For after loading a checkpoint, or after a dispatch that changed params or hyperparams.
+
+        Returns:
+            The state that views them.
 
         Raises:
             KeyError: If the model does not have the parameters and buffers of the state.
@@ -103,6 +106,8 @@ class TrainState:
         from noether.core import module
 
         module.write_into(self, model, optimizer)
+        live = self.from_module(model, optimizer)
+        return self.replace(params=live.params, buffers=live.buffers, opt_state=live.opt_state)
 
     def replace(self, **changes: Any) -> Self:
         """Return the state with some fields changed."""

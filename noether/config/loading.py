@@ -1,0 +1,215 @@
+"""From a file to a configuration: read, override, structure; whatever is wrong anywhere is said in one error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_origin
+
+from cattrs.errors import ClassValidationError
+
+from noether.config.errors import ConfigError, Located
+from noether.config.kinds import CALLBACK, FUNCTION, OPTIMIZER, Gated, Kind, Role, resolve
+from noether.config.schema import ENDS, INTERVALS, Callback, Config, EvaluateSettings, Metric, OptimizerSettings
+from noether.config.source import overridden, read
+from noether.config.structure import RefusedError, arguments, construct, converter, noted, parameters, structure
+from noether.core.errors import Problem, SettingsError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path as FilePath
+
+    from cattrs import Converter
+
+    from noether.config.errors import Path
+    from noether.config.source import Source
+
+_CALLED: Final[tuple[object, ...]] = (Callable, type)
+_OWN: Final = tuple(field.name for field in dataclasses.fields(OptimizerSettings) if field.name != "kind")
+
+
+def load(path: str | FilePath, overrides: Iterable[str] = (), allow: Sequence[str] = ()) -> Config:
+    """Return the configuration in a YAML file.
+
+    Args:
+        path: The file.
+        overrides: `key=value` each, as after `--set`, e.g. `trainer.max_epochs=20`. An end replaces the file's end.
+        allow: Prefixes of modules that `kind` may name beside noether, torch and modules under the working directory.
+
+    Raises:
+        ConfigError: With everything that is wrong, each with file and line.
+    """
+    return from_source(overridden(read(path), overrides), allow)
+
+
+def from_source(source: Source, allow: Sequence[str] = ()) -> Config:
+    """Return the configuration in a source that is read already.
+
+    Raises:
+        ConfigError: With everything that is wrong, each with its place.
+    """
+    source = _one_end(source)
+    config: Config = _structured(source, (), Config, config_converter(allow, source))
+    return config
+
+
+def load_callbacks(path: str | FilePath, allow: Sequence[str] = ()) -> Any:
+    """Return the callbacks in a YAML file as one callback, for a loop that is not ours.
+
+    Args:
+        path: A file with a list under `callbacks`; its other sections, if there are any, are not looked at.
+        allow: As for `load`.
+
+    Raises:
+        ConfigError: With everything that is wrong with the callbacks, each with file and line.
+    """
+    from noether.core.reducer import compose
+
+    source = read(path)
+    if "callbacks" not in source.data:
+        message = f"has no list of `callbacks`{nearest('callbacks', source.data)}"
+        raise ConfigError([Located(source.place(()), (), message)])
+    listed = _structured(source, ("callbacks",), tuple[Callback, ...], config_converter(allow, source))
+    return compose(*(kind.build() for kind in listed))
+
+
+def config_converter(allow: Sequence[str], source: Source) -> Converter:
+    """Return the strict converter that also knows the kinds and the sections that hold more than their fields."""
+    made = converter()
+    kinds = _Kinds(made, tuple(allow))
+    made.register_structure_hook(EvaluateSettings, lambda value, _: _evaluate(made, value))
+    made.register_structure_hook(OptimizerSettings, lambda value, _: _optimizer(kinds, value))
+    made.register_structure_hook(Config, lambda value, _: construct(made, Config, value, source=source))
+    made.register_structure_hook_func(lambda kind: get_origin(kind) in _CALLED, lambda value, _: kinds.called(value))
+    made.register_structure_hook_func(_role, lambda value, kind: kinds.role(value, *get_args(kind)))
+    return made
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """Structures what names an object of the user's."""
+
+    using: Converter
+    allow: tuple[str, ...]
+
+    def role(self, value: object, kind: type, role: Role | str) -> object:
+        if kind is Kind and isinstance(role, Role):
+            return self.callback(value) if role is CALLBACK else self.kind(value, role)
+        path: str = self.using.structure(value, str)
+        # A metric without a dot is one of ours, by name: the callback that measures it knows them.
+        if isinstance(role, Role) or "." in path:
+            resolve(path, role if isinstance(role, Role) else FUNCTION, self.allow)
+        return path
+
+    def called(self, value: object) -> object:
+        return resolve(value, dataclasses.replace(FUNCTION, fits=callable, expected="something to call"), self.allow)
+
+    def kind(self, value: object, role: Role) -> Kind:
+        path, target, rest = self.split(value, role)
+        settings, errors = arguments(self.using, target, rest, given=role.given)
+        if errors:
+            raise ClassValidationError("settings", errors, Kind)
+        return Kind(path, target, settings)
+
+    def callback(self, value: object) -> Kind:
+        """Return a callback, made once so that its constructor has judged the settings."""
+        path, target, rest = self.split(value, CALLBACK)
+        target = target if isinstance(target, type) else Gated(target)
+        if "name" not in parameters(target):
+            rest.pop("name", None)  # a label for the reader
+        construct(self.using, target, rest)
+        return Kind(path, target, arguments(self.using, target, rest)[0])
+
+    def split(self, value: object, role: Role) -> tuple[str, Any, dict[str, object]]:
+        """Return the path in an entry, what it stands for, and the settings beside it."""
+        if not isinstance(value, dict):
+            raise RefusedError(f"{value!r} is not a mapping with a `kind`")
+        rest = {name: each for name, each in value.items() if name != "kind"}
+        try:
+            if "kind" not in value:
+                raise RefusedError(f"is missing; expected {role.expected}")  # noqa: TRY301 - noted as every error here
+            return value["kind"], resolve(value["kind"], role, self.allow), rest
+        except RefusedError as error:
+            raise ClassValidationError("kind", [noted(error, "kind")], Kind) from None
+
+
+def _evaluate(using: Converter, value: object) -> object:
+    if not isinstance(value, dict):
+        raise RefusedError(f"{value!r} is not a mapping such as {{val: [loss, accuracy], every_n_epochs: 1}}")
+    intervals = {name: each for name, each in value.items() if name in INTERVALS}
+    datasets: dict[str, object] = {}
+    errors: list[Exception] = []
+    for name in (name for name in value if name not in INTERVALS):
+        # A list that is refused counts as one, so that the constructor does not refuse it again.
+        datasets[name] = ("loss",)
+        with _collecting(errors, name):
+            if not isinstance(value[name], list):
+                message = f"{value[name]!r} is not a list such as [loss, accuracy]{nearest(name, INTERVALS)}"
+                raise RefusedError(message)
+            datasets[name] = using.structure(value[name], tuple[Metric, ...])
+    with _collecting(errors):
+        made = construct(using, EvaluateSettings, intervals, datasets=datasets)
+    return _unless(errors, lambda: made)
+
+
+def _optimizer(kinds: _Kinds, value: object) -> object:
+    """Return the optimizer's section, of which every key that is not a field is a setting of the class."""
+    path, target, rest = kinds.split(value, OPTIMIZER)
+    section = {name: each for name, each in rest.items() if name in _OWN}
+    others = {name: each for name, each in rest.items() if name not in _OWN}
+    settings, errors = arguments(kinds.using, target, others, given=OPTIMIZER.given, beside=_OWN)
+    with _collecting(errors):
+        made = construct(kinds.using, OptimizerSettings, section, kind=Kind(path, target, settings))
+    errors.extend(_unknown_to_class(section, target))
+    return _unless(errors, lambda: made)
+
+
+def _unknown_to_class(section: Mapping[str, Any], target: type) -> Iterator[Exception]:
+    """Yield what is set, for all parameters or for a group of them, and no setting of the optimizer's class."""
+    taken = [name for name in parameters(target) if name not in OPTIMIZER.given]
+    asked = {name: name for name in ("lr", "weight_decay") if section.get(name) is not None}
+    groups = section.get("groups")
+    for index, group in enumerate(groups if isinstance(groups, list) else ()):
+        own = group.get("settings") if isinstance(group, dict) else None
+        asked |= {f"groups.{index}.settings.{name}": name for name in (own if isinstance(own, dict) else ())}
+    for setting, name in asked.items():
+        if name not in taken:
+            yield SettingsError([Problem(setting, f"is no setting of {target.__qualname__}{nearest(name, taken)}")])
+
+
+@contextmanager
+def _collecting(errors: list[Exception], part: str | None = None) -> Iterator[None]:
+    """Collect what is raised inside, with the key that it lies under."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a constructor raises is a problem of its settings
+        errors.append(error if part is None else noted(error, part))
+
+
+def _unless(errors: list[Exception], made: Callable[[], object]) -> object:
+    if errors:
+        raise ClassValidationError("settings", errors, object)
+    return made()
+
+
+def _role(kind: object) -> bool:
+    return get_origin(kind) is Annotated
+
+
+def _one_end(source: Source) -> Source:
+    """Return `source` with the ends of the file dropped where an override gives one."""
+    given = [("trainer", name) for name in ENDS if name in (source.value(("trainer",)) or {})]
+    if any(map(source.overridden, given)):
+        for path in given:
+            source = source if source.overridden(path) else source.without(path)
+    return source
+
+
+def _structured(source: Source, path: Path, target: Any, using: Converter) -> Any:
+    problems: list[Located] = []
+    made = structure(source, path, target, problems, using)
+    if problems:
+        raise ConfigError(problems)
+    return made

@@ -1,0 +1,177 @@
+"""Settings of the optimizer: which parameters share hyperparameters, and how a hyperparameter moves over a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping  # noqa: TC003  # cattrs reads the annotations when it structures YAML
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final, final
+
+from noether.core.errors import Problem, one_of, refuse, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_GROUP: Final = "default"
+"""The group of every parameter that no `ParamGroup` matches."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ParamGroup:
+    """Parameters that share optimizer settings, chosen by their names.
+
+    Args:
+        name: What logs and checkpoints call the group; `default` is the group of all other parameters.
+        match: Patterns as in `fnmatch` (`*` also matches dots); one that matches is enough, and the first group wins.
+        lr: Learning rate of the group, at least 0; None leaves the optimizer's own.
+        weight_decay: Weight decay of the group, at least 0; None leaves the optimizer's own.
+        frozen: Whether the parameters are not trained at all.
+        settings: Any other settings of the optimizer for this group, e.g. `{"betas": (0.9, 0.95)}`.
+
+    Raises:
+        SettingsError: If a value is out of range, or a frozen group has optimizer settings.
+
+    Example:
+        >>> ParamGroup(name="no_decay", match=("*.bias", "*norm*"), weight_decay=0.0).weight_decay
+        0.0
+        >>> ParamGroup(name="backbone", match=("backbone.*",), frozen=True, lr=0.1)
+        Traceback (most recent call last):
+        noether.core.errors.SettingsError: frozen: True leaves no use for lr; drop one of them
+    """
+
+    name: str
+    match: tuple[str, ...]
+    lr: float | None = None
+    weight_decay: float | None = None
+    frozen: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse(self._problems())
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the settings in which this group differs from the optimizer's own.
+
+        Example:
+            >>> ParamGroup(name="head", match=("head.*",), lr=0.1, settings={"eps": 1e-6}).overrides()
+            {'lr': 0.1, 'eps': 1e-06}
+        """
+        named = {"lr": self.lr, "weight_decay": self.weight_decay}
+        return {key: value for key, value in named.items() if value is not None} | dict(self.settings)
+
+    def _problems(self) -> Iterator[Problem | None]:
+        if not self.name or self.name == DEFAULT_GROUP:
+            yield Problem("name", f"{self.name!r} is taken or empty; {DEFAULT_GROUP!r} holds what no group matches")
+        yield _patterns("match", self.match)
+        yield _number("lr", self.lr)
+        yield _number("weight_decay", self.weight_decay)
+        for key in ("lr", "weight_decay"):
+            if key in self.settings:
+                yield Problem(f"settings.{key}", f"is a field of the group itself: write {key}: {self.settings[key]}")
+        if self.frozen and self.overrides():
+            yield Problem("frozen", f"True leaves no use for {', '.join(self.overrides())}; drop one of them")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """How a hyperparameter moves from its base value over a run; factors are relative to that base value.
+
+    Args:
+        kind: `constant`, `linear`, `cosine`, `polynomial` (to `end_factor` at the end of the run) or `step`.
+        warmup_updates: Length of a linear warm-up, in updates; 0 for none.
+        warmup_epochs: The same in epochs; at most one of the two is given.
+        warmup_start_factor: Where the warm-up starts, at least 0; None is 0.
+        end_factor: Where `linear`, `cosine` and `polynomial` end, at least 0; None is 0. Above 1 the value grows.
+        power: Exponent of `polynomial`, above 0; None is 1.
+        milestone_epochs: Epochs after which `step` multiplies by `gamma`, counted from the run's start and increasing.
+        milestone_updates: The same in updates; exactly one of the two is given.
+        gamma: Factor of `step`, above 0; None is 0.1.
+
+    Raises:
+        SettingsError: If a value is out of range or is not a setting of the kind, naming all of them at once.
+
+    Example:
+        >>> ScheduleSettings(kind="cosine", warmup_epochs=5, end_factor=0.01).kind
+        'cosine'
+        >>> ScheduleSettings(kind="cosin", gamma=0)
+        Traceback (most recent call last):
+        noether.core.errors.SettingsError: kind: 'cosin' is not one of 'constant', 'linear', 'cosine', 'step',
+        'polynomial'; did you mean 'cosine'?
+        gamma: 0 is not a number above 0
+    """
+
+    kind: str = "constant"
+    warmup_updates: int = 0
+    warmup_epochs: int = 0
+    warmup_start_factor: float | None = None
+    end_factor: float | None = None
+    power: float | None = None
+    milestone_epochs: tuple[int, ...] = ()
+    milestone_updates: tuple[int, ...] = ()
+    gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        refuse([*self._value_problems(), *self._kind_problems(), *self._warmup_problems()])
+
+    def _value_problems(self) -> Iterator[Problem | None]:
+        yield one_of("kind", self.kind, _SETTINGS_OF_KIND)
+        yield _number("warmup_start_factor", self.warmup_start_factor)
+        yield _number("end_factor", self.end_factor)
+        yield _number("power", self.power, above=True)
+        yield _number("gamma", self.gamma, above=True)
+        yield _increasing("milestone_epochs", self.milestone_epochs)
+        yield _increasing("milestone_updates", self.milestone_updates)
+
+    def _kind_problems(self) -> Iterator[Problem]:
+        own = _SETTINGS_OF_KIND.get(self.kind)
+        if own is None:
+            return
+        for name in ("end_factor", "power", "gamma", "milestone_epochs", "milestone_updates"):
+            if name not in own and getattr(self, name) not in (None, ()):
+                kinds = " and ".join(kind for kind, names in _SETTINGS_OF_KIND.items() if name in names)
+                yield Problem(name, f"is a setting of {kinds}, and kind is {self.kind}")
+        if self.kind == "step" and bool(self.milestone_epochs) == bool(self.milestone_updates):
+            yield Problem("milestone_epochs", "step needs either milestone_epochs or milestone_updates, e.g. [30, 60]")
+
+    def _warmup_problems(self) -> Iterator[Problem | None]:
+        yield whole("warmup_updates", self.warmup_updates, at_least=0)
+        yield whole("warmup_epochs", self.warmup_epochs, at_least=0)
+        if self.warmup_updates and self.warmup_epochs:
+            yield Problem("warmup_epochs", "give the warm-up in updates or in epochs, not in both")
+        if self.warmup_start_factor is not None and not (self.warmup_updates or self.warmup_epochs):
+            yield Problem("warmup_start_factor", "there is no warm-up; give warmup_updates or warmup_epochs")
+
+
+_SETTINGS_OF_KIND: Final[Mapping[str, tuple[str, ...]]] = {
+    "constant": (),
+    "linear": ("end_factor",),
+    "cosine": ("end_factor",),
+    "step": ("gamma", "milestone_epochs", "milestone_updates"),
+    "polynomial": ("end_factor", "power"),
+}
+
+
+def _number(setting: str, value: object, *, above: bool = False) -> Problem | None:
+    """Return the problem of `value` as a finite number of at least 0 (or above it), or None; None is no problem."""
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        fits = value > 0 or (value == 0 and not above)
+    else:
+        fits = False
+    return None if fits else Problem(setting, f"{value!r} is not a number {'above 0' if above else 'of at least 0'}")
+
+
+def _patterns(setting: str, value: object) -> Problem | None:
+    if value and isinstance(value, (tuple, list)):  # a lone string would be taken for a list of its letters
+        return None
+    return Problem(setting, f"{value!r} is no list of patterns; write for example ['*.bias']")
+
+
+def _increasing(setting: str, value: tuple[int, ...]) -> Problem | None:
+    if any(whole(setting, item) for item in value) or any(late <= early for early, late in pairwise(value)):
+        return Problem(setting, f"{value!r} is not an increasing list of whole numbers of at least 1")
+    return None

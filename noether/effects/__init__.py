@@ -1,0 +1,16 @@
+"""The effects layer: what callbacks ask for, carried out."""
+
+from noether.effects.checkpoints import CheckpointError, CheckpointStore
+from noether.effects.interpreter import Interpreter
+from noether.effects.logs import Console, LogError
+from noether.effects.run_directory import RunDirectory, open_run
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointStore",
+    "Console",
+    "Interpreter",
+    "LogError",
+    "RunDirectory",
+    "open_run",
+]

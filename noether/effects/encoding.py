@@ -1,0 +1,86 @@
+"""Trees as JSON beside tensors: self-describing, read back as they were, NaN and tuples included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def number(value: float) -> float | str:
+    """Return a number as strict JSON can hold it: NaN and the infinities by name.
+
+    Example:
+        >>> number(0.5), number(float("nan")), number(float("-inf"))
+        (0.5, 'NaN', '-Infinity')
+    """
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
+    """Return the JSON value of `tree`, and put its tensors into `tensors` by their dotted path.
+
+    What JSON has no form for is an object with one key that begins with `$`.
+
+    Raises:
+        TypeError: If a leaf is no JSON scalar or tensor.
+
+    Example:
+        >>> encode({"best": float("nan"), "at": (1, 2)}, {})
+        {'best': {'$number': 'NaN'}, 'at': {'$tuple': [1, 2]}}
+    """
+    if isinstance(tree, torch.Tensor):
+        name = path
+        while name in tensors:  # two paths may read alike, like {"a.b": x} and {"a": {"b": y}}
+            name += "_"
+        tensors[name] = tree
+        return {"$tensor": name}
+    if isinstance(tree, Mapping):
+        items = {str(key): encode(value, tensors, f"{path}.{key}".lstrip(".")) for key, value in tree.items()}
+        return {"$dict": items} if any(key.startswith("$") for key in items) else items
+    if isinstance(tree, (tuple, list)):
+        return {"$tuple": [encode(value, tensors, f"{path}.{i}".lstrip(".")) for i, value in enumerate(tree)]}
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {"$number": number(tree)}
+    if isinstance(tree, (str, int, float, bool, type(None))):
+        return tree
+    raise TypeError(f"{path or 'the tree'} is a {type(tree).__name__}, which cannot be saved")
+
+
+def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return the tree that `encode` made `value` of.
+
+    Raises:
+        ValueError: If `value` holds something that `encode` does not make.
+
+    Example:
+        >>> decode({"at": {"$tuple": [1, 2]}}, {})
+        FrozenDict({'at': (1, 2)})
+    """
+    if not isinstance(value, dict):
+        return value
+    key = next(iter(value), "")
+    if not key.startswith("$"):
+        return FrozenDict({name: decode(item, tensors) for name, item in value.items()})
+    if len(value) != 1 or key not in _DECODERS:
+        raise ValueError(f"unknown entry {key!r}")
+    return _DECODERS[key](value[key], tensors)
+
+
+_DECODERS: Final[dict[str, Callable[[Any, Mapping[str, torch.Tensor]], Any]]] = {
+    "$tensor": lambda name, tensors: tensors[name],
+    "$tuple": lambda items, tensors: tuple(decode(item, tensors) for item in items),
+    "$dict": lambda items, tensors: FrozenDict({key: decode(item, tensors) for key, item in items.items()}),
+    "$number": lambda name, _: _NUMBERS[name],
+}

@@ -1,0 +1,76 @@
+"""The only code that touches the world: a table from effect type to handlers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from noether.core.errors import nearest
+from noether.effects.merging import merge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from noether.core.effect import Effect
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+
+    Handler = Callable[[Any, TrainState, Event], None]
+
+_NONE: Final[tuple[Handler, ...]] = ()
+
+
+class Interpreter:
+    """Carries effects out: calls every handler of an effect's type with `(effect, state, event)`.
+
+    Args:
+        handlers: Handlers by type of effect, called in their order.
+
+    Example:
+        >>> from noether import AfterTraining, LogText, TrainState
+        >>> interpreter = Interpreter({LogText: [lambda effect, state, event: print(effect.text)]})
+        >>> interpreter([LogText("done")], TrainState(), AfterTraining())
+        done
+    """
+
+    def __init__(self, handlers: Mapping[type[Effect], Sequence[Handler]]) -> None:
+        self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
+
+    def __call__(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
+        """Carry out the effects of one event, merged, on the settled state; nothing on a rank other than 0.
+
+        Raises:
+            LookupError: If nobody handles one of them; then none is carried out.
+        """
+        if not effects:
+            return
+        merged = merge(effects)
+        for effect in merged:
+            self._check(type(effect))
+        if event.run.rank == 0:
+            for effect in merged:
+                for handler in self._handlers[type(effect)]:
+                    handler(effect, state, event)
+
+    def handling(self, effect_type: type[Effect], *handlers: Handler) -> Interpreter:
+        """Return the interpreter in which `handlers` are called, after its own, for effects of this type.
+
+        Example:
+            >>> from dataclasses import dataclass
+            >>> from noether import AfterTraining, Effect, TrainState
+            >>> @dataclass(frozen=True)
+            ... class Ring(Effect):
+            ...     times: int
+            >>> interpreter = Interpreter({}).handling(Ring, lambda ring, state, event: print("ding " * ring.times))
+            >>> interpreter([Ring(2)], TrainState(), AfterTraining())
+            ding ding
+        """
+        return Interpreter({**self._handlers, effect_type: (*self._handlers.get(effect_type, _NONE), *handlers)})
+
+    def _check(self, effect_type: type[Effect]) -> None:
+        if effect_type not in self._handlers:
+            known = [known.__name__ for known in self._handlers]
+            raise LookupError(
+                f"nobody handles the effect {effect_type.__name__}{nearest(effect_type.__name__, known)}; "
+                f"register it with interpreter.handling({effect_type.__name__}, handler). "
+                f"Handled: {', '.join(known) or 'none'}"
+            )

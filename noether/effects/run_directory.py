@@ -1,0 +1,99 @@
+"""A run on disk: its checkpoints, logs and summary below one directory, and the interpreter that writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, final
+
+import torch
+from safetensors.torch import save_file
+
+from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveCheckpoint, SaveTensors, SetSummary
+from noether.core.tree import FrozenDict
+from noether.effects.checkpoints import CheckpointStore
+from noether.effects.interpreter import Interpreter
+from noether.effects.logs import Console, MetricsFile, Summary
+from noether.effects.memory import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+
+CONFIG: Final = "config.yaml"
+
+
+def open_run(directory: str | Path, console: Console | None = None) -> RunDirectory:
+    """Return the run in `directory`, made if it does not exist.
+
+    Args:
+        directory: Where the run is written.
+        console: Where lines for a person go; by default the standard output.
+
+    Example:
+        >>> import tempfile
+        >>> from noether import AfterTraining, SaveCheckpoint, TrainState
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     run = open_run(directory)
+        ...     run.interpreter([SaveCheckpoint()], TrainState().advance(samples=4), AfterTraining())
+        ...     str(open_run(directory).resume().iteration)
+        'E0_U1_S4'
+    """
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    return RunDirectory(Path(directory), console or Console())
+
+
+@final
+class RunDirectory:
+    """One run on disk; made by `open_run`.
+
+    Args:
+        path: The directory.
+        console: Where lines for a person go.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self.path = path
+        self.run_id = path.resolve().name
+        self.checkpoints = CheckpointStore(path / "checkpoints", self.run_id)
+        self._console = console
+        self._metrics = MetricsFile(path / "metrics.jsonl")
+        summary = Summary(path / "summary.json")
+        self.interpreter = Interpreter(
+            {
+                LogText: [console.text],
+                LogScalars: [self._metrics.write, console.scalars],
+                SetSummary: [summary.set],
+                SaveCheckpoint: [self.checkpoints.save],
+                SaveTensors: [self._save_tensors],
+                MeasurePeakMemory: [self._measure_peak_memory],
+            }
+        )
+
+    def resume(self) -> TrainState | None:
+        """Return the state in the newest checkpoint, or None; log lines beyond it are dropped, to be written again.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged.
+            LogError: If the log is.
+        """
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return None
+        state = self.checkpoints.resume(newest)
+        self._metrics.cut(state.iteration)
+        return state
+
+    def close(self) -> None:
+        """Let go of what the run holds."""
+        self._console.close()
+
+    def _save_tensors(self, effect: SaveTensors, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
+        path = self.path / "tensors" / f"{effect.name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in effect.tensors.items()}, path)
+
+    def _measure_peak_memory(self, effect: MeasurePeakMemory, state: TrainState, event: Event) -> None:
+        device = next((tensor.device for tensor in state.params.values()), torch.device("cpu"))
+        measured = LogScalars(FrozenDict({effect.key: peak_memory_bytes(device)}))
+        self._metrics.write(measured, state, event)
+        self._console.scalars(measured, state, event)
