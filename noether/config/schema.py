@@ -160,6 +160,8 @@ class TrainerSettings:
             yield None if getattr(self, name) is None else whole(name, getattr(self, name))
         for name in ("clip_grad_norm", "clip_grad_value"):
             yield None if getattr(self, name) is None else _number(name, getattr(self, name), above=True)
+        if self.clip_grad_norm is not None and self.clip_grad_value is not None:
+            yield Problem("clip_grad_value", "clip_grad_norm is given too; give one of them")
         yield whole("num_workers", self.num_workers, at_least=0)
         if self.evaluate_first and self.evaluate is None:
             yield Problem("evaluate_first", "there is nothing to evaluate; give `evaluate`")

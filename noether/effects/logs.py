@@ -66,8 +66,11 @@ class MetricsFile:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def cut(self, iteration: TrainingIteration) -> int:
-        """Drop the lines beyond `iteration`, which a resumed run will write again, and a torn one; return how many.
+    def cut(self, state: TrainState | None) -> int:
+        """Drop the lines beyond `state`, which a resumed run will write again, and a torn one; return how many.
+
+        Args:
+            state: Where the run goes on, or None if it starts anew.
 
         Raises:
             LogError: If a line before the last is not one of ours.
@@ -75,12 +78,12 @@ class MetricsFile:
         if not self._path.exists():
             return 0
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for number, line in enumerate(lines, 1) if self._belongs(line, number, len(lines), iteration)]
+        kept = [line for number, line in enumerate(lines, 1) if self._belongs(line, number, len(lines), state)]
         if len(kept) < len(lines):
             replace_text(self._path, "".join(kept))
         return len(lines) - len(kept)
 
-    def _belongs(self, line: str, number: int, last: int, iteration: TrainingIteration) -> bool:
+    def _belongs(self, line: str, number: int, last: int, state: TrainState | None) -> bool:
         try:
             read = json.loads(line)
             measured = TrainingIteration(read["epoch"], read["update"], read["sample"])
@@ -88,7 +91,10 @@ class MetricsFile:
             if number == last:
                 return False
             raise LogError(f"{self._path}:{number}: not a line of metrics: {line[:80]!r}") from None
-        return line.endswith("\n") and iteration.reached(measured)
+        if state is None or not line.endswith("\n") or not state.iteration.reached(measured):
+            return False
+        # The end of training is dispatched where the last update or epoch was: the counters do not tell it from them.
+        return state.ended or read["event"] != "after_training" or measured != state.iteration
 
 
 class Summary:

@@ -72,15 +72,15 @@ class RunDirectory:
     def resume(self) -> TrainState | None:
         """Return the state in the newest checkpoint, or None; log lines beyond it are dropped, to be written again.
 
+        Without a checkpoint all are dropped: the run begins anew.
+
         Raises:
             CheckpointError: If the checkpoint is damaged.
             LogError: If the log is.
         """
         newest = self.checkpoints.newest()
-        if newest is None:
-            return None
-        state = self.checkpoints.resume(newest)
-        self._metrics.cut(state.iteration)
+        state = None if newest is None else self.checkpoints.resume(newest)
+        self._metrics.cut(state)
         return state
 
     def close(self) -> None:

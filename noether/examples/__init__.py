@@ -1,0 +1,1 @@
+"""Data sets, models and losses that the shipped configurations train with."""

@@ -187,6 +187,11 @@ class EvaluateCallback(_Evaluation):
 
     measures: tuple[str | MetricFunction, ...]
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Nothing that has to come before: the trainer chooses its place."""
+        return ()
+
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings."""
         yield from super().problems()

@@ -1,0 +1,315 @@
+"""From a configuration to everything that a run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+
+from noether.config.errors import ConfigError
+from noether.config.kinds import named
+from noether.config.optimizer_settings import ScheduleSettings
+from noether.config.resolved import resolved
+from noether.core.callback import declaration_of
+from noether.core.callbacks.evaluation import EvaluateCallback
+from noether.core.declarations import DeclarationError, check_declarations
+from noether.core.errors import Problem, SettingsError, nearest
+from noether.core.iteration import TrainingIteration
+from noether.core.metrics import matches
+from noether.core.module import forward
+from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.state import TrainState
+from noether.core.tree import map_leaves
+from noether.effects.checkpoints import CheckpointError, CheckpointStore
+from noether.training.data import EvaluationData, TrainingData
+from noether.training.optimizer import FunctionalOptimizer
+from noether.training.randomness import derive, seed_all
+from noether.training.schedules import ValueSchedule, value_schedule
+from noether.training.step import Step
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from noether.config.schema import Config, TrainerSettings
+    from noether.core.callback import Callback
+    from noether.core.reducer import Reducer
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run is made of; made by `build`.
+
+    Args:
+        config: What it was made from.
+        model: The architecture; training does not use its weights.
+        state: Where a new run begins.
+        run: What is fixed for the run.
+        reducer: The callbacks, composed, those of `trainer.evaluate` among them.
+        step: Makes one update.
+        data: Gives the batches.
+    """
+
+    config: Config
+    model: nn.Module
+    state: TrainState
+    run: Run
+    reducer: Reducer
+    step: Step
+    data: TrainingData
+
+    def to_device(self, state: TrainState) -> TrainState:
+        """Return a loaded state on the device of the run.
+
+        Raises:
+            CheckpointError: If its weights are not those of this model.
+        """
+        _check_weights(self.state, state)
+        device = next(iter(self.state.params.values())).device
+        if device.type == "cpu":
+            return state
+        moved = {name: map_leaves(lambda leaf: _to(leaf, device), getattr(state, name)) for name in _TENSOR_FIELDS}
+        return state.replace(**moved)
+
+
+_TENSOR_FIELDS = ("params", "buffers", "callback_states")  # torch's optimizers say themselves where their memory lies
+
+
+def build(config: Config, run_id: str = "") -> Experiment:
+    """Return what `config` describes, made: datasets, model, optimizer, callbacks.
+
+    Args:
+        config: A checked configuration.
+        run_id: Name of the run.
+
+    Raises:
+        ConfigError: If what only the made objects can tell is wrong: a batch larger than the dataset, a parameter
+            group that matches nothing, a metric that nobody produces.
+    """
+    trainer = config.trainer
+    device = _device(config)
+    datasets = {key: _made(config, ("data", key), kind.build) for key, kind in config.data.items()}
+    data = _training_data(config, datasets["train"], device)
+    seed_all(derive(config.run.seed, "params"))
+    model = _made(config, ("model",), config.model.build).to(device).train()
+    run = _run(config, data, datasets, model, run_id, device)
+    state = _with_own_tensors(TrainState.from_module(model, seed=config.run.seed))
+    if config.run.init_from is not None:
+        state = _init_from(config, state)
+    optimizer = _optimizer(config, model)
+    lr, weight_decay = _value_schedules(config, optimizer, state, run)
+    state = state.replace(opt_state=optimizer.init(state.params))
+    step = Step(
+        model=model,
+        loss=named(trainer.loss),
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        precision=_PRECISIONS[trainer.precision],
+        clip_grad_norm=trainer.clip_grad_norm,
+        clip_grad_value=trainer.clip_grad_value,
+        nonfinite=trainer.nonfinite,
+    )
+    reducer = compose(*_callbacks(config, state, run))
+    return Experiment(config=config, model=model, state=state, run=run, reducer=reducer, step=step, data=data)
+
+
+def _with_own_tensors(state: TrainState) -> TrainState:
+    """Return the state with params and buffers of its own, so that it does not change with a live model."""
+    copies = {name: map_leaves(torch.clone, getattr(state, name)) for name in ("params", "buffers")}
+    return state.replace(**copies)
+
+
+def _made(config: Config, path: tuple[str, ...], make: Callable[[], Any]) -> Any:
+    with _located(config, path):
+        return make()
+
+
+@contextmanager
+def _located(config: Config, path: tuple[str | int, ...]) -> Iterator[None]:
+    """Give refusals of objects the place of the section that described them."""
+    try:
+        yield
+    except SettingsError as error:
+        raise _errors(config, path, error.problems) from error
+    except (ValueError, TypeError) as error:
+        raise config.error(path, str(error)) from error
+
+
+def _errors(config: Config, path: tuple[str | int, ...], problems: Sequence[Problem]) -> ConfigError:
+    errors = [config.error((*path, *problem.setting.split(".")) if problem.setting else path, problem.message) for problem in problems]
+    return ConfigError([located for error in errors for located in error.problems])
+
+
+def _device(config: Config) -> torch.device:
+    name = config.trainer.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise config.error(("trainer", "device"), f"{name!r} cannot be used here: {reason}; 'auto' takes what there is") from error
+    return torch.device(name)
+
+
+def _training_data(config: Config, dataset: Any, device: torch.device) -> TrainingData:
+    trainer = config.trainer
+    with _located(config, ("trainer", "effective_batch_size")):
+        return TrainingData(
+            dataset,
+            seed=config.run.seed,
+            effective_batch_size=trainer.effective_batch_size,
+            max_batch_size=trainer.max_batch_size,
+            drop_last=trainer.drop_last,
+            num_workers=trainer.num_workers,
+            device=device,
+        )
+
+
+def _run(
+    config: Config,
+    data: TrainingData,
+    datasets: Mapping[str, Any],
+    model: nn.Module,
+    run_id: str,
+    device: torch.device,
+) -> Run:
+    trainer = config.trainer
+    size = trainer.eval_batch_size or trainer.max_batch_size or trainer.effective_batch_size
+    evaluated = {
+        key: EvaluationData(
+            dataset, seed=config.run.seed, batch_size=size, num_workers=trainer.num_workers, device=device
+        )
+        for key, dataset in datasets.items()
+    }
+    return Run(
+        end=_end(trainer),
+        updates_per_epoch=data.updates_per_epoch,
+        samples_per_epoch=data.samples_per_epoch,
+        effective_batch_size=data.effective_batch_size,
+        run_id=run_id,
+        config=resolved(config),
+        data=evaluated,
+        forward=_forward(model, named(trainer.loss), _PRECISIONS[trainer.precision], device),
+    )
+
+
+def _end(trainer: TrainerSettings) -> TrainingIteration:
+    return TrainingIteration(trainer.max_epochs or 0, trainer.max_updates or 0, trainer.max_samples or 0)
+
+
+def _forward(
+    model: nn.Module, loss: Callable[..., Any], precision: torch.dtype | None, device: torch.device
+) -> Callable[..., Any]:
+    plain = forward(model, loss)
+    if precision is None:
+        return plain
+
+    def in_precision(state: TrainState, batch: Any) -> Any:
+        with torch.autocast(device.type, dtype=precision):
+            return plain(state, batch)
+
+    return in_precision
+
+
+def _init_from(config: Config, state: TrainState) -> TrainState:
+    """Return the state with the weights of another run's checkpoint."""
+    path = Path(config.run.init_from or "")
+    try:
+        store = CheckpointStore(path.parent, run_id="")
+        weights = store.load(store.find(path.name))
+        _check_weights(state, weights)
+    except CheckpointError as error:
+        right = "give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
+        raise config.error(("run", "init_from"), f"{str(path)!r}: {error}; {right}") from error
+    device = next(iter(state.params.values())).device
+    to_device = {name: map_leaves(lambda leaf: _to(leaf, device), getattr(weights, name)) for name in ("params", "buffers")}
+    return state.replace(**to_device)
+
+
+def _check_weights(ours: TrainState, theirs: TrainState) -> None:
+    """Refuse weights of another model."""
+    for what in ("params", "buffers"):
+        expected, found = getattr(ours, what), getattr(theirs, what)
+        for name in sorted(expected.keys() ^ found.keys()):
+            where = "the checkpoint has no" if name in expected else "the model has no"
+            raise CheckpointError(f"{where} {name!r} among its {what}{nearest(name, {**expected, **found}.keys() - {name})}")
+        for name, tensor in expected.items():
+            if tensor.shape != found[name].shape:
+                shapes = f"{tuple(found[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model"
+                raise CheckpointError(f"{name!r} has shape {shapes}")
+
+
+def _to(leaf: Any, device: torch.device) -> Any:
+    return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _optimizer(config: Config, model: nn.Module) -> FunctionalOptimizer:
+    optimizer = config.optimizer
+    own = {"lr": optimizer.lr} | ({} if optimizer.weight_decay is None else {"weight_decay": optimizer.weight_decay})
+    frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    with _located(config, ("optimizer",)):
+        return FunctionalOptimizer(
+            optimizer.kind.target, {**optimizer.kind.settings, **own}, optimizer.groups, frozen
+        )
+
+
+def _value_schedules(
+    config: Config, optimizer: FunctionalOptimizer, state: TrainState, run: Run
+) -> tuple[dict[str, ValueSchedule], dict[str, ValueSchedule]]:
+    with _located(config, ("optimizer",)):
+        groups = optimizer.group_settings(state.params)
+
+    def schedules(setting: str, name: str) -> dict[str, ValueSchedule]:
+        settings = getattr(config.optimizer, name) or ScheduleSettings()
+        lengths = {"total_updates": run.final.update, "updates_per_epoch": run.updates_per_epoch}
+        with _located(config, ("optimizer", name)):
+            return {
+                group: value_schedule(own[setting], settings, **lengths) for group, own in groups.items() if setting in own
+            }
+
+    return schedules("lr", "schedule"), schedules("weight_decay", "weight_decay_schedule")
+
+
+def _callbacks(config: Config, state: TrainState, run: Run) -> list[Callback]:
+    """Return the configured callbacks, with those of `trainer.evaluate` before their first consumers."""
+    paths: list[tuple[Callback, tuple[str | int, ...]]] = [
+        (kind.build(), ("callbacks", index)) for index, kind in enumerate(config.callbacks)
+    ]
+    for evaluation in _evaluations(config):
+        place = next((i for i, (callback, _) in enumerate(paths) if _consumes(callback, evaluation)), len(paths))
+        paths.insert(place, (evaluation, ("trainer", "evaluate", evaluation.dataset_key)))
+    callbacks = [callback for callback, _ in paths]
+    try:
+        check_declarations(callbacks, state, run)
+    except DeclarationError as error:
+        where = {id(callback): path for callback, path in paths}
+        errors = [config.error(where[id(misfit.callback)], misfit.message) for misfit in error.misfits]
+        raise ConfigError([located for each in errors for located in each.problems]) from error
+    return callbacks
+
+
+def _evaluations(config: Config) -> list[EvaluateCallback]:
+    evaluate = config.trainer.evaluate
+    if evaluate is None:
+        return []
+    intervals = {name: getattr(evaluate, name) for name in ("every_n_epochs", "every_n_updates", "every_n_samples")}
+    made = []
+    for key, measures in evaluate.datasets.items():
+        functions = tuple(named(measure) if "." in measure else measure for measure in measures)
+        with _located(config, ("trainer", "evaluate", key)):
+            made.append(EvaluateCallback(dataset_key=key, measures=functions, **intervals))
+    return made
+
+
+def _consumes(callback: Callback, producer: EvaluateCallback) -> bool:
+    wanted = declaration_of(callback).consumes
+    return any(matches(pattern, key) for key in wanted for pattern in producer.produces)

@@ -1,0 +1,270 @@
+"""One optimizer update as a function: `(state, micro-batches) -> (state, outputs)`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import get_total_norm
+
+from noether.core.batch import batch_size, model_arguments
+from noether.core.module import with_total
+from noether.core.tree import FrozenDict, map_leaves
+from noether.training.randomness import derive, seed_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from noether.core.state import TrainState
+    from noether.training.optimizer import FunctionalOptimizer
+    from noether.training.schedules import ValueSchedule
+
+    Losses = Mapping[str, Tensor]
+    Grads = dict[str, Tensor | None]
+
+_SHOWN: Final = 3
+
+Nonfinite = Literal["apply", "skip", "raise"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Accumulated:
+    """What one accumulation step gave, for those who listen.
+
+    Args:
+        losses: Mean loss of the micro-batch by name.
+        outputs: What the model returned.
+        samples: Samples in the micro-batch.
+        accumulation_step: Index of the micro-batch in its update.
+        accumulation_steps: Micro-batches of this update.
+    """
+
+    losses: Losses
+    outputs: Any
+    samples: int
+    accumulation_step: int
+    accumulation_steps: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StepOutputs:
+    """What an update gave beside the new state; the fields are those of `AfterUpdate`."""
+
+    samples: int
+    losses: Losses
+    outputs: tuple[Any, ...]
+    lr: Mapping[str, float]
+    weight_decay: Mapping[str, float]
+    grad_norm: Tensor | None
+    finite: Tensor | bool
+    skipped: bool
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer update. Calling it writes to no tensor of the state that it is given.
+
+    Its random numbers are a function of `(seed, update, rank)`; the learning rate of update u is
+    `lr[group](u - 1) * state.hyperparams["lr_scale"]`.
+
+    Args:
+        model: Gives the architecture, in training mode; its own weights are not used.
+        loss: `(outputs, batch) -> {name: mean over samples}`, pure.
+        optimizer: Makes new params of gradients.
+        lr: Learning rate by parameter group, as a function of the number of completed updates.
+        weight_decay: Weight decay by parameter group, likewise; empty for an optimizer that has none.
+        precision: Autocast type of forward pass and loss, or None.
+        clip_grad_norm: Largest 2-norm of all gradients together, or None.
+        clip_grad_value: Largest absolute value of a gradient's entry, or None.
+        nonfinite: What to do with an update whose losses or gradients are not finite. `apply` does not look at the
+            gradients; `skip` and `raise` do, before anything is applied, and wait for the device to tell.
+        rank: Index of this process.
+
+    Example:
+        >>> from noether import TrainState
+        >>> from noether.training.optimizer import FunctionalOptimizer
+        >>> model = nn.Linear(2, 1)
+        >>> step = Step(
+        ...     model=model,
+        ...     loss=lambda outputs, batch: {"mse": (outputs - batch[1]).square().mean()},
+        ...     optimizer=FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1}),
+        ...     lr={"default": lambda position: 0.1},
+        ... )
+        >>> state, outputs = step(TrainState.from_module(model), [(torch.ones(4, 2), torch.ones(4, 1))])
+        >>> outputs.samples, sorted(outputs.losses), dict(outputs.lr)
+        (4, ['mse', 'total'], {'default': 0.1})
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Any], Losses]
+    optimizer: FunctionalOptimizer
+    lr: Mapping[str, ValueSchedule]
+    weight_decay: Mapping[str, ValueSchedule] = field(default_factory=dict)
+    precision: torch.dtype | None = None
+    clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    nonfinite: Nonfinite = "apply"
+    rank: int = 0
+
+    def __call__(
+        self,
+        state: TrainState,
+        batches: Sequence[Any],
+        observe: Callable[[TrainState, Accumulated], TrainState] | None = None,
+    ) -> tuple[TrainState, StepOutputs]:
+        """Return the state after one update on all of `batches`, its counters as they were.
+
+        Args:
+            state: Params, buffers and opt_state to start from.
+            batches: The micro-batches of the update, at least one.
+            observe: Called with the gradients of each micro-batch there and nothing applied; returns the state with
+                what a callback remembered.
+
+        Raises:
+            FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
+        """
+        seed_torch(derive(state.seed, "update", state.iteration.update, self.rank))
+        samples = [batch_size(batch) for batch in batches]
+        gradients, update = _Sum(), sum(samples)
+        total_losses, outputs, buffers = _Sum(), [], state.buffers
+        for index, (batch, size) in enumerate(zip(batches, samples, strict=True)):
+            grads, losses, output, buffers = self._gradients(state.params, buffers, batch, size / update)
+            gradients.add(grads)
+            total_losses.add(
+                {name: loss * (size / update) for name, loss in losses.items()} if size < update else losses
+            )
+            outputs.append(output)
+            if observe is not None:
+                seen = Accumulated(
+                    losses=losses,
+                    outputs=output,
+                    samples=size,
+                    accumulation_step=index,
+                    accumulation_steps=len(batches),
+                )
+                state = observe(state, seen)
+        return self._applied(state, gradients.values, total_losses.values, buffers, tuple(outputs), update)
+
+    def _gradients(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, weight: float
+    ) -> tuple[Grads, Losses, Any, Mapping[str, Tensor]]:
+        """Return gradients of the weighted total loss, losses, outputs and new buffers."""
+        trainable = self.optimizer.trainable(params)
+        inputs = {name: param.detach() for name, param in params.items()}
+        for name in trainable:
+            inputs[name].requires_grad_()
+        weights = {**inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        arguments, keywords = model_arguments(self.model, batch)
+        with torch.enable_grad(), self._autocast(params):
+            outputs = functional_call(self.model, weights, arguments, keywords)
+            losses = with_total(self.loss(outputs, batch))
+            total = losses["total"] if weight == 1 else losses["total"] * weight
+        # torch.autograd.grad and not torch.func.grad_and_value: it is faster, to the same bits; see benchmarks/step.py.
+        grads = torch.autograd.grad(total, [inputs[name] for name in trainable], allow_unused=True)
+        return (
+            dict(zip(trainable, grads, strict=True)),
+            {name: loss.detach() for name, loss in losses.items()},
+            _detached(outputs),
+            # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
+            {name: weights[name].detach() for name in buffers},
+        )
+
+    def _applied(
+        self,
+        state: TrainState,
+        grads: Grads,
+        losses: Losses,
+        buffers: Mapping[str, Tensor],
+        outputs: tuple[Any, ...],
+        samples: int,
+    ) -> tuple[TrainState, StepOutputs]:
+        """Return the state with the gradients applied, or as it was if they are to be skipped."""
+        finite = self._finite(losses, grads)
+        skipped = self.nonfinite != "apply" and not finite
+        if skipped and self.nonfinite == "raise":
+            raise FloatingPointError(_nonfinite_message(state, losses, grads))
+        grads, grad_norm = self._clipped(grads)
+        settings = self._settings(state)
+        if not skipped:
+            params, opt_state = self.optimizer.update(grads, state.opt_state, state.params, settings=settings)
+            state = state.replace(params=params, buffers=FrozenDict(buffers), opt_state=opt_state)
+        return state, StepOutputs(
+            samples=samples,
+            losses=FrozenDict(losses),
+            outputs=outputs,
+            lr=FrozenDict({group: values["lr"] for group, values in settings.items()}),
+            weight_decay=FrozenDict({g: v["weight_decay"] for g, v in settings.items() if "weight_decay" in v}),
+            grad_norm=grad_norm,
+            finite=finite,
+            skipped=skipped,
+        )
+
+    def _settings(self, state: TrainState) -> dict[str, dict[str, float]]:
+        position, scale = state.iteration.update, state.hyperparams["lr_scale"]
+        settings = {group: {"lr": schedule(position) * scale} for group, schedule in self.lr.items()}
+        for group, schedule in self.weight_decay.items():
+            settings[group]["weight_decay"] = schedule(position)
+        return settings
+
+    def _finite(self, losses: Losses, grads: Grads) -> Tensor | bool:
+        finite = losses["total"].isfinite()
+        if self.nonfinite == "apply":
+            return finite
+        largest = [torch.linalg.vector_norm(grad, torch.inf) for grad in grads.values() if grad is not None]
+        return bool(finite & torch.stack(largest).isfinite().all()) if largest else bool(finite)
+
+    def _clipped(self, grads: Grads) -> tuple[Grads, Tensor | None]:
+        """Return clipped gradients and their norm before; out of place, for two may be the same tensor."""
+        if self.clip_grad_value is not None:
+            limit = self.clip_grad_value
+            grads = {name: None if grad is None else grad.clamp(-limit, limit) for name, grad in grads.items()}
+        if self.clip_grad_norm is None:
+            return grads, None
+        norm = get_total_norm([grad for grad in grads.values() if grad is not None])
+        factor = torch.clamp(self.clip_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return {name: None if grad is None else grad * factor for name, grad in grads.items()}, norm
+
+    def _autocast(self, params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        if self.precision is None:
+            return nullcontext()
+        device = next(iter(params.values())).device.type
+        return torch.autocast(device, dtype=self.precision)
+
+
+class _Sum:
+    """Adds up trees of tensors; the first is taken as it is, so that a single one keeps its bits."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def add(self, terms: Mapping[str, Any]) -> None:
+        for name, term in terms.items():
+            held = self.values.get(name)
+            self.values[name] = held if term is None else term if held is None else held + term
+
+
+def _detached(tree: Any) -> Any:
+    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _nonfinite_message(state: TrainState, losses: Losses, grads: Grads) -> str:
+    wrong = [f"loss {name!r} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()]
+    wrong += [
+        f"the gradient of {name!r} is not finite"
+        for name, grad in grads.items()
+        if grad is not None and not grad.isfinite().all()
+    ]
+    first, others = wrong[:_SHOWN], len(wrong) - _SHOWN
+    more = f" (and {others} more)" if others > 0 else ""
+    return (
+        f"update {state.iteration.update + 1}: {', '.join(first)}{more}; nothing was applied. "
+        "Lower the learning rate, clip gradients, or leave such updates out with trainer.nonfinite: skip"
+    )

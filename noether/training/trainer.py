@@ -1,0 +1,120 @@
+"""The trainer: a function over a state that asks what comes next, does it, and tells the callbacks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+from noether.core.dispatch import dispatch
+from noether.core.effect import SaveCheckpoint
+from noether.core.event import (
+    AfterAccumulationStep,
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    AtEval,
+    BeforeTraining,
+    Event,
+)
+from noether.core.tree import FrozenDict
+from noether.core.upcoming import Move, next_move
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from noether.core.reducer import Reducer
+    from noether.core.run import Run
+    from noether.core.state import TrainState
+    from noether.effects.interpreter import Interpreter
+    from noether.training.data import TrainingData
+    from noether.training.step import Accumulated, Step
+
+
+@final
+@dataclass(frozen=True)
+class Clock:
+    """Where the loop reads time.
+
+    Args:
+        wall_s: Returns seconds since 1970.
+        elapsed_s: Returns seconds since any moment, never going back.
+    """
+
+    wall_s: Callable[[], float] = time.time
+    elapsed_s: Callable[[], float] = time.perf_counter
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Trains a state. It remembers nothing: where the run is, the state says.
+
+    Args:
+        run: What is fixed for the run.
+        step: Makes one update.
+        data: Gives the batches.
+        reducer: The callbacks, composed.
+        interpreter: Carries out what they ask for.
+        evaluate_first: Whether an evaluation is dispatched before the first update.
+        interrupted: Asked between events; once it returns True, the state is saved and returned.
+        clock: Where time is read.
+    """
+
+    run: Run
+    step: Step
+    data: TrainingData
+    reducer: Reducer
+    interpreter: Interpreter
+    evaluate_first: bool = False
+    interrupted: Callable[[], bool] = lambda: False
+    clock: Clock = Clock()
+
+    def __call__(self, state: TrainState, *, resumed: bool = False) -> TrainState:
+        """Return the state at the end of the run, or where it was interrupted."""
+        state = self._tell(state, BeforeTraining, resumed=resumed)
+        if self.evaluate_first and not resumed:
+            state = self._tell(state, AtEval)
+        try:
+            return self._train(state)
+        finally:
+            self.data.close()
+
+    def _train(self, state: TrainState) -> TrainState:
+        since_s = self.clock.elapsed_s()
+        while (move := next_move(state, self.run)) is not Move.NOTHING:
+            if self.interrupted():
+                save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
+                self.interpreter([save], state, AfterUpdate(run=self.run, time_s=self.clock.wall_s()))
+                return state
+            if move is Move.END_EPOCH:
+                state = self._tell(state.next_epoch(), AfterEpoch)
+            elif move is Move.END_TRAINING:
+                state = self._tell(state.replace(ended=True), AfterTraining)
+            else:
+                state, since_s = self._update(state, since_s)
+        return state
+
+    def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, float]:
+        """Return the state after one update, and the time at which it was completed."""
+        waiting_s = self.clock.elapsed_s()
+        batches = self.data.batch(state.iteration, last=self.run.final.update)
+        loaded_s = self.clock.elapsed_s()
+        state, outputs = self.step(
+            state, batches, self._observe if self.reducer.listens(AfterAccumulationStep) else None
+        )
+        stepped_s = self.clock.elapsed_s()
+        readings = {
+            **vars(outputs),
+            "duration_s": stepped_s - since_s,
+            "data_s": loaded_s - waiting_s,
+            "step_s": stepped_s - loaded_s,
+        }
+        return self._tell(state.advance(samples=outputs.samples), AfterUpdate, **readings), stepped_s
+
+    def _observe(self, state: TrainState, seen: Accumulated) -> TrainState:
+        return self._tell(state, AfterAccumulationStep, **vars(seen))
+
+    def _tell(self, state: TrainState, event_type: type[Event], **readings: Any) -> TrainState:
+        event = event_type(run=self.run, time_s=self.clock.wall_s(), **readings)
+        return dispatch(state, event, self.reducer, self.interpreter)
