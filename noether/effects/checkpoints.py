@@ -31,6 +31,7 @@ OPTIMIZER: Final = "optimizer.safetensors"
 STATE: Final = "state.json"
 MEMORY: Final = "state.safetensors"
 MANIFEST: Final = "MANIFEST.json"
+_WHATS: Final = ("params", "buffers")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]*", re.ASCII)
 
 
@@ -174,9 +175,9 @@ class CheckpointStore:
             state = _read_state(directory)
         if WEIGHTS in manifest.parts:
             tensors, metadata = _read_tensors(directory / WEIGHTS)
-            buffers = set(json.loads(metadata["buffers"]))
-            params = {name: tensor for name, tensor in tensors.items() if name not in buffers}
-            state = state.replace(params=params, buffers={name: tensors[name] for name in sorted(buffers)})
+            # In the order that they had: a sum over all of them, as clipping takes it, depends on it in the last bit.
+            ordered = {what: {name: tensors[name] for name in json.loads(metadata[what])} for what in _WHATS}
+            state = state.replace(**ordered)
         return state
 
 
@@ -206,8 +207,8 @@ def _write_weights(directory: Path, state: TrainState, models: tuple[str, ...]) 
         raise CheckpointError(
             f"model_names: no weights below {', '.join(models)}; there are: {', '.join(state.params)}"
         )
-    buffers = json.dumps([name for name in chosen if name in state.buffers])
-    _write_tensors(directory / WEIGHTS, chosen, {"buffers": buffers})
+    names = {what: json.dumps([name for name in getattr(state, what) if name in chosen]) for what in _WHATS}
+    _write_tensors(directory / WEIGHTS, chosen, names)
 
 
 def _write_state(directory: Path, state: TrainState) -> None:

@@ -73,20 +73,19 @@ class ConvNet(nn.Module):
         torch.Size([4, 10])
     """
 
-    def __init__(self, width: int = 32, dropout: float = 0.2) -> None:
+    def __init__(self, width: int = 32, dropout: float = 0.3) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(2 * width),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
         )
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width * 4, 10))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * width * 16, 10))
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Return scores `(batch, 10)` for images `(batch, 1, 8, 8)`."""

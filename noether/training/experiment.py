@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 
@@ -33,6 +32,8 @@ from noether.training.schedules import ValueSchedule, value_schedule
 from noether.training.step import Step
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
     from torch import nn
 
     from noether.config.schema import Config, TrainerSettings
@@ -144,7 +145,10 @@ def _located(config: Config, path: tuple[str | int, ...]) -> Iterator[None]:
 
 
 def _errors(config: Config, path: tuple[str | int, ...], problems: Sequence[Problem]) -> ConfigError:
-    errors = [config.error((*path, *problem.setting.split(".")) if problem.setting else path, problem.message) for problem in problems]
+    errors = [
+        config.error((*path, *problem.setting.split(".")) if problem.setting else path, problem.message)
+        for problem in problems
+    ]
     return ConfigError([located for error in errors for located in error.problems])
 
 
@@ -156,7 +160,9 @@ def _device(config: Config) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise config.error(("trainer", "device"), f"{name!r} cannot be used here: {reason}; 'auto' takes what there is") from error
+        raise config.error(
+            ("trainer", "device"), f"{name!r} cannot be used here: {reason}; 'auto' takes what there is"
+        ) from error
     return torch.device(name)
 
 
@@ -231,8 +237,9 @@ def _init_from(config: Config, state: TrainState) -> TrainState:
         right = "give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
         raise config.error(("run", "init_from"), f"{str(path)!r}: {error}; {right}") from error
     device = next(iter(state.params.values())).device
-    to_device = {name: map_leaves(lambda leaf: _to(leaf, device), getattr(weights, name)) for name in ("params", "buffers")}
-    return state.replace(**to_device)
+    # In the order of the model, whatever the order of the file.
+    params = {name: weights.params[name].to(device) for name in state.params}
+    return state.replace(params=params, buffers={name: weights.buffers[name].to(device) for name in state.buffers})
 
 
 def _check_weights(ours: TrainState, theirs: TrainState) -> None:
@@ -241,7 +248,9 @@ def _check_weights(ours: TrainState, theirs: TrainState) -> None:
         expected, found = getattr(ours, what), getattr(theirs, what)
         for name in sorted(expected.keys() ^ found.keys()):
             where = "the checkpoint has no" if name in expected else "the model has no"
-            raise CheckpointError(f"{where} {name!r} among its {what}{nearest(name, {**expected, **found}.keys() - {name})}")
+            raise CheckpointError(
+                f"{where} {name!r} among its {what}{nearest(name, {**expected, **found}.keys() - {name})}"
+            )
         for name, tensor in expected.items():
             if tensor.shape != found[name].shape:
                 shapes = f"{tuple(found[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model"
@@ -258,7 +267,7 @@ def _optimizer(config: Config, model: nn.Module) -> FunctionalOptimizer:
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
     with _located(config, ("optimizer",)):
         return FunctionalOptimizer(
-            optimizer.kind.target, {**optimizer.kind.settings, **own}, optimizer.groups, frozen
+            cast("Any", optimizer.kind.target), {**optimizer.kind.settings, **own}, optimizer.groups, frozen
         )
 
 
@@ -273,7 +282,9 @@ def _value_schedules(
         lengths = {"total_updates": run.final.update, "updates_per_epoch": run.updates_per_epoch}
         with _located(config, ("optimizer", name)):
             return {
-                group: value_schedule(own[setting], settings, **lengths) for group, own in groups.items() if setting in own
+                group: value_schedule(own[setting], settings, **lengths)
+                for group, own in groups.items()
+                if setting in own
             }
 
     return schedules("lr", "schedule"), schedules("weight_decay", "weight_decay_schedule")

@@ -1,0 +1,65 @@
+"""Evaluation of a checkpoint from the command line."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from noether.cli.running import resumed_config
+from noether.core.dispatch import dispatch
+from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary
+from noether.core.event import AtEval
+from noether.effects import CheckpointStore, Interpreter
+from noether.effects.files import replace_text
+from noether.effects.logs import plain
+from noether.training.experiment import build
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+
+def evaluate(run_dir: Path, checkpoint: str, allow: Sequence[str]) -> None:
+    """Print what the data iterators of a run measure at a checkpoint, and keep it in `eval/TAG.json`.
+
+    Raises:
+        ConfigError: If `run_dir` is not a run.
+        CheckpointError: If there is no such checkpoint, or it is damaged.
+    """
+    config = resumed_config(run_dir, allow=allow)
+    experiment = build(config, run_id=run_dir.resolve().name)
+    if not experiment.reducer.listens(AtEval):
+        raise config.error(
+            ("callbacks",), "none of them iterates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}"
+        )
+    store = CheckpointStore(run_dir / "checkpoints", experiment.run.run_id)
+    manifest = store.find(checkpoint)
+    state = experiment.to_device(store.load(manifest))
+    metrics: dict[str, Any] = {}
+    dispatch(state, AtEval(run=experiment.run), experiment.reducer, _collecting(metrics))
+    _keep(run_dir / "eval" / f"{manifest.tag}.json", metrics)
+    _show(manifest.tag, metrics)
+
+
+def _collecting(metrics: dict[str, Any]) -> Interpreter:
+    def collect(effect: LogScalars, _state: object, _event: object) -> None:
+        metrics.update({key: plain(value) for key, value in effect.values.items()})
+
+    return Interpreter({LogScalars: [collect], LogText: [], SetSummary: [], SaveTensors: []})
+
+
+def _keep(path: Path, metrics: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    click.echo(f"kept in {path}")
+
+
+def _show(tag: str, metrics: Mapping[str, Any]) -> None:
+    table = Table("metric", "value", title=tag)
+    for key, value in metrics.items():
+        table.add_row(key, f"{value:.6g}" if isinstance(value, (int, float)) else str(value))
+    Console().print(table)

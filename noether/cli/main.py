@@ -1,0 +1,124 @@
+"""`noether`: train, resume, evaluate and check, from a YAML file."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SET = click.option(
+    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a setting, e.g. trainer.max_epochs=20."
+)
+_ALLOW = click.option(
+    "--allow", metavar="PREFIX", multiple=True, help="Let `kind` name modules that begin with PREFIX."
+)
+_CONFIG_ERROR = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="noether")
+def main() -> None:
+    """Train PyTorch models with callbacks that are pure functions."""
+
+
+@main.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--resume", metavar="RUN_DIR", type=click.Path(path_type=Path), help="Go on with the run in RUN_DIR.")
+@click.option("--smoke", is_flag=True, help="One update, one evaluation, one save, in a temporary directory.")
+@click.option("--drop-memory", metavar="NAME", multiple=True, help="With --resume: forget the memory NAME.")
+@_SET
+@_ALLOW
+def train(  # one parameter per option
+    config: Path | None,
+    resume: Path | None,
+    smoke: bool,  # noqa: FBT001  # click passes it by name
+    drop_memory: tuple[str, ...],
+    settings: tuple[str, ...],
+    allow: tuple[str, ...],
+) -> None:
+    """Train what CONFIG describes, or go on with a run."""
+    if (config is None) == (resume is None):
+        raise click.UsageError("give either CONFIG or --resume RUN_DIR")
+    if resume is not None and smoke:
+        raise click.UsageError("--smoke tries a CONFIG; it does not go with --resume")
+    if drop_memory and resume is None:
+        raise click.UsageError("--drop-memory goes with --resume")
+    from noether.cli import running
+
+    with _refusals():
+        if config is not None and smoke:
+            running.smoke(config, settings, allow)
+        elif config is not None:
+            _leave(running.start(config, settings, allow))
+        elif resume is not None:
+            _leave(running.go_on(resume, settings, allow, drop_memory))
+
+
+@main.command("eval")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--checkpoint", default="latest", show_default=True, metavar="TAG", help="A tag, or a pointer's name.")
+@_ALLOW
+def evaluate(run_dir: Path, checkpoint: str, allow: tuple[str, ...]) -> None:
+    """Evaluate a checkpoint of the run in RUN_DIR with the data iterators among its callbacks."""
+    from noether.cli import evaluating
+
+    with _refusals():
+        evaluating.evaluate(run_dir, checkpoint, allow)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@_SET
+@_ALLOW
+def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
+    """Check CONFIG: every setting, the datasets, the model, and that the callbacks fit together."""
+    from noether.config import load
+    from noether.training.experiment import build
+
+    with _refusals():
+        experiment = build(load(config, settings, allow))
+        count = len(experiment.reducer.members)
+        click.echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
+
+
+def _leave(exit_code: int) -> None:
+    if exit_code:
+        sys.exit(exit_code)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what a user can mend into a message and an exit code; anything else is a bug and keeps its traceback."""
+    from noether.config import ConfigError
+    from noether.core.declarations import DeclarationError
+    from noether.core.metrics import MetricError
+    from noether.effects import CheckpointError, LogError
+
+    mendable: tuple[type[Exception], ...] = (
+        CheckpointError,
+        DeclarationError,
+        FloatingPointError,
+        LogError,
+        MetricError,
+        OSError,
+    )
+    try:
+        yield
+    except ConfigError as error:
+        raise _Failure(error, _CONFIG_ERROR) from error
+    except mendable as error:
+        raise _Failure(error, 1) from error
+
+
+class _Failure(click.ClickException):
+    """A message on the standard error, and an exit code."""
+
+    def __init__(self, error: Exception, exit_code: int) -> None:
+        super().__init__(str(error))
+        self.exit_code = exit_code  # type: ignore[misc]  # click declares one for the class and reads the object's

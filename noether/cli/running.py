@@ -1,0 +1,168 @@
+"""Runs from the command line: begun, resumed, tried."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from noether.cli.interruption import Interruption
+from noether.config import ConfigError, load
+from noether.config.errors import Located, Place
+from noether.config.kinds import named
+from noether.config.resolved import dump, refuse_changes
+from noether.core.dispatch import dispatch
+from noether.core.effect import SaveCheckpoint, SetSummary
+from noether.core.event import AfterTraining, AtEval
+from noether.core.iteration import TrainingIteration
+from noether.core.tree import FrozenDict
+from noether.core.upcoming import Move, next_move
+from noether.effects import open_run
+from noether.effects.files import replace_text
+from noether.effects.run_directory import CONFIG
+from noether.training.experiment import Experiment, build
+from noether.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from noether.config import Config
+    from noether.core.state import TrainState
+    from noether.effects import Interpreter, RunDirectory
+
+
+def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> int:
+    """Train what a file describes in a new run directory; return the exit code.
+
+    Raises:
+        ConfigError: If the configuration is refused; then no directory is made.
+    """
+    config = load(config_path, settings, allow)
+    folder = Path(config.run.output) / config.run.name
+    experiment = build(config, run_id=_new_run_id(folder))
+    with _opened(folder / experiment.run.run_id) as directory:
+        replace_text(directory.path / CONFIG, dump(config))
+        return _train(experiment, directory, experiment.state, resumed=False)
+
+
+def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_memory: Sequence[str]) -> int:
+    """Go on with a run from its newest checkpoint; return the exit code.
+
+    Raises:
+        ConfigError: If it is not a run, or a setting is changed that may not change.
+    """
+    config = resumed_config(run_dir, settings, allow)
+    experiment = build(config, run_id=run_dir.resolve().name)
+    with _opened(run_dir) as directory:
+        state = directory.resume()
+        if state is None:
+            click.echo(f"{run_dir} holds no checkpoint yet: training begins at update 0")
+        else:
+            state = _without(experiment.to_device(state), drop_memory)
+            click.echo(f"going on at {state.iteration}")
+        replace_text(directory.path / CONFIG, dump(config))
+        return _train(experiment, directory, state or experiment.state, resumed=state is not None)
+
+
+def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
+    """Try a configuration: one update, one evaluation, one save that is read back, in a temporary directory."""
+    experiment = build(load(config_path, settings, allow), run_id="smoke")
+    run = experiment.run.replace(end=TrainingIteration(update=1))
+    with tempfile.TemporaryDirectory() as folder, _opened(Path(folder) / "smoke") as directory:
+        interpreter = _interpreter(experiment.config, directory)
+        state = _trainer(experiment, interpreter, Interruption(), run=run)(experiment.state)
+        state = dispatch(state, AtEval(run=run), experiment.reducer, interpreter)
+        interpreter([SaveCheckpoint(tag="smoke")], state, AfterTraining(run=run))
+        experiment.to_device(directory.checkpoints.load(directory.checkpoints.find("smoke")))
+    click.echo(f"{config_path}: one update, one evaluation and one save went well")
+
+
+def resumed_config(run_dir: Path, settings: Sequence[str] = (), allow: Sequence[str] = ()) -> Config:
+    """Return the configuration of a run, with what may change in a run changed.
+
+    Raises:
+        ConfigError: If `run_dir` is not a run, or a setting is changed that may not change.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        message = f"is not the directory of a run: it has no {CONFIG}; give one like runs/NAME/RUN_ID"
+        raise ConfigError([Located(Place(str(run_dir)), (), message)])
+    config = load(path, settings, allow)
+    if settings:
+        refuse_changes(load(path, (), allow), config)
+    return config
+
+
+def _train(experiment: Experiment, directory: RunDirectory, state: TrainState, *, resumed: bool) -> int:
+    interpreter = _interpreter(experiment.config, directory)
+    with Interruption() as interruption:
+        interpreter([SetSummary(_facts(experiment))], state, AfterTraining(run=experiment.run))
+        state = _trainer(experiment, interpreter, interruption)(state, resumed=resumed)
+    done = next_move(state, experiment.run) is Move.NOTHING
+    ending = f"ended at {state.iteration}" if done else f"interrupted at {state.iteration}"
+    reason = f": {state.stop}" if state.stop is not None else ""
+    interpreter([SetSummary(FrozenDict(ending=ending + reason))], state, AfterTraining(run=experiment.run))
+    click.echo(f"{ending}{reason}; the run is in {directory.path}")
+    if done:
+        return 0
+    click.echo(f"go on with: noether train --resume {directory.path}")
+    return interruption.exit_code
+
+
+def _trainer(
+    experiment: Experiment, interpreter: Interpreter, interruption: Interruption, **changes: object
+) -> Trainer:
+    return Trainer(
+        **{"run": experiment.run, **changes},  # type: ignore[arg-type]
+        step=experiment.step,
+        data=experiment.data,
+        reducer=experiment.reducer,
+        interpreter=interpreter,
+        evaluate_first=experiment.config.trainer.evaluate_first,
+        interrupted=interruption,
+    )
+
+
+def _facts(experiment: Experiment) -> FrozenDict:
+    trainable = set(experiment.step.optimizer.trainable(experiment.state.params))
+    sizes = {name: tensor.numel() for name, tensor in experiment.state.params.items()}
+    return FrozenDict(
+        params_trainable=sum(size for name, size in sizes.items() if name in trainable),
+        params_frozen=sum(size for name, size in sizes.items() if name not in trainable),
+        **{f"samples/{key}": len(data) for key, data in experiment.run.data.items()},
+    )
+
+
+def _interpreter(config: Config, directory: RunDirectory) -> Interpreter:
+    interpreter = directory.interpreter
+    for effect_type, handler in config.run.handlers.items():
+        interpreter = interpreter.handling(named(effect_type), named(handler))
+    return interpreter
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[RunDirectory]:
+    directory = open_run(path)
+    try:
+        yield directory
+    finally:
+        directory.close()
+
+
+def _without(state: TrainState, names: Sequence[str]) -> TrainState:
+    unknown = [name for name in names if name not in state.callback_states]
+    if unknown:
+        known = ", ".join(map(repr, state.callback_states)) or "none"
+        raise click.UsageError(f"--drop-memory {unknown[0]}: the run has no such memory; it has {known}")
+    kept = {name: memory for name, memory in state.callback_states.items() if name not in names}
+    return state.replace(callback_states=FrozenDict(kept))
+
+
+def _new_run_id(folder: Path) -> str:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    candidates = (stamp if number == 1 else f"{stamp}-{number}" for number in range(1, 1 << 30))
+    return next(candidate for candidate in candidates if not (folder / candidate).exists())

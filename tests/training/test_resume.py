@@ -1,0 +1,249 @@
+"""The resume law: a run cut anywhere, any number of times, equals the uncut run, bit for bit."""
+
+from types import MappingProxyType
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import Dataset
+
+from noether import (
+    AfterUpdate,
+    LogScalars,
+    LogText,
+    Move,
+    Run,
+    SaveCheckpoint,
+    SetSummary,
+    TrainingIteration,
+    TrainState,
+    callback,
+    compose,
+    every_n_samples,
+    forward,
+    log,
+    next_move,
+)
+from noether.core.callbacks import (
+    BestCheckpointCallback,
+    BestMetricCallback,
+    CheckpointCallback,
+    EvaluateCallback,
+    LrCallback,
+    MetricEarlyStopping,
+    OnlineLossCallback,
+    ProgressCallback,
+)
+from noether.effects import CheckpointStore, Interpreter
+from noether.testing import same
+from noether.training.data import EvaluationData, TrainingData
+from noether.training.optimizer import FunctionalOptimizer
+from noether.training.step import Step
+from noether.training.trainer import Clock, Trainer
+
+STILL = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0)
+
+
+class Noisy(Dataset):
+    """Points of two classes, with random noise on each reading."""
+
+    def __init__(self, length):
+        generator = torch.Generator().manual_seed(1)
+        self._inputs = torch.randn(length, 3, generator=generator)
+
+    def __len__(self):
+        return len(self._inputs)
+
+    def __getitem__(self, index):
+        noisy = self._inputs[index] + 0.1 * torch.randn(3)
+        return noisy, (self._inputs[index].sum() > 0).long()
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.3), nn.Linear(4, 2))
+
+
+def loss(outputs, batch):
+    return {"entropy": nn.functional.cross_entropy(outputs, batch[1]), "size": 1e-3 * outputs.square().mean()}
+
+
+@callback("halving", init=lambda state: 0, track=lambda seen, event: seen + event.samples)
+@every_n_samples(20)
+def halve_lr(state, event):
+    """A callback that acts: every 20 samples the learning rate halves."""
+    scaled = state.replace(hyperparams={**state.hyperparams, "lr_scale": state.hyperparams["lr_scale"] / 2})
+    return log(scaled, event, {"seen": state.memory("halving")})
+
+
+def make_callbacks(interval, tolerance):
+    watch = {**interval, "metric_key": "loss/val/total"}
+    stopping = [MetricEarlyStopping(**watch, tolerance=tolerance)] if tolerance else []
+    return compose(
+        ProgressCallback(every_n_updates=2),
+        LrCallback(every_n_epochs=1),
+        OnlineLossCallback(every_n_updates=3),
+        OnlineLossCallback(every_n_epochs=1, at_end=True),
+        EvaluateCallback(**interval, dataset_key="val", measures=("loss", "accuracy")),
+        BestMetricCallback(**watch),
+        BestCheckpointCallback(**watch, tolerances=(1, 2)),
+        halve_lr,
+        CheckpointCallback(every_n_epochs=1, save_weights=True, save_optim=True),
+        *stopping,
+    )
+
+
+class Recorder:
+    """Keeps every effect with the place where it was asked for, and saves when it is told to."""
+
+    def __init__(self):
+        self.stream = []
+
+    def __call__(self, effects, state, event):
+        self.stream += [(str(state.iteration), type(event).__name__, effect) for effect in effects]
+
+
+class Cut(Exception):  # noqa: N818  # it is no error
+    """The process dies."""
+
+
+def trainer(case, interpreter):
+    data = TrainingData(
+        Noisy(case["length"]),
+        seed=case["seed"],
+        effective_batch_size=case["batch"],
+        max_batch_size=case["micro"],
+        drop_last=case["drop_last"],
+        num_workers=case["workers"],
+    )
+    model = make_model()
+    run = Run(
+        end=case["end"],
+        updates_per_epoch=data.updates_per_epoch,
+        samples_per_epoch=data.samples_per_epoch,
+        effective_batch_size=data.effective_batch_size,
+        run_id="law",
+        data={"val": EvaluationData(Noisy(5), seed=case["seed"], batch_size=2)},
+        forward=forward(make_model(), loss),
+    )
+    optimizer = FunctionalOptimizer(torch.optim.AdamW, {"lr": 0.05})
+    step = Step(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        lr={"default": lambda position: 0.05 / (1 + position)},
+        clip_grad_norm=1.0,
+    )
+    reducer = make_callbacks(case["interval"], case["tolerance"])
+    state = TrainState.from_module(make_model(), seed=case["seed"])
+    state = state.replace(opt_state=optimizer.init(state.params))
+    return Trainer(run=run, step=step, data=data, reducer=reducer, interpreter=interpreter, clock=STILL), state
+
+
+def uncut(case):
+    recorder = Recorder()
+    train, state = trainer(case, recorder)
+    return train(state), recorder.stream
+
+
+def with_cuts(case, cuts, directory):
+    """Run, dying at each event in `cuts`, each time resumed from a save some events before through the real store."""
+    stream, saved = [], None
+    for session, (dies_at, saves_at) in enumerate([*cuts, (None, None)]):
+        store = CheckpointStore(directory, "law")
+        recorder, counted = Recorder(), 0
+        resumed = saved is not None
+
+        def interpret(effects, state, event, *, at=dies_at, save=saves_at, into=recorder, store=store):
+            nonlocal counted, saved
+            counted += 1
+            into(effects, state, event)
+            if counted == save:
+                store.save(SaveCheckpoint(tag=f"cut{len(stream)}"), state, event)
+                saved = (store.newest(), len(stream) + len(into.stream))
+            if counted == at:
+                raise Cut
+
+        train, state = trainer(case, interpret)
+        if resumed:
+            manifest, kept = saved
+            state, stream = store.resume(manifest), stream[:kept]
+        before = len(stream)
+        try:
+            state = train(state, resumed=resumed)
+        except Cut:
+            # What was asked for after the save is asked for again; what came before it stays.
+            stream += recorder.stream
+            if saved is None:
+                stream = []
+            continue
+        finally:
+            train.data.close()
+        del before, session
+        return state, stream + recorder.stream
+    raise AssertionError("the last session is not cut")
+
+
+def without_resumes(stream):
+    """Drop what is asked for before training: a resumed run may ask again."""
+    return [entry for entry in stream if entry[1] != "BeforeTraining"]
+
+
+@st.composite
+def cases(draw, workers=0):
+    length, batch = draw(st.integers(4, 14)), draw(st.integers(2, 4))
+    ends = [TrainingIteration(epoch=draw(st.integers(1, 4))), TrainingIteration(update=draw(st.integers(1, 14)))]
+    return {
+        "seed": draw(st.integers(0, 3)),
+        "length": length,
+        "batch": batch,
+        "micro": draw(st.sampled_from([None, 2, 3])),
+        "drop_last": draw(st.booleans()) or length % batch == 1,  # batch norm needs two samples
+        "workers": workers,
+        "end": draw(st.sampled_from([*ends, TrainingIteration(sample=draw(st.integers(1, 40)))])),
+        "interval": draw(st.sampled_from([{"every_n_epochs": 1}, {"every_n_updates": 2}, {"every_n_samples": 7}])),
+        "tolerance": draw(st.sampled_from([None, 1, 2])),
+    }
+
+
+def normalized(case):
+    """No micro-batch of one sample: batch norm cannot train on it."""
+    micro = case["micro"]
+    sizes = [case["batch"]] + ([] if case["drop_last"] else [case["length"] % case["batch"] or case["batch"]])
+    alone = micro is not None and any(size % micro == 1 for size in sizes)
+    return {**case, "micro": None if alone else micro}
+
+
+cut_points = st.lists(st.tuples(st.integers(2, 12), st.integers(1, 12)), max_size=3)
+
+
+def check(case, cuts, directory):
+    case = normalized(case)
+    expected_state, expected_stream = uncut(case)
+    state, stream = with_cuts(case, cuts, directory)
+    for name in ("iteration", "previous", "params", "buffers", "opt_state", "hyperparams", "metrics"):
+        assert same(getattr(state, name), getattr(expected_state, name)), name
+    assert same(state.callback_states, expected_state.callback_states)
+    assert (state.stop, state.ended, state.seed) == (expected_state.stop, expected_state.ended, expected_state.seed)
+    assert same(without_resumes(stream), without_resumes(expected_stream))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases(), cuts=cut_points)
+def test_a_run_cut_anywhere_equals_the_uncut_run(case, cuts, tmp_path_factory):
+    check(case, cuts, tmp_path_factory.mktemp("law"))
+
+
+@pytest.mark.parametrize("cuts", [[(4, 3), (3, 2)], [(7, 7)]])
+def test_workers_change_nothing(cuts, tmp_path):
+    case = {
+        "seed": 0, "length": 10, "batch": 4, "micro": 2, "drop_last": False, "workers": 2,
+        "end": TrainingIteration(epoch=2), "interval": {"every_n_updates": 2}, "tolerance": None,
+    }  # fmt: skip
+    check(case, cuts, tmp_path)
+    state, stream = uncut(case)
+    alone, alone_stream = uncut({**case, "workers": 0})
+    assert same(state.params, alone.params)
+    assert same(stream, alone_stream)
