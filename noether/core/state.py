@@ -74,13 +74,24 @@ class TrainState:
                 object.__setattr__(self, name, FrozenDict(value))
 
     @classmethod
-    def from_module(cls, model: nn.Module, optimizer: Optimizer | None = None, *, seed: int = 0) -> Self:
+    def from_module(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        saved: TrainState | None = None,
+        seed: int = 0,
+    ) -> Self:
         """Return a state that views a live model and optimizer: it is borrowed, and changes as they do.
 
         Args:
             model: Gives params and buffers.
             optimizer: Gives the optimizer's memory, read whenever the state is saved.
+            saved: A loaded state to go on from; it is written into the model and optimizer first.
             seed: What random numbers are derived from.
+
+        Raises:
+            KeyError: If the model does not have the parameters and buffers of `saved`.
 
         Example:
             >>> import torch
@@ -89,8 +100,11 @@ class TrainState:
         """
         from noether.core import module
 
+        if saved is not None:
+            module.write_into(saved, model, optimizer)
         opt_state = _EMPTY if optimizer is None else module.BorrowedOptState(model, optimizer)
-        return cls(params=module.params_of(model), buffers=module.buffers_of(model), opt_state=opt_state, seed=seed)
+        views = {"params": module.params_of(model), "buffers": module.buffers_of(model), "opt_state": opt_state}
+        return cls(**views, seed=seed) if saved is None else cls(**{**_fields(saved), **views})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
         """Write the state into a live model and optimizer, the learning rates times `hyperparams["lr_scale"]`.
@@ -103,11 +117,7 @@ class TrainState:
         Raises:
             KeyError: If the model does not have the parameters and buffers of the state.
         """
-        from noether.core import module
-
-        module.write_into(self, model, optimizer)
-        live = self.from_module(model, optimizer)
-        return self.replace(params=live.params, buffers=live.buffers, opt_state=live.opt_state)
+        return self.from_module(model, optimizer, saved=self)
 
     def replace(self, **changes: Any) -> Self:
         """Return the state with some fields changed."""
@@ -152,6 +162,10 @@ class TrainState:
             'plateau'
         """
         return self if self.stop is not None else self.replace(stop=reason)
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    return {each.name: getattr(state, each.name) for each in dataclasses.fields(state)}
 
 
 _MAPPINGS: Final = ("params", "buffers", "opt_state", "hyperparams", "metrics", "callback_states")

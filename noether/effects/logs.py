@@ -135,7 +135,8 @@ class Console:
     def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics on one line: a handler of `LogScalars`."""
         if isinstance(event, AfterUpdate):
-            if event.time_s - self._written_s < _QUIET_S:
+            # A loop that does not read the time has every line written.
+            if event.time_s and event.time_s - self._written_s < _QUIET_S:
                 return
             self._written_s = event.time_s
         metrics = "  ".join(f"{key} {_short(value)}" for key, value in effect.values.items())

@@ -1,7 +1,5 @@
 """The resume law: a run cut anywhere, any number of times, equals the uncut run, bit for bit."""
 
-from types import MappingProxyType
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,13 +8,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from noether import (
-    AfterUpdate,
-    LogScalars,
-    LogText,
-    Move,
     Run,
     SaveCheckpoint,
-    SetSummary,
     TrainingIteration,
     TrainState,
     callback,
@@ -24,7 +17,6 @@ from noether import (
     every_n_samples,
     forward,
     log,
-    next_move,
 )
 from noether.core.callbacks import (
     BestCheckpointCallback,
@@ -36,7 +28,7 @@ from noether.core.callbacks import (
     OnlineLossCallback,
     ProgressCallback,
 )
-from noether.effects import CheckpointStore, Interpreter
+from noether.effects import CheckpointStore
 from noether.testing import same
 from noether.training.data import EvaluationData, TrainingData
 from noether.training.optimizer import FunctionalOptimizer
@@ -70,7 +62,7 @@ def loss(outputs, batch):
     return {"entropy": nn.functional.cross_entropy(outputs, batch[1]), "size": 1e-3 * outputs.square().mean()}
 
 
-@callback("halving", init=lambda state: 0, track=lambda seen, event: seen + event.samples)
+@callback("halving", init=lambda _: 0, track=lambda seen, event: seen + event.samples)
 @every_n_samples(20)
 def halve_lr(state, event):
     """A callback that acts: every 20 samples the learning rate halves."""
@@ -95,18 +87,26 @@ def make_callbacks(interval, tolerance):
     )
 
 
-class Recorder:
-    """Keeps every effect with the place where it was asked for, and saves when it is told to."""
-
-    def __init__(self):
-        self.stream = []
-
-    def __call__(self, effects, state, event):
-        self.stream += [(str(state.iteration), type(event).__name__, effect) for effect in effects]
-
-
 class Cut(Exception):  # noqa: N818  # it is no error
     """The process dies."""
+
+
+class Session:
+    """One process: keeps what is asked for, saves at one event, dies at one."""
+
+    def __init__(self, store=None, *, saves_at=None, dies_at=None):
+        self.stream, self.saved = [], 0
+        self._store, self._saves_at, self._dies_at = store, saves_at, dies_at
+        self._events = 0
+
+    def __call__(self, effects, state, event):
+        self._events += 1
+        self.stream += [(str(state.iteration), type(event).__name__, effect) for effect in effects]
+        if self._events == self._saves_at:
+            self._store.save(SaveCheckpoint(), state, event)
+            self.saved = len(self.stream)
+        if self._events == self._dies_at:
+            raise Cut
 
 
 def trainer(case, interpreter):
@@ -143,47 +143,29 @@ def trainer(case, interpreter):
 
 
 def uncut(case):
-    recorder = Recorder()
-    train, state = trainer(case, recorder)
-    return train(state), recorder.stream
+    session = Session()
+    train, state = trainer(case, session)
+    return train(state), session.stream
 
 
 def with_cuts(case, cuts, directory):
-    """Run, dying at each event in `cuts`, each time resumed from a save some events before through the real store."""
-    stream, saved = [], None
-    for session, (dies_at, saves_at) in enumerate([*cuts, (None, None)]):
+    """Run in sessions that die; each goes on from the newest save in the real store, or begins anew."""
+    stream = []
+    for dies_at, saves_at in [*cuts, (None, None)]:
         store = CheckpointStore(directory, "law")
-        recorder, counted = Recorder(), 0
-        resumed = saved is not None
-
-        def interpret(effects, state, event, *, at=dies_at, save=saves_at, into=recorder, store=store):
-            nonlocal counted, saved
-            counted += 1
-            into(effects, state, event)
-            if counted == save:
-                store.save(SaveCheckpoint(tag=f"cut{len(stream)}"), state, event)
-                saved = (store.newest(), len(stream) + len(into.stream))
-            if counted == at:
-                raise Cut
-
-        train, state = trainer(case, interpret)
-        if resumed:
-            manifest, kept = saved
-            state, stream = store.resume(manifest), stream[:kept]
-        before = len(stream)
+        session = Session(store, saves_at=saves_at, dies_at=dies_at)
+        train, state = trainer(case, session)
+        newest = store.newest()
+        if newest is not None:
+            state = store.resume(newest)
         try:
-            state = train(state, resumed=resumed)
+            state = train(state, resumed=newest is not None)
         except Cut:
-            # What was asked for after the save is asked for again; what came before it stays.
-            stream += recorder.stream
-            if saved is None:
-                stream = []
-            continue
-        finally:
-            train.data.close()
-        del before, session
-        return state, stream + recorder.stream
-    raise AssertionError("the last session is not cut")
+            # What was asked for after the save will be asked for again.
+            stream += session.stream[: session.saved]
+        else:
+            return state, stream + session.stream
+    raise AssertionError("the last session does not die")
 
 
 def without_resumes(stream):

@@ -1,0 +1,79 @@
+"""Imports go down, never up."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "noether"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# What each room may import of the others; the first name that fits a module is its room.
+ROOMS = {
+    "noether.core.callbacks": {"noether.core"},
+    "noether.core": set(),
+    "noether.effects": {"noether.core"},
+    "noether.config": {"noether.core", "noether.core.callbacks", "noether.effects"},
+    "noether.testing": {"noether.core", "noether.core.callbacks", "noether.effects"},
+    "noether.training": {"noether.core", "noether.core.callbacks", "noether.effects", "noether.config"},
+    "noether.cli": {"noether.core", "noether.core.callbacks", "noether.effects", "noether.config", "noether.training"},
+    "noether.examples": {"noether.core"},
+}
+
+
+def room_of(module):
+    return next((room for room in ROOMS if module == room or module.startswith(f"{room}.")), None)
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_go_down(path):
+    room = room_of(module_of(path))
+    for module in imported(path):
+        other = room_of(module)
+        if room is not None and other not in {None, room}:
+            assert other in ROOMS[room], f"{module_of(path)} is in {room} and imports {module}"
+
+
+def test_every_module_has_a_room():
+    assert {module_of(path) for path in FILES if room_of(module_of(path)) is None} == {"noether", "noether.__main__"}
+
+
+def test_core_does_not_touch_the_world():
+    forbidden = {"os", "io", "pathlib", "time", "socket", "subprocess", "random", "logging", "tempfile", "shutil"}
+    for path in FILES:
+        if room_of(module_of(path)) in {"noether.core", "noether.core.callbacks"}:
+            assert not forbidden & {module.partition(".")[0] for module in imported(path)}, path
+
+
+def test_importing_the_core_brings_no_outer_room():
+    code = "import noether, noether.core.callbacks, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    assert "noether.core.reducer" in loaded
+    outer = [room for room in ROOMS if not room.startswith("noether.core")]
+    assert [module for module in loaded if room_of(module) in outer] == []
+
+
+def test_nothing_unpickles():
+    for path in FILES:
+        text = path.read_text()
+        assert not {"pickle", "shelve", "marshal"} & set(imported(path)), path
+        assert "torch.load" not in text, path
+        assert "yaml.load(" not in text, path
+        assert "allow_pickle=True" not in text, path
