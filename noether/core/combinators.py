@@ -247,13 +247,13 @@ class Remembering(_Wrapper):
 
     @property
     def produces(self) -> tuple[str, ...] | None:
-        """Patterns of the metric keys that it logs."""
-        return self.produced
+        """Patterns of the metric keys that it logs: those given, or what its callback says."""
+        return super().produces if self.produced is None else self.produced
 
     @property
     def consumes(self) -> tuple[str, ...]:
-        """Metric keys that it needs current."""
-        return self.consumed
+        """Metric keys that it or its callback needs current."""
+        return tuple(dict.fromkeys((*super().consumes, *self.consumed)))
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return the memory that it and its callback begin with."""
@@ -271,14 +271,17 @@ def _inner(callback: Callback) -> Callback:
 
 def _gated(schedule: Schedule, *, at_end: bool) -> Decorator:
     def decorate(callback: Callback) -> Callback:
-        for member in callback.members if isinstance(callback, Reducer) else (callback,):
-            _check_gateable(member)
+        _check_gateable(callback)
         return Gated(_inner(callback), Gate(schedule, at_end))
 
     return decorate
 
 
 def _check_gateable(callback: Callback) -> None:
+    if isinstance(callback, Reducer):
+        for member in callback.members:
+            _check_gateable(member)
+        return
     declared = declaration_of(callback)
     if declared.tracks:
         raise TypeError(
@@ -287,3 +290,5 @@ def _check_gateable(callback: Callback) -> None:
         )
     if declared.gate is not None:
         raise TypeError(f"{declared.label} already has a schedule: unite the two with | or drop one")
+    if isinstance(callback, _Wrapper):  # around a reducer it has no gate of its own
+        _check_gateable(callback.callback)

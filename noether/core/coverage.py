@@ -50,17 +50,45 @@ def _covered(consumer: OneCounter, producers: tuple[OneCounter, ...], run: Run) 
 
 
 def _one_covers(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | None:
-    if producer.window not in (Window(), consumer.window):
+    if producer == consumer:
+        return True
+    if producer.window != Window() and (producer.window != consumer.window or _seen_apart(producer, consumer)):
         return None
     if isinstance(producer, At) or isinstance(consumer, At):
-        return True if producer == consumer else None
+        return None
     ours, theirs = producer.threshold_after(0), consumer.threshold_after(0)
     if ours is None or theirs is None:
         return None
-    if producer.counter == consumer.counter:
-        return theirs % ours == 0
-    if producer.counter == "epoch":  # measured only after the last update of the epoch was looked at
-        return False
-    if consumer.counter == "epoch" and producer.counter == "update" and hasattr(run, "updates_per_epoch"):
-        return theirs * run.updates_per_epoch % ours == 0
-    return True if ours == 1 else None
+    if producer.counter == "epoch" and consumer.counter != "epoch":
+        return False  # measured only after the last update of the epoch was looked at
+    if ours == 1 or (producer.counter == consumer.counter and theirs % ours == 0):
+        return True
+    return _unlike(producer, consumer, run)
+
+
+def _unlike(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | None:
+    """Return the answer for thresholds of one counter that are no multiples of the other's, or of two counters."""
+    ours, theirs = producer.threshold_after(0), consumer.threshold_after(0)
+    assert ours is not None and theirs is not None  # noqa: S101, PT018  # multiples never end
+    covered: bool | None = None
+    if (producer.counter, consumer.counter) == ("update", "epoch") and hasattr(run, "updates_per_epoch"):
+        covered = theirs * run.updates_per_epoch % ours == 0
+    elif producer.counter == consumer.counter == "sample":
+        covered = _first_sample_covered(producer, theirs, run)
+    elif producer.counter == consumer.counter:
+        covered = False
+    # Its window may leave out what is not covered.
+    return None if covered is False and consumer.window != Window() else covered
+
+
+def _seen_apart(producer: OneCounter, consumer: OneCounter) -> bool:
+    """Return whether a window that begins at an epoch is still shut where the producer looks, at the last update."""
+    return producer.window.start.epoch > 0 and producer.counter != consumer.counter == "epoch"
+
+
+def _first_sample_covered(producer: OneCounter, sample: int, run: Run) -> bool | None:
+    """Return False if nothing is measured where `sample` is crossed; a batch may cross multiples of both."""
+    if not all(hasattr(run, name) for name in ("updates_per_epoch", "samples_per_epoch", "effective_batch_size")):
+        return None
+    update = run.updates_until(sample)
+    return None if producer.due(run.iteration_after(update - 1), run.iteration_after(update)) else False

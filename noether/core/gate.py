@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal, final
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal, final
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, Event
 
 if TYPE_CHECKING:
+    from noether.core.iteration import TrainingIteration
     from noether.core.schedule import Schedule
     from noether.core.state import TrainState
 
@@ -46,11 +48,17 @@ class Gate:
     def due(self, event_type: type[Event], state: TrainState) -> Interval | None:
         """Return why the gate would open for an event of this type, or None."""
         if event_type is AfterTraining:
-            return "end" if self.at_end and not self.schedule.due(state.previous, state.iteration) else None
+            return "end" if self.at_end and not self._was_due(state) else None
         part = self.parts.get(event_type)
         if part is None or not part.due(state.previous, state.iteration):
             return None
         return next(m.counter for m in part.members if m.due(state.previous, state.iteration))
+
+    def _was_due(self, state: TrainState) -> bool:
+        # At the last update, the epoch that it may have filled was not counted yet.
+        at_update = dataclasses.replace(state.iteration, epoch=state.previous.epoch)
+        seen: dict[type[Event], TrainingIteration] = {AfterUpdate: at_update, AfterEpoch: state.iteration}
+        return any(part.due(state.previous, seen[event_type]) for event_type, part in self.parts.items())
 
     @cached_property
     def parts(self) -> dict[type[Event], Schedule]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from noether.core.effect import Effect, LogScalars
@@ -96,4 +95,15 @@ def matches(pattern: str, key: str) -> bool:
     ours, theirs = pattern.split("/"), key.split("/")
     if len(ours) != len(theirs):
         return False
-    return all(fnmatchcase(a, b) or fnmatchcase(b, a) for a, b in zip(ours, theirs, strict=True))
+    return all(_meet(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _meet(a: str, b: str) -> bool:
+    """Return whether a text is matched by both of two patterns, in which `*` stands for any text."""
+    if not a or not b:
+        return set(a + b) <= {"*"}
+    if a[0] == "*":
+        return _meet(a[1:], b) or _meet(a, b[1:])
+    if b[0] == "*":
+        return _meet(b, a)
+    return a[0] == b[0] and _meet(a[1:], b[1:])

@@ -42,6 +42,10 @@ class BorrowedOptState(Mapping[str, Any]):
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         return FrozenDict(state=FrozenDict(state), groups=freeze(groups))
 
+    def views(self, optimizer: Optimizer) -> bool:
+        """Return whether it is the memory of this very optimizer."""
+        return self._optimizer is optimizer
+
     def __getitem__(self, key: str) -> Any:
         return self._read()[key]
 
@@ -62,7 +66,8 @@ def write_into(state: TrainState, model: nn.Module, optimizer: Optimizer | None)
     _write_tensors("parameter", dict(model.named_parameters()), state.params)
     _write_tensors("buffer", dict(model.named_buffers()), state.buffers)
     if optimizer is not None:
-        if not isinstance(state.opt_state, BorrowedOptState):
+        borrowed = isinstance(state.opt_state, BorrowedOptState) and state.opt_state.views(optimizer)
+        if len(state.opt_state) and not borrowed:
             _write_opt_state(model, optimizer, state.opt_state)
         _scale_lr(optimizer, float(state.hyperparams.get("lr_scale", 1.0)))
 
@@ -79,6 +84,7 @@ def _write_tensors(what: str, live: Mapping[str, Tensor], saved: Mapping[str, Te
 
 def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str, Any]) -> None:
     parameters = dict(model.named_parameters())
+    optimizer.state.clear()  # a parameter that has no memory in the state keeps none
     for name, memory in opt_state.get("state", {}).items():
         optimizer.state[parameters[name]] = {
             key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in memory.items()

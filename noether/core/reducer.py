@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from noether.core.callback import declaration_of, init_of, is_due, label_of, listens
 from noether.core.declarations import check_declarations
 from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
+from noether.core.metrics import matches
 from noether.core.schedule import Thresholds
 from noether.core.tree import FrozenDict, check_memory, freeze, storages
 
@@ -118,12 +119,26 @@ class Reducer:
     @property
     def consumes(self) -> tuple[str, ...]:
         """Metric keys that a member needs and no member before it produces."""
-        return tuple(key for member in self.members for key in declaration_of(member).consumes)
+        return self._unmet("consumes")
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Metric keys that a member reads if they are current, and no member before it produces."""
+        return self._unmet("uses")
 
     @property
     def tracks(self) -> bool:
         """Whether a member looks at every update, its gate open or not."""
         return any(declaration_of(member).tracks for member in self.members)
+
+    def _unmet(self, wish: Literal["consumes", "uses"]) -> tuple[str, ...]:
+        keys: list[str] = []
+        produced: list[str] | None = []  # None once a member does not say: it may produce any
+        for declared in map(declaration_of, self.members):
+            if produced is not None:
+                keys += [k for k in getattr(declared, wish) if not any(matches(p, k) for p in produced)]
+                produced = None if declared.produces is None else [*produced, *declared.produces]
+        return tuple(dict.fromkeys(keys))
 
     def _listeners(self, event_type: type[Event]) -> tuple[Callback, ...]:
         if event_type not in self._listening:
@@ -180,7 +195,7 @@ def _check_claimed(state: TrainState, initial: Mapping[str, Any]) -> None:
     for name in state.callback_states:
         if name not in initial:
             raise LookupError(
-                f"the saved run holds the memory of {name!r}, which no callback claims{nearest(name, initial)} "
+                f"the saved run holds the memory of {name!r}, which no callback claims{nearest(name, initial) or '.'} "
                 f"Give a callback that id, or accept the loss with --drop-memory {name}"
             )
 

@@ -103,7 +103,11 @@ class TrainState:
         if saved is not None:
             module.write_into(saved, model, optimizer)
         opt_state = _EMPTY if optimizer is None else module.BorrowedOptState(model, optimizer)
-        views = {"params": module.params_of(model), "buffers": module.buffers_of(model), "opt_state": opt_state}
+        views: dict[str, Any] = {
+            "params": module.params_of(model),
+            "buffers": module.buffers_of(model),
+            "opt_state": opt_state,
+        }
         return cls(**views, seed=seed) if saved is None else cls(**{**_fields(saved), **views})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:

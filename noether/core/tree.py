@@ -117,8 +117,18 @@ def check_memory(name: str, memory: Any) -> None:
         Traceback (most recent call last):
         TypeError: memory 'ema': decay is a set; memory is made of str, int, float, bool, None, tensors, ...
     """
+    _check_keys(name, memory)
     for path, leaf in leaves(memory):
         if not isinstance(leaf, (*SCALARS, torch.Tensor)):
             where = ".".join(path) or "it"
             allowed = "str, int, float, bool, None, tensors, tuples and dicts"
             raise TypeError(f"memory {name!r}: {where} is a {type(leaf).__name__}; memory is made of {allowed}")
+
+
+def _check_keys(name: str, tree: Any) -> None:
+    for key in tree if isinstance(tree, Mapping) else ():
+        if not isinstance(key, str):
+            raise TypeError(f"memory {name!r}: the key {key!r} is a {type(key).__name__}; keys are str")
+    if isinstance(tree, (Mapping, list, tuple)):
+        for part in tree.values() if isinstance(tree, Mapping) else tree:
+            _check_keys(name, part)

@@ -8,12 +8,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from noether.core.tree import map_leaves
+from noether.training.batching import Batching
 from noether.training.randomness import derive, seed_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from noether.core.iteration import TrainingIteration
+    from noether.core.state import TrainState
 
 _GENERATOR_SEED: Final = 0
 
@@ -54,8 +56,8 @@ class TrainingData:
 
     Example:
         >>> data = TrainingData(torch.arange(10), seed=0, effective_batch_size=4)
-        >>> data.updates_per_epoch, data.samples_per_epoch
-        (3, 10)
+        >>> data.batching.updates_per_epoch
+        3
         >>> from noether import TrainingIteration
         >>> (batch,) = data.batch(TrainingIteration(update=2, sample=8))
         >>> len(batch)
@@ -73,16 +75,9 @@ class TrainingData:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        length = _length(dataset)
-        if effective_batch_size > length:
-            raise ValueError(f"{effective_batch_size} is larger than the training set, which has {length} samples")
+        self.batching = Batching(_length(dataset), effective_batch_size, max_batch_size, drop_last)
         self._dataset = dataset
         self._seed = seed
-        self._length = length
-        self._micro = min(max_batch_size or effective_batch_size, effective_batch_size)
-        self.effective_batch_size = effective_batch_size
-        self.updates_per_epoch = length // effective_batch_size if drop_last else -(-length // effective_batch_size)
-        self.samples_per_epoch = self.updates_per_epoch * effective_batch_size if drop_last else length
         self._num_workers = num_workers
         self._device = torch.device(device)
         self._expected: int | None = None
@@ -99,9 +94,15 @@ class TrainingData:
         """
         if iteration.update != self._expected:
             self._loading = iter(self._loader(iteration.update, last))
+        self._expected = None  # should a sample fail to load, the next call begins anew
+        parts = len(self.batching.parts(iteration.update))
+        batches = tuple(moved(next(self._loading), self._device) for _ in range(parts))
         self._expected = iteration.update + 1
-        parts = len(self._parts(iteration.update))
-        return tuple(_moved(next(self._loading), self._device) for _ in range(parts))
+        return batches
+
+    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:
+        """Return the state as it is, and the micro-batches of its next update."""
+        return state, self.batch(state.iteration, last=last)
 
     def close(self) -> None:
         """Stop loading ahead."""
@@ -110,20 +111,14 @@ class TrainingData:
     def _loader(self, start: int, last: int | None) -> DataLoader[Any]:
         return _loader(self._dataset, self._seed, _Batches(self, start, last), self._num_workers, self._device)
 
-    def _parts(self, update: int) -> list[slice]:
-        """Return where in its epoch's order the micro-batches of an update lie."""
-        begin = update % self.updates_per_epoch * self.effective_batch_size
-        end = min(begin + self.effective_batch_size, self.samples_per_epoch)
-        return [slice(at, min(at + self._micro, end)) for at in range(begin, end, self._micro)]
-
     def micro_batches(self, start: int, last: int | None) -> Iterator[list[tuple[int, int]]]:
         """Yield `(epoch, index)` of the samples of each micro-batch after `start` updates, and up to `last`."""
         update, order, ordered = start, list[int](), -1
         while last is None or update < last:
-            epoch = update // self.updates_per_epoch
+            epoch = update // self.batching.updates_per_epoch
             if epoch != ordered:
-                order, ordered = epoch_order(self._seed, epoch, self._length), epoch
-            for part in self._parts(update):
+                order, ordered = epoch_order(self._seed, epoch, self.batching.length), epoch
+            for part in self.batching.parts(update):
                 yield [(epoch, index) for index in order[part]]
             update += 1
 
@@ -161,7 +156,7 @@ class EvaluationData:
         starts = range(0, self._length, self._batch_size)
         indices = [[(0, i) for i in range(at, min(at + self._batch_size, self._length))] for at in starts]
         loader = _loader(self._dataset, self._seed, indices, self._num_workers, self._device)
-        return (_moved(batch, self._device) for batch in loader)
+        return (moved(batch, self._device) for batch in loader)
 
     def batched(self, batch_size: int) -> EvaluationData:
         """Return the same data in batches of another size."""
@@ -214,12 +209,13 @@ def _length(dataset: Any) -> int:
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"{type(dataset).__name__} cannot be read by index, so a resume could not find its place: "
-            "give a dataset with __len__ and __getitem__"
+            "give a dataset with __len__ and __getitem__, or an IterableDataset with state_dict and load_state_dict"
         )
     return len(dataset)
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch on `device`."""
     if device.type == "cpu":
         return batch
     return map_leaves(lambda leaf: leaf.to(device, non_blocking=True) if hasattr(leaf, "to") else leaf, batch)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
+from torch.utils.data import IterableDataset
 
 from noether.config.errors import ConfigError
 from noether.config.kinds import named
@@ -30,6 +32,7 @@ from noether.training.optimizer import FunctionalOptimizer
 from noether.training.randomness import derive, seed_all
 from noether.training.schedules import ValueSchedule, value_schedule
 from noether.training.step import Step
+from noether.training.streams import StreamedData, StreamedEvaluationData
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,7 +67,7 @@ class Experiment:
     run: Run
     reducer: Reducer
     step: Step
-    data: TrainingData
+    data: TrainingData | StreamedData
 
     def to_device(self, state: TrainState) -> TrainState:
         """Return a loaded state on the device of the run.
@@ -118,7 +121,8 @@ def build(config: Config, run_id: str = "") -> Experiment:
         clip_grad_value=trainer.clip_grad_value,
         nonfinite=trainer.nonfinite,
     )
-    reducer = compose(*_callbacks(config, state, run))
+    streams = [data] if isinstance(data, StreamedData) else []
+    reducer = compose(*streams, *_callbacks(config, state, run))
     return Experiment(config=config, model=model, state=state, run=run, reducer=reducer, step=step, data=data)
 
 
@@ -166,41 +170,57 @@ def _device(config: Config) -> torch.device:
     return torch.device(name)
 
 
-def _training_data(config: Config, dataset: Any, device: torch.device) -> TrainingData:
+def _training_data(config: Config, dataset: Any, device: torch.device) -> TrainingData | StreamedData:
     trainer = config.trainer
-    with _located(config, ("trainer", "effective_batch_size")):
-        return TrainingData(
-            dataset,
-            seed=config.run.seed,
-            effective_batch_size=trainer.effective_batch_size,
-            max_batch_size=trainer.max_batch_size,
-            drop_last=trainer.drop_last,
-            num_workers=trainer.num_workers,
-            device=device,
-        )
+    settings: dict[str, Any] = {
+        "seed": config.run.seed,
+        "effective_batch_size": trainer.effective_batch_size,
+        "max_batch_size": trainer.max_batch_size,
+        "drop_last": trainer.drop_last,
+        "device": device,
+    }
+    streamed = isinstance(dataset, IterableDataset)
+    if streamed and trainer.num_workers:
+        raise config.error(("trainer", "num_workers"), "an IterableDataset is read in this process; set it to 0")
+    try:
+        if streamed:
+            return StreamedData(dataset, **settings)
+        return TrainingData(dataset, **settings, num_workers=trainer.num_workers)
+    except TypeError as error:
+        raise config.error(("data", "train"), str(error)) from error
+    except ValueError as error:
+        raise config.error(("trainer", "effective_batch_size"), str(error)) from error
+
+
+def _evaluation_data(config: Config, dataset: Any, device: torch.device) -> EvaluationData | StreamedEvaluationData:
+    trainer = config.trainer
+    size = trainer.eval_batch_size or trainer.max_batch_size or trainer.effective_batch_size
+    settings: dict[str, Any] = {"seed": config.run.seed, "batch_size": size, "device": device}
+    if isinstance(dataset, IterableDataset):
+        return StreamedEvaluationData(dataset, **settings)
+    return EvaluationData(dataset, **settings, num_workers=trainer.num_workers)
 
 
 def _run(
     config: Config,
-    data: TrainingData,
+    data: TrainingData | StreamedData,
     datasets: Mapping[str, Any],
     model: nn.Module,
     run_id: str,
     device: torch.device,
 ) -> Run:
     trainer = config.trainer
-    size = trainer.eval_batch_size or trainer.max_batch_size or trainer.effective_batch_size
     evaluated = {
-        key: EvaluationData(
-            dataset, seed=config.run.seed, batch_size=size, num_workers=trainer.num_workers, device=device
-        )
+        key: _made(config, ("data", key), partial(_evaluation_data, config, dataset, device))
         for key, dataset in datasets.items()
+        # To evaluate a stream that is trained on would take its place away.
+        if key != "train" or not isinstance(dataset, IterableDataset)
     }
     return Run(
         end=_end(trainer),
-        updates_per_epoch=data.updates_per_epoch,
-        samples_per_epoch=data.samples_per_epoch,
-        effective_batch_size=data.effective_batch_size,
+        updates_per_epoch=data.batching.updates_per_epoch,
+        samples_per_epoch=data.batching.samples_per_epoch,
+        effective_batch_size=data.batching.effective_batch_size,
         run_id=run_id,
         config=resolved(config),
         data=evaluated,
@@ -299,6 +319,10 @@ def _callbacks(config: Config, state: TrainState, run: Run) -> list[Callback]:
         place = next((i for i, (callback, _) in enumerate(paths) if _consumes(callback, evaluation)), len(paths))
         paths.insert(place, (evaluation, ("trainer", "evaluate", evaluation.dataset_key)))
     callbacks = [callback for callback, _ in paths]
+    for callback, path in paths:
+        key = getattr(callback, "dataset_key", None)
+        if key is not None and key not in run.data:
+            raise config.error((*path, "dataset_key"), f"{key!r} is the stream that is trained on; evaluate another")
     try:
         check_declarations(callbacks, state, run)
     except DeclarationError as error:

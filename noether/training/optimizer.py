@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -23,10 +21,12 @@ from torch.optim.sgd import sgd
 
 from noether.config.optimizer_settings import DEFAULT_GROUP, ParamGroup
 from noether.core.errors import Problem, SettingsError, nearest, refuse
+from noether.core.packing import pack, unpack
 from noether.core.tree import SCALARS, leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
 OptState = dict[str, Any]
 """What an optimizer remembers: a tree of dicts, tuples, tensors and JSON scalars, keyed by names of parameters."""
@@ -137,9 +137,9 @@ class FunctionalOptimizer:
         present = {name: grad for name, grad in grads.items() if grad is not None}
         layout.check(present, opt_state, settings)
         with torch.no_grad():
-            given = {group: {**_unpacked(own), **settings.get(group, {})} for group, own in layout.entries.items()}
+            given = {group: {**unpack(own), **settings.get(group, {})} for group, own in layout.entries.items()}
             trained = {name: params[name].clone() for name in layout.trainable}
-            memory = {name: _unpacked(kept) for name, kept in opt_state.get("state", {}).items()}
+            memory = {name: unpack(kept) for name, kept in opt_state.get("state", {}).items()}
             work = _Work(layout, given, trained, memory, present)
             new_state = _by_kernel(self.optimizer, work, opt_state) or _by_class(self.optimizer, work, opt_state)
         return {name: trained.get(name, param) for name, param in params.items()}, new_state
@@ -286,14 +286,14 @@ class _Work(NamedTuple):
 def _by_class(cls: type[Optimizer], work: _Work, opt_state: Mapping[str, Any]) -> OptState:
     """Let the class itself step on the copies, and return its state."""
     optimizer = object.__new__(cls)  # what the constructor sets, without running it: this is every update's path
-    attributes = work.layout.attributes | _unpacked(opt_state.get("attributes", {}))
+    attributes = work.layout.attributes | unpack(opt_state.get("attributes", {}))
     vars(optimizer).update({key: v.clone() if isinstance(v, Tensor) else v for key, v in attributes.items()})
     kept = opt_state.get("groups", {})
     optimizer.param_groups = [
-        {"params": [work.trained[name] for name in names], **entries, **_unpacked(kept.get(group, {}))}
+        {"params": [work.trained[name] for name in names], **entries, **unpack(kept.get(group, {}))}
         for (group, names), entries in zip(work.layout.members.items(), work.given.values(), strict=True)
     ]
-    optimizer.state = defaultdict(dict, _unpacked(opt_state.get("shared", {})))
+    optimizer.state = defaultdict(dict, unpack(opt_state.get("shared", {})))
     optimizer.state.update({work.trained[name]: memory for name, memory in work.memory.items()})
     for name, param in work.trained.items():
         param.requires_grad = True
@@ -379,9 +379,9 @@ def _read(
         if key not in _TORCHS and (isinstance(value, Tensor) or value is not layout.attributes.get(key, _ABSENT))
     }
     memory: OptState = {
-        "state": _packed(("state",), {key: value for key, value in by_key.items() if key in trained}),
+        "state": pack("optimizer.state", {key: value for key, value in by_key.items() if key in trained}),
         "groups": {group: _changed("param_groups", entry, given[group]) for group, entry in entries},
-        "shared": _packed(("state",), {key: value for key, value in by_key.items() if key not in trained}),
+        "shared": pack("optimizer.state", {key: value for key, value in by_key.items() if key not in trained}),
         "attributes": _changed("self", own, layout.attributes),
     }
     return {key: value for key, value in memory.items() if value or key in {"state", "groups"}}
@@ -390,7 +390,7 @@ def _read(
 def _changed(where: str, after: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries in which `after` differs from `given`, and all that could have been written to in place."""
     return {
-        key: _packed((where, key), value)
+        key: pack(f"optimizer.{where}.{key}", value)
         for key, value in after.items()
         if key != "params" and not _same(value, given.get(key, _ABSENT))
     }
@@ -402,31 +402,6 @@ def _same(value: object, given: object) -> bool:
     return value is given or (
         isinstance(value, (tuple, *SCALARS)) and type(value) is type(given) and bool(value == given)
     )
-
-
-def _packed(where: tuple[str, ...], value: Any) -> Any:  # any leaf
-    """Return `value` as a tree that can be written to disk; a list becomes `{"__list__": (...)}`."""
-    if isinstance(value, (Tensor, *SCALARS)):
-        return value
-    if isinstance(value, list):
-        return {_LIST: _packed(where, tuple(value))}
-    if isinstance(value, tuple):
-        return tuple(_packed(where, item) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _packed((*where, key), item) for key, item in value.items()}
-    path = ".".join(map(str, where))
-    raise TypeError(f"{path} of the optimizer is a {type(value).__name__}, which no checkpoint can hold")
-
-
-def _unpacked(value: Any) -> Any:  # any leaf
-    """Return a copy of a packed `value` that may be written to: tensors cloned, dicts and lists new."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, tuple):
-        return tuple(_unpacked(item) for item in value)
-    if isinstance(value, Mapping):
-        return list(_unpacked(value[_LIST])) if _LIST in value else {key: _unpacked(v) for key, v in value.items()}
-    return value
 
 
 def _class_problem(cls: object) -> Problem | None:
@@ -485,7 +460,6 @@ def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _ABSENT: Final = object()
-_LIST: Final = "__list__"
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _REPLACED: Final = frozenset({"state", "param_groups"})
 # What torch keeps on every instance for itself; the last name is a check it makes once.

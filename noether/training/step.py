@@ -218,7 +218,8 @@ class Step:
         finite = losses["total"].isfinite()
         if self.nonfinite == "apply":
             return finite
-        largest = [torch.linalg.vector_norm(grad, torch.inf) for grad in grads.values() if grad is not None]
+        entries = [_entries(grad) for grad in grads.values() if grad is not None]
+        largest = [torch.linalg.vector_norm(values, torch.inf) for values in entries if values.numel()]
         return bool(finite & torch.stack(largest).isfinite().all()) if largest else bool(finite)
 
     def _clipped(self, grads: Grads) -> tuple[Grads, Tensor | None]:
@@ -230,7 +231,8 @@ class Step:
             return grads, None
         norm = get_total_norm([grad for grad in grads.values() if grad is not None])
         factor = torch.clamp(self.clip_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        return {name: None if grad is None else grad * factor for name, grad in grads.items()}, norm
+        # `to`: of a gradient without dimensions, a factor of higher precision would make one of its own type.
+        return {n: None if grad is None else (grad * factor).to(grad.dtype) for n, grad in grads.items()}, norm
 
     def _autocast(self, params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         if self.precision is None:
@@ -251,6 +253,11 @@ class _Sum:
             self.values[name] = held if term is None else term if held is None else held + term
 
 
+def _entries(grad: Tensor) -> Tensor:
+    """Return the numbers that a gradient holds; torch has no norms of sparse tensors."""
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
 def _detached(tree: Any) -> Any:
     return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
@@ -260,7 +267,7 @@ def _nonfinite_message(state: TrainState, losses: Losses, grads: Grads) -> str:
     wrong += [
         f"the gradient of {name!r} is not finite"
         for name, grad in grads.items()
-        if grad is not None and not grad.isfinite().all()
+        if grad is not None and not _entries(grad).isfinite().all()
     ]
     first, others = wrong[:_SHOWN], len(wrong) - _SHOWN
     more = f" (and {others} more)" if others > 0 else ""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from noether.effects.interpreter import Interpreter
     from noether.training.data import TrainingData
     from noether.training.step import Accumulated, Step
+    from noether.training.streams import StreamedData
 
 
 @final
@@ -63,7 +64,7 @@ class Trainer:
 
     run: Run
     step: Step
-    data: TrainingData
+    data: TrainingData | StreamedData
     reducer: Reducer
     interpreter: Interpreter
     evaluate_first: bool = False
@@ -98,7 +99,7 @@ class Trainer:
     def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, float]:
         """Return the state after one update, and the time at which it was completed."""
         waiting_s = self.clock.elapsed_s()
-        batches = self.data.batch(state.iteration, last=self.run.final.update)
+        state, batches = self.data.update(state, last=self.run.final.update)
         loaded_s = self.clock.elapsed_s()
         state, outputs = self.step(
             state, batches, self._observe if self.reducer.listens(AfterAccumulationStep) else None

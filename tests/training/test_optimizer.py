@@ -411,5 +411,5 @@ def test_refusals_of_an_update():
 
 def test_memory_that_no_checkpoint_can_hold_is_refused():
     functional, params, opt_state = start(Unsavable, {})
-    with pytest.raises(TypeError, match=r"state\.a\.weight\.seen of the optimizer is a set, which no checkpoint"):
+    with pytest.raises(TypeError, match=r"optimizer\.state\.a\.weight\.seen is a set, which no checkpoint"):
         functional.update({}, opt_state, params)

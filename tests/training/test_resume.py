@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from noether import (
     Run,
@@ -33,6 +33,7 @@ from noether.testing import same
 from noether.training.data import EvaluationData, TrainingData
 from noether.training.optimizer import FunctionalOptimizer
 from noether.training.step import Step
+from noether.training.streams import StreamedData
 from noether.training.trainer import Clock, Trainer
 
 STILL = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0)
@@ -51,6 +52,30 @@ class Noisy(Dataset):
     def __getitem__(self, index):
         noisy = self._inputs[index] + 0.1 * torch.randn(3)
         return noisy, (self._inputs[index].sum() > 0).long()
+
+
+class Stream(IterableDataset):
+    """The same points, in an order that goes on over epochs, from wherever it was left."""
+
+    def __init__(self, length):
+        self._points, self._read = Noisy(length), 0
+
+    def __len__(self):
+        return len(self._points)
+
+    def __iter__(self):
+        while True:
+            index = (7 * self._read + self._read // len(self)) % len(self)
+            self._read += 1
+            yield self._points[index]
+            if self._read % len(self) == 0:
+                return
+
+    def state_dict(self):
+        return {"read": [self._read]}
+
+    def load_state_dict(self, state):
+        (self._read,) = state["read"]
 
 
 def make_model():
@@ -110,20 +135,22 @@ class Session:
 
 
 def trainer(case, interpreter):
-    data = TrainingData(
-        Noisy(case["length"]),
-        seed=case["seed"],
-        effective_batch_size=case["batch"],
-        max_batch_size=case["micro"],
-        drop_last=case["drop_last"],
-        num_workers=case["workers"],
-    )
+    settings = {
+        "seed": case["seed"],
+        "effective_batch_size": case["batch"],
+        "max_batch_size": case["micro"],
+        "drop_last": case["drop_last"],
+    }
+    if case["streamed"]:
+        data = StreamedData(Stream(case["length"]), **settings)
+    else:
+        data = TrainingData(Noisy(case["length"]), **settings, num_workers=case["workers"])
     model = make_model()
     run = Run(
         end=case["end"],
-        updates_per_epoch=data.updates_per_epoch,
-        samples_per_epoch=data.samples_per_epoch,
-        effective_batch_size=data.effective_batch_size,
+        updates_per_epoch=data.batching.updates_per_epoch,
+        samples_per_epoch=data.batching.samples_per_epoch,
+        effective_batch_size=data.batching.effective_batch_size,
         run_id="law",
         data={"val": EvaluationData(Noisy(5), seed=case["seed"], batch_size=2)},
         forward=forward(make_model(), loss),
@@ -136,7 +163,8 @@ def trainer(case, interpreter):
         lr={"default": lambda position: 0.05 / (1 + position)},
         clip_grad_norm=1.0,
     )
-    reducer = make_callbacks(case["interval"], case["tolerance"])
+    callbacks = make_callbacks(case["interval"], case["tolerance"])
+    reducer = compose(data, callbacks) if case["streamed"] else callbacks
     state = TrainState.from_module(make_model(), seed=case["seed"])
     state = state.replace(opt_state=optimizer.init(state.params))
     return Trainer(run=run, step=step, data=data, reducer=reducer, interpreter=interpreter, clock=STILL), state
@@ -184,6 +212,7 @@ def cases(draw, workers=0):
         "micro": draw(st.sampled_from([None, 2, 3])),
         "drop_last": draw(st.booleans()) or length % batch == 1,  # batch norm needs two samples
         "workers": workers,
+        "streamed": draw(st.booleans()),
         "end": draw(st.sampled_from([*ends, TrainingIteration(sample=draw(st.integers(1, 40)))])),
         "interval": draw(st.sampled_from([{"every_n_epochs": 1}, {"every_n_updates": 2}, {"every_n_samples": 7}])),
         "tolerance": draw(st.sampled_from([None, 1, 2])),
@@ -221,7 +250,7 @@ def test_a_run_cut_anywhere_equals_the_uncut_run(case, cuts, tmp_path_factory):
 @pytest.mark.parametrize("cuts", [[(4, 3), (3, 2)], [(7, 7)]])
 def test_workers_change_nothing(cuts, tmp_path):
     case = {
-        "seed": 0, "length": 10, "batch": 4, "micro": 2, "drop_last": False, "workers": 2,
+        "seed": 0, "length": 10, "batch": 4, "micro": 2, "drop_last": False, "workers": 2, "streamed": False,
         "end": TrainingIteration(epoch=2), "interval": {"every_n_updates": 2}, "tolerance": None,
     }  # fmt: skip
     check(case, cuts, tmp_path)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, min_delta_problem
 from noether.core.effect import SaveCheckpoint
-from noether.core.errors import whole
+from noether.core.errors import Problem, whole
 from noether.core.metrics import current
 from noether.core.tree import FrozenDict
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
-    from noether.core.errors import Problem
     from noether.core.event import Event
     from noether.core.gate import Interval
     from noether.core.state import Memory, TrainState
@@ -63,6 +62,8 @@ class BestCheckpointCallback(MetricWatcher):
         yield from super().problems()
         yield min_delta_problem(self.min_delta)
         yield from (whole("tolerances", tolerance) for tolerance in self.tolerances)
+        if len(set(self.tolerances)) < len(self.tolerances):
+            yield Problem("tolerances", f"{list(self.tolerances)} names one twice; give each once")
 
     @property
     def produces(self) -> tuple[str, ...]:

@@ -55,9 +55,9 @@ def improves(value: float, best: float | None, mode: Mode, min_delta: float = 0.
     return value > best + min_delta if mode == "higher" else value < best - min_delta
 
 
-def min_delta_problem(min_delta: float) -> Problem | None:
+def min_delta_problem(min_delta: object) -> Problem | None:
     """Return what is wrong with `min_delta`, or None."""
-    if not isinstance(min_delta, bool) and 0 <= min_delta < math.inf:
+    if isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool) and 0 <= min_delta < math.inf:
         return None
     return Problem("min_delta", f"{min_delta!r} is not a number of at least 0")
 

@@ -90,7 +90,7 @@ class OnlineLossCallback(PeriodicCallback):
 
 
 def _weighted(loss: float | torch.Tensor, samples: int) -> torch.Tensor:
-    return torch.as_tensor(loss).to(torch.float64) * samples
+    return torch.as_tensor(loss, dtype=torch.float64).detach() * samples
 
 
 def _refuse_nan(key: str, mean: torch.Tensor, state: TrainState) -> None:

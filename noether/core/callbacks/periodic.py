@@ -139,7 +139,7 @@ class PeriodicCallback(CallbackBase):
     @property
     def tracks(self) -> bool:
         """Whether it looks at every update, due or not."""
-        return self.fills_in("track_after_update_step", PeriodicCallback)
+        return any(self.fills_in(hook, PeriodicCallback) for hook in ("track_after_update_step", "after_update"))
 
     def listens(self, event_type: type[Event]) -> bool:
         """Return whether it can do anything on events of this type."""

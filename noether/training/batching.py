@@ -1,0 +1,62 @@
+"""How an epoch is cut into updates, and an update into micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+
+@final
+@dataclass(frozen=True)
+class Batching:
+    """The arithmetic of batches.
+
+    Args:
+        length: Samples in the training set, >= 1.
+        effective_batch_size: Samples of an update, in [1, length].
+        max_batch_size: Samples of a micro-batch at most, or None for no limit.
+        drop_last: Whether the last batch of an epoch is left out if it is short.
+
+    Raises:
+        ValueError: If the training set is shorter than a batch.
+
+    Example:
+        >>> batching = Batching(length=10, effective_batch_size=4, max_batch_size=3)
+        >>> batching.updates_per_epoch, batching.samples_per_epoch
+        (3, 10)
+        >>> batching.parts(1)
+        [slice(4, 7, None), slice(7, 8, None)]
+    """
+
+    length: int
+    effective_batch_size: int
+    max_batch_size: int | None = None
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.effective_batch_size > self.length:
+            raise ValueError(
+                f"{self.effective_batch_size} is larger than the training set, which has {self.length} samples"
+            )
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates in one epoch."""
+        whole, rest = divmod(self.length, self.effective_batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that one epoch trains on."""
+        return self.updates_per_epoch * self.effective_batch_size if self.drop_last else self.length
+
+    def parts(self, update: int) -> list[slice]:
+        """Return where in the order of its epoch the micro-batches of an update lie.
+
+        Args:
+            update: Number of updates completed before it.
+        """
+        begin = update % self.updates_per_epoch * self.effective_batch_size
+        end = min(begin + self.effective_batch_size, self.samples_per_epoch)
+        size = self.max_batch_size or self.effective_batch_size
+        return [slice(at, min(at + size, end)) for at in range(begin, end, size)]
