@@ -90,6 +90,7 @@ def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[
             key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in memory.items()
         }
     for group, saved in zip(optimizer.param_groups, opt_state.get("groups", ()), strict=True):
+        group.pop("lr_scale", None)  # the saved learning rate is scaled as the saved group says
         group.update(saved)
 
 
@@ -128,7 +129,9 @@ def forward(model: nn.Module, loss: Callable[[Any, Any], Losses]) -> Callable[[T
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            outputs = functional_call(model, {**state.params, **state.buffers}, arguments, keywords)
+            # Copies of the buffers: a module may write to its own even in evaluation mode.
+            buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+            outputs = functional_call(model, {**state.params, **buffers}, arguments, keywords)
         finally:
             for module, training in modes:
                 module.training = training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Never
 
@@ -99,6 +100,30 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return tuple(map_leaves(function, value) for value in tree)
     return function(tree)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Return a user's batch or outputs with `function` applied to every tensor, every container of the type it has.
+
+    Looked into are mappings, lists, tuples, named tuples and dataclasses; anything else is handed on as it is.
+
+    Example:
+        >>> map_tensors(lambda tensor: tensor + 1, [torch.tensor(1), {"name": "x"}])
+        [tensor(2), {'name': 'x'}]
+    """
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+        return dataclasses.replace(value, **{name: map_tensors(function, item) for name, item in held.items()})
+    if isinstance(value, Mapping):
+        items = {key: map_tensors(function, item) for key, item in value.items()}
+        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]  # as mappings are made
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map_tensors(function, item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
 
 
 def storages(tree: Any) -> set[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from noether.core.errors import refuse, whole
+
 
 @final
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Batching:
         drop_last: Whether the last batch of an epoch is left out if it is short.
 
     Raises:
+        SettingsError: If a size is not a whole number >= 1.
         ValueError: If the training set is shorter than a batch.
 
     Example:
@@ -34,6 +37,8 @@ class Batching:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
+        sizes = {"effective_batch_size": self.effective_batch_size, "max_batch_size": self.max_batch_size}
+        refuse(whole(name, size) for name, size in sizes.items() if size is not None)
         if self.effective_batch_size > self.length:
             raise ValueError(
                 f"{self.effective_batch_size} is larger than the training set, which has {self.length} samples"

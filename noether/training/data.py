@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from noether.core.tree import map_leaves
+from noether.core.tree import map_tensors
 from noether.training.batching import Batching
 from noether.training.randomness import derive, seed_all
 
@@ -218,4 +218,4 @@ def moved(batch: Any, device: torch.device) -> Any:
     """Return a batch on `device`."""
     if device.type == "cpu":
         return batch
-    return map_leaves(lambda leaf: leaf.to(device, non_blocking=True) if hasattr(leaf, "to") else leaf, batch)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)

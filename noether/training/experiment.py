@@ -86,12 +86,13 @@ class Experiment:
 _TENSOR_FIELDS = ("params", "buffers", "callback_states")  # torch's optimizers say themselves where their memory lies
 
 
-def build(config: Config, run_id: str = "") -> Experiment:
+def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experiment:
     """Return what `config` describes, made: datasets, model, optimizer, callbacks.
 
     Args:
         config: A checked configuration.
         run_id: Name of the run.
+        begins: Whether the run begins here; one that is gone on with needs what it was initialized from no more.
 
     Raises:
         ConfigError: If what only the made objects can tell is wrong: a batch larger than the dataset, a parameter
@@ -105,7 +106,7 @@ def build(config: Config, run_id: str = "") -> Experiment:
     model = _made(config, ("model",), config.model.build).to(device).train()
     run = _run(config, data, datasets, model, run_id, device)
     state = _with_own_tensors(TrainState.from_module(model, seed=config.run.seed))
-    if config.run.init_from is not None:
+    if begins and config.run.init_from is not None:
         state = _init_from(config, state)
     optimizer = _optimizer(config, model)
     lr, weight_decay = _value_schedules(config, optimizer, state, run)
@@ -149,11 +150,17 @@ def _located(config: Config, path: tuple[str | int, ...]) -> Iterator[None]:
 
 
 def _errors(config: Config, path: tuple[str | int, ...], problems: Sequence[Problem]) -> ConfigError:
-    errors = [
-        config.error((*path, *problem.setting.split(".")) if problem.setting else path, problem.message)
-        for problem in problems
-    ]
+    errors = [config.error((*path, *_way(config, problem.setting)), problem.message) for problem in problems]
     return ConfigError([located for error in errors for located in error.problems])
+
+
+def _way(config: Config, setting: str) -> tuple[str | int, ...]:
+    """Return the dotted name of a setting as a path; the optimizer knows its groups by name, the YAML by number."""
+    for index, group in enumerate(config.optimizer.groups):
+        if f"{setting}.".startswith(f"groups.{group.name}."):
+            inside = setting.removeprefix(f"groups.{group.name}").removeprefix(".")
+            return ("groups", index, *_way(config, inside))
+    return tuple(setting.split(".")) if setting else ()
 
 
 def _device(config: Config) -> torch.device:

@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from noether.core.batch import batch_size, model_arguments
 from noether.core.module import with_total
-from noether.core.tree import FrozenDict, map_leaves
+from noether.core.tree import FrozenDict, map_tensors
 from noether.training.randomness import derive, seed_torch
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class Step:
 
         Raises:
             FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
+            ValueError: If the model writes to its parameters.
         """
         seed_torch(derive(state.seed, "update", state.iteration.update, self.rank))
         samples = [batch_size(batch) for batch in batches]
@@ -163,16 +164,18 @@ class Step:
             inputs[name].requires_grad_()
         weights = {**inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
         arguments, keywords = model_arguments(self.model, batch)
+        versions = [param._version for param in params.values()]  # noqa: SLF001  # torch's count of writes in place
         with torch.enable_grad(), self._autocast(params):
             outputs = functional_call(self.model, weights, arguments, keywords)
             losses = with_total(self.loss(outputs, batch))
             total = losses["total"] if weight == 1 else losses["total"] * weight
+        _check_unwritten(params, versions)
         # torch.autograd.grad and not torch.func.grad_and_value: it is faster, to the same bits; see benchmarks/step.py.
         grads = torch.autograd.grad(total, [inputs[name] for name in trainable], allow_unused=True)
         return (
             dict(zip(trainable, grads, strict=True)),
             {name: loss.detach() for name, loss in losses.items()},
-            _detached(outputs),
+            map_tensors(Tensor.detach, outputs),
             # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
             {name: weights[name].detach() for name in buffers},
         )
@@ -258,8 +261,13 @@ def _entries(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
-def _detached(tree: Any) -> Any:
-    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+def _check_unwritten(params: Mapping[str, Tensor], versions: Sequence[int]) -> None:
+    for (name, param), version in zip(params.items(), versions, strict=True):
+        if param._version != version:  # noqa: SLF001  # torch's count of writes in place
+            raise ValueError(
+                f"the model writes to its parameter {name!r} in forward, and a tensor in a state is never written to: "
+                "compute with a clamped or renormalized copy, or make it a buffer"
+            )
 
 
 def _nonfinite_message(state: TrainState, losses: Losses, grads: Grads) -> str:
