@@ -52,6 +52,8 @@ def _covered(consumer: OneCounter, producers: tuple[OneCounter, ...], run: Run) 
 def _one_covers(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | None:
     if producer == consumer:
         return True
+    if producer.counter == "epoch" and consumer.counter != "epoch":
+        return False  # measured only after the last update of the epoch was looked at
     if producer.window != Window() and (producer.window != consumer.window or _seen_apart(producer, consumer)):
         return None
     if isinstance(producer, At) or isinstance(consumer, At):
@@ -59,8 +61,6 @@ def _one_covers(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | 
     ours, theirs = producer.threshold_after(0), consumer.threshold_after(0)
     if ours is None or theirs is None:
         return None
-    if producer.counter == "epoch" and consumer.counter != "epoch":
-        return False  # measured only after the last update of the epoch was looked at
     if ours == 1 or (producer.counter == consumer.counter and theirs % ours == 0):
         return True
     return _unlike(producer, consumer, run)

@@ -32,6 +32,7 @@ HOOKS: Final[dict[type[Event], str]] = {
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass(frozen=True, kw_only=True)  # for its own setting; subclasses get theirs below
 class CallbackBase:
     """A callback that fills in hooks. Every subclass is a frozen keyword-only dataclass without saying so.
 

@@ -1,0 +1,186 @@
+"""What a user writes: a subclass of each of the three bases."""
+
+# ruff: noqa: ARG002, ARG005  # a callback takes a state and an event, whether or not it needs both
+
+# a hook takes a state and an event, whether or not it needs both
+
+import dataclasses
+
+import pytest
+import torch
+
+from noether.core.callbacks import CallbackBase, PeriodicCallback, PeriodicDataIteratorCallback
+from noether.core.callbacks.base import HOOKS
+from noether.core.effect import LogScalars, LogText
+from noether.core.errors import Problem, SettingsError
+from noether.core.event import EVENTS, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.metrics import log
+from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.state import TrainState
+from noether.core.tree import FrozenDict
+
+
+class Clip(CallbackBase):
+    """Halves the learning rate when the loss exceeds a threshold, and remembers how often it did."""
+
+    threshold: float
+    factor: float = 0.5
+
+    @property
+    def produces(self):
+        return ("clip/times",)
+
+    def init(self, state):
+        return {self.name: 0}
+
+    def distinction(self):
+        return (f"{self.threshold:g}",)
+
+    def after_update(self, state, event):
+        if event.losses["total"] <= self.threshold:
+            return state, ()
+        times = self.memory(state) + 1
+        scale = state.hyperparams["lr_scale"] * self.factor
+        state = state.remember(self.name, times).replace(hyperparams=state.hyperparams | {"lr_scale": scale})
+        return log(state, event, {"clip/times": times})
+
+    def after_training(self, state, event):
+        return state, (LogText(f"clipped {self.memory(state)} times"),)
+
+
+class Samples(PeriodicCallback):
+    """Logs the samples since it was last due."""
+
+    unit: str = "samples"
+
+    def problems(self):
+        yield from super().problems()
+        if not self.unit:
+            yield Problem("unit", "'' is not a name")
+
+    def init(self, state):
+        return {self.name: 0}
+
+    def track_after_update_step(self, state, event):
+        return state.remember(self.name, self.memory(state) + event.samples), (LogText("tracked"),)
+
+    def periodic_callback(self, state, event, interval):
+        return log(state.remember(self.name, 0), event, {f"{self.unit}/{interval}": self.memory(state)})
+
+
+class Spread(PeriodicDataIteratorCallback):
+    """Logs the difference of the largest and smallest output on a dataset."""
+
+    def process_data(self, state, batch, forward):
+        return {"outputs": forward(state, batch)[1]}
+
+    def process_results(self, state, event, results):
+        outputs = results["outputs"]
+        return log(state, event, {self.key("spread"): (outputs.max() - outputs.min()).item()})
+
+    @property
+    def produces(self):
+        return (self.key("spread"),)
+
+
+def test_a_subclass_of_the_first_base():
+    callback = Clip(threshold=1.0)
+    assert callback == Clip(threshold=1.0, factor=0.5)
+    assert callback.name == "Clip/1"
+    assert Clip(threshold=1.0, id="mine").name == "mine"
+    state, _ = compose(callback)(TrainState(), BeforeTraining())
+    assert state.memory("Clip/1") == 0
+    state = state.advance(samples=4)
+    assert callback(state, AfterUpdate(losses={"total": 1.0})) == (state, ())
+    after, effects = callback(state, AfterUpdate(losses={"total": 1.5}))
+    assert effects == (LogScalars({"clip/times": 1}),)
+    assert (after.hyperparams["lr_scale"], after.memory("Clip/1")) == (0.5, 1)
+    assert callback(after, AfterTraining())[1] == (LogText("clipped 1 times"),)
+    assert callback(state, AfterEpoch()) == (state, ())
+
+
+def test_a_subclass_is_a_frozen_dataclass_of_keywords():
+    assert [field.name for field in dataclasses.fields(Clip)] == ["id", "threshold", "factor"]
+    with pytest.raises(TypeError, match="positional"):
+        Clip(1.0)
+    with pytest.raises(TypeError, match="threshold"):
+        Clip()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Clip(threshold=1.0).threshold = 2.0
+    assert repr(Clip(threshold=1.0)) == "Clip(id=None, threshold=1.0, factor=0.5)"
+    assert hash(Clip(threshold=1.0)) == hash(Clip(threshold=1.0))
+
+
+def test_called_alone_it_begins_with_its_own_memory():
+    after, _ = Clip(threshold=1.0)(TrainState().advance(samples=4), AfterUpdate(losses={"total": 2.0}))
+    assert after.memory("Clip/1") == 1
+
+
+@pytest.mark.parametrize("event_type", EVENTS)
+def test_each_event_has_its_hook(event_type):
+    hook = HOOKS[event_type]
+    kind = type("Hook", (CallbackBase,), {hook: lambda self, state, event: (state, (LogText(type(event).__name__),))})
+    callback, state = kind(), TrainState()
+    assert callback(state, event_type()) == (state, (LogText(event_type.__name__),))
+    assert [e for e in EVENTS if callback.listens(e)] == [event_type]
+    assert all(callback(state, other()) == (state, ()) for other in EVENTS if other is not event_type)
+    assert [e for e in EVENTS if type("Sub", (kind,), {})().listens(e)] == [event_type]
+
+
+def test_a_subclass_of_the_periodic_base():
+    callback, state, asked = Samples(every_n_updates=2), TrainState(), []
+    for samples in (4, 4, 1, 4):
+        state, effects = callback(state.advance(samples=samples), AfterUpdate(samples=samples))
+        asked.append(effects)
+    tracked = LogText("tracked")
+    assert asked == [
+        (tracked,),
+        (tracked, LogScalars({"samples/update": 8})),
+        (tracked,),
+        (tracked, LogScalars({"samples/update": 5})),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "event_type", "expected"),
+    [
+        ({"every_n_epochs": 1}, AfterEpoch, "samples/epoch"),
+        ({"every_n_samples": 3}, AfterUpdate, "samples/sample"),
+        ({"every_n_updates": 1}, AfterUpdate, "samples/update"),
+        ({"every_n_updates": 2, "at_end": True}, AfterTraining, "samples/end"),
+        ({"every_n_updates": 1, "at_end": True}, AfterTraining, None),
+        ({"every_n_epochs": 2}, AfterEpoch, None),
+        ({"every_n_updates": 1}, AtEval, None),
+    ],
+)
+def test_the_interval_says_why(settings, event_type, expected):
+    state = TrainState().advance(samples=4)
+    state = state if event_type is AfterUpdate else state.next_epoch()
+    _, effects = Samples(**settings)(state, event_type())
+    logged = [key for effect in effects if isinstance(effect, LogScalars) for key in effect.values]
+    assert logged == ([] if expected is None else [expected])
+
+
+def test_settings_of_a_subclass_are_refused_with_those_of_its_base():
+    with pytest.raises(SettingsError) as refused:
+        Samples(unit="")
+    assert [problem.setting for problem in refused.value.problems] == ["", "unit"]
+    assert str(refused.value).endswith("\nunit: '' is not a name")
+
+
+def test_a_subclass_of_the_iterating_base():
+    batches = [torch.tensor([1.0, 5.0]), torch.tensor([3.0])]
+    run = Run(data={"val": batches}, forward=lambda state, batch: ({}, batch * state.params["w"]))
+    callback = Spread(every_n_epochs=1, dataset_key="val")
+    state = TrainState(params={"w": torch.tensor(2.0)}).advance(samples=4).next_epoch()
+    after, effects = callback(state, AfterEpoch(run=run))
+    assert effects == (LogScalars({"val/spread": 8.0}),)
+    assert after.metrics["val/spread"].value == 8.0
+    average = state.remember("weights/ema=0.9", {"params": {"w": torch.tensor(1.0)}, "buffers": FrozenDict()})
+    again = Spread(every_n_epochs=1, dataset_key="val", weights="ema=0.9")
+    assert again(average, AfterEpoch(run=run))[1] == (LogScalars({"val/spread/ema=0.9": 4.0}),)
+    assert again.produces == ("val/spread/ema=0.9",)
+    assert callback(state, AtEval(run=run))[1] == effects
+    with pytest.raises(TypeError, match="dataset_key"):
+        Spread(every_n_epochs=1)

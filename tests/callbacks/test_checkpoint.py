@@ -1,0 +1,112 @@
+"""Checkpoints at an interval: what is asked for, and what is said before."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from noether.core.callbacks import CheckpointCallback
+from noether.core.effect import LogText, SaveCheckpoint
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.iteration import TrainingIteration
+from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.state import TrainState
+from noether.testing.strategies import runs
+
+RUN = Run(end=TrainingIteration(epoch=3), updates_per_epoch=2, samples_per_epoch=8, effective_batch_size=4)
+STATE = TrainState().advance(samples=4).next_epoch()
+
+
+def asked(**settings):
+    return CheckpointCallback(every_n_epochs=1, id="c", **settings)(STATE, AfterEpoch(run=RUN))[1]
+
+
+def save(*, weights, optimizer, keep, pointers=("latest",), models=()):
+    return (
+        SaveCheckpoint(weights=weights, optimizer=optimizer, models=models, pointers=pointers, retention={"c": keep}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"save_weights": True}, save(weights=True, optimizer=False, keep=None)),
+        ({"save_optim": True}, save(weights=False, optimizer=True, keep=None)),
+        ({"save_weights": True, "save_optim": True, "keep": 2}, save(weights=True, optimizer=True, keep=2)),
+        ({"save_latest_weights": True}, save(weights=True, optimizer=False, keep=0)),
+        ({"save_latest_weights": True, "save_latest_optim": True}, save(weights=True, optimizer=True, keep=0)),
+        ({"save_weights": True, "save_latest_optim": True}, save(weights=True, optimizer=True, keep=None)),
+        ({"save_weights": True, "model_names": ("a",)}, save(weights=True, optimizer=False, keep=None, models=("a",))),
+    ],
+)
+def test_what_is_asked_for(settings, expected):
+    assert asked(**settings) == expected
+
+
+def test_after_training_it_is_asked_for_whether_due_or_not():
+    callback = CheckpointCallback(every_n_epochs=1, id="c", save_weights=True)
+    expected = save(weights=True, optimizer=False, keep=None, pointers=("latest", "last"))
+    for state in (STATE, STATE.advance(samples=4)):
+        assert callback(state, AfterTraining(run=RUN)) == (state, expected)
+
+
+def test_between_its_intervals_it_keeps_still():
+    callback = CheckpointCallback(every_n_updates=2, save_weights=True)
+    state = TrainState().advance(samples=4)
+    assert callback(state, AfterUpdate(run=RUN)) == (state, ())
+    assert callback.produces == ()
+    assert compose(callback)(TrainState(), BeforeTraining())[0].callback_states == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "state", "text"),
+    [
+        ({"save_weights": True}, TrainState(), "c: 4 checkpoints of 2.00 MB will be written, 4 of them kept"),
+        (
+            {"save_weights": True, "save_optim": True, "keep": 2},
+            TrainState(),
+            "c: 4 checkpoints of 6.00 MB and the optimizer's memory will be written, 2 of them kept",
+        ),
+        (
+            {"save_weights": True, "save_optim": True, "keep": 9},
+            TrainState().advance(samples=4),
+            "c: 4 checkpoints of 6.00 MB will be written, 4 of them kept",
+        ),
+        (
+            {"save_latest_weights": True},
+            TrainState(iteration=TrainingIteration(2, 4, 16)),
+            "c: 2 checkpoints of 2.00 MB will be written, 1 of them kept",
+        ),
+    ],
+)
+def test_what_is_said_before_training(settings, state, text):
+    weights = torch.zeros(500_000)
+    state = state.replace(params={"w": weights[:250_000]}, buffers={"b": weights[250_000:]},
+                          opt_state={"state": {"w": {"m": torch.zeros(500_000, dtype=torch.float64)}}})  # fmt: skip
+    callback = CheckpointCallback(every_n_epochs=1, id="c", **settings)
+    assert callback(state, BeforeTraining(run=RUN)) == (state, (LogText(text),))
+    assert callback(state, BeforeTraining(run=RUN, resumed=True)) == (state, (LogText(text),))
+
+
+def test_nothing_is_said_of_a_run_without_an_end():
+    state = TrainState()
+    assert CheckpointCallback(every_n_epochs=1, save_weights=True)(state, BeforeTraining()) == (state, ())
+
+
+@given(
+    runs(max_epochs=4), st.sampled_from(["every_n_epochs", "every_n_updates", "every_n_samples"]), st.integers(1, 20)
+)
+def test_the_number_that_is_said_is_the_number_that_is_asked_for(run, interval, n):
+    callback = CheckpointCallback(**{interval: n}, id="c", save_weights=True)
+    (said,) = callback(TrainState(), BeforeTraining(run=run))[1]
+    state, saves = TrainState(), 0
+    for update in range(1, run.final.update + 1):
+        after = run.iteration_after(update)
+        state = state.advance(samples=after.sample - state.iteration.sample)
+        saves += len(callback(state, AfterUpdate(run=run))[1])
+        if after.epoch > state.iteration.epoch:
+            state = state.next_epoch()
+            saves += len(callback(state, AfterEpoch(run=run))[1])
+    saves += len(callback(state, AfterTraining(run=run))[1])
+    assert said.text.startswith(f"c: {saves} checkpoints of ")

@@ -1,0 +1,258 @@
+"""Losses and metrics over a dataset are those of its samples, however it is cut into batches."""
+
+# ruff: noqa: ARG001, ARG002, ARG005  # a callback takes a state and an event, whether or not it needs both
+
+# a callback takes a state and an event, whether or not it needs both
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from noether.core.callbacks import (
+    EvaluateCallback,
+    MetricCallback,
+    OfflineLossCallback,
+    OnlineLossCallback,
+    PeriodicDataIteratorCallback,
+)
+from noether.core.effect import LogScalars
+from noether.core.event import AfterEpoch, AfterUpdate, AtEval
+from noether.core.metrics import log
+from noether.core.run import Run
+from noether.core.state import TrainState
+
+STATE = TrainState(params={"w": torch.tensor(2.0)}).advance(samples=4).next_epoch()
+
+
+def squares(state, batch):
+    """A model that scales its input; its loss is the mean of squares."""
+    outputs = batch[0] * state.params["w"]
+    return {"mse": (outputs - batch[1]).square().mean(), "total": (outputs - batch[1]).square().mean()}, outputs
+
+
+def error(outputs, batch):
+    return (outputs - batch[1]).abs()
+
+
+def mean_error(outputs, batch):
+    return (outputs - batch[1]).abs().mean()
+
+
+def event(batches, forward=squares, event_type=AfterEpoch, **run):
+    return event_type(run=Run(data={"val": batches}, forward=forward, **run))
+
+
+def values(callback, *arguments, state=STATE, **keywords):
+    _, effects = callback(state, event(*arguments, **keywords))
+    (effect,) = effects
+    assert type(effect) is LogScalars
+    return effect.values
+
+
+def cut(x, y, sizes):
+    return list(zip(torch.from_numpy(x).split(sizes), torch.from_numpy(y).split(sizes), strict=True))
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+@given(SIZES, st.integers(0, 2**31))
+def test_means_over_unequal_batches_are_those_of_numpy(sizes, seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(2, sum(sizes)))
+    logged = values(
+        EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", error, mean_error)), cut(x, y, sizes)
+    )
+    assert set(logged) == {"loss/val/mse", "loss/val/total", "val/error", "val/mean_error"}
+    np.testing.assert_allclose(logged["loss/val/mse"].item(), np.square(2 * x - y).mean(), rtol=1e-12)
+    np.testing.assert_allclose(logged["val/error"].item(), np.abs(2 * x - y).mean(), rtol=1e-12)
+    np.testing.assert_allclose(logged["val/mean_error"].item(), np.abs(2 * x - y).mean(), rtol=1e-12)
+
+
+@given(SIZES, st.integers(0, 2**31))
+def test_accuracy_is_the_share_of_samples_that_are_right(sizes, seed):
+    rng = np.random.default_rng(seed)
+    scores, targets = rng.normal(size=(sum(sizes), 4)), rng.integers(0, 4, size=sum(sizes))
+    logged = values(MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy"),
+                    cut(scores, targets, sizes), lambda state, batch: ({}, batch[0]))  # fmt: skip
+    np.testing.assert_allclose(logged["val/accuracy"].item(), (scores.argmax(1) == targets).mean(), rtol=1e-12)
+
+
+def test_accuracy_of_a_batch_of_names():
+    scores, labels = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([1, 1, 0])
+    batch = {"image": scores, "label": labels}
+    logged = values(MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy"), [batch],
+                    lambda state, batch: ({}, batch["image"]))  # fmt: skip
+    assert logged["val/accuracy"].item() == 2 / 3
+
+
+def test_a_target_is_missed():
+    with pytest.raises(ValueError, match=r"the batch has no target: make it \(inputs, target\), or a dict with one of"):
+        values(MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy"), [torch.zeros(2, 2)],
+               lambda state, batch: ({}, batch))  # fmt: skip
+
+
+def test_one_batch_by_hand():
+    batches = [
+        (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 5.0, 7.0])),
+        (torch.tensor([0.0]), torch.tensor([2.0])),
+    ]
+    state, effects = OfflineLossCallback(every_n_epochs=1, dataset_key="val")(STATE, event(batches))
+    assert effects == (LogScalars({"loss/val/mse": 1.75, "loss/val/total": 1.75}),)  # (1 + 1 + 1 + 4) / 4
+    assert state.metrics["loss/val/mse"].iteration == STATE.iteration
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2,), (1, 3)])
+def test_a_metric_that_is_neither_a_value_for_each_nor_a_mean_is_refused(shape):
+    def odd(outputs, batch):
+        return torch.zeros(shape)
+
+    with pytest.raises(ValueError, match="metric 'odd'") as refused:
+        values(MetricCallback(every_n_epochs=1, dataset_key="val", metric=odd), [(torch.zeros(3), torch.zeros(3))])
+    assert str(refused.value) == (
+        f"metric 'odd' returned shape {shape} for 3 samples; return one value for each, (3,), or their mean, ()"
+    )
+
+
+def test_difference_to_the_online_loss_of_the_same_interval():
+    online, offline = OnlineLossCallback(every_n_epochs=1), OfflineLossCallback(every_n_epochs=1, dataset_key="val")
+    state, _ = online(TrainState(params=STATE.params).advance(samples=2), AfterUpdate(samples=2, losses={"mse": 0.75}))
+    state, _ = online(state.next_epoch(), AfterEpoch())
+    batches = [(torch.tensor([1.0]), torch.tensor([1.0]))]
+    assert values(offline, batches, state=state) == {
+        "loss/val/mse": 1.0,
+        "lossdiff/val/mse": 0.25,
+        "loss/val/total": 1.0,
+    }
+    later = state.advance(samples=2).next_epoch()  # the online loss is not current any more
+    assert set(values(offline, batches, state=later)) == {"loss/val/mse", "loss/val/total"}
+
+
+def averages(w):
+    return {"weights/ema=0.9": {"params": {"w": torch.tensor(w)}, "buffers": {}}}
+
+
+def test_weights_of_an_average_are_evaluated_and_named():
+    state = STATE.replace(callback_states=averages(3.0))
+    batches = [(torch.tensor([1.0]), torch.tensor([1.0]))]
+    both = EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", error), weights="ema=0.9")
+    assert values(both, batches, state=state) == {
+        "loss/val/mse/ema=0.9": 4.0,
+        "loss/val/total/ema=0.9": 4.0,
+        "val/error/ema=0.9": 2.0,
+    }
+    after, _ = both(state, event(batches))
+    assert after.params is state.params
+    assert set(both.produces) == {"loss/val/*/ema=0.9", "lossdiff/val/*/ema=0.9", "val/error/ema=0.9"}
+
+
+def test_weights_that_are_not_there_are_refused():
+    callback = MetricCallback(every_n_epochs=1, dataset_key="val", metric=error, weights="ema=0.99")
+    with pytest.raises(KeyError, match=r"MetricCallback/E1/val/ema=0.99/error: no weights 'ema=0.99'; there are: none"):
+        callback(STATE, event([]))
+    with pytest.raises(KeyError, match=r"there are: ema=0.9\b"):
+        callback(STATE.replace(callback_states=averages(1.0)), event([]))
+
+
+def test_an_unknown_dataset_is_refused_with_the_nearest():
+    callback = MetricCallback(every_n_epochs=1, dataset_key="vall", metric=error)
+    with pytest.raises(KeyError, match=r"no dataset 'vall'; datasets: 'val'; did you mean 'val'?"):
+        callback(STATE, event([]))
+
+
+def test_evaluation_outside_of_training_whatever_the_interval():
+    callback = MetricCallback(every_n_epochs=7, dataset_key="val", metric=error)
+    batches = [(torch.tensor([1.0]), torch.tensor([1.0]))]
+    assert callback(STATE, event(batches)) == (STATE, ())
+    assert values(callback, batches, event_type=AtEval) == {"val/error": 1.0}
+
+
+class Rebatched:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def batched(self, n):
+        return [(part, part) for part in self.tensor.split(n)]
+
+
+def test_batches_of_another_size():
+    seen = []
+
+    def count(outputs, batch):
+        seen.append(len(batch[0]))
+        return torch.ones(len(batch[0]))
+
+    callback = MetricCallback(every_n_epochs=1, dataset_key="val", metric=count, batch_size=4)
+    assert values(callback, Rebatched(torch.zeros(10))) == {"val/count": 1.0}
+    assert seen == [4, 4, 2]
+    with pytest.raises(
+        TypeError, match="MetricCallback/E1/val/count: batch_size: dataset 'val' cannot be batched anew"
+    ):
+        callback(STATE, event([]))
+
+
+class Collect(PeriodicDataIteratorCallback):
+    def process_data(self, state, batch, forward):
+        return {"whole": batch.sum(), "each": batch, "float": batch.double().mean()}
+
+    def process_results(self, state, event, results):
+        return log(state, event, {self.key("samples"): results["samples"]}), (results,)
+
+
+def results(batches, **run):
+    _, (collected,) = Collect(every_n_epochs=1, dataset_key="val")(STATE, event(batches, None, **run))
+    return collected
+
+
+def test_results_are_summed_or_concatenated_in_order():
+    collected = results([torch.tensor([3, 1]), torch.tensor([2]), torch.tensor([7, 8, 9])])
+    assert collected["samples"] == 6
+    assert collected["whole"].item() == 30
+    assert not collected["whole"].is_floating_point()
+    assert collected["each"].tolist() == [3, 1, 2, 7, 8, 9]
+    assert collected["float"].item() == 2.0 + 2.0 + 8.0
+
+
+def test_samples_are_counted_as_the_run_says():
+    assert results([torch.tensor([3, 1])], batch_size=lambda batch: 5)["samples"] == 5
+
+
+def test_samples_is_no_name_of_a_result():
+    class Samples(PeriodicDataIteratorCallback):
+        def process_data(self, state, batch, forward):
+            return {"samples": batch.sum()}
+
+    with pytest.raises(ValueError, match="process_data returned a result named 'samples', which is the number of"):
+        Samples(every_n_epochs=1, dataset_key="val")(STATE, event([torch.zeros(1)]))
+
+
+@pytest.mark.xfail(strict=True, reason="evaluation weighs with the default batch size, and divides by the run's")
+def test_losses_are_weighted_by_the_size_that_the_run_gives():
+    def forward(state, batch):
+        return {"total": batch["x"].mean()}, None
+
+    batches = [
+        {"scale": torch.ones(7), "x": torch.tensor([1.0, 3.0])},
+        {"scale": torch.ones(7), "x": torch.tensor([5.0])},
+    ]
+    callback = OfflineLossCallback(every_n_epochs=1, dataset_key="val")
+    logged = values(callback, batches, forward, batch_size=lambda batch: len(batch["x"]))
+    assert logged["loss/val/total"].item() == 3.0
+
+
+def test_two_of_a_kind_are_told_apart():
+    a = MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
+    names = {dataclasses.replace(a, **change).name for change in ({}, {"dataset_key": "test"}, {"metric": error},
+             {"weights": "ema=0.9"}, {"every_n_epochs": 2}, {"id": "mine"})}  # fmt: skip
+    assert names == {
+        "MetricCallback/E1/val/accuracy",
+        "MetricCallback/E1/test/accuracy",
+        "MetricCallback/E1/val/error",
+        "MetricCallback/E1/val/ema=0.9/accuracy",
+        "MetricCallback/E2/val/accuracy",
+        "mine",
+    }

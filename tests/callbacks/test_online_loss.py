@@ -1,0 +1,138 @@
+"""The online loss is the sample-weighted mean of what went by."""
+
+# a callback takes a state and an event, whether or not it needs both
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from noether.core.callbacks import OnlineLossCallback
+from noether.core.callbacks.online_loss import OnlineLoss
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval
+from noether.core.state import TrainState
+from noether.testing import same
+
+NAN = math.nan
+LOSSES = st.floats(-1e3, 1e3)
+
+
+def go(callback, updates, state=None):
+    """Return the state after `(samples, losses, skipped)` updates, and the values logged at each."""
+    state, told = state or TrainState(), []
+    for samples, losses, skipped in updates:
+        state = state.advance(samples=samples)
+        state, effects = callback(state, AfterUpdate(samples=samples, losses=losses, skipped=skipped))
+        told.append([effect.values for effect in effects])
+    return state, told
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), LOSSES, st.booleans()), min_size=1, max_size=20), st.integers(1, 5),
+       st.booleans())  # fmt: skip
+def test_it_is_the_weighted_mean_over_every_interval(updates, n, as_tensors):
+    made = [(s, {"total": torch.tensor(x, dtype=torch.float64) if as_tensors else x}, skip) for s, x, skip in updates]
+    _, told = go(OnlineLossCallback(every_n_updates=n), made)
+    for end in range(1, len(updates) + 1):
+        if end % n:
+            assert told[end - 1] == []
+            continue
+        sizes, losses, skipped = (np.array(column) for column in zip(*updates[end - n : end], strict=True))
+        (values,) = told[end - 1]
+        assert list(values) == [f"loss/online/total/U{n}"]
+        applied = ~skipped
+        expected = np.average(losses[applied], weights=sizes[applied]) if applied.any() else NAN
+        np.testing.assert_allclose(values[f"loss/online/total/U{n}"].item(), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), LOSSES), min_size=1, max_size=20), st.integers(1, 100))
+def test_it_is_the_mean_over_samples_too(updates, n):
+    _, told = go(OnlineLossCallback(every_n_samples=n), [(s, {"a": x}, False) for s, x in updates])
+    since, sample = [], 0
+    for (size, loss), values in zip(updates, told, strict=True):
+        since.append((size, loss))
+        crossed = (sample + size) // n > sample // n
+        sample += size
+        assert bool(values) == crossed
+        if crossed:
+            sizes, losses = zip(*since, strict=True)
+            expected = np.average(losses, weights=sizes)
+            np.testing.assert_allclose(values[0][f"loss/online/a/S{n}"].item(), expected, rtol=1e-12, atol=1e-12)
+            since = []
+
+
+def test_single_precision_losses_are_summed_in_double():
+    losses = [torch.tensor(1e8), torch.tensor(1.0)] * 50
+    _, told = go(OnlineLossCallback(every_n_updates=100), [(1, {"total": loss}, False) for loss in losses])
+    value = told[-1][0]["loss/online/total/U100"]
+    assert value.dtype == torch.float64
+    assert value.item() == 50000000.5
+
+
+def test_a_loss_that_still_has_its_graph_is_not_held():
+    loss = torch.ones((), requires_grad=True) * 2
+    state, _ = go(OnlineLossCallback(every_n_updates=2), [(1, {"total": loss}, False)])
+    kept = state.memory("OnlineLossCallback/U2")["sums"]["total"]
+    assert not kept.requires_grad
+
+
+def test_an_epoch_and_the_end():
+    callback = OnlineLossCallback(every_n_epochs=1, at_end=True)
+    state, told = go(callback, [(3, {"total": 1.0}, False), (1, {"total": 5.0}, False)])
+    assert told == [[], []]
+    state, effects = callback(state.next_epoch(), AfterEpoch())
+    assert effects[0].values == {"loss/online/total/E1": 2.0}
+    assert callback(state, AfterTraining()) == (state, ())
+    state, _ = go(callback, [(2, {"total": 7.0}, False)], state)
+    state, effects = callback(state, AfterTraining())
+    assert effects[0].values == {"loss/online/total/E1": 7.0}
+
+
+def test_every_named_loss_has_a_key():
+    _, told = go(OnlineLossCallback(every_n_updates=1), [(2, {"total": 3.0, "ce": 1.0, "l2": 2.0}, False)])
+    assert told[0][0] == {"loss/online/total/U1": 3.0, "loss/online/ce/U1": 1.0, "loss/online/l2/U1": 2.0}
+
+
+def test_nothing_is_logged_where_nothing_was_seen():
+    callback, state = OnlineLossCallback(every_n_epochs=1), TrainState().next_epoch()
+    assert callback(state, AfterEpoch())[1] == ()
+    assert callback(state, AtEval()) == (state, ())
+
+
+def test_nan_of_an_applied_update_is_raised():
+    callback = OnlineLossCallback(every_n_updates=2)
+    with pytest.raises(FloatingPointError) as refused:
+        go(callback, [(1, {"total": NAN}, False), (1, {"total": 1.0}, False)])
+    assert str(refused.value) == (
+        "loss/online/total/U2 is NaN at E0_U2_S2: training has diverged. Lower the learning rate, clip gradients, "
+        "have such updates left out with trainer.nonfinite: skip, or log on with nan: log"
+    )
+
+
+def test_nan_of_an_applied_update_is_logged_on_request():
+    _, told = go(
+        OnlineLossCallback(every_n_updates=1, nan="log"), [(1, {"total": NAN}, False), (1, {"total": 1.0}, False)]
+    )
+    assert same([values[0]["loss/online/total/U1"].item() for values in told], [NAN, 1.0])
+
+
+def test_nan_of_a_skipped_update_does_not_count():
+    updates = [(4, {"total": NAN}, True), (2, {"total": 3.0}, False), (8, {"total": math.inf}, True)]
+    _, told = go(OnlineLossCallback(every_n_updates=3), updates)
+    assert told[-1][0]["loss/online/total/U3"].item() == 3.0
+
+
+def test_an_interval_of_skipped_updates_only_is_nan_and_no_error():
+    _, told = go(OnlineLossCallback(every_n_updates=2), [(4, {"total": NAN}, True)] * 2)
+    assert math.isnan(told[-1][0]["loss/online/total/U2"].item())
+
+
+def test_infinity_is_a_mean_like_any_other():
+    _, told = go(OnlineLossCallback(every_n_updates=1), [(4, {"total": math.inf}, False)])
+    assert told[0][0]["loss/online/total/U1"].item() == math.inf
+
+
+def test_the_name_of_the_class_based_framework():
+    assert OnlineLoss is OnlineLossCallback

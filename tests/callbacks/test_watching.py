@@ -1,0 +1,285 @@
+"""The callbacks that watch one metric: best value, best checkpoint, early stopping."""
+
+# a callback takes a state and an event, whether or not it needs both
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from noether.core.callbacks import BestCheckpointCallback, BestMetricCallback, MetricEarlyStopping
+from noether.core.callbacks.improvement import direction_of, improves
+from noether.core.effect import LogScalars, LogText, SaveCheckpoint, SetSummary
+from noether.core.event import AfterEpoch, AfterTraining, AtEval
+from noether.core.metrics import MetricError, log
+from noether.core.state import TrainState
+
+NAN, INF = math.nan, math.inf
+VALUES = st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.5, 1.0, NAN, INF, -INF]), max_size=25)
+MODES = st.sampled_from(["higher", "lower"])
+
+
+def watch(kind, key="val/accuracy", **settings):
+    return kind(every_n_epochs=1, metric_key=key, **settings)
+
+
+def go(callback, values, state=None, key="val/accuracy"):
+    """Return the state and the effects of each epoch with one of `values`, as a loop that heeds `stop` has them."""
+    state, told = state or TrainState(), []
+    for value in values:
+        if state.stop is not None:
+            break
+        state, _ = log(state.advance(samples=1).next_epoch(), AfterEpoch(), {key: value})
+        state, effects = callback(state, AfterEpoch())
+        told.append(effects)
+    return state, told
+
+
+# ------------------------------------------------------------------------------------------------ better
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "mode", "expected"),
+    [
+        (0.5, None, "higher", True),
+        (0.5, None, "lower", True),
+        (0.5, 0.5, "higher", False),
+        (0.5, 0.5, "lower", False),
+        (0.6, 0.5, "higher", True),
+        (0.4, 0.5, "lower", True),
+        (0.4, 0.5, "higher", False),
+        (0.6, 0.5, "lower", False),
+        (NAN, None, "higher", False),
+        (NAN, 0.5, "lower", False),
+        (0.5, 0.0, "higher", True),
+        (INF, 0.5, "higher", True),
+        (INF, INF, "higher", False),
+        (-INF, None, "higher", True),
+        (0.0, -INF, "higher", True),
+        (INF, None, "lower", True),
+        (0.0, INF, "lower", True),
+        (-INF, -INF, "lower", False),
+        (-0.0, 0.0, "lower", False),
+    ],
+)
+def test_improves(value, best, mode, expected):
+    assert improves(value, best, mode) is expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.75, False), (0.7500001, True), (0.5, False), (NAN, False)])
+def test_an_improvement_is_more_than_min_delta(value, expected):
+    assert improves(value, 0.5, "higher", 0.25) is expected
+    assert improves(-value, -0.5, "lower", 0.25) is expected
+
+
+@pytest.mark.parametrize(
+    ("key", "direction"),
+    [
+        *((f"val/{word}", "higher") for word in ("accuracy", "f1", "auc", "iou", "psnr", "r2")),
+        *((f"val/{word}", "lower") for word in ("loss", "error", "rmse", "mse", "mae", "perplexity")),
+        ("loss/val/total", "lower"),
+        ("val/Accuracy", "higher"),
+        ("val/top1_accuracy", "higher"),
+        ("val/accuracy/ema=0.999", "higher"),
+        ("val/dice", None),
+        ("val/lossy", None),
+        ("val/accuracy_error", None),
+        ("", None),
+    ],
+)
+def test_direction_of_a_key(key, direction):
+    assert direction_of(key) == direction
+
+
+def test_mode_wins_over_the_key():
+    assert watch(BestMetricCallback, mode="lower").direction == "lower"
+    _, told = go(watch(BestMetricCallback, mode="lower"), [0.5, 0.25])
+    assert told[-1][0].values["val/accuracy/best"] == 0.25
+
+
+# ------------------------------------------------------------------------------------------------ best metric
+
+
+def test_best_metric_by_hand():
+    state, told = go(watch(BestMetricCallback), [0.5, 0.75, 0.75, 0.25])
+    logged = [effects[0] for effects in told]
+    assert logged == [
+        LogScalars({"val/accuracy/best": best, "val/accuracy/best_update": update})
+        for best, update in [(0.5, 1), (0.75, 2), (0.75, 2), (0.75, 2)]
+    ]
+    assert told[-1][1] == SetSummary({"val/accuracy/best": 0.75, "val/accuracy/best_at": "E2_U2_S2"})
+    assert state.memory("BestMetricCallback/E1/val/accuracy") == {"best": 0.75, "at": "E2_U2_S2", "targets": {}}
+    assert state.metrics["val/accuracy/best"].iteration == state.iteration
+
+
+@given(VALUES, MODES)
+def test_best_is_the_first_extreme_of_the_numbers(values, mode):
+    _, told = go(watch(BestMetricCallback, mode=mode), values)
+    for end, effects in enumerate(told, start=1):
+        numbers = [value for value in values[:end] if not math.isnan(value)]
+        if not numbers:
+            assert effects == ()
+            continue
+        best = max(numbers) if mode == "higher" else min(numbers)
+        assert effects[0].values == {"val/accuracy/best": best, "val/accuracy/best_update": values.index(best) + 1}
+
+
+def test_targets_are_what_they_were_at_the_best():
+    callback = watch(BestMetricCallback, target_metric_keys=("a",), optional_target_metric_keys=("b", "never"))
+    state, told = TrainState(), []
+    for accuracy, a, b in [(0.5, 1.0, None), (0.75, 2.0, 20.0), (0.25, 3.0, 30.0), (1.0, 4.0, None)]:
+        measured = {"val/accuracy": accuracy, "a": a} | ({} if b is None else {"b": b})
+        state, _ = log(state.advance(samples=1).next_epoch(), AfterEpoch(), measured)
+        state, effects = callback(state, AfterEpoch())
+        told.append({key: value for key, value in effects[0].values.items() if "at_best" in key})
+    a, b = "a/at_best/val/accuracy", "b/at_best/val/accuracy"
+    assert told == [{a: 1.0}, {a: 2.0, b: 20.0}, {a: 2.0, b: 20.0}, {a: 4.0}]
+    assert set(callback.produces) == {
+        "val/accuracy/best",
+        "val/accuracy/best_update",
+        a,
+        b,
+        "never/at_best/val/accuracy",
+    }
+    assert callback.consumes == ("val/accuracy", "a")
+    assert callback.uses == ("b", "never")
+
+
+def test_a_target_that_has_to_be_there_is_missed():
+    with pytest.raises(MetricError, match="no metric 'a' was measured yet"):
+        go(watch(BestMetricCallback, target_metric_keys=("a",)), [0.5])
+
+
+@pytest.mark.parametrize(
+    "callback", [watch(BestMetricCallback), watch(BestCheckpointCallback), watch(MetricEarlyStopping, tolerance=2)]
+)
+def test_a_value_that_is_not_current_is_refused(callback):
+    state, _ = go(callback, [0.5])
+    with pytest.raises(MetricError, match="metric 'val/accuracy' is 1 updates old: it was measured at E1_U1_S1"):
+        callback(state.advance(samples=1).next_epoch(), AfterEpoch())
+    with pytest.raises(MetricError, match="no metric 'val/accuracy' was measured yet; measured: none"):
+        callback(TrainState().next_epoch(), AfterEpoch())
+    assert callback(state, AtEval()) == (state, ())
+
+
+@pytest.mark.parametrize(
+    "callback", [watch(BestMetricCallback), watch(BestCheckpointCallback), watch(MetricEarlyStopping, tolerance=9)]
+)
+def test_a_tensor_is_remembered_as_a_number(callback):
+    state, _ = go(callback, [torch.tensor(0.5)])
+    best = state.memory(callback.name)["best"]
+    assert (best, type(best)) == (0.5, float)
+
+
+# ------------------------------------------------------------------------------------------------ early stopping
+
+
+def test_stopping_by_hand():
+    callback = watch(MetricEarlyStopping, tolerance=2)
+    state, told = go(callback, [0.5, 0.4, 0.6, 0.6, 0.5, 0.9])
+    reason = "val/accuracy has not been higher than 0.6 for 2 of 2 firings"
+    assert told == [(), (), (), (), (LogText(f"stopping: {reason}"),)]
+    assert (state.stop, state.iteration.epoch) == (reason, 5)
+    assert state.memory(callback.name) == {"best": 0.6, "since": 2}
+
+
+def stopped_at(values, tolerance, mode="higher", min_delta=0.0, nan="count"):
+    """Return the index of the value at which stopping is due, or None: patience, written down naively."""
+    best, waited = None, 0
+    for index, value in enumerate(values):
+        if math.isnan(value) and nan == "stop":
+            return index
+        sign = 1 if mode == "higher" else -1
+        better = not math.isnan(value) and (best is None or sign * value > sign * best + min_delta)
+        best, waited = (value, 0) if better else (best, waited + 1)
+        if waited == tolerance:
+            return index
+    return None
+
+
+@given(VALUES, st.integers(1, 5), MODES, st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from(["count", "stop"]))
+def test_stopping_is_patience(values, tolerance, mode, min_delta, nan):
+    callback = watch(MetricEarlyStopping, tolerance=tolerance, mode=mode, min_delta=min_delta, nan=nan)
+    state, _ = go(callback, values)
+    expected = stopped_at(values, tolerance, mode, min_delta, nan)
+    assert (state.stop is not None) == (expected is not None)
+    assert state.iteration.epoch == (len(values) if expected is None else expected + 1)
+
+
+@pytest.mark.parametrize(
+    ("nan", "values", "stop"),
+    [
+        ("stop", [0.5, NAN], "val/accuracy is NaN"),
+        ("stop", [0.5, 0.4], None),
+        ("count", [0.5, NAN], None),
+        ("count", [0.5, NAN, NAN], "val/accuracy has not been higher than 0.5 for 2 of 2 firings"),
+        ("count", [NAN, NAN], "val/accuracy has not been a number for 2 of 2 firings"),
+        ("count", [NAN, 0.5], None),
+    ],
+)
+def test_nan(nan, values, stop):
+    assert go(watch(MetricEarlyStopping, tolerance=2, nan=nan), values)[0].stop == stop
+
+
+def test_nan_is_raised_on_request():
+    with pytest.raises(FloatingPointError, match=r"^val/accuracy is NaN at E1_U1_S1; to go on, set nan: count$"):
+        go(watch(MetricEarlyStopping, tolerance=2, nan="raise"), [NAN])
+
+
+def test_the_first_reason_to_stop_stays():
+    callback = watch(MetricEarlyStopping, tolerance=1)
+    state, _ = go(callback, [0.5])
+    state, _ = log(state.advance(samples=1).next_epoch().stopped("mine"), AfterEpoch(), {"val/accuracy": 0.1})
+    assert callback(state, AfterEpoch())[0].stop == "mine"
+
+
+# ------------------------------------------------------------------------------------------------ best checkpoint
+
+
+def test_best_checkpoint_by_hand():
+    callback = watch(BestCheckpointCallback, model_names=("encoder",))
+    _, told = go(callback, [0.5, 0.75, 0.75, NAN, 1.0])
+    save = SaveCheckpoint(
+        models=("encoder",),
+        pointers=("best_model.val.accuracy",),
+        retention={"BestCheckpointCallback/E1/val/accuracy": 0},
+    )
+    assert told == [(save,), (save,), (), (), (save,)]
+    assert callback.produces == ()
+
+
+@given(VALUES, st.lists(st.integers(1, 6), unique=True, max_size=4), MODES, st.sampled_from([0.0, 0.1, 0.5]))
+def test_a_tolerance_keeps_what_early_stopping_would_have_kept(values, tolerances, mode, min_delta):
+    """Each pointer is where the best model of a run with that early stopping would be."""
+    settings = {"mode": mode, "min_delta": min_delta}
+    _, told = go(watch(BestCheckpointCallback, tolerances=tuple(tolerances), **settings), values)
+    pointed = {
+        pointer: epoch for epoch, saves in enumerate(told, start=1) for save in saves for pointer in save.pointers
+    }
+    for tolerance in tolerances:
+        stopping = watch(MetricEarlyStopping, tolerance=tolerance, **settings)
+        state, _ = go(stopping, values)
+        _, alone = go(watch(BestCheckpointCallback, **settings), values[: state.iteration.epoch])
+        kept = [epoch for epoch, saves in enumerate(alone, start=1) if saves]
+        assert pointed.get(f"best_model.val.accuracy.tolerance={tolerance}") == (kept[-1] if kept else None)
+
+
+@given(VALUES, MODES, st.integers(0, 25))
+def test_watching_resumes_with_all_that_it_knew(values, mode, cut):
+    for kind, settings in [(BestCheckpointCallback, {"tolerances": (1, 3)}), (BestMetricCallback, {}),
+                           (MetricEarlyStopping, {"tolerance": 4})]:  # fmt: skip
+        state, whole = go(watch(kind, mode=mode, **settings), values)
+        half, first = go(watch(kind, mode=mode, **settings), values[:cut])
+        end, rest = go(watch(kind, mode=mode, **settings), values[cut:], half)
+        assert first + rest == whole
+        assert (end.callback_states, end.stop) == (state.callback_states, state.stop)
+
+
+def test_at_the_end_it_fires_unless_it_was_due():
+    callback = watch(BestCheckpointCallback, at_end=True)
+    state, _ = go(callback, [0.5])
+    assert callback(state, AfterTraining()) == (state, ())
+    state, _ = log(state.advance(samples=1), AfterTraining(), {"val/accuracy": 0.75})
+    assert callback(state, AfterTraining())[1][0].pointers == ("best_model.val.accuracy",)

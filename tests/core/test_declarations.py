@@ -1,0 +1,362 @@
+"""What does not fit together is refused before the first update; what is due where, against runs that are walked."""
+
+# ruff: noqa: ARG001, ARG005  # a callback takes a state and an event, whether or not it needs both
+
+# a callback takes a state and an event, whether or not it needs both
+
+import re
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loop_traces import drive
+
+from noether.core.callbacks import (
+    BestCheckpointCallback,
+    BestMetricCallback,
+    EvaluateCallback,
+    LrCallback,
+    MetricCallback,
+    MetricEarlyStopping,
+    OfflineLossCallback,
+    OnlineLossCallback,
+)
+from noether.core.combinators import callback, every_n_epochs, on, when
+from noether.core.coverage import covers
+from noether.core.declarations import DeclarationError, check_declarations
+from noether.core.event import AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.gate import Gate
+from noether.core.iteration import TrainingIteration
+from noether.core.metrics import is_current, log, matches
+from noether.core.reducer import compose, identity
+from noether.core.run import Run
+from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
+from noether.core.state import TrainState
+from noether.testing.strategies import runs, schedules
+
+
+def misfits(*callbacks, run=None):
+    """Return the place and the message of each that does not fit."""
+    try:
+        check_declarations(callbacks, TrainState(), run or Run())
+    except DeclarationError as error:
+        return [(callbacks.index(misfit.callback), misfit.message) for misfit in error.misfits]
+    return []
+
+
+def metric(**interval):
+    return MetricCallback(dataset_key="val", metric="accuracy", **interval)
+
+
+def best(**settings):
+    return BestMetricCallback(**{"metric_key": "val/accuracy", **settings})
+
+
+def stopping(**settings):
+    return MetricEarlyStopping(**{"metric_key": "val/accuracy", "tolerance": 2, **settings})
+
+
+def test_what_fits():
+    fitting = (OnlineLossCallback(every_n_epochs=1), metric(every_n_epochs=1), best(every_n_epochs=2),
+               OfflineLossCallback(dataset_key="val", every_n_epochs=1), stopping(every_n_epochs=1),
+               BestCheckpointCallback(metric_key="loss/val/total", every_n_epochs=3))  # fmt: skip
+    assert misfits(*fitting) == []
+    assert misfits() == []
+
+
+def test_nobody_produces_it():
+    assert misfits(best(every_n_epochs=1, metric_key="val/acuracy", mode="higher"), metric(every_n_epochs=1)) == [
+        (
+            0,
+            (
+                "BestMetricCallback/E1/val/acuracy consumes 'val/acuracy', which nobody produces; "
+                "produced before it: nothing"
+            ),
+        )
+    ]
+    assert misfits(metric(every_n_epochs=1), best(every_n_epochs=1, metric_key="val/acuracy", mode="higher")) == [
+        (
+            1,
+            (
+                "BestMetricCallback/E1/val/acuracy consumes 'val/acuracy', which nobody produces; "
+                "produced before it: val/accuracy; did you mean 'val/accuracy'?"
+            ),
+        )
+    ]
+
+
+def test_its_producer_comes_later():
+    assert misfits(best(every_n_epochs=1), metric(every_n_epochs=1)) == [
+        (
+            0,
+            (
+                "BestMetricCallback/E1/val/accuracy consumes 'val/accuracy': "
+                "list it after MetricCallback/E1/val/accuracy, which produces it"
+            ),
+        )
+    ]
+
+
+def test_it_is_due_where_its_producer_is_not():
+    assert misfits(metric(every_n_epochs=2), best(every_n_epochs=1)) == [
+        (
+            1,
+            (
+                "BestMetricCallback/E1/val/accuracy consumes 'val/accuracy' where MetricCallback/E2/val/accuracy does "
+                "not produce it: E1 against E2; give both the same interval"
+            ),
+        )
+    ]
+    assert misfits(metric(every_n_epochs=1), stopping(every_n_epochs=1, at_end=True)) == [
+        (
+            1,
+            (
+                "MetricEarlyStopping/E1/val/accuracy consumes 'val/accuracy' where MetricCallback/E1/val/accuracy does "
+                "not produce it: E1 and at the end against E1; give both the same interval"
+            ),
+        )
+    ]
+    consumer = callback("late", consumes=("val/accuracy",), produces=())
+    gated = when(EveryNUpdates(3) | EveryNEpochs(3))(identity)
+    assert misfits(metric(every_n_epochs=2), consumer(gated)) == [
+        (
+            1,
+            (
+                "late consumes 'val/accuracy' where MetricCallback/E2/val/accuracy does not produce it: "
+                "U3|E3 against E2; give both the same interval"
+            ),
+        )
+    ]
+    at = when(At(TrainingIteration(update=3), TrainingIteration(update=9)))(identity)
+    assert misfits(metric(every_n_epochs=2), consumer(at))[0][1].endswith(
+        "at_U3_U9 against E2; give both the same interval"
+    )
+
+
+def test_both_at_the_end():
+    assert misfits(metric(every_n_epochs=1, at_end=True), stopping(every_n_epochs=1, at_end=True)) == []
+
+
+def test_two_produce_one_key():
+    message = (
+        "EvaluateCallback/E1/val and MetricCallback/E1/val/accuracy both produce the metric 'val/accuracy'; drop one"
+    )
+    both = EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("accuracy",))
+    assert misfits(metric(every_n_epochs=1), both) == [(1, message)]
+    star = callback("star", produces=("val/*",))(identity)
+    assert misfits(metric(every_n_epochs=1), star) == [
+        (1, "star and MetricCallback/E1/val/accuracy both produce the metric 'val/*'; drop one")
+    ]
+    assert misfits(OnlineLossCallback(every_n_epochs=1), OnlineLossCallback(every_n_epochs=2)) == []
+
+
+def test_two_remember_under_one_name():
+    message = "3 callbacks remember under the name 'a'; give this one an id of its own"
+    members = [callback("a", init=lambda state: 0)(lambda state, event: (state, ())) for _ in range(3)]
+    assert misfits(*members) == [(2, message)]
+    assert misfits(best(every_n_epochs=1, id="b"), stopping(every_n_epochs=1, id="b"), metric(every_n_epochs=1))[0] == (
+        1,
+        "2 callbacks remember under the name 'b'; give this one an id of its own",
+    )
+
+
+def test_what_it_uses_comes_later():
+    offline, online = OfflineLossCallback(every_n_epochs=1, dataset_key="val"), OnlineLossCallback(every_n_epochs=1)
+    assert misfits(offline, online) == [
+        (0, "OfflineLossCallback/E1/val uses 'loss/online/*/E1': list it after OnlineLossCallback/E1")
+    ]
+    assert misfits(online, offline) == []
+    assert misfits(offline, OnlineLossCallback(every_n_epochs=2)) == []
+    assert misfits(offline) == []
+
+
+def test_every_reason_is_told_at_once():
+    callbacks = (best(every_n_epochs=1), stopping(every_n_epochs=1), metric(every_n_epochs=1), metric(every_n_epochs=2))
+    assert [index for index, _ in misfits(*callbacks)] == [3, 0, 1]
+    with pytest.raises(DeclarationError) as refused:
+        compose(*callbacks)(TrainState(), BeforeTraining())
+    assert str(refused.value) == "\n".join(message for _, message in misfits(*callbacks))
+
+
+def test_a_function_that_says_nothing_may_produce_anything():
+    def bare(state, event):
+        return state, ()
+
+    assert misfits(bare, best(every_n_epochs=1)) == []
+    assert misfits(bare, metric(every_n_epochs=2), best(every_n_epochs=1)) == []
+    assert len(misfits(best(every_n_epochs=1), bare)) == 1
+    assert len(misfits(callback("says", produces=())(bare), best(every_n_epochs=1))) == 1
+
+
+def test_a_reducer_checks_before_the_first_update_only():
+    reducer = compose(best(every_n_epochs=1))
+    for resumed in (False, True):
+        with pytest.raises(DeclarationError, match="which nobody produces"):
+            reducer(TrainState(), BeforeTraining(resumed=resumed))
+    state = TrainState().advance(samples=1)
+    assert reducer(state, AfterUpdate()) == (state, ())
+
+
+def test_a_nested_reducer_is_checked_as_one():
+    produce = callback("produce", produces=("x",))(identity)
+    consume = callback("consume", consumes=("x", "y"), produces=())(identity)
+    inside = on(AfterTraining)(compose(produce, consume))
+    assert misfits(inside) == [(0, "Reducer consumes 'y', which nobody produces; produced before it: nothing")]
+
+
+# ------------------------------------------------------------------------------------------------ coverage
+
+INTERVALS = st.one_of(*(st.builds(kind, st.integers(1, 9)) for kind in (EveryNEpochs, EveryNUpdates, EveryNSamples)))
+
+
+def uncovered(producer, consumer, run):
+    """Return the events of `run` at which the consumer is open and the producer's value is not current."""
+
+    def produce(state, event):
+        return log(state, event, {"value": 0.0}) if producer.opens(state, event) else (state, ())
+
+    return [
+        event
+        for event, _, after, _ in drive(compose(produce), run)
+        if consumer.opens(after, event) and not is_current(after, "value")
+    ]
+
+
+def opened(gate, run):
+    return [event for event, before, _, _ in drive(identity, run) if gate.opens(before, event)]
+
+
+def agrees(producer, consumer, run, long):
+    """Check the answer for a run against walking it; a no shows in a run that is long enough, if it shows anything."""
+    answer = covers(producer, consumer, run)
+    if answer is True:
+        assert uncovered(producer, consumer, run) == []
+    if answer is False:
+        never = any(not opened(Gate(member), long) for member in consumer.schedule.members)  # a window may shut it out
+        assert uncovered(producer, consumer, long) or never
+
+
+@settings(max_examples=100, deadline=None)
+@given(INTERVALS, INTERVALS, runs(max_epochs=3), st.booleans())
+def test_answers_for_intervals_are_what_a_walk_shows(ours, theirs, run, at_end):
+    long = run.replace(end=TrainingIteration(epoch=74))  # beyond the least common multiple of any two
+    agrees(Gate(ours, at_end), Gate(theirs, at_end), run, long)
+    assert covers(Gate(ours), Gate(ours), run) is True
+
+
+@settings(max_examples=150, deadline=None)
+@given(schedules(6), schedules(6), st.booleans(), st.booleans(), runs(max_epochs=3), st.data())
+def test_answers_for_any_schedule_are_what_a_walk_shows(ours, theirs, at_end, reads_at_end, run, data):
+    theirs = data.draw(st.sampled_from((theirs, ours, ours | theirs)))
+    consumer = Gate(theirs, reads_at_end)
+    # The rule that who reads at the end needs a producer at the end has a test of its own.
+    agrees(Gate(ours, at_end or reads_at_end), consumer, run, run.replace(end=TrainingIteration(epoch=31)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(INTERVALS, INTERVALS, runs(max_epochs=1))
+def test_intervals_are_left_open_only_where_samples_are_counted(ours, theirs, run):
+    answer = covers(Gate(ours), Gate(theirs), run)
+    if "sample" not in {ours.counter, theirs.counter}:
+        assert answer is not None
+    elif answer is None:
+        assert ours.n > 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (EveryNSamples(4), EveryNUpdates(4)),  # how many updates cross a multiple depends on the batches
+        (EveryNSamples(4), EveryNEpochs(1)),
+        (EveryNUpdates(4), EveryNSamples(4)),
+        (EveryNUpdates(4), EveryNEpochs(1)),  # not told how long an epoch is
+        (EveryNSamples(4), EveryNSamples(6)),  # not told how long a batch is
+        (EveryNUpdates(2), At(TrainingIteration(update=4))),  # single points are not looked at
+        (At(TrainingIteration(update=4)), EveryNUpdates(4)),
+        (EveryNUpdates(2).until(TrainingIteration(update=9)), EveryNUpdates(4)),  # windows that differ
+        (EveryNUpdates(2), EveryNUpdates(3).until(TrainingIteration(update=9))),  # a window may leave out the rest
+        (EveryNUpdates(2) | EveryNUpdates(3), EveryNUpdates(5)),  # several may cover it together
+    ],
+)
+def test_what_arithmetic_leaves_open(ours, theirs):
+    assert covers(Gate(ours), Gate(theirs), Run()) is None
+
+
+def test_who_acts_on_every_event_covers_all_and_an_unknown_gate_is_left_open():
+    gate = Gate(EveryNUpdates(2))
+    assert covers(None, gate, Run()) is True
+    assert covers(None, None, Run()) is True
+    assert covers(gate, None, Run()) is None
+
+
+def test_a_batch_that_crosses_several_multiples_is_no_misfit():
+    long = Run(updates_per_epoch=10, samples_per_epoch=80, effective_batch_size=8)
+    short = Run(updates_per_epoch=80, samples_per_epoch=80, effective_batch_size=1)
+    producer, consumer = Gate(EveryNSamples(4)), Gate(EveryNSamples(6))
+    assert covers(producer, consumer, long) is None
+    assert covers(producer, consumer, short) is False
+    assert uncovered(producer, consumer, long.replace(end=TrainingIteration(epoch=3))) == []
+
+
+def test_a_consumer_at_the_end_needs_a_producer_at_the_end():
+    """Even one that measures at every update: a run may end before its first."""
+    producer, consumer = Gate(EveryNUpdates(1)), Gate(EveryNUpdates(1), at_end=True)
+    assert covers(producer, consumer, Run()) is False
+    none = Run(end=TrainingIteration(), updates_per_epoch=1, samples_per_epoch=1, effective_batch_size=1)
+    assert len(uncovered(producer, consumer, none)) == 1
+    assert uncovered(Gate(EveryNUpdates(1), at_end=True), consumer, none) == []
+
+
+def test_a_window_that_begins_with_an_epoch_opens_later_for_updates():
+    late = TrainingIteration(epoch=1)
+    producer, consumer = Gate(EveryNUpdates(1).starting(late)), Gate(EveryNEpochs(1).starting(late))
+    run = Run(end=late, updates_per_epoch=2, samples_per_epoch=2, effective_batch_size=1)
+    assert covers(producer, consumer, run) is None
+    assert len(uncovered(producer, consumer, run)) == 1
+
+
+# ------------------------------------------------------------------------------------------------ key patterns
+
+WORDS = st.text("ab[]*?!", max_size=4)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=3), st.lists(WORDS, min_size=1, max_size=3))
+def test_matching_is_symmetric_and_every_key_matches_itself(a, b):
+    assert matches("/".join(a), "/".join(a))
+    assert matches("/".join(a), "/".join(b)) == matches("/".join(b), "/".join(a))
+
+
+@given(st.text("ab*", max_size=4), st.text("ab*", max_size=4))
+def test_two_patterns_match_if_some_key_matches_both(a, b):
+    pattern_a, pattern_b = (re.compile(p.replace("*", ".*")) for p in (a, b))
+    keys = ("".join(letters) for n in range(7) for letters in product("ab", repeat=n))
+    assert matches(a, b) == any(pattern_a.fullmatch(key) and pattern_b.fullmatch(key) for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key", "expected"),
+    [
+        ("loss/val/*", "loss/val/total", True),
+        ("loss/val/*", "loss/val", False),
+        ("loss/val/*", "loss/val/total/ema=0.9", False),
+        ("*/accuracy", "val/accuracy", True),
+        ("val/iou[0]", "val/iou[0]", True),
+        ("val/iou[0]", "val/iou0", False),
+        ("lo*s/x", "loss/x", True),
+        ("a*/x", "*b/x", True),
+        ("a*c", "b*", False),
+    ],
+)
+def test_patterns(pattern, key, expected):
+    assert matches(pattern, key) is expected
+
+
+def test_lr_twice_is_one_key_twice():
+    assert [index for index, _ in misfits(LrCallback(every_n_epochs=1), LrCallback(every_n_updates=9))] == [1] * 4
+
+
+def test_every_n_epochs_of_a_consumer_is_its_gate():
+    consumer = every_n_epochs(3)(callback("c", consumes=("val/accuracy",), produces=())(identity))
+    assert misfits(metric(every_n_epochs=2), consumer)[0][1].endswith("E3 against E2; give both the same interval")
+    assert misfits(metric(every_n_epochs=1), consumer) == []

@@ -1,0 +1,368 @@
+"""The state is a value: it cannot be written to; and it goes into a live model and out of it without loss."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from noether.core.iteration import TrainingIteration
+from noether.core.metrics import log
+from noether.core.module import forward, with_total
+from noether.core.state import Measured, TrainState
+from noether.core.tree import FrozenDict, freeze, leaves, map_leaves, storages, tensors
+from noether.testing import same
+
+# ------------------------------------------------------------------------------------------------ frozen mappings
+
+READING = {"copy", "get", "items", "keys", "values", "fromkeys"}
+WRITING = {
+    "clear": (),
+    "pop": ("a",),
+    "popitem": (),
+    "setdefault": ("b", 1),
+    "update": ({"b": 1},),
+    "__setitem__": ("a", 2),
+    "__delitem__": ("a",),
+    "__ior__": ({"b": 1},),
+}
+
+
+def test_every_method_of_a_dict_is_known_to_read_or_to_write():
+    public = {name for name in dir(dict) if not name.startswith("_")}
+    assert public == READING | {name for name in WRITING if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(("method", "arguments"), WRITING.items())
+def test_a_frozen_dict_is_not_written_to(method, arguments):
+    frozen = FrozenDict(a=1)
+    with pytest.raises(TypeError, match=r"^a state is never written to: make a new one, e.g. state.replace"):
+        getattr(frozen, method)(*arguments)
+    assert dict(frozen) == {"a": 1}
+
+
+def test_a_frozen_dict_refuses_attributes_and_statements():
+    frozen = FrozenDict(a=1)
+    with pytest.raises(TypeError):
+        frozen |= {"b": 2}
+    with pytest.raises(TypeError):
+        frozen["a"] += 1
+    with pytest.raises(AttributeError):
+        frozen.b = 2
+    assert dict(frozen) == {"a": 1}
+
+
+def test_a_frozen_dict_is_united_copied_hashed_and_sent():
+    frozen = FrozenDict(a=1, b=FrozenDict(c=2))
+    assert frozen | {"a": 3} == {"a": 3, "b": {"c": 2}}
+    assert type(frozen | {}) is FrozenDict
+    for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):  # our own bytes  # noqa: S301  # our own bytes
+        assert other == frozen
+        assert type(other) is type(other["b"]) is FrozenDict
+    assert hash(frozen) == hash(FrozenDict(b=FrozenDict(c=2), a=1))
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    | st.lists(inner, max_size=3).map(tuple),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(TREES)
+def test_freezing_is_done_once_and_leaves_the_leaves(tree):
+    frozen = freeze(tree)
+    assert freeze(frozen) is frozen
+    assert same(list(leaves(frozen)), list(leaves(tree)))
+    assert same(map_leaves(lambda leaf: leaf, tree), frozen)
+
+
+def test_trees_tell_their_tensors_and_storages():
+    weight = torch.zeros(4)
+    tree = {"a": (1, weight), "b": {"c": weight[2:], "empty": torch.zeros(0)}}
+    assert [name for name, _ in tensors(tree)] == ["a.1", "b.c", "b.empty"]
+    assert storages(tree) == {weight.data_ptr()}
+
+
+# ------------------------------------------------------------------------------------------------ the state
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(TrainState)])
+def test_no_field_of_a_state_is_assigned_to(field):
+    state = TrainState()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(state, field, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        delattr(state, field)
+    with pytest.raises((AttributeError, TypeError)):  # slots: there is nowhere to put it
+        state.anything = 1
+
+
+@pytest.mark.parametrize("field", ["params", "buffers", "opt_state", "hyperparams", "metrics", "callback_states"])
+def test_no_mapping_of_a_state_is_written_to_and_the_one_given_is_not_kept(field):
+    given = {"a": 1}
+    state = TrainState(**{field: given})
+    given["a"] = 2
+    assert getattr(state, field) == {"a": 1}
+    with pytest.raises(TypeError, match="a state is never written to"):
+        getattr(state, field)["a"] = 2
+    assert getattr(state.replace(**{field: {"b": 1}}), field) == {"b": 1}
+    assert getattr(state, field) == {"a": 1}
+
+
+def test_a_new_state_is_at_the_start():
+    state = TrainState()
+    assert (state.iteration, state.previous) == (TrainingIteration(), TrainingIteration())
+    assert dict(state.hyperparams) == {"lr_scale": 1.0}
+    assert (state.stop, state.ended, state.seed) == (None, False, 0)
+    assert (state.params, state.buffers, state.opt_state, state.metrics, state.callback_states) == ({},) * 5
+
+
+def test_counters_move():
+    state = TrainState(ended=True).advance(samples=4)
+    assert (state.iteration, state.previous, state.ended) == (TrainingIteration(0, 1, 4), TrainingIteration(), False)
+    state = state.next_epoch()
+    assert (state.iteration, state.previous) == (TrainingIteration(1, 1, 4), TrainingIteration())
+    state = state.advance(samples=3)
+    assert (state.iteration, state.previous) == (TrainingIteration(1, 2, 7), TrainingIteration(1, 1, 4))
+
+
+def test_memory():
+    state = TrainState()
+    remembered = state.remember("a", {"x": [1, {"y": 2}]})
+    assert remembered.memory("a") == {"x": (1, {"y": 2})}
+    assert remembered.remember("a", remembered.memory("a")) is remembered
+    assert remembered.remember("b", 1).memory("a") is remembered.memory("a")
+    with pytest.raises(TypeError):
+        remembered.memory("a")["x"][1]["y"] = 3
+    with pytest.raises(KeyError, match="no callback remembers under the name 'a'; memories: none"):
+        state.memory("a")
+    with pytest.raises(KeyError, match="no callback remembers under the name 'c'; memories: 'a'"):
+        remembered.memory("c")
+
+
+def test_none_is_a_memory():
+    state = TrainState().remember("a", None)
+    assert state.memory("a") is None
+    assert state.remember("a", None) is state
+    assert TrainState().remember("a", None) is not TrainState()
+
+
+def test_the_first_reason_to_stop_stays():
+    assert TrainState().stopped("a").stopped("b").stop == "a"
+    stopped = TrainState().stopped("")
+    assert stopped.stopped("b") is stopped
+
+
+def test_a_state_can_be_copied_and_sent():
+    state, _ = log(TrainState(params={"w": torch.ones(2)}).advance(samples=2), None, {"a": 1.0})
+    state = state.remember("m", {"t": (torch.zeros(1), None)})
+    for other in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):  # our own bytes  # noqa: S301  # our own bytes
+        assert same(other, state)
+        assert type(other.metrics["a"]) is Measured
+        assert other.params["w"] is not state.params["w"]
+
+
+# ------------------------------------------------------------------------------------------------ a live model
+
+
+class Net(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).relu())
+
+
+OPTIMIZERS = {
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01),
+    "amsgrad": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    "groups": lambda model: torch.optim.Adam(
+        [
+            {"params": model.first.parameters(), "lr": 0.02},
+            {"params": [*model.norm.parameters(), *model.last.parameters()]},
+        ]
+    ),
+}
+
+
+def train(model, optimizer, updates, start=0):
+    """Return the losses of some updates on data that depend on the update."""
+    losses = []
+    for update in range(start, start + updates):
+        x = torch.sin(torch.arange(15.0) * (update + 1)).view(5, 3)
+        optimizer.zero_grad()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def on_disk(state):
+    """Return the state as a save would hold it: a copy that the live objects do not change."""
+    copied = {name: map_leaves(copy.deepcopy, getattr(state, name))
+              for name in ("params", "buffers", "opt_state")}  # fmt: skip
+    return state.replace(**copied)
+
+
+def contents(model, optimizer):
+    return copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_restored_state_goes_on_bit_for_bit(name, scale):
+    model = Net()
+    optimizer = OPTIMIZERS[name](model)
+    train(model, optimizer, 3)
+    state = TrainState.from_module(model, optimizer, seed=3)
+    state = state.replace(hyperparams={"lr_scale": scale}).into_module(model, optimizer)
+    train(model, optimizer, 2, start=3)
+    saved = on_disk(state)
+    expected = train(model, optimizer, 4, start=5)
+
+    other = Net(seed=9)
+    fresh = OPTIMIZERS[name](other)
+    restored = saved.into_module(other, fresh)
+    assert restored.seed == 3
+    assert train(other, fresh, 4, start=5) == expected
+    assert same(contents(other, fresh), contents(model, optimizer))
+    saved.into_module(other, fresh)  # training wrote to none of what was saved
+    assert train(other, fresh, 4, start=5) == expected
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_used_model_is_taken_back(name):
+    """What the optimizer remembered meanwhile, and the scale its learning rates had, are gone."""
+    model = Net()
+    optimizer = OPTIMIZERS[name](model)
+    saved = on_disk(TrainState.from_module(model, optimizer))
+    expected = train(model, optimizer, 3)
+    state = TrainState.from_module(model, optimizer).replace(hyperparams={"lr_scale": 0.25})
+    state.into_module(model, optimizer)
+    train(model, optimizer, 2)
+    saved.into_module(model, optimizer)
+    assert train(model, optimizer, 3) == expected
+
+
+def test_the_scale_is_applied_once():
+    model = Net()
+    optimizer = OPTIMIZERS["groups"](model)
+    state = TrainState.from_module(model, optimizer).replace(hyperparams={"lr_scale": 0.5})
+    for _ in range(3):
+        state = state.into_module(model, optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.0005]
+    saved = on_disk(state)
+    other = Net()
+    fresh = OPTIMIZERS["groups"](other)
+    for _ in range(3):
+        state = saved.into_module(other, fresh)
+    assert [group["lr"] for group in fresh.param_groups] == [0.01, 0.0005]
+    state.replace(hyperparams={"lr_scale": 1.0}).into_module(other, fresh)
+    assert [group["lr"] for group in fresh.param_groups] == [0.02, 0.001]
+    state.replace(hyperparams={}).into_module(other, fresh)
+    assert [group["lr"] for group in fresh.param_groups] == [0.02, 0.001]
+
+
+def test_a_borrowed_state_changes_as_the_model_does():
+    model = Net()
+    optimizer = OPTIMIZERS["momentum"](model)
+    state = TrainState.from_module(model, optimizer)
+    assert dict(state.opt_state["state"]) == {}
+    before = state.params["last.bias"].clone()
+    train(model, optimizer, 1)
+    assert not torch.equal(state.params["last.bias"], before)
+    assert torch.equal(state.params["last.bias"], model.last.bias)
+    assert set(state.opt_state["state"]) == {name for name, _ in model.named_parameters()}
+    assert state.buffers["norm.num_batches_tracked"].item() == 1
+    assert not state.params["last.bias"].requires_grad
+    assert list(state.opt_state) == ["state", "groups"]
+    assert len(state.opt_state) == 2
+    with pytest.raises(TypeError):
+        state.opt_state["state"] = {}
+
+
+def test_a_state_borrowed_from_one_model_goes_into_another():
+    model, other = Net(), Net(seed=5)
+    optimizer = OPTIMIZERS["adam"](model)
+    train(model, optimizer, 3)
+    fresh = OPTIMIZERS["adam"](other)
+    TrainState.from_module(model, optimizer).into_module(other, fresh)
+    assert same(contents(other, fresh), contents(model, optimizer))
+    train(other, fresh, 1)
+    assert not torch.equal(other.last.bias, model.last.bias)  # they share nothing
+
+
+def test_writing_into_the_model_that_it_views_changes_nothing():
+    model = Net()
+    optimizer = OPTIMIZERS["adam"](model)
+    train(model, optimizer, 2)
+    before = contents(model, optimizer)
+    TrainState.from_module(model, optimizer).into_module(model, optimizer)
+    assert same(contents(model, optimizer), before)
+
+
+def test_a_state_without_optimizer_leaves_the_optimizer_as_it_is():
+    model = Net()
+    optimizer = OPTIMIZERS["adam"](model)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    TrainState.from_module(model).into_module(model, optimizer)
+    assert same(optimizer.state_dict(), before)
+
+
+def test_a_dispatch_that_changes_params_reaches_the_model():
+    model = Net()
+    state = TrainState.from_module(model)
+    state = state.replace(params=state.params | {"last.bias": torch.tensor([7.0])}).into_module(model)
+    assert model.last.bias.item() == 7.0
+    assert state.params["last.bias"].data_ptr() == model.last.bias.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.replace(params={**s.params, "more": torch.zeros(1)}), "parameter 'more' is not in the model"),
+        (lambda s: s.replace(params={}), "parameter 'first.bias' is not in the state"),
+        (lambda s: s.replace(buffers={}), "buffer 'norm.num_batches_tracked' is not in the state"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(change, message):
+    with pytest.raises(KeyError, match=message):
+        change(TrainState.from_module(Net())).into_module(Net())
+
+
+def test_forward_has_the_weights_of_the_state_and_leaves_the_model_alone():
+    model = Net()
+    model.norm.eval()
+    state = on_disk(TrainState.from_module(Net(seed=4)))
+    before = copy.deepcopy(model.state_dict())
+    predict = forward(model, lambda outputs, batch: {"mse": (outputs - batch[1]).square().mean()})
+    batch = (torch.ones(6, 3), torch.zeros(6, 1))
+    losses, outputs = predict(state, batch)
+    other = Net(seed=4).eval()
+    with torch.no_grad():
+        assert torch.equal(outputs, other(batch[0]))
+    assert losses["total"] == losses["mse"] == outputs.square().mean()
+    assert not outputs.requires_grad
+    assert (model.training, model.norm.training) == (True, False)
+    assert same(dict(model.state_dict()), dict(before))
+
+
+def test_losses_are_named_and_summed():
+    assert dict(with_total({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})) == {"a": 1, "b": 2, "total": 3}
+    assert dict(with_total({"total": torch.tensor(1.0)})) == {"total": 1}
+    for wrong in ({}, {"total": torch.tensor(1.0), "a": torch.tensor(1.0)}):
+        with pytest.raises(ValueError, match="'total' not among them; got"):
+            with_total(wrong)

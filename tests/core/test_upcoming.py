@@ -1,0 +1,165 @@
+"""What comes next: a loop of a few lines, cut at random and resumed from random saves, is the uncut run."""
+
+# ruff: noqa: ARG001, ARG005  # a callback takes a state and an event, whether or not it needs both
+
+# a callback takes a state and an event, whether or not it needs both
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from noether.core.combinators import callback, every_n_epochs, every_n_samples, every_n_updates, on, when
+from noether.core.effect import LogText
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.iteration import TrainingIteration
+from noether.core.metrics import log
+from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.schedule import At
+from noether.core.state import TrainState
+from noether.core.tree import FrozenDict
+from noether.core.upcoming import Move, next_move
+from noether.testing import same
+from noether.testing.strategies import runs, schedules
+
+
+def begin(reducer, run, state, *, resumed):
+    return reducer(state, BeforeTraining(run=run, resumed=resumed))[0]
+
+
+def go_on(reducer, run, state):
+    """Yield `(state, event name, effects)` of every event that is left."""
+    while (move := next_move(state, run)) is not Move.NOTHING:
+        if move is Move.END_EPOCH:
+            state, event = state.next_epoch(), AfterEpoch(run=run)
+        elif move is Move.END_TRAINING:
+            state, event = state.replace(ended=True), AfterTraining(run=run)
+        else:
+            position = state.iteration.update - state.iteration.epoch * run.updates_per_epoch
+            size = run.iteration_after(state.iteration.update + 1).sample - state.iteration.sample
+            weight = state.params["w"] * 0.5 + position * state.hyperparams["lr_scale"]
+            state = state.replace(params=FrozenDict(w=weight)).advance(samples=size)
+            event = AfterUpdate(run=run, samples=size, losses={"total": weight})
+        state, effects = reducer(state, event)
+        yield state, type(event).__name__, effects
+
+
+def callbacks(schedule, stop_at, n):
+    @callback("mean", init=lambda state: {"sum": 0.0, "samples": 0},
+              track=lambda m, e: {"sum": m["sum"] + e.losses["total"] * e.samples, "samples": m["samples"] + e.samples},
+              produces=("mean",))  # fmt: skip
+    @when(schedule, at_end=True)
+    def mean(state, event):
+        memory = state.memory("mean")
+        state = state.remember("mean", {"sum": 0.0, "samples": 0})
+        return log(state, event, {"mean": memory["sum"] / max(memory["samples"], 1)})
+
+    @callback("halved", init=lambda state: 0, produces=())
+    @every_n_samples(n)
+    def halve(state, event):
+        state = state.replace(hyperparams=state.hyperparams | {"lr_scale": state.hyperparams["lr_scale"] / 2})
+        return state.remember("halved", state.memory("halved") + 1), (LogText("halved"),)
+
+    @when(At(TrainingIteration(update=stop_at)))
+    def stop(state, event):
+        return state.stopped("there"), (LogText("stop"),)
+
+    def tell(state, event):
+        return state, (LogText(f"{state.iteration} {state.stop} {dict(state.callback_states)}"),)
+
+    return compose(mean, halve, stop, every_n_updates(2)(tell), every_n_epochs(1)(tell), on(AfterTraining)(tell))
+
+
+@st.composite
+def ended_runs(draw):
+    run = draw(runs(max_epochs=4))
+    final = run.final
+    end = draw(st.sampled_from((run.end, TrainingIteration(update=draw(st.integers(1, final.update))),
+                                TrainingIteration(sample=draw(st.integers(1, final.sample))))))  # fmt: skip
+    return run.replace(end=end)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ended_runs(), schedules(12), st.integers(1, 40), st.integers(1, 20), st.data())
+def test_a_run_cut_anywhere_is_the_uncut_run(run, schedule, stop_at, n, data):
+    def fresh():
+        return callbacks(schedule, stop_at, n)
+
+    first = TrainState(params={"w": 1.0})
+    reducer = fresh()
+    state = begin(reducer, run, first, resumed=False)
+    uncut = [state, *go_on(reducer, run, state)]
+
+    saved = [(state, ())]  # every state that was ever on disk, and the events that led to it
+    for _ in range(data.draw(st.integers(1, 4))):
+        loaded, history = saved[data.draw(st.integers(0, len(saved) - 1))]
+        reducer = fresh()
+        state = begin(reducer, run, loaded, resumed=True)
+        assert state is loaded
+        events = data.draw(st.integers(0, 12))
+        for told, _ in zip(go_on(reducer, run, state), range(events), strict=False):
+            history = (*history, told)
+            saved.append((told[0], history))
+    loaded, history = saved[data.draw(st.integers(0, len(saved) - 1))]
+    rest = go_on(fresh(), run, begin(fresh(), run, loaded, resumed=True))
+    assert same([*history, *rest], uncut[1:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(ended_runs(), st.integers(1, 6))
+def test_a_run_that_is_made_longer_goes_on_as_the_long_run(run, more):
+    longer = run.replace(end=TrainingIteration(update=run.final.update + more))
+
+    def tell(state, event):
+        return state, (LogText(f"{type(event).__name__} {state.iteration}"),)
+
+    short = list(go_on(tell, run, TrainState(params={"w": 1.0})))
+    rest = list(go_on(tell, longer, short[-1][0]))
+    assert same(short[:-1] + rest, list(go_on(tell, longer, TrainState(params={"w": 1.0}))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(ended_runs())
+def test_a_run_ends_where_it_says_and_once(run):
+    told = list(go_on(lambda state, event: (state, ()), run, TrainState(params={"w": 1.0})))
+    state = told[-1][0]
+    names = [name for _, name, _ in told]
+    assert state.iteration == run.final
+    assert names.count("AfterTraining") == 1
+    assert names[-1] == "AfterTraining"
+    assert names.count("AfterUpdate") == run.final.update
+    assert names.count("AfterEpoch") == run.final.epoch
+    assert list(go_on(lambda state, event: (state, ()), run, state)) == []
+
+
+RUN = Run(end=TrainingIteration(epoch=2), updates_per_epoch=2, samples_per_epoch=4, effective_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("state", "move"),
+    [
+        (TrainState(), Move.UPDATE),
+        (TrainState(iteration=TrainingIteration(0, 1, 2)), Move.UPDATE),
+        (TrainState(iteration=TrainingIteration(0, 2, 4)), Move.END_EPOCH),
+        (TrainState(iteration=TrainingIteration(1, 2, 4)), Move.UPDATE),
+        (TrainState(iteration=TrainingIteration(1, 4, 8)), Move.END_EPOCH),
+        (TrainState(iteration=TrainingIteration(2, 4, 8)), Move.END_TRAINING),
+        (TrainState(iteration=TrainingIteration(2, 4, 8), ended=True), Move.NOTHING),
+        (TrainState(iteration=TrainingIteration(0, 1, 2), stop="why"), Move.END_TRAINING),
+        (TrainState(iteration=TrainingIteration(0, 2, 4), stop="why"), Move.END_EPOCH),
+        (TrainState(iteration=TrainingIteration(0, 1, 2), stop=""), Move.END_TRAINING),
+        (TrainState(iteration=TrainingIteration(0, 1, 2), stop="why", ended=True), Move.NOTHING),
+        (TrainState(iteration=TrainingIteration(0, 1, 2), ended=True), Move.UPDATE),
+        (TrainState(iteration=TrainingIteration(3, 6, 12)), Move.END_TRAINING),
+    ],
+)
+def test_moves(state, move):
+    assert next_move(state, RUN) is move
+
+
+@pytest.mark.parametrize("missing", ["end", "updates_per_epoch"])
+def test_it_says_what_it_needs_of_the_run(missing):
+    given = {"end": TrainingIteration(epoch=2), "updates_per_epoch": 2}
+    del given[missing]
+    with pytest.raises(AttributeError, match=f"this run was not given '{missing}'"):
+        next_move(TrainState(), Run(**given))
