@@ -271,8 +271,10 @@ def _inner(callback: Callback) -> Callback:
 
 def _gated(schedule: Schedule, *, at_end: bool) -> Decorator:
     def decorate(callback: Callback) -> Callback:
+        if isinstance(callback, Reducer):  # a gate commutes with composition
+            return Reducer(tuple(decorate(member) for member in callback.members))
         _check_gateable(callback)
-        return Gated(_inner(callback), Gate(schedule, at_end))
+        return Gated(callback, Gate(schedule, at_end))
 
     return decorate
 

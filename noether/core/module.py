@@ -9,6 +9,7 @@ import torch
 from torch.func import functional_call
 
 from noether.core.batch import model_arguments
+from noether.core.packing import unpack
 from noether.core.tree import FrozenDict, freeze
 
 if TYPE_CHECKING:
@@ -86,12 +87,13 @@ def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[
     parameters = dict(model.named_parameters())
     optimizer.state.clear()  # a parameter that has no memory in the state keeps none
     for name, memory in opt_state.get("state", {}).items():
-        optimizer.state[parameters[name]] = {
-            key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in memory.items()
-        }
-    for group, saved in zip(optimizer.param_groups, opt_state.get("groups", ()), strict=True):
+        optimizer.state[parameters[name]] = unpack(memory)
+    groups = opt_state.get("groups", ())
+    if isinstance(groups, Mapping):  # a functional optimizer keeps them by name, in the same order
+        groups = tuple(groups.values())
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.pop("lr_scale", None)  # the saved learning rate is scaled as the saved group says
-        group.update(saved)
+        group.update(unpack(saved))
 
 
 def _scale_lr(optimizer: Optimizer, scale: float) -> None:

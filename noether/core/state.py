@@ -71,7 +71,8 @@ class TrainState:
         for name in _MAPPINGS:
             value = getattr(self, name)
             if type(value) is dict:
-                object.__setattr__(self, name, FrozenDict(value))
+                # Memories are trees; the others are flat, or the optimizer's, which is its own and large.
+                object.__setattr__(self, name, freeze(value) if name == "callback_states" else FrozenDict(value))
 
     @classmethod
     def from_module(

@@ -144,6 +144,8 @@ class EvaluationData:
     ) -> None:
         self._dataset = dataset
         self._length = _length(dataset)
+        if not self._length:
+            raise ValueError("the dataset has no samples")
         self._seed = seed
         self._batch_size = batch_size
         self._num_workers = num_workers

@@ -1,6 +1,6 @@
 """What a user writes: a subclass of each of the three bases."""
 
-# ruff: noqa: ARG002, ARG005  # a callback takes a state and an event, whether or not it needs both
+# a callback takes a state and an event, whether or not it needs both
 
 # a hook takes a state and an event, whether or not it needs both
 

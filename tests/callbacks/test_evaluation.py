@@ -1,6 +1,6 @@
 """Losses and metrics over a dataset are those of its samples, however it is cut into batches."""
 
-# ruff: noqa: ARG001, ARG002, ARG005  # a callback takes a state and an event, whether or not it needs both
+# a callback takes a state and an event, whether or not it needs both
 
 # a callback takes a state and an event, whether or not it needs both
 
@@ -106,16 +106,17 @@ def test_one_batch_by_hand():
     assert state.metrics["loss/val/mse"].iteration == STATE.iteration
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (2,), (1, 3)])
-def test_a_metric_that_is_neither_a_value_for_each_nor_a_mean_is_refused(shape):
+@pytest.mark.parametrize(
+    ("shape", "returned"), [((3, 1), "shape (3, 1)"), ((2,), "2 values for 3 samples"), ((1, 3), "shape (1, 3)")]
+)
+def test_a_metric_that_is_neither_a_value_for_each_nor_a_mean_is_refused(shape, returned):
     def odd(outputs, batch):
         return torch.zeros(shape)
 
     with pytest.raises(ValueError, match="metric 'odd'") as refused:
         values(MetricCallback(every_n_epochs=1, dataset_key="val", metric=odd), [(torch.zeros(3), torch.zeros(3))])
-    assert str(refused.value) == (
-        f"metric 'odd' returned shape {shape} for 3 samples; return one value for each, (3,), or their mean, ()"
-    )
+    right = "return one value for each sample, (batch,), or their mean, ()"
+    assert str(refused.value) == f"metric 'odd' returned {returned}; {right}"
 
 
 def test_difference_to_the_online_loss_of_the_same_interval():
@@ -230,7 +231,6 @@ def test_samples_is_no_name_of_a_result():
         Samples(every_n_epochs=1, dataset_key="val")(STATE, event([torch.zeros(1)]))
 
 
-@pytest.mark.xfail(strict=True, reason="evaluation weighs with the default batch size, and divides by the run's")
 def test_losses_are_weighted_by_the_size_that_the_run_gives():
     def forward(state, batch):
         return {"total": batch["x"].mean()}, None

@@ -148,7 +148,7 @@ def test_what_a_constructor_raises_is_a_problem_of_the_object():
 
 
 def test_a_signature_is_enough():
-    def make(  # noqa: PLR0913, PLR0917 - one of each sort
+    def make(
         width: int,
         loose,
         rate: float = 1,

@@ -1,6 +1,6 @@
 """A loop without a model: the states and events of a run, as a real loop brings them about; and random callbacks."""
 
-# ruff: noqa: ARG002, ARG005  # a callback takes a state and an event, whether or not it needs both
+# a callback takes a state and an event, whether or not it needs both
 
 # a callback takes a state and an event, whether or not it needs both
 

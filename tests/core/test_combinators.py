@@ -1,6 +1,6 @@
 """Every adverb, as a decorator and as a function; and what it refuses."""
 
-# ruff: noqa: ARG001, ARG002, ARG005  # a callback takes a state and an event, whether or not it needs both
+# a callback takes a state and an event, whether or not it needs both
 
 # a callback takes a state and an event, whether or not it needs both
 

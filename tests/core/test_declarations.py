@@ -1,6 +1,6 @@
 """What does not fit together is refused before the first update; what is due where, against runs that are walked."""
 
-# ruff: noqa: ARG001, ARG005  # a callback takes a state and an event, whether or not it needs both
+# a callback takes a state and an event, whether or not it needs both
 
 # a callback takes a state and an event, whether or not it needs both
 

@@ -1,6 +1,6 @@
 """The laws of composition, over runs as a loop would drive them; and the reducer's fast path, against a naive fold."""
 
-# ruff: noqa: ARG001, ARG002, ARG005  # a callback takes a state and an event, whether or not it needs both
+# a callback takes a state and an event, whether or not it needs both
 
 # a callback takes a state and an event, whether or not it needs both
 

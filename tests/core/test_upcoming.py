@@ -1,6 +1,6 @@
 """What comes next: a loop of a few lines, cut at random and resumed from random saves, is the uncut run."""
 
-# ruff: noqa: ARG001, ARG005  # a callback takes a state and an event, whether or not it needs both
+# a callback takes a state and an event, whether or not it needs both
 
 # a callback takes a state and an event, whether or not it needs both
 

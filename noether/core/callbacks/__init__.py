@@ -8,7 +8,7 @@ from noether.core.callbacks.early_stopping import MetricEarlyStopping
 from noether.core.callbacks.evaluation import EvaluateCallback, MetricCallback, OfflineLossCallback
 from noether.core.callbacks.lr import LrCallback
 from noether.core.callbacks.online_loss import OnlineLossCallback
-from noether.core.callbacks.periodic import PeriodicCallback, PeriodicDataIteratorCallback
+from noether.core.callbacks.periodic import Mean, PeriodicCallback, PeriodicDataIteratorCallback
 from noether.core.callbacks.progress import ProgressCallback
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointCallback",
     "EvaluateCallback",
     "LrCallback",
+    "Mean",
     "MetricCallback",
     "MetricEarlyStopping",
     "OfflineLossCallback",

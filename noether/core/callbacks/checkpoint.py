@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from noether.core.gate import Interval
     from noether.core.run import Run
     from noether.core.state import TrainState
+
+
+_COUNTED: Final = ("end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size")
 
 
 class CheckpointCallback(PeriodicCallback):
@@ -81,8 +84,8 @@ class CheckpointCallback(PeriodicCallback):
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Say how much the schedule will write."""
-        if not hasattr(event.run, "end"):
-            return state, ()
+        if not all(hasattr(event.run, name) for name in _COUNTED):
+            return state, ()  # a loop of one's own need not say where it ends
         return state, (LogText(self._forecast(state, event.run)),)
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from noether.core.batch import batch_size, target_of
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.batch import target_of
+from noether.core.callbacks.periodic import Mean, PeriodicDataIteratorCallback
 from noether.core.errors import Problem, nearest
 from noether.core.metrics import is_current, log
 
@@ -40,6 +40,7 @@ def accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     return (outputs.argmax(dim=-1) == target_of(batch)).float()
 
 
+_RIGHT: Final = "return one value for each sample, (batch,), or their mean, ()"
 METRICS: Final[dict[str, MetricFunction]] = {"accuracy": accuracy}
 
 
@@ -54,27 +55,32 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def _metrics(self) -> Mapping[str, str | MetricFunction]:
         return {}
 
-    def process_data(self, state: TrainState, batch: Any, forward: Callable[..., Any]) -> Mapping[str, torch.Tensor]:
-        """Return sums over the batch."""
+    def process_data(
+        self, state: TrainState, batch: Any, forward: Callable[..., Any]
+    ) -> Mapping[str, torch.Tensor | Mean]:
+        """Return the batch's losses and metrics."""
         losses, outputs = forward(state, batch)
-        sums = (
-            {f"loss/{name}": loss.double() * batch_size(batch) for name, loss in losses.items()} if self._losses else {}
-        )
+        results: dict[str, torch.Tensor | Mean] = {}
+        if self._losses:
+            results |= {f"loss/{name}": Mean(loss) for name, loss in losses.items()}
         for name, metric in self._metrics.items():
-            sums[f"metric/{name}"] = _sum_over_batch(name, _function(metric)(outputs, batch), batch)
-        return sums
+            results |= _measured(name, _function(metric)(outputs, batch))
+        return results
 
     def process_results(
         self, state: TrainState, event: Event, results: Mapping[str, Any]
     ) -> tuple[TrainState, Effects]:
         """Log the means."""
-        means = {name: value / results["samples"] for name, value in results.items() if name != "samples"}
         values: dict[str, Any] = {}
-        for name, mean in means.items():
-            kind, _, short = name.partition("/")
-            values[self._loss_key(short) if kind == "loss" else self.key(short)] = mean
+        for result, value in results.items():
+            kind, _, name = result.partition("/")
             if kind == "loss":
-                values |= self._difference(state, short, mean)
+                values |= {self._loss_key(name): value, **self._difference(state, name, value)}
+            elif kind == "metric":
+                values[self.key(name)] = value
+            elif kind == "sum":
+                _check_count(name, int(results[f"count/{name}"]), results["samples"])
+                values[self.key(name)] = value / results["samples"]
         return log(state, event, values)
 
     def _loss_key(self, name: str, prefix: str = "loss") -> str:
@@ -228,13 +234,15 @@ def _metric_problem(setting: str, metric: object) -> Problem | None:
     )
 
 
-def _sum_over_batch(name: str, value: torch.Tensor, batch: Any) -> torch.Tensor:
-    samples = batch_size(batch)
+def _measured(name: str, value: torch.Tensor) -> dict[str, torch.Tensor | Mean]:
     if value.ndim == 0:
-        return value.double() * samples
-    if value.shape != (samples,):
-        raise ValueError(
-            f"metric {name!r} returned shape {tuple(value.shape)} for {samples} samples; "
-            f"return one value for each, ({samples},), or their mean, ()"
-        )
-    return value.double().sum()
+        return {f"metric/{name}": Mean(value)}
+    if value.ndim > 1:
+        raise ValueError(f"metric {name!r} returned shape {tuple(value.shape)}; {_RIGHT}")
+    # Values of samples are summed, so that their mean does not depend on how they were batched.
+    return {f"sum/{name}": value.double().sum(), f"count/{name}": torch.tensor(len(value))}
+
+
+def _check_count(name: str, count: int, samples: int) -> None:
+    if count != samples:
+        raise ValueError(f"metric {name!r} returned {count} values for {samples} samples; {_RIGHT}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
@@ -153,6 +154,18 @@ class PeriodicCallback(CallbackBase):
         )
 
 
+@final
+@dataclass(frozen=True)
+class Mean:
+    """A result of a batch that is a mean over its samples; over the dataset it is weighted by their number.
+
+    Args:
+        of_batch: 0-dimensional.
+    """
+
+    of_batch: torch.Tensor
+
+
 class PeriodicDataIteratorCallback(PeriodicCallback):
     """A periodic callback that iterates a dataset with the model in evaluation mode, and then looks at the results.
 
@@ -170,13 +183,14 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     Example:
         >>> import torch
         >>> from noether import Run, TrainState, log
-        >>> class Mean(PeriodicDataIteratorCallback):
+        >>> class Average(PeriodicDataIteratorCallback):
         ...     def process_data(self, state, batch, forward):
-        ...         return {"sum": batch.sum()}
+        ...         return {"mean": Mean(batch.mean())}
         ...     def process_results(self, state, event, results):
-        ...         return log(state, event, {self.key("mean"): results["sum"] / results["samples"]})
+        ...         return log(state, event, {self.key("mean"): results["mean"]})
         >>> run = Run(data={"val": [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]}, forward=None)
-        >>> state, effects = Mean(every_n_epochs=1, dataset_key="val")(TrainState().next_epoch(), AfterEpoch(run=run))
+        >>> average = Average(every_n_epochs=1, dataset_key="val")
+        >>> state, effects = average(TrainState().next_epoch(), AfterEpoch(run=run))
         >>> effects[0].values["val/mean"]
         tensor(3., dtype=torch.float64)
     """
@@ -199,7 +213,9 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         """Return the metric key for `metric` on this dataset and these weights, such as `val/accuracy`."""
         return "/".join((self.dataset_key, metric, *((self.weights,) if self.weights else ())))
 
-    def process_data(self, state: TrainState, batch: Any, forward: Callable[..., Any]) -> Mapping[str, torch.Tensor]:
+    def process_data(
+        self, state: TrainState, batch: Any, forward: Callable[..., Any]
+    ) -> Mapping[str, torch.Tensor | Mean]:
         """Return the results of one batch.
 
         Args:
@@ -209,7 +225,8 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
 
         Returns:
             Tensor by name: a 0-dimensional one is summed over the dataset, in double precision if it is floating
-            point; any other is concatenated in the dataset's order along its first dimension.
+            point; a `Mean` becomes the mean over the dataset; any other is concatenated in the dataset's order along
+            its first dimension.
         """
         return {}
 
@@ -264,20 +281,27 @@ class _Collected:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._means: dict[str, torch.Tensor] = {}
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._samples = 0
 
-    def add(self, results: Mapping[str, torch.Tensor], samples: int) -> None:
+    def add(self, results: Mapping[str, torch.Tensor | Mean], samples: int) -> None:
         self._samples += samples
         for name, value in results.items():
             if name == "samples":
                 raise ValueError("process_data returned a result named 'samples', which is the number of samples")
-            if value.ndim:
+            if isinstance(value, Mean):
+                _add(self._means, name, value.of_batch.double() * samples)
+            elif value.ndim:
                 self._parts.setdefault(name, []).append(value)
             else:
-                wide = value.double() if value.is_floating_point() else value
-                self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+                _add(self._sums, name, value.double() if value.is_floating_point() else value)
 
     def results(self) -> Mapping[str, Any]:
+        means = {name: total / self._samples for name, total in self._means.items()}
         parts = {name: torch.cat(values) for name, values in self._parts.items()}
-        return FrozenDict({**self._sums, **parts, "samples": self._samples})
+        return FrozenDict({**self._sums, **means, **parts, "samples": self._samples})
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, term: torch.Tensor) -> None:
+    sums[name] = sums[name] + term if name in sums else term
