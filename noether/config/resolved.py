@@ -142,3 +142,12 @@ class _Dumper(yaml.SafeDumper):
 
 for _tag, _pattern, _first in SCALARS:
     _Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML folds YAML 1.1's further line breaks to spaces in any style but this one.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)

@@ -278,7 +278,12 @@ def test_collate_of_the_dataset_makes_the_batches(workers):
     assert [batch["longest"] for batch in evaluated] == [2, 3, 3]
 
 
-@given(st.integers(0, 12), st.integers(1, 14), st.integers(1, 14))
+def test_evaluation_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="the dataset has no samples"):
+        EvaluationData([], seed=SEED, batch_size=2)
+
+
+@given(st.integers(1, 12), st.integers(1, 14), st.integers(1, 14))
 @settings(deadline=None)
 def test_evaluation_is_in_order_with_a_short_last_batch(length, size, other_size):
     data = EvaluationData(torch.arange(length), seed=SEED, batch_size=size)
