@@ -18,7 +18,7 @@ from noether.config.resolved import resolved
 from noether.core.callback import declaration_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
-from noether.core.errors import Problem, SettingsError, nearest
+from noether.core.errors import Problem, SettingsError
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import matches
 from noether.core.module import forward
@@ -26,13 +26,14 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tree import map_leaves
-from noether.effects.checkpoints import CheckpointError, CheckpointStore
+from noether.effects.checkpoints import CheckpointError
 from noether.training.data import EvaluationData, TrainingData
 from noether.training.optimizer import FunctionalOptimizer
 from noether.training.randomness import derive, seed_all
 from noether.training.schedules import ValueSchedule, value_schedule
 from noether.training.step import Step
 from noether.training.streams import StreamedData, StreamedEvaluationData
+from noether.training.weights import check_weights, device_of, to_device, with_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,15 +76,8 @@ class Experiment:
         Raises:
             CheckpointError: If its weights are not those of this model.
         """
-        _check_weights(self.state, state)
-        device = next(iter(self.state.params.values())).device
-        if device.type == "cpu":
-            return state
-        moved = {name: map_leaves(lambda leaf: _to(leaf, device), getattr(state, name)) for name in _TENSOR_FIELDS}
-        return state.replace(**moved)
-
-
-_TENSOR_FIELDS = ("params", "buffers", "callback_states")  # torch's optimizers say themselves where their memory lies
+        check_weights(self.state, state)
+        return to_device(state, device_of(self.state))
 
 
 def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experiment:
@@ -257,35 +251,10 @@ def _init_from(config: Config, state: TrainState) -> TrainState:
     """Return the state with the weights of another run's checkpoint."""
     path = Path(config.run.init_from or "")
     try:
-        store = CheckpointStore(path.parent, run_id="")
-        weights = store.load(store.find(path.name))
-        _check_weights(state, weights)
+        return with_weights(state, path)
     except CheckpointError as error:
         right = "give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
         raise config.error(("run", "init_from"), f"{str(path)!r}: {error}; {right}") from error
-    device = next(iter(state.params.values())).device
-    # In the order of the model, whatever the order of the file.
-    params = {name: weights.params[name].to(device) for name in state.params}
-    return state.replace(params=params, buffers={name: weights.buffers[name].to(device) for name in state.buffers})
-
-
-def _check_weights(ours: TrainState, theirs: TrainState) -> None:
-    """Refuse weights of another model."""
-    for what in ("params", "buffers"):
-        expected, found = getattr(ours, what), getattr(theirs, what)
-        for name in sorted(expected.keys() ^ found.keys()):
-            where = "the checkpoint has no" if name in expected else "the model has no"
-            raise CheckpointError(
-                f"{where} {name!r} among its {what}{nearest(name, {**expected, **found}.keys() - {name})}"
-            )
-        for name, tensor in expected.items():
-            if tensor.shape != found[name].shape:
-                shapes = f"{tuple(found[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model"
-                raise CheckpointError(f"{name!r} has shape {shapes}")
-
-
-def _to(leaf: Any, device: torch.device) -> Any:
-    return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _optimizer(config: Config, model: nn.Module) -> FunctionalOptimizer:

@@ -1,0 +1,35 @@
+"""Loaded states on another device; torch's `meta` stands for the accelerator, for it knows devices but needs none."""
+
+import torch
+from torch import nn
+
+from noether import TrainState
+from noether.core.state import Measured
+from noether.training.optimizer import FunctionalOptimizer
+from noether.training.weights import device_of, to_device
+
+
+def trained():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    state = TrainState.from_module(model)
+    adam = FunctionalOptimizer(torch.optim.AdamW, {"lr": 0.1})
+    params, opt_state = adam.update(dict(state.params), adam.init(state.params), state.params)
+    metrics = {"loss": Measured(torch.tensor(1.0), state.iteration), "accuracy": Measured(0.5, state.iteration)}
+    return state.replace(params=params, opt_state=opt_state, metrics=metrics).remember("sum", {"of": torch.ones(2)})
+
+
+def test_everything_moves_but_the_counters_of_steps():
+    state = to_device(trained(), torch.device("meta"))
+    assert device_of(state).type == "meta"
+    assert state.buffers["1.running_mean"].device.type == "meta"
+    assert state.memory("sum")["of"].device.type == "meta"
+    assert state.metrics["loss"].value.device.type == "meta"
+    assert state.metrics["accuracy"].value == 0.5
+    memory = state.opt_state["state"]["0.weight"]
+    assert memory["exp_avg"].device.type == "meta"
+    assert memory["step"].device.type == "cpu"
+
+
+def test_on_the_cpu_it_is_the_same_state():
+    state = trained()
+    assert to_device(state, torch.device("cpu")) is state
