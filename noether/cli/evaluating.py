@@ -9,11 +9,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from noether.cli.running import resumed_config
+from noether.cli.running import handled, resumed_config
+from noether.config import ConfigError
+from noether.config.errors import Located, Place
 from noether.core.dispatch import dispatch
-from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary
+from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary
 from noether.core.event import AtEval
-from noether.effects import CheckpointStore, Interpreter
+from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.files import replace_text
 from noether.effects.logs import plain
 from noether.training.experiment import build
@@ -22,34 +24,44 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from noether.effects.manifest import Manifest
+
 
 def evaluate(run_dir: Path, checkpoint: str, allow: Sequence[str]) -> None:
     """Print what the data iterators of a run measure at a checkpoint, and keep it in `eval/TAG.json`.
 
     Raises:
-        ConfigError: If `run_dir` is not a run.
-        CheckpointError: If there is no such checkpoint, or it is damaged.
+        ConfigError: If `run_dir` is not a run, or has no such checkpoint.
+        CheckpointError: If the checkpoint is damaged.
     """
     config = resumed_config(run_dir, allow=allow)
-    experiment = build(config, run_id=run_dir.resolve().name)
+    experiment = build(config, run_id=run_dir.resolve().name, begins=False)
     if not experiment.reducer.listens(AtEval):
         raise config.error(
             ("callbacks",), "none of them iterates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}"
         )
     store = CheckpointStore(run_dir / "checkpoints", experiment.run.run_id)
-    manifest = store.find(checkpoint)
+    manifest = _found(store, checkpoint)
     state = experiment.to_device(store.load(manifest))
     metrics: dict[str, Any] = {}
-    dispatch(state, AtEval(run=experiment.run), experiment.reducer, _collecting(metrics))
+    dispatch(state, AtEval(run=experiment.run), experiment.reducer, handled(config, _collecting(metrics)))
     _keep(run_dir / "eval" / f"{manifest.tag}.json", metrics)
     _show(manifest.tag, metrics)
+
+
+def _found(store: CheckpointStore, checkpoint: str) -> Manifest:
+    try:
+        return store.find(checkpoint)
+    except CheckpointError as error:
+        raise ConfigError([Located(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
 
 
 def _collecting(metrics: dict[str, Any]) -> Interpreter:
     def collect(effect: LogScalars, _state: object, _event: object) -> None:
         metrics.update({key: plain(value) for key, value in effect.values.items()})
 
-    return Interpreter({LogScalars: [collect], LogText: [], SetSummary: [], SaveTensors: []})
+    ignored = (LogText, SetSummary, SaveTensors, MeasurePeakMemory)
+    return Interpreter({LogScalars: [collect], **dict.fromkeys(ignored, ())})
 
 
 def _keep(path: Path, metrics: Mapping[str, Any]) -> None:

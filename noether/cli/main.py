@@ -114,6 +114,11 @@ def _refusals() -> Iterator[None]:
         raise _Failure(error, _CONFIG_ERROR) from error
     except mendable as error:
         raise _Failure(error, 1) from error
+    except LookupError as error:
+        # Ours, for memory or an effect that nobody knows; a KeyError or IndexError is a bug.
+        if type(error) is not LookupError:
+            raise
+        raise _Failure(error, 1) from error
 
 
 class _Failure(click.ClickException):

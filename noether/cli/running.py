@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +20,11 @@ from noether.config.kinds import named
 from noether.config.resolved import dump, refuse_changes
 from noether.core.dispatch import dispatch
 from noether.core.effect import SaveCheckpoint, SetSummary
-from noether.core.event import AfterTraining, AtEval
+from noether.core.event import AfterTraining, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.tree import FrozenDict
 from noether.core.upcoming import Move, next_move
-from noether.effects import open_run
+from noether.effects import CheckpointStore, open_run
 from noether.effects.files import replace_text
 from noether.effects.run_directory import CONFIG
 from noether.training.experiment import Experiment, build
@@ -42,11 +45,12 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
         ConfigError: If the configuration is refused; then no directory is made.
     """
     config = load(config_path, settings, allow)
-    folder = Path(config.run.output) / config.run.name
-    experiment = build(config, run_id=_new_run_id(folder))
-    with _opened(folder / experiment.run.run_id) as directory:
+    experiment = build(config)
+    path = _new_directory(Path(config.run.output) / config.run.name)
+    experiment = replace(experiment, run=experiment.run.replace(run_id=path.name))
+    with _opened(path) as directory:
         replace_text(directory.path / CONFIG, dump(config))
-        return _train(experiment, directory, experiment.state, resumed=False)
+        return _train(experiment, directory, experiment.state, resumed=False, allow=allow)
 
 
 def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_memory: Sequence[str]) -> int:
@@ -54,18 +58,27 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
 
     Raises:
         ConfigError: If it is not a run, or a setting is changed that may not change.
+        LookupError: If the run holds memory that no callback claims, and that is not to be dropped.
     """
     config = resumed_config(run_dir, settings, allow)
-    experiment = build(config, run_id=run_dir.resolve().name)
+    run_id = run_dir.resolve().name
+    saved = CheckpointStore(run_dir / "checkpoints", run_id).newest() is not None
+    experiment = build(config, run_id=run_id, begins=not saved)
     with _opened(run_dir) as directory:
         state = directory.resume()
         if state is None:
             click.echo(f"{run_dir} holds no checkpoint yet: training begins at update 0")
         else:
             state = _without(experiment.to_device(state), drop_memory)
+            # A reducer is pure: asked in vain, it refuses what does not fit before anything is written.
+            experiment.reducer(state, BeforeTraining(run=experiment.run, resumed=True))
+            if next_move(state, experiment.run) is Move.NOTHING:
+                _set_ending(experiment, directory.interpreter, state, _ending(state))
+                click.echo(f"{run_dir} {_ending(state)} already; it goes on with --set and a later end")
+                return 0
             click.echo(f"going on at {state.iteration}")
         replace_text(directory.path / CONFIG, dump(config))
-        return _train(experiment, directory, state or experiment.state, resumed=state is not None)
+        return _train(experiment, directory, state or experiment.state, resumed=state is not None, allow=allow)
 
 
 def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
@@ -73,7 +86,7 @@ def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> N
     experiment = build(load(config_path, settings, allow), run_id="smoke")
     run = experiment.run.replace(end=TrainingIteration(update=1))
     with tempfile.TemporaryDirectory() as folder, _opened(Path(folder) / "smoke") as directory:
-        interpreter = _interpreter(experiment.config, directory)
+        interpreter = handled(experiment.config, directory.interpreter)
         state = _trainer(experiment, interpreter, Interruption(), run=run)(experiment.state)
         state = dispatch(state, AtEval(run=run), experiment.reducer, interpreter)
         interpreter([SaveCheckpoint(tag="smoke")], state, AfterTraining(run=run))
@@ -97,20 +110,37 @@ def resumed_config(run_dir: Path, settings: Sequence[str] = (), allow: Sequence[
     return config
 
 
-def _train(experiment: Experiment, directory: RunDirectory, state: TrainState, *, resumed: bool) -> int:
-    interpreter = _interpreter(experiment.config, directory)
+def handled(config: Config, interpreter: Interpreter) -> Interpreter:
+    """Return the interpreter that also has the handlers of `run.handlers`."""
+    for effect_type, handler in config.run.handlers.items():
+        interpreter = interpreter.handling(named(effect_type), named(handler))
+    return interpreter
+
+
+def _train(
+    experiment: Experiment, directory: RunDirectory, state: TrainState, *, resumed: bool, allow: Sequence[str]
+) -> int:
+    interpreter = handled(experiment.config, directory.interpreter)
     with Interruption() as interruption:
         interpreter([SetSummary(_facts(experiment))], state, AfterTraining(run=experiment.run))
         state = _trainer(experiment, interpreter, interruption)(state, resumed=resumed)
     done = next_move(state, experiment.run) is Move.NOTHING
-    ending = f"ended at {state.iteration}" if done else f"interrupted at {state.iteration}"
-    reason = f": {state.stop}" if state.stop is not None else ""
-    interpreter([SetSummary(FrozenDict(ending=ending + reason))], state, AfterTraining(run=experiment.run))
-    click.echo(f"{ending}{reason}; the run is in {directory.path}")
+    ending = _ending(state) if done else f"interrupted at {state.iteration}"
+    _set_ending(experiment, interpreter, state, ending)
+    click.echo(f"{ending}; the run is in {directory.path}")
     if done:
         return 0
-    click.echo(f"go on with: noether train --resume {directory.path}")
+    prefixes = [word for prefix in allow for word in ("--allow", prefix)]
+    click.echo(f"go on with: {shlex.join(['noether', 'train', '--resume', str(directory.path), *prefixes])}")
     return interruption.exit_code
+
+
+def _ending(state: TrainState) -> str:
+    return f"ended at {state.iteration}" + (f": {state.stop}" if state.stop is not None else "")
+
+
+def _set_ending(experiment: Experiment, interpreter: Interpreter, state: TrainState, ending: str) -> None:
+    interpreter([SetSummary(FrozenDict(ending=ending))], state, AfterTraining(run=experiment.run))
 
 
 def _trainer(
@@ -137,13 +167,6 @@ def _facts(experiment: Experiment) -> FrozenDict:
     )
 
 
-def _interpreter(config: Config, directory: RunDirectory) -> Interpreter:
-    interpreter = directory.interpreter
-    for effect_type, handler in config.run.handlers.items():
-        interpreter = interpreter.handling(named(effect_type), named(handler))
-    return interpreter
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[RunDirectory]:
     directory = open_run(path)
@@ -162,7 +185,13 @@ def _without(state: TrainState, names: Sequence[str]) -> TrainState:
     return state.replace(callback_states=FrozenDict(kept))
 
 
-def _new_run_id(folder: Path) -> str:
+def _new_directory(folder: Path) -> Path:
+    """Return the directory of a new run, made here, so that two runs begun at once never share one."""
+    folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    candidates = (stamp if number == 1 else f"{stamp}-{number}" for number in range(1, 1 << 30))
-    return next(candidate for candidate in candidates if not (folder / candidate).exists())
+    for number in count(1):
+        path = folder / (stamp if number == 1 else f"{stamp}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir()
+            break
+    return path

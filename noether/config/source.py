@@ -78,7 +78,8 @@ class Source:
         builder = _Builder(lambda _: place)
         value = _built(text, place, path, builder)
         kept = {known: where for known, where in self.places.items() if known[: len(path)] != path}
-        return replace(self, data=_replaced(self.data, path, value, place), places=kept | builder.places)
+        around = {path[:length]: place for length in range(1, len(path))}  # what had to be made on the way
+        return replace(self, data=_replaced(self.data, path, value, place), places=around | kept | builder.places)
 
     def without(self, path: Path) -> Source:
         """Return the source without the value at `path`, whose last part is a key of a mapping."""

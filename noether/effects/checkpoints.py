@@ -32,6 +32,7 @@ STATE: Final = "state.json"
 MEMORY: Final = "state.safetensors"
 MANIFEST: Final = "MANIFEST.json"
 _WHATS: Final = ("params", "buffers")
+_ORDER: Final = "order"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]*", re.ASCII)
 
 
@@ -99,7 +100,7 @@ class CheckpointStore:
         if tag not in manifests:
             known = [*pointers, *manifests]
             there = f"there are: {', '.join(known) or 'none'}"
-            raise CheckpointError(f"no checkpoint {name!r} in {self._directory}{nearest(name, known)}; {there}")
+            raise CheckpointError(f"no checkpoint {name!r} in {self._directory}; {there}{nearest(name, known)}")
         return manifests[tag]
 
     def newest(self) -> Manifest | None:
@@ -131,7 +132,7 @@ class CheckpointStore:
             return None
         held = _read_manifest(self._directory / tag / MANIFEST)
         same = (held.segment, held.iteration, held.event) == (self._segment, state.iteration, type(event).__name__)
-        return tag if same and _files(effect) <= set(held.parts) and not effect.models else None
+        return tag if same and _files(effect) <= set(held.parts) and not held.models and not effect.models else None
 
     def _free(self, tag: str) -> str:
         candidates = (tag if number == 1 else f"{tag}.{number}" for number in range(1, 1 << 30))
@@ -156,6 +157,7 @@ class CheckpointStore:
             iteration=state.iteration,
             event=type(event).__name__,
             parts=parts,
+            models=effect.models if effect.weights else (),
             retention=dict(effect.retention),
         )
         write_new(temporary / MANIFEST, manifest.dumps().encode())
@@ -176,7 +178,8 @@ class CheckpointStore:
         if WEIGHTS in manifest.parts:
             tensors, metadata = _read_tensors(directory / WEIGHTS)
             # In the order that they had: a sum over all of them, as clipping takes it, depends on it in the last bit.
-            ordered = {what: {name: tensors[name] for name in json.loads(metadata[what])} for what in _WHATS}
+            names = json.loads(metadata[_ORDER])
+            ordered = {what: {name: tensors[name] for name in names[what]} for what in _WHATS}
             state = state.replace(**ordered)
         return state
 
@@ -207,8 +210,9 @@ def _write_weights(directory: Path, state: TrainState, models: tuple[str, ...]) 
         raise CheckpointError(
             f"model_names: no weights below {', '.join(models)}; there are: {', '.join(state.params)}"
         )
-    names = {what: json.dumps([name for name in getattr(state, what) if name in chosen]) for what in _WHATS}
-    _write_tensors(directory / WEIGHTS, chosen, names)
+    names = {what: [name for name in getattr(state, what) if name in chosen] for what in _WHATS}
+    # One entry, because safetensors writes several in any order: equal weights are equal files.
+    _write_tensors(directory / WEIGHTS, chosen, {_ORDER: json.dumps(names)})
 
 
 def _write_state(directory: Path, state: TrainState) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,7 +17,6 @@ from noether.effects.encoding import number
 from noether.effects.files import replace_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from noether.core.effect import LogScalars, LogText, SetSummary
@@ -40,6 +40,10 @@ def plain(value: Any) -> Any:
     """Return a logged value as strict JSON can hold it; this is where a tensor is read from its device."""
     if isinstance(value, torch.Tensor):
         value = value.item()
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
     return number(value) if isinstance(value, float) else value
 
 

@@ -39,6 +39,7 @@ class Manifest:
         iteration: Where it was taken.
         event: Name of the event at which it was taken.
         parts: Its files.
+        models: Names of the sub-modules whose weights it holds; empty stands for all.
         retention: By name of who asked for it, how many of the newest stay; None stands for all.
         format: Version of the layout.
     """
@@ -50,6 +51,7 @@ class Manifest:
     iteration: TrainingIteration
     event: str
     parts: dict[str, Part]
+    models: tuple[str, ...] = ()
     retention: dict[str, int | None]
     format: int = field(default=FORMAT)
 
@@ -61,8 +63,8 @@ class Manifest:
 
     @property
     def resumable(self) -> bool:
-        """Whether it holds weights, optimizer and state."""
-        return {"weights.safetensors", "state.json"} <= set(self.parts)
+        """Whether it holds all weights, optimizer and state."""
+        return {"weights.safetensors", "state.json"} <= set(self.parts) and not self.models
 
     def dumps(self) -> str:
         """Return the manifest as JSON text."""

@@ -42,12 +42,12 @@ def _checkpoints(effects: Sequence[Effect]) -> tuple[SaveCheckpoint, ...]:
 
 
 def _united(a: SaveCheckpoint, b: SaveCheckpoint) -> SaveCheckpoint:
-    whole = (a.weights and not a.models) or (b.weights and not b.models)
+    asked = [effect.models for effect in (a, b) if effect.weights]
     return dataclasses.replace(
         a,
         weights=a.weights or b.weights,
         optimizer=a.optimizer or b.optimizer,
-        models=() if whole else tuple(dict.fromkeys(a.models + b.models)),
+        models=() if () in asked else tuple(dict.fromkeys(name for models in asked for name in models)),
         pointers=tuple(dict.fromkeys(a.pointers + b.pointers)),
         retention=FrozenDict({**a.retention, **b.retention}),
     )

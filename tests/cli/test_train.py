@@ -1,0 +1,271 @@
+"""`noether train`: what a run writes, and what a configuration can make of it."""
+
+import json
+import subprocess
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from command import (
+    ENVIRONMENT,
+    MODULE,
+    PAPER,
+    PATIENCE_S,
+    ROOT,
+    SMALL,
+    contents,
+    invoke,
+    lines,
+    noether,
+    only_run,
+    pointer,
+    weights,
+)
+
+from noether.config import load
+from noether.testing import same
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return only_run(trained[0] / "out/small")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "paper.py").write_text(MODULE)
+    (tmp_path / "paper.yaml").write_text(PAPER)
+    return tmp_path
+
+
+def test_the_directory_of_a_run(run):
+    tags = ["E1_U38_S1205", "E2_U76_S2410", "E2_U76_S2410.2"]
+    parts = ["MANIFEST.json", "optimizer.safetensors", "state.json", "state.safetensors", "weights.safetensors"]
+    assert sorted(map(str, contents(run))) == sorted([
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        *(f"checkpoints/{name}" for name in ("latest", "last", "best_model.val.accuracy")),
+        *(f"checkpoints/{tag}/{part}" for tag in tags for part in parts),
+    ])  # fmt: skip
+
+
+def test_the_last_save_is_of_the_ended_run(run):
+    assert pointer(run, "last") == pointer(run, "latest") == "E2_U76_S2410.2"
+    manifest = json.loads((run / "checkpoints/E2_U76_S2410.2/MANIFEST.json").read_text())
+    assert (manifest["event"], manifest["segment"], manifest["parent"]) == ("AfterTraining", 1, None)
+    assert json.loads((run / "checkpoints/E2_U76_S2410.2/state.json").read_text())["ended"] is True
+    assert json.loads((run / "checkpoints/E2_U76_S2410/state.json").read_text())["ended"] is False
+
+
+def test_the_configuration_is_kept_as_resolved(run, trained):
+    assert load(run / "config.yaml") == load(trained[0] / "small.yaml")
+    assert load(run / "config.yaml").optimizer.kind.settings["betas"] == (0.9, 0.999)
+    assert "nonfinite: apply" in (run / "config.yaml").read_text()
+
+
+def test_a_line_of_metrics_for_every_event_that_logged(run):
+    written = lines(run)
+    updates = [line for line in written if line["event"] == "after_update"]
+    epochs = [line for line in written if line["event"] == "after_epoch"]
+    assert len(updates) + len(epochs) == len(written)
+    assert [(line["epoch"], line["update"]) for line in updates] == [(u // 38, u) for u in range(5, 76, 5)]
+    assert [(line["epoch"], line["update"], line["sample"]) for line in epochs] == [(1, 38, 1205), (2, 76, 2410)]
+    assert all(line.keys() == {"event", "epoch", "update", "sample", "time_s", "metrics"} for line in written)
+    assert all(
+        set(line["metrics"]) == {f"loss/online/{loss}/U5" for loss in ("cross_entropy", "total")} for line in updates
+    )
+    assert set(epochs[0]["metrics"]) == {
+        *(f"loss/val/{loss}" for loss in ("cross_entropy", "total")),
+        *("val/accuracy", "val/accuracy/best", "val/accuracy/best_update"),
+    }
+    times = [line["time_s"] for line in written]
+    assert times == sorted(times)
+
+
+def test_the_run_learned(run):
+    first, last = [line["metrics"] for line in lines(run) if line["event"] == "after_epoch"]
+    assert last["loss/val/total"] < first["loss/val/total"] < 2.4
+    assert last["val/accuracy"] > first["val/accuracy"] > 0.2
+
+
+def test_the_summary(run):
+    best = lines(run)[-1]["metrics"]["val/accuracy"]
+    assert json.loads((run / "summary.json").read_text()) == {
+        "params_trainable": 1638,
+        "params_frozen": 0,
+        "samples/train": 1205,
+        "samples/val": 296,
+        "val/accuracy/best": best,
+        "val/accuracy/best_at": "E2_U76_S2410",
+        "ending": "ended at E2_U76_S2410",
+    }
+
+
+def test_what_a_person_sees(trained, run):
+    shown = trained[1].stdout.splitlines()
+    assert trained[1].stderr == ""
+    assert shown[-1] == f"ended at E2_U76_S2410; the run is in {run.relative_to(trained[0])}"
+    assert sum(" % " in line and "update 10/76" in line for line in shown) == 1
+    assert [line.split()[0] for line in shown if "val/accuracy/best " in line] == ["E1_U38_S1205", "E2_U76_S2410"]
+
+
+def test_set_changes_any_setting(folder):
+    sets = {"trainer.max_updates": 3, "model.width": 2, "callbacks.1.every_n_updates": 1, "run.output": "elsewhere"}
+    invoke(
+        "train",
+        "small.yaml",
+        *(word for key, value in sets.items() for word in ("--set", f"{key}={value}")),
+        cwd=folder,
+    )
+    run = only_run(folder / "elsewhere/small")
+    assert [line["update"] for line in lines(run)] == [1, 2, 3]
+    assert weights(run)["features.0.weight"].shape == (2, 1, 3, 3)
+    assert pointer(run, "last") == "E0_U3_S96"
+    assert not (folder / "out").exists()
+
+
+def test_two_runs_of_one_second_have_two_directories(folder, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "20260102-030405")
+    for _ in range(2):
+        invoke("train", "small.yaml", "--set", "trainer.max_updates=1", cwd=folder)
+    runs = sorted(path.name for path in (folder / "out/small").iterdir())
+    assert runs == ["20260102-030405", "20260102-030405-2"]
+    manifests = [
+        json.loads((folder / f"out/small/{name}/checkpoints/E0_U1_S32/MANIFEST.json").read_text()) for name in runs
+    ]
+    assert [manifest["run_id"] for manifest in manifests] == runs
+
+
+def test_a_seed_is_the_whole_run(folder):
+    for seed in (0, 0, 1):
+        invoke("train", "small.yaml", "--set", "trainer.max_updates=3", "--set", f"run.seed={seed}", cwd=folder)
+    first, again, other = (weights(run) for run in sorted((folder / "out/small").iterdir(), key=_begun))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def _begun(run):
+    stamp, _, number = run.name.removeprefix("20").replace("-", "", 1).partition("-")
+    return stamp, int(number or 1)
+
+
+def test_smoke_leaves_nothing_behind(folder, monkeypatch):
+    before = contents(folder)
+    (folder / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+    output = invoke("train", "small.yaml", "--smoke", cwd=folder)
+    assert output.splitlines()[-1] == "small.yaml: one update, one evaluation and one save went well"
+    assert [line.split()[0] for line in output.splitlines() if "val/accuracy" in line] == ["E0_U1_S32"]
+    assert contents(folder) == before
+    assert list((folder / "tmp").iterdir()) == []
+
+
+def test_smoke_finds_what_only_running_shows(folder):
+    (folder / "paper.py").write_text(MODULE.replace('state.params["0.weight"]', 'state.params["nowhere"]'))
+    with pytest.raises(KeyError, match="nowhere"):
+        invoke("train", "paper.yaml", "--smoke", "--set", "callbacks.0.every_n_updates=1", cwd=folder)
+    assert not (folder / "out").exists()
+
+
+def test_evaluate_first(folder):
+    invoke("train", "small.yaml", "--set", "trainer.max_updates=1", "--set", "trainer.evaluate_first=true", cwd=folder)
+    first = lines(only_run(folder / "out/small"))[0]
+    assert (first["event"], first["update"]) == ("at_eval", 0)
+    assert {"loss/val/total", "val/accuracy"} <= set(first["metrics"])
+
+
+def test_init_from_starts_with_the_weights_of_another_run(finished, tmp_path):
+    source = finished / "checkpoints/best_model.val.accuracy"
+    changes = [f"run.init_from={source}", "run.output=new", "trainer.max_updates=1", "trainer.evaluate_first=true"]
+    changes += ["optimizer.lr=0", "optimizer.weight_decay=0"]
+    invoke("train", "small.yaml", *(word for change in changes for word in ("--set", change)), cwd=tmp_path)
+    run = only_run(tmp_path / "new/small")
+    measured = lines(finished)[-1]["metrics"]
+    assert lines(run)[0]["metrics"] == {key: measured[key] for key in lines(run)[0]["metrics"]}
+    ours, theirs = weights(run), weights(finished, "best_model.val.accuracy")
+    assert all(same(ours[name], theirs[name]) for name in theirs if "num_batches" not in name and "running" not in name)
+    assert ours["features.1.num_batches_tracked"] == theirs["features.1.num_batches_tracked"] + 1
+    assert json.loads((run / "checkpoints/E0_U1_S32/state.json").read_text())["iteration"] == "E0_U1_S32"
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (
+            "{kind: noether.examples.digits.ConvNet, width: 8}",
+            "'features.0.weight' has shape (4, 1, 3, 3) in the checkpoint and (8, 1, 3, 3) in the model",
+        ),
+        ("{kind: torch.nn.Linear, in_features: 8, out_features: 10}", "the checkpoint has no 'bias' among its params"),
+    ],
+)
+def test_init_from_refuses_weights_of_another_model(finished, tmp_path, model, why):
+    source = finished / "checkpoints/last"
+    changes = ["--set", f"run.init_from={source}", "--set", "run.output=new", "--set", f"model={model}"]
+    output = invoke("train", "small.yaml", *changes, cwd=tmp_path, code=2)
+    right = "give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
+    assert output == f"Error: --set run.init_from={source}: run.init_from: '{source}': {why}; {right}\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_nonfinite_raise_ends_the_run_with_a_message(folder):
+    changes = ["--set", "trainer.nonfinite=raise", "--set", "trainer.loss=paper.broken_loss"]
+    done = noether("train", "paper.yaml", *changes, cwd=folder, code=1)
+    assert done.stderr == (
+        "Error: update 1: loss 'entropy' is nan, loss 'total' is nan, the gradient of '0.weight' is not finite "
+        "(and 5 more); nothing was applied. Lower the learning rate, clip gradients, or leave such updates out with "
+        "trainer.nonfinite: skip\n"
+    )
+    assert not (only_run(folder / "out/paper") / "checkpoints").exists()
+
+
+def test_nonfinite_skip_leaves_the_weights(folder):
+    changes = ["trainer.nonfinite=skip", "trainer.loss=paper.broken_loss", "trainer.max_updates=2"]
+    invoke("train", "paper.yaml", *(word for change in changes for word in ("--set", change)), cwd=folder)
+    run = only_run(folder / "out/paper")
+    assert [line["metrics"]["loss/online/total/U1"] for line in lines(run)] == ["NaN", "NaN"]
+    assert weights(run)["1.num_batches_tracked"] == 0
+
+
+def test_a_module_of_the_users_by_the_installed_script(folder):
+    """The script does not see the working directory by itself, as `python -m` does."""
+    script = Path(sysconfig.get_path("scripts")) / "noether"
+    settings = ["--set", "trainer.max_epochs=2", "--set", "callbacks.1.every_n_epochs=1"]
+    done = subprocess.run(
+        [script, "train", "paper.yaml", *settings],
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    run = only_run(folder / "out/paper")
+    norms = [line["metrics"] for line in lines(run) if "weight_norm" in line["metrics"]]
+    assert len(norms) == 6
+    assert norms[0]["weight_norm"] > 0
+    epochs = [line["metrics"] for line in lines(run) if line["event"] == "after_epoch"]
+    assert len(epochs) == 2
+    assert all({"loss/val/entropy", "loss/val/size", "val/agreement"} <= set(metrics) for metrics in epochs)
+    assert [line.split() for line in done.stdout.splitlines() if "two epochs more" in line] == [
+        ["E1_U15_S60", "two", "epochs", "more"],
+        ["E2_U30_S120", "two", "epochs", "more"],
+    ]
+    assert (folder / "rings.txt").read_text() == "AfterEpoch 1: ding ding \nAfterEpoch 2: ding ding \n"
+    invoke("eval", run, cwd=folder)
+    assert (folder / "rings.txt").read_text().splitlines()[2:] == ["AtEval 2: ding "]
+
+
+def test_an_effect_that_nobody_handles_is_named(folder):
+    output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=1)
+    handled = "LogText, LogScalars, SetSummary, SaveCheckpoint, SaveTensors, MeasurePeakMemory"
+    assert output.splitlines()[-1] == (
+        "Error: nobody handles the effect Ring; register it with interpreter.handling(Ring, handler). "
+        f"Handled: {handled}"
+    )
+
+
+def test_the_digits_are_learned(tmp_path):
+    noether("train", ROOT / "configs/digits.yaml", "--set", f"run.output={tmp_path}", cwd=tmp_path)
+    run = only_run(tmp_path / "digits")
+    assert json.loads((run / "summary.json").read_text())["val/accuracy/best"] >= 0.985
+    assert max(line["metrics"].get("val/accuracy", 0) for line in lines(run)) >= 0.985

@@ -1,0 +1,387 @@
+"""The checkpoint store: what was saved comes back as it was, and nothing that is kept is ever lost."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from noether import AfterEpoch, AfterTraining, AfterUpdate, SaveCheckpoint, TrainingIteration, TrainState
+from noether.core.state import Measured
+from noether.core.tree import freeze
+from noether.effects import CheckpointError, CheckpointStore, open_run
+from noether.effects.manifest import Manifest, superfluous
+from noether.testing import same
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+UPDATE = AfterUpdate(samples=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def opened(folder):
+    """Return the store as a process opens it: a new segment."""
+    return CheckpointStore(folder, "run")
+
+
+@pytest.fixture
+def store(folder):
+    return opened(folder)
+
+
+def at(update, epoch=0, **fields):
+    return TrainState(
+        iteration=TrainingIteration(epoch=epoch, update=update, sample=4 * update),
+        params={"body.weight": torch.full((2,), float(update)), "head.weight": torch.ones(1)},
+        buffers={"body.mean": torch.zeros(2)},
+        **fields,
+    )
+
+
+def tags(store):
+    return [manifest.tag for manifest in store.manifests()]
+
+
+FULL = TrainState(
+    iteration=TrainingIteration(epoch=1, update=7, sample=28),
+    previous=TrainingIteration(epoch=1, update=6, sample=24),
+    params={"b": torch.tensor([1.0, float("nan")]), "a": torch.tensor(2.0, dtype=torch.bfloat16)},
+    buffers={"count": torch.tensor(3), "mask": torch.tensor([True, False]), "none": torch.zeros(0, 3)},
+    opt_state={"state": {"b": {"step": torch.tensor(7.0), "betas": (0.9, 0.99)}}, "groups": {"default": {}}},
+    hyperparams={"lr_scale": 0.5},
+    metrics={
+        "val/x": Measured(float("inf"), TrainingIteration(update=6)),
+        "y": Measured(torch.tensor(1), TrainingIteration()),
+    },
+    callback_states={"best": {"value": None, "$at": ("E1", 2)}, "ema": {"params": {"b": torch.ones(2)}}},
+    stop="plateau",
+    ended=True,
+    seed=3,
+)
+
+
+def test_a_state_comes_back_as_it_was(store):
+    store.save(SaveCheckpoint(), FULL, UPDATE)
+    loaded = store.load(store.find("E1_U7_S28"))
+    assert same(loaded, FULL)
+    assert [list(loaded.params), list(loaded.buffers)] == [["b", "a"], ["count", "mask", "none"]]
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool]
+
+
+@settings(UNTIMED, max_examples=50)
+@given(
+    specs=st.dictionaries(
+        st.text("abc.$_0", min_size=1, max_size=6),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3), st.booleans()),
+        max_size=4,
+    ),
+    memory=st.recursive(
+        st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=3), st.just(torch.tensor([2.0, -0.0]))),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=2).map(tuple), st.dictionaries(st.sampled_from(["a", "a.b", "$x", ""]), inner)
+        ),
+        max_leaves=6,
+    ),
+)
+def test_any_tensors_and_any_memory_come_back(tmp_path_factory, specs, memory):
+    params = {}
+    for name, (dtype, shape, turned) in specs.items():
+        tensor = (torch.arange(torch.Size(shape).numel()) % 2).reshape(shape).to(dtype)
+        params[name] = tensor.T if turned and tensor.ndim == 2 else tensor
+    state = TrainState(params=params, opt_state={"state": {"x": freeze(memory)}}, callback_states={"m": freeze(memory)})
+    store = CheckpointStore(tmp_path_factory.mktemp("store"), "run")
+    store.save(SaveCheckpoint(tag="x"), state, UPDATE)
+    assert same(store.load(store.find("x")), state)
+
+
+def test_equal_states_are_equal_files(tmp_path):
+    for name in ("one", "two"):
+        CheckpointStore(tmp_path / name, "run").save(SaveCheckpoint(), FULL, UPDATE)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("*/*")} for name in ("one", "two"))
+    assert one == two
+    assert set(one) == {
+        "MANIFEST.json",
+        "weights.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "state.safetensors",
+    }
+
+
+def test_tied_weights_and_views_come_back(store, folder):
+    storage = torch.arange(10.0)
+    state = at(1).replace(params={"a": storage, "b": storage, "tail": storage[6:], "turned": storage.view(2, 5).T})
+    store.save(SaveCheckpoint(), state, UPDATE)
+    assert same(store.load(store.find("E0_U1_S4")).params, state.params)
+    assert (folder / "E0_U1_S4/weights.safetensors").stat().st_size < 2000
+
+
+def test_a_module_with_tied_weights_is_written_back(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].weight = model[0].weight
+        return model
+
+    model = made()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    run = open_run(tmp_path)
+    run.interpreter([SaveCheckpoint()], TrainState.from_module(model).advance(samples=1), UPDATE)
+    fresh = made()
+    open_run(tmp_path).resume().into_module(fresh)
+    assert torch.equal(fresh[1].weight, model[0].weight)
+    assert fresh[1].weight is fresh[0].weight
+
+
+def test_state_json_is_strict(store, folder):
+    store.save(SaveCheckpoint(), FULL, UPDATE)
+    text = (folder / "E1_U7_S28/state.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"]["val/x"] == {
+        "$tuple": [{"$number": "Infinity"}, "E0_U6_S0"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("effect", "files", "resumable"),
+    [
+        (SaveCheckpoint(), {"weights.safetensors", "state.json"}, True),
+        (SaveCheckpoint(optimizer=False), {"weights.safetensors"}, False),
+        (SaveCheckpoint(weights=False), {"state.json"}, False),
+        (SaveCheckpoint(models=("head",)), {"weights.safetensors", "state.json"}, False),
+    ],
+)
+def test_a_checkpoint_holds_what_was_asked_and_says_whether_it_can_be_resumed(store, effect, files, resumable, folder):
+    store.save(effect, at(1), UPDATE)
+    (manifest,) = store.manifests()
+    assert set(manifest.parts) == files
+    assert {path.name for path in (folder / manifest.tag).iterdir()} == {*files, "MANIFEST.json"}
+    assert manifest.resumable == resumable
+    assert (store.newest() == manifest) == resumable
+
+
+def test_only_the_weights_of_the_models_are_saved(store):
+    store.save(SaveCheckpoint(models=("body",)), at(1), UPDATE)
+    loaded = store.load(store.find("E0_U1_S4"))
+    assert (set(loaded.params), set(loaded.buffers)) == ({"body.weight"}, {"body.mean"})
+    with pytest.raises(CheckpointError) as error:
+        store.save(SaveCheckpoint(models=("bod",)), at(2), UPDATE)
+    assert str(error.value) == "model_names: no weights below bod; there are: body.weight, head.weight"
+    assert tags(store) == ["E0_U1_S4"]
+
+
+def test_a_checkpoint_is_never_replaced(store, folder):
+    store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
+    before = {path: path.read_bytes() for path in (folder / "E0_U1_S4").iterdir()}
+    other = at(1).replace(params={"body.weight": torch.zeros(2)})
+    opened(folder).save(SaveCheckpoint(pointers=("latest",)), other, UPDATE)
+    opened(folder).save(SaveCheckpoint(pointers=("latest",)), other, UPDATE)
+    assert {path: path.read_bytes() for path in before} == before
+    assert tags(store) == ["E0_U1_S4", "E0_U1_S4.2", "E0_U1_S4.3"]
+    assert store.pointers() == {"latest": "E0_U1_S4.3"}
+    assert [manifest.segment for manifest in store.manifests()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "saved"),
+    [
+        (SaveCheckpoint(), SaveCheckpoint(), 1),
+        (SaveCheckpoint(), SaveCheckpoint(optimizer=False), 1),
+        (SaveCheckpoint(optimizer=False), SaveCheckpoint(), 2),
+        # What holds a part of the model holds nothing that is asked of the whole.
+        (SaveCheckpoint(models=("head",)), SaveCheckpoint(), 2),
+        (SaveCheckpoint(), SaveCheckpoint(models=("head",)), 2),
+    ],
+)
+def test_one_event_saves_once_what_it_holds_already(store, first, second, saved):
+    store.save(first, at(1), UPDATE)
+    store.save(second, at(1), UPDATE)
+    assert len(tags(store)) == saved
+
+
+def test_another_event_at_the_same_iteration_saves_again(store):
+    store.save(SaveCheckpoint(), at(1, epoch=1), AfterEpoch())
+    store.save(SaveCheckpoint(), at(1, epoch=1, ended=True), AfterTraining())
+    assert tags(store) == ["E1_U1_S4", "E1_U1_S4.2"]
+    assert store.load(store.newest()).ended
+
+
+def test_the_newest_is_of_the_newest_segment(store, folder):
+    store.save(SaveCheckpoint(), at(9), UPDATE)
+    second = opened(folder)
+    second.save(SaveCheckpoint(), at(2), UPDATE)
+    second.save(SaveCheckpoint(optimizer=False), at(3), UPDATE)
+    assert store.newest().tag == "E0_U2_S8"
+
+
+def test_newest_compares_numbers_not_text(store, folder):
+    for update in (9, 10, 100):
+        store.save(SaveCheckpoint(), at(update), UPDATE)
+    for _ in range(11):
+        store = opened(folder)
+        store.save(SaveCheckpoint(), at(100), UPDATE)
+    assert store.newest().tag == "E0_U100_S400.12"
+
+
+def test_a_resumed_segment_names_its_parent_and_keeps_it(store, folder):
+    store.save(SaveCheckpoint(retention={"c": 1}), at(1), UPDATE)
+    second = opened(folder)
+    second.resume(second.newest())
+    for update in (2, 3):
+        second.save(SaveCheckpoint(retention={"c": 1}), at(update), UPDATE)
+    assert tags(store) == ["E0_U1_S4", "E0_U3_S12"]
+    assert [manifest.parent for manifest in store.manifests()] == [None, "E0_U1_S4"]
+
+
+def test_pointers_are_found_and_keep_what_they_name(store):
+    store.save(SaveCheckpoint(pointers=("best",), retention={"b": 0}), at(1), UPDATE)
+    store.save(SaveCheckpoint(retention={"c": 1}), at(2), UPDATE)
+    store.save(SaveCheckpoint(retention={"c": 1}), at(3), UPDATE)
+    assert tags(store) == ["E0_U1_S4", "E0_U3_S12"]
+    assert store.find("best") == store.find("E0_U1_S4")
+    store.save(SaveCheckpoint(pointers=("best",), retention={"b": 0}), at(4), UPDATE)
+    assert tags(store) == ["E0_U3_S12", "E0_U4_S16"]
+
+
+def test_what_is_not_there_is_named_with_what_is(store, folder):
+    with pytest.raises(CheckpointError) as error:
+        store.find("latest")
+    assert str(error.value) == f"no checkpoint 'latest' in {folder}; there are: none"
+    store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
+    with pytest.raises(CheckpointError) as error:
+        store.find("lates")
+    assert str(error.value).endswith("; there are: latest, E0_U1_S4; did you mean 'latest'?")
+
+
+@pytest.mark.parametrize(
+    "effect", [SaveCheckpoint(tag="a/b"), SaveCheckpoint(tag=".x"), SaveCheckpoint(pointers=("a b",))]
+)
+def test_names_that_are_no_names_of_files_are_refused(store, effect):
+    with pytest.raises(CheckpointError, match=r"a name is made of letters, digits and '_\.=-'"):
+        store.save(effect, at(1), UPDATE)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "state.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "short", "changed"])
+def test_damage_is_detected_and_its_file_named(store, name, damage, folder):
+    store.save(SaveCheckpoint(), FULL, UPDATE)
+    path = folder / "E1_U7_S28" / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError) as error:
+        store.load(store.find("E1_U7_S28"))
+    said = "is missing" if damage == "missing" else "is damaged: its content is not what was written"
+    assert str(error.value) == f"{path} {said}"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"tag": 3}', "\x00"])
+def test_a_damaged_manifest_is_named(store, content, folder):
+    store.save(SaveCheckpoint(), at(1), UPDATE)
+    path = folder / "E0_U1_S4/MANIFEST.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=f"^{path} is damaged: "):
+        store.find("E0_U1_S4")
+
+
+def test_what_a_crash_left_half_written_is_no_checkpoint(store, folder):
+    store.save(SaveCheckpoint(), at(1), UPDATE)
+    whole = folder / "E0_U1_S4"
+    half = whole.with_name(".tmp-E0_U2_S8")
+    half.mkdir()
+    for path in whole.iterdir():
+        (half / path.name).write_bytes(path.read_bytes()[:5])
+    (whole.parent / ".tmp-latest").write_text("E0_U9")
+    later = opened(folder)
+    assert (tags(later), later.pointers()) == (["E0_U1_S4"], {})
+    later.save(SaveCheckpoint(pointers=("latest",)), at(2), UPDATE)
+    assert same(later.load(later.find("latest")).params, at(2).params)
+    assert not half.exists()
+
+
+def test_a_failed_save_leaves_no_checkpoint_and_no_pointer(store):
+    store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
+    broken = at(2).replace(opt_state={"state": {1, 2}})
+    with pytest.raises(TypeError, match="state is a set, which cannot be saved"):
+        store.save(SaveCheckpoint(pointers=("latest",)), broken, UPDATE)
+    assert (tags(store), store.pointers()) == (["E0_U1_S4"], {"latest": "E0_U1_S4"})
+
+
+def test_manifests_are_json_and_come_back(store, folder):
+    store.save(SaveCheckpoint(models=("head",), retention={"a": None, "b": 2}), at(3, epoch=1), AfterEpoch())
+    text = (folder / "E1_U3_S12/MANIFEST.json").read_text()
+    manifest = Manifest.loads(text)
+    assert (manifest.iteration, manifest.event, manifest.models) == (
+        TrainingIteration(1, 3, 12),
+        "AfterEpoch",
+        ("head",),
+    )
+    assert manifest.retention == {"a": None, "b": 2}
+    assert manifest.dumps() == text
+    assert json.loads(text)["format"] == 1
+
+
+OWNERS = st.sampled_from(["checkpoint", "best", "ema"])
+KEEPS = st.sampled_from([None, 0, 1, 2, 3])
+
+
+@st.composite
+def histories(draw):
+    """All checkpoints of a run in their order, the pointers and the parent."""
+    manifests = []
+    segment = update = 1
+    for number in range(draw(st.integers(0, 8))):
+        if draw(st.booleans()):
+            segment, update = segment + draw(st.integers(0, 1)), update + draw(st.integers(0, 3))
+        manifests.append(
+            Manifest(
+                tag=f"T.{number + 2}", run_id="r", segment=segment, parent=None, event="AfterUpdate", parts={},
+                iteration=TrainingIteration(update=update), retention=draw(st.dictionaries(OWNERS, KEEPS, max_size=2)),
+            )
+        )  # fmt: skip
+    names = st.sampled_from([manifest.tag for manifest in manifests] or ["gone"])
+    pointers = draw(st.dictionaries(st.sampled_from(["latest", "best"]), names))
+    return manifests, pointers, draw(st.one_of(st.none(), names))
+
+
+@UNTIMED
+@given(histories(), st.randoms())
+def test_the_plan_of_what_goes(history, random):
+    manifests, pointers, parent = history
+    gone = superfluous(random.sample(manifests, len(manifests)), pointers, parent)
+    kept = [manifest for manifest in manifests if manifest.tag not in gone]
+    assert not {*pointers.values(), parent} & set(gone)
+    for owner in ("checkpoint", "best", "ema"):
+        own = [manifest for manifest in manifests if owner in manifest.retention]
+        for age, manifest in enumerate(reversed(own), 1):
+            keep = manifest.retention[owner]
+            assert manifest in kept or (keep is not None and age > keep)
+    for manifest in kept:
+        younger = manifests[manifests.index(manifest) :]
+        reasons = [
+            keep is None or sum(owner in other.retention for other in younger) <= keep
+            for owner, keep in manifest.retention.items()
+        ]
+        assert any(reasons) or manifest.tag in {*pointers.values(), parent}
+
+
+@UNTIMED
+@given(histories())
+def test_removing_what_goes_leaves_nothing_more_to_go(history):
+    manifests, pointers, parent = history
+    gone = superfluous(manifests, pointers, parent)
+    left = [manifest for manifest in manifests if manifest.tag not in gone]
+    keeps = {keep for manifest in manifests for keep in manifest.retention.values()}
+    if len(keeps) <= 1:  # an owner that changes its mind may keep more or less of the same checkpoints
+        assert superfluous(left, pointers, parent) == ()
+    assert [manifest.tag for manifest in manifests if manifest.tag in gone] == list(gone)

@@ -1,0 +1,101 @@
+"""Trees on disk: strict JSON beside tensors, read back as they were."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from noether.core.tree import FrozenDict, freeze
+from noether.effects.encoding import decode, encode, number
+from noether.testing import same
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+TENSORS = st.sampled_from(
+    [
+        torch.tensor(1.5),
+        torch.tensor([math.nan, -math.inf, -0.0]),
+        torch.tensor([[1, 2], [3, 4]], dtype=torch.int8),
+        torch.tensor(True),
+        torch.zeros(2, 0, dtype=torch.bfloat16),
+        torch.tensor([2**62], dtype=torch.int64),
+    ]
+)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+KEYS = st.one_of(TEXT, st.sampled_from(["$tensor", "$tuple", "$dict", "$number", "$", "a.b", "a", "b", "", ".", "0"]))
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.sampled_from(["NaN", "Infinity", "$number"])
+)
+TREES = st.recursive(
+    st.one_of(SCALARS, TENSORS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3).map(tuple), st.dictionaries(KEYS, inner, max_size=3)),
+    max_leaves=12,
+)
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def written(tree):
+    """Return the tree as it comes back from the disk: strict JSON beside a safetensors file."""
+    tensors = {}
+    text = json.dumps(encode(tree, tensors))
+    return decode(
+        json.loads(text, parse_constant=refuse), load(save({name: tensor.clone() for name, tensor in tensors.items()}))
+    )
+
+
+@UNTIMED
+@given(TREES)
+def test_a_tree_comes_back_as_it_was(tree):
+    assert same(written(tree), freeze(tree))
+
+
+@UNTIMED
+@given(TREES)
+def test_what_comes_back_cannot_be_written_to(tree):
+    def frozen(value):
+        if isinstance(value, dict):
+            return isinstance(value, FrozenDict) and all(map(frozen, value.values()))
+        return not isinstance(value, list) and (not isinstance(value, tuple) or all(map(frozen, value)))
+
+    assert frozen(written(tree))
+
+
+def test_paths_that_read_alike_keep_their_own_tensors():
+    tree = {"a.b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "a.b_": torch.tensor(3)}
+    assert same(written(tree), freeze(tree))
+
+
+def test_the_order_of_keys_is_kept():
+    assert list(written({"b": 1, "a": 2, "$c": 3})) == ["b", "a", "$c"]
+
+
+def test_the_names_of_tensors_are_their_paths():
+    tensors = {}
+    encode({"ema": {"weight": torch.ones(1), "steps": (torch.zeros(1), 3)}}, tensors, "callback_states")
+    assert list(tensors) == ["callback_states.ema.weight", "callback_states.ema.steps.0"]
+
+
+def test_what_cannot_be_saved_is_named():
+    with pytest.raises(TypeError, match=r"^ema\.decay is a set, which cannot be saved$"):
+        encode({"ema": {"decay": {1}}}, {})
+
+
+@pytest.mark.parametrize("value", [{"$list": [1]}, {"$tuple": [], "$dict": {}}])
+def test_what_was_never_written_is_refused(value):
+    with pytest.raises(ValueError, match="unknown entry"):
+        decode(value, {})
+
+
+@UNTIMED
+@given(st.floats())
+def test_a_number_is_strict_json(value):
+    shown = json.loads(json.dumps(number(value)), parse_constant=refuse)
+    assert same(float(shown), value)
+    assert isinstance(shown, str) == (not math.isfinite(value))

@@ -1,0 +1,263 @@
+"""Logs: `metrics.jsonl` that is cut where a run goes on, the summary, lines for a person."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console as RichConsole
+
+from noether import (
+    AfterAccumulationStep,
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    LogScalars,
+    LogText,
+    MeasurePeakMemory,
+    SaveCheckpoint,
+    SaveTensors,
+    SetSummary,
+    TrainingIteration,
+    TrainState,
+)
+from noether.core.tree import freeze
+from noether.effects import Console, LogError, open_run
+from noether.effects.logs import MetricsFile, Summary, event_name, plain
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def read(path):
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def at(update, epoch=0, **fields):
+    return TrainState(iteration=TrainingIteration(epoch=epoch, update=update, sample=4 * update), **fields)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def test_a_line_says_where_when_and_what(path):
+    event = AfterUpdate(samples=4, time_s=12.5)
+    MetricsFile(path).write(LogScalars({"loss": torch.tensor(0.5), "lr": 1, "same": True}), at(3, epoch=1), event)
+    values = {"loss": 0.5, "lr": 1, "same": True}
+    assert read(path) == [
+        {"event": "after_update", "epoch": 1, "update": 3, "sample": 12, "time_s": 12.5, "metrics": values}
+    ]
+    assert path.read_text().endswith("}}\n")
+
+
+def test_events_are_named_as_they_are_read():
+    assert [event_name(event) for event in (AfterTraining(), AfterEpoch(), AfterUpdate(samples=1))] == [
+        "after_training",
+        "after_epoch",
+        "after_update",
+    ]
+    step = AfterAccumulationStep(losses={}, outputs=None, samples=1, accumulation_step=0, accumulation_steps=1)
+    assert event_name(step) == "after_accumulation_step"
+
+
+def test_what_json_cannot_hold_is_written_by_name(path):
+    values = {"a": math.nan, "b": torch.tensor(math.inf), "c": -math.inf, "d": torch.tensor(0.1, dtype=torch.float64)}
+    MetricsFile(path).write(LogScalars(values), at(1), AfterTraining())
+    assert read(path)[0]["metrics"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.1}
+
+
+def write_all(path, *lines):
+    metrics = MetricsFile(path)
+    for state, event in lines:
+        metrics.write(LogScalars({"x": state.iteration.update}), state, event)
+
+
+def test_cut_drops_what_a_resumed_run_writes_again(path):
+    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in range(1, 6)))
+    assert MetricsFile(path).cut(at(3)) == 2
+    assert [line["update"] for line in read(path)] == [1, 2, 3]
+    assert MetricsFile(path).cut(at(3)) == 0
+
+
+def test_cut_drops_the_epoch_that_had_not_ended(path):
+    update = (at(3), AfterUpdate(samples=4))
+    write_all(path, update, (at(3, epoch=1), AfterEpoch()))
+    whole = path.read_text()
+    assert MetricsFile(path).cut(at(3, epoch=1)) == 0
+    assert path.read_text() == whole
+    assert MetricsFile(path).cut(at(3)) == 1
+    assert [line["event"] for line in read(path)] == ["after_update"]
+
+
+def test_the_end_of_training_is_cut_unless_the_state_saw_it(path):
+    lines = [(at(3, epoch=1), AfterEpoch()), (at(3, epoch=1), AfterTraining())]
+    write_all(path, *lines)
+    assert MetricsFile(path).cut(at(3, epoch=1, ended=True)) == 0
+    assert MetricsFile(path).cut(at(3, epoch=1)) == 1
+    assert [line["event"] for line in read(path)] == ["after_epoch"]
+    # An earlier end, of a run that was then made longer, stays.
+    write_all(path, lines[1], (at(4, epoch=1), AfterUpdate(samples=4)))
+    assert MetricsFile(path).cut(at(4, epoch=1)) == 0
+
+
+def test_everything_is_cut_where_a_run_begins_anew(path):
+    write_all(path, (at(0), AfterUpdate(samples=4)), (at(1), AfterUpdate(samples=4)))
+    assert MetricsFile(path).cut(None) == 2
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("torn", ['{"event": "after', "{", "\x00\x00", "[]\n", '{"event": "after_update"}\n'])
+def test_a_torn_last_line_is_dropped(path, torn):
+    write_all(path, (at(1), AfterUpdate(samples=4)))
+    whole = path.read_text()
+    path.write_text(whole + torn)
+    assert MetricsFile(path).cut(at(9)) == 1
+    assert path.read_text() == whole
+
+
+def test_a_whole_line_without_its_end_is_dropped_before_another_is_appended(path):
+    write_all(path, (at(1), AfterUpdate(samples=4)), (at(2), AfterUpdate(samples=4)))
+    path.write_text(path.read_text().rstrip("\n"))
+    MetricsFile(path).cut(at(2))
+    write_all(path, (at(3), AfterUpdate(samples=4)))
+    assert [line["update"] for line in read(path)] == [1, 3]
+
+
+def test_a_line_that_is_not_ours_is_named(path):
+    write_all(path, (at(1), AfterUpdate(samples=4)))
+    path.write_text("hello\n" + path.read_text())
+    before = path.read_text()
+    with pytest.raises(LogError) as error:
+        MetricsFile(path).cut(at(1))
+    assert str(error.value) == f"{path}:1: not a line of metrics: 'hello\\n'"
+    assert path.read_text() == before
+
+
+@UNTIMED
+@given(written=st.integers(1, 8), cut_at=st.integers(0, 8), torn=st.integers(0, 60))
+def test_a_log_cut_anywhere_and_written_on_is_whole(tmp_path_factory, written, cut_at, torn):
+    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    events = [(at(update), AfterUpdate(samples=4)) for update in range(1, 10)]
+    write_all(path, *events)
+    whole = path.read_text()
+    path.unlink()
+    write_all(path, *events[:written])
+    last_start = path.read_text()[:-1].rfind("\n") + 1
+    kept = min(cut_at, written - 1)  # the last line may be torn, so the state is older
+    path.write_text(path.read_text()[: last_start + torn])
+    MetricsFile(path).cut(at(kept))
+    write_all(path, *events[kept:])
+    assert path.read_text() == whole
+
+
+def test_cut_without_a_log_is_nothing(path):
+    assert MetricsFile(path).cut(at(1)) == 0
+    assert not path.exists()
+
+
+def test_the_summary_keeps_what_was_set_before(tmp_path):
+    path = tmp_path / "summary.json"
+    Summary(path).set(SetSummary({"a": 1, "b": torch.tensor(2.0)}), at(1), AfterTraining())
+    Summary(path).set(SetSummary({"b": math.nan, "c": "x"}), at(2), AfterTraining())
+    assert json.loads(path.read_text(), parse_constant=refuse) == {"a": 1, "b": "NaN", "c": "x"}
+
+
+def test_the_summary_takes_trees(tmp_path):
+    """As a configuration is one, infinite limits in it included."""
+    tree = {"config": {"limits": (math.inf, 1), "deep": [{"x": torch.tensor(3)}]}}
+    Summary(tmp_path / "summary.json").set(SetSummary(freeze(tree)), at(1), AfterTraining())
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"config": {"limits": ["Infinity", 1], "deep": [{"x": 3}]}}
+
+
+def test_plain_leaves_the_rest_alone():
+    assert [plain(value) for value in (None, "x", True, 3)] == [None, "x", True, 3]
+
+
+@pytest.fixture
+def console():
+    written = io.StringIO()
+    made = Console(RichConsole(width=200, file=written))
+    yield made, lambda: written.getvalue().splitlines()
+    made.close()
+
+
+def test_lines_are_aligned_and_short(console):
+    made, shown = console
+    made.text(LogText("hello [bold]you[/bold]"), at(3, epoch=1), AfterEpoch())
+    made.scalars(LogScalars({"a": torch.tensor(1 / 3), "b": 12345678, "c": "x"}), at(3, epoch=1), AfterEpoch())
+    assert [line.rstrip() for line in shown()] == [
+        "E1_U3_S12          hello [bold]you[/bold]",
+        "E1_U3_S12          a 0.333333  b 1.23457e+07  c x",
+    ]
+
+
+def test_updates_are_shown_once_a_second_at_most(console):
+    made, shown = console
+    for update, time_s in enumerate([100.0, 100.5, 100.99, 101.0, 101.5, 102.5], 1):
+        made.scalars(LogScalars({"x": update}), at(update), AfterUpdate(samples=4, time_s=time_s))
+    assert [line.split()[0] for line in shown()] == ["E0_U1_S4", "E0_U4_S16", "E0_U6_S24"]
+
+
+def test_epochs_are_always_shown_and_so_are_updates_without_a_time(console):
+    made, shown = console
+    made.scalars(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4, time_s=100.0))
+    made.scalars(LogScalars({"x": 2}), at(1, epoch=1), AfterEpoch(time_s=100.1))
+    made.scalars(LogScalars({"x": 3}), at(2), AfterUpdate(samples=4))
+    assert [line.split()[-1] for line in shown()] == ["1", "2", "3"]
+
+
+def test_after_silence_the_last_line_is_repeated(console, monkeypatch):
+    made, shown = console
+    timers = []
+
+    class Timer:
+        def __init__(self, seconds, function, arguments):
+            self.seconds, self.fire, self.cancelled = seconds, lambda: function(*arguments), False
+            timers.append(self)
+
+        def start(self):
+            assert self.daemon
+
+        def cancel(self):
+            self.cancelled = True
+
+    monkeypatch.setattr("threading.Timer", Timer)
+    made.text(LogText("first"), at(1), AfterEpoch())
+    made.text(LogText("second"), at(2), AfterEpoch())
+    assert [(timer.seconds, timer.cancelled) for timer in timers] == [(300.0, True), (300.0, False)]
+    timers[1].fire()
+    assert [line.split()[-1] for line in shown()] == ["first", "second", "second"]
+    made.close()
+    assert timers[-1].cancelled
+
+
+def test_a_run_directory_routes_every_effect(tmp_path, capsys):
+    run = open_run(tmp_path / "run")
+    state = TrainState(params={"weight": torch.ones(2)}).advance(samples=4)
+    effects = [
+        LogText("hello"),
+        LogScalars({"loss": 0.5}),
+        SetSummary({"best": 1}),
+        MeasurePeakMemory(key="memory"),
+        SaveTensors(name="outputs/first", tensors={"x": torch.arange(3)}),
+        SaveCheckpoint(pointers=("latest",)),
+    ]
+    run.interpreter(effects, state, AfterUpdate(samples=4))
+    run.close()
+    first, second = read(tmp_path / "run/metrics.jsonl")
+    assert first["metrics"]["memory"] > 1_000_000
+    assert second["metrics"] == {"loss": 0.5}
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"best": 1}
+    assert (tmp_path / "run/tensors/outputs/first.safetensors").is_file()
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "E0_U1_S4"
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said] == ["hello", "memory", "loss"]

@@ -1,0 +1,100 @@
+"""The requests of one event, merged: nothing is lost, nothing is asked twice."""
+
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from noether import Effect, LogScalars, LogText, SaveCheckpoint, SetSummary
+from noether.effects.merging import merge
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@dataclass(frozen=True)
+class Ring(Effect):
+    times: int
+
+
+NAMES = st.sampled_from(["head", "body", "tail"])
+SAVES = st.builds(
+    SaveCheckpoint,
+    tag=st.sampled_from([None, "best"]),
+    weights=st.booleans(),
+    optimizer=st.booleans(),
+    models=st.lists(NAMES, max_size=2, unique=True).map(tuple),
+    pointers=st.lists(st.sampled_from(["latest", "last"]), max_size=2, unique=True).map(tuple),
+    retention=st.dictionaries(NAMES, st.sampled_from([None, 0, 2]), max_size=2),
+)
+SCALARS = st.dictionaries(st.sampled_from("abc"), st.integers(), max_size=2)
+EFFECTS = st.lists(
+    st.one_of(
+        SAVES,
+        SCALARS.map(LogScalars),
+        SCALARS.map(SetSummary),
+        st.builds(LogText, NAMES),
+        st.builds(Ring, st.integers()),
+    ),
+    max_size=6,
+)
+
+
+def of(kind, effects):
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def united(kind, effects):
+    values = {}
+    for effect in of(kind, effects):
+        values |= effect.values
+    return values
+
+
+def wanted(saves):
+    """Return what is to be in a checkpoint: the parts of the model (None is all of it), and whether the rest is."""
+    models = [save.models for save in saves if save.weights]
+    parts = None if () in models else {name for each in models for name in each}
+    return parts, any(save.optimizer for save in saves)
+
+
+@UNTIMED
+@given(EFFECTS)
+def test_merging_again_changes_nothing(effects):
+    assert merge(merge(effects)) == merge(effects)
+
+
+@UNTIMED
+@given(EFFECTS, EFFECTS)
+def test_parts_may_be_merged_first(first, second):
+    assert merge([*merge(first), *merge(second)]) == merge([*first, *second])
+
+
+@UNTIMED
+@given(EFFECTS)
+def test_scalars_become_one_line_and_the_later_value_wins(effects):
+    for kind in (LogScalars, SetSummary):
+        merged = of(kind, merge(effects))
+        assert len(merged) == min(1, len(of(kind, effects)))
+        assert united(kind, merged) == united(kind, effects)
+
+
+@settings(UNTIMED, max_examples=300)
+@given(st.lists(SAVES, max_size=4))
+def test_one_checkpoint_of_a_tag_holds_all_that_is_asked(effects):
+    saves, merged = of(SaveCheckpoint, effects), of(SaveCheckpoint, merge(effects))
+    assert [save.tag for save in merged] == list(dict.fromkeys(save.tag for save in saves))
+    for save in merged:
+        asked = [each for each in saves if each.tag == save.tag]
+        assert wanted([save]) == wanted(asked)
+        assert set(save.pointers) == {name for each in asked for name in each.pointers}
+        assert len(set(save.pointers)) == len(save.pointers)
+        assert set(save.retention) == {name for each in asked for name in each.retention}
+
+
+@UNTIMED
+@given(EFFECTS)
+def test_everything_else_is_carried_out_as_asked_and_saves_come_last(effects):
+    merged = merge(effects)
+    assert of((LogText, Ring), merged) == of((LogText, Ring), effects)
+    saves = [isinstance(effect, SaveCheckpoint) for effect in merged]
+    assert saves == sorted(saves)
