@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from noether.effects.manifest import Manifest
 
 
-def evaluate(run_dir: Path, checkpoint: str, allow: Sequence[str]) -> None:
+def evaluate(run_dir: Path, checkpoint: str, settings: Sequence[str], allow: Sequence[str]) -> None:
     """Print what the data iterators of a run measure at a checkpoint, and keep it in `eval/TAG.json`.
 
     Raises:
         ConfigError: If `run_dir` is not a run, or has no such checkpoint.
         CheckpointError: If the checkpoint is damaged.
     """
-    config = resumed_config(run_dir, allow=allow)
+    config = resumed_config(run_dir, settings, allow)
     experiment = build(config, run_id=run_dir.resolve().name, begins=False)
     if not experiment.reducer.listens(AtEval):
         raise config.error(

@@ -63,13 +63,14 @@ def train(  # one parameter per option
 @main.command("eval")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--checkpoint", default="latest", show_default=True, metavar="TAG", help="A tag, or a pointer's name.")
+@_SET
 @_ALLOW
-def evaluate(run_dir: Path, checkpoint: str, allow: tuple[str, ...]) -> None:
+def evaluate(run_dir: Path, checkpoint: str, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
     """Evaluate a checkpoint of the run in RUN_DIR with the data iterators among its callbacks."""
     from noether.cli import evaluating
 
     with _refusals():
-        evaluating.evaluate(run_dir, checkpoint, allow)
+        evaluating.evaluate(run_dir, checkpoint, settings, allow)
 
 
 @main.command()
@@ -98,7 +99,8 @@ def _refusals() -> Iterator[None]:
     from noether.config import ConfigError
     from noether.core.declarations import DeclarationError
     from noether.core.metrics import MetricError
-    from noether.effects import CheckpointError, LogError
+    from noether.core.reducer import UnclaimedMemoryError
+    from noether.effects import CheckpointError, LogError, UnhandledEffectError
 
     mendable: tuple[type[Exception], ...] = (
         CheckpointError,
@@ -107,17 +109,14 @@ def _refusals() -> Iterator[None]:
         LogError,
         MetricError,
         OSError,
+        UnclaimedMemoryError,
+        UnhandledEffectError,
     )
     try:
         yield
     except ConfigError as error:
         raise _Failure(error, _CONFIG_ERROR) from error
     except mendable as error:
-        raise _Failure(error, 1) from error
-    except LookupError as error:
-        # Ours, for memory or an effect that nobody knows; a KeyError or IndexError is a bug.
-        if type(error) is not LookupError:
-            raise
         raise _Failure(error, 1) from error
 
 

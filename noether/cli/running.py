@@ -58,7 +58,7 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
 
     Raises:
         ConfigError: If it is not a run, or a setting is changed that may not change.
-        LookupError: If the run holds memory that no callback claims, and that is not to be dropped.
+        UnclaimedMemoryError: If the run holds memory that no callback claims, and that is not to be dropped.
     """
     config = resumed_config(run_dir, settings, allow)
     run_id = run_dir.resolve().name

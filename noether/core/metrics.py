@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat
+
+import torch
 
 from noether.core.effect import Effect, LogScalars
 from noether.core.errors import nearest
@@ -13,8 +15,6 @@ from noether.core.tree import FrozenDict
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
-
     from noether.core.event import Event
     from noether.core.state import TrainState
 
@@ -24,7 +24,7 @@ class MetricError(LookupError):
 
 
 def log(
-    state: TrainState, event: Event, values: Mapping[str, float | torch.Tensor]
+    state: TrainState, event: Event, values: Mapping[str, torch.Tensor | SupportsFloat]
 ) -> tuple[TrainState, tuple[Effect, ...]]:
     """Return the state that records `values` as metrics, and the effect that logs them.
 
@@ -47,10 +47,12 @@ def log(
     for key, value in values.items():
         if getattr(value, "ndim", 0):
             raise ValueError(f"metric {key!r} has shape {tuple(value.shape)}; log a number or a 0-dimensional tensor")  # type: ignore[union-attr]
-    effects = (LogScalars(FrozenDict(values)),)
+    # Whatever else is a number, numpy's among them, becomes one that can be saved.
+    numbers = {key: v if isinstance(v, (int, float, torch.Tensor)) else float(v) for key, v in values.items()}
+    effects = (LogScalars(FrozenDict(numbers)),)
     if isinstance(event, BeforeTraining) and event.resumed:
         return state, effects
-    measured = {key: Measured(value, state.iteration) for key, value in values.items()}
+    measured = {key: Measured(value, state.iteration) for key, value in numbers.items()}
     return state.replace(metrics=FrozenDict({**state.metrics, **measured})), effects
 
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 
+class UnclaimedMemoryError(LookupError):
+    """A saved run holds the memory of a callback that is not there."""
+
+
 def identity(state: TrainState, event: Event) -> tuple[TrainState, Effects]:  # noqa: ARG001  # a callback takes both
     """Return the state as it is and ask for nothing: the unit of `compose`."""
     return state, ()
@@ -194,7 +198,7 @@ def _check_change(member: Callback, before: TrainState, after: TrainState, event
 def _check_claimed(state: TrainState, initial: Mapping[str, Any]) -> None:
     for name in state.callback_states:
         if name not in initial:
-            raise LookupError(
+            raise UnclaimedMemoryError(
                 f"the saved run holds the memory of {name!r}, which no callback claims{nearest(name, initial) or '.'} "
                 f"Give a callback that id, or accept the loss with --drop-memory {name}"
             )

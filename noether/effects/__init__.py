@@ -1,7 +1,7 @@
 """The effects layer: what callbacks ask for, carried out."""
 
 from noether.effects.checkpoints import CheckpointError, CheckpointStore
-from noether.effects.interpreter import Interpreter
+from noether.effects.interpreter import Interpreter, UnhandledEffectError
 from noether.effects.logs import Console, LogError
 from noether.effects.run_directory import RunDirectory, open_run
 
@@ -12,5 +12,6 @@ __all__ = [
     "Interpreter",
     "LogError",
     "RunDirectory",
+    "UnhandledEffectError",
     "open_run",
 ]

@@ -139,8 +139,10 @@ class CheckpointStore:
         return next(candidate for candidate in candidates if not (self._directory / candidate).exists())
 
     def _write(self, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
+        for stale in self._directory.glob(".tmp-*"):  # of a process that died while it wrote
+            if stale.is_dir():
+                shutil.rmtree(stale)
         temporary = self._directory / f".tmp-{tag}"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         if effect.weights:
             _write_weights(temporary, state, effect.models)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 _NONE: Final[tuple[Handler, ...]] = ()
 
 
+class UnhandledEffectError(LookupError):
+    """Something was asked for that nobody does."""
+
+
 class Interpreter:
     """Carries effects out: calls every handler of an effect's type with `(effect, state, event)`.
 
@@ -39,7 +43,7 @@ class Interpreter:
         """Carry out the effects of one event, merged, on the settled state; nothing on a rank other than 0.
 
         Raises:
-            LookupError: If nobody handles one of them; then none is carried out.
+            UnhandledEffectError: If nobody handles one of them; then none is carried out.
         """
         if not effects:
             return
@@ -69,7 +73,7 @@ class Interpreter:
     def _check(self, effect_type: type[Effect]) -> None:
         if effect_type not in self._handlers:
             known = [known.__name__ for known in self._handlers]
-            raise LookupError(
+            raise UnhandledEffectError(
                 f"nobody handles the effect {effect_type.__name__}{nearest(effect_type.__name__, known)}; "
                 f"register it with interpreter.handling({effect_type.__name__}, handler). "
                 f"Handled: {', '.join(known) or 'none'}"

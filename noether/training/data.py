@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
 
 import torch
@@ -13,6 +14,7 @@ from noether.training.randomness import derive, seed_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from types import FrameType
 
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
@@ -202,9 +204,20 @@ def _loader(
         num_workers=num_workers,
         collate_fn=getattr(dataset, "collate", None),
         pin_memory=device.type == "cuda",
+        worker_init_fn=_outlive_one_signal,
         # One of its own: the loader would otherwise draw from the generator that the step uses.
         generator=torch.Generator().manual_seed(_GENERATOR_SEED),
     )
+
+
+def _outlive_one_signal(worker: int) -> None:  # noqa: ARG001  # torch gives each its number
+    """Let a worker live on when a signal to the whole process group asks the run to save and leave."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _ignore_once)
+
+
+def _ignore_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # a signal handler takes both
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _length(dataset: Any) -> int:

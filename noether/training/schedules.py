@@ -215,11 +215,13 @@ def _after_warmup(
     if settings.kind == "step":
         milestones = settings.milestone_updates or tuple(e * updates_per_epoch for e in settings.milestone_epochs)
         if milestones[0] <= warmup:
-            refuse([Problem("milestones", f"the first, at update {milestones[0]}, lies in the warm-up of {warmup}")])
+            setting = "milestone_updates" if settings.milestone_updates else "milestone_epochs"
+            refuse([Problem(setting, f"the first, at update {milestones[0]}, lies in the warm-up of {warmup}")])
         return Step(start=base, milestones=tuple(m - warmup for m in milestones), gamma=_or(settings.gamma, 0.1))
     updates = total_updates - warmup
     if updates < 1:
-        refuse([Problem("warmup_updates", f"{warmup} of {total_updates} updates leave none for {settings.kind}")])
+        setting = "warmup_epochs" if settings.warmup_epochs else "warmup_updates"
+        refuse([Problem(setting, f"{warmup} of {total_updates} updates leave none for {settings.kind}")])
     end = base * _or(settings.end_factor, 0.0)
     if settings.kind == "linear":
         return Linear(start=base, end=end, updates=updates)

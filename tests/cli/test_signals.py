@@ -43,7 +43,7 @@ def check_equal(run, uncut):
 
 @pytest.mark.parametrize(
     ("number", "whole_group", "workers"),
-    [(signal.SIGINT, True, 0), (signal.SIGTERM, False, 0), (signal.SIGINT, True, 2), (signal.SIGTERM, False, 2)],
+    [(signal.SIGINT, True, 0), (signal.SIGTERM, False, 0), (signal.SIGINT, True, 2), (signal.SIGTERM, True, 2)],
 )
 def test_a_signal_ends_a_run_that_can_go_on(paper, tmp_path, holding, uncut, number, whole_group, workers):
     """Ctrl-C reaches the whole group of the process, workers that load data among it; `kill` reaches the process."""

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.errors import Problem, one_of
+from noether.core.errors import Problem, nearest, one_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,10 +26,14 @@ def direction_of(metric_key: str) -> Mode | None:
         >>> direction_of("val/accuracy"), direction_of("loss/val/total"), direction_of("val/dice")
         ('higher', 'lower', None)
     """
-    words = set(re.split(r"[/_.\-=]", metric_key.lower()))
+    words = set(_words(metric_key))
     if bool(words & HIGHER) == bool(words & LOWER):
         return None
     return "higher" if words & HIGHER else "lower"
+
+
+def _words(metric_key: str) -> list[str]:
+    return re.split(r"[/_.\-=]", metric_key.lower())
 
 
 def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
@@ -37,7 +41,10 @@ def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
     if mode is not None:
         return one_of("mode", mode, MODES)
     if direction_of(metric_key) is None:
-        return Problem("mode", f"the key {metric_key!r} does not tell whether higher or lower is better; give mode")
+        like = next(filter(None, (nearest(word, HIGHER | LOWER) for word in _words(metric_key))), "")
+        return Problem(
+            "mode", f"the key {metric_key!r} does not tell whether higher or lower is better; give mode{like}"
+        )
     return None
 
 
