@@ -176,7 +176,7 @@ def test_all_problems_are_told_at_once():
         (
             {"kind": "step", "milestone_epochs": (2,), "warmup_updates": 20},
             50,
-            "milestones: the first, at update 20, lies",
+            "milestone_epochs: the first, at update 20, lies",
         ),
         ({}, 0, "total_updates: 0 is not a whole number of at least 1"),
     ],
