@@ -266,7 +266,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: di
         address = plain.untyped_storage().data_ptr()
         separate[name] = plain.clone() if address in seen or plain.untyped_storage().nbytes() > plain.nbytes else plain
         seen.add(address)
-    save_file(separate, path, metadata=metadata)
+    try:
+        save_file(separate, path, metadata=metadata)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}; the checkpoints before it stay") from error
     flush_file(path)
 
 

@@ -1,6 +1,7 @@
 """The checkpoint store: what was saved comes back as it was, and nothing that is kept is ever lost."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -385,3 +386,18 @@ def test_removing_what_goes_leaves_nothing_more_to_go(history):
     if len(keeps) <= 1:  # an owner that changes its mind may keep more or less of the same checkpoints
         assert superfluous(left, pointers, parent) == ()
     assert [manifest.tag for manifest in manifests if manifest.tag in gone] == list(gone)
+
+
+def test_a_save_that_the_disk_refuses_says_so_and_harms_no_other(store):
+    store.save(SaveCheckpoint(), at(1), UPDATE)
+    wide = at(2).replace(params={"weight": torch.ones(100_000)})
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))  # files of this process can grow no further
+    try:
+        with pytest.raises(CheckpointError, match=r"weights.safetensors cannot be written: .*File too large"):
+            store.save(SaveCheckpoint(), wide, UPDATE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert tags(store) == [str(at(1).iteration)]
+    store.save(SaveCheckpoint(), wide, UPDATE)
+    assert same(store.load(store.newest()).params, wide.params)
