@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import tempfile
 import time
 from contextlib import contextmanager, suppress
@@ -65,10 +66,8 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
     saved = CheckpointStore(run_dir / "checkpoints", run_id).newest() is not None
     experiment = build(config, run_id=run_id, begins=not saved)
     with _opened(run_dir) as directory:
-        state = directory.resume()
-        if state is None:
-            click.echo(f"{run_dir} holds no checkpoint yet: training begins at update 0")
-        else:
+        state = directory.load()
+        if state is not None:
             state = _without(experiment.to_device(state), drop_memory)
             # A reducer is pure: asked in vain, it refuses what does not fit before anything is written.
             experiment.reducer(state, BeforeTraining(run=experiment.run, resumed=True))
@@ -76,9 +75,29 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
                 _set_ending(experiment, directory.interpreter, state, _ending(state))
                 click.echo(f"{run_dir} {_ending(state)} already; it goes on with --set and a later end")
                 return 0
-            click.echo(f"going on at {state.iteration}")
+        target = _moved(run_dir, config, allow)
+        if target != run_dir:
+            replace_text(target / CONFIG, dump(config))
+            return go_on(target, (), allow, drop_memory)
+        begun = f"{run_dir} holds no checkpoint yet: training begins at update 0"
+        click.echo(begun if state is None else f"going on at {state.iteration}")
+        directory.cut_logs(state)
         replace_text(directory.path / CONFIG, dump(config))
         return _train(experiment, directory, state or experiment.state, resumed=state is not None, allow=allow)
+
+
+def _moved(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:
+    """Return where the run is, after moving it where `run.output` was changed."""
+    before = load(run_dir / CONFIG, (), allow).run.output
+    target = Path(config.run.output) / config.run.name / run_dir.resolve().name
+    if config.run.output == before or target.resolve() == run_dir.resolve():
+        return run_dir
+    if target.exists():
+        raise config.error(("run", "output"), f"{str(target)!r} exists already; the run cannot move there")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(run_dir, target)
+    click.echo(f"{run_dir} moved to {target}")
+    return target
 
 
 def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias, final
+from typing import Annotated, Any, Final, Literal, TypeAlias, final
 
 from noether.config import kinds
 from noether.config.errors import ConfigError, Located, Place
@@ -26,6 +26,9 @@ Callback: TypeAlias = Annotated[Kind, kinds.CALLBACK]
 Function: TypeAlias = Annotated[str, kinds.FUNCTION]
 EffectType: TypeAlias = Annotated[str, kinds.EFFECT]
 Metric: TypeAlias = Annotated[str, "metric"]
+
+
+_SEEDS: Final = 2**63
 
 
 @final
@@ -58,7 +61,7 @@ class RunSettings:
     handlers: Mapping[EffectType, Function] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse([_folder("name", self.name), _text("output", self.output), whole("seed", self.seed, at_least=0)])
+        refuse([_folder("name", self.name), _text("output", self.output), _seed(self.seed)])
 
 
 @final
@@ -284,6 +287,12 @@ def _exactly_one(settings: object, names: tuple[str, ...]) -> Iterator[Problem |
 def _number(setting: str, value: Any, *, above: bool = False) -> Problem | None:
     fits = type(value) in (int, float) and math.isfinite(value) and (value > 0 if above else value >= 0)
     return None if fits else Problem(setting, f"{value!r} is not a number {'above' if above else 'of at least'} 0")
+
+
+def _seed(value: object) -> Problem | None:
+    if isinstance(value, int) and value >= _SEEDS:
+        return Problem("seed", f"{value} is not below {_SEEDS}")
+    return whole("seed", value, at_least=0)
 
 
 def _folder(setting: str, value: str) -> Problem | None:

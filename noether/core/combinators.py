@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callback import declaration_of, init_of, label_of, listens
-from noether.core.event import AfterUpdate
+from noether.core.event import AfterUpdate, Event
 from noether.core.gate import Gate
 from noether.core.reducer import Reducer
 from noether.core.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from noether.core.callback import Callback, Effects
-    from noether.core.event import Event
     from noether.core.state import Memory, TrainState
 
     Decorator = Callable[[Callback], "Callback"]
@@ -63,6 +62,10 @@ def on(*event_types: type[Event]) -> Decorator:
         >>> farewell(TrainState(), AfterTraining())[1]
         (LogText(text='done'),)
     """
+    given: tuple[Any, ...] = event_types
+    if not given or not all(isinstance(each, type) and issubclass(each, Event) for each in given):
+        shown = ", ".join(map(repr, given)) or "nothing"
+        raise TypeError(f"on takes types of events, like on(AfterEpoch); got {shown}")
     return lambda callback: On(_inner(callback), event_types)
 
 

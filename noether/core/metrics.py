@@ -48,12 +48,21 @@ def log(
         if getattr(value, "ndim", 0):
             raise ValueError(f"metric {key!r} has shape {tuple(value.shape)}; log a number or a 0-dimensional tensor")  # type: ignore[union-attr]
     # Whatever else is a number, numpy's among them, becomes one that can be saved.
-    numbers = {key: v if isinstance(v, (int, float, torch.Tensor)) else float(v) for key, v in values.items()}
+    numbers = {key: _number(key, value) for key, value in values.items()}
     effects = (LogScalars(FrozenDict(numbers)),)
     if isinstance(event, BeforeTraining) and event.resumed:
         return state, effects
     measured = {key: Measured(value, state.iteration) for key, value in numbers.items()}
     return state.replace(metrics=FrozenDict({**state.metrics, **measured})), effects
+
+
+def _number(key: str, value: torch.Tensor | SupportsFloat) -> torch.Tensor | float:
+    if isinstance(value, (int, float, torch.Tensor)):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"metric {key!r} is {value!r}; log a number or a 0-dimensional tensor") from None
 
 
 def is_current(state: TrainState, key: str) -> bool:

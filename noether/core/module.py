@@ -87,13 +87,22 @@ def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[
     parameters = dict(model.named_parameters())
     optimizer.state.clear()  # a parameter that has no memory in the state keeps none
     for name, memory in opt_state.get("state", {}).items():
-        optimizer.state[parameters[name]] = unpack(memory)
+        optimizer.state[parameters[name]] = _placed(unpack(memory), parameters[name].device, optimizer)
     groups = opt_state.get("groups", ())
     if isinstance(groups, Mapping):  # a functional optimizer keeps them by name, in the same order
         groups = tuple(groups.values())
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.pop("lr_scale", None)  # the saved learning rate is scaled as the saved group says
         group.update(unpack(saved))
+
+
+def _placed(memory: dict[str, Any], device: torch.device, optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's memory of a parameter where torch keeps it: on its device, most counters of steps aside."""
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) and (fused or key != "step") else value
+        for key, value in memory.items()
+    }
 
 
 def _scale_lr(optimizer: Optimizer, scale: float) -> None:

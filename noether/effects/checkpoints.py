@@ -7,6 +7,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
-
     from noether.core.effect import SaveCheckpoint
     from noether.core.event import Event
 
@@ -32,7 +31,7 @@ STATE: Final = "state.json"
 MEMORY: Final = "state.safetensors"
 MANIFEST: Final = "MANIFEST.json"
 _WHATS: Final = ("params", "buffers")
-_ORDER: Final = "order"
+_FACTS: Final = "noether"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]*", re.ASCII)
 
 
@@ -178,10 +177,9 @@ class CheckpointStore:
         if STATE in manifest.parts:
             state = _read_state(directory)
         if WEIGHTS in manifest.parts:
-            tensors, metadata = _read_tensors(directory / WEIGHTS)
+            tensors, facts = _read_tensors(directory / WEIGHTS)
             # In the order that they had: a sum over all of them, as clipping takes it, depends on it in the last bit.
-            names = json.loads(metadata[_ORDER])
-            ordered = {what: {name: tensors[name] for name in names[what]} for what in _WHATS}
+            ordered = {what: {name: tensors[name] for name in facts["order"][what]} for what in _WHATS}
             state = state.replace(**ordered)
         return state
 
@@ -213,8 +211,7 @@ def _write_weights(directory: Path, state: TrainState, models: tuple[str, ...]) 
             f"model_names: no weights below {', '.join(models)}; there are: {', '.join(state.params)}"
         )
     names = {what: [name for name in getattr(state, what) if name in chosen] for what in _WHATS}
-    # One entry, because safetensors writes several in any order: equal weights are equal files.
-    _write_tensors(directory / WEIGHTS, chosen, {_ORDER: json.dumps(names)})
+    _write_tensors(directory / WEIGHTS, chosen, order=names)
 
 
 def _write_state(directory: Path, state: TrainState) -> None:
@@ -234,9 +231,9 @@ def _write_state(directory: Path, state: TrainState) -> None:
     }
     write_new(directory / STATE, json.dumps(content, indent=1, allow_nan=False).encode())
     if optimizer:
-        _write_tensors(directory / OPTIMIZER, optimizer, {})
+        _write_tensors(directory / OPTIMIZER, optimizer)
     if memory:
-        _write_tensors(directory / MEMORY, memory, {})
+        _write_tensors(directory / MEMORY, memory)
 
 
 def _read_state(directory: Path) -> TrainState:
@@ -258,7 +255,7 @@ def _read_state(directory: Path) -> TrainState:
     )
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], **facts: Any) -> None:
     # safetensors refuses tensors that share memory, as tied weights do: each is written as one of its own.
     separate, seen = {}, set[int]()
     for name, tensor in tensors.items():
@@ -266,13 +263,30 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: di
         address = plain.untyped_storage().data_ptr()
         separate[name] = plain.clone() if address in seen or plain.untyped_storage().nbytes() > plain.nbytes else plain
         seen.add(address)
+    facts["strides"] = {name: tensor.stride() for name, tensor in tensors.items() if _is_permuted(tensor)}
     try:
-        save_file(separate, path, metadata=metadata)
+        # One entry, because safetensors writes several in any order: equal tensors are equal files.
+        save_file(separate, path, metadata={_FACTS: json.dumps(facts)})
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written: {error}; the checkpoints before it stay") from error
     flush_file(path)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # not a dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        facts = json.loads(file.metadata()[_FACTS])
+    return tensors | {name: _permuted(tensors[name], stride) for name, stride in facts["strides"].items()}, facts
+
+
+def _is_permuted(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor lies in memory without gaps in another order, as channels last does."""
+    return not tensor.is_contiguous() and torch.empty_like(tensor).stride() == tensor.stride()
+
+
+def _permuted(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
+    # The order in memory decides which kernel runs, and so the last bits of what comes after.
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
+    if last + 1 != tensor.numel() or min(stride) < 1:
+        raise ValueError(f"stride {stride} does not fit the shape {tuple(tensor.shape)}")
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
+from noether.core.effect import Effect, LogScalars
 from noether.core.errors import nearest
+from noether.core.tree import FrozenDict
 from noether.effects.merging import merge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.state import TrainState
 
     Handler = Callable[[Any, TrainState, Event], None]
+
+
+def _on_host(effect: Effect) -> Effect:
+    """Return scalars as numbers; those on an accelerator come over together."""
+    if not isinstance(effect, LogScalars):
+        return effect
+    numbers = dict(effect.values)
+    away = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]
+    if away:
+        stacked = torch.stack([torch.as_tensor(numbers[key]).detach().double() for key in away]).tolist()
+        numbers |= dict(zip(away, stacked, strict=True))
+    return LogScalars(FrozenDict({k: v.item() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}))
+
 
 _NONE: Final[tuple[Handler, ...]] = ()
 
@@ -42,6 +58,8 @@ class Interpreter:
     def __call__(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
         """Carry out the effects of one event, merged, on the settled state; nothing on a rank other than 0.
 
+        Handlers of `LogScalars` are given numbers: the tensors among the values are read here, in one transfer.
+
         Raises:
             UnhandledEffectError: If nobody handles one of them; then none is carried out.
         """
@@ -51,7 +69,7 @@ class Interpreter:
         for effect in merged:
             self._check(type(effect))
         if event.run.rank == 0:
-            for effect in merged:
+            for effect in map(_on_host, merged):
                 for handler in self._handlers[type(effect)]:
                     handler(effect, state, event)
 

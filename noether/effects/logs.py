@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from rich.console import Console as RichConsole
 
-from noether.core.event import AfterUpdate
+from noether.core.event import AfterTraining, AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.effects.encoding import number
 from noether.effects.files import replace_text
@@ -121,7 +122,7 @@ class Summary:
 class Console:
     """Writes lines for a person: texts as they come, metrics aligned; those of updates once a second at most.
 
-    After 300 s of silence the last line is repeated, so that a watcher knows that the run lives.
+    After 300 s of silence the last line is repeated, so that a watcher knows that the run lives; until training ends.
 
     Args:
         console: Where to write.
@@ -132,9 +133,9 @@ class Console:
         self._written_s = -_QUIET_S
         self._timer: threading.Timer | None = None
 
-    def text(self, effect: LogText, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
+    def text(self, effect: LogText, state: TrainState, event: Event) -> None:  # a handler
         """Write a text: the handler of `LogText`."""
-        self._write(f"{state.iteration!s:<18} {effect.text}")
+        self._write(f"{state.iteration!s:<18} {effect.text}", event)
 
     def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics on one line: a handler of `LogScalars`."""
@@ -144,19 +145,27 @@ class Console:
                 return
             self._written_s = event.time_s
         metrics = "  ".join(f"{key} {_short(value)}" for key, value in effect.values.items())
-        self._write(f"{state.iteration!s:<18} {metrics}")
+        self._write(f"{state.iteration!s:<18} {metrics}", event)
 
     def close(self) -> None:
         """Stop watching for silence."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: str, event: Event) -> None:
         self._console.print(line, markup=False)
         self.close()
-        self._timer = threading.Timer(_SILENCE_S, self._write, [line])
-        self._timer.daemon = True
-        self._timer.start()
+        if not isinstance(event, AfterTraining):
+            # The timer does not keep the console alive: a loop that let go of its run has ended.
+            self._timer = threading.Timer(_SILENCE_S, _repeat, [weakref.ref(self), line, event])
+            self._timer.daemon = True
+            self._timer.start()
+
+
+def _repeat(console: weakref.ref[Console], line: str, event: Event) -> None:
+    alive = console()
+    if alive is not None:
+        alive._write(line, event)  # noqa: SLF001  # the console's own timer
 
 
 def _short(value: Any) -> str:

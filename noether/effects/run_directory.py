@@ -78,10 +78,26 @@ class RunDirectory:
             CheckpointError: If the checkpoint is damaged.
             LogError: If the log is.
         """
-        newest = self.checkpoints.newest()
-        state = None if newest is None else self.checkpoints.resume(newest)
-        self._metrics.cut(state)
+        state = self.load()
+        self.cut_logs(state)
         return state
+
+    def load(self) -> TrainState | None:
+        """Return the state in the newest checkpoint, or None, and change nothing.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged.
+        """
+        newest = self.checkpoints.newest()
+        return None if newest is None else self.checkpoints.resume(newest)
+
+    def cut_logs(self, state: TrainState | None) -> None:
+        """Drop the log lines beyond `state`, or all where the run begins anew.
+
+        Raises:
+            LogError: If the log is damaged.
+        """
+        self._metrics.cut(state)
 
     def close(self) -> None:
         """Let go of what the run holds."""

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from noether.core.tree import map_tensors
 from noether.training.batching import Batching
-from noether.training.randomness import derive, seed_all
+from noether.training.randomness import derive, seed_all, seed_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -159,8 +159,10 @@ class EvaluationData:
     def __iter__(self) -> Iterator[Any]:
         starts = range(0, self._length, self._batch_size)
         indices = [[(0, i) for i in range(at, min(at + self._batch_size, self._length))] for at in starts]
-        loader = _loader(self._dataset, self._seed, indices, self._num_workers, self._device)
-        return (moved(batch, self._device) for batch in loader)
+        for index, batch in enumerate(_loader(self._dataset, self._seed, indices, self._num_workers, self._device)):
+            # A model may draw in evaluation too; what it draws does not depend on who loaded the batch.
+            seed_torch(derive(self._seed, "evaluation", index))
+            yield moved(batch, self._device)
 
     def batched(self, batch_size: int) -> EvaluationData:
         """Return the same data in batches of another size."""

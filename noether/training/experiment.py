@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from noether.config.kinds import Kind
     from noether.config.schema import Config, TrainerSettings
     from noether.core.callback import Callback
     from noether.core.reducer import Reducer
@@ -77,7 +78,9 @@ class Experiment:
             CheckpointError: If its weights are not those of this model.
         """
         check_weights(self.state, state)
-        return to_device(state, device_of(self.state))
+        groups = self.step.optimizer.group_settings(self.state.params).values()
+        fused = any(settings.get("fused") or settings.get("capturable") for settings in groups)
+        return to_device(state, device_of(self.state), fused=fused)
 
 
 def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experiment:
@@ -94,7 +97,7 @@ def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experimen
     """
     trainer = config.trainer
     device = _device(config)
-    datasets = {key: _made(config, ("data", key), kind.build) for key, kind in config.data.items()}
+    datasets = {key: _dataset(config, key, kind) for key, kind in config.data.items()}
     data = _training_data(config, datasets["train"], device)
     seed_all(derive(config.run.seed, "params"))
     model = _made(config, ("model",), config.model.build).to(device).train()
@@ -125,6 +128,12 @@ def _with_own_tensors(state: TrainState) -> TrainState:
     """Return the state with params and buffers of its own, so that it does not change with a live model."""
     copies = {name: map_leaves(torch.clone, getattr(state, name)) for name in ("params", "buffers")}
     return state.replace(**copies)
+
+
+def _dataset(config: Config, key: str, kind: Kind) -> Any:
+    # A dataset that draws its split in its constructor has to draw the same one when the run goes on.
+    seed_all(derive(config.run.seed, f"data/{key}"))
+    return _made(config, ("data", key), kind.build)
 
 
 def _made(config: Config, path: tuple[str, ...], make: Callable[[], Any]) -> Any:
@@ -160,7 +169,7 @@ def _way(config: Config, setting: str) -> tuple[str | int, ...]:
 def _device(config: Config) -> torch.device:
     name = config.trainer.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -322,5 +331,5 @@ def _evaluations(config: Config) -> list[EvaluateCallback]:
 
 
 def _consumes(callback: Callback, producer: EvaluateCallback) -> bool:
-    wanted = declaration_of(callback).consumes
-    return any(matches(pattern, key) for key in wanted for pattern in producer.produces)
+    declared = declaration_of(callback)
+    return any(matches(pattern, key) for key in (*declared.consumes, *declared.uses) for pattern in producer.produces)

@@ -12,7 +12,7 @@ from noether.core.packing import pack, unpack
 from noether.core.tree import map_leaves
 from noether.training.batching import Batching
 from noether.training.data import moved
-from noether.training.randomness import derive, seed_all
+from noether.training.randomness import derive, seed_all, seed_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -134,7 +134,11 @@ class StreamedEvaluationData:
 
     def __iter__(self) -> Iterator[Any]:
         reading = self._samples()
-        while samples := list(islice(reading, self._batch_size)):
+        for index in count():
+            samples = list(islice(reading, self._batch_size))
+            if not samples:
+                return
+            seed_torch(derive(self._seed, "evaluation", index))
             yield moved(_collated(self._dataset, samples), self._device)
 
     def batched(self, batch_size: int) -> StreamedEvaluationData:

@@ -51,6 +51,9 @@ def check_weights(ours: TrainState, theirs: TrainState) -> None:
             if tensor.shape != found[name].shape:
                 shapes = f"{tuple(found[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model"
                 raise CheckpointError(f"{name!r} has shape {shapes}")
+            if tensor.dtype != found[name].dtype:
+                types = f"{found[name].dtype} in the checkpoint and {tensor.dtype} in the model"
+                raise CheckpointError(f"{name!r} is {types}")
 
 
 def device_of(state: TrainState) -> torch.device:
@@ -58,8 +61,14 @@ def device_of(state: TrainState) -> torch.device:
     return next(iter(state.params.values())).device
 
 
-def to_device(state: TrainState, device: torch.device) -> TrainState:
-    """Return a loaded state with its tensors on `device`, as training left them there."""
+def to_device(state: TrainState, device: torch.device, *, fused: bool = False) -> TrainState:
+    """Return a loaded state with its tensors on `device`, as training left them there.
+
+    Args:
+        state: Loaded, so on the CPU.
+        device: Where the run computes.
+        fused: Whether the optimizer is fused or capturable, and so counts its steps on the device.
+    """
     if device.type == "cpu":
         return state
 
@@ -68,14 +77,14 @@ def to_device(state: TrainState, device: torch.device) -> TrainState:
 
     trees = {name: moved(getattr(state, name)) for name in ("params", "buffers", "callback_states", "hyperparams")}
     metrics = {key: metric._replace(value=moved(metric.value)) for key, metric in state.metrics.items()}
-    return state.replace(**trees, metrics=metrics, opt_state=_opt_state_on(device, state.opt_state))
+    return state.replace(**trees, metrics=metrics, opt_state=_opt_state_on(device, state.opt_state, fused=fused))
 
 
-def _opt_state_on(device: torch.device, opt_state: Mapping[str, Any]) -> FrozenDict:
-    """Return an optimizer's memory on `device`, but for what torch's classes keep on the CPU: counters of steps."""
+def _opt_state_on(device: torch.device, opt_state: Mapping[str, Any], *, fused: bool) -> FrozenDict:
+    """Return an optimizer's memory on `device`, but for the counters of steps that torch's classes keep on the CPU."""
 
     def placed(key: str, value: Any) -> Any:
-        return value.to(device) if isinstance(value, torch.Tensor) and (key != "step" or value.ndim) else value
+        return value.to(device) if isinstance(value, torch.Tensor) and (fused or key != "step") else value
 
     memories = opt_state.get("state", {})
     moved = {name: {key: placed(key, value) for key, value in memory.items()} for name, memory in memories.items()}

@@ -184,3 +184,22 @@ def test_a_subclass_of_the_iterating_base():
     assert callback(state, AtEval(run=run))[1] == effects
     with pytest.raises(TypeError, match="dataset_key"):
         Spread(every_n_epochs=1)
+
+
+def test_a_class_whose_hook_is_misspelt_is_refused():
+    class Misspelt(PeriodicCallback):
+        def periodic_calback(self, state, event, interval):
+            return state, ()
+
+    class Empty(PeriodicDataIteratorCallback):
+        def process_result(self, state, event, results):
+            return state, ()
+
+    with pytest.raises(
+        SettingsError, match="Misspelt does nothing: fill in periodic_callback; did you mean 'periodic_"
+    ):
+        Misspelt(every_n_epochs=1)
+    with pytest.raises(
+        SettingsError, match="Empty does nothing: fill in process_results; did you mean 'process_result'"
+    ):
+        Empty(every_n_epochs=1, dataset_key="val")

@@ -36,7 +36,6 @@ def save(*, weights, optimizer, keep, pointers=("latest",), models=()):
         ({"save_weights": True, "save_optim": True, "keep": 2}, save(weights=True, optimizer=True, keep=2)),
         ({"save_latest_weights": True}, save(weights=True, optimizer=False, keep=0)),
         ({"save_latest_weights": True, "save_latest_optim": True}, save(weights=True, optimizer=True, keep=0)),
-        ({"save_weights": True, "save_latest_optim": True}, save(weights=True, optimizer=True, keep=None)),
         ({"save_weights": True, "model_names": ("a",)}, save(weights=True, optimizer=False, keep=None, models=("a",))),
     ],
 )
@@ -110,3 +109,11 @@ def test_the_number_that_is_said_is_the_number_that_is_asked_for(run, interval, 
             saves += len(callback(state, AfterEpoch(run=run))[1])
     saves += len(callback(state, AfterTraining(run=run))[1])
     assert said.text.startswith(f"c: {saves} checkpoints of ")
+
+
+def test_what_is_kept_and_what_only_the_newest_holds_are_two_checkpoints():
+    lasting, newest = asked(save_weights=True, save_latest_optim=True, keep=3)
+    assert (lasting.weights, lasting.optimizer, lasting.pointers, lasting.retention) == (True, False, (), {"c": 3})
+    assert (newest.weights, newest.optimizer, newest.pointers) == (True, True, ("latest",))
+    assert newest.retention == {"c/latest": 0}
+    assert newest.tag.endswith(".latest")

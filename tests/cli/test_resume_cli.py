@@ -126,9 +126,10 @@ def test_what_may_change_in_a_run(finished, tmp_path):
     ]
     sets = [word for change in changes for word in ("--set", change)]
     output = invoke("train", "--resume", shown(finished, tmp_path), *sets, cwd=tmp_path)
-    assert output.splitlines()[-1] == f"ended at E2_U78_S2474; the run is in {shown(finished, tmp_path)}"
-    assert [line["update"] for line in lines(finished) if "optim/lr" in line["metrics"]] == [77, 78]
-    assert not (tmp_path / "elsewhere").exists()
+    moved = only_run(tmp_path / "elsewhere/small")
+    assert output.splitlines()[-1] == f"ended at E2_U78_S2474; the run is in {shown(moved, tmp_path)}"
+    assert [line["update"] for line in lines(moved) if "optim/lr" in line["metrics"]] == [77, 78]
+    assert not finished.exists()
 
 
 CHANGED = ("--set", "trainer.max_epochs=3", "--set", "callbacks.1.every_n_updates=10")
@@ -186,3 +187,22 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path, code=1)
     assert output == f"Error: {shown(path, tmp_path)} is missing\n"
     assert contents(tmp_path) == before
+
+
+def test_a_refused_resume_changes_nothing(finished, tmp_path):
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "after_update", "epoch": 9, "update": 99, "sample": 999, "time_s": 0, "metrics": {}}\n')
+    before = contents(finished)
+    invoke("train", "--resume", finished, "--set", "trainer.max_epochs=3", "--drop-memory", "x", cwd=tmp_path, code=2)
+    assert contents(finished) == before
+
+
+def test_a_changed_output_moves_the_run(finished, tmp_path):
+    arguments = ("--set", "run.output=there", "--set", "trainer.max_epochs=3")
+    output = invoke("train", "--resume", shown(finished, tmp_path), *arguments, cwd=tmp_path)
+    moved = only_run(tmp_path / "there/small")
+    assert moved.name == finished.name
+    assert f"{shown(finished, tmp_path)} moved to {shown(moved, tmp_path)}" in output.splitlines()
+    assert not finished.exists()
+    assert pointer(moved, "last").startswith("E3_")
+    assert "output: there" in (moved / "config.yaml").read_text()

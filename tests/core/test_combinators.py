@@ -153,8 +153,14 @@ def test_on():
         "AfterEpoch E2_U6_S20",
     ]
     state = TrainState()
-    assert on()(note)(state, AtEval()) == (state, ())
+    assert on(AfterEpoch)(note)(state, AtEval()) == (state, ())
     assert on(Event)(note)(state, AtEval())[1] != ()
+
+
+@pytest.mark.parametrize("wrong", [(), ("AfterUpdate",), (note,), (AfterUpdate, int)])
+def test_on_takes_types_of_events(wrong):
+    with pytest.raises(TypeError, match="on takes types of events, like on"):
+        on(*wrong)
 
 
 @pytest.mark.parametrize("n", [0, -1, 2.7, 2.0, True, "3", None])

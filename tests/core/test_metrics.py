@@ -103,3 +103,9 @@ def test_an_old_metric_is_refused_with_its_age():
 def test_odd_numbers_are_metrics_too(value):
     state, _ = log(SECOND, AfterUpdate(), {"a": torch.tensor(value)})
     assert same(current(state, "a"), value)
+
+
+@pytest.mark.parametrize("value", ["abc", None])
+def test_what_is_no_number_is_refused_by_key(value):
+    with pytest.raises(TypeError, match=f"metric 'k' is {value!r}; log a number"):
+        log(TrainState(), AfterUpdate(samples=1), {"k": value})

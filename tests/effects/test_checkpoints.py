@@ -401,3 +401,15 @@ def test_a_save_that_the_disk_refuses_says_so_and_harms_no_other(store):
     assert tags(store) == [str(at(1).iteration)]
     store.save(SaveCheckpoint(), wide, UPDATE)
     assert same(store.load(store.newest()).params, wide.params)
+
+
+def test_the_order_in_memory_comes_back(store):
+    conv = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    turned = torch.arange(6.0).reshape(2, 3).t()
+    part = torch.arange(10.0)[::2]
+    state = at(1).replace(params={"conv": conv}, opt_state={"turned": turned, "part": part})
+    store.save(SaveCheckpoint(), state, UPDATE)
+    loaded = store.load(store.newest())
+    assert loaded.params["conv"].stride() == conv.stride() != conv.contiguous().stride()
+    assert loaded.opt_state["turned"].stride() == turned.stride()
+    assert same((loaded.params, loaded.opt_state), (state.params, state.opt_state))

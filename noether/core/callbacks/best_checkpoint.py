@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, min_delta_problem
 from noether.core.effect import SaveCheckpoint
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 
+@final
 class BestCheckpointCallback(MetricWatcher):
     """Saves a checkpoint whenever a metric improves; the pointer `best_model.{metric}` follows it (`/` becomes `.`).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves
 from noether.core.effect import SetSummary
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 
+@final
 class BestMetricCallback(MetricWatcher):
     """Logs the best value of a metric so far as `{metric}/best`, and the update it was reached at.
 

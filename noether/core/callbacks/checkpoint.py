@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _COUNTED: Final = ("end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size")
 
 
+@final
 class CheckpointCallback(PeriodicCallback):
     """Saves a checkpoint at its interval and after training.
 
@@ -90,26 +92,29 @@ class CheckpointCallback(PeriodicCallback):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Ask for a checkpoint."""
-        return state, self._saves("latest")
+        return state, self._saves(state, "latest")
 
     def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
         """Ask for the last checkpoint."""
-        return state, self._saves("latest", "last")
+        return state, self._saves(state, "latest", "last")
 
-    def _saves(self, *pointers: str) -> Effects:
-        return (
-            SaveCheckpoint(
-                weights=self.save_weights or self.save_latest_weights,
-                optimizer=self.save_optim or self.save_latest_optim,
-                models=self.model_names,
-                pointers=pointers,
-                retention=FrozenDict({self.name: self.keep if self._lasting else 0}),
-            ),
+    def _saves(self, state: TrainState, *pointers: str) -> tuple[SaveCheckpoint, ...]:
+        newest = SaveCheckpoint(
+            weights=self.save_weights or self.save_latest_weights,
+            optimizer=self.save_optim or self.save_latest_optim,
+            models=self.model_names,
+            pointers=pointers,
+            retention=FrozenDict({self.name: self.keep if self._lasting else 0}),
         )
+        if not self._lasting or (newest.weights, newest.optimizer) == (self.save_weights, self.save_optim):
+            return (newest,)
+        # What is kept is less than what the newest holds: two checkpoints, each with its own retention.
+        lasting = replace(newest, weights=self.save_weights, optimizer=self.save_optim, pointers=())
+        passing = FrozenDict({f"{self.name}/latest": 0})
+        return lasting, replace(newest, tag=f"{state.iteration}.latest", retention=passing)
 
     def _forecast(self, state: TrainState, run: Run) -> str:
-        (asked,) = self._saves()
-        assert isinstance(asked, SaveCheckpoint)  # noqa: S101  # made just above
+        asked = self._saves(state)[-1]
         weights = _bytes((state.params, state.buffers)) if asked.weights else 0
         optimizer = _bytes((state.opt_state, state.callback_states)) if asked.optimizer else 0
         # The optimizer makes its memory at the first update; before that only the weights are known.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, min_delta_problem
 from noether.core.effect import LogText
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 
+@final
 class MetricEarlyStopping(MetricWatcher):
     """Stops training when a metric has not improved for a number of firings.
 

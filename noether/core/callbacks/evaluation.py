@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
@@ -104,6 +104,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
         return (f"loss/online/*/{self.interval_name}",) if self._losses else ()
 
 
+@final
 class OfflineLossCallback(_Evaluation):
     """Logs `loss/{dataset}/{name}`: the sample-weighted mean of each loss over a dataset.
 
@@ -133,6 +134,7 @@ class OfflineLossCallback(_Evaluation):
         return True
 
 
+@final
 class MetricCallback(_Evaluation):
     """Logs `{dataset}/{metric}`: the mean of a metric over a dataset, from sums that do not grow with it.
 
@@ -174,6 +176,7 @@ class MetricCallback(_Evaluation):
         return (*super().distinction(), metric_name(self.metric))
 
 
+@final
 class EvaluateCallback(_Evaluation):
     """Logs losses and metrics over one dataset, in one pass; what `trainer.evaluate` adds.
 

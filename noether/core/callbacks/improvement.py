@@ -77,7 +77,10 @@ class MetricWatcher(PeriodicCallback):
         mode: `higher` or `lower`; left out, it is read from the key.
 
     Example:
-        >>> MetricWatcher(every_n_epochs=1, metric_key="val/accuracy").direction
+        >>> class Watch(MetricWatcher):
+        ...     def periodic_callback(self, state, event, interval):
+        ...         return state, ()
+        >>> Watch(every_n_epochs=1, metric_key="val/accuracy").direction
         'higher'
     """
 

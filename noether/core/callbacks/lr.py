@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.event import AfterUpdate
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 
+@final
 class LrCallback(PeriodicCallback):
     """Logs `optim/lr` and `optim/wd` of the last update, at the first update too; with several groups, one key each.
 

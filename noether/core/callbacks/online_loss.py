@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 
+@final
 class OnlineLossCallback(PeriodicCallback):
     """Logs `loss/online/{name}/{interval}`: the sample-weighted mean of every training loss since the last firing.
 

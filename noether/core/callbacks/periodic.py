@@ -28,6 +28,9 @@ INTERVALS: Final[dict[str, Callable[[int], Schedule]]] = {
 }
 
 
+_TRACKS: Final = ("track_after_accumulation_step", "track_after_update_step")
+
+
 class PeriodicCallback(CallbackBase):
     """A callback that runs every n epochs, updates or samples.
 
@@ -62,6 +65,7 @@ class PeriodicCallback(CallbackBase):
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings; a subclass adds its own."""
+        yield self._idle()
         given = {name: value for name in INTERVALS if (value := getattr(self, name)) is not None}
         names = ", ".join(INTERVALS)
         if not given:
@@ -70,6 +74,13 @@ class PeriodicCallback(CallbackBase):
             both = " and ".join(f"{name}: {value!r}" for name, value in given.items())
             yield Problem(list(given)[-1], f"{both} are both set; give exactly one of {names}")
         yield from (whole(name, value) for name, value in given.items())
+
+    def _idle(self) -> Problem | None:
+        """Return the problem of a class that fills in no hook, most often for a misspelt name."""
+        hooks = (*_TRACKS, *HOOKS.values(), "periodic_callback")
+        if any(self.fills_in(hook, PeriodicCallback) for hook in hooks):
+            return None
+        return _does_nothing(type(self), "periodic_callback")
 
     @property
     def schedule(self) -> Schedule:
@@ -205,6 +216,12 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         if self.batch_size is not None:
             yield whole("batch_size", self.batch_size)
 
+    def _idle(self) -> Problem | None:
+        hooks = ("process_data", "process_results", "periodic_callback")
+        if any(self.fills_in(hook, PeriodicDataIteratorCallback) for hook in hooks):
+            return None
+        return _does_nothing(type(self), "process_results")
+
     def distinction(self) -> tuple[str, ...]:
         """Return interval, dataset and weights."""
         return (*super().distinction(), self.dataset_key, *((self.weights,) if self.weights else ()))
@@ -274,6 +291,11 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
             known = [name.removeprefix("weights/") for name in state.callback_states if name.startswith("weights/")]
             raise KeyError(f"{self.name}: no weights {self.weights!r}; there are: {', '.join(known) or 'none'}")
         return state.replace(params=averages["params"], buffers=averages["buffers"])
+
+
+def _does_nothing(kind: type, hook: str) -> Problem:
+    like = nearest(hook, vars(kind))
+    return Problem("", f"{kind.__name__} does nothing: fill in {hook}{like}")
 
 
 class _Collected:

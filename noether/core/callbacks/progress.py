@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 
+@final
 class ProgressCallback(PeriodicCallback):
     """Writes a line with the share done, the counters and their ends, and the times taken and to come.
 
