@@ -219,9 +219,20 @@ def test_workers_leave_the_generators_of_the_step_alone():
     data = TrainingData(Augmenting(8), seed=SEED, effective_batch_size=3, num_workers=2)
     for update in range(3):
         data.batch(at(update), last=3)
-    assert [len(batch[0]) for batch in EvaluationData(Augmenting(5), seed=SEED, batch_size=3, num_workers=2)] == [3, 2]
     data.close()
     assert states() == before
+
+
+def test_evaluation_leaves_the_generator_at_its_own_place_whatever_it_was_before():
+    """A model may draw in evaluation: what it draws is a function of the seed and the batch."""
+    places = []
+    for before, workers in ((1, 0), (2, 2)):
+        torch.default_generator.manual_seed(before)
+        data = EvaluationData(Augmenting(5), seed=SEED, batch_size=3, num_workers=workers)
+        places.append([(len(batch[0]), torch.rand(2).tolist()) for batch in data])
+    assert places[0] == places[1]
+    assert [size for size, _ in places[0]] == [3, 2]
+    assert places[0][0][1] != places[0][1][1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
