@@ -166,7 +166,7 @@ def _trainer(
     experiment: Experiment, interpreter: Interpreter, interruption: Interruption, **changes: object
 ) -> Trainer:
     return Trainer(
-        **{"run": experiment.run, **changes},  # type: ignore[arg-type]
+        **{"run": experiment.run, **changes},  # type: ignore[arg-type]  # fields by name
         step=experiment.step,
         data=experiment.data,
         reducer=experiment.reducer,

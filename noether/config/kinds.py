@@ -268,7 +268,7 @@ def is_callback(target: object) -> bool:
     if isinstance(target, type):
         return dataclasses.is_dataclass(target) and "__call__" in dir(target)
     try:
-        inspect.signature(target).bind("state", "event")  # type: ignore[arg-type]
+        inspect.signature(target).bind("state", "event")  # type: ignore[arg-type]  # what cannot be called raises
     except (TypeError, ValueError):
         return False
     return not _makes(target, type(None))

@@ -63,7 +63,7 @@ class Gate:
     @cached_property
     def parts(self) -> dict[type[Event], Schedule]:
         """What of the schedule is read on which event."""
-        parts = {event_type: self.schedule.reading(*counters) for event_type, counters in _MOVES.items()}  # type: ignore[arg-type]
+        parts = {event_type: self.schedule.reading(*counters) for event_type, counters in _MOVES.items()}  # type: ignore[arg-type]  # counters
         return {event_type: part for event_type, part in parts.items() if part is not None}
 
     def listens(self, event_type: type[Event]) -> bool:

@@ -46,7 +46,8 @@ def log(
     """
     for key, value in values.items():
         if getattr(value, "ndim", 0):
-            raise ValueError(f"metric {key!r} has shape {tuple(value.shape)}; log a number or a 0-dimensional tensor")  # type: ignore[union-attr]
+            shape = tuple(getattr(value, "shape", ()))
+            raise ValueError(f"metric {key!r} has shape {shape}; log a number or a 0-dimensional tensor")
     # Whatever else is a number, numpy's among them, becomes one that can be saved.
     numbers = {key: _number(key, value) for key, value in values.items()}
     effects = (LogScalars(FrozenDict(numbers)),)

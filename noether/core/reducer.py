@@ -73,7 +73,7 @@ class Reducer:
         self._listening: dict[type[Event], tuple[Callback, ...]] = {}
         gated = [member for member in members if _idles(member)]
         self._restless = tuple(m for m in members if not _idles(m) and listens(m, AfterUpdate))
-        self._schedules = tuple(declaration_of(m).gate.parts[AfterUpdate] for m in gated)  # type: ignore[union-attr]
+        self._schedules = tuple(declaration_of(m).gate.parts[AfterUpdate] for m in gated)  # type: ignore[union-attr]  # gated
         self._quiet: tuple[TrainingIteration, Thresholds] | None = None
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
