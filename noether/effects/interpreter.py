@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     Handler = Callable[[Any, TrainState, Event], None]
 
 
-def _on_host(effect: Effect) -> Effect:
-    """Return scalars as numbers; those on an accelerator come over together."""
-    if not isinstance(effect, LogScalars):
-        return effect
-    numbers = dict(effect.values)
-    away = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]
-    if away:
-        stacked = torch.stack([torch.as_tensor(numbers[key]).detach().double() for key in away]).tolist()
-        numbers |= dict(zip(away, stacked, strict=True))
-    return LogScalars(FrozenDict({k: v.item() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}))
-
-
 _NONE: Final[tuple[Handler, ...]] = ()
 
 
@@ -96,3 +84,15 @@ class Interpreter:
                 f"register it with interpreter.handling({effect_type.__name__}, handler). "
                 f"Handled: {', '.join(known) or 'none'}"
             )
+
+
+def _on_host(effect: Effect) -> Effect:
+    """Return scalars as numbers; those on an accelerator come over together."""
+    if not isinstance(effect, LogScalars):
+        return effect
+    numbers = dict(effect.values)
+    away = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]
+    if away:
+        stacked = torch.stack([torch.as_tensor(numbers[key]).detach().double() for key in away]).tolist()
+        numbers |= dict(zip(away, stacked, strict=True))
+    return LogScalars(FrozenDict({k: v.item() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}))

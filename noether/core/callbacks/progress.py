@@ -74,7 +74,7 @@ class ProgressCallback(PeriodicCallback):
         first = memory["lines"] == 0
         steady_s = memory["steady_s"] + (0.0 if first else memory["since_s"])
         steady_updates = memory["steady_updates"] + (0 if first else memory["since_updates"])
-        left = state_left_s(state, event.run, steady_s, steady_updates)
+        left = _left_s(state, event.run, steady_s, steady_updates)
         text = "  ".join((_counted(state, event.run), _timed(memory), _ahead(left, event.time_s)))
         renewed = FrozenDict(
             total_s=memory["total_s"],
@@ -87,7 +87,7 @@ class ProgressCallback(PeriodicCallback):
         return state.remember(self.name, renewed), (LogText(text),)
 
 
-def state_left_s(state: TrainState, run: Run, steady_s: float, steady_updates: int) -> float | None:
+def _left_s(state: TrainState, run: Run, steady_s: float, steady_updates: int) -> float | None:
     """Return the seconds to the run's end at the pace of some updates, or None where there are none yet."""
     if not steady_updates:
         return None
