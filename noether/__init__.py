@@ -3,7 +3,16 @@
 from noether.core.callback import Callback
 from noether.core.combinators import callback, every_n_epochs, every_n_samples, every_n_updates, on, when
 from noether.core.dispatch import dispatch
-from noether.core.effect import Effect, LogScalars, LogText, MeasurePeakMemory, SaveCheckpoint, SaveTensors, SetSummary
+from noether.core.effect import (
+    Effect,
+    LogScalars,
+    LogText,
+    MeasurePeakMemory,
+    SaveCheckpoint,
+    SaveTensors,
+    SetSummary,
+    ShowProgress,
+)
 from noether.core.event import (
     AfterAccumulationStep,
     AfterEpoch,
@@ -46,6 +55,7 @@ __all__ = [
     "SaveTensors",
     "Schedule",
     "SetSummary",
+    "ShowProgress",
     "TrainState",
     "TrainingIteration",
     "callback",

@@ -19,6 +19,7 @@ from noether.config import ConfigError, load
 from noether.config.errors import Located, Place
 from noether.config.kinds import named
 from noether.config.resolved import dump, refuse_changes
+from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.dispatch import dispatch
 from noether.core.effect import SaveCheckpoint, SetSummary
 from noether.core.event import AfterTraining, AtEval, BeforeTraining
@@ -177,13 +178,8 @@ def _trainer(
 
 
 def _facts(experiment: Experiment) -> FrozenDict:
-    trainable = set(experiment.step.optimizer.trainable(experiment.state.params))
-    sizes = {name: tensor.numel() for name, tensor in experiment.state.params.items()}
-    return FrozenDict(
-        params_trainable=sum(size for name, size in sizes.items() if name in trainable),
-        params_frozen=sum(size for name, size in sizes.items() if name not in trainable),
-        **{f"samples/{key}": len(data) for key, data in experiment.run.data.items()},
-    )
+    run = experiment.run
+    return FrozenDict({**param_counts(experiment.state.params, run.frozen), **dataset_lengths(run)})
 
 
 @contextmanager

@@ -49,6 +49,8 @@ class Declaration:
         produces: Patterns of the metric keys it logs; None if it does not say.
         consumes: Metric keys that it needs current when it acts.
         uses: Metric keys that it reads if they are current.
+        keeps: Those it produces that are current at every update, its gate open or not.
+        readings: Fields of `AfterUpdate` that it needs and that cost the loop something, such as `grad_norm`.
     """
 
     label: str
@@ -57,6 +59,8 @@ class Declaration:
     produces: tuple[str, ...] | None
     consumes: tuple[str, ...]
     uses: tuple[str, ...]
+    keeps: tuple[str, ...]
+    readings: tuple[str, ...]
 
 
 def declaration_of(callback: Callback) -> Declaration:
@@ -68,6 +72,8 @@ def declaration_of(callback: Callback) -> Declaration:
         produces=getattr(callback, "produces", None),
         consumes=getattr(callback, "consumes", ()),
         uses=getattr(callback, "uses", ()),
+        keeps=getattr(callback, "keeps", ()),
+        readings=getattr(callback, "readings", ()),
     )
 
 

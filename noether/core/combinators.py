@@ -165,6 +165,14 @@ class _Wrapper:
     def uses(self) -> tuple[str, ...]:
         return declaration_of(self.callback).uses
 
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        return declaration_of(self.callback).keeps
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        return declaration_of(self.callback).readings
+
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         return init_of(self.callback, state)
 

@@ -101,7 +101,7 @@ def _why_unfed(
         if later:
             return f"{consumer.label} consumes {key!r}: list it after {later[0].label}, which produces it"
         return None if unsaid else f"{consumer.label} consumes {key!r}, which nobody produces{_known(key, before)}"
-    if unsaid or any(covers(producer.gate, consumer.gate, run) is not False for producer in producers):
+    if unsaid or any(key in p.keeps or covers(p.gate, consumer.gate, run) is not False for p in producers):
         return None
     return (
         f"{consumer.label} consumes {key!r} where {producers[0].label} does not produce it: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from noether.core.tree import FrozenDict
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
-_EMPTY: Final = FrozenDict()
+    from noether.core.iteration import TrainingIteration
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,11 @@ class LogScalars(Effect):
 
     Args:
         values: Number or 0-dimensional tensor by metric key; a tensor is read only when it is written.
+        quiet: Keys that are left out on the console.
     """
 
     values: Mapping[str, float | torch.Tensor]
+    quiet: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class SaveCheckpoint(Effect):
         weights: Whether to save params and buffers.
         optimizer: Whether to save the optimizer's memory and the rest of the state, which together with the weights is
             what a resume needs.
+        weights_of: Whose weights to save, such as `ema=0.999`; None stands for those in training.
         models: Names of sub-modules; only their weights are saved. Empty means all.
         pointers: Names that point to this checkpoint from now on, such as `latest`.
         retention: By name of who asks, how many of its newest checkpoints stay; None stands for all of them. A
@@ -67,6 +70,7 @@ class SaveCheckpoint(Effect):
     tag: str | None = None
     weights: bool = True
     optimizer: bool = True
+    weights_of: str | None = None
     models: tuple[str, ...] = ()
     pointers: tuple[str, ...] = ()
     retention: Mapping[str, int | None] = field(default_factory=lambda: FrozenDict(default=None))
@@ -87,10 +91,33 @@ class SaveTensors(Effect):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurePeakMemory(Effect):
-    """Log the peak memory since the last request. It goes to the logs only: no callback can consume it.
+    """Log the peak memory since the last request for `key`. It goes to the logs only: no callback can consume it.
 
     Args:
         key: Metric key, in bytes.
     """
 
     key: str = "memory/peak_bytes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowProgress(Effect):
+    """Show how far the run is: a live display on a terminal; elsewhere a line where `due`, and else nothing.
+
+    Args:
+        end: The run's last iteration.
+        fired: Updates completed at the last firing of whose interval is shown.
+        fires: Updates completed at its next firing; None if it does not fire again.
+        update_s: Mean seconds of an update, or None where it is not known yet.
+        next_s: Seconds to the next firing, or None.
+        left_s: Seconds to the end, or None.
+        due: Whether the interval is due now.
+    """
+
+    end: TrainingIteration
+    fired: int
+    fires: int | None
+    update_s: float | None
+    next_s: float | None
+    left_s: float | None
+    due: bool

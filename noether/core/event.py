@@ -79,19 +79,24 @@ class AfterUpdate(Event):
         samples: Samples of the update, over accumulation steps and ranks, >= 1.
         losses: Sample-weighted mean loss by name over accumulation steps and ranks, each 0-dimensional.
         outputs: What the model returned, one entry per accumulation step.
+        accumulated: Samples of each accumulation step, one entry for each of `outputs`.
         lr: Learning rate of the update by parameter group.
         weight_decay: Weight decay of the update by parameter group.
-        grad_norm: 2-norm of the gradients before clipping, where the step measured it.
+        grad_norm: 2-norm of the gradients before their norm is clipped, where the step measured it.
         finite: Whether losses and gradients were finite, as far as `trainer.nonfinite` has the step look.
         skipped: Whether the update was left out as non-finite; callbacks that average do not count it.
         duration_s: Seconds since the previous update ended, or since training began; callbacks included.
         data_s: Seconds of it spent waiting for data.
         step_s: Seconds of it spent in the step.
+        forward_s: Seconds of that in forward passes, losses included; None where the step does not tell.
+        backward_s: Seconds in backward passes; likewise.
+        optimizer_s: Seconds in the optimizer, clipping included; likewise.
     """
 
     samples: int = 0
     losses: Mapping[str, torch.Tensor | float] = _EMPTY
     outputs: Any = None
+    accumulated: tuple[int, ...] = ()
     lr: Mapping[str, float] = _EMPTY
     weight_decay: Mapping[str, float] = _EMPTY
     grad_norm: torch.Tensor | float | None = None
@@ -100,6 +105,9 @@ class AfterUpdate(Event):
     duration_s: float = 0.0
     data_s: float = 0.0
     step_s: float = 0.0
+    forward_s: float | None = None
+    backward_s: float | None = None
+    optimizer_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

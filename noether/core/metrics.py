@@ -24,7 +24,7 @@ class MetricError(LookupError):
 
 
 def log(
-    state: TrainState, event: Event, values: Mapping[str, torch.Tensor | SupportsFloat]
+    state: TrainState, event: Event, values: Mapping[str, torch.Tensor | SupportsFloat], *, quiet: bool = False
 ) -> tuple[TrainState, tuple[Effect, ...]]:
     """Return the state that records `values` as metrics, and the effect that logs them.
 
@@ -34,6 +34,7 @@ def log(
         state: The state at the event.
         event: The event at which they were measured.
         values: Number or 0-dimensional tensor by metric key.
+        quiet: Whether they are left out on the console.
 
     Raises:
         ValueError: If a tensor is not 0-dimensional.
@@ -50,7 +51,7 @@ def log(
             raise ValueError(f"metric {key!r} has shape {shape}; log a number or a 0-dimensional tensor")
     # Whatever else is a number, numpy's among them, becomes one that can be saved.
     numbers = {key: _number(key, value) for key, value in values.items()}
-    effects = (LogScalars(FrozenDict(numbers)),)
+    effects = (LogScalars(FrozenDict(numbers), frozenset(numbers) if quiet else frozenset()),)
     if isinstance(event, BeforeTraining) and event.resumed:
         return state, effects
     measured = {key: Measured(value, state.iteration) for key, value in numbers.items()}

@@ -131,6 +131,16 @@ class Reducer:
         return self._unmet("uses")
 
     @property
+    def keeps(self) -> tuple[str, ...]:
+        """Those that the members produce and keep current at every update."""
+        return tuple(key for member in self.members for key in declaration_of(member).keeps)
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """Costly fields of `AfterUpdate` that a member needs; a loop need not read the others."""
+        return tuple(dict.fromkeys(name for member in self.members for name in declaration_of(member).readings))
+
+    @property
     def tracks(self) -> bool:
         """Whether a member looks at every update, its gate open or not."""
         return any(declaration_of(member).tracks for member in self.members)

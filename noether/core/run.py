@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_GIVEN: Final[Any] = object()
+_UNSHOWN: Final = ("data", "forward", "frozen")  # too long for a message
 
 
 def _optional() -> Any:  # stands for a value of the field's type
@@ -38,6 +39,7 @@ class Run:
         config: The resolved configuration as plain values.
         data: What a data-iterating callback iterates, by dataset key: anything that yields batches.
         forward: `(state, batch) -> (losses, outputs)` in evaluation mode, without gradients.
+        frozen: Names of the params that the optimizer leaves as they are.
         batch_size: `batch -> number of samples`; by default the first dimension of the first tensor.
 
     Example:
@@ -59,6 +61,7 @@ class Run:
     config: Mapping[str, Any] = _optional()
     data: Mapping[str, Any] = _optional()
     forward: Callable[..., tuple[Mapping[str, torch.Tensor], Any]] = _optional()
+    frozen: frozenset[str] = frozenset()
     batch_size: Callable[[Any], int] = batch_size
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Run:
             raise AttributeError(f"Run has no field {name!r}")
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name not in {"data", "forward"})
+        given = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name not in _UNSHOWN)
         return f"Run({given})"
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # noqa: FBT001  # IPython's and hypothesis' hook

@@ -1,8 +1,9 @@
 """The effects layer: what callbacks ask for, carried out."""
 
 from noether.effects.checkpoints import CheckpointError, CheckpointStore
+from noether.effects.console import Console
 from noether.effects.interpreter import Interpreter, UnhandledEffectError
-from noether.effects.logs import Console, LogError
+from noether.effects.logs import LogError
 from noether.effects.run_directory import RunDirectory, open_run
 
 __all__ = [

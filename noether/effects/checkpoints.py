@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from noether.core.averages import averaged
 from noether.core.errors import nearest
 from noether.core.iteration import TrainingIteration
 from noether.core.state import Measured, TrainState
@@ -130,7 +131,8 @@ class CheckpointStore:
         if not (self._directory / tag / MANIFEST).is_file():
             return None
         held = _read_manifest(self._directory / tag / MANIFEST)
-        same = (held.segment, held.iteration, held.event) == (self._segment, state.iteration, type(event).__name__)
+        now = (self._segment, state.iteration, type(event).__name__, effect.weights_of)
+        same = (held.segment, held.iteration, held.event, held.weights_of) == now
         return tag if same and _files(effect) <= set(held.parts) and not held.models and not effect.models else None
 
     def _free(self, tag: str) -> str:
@@ -144,7 +146,8 @@ class CheckpointStore:
         temporary = self._directory / f".tmp-{tag}"
         temporary.mkdir(parents=True)
         if effect.weights:
-            _write_weights(temporary, state, effect.models)
+            weighted = state if effect.weights_of is None else averaged(state, effect.weights_of)
+            _write_weights(temporary, weighted, effect.models)
         if effect.optimizer:
             _write_state(temporary, state)
         parts = {
@@ -158,6 +161,7 @@ class CheckpointStore:
             iteration=state.iteration,
             event=type(event).__name__,
             parts=parts,
+            weights_of=effect.weights_of,
             models=effect.models if effect.weights else (),
             retention=dict(effect.retention),
         )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
     Handler = Callable[[Any, TrainState, Event], None]
+    Measure = Callable[[Any, TrainState, Event], Mapping[str, float]]
 
 
 _NONE: Final[tuple[Handler, ...]] = ()
@@ -32,6 +33,7 @@ class Interpreter:
 
     Args:
         handlers: Handlers by type of effect, called in their order.
+        measures: By type of effect, what turns it into scalars that are logged with those of its event.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState
@@ -40,8 +42,13 @@ class Interpreter:
         done
     """
 
-    def __init__(self, handlers: Mapping[type[Effect], Sequence[Handler]]) -> None:
+    def __init__(
+        self,
+        handlers: Mapping[type[Effect], Sequence[Handler]],
+        measures: Mapping[type[Effect], Measure] | None = None,
+    ) -> None:
         self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
+        self._measures = dict(measures or {})
 
     def __call__(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
         """Carry out the effects of one event, merged, on the settled state; nothing on a rank other than 0.
@@ -53,13 +60,14 @@ class Interpreter:
         """
         if not effects:
             return
-        merged = merge(effects)
-        for effect in merged:
+        for effect in effects:
             self._check(type(effect))
-        if event.run.rank == 0:
-            for effect in map(_on_host, merged):
-                for handler in self._handlers[type(effect)]:
-                    handler(effect, state, event)
+        if event.run.rank != 0:
+            return
+        measured = [self._measured(effect, state, event) for effect in effects]
+        for effect in map(_on_host, merge(measured)):
+            for handler in self._handlers[type(effect)]:
+                handler(effect, state, event)
 
     def handling(self, effect_type: type[Effect], *handlers: Handler) -> Interpreter:
         """Return the interpreter in which `handlers` are called, after its own, for effects of this type.
@@ -74,11 +82,16 @@ class Interpreter:
             >>> interpreter([Ring(2)], TrainState(), AfterTraining())
             ding ding
         """
-        return Interpreter({**self._handlers, effect_type: (*self._handlers.get(effect_type, _NONE), *handlers)})
+        handled = {**self._handlers, effect_type: (*self._handlers.get(effect_type, _NONE), *handlers)}
+        return Interpreter(handled, self._measures)
+
+    def _measured(self, effect: Effect, state: TrainState, event: Event) -> Effect:
+        measure = self._measures.get(type(effect))
+        return effect if measure is None else LogScalars(FrozenDict(measure(effect, state, event)))
 
     def _check(self, effect_type: type[Effect]) -> None:
-        if effect_type not in self._handlers:
-            known = [known.__name__ for known in self._handlers]
+        if effect_type not in self._handlers and effect_type not in self._measures:
+            known = [known.__name__ for known in (*self._handlers, *self._measures)]
             raise UnhandledEffectError(
                 f"nobody handles the effect {effect_type.__name__}{nearest(effect_type.__name__, known)}; "
                 f"register it with interpreter.handling({effect_type.__name__}, handler). "
@@ -95,4 +108,5 @@ def _on_host(effect: Effect) -> Effect:
     if away:
         stacked = torch.stack([torch.as_tensor(numbers[key]).detach().double() for key in away]).tolist()
         numbers |= dict(zip(away, stacked, strict=True))
-    return LogScalars(FrozenDict({k: v.item() if isinstance(v, torch.Tensor) else v for k, v in numbers.items()}))
+    read = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in numbers.items()}
+    return LogScalars(FrozenDict(read), effect.quiet)

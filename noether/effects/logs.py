@@ -1,18 +1,14 @@
-"""Where what is logged goes: the console, `metrics.jsonl`, `summary.json`."""
+"""The logs on disk: `metrics.jsonl` and `summary.json`."""
 
 from __future__ import annotations
 
 import json
 import re
-import threading
-import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console as RichConsole
 
-from noether.core.event import AfterTraining, AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.effects.encoding import number
 from noether.effects.files import replace_text
@@ -20,12 +16,9 @@ from noether.effects.files import replace_text
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from noether.core.effect import LogScalars, LogText, SetSummary
+    from noether.core.effect import LogScalars, SetSummary
     from noether.core.event import Event
     from noether.core.state import TrainState
-
-_QUIET_S: Final = 1.0
-_SILENCE_S: Final = 300.0
 
 
 class LogError(Exception):
@@ -117,57 +110,3 @@ class Summary:
         held: Mapping[str, Any] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
         entries = {**held, **{key: plain(value) for key, value in effect.values.items()}}
         replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n")
-
-
-class Console:
-    """Writes lines for a person: texts as they come, metrics aligned; those of updates once a second at most.
-
-    After 300 s of silence the last line is repeated, so that a watcher knows that the run lives; until training ends.
-
-    Args:
-        console: Where to write.
-    """
-
-    def __init__(self, console: RichConsole | None = None) -> None:
-        self._console = console or RichConsole(highlight=False, soft_wrap=True)
-        self._written_s = -_QUIET_S
-        self._timer: threading.Timer | None = None
-
-    def text(self, effect: LogText, state: TrainState, event: Event) -> None:  # a handler
-        """Write a text: the handler of `LogText`."""
-        self._write(f"{state.iteration!s:<18} {effect.text}", event)
-
-    def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
-        """Write metrics on one line: a handler of `LogScalars`."""
-        if isinstance(event, AfterUpdate):
-            # A loop that does not read the time has every line written.
-            if event.time_s and event.time_s - self._written_s < _QUIET_S:
-                return
-            self._written_s = event.time_s
-        metrics = "  ".join(f"{key} {_short(value)}" for key, value in effect.values.items())
-        self._write(f"{state.iteration!s:<18} {metrics}", event)
-
-    def close(self) -> None:
-        """Stop watching for silence."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _write(self, line: str, event: Event) -> None:
-        self._console.print(line, markup=False)
-        self.close()
-        if not isinstance(event, AfterTraining):
-            # The timer does not keep the console alive: a loop that let go of its run has ended.
-            self._timer = threading.Timer(_SILENCE_S, _repeat, [weakref.ref(self), line, event])
-            self._timer.daemon = True
-            self._timer.start()
-
-
-def _repeat(console: weakref.ref[Console], line: str, event: Event) -> None:
-    alive = console()
-    if alive is not None:
-        alive._write(line, event)  # noqa: SLF001  # the console's own timer
-
-
-def _short(value: Any) -> str:
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    return f"{value:.6g}" if isinstance(value, (int, float)) else str(value)

@@ -39,6 +39,7 @@ class Manifest:
         iteration: Where it was taken.
         event: Name of the event at which it was taken.
         parts: Its files.
+        weights_of: Whose weights it holds, such as `ema=0.999`; None stands for those in training.
         models: Names of the sub-modules whose weights it holds; empty stands for all.
         retention: By name of who asked for it, how many of the newest stay; None stands for all.
         format: Version of the layout.
@@ -51,6 +52,7 @@ class Manifest:
     iteration: TrainingIteration
     event: str
     parts: dict[str, Part]
+    weights_of: str | None = None
     models: tuple[str, ...] = ()
     retention: dict[str, int | None]
     format: int = field(default=FORMAT)
@@ -64,7 +66,8 @@ class Manifest:
     @property
     def resumable(self) -> bool:
         """Whether it holds all weights, optimizer and state."""
-        return {"weights.safetensors", "state.json"} <= set(self.parts) and not self.models
+        whole = {"weights.safetensors", "state.json"} <= set(self.parts)
+        return whole and not self.models and self.weights_of is None
 
     def dumps(self) -> str:
         """Return the manifest as JSON text."""

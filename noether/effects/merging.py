@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SetSummary
+from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress
 from noether.core.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -15,29 +15,50 @@ if TYPE_CHECKING:
 def merge(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """Return `effects` with those that belong together made one.
 
-    Scalars and summary entries are united, the later value winning. Checkpoints of one tag are united and come last, so
-    that what is logged at an event is written before the checkpoint that was taken there.
+    Scalars, summary entries and tensors of one name are united, the later value winning; of several requests to show
+    progress the last is left. Checkpoints of one tag are united and come last, so that what is logged at an event is
+    written before the checkpoint that was taken there.
 
     Example:
         >>> merge([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
         (LogScalars(values=FrozenDict({'x': 1})), SaveCheckpoint(tag=None, ... pointers=('a', 'b'), ...))
     """
-    scalars = [effect.values for effect in effects if isinstance(effect, LogScalars)]
+    scalars = [effect for effect in effects if isinstance(effect, LogScalars)]
     entries = [effect.values for effect in effects if isinstance(effect, SetSummary)]
-    others = [effect for effect in effects if not isinstance(effect, (LogScalars, SetSummary, SaveCheckpoint))]
+    shown = [effect for effect in effects if isinstance(effect, ShowProgress)]
+    others = [effect for effect in effects if not isinstance(effect, _MERGED)]
     logs: list[Effect] = []
     if scalars:
-        logs.append(LogScalars(FrozenDict({key: value for values in scalars for key, value in values.items()})))
+        logs.append(_one_line(scalars))
     if entries:
         logs.append(SetSummary(FrozenDict({key: value for values in entries for key, value in values.items()})))
-    return (*others, *logs, *_checkpoints(effects))
+    return (*others, *shown[-1:], *logs, *_tensors(effects), *_checkpoints(effects))
+
+
+_MERGED: Final = (LogScalars, SetSummary, ShowProgress, SaveTensors, SaveCheckpoint)
+
+
+def _one_line(scalars: Sequence[LogScalars]) -> LogScalars:
+    values = {key: value for effect in scalars for key, value in effect.values.items()}
+    quiet = {key: key in effect.quiet for effect in scalars for key in effect.values}
+    return LogScalars(FrozenDict(values), frozenset(key for key, is_quiet in quiet.items() if is_quiet))
+
+
+def _tensors(effects: Sequence[Effect]) -> tuple[SaveTensors, ...]:
+    merged: dict[str, SaveTensors] = {}
+    for effect in effects:
+        if isinstance(effect, SaveTensors):
+            held = merged[effect.name].tensors if effect.name in merged else {}
+            merged[effect.name] = SaveTensors(name=effect.name, tensors=FrozenDict({**held, **effect.tensors}))
+    return tuple(merged.values())
 
 
 def _checkpoints(effects: Sequence[Effect]) -> tuple[SaveCheckpoint, ...]:
-    merged: dict[str | None, SaveCheckpoint] = {}
+    merged: dict[tuple[str | None, str | None], SaveCheckpoint] = {}
     for effect in effects:
         if isinstance(effect, SaveCheckpoint):
-            merged[effect.tag] = _united(merged[effect.tag], effect) if effect.tag in merged else effect
+            which = effect.tag, effect.weights_of
+            merged[which] = _united(merged[which], effect) if which in merged else effect
     return tuple(merged.values())
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, final
 
-import torch
 from safetensors.torch import save_file
 
-from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveCheckpoint, SaveTensors, SetSummary
-from noether.core.tree import FrozenDict
+from noether.core.effect import (
+    LogScalars,
+    LogText,
+    MeasurePeakMemory,
+    SaveCheckpoint,
+    SaveTensors,
+    SetSummary,
+    ShowProgress,
+)
 from noether.effects.checkpoints import CheckpointStore
+from noether.effects.console import Console
 from noether.effects.interpreter import Interpreter
-from noether.effects.logs import Console, MetricsFile, Summary
-from noether.effects.memory import peak_memory_bytes
+from noether.effects.logs import MetricsFile, Summary
+from noether.effects.memory import PeakMemory
 
 if TYPE_CHECKING:
     from noether.core.event import Event
@@ -65,8 +72,9 @@ class RunDirectory:
                 SetSummary: [summary.set],
                 SaveCheckpoint: [self.checkpoints.save],
                 SaveTensors: [self._save_tensors],
-                MeasurePeakMemory: [self._measure_peak_memory],
-            }
+                ShowProgress: [console.progress],
+            },
+            measures={MeasurePeakMemory: PeakMemory().measure},
         )
 
     def resume(self) -> TrainState | None:
@@ -107,9 +115,3 @@ class RunDirectory:
         path = self.path / "tensors" / f"{effect.name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().clone() for name, tensor in effect.tensors.items()}, path)
-
-    def _measure_peak_memory(self, effect: MeasurePeakMemory, state: TrainState, event: Event) -> None:
-        device = next((tensor.device for tensor in state.params.values()), torch.device("cpu"))
-        measured = LogScalars(FrozenDict({effect.key: peak_memory_bytes(device)}))
-        self._metrics.write(measured, state, event)
-        self._console.scalars(measured, state, event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from noether.config.errors import ConfigError
 from noether.config.kinds import named
 from noether.config.optimizer_settings import ScheduleSettings
 from noether.config.resolved import resolved
-from noether.core.callback import declaration_of
+from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
 from noether.core.errors import Problem, SettingsError
@@ -107,7 +108,10 @@ def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experimen
         state = _init_from(config, state)
     optimizer = _optimizer(config, model)
     lr, weight_decay = _value_schedules(config, optimizer, state, run)
+    run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
     state = state.replace(opt_state=optimizer.init(state.params))
+    streams = [data] if isinstance(data, StreamedData) else []
+    reducer = compose(*streams, *_callbacks(config, state, run))
     step = Step(
         model=model,
         loss=named(trainer.loss),
@@ -118,9 +122,9 @@ def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experimen
         clip_grad_norm=trainer.clip_grad_norm,
         clip_grad_value=trainer.clip_grad_value,
         nonfinite=trainer.nonfinite,
+        grad_norm="grad_norm" in reducer.readings,
+        elapsed_s=time.perf_counter if "forward_s" in reducer.readings else None,
     )
-    streams = [data] if isinstance(data, StreamedData) else []
-    reducer = compose(*streams, *_callbacks(config, state, run))
     return Experiment(config=config, model=model, state=state, run=run, reducer=reducer, step=step, data=data)
 
 
@@ -305,6 +309,8 @@ def _callbacks(config: Config, state: TrainState, run: Run) -> list[Callback]:
         paths.insert(place, (evaluation, ("trainer", "evaluate", evaluation.dataset_key)))
     callbacks = [callback for callback, _ in paths]
     for callback, path in paths:
+        with _located(config, path):
+            init_of(callback, state)  # only with the model there, some can tell whether their settings fit
         key = getattr(callback, "dataset_key", None)
         if key is not None and key not in run.data:
             raise config.error((*path, "dataset_key"), f"{key!r} is the stream that is trained on; evaluate another")

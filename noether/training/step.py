@@ -60,11 +60,15 @@ class StepOutputs:
     samples: int
     losses: Losses
     outputs: tuple[Any, ...]
+    accumulated: tuple[int, ...]
     lr: Mapping[str, float]
     weight_decay: Mapping[str, float]
     grad_norm: Tensor | None
     finite: Tensor | bool
     skipped: bool
+    forward_s: float | None
+    backward_s: float | None
+    optimizer_s: float | None
 
 
 @final
@@ -86,7 +90,10 @@ class Step:
         clip_grad_value: Largest absolute value of a gradient's entry, or None.
         nonfinite: What to do with an update whose losses or gradients are not finite. `apply` does not look at the
             gradients; `skip` and `raise` do, before anything is applied, and wait for the device to tell.
+        grad_norm: Whether to measure the 2-norm of the gradients even where nothing clips it.
         rank: Index of this process.
+        elapsed_s: Where the seconds of forward, backward and optimizer are read; None leaves them out. An accelerator
+            computes on after a call, so there they are the seconds of the calls.
 
     Example:
         >>> from noether import TrainState
@@ -112,7 +119,9 @@ class Step:
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
     nonfinite: Nonfinite = "apply"
+    grad_norm: bool = False
     rank: int = 0
+    elapsed_s: Callable[[], float] | None = None
 
     def __call__(
         self,
@@ -134,10 +143,10 @@ class Step:
         """
         seed_torch(derive(state.seed, "update", state.iteration.update, self.rank))
         samples = [batch_size(batch) for batch in batches]
-        gradients, update = _Sum(), sum(samples)
+        gradients, update, times = _Sum(), sum(samples), _Times(self.elapsed_s)
         total_losses, outputs, buffers = _Sum(), [], state.buffers
         for index, (batch, size) in enumerate(zip(batches, samples, strict=True)):
-            grads, losses, output, buffers = self._gradients(state.params, buffers, batch, size / update)
+            grads, losses, output, buffers = self._gradients(state.params, buffers, batch, size / update, times)
             gradients.add(grads)
             total_losses.add(
                 {name: loss * (size / update) for name, loss in losses.items()} if size < update else losses
@@ -152,10 +161,11 @@ class Step:
                     accumulation_steps=len(batches),
                 )
                 state = observe(state, seen)
-        return self._applied(state, gradients.values, total_losses.values, buffers, tuple(outputs), update)
+            times.begin()
+        return self._applied(state, gradients.values, total_losses.values, buffers, outputs, samples, times)
 
     def _gradients(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, weight: float
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, weight: float, times: _Times
     ) -> tuple[Grads, Losses, Any, Mapping[str, Tensor]]:
         """Return gradients of the weighted total loss, losses, outputs and new buffers."""
         trainable = self.optimizer.trainable(params)
@@ -170,8 +180,10 @@ class Step:
             losses = with_total(self.loss(outputs, batch))
             total = losses["total"] if weight == 1 else losses["total"] * weight
         _check_unwritten(params, versions)
+        times.end("forward_s")
         # torch.autograd.grad and not torch.func.grad_and_value: it is faster, to the same bits; see benchmarks/step.py.
         grads = torch.autograd.grad(total, [inputs[name] for name in trainable], allow_unused=True)
+        times.end("backward_s")
         return (
             dict(zip(trainable, grads, strict=True)),
             {name: loss.detach() for name, loss in losses.items()},
@@ -186,8 +198,9 @@ class Step:
         grads: Grads,
         losses: Losses,
         buffers: Mapping[str, Tensor],
-        outputs: tuple[Any, ...],
-        samples: int,
+        outputs: Sequence[Any],
+        accumulated: Sequence[int],
+        times: _Times,
     ) -> tuple[TrainState, StepOutputs]:
         """Return the state with the gradients applied, or as it was if they are to be skipped."""
         finite = self._finite(losses, grads)
@@ -199,15 +212,18 @@ class Step:
         if not skipped:
             params, opt_state = self.optimizer.update(grads, state.opt_state, state.params, settings=settings)
             state = state.replace(params=params, buffers=FrozenDict(buffers), opt_state=opt_state)
+        times.end("optimizer_s")
         return state, StepOutputs(
-            samples=samples,
+            samples=sum(accumulated),
             losses=FrozenDict(losses),
-            outputs=outputs,
+            outputs=tuple(outputs),
+            accumulated=tuple(accumulated),
             lr=FrozenDict({group: values["lr"] for group, values in settings.items()}),
             weight_decay=FrozenDict({g: v["weight_decay"] for g, v in settings.items() if "weight_decay" in v}),
             grad_norm=grad_norm,
             finite=finite,
             skipped=skipped,
+            **times.spent,
         )
 
     def _settings(self, state: TrainState) -> dict[str, dict[str, float]]:
@@ -227,12 +243,13 @@ class Step:
 
     def _clipped(self, grads: Grads) -> tuple[Grads, Tensor | None]:
         """Return clipped gradients and their norm before; out of place, for two may be the same tensor."""
+        norm = _total_norm(grads) if self.grad_norm and self.clip_grad_norm is None else None
         if self.clip_grad_value is not None:
             limit = self.clip_grad_value
             grads = {name: None if grad is None else grad.clamp(-limit, limit) for name, grad in grads.items()}
         if self.clip_grad_norm is None:
-            return grads, None
-        norm = get_total_norm([grad for grad in grads.values() if grad is not None])
+            return grads, norm
+        norm = _total_norm(grads)
         factor = torch.clamp(self.clip_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
         # `to`: of a gradient without dimensions, a factor of higher precision would make one of its own type.
         return {n: None if grad is None else (grad * factor).to(grad.dtype) for n, grad in grads.items()}, norm
@@ -259,6 +276,31 @@ class _Sum:
 def _entries(grad: Tensor) -> Tensor:
     """Return the numbers that a gradient holds; torch has no norms of sparse tensors."""
     return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _total_norm(grads: Grads) -> Tensor:
+    return get_total_norm([_entries(grad) for grad in grads.values() if grad is not None])
+
+
+class _Times:
+    """The seconds that the parts of one update take."""
+
+    def __init__(self, elapsed_s: Callable[[], float] | None) -> None:
+        self._elapsed_s = elapsed_s
+        self._since_s = 0.0
+        self.spent: dict[str, float | None] = dict.fromkeys(("forward_s", "backward_s", "optimizer_s"))
+        self.begin()
+
+    def begin(self) -> None:
+        if self._elapsed_s is not None:
+            self._since_s = self._elapsed_s()
+
+    def end(self, part: str) -> None:
+        """Count the time since the last part began or ended to `part`."""
+        if self._elapsed_s is not None:
+            now_s = self._elapsed_s()
+            self.spent[part] = (self.spent[part] or 0.0) + now_s - self._since_s
+            self._since_s = now_s
 
 
 def _check_unwritten(params: Mapping[str, Tensor], versions: Sequence[int]) -> None:

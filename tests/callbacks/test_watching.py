@@ -144,7 +144,7 @@ def test_targets_are_what_they_were_at_the_best():
         "never/at_best/val/accuracy",
     }
     assert callback.consumes == ("val/accuracy", "a")
-    assert callback.uses == ("b", "never")
+    assert callback.uses == ("nonfinite", "b", "never")
 
 
 def test_a_target_that_has_to_be_there_is_missed():

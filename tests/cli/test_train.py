@@ -95,8 +95,8 @@ def test_the_run_learned(run):
 def test_the_summary(run):
     best = lines(run)[-1]["metrics"]["val/accuracy"]
     assert json.loads((run / "summary.json").read_text()) == {
-        "params_trainable": 1638,
-        "params_frozen": 0,
+        "params/trainable": 1638,
+        "params/frozen": 0,
         "samples/train": 1205,
         "samples/val": 296,
         "val/accuracy/best": best,

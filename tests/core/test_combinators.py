@@ -301,7 +301,7 @@ def test_memory_and_declarations_pass_through_every_adverb():
     assert dict(outer.init(TrainState())) == {"inner": 1, "outer": 2}
     assert (outer.produces, outer.consumes) == ((), ("b", "c"))
     best = BestMetricCallback(every_n_epochs=1, metric_key="val/loss", optional_target_metric_keys=("x",))
-    assert on(AfterEpoch)(best).uses == compose(best).uses == ("x",)
+    assert on(AfterEpoch)(best).uses == compose(best).uses == ("nonfinite", "x")
 
 
 def test_a_reducer_in_an_adverb_is_called_as_one():

@@ -196,7 +196,7 @@ def test_lines_are_aligned_and_short(console):
     made.scalars(LogScalars({"a": torch.tensor(1 / 3), "b": 12345678, "c": "x"}), at(3, epoch=1), AfterEpoch())
     assert [line.rstrip() for line in shown()] == [
         "E1_U3_S12          hello [bold]you[/bold]",
-        "E1_U3_S12          a 0.333333  b 1.23457e+07  c x",
+        "E1_U3_S12          a  0.33333     b  12345678    c  x",
     ]
 
 
@@ -253,11 +253,12 @@ def test_a_run_directory_routes_every_effect(tmp_path, capsys):
     ]
     run.interpreter(effects, state, AfterUpdate(samples=4))
     run.close()
-    first, second = read(tmp_path / "run/metrics.jsonl")
-    assert first["metrics"]["memory"] > 1_000_000
-    assert second["metrics"] == {"loss": 0.5}
+    (line,) = read(tmp_path / "run/metrics.jsonl")  # one for the event, what was measured with what was logged
+    assert line["metrics"].pop("memory") > 1_000_000
+    assert line["metrics"] == {"loss": 0.5}
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"best": 1}
     assert (tmp_path / "run/tensors/outputs/first.safetensors").is_file()
     assert (tmp_path / "run/checkpoints/latest").read_text() == "E0_U1_S4"
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in said] == ["hello", "memory", "loss"]
+    assert [line.split()[1] for line in said] == ["hello", "loss"]
+    assert " memory " in said[1]

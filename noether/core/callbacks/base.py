@@ -124,6 +124,16 @@ class CallbackBase:
         """Metric keys that it reads if they are current."""
         return ()
 
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """Those it produces that are current at every update, whatever its interval."""
+        return ()
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """Fields of `AfterUpdate` that it needs and that cost the loop something, such as `grad_norm`."""
+        return ()
+
     def listens(self, event_type: type[Event]) -> bool:
         """Return whether it fills in the hook for events of this type."""
         return self.fills_in(HOOKS.get(event_type, "__call__"), CallbackBase)

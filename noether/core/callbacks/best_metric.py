@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from noether.core.callbacks.improvement import MetricWatcher, improves
+from noether.core.callbacks.improvement import MetricWatcher
 from noether.core.effect import SetSummary
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import current, is_current, log
@@ -66,8 +66,8 @@ class BestMetricCallback(MetricWatcher):
 
     @property
     def uses(self) -> tuple[str, ...]:
-        """The targets that need not be there."""
-        return self.optional_target_metric_keys
+        """The targets that need not be there, and whether the update was finite."""
+        return (*super().uses, *self.optional_target_metric_keys)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return no best yet."""
@@ -76,7 +76,7 @@ class BestMetricCallback(MetricWatcher):
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Compare, remember, and log the best."""
         value, memory = current(state, self.metric_key), self.memory(state)
-        if improves(value, memory["best"], self.direction):
+        if self.improves(state, value, memory["best"]):
             memory = FrozenDict(best=value, at=str(state.iteration), targets=self._targets(state))
             state = state.remember(self.name, memory)
         if memory["best"] is None:

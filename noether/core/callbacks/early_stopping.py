@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final
 
-from noether.core.callbacks.improvement import MetricWatcher, improves, min_delta_problem
+from noether.core.callbacks.base import CallbackBase
+from noether.core.callbacks.improvement import MetricWatcher, min_delta_problem
 from noether.core.effect import LogText
-from noether.core.errors import one_of, whole
+from noether.core.errors import Problem, one_of, refuse, whole
 from noether.core.metrics import current
 from noether.core.tree import FrozenDict
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
-    from noether.core.errors import Problem
-    from noether.core.event import Event
+    from noether.core.event import AfterEpoch, AfterUpdate, Event
     from noether.core.gate import Interval
     from noether.core.state import Memory, TrainState
 
@@ -82,7 +82,7 @@ class MetricEarlyStopping(MetricWatcher):
         value, memory = current(state, self.metric_key), self.memory(state)
         if math.isnan(value) and self.nan == "raise":
             raise FloatingPointError(f"{self.metric_key} is NaN at {state.iteration}; to go on, set nan: count")
-        if improves(value, memory["best"], self.direction, self.min_delta):
+        if self.improves(state, value, memory["best"], self.min_delta):
             return state.remember(self.name, FrozenDict(best=value, since=0)), ()
         since = memory["since"] + 1
         state = state.remember(self.name, FrozenDict({**memory, "since": since}))
@@ -96,3 +96,75 @@ class MetricEarlyStopping(MetricWatcher):
             return None
         beyond = "a number" if best is None else f"{self.direction} than {best:.6g}"
         return f"{self.metric_key} has not been {beyond} for {since} of {self.tolerance} firings"
+
+
+@final
+class FixedUpdateEarlyStopping(CallbackBase):
+    """Stops training at a fixed point, however long the run is configured to be.
+
+    Args:
+        stop_at_epoch: Epochs after which it stops, >= 1.
+        stop_at_update: Updates after which it stops, >= 1.
+        stop_at_sample: Samples after which it stops, >= 1; exactly one of the three is given.
+
+    Raises:
+        SettingsError: If not exactly one is given, or it is not a whole number >= 1.
+
+    ```yaml
+    - kind: noether.core.callbacks.FixedUpdateEarlyStopping
+      stop_at_update: 10000
+    ```
+
+    Example:
+        >>> from noether import AfterUpdate, TrainState
+        >>> stopping = FixedUpdateEarlyStopping(stop_at_sample=10)
+        >>> state, effects = stopping(TrainState().advance(samples=12), AfterUpdate(samples=12))
+        >>> state.stop
+        'stop_at_sample: 10 is reached'
+    """
+
+    stop_at_epoch: int | None = None
+    stop_at_update: int | None = None
+    stop_at_sample: int | None = None
+
+    def __post_init__(self) -> None:
+        refuse(self._problems())
+
+    def _problems(self) -> Iterator[Problem | None]:
+        given = [name for name in _STOPS if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = f"{' and '.join(given)} are given" if given else "no point is given"
+            yield Problem(given[-1] if given else "", f"{said}; give exactly one of {', '.join(_STOPS)}")
+        yield from (whole(name, getattr(self, name)) for name in given)
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """Nothing: it stops."""
+        return ()
+
+    def distinction(self) -> tuple[str, ...]:
+        """Return where it stops."""
+        return tuple(f"{name}={value}" for name in _STOPS if (value := getattr(self, name)) is not None)
+
+    def after_update(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+        """Stop where updates or samples are reached."""
+        return self._stopped(state)
+
+    def after_epoch(self, state: TrainState, event: AfterEpoch) -> tuple[TrainState, Effects]:
+        """Stop where epochs are reached."""
+        return self._stopped(state)
+
+    def _stopped(self, state: TrainState) -> tuple[TrainState, Effects]:
+        for setting, counter in _STOPS.items():
+            point = getattr(self, setting)
+            if point is not None and getattr(state.iteration, counter) >= point and state.stop is None:
+                reason = f"{setting}: {point} is reached"
+                return state.stopped(reason), (LogText(f"stopping: {reason}"),)
+        return state, ()
+
+
+_STOPS: Final = {"stop_at_epoch": "epoch", "stop_at_update": "update", "stop_at_sample": "sample"}
+
+MetricEarlyStopper = MetricEarlyStopping
+FixedEarlyStopper = FixedUpdateEarlyStopping
+"""The names that the class-based framework gives them."""

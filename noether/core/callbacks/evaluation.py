@@ -55,6 +55,10 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def _metrics(self) -> Mapping[str, str | MetricFunction]:
         return {}
 
+    @property
+    def _output_patterns(self) -> tuple[str, ...]:
+        return ()
+
     def process_data(
         self, state: TrainState, batch: Any, forward: Callable[..., Any]
     ) -> Mapping[str, torch.Tensor | Mean]:
@@ -65,6 +69,8 @@ class _Evaluation(PeriodicDataIteratorCallback):
             results |= {f"loss/{name}": Mean(loss) for name, loss in losses.items()}
         for name, metric in self._metrics.items():
             results |= _measured(name, _function(metric)(outputs, batch))
+        if self._output_patterns:
+            results |= _matching(outputs, self._output_patterns)
         return results
 
     def process_results(
@@ -96,7 +102,8 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def produces(self) -> tuple[str, ...]:
         """The keys of its losses and metrics."""
         losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._losses else ()
-        return (*losses, *(self.key(name) for name in self._metrics))
+        outputs = (f"*{pattern}*" for pattern in self._output_patterns)
+        return (*losses, *(self.key(name) for name in (*self._metrics, *outputs)))
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -112,6 +119,8 @@ class OfflineLossCallback(_Evaluation):
 
     Args:
         dataset_key: Which dataset to evaluate.
+        output_patterns_to_log: Outputs of the model whose mean is logged beside the losses as `{dataset}/{output}`, by
+            a part of their name.
         batch_size: Samples in a batch, >= 1; None takes the trainer's.
         weights: Whose weights to evaluate, such as `ema=0.999`.
         every_n_epochs: Epochs between runs, >= 1.
@@ -129,9 +138,15 @@ class OfflineLossCallback(_Evaluation):
         ('loss/val/*', 'lossdiff/val/*')
     """
 
+    output_patterns_to_log: tuple[str, ...] = ()
+
     @property
     def _losses(self) -> bool:
         return True
+
+    @property
+    def _output_patterns(self) -> tuple[str, ...]:
+        return self.output_patterns_to_log
 
 
 @final
@@ -244,6 +259,16 @@ def _measured(name: str, value: torch.Tensor) -> dict[str, torch.Tensor | Mean]:
         raise ValueError(f"metric {name!r} returned shape {tuple(value.shape)}; {_RIGHT}")
     # Values of samples are summed, so that their mean does not depend on how they were batched.
     return {f"sum/{name}": value.double().sum(), f"count/{name}": torch.tensor(len(value))}
+
+
+def _matching(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:
+    """Return the mean over the batch of each output with a name that holds one of `patterns`."""
+    if not isinstance(outputs, Mapping):
+        raise TypeError(
+            f"output_patterns_to_log needs a model that returns a dict; it returns {type(outputs).__name__}"
+        )
+    chosen = [name for name in outputs if any(pattern in name for pattern in patterns)]
+    return {f"metric/{name}": Mean(torch.as_tensor(outputs[name]).double().mean()) for name in chosen}
 
 
 def _check_count(name: str, count: int, samples: int) -> None:

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.errors import Problem, nearest, one_of
+from noether.core.metrics import is_current
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from noether.core.state import TrainState
+
 Mode = Literal["higher", "lower"]
 MODES: Final = ("higher", "lower")
+
+NONFINITE: Final = "nonfinite"
+"""Metric that is current where the update was not finite; `NanGuardCallback` produces it."""
 
 HIGHER: Final = frozenset({"accuracy", "f1", "auc", "iou", "psnr", "r2"})
 LOWER: Final = frozenset({"loss", "error", "rmse", "mse", "mae", "perplexity"})
@@ -99,6 +105,17 @@ class MetricWatcher(PeriodicCallback):
         assert direction is not None  # noqa: S101  # refused at construction
         return direction
 
+    def improves(self, state: TrainState, value: float, best: float | None, min_delta: float = 0.0) -> bool:
+        """Return whether `value` is an improvement; after an update that was not finite nothing is.
+
+        Args:
+            state: Tells of such an update by a current metric `nonfinite`, as `NanGuardCallback` logs it.
+            value: The metric.
+            best: Its best value so far, or None.
+            min_delta: By how much it has to be better.
+        """
+        return not is_current(state, NONFINITE) and improves(value, best, self.direction, min_delta)
+
     def distinction(self) -> tuple[str, ...]:
         """Return interval and metric."""
         return (*super().distinction(), self.metric_key)
@@ -107,3 +124,8 @@ class MetricWatcher(PeriodicCallback):
     def consumes(self) -> tuple[str, ...]:
         """The metric that it watches."""
         return (self.metric_key,)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Whether the update was finite, where somebody watches over that."""
+        return (NONFINITE,)

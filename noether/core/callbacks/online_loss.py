@@ -29,6 +29,7 @@ class OnlineLossCallback(PeriodicCallback):
 
     Args:
         nan: What to do where an applied update's loss makes the mean NaN: `raise` or `log`.
+        verbose: Whether the losses are shown on the console, too.
         every_n_epochs: Epochs between runs, >= 1.
         every_n_updates: Updates between runs, >= 1.
         every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
@@ -50,6 +51,7 @@ class OnlineLossCallback(PeriodicCallback):
     """
 
     nan: Literal["raise", "log"] = "raise"
+    verbose: bool = True
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings."""
@@ -87,7 +89,7 @@ class OnlineLossCallback(PeriodicCallback):
             for key, mean in means.items():
                 _refuse_nan(key, mean, state)
         state = state.remember(self.name, self.init(state)[self.name])
-        return log(state, event, means) if means else (state, ())
+        return log(state, event, means, quiet=not self.verbose) if means else (state, ())
 
 
 def _weighted(loss: float | torch.Tensor, samples: int) -> torch.Tensor:

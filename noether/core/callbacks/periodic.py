@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
+from noether.core.averages import averaged, memory_of
 from noether.core.callbacks.base import HOOKS, CallbackBase
 from noether.core.errors import Problem, nearest, refuse, whole
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, Event
@@ -230,6 +231,11 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         """Return the metric key for `metric` on this dataset and these weights, such as `val/accuracy`."""
         return "/".join((self.dataset_key, metric, *((self.weights,) if self.weights else ())))
 
+    @property
+    def consumes(self) -> tuple[str, ...]:
+        """The weights that it evaluates, if not those in training."""
+        return () if self.weights is None else (memory_of(self.weights),)
+
     def process_data(
         self, state: TrainState, batch: Any, forward: Callable[..., Any]
     ) -> Mapping[str, torch.Tensor | Mean]:
@@ -258,7 +264,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Iterate the dataset, and hand on the results."""
-        evaluated = self._with_weights(state)
+        evaluated = state if self.weights is None else averaged(state, self.weights)
         collected = _Collected()
         for batch in self._batches(event):
             collected.add(self.process_data(evaluated, batch, event.run.forward), event.run.batch_size(batch))
@@ -282,15 +288,6 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
             )
         rebatched: Iterable[Any] = data.batched(self.batch_size)
         return rebatched
-
-    def _with_weights(self, state: TrainState) -> TrainState:
-        if self.weights is None:
-            return state
-        averages = state.callback_states.get(f"weights/{self.weights}")
-        if averages is None:
-            known = [name.removeprefix("weights/") for name in state.callback_states if name.startswith("weights/")]
-            raise KeyError(f"{self.name}: no weights {self.weights!r}; there are: {', '.join(known) or 'none'}")
-        return state.replace(params=averages["params"], buffers=averages["buffers"])
 
 
 def _does_nothing(kind: type, hook: str) -> Problem:

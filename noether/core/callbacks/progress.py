@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.duration import clock
 from noether.core.effect import LogText
 from noether.core.iteration import COUNTERS
 from noether.core.tree import FrozenDict
@@ -110,18 +111,14 @@ def _timed(memory: Mapping[str, float]) -> str:
         if memory["since_updates"]
         else "no update"
     )
-    return f"{pace}  last {_clock(memory['since_s'])}  total {_clock(memory['total_s'])}"
+    return f"{pace}  last {clock(memory['since_s'])}  total {clock(memory['total_s'])}"
 
 
 def _ahead(left_s: float | None, time_s: float) -> str:
     if left_s is None:
         return "left unknown"
     end = datetime.fromtimestamp(time_s + left_s, tz=UTC)
-    return f"left {_clock(left_s)}  ends {end:%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=int(seconds)))
+    return f"left {clock(left_s)}  ends {end:%Y-%m-%d %H:%M:%S} UTC"
 
 
 Progress = ProgressCallback

@@ -1,0 +1,193 @@
+"""Exponential moving averages of the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import torch
+
+from noether.core.averages import memory_of
+from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.effect import SaveCheckpoint
+from noether.core.errors import Problem, nearest, refuse
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.event import AfterTraining, AfterUpdate, Event
+    from noether.core.gate import Interval
+    from noether.core.state import Memory, TrainState
+
+
+@final
+class EMACallback(PeriodicCallback):
+    """Keeps exponential moving averages of the weights, current at every update, and saves them.
+
+    After each update `average = factor * average + (1 - factor) * params`, from the params before training on; buffers
+    are copied. Updates that were skipped as non-finite do not count. `weights: ema=0.999` on a callback that iterates
+    data evaluates an average; the weights in training stay as they are. Every checkpoint holds the averages, so they
+    resume exactly; those that this callback saves hold an average in place of the weights, for inference.
+
+    Args:
+        target_factors: Decays, each in (0, 1) and given once; the closer to 1, the longer the memory.
+        model_paths: Sub-modules to average, by their path in the model; none, or null among them, stands for the whole.
+        save_weights: Whether to save the averages at the interval, and keep them, as checkpoints `TAG.ema=FACTOR`.
+        save_last_weights: Whether to save them after training; the pointer `last.ema=FACTOR` names them.
+        save_latest_weights: Whether to save them at the interval and keep the newest; the pointer is
+            `latest.ema=FACTOR`.
+        every_n_epochs: Epochs between saves, >= 1.
+        every_n_updates: Updates between saves, >= 1.
+        every_n_samples: Samples between saves, >= 1; exactly one of the three is given.
+
+    Raises:
+        SettingsError: If a factor is not in (0, 1), or a path leads to no parameter.
+
+    ```yaml
+    - kind: noether.core.callbacks.EMACallback
+      every_n_epochs: 10
+      target_factors: [0.99, 0.999]
+    - kind: noether.core.callbacks.MetricCallback
+      every_n_epochs: 1
+      dataset_key: val
+      metric: accuracy
+      weights: ema=0.999
+    ```
+
+    Example:
+        >>> from noether import AfterUpdate, TrainState
+        >>> ema = EMACallback(every_n_epochs=1, target_factors=(0.5,))
+        >>> state = TrainState(params={"w": torch.tensor(1.0)})
+        >>> state = state.replace(callback_states=ema.init(state), params={"w": torch.tensor(3.0)})
+        >>> state, _ = ema(state.advance(samples=8), AfterUpdate(samples=8))
+        >>> state.memory("weights/ema=0.5")["params"]["w"]
+        tensor(2.)
+    """
+
+    target_factors: tuple[float, ...]
+    model_paths: tuple[str | None, ...] = ()
+    save_weights: bool = True
+    save_last_weights: bool = True
+    save_latest_weights: bool = False
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        if not self.target_factors or len(set(self.target_factors)) < len(self.target_factors):
+            yield Problem("target_factors", f"{list(self.target_factors)} is not a list of different factors")
+        for index, factor in enumerate(self.target_factors):
+            if not _is_decay(factor):
+                yield Problem(f"target_factors.{index}", f"{factor!r} is not a number between 0 and 1, both excluded")
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """The averages, for callbacks with `weights`."""
+        return tuple(map(memory_of, self._averages))
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The same: they are current at every update."""
+        return self.produces
+
+    @property
+    def _averages(self) -> dict[str, float]:
+        return {self._name_of(factor): factor for factor in self.target_factors}
+
+    def _name_of(self, factor: float) -> str:
+        return f"ema={factor}" if self.id is None else f"{self.id}/ema={factor}"
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return averages that are copies of the weights.
+
+        Raises:
+            SettingsError: If one of `model_paths` leads to no parameter.
+        """
+        refuse(_lost(path, index, state.params) for index, path in enumerate(self.model_paths))
+        copies = {"params": self._chosen(state.params), "buffers": self._chosen(state.buffers)}
+        return {
+            memory_of(name): FrozenDict({what: _cloned(tensors) for what, tensors in copies.items()})
+            for name in self._averages
+        }
+
+    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+        """Move every average towards the weights."""
+        if event.skipped:
+            return state, ()
+        params, buffers = self._chosen(state.params), self._chosen(state.buffers)
+        for name, factor in self._averages.items():
+            memory = state.callback_states.get(memory_of(name))
+            if memory is None:  # called alone, without a reducer that fills in memory
+                memory = self.init(state)[memory_of(name)]
+            moved = FrozenDict(params=_moved(memory["params"], params, 1 - factor), buffers=_cloned(buffers))
+            state = state.remember(memory_of(name), moved)
+        return state, ()
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Ask for checkpoints of the averages."""
+        if not (self.save_weights or self.save_latest_weights):
+            return state, ()
+        return state, self._saves(state, "latest" if self.save_latest_weights else None, lasting=self.save_weights)
+
+    def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
+        """Ask for the last ones."""
+        state, effects = super().after_training(state, event)
+        if not self.save_last_weights:
+            return state, effects
+        return state, (*effects, *self._saves(state, "last", lasting=False))
+
+    def _saves(self, state: TrainState, pointer: str | None, *, lasting: bool) -> tuple[SaveCheckpoint, ...]:
+        return tuple(
+            SaveCheckpoint(
+                tag=f"{state.iteration}.{name.replace('/', '.')}",
+                optimizer=False,
+                weights_of=name,
+                models=tuple(path for path in self.model_paths if path is not None) if self._partial else (),
+                pointers=() if pointer is None else (f"{pointer}.{name.replace('/', '.')}",),
+                retention=FrozenDict({f"{self.name}/{name}": None if lasting else 0}),
+            )
+            for name in self._averages
+        )
+
+    @property
+    def _partial(self) -> bool:
+        return bool(self.model_paths) and None not in self.model_paths
+
+    def _chosen(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        if not self._partial:
+            return tensors
+        return {name: tensor for name, tensor in tensors.items() if _is_below(name, self.model_paths)}
+
+
+def _is_decay(factor: object) -> bool:
+    return isinstance(factor, float) and 0 < factor < 1
+
+
+def _is_below(name: str, paths: Iterable[str | None]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
+
+
+def _lost(path: str | None, index: int, params: Mapping[str, torch.Tensor]) -> Problem | None:
+    if path is None or any(_is_below(name, [path]) for name in params):
+        return None
+    modules = dict.fromkeys(
+        ".".join(name.split(".")[:depth]) for name in params for depth in range(1, name.count(".") + 1)
+    )
+    known = f"; the model has {', '.join(modules) or 'none'}{nearest(path, modules)}"
+    return Problem(f"model_paths.{index}", f"{path!r} is no sub-module with parameters{known}")
+
+
+def _cloned(tensors: Mapping[str, torch.Tensor]) -> FrozenDict:
+    return FrozenDict({name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def _moved(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], share: float) -> FrozenDict:
+    """Return the averages moved by `share` of the way to `params`; one call for all, and nothing is written to."""
+    if not averages:
+        return FrozenDict()
+    ordered = [params[name] for name in averages]
+    return FrozenDict(zip(averages, torch._foreach_lerp(list(averages.values()), ordered, share), strict=True))  # noqa: SLF001  # torch has no public name for it
+
+
+EmaCallback = EMACallback
+"""The name that the class-based framework gives it."""

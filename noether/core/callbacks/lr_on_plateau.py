@@ -1,0 +1,115 @@
+"""A lower learning rate where a metric stops improving."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from noether.core.callbacks.improvement import MetricWatcher, min_delta_problem
+from noether.core.effect import LogText
+from noether.core.errors import Problem, whole
+from noether.core.metrics import current
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.event import Event
+    from noether.core.gate import Interval
+    from noether.core.state import Memory, TrainState
+
+
+@final
+class ReduceLROnPlateauCallback(MetricWatcher):
+    """Multiplies the learning rate of all later updates by a factor when a metric has stopped improving.
+
+    It acts through `state.hyperparams["lr_scale"]`, by which the step multiplies what the schedule says. With
+    `tolerance` one more than its patience, it decides as `torch.optim.lr_scheduler.ReduceLROnPlateau` with absolute
+    threshold does.
+
+    Args:
+        metric_key: The metric to watch.
+        tolerance: Firings in a row without improvement after which it reduces, >= 1.
+        factor: What the learning rate is multiplied by, in (0, 1).
+        cooldown: Firings after a reduction during which nothing is counted, >= 0.
+        min_scale: Where `lr_scale` does not go below, in [0, 1].
+        min_delta: By how much a value has to be better to be an improvement, >= 0.
+        mode: `higher` or `lower`; left out, it is read from the key.
+        every_n_epochs: Epochs between runs, >= 1.
+        every_n_updates: Updates between runs, >= 1.
+        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+
+    Raises:
+        MetricError: If the metric is not current.
+
+    ```yaml
+    - kind: noether.core.callbacks.ReduceLROnPlateauCallback
+      every_n_epochs: 1
+      metric_key: loss/val/total
+      tolerance: 5
+      factor: 0.5
+    ```
+
+    Example:
+        >>> from noether import AfterEpoch, TrainState, log
+        >>> reduce = ReduceLROnPlateauCallback(every_n_epochs=1, metric_key="loss/val/total", tolerance=1, factor=0.5)
+        >>> state = TrainState()
+        >>> for loss in (0.3, 0.4):
+        ...     state, _ = log(state.next_epoch(), AfterEpoch(), {"loss/val/total": loss})
+        ...     state, _ = reduce(state, AfterEpoch())
+        >>> state.hyperparams["lr_scale"]
+        0.5
+    """
+
+    tolerance: int
+    factor: float = 0.1
+    cooldown: int = 0
+    min_scale: float = 0.0
+    min_delta: float = 0.0
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield what is wrong with the settings."""
+        yield from super().problems()
+        yield whole("tolerance", self.tolerance)
+        yield whole("cooldown", self.cooldown, at_least=0)
+        yield min_delta_problem(self.min_delta)
+        if not _is_number(self.factor) or not 0 < self.factor < 1:
+            yield Problem("factor", f"{self.factor!r} is not a number between 0 and 1, both excluded")
+        if not _is_number(self.min_scale) or not 0 <= self.min_scale <= 1:
+            yield Problem("min_scale", f"{self.min_scale!r} is not a number from 0 to 1")
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """Nothing: it acts."""
+        return ()
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return no best yet."""
+        return {self.name: FrozenDict(best=None, since=0, cooling=0)}
+
+    def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
+        """Compare, count, and reduce."""
+        value, memory = current(state, self.metric_key), self.memory(state)
+        improved = self.improves(state, value, memory["best"], self.min_delta)
+        best = value if improved else memory["best"]
+        since = 0 if improved or memory["cooling"] else memory["since"] + 1
+        reduces = since >= self.tolerance
+        cooling = self.cooldown if reduces else max(0, memory["cooling"] - 1)
+        counted = FrozenDict(best=best, since=0 if reduces else since, cooling=cooling)
+        state = state.remember(self.name, counted)
+        return self._reduced(state, best) if reduces else (state, ())
+
+    def _reduced(self, state: TrainState, best: float | None) -> tuple[TrainState, Effects]:
+        before = state.hyperparams["lr_scale"]
+        after = max(before * self.factor, self.min_scale)
+        if after >= before:
+            return state, ()
+        beyond = "a number" if best is None else f"{self.direction} than {best:.6g}"
+        reason = f"{self.metric_key} has not been {beyond} for {self.tolerance} firings"
+        text = f"learning rate times {after / before:.6g}: {reason}"
+        hyperparams = FrozenDict({**state.hyperparams, "lr_scale": after})
+        return state.replace(hyperparams=hyperparams), (LogText(text),)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,139 @@
+"""What is to be known of a run before it begins: the sizes of model and data, and the configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+from noether.core.callbacks.base import CallbackBase
+from noether.core.effect import LogText, SetSummary
+from noether.core.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from noether.core.callback import Effects
+    from noether.core.event import BeforeTraining
+    from noether.core.run import Run
+    from noether.core.state import TrainState
+
+
+class _Summarizing(CallbackBase):
+    """Before training, puts facts into the summary."""
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """Nothing: facts are no metrics."""
+        return ()
+
+    def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
+        """Return the facts, as text and for the summary."""
+        facts = self.facts(state, event.run)
+        text = "\n".join(f"{name:<{max(map(len, facts))}}  {value}" for name, value in facts.items())
+        return state, (*((LogText(text),) if self.told else ()), SetSummary(FrozenDict(facts)))
+
+    @property
+    def told(self) -> bool:
+        """Whether the facts are short enough to be written on the console."""
+        return True
+
+    def facts(self, state: TrainState, run: Run) -> Mapping[str, Any]:
+        """Return what goes into the summary, by key."""
+        return {}
+
+
+@final
+class ParamCountCallback(_Summarizing):
+    """Puts the number of parameters into the summary: `params/trainable`, `params/frozen`, and of each sub-module.
+
+    ```yaml
+    - kind: noether.core.callbacks.ParamCountCallback
+    ```
+
+    Example:
+        >>> import torch
+        >>> from noether import BeforeTraining, Run, TrainState
+        >>> state = TrainState(params={"body.weight": torch.zeros(3, 2), "head.weight": torch.zeros(2)})
+        >>> _, effects = ParamCountCallback()(state, BeforeTraining(run=Run(frozen=frozenset({"body.weight"}))))
+        >>> print(effects[0].text)
+        params/trainable       2
+        params/frozen          6
+        params/body/trainable  0
+        params/body/frozen     6
+        params/head/trainable  2
+        params/head/frozen     0
+    """
+
+    def facts(self, state: TrainState, run: Run) -> Mapping[str, Any]:
+        """Return the counts."""
+        return param_counts(state.params, run.frozen)
+
+
+@final
+class DatasetStatsCallback(_Summarizing):
+    """Puts the number of samples of each dataset into the summary, as `samples/{dataset}`.
+
+    ```yaml
+    - kind: noether.core.callbacks.DatasetStatsCallback
+    ```
+
+    Example:
+        >>> import torch
+        >>> from noether import BeforeTraining, Run, TrainState
+        >>> run = Run(data={"val": [torch.zeros(4, 2), torch.zeros(3, 2)]})
+        >>> print(DatasetStatsCallback()(TrainState(), BeforeTraining(run=run))[1][0].text)
+        samples/val  7
+    """
+
+    def facts(self, state: TrainState, run: Run) -> Mapping[str, Any]:
+        """Return the counts."""
+        return dataset_lengths(run)
+
+
+@final
+class HyperparamsCallback(_Summarizing):
+    """Puts the resolved configuration into the summary, as `config`.
+
+    ```yaml
+    - kind: noether.core.callbacks.HyperparamsCallback
+    ```
+
+    Example:
+        >>> from noether import BeforeTraining, Run, TrainState
+        >>> run = Run(config={"optimizer": {"lr": 0.1}})
+        >>> HyperparamsCallback()(TrainState(), BeforeTraining(run=run))[1]
+        (SetSummary(values=FrozenDict({'config': {'optimizer': {'lr': 0.1}}})),)
+    """
+
+    @property
+    def told(self) -> bool:
+        """No: a configuration is long, and lies beside the summary."""
+        return False
+
+    def facts(self, state: TrainState, run: Run) -> Mapping[str, Any]:
+        """Return the configuration."""
+        return {"config": run.config}
+
+
+def param_counts(params: Mapping[str, torch.Tensor], frozen: frozenset[str]) -> dict[str, int]:
+    """Return the numbers of trainable and frozen parameters, in all and of each direct sub-module."""
+    counts = {"params/trainable": 0, "params/frozen": 0}
+    for name, tensor in params.items():
+        module, _, rest = name.partition(".")
+        for owner in ("params", f"params/{module}") if rest else ("params",):
+            counts.setdefault(f"{owner}/trainable", 0)
+            counts.setdefault(f"{owner}/frozen", 0)
+            counts[f"{owner}/{'frozen' if name in frozen else 'trainable'}"] += tensor.numel()
+    return counts
+
+
+def dataset_lengths(run: Run) -> dict[str, int]:
+    """Return the number of samples of each dataset of a run."""
+    return {f"samples/{key}": _samples(data, run) for key, data in run.data.items()}
+
+
+def _samples(data: Any, run: Run) -> int:
+    if isinstance(data, (list, tuple)):  # of batches
+        return sum(map(run.batch_size, data))
+    return len(getattr(data, "dataset", data))  # a loader's own length is that of its batches

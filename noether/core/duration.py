@@ -1,0 +1,13 @@
+"""Durations as a person reads them."""
+
+from datetime import timedelta
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as `h:mm:ss`, whole seconds.
+
+    Example:
+        >>> clock(3661.5)
+        '1:01:01'
+    """
+    return str(timedelta(seconds=int(seconds)))

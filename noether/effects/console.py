@@ -1,0 +1,144 @@
+"""What a person reads: aligned lines, and on a terminal a live display below them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from rich.console import Console as RichConsole
+
+from noether.core.event import AfterTraining, AfterUpdate
+from noether.effects.live import LiveProgress, described, is_live
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from noether.core.effect import LogScalars, LogText, ShowProgress
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+
+_QUIET_S: Final = 1.0
+_SILENCE_S: Final = 300.0
+_LABEL: Final = 18
+_WIDTH: Final = 120  # where there is no terminal to ask
+
+
+class Console:
+    """Writes lines for a person: texts as they come, metrics aligned; those of updates once a second at most.
+
+    After 300 s of silence the last lines are repeated, so that a watcher knows that the run lives; until training ends.
+
+    Args:
+        console: Where to write.
+    """
+
+    def __init__(self, console: RichConsole | None = None) -> None:
+        self._console = console or RichConsole(highlight=False, soft_wrap=True)
+        self._live = LiveProgress(self._console) if is_live(self._console) else None
+        self._written_s = -_QUIET_S
+        self._timer: threading.Timer | None = None
+
+    def text(self, effect: LogText, state: TrainState, event: Event) -> None:
+        """Write a text: the handler of `LogText`."""
+        self._write(_labelled(state, effect.text.splitlines() or [""]), event)
+
+    def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
+        """Write metrics in aligned columns: a handler of `LogScalars`."""
+        if isinstance(event, AfterUpdate):
+            # A loop that does not read the time has every line written.
+            if event.time_s and event.time_s - self._written_s < _QUIET_S:
+                return
+            self._written_s = event.time_s
+        shown = {key: value for key, value in effect.values.items() if key not in effect.quiet}
+        if shown:
+            self._write(_labelled(state, columns(_without_repeats(shown), self._width - _LABEL)), event)
+
+    def progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
+        """Show progress on the live display, or on a line where it is due: the handler of `ShowProgress`."""
+        if self._live is None:
+            if effect.due:
+                self._write(_labelled(state, [described(effect, state)]), event)
+        elif isinstance(event, AfterTraining):
+            self._live.stop()
+        else:
+            self._live.show(effect, state)
+
+    def close(self) -> None:
+        """Stop watching for silence, and take the live display away."""
+        self._cancel()
+        if self._live is not None:
+            self._live.stop()
+
+    @property
+    def _width(self) -> int:
+        return self._console.width if self._console.is_terminal else _WIDTH
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _write(self, lines: str, event: Event) -> None:
+        self._console.print(lines, markup=False)
+        self._cancel()
+        if not isinstance(event, AfterTraining):
+            # The timer does not keep the console alive: a loop that let go of its run has ended.
+            self._timer = threading.Timer(_SILENCE_S, _repeat, [weakref.ref(self), lines, event])
+            self._timer.daemon = True
+            self._timer.start()
+
+
+def _repeat(console: weakref.ref[Console], lines: str, event: Event) -> None:
+    alive = console()
+    if alive is not None:
+        alive._write(lines, event)  # noqa: SLF001  # the console's own timer
+
+
+def columns(metrics: Mapping[str, Any], width: int) -> list[str]:
+    r"""Return metrics as lines of aligned columns, read downwards; as many columns as fit into `width` characters.
+
+    Example:
+        >>> print(*columns({"loss/val/mse": 0.25, "val/accuracy": 0.5, "optim/lr": 1e-3}, width=60), sep="|\n")
+        loss/val/mse  0.25    optim/lr      0.001|
+        val/accuracy  0.5
+    """
+    names, values = list(metrics), [_short(value) for value in metrics.values()]
+    name_width, value_width = max(map(len, names)), max(map(len, values))
+    cells = [f"{name:<{name_width}}  {value:<{value_width}}" for name, value in zip(names, values, strict=True)]
+    count = max(1, (width + len(_GAP)) // (len(cells[0]) + len(_GAP)))
+    rows = -(-len(cells) // count)
+    by_column = (cells[at : at + rows] for at in range(0, len(cells), rows))
+    return [_GAP.join(row).rstrip() for row in zip_longest(*by_column, fillvalue="")]
+
+
+_GAP: Final = "    "
+
+
+def _labelled(state: TrainState, lines: Sequence[str]) -> str:
+    labels = (str(state.iteration) if number == 0 else "" for number in range(len(lines)))
+    return "\n".join(f"{label:<{_LABEL}} {line}" for label, line in zip(labels, lines, strict=True))
+
+
+def _without_repeats(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics without the total of a single loss, which is that loss again."""
+    return {key: value for key, value in metrics.items() if not _is_repeated(key, metrics)}
+
+
+def _is_repeated(key: str, metrics: Mapping[str, Any]) -> bool:
+    before, total, after = f"/{key}/".rpartition("/total/")
+    if not total:
+        return False
+    parts = [
+        name
+        for name in metrics
+        if name != key and f"/{name}/".startswith(f"{before}/") and f"/{name}/".endswith(f"/{after}")
+    ]
+    alone = len(parts) == 1 and parts[0].count("/") == key.count("/")
+    return alone and _short(metrics[parts[0]]) == _short(metrics[key])
+
+
+def _short(value: Any) -> str:
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
