@@ -12,8 +12,9 @@ from rich.table import Table
 from noether.cli.running import handled, resumed_config
 from noether.config import ConfigError
 from noether.config.errors import Located, Place
+from noether.core.averages import averaged
 from noether.core.dispatch import dispatch
-from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary
+from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
 from noether.core.event import AtEval
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.files import replace_text
@@ -24,14 +25,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from noether.core.state import TrainState
     from noether.effects.manifest import Manifest
 
 
-def evaluate(run_dir: Path, checkpoint: str, settings: Sequence[str], allow: Sequence[str]) -> None:
+def evaluate(
+    run_dir: Path, checkpoint: str, weights: str | None, settings: Sequence[str], allow: Sequence[str]
+) -> None:
     """Print what the data iterators of a run measure at a checkpoint, and keep it in `eval/TAG.json`.
 
+    With `weights` they evaluate those that a callback kept, such as `ema=0.999`, and it is `eval/TAG.ema=0.999.json`.
+
     Raises:
-        ConfigError: If `run_dir` is not a run, or has no such checkpoint.
+        ConfigError: If `run_dir` is not a run, or has no such checkpoint, or that no such weights.
         CheckpointError: If the checkpoint is damaged.
     """
     config = resumed_config(run_dir, settings, allow)
@@ -43,10 +49,14 @@ def evaluate(run_dir: Path, checkpoint: str, settings: Sequence[str], allow: Seq
     store = CheckpointStore(run_dir / "checkpoints", experiment.run.run_id)
     manifest = _found(store, checkpoint)
     state = experiment.to_device(store.load(manifest))
+    name = manifest.tag
+    if weights is not None:
+        state = _weighted(state, weights)
+        name = f"{name}.{weights.replace('/', '.')}"
     metrics: dict[str, Any] = {}
     dispatch(state, AtEval(run=experiment.run), experiment.reducer, handled(config, _collecting(metrics)))
-    _keep(run_dir / "eval" / f"{manifest.tag}.json", metrics)
-    _show(manifest.tag, metrics)
+    _keep(run_dir / "eval" / f"{name}.json", metrics)
+    _show(name, metrics)
 
 
 def _found(store: CheckpointStore, checkpoint: str) -> Manifest:
@@ -56,11 +66,18 @@ def _found(store: CheckpointStore, checkpoint: str) -> Manifest:
         raise ConfigError([Located(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
 
 
+def _weighted(state: TrainState, weights: str) -> TrainState:
+    try:
+        return averaged(state, weights)
+    except KeyError as error:
+        raise ConfigError([Located(Place(f"--weights {weights}"), (), str(error.args[0]))]) from error
+
+
 def _collecting(metrics: dict[str, Any]) -> Interpreter:
     def collect(effect: LogScalars, _state: object, _event: object) -> None:
         metrics.update({key: plain(value) for key, value in effect.values.items()})
 
-    ignored = (LogText, SetSummary, SaveTensors, MeasurePeakMemory)
+    ignored = (LogText, SetSummary, SaveTensors, MeasurePeakMemory, ShowProgress)
     return Interpreter({LogScalars: [collect], **dict.fromkeys(ignored, ())})
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -63,14 +64,17 @@ def train(  # one parameter per option
 @main.command("eval")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--checkpoint", default="latest", show_default=True, metavar="TAG", help="A tag, or a pointer's name.")
+@click.option("--weights", metavar="NAME", help="Whose weights, e.g. ema=0.999; by default those in training.")
 @_SET
 @_ALLOW
-def evaluate(run_dir: Path, checkpoint: str, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
+def evaluate(
+    run_dir: Path, checkpoint: str, weights: str | None, settings: tuple[str, ...], allow: tuple[str, ...]
+) -> None:
     """Evaluate a checkpoint of the run in RUN_DIR with the data iterators among its callbacks."""
     from noether.cli import evaluating
 
     with _refusals():
-        evaluating.evaluate(run_dir, checkpoint, settings, allow)
+        evaluating.evaluate(run_dir, checkpoint, weights, settings, allow)
 
 
 @main.command()
@@ -113,11 +117,31 @@ def _refusals() -> Iterator[None]:
         UnhandledEffectError,
     )
     try:
-        yield
+        with _warnings_as_lines():
+            yield
     except ConfigError as error:
         raise _Failure(error, _CONFIG_ERROR) from error
     except mendable as error:
         raise _Failure(error, 1) from error
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show what a configuration is warned of as a line on the standard error, each once; other warnings as ever."""
+    from noether.config.compatibility import ConfigWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", ConfigWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, ConfigWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                others(message, category, *place)
+
+        warnings.showwarning = show  # type: ignore[assignment]  # Python's own way in, called with these by position
+        yield
 
 
 class _Failure(click.ClickException):

@@ -68,37 +68,6 @@ class Role:
     given: tuple[str, ...] = ()
 
 
-@final
-@dataclass(frozen=True)
-class Gated:
-    """A callback that is a value already, as a thing to be made: the interval beside it in YAML becomes its gate."""
-
-    callback: Callable[..., Any]
-
-    def __call__(
-        self,
-        *,
-        every_n_epochs: int | None = None,
-        every_n_updates: int | None = None,
-        every_n_samples: int | None = None,
-        at_end: bool = False,
-    ) -> Any:
-        """Return the callback, behind the gate of an interval if there is one."""
-        import noether
-
-        intervals = {
-            "every_n_epochs": every_n_epochs,
-            "every_n_updates": every_n_updates,
-            "every_n_samples": every_n_samples,
-        }
-        chosen = [(name, value) for name, value in intervals.items() if value is not None]
-        if len(chosen) > 1:
-            raise RefusedError(f"{' and '.join(name for name, _ in chosen)} are given; expected one of them, or none")
-        if not chosen and at_end:
-            raise RefusedError("at_end needs an interval: every_n_epochs, every_n_updates or every_n_samples")
-        return getattr(noether, chosen[0][0])(chosen[0][1], at_end=at_end)(self.callback) if chosen else self.callback
-
-
 def resolve(path: object, role: Role, allow: Sequence[str] = ()) -> Any:
     """Return the object at a dotted path, if it may be imported and fits the role.
 
@@ -268,7 +237,9 @@ def is_callback(target: object) -> bool:
     if isinstance(target, type):
         return dataclasses.is_dataclass(target) and "__call__" in dir(target)
     try:
-        inspect.signature(target).bind("state", "event")  # type: ignore[arg-type]  # what cannot be called raises
+        signature = inspect.signature(target)  # type: ignore[arg-type]  # what cannot be called raises
+        taken = [each for each in signature.parameters.values() if each.kind is not each.KEYWORD_ONLY]  # its settings
+        signature.replace(parameters=taken).bind("state", "event")
     except (TypeError, ValueError):
         return False
     return not _makes(target, type(None))
@@ -280,7 +251,9 @@ DATASET = Role(
 )
 OPTIMIZER = Role("an optimizer", _is_optimizer, "a subclass of torch.optim.Optimizer", given=("params",))
 CALLBACK = Role(
-    "a callback", is_callback, "a subclass of CallbackBase, or a function (state, event) -> (state, effects)"
+    "a callback",
+    is_callback,
+    "a subclass of CallbackBase, or a function (state, event) -> (state, effects)",
 )
 FUNCTION = Role("a function", _is_function, "something to call that is not a class")
 EFFECT = Role("a type of effect", lambda target: isinstance(target, type), "a class")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_origin
 
 from cattrs.errors import ClassValidationError
 
+from noether.config.compatibility import ConfigWarning, translated
 from noether.config.errors import ConfigError, Located
-from noether.config.kinds import CALLBACK, FUNCTION, OPTIMIZER, Gated, Kind, Role, resolve
+from noether.config.functions import FunctionCallback
+from noether.config.kinds import CALLBACK, FUNCTION, OPTIMIZER, Kind, Role, resolve
 from noether.config.schema import ENDS, INTERVALS, Callback, Config, EvaluateSettings, Metric, OptimizerSettings
 from noether.config.source import overridden, read
 from noether.config.structure import RefusedError, arguments, construct, converter, noted, parameters, structure
@@ -78,7 +81,7 @@ def load_callbacks(path: str | FilePath, allow: Sequence[str] = ()) -> Any:
 def config_converter(allow: Sequence[str], source: Source) -> Converter:
     """Return the strict converter that also knows the kinds and the sections that hold more than their fields."""
     made = converter()
-    kinds = _Kinds(made, tuple(allow))
+    kinds = _Kinds(made, tuple(allow), source)
     made.register_structure_hook(EvaluateSettings, lambda value, _: _evaluate(made, value))
     made.register_structure_hook(OptimizerSettings, lambda value, _: _optimizer(kinds, value))
     made.register_structure_hook(Config, lambda value, _: construct(made, Config, value, source=source))
@@ -93,6 +96,7 @@ class _Kinds:
 
     using: Converter
     allow: tuple[str, ...]
+    source: Source
 
     def role(self, value: object, kind: type, role: Role | str) -> object:
         if kind is Kind and isinstance(role, Role):
@@ -116,11 +120,21 @@ class _Kinds:
     def callback(self, value: object) -> Kind:
         """Return a callback, made once so that its constructor has judged the settings."""
         path, target, rest = self.split(value, CALLBACK)
-        target = target if isinstance(target, type) else Gated(target)
+        target = target if isinstance(target, type) else FunctionCallback(target)
         if "name" not in parameters(target):
             rest.pop("name", None)  # a label for the reader
+        if isinstance(target, type):
+            rest, ignored = translated(target, rest)
+            for problem in ignored:
+                self.warn(value, problem)
         construct(self.using, target, rest)
         return Kind(path, target, arguments(self.using, target, rest)[0])
+
+    def warn(self, callback: object, problem: Problem) -> None:
+        """Warn of a setting of one of the callbacks, with its place."""
+        listed = self.source.data.get("callbacks", [])
+        path = ("callbacks", next(index for index, each in enumerate(listed) if each is callback), problem.setting)
+        warnings.warn(str(Located(self.source.place(path), path, problem.message)), ConfigWarning, stacklevel=2)
 
     def split(self, value: object, role: Role) -> tuple[str, Any, dict[str, object]]:
         """Return the path in an entry, what it stands for, and the settings beside it."""

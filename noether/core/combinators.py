@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callback import declaration_of, init_of, label_of, listens
@@ -10,6 +10,7 @@ from noether.core.event import AfterUpdate, Event
 from noether.core.gate import Gate
 from noether.core.reducer import Reducer
 from noether.core.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -274,6 +275,35 @@ class Remembering(_Wrapper):
     def listens(self, event_type: type[Event]) -> bool:
         """Return whether its callback listens, or it tracks."""
         return super().listens(event_type) or (self.track is not None and event_type is AfterUpdate)
+
+
+@final
+@dataclass(frozen=True)
+class Bound(_Wrapper):
+    """Calls a function with settings: the keyword-only parameters that follow state and event."""
+
+    settings: Mapping[str, Any]
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return what the function returns."""
+        function: Callable[..., tuple[TrainState, Effects]] = self.callback
+        return function(state, event, **self.settings)
+
+
+def bound(callback: Callback, settings: Mapping[str, Any]) -> Callback:
+    """Return `callback` with settings for the function inside of its decorators.
+
+    Example:
+        >>> from noether import AfterEpoch, LogText, TrainState, every_n_epochs
+        >>> @every_n_epochs(1)
+        ... def greet(state, event, *, greeting="hello"):
+        ...     return state, (LogText(greeting),)
+        >>> bound(greet, {"greeting": "go on"})(TrainState().next_epoch(), AfterEpoch())[1]
+        (LogText(text='go on'),)
+    """
+    if isinstance(callback, _Wrapper):
+        return replace(callback, callback=bound(callback.callback, settings))
+    return Bound(callback, FrozenDict(settings))
 
 
 def _inner(callback: Callback) -> Callback:

@@ -31,11 +31,15 @@ def save(*, weights, optimizer, keep, pointers=("latest",), models=()):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"save_weights": True}, save(weights=True, optimizer=False, keep=None)),
-        ({"save_optim": True}, save(weights=False, optimizer=True, keep=None)),
+        ({}, save(weights=True, optimizer=False, keep=None)),
+        ({"save_optim": True}, save(weights=True, optimizer=True, keep=None)),
+        (
+            {"save_weights": False, "save_latest_weights": False, "save_optim": True},
+            save(weights=False, optimizer=True, keep=None),
+        ),
         ({"save_weights": True, "save_optim": True, "keep": 2}, save(weights=True, optimizer=True, keep=2)),
-        ({"save_latest_weights": True}, save(weights=True, optimizer=False, keep=0)),
-        ({"save_latest_weights": True, "save_latest_optim": True}, save(weights=True, optimizer=True, keep=0)),
+        ({"save_weights": False}, save(weights=True, optimizer=False, keep=0)),
+        ({"save_weights": False, "save_latest_optim": True}, save(weights=True, optimizer=True, keep=0)),
         ({"save_weights": True, "model_names": ("a",)}, save(weights=True, optimizer=False, keep=None, models=("a",))),
     ],
 )
@@ -73,7 +77,7 @@ def test_between_its_intervals_it_keeps_still():
             "c: 4 checkpoints of 6.00 MB will be written, 4 of them kept",
         ),
         (
-            {"save_latest_weights": True},
+            {"save_weights": False},
             TrainState(iteration=TrainingIteration(2, 4, 16)),
             "c: 2 checkpoints of 2.00 MB will be written, 1 of them kept",
         ),

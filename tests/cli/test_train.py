@@ -97,6 +97,10 @@ def test_the_summary(run):
     assert json.loads((run / "summary.json").read_text()) == {
         "params/trainable": 1638,
         "params/frozen": 0,
+        "params/features/trainable": 348,
+        "params/features/frozen": 0,
+        "params/head/trainable": 1290,
+        "params/head/frozen": 0,
         "samples/train": 1205,
         "samples/val": 296,
         "val/accuracy/best": best,
@@ -257,7 +261,7 @@ def test_a_module_of_the_users_by_the_installed_script(folder):
 
 def test_an_effect_that_nobody_handles_is_named(folder):
     output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=1)
-    handled = "LogText, LogScalars, SetSummary, SaveCheckpoint, SaveTensors, MeasurePeakMemory"
+    handled = "LogText, LogScalars, SetSummary, SaveCheckpoint, SaveTensors, ShowProgress, MeasurePeakMemory"
     assert output.splitlines()[-1] == (
         "Error: nobody handles the effect Ring; register it with interpreter.handling(Ring, handler). "
         f"Handled: {handled}"

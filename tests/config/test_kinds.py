@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from noether.config.kinds import CALLBACK, DATASET, FUNCTION, MODEL, OPTIMIZER, Gated, Kind, named, resolve
+from noether.config.functions import FunctionCallback
+from noether.config.kinds import CALLBACK, DATASET, FUNCTION, MODEL, OPTIMIZER, Kind, named, resolve
 from noether.config.structure import RefusedError
 
 pytestmark = pytest.mark.usefixtures("shop")
@@ -100,9 +101,9 @@ def test_a_kind_is_made_when_it_is_asked_for():
 
 def test_an_interval_beside_a_function_is_its_gate():
     say = resolve("shop.say", CALLBACK)
-    assert Gated(say)() is say
-    assert Gated(say)(every_n_epochs=2, at_end=True).gate.at_end
+    assert FunctionCallback(say)() is say
+    assert FunctionCallback(say)(every_n_epochs=2, at_end=True).gate.at_end
     with pytest.raises(RefusedError, match="every_n_epochs and every_n_updates are given"):
-        Gated(say)(every_n_epochs=2, every_n_updates=2)
+        FunctionCallback(say)(every_n_epochs=2, every_n_updates=2)
     with pytest.raises(RefusedError, match="at_end needs an interval"):
-        Gated(say)(at_end=True)
+        FunctionCallback(say)(at_end=True)

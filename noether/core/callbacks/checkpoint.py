@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, ClassVar, Final, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
@@ -11,7 +11,7 @@ from noether.core.errors import Problem, whole
 from noether.core.tree import FrozenDict, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, BeforeTraining, Event
@@ -33,7 +33,7 @@ class CheckpointCallback(PeriodicCallback):
         save_weights: Whether to save the weights and keep them.
         save_optim: Whether to save the optimizer and the run's state, and keep them.
         save_latest_weights: Whether to save the weights and keep those of the newest checkpoint only.
-        save_latest_optim: The same for the optimizer and the run's state. At least one of the four is set.
+        save_latest_optim: The same for the optimizer and the run's state. At least one of the four is true.
         model_names: Sub-modules whose weights to save, by their name in the model; none stands for all.
         keep: How many of the newest checkpoints stay, >= 1; None keeps all. Those that a pointer names, and the one
             resumed from, stay too.
@@ -59,9 +59,11 @@ class CheckpointCallback(PeriodicCallback):
         ('latest',)
     """
 
-    save_weights: bool = False
+    renamed: ClassVar[Mapping[str, str]] = {"model_name": "model_names"}
+
+    save_weights: bool = True
     save_optim: bool = False
-    save_latest_weights: bool = False
+    save_latest_weights: bool = True
     save_latest_optim: bool = False
     model_names: tuple[str, ...] = ()
     keep: int | None = None

@@ -1,0 +1,49 @@
+"""Settings under older names, and settings that have no meaning here: those of a class-based framework's YAML."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from noether.core.errors import Problem, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+class ConfigWarning(UserWarning):
+    """Something in a configuration has no effect."""
+
+
+def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return settings under the names that `target` gives them, and what was left out because it has no meaning.
+
+    Args:
+        target: A callback class; `renamed` and `meaningless` on it say which.
+        settings: As they were written. Null for a list is the same as leaving it out.
+
+    Raises:
+        SettingsError: If a setting is given under both of its names.
+
+    Example:
+        >>> from noether.core.callbacks import BestMetricCallback
+        >>> translated(BestMetricCallback, {"source_metric_key": "val/accuracy", "target_metric_keys": None})
+        ({'metric_key': 'val/accuracy'}, [])
+    """
+    renamed: Mapping[str, str] = getattr(target, "renamed", {})
+    meaningless: Mapping[str, str] = getattr(target, "meaningless", {})
+    lists = _lists(target)
+    kept: dict[str, Any] = {}
+    for written, value in settings.items():
+        name = renamed.get(written, written)
+        if name != written and name in settings:
+            raise SettingsError([Problem(written, f"is an older name of {name}, which is given too; leave it out")])
+        if written not in meaningless and not (value is None and name in lists):
+            kept[name] = [value] if name != written and name in lists and isinstance(value, str) else value
+    said = f"has no meaning for {target.__name__} and is left out"
+    return kept, [Problem(name, f"{said}: {why}") for name, why in meaningless.items() if name in settings]
+
+
+def _lists(target: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(target).parameters.values()
+    return {each.name for each in parameters if isinstance(each.default, tuple)}

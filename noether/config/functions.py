@@ -1,0 +1,73 @@
+"""Callbacks that are functions, as things to be made of settings."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+from noether.config.structure import RefusedError, parameters
+from noether.core.combinators import bound, every_n_epochs, every_n_samples, every_n_updates
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_GATES = {"every_n_epochs": every_n_epochs, "every_n_updates": every_n_updates, "every_n_samples": every_n_samples}
+
+
+@final
+@dataclass(frozen=True)
+class FunctionCallback:
+    """Makes a callback of a function: an interval becomes its gate, its keyword-only parameters are its settings.
+
+    Args:
+        function: `(state, event, *, setting, ...) -> (state, effects)`, decorated or not.
+
+    Example:
+        >>> from noether import AfterEpoch, LogText, TrainState
+        >>> def greet(state, event, *, greeting: str = "hello"):
+        ...     return state, (LogText(greeting),)
+        >>> callback = FunctionCallback(greet)(every_n_epochs=1, greeting="go on")
+        >>> callback(TrainState().next_epoch(), AfterEpoch())[1]
+        (LogText(text='go on'),)
+    """
+
+    function: Callable[..., Any]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The interval and the function's settings, with their types."""
+        gate = list(inspect.signature(type(self).__call__).parameters.values())[1:-1]
+        return inspect.Signature([*gate, *self._settings])
+
+    @property
+    def _settings(self) -> list[inspect.Parameter]:
+        own = parameters(inspect.unwrap(self.function))
+        return [
+            each for each in own.values() if each.kind is each.KEYWORD_ONLY and each.name not in (*_GATES, "at_end")
+        ]
+
+    def __call__(
+        self,
+        *,
+        every_n_epochs: int | None = None,
+        every_n_updates: int | None = None,
+        every_n_samples: int | None = None,
+        at_end: bool = False,
+        **settings: object,
+    ) -> Any:
+        """Return the callback with its settings, behind the gate of an interval if there is one."""
+        intervals = {
+            "every_n_epochs": every_n_epochs,
+            "every_n_updates": every_n_updates,
+            "every_n_samples": every_n_samples,
+        }
+        chosen = {name: value for name, value in intervals.items() if value is not None}
+        if len(chosen) > 1:
+            raise RefusedError(f"{' and '.join(chosen)} are given; expected one of them, or none")
+        if not chosen and at_end:
+            raise RefusedError("at_end needs an interval: every_n_epochs, every_n_updates or every_n_samples")
+        callback = bound(self.function, settings) if settings else self.function
+        for name, value in chosen.items():
+            callback = _GATES[name](value, at_end=at_end)(callback)
+        return callback
