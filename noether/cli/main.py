@@ -92,6 +92,20 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
         click.echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
 
 
+@main.command()
+@click.argument("kind", required=False)
+@_ALLOW
+def callbacks(kind: str | None, allow: tuple[str, ...]) -> None:
+    """List the known callbacks, or show settings, documentation and YAML of KIND: a name or a dotted path."""
+    from noether.cli import describing
+
+    with _refusals():
+        if kind is None:
+            describing.list_kinds()
+        else:
+            describing.show_kind(kind, allow)
+
+
 def _leave(exit_code: int) -> None:
     if exit_code:
         sys.exit(exit_code)

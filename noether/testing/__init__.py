@@ -1,5 +1,6 @@
 """What tests of callbacks and schedules are written with; `strategies` needs hypothesis."""
 
 from noether.testing.compare import same
+from noether.testing.purity import ImpureError, check_pure
 
-__all__ = ["same"]
+__all__ = ["ImpureError", "check_pure", "same"]

@@ -204,6 +204,13 @@ class EvaluateCallback(_Evaluation):
         every_n_updates: Updates between runs, >= 1.
         every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
 
+    ```yaml
+    - kind: noether.core.callbacks.EvaluateCallback
+      every_n_epochs: 1
+      dataset_key: val
+      measures: [loss, accuracy]
+    ```
+
     Example:
         >>> EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", "accuracy")).produces
         ('loss/val/*', 'lossdiff/val/*', 'val/accuracy')
