@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime as dt
+import inspect
 import random
 import sys
 import time
@@ -53,7 +54,7 @@ def check_pure(callback: Callback, state: TrainState, event: Event) -> tuple[Tra
     name = getattr(callback, "__name__", type(callback).__name__)
     fields, written = copy.deepcopy(_fields(state)), _writes(state)
     first = callback(state, event)  # what it imports on its first call reads files, and is nothing to hold against it
-    with _watching(name, sys.modules.get(getattr(callback, "__module__", ""))):
+    with _watching(name, sys.modules.get(getattr(inspect.unwrap(callback), "__module__", ""))):
         second = callback(state, event)
     if _writes(state) != written or not same(_fields(state), fields):
         raise ImpureError(f"{name} writes to the state that it is given; return a new one: state.replace(...)")

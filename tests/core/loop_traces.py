@@ -1,9 +1,5 @@
 """A loop without a model: the states and events of a run, as a real loop brings them about; and random callbacks."""
 
-# a callback takes a state and an event, whether or not it needs both
-
-# a callback takes a state and an event, whether or not it needs both
-
 import math
 from dataclasses import replace
 
