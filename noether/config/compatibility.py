@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from noether.core.errors import Problem, SettingsError
+from noether.core.errors import Problem, SettingsError, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple
     """Return settings under the names that `target` gives them, and what was left out because it has no meaning.
 
     Args:
-        target: A callback class; `renamed` and `meaningless` on it say which.
+        target: A callback class; `renamed`, `meaningless` and `elsewhere` on it say which.
         settings: As they were written. Null for a list is the same as leaving it out.
 
     Raises:
-        SettingsError: If a setting is given under both of its names.
+        SettingsError: If a setting is given under both of its names, or is done in another way here.
 
     Example:
         >>> from noether.core.callbacks import BestMetricCallback
@@ -32,6 +32,8 @@ def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple
     """
     renamed: Mapping[str, str] = getattr(target, "renamed", {})
     meaningless: Mapping[str, str] = getattr(target, "meaningless", {})
+    elsewhere: Mapping[str, str] = getattr(target, "elsewhere", {})
+    refuse(Problem(name, f"is no setting here: {how}") for name, how in elsewhere.items() if name in settings)
     lists = _lists(target)
     kept: dict[str, Any] = {}
     for written, value in settings.items():
@@ -41,7 +43,9 @@ def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple
         if written not in meaningless and not (value is None and name in lists):
             kept[name] = [value] if name != written and name in lists and isinstance(value, str) else value
     said = f"has no meaning for {target.__name__} and is left out"
-    return kept, [Problem(name, f"{said}: {why}") for name, why in meaningless.items() if name in settings]
+    return kept, [
+        Problem(name, f"{said}: {why}") for name, why in meaningless.items() if settings.get(name) is not None
+    ]
 
 
 def _lists(target: Callable[..., Any]) -> set[str]:

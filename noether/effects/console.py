@@ -54,7 +54,9 @@ class Console:
             self._written_s = event.time_s
         shown = {key: value for key, value in effect.values.items() if key not in effect.quiet}
         if shown:
-            self._write(_labelled(state, columns(_without_repeats(shown), self._width - _LABEL)), event)
+            self._write(
+                _labelled(state, columns(_without_repeats(dict(sorted(shown.items()))), self._width - _LABEL)), event
+            )
 
     def progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
         """Show progress on the live display, or on a line where it is due: the handler of `ShowProgress`."""
@@ -127,16 +129,13 @@ def _without_repeats(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_repeated(key: str, metrics: Mapping[str, Any]) -> bool:
-    before, total, after = f"/{key}/".rpartition("/total/")
-    if not total:
+    parts = key.split("/")
+    if "total" not in parts:
         return False
-    parts = [
-        name
-        for name in metrics
-        if name != key and f"/{name}/".startswith(f"{before}/") and f"/{name}/".endswith(f"/{after}")
-    ]
-    alone = len(parts) == 1 and parts[0].count("/") == key.count("/")
-    return alone and _short(metrics[parts[0]]) == _short(metrics[key])
+    place = parts.index("total")
+    others = [name.split("/") for name in metrics if name != key]
+    losses = [each for each in others if each[:place] == parts[:place] and each[place + 1 :] == parts[place + 1 :]]
+    return len(losses) == 1 and _short(metrics["/".join(losses[0])]) == _short(metrics[key])
 
 
 def _short(value: Any) -> str:

@@ -56,6 +56,8 @@ class CallbackBase:
     """Settings that YAML may give under an older name: that name, and the one they have."""
     meaningless: ClassVar[Mapping[str, str]] = {"batch_size": "it iterates no dataset"}
     """Settings that YAML written for other frameworks may hold, and why they have no effect; a warning says so."""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """Settings that YAML written for other frameworks may hold, and what to write instead; an error says so."""
 
     id: str | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 
@@ -64,6 +64,10 @@ class EMACallback(PeriodicCallback):
         >>> state.memory("weights/ema=0.5")["params"]["w"]
         tensor(2.)
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "eval_callbacks": "list those callbacks after this one, each with weights: ema=FACTOR"
+    }
 
     target_factors: tuple[float, ...]
     model_paths: tuple[str | None, ...] = ()

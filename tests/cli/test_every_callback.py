@@ -1,0 +1,206 @@
+"""Every callback at once in a real run: on a terminal, in a pipe, interrupted and resumed, evaluated with averages."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+
+import pytest
+from command import ENVIRONMENT, SMALL, command, contents, invoke, lines, noether, only_run, pointer, weights
+from safetensors.torch import load_file
+
+from noether.testing import same
+
+CALLBACKS = """\
+callbacks:
+  - {kind: noether.core.callbacks.NanGuardCallback, every_n_epochs: 1, tolerance: 3, action: rollback}
+  - {kind: noether.core.callbacks.EMACallback, every_n_epochs: 1, target_factors: [0.9, 0.5], save_weights: false}
+  - {kind: noether.core.callbacks.ParamCountCallback}
+  - {kind: noether.core.callbacks.DatasetStatsCallback}
+  - {kind: noether.core.callbacks.HyperparamsCallback}
+  - {kind: noether.core.callbacks.EtaCallback, every_n_updates: 20}
+  - {kind: noether.core.callbacks.ProgressCallback, every_n_updates: 20}
+  - {kind: noether.core.callbacks.LrCallback, every_n_epochs: 1}
+  - {kind: noether.core.callbacks.PeakMemoryCallback, every_n_epochs: 1}
+  - {kind: noether.core.callbacks.TrainTimeCallback, every_n_epochs: 1}
+  - {kind: noether.core.callbacks.GradNormCallback, every_n_epochs: 1}
+  - {kind: noether.core.callbacks.OnlineLossCallback, every_n_epochs: 1}
+  - {kind: noether.core.callbacks.OnlineLossCallback, every_n_updates: 10, verbose: false, batch_size: 4}
+  - {kind: noether.core.callbacks.OfflineLossCallback, every_n_epochs: 1, dataset_key: val, weights: ema=0.5}
+  - {kind: noether.core.callbacks.MetricCallback, every_n_epochs: 1,
+     dataset_key: val, metric: accuracy, weights: ema=0.9}
+  - {kind: noether.core.callbacks.BestMetricCallback, every_n_epochs: 1, source_metric_key: val/accuracy/ema=0.9}
+  - {kind: noether.core.callbacks.BestCheckpointCallback, every_n_epochs: 1, metric_key: val/accuracy, tolerances: [1]}
+  - {kind: noether.core.callbacks.CheckpointCallback, every_n_epochs: 1, save_optim: true}
+  - {kind: noether.core.callbacks.ReduceLROnPlateauCallback, every_n_epochs: 1, metric_key: val/accuracy, tolerance: 1}
+  - {kind: noether.core.callbacks.MetricEarlyStopping, every_n_epochs: 1, metric_key: val/accuracy, tolerance: 9}
+  - {kind: noether.core.callbacks.FixedUpdateEarlyStopping, stop_at_sample: 3000}
+"""
+EVERYTHING = SMALL.partition("callbacks:\n")[0].replace("max_epochs: 2", "max_epochs: 9") + CALLBACKS
+WARNED = (
+    "Warning: all.yaml:39: callbacks[12].batch_size: has no meaning for OnlineLossCallback and is left out: "
+    "it iterates no dataset\n"
+)
+END = "E2_U95_S3018"
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory):
+    """Folder and process of a finished run with every callback, its output in a pipe; nobody writes to it."""
+    folder = tmp_path_factory.mktemp("everything")
+    (folder / "all.yaml").write_text(EVERYTHING)
+    return folder, noether("train", "all.yaml", cwd=folder)
+
+
+def test_in_a_pipe_nothing_is_redrawn_and_the_log_is_lines(everything):
+    _, done = everything
+    assert done.stderr == WARNED  # once
+    assert not re.search(r"[\x1b\r]", done.stdout)
+    eta = [line for line in done.stdout.splitlines() if " end in " in line]
+    assert [line.split()[0] for line in eta] == ["E0_U20_S640", "E1_U40_S1269", "E1_U60_S1909", "E2_U80_S2538"]
+    assert all(" ms/update " in line and " next in 0:" in line for line in eta)
+    assert f"{END:<18} stopping: stop_at_sample: 3000 is reached" in done.stdout.splitlines()
+    assert f"ended at {END}: stop_at_sample: 3000 is reached; the run is in" in done.stdout
+
+
+def test_the_metrics_of_an_epoch_are_aligned(everything):
+    _, done = everything
+    shown = done.stdout.splitlines()
+    first = next(
+        number for number, line in enumerate(shown) if line.startswith("E1_U38_S1205") and "/" in line.split()[1]
+    )
+    block = [shown[first], *(line for line in shown[first + 1 : first + 9] if line.startswith(" " * 18))]
+    assert len(block) > 3
+    starts = [[match.start() for match in re.finditer(r"(?<!\S)[a-z_]+/\S+", line)] for line in block]
+    assert all(set(start) <= set(starts[0]) for start in starts)
+    assert "loss/online/cross_entropy/U10" not in done.stdout  # verbose: false
+    assert max(map(len, block)) <= 18 + 1 + 120
+
+
+def test_every_event_is_one_line_of_the_log(everything):
+    run = only_run(everything[0] / "out/small")
+    read = lines(run)
+    assert len({(line["event"], line["update"], line["epoch"]) for line in read}) == len(read)
+    last_epoch = next(line for line in reversed(read) if line["event"] == "after_epoch")["metrics"]
+    assert {
+        "memory/peak_bytes/E1", "train_time/forward_s/mean/E1", "train_time/data_s/max/E1", "optim/grad_norm/max/E1",
+        "loss/val/cross_entropy/ema=0.5", "val/accuracy/ema=0.9", "val/accuracy/ema=0.9/best", "optim/lr",
+    } <= set(last_epoch)  # fmt: skip
+    assert any("loss/online/total/U10" in line["metrics"] for line in read)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["config"]["trainer"]["max_epochs"] == 9
+    assert summary["params/trainable"] == 1638
+    assert summary["train_time/forward_s/total"] > 0
+
+
+def test_averages_are_saved_and_evaluated(everything, tmp_path):
+    run = only_run(everything[0] / "out/small")
+    assert pointer(run, "last.ema=0.9") == f"{END}.ema=0.9"
+    kept = load_file(run / "checkpoints" / f"{END}.ema=0.9" / "weights.safetensors")
+    state = load_file(run / "checkpoints" / pointer(run, "last") / "state.safetensors")
+    for name, tensor in kept.items():
+        what = "buffers" if "running" in name or "num_batches" in name else "params"
+        assert same(tensor, state[f"callback_states.weights/ema=0.9.{what}.{name}"])
+        assert same(tensor, weights(run, "last")[name]) == (what == "buffers")
+
+
+@pytest.fixture
+def evaluated(everything, tmp_path):
+    """A copy of the finished run, in a working directory of its own."""
+
+    shutil.copytree(everything[0], tmp_path, dirs_exist_ok=True)
+    return only_run(tmp_path / "out/small")
+
+
+def test_eval_with_weights_measures_the_average(evaluated, tmp_path):
+    before = contents(evaluated)
+    run = evaluated.relative_to(tmp_path)
+    output = invoke("eval", run, "--checkpoint", "E2_U76_S2410", "--weights", "ema=0.9", cwd=tmp_path)
+    average = json.loads((evaluated / "eval/E2_U76_S2410.ema=0.9.json").read_text())
+    then = next(line["metrics"] for line in lines(evaluated) if line["event"] == "after_epoch" and line["epoch"] == 2)
+    assert average["val/accuracy"] == then["val/accuracy/ema=0.9"] == average["val/accuracy/ema=0.9"]
+    invoke("eval", run, "--checkpoint", "E2_U76_S2410", cwd=tmp_path)
+    plain = json.loads((evaluated / "eval/E2_U76_S2410.json").read_text())
+    assert plain["val/accuracy"] == then["val/accuracy"]
+    assert plain["loss/val/total"] != average["loss/val/total"]
+    invoke("eval", run, "--checkpoint", "last.ema=0.9", "--set", "callbacks=[]", cwd=tmp_path)
+    assert "kept in" in output
+    after = contents(evaluated)
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name", "message"),
+    [
+        ("latest", "ema=0.99", "no weights 'ema=0.99' are kept; there are: ema=0.9, ema=0.5; did you mean 'ema=0.9'?"),
+        ("last.ema=0.9", "ema=0.9", "no weights 'ema=0.9' are kept; there are: none"),
+    ],
+)
+def test_weights_that_are_not_kept_are_refused(evaluated, tmp_path, checkpoint, name, message):
+    run = evaluated.relative_to(tmp_path)
+    settings = ("--set", "callbacks=[]") if checkpoint != "latest" else ()
+    output = invoke("eval", run, "--checkpoint", checkpoint, "--weights", name, *settings, cwd=tmp_path, code=2)
+    assert output.splitlines()[-1] == f"Error: --weights {name}: {message}"
+
+
+def test_a_run_resumed_in_the_middle_ends_as_the_uncut_one(everything, tmp_path):
+    (tmp_path / "all.yaml").write_text(EVERYTHING)
+    invoke("train", "all.yaml", "--set", "trainer.max_updates=50", cwd=tmp_path)
+    run = only_run(tmp_path / "out/small").relative_to(tmp_path)
+    invoke("train", "--resume", run, "--set", "trainer.max_epochs=9", cwd=tmp_path)
+    uncut, resumed = only_run(everything[0] / "out/small"), tmp_path / run
+    for file in ("weights.safetensors", "optimizer.safetensors", "state.safetensors"):
+        ours, theirs = (load_file(each / "checkpoints" / pointer(each, "last") / file) for each in (resumed, uncut))
+        assert same(ours, theirs), file
+
+
+def read_all(descriptor):
+    """Return what is written to a pseudo terminal until its other end is closed."""
+    parts = []
+    while True:
+        try:
+            part = os.read(descriptor, 65536)
+        except OSError:  # on Linux, the other end is closed
+            part = b""
+        if not part:
+            return b"".join(parts).decode()
+        parts.append(part)
+
+
+def on_a_terminal(*argv, cwd, **environment):
+    """Run the real command line on a pseudo terminal of 150 columns, and return what it wrote there."""
+    ours, theirs = pty.openpty()
+    settings = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "150", "LINES": "40", **environment}
+    for name in {"CI", "SLURM_JOB_ID"} - environment.keys():
+        settings.pop(name, None)
+    process = subprocess.Popen(command(*argv), cwd=cwd, env=settings, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    written = read_all(ours)
+    os.close(ours)
+    assert process.wait() == 0, written
+    return written
+
+
+def test_on_a_terminal_progress_is_live_and_then_gone(tmp_path):
+    (tmp_path / "all.yaml").write_text(EVERYTHING)
+    written = on_a_terminal("train", "all.yaml", cwd=tmp_path)
+    assert "\x1b[?25l" in written
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")  # the cursor is back
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
+    pace = r"[\d.]+ ms/update +[\d.]+ updates/s"
+    assert re.search(rf"run .*\d+/342 +epoch 0/9 +sample \d+/10845 +{pace} +0:\d\d:\d\d left", plain)
+    assert re.search(r"next .*\d+/20 +in 0:00:\d\d", plain)
+    assert " end in " not in plain
+    assert plain.rstrip().splitlines()[-1].startswith(f"ended at {END}")
+    assert "loss/val/cross_entropy/ema=0.5" in plain
+
+
+@pytest.mark.parametrize("variable", ["CI", "SLURM_JOB_ID"])
+def test_where_nobody_watches_the_terminal_nothing_is_redrawn(tmp_path, variable):
+    (tmp_path / "all.yaml").write_text(EVERYTHING)
+    smaller = ("--set", "callbacks.20.stop_at_sample=700")
+    written = on_a_terminal("train", "all.yaml", *smaller, cwd=tmp_path, **{variable: "1"})
+    assert "\x1b[?25l" not in written
+    assert " end in " in written
