@@ -12,10 +12,13 @@ from rich.table import Table
 from noether.cli.running import handled, resumed_config
 from noether.config import ConfigError
 from noether.config.errors import Located, Place
-from noether.core.averages import averaged
+from noether.core.averages import averaged, weights_in
+from noether.core.callback import label_of
 from noether.core.dispatch import dispatch
 from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
+from noether.core.errors import WeightsError
 from noether.core.event import AtEval
+from noether.core.reducer import compose
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.files import replace_text
 from noether.effects.logs import plain
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from noether.core.reducer import Reducer
     from noether.core.state import TrainState
     from noether.effects.manifest import Manifest
 
@@ -54,7 +58,8 @@ def evaluate(
         state = _weighted(state, weights)
         name = f"{name}.{weights.replace('/', '.')}"
     metrics: dict[str, Any] = {}
-    dispatch(state, AtEval(run=experiment.run), experiment.reducer, handled(config, _collecting(metrics)))
+    reducer = _with_their_weights(experiment.reducer, state)
+    dispatch(state, AtEval(run=experiment.run), reducer, handled(config, _collecting(metrics)))
     _keep(run_dir / "eval" / f"{name}.json", metrics)
     _show(name, metrics)
 
@@ -66,11 +71,20 @@ def _found(store: CheckpointStore, checkpoint: str) -> Manifest:
         raise ConfigError([Located(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
 
 
+def _with_their_weights(reducer: Reducer, state: TrainState) -> Reducer:
+    """Return the reducer without the callbacks whose weights a checkpoint does not hold, and say so."""
+    there = (None, *weights_in(state))
+    lost = [member for member in reducer.members if getattr(member, "weights", None) not in there]
+    for member in lost:
+        click.echo(f"{label_of(member)} is left out: the checkpoint does not hold its weights")
+    return compose(*(member for member in reducer.members if member not in lost))
+
+
 def _weighted(state: TrainState, weights: str) -> TrainState:
     try:
         return averaged(state, weights)
-    except KeyError as error:
-        raise ConfigError([Located(Place(f"--weights {weights}"), (), str(error.args[0]))]) from error
+    except WeightsError as error:
+        raise ConfigError([Located(Place(f"--weights {weights}"), (), str(error))]) from error
 
 
 def _collecting(metrics: dict[str, Any]) -> Interpreter:

@@ -116,6 +116,7 @@ def _refusals() -> Iterator[None]:
     """Turn what a user can mend into a message and an exit code; anything else is a bug and keeps its traceback."""
     from noether.config import ConfigError
     from noether.core.declarations import DeclarationError
+    from noether.core.errors import OutputError
     from noether.core.metrics import MetricError
     from noether.core.reducer import UnclaimedMemoryError
     from noether.effects import CheckpointError, LogError, UnhandledEffectError
@@ -127,6 +128,7 @@ def _refusals() -> Iterator[None]:
         LogError,
         MetricError,
         OSError,
+        OutputError,
         UnclaimedMemoryError,
         UnhandledEffectError,
     )

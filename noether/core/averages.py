@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from noether.core.errors import nearest
+from noether.core.errors import WeightsError, nearest
 
 if TYPE_CHECKING:
     from noether.core.state import TrainState
@@ -31,7 +31,7 @@ def averaged(state: TrainState, weights: str) -> TrainState:
     """Return the state with `weights` in place of those in training, as far as they go: they may be of a sub-module.
 
     Raises:
-        KeyError: If no callback keeps such weights, naming those that are kept.
+        WeightsError: If no callback keeps such weights, naming those that are kept.
 
     Example:
         >>> from noether import TrainState
@@ -43,7 +43,7 @@ def averaged(state: TrainState, weights: str) -> TrainState:
     name = memory_of(weights)
     if name not in state.callback_states:
         known = weights_in(state)
-        raise KeyError(
+        raise WeightsError(
             f"no weights {weights!r} are kept; there are: {', '.join(known) or 'none'}{nearest(weights, known)}"
         )
     kept = state.callback_states[name]

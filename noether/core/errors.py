@@ -44,6 +44,14 @@ class SettingsError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+class OutputError(LookupError):
+    """The model does not return what a callback reads."""
+
+
+class WeightsError(LookupError):
+    """Weights were asked for that no callback keeps."""
+
+
 def refuse(problems: Iterable[Problem | None]) -> None:
     """Raise every problem there is at once; return when there is none.
 

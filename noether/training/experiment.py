@@ -167,7 +167,7 @@ def _way(config: Config, setting: str) -> tuple[str | int, ...]:
         if f"{setting}.".startswith(f"groups.{group.name}."):
             inside = setting.removeprefix(f"groups.{group.name}").removeprefix(".")
             return ("groups", index, *_way(config, inside))
-    return tuple(setting.split(".")) if setting else ()
+    return tuple(int(part) if part.isdecimal() else part for part in setting.split(".")) if setting else ()
 
 
 def _device(config: Config) -> torch.device:

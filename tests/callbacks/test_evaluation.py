@@ -20,6 +20,7 @@ from noether.core.callbacks import (
     PeriodicDataIteratorCallback,
 )
 from noether.core.effect import LogScalars
+from noether.core.errors import WeightsError
 from noether.core.event import AfterEpoch, AfterUpdate, AtEval
 from noether.core.metrics import log
 from noether.core.run import Run
@@ -153,9 +154,9 @@ def test_weights_of_an_average_are_evaluated_and_named():
 
 def test_weights_that_are_not_there_are_refused():
     callback = MetricCallback(every_n_epochs=1, dataset_key="val", metric=error, weights="ema=0.99")
-    with pytest.raises(KeyError, match=r"no weights 'ema=0.99' are kept; there are: none"):
+    with pytest.raises(WeightsError, match=r"no weights 'ema=0.99' are kept; there are: none"):
         callback(STATE, event([]))
-    with pytest.raises(KeyError, match=r"there are: ema=0.9\b"):
+    with pytest.raises(WeightsError, match=r"there are: ema=0.9\b"):
         callback(STATE.replace(callback_states=averages(1.0)), event([]))
 
 

@@ -125,8 +125,12 @@ def test_eval_with_weights_measures_the_average(evaluated, tmp_path):
     plain = json.loads((evaluated / "eval/E2_U76_S2410.json").read_text())
     assert plain["val/accuracy"] == then["val/accuracy"]
     assert plain["loss/val/total"] != average["loss/val/total"]
-    invoke("eval", run, "--checkpoint", "last.ema=0.9", "--set", "callbacks=[]", cwd=tmp_path)
-    assert "kept in" in output
+    assert f"kept in {run}/eval/E2_U76_S2410.ema=0.9.json" in output
+    output = invoke("eval", run, "--checkpoint", "last.ema=0.9", cwd=tmp_path)
+    assert "OfflineLossCallback/E1/val/ema=0.5 is left out: the checkpoint does not hold its weights" in output
+    assert set(json.loads((evaluated / f"eval/{END}.ema=0.9.json").read_text())) == {
+        "loss/val/cross_entropy", "loss/val/total", "val/accuracy",
+    }  # fmt: skip
     after = contents(evaluated)
     assert {path: after[path] for path in before} == before
 
@@ -140,8 +144,7 @@ def test_eval_with_weights_measures_the_average(evaluated, tmp_path):
 )
 def test_weights_that_are_not_kept_are_refused(evaluated, tmp_path, checkpoint, name, message):
     run = evaluated.relative_to(tmp_path)
-    settings = ("--set", "callbacks=[]") if checkpoint != "latest" else ()
-    output = invoke("eval", run, "--checkpoint", checkpoint, "--weights", name, *settings, cwd=tmp_path, code=2)
+    output = invoke("eval", run, "--checkpoint", checkpoint, "--weights", name, cwd=tmp_path, code=2)
     assert output.splitlines()[-1] == f"Error: --weights {name}: {message}"
 
 
@@ -204,3 +207,49 @@ def test_where_nobody_watches_the_terminal_nothing_is_redrawn(tmp_path, variable
     written = on_a_terminal("train", "all.yaml", *smaller, cwd=tmp_path, **{variable: "1"})
     assert "\x1b[?25l" not in written
     assert " end in " in written
+
+
+TRACK = "noether.core.callbacks.TrackOutputsCallback"
+LOSS = "noether.core.callbacks.OfflineLossCallback"
+PLACE = "bad.yaml:24: callbacks[0]"
+NOBODY = "which nobody produces; produced before it: nothing"
+MODULES = "the model has features, features.0, features.1, features.3, features.4, head, head.1"
+EMA = "noether.core.callbacks.EMACallback"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message", "code"),
+    [
+        (
+            f"{{kind: {TRACK}, every_n_updates: 1, keys: [drift]}}",
+            "TrackOutputsCallback/U1/drift: the model returns a Tensor; to have outputs tracked, return a dict of them",
+            1,
+        ),
+        (
+            f"{{kind: {LOSS}, every_n_epochs: 1, dataset_key: val, output_patterns_to_log: [drift]}}",
+            "output_patterns_to_log needs a model that returns a dict; it returns Tensor",
+            1,
+        ),
+        (
+            f"{{kind: {LOSS}, every_n_epochs: 1, dataset_key: val, weights: ema=0.9}}",
+            f"{PLACE}: OfflineLossCallback/E1/val/ema=0.9 consumes 'weights/ema=0.9', {NOBODY}",
+            2,
+        ),
+        (
+            f"{{kind: {EMA}, every_n_epochs: 1, target_factors: [0.9], model_paths: [heed]}}",
+            f"{PLACE}.model_paths[0]: 'heed' is no sub-module with parameters; {MODULES}; did you mean 'head'?",
+            2,
+        ),
+        (
+            f"{{kind: {EMA}, every_n_epochs: 1, target_factors: [0.9, 1]}}",
+            f"{PLACE}.target_factors[1]: 1.0 is not a number between 0 and 1, both excluded",
+            2,
+        ),
+    ],
+)
+def test_what_a_callback_cannot_use_is_a_message(tmp_path, entry, message, code):
+    text = SMALL.partition("callbacks:\n")[0].partition("  evaluate:\n")[0] + f"callbacks:\n  - {entry}\n"
+    (tmp_path / "bad.yaml").write_text(text.replace("max_epochs: 2", "max_epochs: 1"))
+    output = invoke("train", "bad.yaml", cwd=tmp_path, code=code)
+    assert output.splitlines()[-1] == f"Error: {message}"
+    assert (tmp_path / "out").exists() == (code == 1)

@@ -5,9 +5,11 @@ from command import ROOT, SMALL, contents, invoke
 
 
 @pytest.mark.parametrize(
-    ("config", "callbacks", "updates"), [("configs/digits.yaml", 9, 30 * 38), ("configs/seed.yaml", 4, 10 * 19)]
+    ("config", "callbacks", "updates"),
+    [("configs/digits.yaml", 9, 30 * 38), ("configs/seed.yaml", 4, 10 * 19), ("configs/heat.yaml", 15, 20 * 128)],
 )
-def test_the_examples_are_valid(tmp_path, config, callbacks, updates):
+def test_the_examples_are_valid(tmp_path, tmp_path_factory, monkeypatch, config, callbacks, updates):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     output = invoke("validate", ROOT / config, cwd=tmp_path)
     assert output == f"{ROOT / config} is valid: {callbacks} callbacks, {updates} updates\n"
     assert list(tmp_path.iterdir()) == []

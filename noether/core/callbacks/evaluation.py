@@ -9,7 +9,7 @@ import torch
 
 from noether.core.batch import target_of
 from noether.core.callbacks.periodic import Mean, PeriodicDataIteratorCallback
-from noether.core.errors import Problem, nearest
+from noether.core.errors import OutputError, Problem, nearest
 from noether.core.metrics import is_current, log
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def _measured(name: str, value: torch.Tensor) -> dict[str, torch.Tensor | Mean]:
 def _matching(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:
     """Return the mean over the batch of each output with a name that holds one of `patterns`."""
     if not isinstance(outputs, Mapping):
-        raise TypeError(
+        raise OutputError(
             f"output_patterns_to_log needs a model that returns a dict; it returns {type(outputs).__name__}"
         )
     chosen = [name for name in outputs if any(pattern in name for pattern in patterns)]

@@ -9,7 +9,7 @@ import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, SaveTensors
-from noether.core.errors import Problem, nearest, one_of
+from noether.core.errors import OutputError, Problem, nearest, one_of
 from noether.core.event import AfterUpdate
 from noether.core.metrics import log
 from noether.core.tree import FrozenDict
@@ -45,7 +45,7 @@ class TrackOutputsCallback(PeriodicCallback):
         every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
 
     Raises:
-        KeyError: If the step returns no such output, naming those that it returns.
+        OutputError: If the model returns no such output, naming those that it returns, or no mapping.
 
     ```yaml
     - kind: noether.core.callbacks.TrackOutputsCallback
@@ -150,14 +150,16 @@ class TrackOutputsCallback(PeriodicCallback):
         odd = next((step for step in steps if not isinstance(step, Mapping)), None)
         if odd is not None or not steps:
             said = "nothing" if odd is None else f"a {type(odd).__name__}"
-            raise TypeError(f"{self.name}: the model returns {said}; to have outputs tracked, return a dict of them")
+            raise OutputError(f"{self.name}: the model returns {said}; to have outputs tracked, return a dict of them")
         return steps
 
     def _matching(self, outputs: Mapping[str, Any]) -> list[str]:
         for key in self.keys:
             if key not in outputs:
                 known = ", ".join(map(repr, outputs)) or "none"
-                raise KeyError(f"{self.name}: the step returns no {key!r}; it returns {known}{nearest(key, outputs)}")
+                raise OutputError(
+                    f"{self.name}: the model returns no {key!r}; it returns {known}{nearest(key, outputs)}"
+                )
         return [name for name in outputs if name in self.keys or any(pattern in name for pattern in self.patterns)]
 
 

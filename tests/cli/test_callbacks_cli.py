@@ -1,0 +1,111 @@
+"""`noether callbacks`: what there is, and what is to be said of each."""
+
+from pathlib import Path
+
+import pytest
+from command import invoke
+
+from noether.config import load_callbacks
+from noether.config.describing import describe, known_kinds
+
+MINE = '''
+from typing import Literal
+
+from noether import LogText, every_n_epochs
+from noether.core.callbacks import PeriodicCallback
+
+
+class Speak(PeriodicCallback):
+    """Says something, again and again.
+
+    It speaks where it is due.
+
+    Args:
+        words: What it says.
+        tone: How it says
+            it.
+    """
+
+    words: tuple[str, ...]
+    tone: Literal["low", "high"] = "low"
+
+
+@every_n_epochs(1)
+def shout(state, event, *, text: str, times: int = 2):
+    """Say it louder."""
+    return state, (LogText(text * times),)
+'''
+
+
+def test_every_kind_is_listed_on_one_line(tmp_path):
+    listed = invoke("callbacks", cwd=tmp_path).splitlines()
+    for kind in known_kinds():
+        (line,) = (line for line in listed if line.split()[:1] == [kind])
+        assert line.split(maxsplit=1)[1] == describe(kind).summary
+    assert listed[0] == "kind: noether.core.callbacks.NAME, with NAME one of"
+
+
+@pytest.mark.parametrize("kind", known_kinds())
+def test_a_kind_is_shown_with_settings_documentation_and_yaml_that_is_valid(tmp_path, kind):
+    shown = invoke("callbacks", kind, cwd=tmp_path)
+    said = describe(kind)
+    assert shown.startswith(f"noether.core.callbacks.{kind}")
+    assert all(f"\n{setting.name} " in shown for setting in said.settings)
+    assert f"\n\n{said.text}\n\n" in shown
+    assert all(word not in said.text for word in ("Args:", "Raises:", "Example:", "```"))
+    (tmp_path / "shown.yaml").write_text("callbacks:\n" + shown.partition("\ncallbacks:\n")[2])
+    (member, *_) = load_callbacks(tmp_path / "shown.yaml").members
+    assert type(member).__name__ == kind
+
+
+def test_another_name_shows_the_same(tmp_path):
+    shown = invoke("callbacks", "MetricEarlyStopper", cwd=tmp_path)
+    assert shown == invoke(
+        "callbacks", "noether.core.callbacks.early_stopping.MetricEarlyStopping", cwd=tmp_path
+    ).replace(
+        "noether.core.callbacks.early_stopping.MetricEarlyStopping", "noether.core.callbacks.MetricEarlyStopping", 1
+    )
+    assert "noether.core.callbacks.MetricEarlyStopping  (also MetricEarlyStopper)" in shown
+    shown = invoke("callbacks", "BestMetricCallback", cwd=tmp_path)
+    assert "source_metric_key is accepted as an older name of metric_key" in shown
+
+
+def test_a_class_and_a_function_of_the_users_own_are_shown(tmp_path):
+    (tmp_path / "own.py").write_text(MINE)
+    shown = invoke("callbacks", "own.Speak", cwd=tmp_path)
+    assert [line.rstrip() for line in shown.splitlines()][:7] == [
+        "own.Speak",
+        "",
+        "Says something, again and again.",
+        "",
+        "It speaks where it is due.",
+        "",
+        "setting          type           default   what it is",
+    ]
+    assert "words            list of text   required  What it says." in shown
+    assert "tone             low | high     low       How it says it." in shown
+    assert shown.endswith("callbacks:\n  - kind: own.Speak\n    every_n_epochs: 1\n    words: <list of text>\n")
+    shown = invoke("callbacks", "own.shout", cwd=tmp_path)
+    assert "Say it louder." in shown
+    assert "text             text           required" in shown
+    assert "times            whole number   2" in shown
+
+
+PREFIXES = "(noether, torch, modules under the working directory)"
+ALLOWS = "allow=('os',), or --allow os on the command line, allows it"
+EXPECTED = "expected a callback: a subclass of CallbackBase, or a function (state, event) -> (state, effects)"
+ROOT = "noether.core.callbacks"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("LrCalback", f"'{ROOT}.LrCalback': '{ROOT}' has no 'LrCalback'; did you mean 'LrCallback'?"),
+        ("os.system", f"'os.system': 'os' is not an allowed prefix {PREFIXES}; {ALLOWS}"),
+        ("torch.nn.Linear", f"'torch.nn.Linear' is a model class, {EXPECTED}"),
+        ("", f"'{ROOT}.' is not a dotted path such as 'package.module.name'"),
+    ],
+)
+def test_what_is_no_callback_is_refused(tmp_path, kind, message):
+    assert invoke("callbacks", kind, cwd=tmp_path, code=2) == f"Error: noether callbacks: {message}\n"
+    assert list(Path(tmp_path).iterdir()) == []

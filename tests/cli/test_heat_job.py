@@ -1,0 +1,47 @@
+"""The second job through the real command line: it learns, keeps what the tolerances say, and evaluates averages."""
+
+import json
+
+import pytest
+from command import ROOT, lines, noether, only_run, pointer
+
+EPOCHS = 3  # of 20: enough to see that it learns
+
+
+@pytest.fixture(scope="session")
+def heat(tmp_path_factory):
+    """Folder of a shortened run of `configs/heat.yaml`, its fields cached beside it."""
+    folder = tmp_path_factory.mktemp("heat")
+    caches = [f"--set=data.{split}.cache={folder / 'cache'}" for split in ("train", "val", "test")]
+    done = noether("train", ROOT / "configs/heat.yaml", *caches, f"--set=trainer.max_epochs={EPOCHS}", cwd=folder)
+    assert done.stderr == ""  # no progress bar where nobody watches
+    return folder
+
+
+def test_the_error_on_the_test_set_is_below_five_percent(heat):
+    run = only_run(heat / "runs/heat")
+    noether("eval", run, "--checkpoint", "last", cwd=heat)
+    measured = json.loads((run / f"eval/{pointer(run, 'last')}.json").read_text())
+    assert measured["test/relative_l2"] < 0.05
+    noether("eval", run, "--checkpoint", "latest", "--weights", "ema=0.99", cwd=heat)
+    average = json.loads((run / f"eval/{pointer(run, 'latest')}.ema=0.99.json").read_text())
+    assert average["test/relative_l2"] == measured["test/relative_l2/ema=0.99"]
+
+
+def test_outputs_averages_and_the_best_are_logged(heat):
+    run = only_run(heat / "runs/heat")
+    epochs = [line["metrics"] for line in lines(run) if line["event"] == "after_epoch"]
+    assert len(epochs) == EPOCHS
+    errors = [epoch["val/relative_l2/ema=0.99"] for epoch in epochs]
+    assert errors == sorted(errors, reverse=True)
+    assert epochs[-1]["val/relative_l2/ema=0.99/best"] == errors[-1]
+    assert all(0 < epoch["heat_drift/E1"] < 1 for epoch in epochs)
+    assert {"loss/online/field/E1", "loss/online/gradient/E1", "loss/online/total/E1"} <= set(epochs[0])
+    best = "best_model.val.relative_l2.ema=0.99"
+    assert pointer(run, best) == pointer(run, f"{best}.tolerance=2") == pointer(run, f"{best}.tolerance=4")
+
+
+def test_the_fields_are_made_once(heat):
+    kept = {path.name: path.stat().st_mtime_ns for path in (heat / "cache").iterdir()}
+    assert len(kept) == 3
+    assert all(not name.startswith(".") for name in kept)
