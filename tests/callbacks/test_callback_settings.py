@@ -8,13 +8,21 @@ from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,
     CheckpointCallback,
+    EMACallback,
+    EtaCallback,
     EvaluateCallback,
+    GradNormCallback,
     LrCallback,
     MetricCallback,
     MetricEarlyStopping,
+    NanGuardCallback,
     OfflineLossCallback,
     OnlineLossCallback,
+    PeakMemoryCallback,
     ProgressCallback,
+    ReduceLROnPlateauCallback,
+    TrackOutputsCallback,
+    TrainTimeCallback,
 )
 from noether.core.callbacks.periodic import INTERVALS
 from noether.core.errors import SettingsError
@@ -30,6 +38,14 @@ REQUIRED = {
     BestCheckpointCallback: {"metric_key": "val/accuracy"},
     CheckpointCallback: {"save_weights": True},
     MetricEarlyStopping: {"metric_key": "val/accuracy", "tolerance": 3},
+    EtaCallback: {},
+    PeakMemoryCallback: {},
+    TrainTimeCallback: {},
+    GradNormCallback: {},
+    TrackOutputsCallback: {"keys": ("drift",)},
+    EMACallback: {"target_factors": (0.9,)},
+    ReduceLROnPlateauCallback: {"metric_key": "val/accuracy", "tolerance": 3},
+    NanGuardCallback: {"tolerance": 3},
 }
 KINDS = pytest.mark.parametrize("kind", REQUIRED)
 NAMES = "every_n_epochs, every_n_updates, every_n_samples"
