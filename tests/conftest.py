@@ -1,6 +1,10 @@
 """What holds for all tests."""
 
+import torch
 from hypothesis import settings
+
+# The models here are so small that a second thread only waits for the first.
+torch.set_num_threads(1)
 
 # A deadline is a timed assertion: it fails on a busy machine, not on a wrong program.
 settings.register_profile("noether", settings(), deadline=None)
