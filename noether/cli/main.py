@@ -116,7 +116,7 @@ def _refusals() -> Iterator[None]:
     """Turn what a user can mend into a message and an exit code; anything else is a bug and keeps its traceback."""
     from noether.config import ConfigError
     from noether.core.declarations import DeclarationError
-    from noether.core.errors import OutputError
+    from noether.core.errors import OutputError, WeightsError
     from noether.core.metrics import MetricError
     from noether.core.reducer import UnclaimedMemoryError
     from noether.effects import CheckpointError, LogError, UnhandledEffectError
@@ -131,6 +131,7 @@ def _refusals() -> Iterator[None]:
         OutputError,
         UnclaimedMemoryError,
         UnhandledEffectError,
+        WeightsError,
     )
     try:
         with _warnings_as_lines():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.errors import WeightsError, nearest
+from noether.core.tree import FrozenDict
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from noether.core.state import TrainState
 
 _PREFIX: Final = "weights/"
@@ -35,10 +38,11 @@ def averaged(state: TrainState, weights: str) -> TrainState:
 
     Example:
         >>> from noether import TrainState
-        >>> kept = {"params": {"head": 1.5}, "buffers": {}}
-        >>> state = TrainState(params={"body": 1.0, "head": 2.0}).remember("weights/ema=0.9", kept)
+        >>> import torch
+        >>> state = TrainState(params={"body": torch.tensor(1.0), "head": torch.tensor(2.0)})
+        >>> state = state.remember("weights/ema=0.9", {"params": {"head": torch.tensor(1.5)}, "buffers": {}})
         >>> averaged(state, "ema=0.9").params
-        FrozenDict({'body': 1.0, 'head': 1.5})
+        FrozenDict({'body': tensor(1.), 'head': tensor(1.5000)})
     """
     name = memory_of(weights)
     if name not in state.callback_states:
@@ -46,6 +50,10 @@ def averaged(state: TrainState, weights: str) -> TrainState:
         raise WeightsError(
             f"no weights {weights!r} are kept; there are: {', '.join(known) or 'none'}{nearest(weights, known)}"
         )
-    kept = state.callback_states[name]
-    both = {what: {**getattr(state, what), **kept[what]} for what in ("params", "buffers")}
+    both = {what: _filled(getattr(state, what), kept) for what, kept in state.callback_states[name].items()}
     return state.replace(**both)
+
+
+def _filled(tensors: Mapping[str, Any], kept: Mapping[str, Any]) -> FrozenDict:
+    """Return `tensors` with those that are kept in their place, in the type that the model computes with."""
+    return FrozenDict({**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in kept.items()}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -63,8 +64,8 @@ class CheckpointStore:
         _check_name("tag", wanted)
         tag = self._held(wanted, effect, state, event)
         if tag is None:
-            tag = self._free(wanted)
-            self._write(tag, effect, state, event)
+            tag, number = self._free(wanted)
+            self._write(tag, number, effect, state, event)
         for pointer in effect.pointers:
             _check_name("pointer", pointer)
             replace_text(self._directory / pointer, tag)
@@ -135,11 +136,12 @@ class CheckpointStore:
         same = (held.segment, held.iteration, held.event, held.weights_of) == now
         return tag if same and _files(effect) <= set(held.parts) and not held.models and not effect.models else None
 
-    def _free(self, tag: str) -> str:
-        candidates = (tag if number == 1 else f"{tag}.{number}" for number in range(1, 1 << 30))
-        return next(candidate for candidate in candidates if not (self._directory / candidate).exists())
+    def _free(self, tag: str) -> tuple[str, int]:
+        """Return `tag`, or the first of `TAG.2`, `TAG.3`, ... that is free, and its number."""
+        candidates = ((tag if number == 1 else f"{tag}.{number}", number) for number in count(1))
+        return next(each for each in candidates if not (self._directory / each[0]).exists())
 
-    def _write(self, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
+    def _write(self, tag: str, number: int, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
         for stale in self._directory.glob(".tmp-*"):  # of a process that died while it wrote
             if stale.is_dir():
                 shutil.rmtree(stale)
@@ -161,6 +163,7 @@ class CheckpointStore:
             iteration=state.iteration,
             event=type(event).__name__,
             parts=parts,
+            number=number,
             weights_of=effect.weights_of,
             models=effect.models if effect.weights else (),
             retention=dict(effect.retention),

@@ -38,6 +38,7 @@ class Manifest:
         parent: Tag of the checkpoint from which that segment went on, or None.
         iteration: Where it was taken.
         event: Name of the event at which it was taken.
+        number: How many checkpoints had been asked for under its tag by then, >= 1; from 2 on the tag ends in it.
         parts: Its files.
         weights_of: Whose weights it holds, such as `ema=0.999`; None stands for those in training.
         models: Names of the sub-modules whose weights it holds; empty stands for all.
@@ -52,6 +53,7 @@ class Manifest:
     iteration: TrainingIteration
     event: str
     parts: dict[str, Part]
+    number: int = 1
     weights_of: str | None = None
     models: tuple[str, ...] = ()
     retention: dict[str, int | None]
@@ -60,8 +62,7 @@ class Manifest:
     @property
     def order(self) -> tuple[int, int, int, int]:
         """What checkpoints are ordered by: segment, then counters, then number among equals."""
-        number = self.tag.rpartition(".")[2]
-        return self.segment, self.iteration.update, self.iteration.epoch, int(number) if number.isdigit() else 1
+        return self.segment, self.iteration.update, self.iteration.epoch, self.number
 
     @property
     def resumable(self) -> bool:

@@ -9,7 +9,7 @@ from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors,
 from noether.core.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 def merge(effects: Sequence[Effect]) -> tuple[Effect, ...]:
@@ -70,5 +70,10 @@ def _united(a: SaveCheckpoint, b: SaveCheckpoint) -> SaveCheckpoint:
         optimizer=a.optimizer or b.optimizer,
         models=() if () in asked else tuple(dict.fromkeys(name for models in asked for name in models)),
         pointers=tuple(dict.fromkeys(a.pointers + b.pointers)),
-        retention=FrozenDict({**a.retention, **b.retention}),
+        retention=FrozenDict({**a.retention, **b.retention, **_kept_longest(a.retention, b.retention)}),
     )
+
+
+def _kept_longest(a: Mapping[str, int | None], b: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Return for who asked twice the larger of the two numbers; None, which keeps all, is the largest."""
+    return {who: None if None in (a[who], b[who]) else max(a[who] or 0, b[who] or 0) for who in a.keys() & b.keys()}

@@ -98,3 +98,12 @@ def test_everything_else_is_carried_out_as_asked_and_saves_come_last(effects):
     assert of((LogText, Ring), merged) == of((LogText, Ring), effects)
     saves = [isinstance(effect, SaveCheckpoint) for effect in merged]
     assert saves == sorted(saves)
+
+
+def test_of_two_wishes_of_one_owner_the_longer_is_kept():
+    def kept(*numbers):
+        (merged,) = merge([SaveCheckpoint(retention={"who": number, "other": 3}) for number in numbers])
+        return merged.retention["who"], merged.retention["other"]
+
+    assert kept(0, None) == kept(None, 0) == (None, 3)
+    assert kept(2, 5) == kept(5, 2) == (5, 3)

@@ -87,7 +87,11 @@ class MetricEarlyStopping(MetricWatcher):
         since = memory["since"] + 1
         state = state.remember(self.name, FrozenDict({**memory, "since": since}))
         reason = self._reason(value, memory["best"], since)
-        return (state, ()) if reason is None else (state.stopped(reason), (LogText(f"stopping: {reason}"),))
+        return (
+            (state, ())
+            if reason is None or state.stop is not None
+            else (state.stopped(reason), (LogText(f"stopping: {reason}"),))
+        )
 
     def _reason(self, value: float, best: float | None, since: int) -> str | None:
         if math.isnan(value) and self.nan == "stop":

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
 
 from noether.core.averages import memory_of
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
-from noether.core.errors import Problem, nearest, refuse
+from noether.core.errors import Problem, WeightsError, nearest, refuse
 from noether.core.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from noether.core.callback import Effects
-    from noether.core.event import AfterTraining, AfterUpdate, Event
+    from noether.core.event import AfterTraining, AfterUpdate, BeforeTraining, Event
     from noether.core.gate import Interval
     from noether.core.state import Memory, TrainState
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 class EMACallback(PeriodicCallback):
     """Keeps exponential moving averages of the weights, current at every update, and saves them.
 
-    After each update `average = factor * average + (1 - factor) * params`, from the params before training on; buffers
-    are copied. Updates that were skipped as non-finite do not count. `weights: ema=0.999` on a callback that iterates
-    data evaluates an average; the weights in training stay as they are. Every checkpoint holds the averages, so they
-    resume exactly; those that this callback saves hold an average in place of the weights, for inference.
+    After each update `average = factor * average + (1 - factor) * params`, from the params before training on, in
+    float32 at least; buffers and whole numbers are copied. Updates that were skipped as non-finite do not count.
+    `weights: ema=0.999` on a callback that iterates data evaluates an average; the weights in training stay as they
+    are. Every checkpoint holds the averages, so they resume exactly; those that this callback saves hold an average in
+    place of the weights, for inference.
 
     Args:
         target_factors: Decays, each in (0, 1) and given once; the closer to 1, the longer the memory.
@@ -108,11 +109,23 @@ class EMACallback(PeriodicCallback):
             SettingsError: If one of `model_paths` leads to no parameter.
         """
         refuse(_lost(path, index, state.params) for index, path in enumerate(self.model_paths))
-        copies = {"params": self._chosen(state.params), "buffers": self._chosen(state.buffers)}
-        return {
-            memory_of(name): FrozenDict({what: _cloned(tensors) for what, tensors in copies.items()})
-            for name in self._averages
-        }
+        params, buffers = self._chosen(state.params), self._chosen(state.buffers)
+        return {memory_of(name): FrozenDict(params=_begun(params), buffers=_cloned(buffers)) for name in self._averages}
+
+    def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
+        """Refuse averages of other parameters, as a resumed run has them after its `model_paths` were changed.
+
+        Raises:
+            WeightsError: If so.
+        """
+        for name in map(memory_of, self._averages):
+            kept = state.callback_states.get(name)
+            if kept is not None and kept["params"].keys() != self._chosen(state.params).keys():
+                raise WeightsError(
+                    f"{name!r} averages other parameters than model_paths of {self.name} says: leave model_paths as it "
+                    f"was, or begin the average anew with --drop-memory {name}"
+                )
+        return state, ()
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Move every average towards the weights."""
@@ -148,7 +161,7 @@ class EMACallback(PeriodicCallback):
                 weights_of=name,
                 models=tuple(path for path in self.model_paths if path is not None) if self._partial else (),
                 pointers=() if pointer is None else (f"{pointer}.{name.replace('/', '.')}",),
-                retention=FrozenDict({f"{self.name}/{name}": None if lasting else 0}),
+                retention=FrozenDict({memory_of(name): None if lasting else 0}),
             )
             for name in self._averages
         )
@@ -185,12 +198,27 @@ def _cloned(tensors: Mapping[str, torch.Tensor]) -> FrozenDict:
     return FrozenDict({name: tensor.clone() for name, tensor in tensors.items()})
 
 
+def _begun(params: Mapping[str, torch.Tensor]) -> FrozenDict:
+    return FrozenDict({name: _precise(tensor).clone() for name, tensor in params.items()})
+
+
 def _moved(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], share: float) -> FrozenDict:
     """Return the averages moved by `share` of the way to `params`; one call for all, and nothing is written to."""
-    if not averages:
-        return FrozenDict()
-    ordered = [params[name] for name in averages]
-    return FrozenDict(zip(averages, torch._foreach_lerp(list(averages.values()), ordered, share), strict=True))  # noqa: SLF001  # torch has no public name for it
+    moving = [name for name, tensor in averages.items() if tensor.is_floating_point() or tensor.is_complex()]
+    copied = {name: params[name].clone() for name in averages if name not in moving}
+    if not moving:
+        return FrozenDict(copied)
+    targets = [_precise(params[name]) for name in moving]
+    moved = torch._foreach_lerp([averages[name] for name in moving], targets, share)  # noqa: SLF001  # its only name
+    return FrozenDict({**copied, **dict(zip(moving, moved, strict=True))})
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in a precision in which a small step does not round to none."""
+    return tensor.float() if tensor.dtype in _COARSE else tensor
+
+
+_COARSE: Final = (torch.float16, torch.bfloat16)
 
 
 EmaCallback = EMACallback

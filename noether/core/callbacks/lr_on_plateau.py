@@ -25,7 +25,7 @@ class ReduceLROnPlateauCallback(MetricWatcher):
 
     It acts through `state.hyperparams["lr_scale"]`, by which the step multiplies what the schedule says. With
     `tolerance` one more than its patience, it decides as `torch.optim.lr_scheduler.ReduceLROnPlateau` with absolute
-    threshold does.
+    threshold does; only an infinite first value counts as a first best here.
 
     Args:
         metric_key: The metric to watch.

@@ -11,7 +11,7 @@ from noether.core.callbacks.improvement import NONFINITE
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, LogText
 from noether.core.errors import one_of, whole
-from noether.core.metrics import log
+from noether.core.metrics import is_current, log
 from noether.core.tree import FrozenDict, map_leaves, tensors
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ class NanGuardCallback(PeriodicCallback):
 
     At every such update it logs `nonfinite`, how many there were in a row; what watches a metric for its best takes
     none from there, so it is listed before them. A snapshot holds params, buffers and optimizer memory; it is taken
-    before training and, where all of it is finite, at the interval. After a rollback counters, metrics and the memory
-    of callbacks go on, so that the next batch is a new one; an average of the weights that is no longer finite begins
-    anew.
+    before training, and at the interval where the update and all of that is finite. After a rollback counters, metrics
+    and the memory of callbacks go on, so that the next batch is a new one; an average of the weights that is no longer
+    finite begins anew.
 
     What counts is what the step reports: with `trainer.nonfinite: apply` the loss, with `skip` the gradients too, and
     nothing of such an update is applied. `skip` goes best with this callback.
@@ -99,12 +99,14 @@ class NanGuardCallback(PeriodicCallback):
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Take a snapshot, where all of it is finite."""
         memory = self.memory(state)
-        if self.action != "rollback" or memory["in_row"] or not _is_finite(_weights(state)):
+        if self.action != "rollback" or is_current(state, NONFINITE) or not _is_finite(_weights(state)):
             return state, ()
         taken = memory | {"snapshot": _snapshot(state), "taken": str(state.iteration)}
         return state.remember(self.name, taken), ()
 
     def _acted(self, state: TrainState) -> tuple[TrainState, tuple[Effect, ...]]:
+        if state.stop is not None:
+            return state, ()
         memory = self.memory(state)
         reason = f"{memory['in_row']} updates in a row were not finite"
         if self.action == "rollback" and memory["rollbacks"] < self.max_rollbacks:
@@ -133,8 +135,7 @@ def _cloned(tree: Any) -> Any:
 
 
 def _is_finite(tree: Any) -> bool:
-    found = [tensor.isfinite().all() for _, tensor in tensors(tree) if tensor.is_floating_point()]
-    return all(map(bool, found))
+    return all(bool(tensor.isfinite().all()) for _, tensor in tensors(tree))
 
 
 def _averages_mended(state: TrainState) -> TrainState:
@@ -142,6 +143,11 @@ def _averages_mended(state: TrainState) -> TrainState:
     for weights in weights_in(state):
         kept = state.callback_states[memory_of(weights)]
         if not _is_finite(kept):
-            anew = {what: {name: getattr(state, what)[name] for name in kept[what]} for what in ("params", "buffers")}
-            state = state.remember(memory_of(weights), _cloned(anew))
+            anew = {what: _like(kept[what], getattr(state, what)) for what in ("params", "buffers")}
+            state = state.remember(memory_of(weights), anew)
     return state
+
+
+def _like(kept: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> FrozenDict:
+    """Return copies of the tensors that are kept, in the types in which they are kept."""
+    return FrozenDict({name: tensors[name].to(tensor.dtype, copy=True) for name, tensor in kept.items()})

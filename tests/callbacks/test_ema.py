@@ -1,0 +1,650 @@
+"""Averages of the weights: what they are, who evaluates them, what is saved of them, and that they resume exactly."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+
+from noether.core.averages import averaged, weights_in
+from noether.core.callbacks import CheckpointCallback, EMACallback, EvaluateCallback, MetricCallback
+from noether.core.declarations import DeclarationError
+from noether.core.dispatch import dispatch
+from noether.core.effect import LogScalars, LogText, SaveCheckpoint
+from noether.core.errors import SettingsError, WeightsError
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.iteration import TrainingIteration
+from noether.core.module import forward
+from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.state import TrainState
+from noether.core.tree import storages, tensors
+from noether.effects import CheckpointStore, open_run
+from noether.effects.interpreter import Interpreter
+from noether.testing import same
+from noether.training.data import EvaluationData, TrainingData
+from noether.training.optimizer import FunctionalOptimizer
+from noether.training.step import Step
+from noether.training.trainer import Trainer
+
+UPDATE = AfterUpdate(samples=4)
+
+
+def ema(*factors, **settings):
+    return EMACallback(**{"every_n_epochs": 1, "target_factors": factors or (0.5,), **settings})
+
+
+def begun(callback, **fields):
+    state = TrainState(**fields)
+    return state.replace(callback_states=callback.init(state))
+
+
+def updated(callback, state, event=UPDATE, **fields):
+    """Return the state after one more update that left `fields`."""
+    return callback(state.replace(**fields).advance(samples=4), event)[0]
+
+
+def kept(state, weights="ema=0.5"):
+    return state.memory(f"weights/{weights}")
+
+
+# ------------------------------------------------------------------------------------------------ the average
+
+
+def test_two_updates_by_hand():
+    state = begun(ema(0.5, 0.75), params={"w": torch.tensor([0.0, 8.0])}, buffers={"n": torch.tensor(1)})
+    for value, count in [(4.0, 2), (8.0, 3)]:
+        params, buffers = {"w": torch.tensor([value, 8.0])}, {"n": torch.tensor(count)}
+        state = updated(ema(0.5, 0.75), state, params=params, buffers=buffers)
+    half = {"params": {"w": torch.tensor([5.0, 8.0])}, "buffers": {"n": torch.tensor(3)}}
+    assert same(kept(state), half)
+    quarter = {"params": {"w": torch.tensor([2.75, 8.0])}, "buffers": {"n": torch.tensor(3)}}
+    assert same(kept(state, "ema=0.75"), quarter)
+    assert weights_in(state) == ("ema=0.5", "ema=0.75")
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("center", [0.0, 1.0, -100.0])
+def test_the_closed_form_over_a_thousand_updates(dtype, rtol, center):
+    factors, updates = (0.5, 0.9, 0.99, 0.999, 0.9999), 1000
+    normal = torch.randn(updates + 1, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    params = (center + normal).to(dtype)
+    callback = ema(*factors)
+    state = begun(callback, params={"w": params[0]})
+    for param in params[1:]:
+        state = updated(callback, state, params={"w": param})
+    for factor in factors:
+        shares = [factor**updates, *((1 - factor) * factor ** (updates - k) for k in range(1, updates + 1))]
+        assert math.isclose(sum(shares), 1.0)
+        expected = torch.tensor(shares, dtype=torch.float64) @ params.double()
+        average = kept(state, f"ema={factor}")["params"]["w"]
+        assert average.dtype == dtype
+        assert (average.double() - expected).norm() <= rtol * expected.norm()
+
+
+FLOATS = st.sampled_from([torch.float32, torch.float64])
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
+
+
+@torch.no_grad()
+def shaken(model, generator):
+    """Write new random numbers into a model, its buffers included."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        whole = torch.randint(100, tensor.shape, generator=generator)
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else whole)
+
+
+@settings(max_examples=25)
+@given(st.floats(0.01, 0.999), st.integers(0, 12), st.integers(0, 2**31), FLOATS)
+def test_it_is_the_average_that_torch_keeps(factor, updates, seed, dtype):
+    """Bit for bit, on a state that views a live model."""
+    generator, model, callback = torch.Generator().manual_seed(seed), network().to(dtype), ema(factor)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(factor))
+    shaken(model, generator)
+    theirs.update_parameters(model)  # the first only copies
+    state = begun(callback, **vars_of(TrainState.from_module(model)))
+    for _ in range(updates):
+        shaken(model, generator)
+        theirs.update_parameters(model)
+        state = updated(callback, state)
+    ours = kept(state, f"ema={factor}")
+    assert same(ours["params"], {name: p.detach() for name, p in theirs.module.named_parameters()})
+    assert same(ours["buffers"], dict(theirs.module.named_buffers()))
+
+
+def vars_of(state):
+    return {"params": state.params, "buffers": state.buffers}
+
+
+def test_params_of_several_types_are_averaged_in_float32_at_least_and_whole_numbers_copied():
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.complex64)
+    callback, whole = ema(0.75), {"int64": torch.tensor([3]), "bool": torch.tensor(True)}
+    state = begun(callback, params={str(dtype): torch.zeros(2, dtype=dtype) for dtype in types} | whole)
+    later = {"int64": torch.tensor([5]), "bool": torch.tensor(False)}
+    state = updated(callback, state, params={str(dtype): torch.ones(2, dtype=dtype) for dtype in types} | later)
+    averages = {str(dtype): torch.full((2,), 0.25, dtype=dtype) for dtype in types} | later
+    precise = averages | {str(torch.bfloat16): torch.full((2,), 0.25)}
+    assert same(kept(state, "ema=0.75")["params"], precise)
+    assert same(averaged(state, "ema=0.75").params, averages)
+
+
+def test_an_average_of_a_coarse_type_moves():
+    callback = ema(0.999)
+    state = begun(callback, params={"w": torch.tensor(1.0, dtype=torch.bfloat16)})
+    for _ in range(1000):
+        state = updated(callback, state, params={"w": torch.tensor(2.0, dtype=torch.bfloat16)})
+    assert kept(state, "ema=0.999")["params"]["w"].item() == pytest.approx(2 - 0.999**1000, rel=1e-5)
+    assert averaged(state, "ema=0.999").params["w"].dtype == torch.bfloat16
+
+
+def test_a_resumed_run_does_not_average_other_parameters():
+    params = {"body.w": torch.ones(2), "head.w": torch.ones(2)}
+    state = begun(ema(), params=params)
+    part = EMACallback(every_n_epochs=1, target_factors=(0.5,), model_paths=("head",))
+    with pytest.raises(WeightsError, match=r"'weights/ema=0.5' averages other .* --drop-memory weights/ema=0.5"):
+        compose(part)(state, BeforeTraining(resumed=True))
+    with pytest.raises(WeightsError, match=r"'weights/ema=0.5' averages other parameters"):
+        compose(ema())(begun(part, params=params), BeforeTraining(resumed=True))
+
+
+def test_updates_that_were_skipped_do_not_count():
+    state = begun(ema(), params={"w": torch.tensor(2.0)})
+    skipped = AfterUpdate(samples=4, finite=False, skipped=True)
+    moved = state.replace(params={"w": torch.tensor(4.0)}).advance(samples=4)
+    assert ema()(moved, skipped) == (moved, ())
+    applied = AfterUpdate(samples=4, finite=False)
+    assert kept(updated(ema(), state, applied, params={"w": torch.tensor(4.0)}))["params"]["w"] == 3.0
+
+
+def test_nothing_is_shared_and_no_tensor_is_written_to():
+    callback = ema(0.5, 0.9)
+    params = {"w": torch.ones(3), "v": torch.zeros(())}
+    buffers = {"mean": torch.ones(3), "count": torch.tensor(7)}
+    state = begun(callback, params=params, buffers=buffers)
+    seen = []
+    for update in range(3):
+        weights = storages(vars_of(state))
+        memories = [storages(kept(state, weights)) for weights in ("ema=0.5", "ema=0.9")]
+        assert len(weights.union(*memories)) == len(weights) + sum(map(len, memories))
+        held = tensors((state.params, state.buffers, state.callback_states))
+        seen += [(tensor, tensor.clone()) for _, tensor in held]
+        new = {"params": {"w": torch.full((3,), float(update)), "v": torch.ones(())}, "buffers": buffers}
+        state = updated(callback, state, **new)
+    for tensor, content in seen:
+        assert tensor._version == 0  # noqa: SLF001  # torch's count of writes in place
+        assert torch.equal(tensor, content)
+
+
+# ------------------------------------------------------------------------------------------------ sub-modules
+
+PARAMS = {name: torch.zeros(1) for name in ("body.a.weight", "body.b.weight", "body2.weight", "head.weight")}
+BUFFERS = {"body.a.count": torch.tensor(0), "head.mean": torch.zeros(1)}
+LATER = {name: torch.ones(1) for name in PARAMS}
+COUNTED = {"body.a.count": torch.tensor(5), "head.mean": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("paths", "params", "buffers"),
+    [
+        ((), tuple(PARAMS), tuple(BUFFERS)),
+        (("body",), ("body.a.weight", "body.b.weight"), ("body.a.count",)),
+        (("body.a", "head"), ("body.a.weight", "head.weight"), ("body.a.count", "head.mean")),
+        (("body2",), ("body2.weight",), ()),
+        (("body", None), tuple(PARAMS), tuple(BUFFERS)),
+        ((None,), tuple(PARAMS), tuple(BUFFERS)),
+    ],
+)
+def test_sub_modules_are_averaged_and_mixed_with_the_weights_in_training(paths, params, buffers):
+    callback = ema(0.75, model_paths=paths)
+    state = updated(callback, begun(callback, params=PARAMS, buffers=BUFFERS), params=LATER, buffers=COUNTED)
+    average = kept(state, "ema=0.75")
+    assert (tuple(average["params"]), tuple(average["buffers"])) == (params, buffers)
+    mixed = averaged(state, "ema=0.75")
+    assert {name: param.item() for name, param in mixed.params.items()} == {
+        name: 0.25 if name in params else 1.0 for name in PARAMS
+    }
+    assert same(mixed.buffers, COUNTED)
+    assert list(mixed.params) == list(PARAMS)  # sums over all of them depend on the order
+    assert (state.params, mixed.iteration) == (LATER, state.iteration)
+
+
+def test_buffers_that_are_kept_take_the_place_of_those_in_training():
+    state = TrainState(params=PARAMS, buffers=BUFFERS)
+    state = state.remember("weights/mine", {"params": {}, "buffers": {"head.mean": torch.full((1,), 7.0)}})
+    assert same(averaged(state, "mine").buffers, {**BUFFERS, "head.mean": torch.full((1,), 7.0)})
+    assert same(averaged(state, "mine").params, PARAMS)
+
+
+def test_a_path_to_nothing_is_refused_with_the_nearest():
+    known = "the model has body, body.a, body.b, body2, head"
+    begin = TrainState(params=PARAMS, buffers={**BUFFERS, "stats.mean": torch.zeros(1)})
+    with pytest.raises(SettingsError) as refused:
+        compose(ema(model_paths=("bdy", "head", "stats", "head.weight")))(begin, BeforeTraining())
+    assert [str(problem) for problem in refused.value.problems] == [
+        f"model_paths.0: 'bdy' is no sub-module with parameters; {known}; did you mean 'body'?",
+        f"model_paths.2: 'stats' is no sub-module with parameters; {known}",
+        f"model_paths.3: 'head.weight' is no sub-module with parameters; {known}",
+    ]
+    with pytest.raises(SettingsError, match=r"^model_paths.0: 'a' is no sub-module with .*; the model has none$"):
+        ema(model_paths=("a",)).init(TrainState(params={"weight": torch.zeros(1)}))
+
+
+def test_weights_that_are_not_kept_are_named_with_those_that_are():
+    state = begun(ema(0.9, 0.99), params={"w": torch.zeros(1)})
+    with pytest.raises(WeightsError) as error:
+        averaged(state, "ema=0.999")
+    assert str(error.value) == (
+        "no weights 'ema=0.999' are kept; there are: ema=0.9, ema=0.99; did you mean 'ema=0.99'?"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+def save(factor, *, keep, pointer=None, models=()):
+    return SaveCheckpoint(
+        tag=f"E1_U1_S4.ema={factor}", optimizer=False, weights_of=f"ema={factor}", models=models,
+        pointers=() if pointer is None else (f"{pointer}.ema={factor}",), retention={f"weights/ema={factor}": keep},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "at_interval", "after_training"),
+    [
+        ({}, [save(0.5, keep=None)], [save(0.5, keep=0, pointer="last")]),
+        ({"save_last_weights": False}, [save(0.5, keep=None)], []),
+        ({"save_weights": False}, [], [save(0.5, keep=0, pointer="last")]),
+        ({"save_weights": False, "save_last_weights": False}, [], []),
+        (
+            {"save_weights": False, "save_latest_weights": True},
+            [save(0.5, keep=0, pointer="latest")],
+            [save(0.5, keep=0, pointer="last")],
+        ),
+        ({"save_latest_weights": True, "save_last_weights": False}, [save(0.5, keep=None, pointer="latest")], []),
+        (
+            {"target_factors": (0.5, 0.9)},
+            [save(0.5, keep=None), save(0.9, keep=None)],
+            [save(0.5, keep=0, pointer="last"), save(0.9, keep=0, pointer="last")],
+        ),
+        (
+            {"model_paths": ("body", "head")},
+            [save(0.5, keep=None, models=("body", "head"))],
+            [save(0.5, keep=0, pointer="last", models=("body", "head"))],
+        ),
+        ({"model_paths": ("body", None)}, [save(0.5, keep=None)], [save(0.5, keep=0, pointer="last")]),
+        (
+            {"id": "mine", "model_paths": (None,), "save_last_weights": False},
+            [
+                SaveCheckpoint(
+                    tag="E1_U1_S4.mine.ema=0.5",
+                    optimizer=False,
+                    weights_of="mine/ema=0.5",
+                    retention={"weights/mine/ema=0.5": None},
+                )
+            ],
+            [],
+        ),
+    ],
+)
+def test_what_is_asked_for(given, at_interval, after_training):
+    callback = ema(**given)
+    state = updated(callback, begun(callback, params=PARAMS, buffers=BUFFERS)).next_epoch()
+    assert callback(state, AfterEpoch()) == (state, tuple(at_interval))
+    assert callback(state, AfterTraining()) == (state, tuple(after_training))
+    later = state.advance(samples=4)
+    assert callback(later, AtEval()) == (later, ())
+    assert callback(begun(callback, params=PARAMS), BeforeTraining())[1] == ()
+
+
+def test_between_its_intervals_it_moves_and_keeps_still():
+    callback = ema(every_n_epochs=None, every_n_updates=2)
+    state, effects = callback(begun(callback, params=PARAMS).advance(samples=4), UPDATE)
+    assert effects == ()
+    state, effects = callback(state.advance(samples=4), UPDATE)
+    assert [effect.tag for effect in effects] == ["E0_U2_S8.ema=0.5"]
+    after = state.next_epoch()
+    assert callback(after, AfterEpoch()) == (after, ())
+
+
+def test_at_the_end_its_interval_is_due_on_request():
+    callback = ema(every_n_epochs=7, at_end=True, save_last_weights=False)
+    state = begun(callback, params=PARAMS).advance(samples=4).next_epoch()
+    assert callback(state, AfterTraining())[1] == (save(0.5, keep=None),)
+
+
+# ------------------------------------------------------------------------------------------------ on disk
+
+
+def opened(directory):
+    store = CheckpointStore(directory, "run")
+    ignored = [lambda *_: None]
+    return store, Interpreter({SaveCheckpoint: [store.save], LogScalars: ignored, LogText: ignored})
+
+
+def trained(callback, directory, epochs=3, state=None):
+    """Run `epochs` of two updates, in which the weights are the number of the update, and save for real."""
+    store, interpreter = opened(directory)
+    reducer = compose(callback, CheckpointCallback(every_n_epochs=1, save_weights=True, save_optim=True))
+    if state is None:
+        zeros = {"body.w": torch.zeros(2), "head.w": torch.zeros(1)}
+        state = TrainState(params=zeros, buffers={"body.n": torch.tensor(0)})
+    state = dispatch(state, BeforeTraining(), reducer, interpreter)
+    for _ in range(epochs):
+        for _ in range(2):
+            number = state.iteration.update + 1
+            params = {name: torch.full_like(param, number) for name, param in state.params.items()}
+            state = state.replace(params=params, buffers={"body.n": torch.tensor(number)}).advance(samples=4)
+            state = dispatch(state, UPDATE, reducer, interpreter)
+        state = dispatch(state.next_epoch(), AfterEpoch(), reducer, interpreter)
+    return dispatch(state.replace(ended=True), AfterTraining(), reducer, interpreter), store
+
+
+def averages_in(store):
+    return [manifest.tag for manifest in store.manifests() if manifest.weights_of]
+
+
+def test_a_saved_average_is_read_back_and_cannot_be_resumed_from(tmp_path):
+    state, store = trained(ema(0.5, 0.9), tmp_path)
+    for weights in ("ema=0.5", "ema=0.9"):
+        saved = store.find(f"last.{weights}")
+        assert (saved.weights_of, saved.resumable, set(saved.parts)) == (weights, False, {"weights.safetensors"})
+        loaded = store.load(saved)
+        assert same(vars_of(loaded), dict(kept(state, weights)))
+        assert (loaded.iteration, loaded.callback_states) == (state.iteration, {})
+    assert store.find("last.ema=0.5").tag == "E3_U6_S24.ema=0.5.2"  # at the same iteration AfterEpoch saved too
+    newest = store.newest()
+    assert (newest.weights_of, newest.resumable) == (None, True)
+    assert same(store.load(newest), state)  # with the averages in it
+
+
+def test_where_only_averages_are_saved_there_is_nothing_to_resume_from(tmp_path):
+    store, interpreter = opened(tmp_path)
+    state = begun(ema(0.5, 0.9), params=PARAMS).advance(samples=4)
+    dispatch(state, AfterTraining(), ema(0.5, 0.9), interpreter)
+    assert sorted(averages_in(store)) == ["E0_U1_S4.ema=0.5", "E0_U1_S4.ema=0.9"]
+    # Not even with the optimizer's memory: that belongs to other weights.
+    store.save(SaveCheckpoint(tag="whole", weights_of="ema=0.5"), state, UPDATE)
+    assert set(store.find("whole").parts) == {"weights.safetensors", "state.json", "state.safetensors"}
+    assert store.newest() is None
+
+
+def test_each_interval_keeps_the_average_of_its_time(tmp_path):
+    _, store = trained(ema(0.5), tmp_path, epochs=2)
+    found = {tag: store.load(store.find(tag)).params["head.w"].item() for tag in averages_in(store)}
+    # 0.5 * (0.5 * 0 + 0.5 * 1) + 0.5 * 2, and two updates on
+    assert found == {"E1_U2_S8.ema=0.5": 1.25, "E2_U4_S16.ema=0.5": 3.0625, "E2_U4_S16.ema=0.5.2": 3.0625}
+    assert store.pointers() == {"latest": "E2_U4_S16.2", "last": "E2_U4_S16.2", "last.ema=0.5": "E2_U4_S16.ema=0.5.2"}
+
+
+def test_of_latest_weights_only_the_newest_are_kept(tmp_path):
+    settings = {"save_weights": False, "save_latest_weights": True}
+    state, store = trained(ema(0.5, **settings), tmp_path)
+    assert store.pointers()["latest.ema=0.5"] == "E3_U6_S24.ema=0.5"
+    assert sorted(averages_in(store)) == ["E3_U6_S24.ema=0.5", "E3_U6_S24.ema=0.5.2"]
+    # A run that goes on takes both pointers with it.
+    _, store = trained(ema(0.5, **settings), tmp_path, epochs=1, state=state.replace(ended=False))
+    assert sorted(averages_in(store)) == ["E4_U8_S32.ema=0.5", "E4_U8_S32.ema=0.5.2"]
+
+
+def test_nothing_but_the_last_is_saved_on_request(tmp_path):
+    _, store = trained(ema(0.5, save_weights=False), tmp_path)
+    assert averages_in(store) == ["E3_U6_S24.ema=0.5"]
+    assert store.pointers()["last.ema=0.5"] == "E3_U6_S24.ema=0.5"
+
+
+def test_of_a_sub_module_only_its_weights_are_saved(tmp_path):
+    state, store = trained(ema(0.5, model_paths=("body",)), tmp_path)
+    loaded = store.load(store.find("last.ema=0.5"))
+    assert same(vars_of(loaded), dict(kept(state)))
+    assert (list(loaded.params), list(loaded.buffers)) == (["body.w"], ["body.n"])
+
+
+# ------------------------------------------------------------------------------------------------ two of a kind
+
+
+def test_two_of_the_same_factor_are_told_apart_by_their_ids():
+    whole, body = ema(0.5, id="whole"), ema(0.5, id="body", model_paths=("body",))
+    state, _ = compose(whole, body)(TrainState(params=PARAMS), BeforeTraining())
+    assert set(state.callback_states) == {"weights/whole/ema=0.5", "weights/body/ema=0.5"}
+    assert weights_in(state) == ("whole/ema=0.5", "body/ema=0.5")
+    state, effects = compose(whole, body)(state.replace(params=LATER).advance(samples=4).next_epoch(), AfterTraining())
+    assert [effect.pointers for effect in effects] == [("last.whole.ema=0.5",), ("last.body.ema=0.5",)]
+    assert (whole.produces, body.produces) == (("weights/whole/ema=0.5",), ("weights/body/ema=0.5",))
+
+
+def test_two_of_the_same_factor_without_ids_are_refused():
+    with pytest.raises(DeclarationError) as refused:
+        compose(ema(0.5), ema(0.9, 0.5))(TrainState(params=PARAMS), BeforeTraining())
+    assert str(refused.value).splitlines()[0] == (
+        "2 callbacks remember under the name 'weights/ema=0.5'; give this one an id of its own"
+    )
+    compose(ema(0.5), ema(0.9))(TrainState(params=PARAMS), BeforeTraining())
+
+
+# ------------------------------------------------------------------------------------------------ who evaluates it
+
+
+def error(outputs, batch):
+    return (outputs - batch[1]).abs()
+
+
+def scaled(state, batch):
+    """A model that scales its input and adds a buffer."""
+    return {}, batch[0] * state.params["w"] + state.buffers["shift"]
+
+
+def metric(weights="ema=0.9", **settings):
+    wanted = {"dataset_key": "val", "metric": error, "weights": weights}
+    return MetricCallback(**{"every_n_epochs": 1, **wanted, **settings})
+
+
+def test_an_average_is_evaluated_and_the_weights_in_training_stay_as_they_are():
+    run = Run(data={"val": [(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))]}, forward=scaled)
+    reducer = compose(ema(0.75), metric("ema=0.75"), metric(weights=None))
+    begin = TrainState(params={"w": torch.tensor(0.0)}, buffers={"shift": torch.tensor(0.0)})
+    state, _ = reducer(begin, BeforeTraining(run=run))
+    state = state.replace(params={"w": torch.tensor(4.0)}, buffers={"shift": torch.tensor(1.0)})
+    state, _ = reducer(state.advance(samples=4), AfterUpdate(samples=4, run=run))
+    after, effects = reducer(state.next_epoch(), AfterEpoch(run=run))
+    logged = {key: value for effect in effects if type(effect) is LogScalars for key, value in effect.values.items()}
+    assert logged == {"val/error/ema=0.75": 2.5, "val/error": 7.0}  # w is 1 and 4, the shift 1; inputs 1 and 2
+    assert (after.params, after.buffers, after.callback_states) == (state.params, state.buffers, state.callback_states)
+    assert all(after.params[name] is state.params[name] for name in state.params)
+
+
+def misfit(*callbacks):
+    with pytest.raises(DeclarationError) as refused:
+        compose(*callbacks)(TrainState(params=PARAMS), BeforeTraining())
+    return str(refused.value)
+
+
+def test_weights_that_nobody_keeps_are_refused_before_training_with_the_nearest():
+    wanted = "MetricCallback/E1/val/ema=0.99/error consumes 'weights/ema=0.99', which nobody produces; "
+    assert misfit(ema(0.9, 0.5), metric("ema=0.99")) == (
+        f"{wanted}produced before it: weights/ema=0.9, weights/ema=0.5; did you mean 'weights/ema=0.9'?"
+    )
+    assert misfit(metric("ema=0.99")) == f"{wanted}produced before it: nothing"
+
+
+def test_a_consumer_that_is_listed_before_it_is_refused():
+    assert misfit(metric(), ema(0.9)) == (
+        "MetricCallback/E1/val/ema=0.9/error consumes 'weights/ema=0.9': "
+        "list it after EMACallback/E1, which produces it"
+    )
+
+
+@pytest.mark.parametrize(
+    "interval", [{"every_n_epochs": 1}, {"every_n_epochs": None, "every_n_samples": 3}, {"at_end": True}]
+)
+def test_it_is_current_whatever_its_interval(interval):
+    callback = ema(0.9, every_n_epochs=10)
+    assert callback.keeps == callback.produces == ("weights/ema=0.9",)
+    reducer = compose(callback, metric(**interval))
+    assert reducer.keeps == ("weights/ema=0.9",)
+    assert set(reducer(TrainState(params=PARAMS), BeforeTraining())[0].callback_states) == {"weights/ema=0.9"}
+
+
+def test_a_first_evaluation_before_any_update_finds_the_weights():
+    run = Run(data={"val": [(torch.tensor([1.0]), torch.tensor([0.0]))]}, forward=scaled)
+    reducer = compose(ema(0.9), metric())
+    begin = TrainState(params={"w": torch.tensor(3.0)}, buffers={"shift": torch.tensor(0.0)})
+    state, _ = reducer(begin, BeforeTraining(run=run))
+    assert reducer(state, AtEval(run=run))[1][0].values == {"val/error/ema=0.9": 3.0}
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+BETWEEN = "is not a number between 0 and 1, both excluded"
+
+
+@pytest.mark.parametrize(
+    ("given", "problems"),
+    [
+        ({"target_factors": ()}, ["target_factors: [] is not a list of different factors"]),
+        (
+            {"target_factors": (0.9, 0.5, 0.90)},
+            ["target_factors: [0.9, 0.5, 0.9] is not a list of different factors"],
+        ),
+        *(
+            ({"target_factors": (0.5, factor)}, [f"target_factors.1: {factor!r} {BETWEEN}"])
+            for factor in (0.0, 1.0, 0, 1, -0.1, 1.5, math.nan, math.inf, True, "0.9", None)
+        ),
+        (
+            {"target_factors": (2.0, 3.0), "every_n_epochs": 0},
+            [
+                "every_n_epochs: 0 is not a whole number of at least 1",
+                f"target_factors.0: 2.0 {BETWEEN}",
+                f"target_factors.1: 3.0 {BETWEEN}",
+            ],
+        ),
+        (
+            {"every_n_epochs": None},
+            ["no interval is set; give exactly one of every_n_epochs, every_n_updates, every_n_samples"],
+        ),
+    ],
+)
+def test_settings_that_are_refused(given, problems):
+    with pytest.raises(SettingsError) as refused:
+        ema(**given)
+    assert [str(problem) for problem in refused.value.problems] == problems
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+class Points(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        x = torch.tensor([float(index), 1.0, -1.0]) / 3 + 0.1 * torch.randn(3)
+        return x, (x.sum() > 0).long()
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+def entropy(outputs, batch):
+    return {"entropy": nn.functional.cross_entropy(outputs, batch[1])}
+
+
+class Cut(Exception):  # noqa: N818  # it is no error
+    """The process dies."""
+
+
+def trainer(directory, dies_at=None):
+    """Return the trainer, state and store of a process that dies before it carries out what event `dies_at` asks."""
+    store, interpreter = opened(directory)
+    data = TrainingData(Points(), seed=0, effective_batch_size=2)
+    optimizer = FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
+    step = Step(model=make_model(), loss=entropy, optimizer=optimizer, lr={"default": lambda _: 0.1})
+    events = []
+
+    def dying(effects, state, event):
+        events.append(event)
+        if len(events) == dies_at:
+            raise Cut
+        interpreter(effects, state, event)
+
+    reducer = compose(
+        ema(0.5, 0.9, model_paths=("0",), every_n_epochs=2, id="first"),
+        ema(0.8, every_n_epochs=None, every_n_updates=2, save_weights=False, save_latest_weights=True),
+        EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", "accuracy"), weights="ema=0.8"),
+        EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("accuracy",), weights="first/ema=0.9"),
+        CheckpointCallback(every_n_updates=2, save_weights=True, save_optim=True),
+    )
+    run = Run(
+        end=TrainingIteration(epoch=4), updates_per_epoch=3, samples_per_epoch=6, effective_batch_size=2,
+        data={"val": EvaluationData(Points(), seed=0, batch_size=3)}, forward=forward(make_model(), entropy),
+    )  # fmt: skip
+    state = TrainState.from_module(make_model())
+    state = state.replace(opt_state=optimizer.init(state.params))
+    return Trainer(run=run, step=step, data=data, reducer=reducer, interpreter=dying), state, store
+
+
+def with_cuts(directory, cuts):
+    for dies_at in (*cuts, None):
+        train, state, store = trainer(directory, dies_at)
+        newest = store.newest()
+        if newest is not None:
+            state = store.resume(newest)
+        try:
+            return train(state, resumed=newest is not None), store
+        except Cut:
+            continue
+    raise AssertionError("the last process does not die")
+
+
+def on_disk(store):
+    """Return the weights of each average by where it was taken, and by the pointers that name it."""
+    saved = {f"{m.iteration} {m.weights_of}": m for m in store.manifests() if m.weights_of}
+    pointed = {name: store.find(name) for name in store.pointers() if "ema" in name}
+    return {name: vars_of(store.load(manifest)) for name, manifest in (saved | pointed).items()}
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory):
+    state, store = with_cuts(tmp_path_factory.mktemp("uncut"), [])
+    return state, on_disk(store)
+
+
+@settings(max_examples=12)
+@given(st.lists(st.integers(2, 17), max_size=2))
+def test_a_run_cut_anywhere_equals_the_uncut_run(uncut, tmp_path_factory, cuts):
+    expected, averages = uncut
+    state, store = with_cuts(tmp_path_factory.mktemp("cut"), cuts)
+    assert set(state.callback_states) == {"weights/first/ema=0.5", "weights/first/ema=0.9", "weights/ema=0.8"}
+    assert same(state, expected)
+    assert same(on_disk(store), averages)
+    assert not same(kept(state, "ema=0.8")["params"], state.params)
+
+
+def test_what_is_to_be_kept_at_the_end_stays_when_the_run_goes_on(tmp_path):
+    run = open_run(tmp_path)
+    reducer = compose(EMACallback(every_n_epochs=10, target_factors=(0.5,), at_end=True))
+    state = dispatch(TrainState(params={"w": torch.ones(2)}), BeforeTraining(), reducer, run.interpreter)
+    for _ in range(2):
+        state = dispatch(state.advance(samples=1), AfterUpdate(samples=1), reducer, run.interpreter)
+        state = dispatch(state, AfterTraining(), reducer, run.interpreter)
+    run.close()
+    tags = [manifest.tag for manifest in run.checkpoints.manifests()]
+    assert tags == ["E0_U1_S1.ema=0.5", "E0_U2_S2.ema=0.5"]  # asked for to be kept, and as the last
+
+
+def test_two_saves_of_one_tag_are_in_the_order_in_which_they_were_made(tmp_path):
+    store = CheckpointStore(tmp_path, "order")
+    state = begun(ema(0.999), params={"w": torch.ones(2)}).advance(samples=4)
+    for event in (AfterUpdate(), AfterEpoch(), AfterTraining()):
+        store.save(SaveCheckpoint(tag="T.ema=0.999", optimizer=False, weights_of="ema=0.999"), state, event)
+    assert [(each.tag, each.number) for each in store.manifests()] == [
+        ("T.ema=0.999", 1), ("T.ema=0.999.2", 2), ("T.ema=0.999.3", 3),
+    ]  # fmt: skip

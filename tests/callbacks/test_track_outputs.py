@@ -1,0 +1,393 @@
+"""Outputs of the model in training: which are tracked, what is made of them, and what is refused."""
+
+# a callback takes a state and an event, whether or not it needs both
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from noether.core.callbacks import TrackOutputsCallback
+from noether.core.callbacks.track_outputs import TrackAdditionalOutputsCallback
+from noether.core.declarations import DeclarationError
+from noether.core.effect import LogScalars, SaveTensors
+from noether.core.errors import OutputError, SettingsError
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.reducer import compose
+from noether.core.state import TrainState
+from noether.effects import open_run
+from noether.effects.merging import merge
+from noether.testing import same
+
+NAN = math.nan
+VALUES = st.floats(-1e3, 1e3)
+
+
+def go(callback, updates, state=None):
+    """Return the state after updates with those readings, and what was asked at each."""
+    state, asked = state or TrainState(), []
+    for readings in updates:
+        event = AfterUpdate(**{"samples": 4, **readings})
+        state, effects = callback(state.advance(samples=event.samples), event)
+        asked.append(effects)
+    return state, asked
+
+
+def outputs(**named):
+    return {"outputs": named}
+
+
+def logged(effects):
+    """Return the logged values as numbers, of the effects of one event."""
+    return {
+        key: float(value)
+        for effect in effects
+        if isinstance(effect, LogScalars)
+        for key, value in effect.values.items()
+    }
+
+
+def saved(effects):
+    """Return the name and the tensors of the one effect that saves."""
+    (effect,) = (effect for effect in effects if isinstance(effect, SaveTensors))
+    return effect.name, {name: tensor.tolist() for name, tensor in effect.tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------------ which outputs
+
+NAMED = {"residual": 1.0, "attention_in": 2.0, "attention_out": 3.0, "residual_norm": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"keys": ("residual",)}, ["residual"]),
+        ({"keys": ("residual_norm", "residual")}, ["residual", "residual_norm"]),
+        ({"patterns": ("attention",)}, ["attention_in", "attention_out"]),
+        ({"patterns": ("out", "norm")}, ["attention_out", "residual_norm"]),
+        ({"keys": ("residual",), "patterns": ("_in",)}, ["residual", "attention_in"]),
+        ({"keys": ("residual",), "patterns": ("residual",)}, ["residual", "residual_norm"]),
+    ],
+)
+@pytest.mark.parametrize("reduce", ["mean", "last"])
+def test_keys_are_whole_names_and_patterns_parts_of_them(settings, expected, reduce):
+    _, (effects,) = go(TrackOutputsCallback(every_n_updates=1, reduce=reduce, **settings), [outputs(**NAMED)])
+    assert logged(effects) == {f"{name}/U1": NAMED[name] for name in expected}
+
+
+def test_what_is_not_tracked_may_be_anything():
+    _, (effects,) = go(
+        TrackOutputsCallback(every_n_updates=1, keys=("loss",)), [outputs(loss=2.0, field="a text", more={"x": None})]
+    )
+    assert logged(effects) == {"loss/U1": 2.0}
+
+
+# ------------------------------------------------------------------------------------------------ means
+
+
+@st.composite
+def an_update(draw):
+    """One update: samples and outputs of each accumulation step, and whether it was skipped."""
+    sizes = draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
+    steps = [draw(st.lists(VALUES, min_size=size, max_size=size)) for size in sizes]
+    return sizes, steps, draw(st.booleans())
+
+
+def event_of(sizes, steps, skipped, *, per_sample):
+    """Return the readings of an update whose output is a value for each sample, or their mean."""
+    values = [torch.tensor(step, dtype=torch.float64) for step in steps]
+    made = tuple({"drift": value if per_sample else value.mean()} for value in values)
+    return {"samples": sum(sizes), "accumulated": tuple(sizes), "outputs": made, "skipped": skipped}
+
+
+@given(st.lists(an_update(), min_size=1, max_size=12), st.integers(1, 4), st.booleans())
+def test_the_mean_is_over_all_samples_whatever_the_accumulation(updates, n, per_sample):
+    made = [event_of(*update, per_sample=per_sample) for update in updates]
+    _, asked = go(TrackOutputsCallback(every_n_updates=n, keys=("drift",)), made)
+    seen = []
+    for update, ((_, steps, skipped), effects) in enumerate(zip(updates, asked, strict=True), 1):
+        seen += [] if skipped else [value for step in steps for value in step]
+        if update % n or not seen:  # of skipped updates only, there is nothing to say
+            assert effects == ()
+            continue
+        assert list(logged(effects)) == [f"drift/U{n}"]
+        np.testing.assert_allclose(logged(effects)[f"drift/U{n}"], np.mean(seen), rtol=1e-10, atol=1e-10)
+        seen = []
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), VALUES), min_size=1, max_size=15), st.integers(1, 80))
+def test_the_mean_over_an_interval_in_samples_weights_updates_by_theirs(updates, n):
+    made = [{"samples": size, **outputs(drift=torch.tensor(value, dtype=torch.float64))} for size, value in updates]
+    _, asked = go(TrackOutputsCallback(every_n_samples=n, keys=("drift",)), made)
+    since, sample = [], 0
+    for (size, value), effects in zip(updates, asked, strict=True):
+        since.append((size, value))
+        crossed = (sample + size) // n > sample // n
+        sample += size
+        assert bool(effects) == crossed
+        if crossed:
+            sizes, values = zip(*since, strict=True)
+            expected = np.average(values, weights=sizes)
+            np.testing.assert_allclose(logged(effects)[f"drift/S{n}"], expected, rtol=1e-10, atol=1e-10)
+            since = []
+
+
+def test_the_mean_by_hand():
+    step = {"samples": 4, "accumulated": (3, 1)}
+    _, (first, second) = go(
+        TrackOutputsCallback(every_n_updates=2, keys=("drift", "steps")),
+        [
+            {**step, "outputs": ({"drift": torch.tensor([1.0, 3.0]), "steps": 2}, {"drift": 6.0, "steps": 4})},
+            {"samples": 12, "outputs": {"drift": torch.tensor([[7.0, 9.0]]), "steps": torch.tensor(1)}},
+        ],
+    )
+    # drift: (2 * 3 + 6 * 1) / 4 = 3, and (3 * 4 + 8 * 12) / 16; steps: 2.5, and (2.5 * 4 + 1 * 12) / 16
+    assert first == ()
+    assert logged(second) == {"drift/U2": 6.75, "steps/U2": 1.375}
+
+
+def test_without_the_sizes_of_accumulation_steps_they_weigh_the_same():
+    _, (effects,) = go(
+        TrackOutputsCallback(every_n_updates=1, keys=("drift",)), [{"outputs": [{"drift": 1.0}, {"drift": 4.0}]}]
+    )
+    assert logged(effects) == {"drift/U1": 2.5}
+
+
+def test_single_precision_outputs_are_summed_in_double_and_not_held_with_their_graph():
+    values = [torch.tensor(1e8), torch.tensor(1.0)] * 50
+    _, asked = go(TrackOutputsCallback(every_n_updates=100, keys=("a",)), [outputs(a=value) for value in values])
+    assert logged(asked[-1]) == {"a/U100": 50000000.5}
+    graph = torch.ones((), requires_grad=True) * 2
+    for reduce in ("mean", "last"):
+        callback = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce=reduce)
+        state, _ = go(callback, [outputs(a=graph)])
+        assert not state.memory(callback.name)["values"]["a"].requires_grad
+
+
+def test_skipped_updates_do_not_count():
+    updates = [{**outputs(a=NAN), "skipped": True}, outputs(a=2.0), {"outputs": None, "skipped": True}]
+    _, asked = go(TrackOutputsCallback(every_n_updates=3, keys=("a",)), updates)
+    assert logged(asked[-1]) == {"a/U3": 2.0}
+    state, asked = go(TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last"), updates)
+    _, effects = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last")(state.next_epoch(), AfterEpoch())
+    assert logged(effects) == {"a/E1": 2.0}
+
+
+def test_nan_of_an_applied_update_is_told_and_forgotten_with_its_interval():
+    _, asked = go(TrackOutputsCallback(every_n_updates=2, keys=("a",)), [outputs(a=a) for a in (NAN, 1.0, 2.0, 3.0)])
+    assert same([logged(effects) for effects in asked[1::2]], [{"a/U2": NAN}, {"a/U2": 2.5}])
+
+
+@given(st.lists(VALUES, min_size=1, max_size=12), st.integers(1, 4), st.sampled_from(["mean", "last"]),
+       st.integers(0, 12))  # fmt: skip
+def test_a_resumed_run_goes_on_with_what_it_had_seen(values, n, reduce, cut):
+    def fresh():
+        return TrackOutputsCallback(every_n_updates=n, keys=("a",), reduce=reduce, at_end=True)
+
+    updates = [outputs(a=value) for value in values]
+    uncut, asked = go(fresh(), updates)
+    state, first = go(fresh(), updates[:cut])
+    state, rest = go(fresh(), updates[cut:], state)
+    assert same(first + rest, asked)
+    assert same(state, uncut)
+    assert same(fresh()(state, AfterTraining()), fresh()(uncut, AfterTraining()))
+
+
+# ------------------------------------------------------------------------------------------------ the last update
+
+
+def test_last_is_that_of_the_update_at_which_it_fires():
+    callback = TrackOutputsCallback(every_n_updates=2, keys=("a",), reduce="last")
+    state, asked = go(callback, [outputs(a=torch.tensor([a, a + 1.0])) for a in (1.0, 2.0, 3.0, 4.0)])
+    assert [logged(effects) for effects in asked] == [{}, {"a/U2": 2.5}, {}, {"a/U2": 4.5}]
+    assert dict(state.callback_states) == {}  # the event carries all it needs
+
+
+def test_last_is_weighted_over_accumulation_steps():
+    step = {"samples": 4, "accumulated": (3, 1), "outputs": ({"a": 1.0}, {"a": 5.0})}
+    _, (effects,) = go(TrackOutputsCallback(every_n_updates=1, keys=("a",), reduce="last"), [step])
+    assert logged(effects) == {"a/U1": 2.0}
+
+
+@pytest.mark.parametrize(("reduce", "at_epoch", "at_end"), [("mean", 2.0, 7.0), ("last", 3.0, 9.0)])
+def test_an_epoch_and_the_end(reduce, at_epoch, at_end):
+    callback = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce=reduce, at_end=True)
+    state, asked = go(callback, [outputs(a=1.0), outputs(a=3.0)])
+    assert asked == [(), ()]
+    state, effects = callback(state.next_epoch(), AfterEpoch())
+    assert logged(effects) == {"a/E1": at_epoch}
+    assert callback(state, AfterTraining()) == (state, ())
+    state, _ = go(callback, [outputs(a=5.0), outputs(a=9.0)], state)
+    assert logged(callback(state, AfterTraining())[1]) == {"a/E1": at_end}
+
+
+@pytest.mark.parametrize(("reduce", "expected"), [("mean", 6.0), ("last", 7.0)])
+def test_the_end_of_an_interval_in_updates(reduce, expected):
+    callback = TrackOutputsCallback(every_n_updates=3, keys=("a",), reduce=reduce, at_end=True)
+    state, _ = go(callback, [outputs(a=a) for a in (1.0, 2.0, 3.0, 5.0, 7.0)])
+    assert logged(callback(state, AfterTraining())[1]) == {"a/U3": expected}
+
+
+@pytest.mark.parametrize("reduce", ["mean", "last"])
+def test_nothing_is_said_where_no_update_has_been(reduce):
+    callback, state = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce=reduce, at_end=True), TrainState()
+    assert callback(state.next_epoch(), AfterEpoch())[1] == ()
+    assert callback(state, AfterTraining())[1] == ()
+    assert callback(state, AtEval()) == (state, ())
+
+
+# ------------------------------------------------------------------------------------------------ logged and saved
+
+
+@pytest.mark.parametrize(("verbose", "quiet"), [(False, {"a/U1", "b/U1"}), (True, set())])
+def test_verbose_shows_them_on_the_console_too(verbose, quiet):
+    callback = TrackOutputsCallback(every_n_updates=1, keys=("a", "b"), verbose=verbose)
+    state, ((effect,),) = go(callback, [outputs(a=1.0, b=2.0)])
+    assert effect.quiet == quiet
+    assert logged([effect]) == {"a/U1": 1.0, "b/U1": 2.0}
+    assert state.metrics["a/U1"].value == 1.0  # other callbacks can read it either way
+
+
+def test_means_are_saved():
+    callback = TrackOutputsCallback(every_n_updates=2, keys=("a",), patterns=("b",), save_output=True)
+    step = {"samples": 8, "outputs": {"a": torch.tensor([1.0, 2.0]), "b0": 5.0}}
+    _, (_, effects) = go(callback, [step, step])
+    assert logged(effects) == {"a/U2": 1.5, "b0/U2": 5.0}
+    assert saved(effects) == ("outputs/U2/E0_U2_S16", {"a": 1.5, "b0": 5.0})
+
+
+def test_last_outputs_are_saved_as_they_are_with_their_accumulation_steps_joined():
+    callback = TrackOutputsCallback(every_n_updates=1, keys=("a", "b"), reduce="last", save_output=True)
+    steps = (
+        {"a": torch.tensor([[1, 2], [3, 4], [5, 6]]), "b": 1.0},
+        {"a": torch.tensor([[7, 8]]), "b": 3.0},
+    )
+    _, (effects,) = go(callback, [{"samples": 4, "accumulated": (3, 1), "outputs": steps}])
+    assert saved(effects) == ("outputs/U1/E0_U1_S4", {"a": [[1, 2], [3, 4], [5, 6], [7, 8]], "b": 1.5})
+    assert effects[1].tensors["a"].dtype == torch.int64
+    assert logged(effects) == {"a/U1": 4.5, "b/U1": 1.5}
+
+
+def test_what_is_saved_at_an_epoch_is_named_after_it():
+    callback = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last", save_output=True)
+    state, _ = go(callback, [outputs(a=torch.tensor([1.0, 2.0]))] * 2)
+    _, effects = callback(state.next_epoch(), AfterEpoch())
+    assert saved(effects) == ("outputs/E1/E1_U2_S8", {"a": [1.0, 2.0]})
+
+
+def test_what_is_saved_need_not_be_logged():
+    callback = TrackOutputsCallback(every_n_updates=1, keys=("a",), log_output=False, save_output=True)
+    state, (effects,) = go(callback, [outputs(a=1.0)])
+    assert [type(effect) for effect in effects] == [SaveTensors]
+    assert dict(state.metrics) == {}
+    assert callback.produces == ()
+
+
+# ------------------------------------------------------------------------------------------------ several of them
+
+
+def test_two_at_one_interval_track_different_keys():
+    reducer = compose(
+        TrackOutputsCallback(every_n_updates=2, keys=("a",), save_output=True),
+        TrackOutputsCallback(every_n_updates=2, keys=("b",), save_output=True),
+        TrackOutputsCallback(every_n_updates=1, keys=("b",), reduce="last"),
+    )
+    state, _ = reducer(TrainState(), BeforeTraining())
+    _, asked = go(reducer, [outputs(a=1.0, b=10.0), outputs(a=3.0, b=30.0)], state)
+    effects = merge(asked[-1])
+    assert logged(effects) == {"a/U2": 2.0, "b/U2": 20.0, "b/U1": 30.0}
+    assert saved(effects) == ("outputs/U2/E0_U2_S8", {"a": 2.0, "b": 20.0})
+
+
+def test_what_two_save_at_one_interval_is_one_file(tmp_path):
+    run = open_run(tmp_path)
+    reducer = compose(*(TrackOutputsCallback(every_n_updates=1, keys=(key,), save_output=True) for key in "ab"))
+    state, (effects,) = go(reducer, [outputs(a=1.0, b=2.0)])
+    run.interpreter(effects, state, AfterUpdate(samples=4))
+    kept = load_file(tmp_path / "tensors/outputs/U1/E0_U1_S4.safetensors")
+    assert same(kept, {"a": torch.tensor(1.0).double(), "b": torch.tensor(2.0).double()})
+
+
+def test_two_that_would_log_one_key_are_refused():
+    reducer = compose(
+        TrackOutputsCallback(every_n_updates=1, keys=("drift",)),
+        TrackOutputsCallback(every_n_updates=1, patterns=("rif",)),
+    )
+    with pytest.raises(DeclarationError) as refused:
+        reducer(TrainState(), BeforeTraining())
+    assert str(refused.value) == (
+        "TrackOutputsCallback/U1/rif and TrackOutputsCallback/U1/drift both produce the metric '*rif*/U1'; drop one"
+    )
+
+
+def test_produces_and_name():
+    callback = TrackOutputsCallback(every_n_samples=512, keys=("a", "b"), patterns=("att",))
+    assert callback.produces == ("a/S512", "b/S512", "*att*/S512")
+    assert callback.name == "TrackOutputsCallback/S512/a,b,att"
+    assert callback.readings == ()
+    assert TrackAdditionalOutputsCallback is TrackOutputsCallback
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize("reduce", ["mean", "last"])
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"drifts": 1.0, "b": 2.0}, "no 'drift'; it returns 'drifts', 'b'; did you mean 'drifts'?"),
+        ({"b": 2.0}, "no 'drift'; it returns 'b'"),
+        ({}, "no 'drift'; it returns none"),
+        (({"b": 2.0},), "no 'drift'; it returns 'b'"),
+        (None, "nothing; to have outputs tracked, return a dict of them"),
+        ((), "nothing; to have outputs tracked, return a dict of them"),
+        ((torch.ones(2),), "a Tensor; to have outputs tracked, return a dict of them"),
+        (([1.0],), "a list; to have outputs tracked, return a dict of them"),
+        (({"drift": 1.0}, torch.ones(2)), "a Tensor; to have outputs tracked, return a dict of them"),
+    ],
+)
+def test_outputs_that_are_not_there_are_refused(reduce, returned, message):
+    with pytest.raises(OutputError) as refused:
+        go(TrackOutputsCallback(every_n_updates=1, keys=("drift",), reduce=reduce), [{"outputs": returned}])
+    assert str(refused.value) == f"TrackOutputsCallback/U1/drift: the model returns {message}"
+
+
+def test_a_misspelt_key_is_refused_at_the_first_update_and_not_where_it_is_due():
+    with pytest.raises(OutputError, match=r"returns no 'drfit'; it returns 'drift'; did you mean 'drift'\?$"):
+        go(TrackOutputsCallback(every_n_epochs=10, keys=("drfit",)), [outputs(drift=1.0)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["nothing is tracked; give keys or patterns"]),
+        ({"keys": ()}, ["nothing is tracked; give keys or patterns"]),
+        (
+            {"keys": ("a",), "reduce": "lst"},
+            ["reduce: 'lst' is not one of 'mean', 'last'; did you mean 'last'?"],
+        ),
+        ({"keys": ("a",), "reduce": "sum"}, ["reduce: 'sum' is not one of 'mean', 'last'"]),
+        (
+            {"patterns": ("a",), "log_output": False},
+            ["log_output and save_output are both false: nothing would come of it"],
+        ),
+        (
+            {"every_n_updates": 0, "reduce": "max", "log_output": False},
+            [
+                "every_n_updates: 0 is not a whole number of at least 1",
+                "nothing is tracked; give keys or patterns",
+                "reduce: 'max' is not one of 'mean', 'last'",
+                "log_output and save_output are both false: nothing would come of it",
+            ],
+        ),
+    ],
+)
+def test_settings_are_refused_all_at_once(settings, expected):
+    with pytest.raises(SettingsError) as refused:
+        TrackOutputsCallback(**{"every_n_updates": 1, **settings})
+    assert [str(problem) for problem in refused.value.problems] == expected
+    assert str(refused.value) == "\n".join(expected)
