@@ -347,7 +347,8 @@ def histories(draw):
         manifests.append(
             Manifest(
                 tag=f"T.{number + 2}", number=number + 2, run_id="r", segment=segment, parent=None,
-                event="AfterUpdate", parts={}, iteration=TrainingIteration(update=update), retention=draw(st.dictionaries(OWNERS, KEEPS, max_size=2)),
+                event="AfterUpdate", parts={}, iteration=TrainingIteration(update=update),
+                retention=draw(st.dictionaries(OWNERS, KEEPS, max_size=2)),
             )
         )  # fmt: skip
     names = st.sampled_from([manifest.tag for manifest in manifests] or ["gone"])

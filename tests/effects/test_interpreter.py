@@ -11,6 +11,7 @@ from noether import (
     Effect,
     LogScalars,
     LogText,
+    MeasurePeakMemory,
     Run,
     SaveCheckpoint,
     SaveTensors,
@@ -99,3 +100,84 @@ def test_logs_are_written_before_the_checkpoint_of_the_event(tmp_path):
     )
     interpreter([SaveCheckpoint(), LogScalars({"a": 1})], TrainState().advance(samples=1), AfterUpdate(samples=1))
     assert '"a": 1' in seen[0]
+
+
+# ------------------------------------------------------------------------------------------------ measured effects
+
+
+def measured(calls):
+    """Return a measure of rings, which counts how often it was called."""
+
+    def measure(effect, state, event):
+        calls.append((effect, state, event))
+        return {f"rings/{effect.times}": float(len(calls))}
+
+    return {Ring: measure}
+
+
+def test_what_is_measured_is_logged_in_the_line_of_its_event():
+    calls, logged, state, event = [], [], TrainState(), AfterTraining()
+    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls))
+    interpreter([Ring(3), LogScalars({"loss": torch.tensor(0.5)}, frozenset({"loss"})), Ring(4)], state, event)
+    ((_, line, *_),) = logged
+    assert line.values == {"rings/3": 1.0, "loss": 0.5, "rings/4": 2.0}
+    assert line.quiet == {"loss"}
+    assert [effect for effect, *_ in calls] == [Ring(3), Ring(4)]
+    assert all(call[1] is state and call[2] is event for call in calls)
+
+
+def test_what_is_measured_is_logged_where_nothing_else_is():
+    logged = []
+    Interpreter({LogScalars: [recorder(logged)]}, measured([]))([Ring(3)], TrainState(), AfterTraining())
+    assert [line.values for _, line, *_ in logged] == [{"rings/3": 1.0}]
+
+
+def test_measures_are_kept_by_handling():
+    calls, logged = [], []
+    first = Interpreter({LogScalars: [recorder(logged)]}, measured(calls))
+    second = first.handling(LogText, recorder([])).handling(LogScalars, recorder(logged, "another"))
+    second([Ring(3), LogText("hello")], TrainState(), AfterTraining())
+    assert [(name, line.values) for name, line, *_ in logged] == [
+        ("handler", {"rings/3": 1.0}),
+        ("another", {"rings/3": 1.0}),
+    ]
+    assert len(calls) == 1
+
+
+def test_nothing_is_measured_on_another_rank():
+    calls, logged = [], []
+    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls))
+    interpreter([Ring(3)], TrainState(), AfterTraining(run=Run(rank=1, world_size=2)))
+    assert calls == logged == []
+
+
+def test_nothing_is_measured_where_an_effect_of_the_event_is_refused():
+    calls = []
+    interpreter = Interpreter({LogScalars: []}, measured(calls))
+    with pytest.raises(LookupError, match="nobody handles the effect LogText"):
+        interpreter([Ring(3), LogText("hello")], TrainState(), AfterTraining())
+    assert calls == []
+
+
+def test_measured_effects_are_among_those_that_are_handled():
+    class Rong(Effect):
+        pass
+
+    interpreter = Interpreter({LogScalars: []}, measured([]))
+    with pytest.raises(LookupError) as error:
+        interpreter([Rong()], TrainState(), AfterTraining())
+    assert str(error.value) == (
+        "nobody handles the effect Rong; did you mean 'Ring'?; register it with interpreter.handling(Rong, handler). "
+        "Handled: LogScalars, Ring"
+    )
+    with pytest.raises(LookupError, match=r"Handled: none$"):
+        Interpreter({})([Rong()], TrainState(), AfterTraining())
+
+
+def test_a_run_measures_memory_into_the_line_of_the_event(tmp_path):
+    seen = []
+    interpreter = open_run(tmp_path).interpreter.handling(LogScalars, recorder(seen))
+    interpreter([MeasurePeakMemory(key="memory/E1"), LogScalars({"a": 1})], TrainState(), AfterTraining())
+    ((_, line, *_),) = seen
+    assert line.values["memory/E1"] > 1_000_000
+    assert line.values["a"] == 1

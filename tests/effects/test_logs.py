@@ -1,6 +1,5 @@
-"""Logs: `metrics.jsonl` that is cut where a run goes on, the summary, lines for a person."""
+"""Logs: `metrics.jsonl` that is cut where a run goes on, and the summary."""
 
-import io
 import json
 import math
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console as RichConsole
 
 from noether import (
     AfterAccumulationStep,
@@ -25,7 +23,7 @@ from noether import (
     TrainState,
 )
 from noether.core.tree import freeze
-from noether.effects import Console, LogError, open_run
+from noether.effects import LogError, open_run
 from noether.effects.logs import MetricsFile, Summary, event_name, plain
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -180,64 +178,6 @@ def test_the_summary_takes_trees(tmp_path):
 
 def test_plain_leaves_the_rest_alone():
     assert [plain(value) for value in (None, "x", True, 3)] == [None, "x", True, 3]
-
-
-@pytest.fixture
-def console():
-    written = io.StringIO()
-    made = Console(RichConsole(width=200, file=written))
-    yield made, lambda: written.getvalue().splitlines()
-    made.close()
-
-
-def test_lines_are_aligned_and_short(console):
-    made, shown = console
-    made.text(LogText("hello [bold]you[/bold]"), at(3, epoch=1), AfterEpoch())
-    made.scalars(LogScalars({"a": torch.tensor(1 / 3), "b": 12345678, "c": "x"}), at(3, epoch=1), AfterEpoch())
-    assert [line.rstrip() for line in shown()] == [
-        "E1_U3_S12          hello [bold]you[/bold]",
-        "E1_U3_S12          a  0.33333     b  12345678    c  x",
-    ]
-
-
-def test_updates_are_shown_once_a_second_at_most(console):
-    made, shown = console
-    for update, time_s in enumerate([100.0, 100.5, 100.99, 101.0, 101.5, 102.5], 1):
-        made.scalars(LogScalars({"x": update}), at(update), AfterUpdate(samples=4, time_s=time_s))
-    assert [line.split()[0] for line in shown()] == ["E0_U1_S4", "E0_U4_S16", "E0_U6_S24"]
-
-
-def test_epochs_are_always_shown_and_so_are_updates_without_a_time(console):
-    made, shown = console
-    made.scalars(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4, time_s=100.0))
-    made.scalars(LogScalars({"x": 2}), at(1, epoch=1), AfterEpoch(time_s=100.1))
-    made.scalars(LogScalars({"x": 3}), at(2), AfterUpdate(samples=4))
-    assert [line.split()[-1] for line in shown()] == ["1", "2", "3"]
-
-
-def test_after_silence_the_last_line_is_repeated(console, monkeypatch):
-    made, shown = console
-    timers = []
-
-    class Timer:
-        def __init__(self, seconds, function, arguments):
-            self.seconds, self.fire, self.cancelled = seconds, lambda: function(*arguments), False
-            timers.append(self)
-
-        def start(self):
-            assert self.daemon
-
-        def cancel(self):
-            self.cancelled = True
-
-    monkeypatch.setattr("threading.Timer", Timer)
-    made.text(LogText("first"), at(1), AfterEpoch())
-    made.text(LogText("second"), at(2), AfterEpoch())
-    assert [(timer.seconds, timer.cancelled) for timer in timers] == [(300.0, True), (300.0, False)]
-    timers[1].fire()
-    assert [line.split()[-1] for line in shown()] == ["first", "second", "second"]
-    made.close()
-    assert timers[-1].cancelled
 
 
 def test_a_run_directory_routes_every_effect(tmp_path, capsys):

@@ -2,10 +2,20 @@
 
 from dataclasses import dataclass
 
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from noether import Effect, LogScalars, LogText, SaveCheckpoint, SetSummary
+from noether import (
+    Effect,
+    LogScalars,
+    LogText,
+    SaveCheckpoint,
+    SaveTensors,
+    SetSummary,
+    ShowProgress,
+    TrainingIteration,
+)
 from noether.effects.merging import merge
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -107,3 +117,64 @@ def test_of_two_wishes_of_one_owner_the_longer_is_kept():
 
     assert kept(0, None) == kept(None, 0) == (None, 3)
     assert kept(2, 5) == kept(5, 2) == (5, 3)
+
+
+@UNTIMED
+@given(st.lists(st.tuples(SCALARS, st.frozensets(st.sampled_from("abcz"))), max_size=5))
+def test_a_key_is_quiet_if_who_gives_its_value_says_so(given_effects):
+    effects = [LogScalars(values, quiet) for values, quiet in given_effects]
+    last = {key: effect for effect in effects for key in effect.values}
+    for merged in of(LogScalars, merge(effects)):
+        assert merged.values == {key: effect.values[key] for key, effect in last.items()}
+        assert merged.quiet == {key for key, effect in last.items() if key in effect.quiet}
+        assert merge([merged]) == (merged,)
+
+
+def test_quiet_and_then_loud_is_loud_and_the_other_way_round_quiet():
+    quiet, loud = LogScalars({"a": 1, "b": 2}, frozenset({"a", "b"})), LogScalars({"a": 3})
+    (merged,) = merge([quiet, loud])
+    assert (merged.values, merged.quiet) == ({"a": 3, "b": 2}, {"b"})
+    (merged,) = merge([loud, quiet])
+    assert (merged.values, merged.quiet) == ({"a": 1, "b": 2}, {"a", "b"})
+
+
+def test_tensors_of_one_name_are_one_file_and_the_later_value_wins():
+    x, y, z = torch.ones(1), torch.ones(2), torch.ones(3)
+    effects = [
+        SaveTensors(name="outputs/U1", tensors={"x": x, "y": y}),
+        SaveTensors(name="outputs/E1", tensors={"x": x}),
+        SaveTensors(name="outputs/U1", tensors={"y": z, "z": z}),
+    ]
+    one, other = merge(effects)
+    assert (one.name, other.name) == ("outputs/U1", "outputs/E1")
+    assert {name: id(tensor) for name, tensor in one.tensors.items()} == {"x": id(x), "y": id(z), "z": id(z)}
+    assert list(other.tensors) == ["x"]
+    assert set(effects[0].tensors) == {"x", "y"}  # a request is not written to
+
+
+def test_progress_is_shown_once_and_as_it_was_last():
+    def progress(*, fired, due):
+        return ShowProgress(
+            end=TrainingIteration(update=8), fired=fired, fires=8, update_s=0.5, next_s=1.0, left_s=1.0, due=due
+        )
+
+    first, last = progress(fired=0, due=False), progress(fired=6, due=True)
+    merged = merge([first, LogScalars({"a": 1}), last, LogText("hello")])
+    assert merged == (LogText("hello"), last, LogScalars({"a": 1}))
+    assert of(ShowProgress, merge([last, first])) == [first]
+
+
+def test_one_tag_with_different_weights_is_a_checkpoint_for_each():
+    of_average = {"tag": "best", "weights_of": "ema=0.9", "optimizer": False}
+    effects = [
+        SaveCheckpoint(tag="best", pointers=("last",)),
+        SaveCheckpoint(**of_average, pointers=("last.ema=0.9",)),
+        SaveCheckpoint(**{**of_average, "weights_of": "ema=0.5"}),
+        SaveCheckpoint(**of_average, pointers=("best.ema=0.9",)),
+        SaveCheckpoint(tag="best", pointers=("latest",)),
+    ]
+    assert [(save.tag, save.weights_of, save.optimizer, save.pointers) for save in merge(effects)] == [
+        ("best", None, True, ("last", "latest")),
+        ("best", "ema=0.9", False, ("last.ema=0.9", "best.ema=0.9")),
+        ("best", "ema=0.5", False, ()),
+    ]
