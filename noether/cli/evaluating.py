@@ -12,13 +12,14 @@ from rich.table import Table
 from noether.cli.running import handled, resumed_config
 from noether.config import ConfigError
 from noether.config.errors import Located, Place
-from noether.core.averages import averaged, weights_in
+from noether.core.averages import averaged, memory_of, weights_in
 from noether.core.callback import label_of
 from noether.core.dispatch import dispatch
 from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
 from noether.core.errors import WeightsError
 from noether.core.event import AtEval
 from noether.core.reducer import compose
+from noether.core.tree import cloned
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.files import replace_text
 from noether.effects.logs import plain
@@ -53,12 +54,19 @@ def evaluate(
     store = CheckpointStore(run_dir / "checkpoints", experiment.run.run_id)
     manifest = _found(store, checkpoint)
     state = experiment.to_device(store.load(manifest))
+    if manifest.weights_of is not None:  # they lie in the place of those in training, and are what they are, too
+        kept = {"params": state.params, "buffers": state.buffers}
+        state = state.remember(memory_of(manifest.weights_of), cloned(kept))
     name = manifest.tag
     if weights is not None:
-        state = _weighted(state, weights)
+        state = _weighted(state, weights, store)
         name = f"{name}.{weights.replace('/', '.')}"
     metrics: dict[str, Any] = {}
     reducer = _with_their_weights(experiment.reducer, state)
+    if not reducer.listens(AtEval):
+        raise CheckpointError(
+            f"nothing is left to evaluate: {manifest.tag} holds none of the weights that are asked for"
+        )
     dispatch(state, AtEval(run=experiment.run), reducer, handled(config, _collecting(metrics)))
     _keep(run_dir / "eval" / f"{name}.json", metrics)
     _show(name, metrics)
@@ -77,14 +85,16 @@ def _with_their_weights(reducer: Reducer, state: TrainState) -> Reducer:
     lost = [member for member in reducer.members if getattr(member, "weights", None) not in there]
     for member in lost:
         click.echo(f"{label_of(member)} is left out: the checkpoint does not hold its weights")
-    return compose(*(member for member in reducer.members if member not in lost))
+    return compose(*(member for member in reducer.members if not any(member is each for each in lost)))
 
 
-def _weighted(state: TrainState, weights: str) -> TrainState:
+def _weighted(state: TrainState, weights: str, store: CheckpointStore) -> TrainState:
     try:
         return averaged(state, weights)
     except WeightsError as error:
-        raise ConfigError([Located(Place(f"--weights {weights}"), (), str(error))]) from error
+        saved = [name for name in store.pointers() if name.endswith(f".{weights.replace('/', '.')}")]
+        instead = f"; evaluate --checkpoint {' or '.join(saved)} without --weights" if saved else ""
+        raise ConfigError([Located(Place(f"--weights {weights}"), (), f"{error}{instead}")]) from error
 
 
 def _collecting(metrics: dict[str, Any]) -> Interpreter:

@@ -26,7 +26,7 @@ from noether.core.event import AfterTraining, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.tree import FrozenDict
 from noether.core.upcoming import Move, next_move
-from noether.effects import CheckpointStore, open_run
+from noether.effects import CheckpointError, CheckpointStore, open_run
 from noether.effects.files import replace_text
 from noether.effects.run_directory import CONFIG
 from noether.training.experiment import Experiment, build
@@ -67,6 +67,7 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
     saved = CheckpointStore(run_dir / "checkpoints", run_id).newest() is not None
     experiment = build(config, run_id=run_id, begins=not saved)
     with _opened(run_dir) as directory:
+        _check_resumable(directory.checkpoints, run_dir)
         state = directory.load()
         if state is not None:
             state = _without(experiment.to_device(state), drop_memory)
@@ -85,6 +86,16 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
         directory.cut_logs(state)
         replace_text(directory.path / CONFIG, dump(config))
         return _train(experiment, directory, state or experiment.state, resumed=state is not None, allow=allow)
+
+
+def _check_resumable(store: CheckpointStore, run_dir: Path) -> None:
+    """Refuse a run of which only parts were saved: to begin it anew would throw away what it logged."""
+    saved = store.manifests()
+    if saved and store.newest() is None:
+        raise CheckpointError(
+            f"{run_dir} cannot go on: none of its {len(saved)} checkpoints holds weights, optimizer and state. Begin a "
+            f"new run with --set run.init_from={run_dir}/checkpoints/{saved[-1].tag}, and save_latest_optim: true"
+        )
 
 
 def _moved(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:

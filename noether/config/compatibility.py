@@ -31,23 +31,21 @@ def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple
         ({'metric_key': 'val/accuracy'}, [])
     """
     renamed: Mapping[str, str] = getattr(target, "renamed", {})
-    meaningless: Mapping[str, str] = getattr(target, "meaningless", {})
+    own = inspect.signature(target).parameters
+    meaningless = {name: why for name, why in getattr(target, "meaningless", {}).items() if name not in own}
     elsewhere: Mapping[str, str] = getattr(target, "elsewhere", {})
-    refuse(Problem(name, f"is no setting here: {how}") for name, how in elsewhere.items() if name in settings)
-    lists = _lists(target)
+    wrong = {name: how for name, how in elsewhere.items() if settings.get(name) is not None}
+    refuse(Problem(name, f"is no setting here: {how}") for name, how in wrong.items())
+    lists = {each.name for each in own.values() if isinstance(each.default, tuple)}
     kept: dict[str, Any] = {}
     for written, value in settings.items():
         name = renamed.get(written, written)
         if name != written and name in settings:
             raise SettingsError([Problem(written, f"is an older name of {name}, which is given too; leave it out")])
-        if written not in meaningless and not (value is None and name in lists):
+        absent = written in meaningless or (value is None and (name in lists or written in elsewhere))
+        if not absent:
             kept[name] = [value] if name != written and name in lists and isinstance(value, str) else value
     said = f"has no meaning for {target.__name__} and is left out"
     return kept, [
         Problem(name, f"{said}: {why}") for name, why in meaningless.items() if settings.get(name) is not None
     ]
-
-
-def _lists(target: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(target).parameters.values()
-    return {each.name for each in parameters if isinstance(each.default, tuple)}

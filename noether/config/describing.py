@@ -14,6 +14,8 @@ from typing import Any, final
 from noether.config.functions import FunctionCallback
 from noether.config.kinds import CALLBACK, resolve
 from noether.config.structure import parameters
+from noether.core.callback import declaration_of
+from noether.core.callbacks.periodic import PeriodicCallback
 
 PREFIX = "noether.core.callbacks"
 _WORDS: dict[object, str] = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
@@ -105,28 +107,33 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
         text=text,
         settings=settings,
         renamed=getattr(target, "renamed", {}),
-        yaml=_yaml(path, documented, settings),
+        yaml=_yaml(path, documented, settings, gated=declaration_of(target).gate is not None),
     )
 
 
 def _settings(target: Any) -> tuple[Setting, ...]:
     """Return the settings of a class with those of its own first, then those that it inherits; or of a function."""
     if not isinstance(target, type):
-        texts = _argument_texts(_documentation(inspect.unwrap(target)))
+        texts = _inherited_texts(PeriodicCallback) | _argument_texts(_documentation(inspect.unwrap(target)))
         return tuple(_setting(each, texts) for each in parameters(FunctionCallback(target)).values())
     known, found = parameters(target), dict[str, Setting]()
-    texts = {
-        name: text for each in reversed(target.__mro__) for name, text in _argument_texts(_documentation(each)).items()
-    }
+    texts = _inherited_texts(target)
     for owner in target.__mro__:
         own = [name for name in vars(owner).get("__annotations__", {}) if name in known and name not in found]
         found |= {name: _setting(known[name], texts) for name in own}
     return tuple(sorted(found.values(), key=lambda setting: setting.default is not None))  # what is required first
 
 
+def _inherited_texts(target: type) -> dict[str, str]:
+    return {
+        name: text for each in reversed(target.__mro__) for name, text in _argument_texts(_documentation(each)).items()
+    }
+
+
 def _documentation(target: object) -> str:
-    # `inspect.getdoc` would return what is inherited.
-    return inspect.cleandoc((vars(target).get("__doc__") if isinstance(target, type) else target.__doc__) or "")
+    # `inspect.getdoc` would return what is inherited, and a dataclass without documentation has its signature there.
+    written = (vars(target).get("__doc__") if isinstance(target, type) else target.__doc__) or ""
+    return "" if written.startswith(f"{getattr(target, '__name__', '')}(") else inspect.cleandoc(written)
 
 
 def _setting(parameter: inspect.Parameter, texts: dict[str, str]) -> Setting:
@@ -147,7 +154,7 @@ def in_words(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(map(str, inside))
     if origin in (tuple, list, Sequence):
-        return f"list of {in_words(inside[0])}"
+        return f"list of {', '.join(in_words(each) for each in inside if each is not Ellipsis)}"
     if origin is Callable:
         return "dotted path of a function"
     return _WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
@@ -174,11 +181,12 @@ def _without_parts(documented: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", _SECTION.sub("", _YAML.sub("", documented))).strip()
 
 
-def _yaml(path: str, documented: str, settings: Sequence[Setting]) -> str:
+def _yaml(path: str, documented: str, settings: Sequence[Setting], *, gated: bool) -> str:
     """Return the YAML in the documentation, or else an entry with the settings that are required."""
     written = _YAML.search(documented)
     if written:
         return written[1].rstrip()
-    interval = ["every_n_epochs: 1"] if any(each.name == "every_n_epochs" for each in settings) else []
+    takes = not gated and any(each.name == "every_n_epochs" for each in settings)
+    interval = ["every_n_epochs: 1"] if takes else []
     required = [f"{each.name}: <{each.type}>" for each in settings if each.default is None]
     return "\n  ".join((f"- kind: {path}", *interval, *required))

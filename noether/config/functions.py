@@ -37,15 +37,17 @@ class FunctionCallback:
     @property
     def __signature__(self) -> inspect.Signature:
         """The interval and the function's settings, with their types."""
-        gate = list(inspect.signature(type(self).__call__).parameters.values())[1:-1]
-        return inspect.Signature([*gate, *self._settings])
+        gate = inspect.signature(type(self).__call__).parameters
+        return inspect.Signature([*(gate[name] for name in (*_GATES, "at_end")), *self._settings])
 
     @property
     def _settings(self) -> list[inspect.Parameter]:
-        own = parameters(inspect.unwrap(self.function))
-        return [
-            each for each in own.values() if each.kind is each.KEYWORD_ONLY and each.name not in (*_GATES, "at_end")
-        ]
+        own = parameters(inspect.unwrap(self.function)).values()
+        settings = [each for each in own if each.kind is each.KEYWORD_ONLY]
+        taken = [each.name for each in settings if each.name in (*_GATES, "at_end")]
+        if taken:
+            raise RefusedError(f"{taken[0]} beside a function is its interval; give its own setting another name")
+        return settings
 
     def __call__(
         self,

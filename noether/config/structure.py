@@ -168,11 +168,12 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """
     named = [each for each in _signature(target) if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     known = _hints(target)
-    return {each.name: each.replace(annotation=known.get(each.name, _resolved(each.annotation))) for each in named}
+    return {each.name: each.replace(annotation=_resolved(each, known)) for each in named}
 
 
-def _resolved(annotation: object) -> object:
-    return Any if isinstance(annotation, str) or annotation is inspect.Parameter.empty else annotation
+def _resolved(parameter: inspect.Parameter, known: Mapping[str, Any]) -> object:
+    written = parameter.annotation
+    return known.get(parameter.name, Any) if isinstance(written, str) or written is parameter.empty else written
 
 
 def noted(error: Exception, part: str | int) -> Exception:

@@ -63,7 +63,8 @@ def _shared_names(callbacks: Sequence[Callback], state: TrainState) -> Iterator[
     for name in (name for name, times in counted.items() if times > 1):
         last = [callback for other, callback in names if other == name][-1]
         yield Misfit(
-            last, f"{counted[name]} callbacks remember under the name {name!r}; give this one an id of its own"
+            last,
+            f"{counted[name]} callbacks remember under the name {name!r}; give this one an id or a name of its own",
         )
 
 
@@ -71,7 +72,7 @@ def _shared_keys(callbacks: Sequence[Callback], declared: Sequence[Declaration])
     for (_, first), (callback, second) in combinations(zip(callbacks, declared, strict=True), 2):
         for key in second.produces or ():
             if any(matches(key, other) for other in first.produces or ()):
-                yield Misfit(callback, f"{second.label} and {first.label} both produce the metric {key!r}; drop one")
+                yield Misfit(callback, f"{second.label} and {first.label} both produce {key!r}; drop one")
 
 
 def _unfed(callbacks: Sequence[Callback], declared: Sequence[Declaration], run: Run) -> Iterator[Misfit]:

@@ -106,7 +106,7 @@ class ShowProgress(Effect):
 
     Args:
         end: The run's last iteration.
-        fired: Updates completed at the last firing of whose interval is shown.
+        fired: Updates completed at the last firing of the callback whose interval is shown.
         fires: Updates completed at its next firing; None if it does not fire again.
         update_s: Mean seconds of an update, or None where it is not known yet.
         next_s: Seconds to the next firing, or None.

@@ -82,12 +82,12 @@ class AfterUpdate(Event):
         accumulated: Samples of each accumulation step, one entry for each of `outputs`.
         lr: Learning rate of the update by parameter group.
         weight_decay: Weight decay of the update by parameter group.
-        grad_norm: 2-norm of the gradients before their norm is clipped, where the step measured it.
+        grad_norm: 2-norm of the gradients before they are clipped, where the step measured it.
         finite: Whether losses and gradients were finite, as far as `trainer.nonfinite` has the step look.
         skipped: Whether the update was left out as non-finite; callbacks that average do not count it.
         duration_s: Seconds since the previous update ended, or since training began; callbacks included.
-        data_s: Seconds of it spent waiting for data.
-        step_s: Seconds of it spent in the step.
+        data_s: Seconds of it spent waiting for data; None where the loop does not tell.
+        step_s: Seconds of it spent in the step; likewise.
         forward_s: Seconds of that in forward passes, losses included; None where the step does not tell.
         backward_s: Seconds in backward passes; likewise.
         optimizer_s: Seconds in the optimizer, clipping included; likewise.
@@ -103,8 +103,8 @@ class AfterUpdate(Event):
     finite: torch.Tensor | bool = True
     skipped: bool = False
     duration_s: float = 0.0
-    data_s: float = 0.0
-    step_s: float = 0.0
+    data_s: float | None = None
+    step_s: float | None = None
     forward_s: float | None = None
     backward_s: float | None = None
     optimizer_s: float | None = None

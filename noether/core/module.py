@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from noether.core.batch import model_arguments
 from noether.core.packing import unpack
-from noether.core.tree import FrozenDict, freeze
+from noether.core.tree import FrozenDict, freeze, map_leaves, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +29,14 @@ def params_of(model: nn.Module) -> FrozenDict:
 def buffers_of(model: nn.Module) -> FrozenDict:
     """Return the buffers of `model` by name; they share its memory."""
     return FrozenDict(dict(model.named_buffers()))
+
+
+def beside(model: nn.Module, tree: Any) -> Any:
+    """Return `tree` with its tensors on the device of `model`; the same object where they are."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is None or all(tensor.device == device for _, tensor in tensors(tree)):
+        return tree
+    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 class BorrowedOptState(Mapping[str, Any]):

@@ -61,7 +61,7 @@ class Run:
     config: Mapping[str, Any] = _optional()
     data: Mapping[str, Any] = _optional()
     forward: Callable[..., tuple[Mapping[str, torch.Tensor], Any]] = _optional()
-    frozen: frozenset[str] = frozenset()
+    frozen: frozenset[str] = _optional()
     batch_size: Callable[[Any], int] = batch_size
 
     def __post_init__(self) -> None:
@@ -71,7 +71,10 @@ class Run:
 
     if not TYPE_CHECKING:  # a type checker would otherwise accept any name
 
-        def __getattr__(self, name: str) -> Any:  # always raises
+        def __getattr__(self, name: str) -> Any:
+            own = getattr(type(self), name, None)
+            if isinstance(own, property):  # it failed for a field that it reads, which is what there is to say
+                return own.fget(self)
             if name in {f.name for f in fields(self)}:
                 raise AttributeError(f"this run was not given {name!r}: build it as Run({name}=..., ...)")
             raise AttributeError(f"Run has no field {name!r}")

@@ -109,7 +109,9 @@ class TrainState:
             "buffers": module.buffers_of(model),
             "opt_state": opt_state,
         }
-        return cls(**views, seed=seed) if saved is None else cls(**{**_fields(saved), **views})
+        if saved is None:
+            return cls(**views, seed=seed)
+        return cls(**{**_fields(saved), **views, "callback_states": module.beside(model, saved.callback_states)})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
         """Write the state into a live model and optimizer, the learning rates times `hyperparams["lr_scale"]`.

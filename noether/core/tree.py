@@ -102,6 +102,17 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
+def cloned(tree: Any) -> Any:
+    """Return `tree` with every tensor cloned.
+
+    Example:
+        >>> weights = {"w": torch.zeros(1)}
+        >>> storages(cloned(weights)) & storages(weights)
+        set()
+    """
+    return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """Return a user's batch or outputs with `function` applied to every tensor, every container of the type it has.
 

@@ -47,16 +47,16 @@ class Console:
 
     def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics in aligned columns: a handler of `LogScalars`."""
+        shown = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
+        if not shown:
+            return
         if isinstance(event, AfterUpdate):
             # A loop that does not read the time has every line written.
             if event.time_s and event.time_s - self._written_s < _QUIET_S:
                 return
             self._written_s = event.time_s
-        shown = {key: value for key, value in effect.values.items() if key not in effect.quiet}
-        if shown:
-            self._write(
-                _labelled(state, columns(_without_repeats(dict(sorted(shown.items()))), self._width - _LABEL)), event
-            )
+        width = self._width - len(_labelled(state, [""]))
+        self._write(_labelled(state, columns(_without_repeats(shown), width)), event)
 
     def progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
         """Show progress on the live display, or on a line where it is due: the handler of `ShowProgress`."""
@@ -119,8 +119,8 @@ _GAP: Final = "    "
 
 
 def _labelled(state: TrainState, lines: Sequence[str]) -> str:
-    labels = (str(state.iteration) if number == 0 else "" for number in range(len(lines)))
-    return "\n".join(f"{label:<{_LABEL}} {line}" for label, line in zip(labels, lines, strict=True))
+    label = f"{state.iteration!s:<{_LABEL}} "
+    return "\n".join(f"{label if number == 0 else ' ' * len(label)}{line}" for number, line in enumerate(lines))
 
 
 def _without_repeats(metrics: Mapping[str, Any]) -> dict[str, Any]:

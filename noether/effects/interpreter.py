@@ -64,7 +64,7 @@ class Interpreter:
             self._check(type(effect))
         if event.run.rank != 0:
             return
-        measured = [self._measured(effect, state, event) for effect in effects]
+        measured = [each for effect in effects for each in self._measured(effect, state, event)]
         for effect in map(_on_host, merge(measured)):
             for handler in self._handlers[type(effect)]:
                 handler(effect, state, event)
@@ -85,9 +85,13 @@ class Interpreter:
         handled = {**self._handlers, effect_type: (*self._handlers.get(effect_type, _NONE), *handlers)}
         return Interpreter(handled, self._measures)
 
-    def _measured(self, effect: Effect, state: TrainState, event: Event) -> Effect:
+    def _measured(self, effect: Effect, state: TrainState, event: Event) -> tuple[Effect, ...]:
+        """Return an effect with what was measured for it, or without itself where nobody handles it otherwise."""
         measure = self._measures.get(type(effect))
-        return effect if measure is None else LogScalars(FrozenDict(measure(effect, state, event)))
+        if measure is None:
+            return (effect,)
+        own = (effect,) if type(effect) in self._handlers else ()
+        return (*own, LogScalars(FrozenDict(measure(effect, state, event))))
 
     def _check(self, effect_type: type[Effect]) -> None:
         if effect_type not in self._handlers and effect_type not in self._measures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import weakref
 from typing import TYPE_CHECKING, Final
@@ -42,6 +43,9 @@ class LiveProgress:
             TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[said]}"),
             console=console,
             transient=True,
+            # What goes to a file or a pipe stays on its way there.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
         )
         self._tasks: tuple[TaskID, TaskID] | None = None
         self._shown_s = 0.0

@@ -38,7 +38,7 @@ class Manifest:
         parent: Tag of the checkpoint from which that segment went on, or None.
         iteration: Where it was taken.
         event: Name of the event at which it was taken.
-        number: How many checkpoints had been asked for under its tag by then, >= 1; from 2 on the tag ends in it.
+        number: The n in a tag like `TAG.n`, given where `TAG` was taken already; 1 without one.
         parts: Its files.
         weights_of: Whose weights it holds, such as `ema=0.999`; None stands for those in training.
         models: Names of the sub-modules whose weights it holds; empty stands for all.

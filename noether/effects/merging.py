@@ -16,8 +16,8 @@ def merge(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """Return `effects` with those that belong together made one.
 
     Scalars, summary entries and tensors of one name are united, the later value winning; of several requests to show
-    progress the last is left. Checkpoints of one tag are united and come last, so that what is logged at an event is
-    written before the checkpoint that was taken there.
+    progress the last one that is due is left. Checkpoints of one tag are united and come last, so that what is logged
+    at an event is written before the checkpoint that was taken there.
 
     Example:
         >>> merge([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
@@ -25,7 +25,8 @@ def merge(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """
     scalars = [effect for effect in effects if isinstance(effect, LogScalars)]
     entries = [effect.values for effect in effects if isinstance(effect, SetSummary)]
-    shown = [effect for effect in effects if isinstance(effect, ShowProgress)]
+    # A line is written only where it is due: what others track at this event must not hide that.
+    shown = sorted((effect for effect in effects if isinstance(effect, ShowProgress)), key=lambda each: each.due)
     others = [effect for effect in effects if not isinstance(effect, _MERGED)]
     logs: list[Effect] = []
     if scalars:

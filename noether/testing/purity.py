@@ -8,6 +8,7 @@ import datetime as dt
 import inspect
 import random
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Never
@@ -40,8 +41,8 @@ def check_pure(callback: Callback, state: TrainState, event: Event) -> tuple[Tra
         event: The event to call it with.
 
     Raises:
-        ImpureError: If the two results differ, the state was written to, or the call opened a file, a socket or a
-            process, read a clock, or drew from the global random generators.
+        ImpureError: If the two results differ, the state or the event was written to, or the call opened a file, a
+            socket or a process, read a clock, or drew from the global random generators.
 
     Example:
         >>> from noether import AfterEpoch, LogText, TrainState
@@ -52,24 +53,25 @@ def check_pure(callback: Callback, state: TrainState, event: Event) -> tuple[Tra
         noether.testing.purity.ImpureError: dated reads the clock: time.time(); the time arrives on the event, as ...
     """
     name = getattr(callback, "__name__", type(callback).__name__)
-    fields, written = copy.deepcopy(_fields(state)), _writes(state)
+    given = (_fields(state), _fields(event))
+    held, written = copy.deepcopy(given[0]), _writes(given)
     first = callback(state, event)  # what it imports on its first call reads files, and is nothing to hold against it
     with _watching(name, sys.modules.get(getattr(inspect.unwrap(callback), "__module__", ""))):
         second = callback(state, event)
-    if _writes(state) != written or not same(_fields(state), fields):
-        raise ImpureError(f"{name} writes to the state that it is given; return a new one: state.replace(...)")
+    if _writes(given) != written or not same(given[0], held):
+        raise ImpureError(f"{name} writes to what it is given; return a new state: state.replace(...)")
     if not same(first, second):
         raise ImpureError(f"{name} returns something else when it is called again: it remembers outside of the state")
     return second
 
 
-def _fields(state: TrainState) -> dict[str, Any]:
-    return {each.name: getattr(state, each.name) for each in dataclasses.fields(state)}
+def _fields(value: TrainState | Event) -> dict[str, Any]:
+    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
 
 
-def _writes(state: TrainState) -> dict[str, int]:
-    """Return how often each tensor of the state was written to, as torch counts it."""
-    return {name: tensor._version for name, tensor in tensors(_fields(state))}  # noqa: SLF001  # torch has no public name
+def _writes(tree: Any) -> dict[str, int]:
+    """Return how often each tensor was written to, as torch counts it."""
+    return {name: tensor._version for name, tensor in tensors(tree)}  # noqa: SLF001  # torch has no public name
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def _generators() -> tuple[Any, ...]:
 
 
 _TOUCHES: Final = ("open", "socket.", "subprocess.", "os.", "shutil.", "tempfile.", "urllib.", "sqlite3.")
-_watched: list[str] = []
+_watched: list[tuple[str, int]] = []  # by name, and in which thread: others may do what they like
 _hooked: list[bool] = []
 
 
@@ -96,7 +98,7 @@ def _world_refused(name: str) -> Iterator[None]:
     if not _hooked:  # a hook cannot be taken away again
         sys.addaudithook(_refuse_touch)
         _hooked.append(True)
-    _watched.append(name)
+    _watched.append((name, threading.get_ident()))
     try:
         yield
     finally:
@@ -104,12 +106,14 @@ def _world_refused(name: str) -> Iterator[None]:
 
 
 def _refuse_touch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watched and event.startswith(_TOUCHES):
-        raise ImpureError(f"{_watched[-1]} touches the world: {event}{arguments[:1]}; ask for an effect instead")
+    name, thread = _watched[-1] if _watched else ("", 0)
+    if thread == threading.get_ident() and event.startswith(_TOUCHES):
+        raise ImpureError(f"{name} touches the world: {event}{arguments[:1]}; ask for an effect instead")
 
 
 _CLOCKS: Final = (
-    "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "sleep",
+    "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time",
+    "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "clock_gettime_ns", "sleep",
 )  # fmt: skip
 
 

@@ -243,16 +243,17 @@ class Step:
 
     def _clipped(self, grads: Grads) -> tuple[Grads, Tensor | None]:
         """Return clipped gradients and their norm before; out of place, for two may be the same tensor."""
-        norm = _total_norm(grads) if self.grad_norm and self.clip_grad_norm is None else None
+        norm = _total_norm(grads) if self.grad_norm else None
         if self.clip_grad_value is not None:
             limit = self.clip_grad_value
             grads = {name: None if grad is None else grad.clamp(-limit, limit) for name, grad in grads.items()}
         if self.clip_grad_norm is None:
             return grads, norm
-        norm = _total_norm(grads)
-        factor = torch.clamp(self.clip_grad_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        size = norm if norm is not None and self.clip_grad_value is None else _total_norm(grads)
+        factor = torch.clamp(self.clip_grad_norm / (size + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
         # `to`: of a gradient without dimensions, a factor of higher precision would make one of its own type.
-        return {n: None if grad is None else (grad * factor).to(grad.dtype) for n, grad in grads.items()}, norm
+        clipped = {n: None if grad is None else (grad * factor).to(grad.dtype) for n, grad in grads.items()}
+        return clipped, size if norm is None else norm
 
     def _autocast(self, params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         if self.precision is None:

@@ -58,7 +58,7 @@ def forward(state, batch):
 
 VAL = [(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])), (torch.tensor([0.5]), torch.tensor([0.0]))]
 RUN = Run(end=TrainingIteration(epoch=3), updates_per_epoch=3, samples_per_epoch=10, effective_batch_size=4,
-          data={"val": VAL}, forward=forward, config={"seed": 0})  # fmt: skip
+          data={"val": VAL}, forward=forward, config={"seed": 0}, frozen=frozenset())  # fmt: skip
 INTERVALS = ("every_n_epochs", "every_n_updates", "every_n_samples")
 
 
@@ -157,7 +157,8 @@ def test_every_callback_is_a_pure_function(interval, n, at_end):
     assert {key for effect in at_eval for key in effect.values} == {
         "loss/val/total", "val/error", "val/error/ema=0.5", "loss/val/total/ema=0.9",
     }  # fmt: skip
-    assert acted | {MetricEarlyStopping} == {type(member) for member in members}  # it may find nothing to say
+    silent = {MetricEarlyStopping, ReduceLROnPlateauCallback}  # may find nothing to say
+    assert acted | silent == {type(member) for member in members}
 
 
 @pytest.mark.parametrize("member", shipped("every_n_updates", 3, at_end=False), ids=lambda member: member.name)

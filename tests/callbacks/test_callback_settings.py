@@ -166,7 +166,9 @@ def test_batch_size(kind, batch_size):
 
 
 def test_nothing_to_save():
-    assert problems(CheckpointCallback, every_n_epochs=1, save_weights=False, save_latest_weights=False) == [
+    assert problems(
+        CheckpointCallback, every_n_epochs=1, save_weights=False, save_latest_weights=False, save_latest_optim=False
+    ) == [
         (
             "nothing is to be saved; set at least one of "
             "save_weights, save_optim, save_latest_weights, save_latest_optim to true"

@@ -31,16 +31,20 @@ def save(*, weights, optimizer, keep, pointers=("latest",), models=()):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, save(weights=True, optimizer=False, keep=None)),
         ({"save_optim": True}, save(weights=True, optimizer=True, keep=None)),
         (
             {"save_weights": False, "save_latest_weights": False, "save_optim": True},
             save(weights=False, optimizer=True, keep=None),
         ),
-        ({"save_weights": True, "save_optim": True, "keep": 2}, save(weights=True, optimizer=True, keep=2)),
-        ({"save_weights": False}, save(weights=True, optimizer=False, keep=0)),
-        ({"save_weights": False, "save_latest_optim": True}, save(weights=True, optimizer=True, keep=0)),
-        ({"save_weights": True, "model_names": ("a",)}, save(weights=True, optimizer=False, keep=None, models=("a",))),
+        ({"save_optim": True, "keep": 2}, save(weights=True, optimizer=True, keep=2)),
+        ({"save_weights": False}, save(weights=True, optimizer=True, keep=0)),
+        ({"save_weights": False, "save_latest_optim": False}, save(weights=True, optimizer=False, keep=0)),
+        ({"save_latest_optim": False}, save(weights=True, optimizer=False, keep=None)),
+        (
+            {"save_latest_optim": False, "model_names": ("a",)},
+            save(weights=True, optimizer=False, keep=None, models=("a",)),
+        ),
+        ({"save_optim": True, "model_names": ("a",)}, save(weights=True, optimizer=True, keep=None)),
     ],
 )
 def test_what_is_asked_for(settings, expected):
@@ -48,7 +52,7 @@ def test_what_is_asked_for(settings, expected):
 
 
 def test_after_training_it_is_asked_for_whether_due_or_not():
-    callback = CheckpointCallback(every_n_epochs=1, id="c", save_weights=True)
+    callback = CheckpointCallback(every_n_epochs=1, id="c", save_latest_optim=False)
     expected = save(weights=True, optimizer=False, keep=None, pointers=("latest", "last"))
     for state in (STATE, STATE.advance(samples=4)):
         assert callback(state, AfterTraining(run=RUN)) == (state, expected)
@@ -65,7 +69,13 @@ def test_between_its_intervals_it_keeps_still():
 @pytest.mark.parametrize(
     ("settings", "state", "text"),
     [
-        ({"save_weights": True}, TrainState(), "c: 4 checkpoints of 2.00 MB will be written, 4 of them kept"),
+        ({"save_latest_optim": False}, TrainState(), "c: 4 checkpoints of 2.00 MB will be written, 4 of them kept"),
+        (
+            {"keep": 3},
+            TrainState().advance(samples=4),
+            "c: 4 checkpoints of 2.00 MB will be written, 3 of them kept; "
+            "4 checkpoints of 6.00 MB will be written, 1 of them kept",
+        ),
         (
             {"save_weights": True, "save_optim": True, "keep": 2},
             TrainState(),
@@ -77,7 +87,7 @@ def test_between_its_intervals_it_keeps_still():
             "c: 4 checkpoints of 6.00 MB will be written, 4 of them kept",
         ),
         (
-            {"save_weights": False},
+            {"save_weights": False, "save_latest_optim": False},
             TrainState(iteration=TrainingIteration(2, 4, 16)),
             "c: 2 checkpoints of 2.00 MB will be written, 1 of them kept",
         ),
@@ -101,7 +111,7 @@ def test_nothing_is_said_of_a_run_without_an_end():
     runs(max_epochs=4), st.sampled_from(["every_n_epochs", "every_n_updates", "every_n_samples"]), st.integers(1, 20)
 )
 def test_the_number_that_is_said_is_the_number_that_is_asked_for(run, interval, n):
-    callback = CheckpointCallback(**{interval: n}, id="c", save_weights=True)
+    callback = CheckpointCallback(**{interval: n}, id="c", save_optim=True)
     (said,) = callback(TrainState(), BeforeTraining(run=run))[1]
     state, saves = TrainState(), 0
     for update in range(1, run.final.update + 1):
@@ -113,6 +123,12 @@ def test_the_number_that_is_said_is_the_number_that_is_asked_for(run, interval, 
             saves += len(callback(state, AfterEpoch(run=run))[1])
     saves += len(callback(state, AfterTraining(run=run))[1])
     assert said.text.startswith(f"c: {saves} checkpoints of ")
+
+
+def test_by_default_the_newest_can_be_resumed_and_the_weights_of_the_others_stay():
+    lasting, newest = asked(model_names=("a",))
+    assert (lasting.weights, lasting.optimizer, lasting.models, lasting.pointers) == (True, False, ("a",), ())
+    assert (newest.weights, newest.optimizer, newest.models, newest.pointers) == (True, True, (), ("latest",))
 
 
 def test_what_is_kept_and_what_only_the_newest_holds_are_two_checkpoints():

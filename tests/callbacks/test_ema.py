@@ -423,7 +423,7 @@ def test_two_of_the_same_factor_without_ids_are_refused():
     with pytest.raises(DeclarationError) as refused:
         compose(ema(0.5), ema(0.9, 0.5))(TrainState(params=PARAMS), BeforeTraining())
     assert str(refused.value).splitlines()[0] == (
-        "2 callbacks remember under the name 'weights/ema=0.5'; give this one an id of its own"
+        "2 callbacks remember under the name 'weights/ema=0.5'; give this one an id or a name of its own"
     )
     compose(ema(0.5), ema(0.9))(TrainState(params=PARAMS), BeforeTraining())
 

@@ -152,13 +152,13 @@ def test_it_acts_at_its_interval_on_a_current_value_only():
     assert member.init(state) == {member.name: {"best": None, "since": 0, "cooling": 0}}
 
 
-def test_after_updates_that_are_not_finite_nothing_is_an_improvement():
+def test_after_updates_that_are_not_finite_nothing_is_counted():
     guard = NanGuardCallback(every_n_epochs=1, tolerance=9)
     measure = callback("measure", produces=(KEY,))(on(AfterEpoch)(lambda s, e: log(s, e, {KEY: -INF})))
     reducer = compose(guard, measure, reduce())
     state, _ = reducer(TrainState(), BeforeTraining())
-    for scale in (1.0, 0.5, 0.5):
-        state, _ = reducer(state.advance(samples=1), AfterUpdate(samples=1, finite=False))
+    for finite, scale in ((False, 1.0), (True, 1.0), (False, 1.0), (True, 1.0), (False, 1.0), (True, 0.5)):
+        state, _ = reducer(state.advance(samples=1), AfterUpdate(samples=1, finite=finite))
         state, _ = reducer(state.next_epoch(), AfterEpoch())
         assert state.hyperparams["lr_scale"] == scale
 

@@ -22,7 +22,7 @@ from noether.core.callbacks import (
 )
 from noether.core.combinators import callback
 from noether.core.declarations import DeclarationError
-from noether.core.effect import LogScalars, LogText, SaveCheckpoint
+from noether.core.effect import LogScalars, LogText, SaveCheckpoint, SetSummary
 from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
@@ -67,6 +67,12 @@ def weights_of(state):
     return {name: getattr(state, name) for name in ("params", "buffers", "opt_state")}
 
 
+def held(value):
+    """Return what a snapshot of `weights(value)` holds: all but the optimizer's groups."""
+    whole = weights(value)
+    return {**whole, "opt_state": {"state": whole["opt_state"]["state"]}}
+
+
 def began(member, value=0.0):
     return compose(member)(TrainState(**weights(value)), BeforeTraining())[0]
 
@@ -77,7 +83,7 @@ def go(member, state, *updates):
     for update in updates:
         value, event = update if isinstance(update, tuple) else (update, FINITE)
         state, effects = member(state.replace(**weights(value)).advance(samples=4), event)
-        told.append(effects)
+        told.append(tuple(effect for effect in effects if not isinstance(effect, SetSummary)))
     return state, told
 
 
@@ -122,6 +128,35 @@ def test_what_counts(event):
 def test_a_finite_update_after_none_that_was_not_leaves_the_state_as_it_is(finite):
     state = began(guard()).advance(samples=4)
     assert guard()(state, AfterUpdate(samples=4, finite=finite)) == (state, ())
+
+
+def test_all_of_them_are_counted_in_the_summary():
+    member, state = guard(tolerance=9), began(guard(tolerance=9))
+    totals = []
+    for event in (NONFINITE, FINITE, SKIPPED, SKIPPED):
+        state, effects = member(state.advance(samples=4), event)
+        totals += [effect.values for effect in effects if isinstance(effect, SetSummary)]
+    assert totals == [{"nonfinite/updates": 1}, {"nonfinite/updates": 2}, {"nonfinite/updates": 3}]
+
+
+def test_a_mask_of_infinities_among_the_buffers_keeps_no_snapshot_from_being_taken():
+    member = rollback(tolerance=1, every_n_updates=1)
+    mask = {"mask": torch.tensor([0.0, -INF]), "mean": torch.tensor(1.0)}
+    state = compose(member)(TrainState(buffers=mask), BeforeTraining())[0]
+    state, _ = member(state.replace(buffers={**mask, "mean": torch.tensor(2.0)}).advance(samples=4), FINITE)
+    assert state.memory(member.name)["taken"] == "E0_U1_S4"
+    spoilt, _ = member(state.replace(buffers={**mask, "mean": torch.tensor(INF)}).advance(samples=4), FINITE)
+    assert spoilt.memory(member.name)["taken"] == "E0_U1_S4"
+
+
+def test_learning_rates_follow_the_counters_and_do_not_go_back():
+    member = rollback(tolerance=1, every_n_updates=1)
+    groups = ({"default": {"lr": 0.1}}, {"default": {"lr": 0.05}})
+    begin = {"state": {"w": {"m": torch.tensor(1.0)}}, "groups": groups[0]}
+    state = compose(member)(TrainState(opt_state=begin), BeforeTraining())[0]
+    later = {"state": {"w": {"m": torch.tensor(NAN)}}, "groups": groups[1]}
+    state, _ = member(state.replace(opt_state=later).advance(samples=4), NONFINITE)
+    assert same(state.opt_state, {"state": begin["state"], "groups": groups[1]})
 
 
 def test_the_first_reason_to_stop_stays():
@@ -203,9 +238,9 @@ def test_a_snapshot_is_taken_only_where_all_of_it_is_finite(broken, value):
     spoilt = state.replace(**{**weights(4.0), broken: weights(value)[broken]}).advance(samples=4)
     after, effects = member(spoilt, FINITE)  # the loss told nothing yet
     assert (after, effects) == (spoilt, ())
-    assert same(after.memory(member.name)["snapshot"], weights_of(TrainState(**weights(2.0))))
+    assert same(after.memory(member.name)["snapshot"], held(2.0))
     whole, _ = member(state.replace(**weights(4.0)).advance(samples=4), FINITE)
-    assert same(whole.memory(member.name)["snapshot"], weights_of(TrainState(**weights(4.0))))
+    assert same(whole.memory(member.name)["snapshot"], held(4.0))
     assert whole.memory(member.name)["taken"] == "E0_U4_S16"
 
 
@@ -241,7 +276,9 @@ def test_no_snapshot_is_taken_within_a_row_that_is_not_finite():
 
 def test_who_only_stops_takes_no_snapshots():
     state, _ = go(guard(), began(guard()), 1.0, 2.0)
-    assert state.memory(guard().name) == {"in_row": 0, "rollbacks": 0, "snapshot": None, "taken": "E0_U0_S0"}
+    assert state.memory(guard().name) == {
+        "total": 0, "in_row": 0, "rollbacks": 0, "snapshot": None, "taken": "E0_U0_S0",
+    }  # fmt: skip
 
 
 def test_snapshot_and_weights_share_no_storage():
@@ -250,7 +287,7 @@ def test_snapshot_and_weights_share_no_storage():
     snapshot = state.memory(member.name)["snapshot"]
     assert not storages(snapshot) & storages(weights_of(state))
     state, _ = go(member, state, (NAN, NONFINITE))
-    assert same(snapshot, weights_of(state))
+    assert same(snapshot, held(2.0))
     assert not storages(state.memory(member.name)) & storages(weights_of(state))
     # Whoever writes to a live model destroys nothing: the next rollback finds the same.
     state.params["w"].fill_(NAN)
@@ -384,7 +421,7 @@ def test_no_best_is_taken_from_an_update_that_was_not_finite(mode, better, bad, 
         assert {name: state.memory(watcher.name)["best"] for name, watcher in watchers.items()} == best
         assert not any(isinstance(effect, SaveCheckpoint) for effect in effects)
         assert LogScalars({f"{KEY}/best": 0.5, f"{KEY}/best_update": 1}) in effects
-    assert [state.memory(watchers[name].name)["since"] for name in ("checkpoint", "stopping", "plateau")] == [2, 2, 2]
+    assert [state.memory(watchers[name].name)["since"] for name in ("checkpoint", "stopping", "plateau")] == [0, 0, 0]
     state, effects = update(state, better, FINITE)
     assert {name: state.memory(watcher.name)["best"] for name, watcher in watchers.items()} == dict.fromkeys(
         watchers, better

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from noether.core.callbacks import (
     DatasetStatsCallback,
@@ -23,7 +23,7 @@ from noether.core.run import Run
 from noether.core.state import TrainState
 
 DESCRIBING = (ParamCountCallback(), DatasetStatsCallback(), HyperparamsCallback())
-RUN = Run(config={"seed": 0}, data={"val": [torch.zeros(4, 2)]})
+RUN = Run(config={"seed": 0}, data={"val": [torch.zeros(4, 2)]}, frozen=frozenset())
 
 
 def described(callback, run=RUN, state=None):
@@ -76,7 +76,7 @@ def test_parameters_are_counted_in_all_and_by_direct_sub_module():
 
 def test_the_parameters_of_a_module_are_counted_and_its_buffers_are_not():
     model = make_model()
-    _, summary = described(ParamCountCallback(), Run(), TrainState.from_module(model))
+    _, summary = described(ParamCountCallback(), RUN, TrainState.from_module(model))
     assert summary["params/trainable"] == sum(param.numel() for param in model.parameters()) == 32
     assert summary["params/0/trainable"] == 32
     assert summary["params/frozen"] == summary["params/0/frozen"] == 0
@@ -85,14 +85,14 @@ def test_the_parameters_of_a_module_are_counted_and_its_buffers_are_not():
 def test_a_shared_parameter_is_counted_once():
     model = nn.ModuleDict({"one": nn.Linear(3, 3, bias=False), "two": nn.Linear(3, 3, bias=False)})
     model["two"].weight = model["one"].weight
-    _, summary = described(ParamCountCallback(), Run(), TrainState.from_module(model))
+    _, summary = described(ParamCountCallback(), RUN, TrainState.from_module(model))
     assert summary == {
         "params/trainable": 9, "params/frozen": 0, "params/one/trainable": 9, "params/one/frozen": 0,
     }  # fmt: skip
 
 
 def test_a_run_without_parameters_has_none():
-    assert described(ParamCountCallback(), Run())[1] == {"params/trainable": 0, "params/frozen": 0}
+    assert described(ParamCountCallback())[1] == {"params/trainable": 0, "params/frozen": 0}
 
 
 # ------------------------------------------------------------------------------------------------ datasets
@@ -134,6 +134,23 @@ def test_the_lengths_of_datasets():
     assert texts[0].splitlines()[:2] == ["samples/batches   7", "samples/pair      6"]
 
 
+class Stream(IterableDataset):
+    """A dataset that does not know its number of samples."""
+
+    def __iter__(self):
+        raise AssertionError("it was read")
+
+
+def test_a_dataset_that_does_not_tell_its_length_is_left_out():
+    data = {"stream": Stream(), "loader": DataLoader(Stream(), batch_size=4), "batches": [torch.zeros(4, 2)]}
+    assert described(DatasetStatsCallback(), Run(data=data))[1] == {"samples/batches": 4}
+
+
+@pytest.mark.parametrize("data", [{}, {"stream": Stream()}])
+def test_where_there_is_nothing_to_tell_nothing_is_told(data):
+    assert DatasetStatsCallback()(TrainState(), BeforeTraining(run=Run(data=data)))[1] == ()
+
+
 def test_batches_are_measured_as_the_run_says():
     run = Run(data={"words": [["a", "b"], ["c"]]}, batch_size=len)
     assert described(DatasetStatsCallback(), run)[1] == {"samples/words": 3}
@@ -157,6 +174,7 @@ def test_the_configuration_goes_into_the_summary_and_not_onto_the_console():
     [
         (DatasetStatsCallback(), Run(config={}), "data"),
         (HyperparamsCallback(), Run(data={}), "config"),
+        (ParamCountCallback(), Run(data={}, config={}), "frozen"),
     ],
 )
 def test_a_field_that_the_run_was_not_given_is_named(callback, run, name):

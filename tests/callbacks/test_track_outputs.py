@@ -17,8 +17,10 @@ from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars, SaveTensors
 from noether.core.errors import OutputError, SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.metrics import matches
 from noether.core.reducer import compose
 from noether.core.state import TrainState
+from noether.core.tree import tensors
 from noether.effects import open_run
 from noether.effects.merging import merge
 from noether.testing import same
@@ -165,16 +167,28 @@ def test_single_precision_outputs_are_summed_in_double_and_not_held_with_their_g
     for reduce in ("mean", "last"):
         callback = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce=reduce)
         state, _ = go(callback, [outputs(a=graph)])
-        assert not state.memory(callback.name)["values"]["a"].requires_grad
+        kept = [tensor for _, tensor in tensors(state.memory(callback.name))]
+        assert kept
+        assert not any(tensor.requires_grad for tensor in kept)
 
 
 def test_skipped_updates_do_not_count():
     updates = [{**outputs(a=NAN), "skipped": True}, outputs(a=2.0), {"outputs": None, "skipped": True}]
     _, asked = go(TrackOutputsCallback(every_n_updates=3, keys=("a",)), updates)
     assert logged(asked[-1]) == {"a/U3": 2.0}
-    state, asked = go(TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last"), updates)
+    state, _ = go(TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last"), updates)
     _, effects = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last")(state.next_epoch(), AfterEpoch())
     assert logged(effects) == {"a/E1": 2.0}
+
+
+@pytest.mark.parametrize("reduce", ["mean", "last"])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_an_interval_of_skipped_updates_only_says_nothing(reduce, at_end):
+    callback = TrackOutputsCallback(every_n_updates=2, keys=("a",), reduce=reduce, at_end=at_end, save_output=True)
+    skipped = {**outputs(a=NAN), "skipped": True}
+    _, asked = go(callback, [skipped, outputs(a=1.0), skipped, skipped, outputs(a=2.0), outputs(a=4.0)])
+    assert asked[3] == ()
+    assert logged(asked[5]) == {"a/U2": 3.0 if reduce == "mean" else 4.0}
 
 
 def test_nan_of_an_applied_update_is_told_and_forgotten_with_its_interval():
@@ -320,13 +334,16 @@ def test_two_that_would_log_one_key_are_refused():
     with pytest.raises(DeclarationError) as refused:
         reducer(TrainState(), BeforeTraining())
     assert str(refused.value) == (
-        "TrackOutputsCallback/U1/rif and TrackOutputsCallback/U1/drift both produce the metric '*rif*/U1'; drop one"
+        "TrackOutputsCallback/U1/rif and TrackOutputsCallback/U1/drift both produce '*rif*/U1'; drop one"
     )
 
 
 def test_produces_and_name():
     callback = TrackOutputsCallback(every_n_samples=512, keys=("a", "b"), patterns=("att",))
-    assert callback.produces == ("a/S512", "b/S512", "*att*/S512")
+    assert callback.produces[:2] == ("a/S512", "b/S512")
+    for key in ("attention/S512", "my_attention_out/S512", "layer1/attention/S512", "attention/layer1/S512"):
+        assert any(matches(pattern, key) for pattern in callback.produces[2:]), key
+    assert not any(matches(pattern, "attention/U1") for pattern in callback.produces)
     assert callback.name == "TrackOutputsCallback/S512/a,b,att"
     assert callback.readings == ()
     assert TrackAdditionalOutputsCallback is TrackOutputsCallback
@@ -344,7 +361,6 @@ def test_produces_and_name():
         ({}, "no 'drift'; it returns none"),
         (({"b": 2.0},), "no 'drift'; it returns 'b'"),
         (None, "nothing; to have outputs tracked, return a dict of them"),
-        ((), "nothing; to have outputs tracked, return a dict of them"),
         ((torch.ones(2),), "a Tensor; to have outputs tracked, return a dict of them"),
         (([1.0],), "a list; to have outputs tracked, return a dict of them"),
         (({"drift": 1.0}, torch.ones(2)), "a Tensor; to have outputs tracked, return a dict of them"),

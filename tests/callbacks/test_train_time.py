@@ -63,6 +63,12 @@ def test_parts_that_the_loop_does_not_tell_are_left_out():
     )
 
 
+def test_a_loop_that_tells_nothing_has_nothing_logged():
+    state, asked = go(TrainTimeCallback(every_n_updates=1), [{}, {}])
+    assert asked == [(), ()]
+    assert TrainTimeCallback(every_n_updates=1)(state, AfterTraining())[1] == ()
+
+
 def test_an_update_that_was_skipped_took_its_time_too():
     _, (_, (logged,)) = go(TrainTimeCallback(every_n_updates=2), [{"data_s": 1.0}, {"data_s": 3.0, "skipped": True}])
     assert logged.values["train_time/data_s/mean/U2"] == 2.0

@@ -247,7 +247,7 @@ def test_best_checkpoint_by_hand():
         retention={"BestCheckpointCallback/E1/val/accuracy": 0},
     )
     assert told == [(save,), (save,), (), (), (save,)]
-    assert callback.produces == ()
+    assert callback.produces == ("checkpoints/best_model.val.accuracy",)
 
 
 @given(VALUES, st.lists(st.integers(1, 6), unique=True, max_size=4), MODES, st.sampled_from([0.0, 0.1, 0.5]))

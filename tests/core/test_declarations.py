@@ -139,25 +139,23 @@ def test_both_at_the_end():
 
 
 def test_two_produce_one_key():
-    message = (
-        "EvaluateCallback/E1/val and MetricCallback/E1/val/accuracy both produce the metric 'val/accuracy'; drop one"
-    )
+    message = "EvaluateCallback/E1/val and MetricCallback/E1/val/accuracy both produce 'val/accuracy'; drop one"
     both = EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("accuracy",))
     assert misfits(metric(every_n_epochs=1), both) == [(1, message)]
     star = callback("star", produces=("val/*",))(identity)
     assert misfits(metric(every_n_epochs=1), star) == [
-        (1, "star and MetricCallback/E1/val/accuracy both produce the metric 'val/*'; drop one")
+        (1, "star and MetricCallback/E1/val/accuracy both produce 'val/*'; drop one")
     ]
     assert misfits(OnlineLossCallback(every_n_epochs=1), OnlineLossCallback(every_n_epochs=2)) == []
 
 
 def test_two_remember_under_one_name():
-    message = "3 callbacks remember under the name 'a'; give this one an id of its own"
+    message = "3 callbacks remember under the name 'a'; give this one an id or a name of its own"
     members = [callback("a", init=lambda state: 0)(lambda state, event: (state, ())) for _ in range(3)]
     assert misfits(*members) == [(2, message)]
     assert misfits(best(every_n_epochs=1, id="b"), stopping(every_n_epochs=1, id="b"), metric(every_n_epochs=1))[0] == (
         1,
-        "2 callbacks remember under the name 'b'; give this one an id of its own",
+        "2 callbacks remember under the name 'b'; give this one an id or a name of its own",
     )
 
 

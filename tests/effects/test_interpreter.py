@@ -144,6 +144,14 @@ def test_measures_are_kept_by_handling():
     assert len(calls) == 1
 
 
+def test_who_handles_what_is_measured_is_called_too():
+    calls, logged, rings, event = [], [], [], AfterTraining()
+    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls)).handling(Ring, recorder(rings))
+    interpreter([Ring(3)], TrainState(), event)
+    assert [effect for _, effect, *_ in rings] == [Ring(3)]
+    assert [line.values for _, line, *_ in logged] == [{"rings/3": 1.0}]
+
+
 def test_nothing_is_measured_on_another_rank():
     calls, logged = [], []
     interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls))

@@ -152,16 +152,19 @@ def test_tensors_of_one_name_are_one_file_and_the_later_value_wins():
     assert set(effects[0].tensors) == {"x", "y"}  # a request is not written to
 
 
-def test_progress_is_shown_once_and_as_it_was_last():
+def test_progress_is_shown_once_and_as_it_was_last_and_due_first_of_all():
     def progress(*, fired, due):
         return ShowProgress(
             end=TrainingIteration(update=8), fired=fired, fires=8, update_s=0.5, next_s=1.0, left_s=1.0, due=due
         )
 
-    first, last = progress(fired=0, due=False), progress(fired=6, due=True)
+    first, last = progress(fired=0, due=False), progress(fired=6, due=False)
     merged = merge([first, LogScalars({"a": 1}), last, LogText("hello")])
     assert merged == (LogText("hello"), last, LogScalars({"a": 1}))
-    assert of(ShowProgress, merge([last, first])) == [first]
+    # elsewhere than on a terminal only what is due is written
+    due, another = progress(fired=1, due=True), progress(fired=2, due=True)
+    assert of(ShowProgress, merge([first, due, last])) == [due]
+    assert of(ShowProgress, merge([due, first, another, last])) == [another]
 
 
 def test_one_tag_with_different_weights_is_a_checkpoint_for_each():

@@ -115,9 +115,9 @@ MUTANTS = {
     draws_from_python: "draws from a global random generator",
     seeds: "draws from a global random generator",
     counts_outside: "returns something else when it is called again",
-    writes_to_params: "writes to the state",
-    writes_to_memory: "writes to the state",
-    writes_zero: "writes to the state",
+    writes_to_params: "writes to what it is given",
+    writes_to_memory: "writes to what it is given",
+    writes_zero: "writes to what it is given",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, final
 
-from noether.core.callbacks.improvement import MetricWatcher, min_delta_problem
+from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, whole
 from noether.core.metrics import current
@@ -74,8 +74,8 @@ class BestCheckpointCallback(MetricWatcher):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Nothing: it saves."""
-        return ()
+        """No metric, but the pointer: two callbacks that move it would remove each other's best."""
+        return (f"checkpoints/{self.pointer}",)
 
     @property
     def pointer(self) -> str:
@@ -88,8 +88,10 @@ class BestCheckpointCallback(MetricWatcher):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Compare, remember, and ask for a checkpoint at a new best."""
+        if is_nonfinite(state):
+            return state, ()
         value, memory = current(state, self.metric_key), self.memory(state)
-        if not self.improves(state, value, memory["best"], self.min_delta):
+        if not improves(value, memory["best"], self.direction, self.min_delta):
             since = memory["since"] + 1
             longest = max(since, memory["longest"])
             return state.remember(self.name, FrozenDict(best=memory["best"], since=since, longest=longest)), ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, final
 
-from noether.core.callbacks.improvement import MetricWatcher
+from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite
 from noether.core.effect import SetSummary
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import current, is_current, log
@@ -78,7 +78,7 @@ class BestMetricCallback(MetricWatcher):
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Compare, remember, and log the best."""
         value, memory = current(state, self.metric_key), self.memory(state)
-        if self.improves(state, value, memory["best"]):
+        if not is_nonfinite(state) and improves(value, memory["best"], self.direction):
             memory = FrozenDict(best=value, at=str(state.iteration), targets=self._targets(state))
             state = state.remember(self.name, memory)
         if memory["best"] is None:

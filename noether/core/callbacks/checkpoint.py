@@ -27,14 +27,16 @@ _COUNTED: Final = ("end", "updates_per_epoch", "samples_per_epoch", "effective_b
 class CheckpointCallback(PeriodicCallback):
     """Saves a checkpoint at its interval and after training.
 
-    The pointer `latest` follows it, after training `last` too. A checkpoint with weights and optimizer can be resumed.
+    The pointer `latest` follows it, after training `last` too. A checkpoint with weights and optimizer can be resumed;
+    by default the newest is one, and of the others the weights are kept.
 
     Args:
         save_weights: Whether to save the weights and keep them.
         save_optim: Whether to save the optimizer and the run's state, and keep them.
         save_latest_weights: Whether to save the weights and keep those of the newest checkpoint only.
         save_latest_optim: The same for the optimizer and the run's state. At least one of the four is true.
-        model_names: Sub-modules whose weights to save, by their name in the model; none stands for all.
+        model_names: Sub-modules whose weights to save, by their name in the model; none stands for all. A checkpoint
+            with the optimizer holds all of them.
         keep: How many of the newest checkpoints stay, >= 1; None keeps all. Those that a pointer names, and the one
             resumed from, stay too.
         every_n_epochs: Epochs between runs, >= 1.
@@ -64,7 +66,7 @@ class CheckpointCallback(PeriodicCallback):
     save_weights: bool = True
     save_optim: bool = False
     save_latest_weights: bool = True
-    save_latest_optim: bool = False
+    save_latest_optim: bool = True
     model_names: tuple[str, ...] = ()
     keep: int | None = None
 
@@ -104,27 +106,37 @@ class CheckpointCallback(PeriodicCallback):
         newest = SaveCheckpoint(
             weights=self.save_weights or self.save_latest_weights,
             optimizer=self.save_optim or self.save_latest_optim,
-            models=self.model_names,
             pointers=pointers,
             retention=FrozenDict({self.name: self.keep if self._lasting else 0}),
         )
+        newest = replace(newest, models=self._models(newest))
         if not self._lasting or (newest.weights, newest.optimizer) == (self.save_weights, self.save_optim):
             return (newest,)
         # What is kept is less than what the newest holds: two checkpoints, each with its own retention.
         lasting = replace(newest, weights=self.save_weights, optimizer=self.save_optim, pointers=())
         passing = FrozenDict({f"{self.name}/latest": 0})
-        return lasting, replace(newest, tag=f"{state.iteration}.latest", retention=passing)
+        return (
+            replace(lasting, models=self._models(lasting)),
+            replace(newest, tag=f"{state.iteration}.latest", retention=passing),
+        )
+
+    def _models(self, save: SaveCheckpoint) -> tuple[str, ...]:
+        return () if save.optimizer else self.model_names  # with a part of the weights, an optimizer is of no use
 
     def _forecast(self, state: TrainState, run: Run) -> str:
-        asked = self._saves(state)[-1]
+        count = self.gate.schedule.count(state.iteration, run.final, run) + 1
+        saves = self._saves(state)
+        said = [self._told(save, state, count, lasting=save is saves[0] and self._lasting) for save in saves]
+        return f"{self.name}: {'; '.join(said)}"
+
+    def _told(self, asked: SaveCheckpoint, state: TrainState, count: int, *, lasting: bool) -> str:
         weights = _bytes((state.params, state.buffers)) if asked.weights else 0
         optimizer = _bytes((state.opt_state, state.callback_states)) if asked.optimizer else 0
         # The optimizer makes its memory at the first update; before that only the weights are known.
         unknown = " and the optimizer's memory" if asked.optimizer and not state.iteration.update else ""
-        count = self.gate.schedule.count(state.iteration, run.final, run) + 1
-        kept = count if self._lasting and self.keep is None else min(count, self.keep or 1)
+        kept = count if lasting and self.keep is None else min(count, self.keep or 1) if lasting else 1
         size = f"{(weights + optimizer) / 1e6:.2f} MB"
-        return f"{self.name}: {count} checkpoints of {size}{unknown} will be written, {kept} of them kept"
+        return f"{count} checkpoints of {size}{unknown} will be written, {kept} of them kept"
 
 
 def _bytes(tree: object) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, final
 
 from noether.core.callbacks.base import CallbackBase
-from noether.core.callbacks.improvement import MetricWatcher, min_delta_problem
+from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
+from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import LogText
 from noether.core.errors import Problem, one_of, refuse, whole
 from noether.core.metrics import current
@@ -79,19 +80,20 @@ class MetricEarlyStopping(MetricWatcher):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Compare, count, and stop."""
+        if is_nonfinite(state):
+            return state, ()
         value, memory = current(state, self.metric_key), self.memory(state)
         if math.isnan(value) and self.nan == "raise":
             raise FloatingPointError(f"{self.metric_key} is NaN at {state.iteration}; to go on, set nan: count")
-        if self.improves(state, value, memory["best"], self.min_delta):
+        if improves(value, memory["best"], self.direction, self.min_delta):
             return state.remember(self.name, FrozenDict(best=value, since=0)), ()
         since = memory["since"] + 1
         state = state.remember(self.name, FrozenDict({**memory, "since": since}))
         reason = self._reason(value, memory["best"], since)
-        return (
-            (state, ())
-            if reason is None or state.stop is not None
-            else (state.stopped(reason), (LogText(f"stopping: {reason}"),))
-        )
+        # At the end there is nothing left to stop, and a stop would keep a longer run from going on.
+        if reason is None or state.stop is not None or interval == "end":
+            return state, ()
+        return state.stopped(reason), (LogText(f"stopping: {reason}"),)
 
     def _reason(self, value: float, best: float | None, since: int) -> str | None:
         if math.isnan(value) and self.nan == "stop":
@@ -126,6 +128,11 @@ class FixedUpdateEarlyStopping(CallbackBase):
         >>> state.stop
         'stop_at_sample: 10 is reached'
     """
+
+    meaningless: ClassVar[Mapping[str, str]] = {
+        **CallbackBase.meaningless,
+        **dict.fromkeys(INTERVALS, "it looks at every update"),
+    }
 
     stop_at_epoch: int | None = None
     stop_at_update: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
@@ -28,8 +29,8 @@ class EMACallback(PeriodicCallback):
     After each update `average = factor * average + (1 - factor) * params`, from the params before training on, in
     float32 at least; buffers and whole numbers are copied. Updates that were skipped as non-finite do not count.
     `weights: ema=0.999` on a callback that iterates data evaluates an average; the weights in training stay as they
-    are. Every checkpoint holds the averages, so they resume exactly; those that this callback saves hold an average in
-    place of the weights, for inference.
+    are. Every checkpoint that can be resumed holds the averages, so they resume exactly; those that this callback saves
+    hold an average in place of the weights, for inference.
 
     Args:
         target_factors: Decays, each in (0, 1) and given once; the closer to 1, the longer the memory.
@@ -79,6 +80,10 @@ class EMACallback(PeriodicCallback):
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings."""
         yield from super().problems()
+        if self.id is not None and not _NAME.fullmatch(self.id):
+            yield Problem(
+                "id", f"{self.id!r} is part of the names of checkpoints; use letters, digits, '_', '.' and '-'"
+            )
         if not self.target_factors or len(set(self.target_factors)) < len(self.target_factors):
             yield Problem("target_factors", f"{list(self.target_factors)} is not a list of different factors")
         for index, factor in enumerate(self.target_factors):
@@ -218,6 +223,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in _COARSE else tensor
 
 
+_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]+")
 _COARSE: Final = (torch.float16, torch.bfloat16)
 
 

@@ -100,10 +100,12 @@ class EtaCallback(PeriodicCallback):
 
 
 def _pace_s(memory: Mapping[str, float]) -> float | None:
-    """Return the mean duration of an update: of those after the first, or of the first where it is alone."""
-    if not memory["updates"]:
-        return None
-    return memory["others_s"] / (memory["updates"] - 1) if memory["updates"] > 1 else memory["first_s"]
+    """Return the mean duration of an update: of those after the first, or of the first where it is alone.
+
+    None where the loop does not tell durations.
+    """
+    pace = memory["others_s"] / (memory["updates"] - 1) if memory["updates"] > 1 else memory["first_s"]
+    return pace or None
 
 
 ETA = ETACallback = EtaCallback

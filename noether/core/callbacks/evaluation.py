@@ -102,7 +102,8 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def produces(self) -> tuple[str, ...]:
         """The keys of its losses and metrics."""
         losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._losses else ()
-        outputs = (f"*{pattern}*" for pattern in self._output_patterns)
+        patterns = (f"*{pattern}*" for pattern in self._output_patterns)
+        outputs = (each for pattern in patterns for each in (pattern, f"*/{pattern}", f"{pattern}/*"))
         return (*losses, *(self.key(name) for name in (*self._metrics, *outputs)))
 
     @property

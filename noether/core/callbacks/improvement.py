@@ -68,6 +68,14 @@ def improves(value: float, best: float | None, mode: Mode, min_delta: float = 0.
     return value > best + min_delta if mode == "higher" else value < best - min_delta
 
 
+def is_nonfinite(state: TrainState) -> bool:
+    """Return whether the last update was not finite, as far as `NanGuardCallback` watches over that.
+
+    What is measured there says nothing about whether training improves: no best comes of it, and no wait goes on.
+    """
+    return is_current(state, NONFINITE)
+
+
 def min_delta_problem(min_delta: object) -> Problem | None:
     """Return what is wrong with `min_delta`, or None."""
     if isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool) and 0 <= min_delta < math.inf:
@@ -104,17 +112,6 @@ class MetricWatcher(PeriodicCallback):
         direction = self.mode or direction_of(self.metric_key)
         assert direction is not None  # noqa: S101  # refused at construction
         return direction
-
-    def improves(self, state: TrainState, value: float, best: float | None, min_delta: float = 0.0) -> bool:
-        """Return whether `value` is an improvement; after an update that was not finite nothing is.
-
-        Args:
-            state: Tells of such an update by a current metric `nonfinite`, as `NanGuardCallback` logs it.
-            value: The metric.
-            best: Its best value so far, or None.
-            min_delta: By how much it has to be better.
-        """
-        return not is_current(state, NONFINITE) and improves(value, best, self.direction, min_delta)
 
     def distinction(self) -> tuple[str, ...]:
         """Return interval and metric."""

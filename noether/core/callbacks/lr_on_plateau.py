@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from noether.core.callbacks.improvement import MetricWatcher, min_delta_problem
+from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import LogText
 from noether.core.errors import Problem, whole
 from noether.core.metrics import current
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class ReduceLROnPlateauCallback(MetricWatcher):
     """Multiplies the learning rate of all later updates by a factor when a metric has stopped improving.
 
-    It acts through `state.hyperparams["lr_scale"]`, by which the step multiplies what the schedule says. With
+    It acts through `state.hyperparams["lr_scale"]`, by which the step multiplies what the schedule says; a loop of
+    one's own writes it into its optimizer after the dispatch, with `state = state.into_module(model, optimizer)`. With
     `tolerance` one more than its patience, it decides as `torch.optim.lr_scheduler.ReduceLROnPlateau` with absolute
     threshold does; only an infinite first value counts as a first best here.
 
@@ -89,8 +90,10 @@ class ReduceLROnPlateauCallback(MetricWatcher):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Compare, count, and reduce."""
+        if is_nonfinite(state):
+            return state, ()
         value, memory = current(state, self.metric_key), self.memory(state)
-        improved = self.improves(state, value, memory["best"], self.min_delta)
+        improved = improves(value, memory["best"], self.direction, self.min_delta)
         best = value if improved else memory["best"]
         since = 0 if improved or memory["cooling"] else memory["since"] + 1
         reduces = since >= self.tolerance

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, final
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, final
 
 from noether.core.averages import memory_of, weights_in
-from noether.core.callbacks.improvement import NONFINITE
+from noether.core.callbacks.improvement import NONFINITE, is_nonfinite
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.effect import Effect, LogText
+from noether.core.effect import Effect, LogText, SetSummary
 from noether.core.errors import one_of, whole
-from noether.core.metrics import is_current, log
-from noether.core.tree import FrozenDict, map_leaves, tensors
+from noether.core.metrics import log
+from noether.core.tree import FrozenDict, cloned, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    import torch
 
     from noether.core.callback import Effects
     from noether.core.errors import Problem
@@ -28,14 +28,17 @@ if TYPE_CHECKING:
 class NanGuardCallback(PeriodicCallback):
     """Counts updates that are not finite, and after some in a row stops training or goes back to a snapshot.
 
-    At every such update it logs `nonfinite`, how many there were in a row; what watches a metric for its best takes
+    At every such update it logs `nonfinite`, how many there were in a row, and puts their number in all into the
+    summary; what watches a metric for its best takes
     none from there, so it is listed before them. A snapshot holds params, buffers and optimizer memory; it is taken
     before training, and at the interval where the update and all of that is finite. After a rollback counters, metrics
     and the memory of callbacks go on, so that the next batch is a new one; an average of the weights that is no longer
     finite begins anew.
 
     What counts is what the step reports: with `trainer.nonfinite: apply` the loss, with `skip` the gradients too, and
-    nothing of such an update is applied. `skip` goes best with this callback.
+    nothing of such an update is applied. `skip` goes best with this callback. A loop of one's own gives
+    `AfterUpdate(finite=...)`, and writes a rollback into its model and optimizer after the dispatch, with
+    `state = state.into_module(model, optimizer)`.
 
     Args:
         tolerance: Updates in a row that are not finite after which it acts, >= 1.
@@ -80,8 +83,9 @@ class NanGuardCallback(PeriodicCallback):
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return no such update yet, and with `rollback` a snapshot."""
-        snapshot = _snapshot(state) if self.action == "rollback" else None
-        return {self.name: FrozenDict(in_row=0, rollbacks=0, snapshot=snapshot, taken=str(state.iteration))}
+        snapshot = cloned(_weights(state)) if self.action == "rollback" else None
+        counts = {"total": 0, "in_row": 0, "rollbacks": 0}
+        return {self.name: FrozenDict(**counts, snapshot=snapshot, taken=str(state.iteration))}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Count, and act."""
@@ -89,19 +93,17 @@ class NanGuardCallback(PeriodicCallback):
         if bool(event.finite) and not event.skipped:
             counted = state if not memory["in_row"] else state.remember(self.name, memory | {"in_row": 0})
             return counted, ()
-        in_row = memory["in_row"] + 1
-        state, effects = log(state.remember(self.name, memory | {"in_row": in_row}), event, {NONFINITE: in_row})
-        if in_row < self.tolerance:
-            return state, effects
-        state, asked = self._acted(state)
-        return state, (*effects, *asked)
+        memory = memory | {"in_row": memory["in_row"] + 1, "total": memory["total"] + 1}
+        state, effects = log(state.remember(self.name, memory), event, {NONFINITE: memory["in_row"]})
+        state, asked = self._acted(state) if memory["in_row"] >= self.tolerance else (state, ())
+        return state, (*effects, SetSummary(FrozenDict({"nonfinite/updates": memory["total"]})), *asked)
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Take a snapshot, where all of it is finite."""
         memory = self.memory(state)
-        if self.action != "rollback" or is_current(state, NONFINITE) or not _is_finite(_weights(state)):
+        if self.action != "rollback" or is_nonfinite(state) or not _is_sound(_weights(state), memory["snapshot"]):
             return state, ()
-        taken = memory | {"snapshot": _snapshot(state), "taken": str(state.iteration)}
+        taken = memory | {"snapshot": cloned(_weights(state)), "taken": str(state.iteration)}
         return state.remember(self.name, taken), ()
 
     def _acted(self, state: TrainState) -> tuple[TrainState, tuple[Effect, ...]]:
@@ -110,44 +112,44 @@ class NanGuardCallback(PeriodicCallback):
         memory = self.memory(state)
         reason = f"{memory['in_row']} updates in a row were not finite"
         if self.action == "rollback" and memory["rollbacks"] < self.max_rollbacks:
-            back = state.replace(**_cloned(memory["snapshot"])).remember(
-                self.name, memory | {"in_row": 0, "rollbacks": memory["rollbacks"] + 1}
-            )
-            return _averages_mended(back), (LogText(f"{reason}: back to the weights of {memory['taken']}"),)
+            text = f"{reason}: back to the weights of {memory['taken']}"
+            counted = memory | {"in_row": 0, "rollbacks": memory["rollbacks"] + 1}
+            return _gone_back(state.remember(self.name, counted), memory["snapshot"]), (LogText(text),)
         if self.action == "rollback":
             reason = f"{reason}, after {memory['rollbacks']} rollbacks"
         return state.stopped(reason), (LogText(f"stopping: {reason}"),)
 
 
-_WEIGHTS: Final = ("params", "buffers", "opt_state")
-
-
 def _weights(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in _WEIGHTS}
+    # Without the optimizer's groups: learning rates follow the counters, and those go on.
+    opt_state = {name: part for name, part in state.opt_state.items() if name != "groups"}
+    return {"params": state.params, "buffers": state.buffers, "opt_state": opt_state}
 
 
-def _snapshot(state: TrainState) -> FrozenDict:
-    return FrozenDict({name: _cloned(tree) for name, tree in _weights(state).items()})
-
-
-def _cloned(tree: Any) -> Any:
-    return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-
-def _is_finite(tree: Any) -> bool:
-    return all(bool(tensor.isfinite().all()) for _, tensor in tensors(tree))
-
-
-def _averages_mended(state: TrainState) -> TrainState:
-    """Return the state in which averages that the bad updates destroyed begin anew at the weights."""
+def _gone_back(state: TrainState, snapshot: Mapping[str, Any]) -> TrainState:
+    """Return the state with the weights of a snapshot; averages that bad updates destroyed begin anew at them."""
+    back = cloned(snapshot)
+    state = state.replace(**{**back, "opt_state": FrozenDict({**state.opt_state, **back["opt_state"]})})
     for weights in weights_in(state):
         kept = state.callback_states[memory_of(weights)]
-        if not _is_finite(kept):
-            anew = {what: _like(kept[what], getattr(state, what)) for what in ("params", "buffers")}
+        if not _is_sound(kept, snapshot):
+            anew = {what: _like(tensors_by_name, snapshot[what]) for what, tensors_by_name in kept.items()}
             state = state.remember(memory_of(weights), anew)
     return state
 
 
-def _like(kept: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> FrozenDict:
-    """Return copies of the tensors that are kept, in the types in which they are kept."""
-    return FrozenDict({name: tensors[name].to(tensor.dtype, copy=True) for name, tensor in kept.items()})
+def _is_sound(tree: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
+    """Return whether all of `tree` is finite but for what was not in `held` either, such as a mask of infinities."""
+    before = dict(tensors(held))
+    for path, tensor in tensors(tree):
+        finite = tensor.isfinite()
+        if path in before and before[path].shape == tensor.shape:
+            finite |= ~before[path].isfinite()
+        if not bool(finite.all()):
+            return False
+    return True
+
+
+def _like(kept: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> FrozenDict:
+    """Return copies of the weights that are kept, in the types in which they are kept."""
+    return FrozenDict({name: weights[name].to(tensor.dtype, copy=True) for name, tensor in kept.items()})

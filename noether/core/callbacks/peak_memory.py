@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @final
 class PeakMemoryCallback(PeriodicCallback):
-    """Has `memory/peak_bytes/{interval}` logged: the peak memory of the device since the last firing, in bytes.
+    """Logs `memory/peak_bytes/{interval}`: the peak memory of the device since the last firing, in bytes.
 
     On the CPU it is the peak resident memory of the process. The value goes to the logs only: it is a reading of the
     world, so no callback can consume it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
@@ -206,8 +206,6 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         >>> effects[0].values["val/mean"]
         tensor(3., dtype=torch.float64)
     """
-
-    meaningless: ClassVar[Mapping[str, str]] = {}
 
     dataset_key: str
     batch_size: int | None = None

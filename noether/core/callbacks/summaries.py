@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from noether.core.callbacks.base import CallbackBase
+from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import LogText, SetSummary
 from noether.core.tree import FrozenDict
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 class _Summarizing(CallbackBase):
     """Before training, puts facts into the summary."""
 
+    meaningless: ClassVar[Mapping[str, str]] = {
+        **CallbackBase.meaningless,
+        **dict.fromkeys(INTERVALS, "it acts before training"),
+    }
+
     @property
     def produces(self) -> tuple[str, ...]:
         """Nothing: facts are no metrics."""
@@ -30,6 +36,8 @@ class _Summarizing(CallbackBase):
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Return the facts, as text and for the summary."""
         facts = self.facts(state, event.run)
+        if not facts:
+            return state, ()
         text = "\n".join(f"{name:<{max(map(len, facts))}}  {value}" for name, value in facts.items())
         return state, (*((LogText(text),) if self.told else ()), SetSummary(FrozenDict(facts)))
 
@@ -129,11 +137,13 @@ def param_counts(params: Mapping[str, torch.Tensor], frozen: frozenset[str]) -> 
 
 
 def dataset_lengths(run: Run) -> dict[str, int]:
-    """Return the number of samples of each dataset of a run."""
-    return {f"samples/{key}": _samples(data, run) for key, data in run.data.items()}
+    """Return the number of samples of each dataset of a run; one that does not tell its length is left out."""
+    lengths = {key: _samples(data, run) for key, data in run.data.items()}
+    return {f"samples/{key}": length for key, length in lengths.items() if length is not None}
 
 
-def _samples(data: Any, run: Run) -> int:
+def _samples(data: Any, run: Run) -> int | None:
     if isinstance(data, (list, tuple)):  # of batches
         return sum(map(run.batch_size, data))
-    return len(getattr(data, "dataset", data))  # a loader's own length is that of its batches
+    sized = getattr(data, "dataset", data)  # a loader's own length is that of its batches
+    return len(sized) if hasattr(sized, "__len__") else None

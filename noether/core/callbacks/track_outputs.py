@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import torch
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.gate import Interval
     from noether.core.state import Memory, TrainState
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 @final
@@ -86,9 +84,10 @@ class TrackOutputsCallback(PeriodicCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """A key for each output."""
-        names = (*self.keys, *(f"*{pattern}*" for pattern in self.patterns)) if self.log_output else ()
-        return tuple(f"{name}/{self.interval_name}" for name in names)
+        """A key for each output; of patterns, those with one `/` in their name at most."""
+        patterns = (f"*{pattern}*" for pattern in self.patterns)
+        names = (*self.keys, *(each for p in patterns for each in (p, f"*/{p}", f"{p}/*")))
+        return tuple(f"{name}/{self.interval_name}" for name in names) if self.log_output else ()
 
     @property
     def tracks(self) -> bool:
@@ -97,59 +96,53 @@ class TrackOutputsCallback(PeriodicCallback):
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return nothing seen yet."""
-        return {self.name: FrozenDict(values=FrozenDict(), samples=0)} if self.tracks else {}
+        return {self.name: self._NOTHING} if self.tracks else {}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Add the update's outputs, or with `last` remember them."""
         if event.skipped:
             return state, ()
-        if self.reduce == "last":
-            seen = FrozenDict(values=FrozenDict(self._last(event)), samples=event.samples)
-            return state.remember(self.name, seen), ()
-        sums, samples = self.memory(state)["values"], self.memory(state)["samples"]
-        added = {name: mean * event.samples for name, mean in self._means(event).items()}
-        added = {name: sums[name] + value if name in sums else value for name, value in added.items()}
-        counted = FrozenDict(values=FrozenDict({**sums, **added}), samples=samples + event.samples)
-        return state.remember(self.name, counted), ()
+        seen = self._seen(event)
+        if self.reduce == "mean":
+            seen = _added(self.memory(state), seen)
+        return state.remember(self.name, seen), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log and save, and begin anew."""
-        if not self.tracks:
-            return self._told(state, event, self._last(event) if isinstance(event, AfterUpdate) else {})
-        memory = self.memory(state)
-        values = memory["values"]
-        if self.reduce == "mean":
-            values = {name: total / memory["samples"] for name, total in values.items()}
-            state = state.remember(self.name, self.init(state)[self.name])
-        return self._told(state, event, values)
-
-    def _told(self, state: TrainState, event: Event, values: Tensors) -> tuple[TrainState, Effects]:
-        if not values:
+        if self.tracks:
+            seen = self.memory(state)
+            state = state.remember(self.name, self._NOTHING)
+        else:
+            seen = self._seen(event) if isinstance(event, AfterUpdate) and not event.skipped else self._NOTHING
+        if not seen["samples"]:
             return state, ()
+        means = FrozenDict({name: total / seen["samples"] for name, total in seen["sums"].items()})
         effects: tuple[Effect, ...] = ()
         if self.log_output:
-            scalars = {f"{name}/{self.interval_name}": value.double().mean() for name, value in values.items()}
+            scalars = {f"{name}/{self.interval_name}": mean for name, mean in means.items()}
             state, effects = log(state, event, scalars, quiet=not self.verbose)
         if self.save_output:
             name = f"outputs/{self.interval_name}/{state.iteration}"
-            effects = (*effects, SaveTensors(name=name, tensors=FrozenDict(values)))
+            effects = (*effects, SaveTensors(name=name, tensors=FrozenDict({**means, **seen["last"]})))
         return state, effects
 
-    def _means(self, event: AfterUpdate) -> Tensors:
-        """Return the mean of each output over the samples of the update."""
-        steps = self._steps(event)
-        return {name: _weighted_mean([step[name] for step in steps], event) for name in self._matching(steps[0])}
+    _NOTHING: ClassVar[FrozenDict] = FrozenDict(sums=FrozenDict(), samples=0, last=FrozenDict())
 
-    def _last(self, event: AfterUpdate) -> Tensors:
-        """Return each output of the update, its accumulation steps joined."""
+    def _seen(self, event: AfterUpdate) -> FrozenDict:
+        """Return the update's outputs: sums over its samples, and with `last`, where they are saved, as they are."""
         steps = self._steps(event)
-        return {name: _joined([step[name] for step in steps], event) for name in self._matching(steps[0])}
+        names = self._matching(steps[0])
+        sums = {name: _mean([step[name] for step in steps], event) * event.samples for name in names}
+        saved = names if self.reduce == "last" and self.save_output else ()
+        last = {name: joined for name in saved if (joined := _joined([step[name] for step in steps])).ndim}
+        return FrozenDict(sums=FrozenDict(sums), samples=event.samples, last=FrozenDict(last))
 
     def _steps(self, event: AfterUpdate) -> Sequence[Mapping[str, Any]]:
-        steps = [event.outputs] if isinstance(event.outputs, Mapping) else list(event.outputs or ())
-        odd = next((step for step in steps if not isinstance(step, Mapping)), None)
-        if odd is not None or not steps:
-            said = "nothing" if odd is None else f"a {type(odd).__name__}"
+        outputs = event.outputs
+        steps = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        odd = [step for step in steps if not isinstance(step, Mapping)]
+        if odd or not steps:
+            said = "nothing" if not steps or odd[0] is None else f"a {type(odd[0]).__name__}"
             raise OutputError(f"{self.name}: the model returns {said}; to have outputs tracked, return a dict of them")
         return steps
 
@@ -163,15 +156,23 @@ class TrackOutputsCallback(PeriodicCallback):
         return [name for name in outputs if name in self.keys or any(pattern in name for pattern in self.patterns)]
 
 
-def _weighted_mean(values: Sequence[Any], event: AfterUpdate) -> torch.Tensor:
+def _added(held: FrozenDict, seen: FrozenDict) -> FrozenDict:
+    """Return the sums of two."""
+    sums = {name: held["sums"][name] + value if name in held["sums"] else value for name, value in seen["sums"].items()}
+    total = FrozenDict({**held["sums"], **sums})
+    return FrozenDict(sums=total, samples=held["samples"] + seen["samples"], last=seen["last"])
+
+
+def _mean(values: Sequence[Any], event: AfterUpdate) -> torch.Tensor:
+    """Return the mean of an output over the samples of an update, given by accumulation step."""
     sizes = event.accumulated or (1,) * len(values)
     terms = [_tensor(value).double().mean() * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]
     return torch.stack(terms).sum()
 
 
-def _joined(values: Sequence[Any], event: AfterUpdate) -> torch.Tensor:
+def _joined(values: Sequence[Any]) -> torch.Tensor:
     tensors = list(map(_tensor, values))
-    return torch.cat(tensors) if tensors[0].ndim else _weighted_mean(values, event)
+    return torch.cat(tensors) if tensors[0].ndim else tensors[0]
 
 
 def _tensor(value: Any) -> torch.Tensor:

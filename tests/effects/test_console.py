@@ -1,0 +1,382 @@
+"""What a person reads: aligned lines, metrics that say something, nothing redrawn where nobody watches."""
+
+import io
+import math
+import os
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console as RichConsole
+
+from noether import (
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    BeforeTraining,
+    LogScalars,
+    LogText,
+    ShowProgress,
+    TrainingIteration,
+    TrainState,
+)
+from noether.effects import Console, open_run
+from noether.effects.console import columns
+
+NAN = math.nan
+LABEL = 19  # the iteration, and a space
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """Nothing that a test machine's environment says about terminals."""
+    for name in ("CI", "SLURM_JOB_ID", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.fixture
+def console():
+    """A console that writes to a file, and what returns its lines."""
+    written = io.StringIO()
+    made = Console(RichConsole(width=200, file=written))
+    yield made, lambda: written.getvalue().splitlines()
+    made.close()
+
+
+class Tty(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def at(update, epoch=0, **fields):
+    return TrainState(iteration=TrainingIteration(epoch=epoch, update=update, sample=4 * update), **fields)
+
+
+def without_labels(lines):
+    return [line[LABEL:].rstrip() for line in lines]
+
+
+def keys(lines):
+    """Return the metric keys in lines of columns."""
+    return [key for line in without_labels(lines) for key in line.split()[::2]]
+
+
+# ------------------------------------------------------------------------------------------------ lines
+
+
+def test_lines_are_aligned_and_short(console):
+    made, shown = console
+    made.text(LogText("hello [bold]you[/bold]"), at(3, epoch=1), AfterEpoch())
+    made.scalars(LogScalars({"a": torch.tensor(1 / 3), "b": 12345678, "c": "x"}), at(3, epoch=1), AfterEpoch())
+    assert [line.rstrip() for line in shown()] == [
+        "E1_U3_S12          hello [bold]you[/bold]",
+        "E1_U3_S12          a  0.33333     b  12345678    c  x",
+    ]
+
+
+def test_a_text_of_several_lines_is_indented_below_its_first(console):
+    made, shown = console
+    made.text(LogText("first\n  second\n\nfourth\n"), at(3, epoch=1), AfterEpoch())
+    made.text(LogText(""), at(4, epoch=1), AfterEpoch())
+    assert [line.rstrip() for line in shown()] == [
+        "E1_U3_S12          first",
+        "                     second",
+        "",
+        "                   fourth",
+        "E1_U4_S16",
+    ]
+
+
+def test_updates_are_shown_once_a_second_at_most(console):
+    made, shown = console
+    for update, time_s in enumerate([100.0, 100.5, 100.99, 101.0, 101.5, 102.5], 1):
+        made.scalars(LogScalars({"x": update}), at(update), AfterUpdate(samples=4, time_s=time_s))
+    assert [line.split()[0] for line in shown()] == ["E0_U1_S4", "E0_U4_S16", "E0_U6_S24"]
+
+
+def test_epochs_are_always_shown_and_so_are_updates_without_a_time(console):
+    made, shown = console
+    made.scalars(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4, time_s=100.0))
+    made.scalars(LogScalars({"x": 2}), at(1, epoch=1), AfterEpoch(time_s=100.1))
+    made.scalars(LogScalars({"x": 3}), at(2), AfterUpdate(samples=4))
+    assert [line.split()[-1] for line in shown()] == ["1", "2", "3"]
+
+
+def test_texts_are_always_shown(console):
+    made, shown = console
+    for update in (1, 2, 3):
+        made.text(LogText(f"text {update}"), at(update), AfterUpdate(samples=4, time_s=100.0))
+    assert without_labels(shown()) == ["text 1", "text 2", "text 3"]
+
+
+class Timer:
+    """A timer that a test fires."""
+
+    made = None
+
+    def __init__(self, seconds, function, arguments):
+        self.seconds, self.fire, self.cancelled = seconds, lambda: function(*arguments), False
+        Timer.made.append(self)
+
+    def start(self):
+        assert self.daemon
+
+    def cancel(self):
+        self.cancelled = True
+
+
+@pytest.fixture
+def timers(monkeypatch):
+    monkeypatch.setattr(Timer, "made", [])
+    monkeypatch.setattr("threading.Timer", Timer)
+    return Timer.made
+
+
+def test_after_silence_the_last_line_is_repeated(console, timers):
+    made, shown = console
+    made.text(LogText("first"), at(1), AfterEpoch())
+    made.text(LogText("second"), at(2), AfterEpoch())
+    assert [(timer.seconds, timer.cancelled) for timer in timers] == [(300.0, True), (300.0, False)]
+    timers[1].fire()
+    assert [line.split()[-1] for line in shown()] == ["first", "second", "second"]
+    made.close()
+    assert timers[-1].cancelled
+
+
+def test_after_training_silence_is_no_sign_of_anything(console, timers):
+    made, shown = console
+    made.text(LogText("first"), at(1), AfterEpoch())
+    made.text(LogText("last"), at(1), AfterTraining())
+    assert [timer.cancelled for timer in timers] == [True]
+    assert without_labels(shown()) == ["first", "last"]
+
+
+def test_a_run_that_was_let_go_is_silent(timers):
+    written = io.StringIO()
+    made = Console(RichConsole(file=written))
+    made.text(LogText("first"), at(1), AfterEpoch())
+    del made  # a loop that died without closing its run
+    timers[0].fire()
+    assert len(written.getvalue().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------ columns
+
+NAMES = st.text("abc/_", min_size=1, max_size=12)
+METRICS = st.dictionaries(NAMES, st.one_of(st.integers(-99999, 99999), st.floats(-1e6, 1e6)), min_size=1, max_size=20)
+
+
+@given(METRICS, st.integers(1, 200))
+def test_columns_start_at_the_same_places_and_are_read_downwards(metrics, width):
+    lines = columns(metrics, width)
+    names = list(metrics)
+    values = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in metrics.values()]
+    cell = max(map(len, names)) + 2 + max(map(len, values))
+    rows = len(lines)
+    for number, (name, value) in enumerate(zip(names, values, strict=True)):
+        column, row = divmod(number, rows)
+        start = column * (cell + 4)
+        text = lines[row][start : start + cell]
+        assert text.split() == [name, value]
+        assert text.startswith(name)
+        assert text.rstrip().rindex(value) == max(map(len, names)) + 2
+    assert sum(len(line.split()) for line in lines) == 2 * len(metrics)
+    assert all(line == line.rstrip() for line in lines)
+
+
+@given(METRICS, st.integers(1, 200))
+def test_as_many_columns_as_fit(metrics, width):
+    lines = columns(metrics, width)
+    values = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in metrics.values()]
+    cell = max(map(len, metrics)) + 2 + max(map(len, values))
+    fitting = max([1, *(count for count in range(1, 21) if count * cell + (count - 1) * 4 <= width)])
+    assert len(lines) == math.ceil(len(metrics) / fitting)
+    if fitting > 1:
+        assert max(map(len, lines)) <= width
+
+
+def test_metrics_of_several_lines_have_one_label(console):
+    made, shown = console
+    values = {f"loss/val/part_{number}": number / 8 for number in range(7)}  # four fit side by side
+    made.scalars(LogScalars(values), at(40, epoch=1), AfterEpoch())
+    assert shown() == [
+        (
+            "E1_U40_S160        loss/val/part_0  0        loss/val/part_2  0.25     loss/val/part_4  0.5      "
+            "loss/val/part_6  0.75"
+        ),
+        "                   loss/val/part_1  0.125    loss/val/part_3  0.375    loss/val/part_5  0.625",
+    ]
+
+
+def test_a_terminal_has_the_columns_that_its_width_has_room_for():
+    values = {f"metric_{number}": 0.5 for number in range(4)}  # of 13 characters each, and 4 between them
+    for width, lines in ((20, 4), (48, 4), (49, 2), (82, 2), (83, 1)):
+        written = Tty()
+        made = Console(RichConsole(width=width, file=written, soft_wrap=True))
+        made.scalars(LogScalars(values), at(1), AfterEpoch())
+        made.close()
+        assert len(written.getvalue().splitlines()) == lines, width
+
+
+def test_columns_start_at_the_same_places_below_a_long_label(console):
+    made, shown = console
+    state = TrainState(iteration=TrainingIteration(epoch=120, update=1234567, sample=98765432))
+    made.scalars(LogScalars({f"metric_{number}": 0.5 for number in range(9)}), state, AfterEpoch())
+    made.text(LogText("two\nlines"), state, AfterEpoch())
+    first, *others = shown()
+    assert first.startswith("E120_U1234567_S98765432 metric_0  0.5    ")
+    starts = {tuple(match.start() for match in re.finditer("metric_", line)) for line in (first, *others[:-2])}
+    assert len({start[:2] for start in starts}) == 1
+    assert [line.index(word) for line, word in zip(others[-2:], ("two", "lines"), strict=True)] == [24, 24]
+
+
+def test_metrics_are_sorted_by_key(console):
+    made, shown = console
+    made.scalars(LogScalars({"c": 1, "a": 2, "b": 3}), at(1), AfterEpoch())
+    assert without_labels(shown()) == ["a  2    b  3    c  1"]
+
+
+# ------------------------------------------------------------------------------------------------ what is left out
+
+
+def test_quiet_keys_are_left_out(console):
+    made, shown = console
+    made.scalars(LogScalars({"a": 1, "b": 2, "c": 3}, frozenset({"b"})), at(1), AfterEpoch())
+    made.scalars(LogScalars({"a": 1}, frozenset({"a"})), at(2), AfterEpoch())
+    made.scalars(LogScalars({}), at(3), AfterEpoch())
+    assert [line.rstrip() for line in shown()] == ["E0_U1_S4           a  1    c  3"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"loss/val/total": 0.5, "loss/val/mse": 0.5}, ["loss/val/mse"]),
+        ({"loss/val/total": torch.tensor(0.5), "loss/val/mse": 0.5}, ["loss/val/mse"]),
+        ({"loss/online/total/U10": 0.5, "loss/online/mse/U10": 0.5}, ["loss/online/mse/U10"]),
+        ({"loss/val/total/ema=0.9": 0.5, "loss/val/mse/ema=0.9": 0.5}, ["loss/val/mse/ema=0.9"]),
+        # nothing that it could repeat
+        ({"loss/val/total": 0.5}, ["loss/val/total"]),
+        ({"total": 0.5, "mse": 0.5, "ce": 0.5}, ["ce", "mse", "total"]),
+        # two losses, even if one of them is all
+        ({"l/total": 0.5, "l/mse": 0.5, "l/ce": 0.0}, ["l/ce", "l/mse", "l/total"]),
+        # a total that is another number
+        ({"loss/val/total": 0.5, "loss/val/mse": 0.25}, ["loss/val/mse", "loss/val/total"]),
+        ({"loss/val/total": NAN, "loss/val/mse": 0.25}, ["loss/val/mse", "loss/val/total"]),
+        ({"loss/val/total": 0.25, "loss/val/mse": NAN}, ["loss/val/mse", "loss/val/total"]),
+        # of another dataset, interval or average
+        ({"loss/val/total": 0.5, "loss/test/mse": 0.5}, ["loss/test/mse", "loss/val/total"]),
+        ({"loss/online/total/U1": 0.5, "loss/online/mse/U2": 0.5}, ["loss/online/mse/U2", "loss/online/total/U1"]),
+        ({"loss/val/total/ema=0.9": 0.5, "loss/val/mse": 0.5}, ["loss/val/mse", "loss/val/total/ema=0.9"]),
+    ],
+)
+def test_the_total_of_a_single_loss_is_left_out(console, values, expected):
+    made, shown = console
+    made.scalars(LogScalars(values), at(1), AfterEpoch())
+    assert sorted(keys(shown())) == expected
+
+
+def test_what_is_quiet_does_not_keep_silent_what_is_loud(console):
+    made, shown = console
+    for update in range(1, 7):
+        values, time_s = {"quiet": 1, **({"loud": 2} if update % 2 == 0 else {})}, 100 + 0.5 * update
+        made.scalars(LogScalars(values, frozenset({"quiet"})), at(update), AfterUpdate(samples=4, time_s=time_s))
+    assert [line.split() for line in shown()] == [[f"E0_U{u}_S{4 * u}", "loud", "2"] for u in (2, 4, 6)]
+
+
+def test_the_total_of_a_loss_that_is_not_shown_is_shown(console):
+    made, shown = console
+    made.scalars(LogScalars({"l/total": 0.5, "l/mse": 0.5}, frozenset({"l/mse"})), at(1), AfterEpoch())
+    assert keys(shown()) == ["l/total"]
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+def progress(update, *, due):
+    return ShowProgress(
+        end=TrainingIteration(epoch=2, update=8, sample=32), fired=0, fires=4, update_s=0.5,
+        next_s=0.5 * (4 - update), left_s=0.5 * (8 - update), due=due,
+    )  # fmt: skip
+
+
+def run_shortly(made):
+    """Show what a short run shows."""
+    made.text(LogText("begin"), at(0), BeforeTraining())
+    for update in (1, 2, 3):
+        made.progress(progress(update, due=False), at(update), AfterUpdate(samples=4))
+        if update == 2:
+            made.progress(progress(update, due=True), at(update), AfterUpdate(samples=4))
+            made.scalars(LogScalars({"loss": 0.5}), at(update), AfterUpdate(samples=4))
+    made.progress(progress(3, due=False), at(3), AfterTraining())
+    made.text(LogText("end"), at(3), AfterTraining())
+    made.close()
+
+
+SHORTLY = [
+    "E0_U0_S0           begin",
+    (
+        "E0_U2_S8           update 2/8  epoch 0/2  sample 8/32  500.0 ms/update  2.0 updates/s  "
+        "next in 0:00:01  end in 0:00:03"
+    ),
+    "E0_U2_S8           loss  0.5",
+    "E0_U3_S12          end",
+]
+
+
+def test_in_a_file_progress_is_a_line_where_it_is_due(console):
+    made, shown = console
+    run_shortly(made)
+    assert [line.rstrip() for line in shown()] == SHORTLY
+
+
+def test_in_a_pipe_nothing_is_redrawn():
+    ours, theirs = os.pipe()
+    with os.fdopen(theirs, "w") as file:
+        run_shortly(Console(RichConsole(file=file, highlight=False, soft_wrap=True)))
+    with os.fdopen(ours) as file:
+        assert [line.rstrip() for line in file.read().split("\n")] == [*SHORTLY, ""]
+
+
+def test_on_the_standard_output_of_a_pipe_nothing_is_redrawn(tmp_path, capsys):
+    run = open_run(tmp_path)
+    run.interpreter([progress(1, due=False)], at(1), AfterUpdate(samples=4))
+    run.interpreter([progress(2, due=False), progress(2, due=True)], at(2), AfterUpdate(samples=4))
+    run.close()
+    assert capsys.readouterr().out == SHORTLY[1] + "\n"
+
+
+@pytest.mark.parametrize("variable", ["CI", "SLURM_JOB_ID"])
+def test_where_nobody_watches_a_terminal_nothing_is_redrawn(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    written = Tty()
+    run_shortly(Console(RichConsole(width=200, file=written, highlight=False, soft_wrap=True)))
+    assert [line.rstrip() for line in written.getvalue().split("\n")] == [*SHORTLY, ""]
+
+
+def test_on_a_terminal_that_cannot_move_its_cursor_nothing_is_redrawn(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    written = Tty()
+    run_shortly(Console(RichConsole(width=200, file=written, highlight=False, soft_wrap=True)))
+    assert [line.rstrip() for line in written.getvalue().split("\n")] == [*SHORTLY, ""]
+
+
+def test_where_somebody_watches_a_terminal_it_is_redrawn():
+    written = Tty()
+    run_shortly(Console(RichConsole(width=200, file=written, highlight=False, soft_wrap=True)))
+    assert "\x1b[?25l" in written.getvalue()
+    assert " end in " not in written.getvalue()
+
+
+def test_before_the_pace_is_known_a_line_tells_the_counters(console):
+    made, shown = console
+    end = TrainingIteration(epoch=2, update=8, sample=32)
+    made.progress(
+        ShowProgress(end=end, fired=0, fires=None, update_s=None, next_s=None, left_s=None, due=True),
+        at(4, epoch=1), AfterEpoch(),
+    )  # fmt: skip
+    assert without_labels(shown()) == ["update 4/8  epoch 1/2  sample 16/32"]
