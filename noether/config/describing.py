@@ -107,7 +107,7 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
         text=text,
         settings=settings,
         renamed=getattr(target, "renamed", {}),
-        yaml=_yaml(path, documented, settings, gated=declaration_of(target).gate is not None),
+        yaml=_yaml(path, documented, settings, gated=_is_gated(target)),
     )
 
 
@@ -122,6 +122,11 @@ def _settings(target: Any) -> tuple[Setting, ...]:
         own = [name for name in vars(owner).get("__annotations__", {}) if name in known and name not in found]
         found |= {name: _setting(known[name], texts) for name in own}
     return tuple(sorted(found.values(), key=lambda setting: setting.default is not None))  # what is required first
+
+
+def _is_gated(target: Any) -> bool:
+    """Return whether a function has an interval already."""
+    return not isinstance(target, type) and declaration_of(target).gate is not None
 
 
 def _inherited_texts(target: type) -> dict[str, str]:

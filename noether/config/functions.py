@@ -23,6 +23,9 @@ class FunctionCallback:
     Args:
         function: `(state, event, *, setting, ...) -> (state, effects)`, decorated or not.
 
+    Raises:
+        RefusedError: If one of its settings has the name of an interval.
+
     Example:
         >>> from noether import AfterEpoch, LogText, TrainState
         >>> def greet(state, event, *, greeting: str = "hello"):
@@ -34,6 +37,11 @@ class FunctionCallback:
 
     function: Callable[..., Any]
 
+    def __post_init__(self) -> None:
+        taken = [each.name for each in self._settings if each.name in (*_GATES, "at_end")]
+        if taken:
+            raise RefusedError(f"{taken[0]} beside a function is its interval; give its own setting another name")
+
     @property
     def __signature__(self) -> inspect.Signature:
         """The interval and the function's settings, with their types."""
@@ -43,11 +51,7 @@ class FunctionCallback:
     @property
     def _settings(self) -> list[inspect.Parameter]:
         own = parameters(inspect.unwrap(self.function)).values()
-        settings = [each for each in own if each.kind is each.KEYWORD_ONLY]
-        taken = [each.name for each in settings if each.name in (*_GATES, "at_end")]
-        if taken:
-            raise RefusedError(f"{taken[0]} beside a function is its interval; give its own setting another name")
-        return settings
+        return [each for each in own if each.kind is each.KEYWORD_ONLY]
 
     def __call__(
         self,

@@ -62,6 +62,8 @@ class Interpreter:
             return
         for effect in effects:
             self._check(type(effect))
+            if type(effect) in self._measures:
+                self._check(LogScalars)
         if event.run.rank != 0:
             return
         measured = [each for effect in effects for each in self._measured(effect, state, event)]
@@ -95,7 +97,7 @@ class Interpreter:
 
     def _check(self, effect_type: type[Effect]) -> None:
         if effect_type not in self._handlers and effect_type not in self._measures:
-            known = [known.__name__ for known in (*self._handlers, *self._measures)]
+            known = [known.__name__ for known in dict.fromkeys((*self._handlers, *self._measures))]
             raise UnhandledEffectError(
                 f"nobody handles the effect {effect_type.__name__}{nearest(effect_type.__name__, known)}; "
                 f"register it with interpreter.handling({effect_type.__name__}, handler). "

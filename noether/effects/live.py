@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import weakref
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from noether.core.duration import clock
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
     from noether.core.effect import ShowProgress
     from noether.core.state import TrainState
 
-_REFRESH_S: Final = 0.1
+_NARROW: Final = 110  # columns that all of it needs
 _LOGGED: Final = ("CI", "SLURM_JOB_ID")
 
 
@@ -30,52 +32,53 @@ def is_live(console: Console) -> bool:
 
 
 class LiveProgress:
-    """Redraws two lines at the bottom of a terminal, ten times a second at most.
+    """Two lines at the bottom of a terminal, redrawn a few times a second.
 
     Args:
         console: Where other lines are printed, too: they appear above.
     """
 
     def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+
+    def show(self, effect: ShowProgress, state: TrainState) -> None:
+        """Show what is to be seen from now on."""
+        update, narrow = state.iteration.update, self._console.width < _NARROW
+        total = 0 if effect.fires is None else effect.fires - effect.fired
+        following = "" if effect.next_s is None else f"in {clock(effect.next_s)}"
+        bars = (
+            {"completed": update, "total": effect.end.update, "said": _to_the_end(effect, state, short=narrow)},
+            {"completed": update - effect.fired, "total": total, "said": following, "visible": bool(total)},
+        )
+        if self._progress is None:
+            self._begin(*bars)
+        for task, bar in enumerate(bars):
+            self._progress.update(TaskID(task), **bar)  # type: ignore[union-attr, arg-type]  # begun; fields by name
+
+    def stop(self) -> None:
+        """Take the display away; it comes back when it is shown again."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _begin(self, *bars: Mapping[str, Any]) -> None:
+        # A new one each time: one that was stopped still believes that its lines are there, and draws over others.
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[said]}"),
-            console=console,
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10 if self._console.width < _NARROW else 30),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[said]}", table_column=Column(no_wrap=True)),
+            console=self._console,
             transient=True,
             # What goes to a file or a pipe stays on its way there.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
-        self._tasks: tuple[TaskID, TaskID] | None = None
-        self._shown_s = 0.0
+        for name, bar in zip(("run ", "next"), bars, strict=True):
+            self._progress.add_task(name, **bar)
+        self._progress.start()
         # A loop that dies without closing its run would otherwise leave the terminal without a cursor.
         weakref.finalize(self, self._progress.stop)
-
-    def show(self, effect: ShowProgress, state: TrainState) -> None:
-        """Redraw, unless that was just done."""
-        now_s = time.monotonic()
-        if self._tasks is not None and now_s - self._shown_s < _REFRESH_S:
-            return
-        self._shown_s = now_s
-        if self._tasks is None:
-            self._tasks = (self._progress.add_task("run ", said=""), self._progress.add_task("next", said=""))
-            self._progress.start()
-        run, following = self._tasks
-        update = state.iteration.update
-        self._progress.update(run, completed=update, total=effect.end.update, said=_to_the_end(effect, state))
-        total = 0 if effect.fires is None else effect.fires - effect.fired
-        since = update - effect.fired
-        said = "" if effect.next_s is None else f"in {clock(effect.next_s)}"
-        self._progress.update(following, completed=since, total=total, said=said, visible=bool(total))
-
-    def stop(self) -> None:
-        """Take the display away; it comes back when it is shown again."""
-        if self._tasks is not None:
-            self._progress.stop()
-            for task in self._tasks:
-                self._progress.remove_task(task)
-            self._tasks = None
 
 
 def described(effect: ShowProgress, state: TrainState) -> str:
@@ -94,9 +97,10 @@ def described(effect: ShowProgress, state: TrainState) -> str:
     return "  ".join((counts, *_pace(effect), *following, *end))
 
 
-def _to_the_end(effect: ShowProgress, state: TrainState) -> str:
+def _to_the_end(effect: ShowProgress, state: TrainState, *, short: bool) -> str:
     end = [] if effect.left_s is None else [f"{clock(effect.left_s)} left"]
-    return "  ".join((_counts(effect, state), *_pace(effect), *end))
+    counts = [] if short else [_counts(effect, state)]
+    return "  ".join((*counts, *(_pace(effect)[:1] if short else _pace(effect)), *end))
 
 
 def _counts(effect: ShowProgress, state: TrainState) -> str:

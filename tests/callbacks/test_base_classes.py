@@ -1,7 +1,5 @@
 """What a user writes: a subclass of each of the three bases."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 # a hook takes a state and an event, whether or not it needs both
 
 import dataclasses

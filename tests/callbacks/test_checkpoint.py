@@ -18,6 +18,9 @@ RUN = Run(end=TrainingIteration(epoch=3), updates_per_epoch=2, samples_per_epoch
 STATE = TrainState().advance(samples=4).next_epoch()
 
 
+WRITTEN = "{} checkpoints of {} MB will be written, {} of them kept"
+
+
 def asked(**settings):
     return CheckpointCallback(every_n_epochs=1, id="c", **settings)(STATE, AfterEpoch(run=RUN))[1]
 
@@ -73,8 +76,7 @@ def test_between_its_intervals_it_keeps_still():
         (
             {"keep": 3},
             TrainState().advance(samples=4),
-            "c: 4 checkpoints of 2.00 MB will be written, 3 of them kept; "
-            "4 checkpoints of 6.00 MB will be written, 1 of them kept",
+            f"c: {WRITTEN.format(4, '2.00', 3)}; {WRITTEN.format(4, '6.00', 1)}",
         ),
         (
             {"save_weights": True, "save_optim": True, "keep": 2},

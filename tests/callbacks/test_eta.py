@@ -1,7 +1,5 @@
 """When the next firing and the end are expected: times worked out by hand, and firings that come where it said."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -254,3 +252,25 @@ def test_a_cut_in_between_changes_nothing(run, eta, cut):
     rest = list(events(compose(again), run=run, seconds=slow_first, state=kept))
     assert [effects for *_, effects in rest] == [effects for *_, effects in uncut[cut + 1 :]]
     assert same([state for _, state, _ in rest], [state for _, state, _ in uncut[cut + 1 :]])
+
+
+def test_after_an_early_stop_nothing_is_left():
+    run = Run(end=TrainingIteration(update=8), updates_per_epoch=4, samples_per_epoch=16, effective_batch_size=4)
+    eta, state = EtaCallback(every_n_updates=3), TrainState()
+    for _ in range(2):
+        state, _ = eta(state.advance(samples=4), AfterUpdate(run=run, samples=4, duration_s=1.0))
+    _, (shown,) = eta(state.stopped("enough").replace(ended=True), AfterTraining(run=run))
+    assert (shown.fires, shown.next_s, shown.left_s) == (None, None, 0.0)
+
+
+def test_a_loop_that_tells_no_durations_gets_no_estimate():
+    run = Run(end=TrainingIteration(update=8), updates_per_epoch=4, samples_per_epoch=16, effective_batch_size=4)
+    eta, state = EtaCallback(every_n_updates=3), TrainState()
+    for _ in range(2):
+        state, (shown,) = eta(state.advance(samples=4), AfterUpdate(run=run, samples=4))
+        assert (shown.update_s, shown.next_s, shown.left_s) == (None, None, None)
+
+
+def test_a_run_without_an_end_is_asked_for_it():
+    with pytest.raises(AttributeError, match="this run was not given 'end'"):
+        EtaCallback(every_n_updates=3)(TrainState().advance(samples=4), AfterUpdate(samples=4))

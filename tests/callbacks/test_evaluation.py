@@ -1,9 +1,5 @@
 """Losses and metrics over a dataset are those of its samples, however it is cut into batches."""
 
-# a callback takes a state and an event, whether or not it needs both
-
-# a callback takes a state and an event, whether or not it needs both
-
 import dataclasses
 
 import numpy as np

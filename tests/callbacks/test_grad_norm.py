@@ -1,7 +1,5 @@
 """How large the gradients are: over updates against numpy, and in the step against torch's own measure."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 import copy
 import math
 

@@ -1,7 +1,5 @@
 """The online loss is the sample-weighted mean of what went by."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Progress and learning rate: what is said, worked out by hand."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 import pytest
 
 from noether.core.callbacks import LrCallback, ProgressCallback

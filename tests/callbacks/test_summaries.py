@@ -1,7 +1,5 @@
 """What is known before training, and the peak memory that is asked for."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 import json
 
 import pytest

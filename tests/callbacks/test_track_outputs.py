@@ -1,7 +1,5 @@
 """Outputs of the model in training: which are tracked, what is made of them, and what is refused."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 import math
 
 import numpy as np
@@ -407,3 +405,29 @@ def test_settings_are_refused_all_at_once(settings, expected):
         TrackOutputsCallback(**{"every_n_updates": 1, **settings})
     assert [str(problem) for problem in refused.value.problems] == expected
     assert str(refused.value) == "\n".join(expected)
+
+
+def test_an_output_that_comes_with_some_updates_only_is_a_mean_over_those():
+    callback = TrackOutputsCallback(every_n_updates=3, patterns=("a",))
+    _, asked = go(callback, [outputs(a=1.0), outputs(b=7.0), outputs(a=2.0, ba=5.0)])
+    assert logged(asked[-1]) == {"a/U3": 1.5, "ba/U3": 5.0}
+
+
+def test_a_pattern_that_matches_nothing_logs_nothing():
+    _, asked = go(TrackOutputsCallback(every_n_updates=1, patterns=("a",)), [outputs(b=1.0)])
+    assert asked == [()]
+
+
+def test_every_accumulation_step_returns_what_is_tracked():
+    callback = TrackOutputsCallback(every_n_updates=1, patterns=("a",))
+    with pytest.raises(OutputError, match="the model returns no 'a'; it returns 'b'"):
+        go(callback, [{"outputs": ({"a": 1.0}, {"b": 1.0}), "accumulated": (2, 2)}])
+
+
+@given(VALUES)
+def test_a_number_of_python_is_told_to_the_last_bit(value):
+    for reduce in ("mean", "last"):
+        _, asked = go(
+            TrackOutputsCallback(every_n_updates=1, keys=("a",), reduce=reduce), [{"samples": 1, **outputs(a=value)}]
+        )
+        assert logged(asked[0]) == {"a/U1": value}

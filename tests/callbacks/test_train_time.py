@@ -1,7 +1,5 @@
 """Where the time of an update goes: means, maxima and totals, worked out by hand."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,3 +126,10 @@ def test_the_trainer_is_asked_for_the_parts_of_a_step():
     assert callback.readings == ("forward_s", "backward_s", "optimizer_s")
     assert compose(callback).readings == callback.readings
     assert callback.produces == ("train_time/*/mean/E5", "train_time/*/max/E5")
+
+
+def test_a_part_that_is_told_at_some_updates_only_is_a_mean_over_those():
+    callback = TrainTimeCallback(every_n_updates=3)
+    _, asked = go(callback, [{"data_s": 1.0, "forward_s": 2.0}, {"data_s": 2.0}, {"data_s": 3.0}])
+    values = asked[-1][0].values
+    assert (values["train_time/data_s/mean/U3"], values["train_time/forward_s/mean/U3"]) == (2.0, 2.0)

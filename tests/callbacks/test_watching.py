@@ -1,7 +1,5 @@
 """The callbacks that watch one metric: best value, best checkpoint, early stopping."""
 
-# a callback takes a state and an event, whether or not it needs both
-
 import math
 
 import pytest
@@ -11,9 +9,11 @@ from hypothesis import strategies as st
 
 from noether.core.callbacks import BestCheckpointCallback, BestMetricCallback, MetricEarlyStopping
 from noether.core.callbacks.improvement import direction_of, improves
+from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars, LogText, SaveCheckpoint, SetSummary
-from noether.core.event import AfterEpoch, AfterTraining, AtEval
+from noether.core.event import AfterEpoch, AfterTraining, AtEval, BeforeTraining
 from noether.core.metrics import MetricError, log
+from noether.core.reducer import compose
 from noether.core.state import TrainState
 
 NAN, INF = math.nan, math.inf
@@ -283,3 +283,18 @@ def test_at_the_end_it_fires_unless_it_was_due():
     assert callback(state, AfterTraining()) == (state, ())
     state, _ = log(state.advance(samples=1), AfterTraining(), {"val/accuracy": 0.75})
     assert callback(state, AfterTraining())[1][0].pointers == ("best_model.val.accuracy",)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_at_the_end_of_training_there_is_nothing_to_stop(at_end):
+    stopping = MetricEarlyStopping(every_n_epochs=5, metric_key="val/accuracy", tolerance=1, at_end=at_end)
+    state, _ = log(TrainState().advance(samples=4), AfterTraining(), {"val/accuracy": math.nan})
+    state, effects = stopping(state.replace(ended=True), AfterTraining())
+    assert (state.stop, effects) == (None, ())  # a longer run can go on
+
+
+def test_two_that_would_move_one_pointer_are_refused():
+    best = {"metric_key": "val/accuracy"}
+    pair = compose(BestCheckpointCallback(every_n_epochs=1, **best), BestCheckpointCallback(every_n_epochs=2, **best))
+    with pytest.raises(DeclarationError, match=r"both produce 'checkpoints/best_model.val.accuracy'; drop one"):
+        pair(TrainState(), BeforeTraining())

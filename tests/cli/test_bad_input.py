@@ -204,7 +204,7 @@ CASES = {
         [(METRIC, METRIC + entry("ProgressCallback"))],
         (
             "bad.yaml:32: callbacks[3]: 2 callbacks remember under the name 'ProgressCallback/U10'; "
-            "give this one an id of its own"
+            "give this one an id or a name of its own"
         ),
     ),
     "batch larger than the dataset": (

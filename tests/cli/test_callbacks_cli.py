@@ -30,6 +30,13 @@ class Speak(PeriodicCallback):
     tone: Literal["low", "high"] = "low"
 
 
+class Bare(PeriodicCallback):
+    pair: tuple[int, str] = (1, "a")
+
+    def periodic_callback(self, state, event, interval):
+        return state, ()
+
+
 @every_n_epochs(1)
 def shout(state, event, *, text: str, times: int = 2):
     """Say it louder."""
@@ -89,6 +96,11 @@ def test_a_class_and_a_function_of_the_users_own_are_shown(tmp_path):
     assert "Say it louder." in shown
     assert "text             text           required" in shown
     assert "times            whole number   2" in shown
+    assert "Epochs between runs, >= 1." in shown
+    assert shown.endswith("callbacks:\n  - kind: own.shout\n    text: <text>\n")  # it has its interval
+    bare = invoke("callbacks", "own.Bare", cwd=tmp_path)
+    assert bare.startswith("own.Bare\n\n\n\n")
+    assert "list of whole number, text" in bare
 
 
 PREFIXES = "(noether, torch, modules under the working directory)"

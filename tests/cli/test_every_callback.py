@@ -128,18 +128,28 @@ def test_eval_with_weights_measures_the_average(evaluated, tmp_path):
     assert f"kept in {run}/eval/E2_U76_S2410.ema=0.9.json" in output
     output = invoke("eval", run, "--checkpoint", "last.ema=0.9", cwd=tmp_path)
     assert "OfflineLossCallback/E1/val/ema=0.5 is left out: the checkpoint does not hold its weights" in output
-    assert set(json.loads((evaluated / f"eval/{END}.ema=0.9.json").read_text())) == {
-        "loss/val/cross_entropy", "loss/val/total", "val/accuracy",
-    }  # fmt: skip
+    measured = json.loads((evaluated / f"eval/{END}.ema=0.9.json").read_text())
+    assert set(measured) == {"loss/val/cross_entropy", "loss/val/total", "val/accuracy", "val/accuracy/ema=0.9"}
+    assert measured["val/accuracy"] == measured["val/accuracy/ema=0.9"]
+    invoke("eval", run, "--checkpoint", "last", "--weights", "ema=0.9", cwd=tmp_path)
+    same_average = json.loads((evaluated / f"eval/{pointer(evaluated, 'last')}.ema=0.9.json").read_text())
+    assert {key: measured[key] for key in measured} == {key: same_average[key] for key in measured}
     after = contents(evaluated)
     assert {path: after[path] for path in before} == before
+
+
+LOST = "no weights 'ema=0.5' are kept; there are: ema=0.9; did you mean 'ema=0.9'?"
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "name", "message"),
     [
         ("latest", "ema=0.99", "no weights 'ema=0.99' are kept; there are: ema=0.9, ema=0.5; did you mean 'ema=0.9'?"),
-        ("last.ema=0.9", "ema=0.9", "no weights 'ema=0.9' are kept; there are: none"),
+        (
+            "last.ema=0.9",
+            "ema=0.5",
+            f"{LOST}; evaluate --checkpoint last.ema=0.5 without --weights",
+        ),
     ],
 )
 def test_weights_that_are_not_kept_are_refused(evaluated, tmp_path, checkpoint, name, message):
@@ -253,3 +263,35 @@ def test_what_a_callback_cannot_use_is_a_message(tmp_path, entry, message, code)
     output = invoke("train", "bad.yaml", cwd=tmp_path, code=code)
     assert output.splitlines()[-1] == f"Error: {message}"
     assert (tmp_path / "out").exists() == (code == 1)
+
+
+def test_a_run_of_which_only_weights_were_saved_keeps_its_log(tmp_path):
+    save = "noether.core.callbacks.CheckpointCallback, every_n_epochs: 1, save_latest_optim: false"
+    text = SMALL.partition("callbacks:\n")[0] + f"callbacks:\n  - {{kind: {save}}}\n"
+    (tmp_path / "small.yaml").write_text(text)
+    invoke("train", "small.yaml", "--set", "trainer.max_updates=40", cwd=tmp_path)
+    run = only_run(tmp_path / "out/small").relative_to(tmp_path)
+    before = contents(tmp_path)
+    output = invoke("train", "--resume", run, "--set", "trainer.max_epochs=2", cwd=tmp_path, code=1)
+    assert output == (
+        f"Error: {run} cannot go on: none of its 2 checkpoints holds weights, optimizer and state. Begin a new run "
+        f"with --set run.init_from={run}/checkpoints/E1_U40_S1269, and save_latest_optim: true\n"
+    )
+    assert contents(tmp_path) == before
+
+
+def test_by_default_a_run_can_go_on(tmp_path):
+    save = "noether.core.callbacks.CheckpointCallback, every_n_epochs: 1"
+    text = SMALL.partition("callbacks:\n")[0] + f"callbacks:\n  - {{kind: {save}}}\n"
+    (tmp_path / "small.yaml").write_text(text)
+    invoke("train", "small.yaml", "--set", "trainer.max_updates=40", cwd=tmp_path)
+    run = only_run(tmp_path / "out/small").relative_to(tmp_path)
+    output = invoke("train", "--resume", run, "--set", "trainer.max_epochs=2", cwd=tmp_path)
+    assert "going on at E1_U40_S1269" in output
+    kept = {path.name for path in (tmp_path / run / "checkpoints").iterdir() if path.is_dir()}
+    assert {name for name in kept if ".latest" not in name} == {
+        "E1_U38_S1205",
+        "E1_U40_S1269",
+        "E2_U76_S2410",
+        "E2_U76_S2410.2",
+    }

@@ -67,16 +67,16 @@ def test_a_run_without_a_checkpoint_begins_anew(finished, tmp_path):
 
 
 def test_weights_alone_are_no_checkpoint_to_resume(finished, tmp_path):
-    """Neither is a checkpoint of one sub-module: the newest whole one is taken."""
+    """The newest whole one is taken."""
     expected = saved(finished, *EXACT)
-    save = "noether.core.callbacks.CheckpointCallback, every_n_updates: 10, save_weights: true, save_optim: true"
+    save = "noether.core.callbacks.CheckpointCallback, every_n_updates: 10, save_latest_optim: false"
     changes = [f"callbacks.3={{kind: {save}, model_names: [head]}}", "run.output=new", "trainer.max_updates=40"]
     invoke("train", "small.yaml", *(word for change in changes for word in ("--set", change)), cwd=tmp_path)
     run = only_run(tmp_path / "new/small")
     newest = json.loads((run / "checkpoints" / pointer(run, "latest") / "MANIFEST.json").read_text())
     assert (newest["iteration"], newest["models"]) == ("E1_U40_S1269", ["head"])
     # The best checkpoint, at the end of the first epoch, is whole.
-    changes = ["trainer.max_epochs=2", "callbacks.3.model_names=[]"]
+    changes = ["trainer.max_epochs=2", "callbacks.3.model_names=[]", "callbacks.3.save_optim=true"]
     output = invoke("train", "--resume", run, *(word for change in changes for word in ("--set", change)), cwd=tmp_path)
     assert output.splitlines()[0] == "going on at E1_U38_S1205"
     assert saved(run, *EXACT) == expected

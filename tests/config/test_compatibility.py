@@ -266,3 +266,74 @@ def test_their_settings_are_checked_against_their_signature(mine, entry, message
 def test_a_function_that_has_a_schedule_takes_no_other(mine):
     with pytest.raises(ConfigError, match=r"every_second already has a schedule: unite the two with \| or drop one"):
         loaded("callbacks:\n  - {kind: mine.every_second, every_n_updates: 1}\n")
+
+
+def test_an_interval_beside_what_acts_once_is_left_out_with_a_warning(shop):
+    kinds = ("FixedEarlyStopper", "ParamCountCallback", "DatasetStatsCallback", "HyperparamsCallback")
+    entries = [f"  - {{kind: noether.core.callbacks.{kind}, every_n_epochs: 1}}\n" for kind in kinds]
+    entries[0] = entries[0].replace("every_n_epochs: 1", "every_n_epochs: 1, stop_at_epoch: 3")
+    with pytest.warns(ConfigWarning) as warned:
+        members = loaded("callbacks:\n" + "".join(entries))
+    assert [str(each.message).partition(": ")[2].partition(" has")[0] for each in warned] == [
+        f"callbacks[{index}].every_n_epochs:" for index in range(4)
+    ]
+    assert len(members) == 4
+
+
+def test_what_is_null_is_left_out_without_a_word(shop):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (member,) = loaded("""\
+callbacks:
+  - kind: noether.core.callbacks.EmaCallback
+    every_n_epochs: 1
+    target_factors: [0.5]
+    eval_callbacks: null
+    batch_size: null
+    model_paths: null
+""")
+    assert member == EMACallback(every_n_epochs=1, target_factors=(0.5,))
+
+
+OWN = """
+from noether import LogText, callback, every_n_epochs
+from noether.core.callbacks import PeriodicCallback
+
+
+class Sample(PeriodicCallback):
+    batch_size: int = 4
+
+    def periodic_callback(self, state, event, interval):
+        return state, (LogText(str(self.batch_size)),)
+
+
+def named(state, event, *, settings: int = 1):
+    return state, (LogText(str(settings)),)
+
+
+def clashing(state, event, *, at_end: str):
+    return state, ()
+"""
+
+
+@pytest.fixture
+def own(shop):
+    Path("own.py").write_text(OWN)
+    yield
+    sys.modules.pop("own", None)
+
+
+def test_a_setting_of_a_class_of_the_users_own_has_its_meaning(own):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (member,) = loaded("callbacks:\n  - {kind: own.Sample, every_n_updates: 1, batch_size: 8}\n")
+    assert member.batch_size == 8
+
+
+def test_a_setting_may_have_any_name_but_that_of_the_interval(own):
+    with pytest.raises(ConfigError, match="settings: 'a' is not a whole number"):
+        loaded("callbacks:\n  - {kind: own.named, settings: a}\n")
+    with pytest.raises(
+        ConfigError, match="at_end beside a function is its interval; give its own setting another name"
+    ):
+        loaded("callbacks:\n  - {kind: own.clashing, at_end: a}\n")

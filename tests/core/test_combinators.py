@@ -1,9 +1,5 @@
 """Every adverb, as a decorator and as a function; and what it refuses."""
 
-# a callback takes a state and an event, whether or not it needs both
-
-# a callback takes a state and an event, whether or not it needs both
-
 import pytest
 from hypothesis import given, settings
 from loop_traces import drive, start

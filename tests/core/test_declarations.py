@@ -1,9 +1,5 @@
 """What does not fit together is refused before the first update; what is due where, against runs that are walked."""
 
-# a callback takes a state and an event, whether or not it needs both
-
-# a callback takes a state and an event, whether or not it needs both
-
 import re
 from itertools import product
 

@@ -1,9 +1,5 @@
 """The laws of composition, over runs as a loop would drive them; and the reducer's fast path, against a naive fold."""
 
-# a callback takes a state and an event, whether or not it needs both
-
-# a callback takes a state and an event, whether or not it needs both
-
 import copy
 
 import pytest

@@ -105,3 +105,10 @@ def test_the_last_iteration_is_the_first_that_reaches_the_end(run, counter, coun
     run = run.replace(end=TrainingIteration(**{counter: count}))
     assert run.final.reached(run.end)
     assert not run.iteration_after(run.final.update - 1).reached(run.end)
+
+
+def test_what_is_worked_out_of_a_field_that_was_not_given_names_that_field():
+    with pytest.raises(AttributeError, match="this run was not given 'end'"):
+        _ = Run(updates_per_epoch=1).final
+    with pytest.raises(AttributeError, match="this run was not given 'updates_per_epoch'"):
+        _ = Run(end=TrainingIteration(epoch=1)).final

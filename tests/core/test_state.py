@@ -366,3 +366,15 @@ def test_losses_are_named_and_summed():
     for wrong in ({}, {"total": torch.tensor(1.0), "a": torch.tensor(1.0)}):
         with pytest.raises(ValueError, match="'total' not among them; got"):
             with_total(wrong)
+
+
+def test_memory_goes_to_the_device_of_the_model():
+    model = torch.nn.Linear(2, 1, device="meta")
+    live = TrainState.from_module(model)
+    saved = live.replace(params=dict(live.params)).remember("sums", {"a": torch.ones(2), "n": 3})
+    after = TrainState.from_module(model, saved=saved)
+    assert after.memory("sums")["a"].device.type == "meta"
+    assert after.memory("sums")["n"] == 3
+    on_cpu = torch.nn.Linear(2, 1)
+    held = TrainState.from_module(on_cpu).remember("sums", {"a": torch.ones(2)})
+    assert TrainState.from_module(on_cpu, saved=held).callback_states is held.callback_states

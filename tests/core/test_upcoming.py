@@ -1,9 +1,5 @@
 """What comes next: a loop of a few lines, cut at random and resumed from random saves, is the uncut run."""
 
-# a callback takes a state and an event, whether or not it needs both
-
-# a callback takes a state and an event, whether or not it needs both
-
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings

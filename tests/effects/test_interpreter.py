@@ -18,7 +18,7 @@ from noether import (
     SetSummary,
     TrainState,
 )
-from noether.effects import Interpreter, open_run
+from noether.effects import Interpreter, UnhandledEffectError, open_run
 
 
 @dataclass(frozen=True)
@@ -189,3 +189,9 @@ def test_a_run_measures_memory_into_the_line_of_the_event(tmp_path):
     ((_, line, *_),) = seen
     assert line.values["memory/E1"] > 1_000_000
     assert line.values["a"] == 1
+
+
+def test_what_is_measured_needs_somebody_who_logs_it():
+    interpreter = Interpreter({}, measures={MeasurePeakMemory: lambda effect, state, event: {effect.key: 1}})
+    with pytest.raises(UnhandledEffectError, match="nobody handles the effect LogScalars"):
+        interpreter([MeasurePeakMemory()], TrainState(), AfterTraining())

@@ -333,3 +333,27 @@ def test_a_loop_that_is_left_leaves_the_cursor_visible(tmp_path, terminal):
     assert HIDE in written
     assert last_cursor(written) == SHOW
     assert screen(written) == (FIVE_AND_TEN, True)
+
+
+def test_it_comes_back_below_the_lines_that_are_there(terminal):
+    with closing(watch(terminal)) as console:
+        show(console, terminal, 1)
+        console.progress(progress(8), at(8), AfterTraining())
+        console.text(LogText("one"), at(8), UPDATE)
+        console.text(LogText("two"), at(8), UPDATE)
+        show(console, terminal, 2)
+        comes_to_show(terminal, ["E0_U8_S32          one", "E0_U8_S32          two", *display(2)])
+
+
+def test_the_last_of_many_fast_updates_is_what_is_seen(terminal):
+    with closing(watch(terminal)) as console:
+        for update in (1, 2, 3):
+            console.progress(progress(update), at(update), UPDATE)
+        comes_to_show(terminal, display(3))  # though nothing more is asked for
+
+
+def test_on_a_narrow_terminal_there_is_less_and_all_of_it_is_seen(terminal):
+    termios.tcsetwinsize(terminal.file.fileno(), (ROWS, 80))
+    with closing(Console(RichConsole(file=terminal.file, width=80, highlight=False, soft_wrap=True))) as console:
+        console.progress(progress(3), at(3), UPDATE)
+        comes_to_show(terminal, ["run  BAR 3/8  500.0 ms/update  0:00:02 left", "next BAR 3/4  in 0:00:00"])

@@ -152,3 +152,12 @@ def test_afterwards_the_world_is_as_it_was():
     assert datetime.now(UTC).year > 2000
     assert Path(__file__).read_text()
     assert perf_counter() > 0
+
+
+def test_a_tensor_of_the_event_is_not_written_to_either():
+    def clamps(state, event):
+        event.outputs["field"].clamp_(0, 1)
+        return state, ()
+
+    with pytest.raises(ImpureError, match="clamps writes to what it is given"):
+        check_pure(clamps, begin(), AfterUpdate(outputs={"field": torch.ones(2)}))

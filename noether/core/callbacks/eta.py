@@ -81,14 +81,14 @@ class EtaCallback(PeriodicCallback):
         memory, final = self.memory(state), run.final
         pace = _pace_s(memory)
         fires = self._next_firing(state, run)
-        fires = None if fires is None or fires > final.update else fires
+        fires = None if state.ended or fires is None or fires > final.update else fires
         return ShowProgress(
             end=final,
             fired=memory["fired"],
             fires=fires,
             update_s=pace,
             next_s=None if pace is None or fires is None else pace * (fires - state.iteration.update),
-            left_s=None if pace is None else pace * (final.update - state.iteration.update),
+            left_s=None if pace is None else pace * (0 if state.ended else final.update - state.iteration.update),
             due=due,
         )
 

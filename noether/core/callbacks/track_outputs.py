@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 
@@ -96,7 +96,7 @@ class TrackOutputsCallback(PeriodicCallback):
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return nothing seen yet."""
-        return {self.name: self._NOTHING} if self.tracks else {}
+        return {self.name: FrozenDict()} if self.tracks else {}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Add the update's outputs, or with `last` remember them."""
@@ -109,33 +109,36 @@ class TrackOutputsCallback(PeriodicCallback):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log and save, and begin anew."""
+        seen = FrozenDict()
         if self.tracks:
             seen = self.memory(state)
-            state = state.remember(self.name, self._NOTHING)
-        else:
-            seen = self._seen(event) if isinstance(event, AfterUpdate) and not event.skipped else self._NOTHING
-        if not seen["samples"]:
+            state = state.remember(self.name, FrozenDict())
+        elif isinstance(event, AfterUpdate) and not event.skipped:
+            seen = self._seen(event)
+        if not seen:
             return state, ()
-        means = FrozenDict({name: total / seen["samples"] for name, total in seen["sums"].items()})
+        means = {name: output["sum"] / output["samples"] for name, output in seen.items()}
         effects: tuple[Effect, ...] = ()
         if self.log_output:
             scalars = {f"{name}/{self.interval_name}": mean for name, mean in means.items()}
             state, effects = log(state, event, scalars, quiet=not self.verbose)
         if self.save_output:
+            tensors = {name: output.get("whole", means[name]) for name, output in seen.items()}
             name = f"outputs/{self.interval_name}/{state.iteration}"
-            effects = (*effects, SaveTensors(name=name, tensors=FrozenDict({**means, **seen["last"]})))
+            effects = (*effects, SaveTensors(name=name, tensors=FrozenDict(tensors)))
         return state, effects
 
-    _NOTHING: ClassVar[FrozenDict] = FrozenDict(sums=FrozenDict(), samples=0, last=FrozenDict())
-
     def _seen(self, event: AfterUpdate) -> FrozenDict:
-        """Return the update's outputs: sums over its samples, and with `last`, where they are saved, as they are."""
+        """Return by name the sum of an output over its samples, their number, and where it is saved the whole of it."""
         steps = self._steps(event)
-        names = self._matching(steps[0])
-        sums = {name: _mean([step[name] for step in steps], event) * event.samples for name in names}
-        saved = names if self.reduce == "last" and self.save_output else ()
-        last = {name: joined for name in saved if (joined := _joined([step[name] for step in steps])).ndim}
-        return FrozenDict(sums=FrozenDict(sums), samples=event.samples, last=FrozenDict(last))
+        samples = event.samples if self.reduce == "mean" else 1  # the last one is as it is
+        seen: dict[str, FrozenDict] = {}
+        for name in self._matching(steps):
+            values = [step[name] for step in steps]
+            seen[name] = FrozenDict(sum=_mean(values, event) * samples, samples=samples)
+            if self.reduce == "last" and self.save_output and _tensor(values[0]).ndim:
+                seen[name] = seen[name] | {"whole": torch.cat(list(map(_tensor, values)))}
+        return FrozenDict(seen)
 
     def _steps(self, event: AfterUpdate) -> Sequence[Mapping[str, Any]]:
         outputs = event.outputs
@@ -146,21 +149,26 @@ class TrackOutputsCallback(PeriodicCallback):
             raise OutputError(f"{self.name}: the model returns {said}; to have outputs tracked, return a dict of them")
         return steps
 
-    def _matching(self, outputs: Mapping[str, Any]) -> list[str]:
-        for key in self.keys:
-            if key not in outputs:
-                known = ", ".join(map(repr, outputs)) or "none"
-                raise OutputError(
-                    f"{self.name}: the model returns no {key!r}; it returns {known}{nearest(key, outputs)}"
-                )
-        return [name for name in outputs if name in self.keys or any(pattern in name for pattern in self.patterns)]
+    def _matching(self, steps: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the names of the tracked outputs; each accumulation step returns them."""
+        names = [n for n in steps[0] if n in self.keys or any(pattern in n for pattern in self.patterns)]
+        for name in (*self.keys, *names):
+            for outputs in steps:
+                if name not in outputs:
+                    known = ", ".join(map(repr, outputs)) or "none"
+                    like = nearest(name, outputs)
+                    raise OutputError(f"{self.name}: the model returns no {name!r}; it returns {known}{like}")
+        return names
 
 
-def _added(held: FrozenDict, seen: FrozenDict) -> FrozenDict:
-    """Return the sums of two."""
-    sums = {name: held["sums"][name] + value if name in held["sums"] else value for name, value in seen["sums"].items()}
-    total = FrozenDict({**held["sums"], **sums})
-    return FrozenDict(sums=total, samples=held["samples"] + seen["samples"], last=seen["last"])
+def _added(held: Mapping[str, Any], seen: Mapping[str, Any]) -> FrozenDict:
+    """Return the outputs with those of one more update; an output need not come with every update."""
+    both = {
+        name: FrozenDict(sum=held[name]["sum"] + new["sum"], samples=held[name]["samples"] + new["samples"])
+        for name, new in seen.items()
+        if name in held
+    }
+    return FrozenDict({**held, **seen, **both})
 
 
 def _mean(values: Sequence[Any], event: AfterUpdate) -> torch.Tensor:
@@ -170,13 +178,9 @@ def _mean(values: Sequence[Any], event: AfterUpdate) -> torch.Tensor:
     return torch.stack(terms).sum()
 
 
-def _joined(values: Sequence[Any]) -> torch.Tensor:
-    tensors = list(map(_tensor, values))
-    return torch.cat(tensors) if tensors[0].ndim else tensors[0]
-
-
 def _tensor(value: Any) -> torch.Tensor:
-    return torch.as_tensor(value).detach()
+    exact = torch.float64 if isinstance(value, float) else None
+    return torch.as_tensor(value, dtype=exact).detach()
 
 
 TrackAdditionalOutputsCallback = TrackOutputsCallback

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 _PARTS: Final = ("data_s", "step_s", "forward_s", "backward_s", "optimizer_s")
-_NONE: Final = FrozenDict(sum=0.0, max=0.0)
+_NONE: Final = FrozenDict(sum=0.0, max=0.0, updates=0)
 
 
 @final
@@ -59,7 +59,7 @@ class TrainTimeCallback(PeriodicCallback):
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return no durations yet."""
-        return {self.name: FrozenDict(updates=0, parts=FrozenDict(), totals=FrozenDict())}
+        return {self.name: FrozenDict(parts=FrozenDict(), totals=FrozenDict())}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Add the durations of the update."""
@@ -68,7 +68,6 @@ class TrainTimeCallback(PeriodicCallback):
         parts = {part: _counted(memory["parts"].get(part, _NONE), seconds) for part, seconds in took.items()}
         totals = {part: memory["totals"].get(part, 0.0) + seconds for part, seconds in took.items()}
         counted = FrozenDict(
-            updates=memory["updates"] + 1,
             parts=FrozenDict({**memory["parts"], **parts}),
             totals=FrozenDict({**memory["totals"], **totals}),
         )
@@ -79,9 +78,9 @@ class TrainTimeCallback(PeriodicCallback):
         memory = self.memory(state)
         values: dict[str, float] = {}
         for part, seconds in memory["parts"].items():
-            values[f"train_time/{part}/mean/{self.interval_name}"] = seconds["sum"] / memory["updates"]
+            values[f"train_time/{part}/mean/{self.interval_name}"] = seconds["sum"] / seconds["updates"]
             values[f"train_time/{part}/max/{self.interval_name}"] = seconds["max"]
-        begun = FrozenDict({**memory, "updates": 0, "parts": FrozenDict()})
+        begun = FrozenDict({**memory, "parts": FrozenDict()})
         return log(state.remember(self.name, begun), event, values) if values else (state, ())
 
     def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
@@ -92,4 +91,4 @@ class TrainTimeCallback(PeriodicCallback):
 
 
 def _counted(held: Mapping[str, float], seconds: float) -> FrozenDict:
-    return FrozenDict(sum=held["sum"] + seconds, max=max(held["max"], seconds))
+    return FrozenDict(sum=held["sum"] + seconds, max=max(held["max"], seconds), updates=held["updates"] + 1)
