@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,6 +74,16 @@ def whole(setting: str, value: object, *, at_least: int = 1) -> Problem | None:
     if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
         return None
     return Problem(setting, f"{value!r} is not a whole number of at least {at_least}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether `value` is a number; true and false are none.
+
+    Example:
+        >>> is_number(0.5), is_number(True), is_number("0.5")
+        (True, False, False)
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def one_of(setting: str, value: object, choices: Iterable[str]) -> Problem | None:

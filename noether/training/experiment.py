@@ -26,7 +26,7 @@ from noether.core.module import forward
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tree import map_leaves
+from noether.core.tree import cloned
 from noether.effects.checkpoints import CheckpointError
 from noether.training.data import EvaluationData, TrainingData
 from noether.training.optimizer import FunctionalOptimizer
@@ -130,8 +130,7 @@ def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experimen
 
 def _with_own_tensors(state: TrainState) -> TrainState:
     """Return the state with params and buffers of its own, so that it does not change with a live model."""
-    copies = {name: map_leaves(torch.clone, getattr(state, name)) for name in ("params", "buffers")}
-    return state.replace(**copies)
+    return state.replace(params=cloned(state.params), buffers=cloned(state.buffers))
 
 
 def _dataset(config: Config, key: str, kind: Kind) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import default_collate
 
 from noether.core.packing import pack, unpack
-from noether.core.tree import map_leaves
+from noether.core.tree import cloned
 from noether.training.batching import Batching
 from noether.training.data import moved
 from noether.training.randomness import derive, seed_all, seed_torch
@@ -162,7 +162,7 @@ def _collated(dataset: Any, samples: list[Any]) -> Any:
 def _place(dataset: Any) -> Memory:
     place = pack("state_dict of the training set", dataset.state_dict())
     # A dataset may go on writing to the tensors that it hands out.
-    return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, place)
+    return cloned(place)
 
 
 def _check_stream(dataset: Any) -> None:

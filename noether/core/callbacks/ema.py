@@ -11,7 +11,7 @@ from noether.core.averages import memory_of
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, nearest, refuse
-from noether.core.tree import FrozenDict
+from noether.core.tree import FrozenDict, cloned
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -115,7 +115,7 @@ class EMACallback(PeriodicCallback):
         """
         refuse(_lost(path, index, state.params) for index, path in enumerate(self.model_paths))
         params, buffers = self._chosen(state.params), self._chosen(state.buffers)
-        return {memory_of(name): FrozenDict(params=_begun(params), buffers=_cloned(buffers)) for name in self._averages}
+        return {memory_of(name): FrozenDict(params=_begun(params), buffers=cloned(buffers)) for name in self._averages}
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Refuse averages of other parameters, as a resumed run has them after its `model_paths` were changed.
@@ -141,7 +141,7 @@ class EMACallback(PeriodicCallback):
             memory = state.callback_states.get(memory_of(name))
             if memory is None:  # called alone, without a reducer that fills in memory
                 memory = self.init(state)[memory_of(name)]
-            moved = FrozenDict(params=_moved(memory["params"], params, 1 - factor), buffers=_cloned(buffers))
+            moved = FrozenDict(params=_moved(memory["params"], params, 1 - factor), buffers=cloned(buffers))
             state = state.remember(memory_of(name), moved)
         return state, ()
 
@@ -197,10 +197,6 @@ def _lost(path: str | None, index: int, params: Mapping[str, torch.Tensor]) -> P
     )
     known = f"; the model has {', '.join(modules) or 'none'}{nearest(path, modules)}"
     return Problem(f"model_paths.{index}", f"{path!r} is no sub-module with parameters{known}")
-
-
-def _cloned(tensors: Mapping[str, torch.Tensor]) -> FrozenDict:
-    return FrozenDict({name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def _begun(params: Mapping[str, torch.Tensor]) -> FrozenDict:

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.errors import Problem, nearest, one_of
+from noether.core.errors import Problem, is_number, nearest, one_of
 from noether.core.metrics import is_current
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def is_nonfinite(state: TrainState) -> bool:
 
 def min_delta_problem(min_delta: object) -> Problem | None:
     """Return what is wrong with `min_delta`, or None."""
-    if isinstance(min_delta, (int, float)) and not isinstance(min_delta, bool) and 0 <= min_delta < math.inf:
+    if is_number(min_delta) and 0 <= min_delta < math.inf:
         return None
     return Problem("min_delta", f"{min_delta!r} is not a number of at least 0")
 

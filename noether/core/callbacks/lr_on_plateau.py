@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import LogText
-from noether.core.errors import Problem, whole
+from noether.core.errors import Problem, is_number, whole
 from noether.core.metrics import current
 from noether.core.tree import FrozenDict
 
@@ -74,9 +74,9 @@ class ReduceLROnPlateauCallback(MetricWatcher):
         yield whole("tolerance", self.tolerance)
         yield whole("cooldown", self.cooldown, at_least=0)
         yield min_delta_problem(self.min_delta)
-        if not _is_number(self.factor) or not 0 < self.factor < 1:
+        if not is_number(self.factor) or not 0 < self.factor < 1:
             yield Problem("factor", f"{self.factor!r} is not a number between 0 and 1, both excluded")
-        if not _is_number(self.min_scale) or not 0 <= self.min_scale <= 1:
+        if not is_number(self.min_scale) or not 0 <= self.min_scale <= 1:
             yield Problem("min_scale", f"{self.min_scale!r} is not a number from 0 to 1")
 
     @property
@@ -112,7 +112,3 @@ class ReduceLROnPlateauCallback(MetricWatcher):
         text = f"learning rate times {after / before:.6g}: {reason}"
         hyperparams = FrozenDict({**state.hyperparams, "lr_scale": after})
         return state.replace(hyperparams=hyperparams), (LogText(text),)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
