@@ -79,6 +79,7 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thi
         buffers: Mapping[str, Tensor],
         batch: Any,
         weight: float,
+        times: Any,  # noqa: ARG002  # the step that is replaced counts seconds on it
     ) -> tuple[dict[str, Tensor | None], Mapping[str, Tensor], Any, Mapping[str, Tensor]]:
         trained = {name: params[name] for name in self.optimizer.trainable(params)}
         arguments, keywords = model_arguments(self.model, batch)
