@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from noether.core.errors import Problem, SettingsError, refuse
+from noether.core.errors import Problem, refuse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
 class ConfigWarning(UserWarning):
@@ -20,7 +20,7 @@ def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple
 
     Args:
         target: A callback class; `renamed`, `meaningless` and `elsewhere` on it say which.
-        settings: As they were written. Null for a list is the same as leaving it out.
+        settings: As they were written. Null for a list, or under a name that is not used here, is nothing.
 
     Raises:
         SettingsError: If a setting is given under both of its names, or is done in another way here.
@@ -30,22 +30,25 @@ def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple
         >>> translated(BestMetricCallback, {"source_metric_key": "val/accuracy", "target_metric_keys": None})
         ({'metric_key': 'val/accuracy'}, [])
     """
+    parameters = inspect.signature(target).parameters
+    lists = {each.name for each in parameters.values() if isinstance(each.default, tuple)}
     renamed: Mapping[str, str] = getattr(target, "renamed", {})
-    own = inspect.signature(target).parameters
-    meaningless = {name: why for name, why in getattr(target, "meaningless", {}).items() if name not in own}
     elsewhere: Mapping[str, str] = getattr(target, "elsewhere", {})
-    wrong = {name: how for name, how in elsewhere.items() if settings.get(name) is not None}
-    refuse(Problem(name, f"is no setting here: {how}") for name, how in wrong.items())
-    lists = {each.name for each in own.values() if isinstance(each.default, tuple)}
-    kept: dict[str, Any] = {}
-    for written, value in settings.items():
-        name = renamed.get(written, written)
-        if name != written and name in settings:
-            raise SettingsError([Problem(written, f"is an older name of {name}, which is given too; leave it out")])
-        absent = written in meaningless or (value is None and (name in lists or written in elsewhere))
-        if not absent:
-            kept[name] = [value] if name != written and name in lists and isinstance(value, str) else value
+    meaningless = {name: why for name, why in getattr(target, "meaningless", {}).items() if name not in parameters}
+    absent = {*lists, *elsewhere, *meaningless, *renamed}
+    given = {name: value for name, value in settings.items() if not (value is None and name in absent)}
+    refuse(_misplaced(given, renamed, elsewhere))
+    kept = {renamed.get(name, name): value for name, value in given.items() if name not in meaningless}
+    for older, name in renamed.items():
+        if older in given and name in lists:
+            kept[name] = [given[older]]  # the older name is that of a single one
     said = f"has no meaning for {target.__name__} and is left out"
-    return kept, [
-        Problem(name, f"{said}: {why}") for name, why in meaningless.items() if settings.get(name) is not None
-    ]
+    return kept, [Problem(name, f"{said}: {why}") for name, why in meaningless.items() if name in given]
+
+
+def _misplaced(given: Mapping[str, Any], renamed: Mapping[str, str], elsewhere: Mapping[str, str]) -> Iterator[Problem]:
+    for name in given:
+        if name in elsewhere:
+            yield Problem(name, f"is no setting here: {elsewhere[name]}")
+        if renamed.get(name) in given:
+            yield Problem(name, f"is an older name of {renamed[name]}, which is given too; leave it out")

@@ -292,7 +292,17 @@ callbacks:
     batch_size: null
     model_paths: null
 """)
+        (best,) = loaded("""\
+callbacks:
+  - kind: noether.core.callbacks.BestCheckpointCallback
+    every_n_epochs: 1
+    metric_key: val/accuracy
+    model_name: null
+    model_names: [encoder]
+    tolerances: null
+""")
     assert member == EMACallback(every_n_epochs=1, target_factors=(0.5,))
+    assert best.model_names == ("encoder",)
 
 
 OWN = """

@@ -29,11 +29,11 @@ class NanGuardCallback(PeriodicCallback):
     """Counts updates that are not finite, and after some in a row stops training or goes back to a snapshot.
 
     At every such update it logs `nonfinite`, how many there were in a row, and puts their number in all into the
-    summary; what watches a metric for its best takes
-    none from there, so it is listed before them. A snapshot holds params, buffers and optimizer memory; it is taken
-    before training, and at the interval where the update and all of that is finite. After a rollback counters, metrics
-    and the memory of callbacks go on, so that the next batch is a new one; an average of the weights that is no longer
-    finite begins anew.
+    summary. What watches a metric for its best takes none from there, so it is listed after this callback.
+
+    A snapshot holds params, buffers and optimizer memory; it is taken before training, and at the interval where the
+    update and all of that is finite. After a rollback counters, metrics and the memory of callbacks go on, so that the
+    next batch is a new one; an average of the weights that is no longer finite begins anew.
 
     What counts is what the step reports: with `trainer.nonfinite: apply` the loss, with `skip` the gradients too, and
     nothing of such an update is applied. `skip` goes best with this callback. A loop of one's own gives
