@@ -111,6 +111,16 @@ def matches(pattern: str, key: str) -> bool:
     return all(_meet(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def holding(part: str) -> tuple[str, ...]:
+    """Return the patterns of names that hold `part`, in which there is one `/` at most.
+
+    Example:
+        >>> holding("loss")
+        ('*loss*', '*/*loss*', '*loss*/*')
+    """
+    return (f"*{part}*", f"*/*{part}*", f"*{part}*/*")
+
+
 def _meet(a: str, b: str) -> bool:
     """Return whether a text is matched by both of two patterns, in which `*` stands for any text."""
     if not a or not b:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from noether.core.batch import model_arguments
 from noether.core.packing import unpack
-from noether.core.tree import FrozenDict, freeze, map_leaves, tensors
+from noether.core.tree import FrozenDict, freeze, on_device, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,7 +36,7 @@ def beside(model: nn.Module, tree: Any) -> Any:
     device = next((parameter.device for parameter in model.parameters()), None)
     if device is None or all(tensor.device == device for _, tensor in tensors(tree)):
         return tree
-    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+    return on_device(device, tree)
 
 
 class BorrowedOptState(Mapping[str, Any]):

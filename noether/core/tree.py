@@ -113,6 +113,16 @@ def cloned(tree: Any) -> Any:
     return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
+def on_device(device: torch.device, tree: Any) -> Any:
+    """Return `tree` with every tensor on `device`.
+
+    Example:
+        >>> on_device(torch.device("meta"), {"w": torch.zeros(1), "n": 3})["w"].device
+        device(type='meta')
+    """
+    return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     """Return a user's batch or outputs with `function` applied to every tensor, every container of the type it has.
 

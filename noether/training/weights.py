@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noether.core.errors import nearest
-from noether.core.tree import FrozenDict, map_leaves
+from noether.core.tree import FrozenDict, on_device
 from noether.effects.checkpoints import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:
@@ -72,11 +72,9 @@ def to_device(state: TrainState, device: torch.device, *, fused: bool = False) -
     if device.type == "cpu":
         return state
 
-    def moved(tree: Any) -> Any:
-        return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-    trees = {name: moved(getattr(state, name)) for name in ("params", "buffers", "callback_states", "hyperparams")}
-    metrics = {key: metric._replace(value=moved(metric.value)) for key, metric in state.metrics.items()}
+    names = ("params", "buffers", "callback_states", "hyperparams")
+    trees = {name: on_device(device, getattr(state, name)) for name in names}
+    metrics = {key: metric._replace(value=on_device(device, metric.value)) for key, metric in state.metrics.items()}
     return state.replace(**trees, metrics=metrics, opt_state=_opt_state_on(device, state.opt_state, fused=fused))
 
 

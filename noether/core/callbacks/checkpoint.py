@@ -134,7 +134,8 @@ class CheckpointCallback(PeriodicCallback):
         optimizer = _bytes((state.opt_state, state.callback_states)) if asked.optimizer else 0
         # The optimizer makes its memory at the first update; before that only the weights are known.
         unknown = " and the optimizer's memory" if asked.optimizer and not state.iteration.update else ""
-        kept = count if lasting and self.keep is None else min(count, self.keep or 1) if lasting else 1
+        keep = self.keep if lasting else 1
+        kept = count if keep is None else min(count, keep)
         size = f"{(weights + optimizer) / 1e6:.2f} MB"
         return f"{count} checkpoints of {size}{unknown} will be written, {kept} of them kept"
 

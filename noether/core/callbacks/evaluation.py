@@ -10,7 +10,7 @@ import torch
 from noether.core.batch import target_of
 from noether.core.callbacks.periodic import Mean, PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, nearest
-from noether.core.metrics import is_current, log
+from noether.core.metrics import holding, is_current, log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,8 +102,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def produces(self) -> tuple[str, ...]:
         """The keys of its losses and metrics."""
         losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._losses else ()
-        patterns = (f"*{pattern}*" for pattern in self._output_patterns)
-        outputs = (each for pattern in patterns for each in (pattern, f"*/{pattern}", f"{pattern}/*"))
+        outputs = (name for pattern in self._output_patterns for name in holding(pattern))
         return (*losses, *(self.key(name) for name in (*self._metrics, *outputs)))
 
     @property

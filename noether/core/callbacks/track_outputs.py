@@ -11,7 +11,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, SaveTensors
 from noether.core.errors import OutputError, Problem, nearest, one_of
 from noether.core.event import AfterUpdate
-from noether.core.metrics import log
+from noether.core.metrics import holding, log
 from noether.core.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ class TrackOutputsCallback(PeriodicCallback):
     @property
     def produces(self) -> tuple[str, ...]:
         """A key for each output; of patterns, those with one `/` in their name at most."""
-        patterns = (f"*{pattern}*" for pattern in self.patterns)
-        names = (*self.keys, *(each for p in patterns for each in (p, f"*/{p}", f"{p}/*")))
+        names = (*self.keys, *(name for pattern in self.patterns for name in holding(pattern)))
         return tuple(f"{name}/{self.interval_name}" for name in names) if self.log_output else ()
 
     @property
