@@ -83,11 +83,14 @@ def evaluate(
 @_ALLOW
 def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
     """Check CONFIG: every setting, the datasets, the model, and that the callbacks fit together."""
+    from noether.cli.running import check_services
     from noether.config import load
     from noether.training.experiment import build
 
     with _refusals():
-        experiment = build(load(config, settings, allow))
+        loaded = load(config, settings, allow)
+        check_services(loaded)
+        experiment = build(loaded)
         count = len(experiment.reducer.members)
         click.echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
 
@@ -119,12 +122,13 @@ def _refusals() -> Iterator[None]:
     from noether.core.errors import OutputError, WeightsError
     from noether.core.metrics import MetricError
     from noether.core.reducer import UnclaimedMemoryError
-    from noether.effects import CheckpointError, LogError, UnhandledEffectError
+    from noether.effects import CheckpointError, LockedError, LogError, UnhandledEffectError
 
     mendable: tuple[type[Exception], ...] = (
         CheckpointError,
         DeclarationError,
         FloatingPointError,
+        LockedError,
         LogError,
         MetricError,
         OSError,

@@ -6,8 +6,9 @@ import shlex
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,18 +27,23 @@ from noether.core.event import AfterTraining, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.tree import FrozenDict
 from noether.core.upcoming import Move, next_move
-from noether.effects import CheckpointError, CheckpointStore, open_run
+from noether.effects import CheckpointError, open_run
 from noether.effects.files import replace_text
 from noether.effects.run_directory import CONFIG
+from noether.effects.sinks import LOGGED
+from noether.effects.tensorboard import TensorBoard
+from noether.effects.weights_and_biases import WeightsAndBiases
 from noether.training.experiment import Experiment, build
 from noether.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from noether.config import Config
     from noether.core.state import TrainState
     from noether.effects import Interpreter, RunDirectory
+    from noether.effects.interpreter import Handler
+    from noether.effects.run_directory import LogService
 
 
 def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> int:
@@ -47,10 +53,11 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
         ConfigError: If the configuration is refused; then no directory is made.
     """
     config = load(config_path, settings, allow)
+    check_services(config)
     experiment = build(config)
     path = _new_directory(Path(config.run.output) / config.run.name)
     experiment = replace(experiment, run=experiment.run.replace(run_id=path.name))
-    with _opened(path) as directory:
+    with _opened(path, config) as directory:
         replace_text(directory.path / CONFIG, dump(config))
         return _train(experiment, directory, experiment.state, resumed=False, allow=allow)
 
@@ -63,12 +70,11 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
         UnclaimedMemoryError: If the run holds memory that no callback claims, and that is not to be dropped.
     """
     config = resumed_config(run_dir, settings, allow)
-    run_id = run_dir.resolve().name
-    saved = CheckpointStore(run_dir / "checkpoints", run_id).newest() is not None
-    experiment = build(config, run_id=run_id, begins=not saved)
-    with _opened(run_dir) as directory:
-        _check_resumable(directory.checkpoints, run_dir)
-        state = directory.load()
+    check_services(config)
+    target = _target(run_dir, config, allow)
+    with _opened(run_dir, config) as directory:
+        state = _newest(directory)
+        experiment = build(config, run_id=directory.run_id, begins=state is None)
         if state is not None:
             state = _without(experiment.to_device(state), drop_memory)
             # A reducer is pure: asked in vain, it refuses what does not fit before anything is written.
@@ -77,38 +83,44 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
                 _set_ending(experiment, directory.interpreter, state, _ending(state))
                 click.echo(f"{run_dir} {_ending(state)} already; it goes on with --set and a later end")
                 return 0
-        target = _moved(run_dir, config, allow)
-        if target != run_dir:
-            replace_text(target / CONFIG, dump(config))
-            return go_on(target, (), allow, drop_memory)
-        begun = f"{run_dir} holds no checkpoint yet: training begins at update 0"
-        click.echo(begun if state is None else f"going on at {state.iteration}")
-        directory.cut_logs(state)
-        replace_text(directory.path / CONFIG, dump(config))
-        return _train(experiment, directory, state or experiment.state, resumed=state is not None, allow=allow)
+        if target == run_dir:
+            return _gone_on(experiment, directory, state, allow)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(run_dir, target)
+    click.echo(f"{run_dir} moved to {target}")
+    replace_text(target / CONFIG, dump(config))
+    return go_on(target, (), allow, drop_memory)
 
 
-def _check_resumable(store: CheckpointStore, run_dir: Path) -> None:
-    """Refuse a run of which only parts were saved: to begin it anew would throw away what it logged."""
-    saved = store.manifests()
-    if saved and store.newest() is None:
-        raise CheckpointError(
-            f"{run_dir} cannot go on: none of its {len(saved)} checkpoints holds weights, optimizer and state. Begin a "
-            f"new run with --set run.init_from={run_dir}/checkpoints/{saved[-1].tag}, and save_latest_optim: true"
-        )
+def _gone_on(experiment: Experiment, directory: RunDirectory, state: TrainState | None, allow: Sequence[str]) -> int:
+    begun = f"{directory.path} holds no checkpoint yet: training begins at update 0"
+    click.echo(begun if state is None else f"going on at {state.iteration}")
+    if dropped := directory.cut_logs(state):
+        click.echo(f"lines of metrics.jsonl beyond that are dropped, to be written again: {dropped}")
+    replace_text(directory.path / CONFIG, dump(experiment.config))
+    return _train(experiment, directory, state or experiment.state, resumed=state is not None, allow=allow)
 
 
-def _moved(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:
-    """Return where the run is, after moving it where `run.output` was changed."""
+def _newest(directory: RunDirectory) -> TrainState | None:
+    """Return the newest state of a run; where only parts were saved, the refusal says how to make use of them."""
+    try:
+        return directory.load()
+    except CheckpointError as error:
+        saved = directory.checkpoints.manifests()
+        if not saved or directory.checkpoints.newest() is not None:
+            raise
+        instead = f"--set run.init_from={directory.path}/checkpoints/{saved[-1].tag}, and save_latest_optim: true"
+        raise CheckpointError(f"{error}\nBegin a new run with {instead}") from error
+
+
+def _target(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:
+    """Return where the run is to be: elsewhere if `run.output` was changed."""
     before = load(run_dir / CONFIG, (), allow).run.output
     target = Path(config.run.output) / config.run.name / run_dir.resolve().name
     if config.run.output == before or target.resolve() == run_dir.resolve():
         return run_dir
     if target.exists():
         raise config.error(("run", "output"), f"{str(target)!r} exists already; the run cannot move there")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(run_dir, target)
-    click.echo(f"{run_dir} moved to {target}")
     return target
 
 
@@ -116,11 +128,13 @@ def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> N
     """Try a configuration: one update, one evaluation, one save that is read back, in a temporary directory."""
     experiment = build(load(config_path, settings, allow), run_id="smoke")
     run = experiment.run.replace(end=TrainingIteration(update=1))
-    with tempfile.TemporaryDirectory() as folder, _opened(Path(folder) / "smoke") as directory:
-        interpreter = handled(experiment.config, directory.interpreter)
+    config = experiment.config
+    with tempfile.TemporaryDirectory() as folder, _opened(Path(folder) / "smoke", config, services=()) as directory:
+        interpreter = _interpreter(config, directory)
         state = _trainer(experiment, interpreter, Interruption(), run=run)(experiment.state)
         state = dispatch(state, AtEval(run=run), experiment.reducer, interpreter)
         interpreter([SaveCheckpoint(tag="smoke")], state, AfterTraining(run=run))
+        directory.wait()
         experiment.to_device(directory.checkpoints.load(directory.checkpoints.find("smoke")))
     click.echo(f"{config_path}: one update, one evaluation and one save went well")
 
@@ -141,20 +155,24 @@ def resumed_config(run_dir: Path, settings: Sequence[str] = (), allow: Sequence[
     return config
 
 
-def handled(config: Config, interpreter: Interpreter) -> Interpreter:
-    """Return the interpreter that also has the handlers of `run.handlers`."""
-    for effect_type, handler in config.run.handlers.items():
-        interpreter = interpreter.handling(named(effect_type), named(handler))
+def handled(
+    config: Config, interpreter: Interpreter, guarded: Callable[[str, Handler], Handler] = lambda _, handler: handler
+) -> Interpreter:
+    """Return the interpreter that also has the handlers of `run.handlers`, those of logs `guarded`."""
+    for effect_type, path in config.run.handlers.items():
+        kind, handler = named(effect_type), named(path)
+        interpreter = interpreter.handling(kind, guarded(path, handler) if issubclass(kind, LOGGED) else handler)
     return interpreter
 
 
 def _train(
     experiment: Experiment, directory: RunDirectory, state: TrainState, *, resumed: bool, allow: Sequence[str]
 ) -> int:
-    interpreter = handled(experiment.config, directory.interpreter)
+    interpreter = _interpreter(experiment.config, directory)
     with Interruption() as interruption:
         interpreter([SetSummary(_facts(experiment))], state, AfterTraining(run=experiment.run))
         state = _trainer(experiment, interpreter, interruption)(state, resumed=resumed)
+        directory.wait()  # the run has not ended before its last checkpoint is saved
     done = next_move(state, experiment.run) is Move.NOTHING
     ending = _ending(state) if done else f"interrupted at {state.iteration}"
     _set_ending(experiment, interpreter, state, ending)
@@ -193,13 +211,45 @@ def _facts(experiment: Experiment) -> FrozenDict:
     return FrozenDict({**param_counts(experiment.state.params, run.frozen), **dataset_lengths(run)})
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[RunDirectory]:
-    directory = open_run(path)
-    try:
-        yield directory
-    finally:
-        directory.close()
+def _interpreter(config: Config, directory: RunDirectory) -> Interpreter:
+    """Return the interpreter of a run that also has its own handlers; those of logs never stop training."""
+    return handled(config, directory.interpreter, directory.guarded)
+
+
+def _opened(path: Path, config: Config, services: Sequence[LogService] | None = None) -> RunDirectory:
+    """Return the directory of a run, open; a state of the trainer's is never written to, so saves copy nothing."""
+    checkpoints = config.trainer.checkpoints
+    return open_run(
+        path,
+        asynchronous=checkpoints.asynchronous,
+        borrowed=False,
+        on_error=checkpoints.on_error,
+        services=_services(path, config) if services is None else services,
+    )
+
+
+def check_services(config: Config) -> None:
+    """Refuse to log to what is not installed.
+
+    Raises:
+        ConfigError: Naming the setting, and what to install.
+    """
+    asked = {"tensorboard": config.run.tensorboard, "wandb": config.run.wandb is not None}
+    for name, is_asked in asked.items():
+        spec = find_spec(name)
+        # A folder of that name, as wandb itself leaves, is a package without a file.
+        if is_asked and (spec is None or spec.origin is None):
+            raise config.error(("run", name), f"{name} is not installed; pip install 'noether[{name}]' does that")
+
+
+def _services(path: Path, config: Config) -> list[LogService]:
+    services: list[LogService] = []
+    if config.run.tensorboard:
+        services.append(TensorBoard(path / "tensorboard"))
+    if config.run.wandb is not None:
+        run_id = f"{config.run.name}-{path.resolve().name}"
+        services.append(WeightsAndBiases(path / "wandb", run_id, **vars(config.run.wandb)))
+    return services
 
 
 def _without(state: TrainState, names: Sequence[str]) -> TrainState:

@@ -15,7 +15,16 @@ from noether.config.compatibility import ConfigWarning, translated
 from noether.config.errors import ConfigError, Located
 from noether.config.functions import FunctionCallback
 from noether.config.kinds import CALLBACK, FUNCTION, OPTIMIZER, Kind, Role, resolve
-from noether.config.schema import ENDS, INTERVALS, Callback, Config, EvaluateSettings, Metric, OptimizerSettings
+from noether.config.schema import (
+    ENDS,
+    INTERVALS,
+    Callback,
+    CheckpointSettings,
+    Config,
+    EvaluateSettings,
+    Metric,
+    OptimizerSettings,
+)
 from noether.config.source import overridden, read
 from noether.config.structure import RefusedError, arguments, construct, converter, noted, parameters, structure
 from noether.core.errors import Problem, SettingsError, nearest
@@ -83,6 +92,7 @@ def config_converter(allow: Sequence[str], source: Source) -> Converter:
     made = converter()
     kinds = _Kinds(made, tuple(allow), source)
     made.register_structure_hook(EvaluateSettings, lambda value, _: _evaluate(made, value))
+    made.register_structure_hook(CheckpointSettings, lambda value, _: _checkpoints(made, value))
     made.register_structure_hook(OptimizerSettings, lambda value, _: _optimizer(kinds, value))
     made.register_structure_hook(Config, lambda value, _: construct(made, Config, value, source=source))
     made.register_structure_hook_func(lambda kind: get_origin(kind) in _CALLED, lambda value, _: kinds.called(value))
@@ -165,6 +175,20 @@ def _evaluate(using: Converter, value: object) -> object:
             datasets[name] = using.structure(value[name], tuple[Metric, ...])
     with _collecting(errors):
         made = construct(using, EvaluateSettings, intervals, datasets=datasets)
+    return _unless(errors, lambda: made)
+
+
+def _checkpoints(using: Converter, value: object) -> object:
+    """Return the section in which `async`, which no field of Python's can be called, stands for `asynchronous`."""
+    if not isinstance(value, dict) or "async" not in value:
+        return construct(using, CheckpointSettings, value)
+    rest = {name: each for name, each in value.items() if name != "async"}
+    errors: list[Exception] = []
+    given = True
+    with _collecting(errors, "async"):
+        given = using.structure(value["async"], bool)
+    with _collecting(errors):
+        made = construct(using, CheckpointSettings, rest, asynchronous=given)
     return _unless(errors, lambda: made)
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from noether.config.errors import ConfigError, Located, Place
 from noether.config.kinds import Kind
-from noether.config.schema import ENDS, Config, EvaluateSettings, OptimizerSettings
+from noether.config.schema import ENDS, CheckpointSettings, Config, EvaluateSettings, OptimizerSettings
 from noether.config.source import SCALARS
 
 if TYPE_CHECKING:
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 MAY_CHANGE = (
     "run.output",
     "run.handlers",
+    "run.tensorboard",
+    "run.wandb",
     *(f"trainer.{end}" for end in ENDS),
     "trainer.device",
     "trainer.num_workers",
     "trainer.evaluate",
+    "trainer.checkpoints",
     "callbacks",
 )
 """What may differ in a resumed run; a section stands for all that is in it."""
@@ -100,6 +103,12 @@ def _(value: OptimizerSettings) -> dict[str, Any]:
 @_plain.register
 def _(value: EvaluateSettings) -> dict[str, Any]:
     return _opened(value, "datasets")
+
+
+@_plain.register
+def _(value: CheckpointSettings) -> dict[str, Any]:
+    fields = _fields(value)
+    return {"async": fields.pop("asynchronous"), **fields}
 
 
 @_plain.register(Mapping)

@@ -13,7 +13,7 @@ from noether.config.errors import ConfigError, Located, Place
 from noether.config.kinds import Kind
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings  # noqa: TC001 - as above
 from noether.config.source import Source  # noqa: TC001 - as above
-from noether.core.errors import Problem, nearest, refuse, whole
+from noether.core.errors import Problem, nearest, one_of, refuse, whole
 
 ENDS = ("max_epochs", "max_updates", "max_samples")
 """The settings of `trainer` that say where a run ends; exactly one is given."""
@@ -33,6 +33,22 @@ _SEEDS: Final = 2**63
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Where Weights & Biases puts a run.
+
+    Args:
+        project: Name of the project; None for the default of the service.
+        entity: Team or user; None for the default of the service.
+        mode: Whether it is sent at once, kept for `wandb sync`, or neither; None for what `WANDB_MODE` says.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    mode: Literal["online", "offline", "disabled"] | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """What a run is called, where it goes and what it begins from.
 
@@ -42,6 +58,8 @@ class RunSettings:
         seed: Seed of parameters, data order, dropout and augmentation; at least 0.
         init_from: Checkpoint whose weights the run starts with; None for new ones.
         handlers: Dotted path of a type of effect to that of its handler `(effect, state, event)`.
+        tensorboard: Whether metrics also go to TensorBoard, in the run's folder `tensorboard`.
+        wandb: Where metrics also go at Weights & Biases; None for not there.
 
     Raises:
         SettingsError: If a value is out of range.
@@ -59,6 +77,8 @@ class RunSettings:
     seed: int = 0
     init_from: str | None = None
     handlers: Mapping[EffectType, Function] = field(default_factory=dict)
+    tensorboard: bool = False
+    wandb: WandbSettings | None = None
 
     def __post_init__(self) -> None:
         refuse([_folder("name", self.name), _text("output", self.output), _seed(self.seed)])
@@ -104,6 +124,31 @@ class EvaluateSettings:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """How checkpoints are written. In YAML `asynchronous` is called `async`, which Python has another use for.
+
+    Args:
+        asynchronous: Whether they are written in a thread of their own while training goes on.
+        on_error: What one that cannot be written does: `stop` ends training, `warn` goes on without it.
+
+    Raises:
+        SettingsError: If a value is none of these.
+
+    Example:
+        >>> CheckpointSettings(on_error="ignore")
+        Traceback (most recent call last):
+        noether.core.errors.SettingsError: on_error: 'ignore' is not one of 'stop', 'warn'
+    """
+
+    asynchronous: bool = True
+    on_error: Literal["stop", "warn"] = "stop"
+
+    def __post_init__(self) -> None:
+        refuse([one_of("on_error", self.on_error, ("stop", "warn"))])
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
     """How a run is trained, and where it ends.
 
@@ -124,6 +169,7 @@ class TrainerSettings:
         clip_grad_value: Largest absolute value of a gradient, above 0; None for no clipping.
         num_workers: Processes that load data; 0 loads in this one.
         drop_last: Whether an epoch's last batch is left out if it is short.
+        checkpoints: How checkpoints are written.
 
     Raises:
         SettingsError: If a value is out of range, or there is not exactly one end.
@@ -152,6 +198,7 @@ class TrainerSettings:
     clip_grad_value: float | None = None
     num_workers: int = 0
     drop_last: bool = False
+    checkpoints: CheckpointSettings = CheckpointSettings()
 
     def __post_init__(self) -> None:
         refuse(self._problems())

@@ -1,8 +1,10 @@
 """The effects layer: what callbacks ask for, carried out."""
 
-from noether.effects.checkpoints import CheckpointError, CheckpointStore
+from noether.effects.checkpoints import CheckpointStore
 from noether.effects.console import Console
 from noether.effects.interpreter import Interpreter, UnhandledEffectError
+from noether.effects.listing import CheckpointError
+from noether.effects.lock import LockedError
 from noether.effects.logs import LogError
 from noether.effects.run_directory import RunDirectory, open_run
 
@@ -11,6 +13,7 @@ __all__ = [
     "CheckpointStore",
     "Console",
     "Interpreter",
+    "LockedError",
     "LogError",
     "RunDirectory",
     "UnhandledEffectError",

@@ -1,111 +1,122 @@
-"""Checkpoints on disk: one new directory each, committed by a rename, found again by its manifest."""
+"""Checkpoints on disk: one new directory each, committed by a rename, verified before it is believed."""
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
+import hashlib
+import logging
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from attrs import evolve
 
-from noether.core.averages import averaged
 from noether.core.errors import nearest
-from noether.core.iteration import TrainingIteration
-from noether.core.state import Measured, TrainState
-from noether.effects.encoding import decode, encode
-from noether.effects.files import flush_directory, flush_file, replace_text, sha256_of, write_new
-from noether.effects.manifest import Manifest, Part, superfluous
+from noether.effects.contents import ModelNamesError, files_asked, files_of, state_in
+from noether.effects.disk import DISK
+from noether.effects.files import read_file, reason
+from noether.effects.listing import CheckpointError, Listing, listed
+from noether.effects.logs import LogCount
+from noether.effects.manifest import NAME, Manifest, Part
+from noether.effects.plan import ORDER, Commit, Point, Prune, Step, Write, planned
+from noether.effects.writing import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from noether.core.effect import SaveCheckpoint
     from noether.core.event import Event
+    from noether.core.state import TrainState
+    from noether.effects.disk import Disk
 
-WEIGHTS: Final = "weights.safetensors"
-OPTIMIZER: Final = "optimizer.safetensors"
-STATE: Final = "state.json"
-MEMORY: Final = "state.safetensors"
-MANIFEST: Final = "MANIFEST.json"
-_WHATS: Final = ("params", "buffers")
-_FACTS: Final = "noether"
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]*", re.ASCII)
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be found or read."""
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 class CheckpointStore:
     """The checkpoints of one run.
 
-    A save writes a new directory and renames it to its tag; only then it exists. Pointers are small files that name a
-    tag, replaced in one step after that. Last, what nobody keeps is removed.
+    A save writes a new directory under a name that no reader looks at, each file flushed to the disk, and renames it to
+    its tag; once that name is on the disk, too, the checkpoint is saved. Pointers are small files that name a tag,
+    replaced in one step after that. Last, what nobody keeps is removed. What is read is verified: a file whose size or
+    hash is not the one in the manifest is damaged, and so is a manifest that is not exactly what was written.
 
     Args:
         directory: Where they lie; made at the first save.
         run_id: Name of the run.
+        disk: The disk.
     """
 
-    def __init__(self, directory: Path, run_id: str) -> None:
+    def __init__(self, directory: Path, run_id: str, disk: Disk = DISK) -> None:
         self._directory = directory
         self._run_id = run_id
+        self._disk = disk
+        self._writer = Writer(directory, disk)
         self._segment = 1 + max((manifest.segment for manifest in self.manifests()), default=0)
         self._parent: str | None = None
 
-    def save(self, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
-        """Save `state` as `effect` asks: the handler of `SaveCheckpoint`."""
-        wanted = effect.tag or str(state.iteration)
-        _check_name("tag", wanted)
-        tag = self._held(wanted, effect, state, event)
-        if tag is None:
-            tag, number = self._free(wanted)
-            self._write(tag, number, effect, state, event)
-        for pointer in effect.pointers:
-            _check_name("pointer", pointer)
-            replace_text(self._directory / pointer, tag)
-        for old in superfluous(self.manifests(), self.pointers(), self._parent):
-            shutil.rmtree(self._directory / old)
+    def save(
+        self, effect: SaveCheckpoint, state: TrainState, event: Event, logged: Callable[[], LogCount] = LogCount
+    ) -> None:
+        """Save `state` as `effect` asks: the handler of `SaveCheckpoint`. It is saved when this returns.
 
-    def manifests(self) -> list[Manifest]:
-        """Return the manifests of all checkpoints, oldest first.
+        Args:
+            effect: What is asked.
+            state: The state.
+            event: The event at which it is asked.
+            logged: Brings the log up to here to the disk before the checkpoint is committed, and counts its lines.
 
         Raises:
-            CheckpointError: If one cannot be read.
+            CheckpointError: If it could not be saved, or a pointer not set; no other checkpoint is harmed by that.
         """
-        found = self._directory.glob(f"*/{MANIFEST}") if self._directory.is_dir() else ()
-        manifests = [_read_manifest(path) for path in found if not path.parent.name.startswith(".")]
-        return sorted(manifests, key=lambda manifest: manifest.order)
+        wanted = effect.tag or str(state.iteration)
+        for what, name in (("tag", wanted), *(("pointer", pointer) for pointer in effect.pointers)):
+            if not NAME.fullmatch(name):
+                raise CheckpointError(f"{what} {name!r}: a name is made of up to 200 letters, digits and '_.=-'")
+        listing = self._listing()
+        held = self._held(listing, wanted, effect, state, event)
+        saved = held or self._draft(wanted, effect, state, event)
+        pointed = {**listing.pointers, **dict.fromkeys(effect.pointers, saved.tag)}
+        failed: list[tuple[Step, OSError]] = []
+        for step in planned(saved, held is None, effect.pointers, listing.manifests, pointed, self._parent):
+            # What fails cancels the steps of every later kind.
+            if any(ORDER.index(type(before)) < ORDER.index(type(step)) for before, _ in failed):
+                continue
+            try:
+                if isinstance(step, Write):
+                    saved = self._write(saved, effect, state, logged)
+                else:
+                    self._take(step, saved)
+            except OSError as error:
+                failed.append((step, error))
+        self._report(failed)
+
+    def manifests(self) -> list[Manifest]:
+        """Return the manifests of all checkpoints, oldest first; those that cannot be read are left out."""
+        return list(self._listing().manifests)
 
     def pointers(self) -> dict[str, str]:
-        """Return the tag that each pointer names."""
-        if not self._directory.is_dir():
-            return {}
-        files = (path for path in self._directory.iterdir() if path.is_file() and not path.name.startswith("."))
-        return {path.name: path.read_text().strip() for path in files}
+        """Return the tag that each pointer names; those that are damaged are left out."""
+        return self._listing().pointers
 
     def find(self, name: str) -> Manifest:
         """Return the manifest of the checkpoint with this tag, or that this pointer names.
 
         Raises:
-            CheckpointError: If there is none, naming those that exist.
+            CheckpointError: If there is none, naming those that exist, or it is damaged.
         """
-        manifests = {manifest.tag: manifest for manifest in self.manifests()}
-        pointers = self.pointers()
-        tag = pointers.get(name, name)
-        if tag not in manifests:
-            known = [*pointers, *manifests]
+        listing = self._listing()
+        tag = listing.pointers.get(name, name)
+        for why in (listing.broken.get(name), listing.damaged.get(tag)):
+            if why is not None:
+                raise CheckpointError(why)
+        found = {manifest.tag: manifest for manifest in listing.manifests}
+        if tag not in found:
+            known = [*listing.pointers, *found]
             there = f"there are: {', '.join(known) or 'none'}"
             raise CheckpointError(f"no checkpoint {name!r} in {self._directory}; {there}{nearest(name, known)}")
-        return manifests[tag]
+        return found[tag]
 
     def newest(self) -> Manifest | None:
-        """Return the manifest of the newest checkpoint that can be resumed, or None."""
+        """Return the manifest of the newest checkpoint that says that it can be resumed, or None."""
         return next((manifest for manifest in reversed(self.manifests()) if manifest.resumable), None)
 
     def load(self, manifest: Manifest) -> TrainState:
@@ -114,12 +125,12 @@ class CheckpointStore:
         Raises:
             CheckpointError: If a file is missing or damaged.
         """
-        for name, part in manifest.parts.items():
-            self._verify(self._directory / manifest.tag / name, part)
+        files = {name: self._verified(manifest.tag, name, part) for name, part in manifest.parts.items()}
         try:
-            return self._read(manifest)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {manifest.tag}: {error}") from error
+            return state_in(files, manifest.iteration)
+        except Exception as error:  # the content may be anybody's: whatever its readers meet is damage
+            what = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{self._directory / manifest.tag} does not hold a state: {what}") from error
 
     def resume(self, manifest: Manifest) -> TrainState:
         """Return the state in a checkpoint; later saves name it as their parent, and it is never removed."""
@@ -127,173 +138,111 @@ class CheckpointStore:
         self._parent = manifest.tag
         return state
 
-    def _held(self, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event) -> str | None:
-        """Return the tag under which this very event already saved all that is asked, if it did."""
-        if not (self._directory / tag / MANIFEST).is_file():
+    def recover(self) -> tuple[TrainState, Manifest] | None:
+        """Return the newest state from which the run can go on, or None if nothing was ever saved.
+
+        Checkpoints that are damaged are told of and passed over; the one that is returned counts as resumed.
+
+        Raises:
+            CheckpointError: If there are checkpoints, and none that the run can go on from: each with its reason.
+        """
+        listing = self._listing()
+        damaged = dict(listing.damaged)
+        partial = {
+            each.tag: f"{self._directory / each.tag} does not hold weights, optimizer and state of the whole model"
+            for each in listing.manifests
+            if not each.resumable
+        }
+        for manifest in reversed([each for each in listing.manifests if each.resumable]):
+            try:
+                state = self.resume(manifest)
+            except CheckpointError as error:
+                damaged[manifest.tag] = str(error)
+            else:
+                for why in damaged.values():
+                    _LOGGER.warning("%s; going on without it, at %s", why, manifest.tag)
+                return state, manifest
+        reasons = [*damaged.values(), *partial.values()]
+        if reasons:
+            none = f"the run cannot go on from any of the {len(reasons)} checkpoints in {self._directory}"
+            raise CheckpointError("\n  ".join([f"{none}:", *reasons]))
+        return None
+
+    def _listing(self) -> Listing:
+        return listed(self._directory, self._disk)
+
+    def _held(
+        self, listing: Listing, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event
+    ) -> Manifest | None:
+        """Return the checkpoint in which this very event already saved all that is asked, if it did."""
+        held = next((manifest for manifest in listing.manifests if manifest.tag == tag), None)
+        if held is None:
             return None
-        held = _read_manifest(self._directory / tag / MANIFEST)
         now = (self._segment, state.iteration, type(event).__name__, effect.weights_of)
         same = (held.segment, held.iteration, held.event, held.weights_of) == now
-        return tag if same and _files(effect) <= set(held.parts) and not held.models and not effect.models else None
+        whole = files_asked(effect) <= set(held.parts) and not held.models and not effect.models
+        return held if same and whole else None
 
-    def _free(self, tag: str) -> tuple[str, int]:
-        """Return `tag`, or the first of `TAG.2`, `TAG.3`, ... that is free, and its number."""
-        candidates = ((tag if number == 1 else f"{tag}.{number}", number) for number in count(1))
-        return next(each for each in candidates if not (self._directory / each[0]).exists())
-
-    def _write(self, tag: str, number: int, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
-        for stale in self._directory.glob(".tmp-*"):  # of a process that died while it wrote
-            if stale.is_dir():
-                shutil.rmtree(stale)
-        temporary = self._directory / f".tmp-{tag}"
-        temporary.mkdir(parents=True)
-        if effect.weights:
-            weighted = state if effect.weights_of is None else averaged(state, effect.weights_of)
-            _write_weights(temporary, weighted, effect.models)
-        if effect.optimizer:
-            _write_state(temporary, state)
-        parts = {
-            path.name: Part(size_bytes=path.stat().st_size, sha256=sha256_of(path)) for path in temporary.iterdir()
-        }
-        manifest = Manifest(
+    def _draft(self, wanted: str, effect: SaveCheckpoint, state: TrainState, event: Event) -> Manifest:
+        """Return the manifest of what is to be written under `wanted`, or the first of `wanted.2`, ... that is free."""
+        candidates = ((wanted if number == 1 else f"{wanted}.{number}", number) for number in count(1))
+        tag, number = next(each for each in candidates if self._disk.kind(self._directory / each[0]) is None)
+        return Manifest(
             tag=tag,
             run_id=self._run_id,
             segment=self._segment,
             parent=self._parent,
             iteration=state.iteration,
             event=type(event).__name__,
-            parts=parts,
+            parts=dict.fromkeys(files_asked(effect), Part(size_bytes=0, sha256="")),
             number=number,
             weights_of=effect.weights_of,
             models=effect.models if effect.weights else (),
             retention=dict(effect.retention),
         )
-        write_new(temporary / MANIFEST, manifest.dumps().encode())
-        flush_directory(temporary)
-        temporary.rename(self._directory / tag)
-        flush_directory(self._directory)
 
-    def _verify(self, path: Path, part: Part) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != part.size_bytes or sha256_of(path) != part.sha256:
+    def _write(
+        self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, logged: Callable[[], LogCount]
+    ) -> Manifest:
+        try:
+            written = self._writer.write(draft, files_of(effect, state))
+        except ModelNamesError as error:
+            raise CheckpointError(str(error)) from error
+        log = logged()
+        return evolve(written, log_lines=log.lines, log_lines_lost=log.lost)
+
+    def _take(self, step: Step, saved: Manifest) -> None:
+        if isinstance(step, Commit):
+            self._writer.commit(saved)
+        elif isinstance(step, Point):
+            self._writer.point(step.pointer, saved)
+        elif isinstance(step, Prune):
+            broken = self._listing().broken
+            if broken:  # what they named cannot be told, and must not be removed
+                raise OSError("; ".join(broken.values()))
+            self._writer.prune(step.tags)
+
+    def _report(self, failed: list[tuple[Step, OSError]]) -> None:
+        for step, error in failed:
+            if isinstance(step, Prune):
+                _LOGGER.warning("checkpoints that nobody keeps stay in %s: %s", self._directory, error)
+                continue
+            self._writer.give_up()
+            what = f"checkpoint {self._directory / step.tag} could not be written"
+            if isinstance(step, Point):
+                what = f"the pointer {self._directory / step.pointer} could not be set to {step.tag}"
+            raise CheckpointError(f"{what}: {error}; the checkpoints before it stay") from error
+
+    def _verified(self, tag: str, name: str, part: Part) -> bytes:
+        """Return what is in a file of a checkpoint, once it is seen to be what was written."""
+        path = self._directory / tag / name
+        try:
+            content = read_file(path, self._disk, limit=part.size_bytes)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing") from error
+        except (OSError, MemoryError) as error:
+            why = reason(error) if isinstance(error, OSError) else "it does not fit into memory"
+            raise CheckpointError(f"{path} is damaged, or cannot be read: {why}") from error
+        if len(content) != part.size_bytes or hashlib.sha256(content).hexdigest() != part.sha256:
             raise CheckpointError(f"{path} is damaged: its content is not what was written")
-
-    def _read(self, manifest: Manifest) -> TrainState:
-        directory, state = self._directory / manifest.tag, TrainState(iteration=manifest.iteration)
-        if STATE in manifest.parts:
-            state = _read_state(directory)
-        if WEIGHTS in manifest.parts:
-            tensors, facts = _read_tensors(directory / WEIGHTS)
-            # In the order that they had: a sum over all of them, as clipping takes it, depends on it in the last bit.
-            ordered = {what: {name: tensors[name] for name in facts["order"][what]} for what in _WHATS}
-            state = state.replace(**ordered)
-        return state
-
-
-def _files(effect: SaveCheckpoint) -> set[str]:
-    return ({WEIGHTS} if effect.weights else set()) | ({STATE} if effect.optimizer else set())
-
-
-def _check_name(what: str, name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise CheckpointError(f"{what} {name!r}: a name is made of letters, digits and '_.=-'")
-
-
-def _read_manifest(path: Path) -> Manifest:
-    try:
-        return Manifest.loads(path.read_text())
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def _write_weights(directory: Path, state: TrainState, models: tuple[str, ...]) -> None:
-    chosen = {
-        name: tensor
-        for name, tensor in {**state.params, **state.buffers}.items()
-        if not models or any(name.startswith(f"{model}.") for model in models)
-    }
-    if models and not chosen:
-        raise CheckpointError(
-            f"model_names: no weights below {', '.join(models)}; there are: {', '.join(state.params)}"
-        )
-    names = {what: [name for name in getattr(state, what) if name in chosen] for what in _WHATS}
-    _write_tensors(directory / WEIGHTS, chosen, order=names)
-
-
-def _write_state(directory: Path, state: TrainState) -> None:
-    optimizer: dict[str, torch.Tensor] = {}
-    memory: dict[str, torch.Tensor] = {}
-    metrics = {key: (value, str(at)) for key, (value, at) in state.metrics.items()}
-    content = {
-        "iteration": str(state.iteration),
-        "previous": str(state.previous),
-        "stop": state.stop,
-        "ended": state.ended,
-        "seed": state.seed,
-        "hyperparams": encode(state.hyperparams, memory, "hyperparams"),
-        "metrics": encode(metrics, memory, "metrics"),
-        "callback_states": encode(state.callback_states, memory, "callback_states"),
-        "opt_state": encode(state.opt_state, optimizer),
-    }
-    write_new(directory / STATE, json.dumps(content, indent=1, allow_nan=False).encode())
-    if optimizer:
-        _write_tensors(directory / OPTIMIZER, optimizer)
-    if memory:
-        _write_tensors(directory / MEMORY, memory)
-
-
-def _read_state(directory: Path) -> TrainState:
-    content = json.loads((directory / STATE).read_text())
-    optimizer, memory = (
-        _read_tensors(directory / name)[0] if (directory / name).exists() else {} for name in (OPTIMIZER, MEMORY)
-    )
-    metrics = decode(content["metrics"], memory)
-    return TrainState(
-        iteration=TrainingIteration.parse(content["iteration"]),
-        previous=TrainingIteration.parse(content["previous"]),
-        stop=content["stop"],
-        ended=content["ended"],
-        seed=content["seed"],
-        hyperparams=decode(content["hyperparams"], memory),
-        metrics={key: Measured(value, TrainingIteration.parse(at)) for key, (value, at) in metrics.items()},
-        callback_states=decode(content["callback_states"], memory),
-        opt_state=decode(content["opt_state"], optimizer),
-    )
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], **facts: Any) -> None:
-    # safetensors refuses tensors that share memory, as tied weights do: each is written as one of its own.
-    separate, seen = {}, set[int]()
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        address = plain.untyped_storage().data_ptr()
-        separate[name] = plain.clone() if address in seen or plain.untyped_storage().nbytes() > plain.nbytes else plain
-        seen.add(address)
-    facts["strides"] = {name: tensor.stride() for name, tensor in tensors.items() if _is_permuted(tensor)}
-    try:
-        # One entry, because safetensors writes several in any order: equal tensors are equal files.
-        save_file(separate, path, metadata={_FACTS: json.dumps(facts)})
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}; the checkpoints before it stay") from error
-    flush_file(path)
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-        facts = json.loads(file.metadata()[_FACTS])
-    return tensors | {name: _permuted(tensors[name], stride) for name, stride in facts["strides"].items()}, facts
-
-
-def _is_permuted(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor lies in memory without gaps in another order, as channels last does."""
-    return not tensor.is_contiguous() and torch.empty_like(tensor).stride() == tensor.stride()
-
-
-def _permuted(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
-    # The order in memory decides which kernel runs, and so the last bits of what comes after.
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
-    if last + 1 != tensor.numel() or min(stride) < 1:
-        raise ValueError(f"stride {stride} does not fit the shape {tuple(tensor.shape)}")
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+        return content

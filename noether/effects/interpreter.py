@@ -34,6 +34,7 @@ class Interpreter:
     Args:
         handlers: Handlers by type of effect, called in their order.
         measures: By type of effect, what turns it into scalars that are logged with those of its event.
+        check: Called first at every event, with effects or without: raises what went wrong in the background.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState
@@ -46,9 +47,11 @@ class Interpreter:
         self,
         handlers: Mapping[type[Effect], Sequence[Handler]],
         measures: Mapping[type[Effect], Measure] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
         self._measures = dict(measures or {})
+        self._check_background = check
 
     def __call__(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
         """Carry out the effects of one event, merged, on the settled state; nothing on a rank other than 0.
@@ -58,6 +61,7 @@ class Interpreter:
         Raises:
             UnhandledEffectError: If nobody handles one of them; then none is carried out.
         """
+        self._check_background()
         if not effects:
             return
         for effect in effects:
@@ -85,7 +89,7 @@ class Interpreter:
             ding ding
         """
         handled = {**self._handlers, effect_type: (*self._handlers.get(effect_type, _NONE), *handlers)}
-        return Interpreter(handled, self._measures)
+        return Interpreter(handled, self._measures, self._check_background)
 
     def _measured(self, effect: Effect, state: TrainState, event: Event) -> tuple[Effect, ...]:
         """Return an effect with what was measured for it, or without itself where nobody handles it otherwise."""

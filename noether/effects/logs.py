@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import re
+import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import torch
 
 from noether.core.iteration import TrainingIteration
+from noether.effects.disk import DISK
 from noether.effects.encoding import number
-from noether.effects.files import replace_text
+from noether.effects.files import read_file, reason, replace_file, replace_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,10 +24,20 @@ if TYPE_CHECKING:
     from noether.core.effect import LogScalars, SetSummary
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.disk import Disk
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 class LogError(Exception):
     """A log cannot be read."""
+
+
+class LogCount(NamedTuple):
+    """How many lines of a run's log are on the disk, and how many could not be written there."""
+
+    lines: int | None = None
+    lost: int = 0
 
 
 def event_name(event: Event) -> str:
@@ -41,19 +56,44 @@ def plain(value: Any) -> Any:
     return number(value) if isinstance(value, float) else value
 
 
+@final
 class MetricsFile:
-    """Appends one line per event that logged, flushed: `{"event":, "epoch":, "update":, "sample":, ...}`.
+    """Appends one line per event that logged: `{"run":, "event":, "epoch":, "update":, "sample":, "metrics":, ...}`.
+
+    A line is written in one call, so that a crash can tear the last one only. What was written is on the disk when
+    `flush` says so; it may be called in another thread than `write`.
 
     Args:
         path: The file; made at the first line.
+        run_id: Name of the run.
+        disk: The disk.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run_id: str = "", disk: Disk = DISK) -> None:
         self._path = path
+        self._run_id = run_id
+        self._disk = disk
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        self._size = 0
+        self._torn = False  # whether a line was begun that is not whole
+        self._distrusted = False  # whether a flush failed, after which no other flush of that file is believed
+        self._written = LogCount(0)
+        self._flushed = 0
+
+    @property
+    def written(self) -> LogCount:
+        """How many lines were handed to the operating system, and how many it did not take."""
+        return self._written
 
     def write(self, effect: LogScalars, state: TrainState, event: Event) -> None:
-        """Append a line: a handler of `LogScalars`."""
+        """Append a line: a handler of `LogScalars`.
+
+        Raises:
+            OSError: If it cannot be written; it is then counted as lost, and the file is as it was.
+        """
         line = {
+            "run": self._run_id,
             "event": event_name(event),
             "epoch": state.iteration.epoch,
             "update": state.iteration.update,
@@ -61,38 +101,125 @@ class MetricsFile:
             "time_s": event.time_s,
             "metrics": {key: plain(value) for key, value in effect.values.items()},
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        with self._lock:
+            try:
+                self._append((json.dumps(line, allow_nan=False) + "\n").encode())
+            except Exception:
+                self._written = self._written._replace(lost=self._written.lost + 1)
+                raise
+            self._written = self._written._replace(lines=(self._written.lines or 0) + 1)
 
-    def cut(self, state: TrainState | None) -> int:
+    def flush(self, written: LogCount) -> LogCount:
+        """Bring the lines that were `written` so far to the disk; return how many are there and how many are lost."""
+        lines, lost = written.lines or 0, written.lost
+        with self._lock:
+            if self._file is not None and self._flushed < lines:
+                try:
+                    self._rewrite() if self._distrusted else self._disk.flush(self._file)
+                except OSError as error:
+                    if not self._distrusted:
+                        _LOGGER.warning("%s could not be flushed to the disk: %s", self._path, reason(error))
+                    self._distrusted = True
+                else:
+                    self._flushed = lines
+        return LogCount(self._flushed, lost + lines - self._flushed)
+
+    def cut(self, state: TrainState | None, lost: int = 0) -> int:
         """Drop the lines beyond `state`, which a resumed run will write again, and a torn one; return how many.
 
         Args:
             state: Where the run goes on, or None if it starts anew.
+            lost: How many lines were lost before it.
 
         Raises:
-            LogError: If a line before the last is not one of ours.
+            LogError: If a line before one that stays is not one of ours.
         """
-        if not self._path.exists():
+        if self._disk.kind(self._path) is None:
             return 0
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for number, line in enumerate(lines, 1) if self._belongs(line, number, len(lines), state)]
+        self.close()
+        lines = read_file(self._path, self._disk).splitlines(keepends=True)
+        kept = _kept(lines, state, self._path)
         if len(kept) < len(lines):
-            replace_text(self._path, "".join(kept))
+            replace_file(self._path, kept, self._disk)
+        self._written, self._flushed = LogCount(len(kept), lost), 0
         return len(lines) - len(kept)
 
-    def _belongs(self, line: str, number: int, last: int, state: TrainState | None) -> bool:
-        try:
-            read = json.loads(line)
-            measured = TrainingIteration(read["epoch"], read["update"], read["sample"])
-        except (ValueError, KeyError, TypeError):
-            if number == last:
-                return False
-            raise LogError(f"{self._path}:{number}: not a line of metrics: {line[:80]!r}") from None
-        if state is None or not line.endswith("\n") or not state.iteration.reached(measured):
-            return False
-        # The end of training is dispatched where the last update or epoch was: the counters do not tell it from them.
-        return state.ended or read["event"] != "after_training" or measured != state.iteration
+    def close(self) -> None:
+        """Close the file; a later line opens it again."""
+        with self._lock:
+            if self._file is not None:
+                self._disk.close(self._file)
+            self._file = None
+
+    def _append(self, line: bytes) -> None:
+        if self._file is None:
+            self._open()
+        file = self._opened
+        if self._torn:
+            self._disk.truncate(file, self._size)
+        self._torn = True
+        if (took := self._disk.write(file, line)) < len(line):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {took} of {len(line)} bytes", str(self._path))
+        self._torn = False
+        self._size += len(line)
+
+    @property
+    def _opened(self) -> int:
+        if self._file is None:
+            raise ValueError(f"{self._path} is closed")
+        return self._file
+
+    def _open(self) -> None:
+        self._file = self._disk.open_to_append(self._path)
+        self._size = self._disk.size(self._file)
+        if self._size == 0:
+            self._disk.flush_directory(self._path.parent)
+            return
+        content = read_file(self._path, self._disk)
+        whole = content.rfind(b"\n") + 1
+        # A line of a process that died while it wrote; without the cut, the next one would be glued to it.
+        self._torn, self._size = whole < len(content), whole
+        self._written = LogCount(content.count(b"\n"), self._written.lost)
+
+    def _rewrite(self) -> None:
+        """Write what the file holds to a new one, and put that in its place."""
+        content = read_file(self._path, self._disk)[: self._size]
+        if len(content) < self._size or not content.endswith(b"\n"):
+            raise OSError(errno.EIO, "does not hold what was written to it", str(self._path))
+        replace_file(self._path, [content], self._disk)
+        old, self._file = self._opened, self._disk.open_to_append(self._path)
+        self._distrusted = self._torn = False
+        self._disk.close(old)
+
+
+def _kept(lines: list[bytes], state: TrainState | None, path: Path) -> list[bytes]:
+    """Return the lines that a run that goes on at `state` has written already."""
+    read = [_measured(line) for line in lines]
+    stay = [index for index, each in enumerate(read) if each is not None and _belongs(*each, state)]
+    last = stay[-1] if stay else -1
+    for index, line in enumerate(lines[:last]):
+        if read[index] is None:
+            text = line[:80].decode(errors="replace")
+            raise LogError(f"{path}:{index + 1}: not a line of metrics: {text!r}; remove it, and the run can go on")
+    return [lines[index] for index in stay]
+
+
+def _measured(line: bytes) -> tuple[str, TrainingIteration] | None:
+    """Return the event and the counters of a line, or None if it is not a whole one of ours."""
+    try:
+        read = json.loads(line)
+        if not line.endswith(b"\n"):
+            return None
+        return read["event"], TrainingIteration(read["epoch"], read["update"], read["sample"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _belongs(event: str, measured: TrainingIteration, state: TrainState | None) -> bool:
+    if state is None or not state.iteration.reached(measured):
+        return False
+    # The end of training is dispatched where the last update or epoch was: the counters do not tell it from them.
+    return state.ended or event != "after_training" or measured != state.iteration
 
 
 class Summary:
@@ -100,13 +227,27 @@ class Summary:
 
     Args:
         path: The file; what it holds already stays until it is set anew.
+        disk: The disk.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, disk: Disk = DISK) -> None:
         self._path = path
+        self._disk = disk
 
     def set(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
-        """Set entries: the handler of `SetSummary`."""
-        held: Mapping[str, Any] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
-        entries = {**held, **{key: plain(value) for key, value in effect.values.items()}}
-        replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n")
+        """Set entries: the handler of `SetSummary`.
+
+        Raises:
+            LogError: If what the file holds is damaged.
+            OSError: If it cannot be written.
+        """
+        entries = {**self._read(), **{key: plain(value) for key, value in effect.values.items()}}
+        replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
+
+    def _read(self) -> dict[str, Any]:
+        if self._disk.kind(self._path) is None:
+            return {}
+        try:
+            return dict(json.loads(read_file(self._path, self._disk)))
+        except (ValueError, TypeError) as error:
+            raise LogError(f"{self._path} is damaged: {error}; remove it, and it is written anew") from error

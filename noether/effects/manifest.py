@@ -1,22 +1,31 @@
-"""What a checkpoint is made of, and which checkpoints stay."""
+"""What a checkpoint is made of, told by a file that can tell when it is damaged itself."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from typing import TYPE_CHECKING, Final
+import re
+from typing import TYPE_CHECKING, Any, Final
 
 from attrs import field, frozen
-from cattrs.preconf.json import make_converter
 
-from noether.core.iteration import TrainingIteration
+from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotations
+from noether.effects.contents import CONVERTER, FILES, STATE, WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable
 
-FORMAT: Final = 1
-_CONVERTER: Final = make_converter(forbid_extra_keys=True)
-_CONVERTER.register_unstructure_hook(TrainingIteration, str)
-_CONVERTER.register_structure_hook(TrainingIteration, lambda text, _: TrainingIteration.parse(text))
+MANIFEST: Final = "MANIFEST.json"
+FORMAT: Final = 2
+LIMIT_BYTES: Final = 1 << 24
+"""What a manifest can be large at most; it lists five files."""
+NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]{0,199}", re.ASCII)
+"""What the names of checkpoints and of pointers are made of: never the way to another directory."""
+_SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class ManifestError(ValueError):
+    """A manifest is not what was written."""
 
 
 @frozen(kw_only=True)
@@ -43,6 +52,8 @@ class Manifest:
         weights_of: Whose weights it holds, such as `ema=0.999`; None stands for those in training.
         models: Names of the sub-modules whose weights it holds; empty stands for all.
         retention: By name of who asked for it, how many of the newest stay; None stands for all.
+        log_lines: How many lines of the log were on the disk before it was committed; None where that is not known.
+        log_lines_lost: How many lines up to it could not be written there.
         format: Version of the layout.
     """
 
@@ -57,6 +68,8 @@ class Manifest:
     weights_of: str | None = None
     models: tuple[str, ...] = ()
     retention: dict[str, int | None]
+    log_lines: int | None = None
+    log_lines_lost: int = 0
     format: int = field(default=FORMAT)
 
     @property
@@ -67,44 +80,83 @@ class Manifest:
     @property
     def resumable(self) -> bool:
         """Whether it holds all weights, optimizer and state."""
-        whole = {"weights.safetensors", "state.json"} <= set(self.parts)
-        return whole and not self.models and self.weights_of is None
+        return {WEIGHTS, STATE} <= set(self.parts) and not self.models and self.weights_of is None
+
+    @property
+    def sha256(self) -> str:
+        """The hash that it has in its file, over everything else there."""
+        return hashlib.sha256(_text(CONVERTER.unstructure(self)).encode()).hexdigest()
 
     def dumps(self) -> str:
-        """Return the manifest as JSON text."""
-        return json.dumps(_CONVERTER.unstructure(self), indent=1)
+        """Return the manifest as JSON text that holds its own hash."""
+        return _text({**CONVERTER.unstructure(self), "sha256": self.sha256})
 
     @classmethod
     def loads(cls, text: str) -> Manifest:
         """Return the manifest in JSON text.
 
         Raises:
-            Exception: If it is not one; cattrs says why.
+            ManifestError: If it is not exactly what was written, or of a later format, or names what no checkpoint has.
+
+        Example:
+            >>> Manifest.loads('{"format": 3}')
+            Traceback (most recent call last):
+            noether.effects.manifest.ManifestError: is of format 3, which a later version writes; this one reads up to 2
         """
-        return _CONVERTER.loads(text, cls)
+        written = _parsed(text)
+        version = written.get("format")
+        if not isinstance(version, int) or not 1 <= version <= FORMAT:
+            later = f"is of format {version}, which a later version writes; this one reads up to {FORMAT}"
+            raise ManifestError(later if isinstance(version, int) and version > FORMAT else "has no format")
+        manifest = _structured({key: value for key, value in _migrated(written).items() if key != "sha256"})
+        # What an older version wrote has no hash; the hashes of its files are all that it can be judged by.
+        if version == FORMAT and manifest.dumps() != text:
+            raise ManifestError("its content is not what was written")
+        return manifest
 
 
-def superfluous(manifests: Iterable[Manifest], pointers: Mapping[str, str], parent: str | None) -> tuple[str, ...]:
-    """Return the tags of the checkpoints that nobody keeps, oldest first.
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
-    Args:
-        manifests: All checkpoints of the run.
-        pointers: Tag by name of pointer; what a pointer names stays.
-        parent: The checkpoint that was resumed from, which stays.
 
-    Example:
-        >>> def taken(update):
-        ...     return Manifest(tag=f"U{update}", run_id="r", segment=1, parent=None, event="AfterUpdate", parts={},
-        ...                     iteration=TrainingIteration(update=update), retention={"CheckpointCallback": 1})
-        >>> superfluous([taken(1), taken(2), taken(3)], {"best": "U1"}, parent=None)
-        ('U2',)
-    """
-    ordered = sorted(manifests, key=lambda manifest: manifest.order)
-    kept = {*pointers.values(), parent}
-    newest: dict[str, int] = {}
-    for manifest in reversed(ordered):
-        for owner, keep in manifest.retention.items():
-            newest[owner] = newest.get(owner, 0) + 1
-            if keep is None or newest[owner] <= keep:
-                kept.add(manifest.tag)
-    return tuple(manifest.tag for manifest in ordered if manifest.tag not in kept)
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ManifestError("is not what was written")
+    return content
+
+
+def _migrated(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of an older format as the newest has it, but for `format`, which still tells what it was."""
+    for migrate in _MIGRATIONS[int(content["format"]) - 1 :]:
+        content = migrate(content)
+    return content
+
+
+def _from_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 counts the lines of the log, and has a hash of its own."""
+    return {**content, "log_lines": None, "log_lines_lost": 0}
+
+
+_MIGRATIONS: Final[tuple[Callable[[dict[str, Any]], dict[str, Any]], ...]] = (_from_1,)
+
+
+def _structured(content: dict[str, Any]) -> Manifest:
+    try:
+        manifest = CONVERTER.structure(content, Manifest)
+        names = {manifest.tag, *([] if manifest.parent is None else [manifest.parent])}
+        right = all(map(NAME.fullmatch, names)) and all(map(_is_whole, manifest.parts.values()))
+    except Exception as error:  # noqa: BLE001  # whatever a converter meets in what was not written by us
+        raise ManifestError(f"is not what was written: {error}") from None
+    if not set(manifest.parts) <= FILES:
+        raise ManifestError(f"names files that no checkpoint has: {', '.join(sorted(set(manifest.parts) - FILES))}")
+    if not right:
+        raise ManifestError("holds a name, a size or a hash that is none")
+    return manifest
+
+
+def _is_whole(part: Part) -> bool:
+    return part.size_bytes >= 0 and _SHA256.fullmatch(part.sha256) is not None

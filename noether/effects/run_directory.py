@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, final
-
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, Self, final
 
 from noether.core.effect import (
     LogScalars,
@@ -18,35 +18,103 @@ from noether.core.effect import (
 )
 from noether.effects.checkpoints import CheckpointStore
 from noether.effects.console import Console
+from noether.effects.disk import DISK
+from noether.effects.files import make_directories, replace_file
 from noether.effects.interpreter import Interpreter
+from noether.effects.listing import CheckpointError
+from noether.effects.lock import RunLock
 from noether.effects.logs import MetricsFile, Summary
 from noether.effects.memory import PeakMemory
+from noether.effects.saving import Saver
+from noether.effects.sinks import Sinks
+from noether.effects.tensor_files import tensor_pieces
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.disk import Disk
+    from noether.effects.interpreter import Handler
+    from noether.effects.saving import OnError
 
 CONFIG: Final = "config.yaml"
+_Arguments = ParamSpec("_Arguments")
+_LOGGER: Final = logging.getLogger(__name__)
 
 
-def open_run(directory: str | Path, console: Console | None = None) -> RunDirectory:
-    """Return the run in `directory`, made if it does not exist.
+class LogService(Protocol):
+    """Somewhere else that logs go, such as TensorBoard."""
+
+    @property
+    def name(self) -> str:
+        """What it is called where it fails."""
+
+    def resume(self, state: TrainState | None) -> None:
+        """Be told where the run goes on, or None where it begins anew."""
+
+    def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
+        """Handle `LogScalars`."""
+
+    def text(self, effect: LogText, state: TrainState, event: Event) -> None:
+        """Handle `LogText`."""
+
+    def summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:
+        """Handle `SetSummary`."""
+
+    def flush(self) -> None:
+        """Hand everything to the operating system: a checkpoint is about to be written."""
+
+    def close(self) -> None:
+        """Write what is held back, and end."""
+
+
+def open_run(
+    directory: str | Path,
+    console: Console | None = None,
+    *,
+    rank: int = 0,
+    asynchronous: bool = False,
+    borrowed: bool = True,
+    on_error: OnError = "stop",
+    services: Sequence[LogService] = (),
+    disk: Disk = DISK,
+) -> RunDirectory:
+    """Return the run in `directory`, made if it does not exist, and locked: no other process can open it meanwhile.
 
     Args:
         directory: Where the run is written.
         console: Where lines for a person go; by default the standard output.
+        rank: Index of this process; only 0 locks and writes.
+        asynchronous: Whether checkpoints are written in a thread of their own while training goes on. Leave the run as
+            a context manager, or `close` it, to learn whether the last one went well.
+        borrowed: Whether states view live tensors, as those of `TrainState.from_module` do: an asynchronous save then
+            copies them first.
+        on_error: What a checkpoint that cannot be written does: `stop` raises, `warn` goes on.
+        services: Where else logs go.
+        disk: The disk.
+
+    Raises:
+        LockedError: If another process has it open.
 
     Example:
         >>> import tempfile
         >>> from noether import AfterTraining, SaveCheckpoint, TrainState
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     run = open_run(directory)
-        ...     run.interpreter([SaveCheckpoint()], TrainState().advance(samples=4), AfterTraining())
+        ...     with open_run(directory) as run:
+        ...         run.interpreter([SaveCheckpoint()], TrainState().advance(samples=4), AfterTraining())
         ...     str(open_run(directory).resume().iteration)
         'E0_U1_S4'
     """
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    return RunDirectory(Path(directory), console or Console())
+    path = Path(directory)
+    lock = None
+    if rank == 0:
+        make_directories(path, disk)
+        lock = RunLock(path, disk)
+    saving = {"asynchronous": asynchronous, "borrowed": borrowed, "on_error": on_error}
+    return RunDirectory(path, console or Console(), lock, saving, services, disk)
 
 
 @final
@@ -56,62 +124,144 @@ class RunDirectory:
     Args:
         path: The directory.
         console: Where lines for a person go.
+        lock: Its lock; None in a process that does not write.
+        saving: Arguments of `Saver`.
+        services: Where else logs go.
+        disk: The disk.
     """
 
-    def __init__(self, path: Path, console: Console) -> None:
+    def __init__(
+        self,
+        path: Path,
+        console: Console,
+        lock: RunLock | None,
+        saving: dict[str, Any],
+        services: Sequence[LogService],
+        disk: Disk,
+    ) -> None:
         self.path = path
         self.run_id = path.resolve().name
-        self.checkpoints = CheckpointStore(path / "checkpoints", self.run_id)
+        self.checkpoints = CheckpointStore(path / "checkpoints", self.run_id, disk)
         self._console = console
-        self._metrics = MetricsFile(path / "metrics.jsonl")
-        summary = Summary(path / "summary.json")
-        self.interpreter = Interpreter(
-            {
-                LogText: [console.text],
-                LogScalars: [self._metrics.write, console.scalars],
-                SetSummary: [summary.set],
-                SaveCheckpoint: [self.checkpoints.save],
-                SaveTensors: [self._save_tensors],
-                ShowProgress: [console.progress],
-            },
-            measures={MeasurePeakMemory: PeakMemory().measure},
-        )
+        self._lock = lock
+        self._services = services
+        self._disk = disk
+        self._lost = 0  # lines of the log, before this process
+        self._metrics = MetricsFile(path / "metrics.jsonl", self.run_id, disk)
+        weakref.finalize(self, self._metrics.close)
+        self._saver = Saver(self.checkpoints, self._metrics, **saving)
+        self._sinks = Sinks()
+        self.interpreter = self._interpreter()
 
     def resume(self) -> TrainState | None:
-        """Return the state in the newest checkpoint, or None; log lines beyond it are dropped, to be written again.
+        """Return the newest state that is whole, or None; log lines beyond it are dropped, to be written again.
 
-        Without a checkpoint all are dropped: the run begins anew.
+        Where nothing was ever saved all are dropped: the run begins anew.
 
         Raises:
-            CheckpointError: If the checkpoint is damaged.
-            LogError: If the log is.
+            CheckpointError: If there are checkpoints, and none that the run can go on from.
+            LogError: If the log is damaged.
         """
         state = self.load()
         self.cut_logs(state)
         return state
 
     def load(self) -> TrainState | None:
-        """Return the state in the newest checkpoint, or None, and change nothing.
+        """Return the newest state that is whole, or None where nothing was ever saved; and change nothing.
 
         Raises:
-            CheckpointError: If the checkpoint is damaged.
+            CheckpointError: If there are checkpoints, and none that the run can go on from.
         """
-        newest = self.checkpoints.newest()
-        return None if newest is None else self.checkpoints.resume(newest)
+        found = self.checkpoints.recover()
+        if found is None:
+            return None
+        state, manifest = found
+        self._lost = manifest.log_lines_lost
+        return state
 
-    def cut_logs(self, state: TrainState | None) -> None:
-        """Drop the log lines beyond `state`, or all where the run begins anew.
+    def cut_logs(self, state: TrainState | None) -> int:
+        """Drop the log lines beyond `state`, or all where the run begins anew; return how many there were.
 
         Raises:
             LogError: If the log is damaged.
         """
-        self._metrics.cut(state)
+        dropped = self._metrics.cut(state, self._lost)
+        _LOGGER.info("%d lines of %s were dropped, to be written again", dropped, self.path / "metrics.jsonl")
+        for service in self._services:
+            service.resume(state)
+        return dropped
+
+    def wait(self) -> None:
+        """Return once no checkpoint is being written.
+
+        Raises:
+            CheckpointError: If one failed, and errors stop.
+        """
+        self._saver.wait()
 
     def close(self) -> None:
-        """Let go of what the run holds."""
-        self._console.close()
+        """Wait for what is being written, and let go of everything; the run can be opened again.
 
-    def _save_tensors(self, effect: SaveTensors, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
-        path = self.path / "tensors" / f"{effect.name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in effect.tensors.items()}, path)
+        Raises:
+            CheckpointError: If the last checkpoint failed, and errors stop.
+        """
+        try:
+            self.wait()
+        finally:
+            self._metrics.close()
+            for service in self._services:
+                self._sinks.guarded(service.name, service.close)()
+            self._sinks.tell()
+            self._console.close()
+            if self._lock is not None:
+                self._lock.release()
+
+    def guarded(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+        """Return a handler of logs that never stops training; what it loses is told of, and counted under `name`."""
+        return self._sinks.guarded(name, write)
+
+    def _interpreter(self) -> Interpreter:
+        summary, console = Summary(self.path / "summary.json", self._disk), self._console
+        table: dict[type[Effect], list[tuple[str, Handler]]] = {
+            LogText: [("console", console.text), *((each.name, each.text) for each in self._services)],
+            LogScalars: [
+                ("metrics.jsonl", self._metrics.write),
+                ("console", console.scalars),
+                *((each.name, each.scalars) for each in self._services),
+            ],
+            SetSummary: [("summary.json", summary.set), *((each.name, each.summary) for each in self._services)],
+            SaveTensors: [("tensors", _tensors_in(self.path / "tensors", self._disk))],
+            ShowProgress: [("console", console.progress)],
+        }
+        sinks = {kind: [self.guarded(name, write) for name, write in sinks] for kind, sinks in table.items()}
+        return Interpreter(
+            {**sinks, SaveCheckpoint: [*map(self._flushing, self._services), self._saver.save]},
+            measures={MeasurePeakMemory: PeakMemory().measure},
+            check=self._saver.check,
+        )
+
+    def _flushing(self, service: LogService) -> Handler:
+        flush = self._sinks.guarded(service.name, service.flush)
+        return lambda *_: flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            _LOGGER.error("%s", failed)  # noqa: TRY400  # beside the error that ends the run, it is a line
+
+
+def _tensors_in(directory: Path, disk: Disk) -> Handler:
+    def save(effect: SaveTensors, _state: TrainState, _event: Event) -> None:
+        path = directory / f"{effect.name}.safetensors"
+        make_directories(path.parent, disk)
+        replace_file(path, tensor_pieces(effect.tensors), disk)
+
+    return save

@@ -27,7 +27,7 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tree import cloned
-from noether.effects.checkpoints import CheckpointError
+from noether.effects import CheckpointError
 from noether.training.data import EvaluationData, TrainingData
 from noether.training.optimizer import FunctionalOptimizer
 from noether.training.randomness import derive, seed_all

@@ -8,7 +8,7 @@ import torch
 
 from noether.core.errors import nearest
 from noether.core.tree import FrozenDict, on_device
-from noether.effects.checkpoints import CheckpointError, CheckpointStore
+from noether.effects import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -244,12 +244,12 @@ def lines(run):
 
 
 def timeless(run):
-    """Return the lines of metrics.jsonl without the readings of clocks."""
-    return [{key: value for key, value in line.items() if key != "time_s"} for line in lines(run)]
+    """Return the lines of metrics.jsonl without the name of the run and the readings of clocks."""
+    return [{key: value for key, value in line.items() if key not in ("run", "time_s")} for line in lines(run)]
 
 
 def pointer(run, name):
-    return (run / "checkpoints" / name).read_text()
+    return (run / "checkpoints" / name).read_text().split()[0]
 
 
 def weights(run, name="latest"):

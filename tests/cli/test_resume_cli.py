@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from command import SMALL, contents, invoke, lines, only_run, pointer, saved, timeless
+from command import SMALL, contents, invoke, lines, noether, only_run, pointer, saved, timeless
 
 EXACT = ("weights.safetensors", "optimizer.safetensors")
 
@@ -180,12 +180,26 @@ def test_a_run_goes_on_without_what_it_was_initialized_from(finished, tmp_path):
     assert f"run.init_from: '{source}': no checkpoint 'last' in {source.parent}; there are: none; give" in output
 
 
-def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_passed_over(finished, tmp_path):
     path = finished / "checkpoints/E2_U76_S2410.2/optimizer.safetensors"
     path.unlink()
+    done = noether("train", "--resume", shown(finished, tmp_path), cwd=tmp_path)
+    assert done.stderr == f"{shown(path, tmp_path)} is missing; going on without it, at E2_U76_S2410\n"
+    assert done.stdout.splitlines()[0] == "going on at E2_U76_S2410"
+    assert pointer(finished, "latest") == "E2_U76_S2410.3"
+
+
+def test_a_run_of_which_every_checkpoint_is_damaged_does_not_begin_anew(finished, tmp_path):
+    checkpoints = finished / "checkpoints"
+    for path in checkpoints.glob("*/state.json"):
+        path.write_bytes(path.read_bytes().replace(b"0", b"1"))
     before = contents(tmp_path)
     output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path, code=1)
-    assert output == f"Error: {shown(path, tmp_path)} is missing\n"
+    first, *reasons = output.splitlines()
+    assert first == (
+        f"Error: the run cannot go on from any of the {len(reasons)} checkpoints in {shown(checkpoints, tmp_path)}:"
+    )
+    assert reasons[0].startswith(f"  {shown(checkpoints, tmp_path)}/E2_U76_S2410.2/state.json is damaged: ")
     assert contents(tmp_path) == before
 
 

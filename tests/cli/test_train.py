@@ -74,7 +74,7 @@ def test_a_line_of_metrics_for_every_event_that_logged(run):
     assert len(updates) + len(epochs) == len(written)
     assert [(line["epoch"], line["update"]) for line in updates] == [(u // 38, u) for u in range(5, 76, 5)]
     assert [(line["epoch"], line["update"], line["sample"]) for line in epochs] == [(1, 38, 1205), (2, 76, 2410)]
-    assert all(line.keys() == {"event", "epoch", "update", "sample", "time_s", "metrics"} for line in written)
+    assert all(line.keys() == {"run", "event", "epoch", "update", "sample", "time_s", "metrics"} for line in written)
     assert all(
         set(line["metrics"]) == {f"loss/online/{loss}/U5" for loss in ("cross_entropy", "total")} for line in updates
     )
@@ -261,7 +261,7 @@ def test_a_module_of_the_users_by_the_installed_script(folder):
 
 def test_an_effect_that_nobody_handles_is_named(folder):
     output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=1)
-    handled = "LogText, LogScalars, SetSummary, SaveCheckpoint, SaveTensors, ShowProgress, MeasurePeakMemory"
+    handled = "LogText, LogScalars, SetSummary, SaveTensors, ShowProgress, SaveCheckpoint, MeasurePeakMemory"
     assert output.splitlines()[-1] == (
         "Error: nobody handles the effect Ring; register it with interpreter.handling(Ring, handler). "
         f"Handled: {handled}"

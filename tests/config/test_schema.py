@@ -132,7 +132,7 @@ def test_what_is_resolved_has_its_sections_in_order_and_its_defaults(digits):
     digits()
     plain = resolved(load("digits.yaml"))
     assert list(plain) == ["run", "model", "data", "optimizer", "trainer", "callbacks"]
-    assert plain["run"] == {"name": "digits", "output": "runs", "seed": 0, "handlers": {}}
+    assert plain["run"] == {"name": "digits", "output": "runs", "seed": 0, "handlers": {}, "tensorboard": False}
     assert plain["optimizer"]["eps"] == 1e-8
     assert plain["callbacks"][1] == {"kind": "shop.say", "at_end": False}
 

@@ -74,7 +74,7 @@ def test_an_effect_may_have_no_handler_at_all():
 
 @pytest.mark.parametrize(("rank", "written"), [(0, True), (1, False)])
 def test_only_the_first_rank_writes(tmp_path, rank, written):
-    run = open_run(tmp_path)
+    run = open_run(tmp_path, rank=rank)
     state = TrainState(params={"weight": torch.ones(2)}).advance(samples=1)
     effects = [
         LogScalars({"a": 1}),
@@ -83,6 +83,7 @@ def test_only_the_first_rank_writes(tmp_path, rank, written):
         SaveTensors(name="c", tensors={"c": torch.ones(1)}),
     ]
     run.interpreter(effects, state, AfterUpdate(samples=1, run=Run(rank=rank, world_size=2)))
+    run.close()
     found = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
     assert found == ({"metrics.jsonl", "summary.json", "checkpoints", "tensors"} if written else set())
 

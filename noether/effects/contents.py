@@ -1,0 +1,142 @@
+"""What is in a checkpoint: a state as the files that hold it, and back."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from attrs import frozen
+from cattrs.preconf.json import make_converter
+
+from noether.core.averages import averaged
+from noether.core.iteration import TrainingIteration
+from noether.core.state import Measured, TrainState
+from noether.effects.encoding import decode, encode
+from noether.effects.tensor_files import read_tensors, tensor_pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from noether.core.effect import SaveCheckpoint
+
+    Pieces = Iterable[bytes | memoryview]
+
+WEIGHTS: Final = "weights.safetensors"
+OPTIMIZER: Final = "optimizer.safetensors"
+STATE: Final = "state.json"
+MEMORY: Final = "state.safetensors"
+FILES: Final = frozenset({WEIGHTS, OPTIMIZER, STATE, MEMORY})
+"""The names that a file of a checkpoint can have."""
+
+_WHATS: Final = ("params", "buffers")
+
+CONVERTER: Final = make_converter(forbid_extra_keys=True)
+"""Between the classes that are written as JSON and plain values; what it does not know it refuses."""
+CONVERTER.register_unstructure_hook(TrainingIteration, str)
+CONVERTER.register_structure_hook(TrainingIteration, lambda text, _: TrainingIteration.parse(text))
+
+
+class ModelNamesError(LookupError):
+    """No weights lie below the names of sub-modules."""
+
+
+@frozen(kw_only=True)
+class _Remembered:
+    """What `state.json` holds: all of a state but its weights, the tensors in files beside it."""
+
+    iteration: TrainingIteration
+    previous: TrainingIteration
+    stop: str | None
+    ended: bool
+    seed: int
+    hyperparams: Any
+    metrics: Any
+    callback_states: Any
+    opt_state: Any
+
+
+def files_asked(effect: SaveCheckpoint) -> set[str]:
+    """Return the names of the files that a checkpoint has at least."""
+    return ({WEIGHTS} if effect.weights else set()) | ({STATE} if effect.optimizer else set())
+
+
+def files_of(effect: SaveCheckpoint, state: TrainState) -> dict[str, Pieces]:
+    """Return the content of each file of a checkpoint of `state`, in pieces.
+
+    Raises:
+        ModelNamesError: If no weights lie below the names of sub-modules that are asked for.
+        TypeError: If something in the state is of a type that cannot be saved.
+        WeightsError: If the weights that are asked for are not in the state.
+    """
+    files: dict[str, Pieces] = {}
+    if effect.weights:
+        weighted = state if effect.weights_of is None else averaged(state, effect.weights_of)
+        files[WEIGHTS] = _weights(weighted, effect.models)
+    return files | (_remembered(state) if effect.optimizer else {})
+
+
+def state_in(files: Mapping[str, bytes], iteration: TrainingIteration) -> TrainState:
+    """Return the state in the files of a checkpoint, on the CPU; what they do not hold is as in a new state.
+
+    Raises:
+        Exception: If they do not hold what `files_of` writes; the libraries that read them say what.
+    """
+    state = _recalled(files) if STATE in files else TrainState(iteration=iteration)
+    if WEIGHTS in files:
+        tensors, facts = read_tensors(files[WEIGHTS])
+        # In the order that they had: a sum over all of them, as clipping takes it, depends on it in the last bit.
+        state = state.replace(**{what: {name: tensors[name] for name in facts["order"][what]} for what in _WHATS})
+    return state
+
+
+def _weights(state: TrainState, models: tuple[str, ...]) -> Pieces:
+    chosen = {
+        name: tensor
+        for name, tensor in {**state.params, **state.buffers}.items()
+        if not models or any(name.startswith(f"{model}.") for model in models)
+    }
+    if models and not chosen:
+        there = f"there are: {', '.join(state.params)}"
+        raise ModelNamesError(f"model_names: no weights below {', '.join(models)}; {there}")
+    order = {what: [name for name in getattr(state, what) if name in chosen] for what in _WHATS}
+    return tensor_pieces(chosen, order=order)
+
+
+def _remembered(state: TrainState) -> dict[str, Pieces]:
+    optimizer: dict[str, torch.Tensor] = {}
+    memory: dict[str, torch.Tensor] = {}
+    metrics = {key: (value, str(at)) for key, (value, at) in state.metrics.items()}
+    content = _Remembered(
+        iteration=state.iteration,
+        previous=state.previous,
+        stop=state.stop,
+        ended=state.ended,
+        seed=state.seed,
+        hyperparams=encode(state.hyperparams, memory, "hyperparams"),
+        metrics=encode(metrics, memory, "metrics"),
+        callback_states=encode(state.callback_states, memory, "callback_states"),
+        opt_state=encode(state.opt_state, optimizer),
+    )
+    text = json.dumps(CONVERTER.unstructure(content), indent=1, allow_nan=False)
+    beside = {OPTIMIZER: optimizer, MEMORY: memory}
+    tensors = {name: tensor_pieces(held) for name, held in beside.items() if held}
+    return {STATE: [text.encode()], **tensors}
+
+
+def _recalled(files: Mapping[str, bytes]) -> TrainState:
+    content = CONVERTER.loads(files[STATE], _Remembered)
+    optimizer, memory = (read_tensors(files[name])[0] if name in files else {} for name in (OPTIMIZER, MEMORY))
+    metrics = decode(content.metrics, memory)
+    return TrainState(
+        iteration=content.iteration,
+        previous=content.previous,
+        stop=content.stop,
+        ended=content.ended,
+        seed=content.seed,
+        hyperparams=decode(content.hyperparams, memory),
+        metrics={key: Measured(value, TrainingIteration.parse(at)) for key, (value, at) in metrics.items()},
+        callback_states=decode(content.callback_states, memory),
+        opt_state=decode(content.opt_state, optimizer),
+    )

@@ -1,0 +1,115 @@
+"""What lies in a directory of checkpoints, read without believing it: each thing is whole, damaged, or not ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from attrs import frozen
+
+from noether.effects.contents import FILES
+from noether.effects.files import read_file, reason
+from noether.effects.manifest import LIMIT_BYTES, MANIFEST, NAME, Manifest, ManifestError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from noether.effects.disk import Disk, Kind
+
+_POINTER_BYTES: Final = 400
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be found, read or written."""
+
+
+@frozen
+class Listing:
+    """What lies in a directory of checkpoints.
+
+    Args:
+        manifests: Of the checkpoints whose manifest can be read, oldest first.
+        damaged: What is wrong with the others, by the name of their directory.
+        pointers: Tag by name of pointer.
+        broken: What is wrong with pointers that name nothing, by name; what they named cannot be told.
+    """
+
+    manifests: tuple[Manifest, ...]
+    damaged: dict[str, str]
+    pointers: dict[str, str]
+    broken: dict[str, str]
+
+
+def listed(directory: Path, disk: Disk) -> Listing:
+    """Return what lies in a directory of checkpoints; names that begin with a dot are not looked at."""
+    kinds = _kinds(directory, disk)
+    found: dict[str, Manifest] = {}
+    damaged = {name: f"{directory / name} is damaged: it is a link or a device" for name in _odd(kinds)}
+    for name in (name for name, kind in kinds.items() if kind == "directory"):
+        try:
+            manifest = read_manifest(directory, name, disk)
+        except CheckpointError as error:
+            damaged[name] = str(error)
+        else:
+            found |= {} if manifest is None else {name: manifest}
+    pointers: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    for name in (name for name, kind in kinds.items() if kind == "file"):
+        try:
+            pointers[name] = _pointed(directory / name, disk, found, damaged)
+        except CheckpointError as error:
+            broken[name] = str(error)
+    return Listing(tuple(sorted(found.values(), key=lambda each: each.order)), damaged, pointers, broken)
+
+
+def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
+    """Return the manifest of a checkpoint; None where there is nothing of a checkpoint: it is not ours.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, or that of another checkpoint.
+    """
+    path = directory / name / MANIFEST
+    if disk.kind(path) is None:
+        parts = [part for part in disk.names(path.parent) if part in FILES]
+        if not parts:
+            return None
+        raise CheckpointError(f"{path} is missing, beside {', '.join(parts)}")
+    try:
+        manifest = Manifest.loads(read_file(path, disk, limit=LIMIT_BYTES).decode())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+    except (ManifestError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if manifest.tag != name:
+        raise CheckpointError(f"{path} is damaged: it is the manifest of {manifest.tag}")
+    return manifest
+
+
+def pointer_text(manifest: Manifest) -> str:
+    """Return what is in a pointer: a tag, and the hash of its manifest, by which damage and exchange are seen."""
+    return f"{manifest.tag} {manifest.sha256}\n"
+
+
+def _kinds(directory: Path, disk: Disk) -> dict[str, Kind | None]:
+    if disk.kind(directory) is None:
+        return {}
+    return {name: disk.kind(directory / name) for name in disk.names(directory) if not name.startswith(".")}
+
+
+def _odd(kinds: dict[str, Kind | None]) -> list[str]:
+    return [name for name, kind in kinds.items() if kind in ("link", "other")]
+
+
+def _pointed(path: Path, disk: Disk, manifests: dict[str, Manifest], damaged: dict[str, str]) -> str:
+    """Return the tag that a pointer names."""
+    try:
+        text = read_file(path, disk, limit=_POINTER_BYTES).decode("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged, or no pointer: {error}") from error
+    tag, _, rest = text.partition(" ")
+    if not NAME.fullmatch(tag) or tag not in {**manifests, **damaged}:
+        raise CheckpointError(f"{path} is damaged, or no pointer: there is no checkpoint {tag[:80]!r}")
+    manifest = manifests.get(tag)
+    # Before manifests had hashes, a pointer was a tag and nothing else.
+    if manifest is not None and text != pointer_text(manifest) and not (manifest.format == 1 and not rest):
+        raise CheckpointError(f"{path} is damaged: {tag} is not the checkpoint that it was set to")
+    return tag
