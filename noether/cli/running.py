@@ -28,7 +28,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.tree import FrozenDict
 from noether.core.upcoming import Move, next_move
 from noether.effects import CheckpointError, open_run
-from noether.effects.files import replace_text
+from noether.effects.files import make_directories, replace_text
 from noether.effects.run_directory import CONFIG
 from noether.effects.sinks import LOGGED
 from noether.effects.tensorboard import TensorBoard
@@ -263,7 +263,7 @@ def _without(state: TrainState, names: Sequence[str]) -> TrainState:
 
 def _new_directory(folder: Path) -> Path:
     """Return the directory of a new run, made here, so that two runs begun at once never share one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directories(folder)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for number in count(1):
         path = folder / (stamp if number == 1 else f"{stamp}-{number}")

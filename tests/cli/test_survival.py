@@ -1,0 +1,311 @@
+"""Whatever ends or hinders a run in a real process, what was saved is there, and the run goes on to the same bits."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from command import (
+    ENVIRONMENT,
+    PAPER,
+    PATIENCE_S,
+    ROOT,
+    contents,
+    invoke,
+    noether,
+    only_run,
+    pointer,
+    saved,
+    start,
+    timeless,
+    until,
+)
+
+from noether.effects import CheckpointStore
+
+EXACT = ("weights.safetensors", "optimizer.safetensors")
+
+PHASES = '''\
+"""Callbacks that hold still in one phase of training, until a signal was caught or a file says to go on."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import paper
+from noether.core.callbacks.base import CallbackBase
+
+
+def hold(phase):
+    folder = Path(os.environ.get("HOLD_IN", "."))
+    go = folder / f"go {phase}"
+    if phase not in os.environ.get("HOLD_AT", "").split(",") or go.exists():
+        return
+    (folder / f"holding {phase}").touch()
+    while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL and not go.exists():
+        time.sleep(0.005)
+    go.touch()
+
+
+class Phases(CallbackBase):
+    def before_training(self, state, event):
+        hold("begin")
+        return state, ()
+
+    def after_update(self, state, event):
+        hold(f"update {state.iteration.update}")
+        return state, ()
+
+    def after_epoch(self, state, event):
+        hold(f"epoch {state.iteration.epoch}")
+        return state, ()
+
+    def after_training(self, state, event):
+        hold("end")
+        return state, ()
+
+
+def agreement(outputs, batch):
+    hold("evaluation")
+    return paper.agreement(outputs, batch)
+'''
+
+
+@pytest.fixture(scope="module")
+def phases(paper, tmp_path_factory):
+    """A working directory with a module whose callbacks hold still, and a finished run of it."""
+    folder = tmp_path_factory.mktemp("phases")
+    shutil.copy(paper / "paper.py", folder)
+    (folder / "phases.py").write_text(PHASES)
+    text = PAPER.replace("paper.agreement", "phases.agreement").replace(
+        "{kind: paper.Hold, every_n_updates: 1}", "{kind: phases.Phases}"
+    )
+    (folder / "phases.yaml").write_text(text)
+    noether("train", "phases.yaml", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def holding(phases, tmp_path):
+    """Start a run that holds still in a phase; return its process once it does."""
+    started = []
+
+    def begin(at, *arguments):
+        words = ("train", "phases.yaml", "--set", f"run.output={tmp_path}", *arguments)
+        process = start(*words, cwd=phases, HOLD_AT=at, HOLD_IN=tmp_path)
+        started.append(process)
+        until((tmp_path / f"holding {at}").exists, process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def check_equal(run, uncut):
+    assert saved(run, *EXACT) == saved(uncut, *EXACT)
+    assert timeless(run) == timeless(uncut)
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kill", "--kills", "5"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "after 5 kills, weights, memories and log equal those of the run that nobody touched" in done.stdout
+
+
+@pytest.mark.parametrize("phase", ["begin", "update 20", "evaluation", "epoch 2"])
+def test_a_signal_in_any_phase_leaves_a_run_that_goes_on(phases, tmp_path, holding, phase):
+    process = holding(phase)
+    process.terminate()
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, errors) == (143, ""), output
+    run = only_run(tmp_path / "paper")
+    assert output.splitlines()[-2].startswith("interrupted at ")
+    assert not (run / ".lock").exists()
+    invoke("train", "--resume", run, cwd=phases)
+    check_equal(run, only_run(phases / "out/paper"))
+
+
+def test_a_signal_while_training_ends_lets_it_end(phases, tmp_path, holding):
+    process = holding("end")
+    process.terminate()
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, errors) == (0, "")
+    assert output.splitlines()[-1].startswith("ended at E3_U45_S180")
+    check_equal(only_run(tmp_path / "paper"), only_run(phases / "out/paper"))
+
+
+def test_a_signal_in_the_middle_of_a_save_waits_for_it(phases, tmp_path):
+    """A network of 64 MB takes long enough to write that the signal comes while it is."""
+    wide = ("--set", "model.width=1000000", "--set", "trainer.max_updates=6")
+    every = (
+        (phases / "phases.yaml")
+        .read_text()
+        .replace("Callback, every_n_epochs: 1, save", "Callback, every_n_updates: 5, save")
+    )
+    (phases / "wide.yaml").write_text(every)
+    process = start("train", "wide.yaml", "--set", f"run.output={tmp_path}", *wide, cwd=phases)
+    until(lambda: list(tmp_path.glob("paper/*/checkpoints/.tmp-*")), process)
+    process.terminate()
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode in (0, 143), errors) == (True, ""), output
+    run = only_run(tmp_path / "paper")
+    assert not list(run.glob("checkpoints/.tmp-*"))
+    store = CheckpointStore(run / "checkpoints", "run")
+    state, newest = store.recover()
+    assert newest.tag == pointer(run, "latest")
+    assert state.iteration.update >= 5
+
+
+def test_a_second_process_is_refused_and_a_reader_is_not(phases, tmp_path, holding):
+    process = holding("update 40")
+    run = only_run(tmp_path / "paper")
+    before = contents(run)
+    done = noether("train", "--resume", run, cwd=phases, code=1)
+    assert done.stderr.startswith(f"Error: {run} is in use by process {process.pid} on ")
+    assert (done.stdout, contents(run)) == ("", before)
+    invoke("eval", run, cwd=phases)
+    (tmp_path / "go update 40").touch()
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, errors) == (0, ""), output
+    check_equal(run, only_run(phases / "out/paper"))
+
+
+def test_a_run_whose_process_was_killed_is_free_at_once_though_its_workers_live(phases, tmp_path, holding):
+    process = holding("update 20", "--set", "trainer.num_workers=2")
+    process.kill()
+    run = only_run(tmp_path / "paper")
+    assert (run / ".lock").exists()
+    invoke("train", "--resume", run, cwd=phases)
+    check_equal(run, only_run(phases / "out/paper"))
+
+
+def test_nothing_is_ordered_by_time(phases, tmp_path, holding):
+    """The clock was set back: the newest checkpoint has the oldest files, and the next run an older name."""
+    process = holding("update 40")
+    process.kill()
+    process.communicate()
+    run = only_run(tmp_path / "paper")
+    for age, path in enumerate(sorted((run / "checkpoints").glob("E*"), key=lambda path: path.name)):
+        for each in (path, *path.iterdir()):
+            os.utime(each, (1e9 - 1e6 * age,) * 2)
+    old = run.rename(run.with_name("19700101-000000"))
+    code = "import time; time.time = iter(range(10**9, 0, -1)).__next__; from noether.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--resume", str(old)],
+        cwd=phases, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == "going on at E2_U30_S120"
+    check_equal(old, only_run(phases / "out/paper"))
+
+
+FULL = '''\
+"""Trains on a file system of four megabytes that is full from update 20 on, until update 35 or the end."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+disk, on_error = Path(sys.argv[1]), sys.argv[2]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+filler = disk / "filler"
+
+
+def fill():
+    with filler.open("wb", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                pass
+
+
+def train(*arguments, at=""):
+    environment = {**os.environ, "HOLD_AT": at, "HOLD_IN": str(disk.parent)}
+    words = [sys.executable, "-m", "noether", "train", *arguments]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def held(process, phase):
+    while not (disk.parent / f"holding {phase}").exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def go(phase):
+    (disk.parent / f"go {phase}").touch()
+
+
+settings = [f"run.output={disk}", f"trainer.checkpoints.on_error={on_error}"]
+words = [word for each in settings for word in ("--set", each)]
+process = train("phases.yaml", *words, at="update 20,update 35")
+held(process, "update 20")
+fill()
+go("update 20")
+held(process, "update 35")
+filler.unlink()
+go("update 35")
+stdout, stderr = process.communicate()
+run = next((disk / "paper").iterdir())
+found = {"code": process.returncode, "stderr": stderr, "saved": sorted(os.listdir(run / "checkpoints"))}
+process = train("--resume", str(run))
+found["resumed"] = process.communicate()
+subprocess.run(["cp", "-r", str(run), str(disk.parent / "kept")], check=True)
+print(json.dumps(found))
+'''
+
+_OWN_MOUNTS = ("unshare", "--user", "--map-root-user", "--mount")
+
+
+def on_a_full_disk(phases, tmp_path, on_error):
+    """Return what a run did on a disk that was full for a while, and a copy of its directory."""
+    if subprocess.run([*_OWN_MOUNTS, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no file systems can be mounted here; the same faults are injected in tests/effects")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "full.py").write_text(FULL)
+    done = subprocess.run(
+        [*_OWN_MOUNTS, sys.executable, tmp_path / "full.py", tmp_path / "disk", on_error],
+        cwd=phases, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), tmp_path / "kept"
+
+
+def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(phases, tmp_path):
+    found, run = on_a_full_disk(phases, tmp_path, "stop")
+    assert found["code"] == 1
+    assert "could not be written: [Errno 28] No space left on device: " in found["stderr"].splitlines()[-1]
+    assert found["stderr"].splitlines()[-1].endswith("; the checkpoints before it stay")
+    assert [name for name in found["saved"] if name.startswith(("E", "."))] == ["E1_U15_S60"]
+    assert found["resumed"][0].splitlines()[0] == "going on at E1_U15_S60"
+    check_equal(run, only_run(phases / "out/paper"))
+
+
+def test_a_run_on_a_full_disk_that_warns_goes_on_and_counts_what_it_lost(phases, tmp_path):
+    found, run = on_a_full_disk(phases, tmp_path, "warn")
+    assert found["code"] == 0, found["stderr"]
+    told = found["stderr"].splitlines()
+    assert sum("metrics.jsonl failed, and what it was given is lost" in line for line in told) == 1
+    assert sum("; training goes on without it" in line for line in told) == 1
+    assert [name for name in found["saved"] if name.startswith(("E", "."))] == [
+        "E1_U15_S60",
+        "E3_U45_S180",
+        "E3_U45_S180.2",
+    ]
+    uncut = only_run(phases / "out/paper")
+    assert saved(run, *EXACT) == saved(uncut, *EXACT)
+    manifest = json.loads((run / "checkpoints/E3_U45_S180/MANIFEST.json").read_text())
+    assert manifest["log_lines_lost"] > 0
+    assert manifest["log_lines"] + manifest["log_lines_lost"] == len(timeless(uncut))
+    assert all(line in timeless(uncut) for line in timeless(run))
