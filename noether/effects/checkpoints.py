@@ -50,8 +50,11 @@ class CheckpointStore:
         self._run_id = run_id
         self._disk = disk
         self._writer = Writer(directory, disk)
-        self._segment = 1 + max((manifest.segment for manifest in self.manifests()), default=0)
+        listing = self._listing()
+        # What is damaged may be of a segment later than all others: its number is not to be used again.
+        self._segment = 1 + max((each.segment for each in listing.manifests), default=0) + len(listing.damaged)
         self._parent: str | None = None
+        self._committed: set[str] = set()  # tags that are known to be on the disk, whole
 
     def save(
         self, effect: SaveCheckpoint, state: TrainState, event: Event, logged: Callable[[], LogCount] = LogCount
@@ -71,12 +74,15 @@ class CheckpointStore:
         for what, name in (("tag", wanted), *(("pointer", pointer) for pointer in effect.pointers)):
             if not NAME.fullmatch(name):
                 raise CheckpointError(f"{what} {name!r}: a name is made of up to 200 letters, digits and '_.=-'")
-        listing = self._listing()
-        held = self._held(listing, wanted, effect, state, event)
-        saved = held or self._draft(wanted, effect, state, event)
-        pointed = {**listing.pointers, **dict.fromkeys(effect.pointers, saved.tag)}
+        try:
+            listing = self._listing()
+            held = self._held(listing, wanted, effect, state, event)
+            saved = held or self._draft(wanted, effect, state, event)
+        except OSError as error:
+            raise CheckpointError(f"{self._directory} cannot be written to: {error}") from error
+        unsure = [why for pointer, why in listing.broken.items() if pointer not in effect.pointers]
         failed: list[tuple[Step, OSError]] = []
-        for step in planned(saved, held is None, effect.pointers, listing.manifests, pointed, self._parent):
+        for step in self._planned(saved, effect, listing, new=held is None):
             # What fails cancels the steps of every later kind.
             if any(ORDER.index(type(before)) < ORDER.index(type(step)) for before, _ in failed):
                 continue
@@ -84,7 +90,7 @@ class CheckpointStore:
                 if isinstance(step, Write):
                     saved = self._write(saved, effect, state, logged)
                 else:
-                    self._take(step, saved)
+                    self._take(step, saved, unsure)
             except OSError as error:
                 failed.append((step, error))
         self._report(failed)
@@ -176,7 +182,8 @@ class CheckpointStore:
     ) -> Manifest | None:
         """Return the checkpoint in which this very event already saved all that is asked, if it did."""
         held = next((manifest for manifest in listing.manifests if manifest.tag == tag), None)
-        if held is None:
+        # One whose commit failed may be there to read, and gone after a loss of power.
+        if held is None or tag not in self._committed:
             return None
         now = (self._segment, state.iteration, type(event).__name__, effect.weights_of)
         same = (held.segment, held.iteration, held.event, held.weights_of) == now
@@ -201,6 +208,11 @@ class CheckpointStore:
             retention=dict(effect.retention),
         )
 
+    def _planned(self, saved: Manifest, effect: SaveCheckpoint, listing: Listing, *, new: bool) -> tuple[Step, ...]:
+        pointed = {**listing.pointers, **dict.fromkeys(effect.pointers, saved.tag)}
+        whole = {*self._committed, saved.tag, self._parent}
+        return planned(saved, new, effect.pointers, listing.manifests, pointed, whole, self._parent)
+
     def _write(
         self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, logged: Callable[[], LogCount]
     ) -> Manifest:
@@ -211,15 +223,15 @@ class CheckpointStore:
         log = logged()
         return evolve(written, log_lines=log.lines, log_lines_lost=log.lost)
 
-    def _take(self, step: Step, saved: Manifest) -> None:
+    def _take(self, step: Step, saved: Manifest, unsure: list[str]) -> None:
         if isinstance(step, Commit):
             self._writer.commit(saved)
+            self._committed.add(saved.tag)
         elif isinstance(step, Point):
             self._writer.point(step.pointer, saved)
         elif isinstance(step, Prune):
-            broken = self._listing().broken
-            if broken:  # what they named cannot be told, and must not be removed
-                raise OSError("; ".join(broken.values()))
+            if unsure:  # what these pointers name cannot be told, and must not be removed
+                raise OSError("; ".join(unsure))
             self._writer.prune(step.tags)
 
     def _report(self, failed: list[tuple[Step, OSError]]) -> None:

@@ -88,7 +88,7 @@ class Disk:
 
     def flush(self, file: int) -> None:
         """Return once what was written to a file is on the disk."""
-        self._call(_flush, file)
+        self._call(fsync, file)
 
     def close(self, file: int) -> None:
         """Close a file."""
@@ -147,9 +147,10 @@ class Disk:
         return int(self._call(os.fstat, file).st_size)
 
 
-def _flush(file: int) -> None:
+def fsync(file: int) -> None:
+    """Return once what was written to a file is on the disk, and not only in the memory of the drive."""
     if sys.platform == "darwin":
-        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # where fsync leaves it in the drive's own memory
+        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # there fsync itself does not wait for the drive
     else:
         os.fsync(file)
 

@@ -101,12 +101,18 @@ def read_file(path: Path, disk: Disk = DISK, *, limit: int | None = None) -> byt
 
 def make_directories(path: Path, disk: Disk = DISK) -> None:
     """Make a directory where there is none, with those above it, and return once its entry is on the disk."""
-    if disk.kind(path) is None:
-        if path.parent != path:
-            make_directories(path.parent, disk)
+    made = disk.kind(path) is None
+    if made:
+        make_directories(path.parent, disk)
         with suppress(FileExistsError):
             disk.make_directory(path)
-    disk.flush_directory(path.parent)
+    try:
+        disk.flush_directory(path.parent)
+    except OSError:
+        if made:  # a second flush would not tell of the first: the next one is of another entry
+            with suppress(OSError):
+                disk.remove_directory(path)
+        raise
 
 
 def remove_all(path: Path, disk: Disk = DISK) -> None:

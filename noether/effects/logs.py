@@ -40,6 +40,9 @@ class LogCount(NamedTuple):
     lost: int = 0
 
 
+UNKNOWN: Final = LogCount()
+
+
 def event_name(event: Event) -> str:
     """Return the name of an event in logs, such as `after_update`."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
@@ -113,9 +116,9 @@ class MetricsFile:
         """Bring the lines that were `written` so far to the disk; return how many are there and how many are lost."""
         lines, lost = written.lines or 0, written.lost
         with self._lock:
-            if self._file is not None and self._flushed < lines:
+            if self._flushed < lines:
                 try:
-                    self._rewrite() if self._distrusted else self._disk.flush(self._file)
+                    self._rewrite() if self._distrusted else self._disk.flush(self._opened())
                 except OSError as error:
                     if not self._distrusted:
                         _LOGGER.warning("%s could not be flushed to the disk: %s", self._path, reason(error))
@@ -124,37 +127,35 @@ class MetricsFile:
                     self._flushed = lines
         return LogCount(self._flushed, lost + lines - self._flushed)
 
-    def cut(self, state: TrainState | None, lost: int = 0) -> int:
+    def cut(self, state: TrainState | None, saved: LogCount = UNKNOWN) -> int:
         """Drop the lines beyond `state`, which a resumed run will write again, and a torn one; return how many.
 
         Args:
             state: Where the run goes on, or None if it starts anew.
-            lost: How many lines were lost before it.
+            saved: The lines that were on the disk when that state was saved; a missing one is told of and counted.
 
         Raises:
-            LogError: If a line before one that stays is not one of ours.
+            LogError: If one of those lines, or a line before one that stays, is not one of ours.
         """
-        if self._disk.kind(self._path) is None:
-            return 0
         self.close()
-        lines = read_file(self._path, self._disk).splitlines(keepends=True)
-        kept = _kept(lines, state, self._path)
+        there = self._disk.kind(self._path) is not None
+        lines = read_file(self._path, self._disk).splitlines(keepends=True) if there else []
+        kept = _kept(lines, state, saved.lines or 0, self._path)
+        held = saved.lines or 0
+        if len(kept) < held:
+            _LOGGER.warning("%s misses %d of the %d lines that it held", self._path, held - len(kept), held)
         if len(kept) < len(lines):
             replace_file(self._path, kept, self._disk)
-        self._written, self._flushed = LogCount(len(kept), lost), 0
+        self._written, self._flushed = LogCount(len(kept), max(0, held + saved.lost - len(kept))), 0
         return len(lines) - len(kept)
 
     def close(self) -> None:
         """Close the file; a later line opens it again."""
         with self._lock:
-            if self._file is not None:
-                self._disk.close(self._file)
-            self._file = None
+            self._let_go()
 
     def _append(self, line: bytes) -> None:
-        if self._file is None:
-            self._open()
-        file = self._opened
+        file = self._opened()
         if self._torn:
             self._disk.truncate(file, self._size)
         self._torn = True
@@ -163,23 +164,37 @@ class MetricsFile:
         self._torn = False
         self._size += len(line)
 
-    @property
     def _opened(self) -> int:
         if self._file is None:
-            raise ValueError(f"{self._path} is closed")
+            self._file = self._disk.open_to_append(self._path)
+            try:
+                self._begin()
+            except OSError:
+                self._let_go()
+                raise
         return self._file
 
-    def _open(self) -> None:
-        self._file = self._disk.open_to_append(self._path)
-        self._size = self._disk.size(self._file)
-        if self._size == 0:
-            self._disk.flush_directory(self._path.parent)
-            return
+    def _let_go(self) -> None:
+        file, self._file = self._file, None  # a close that fails has closed all the same
+        if file is not None:
+            self._disk.close(file)
+
+    def _begin(self) -> None:
         content = read_file(self._path, self._disk)
+        if not content:
+            self._enter()
         whole = content.rfind(b"\n") + 1
         # A line of a process that died while it wrote; without the cut, the next one would be glued to it.
         self._torn, self._size = whole < len(content), whole
-        self._written = LogCount(content.count(b"\n"), self._written.lost)
+        self._written = self._written._replace(lines=content.count(b"\n"))
+
+    def _enter(self) -> None:
+        """Bring the name of the new file to the disk."""
+        try:
+            self._disk.flush_directory(self._path.parent)
+        except OSError:
+            self._disk.remove(self._path)  # a second flush would not tell of the first: the next file is another
+            raise
 
     def _rewrite(self) -> None:
         """Write what the file holds to a new one, and put that in its place."""
@@ -187,17 +202,17 @@ class MetricsFile:
         if len(content) < self._size or not content.endswith(b"\n"):
             raise OSError(errno.EIO, "does not hold what was written to it", str(self._path))
         replace_file(self._path, [content], self._disk)
-        old, self._file = self._opened, self._disk.open_to_append(self._path)
-        self._distrusted = self._torn = False
-        self._disk.close(old)
+        self._distrusted = False
+        self._let_go()
 
 
-def _kept(lines: list[bytes], state: TrainState | None, path: Path) -> list[bytes]:
-    """Return the lines that a run that goes on at `state` has written already."""
+def _kept(lines: list[bytes], state: TrainState | None, saved: int, path: Path) -> list[bytes]:
+    """Return the lines that a run that goes on at `state` has written already, at least `saved` of them."""
     read = [_measured(line) for line in lines]
     stay = [index for index, each in enumerate(read) if each is not None and _belongs(*each, state)]
-    last = stay[-1] if stay else -1
-    for index, line in enumerate(lines[:last]):
+    # What comes later may be torn, or what a power loss left of it.
+    sure = max(saved, stay[-1] if stay else 0)
+    for index, line in enumerate(lines[:sure]):
         if read[index] is None:
             text = line[:80].decode(errors="replace")
             raise LogError(f"{path}:{index + 1}: not a line of metrics: {text!r}; remove it, and the run can go on")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from attrs import frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from noether.effects.manifest import Manifest
 
@@ -60,6 +60,7 @@ def planned(
     pointers: Iterable[str],
     held: Iterable[Manifest],
     pointed: Mapping[str, str],
+    whole: Container[str],
     parent: str | None,
 ) -> tuple[Step, ...]:
     """Return the steps of a save.
@@ -70,23 +71,27 @@ def planned(
         pointers: Names that are to point to it.
         held: The checkpoints that there are.
         pointed: Tag by name of pointer, as it is to be.
+        whole: Tags of checkpoints that are known to be whole.
         parent: The checkpoint that was resumed from.
     """
     written = (Write(saved.tag), Commit(saved.tag)) if new else ()
     points = tuple(Point(pointer, saved.tag) for pointer in pointers)
-    delete = pruning([*held, *([saved] if new else [])], pointed, parent).delete
+    delete = pruning([*held, *([saved] if new else [])], pointed, whole, parent).delete
     return (*written, *points, *([Prune(delete)] if delete else []))
 
 
-def pruning(manifests: Iterable[Manifest], pointers: Mapping[str, str], parent: str | None) -> Pruning:
+def pruning(
+    manifests: Iterable[Manifest], pointers: Mapping[str, str], whole: Container[str], parent: str | None
+) -> Pruning:
     """Return which checkpoints stay and which nobody keeps.
 
-    Stay do those that whoever asked for them still keeps, what a pointer names, the newest from which the run can go on
-    and the one from which it went on.
+    Stay do those that whoever asked for them still keeps, what a pointer names, the one from which the run went on, and
+    of those from which it can go on the newest that is known to be whole, with all that are newer.
 
     Args:
         manifests: All checkpoints of the run.
         pointers: Tag by name of pointer.
+        whole: Tags of checkpoints that are known to be whole, because they were written or read.
         parent: The checkpoint that was resumed from.
 
     Example:
@@ -95,11 +100,13 @@ def pruning(manifests: Iterable[Manifest], pointers: Mapping[str, str], parent: 
         >>> def taken(update):
         ...     return Manifest(tag=f"U{update}", run_id="r", segment=1, parent=None, event="AfterUpdate", parts={},
         ...                     iteration=TrainingIteration(update=update), retention={"CheckpointCallback": 1})
-        >>> pruning([taken(1), taken(2), taken(3)], {"best": "U1"}, parent=None)
+        >>> pruning([taken(1), taken(2), taken(3)], {"best": "U1"}, {"U3"}, parent=None)
         Pruning(keep=('U1', 'U3'), delete=('U2',))
     """
     ordered = sorted(manifests, key=lambda manifest: manifest.order)
-    kept = {*pointers.values(), parent, *[each.tag for each in ordered if each.resumable][-1:]}
+    resumable = [each.tag for each in ordered if each.resumable]
+    sure = max((index for index, tag in enumerate(resumable) if tag in whole), default=0)
+    kept = {*pointers.values(), parent, *resumable[sure:]}
     newest: dict[str, int] = {}
     for manifest in reversed(ordered):
         for owner, keep in manifest.retention.items():

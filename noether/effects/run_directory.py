@@ -23,7 +23,7 @@ from noether.effects.files import make_directories, replace_file
 from noether.effects.interpreter import Interpreter
 from noether.effects.listing import CheckpointError
 from noether.effects.lock import RunLock
-from noether.effects.logs import MetricsFile, Summary
+from noether.effects.logs import UNKNOWN, LogCount, MetricsFile, Summary
 from noether.effects.memory import PeakMemory
 from noether.effects.saving import Saver
 from noether.effects.sinks import Sinks
@@ -146,7 +146,7 @@ class RunDirectory:
         self._lock = lock
         self._services = services
         self._disk = disk
-        self._lost = 0  # lines of the log, before this process
+        self._logged = UNKNOWN  # with the state that was loaded
         self._metrics = MetricsFile(path / "metrics.jsonl", self.run_id, disk)
         weakref.finalize(self, self._metrics.close)
         self._saver = Saver(self.checkpoints, self._metrics, **saving)
@@ -176,7 +176,7 @@ class RunDirectory:
         if found is None:
             return None
         state, manifest = found
-        self._lost = manifest.log_lines_lost
+        self._logged = LogCount(manifest.log_lines, manifest.log_lines_lost)
         return state
 
     def cut_logs(self, state: TrainState | None) -> int:
@@ -185,7 +185,7 @@ class RunDirectory:
         Raises:
             LogError: If the log is damaged.
         """
-        dropped = self._metrics.cut(state, self._lost)
+        dropped = self._metrics.cut(state, UNKNOWN if state is None else self._logged)
         _LOGGER.info("%d lines of %s were dropped, to be written again", dropped, self.path / "metrics.jsonl")
         for service in self._services:
             service.resume(state)
@@ -208,7 +208,7 @@ class RunDirectory:
         try:
             self.wait()
         finally:
-            self._metrics.close()
+            self._sinks.guarded("metrics.jsonl", self._metrics.close)()
             for service in self._services:
                 self._sinks.guarded(service.name, service.close)()
             self._sinks.tell()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 from attrs import evolve
 
+from noether.effects.contents import FILES
 from noether.effects.files import TEMPORARY, make_directories, remove_all, replace_text, write_new
 from noether.effects.listing import pointer_text
 from noether.effects.manifest import MANIFEST, Manifest, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from noether.effects.contents import Pieces
     from noether.effects.disk import Disk
+
+
+_OWN: Final = FILES | {MANIFEST}
 
 
 @final
@@ -54,13 +59,21 @@ class Writer:
         """Let a pointer name a checkpoint."""
         replace_text(self._directory / pointer, pointer_text(manifest), self._disk)
 
-    def prune(self, tags: tuple[str, ...]) -> None:
-        """Remove checkpoints; each loses its name first, so that nobody ever sees half of one."""
-        for tag in tags:
+    def prune(self, tags: Iterable[str]) -> None:
+        """Remove checkpoints; each loses its name first, so that nobody ever sees half of one.
+
+        Raises:
+            OSError: If it fails, or if one stays because somebody put files of their own into it.
+        """
+        foreign = {tag: set(self._disk.names(self._directory / tag)) - _OWN for tag in tags}
+        going = [tag for tag, names in foreign.items() if not names]
+        for tag in going:
             self._disk.rename(self._directory / tag, self._temporary(tag))
         self._disk.flush_directory(self._directory)
-        for tag in tags:
+        for tag in going:
             remove_all(self._temporary(tag), self._disk)
+        if staying := [f"{tag}/{name}" for tag, names in foreign.items() for name in sorted(names)]:
+            raise OSError(errno.ENOTEMPTY, f"{', '.join(staying)} would be lost", str(self._directory))
 
     def give_up(self) -> None:
         """Remove what a failed save left, so that it does not fill the disk; what resists, the next save removes."""

@@ -340,7 +340,7 @@ KEEPS = st.sampled_from([None, 0, 1, 2, 3])
 
 @st.composite
 def histories(draw):
-    """All checkpoints of a run in their order, the pointers and the parent."""
+    """All checkpoints of a run in their order, the pointers, those known to be whole, and the parent."""
     manifests = []
     segment = update = 1
     for number in range(draw(st.integers(0, 8))):
@@ -356,18 +356,22 @@ def histories(draw):
         )  # fmt: skip
     names = st.sampled_from([manifest.tag for manifest in manifests] or ["gone"])
     pointers = draw(st.dictionaries(st.sampled_from(["latest", "best"]), names))
-    return manifests, pointers, draw(st.one_of(st.none(), names))
+    whole = draw(st.sets(names))
+    return manifests, pointers, whole, draw(st.one_of(st.none(), names))
 
 
 @UNTIMED
 @given(histories(), st.randoms())
 def test_the_plan_of_what_goes(history, random):
-    manifests, pointers, parent = history
-    plan = pruning(random.sample(manifests, len(manifests)), pointers, parent)
+    manifests, pointers, whole, parent = history
+    plan = pruning(random.sample(manifests, len(manifests)), pointers, whole, parent)
     gone = plan.delete
     kept = [manifest for manifest in manifests if manifest.tag not in gone]
     assert plan.keep == tuple(manifest.tag for manifest in kept)
-    protected = {*pointers.values(), parent, *[each.tag for each in manifests if each.resumable][-1:]}
+    resumable = [each.tag for each in manifests if each.resumable]
+    while len(resumable) > 1 and whole & set(resumable[1:]):  # none is older than the newest that is known to be whole
+        del resumable[0]
+    protected = {*pointers.values(), parent, *resumable}
     assert not protected & set(gone)
     for owner in ("checkpoint", "best", "ema"):
         own = [manifest for manifest in manifests if owner in manifest.retention]
@@ -386,12 +390,12 @@ def test_the_plan_of_what_goes(history, random):
 @UNTIMED
 @given(histories())
 def test_removing_what_goes_leaves_nothing_more_to_go(history):
-    manifests, pointers, parent = history
-    gone = pruning(manifests, pointers, parent).delete
+    manifests, pointers, whole, parent = history
+    gone = pruning(manifests, pointers, whole, parent).delete
     left = [manifest for manifest in manifests if manifest.tag not in gone]
     keeps = {keep for manifest in manifests for keep in manifest.retention.values()}
     if len(keeps) <= 1:  # an owner that changes its mind may keep more or less of the same checkpoints
-        assert pruning(left, pointers, parent).delete == ()
+        assert pruning(left, pointers, whole, parent).delete == ()
     assert [manifest.tag for manifest in manifests if manifest.tag in gone] == list(gone)
 
 

@@ -1,0 +1,172 @@
+"""Whatever happens in the middle of a save, no checkpoint that was reported as saved is ever lost, and all goes on."""
+
+import random
+import shutil
+
+import pytest
+from faults import KINDS, Faults, Killed, Power, meets, restored
+from small_run import BEST, CALM, at, opened, train
+
+from noether import AfterUpdate, LogScalars
+from noether.effects import CheckpointError, LogError, checkpoints, logs, plan, writing
+from noether.effects.disk import Disk
+from noether.effects.files import TEMPORARY, remove_all, write_new
+from noether.effects.listing import listed
+from noether.testing import same
+
+
+def check(directory, acknowledged):
+    """Check what is in a directory after whatever happened, and that a run goes on there.
+
+    Args:
+        directory: Of the run.
+        acknowledged: The newest update that was reported as saved; 0 for none.
+    """
+    found = listed(directory / "checkpoints", CALM)
+    assert (found.damaged, found.broken) == ({}, {})
+    with opened(directory) as run:
+        state = run.resume()
+        newest = 0 if state is None else state.iteration.update
+        assert newest >= acknowledged
+        assert newest == 0 or same(state, at(newest))
+        store = run.checkpoints
+        for name, since in (("latest", 1), ("best", BEST)):
+            if acknowledged >= since:
+                pointed = store.load(store.find(name))
+                assert pointed.iteration.update >= (acknowledged if name == "latest" else BEST)
+                assert same(pointed, at(pointed.iteration.update))
+        lines = (directory / "metrics.jsonl").read_text().splitlines() if newest else []
+        lost = max((each.log_lines_lost for each in store.manifests() if each.iteration.update == newest), default=0)
+        assert newest - lost <= len(lines) <= newest
+        assert list(train(run, [newest + 1])) == [newest + 1]
+        assert store.pointers()["latest"] == str(at(newest + 1).iteration)
+    assert not [name for name in (directory / "checkpoints").iterdir() if name.name.startswith(TEMPORARY)]
+
+
+@pytest.fixture(scope="module")
+def three_saves(tmp_path_factory):
+    """A run of three checkpoints, of which a save at update 4 removes one."""
+    directory = tmp_path_factory.mktemp("begun") / "run"
+    with opened(directory) as run:
+        assert list(train(run, (1, 2, 3))) == [1, 2, 3]
+    return directory
+
+
+def saved_with(directory, *fault):
+    """Save twice on a disk with a fault; return the newest update that was reported as saved, and the calls of one."""
+    faults, newest, calls = Faults(), 3, []
+    with opened(directory, Disk(faults)) as run:
+        run.resume()
+        faults.fail(*fault)
+        try:
+            for update in train(run, (4, 5)):
+                newest, calls = update, calls or list(faults.names)
+        except (CheckpointError, Killed):
+            pass
+        finally:
+            faults.armed = False
+    return newest, calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_fault_in_any_call_of_a_save_with_a_prune_loses_a_checkpoint(three_saves, tmp_path, kind):
+    calm = shutil.copytree(three_saves, tmp_path / "calm" / "run")
+    newest, calls = saved_with(calm)
+    assert (newest, (calm / "checkpoints" / str(at(2).iteration)).exists()) == (5, False)
+    # Twelve kinds of faults in more than a hundred calls.
+    assert len(calls) >= 100
+    met = [number for number, name in enumerate(calls) if meets(name, kind)]
+    assert len(met) >= 10
+    for number in met:
+        directory = shutil.copytree(three_saves, tmp_path / str(number) / "run")
+        newest, _ = saved_with(directory, number, kind)
+        check(directory, newest)
+        shutil.rmtree(directory)
+
+
+def cut_off(root, samples, skipped=None):
+    """Train in two processes; return what a loss of power after each of their calls may leave.
+
+    Returns:
+        Pairs of what survived, by path below `root`, and the newest update that had been reported as saved.
+    """
+    root.mkdir()
+    chance, found, saved = random.Random(0), [], 0  # noqa: S311  # no secrets
+
+    def lose():
+        found.extend((power.survivors(chance), saved) for _ in range(samples))
+
+    power = Power(root, lose, skipped)
+    for updates in ((1, 2, 3), (4, 5)):
+        with opened(root / "run", Disk(power)) as run:
+            run.resume()
+            for update in train(run, updates, keep=1):
+                saved = update
+            # Beyond the last checkpoint: the next process cuts it off.
+            run.interpreter([LogScalars({"loss": 0.0})], at(updates[-1] + 1), AfterUpdate(samples=4))
+    return found
+
+
+def check_survivors(found, folder):
+    for number, (survivors, saved) in enumerate(found):
+        root = folder / str(number)
+        root.mkdir(parents=True)
+        restored(survivors, root)
+        check(root / "run", saved)
+        shutil.rmtree(root)
+
+
+def test_a_loss_of_power_at_any_moment_loses_nothing_that_was_saved(tmp_path):
+    found = cut_off(tmp_path / "root", 6)
+    different = {(tuple(survivors.items()), saved) for survivors, saved in found}
+    assert len(different) >= 1000
+    check_survivors([(dict(survivors), saved) for survivors, saved in different], tmp_path)
+
+
+def reordered(*kinds):
+    """Return a plan that takes steps of these kinds first."""
+
+    def planned(*arguments):
+        steps = plan.planned(*arguments)
+        return tuple(sorted(steps, key=lambda step: not isinstance(step, kinds)))
+
+    return planned
+
+
+def pruned_in_place(self, tags):
+    for tag in tags:
+        remove_all(self._directory / tag, self._disk)
+
+
+def replaced_in_place(path, text, disk):
+    if disk.kind(path) is not None:
+        disk.remove(path)
+    write_new(path, [text.encode()], disk)
+    disk.flush_directory(path.parent)
+
+
+# By name: what is replaced (where, what, by what), and what is not flushed.
+MUTANTS = {
+    "no file is flushed": ((), lambda path, kind: kind == "file"),
+    "the directory is not flushed": ((), lambda path, kind: path.name.startswith(TEMPORARY) and kind == "directory"),
+    "the parent is not flushed": ((), lambda path, kind: path.name == "checkpoints"),
+    "pointers before the commit": ((checkpoints, "planned", reordered(plan.Write, plan.Point)), None),
+    "prune first": ((checkpoints, "planned", reordered(plan.Prune)), None),
+    "prune before the pointers": ((checkpoints, "planned", reordered(plan.Write, plan.Commit, plan.Prune)), None),
+    "written in place": ((writing.Writer, "_temporary", lambda self, tag: self._directory / tag), None),
+    "pruned in place": ((writing.Writer, "prune", pruned_in_place), None),
+    "pointers replaced in place": ((writing, "replace_text", replaced_in_place), None),
+    "the log is not flushed": ((logs.MetricsFile, "flush", lambda self, written: written), None),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_of_the_protocol_is_caught(tmp_path, monkeypatch, mutant):
+    change, skipped = MUTANTS[mutant]
+    with monkeypatch.context() as mutated:
+        if change:
+            mutated.setattr(*change)
+        found = cut_off(tmp_path / "root", 2, skipped)
+    check(tmp_path / "root" / "run", 5)  # while nothing happens, it does as it should
+    with pytest.raises((AssertionError, CheckpointError, LogError)):
+        check_survivors(found, tmp_path)

@@ -1,0 +1,138 @@
+"""A run to which everything happens, in any order: the last checkpoint that was reported as saved can be read."""
+
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from faults import KINDS, Faults, Killed, Power, restored
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from small_run import CALM, at, opened, train
+
+from noether.effects import CheckpointError, CheckpointStore
+from noether.effects.disk import Disk
+from noether.testing import same
+
+SEEDS = st.integers(0, 2**32)
+KEEPS = st.sampled_from((1, 1, 2))
+
+
+class Survival(RuleBasedStateMachine):
+    """Save, point, prune, crash, corrupt, resume."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.losses = 0
+        self.last = None  # tag that was last reported as saved
+        self.damaged = set()
+        self.root.mkdir()
+        self.begin()
+
+    def teardown(self):
+        self.run.close()
+        self.folder.cleanup()
+
+    @property
+    def root(self):
+        return Path(self.folder.name) / str(self.losses)
+
+    @property
+    def directory(self):
+        return self.root / "run/checkpoints"
+
+    def begin(self):
+        self.power = Power(self.root)
+        self.faults = Faults(call=self.power)
+        self.run = opened(self.root / "run", Disk(self.faults))
+        state = self.run.resume()
+        self.update = 0 if state is None else state.iteration.update
+
+    def store(self):
+        return CheckpointStore(self.directory, "run", CALM)
+
+    def saved(self):
+        return {path.name for path in self.directory.glob("E*")}
+
+    def save(self, keep):
+        for update in train(self.run, [self.update + 1], keep):
+            self.update = update
+            self.last = self.store().pointers()["latest"]
+            self.damaged &= self.saved()  # what was pruned may come again
+
+    @rule(keep=KEEPS)
+    def save_well(self, keep):
+        self.save(keep)
+        assert self.last.startswith(str(at(self.update).iteration))
+
+    @rule(keep=KEEPS, call=st.integers(0, 140), kind=st.sampled_from(KINDS))
+    def save_with_a_fault(self, keep, call, kind):
+        self.faults.fail(call, kind)
+        try:
+            self.save(keep)
+        except CheckpointError:
+            self.faults.armed = False
+        except Killed:
+            self.faults.armed = False
+            self.resume()
+        self.faults.armed = False
+
+    @rule()
+    def resume(self):
+        self.run.close()
+        if self.saved() and self.saved() <= self.damaged:
+            for tag in self.saved():  # as a person would, whom the error tells that there is none to go on from
+                shutil.rmtree(self.directory / tag)
+            self.damaged, self.last = set(), None
+        self.begin()
+
+    @rule(seed=SEEDS)
+    def lose_power(self, seed):
+        self.run.close()
+        survivors = self.power.survivors(random.Random(seed))  # noqa: S311  # no secrets
+        self.losses += 1
+        self.root.mkdir()
+        restored(survivors, self.root)
+        self.resume()
+
+    @precondition(lambda self: self.saved() - self.damaged)
+    @rule(seed=SEEDS)
+    def corrupt(self, seed):
+        choice = random.Random(seed)  # noqa: S311  # no secrets
+        tag = choice.choice(sorted(self.saved() - self.damaged))
+        path = choice.choice(sorted((self.directory / tag).iterdir()))
+        content = bytearray(path.read_bytes())
+        content[choice.randrange(len(content))] ^= 1 << choice.randrange(8)
+        self.power.damage(path, bytes(content))
+        self.damaged.add(tag)
+
+    @invariant()
+    def what_was_saved_can_be_read(self):
+        store = self.store()
+        if self.last is not None and self.last not in self.damaged:
+            manifest = store.find(self.last)
+            assert same(store.load(manifest), at(manifest.iteration.update))
+
+    @invariant()
+    def the_newest_whole_one_is_found(self):
+        store = self.store()
+        whole = [manifest for manifest in store.manifests() if manifest.tag not in self.damaged]
+        if whole:
+            state, manifest = store.recover()
+            assert manifest == whole[-1]
+            assert same(state, at(manifest.iteration.update))
+        elif self.saved():
+            with pytest.raises(CheckpointError) as error:
+                store.recover()
+            assert all(f"{self.directory / tag}" in str(error.value) for tag in self.saved())
+        else:
+            assert store.recover() is None
+
+
+Survival.TestCase.settings = settings(
+    deadline=None, max_examples=60, stateful_step_count=15, suppress_health_check=list(HealthCheck)
+)
+TestSurvival = Survival.TestCase
