@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from noether.core.effect import SaveCheckpoint
     from noether.core.event import Event
+    from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
     from noether.effects.checkpoints import CheckpointStore
     from noether.effects.logs import MetricsFile
@@ -57,7 +58,7 @@ class Saver:
         self._on_error = on_error
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
         self._running: list[Future[None]] = []
-        self._event: Event | None = None
+        self._asked: tuple[Event, TrainingIteration] | None = None  # by the saves that are under way
         # Python waits for the thread when it exits, and nobody would learn what went wrong there.
         weakref.finalize(self, _tell, self._running)
 
@@ -71,9 +72,10 @@ class Saver:
         if self._worker is None:
             self._write(effect, state, event, logged)
             return
-        if event is not self._event:
+        # Events may be equal, or one object: a loop of one's own may dispatch the same again and again.
+        if self._asked is None or self._asked[0] is not event or self._asked[1] != state.iteration:
             self.wait()
-        self._event = event
+        self._asked = (event, state.iteration)
         kept = _own(state) if self._copies else state
         self._running.append(self._worker.submit(self._write, effect, kept, event, logged))
 
@@ -94,7 +96,7 @@ class Saver:
         """
         while self._running:
             self._running.pop(0).result()
-        self._event = None
+        self._asked = None
 
     def _write(self, effect: SaveCheckpoint, state: TrainState, event: Event, logged: Any) -> None:
         try:

@@ -122,6 +122,10 @@ class Power:
         _survive(self._tree, Path(), random, found)
         return found
 
+    def content(self):
+        """Return the content of all files, by relative path."""
+        return dict(_files(self._tree, Path()))
+
     def damage(self, path, content):
         """Let a file hold something else, as if it had always been so."""
         path.write_bytes(content)
@@ -184,6 +188,14 @@ def restored(survivors, root):
             (root / path).mkdir(parents=True, exist_ok=True)
         else:
             (root / path).write_bytes(content)
+
+
+def _files(node, path):
+    if isinstance(node, _File):
+        yield path, node.now
+        return
+    for name, each in node.now.items():
+        yield from _files(each, path / name)
 
 
 def _scanned(path):

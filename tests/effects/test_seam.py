@@ -1,0 +1,105 @@
+"""There is one way to the disk, and the tests of crashes see all of it."""
+
+import contextlib
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from faults import Power
+from safetensors.torch import save_file
+from small_run import at, opened, train
+
+from noether import AfterUpdate, LogText, MeasurePeakMemory, SaveCheckpoint, SaveTensors
+from noether.effects import CheckpointStore
+from noether.effects.disk import Disk
+
+FILES = ("open", "os.", "shutil.", "tempfile.", "pathlib.", "glob.", "mmap.", "fcntl.")
+
+_watched = []  # functions that are told of what this process asks of files; a hook cannot be taken away again
+
+
+def _hook(event, arguments):
+    if _watched and event.startswith(FILES):
+        _watched[-1](event, arguments)
+
+
+sys.addaudithook(_hook)
+
+
+class Seam:
+    """Makes calls, and tells whether one is being made in this thread."""
+
+    def __init__(self, call):
+        self._call = call
+        self._here = threading.local()
+
+    def __call__(self, function, *arguments):
+        self._here.inside = True
+        try:
+            return self._call(function, *arguments)
+        finally:
+            self._here.inside = False
+
+    @property
+    def inside(self):
+        return getattr(self._here, "inside", False)
+
+
+@contextlib.contextmanager
+def others_noted(folder, seam):
+    """Yield a list of what is asked of files below a folder, or of open ones, but not through the seam."""
+    found = []
+
+    def watch(event, arguments):
+        paths = [str(each) for each in arguments if isinstance(each, (str, bytes, Path))]
+        by_number = event.startswith(("os.", "mmap.", "fcntl.")) and any(type(each) is int for each in arguments[:1])
+        if not seam.inside and (any(path.startswith(str(folder)) for path in paths) or by_number):
+            found.append((event, arguments))
+
+    _watched.append(watch)
+    try:
+        yield found
+    finally:
+        _watched.pop()
+
+
+def found_in(folder):
+    """Return the content of all files below a folder, by relative path."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_touches_files_through_the_seam_only(tmp_path, asynchronous):
+    power = Power(tmp_path)
+    seam = Seam(power)
+    effects = [
+        LogText("hello"),
+        MeasurePeakMemory(key="memory"),
+        SaveTensors(name="outputs/first", tensors={"x": torch.arange(3)}),
+        SaveCheckpoint(tag="extra"),
+    ]
+    with others_noted(tmp_path, seam) as others:
+        for first in (1, 4):  # the second begins with a resume, and prunes
+            with opened(tmp_path / "run", Disk(seam), asynchronous=asynchronous, borrowed=False) as run:
+                run.resume()
+                assert list(train(run, range(first, first + 3), keep=1)) == [*range(first, first + 3)]
+                run.interpreter(effects, at(first + 2), AfterUpdate(samples=4))
+        store = CheckpointStore(tmp_path / "run/checkpoints", "run", Disk(seam))
+        store.load(store.find("latest"))
+    assert others == []
+    # Audit hooks do not see what compiled code opens. What came through the seam is all that there is.
+    assert power.content() == found_in(tmp_path) != {}
+
+
+def test_another_way_would_be_seen(tmp_path):
+    power = Power(tmp_path)
+    with others_noted(tmp_path, Seam(power)) as others:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/b").write_text("x")
+        (tmp_path / "a/b").rename(tmp_path / "a/d")
+    assert [event for event, _ in others] == ["os.mkdir", "open", "os.rename"]
+    with others_noted(tmp_path, Seam(power)) as others:
+        save_file({"x": torch.ones(1)}, tmp_path / "a/c")
+    assert power.content() != found_in(tmp_path)
