@@ -1,10 +1,15 @@
 """The checkpoint store: what was saved comes back as it was, and nothing that is kept is ever lost."""
 
+import contextlib
+import errno
 import json
+import os
 import resource
+import stat
 
 import pytest
 import torch
+from faults import Faults
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,6 +18,7 @@ from noether import AfterEpoch, AfterTraining, AfterUpdate, SaveCheckpoint, Trai
 from noether.core.state import Measured
 from noether.core.tree import freeze
 from noether.effects import CheckpointError, CheckpointStore, open_run
+from noether.effects.disk import Disk, fsync
 from noether.effects.manifest import Manifest, Part
 from noether.effects.plan import pruning
 from noether.testing import same
@@ -424,3 +430,118 @@ def test_the_order_in_memory_comes_back(store):
     assert loaded.params["conv"].stride() == conv.stride() != conv.contiguous().stride()
     assert loaded.opt_state["turned"].stride() == turned.stride()
     assert same((loaded.params, loaded.opt_state), (state.params, state.opt_state))
+
+
+def test_a_checkpoint_that_holds_files_of_others_is_not_removed(store, folder, caplog):
+    keep = SaveCheckpoint(retention={"c": 1})
+    store.save(keep, at(1), UPDATE)
+    (folder / "E0_U1_S4/notes.txt").write_text("the good one")
+    store.save(keep, at(2), UPDATE)
+    store.save(keep, at(3), UPDATE)
+    assert (folder / "E0_U1_S4/notes.txt").read_text() == "the good one"
+    assert tags(store) == ["E0_U1_S4", "E0_U3_S12"]
+    assert "checkpoints that nobody keeps stay in" in caplog.text
+    assert "E0_U1_S4/notes.txt would be lost" in caplog.text
+
+
+def test_nothing_that_is_not_ours_is_removed(store, folder):
+    folder.mkdir()
+    (folder / "mine").mkdir()
+    (folder / "mine/weights.pt").write_text("x")
+    (folder / "README").write_text("x")
+    for update in (1, 2):
+        store.save(SaveCheckpoint(retention={"c": 1}), at(update), UPDATE)
+    assert {path.name for path in folder.iterdir()} >= {"mine", "README"}
+    assert (folder / "mine/weights.pt").exists()
+
+
+def test_what_a_broken_pointer_named_is_not_removed(store, folder, caplog):
+    best = SaveCheckpoint(pointers=("best",), retention={"b": 0})
+    store.save(best, at(1), UPDATE)
+    (folder / "best").write_text("E0_U1")
+    store.save(SaveCheckpoint(retention={"c": 1}), at(2), UPDATE)
+    assert tags(store) == ["E0_U1_S4", "E0_U2_S8"]
+    assert f"{folder / 'best'} is damaged, or no pointer" in caplog.text
+    store.save(best, at(3), UPDATE)  # which sets it anew
+    assert tags(store) == ["E0_U2_S8", "E0_U3_S12"]
+
+
+def test_of_those_that_can_be_resumed_the_newest_known_to_be_whole_stays(store, folder):
+    """Saves of weights alone do not remove what the run can go on from, be it that nobody looked into it."""
+    for update in (1, 2):
+        store.save(SaveCheckpoint(retention={"c": None}), at(update), UPDATE)
+    damaged = folder / "E0_U2_S8/weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+    later = opened(folder)
+    for update in (3, 4, 5):
+        later.save(SaveCheckpoint(optimizer=False, retention={"c": 1}), at(update), UPDATE)
+    assert "E0_U1_S4" in tags(later)
+    assert later.recover()[1].tag == "E0_U1_S4"
+
+
+def test_a_commit_that_failed_at_its_last_step_is_not_taken_for_one(folder):
+    faults = Faults()
+    store = CheckpointStore(folder, "run", Disk(faults))
+    faults.fail()
+    store.save(SaveCheckpoint(tag="x"), at(1), UPDATE)
+    last = len(faults.names) - 2  # the flush of the directory that has the name, and its close
+    assert faults.names[last] == "fsync"
+    faults.fail(last, "EIO once")
+    # Measured on an empty directory, as the first save was.
+    other = CheckpointStore(folder.with_name("other"), "run", Disk(faults))
+    with pytest.raises(CheckpointError, match=r"could not be written: .*Input/output error"):
+        other.save(SaveCheckpoint(tag="x"), at(1), UPDATE)
+    assert [manifest.tag for manifest in other.manifests()] == ["x"]
+    other.save(SaveCheckpoint(tag="x", pointers=("p",)), at(1), UPDATE)
+    assert other.pointers() == {"p": "x.2"}
+
+
+def test_no_file_is_flushed_again_after_a_flush_that_failed(tmp_path):
+    """The system forgets what it could not write: a second flush of the same file says that all is well."""
+    effect = SaveCheckpoint(pointers=("latest",))
+
+    def flushes(directory, failing):
+        flushed, kept = [], []
+
+        def call(function, *arguments):
+            if function is not fsync:
+                return function(*arguments)
+            status = os.fstat(arguments[0])
+            kept.append(os.dup(arguments[0]))  # so that its number is not given to another
+            flushed.append((status.st_ino, stat.S_ISREG(status.st_mode)))
+            if len(flushed) - 1 == failing:
+                raise OSError(errno.EIO, "Input/output error")
+            return None
+
+        store = CheckpointStore(directory, "run", Disk(call))
+        for update in (1, 2, 3):
+            with contextlib.suppress(CheckpointError):
+                store.save(effect, at(update), UPDATE)
+        for file in kept:
+            os.close(file)
+        return flushed
+
+    for failing in range(len(flushes(tmp_path / "calm", None)) // 3):
+        flushed = flushes(tmp_path / str(failing), failing)
+        number, regular = flushed[failing]
+        assert not regular or flushed.count((number, regular)) == 1
+    assert failing > 5
+
+
+@pytest.mark.parametrize("failing", ["x", "latest"])
+def test_a_step_that_fails_cancels_those_that_depend_on_it(folder, failing):
+    def call(function, *arguments):
+        if function is os.rename and arguments[1].name == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        return function(*arguments)
+
+    opened(folder).save(SaveCheckpoint(pointers=("latest",), retention={"c": 1}), at(1), UPDATE)
+    store = CheckpointStore(folder, "run", Disk(call))
+    with pytest.raises(CheckpointError) as error:
+        store.save(SaveCheckpoint(tag="x", pointers=("latest",), retention={"c": 1}), at(2), UPDATE)
+    what = {"x": f"checkpoint {folder / 'x'} could not be written", "latest": f"the pointer {folder / 'latest'} could"}
+    assert str(error.value).startswith(what[failing])
+    # Neither was the pointer moved without the checkpoint, nor what it still names removed.
+    assert store.pointers() == {"latest": "E0_U1_S4"}
+    assert same(store.load(store.find("latest")).params, at(1).params)
+    assert ("x" in tags(store)) == (failing == "latest")

@@ -1,10 +1,13 @@
 """Logs: `metrics.jsonl` that is cut where a run goes on, and the summary."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 import torch
+from faults import Faults, plainly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +27,8 @@ from noether import (
 )
 from noether.core.tree import freeze
 from noether.effects import LogError, open_run
-from noether.effects.logs import MetricsFile, Summary, event_name, plain
+from noether.effects.disk import Disk, fsync
+from noether.effects.logs import LogCount, MetricsFile, Summary, event_name, plain
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -202,3 +206,89 @@ def test_a_run_directory_routes_every_effect(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said] == ["hello", "loss"]
     assert " memory " in said[1]
+
+
+def test_a_line_that_was_on_the_disk_is_no_torn_one(path):
+    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2)))
+    damaged = path.read_text()[:-9] + "\n"
+    path.write_text(damaged)
+    with pytest.raises(LogError, match=f"^{path}:2: not a line of metrics: "):
+        MetricsFile(path).cut(at(2), LogCount(2))
+    assert path.read_text() == damaged
+    assert MetricsFile(path).cut(at(2), LogCount(1, lost=1)) == 1
+
+
+def test_lines_that_somebody_took_away_are_told_of_and_counted(path, caplog):
+    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 3)))
+    metrics = MetricsFile(path)
+    assert metrics.cut(at(3), LogCount(4, lost=2)) == 0
+    assert f"{path} misses 2 of the 4 lines that it held" in caplog.text
+    assert metrics.flush(metrics.written) == LogCount(2, lost=4)
+
+
+def test_lines_counted_as_lost_that_are_there_after_all_are_counted_no_more(path):
+    """As after a flush that failed and a power that stayed."""
+    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2, 3)))
+    metrics = MetricsFile(path)
+    assert metrics.cut(at(3), LogCount(1, lost=2)) == 0
+    assert metrics.flush(metrics.written) == LogCount(3, lost=0)
+
+
+def test_a_resumed_run_that_saves_before_it_logs_counts_what_is_there(tmp_path):
+    save, update = SaveCheckpoint(pointers=("latest",)), AfterUpdate(samples=4)
+    with open_run(tmp_path / "run") as run:
+        run.interpreter([LogScalars({"x": 1}), save], at(1), update)
+    with open_run(tmp_path / "run") as run:
+        run.resume()
+        run.interpreter([save], at(2), update)
+        newest = run.checkpoints.find("latest")
+    assert (newest.log_lines, newest.log_lines_lost) == (1, 0)
+
+
+def test_a_new_log_whose_name_may_not_be_on_the_disk_is_begun_again(path):
+    faults = Faults()
+    metrics = MetricsFile(path, disk=Disk(faults))
+    faults.fail(4, "EIO once")  # open, read it (open, fstat, close), then the directory
+    with pytest.raises(OSError, match="Input/output error"):
+        metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
+    assert not path.exists()
+    metrics.write(LogScalars({"x": 2}), at(2), AfterUpdate(samples=4))
+    assert [line["update"] for line in read(path)] == [2]
+    assert metrics.written == LogCount(1, lost=1)
+
+
+@pytest.mark.parametrize("kind", ["short", "ENOSPC once", "ENOSPC from then on"])
+def test_a_line_that_is_not_taken_whole_leaves_nothing(path, kind):
+    """The faults that a full disk shows: half of a line, or none of it."""
+    faults = Faults()
+    metrics = MetricsFile(path, disk=Disk(faults))
+    metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
+    faults.fail(0, kind)
+    with pytest.raises(OSError, match="No space left on device"):
+        metrics.write(LogScalars({"x": 2}), at(2), AfterUpdate(samples=4))
+    faults.armed = False
+    metrics.write(LogScalars({"x": 3}), at(3), AfterUpdate(samples=4))
+    assert [line["update"] for line in read(path)] == [1, 3]
+    assert metrics.flush(metrics.written) == LogCount(2, lost=1)
+
+
+def test_what_a_flush_failed_for_is_written_to_another_file(path, caplog):
+    """A second flush of the first one would say that all is well, and nothing of it need be on the disk."""
+    flushed = []
+
+    def call(function, *arguments):
+        if function is fsync:
+            flushed.append(os.fstat(arguments[0]).st_ino)
+            if len(flushed) == 2:  # the first is that of the directory
+                raise OSError(errno.EIO, "Input/output error")
+        return plainly(function, *arguments)
+
+    metrics = MetricsFile(path, disk=Disk(call))
+    metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
+    with path.open():  # so that the number of the file is not given again
+        assert metrics.flush(metrics.written) == LogCount(0, lost=1)
+        metrics.write(LogScalars({"x": 2}), at(2), AfterUpdate(samples=4))
+        assert metrics.flush(metrics.written) == LogCount(2, lost=0)
+    assert flushed.count(flushed[1]) == 1
+    assert [line["update"] for line in read(path)] == [1, 2]
+    assert caplog.text.count("could not be flushed to the disk") == 1
