@@ -21,7 +21,7 @@ from noether.core.event import AtEval
 from noether.core.reducer import compose
 from noether.core.tree import cloned
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
-from noether.effects.files import replace_text
+from noether.effects.files import make_directories, replace_text
 from noether.effects.logs import plain
 from noether.training.experiment import build
 
@@ -106,7 +106,7 @@ def _collecting(metrics: dict[str, Any]) -> Interpreter:
 
 
 def _keep(path: Path, metrics: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
+    make_directories(path.parent)
     replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     click.echo(f"kept in {path}")
 

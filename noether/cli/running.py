@@ -85,8 +85,8 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
                 return 0
         if target == run_dir:
             return _gone_on(experiment, directory, state, allow)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(run_dir, target)
+        make_directories(target.parent)
+        shutil.move(run_dir, target)  # while it is locked
     click.echo(f"{run_dir} moved to {target}")
     replace_text(target / CONFIG, dump(config))
     return go_on(target, (), allow, drop_memory)

@@ -121,9 +121,8 @@ def test_a_lock_whose_file_was_removed_in_between_is_taken_again(tmp_path):
     lock.release()
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # what Python 3.12 says of a fork
-    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
-)  # of Python 3.12
+# Python 3.12 says so of every fork; the workers that load data are forked, too.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_worker_that_lives_on_holds_nothing(tmp_path):
     lock = RunLock(tmp_path)
     context = multiprocessing.get_context("fork")
