@@ -209,7 +209,8 @@ class MetricsFile:
 def _kept(lines: list[bytes], state: TrainState | None, saved: int, path: Path) -> list[bytes]:
     """Return the lines that a run that goes on at `state` has written already, at least `saved` of them."""
     read = [_measured(line) for line in lines]
-    stay = [index for index, each in enumerate(read) if each is not None and _belongs(*each, state)]
+    at, ended = (None, False) if state is None else (state.iteration, state.ended)
+    stay = [index for index, each in enumerate(read) if each is not None and belongs(*each, at, ended=ended)]
     # What comes later may be torn, or what a power loss left of it.
     sure = max(saved, stay[-1] if stay else 0)
     for index, line in enumerate(lines[:sure]):
@@ -230,11 +231,19 @@ def _measured(line: bytes) -> tuple[str, TrainingIteration] | None:
         return None
 
 
-def _belongs(event: str, measured: TrainingIteration, state: TrainState | None) -> bool:
-    if state is None or not state.iteration.reached(measured):
+def belongs(event: str, measured: TrainingIteration, at: TrainingIteration | None, *, ended: bool) -> bool:
+    """Return whether what was logged stays where a run goes on, because it is not dispatched again.
+
+    Args:
+        event: Name of the event, such as `after_update`.
+        measured: Where it was logged.
+        at: Where the run goes on; None where it begins anew.
+        ended: Whether it had ended there.
+    """
+    if at is None or not at.reached(measured):
         return False
     # The end of training is dispatched where the last update or epoch was: the counters do not tell it from them.
-    return state.ended or event != "after_training" or measured != state.iteration
+    return ended or event != "after_training" or measured != at
 
 
 class Summary:

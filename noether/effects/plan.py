@@ -60,7 +60,7 @@ def planned(
     pointers: Iterable[str],
     held: Iterable[Manifest],
     pointed: Mapping[str, str],
-    whole: Container[str],
+    whole: Container[object],
     parent: str | None,
 ) -> tuple[Step, ...]:
     """Return the steps of a save.
@@ -81,7 +81,7 @@ def planned(
 
 
 def pruning(
-    manifests: Iterable[Manifest], pointers: Mapping[str, str], whole: Container[str], parent: str | None
+    manifests: Iterable[Manifest], pointers: Mapping[str, str], whole: Container[object], parent: str | None
 ) -> Pruning:
     """Return which checkpoints stay and which nobody keeps.
 

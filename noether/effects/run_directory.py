@@ -185,10 +185,12 @@ class RunDirectory:
         Raises:
             LogError: If the log is damaged.
         """
+        if self._lock is None:  # the process that writes cuts
+            return 0
         dropped = self._metrics.cut(state, UNKNOWN if state is None else self._logged)
         _LOGGER.info("%d lines of %s were dropped, to be written again", dropped, self.path / "metrics.jsonl")
         for service in self._services:
-            service.resume(state)
+            self._sinks.guarded(service.name, service.resume)(state)
         return dropped
 
     def wait(self) -> None:

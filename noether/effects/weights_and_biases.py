@@ -48,7 +48,7 @@ class WeightsAndBiases:
         self._directory = directory
         self._settings = {"id": run_id, "name": run_id, "project": project, "entity": entity, "mode": mode}
         self._run: Any = None
-        self._refused: Exception | None = None
+        self._refused: str | None = None  # the error itself would hold what its frames hold: states, event by event
 
     def resume(self, state: TrainState | None) -> None:
         """Do nothing: the run is found by its id, and its place by the update that comes with every value."""
@@ -76,12 +76,12 @@ class WeightsAndBiases:
 
     def _opened(self, event: Event) -> Any:
         if self._refused is not None:  # to ask again at every event would hold up training each time
-            raise self._refused
+            raise RuntimeError(self._refused)
         if self._run is None:
             try:
                 self._run = self._begun(event)
             except Exception as error:
-                self._refused = error
+                self._refused = f"{type(error).__name__}: {error}"
                 raise
         return self._run
 
@@ -89,9 +89,14 @@ class WeightsAndBiases:
         self._directory.mkdir(exist_ok=True)
         # Its console capture would get between the live display and the terminal.
         settings = self._wandb.Settings(console="off")
-        config = getattr(event.run, "config", None)
         run = self._wandb.init(
-            **self._settings, dir=str(self._directory), config=config, resume="allow", settings=settings
+            **self._settings,
+            dir=str(self._directory),
+            config=getattr(event.run, "config", None),
+            resume="allow",
+            # Where a run is open already, wandb would return that one, and its charts would hold the values of both.
+            reinit="default" if self._wandb.run is None else "create_new",
+            settings=settings,
         )
         run.define_metric("*", step_metric="update")
         return run

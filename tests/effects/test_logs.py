@@ -292,3 +292,11 @@ def test_what_a_flush_failed_for_is_written_to_another_file(path, caplog):
     assert flushed.count(flushed[1]) == 1
     assert [line["update"] for line in read(path)] == [1, 2]
     assert caplog.text.count("could not be flushed to the disk") == 1
+
+
+def test_only_the_process_that_writes_cuts(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        run.interpreter([LogScalars({"x": 1}), SaveCheckpoint()], at(1), AfterUpdate(samples=4))
+        run.interpreter([LogScalars({"x": 2})], at(2), AfterUpdate(samples=4))
+        assert open_run(tmp_path / "run", rank=1).resume().iteration.update == 1
+        assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 2]
