@@ -115,7 +115,7 @@ def _newest(directory: RunDirectory) -> TrainState | None:
 
 def _target(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:
     """Return where the run is to be: elsewhere if `run.output` was changed."""
-    before = load(run_dir / CONFIG, (), allow).run.output
+    before = load(run_dir / CONFIG, (), allow, run_dir).run.output
     target = Path(config.run.output) / config.run.name / run_dir.resolve().name
     if config.run.output == before or target.resolve() == run_dir.resolve():
         return run_dir
@@ -149,9 +149,9 @@ def resumed_config(run_dir: Path, settings: Sequence[str] = (), allow: Sequence[
     if not path.is_file():
         message = f"is not the directory of a run: it has no {CONFIG}; give one like runs/NAME/RUN_ID"
         raise ConfigError([Located(Place(str(run_dir)), (), message)])
-    config = load(path, settings, allow)
+    config = load(path, settings, allow, run_dir)
     if settings:
-        refuse_changes(load(path, (), allow), config)
+        refuse_changes(load(path, (), allow, run_dir), config)
     return config
 
 

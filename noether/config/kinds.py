@@ -68,13 +68,14 @@ class Role:
     given: tuple[str, ...] = ()
 
 
-def resolve(path: object, role: Role, allow: Sequence[str] = ()) -> Any:
+def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path | None = None) -> Any:
     """Return the object at a dotted path, if it may be imported and fits the role.
 
     Args:
         path: `module.attribute`.
         role: What it is expected to be.
         allow: Prefixes that may be imported beside `ALLOWED` and the modules under the working directory.
+        run_dir: Directory of a run, of which the configuration is a part: a module in it is not the user's own.
 
     Raises:
         RefusedError: Before anything is imported if the prefix is not allowed; else if there is no such thing, its
@@ -88,7 +89,7 @@ def resolve(path: object, role: Role, allow: Sequence[str] = ()) -> Any:
     """
     if not isinstance(path, str) or "." not in path or not all(part.isidentifier() for part in path.split(".")):
         raise RefusedError(f"{path!r} is not a dotted path such as 'package.module.name'")
-    target = _walked(path, allow)
+    target = _walked(path, lambda module: _judge(module, path, allow, run_dir))
     if not role.fits(target):
         raise RefusedError(f"{path!r} is {_described(target)}, expected {role.name}: {role.expected}")
     return target
@@ -101,20 +102,26 @@ def named(path: str) -> Any:
         >>> named("noether.core.errors.nearest").__name__
         'nearest'
     """
-    return _walked(path, (path.split(".", maxsplit=1)[0],))
+    return _walked(path, lambda _: None)
 
 
-def _walked(path: str, allow: Sequence[str]) -> object:
-    """Return the object at `path`; on the way every module has to be an allowed one (`torch.os.system` is not)."""
+def _walked(path: str, judge: Callable[[str], None]) -> object:
+    """Return the object at `path`; on the way every module has to be an allowed one (`torch.os.system` is not).
+
+    So has the module that defines what a library only hands on (`torch.hub.urlopen`).
+    """
     head, *parts = path.split(".")
-    _judge(path, path, allow)
+    judge(path)
     found: object = _imported(head, path)
     done = head
     for part in parts:
         found = _part(found, done, part, path)
         done = f"{done}.{part}"
         if isinstance(found, types.ModuleType) and found.__name__ != done:
-            _judge(found.__name__, path, allow)
+            judge(found.__name__)
+    home = getattr(found, "__module__", None)
+    if head in ALLOWED and isinstance(home, str):
+        judge(home)
     return found
 
 
@@ -139,14 +146,16 @@ def _imported(module: str, path: str) -> types.ModuleType:
         raise RefusedError(f"{path!r}: importing {module!r} failed: {type(error).__name__}: {error}") from None
 
 
-def _judge(module: str, path: str, allow: Sequence[str]) -> None:
+def _judge(module: str, path: str, allow: Sequence[str], run_dir: Path | None) -> None:
     """Raise unless the prefix of `module` is allowed; nothing is executed for it."""
-    head = module.split(".", maxsplit=1)[0]
+    head, *rest = module.split(".")
     if any(f"{module}.".startswith(f"{prefix}.") for prefix in (*ALLOWED, *allow)):
         return
     files = _files(head)
     if files and all(map(_under_working_directory, files)):
-        return
+        if run_dir is None or not any(_lies_in(run_dir, file, rest) for file in files):
+            return
+        raise RefusedError(f"{path!r} lies in {run_dir}, the directory of the run itself; --allow {head} allows it")
     if files is None:
         raise RefusedError(f"{path!r}: there is no module {head!r}{nearest(head, ALLOWED)}")
     prefixes = ", ".join((*ALLOWED, *allow, "modules under the working directory"))
@@ -179,9 +188,17 @@ def _under_working_directory(file: str) -> bool:
     return found.is_relative_to(here) and not any(found.is_relative_to(each) for each in installed)
 
 
+def _lies_in(run_dir: Path, file: str, rest: Sequence[str]) -> bool:
+    """Return whether what lies at `rest` in a top-level module or package lies in the directory of a run."""
+    found = Path(file)
+    folder = found.parent if found.name == "__init__.py" else found
+    return folder.joinpath(*rest).resolve().is_relative_to(run_dir.resolve())
+
+
 def _public(owner: object) -> list[str]:
     names = [name for name in dir(owner) if not name.startswith("_")]
-    inside = pkgutil.iter_modules(getattr(owner, "__path__", None) or [])
+    # Not by way of `__getattr__`: some of torch's modules have an answer to every name.
+    inside = pkgutil.iter_modules(inspect.getattr_static(owner, "__path__", None) or [])
     return [*names, *(each.name for each in inside)]
 
 
@@ -196,15 +213,24 @@ def _described(target: object) -> str:
 
 
 def _makes(target: object, base: type) -> bool:
-    """Return whether `target` is a subclass of `base`, or a function annotated to return one."""
+    """Return whether `target` is a subclass of `base`, or a function annotated to return one.
+
+    Torch's own functions are none: some make a module by running source code, or any function, that they are given.
+    """
     if isinstance(target, type):
         return issubclass(target, base)
+    if _is_torchs(target):
+        return False
     try:
         made = typing.get_type_hints(target).get("return") if inspect.isfunction(target) else None
     except Exception:  # noqa: BLE001 - evaluating an annotation can raise anything
         return False
     origin = typing.get_origin(made) or made
     return isinstance(origin, type) and issubclass(origin, base)
+
+
+def _is_torchs(target: object) -> bool:
+    return f"{getattr(target, '__module__', None)}.".startswith("torch.")
 
 
 def _is_model(target: object) -> bool:
@@ -242,7 +268,7 @@ def is_callback(target: object) -> bool:
         signature.replace(parameters=taken).bind("state", "event")
     except (TypeError, ValueError):
         return False
-    return not _makes(target, type(None))
+    return not _makes(target, type(None)) and not _is_torchs(target)
 
 
 MODEL = Role("a model", _is_model, "a subclass of torch.nn.Module, or a function annotated to return one")

@@ -42,28 +42,32 @@ _CALLED: Final[tuple[object, ...]] = (Callable, type)
 _OWN: Final = tuple(field.name for field in dataclasses.fields(OptimizerSettings) if field.name != "kind")
 
 
-def load(path: str | FilePath, overrides: Iterable[str] = (), allow: Sequence[str] = ()) -> Config:
+def load(
+    path: str | FilePath, overrides: Iterable[str] = (), allow: Sequence[str] = (), run_dir: FilePath | None = None
+) -> Config:
     """Return the configuration in a YAML file.
 
     Args:
         path: The file.
         overrides: `key=value` each, as after `--set`, e.g. `trainer.max_epochs=20`. An end replaces the file's end.
         allow: Prefixes of modules that `kind` may name beside noether, torch and modules under the working directory.
+        run_dir: Directory of the run that the file is of. It may have come from anywhere, with modules in it that are
+            not the user's own, wherever it lies; they are not imported.
 
     Raises:
         ConfigError: With everything that is wrong, each with file and line.
     """
-    return from_source(overridden(read(path), overrides), allow)
+    return from_source(overridden(read(path), overrides), allow, run_dir)
 
 
-def from_source(source: Source, allow: Sequence[str] = ()) -> Config:
+def from_source(source: Source, allow: Sequence[str] = (), run_dir: FilePath | None = None) -> Config:
     """Return the configuration in a source that is read already.
 
     Raises:
         ConfigError: With everything that is wrong, each with its place.
     """
     source = _one_end(source)
-    config: Config = _structured(source, (), Config, config_converter(allow, source))
+    config: Config = _structured(source, (), Config, config_converter(allow, source, run_dir))
     return config
 
 
@@ -87,10 +91,10 @@ def load_callbacks(path: str | FilePath, allow: Sequence[str] = ()) -> Any:
     return compose(*(kind.build() for kind in listed))
 
 
-def config_converter(allow: Sequence[str], source: Source) -> Converter:
+def config_converter(allow: Sequence[str], source: Source, run_dir: FilePath | None = None) -> Converter:
     """Return the strict converter that also knows the kinds and the sections that hold more than their fields."""
     made = converter()
-    kinds = _Kinds(made, tuple(allow), source)
+    kinds = _Kinds(made, tuple(allow), source, run_dir)
     made.register_structure_hook(EvaluateSettings, lambda value, _: _evaluate(made, value))
     made.register_structure_hook(CheckpointSettings, lambda value, _: _checkpoints(made, value))
     made.register_structure_hook(OptimizerSettings, lambda value, _: _optimizer(kinds, value))
@@ -107,6 +111,7 @@ class _Kinds:
     using: Converter
     allow: tuple[str, ...]
     source: Source
+    run_dir: FilePath | None
 
     def role(self, value: object, kind: type, role: Role | str) -> object:
         if kind is Kind and isinstance(role, Role):
@@ -114,11 +119,14 @@ class _Kinds:
         path: str = self.using.structure(value, str)
         # A metric without a dot is one of ours, by name: the callback that measures it knows them.
         if isinstance(role, Role) or "." in path:
-            resolve(path, role if isinstance(role, Role) else FUNCTION, self.allow)
+            self.resolve(path, role if isinstance(role, Role) else FUNCTION)
         return path
 
     def called(self, value: object) -> object:
-        return resolve(value, dataclasses.replace(FUNCTION, fits=callable, expected="something to call"), self.allow)
+        return self.resolve(value, dataclasses.replace(FUNCTION, fits=callable, expected="something to call"))
+
+    def resolve(self, path: object, role: Role) -> Any:
+        return resolve(path, role, self.allow, self.run_dir)
 
     def kind(self, value: object, role: Role) -> Kind:
         path, target, rest = self.split(value, role)
@@ -154,7 +162,7 @@ class _Kinds:
         try:
             if "kind" not in value:
                 raise RefusedError(f"is missing; expected {role.expected}")  # noqa: TRY301 - noted as every error here
-            return value["kind"], resolve(value["kind"], role, self.allow), rest
+            return value["kind"], self.resolve(value["kind"], role), rest
         except RefusedError as error:
             raise ClassValidationError("kind", [noted(error, "kind")], Kind) from None
 

@@ -349,4 +349,6 @@ def _folder(setting: str, value: str) -> Problem | None:
 
 
 def _text(setting: str, value: str) -> Problem | None:
+    if "\0" in value:
+        return Problem(setting, f"{value!r} cannot be the name of a file")
     return None if value.strip() else Problem(setting, f"{value!r} is empty")

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 MAX_NODES = 20_000
 """Values a document may have once its aliases are written out; a few nested aliases can stand for billions."""
+MAX_LEVELS = 100
+"""How deep they may be nested: far less than what Python's own stack takes of whoever walks them."""
+MAX_BYTES = 1 << 20
+"""How large a file may be; who writes one by hand never comes near."""
 
+_TOO_MANY = f"has more than {MAX_NODES} values once its aliases are written out"
+_TOO_DEEP = "is nested too deeply"
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -92,10 +98,14 @@ def read(path: str | FilePath) -> Source:
     """Return what the YAML file at `path` says.
 
     Raises:
-        ConfigError: If the file cannot be read, is not UTF-8, does not parse, or is not a mapping.
+        ConfigError: If the file cannot be read, is too large, is not UTF-8, does not parse, or is not a mapping.
     """
     try:
-        text = FilePath(path).read_bytes().decode("utf-8-sig")
+        with FilePath(path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise _unreadable(path, f"has more than {MAX_BYTES} bytes, which is no configuration")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         beside = FilePath(path).parent
         names = [each.name for each in beside.glob("*.y*ml")] if beside.is_dir() else []
@@ -132,6 +142,19 @@ class _Loader(yaml.SafeLoader):
     """The safe loader with the scalars of the YAML 1.2 core schema instead of those of YAML 1.1."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own design
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node; in Python each takes a hundred times the room that it has in the text."""
+        self.composed += 1
+        if self.composed > 2 * MAX_NODES:  # keys are nodes, too
+            raise _TooManyError
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+
+class _TooManyError(Exception):
+    """There are more nodes than a document may have."""
 
 
 SCALARS: tuple[tuple[str, str, list[str]], ...] = (
@@ -150,11 +173,13 @@ SCALARS: tuple[tuple[str, str, list[str]], ...] = (
 for _tag, _pattern, _first in SCALARS:
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _RADIX = {"0o": 8, "0x": 16}
 _SCALARS: dict[str, Callable[[str], object]] = {
-    f"{_TAG}str": str,
+    f"{_TAG}str": lambda text: text.encode().decode(),  # half of a surrogate pair is no text
     f"{_TAG}bool": lambda text: {"true": True, "false": False}[text.lower()],
-    f"{_TAG}int": lambda text: int(text, _RADIX.get(text[:2], 10)),
+    # By way of decimals, for Python refuses to write out numbers that have too many of them.
+    f"{_TAG}int": lambda text: int(str(int(text, _RADIX.get(text[:2], 10)))),
     f"{_TAG}float": lambda text: float(re.sub(r"\.(inf|nan)", r"\1", text.lower())),
     f"{_TAG}null": lambda _: None,
 }
@@ -173,9 +198,9 @@ class _Builder:
         self.nodes += 1
         place = self.places.setdefault(path, self.where(node))
         if self.nodes > MAX_NODES:
-            raise ConfigError(
-                [Located(place, (), f"has more than {MAX_NODES} values once its aliases are written out")]
-            )
+            raise ConfigError([Located(place, (), _TOO_MANY)])
+        if len(around) > MAX_LEVELS:
+            raise ConfigError([Located(place, (), _TOO_DEEP)])
         if any(node is each for each in around):
             return self.problem(node, path, "an alias stands inside of what it stands for")
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
@@ -190,7 +215,7 @@ class _Builder:
             key = key_node.value
             if key_node.tag == f"{_TAG}merge":
                 self.problem(key_node, path, "`<<` is not part of YAML 1.2; write these settings out")
-            elif key_node.tag != f"{_TAG}str":
+            elif key_node.tag != f"{_TAG}str" or not isinstance(key, str) or _SURROGATE.search(key):
                 self.problem(key_node, path, f"the key {_shown(key_node)} is not text; put it in quotes")
             elif key in values:
                 first = self.places[*path, key]
@@ -228,7 +253,9 @@ def _built(text: str, place: Place, path: Path, builder: _Builder) -> object:
         value = None if node is None else builder.value(node, path)
         builder.places.setdefault(path, place)
     except RecursionError:
-        raise ConfigError([Located(place, (), "is nested too deeply")]) from None
+        raise ConfigError([Located(place, (), _TOO_DEEP)]) from None
+    except _TooManyError:
+        raise ConfigError([Located(place, (), _TOO_MANY)]) from None
     except yaml.MarkedYAMLError as error:
         raise ConfigError([_unparsed(error, place)]) from None
     except yaml.reader.ReaderError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from attrs import evolve
 
 from noether.core.errors import nearest
-from noether.effects.contents import ModelNamesError, files_asked, files_of, state_in
+from noether.effects.contents import ContentError, ModelNamesError, files_asked, files_of, state_in
 from noether.effects.disk import DISK
 from noether.effects.files import read_file, reason
 from noether.effects.listing import CheckpointError, Listing, listed
@@ -134,9 +134,8 @@ class CheckpointStore:
         files = {name: self._verified(manifest.tag, name, part) for name, part in manifest.parts.items()}
         try:
             return state_in(files, manifest.iteration)
-        except Exception as error:  # the content may be anybody's: whatever its readers meet is damage
-            what = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{self._directory / manifest.tag} does not hold a state: {what}") from error
+        except ContentError as error:
+            raise CheckpointError(f"{self._directory / manifest.tag} does not hold a state: {error}") from error
 
     def resume(self, manifest: Manifest) -> TrainState:
         """Return the state in a checkpoint; later saves name it as their parent, and it is never removed."""
@@ -165,12 +164,12 @@ class CheckpointStore:
             except CheckpointError as error:
                 damaged[manifest.tag] = str(error)
             else:
-                for why in damaged.values():
+                for why in (*damaged.values(), *listing.broken.values()):
                     _LOGGER.warning("%s; going on without it, at %s", why, manifest.tag)
                 return state, manifest
-        reasons = [*damaged.values(), *partial.values()]
+        reasons = [*damaged.values(), *partial.values(), *listing.lost.values()]
         if reasons:
-            none = f"the run cannot go on from any of the {len(reasons)} checkpoints in {self._directory}"
+            none = f"the run cannot go on from any of the {len(damaged) + len(partial)} checkpoints in {self._directory}"
             raise CheckpointError("\n  ".join([f"{none}:", *reasons]))
         return None
 

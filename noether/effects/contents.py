@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from attrs import frozen
+from cattrs import transform_error
+from cattrs.errors import BaseValidationError
 from cattrs.preconf.json import make_converter
 
 from noether.core.averages import averaged
@@ -15,7 +19,7 @@ from noether.effects.encoding import decode, encode
 from noether.effects.tensor_files import read_tensors, tensor_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator
 
     import torch
 
@@ -31,6 +35,9 @@ FILES: Final = frozenset({WEIGHTS, OPTIMIZER, STATE, MEMORY})
 """The names that a file of a checkpoint can have."""
 
 _WHATS: Final = ("params", "buffers")
+_TREES: Final = ("hyperparams", "metrics", "callback_states", "opt_state")
+_LARGEST: Final = 2**63 - 1
+_SHOWN: Final = 300
 
 CONVERTER: Final = make_converter(forbid_extra_keys=True)
 """Between the classes that are written as JSON and plain values; what it does not know it refuses."""
@@ -40,6 +47,10 @@ CONVERTER.register_structure_hook(TrainingIteration, lambda text, _: TrainingIte
 
 class ModelNamesError(LookupError):
     """No weights lie below the names of sub-modules."""
+
+
+class ContentError(ValueError):
+    """A file of a checkpoint does not hold what belongs there; the message names it."""
 
 
 @frozen(kw_only=True)
@@ -81,14 +92,40 @@ def state_in(files: Mapping[str, bytes], iteration: TrainingIteration) -> TrainS
     """Return the state in the files of a checkpoint, on the CPU; what they do not hold is as in a new state.
 
     Raises:
-        Exception: If they do not hold what `files_of` writes; the libraries that read them say what.
+        ContentError: If one of them does not hold what `files_of` writes.
     """
-    state = _recalled(files) if STATE in files else TrainState(iteration=iteration)
+    state = TrainState(iteration=iteration)
+    read: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
+    for name in (WEIGHTS, OPTIMIZER, MEMORY):
+        with _naming(name):
+            read[name] = read_tensors(files[name]) if name in files else ({}, {})
+    if STATE in files:
+        with _naming(STATE):
+            state = _recalled(files[STATE], iteration, read[OPTIMIZER][0], read[MEMORY][0])
     if WEIGHTS in files:
-        tensors, facts = read_tensors(files[WEIGHTS])
-        # In the order that they had: a sum over all of them, as clipping takes it, depends on it in the last bit.
-        state = state.replace(**{what: {name: tensors[name] for name in facts["order"][what]} for what in _WHATS})
+        with _naming(WEIGHTS):
+            state = state.replace(**_ordered(*read[WEIGHTS]))
     return state
+
+
+def why(error: Exception) -> str:
+    r"""Return in one line what a library says of what it could not read, whatever that holds.
+
+    Example:
+        >>> why(ValueError("no\n"))
+        'ValueError: no\\n'
+    """
+    validation = isinstance(error, BaseValidationError)
+    text = "; ".join(transform_error(error)) if validation else f"{type(error).__name__}: {error}"
+    return text.encode("unicode_escape").decode()[:_SHOWN]
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the content may be anybody's: whatever its readers meet is damage
+        raise ContentError(f"{name}: {why(error)}") from error
 
 
 def _weights(state: TrainState, models: tuple[str, ...]) -> Pieces:
@@ -125,18 +162,40 @@ def _remembered(state: TrainState) -> dict[str, Pieces]:
     return {STATE: [text.encode()], **tensors}
 
 
-def _recalled(files: Mapping[str, bytes]) -> TrainState:
-    content = CONVERTER.loads(files[STATE], _Remembered)
-    optimizer, memory = (read_tensors(files[name])[0] if name in files else {} for name in (OPTIMIZER, MEMORY))
-    metrics = decode(content.metrics, memory)
-    return TrainState(
+def _ordered(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    # In the order that they had: a sum over all of them, as clipping takes it, depends on it in the last bit.
+    ordered = {what: {name: tensors[name] for name in facts["order"][what]} for what in _WHATS}
+    listed = {what: list(held) for what, held in ordered.items()}
+    if listed != facts["order"] or {name for names in listed.values() for name in names} != set(tensors):
+        raise ValueError("its tensors are not those of its order")
+    return ordered
+
+
+def _recalled(
+    text: bytes,
+    iteration: TrainingIteration,
+    optimizer: Mapping[str, torch.Tensor],
+    memory: Mapping[str, torch.Tensor],
+) -> TrainState:
+    content = CONVERTER.loads(text.decode(), _Remembered)
+    trees = {name: decode(getattr(content, name), optimizer if name == "opt_state" else memory) for name in _TREES}
+    flat = [name for name, tree in trees.items() if not isinstance(tree, Mapping)]
+    if flat:
+        raise ValueError(f"{', '.join(flat)} has to be a mapping")
+    metrics = {key: Measured(value, TrainingIteration.parse(at)) for key, (value, at) in trees["metrics"].items()}
+    state = TrainState(
         iteration=content.iteration,
         previous=content.previous,
         stop=content.stop,
         ended=content.ended,
         seed=content.seed,
-        hyperparams=decode(content.hyperparams, memory),
-        metrics={key: Measured(value, TrainingIteration.parse(at)) for key, (value, at) in metrics.items()},
-        callback_states=decode(content.callback_states, memory),
-        opt_state=decode(content.opt_state, optimizer),
+        **{**trees, "metrics": metrics},
     )
+    # Numbers that were text, keys that were given twice, what no encoder makes: all that is not read as it is written.
+    if b"".join(_remembered(state)[STATE]) != text:
+        raise ValueError("its content is not what was written")
+    if state.iteration != iteration:
+        raise ValueError(f"it is of {state.iteration}, in a checkpoint of {iteration}")
+    if abs(state.seed) > _LARGEST:
+        raise ValueError("its seed is larger than a seed can be")
+    return state

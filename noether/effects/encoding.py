@@ -13,6 +13,8 @@ from noether.core.tree import FrozenDict
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_LEVELS: Final = 100
+"""How deep trees may be nested: far less than what Python's own stack takes of whoever walks them."""
 _NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -28,18 +30,20 @@ def number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
+def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: int = 0) -> Any:
     """Return the JSON value of `tree`, and put its tensors into `tensors` by their dotted path.
 
     What JSON has no form for is an object with one key that begins with `$`.
 
     Raises:
-        TypeError: If a leaf is no JSON scalar or tensor.
+        TypeError: If a leaf is no JSON scalar or tensor, or lies too deep.
 
     Example:
         >>> encode({"best": float("nan"), "at": (1, 2)}, {})
         {'best': {'$number': 'NaN'}, 'at': {'$tuple': [1, 2]}}
     """
+    if level > _LEVELS:
+        raise TypeError(f"{path[:80]}... is nested deeper than {_LEVELS} levels, which cannot be saved")
     if isinstance(tree, torch.Tensor):
         name = path
         while name in tensors:  # two paths may read alike, like {"a.b": x} and {"a": {"b": y}}
@@ -47,10 +51,13 @@ def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
         tensors[name] = tree
         return {"$tensor": name}
     if isinstance(tree, Mapping):
-        items = {str(key): encode(value, tensors, f"{path}.{key}".lstrip(".")) for key, value in tree.items()}
+        items = {
+            str(key): encode(value, tensors, f"{path}.{key}".lstrip("."), level + 1) for key, value in tree.items()
+        }
         return {"$dict": items} if any(key.startswith("$") for key in items) else items
     if isinstance(tree, (tuple, list)):
-        return {"$tuple": [encode(value, tensors, f"{path}.{i}".lstrip(".")) for i, value in enumerate(tree)]}
+        values = [encode(value, tensors, f"{path}.{i}".lstrip("."), level + 1) for i, value in enumerate(tree)]
+        return {"$tuple": values}
     if isinstance(tree, float) and not math.isfinite(tree):
         return {"$number": number(tree)}
     if isinstance(tree, (str, int, float, bool, type(None))):
@@ -62,7 +69,7 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Return the tree that `encode` made `value` of.
 
     Raises:
-        ValueError: If `value` holds something that `encode` does not make.
+        Exception: If `value` is nothing that `encode` makes; whether it is just that, encoding it again tells.
 
     Example:
         >>> decode({"at": {"$tuple": [1, 2]}}, {})
@@ -78,8 +85,14 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return _DECODERS[key](value[key], tensors)
 
 
+def _tensor(name: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if name not in tensors:
+        raise ValueError(f"there is no tensor {name!r}")
+    return tensors[name]
+
+
 _DECODERS: Final[dict[str, Callable[[Any, Mapping[str, torch.Tensor]], Any]]] = {
-    "$tensor": lambda name, tensors: tensors[name],
+    "$tensor": _tensor,
     "$tuple": lambda items, tensors: tuple(decode(item, tensors) for item in items),
     "$dict": lambda items, tensors: FrozenDict({key: decode(item, tensors) for key, item in items.items()}),
     "$number": lambda name, _: _NUMBERS[name],

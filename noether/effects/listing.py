@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
     from noether.effects.disk import Disk, Kind
 
 _POINTER_BYTES: Final = 400
+_POINTER: Final = re.compile(rf"{NAME.pattern} [0-9a-f]{{64}}\n", re.ASCII)
 
 
 class CheckpointError(Exception):
     """A checkpoint cannot be found, read or written."""
+
+
+class _LostError(CheckpointError):
+    """A pointer names a checkpoint that is not there."""
 
 
 @frozen
@@ -31,17 +37,26 @@ class Listing:
         damaged: What is wrong with the others, by the name of their directory.
         pointers: Tag by name of pointer.
         broken: What is wrong with pointers that name nothing, by name; what they named cannot be told.
+        lost: Those among them that were set to a checkpoint which is not there any more.
     """
 
     manifests: tuple[Manifest, ...]
     damaged: dict[str, str]
     pointers: dict[str, str]
     broken: dict[str, str]
+    lost: dict[str, str]
 
 
 def listed(directory: Path, disk: Disk) -> Listing:
-    """Return what lies in a directory of checkpoints; names that begin with a dot are not looked at."""
-    kinds = _kinds(directory, disk)
+    """Return what lies in a directory of checkpoints; names that begin with a dot are not looked at.
+
+    Raises:
+        CheckpointError: If the directory itself cannot be read.
+    """
+    try:
+        kinds = _kinds(directory, disk)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {reason(error)}") from error
     found: dict[str, Manifest] = {}
     damaged = {name: f"{directory / name} is damaged: it is a link or a device" for name in _odd(kinds)}
     for name in (name for name, kind in kinds.items() if kind == "directory"):
@@ -53,12 +68,14 @@ def listed(directory: Path, disk: Disk) -> Listing:
             found |= {} if manifest is None else {name: manifest}
     pointers: dict[str, str] = {}
     broken: dict[str, str] = {}
+    lost: dict[str, str] = {}
     for name in (name for name, kind in kinds.items() if kind == "file"):
         try:
             pointers[name] = _pointed(directory / name, disk, found, damaged)
         except CheckpointError as error:
             broken[name] = str(error)
-    return Listing(tuple(sorted(found.values(), key=lambda each: each.order)), damaged, pointers, broken)
+            lost |= {name: str(error)} if isinstance(error, _LostError) else {}
+    return Listing(tuple(sorted(found.values(), key=lambda each: each.order)), damaged, pointers, broken, lost)
 
 
 def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
@@ -68,12 +85,12 @@ def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
         CheckpointError: If it is missing or damaged, or that of another checkpoint.
     """
     path = directory / name / MANIFEST
-    if disk.kind(path) is None:
-        parts = [part for part in disk.names(path.parent) if part in FILES]
-        if not parts:
-            return None
-        raise CheckpointError(f"{path} is missing, beside {', '.join(parts)}")
     try:
+        if disk.kind(path) is None:
+            parts = [part for part in disk.names(path.parent) if part in FILES]
+            if not parts:
+                return None
+            raise CheckpointError(f"{path} is missing, beside {', '.join(parts)}")
         manifest = Manifest.loads(read_file(path, disk, limit=LIMIT_BYTES).decode())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
@@ -106,6 +123,8 @@ def _pointed(path: Path, disk: Disk, manifests: dict[str, Manifest], damaged: di
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged, or no pointer: {error}") from error
     tag, _, rest = text.partition(" ")
+    if _POINTER.fullmatch(text) and tag not in {**manifests, **damaged}:
+        raise _LostError(f"{path} names {tag}, which is not there")
     if not NAME.fullmatch(tag) or tag not in {**manifests, **damaged}:
         raise CheckpointError(f"{path} is damaged, or no pointer: there is no checkpoint {tag[:80]!r}")
     manifest = manifests.get(tag)

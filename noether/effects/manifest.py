@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 from attrs import field, frozen
 
 from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotations
-from noether.effects.contents import CONVERTER, FILES, STATE, WEIGHTS
+from noether.effects.contents import CONVERTER, FILES, STATE, WEIGHTS, why
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 MANIFEST: Final = "MANIFEST.json"
 FORMAT: Final = 2
@@ -105,10 +105,11 @@ class Manifest:
         """
         written = _parsed(text)
         version = written.get("format")
-        if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        if type(version) is not int or not 1 <= version <= FORMAT:
             later = f"is of format {version}, which a later version writes; this one reads up to {FORMAT}"
-            raise ManifestError(later if isinstance(version, int) and version > FORMAT else "has no format")
-        manifest = _structured({key: value for key, value in _migrated(written).items() if key != "sha256"})
+            raise ManifestError(later if type(version) is int and version > FORMAT else "has no format")
+        own = {"sha256"} if version == FORMAT else set()
+        manifest = _structured(_migrated({key: value for key, value in written.items() if key not in own}))
         # What an older version wrote has no hash; the hashes of its files are all that it can be judged by.
         if version == FORMAT and manifest.dumps() != text:
             raise ManifestError("its content is not what was written")
@@ -148,15 +149,19 @@ def _structured(content: dict[str, Any]) -> Manifest:
     try:
         manifest = CONVERTER.structure(content, Manifest)
         names = {manifest.tag, *([] if manifest.parent is None else [manifest.parent])}
-        right = all(map(NAME.fullmatch, names)) and all(map(_is_whole, manifest.parts.values()))
+        hashes = all(_SHA256.fullmatch(part.sha256) for part in manifest.parts.values())
+        right = all(map(NAME.fullmatch, names)) and hashes and all(0 <= count < 2**63 for count in _counts(manifest))
     except Exception as error:  # noqa: BLE001  # whatever a converter meets in what was not written by us
-        raise ManifestError(f"is not what was written: {error}") from None
+        raise ManifestError(f"is not what was written: {why(error)}") from None
     if not set(manifest.parts) <= FILES:
-        raise ManifestError(f"names files that no checkpoint has: {', '.join(sorted(set(manifest.parts) - FILES))}")
+        foreign = ", ".join(map(repr, sorted(set(manifest.parts) - FILES)))
+        raise ManifestError(f"names files that no checkpoint has: {foreign}")
     if not right:
-        raise ManifestError("holds a name, a size or a hash that is none")
+        raise ManifestError("holds a name, a number or a hash that is none")
     return manifest
 
 
-def _is_whole(part: Part) -> bool:
-    return part.size_bytes >= 0 and _SHA256.fullmatch(part.sha256) is not None
+def _counts(manifest: Manifest) -> Iterator[int]:
+    yield from (part.size_bytes for part in manifest.parts.values())
+    yield from (manifest.segment, manifest.number, manifest.log_lines or 0, manifest.log_lines_lost)
+    yield from (manifest.iteration.epoch, manifest.iteration.update, manifest.iteration.sample)

@@ -122,6 +122,8 @@ def _is_permuted(tensor: torch.Tensor) -> bool:
 def _permuted(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
     # The order in memory decides which kernel runs, and so the last bits of what comes after.
     last = sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
-    if last + 1 != tensor.numel() or min(stride) < 1:
+    fits = last + 1 == tensor.numel() and min(stride) >= 1
+    permuted = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype) if fits else tensor
+    if not _is_permuted(permuted):
         raise ValueError(f"stride {stride} does not fit the shape {tuple(tensor.shape)}")
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    return permuted.copy_(tensor)

@@ -151,7 +151,7 @@ def _located(config: Config, path: tuple[str | int, ...]) -> Iterator[None]:
         yield
     except SettingsError as error:
         raise _errors(config, path, error.problems) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # the last is what torch says of sizes that cannot be
         raise config.error(path, str(error)) from error
 
 

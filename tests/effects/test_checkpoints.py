@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import stat
 
 import pytest
@@ -545,3 +546,11 @@ def test_a_step_that_fails_cancels_those_that_depend_on_it(folder, failing):
     assert store.pointers() == {"latest": "E0_U1_S4"}
     assert same(store.load(store.find("latest")).params, at(1).params)
     assert ("x" in tags(store)) == (failing == "latest")
+
+
+def test_a_pointer_without_its_checkpoint_is_no_beginning(store, folder):
+    """Somebody removed the checkpoints: to begin anew in silence would write over what their run was."""
+    store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
+    shutil.rmtree(folder / "E0_U1_S4")
+    with pytest.raises(CheckpointError, match="latest names E0_U1_S4, which is not there"):
+        opened(folder).recover()

@@ -1,0 +1,131 @@
+# ruff: noqa: E501 - a payload stays in one piece
+"""The command line on runs and configurations that somebody made to do harm: a message and an exit code."""
+
+import hashlib
+import io
+import os
+import pickle
+
+import pytest
+import torch
+from attrs import evolve
+from audit import dangers, watched
+from command import PATIENCE_S, SMALL, invoke, noether, start
+
+from noether.effects.manifest import Manifest, Part
+
+
+class Executed:
+    """Whoever unpickles it makes a directory."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def by_torch():
+    content = io.BytesIO()
+    torch.save({"w": Executed()}, content)
+    return content.getvalue()
+
+
+def forge(run, name, content):
+    """Put something else in the place of one file of every checkpoint, and make sizes, hashes and pointers right."""
+    checkpoints = run / "checkpoints"
+    tags = {path.parent.name for path in checkpoints.glob("*/MANIFEST.json")}
+    pointers = [path for path in checkpoints.iterdir() if path.is_file()]
+    for tag in tags:
+        path = checkpoints / tag / "MANIFEST.json"
+        manifest = Manifest.loads(path.read_text())
+        part = Part(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        changed = evolve(manifest, parts={**manifest.parts, name: part})
+        (checkpoints / tag / name).write_bytes(content)
+        path.write_text(changed.dumps())
+        for pointer in pointers:
+            pointer.write_text(pointer.read_text().replace(manifest.sha256, changed.sha256))
+    return tags
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("weights.safetensors", by_torch()),
+        ("state.json", b'{"a":' * 100_000),
+        ("state.json", pickle.dumps(Executed())),
+        ("optimizer.safetensors", (2**63).to_bytes(8, "little")),
+    ],
+    ids=["torch", "deep", "pickle", "header"],
+)
+def test_a_hostile_checkpoint_is_a_line_that_names_it(finished, tmp_path, name, content):
+    tags = forge(finished, name, content)
+    with watched() as events:
+        evaluated = invoke("eval", "out/small/" + finished.name, cwd=tmp_path, code=1)
+        resumed = invoke("train", "--resume", "out/small/" + finished.name, cwd=tmp_path, code=1)
+    assert [event for event, _ in dangers(events) if "pickle" in event or "os.system" in event] == []
+    assert evaluated.startswith(f"Error: out/small/{finished.name}/checkpoints/")
+    assert " does not hold a state: " in evaluated
+    first, *reasons = resumed.splitlines()
+    assert first.startswith(f"Error: the run cannot go on from any of the {len(tags)} checkpoints in ")
+    assert len(reasons) == len(tags)
+    assert all(name in line for line in (evaluated, *reasons))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_hostile_run_in_processes_of_their_own(finished, tmp_path):
+    run = f"out/small/{finished.name}"
+    forge(finished, "weights.safetensors", by_torch())
+    for process in [start(*argv, cwd=tmp_path) for argv in (["eval", run], ["train", "--resume", run])]:
+        output, errors = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 1
+        assert "Traceback" not in output + errors
+        assert "weights.safetensors: SafetensorError: " in errors
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("noether.examples.digits.ConvNet", "!!python/object/apply:os.mkdir [executed]", "the tag !!python/object/apply:os.mkdir is refused"),
+        ("noether.examples.digits.ConvNet", "os.system", "'os' is not an allowed prefix"),
+        ("noether.examples.digits.cross_entropy", "torch.hub.urlopen", "'urllib' is not an allowed prefix"),
+        ("run:\n", "allow: [os]\nrun:\n", "allow: unknown setting"),
+        ("width: 4", f"width: {'[' * 90}1{']' * 90}", "is not a whole number"),
+        ("width: 4", f"width: 0x{'f' * 5000}", "does not fit its tag !!int"),
+        ("output: out", 'output: "a\\0b"', "cannot be the name of a file"),
+        ("output: out", 'output: "\\ud800"', "does not fit its tag !!str"),
+    ],
+)  # fmt: skip
+def test_a_hostile_configuration_is_a_line_that_names_it(tmp_path, old, new, said):
+    (tmp_path / "hostile.yaml").write_text(SMALL.replace(old, new, 1))
+    for command in ("train", "validate"):
+        output = invoke(command, "hostile.yaml", cwd=tmp_path, code=2)
+        assert output.startswith("Error: hostile.yaml:")
+        assert said in output
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.yaml"]
+
+
+def test_a_hostile_configuration_in_a_process_of_its_own(tmp_path):
+    text = SMALL.replace("noether.examples.digits.ConvNet", "torch.fx.graph_module.reduce_graph_module", 1)
+    code = 'import_block: "import os; os.mkdir(\'executed\')\\n"\n  body: {_code: "def forward(self): pass"}'
+    (tmp_path / "hostile.yaml").write_text(text.replace("width: 4\n  dropout: 0.2", code))
+    done = noether("train", "hostile.yaml", cwd=tmp_path, code=2)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(
+        "Error: hostile.yaml:5: model.kind: 'torch.fx.graph_module.reduce_graph_module' is a function"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.yaml"]
+
+
+@pytest.mark.parametrize("command", [["eval"], ["train", "--resume"]], ids=["eval", "resume"])
+def test_a_hostile_configuration_in_a_run(finished, tmp_path, command):
+    path = finished / "config.yaml"
+    path.write_text(path.read_text().replace("noether.examples.digits.ConvNet", "!!python/name:os.system"))
+    output = invoke(*command, f"out/small/{finished.name}", cwd=tmp_path, code=2)
+    assert output.startswith(f"Error: out/small/{finished.name}/config.yaml:")
+    assert "the tag !!python/name:os.system is refused" in output
+
+
+def test_a_configuration_in_a_run_that_would_never_end(finished, tmp_path):
+    (finished / "config.yaml").unlink()
+    os.mkfifo(finished / "config.yaml")
+    output = invoke("eval", f"out/small/{finished.name}", cwd=tmp_path, code=2)
+    assert "is not the directory of a run" in output

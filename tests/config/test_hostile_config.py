@@ -1,0 +1,386 @@
+# ruff: noqa: E501 - a payload stays in one piece
+"""A configuration that somebody made to do harm: nothing in it is executed, and it is refused with its place."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from audit import dangers, imported, watched
+
+from noether.config import ConfigError, load, load_callbacks
+from noether.config.kinds import named
+
+EVIL = """
+from pathlib import Path
+import torch
+Path("executed").touch()
+class Net(torch.nn.Module):
+    def __init__(self, width: int = 3):
+        super().__init__()
+"""
+
+# The settings that name something, each with something else that stands in its place; `{}` is the payload.
+BASE = {
+    "top": "",
+    "run": "{name: hostile}",
+    "model": "{kind: shop.Net}",
+    "data": "{train: {kind: shop.Digits, split: train}, val: {kind: shop.Digits, split: val}}",
+    "optimizer": "{kind: torch.optim.SGD, lr: 0.1}",
+    "trainer": "{max_epochs: 1, effective_batch_size: 4, loss: shop.loss}",
+    "callbacks": "[{kind: shop.say}]",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(shop):
+    (shop / "hostile").mkdir()
+    (shop / "hostile/evil.py").write_text(EVIL)
+    yield shop
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("hostile", "evil", "linked")]:
+        del sys.modules[name]
+
+
+def config(folder, **sections):
+    text = "\n".join(f"{name}: {section}" for name, section in {**BASE, **sections}.items() if name != "top")
+    path = folder / "hostile/config.yaml"
+    path.write_text(f"{sections.get('top', '')}{text}\n")
+    return str(path)
+
+
+def refusal(path, *args, **options):
+    """Return why a file is refused; nothing may happen on the way, and nothing of the attacker's be imported."""
+    with watched() as events, pytest.raises(ConfigError) as error:
+        load(path, *args, **options)
+    assert dangers(events) == []
+    assert not {name.rpartition(".")[2] for name in imported(events)} & {"evil", "this", "antigravity"}
+    assert not Path("executed").exists()
+    assert all(line.startswith((path, "--set ")) for line in str(error.value).splitlines())
+    return str(error.value)
+
+
+def test_what_is_not_hostile_is_loaded(folder):
+    assert load(config(folder)).model.path == "shop.Net"
+
+
+TAGS = [
+    "!!python/object/apply:os.system [touch executed]",
+    "!!python/object/apply:os.mkdir [executed]",
+    "!!python/object/new:os.mkdir [executed]",
+    "!!python/object:shop.Net {}",
+    "!!python/name:os.system",
+    "!!python/module:this",
+    "!!python/tuple [1]",
+    "!!python/none",
+    "!!python/bytes aGk=",
+    "!<tag:yaml.org,2002:python/object/apply:os.mkdir> [executed]",
+    "!apply:os.mkdir [executed]",
+    "!!binary aGk=",
+    "!!timestamp 2020-01-01",
+    "!!set {a}",
+    "!!omap [a: 1]",
+    "!!merge <<",
+    "!!float x",
+    "!!bool on",
+]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize(
+    "place", ["run: {name: x, output: %s }", "model: {kind: %s }", "callbacks: [%s ]", "x: {? %s : 1}"]
+)
+def test_tags_make_nothing(folder, tag, place):
+    section, _, text = place.partition(": ")
+    said = refusal(config(folder, **{section: text % tag}))
+    assert any(each in said for each in ("the tag !", "does not fit its tag !!", "is not text", "`<<` is not part of"))
+
+
+def test_tags_under_another_name(folder):
+    top = "%TAG !y! tag:yaml.org,2002:python/object/apply:\n---\n"
+    said = refusal(config(folder, top=top, model="!y!os.mkdir [executed]"))
+    assert "model: the tag !!python/object/apply:os.mkdir is refused" in said
+
+
+def test_a_tag_in_an_override(folder):
+    said = refusal(config(folder), ["model=!!python/object/apply:os.mkdir [executed]"])
+    assert "the tag !!python/object/apply:os.mkdir is refused" in said
+
+
+DEEP, MANY = "is nested too deeply", "has more than 20000 values once its aliases are written out"
+BOMBS = {
+    "laughs": ("\n".join([f"l0: &l0 [{'x, ' * 9}x]", *(f"l{n}: &l{n} [{f'*l{n - 1}, ' * 9}x]" for n in range(1, 30))]), MANY),
+    "laughs in mappings": ("\n".join(["l0: &l0 {a: x, b: x}", *(f"l{n}: &l{n} {{a: *l{n - 1}, b: *l{n - 1}}}" for n in range(1, 60))]), MANY),
+    "many values": ("a: [" + "1," * 45_000 + "]", MANY),
+    "many keys": ("a: {" + "".join(f"k{n}: 1," for n in range(25_000)) + "}", MANY),
+    "lists without end": ("a: " + "[" * 100_000, DEEP),
+    "mappings without end": ("a: " + "{a: " * 100_000, DEEP),
+    "blocks without end": ("\n".join(" " * n + "a:" for n in range(1, 1200)), DEEP),
+    "lists that end": ("a: " + "[" * 150 + "]" * 150, DEEP),
+    "itself": ("a: &a [*a]", "an alias stands inside of what it stands for"),
+    "itself in a mapping": ("a: &a {b: {c: *a}}", "an alias stands inside of what it stands for"),
+    "more than a file may have": ("# " + "x" * (1 << 20), "has more than 1048576 bytes, which is no configuration"),
+    "too many digits": (f"a: {'1' * 5000}", "does not fit its tag !!int"),
+    "too many hexadecimal digits": (f"a: 0x{'f' * 5000}", "does not fit its tag !!int"),
+    "too many octal digits": (f"a: 0o{'7' * 9000}", "does not fit its tag !!int"),
+    "half a character": ('a: "\\ud800"', "does not fit its tag !!str"),
+    "half a character as a key": ('"\\ud800": a', "is not text"),
+    "another document": ("a: 1\n---\na: 2", "expected a single document"),
+    "an alias of nothing": ("a: &a 1\nb: *b", "found undefined alias 'b'"),
+    "a NUL": ("a: \0", "the character '\\x00' is not allowed"),
+    "UTF-16": ("a: 1".encode("utf-16"), "is not UTF-8 text"),
+    "a pickle": (b"\x80\x04cos\nsystem\n(S'touch executed'\ntR.", "is not UTF-8 text"),
+    "nothing": ("", "is empty"),
+    "a list": ("[1]", "is not a mapping"),
+    "a key that is a list": ("? [a, b]\n: 1", "the key '[...]' is not text"),
+    "a key that says that it is text": ("? !!str [a, b]\n: 1", "the key '[...]' is not text"),
+    "a key that is code": ("? !!python/object/apply:os.mkdir [executed]\n: 1", "the key '[...]' is not text"),
+    "a key twice": ("run: {name: a}\nrun: {name: b}", "is given twice"),
+    "a merge": ("a: &a {kind: os.system}\nmodel: {<<: *a}", "`<<` is not part of YAML 1.2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_bombs(folder, what):
+    text, said = BOMBS[what]
+    path = folder / "hostile/bomb.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    told = refusal(str(path))
+    assert said in told
+    assert len(told) < 500 + len(str(folder))  # what is large is not told at length
+
+
+ROLES = {
+    "a model": "model: {kind: %s}",
+    "a dataset": "data: {train: {kind: %s}}",
+    "an optimizer": "optimizer: {kind: %s, lr: 0.1}",
+    "a loss": "trainer: {max_epochs: 1, effective_batch_size: 4, loss: %s}",
+    "a metric": "trainer: {max_epochs: 1, effective_batch_size: 4, loss: shop.loss, evaluate: {val: [%s], every_n_epochs: 1}}",
+    "a callback": "callbacks: [{kind: %s, every_n_epochs: 1}]",
+    "a setting that is called": "callbacks: [{kind: shop.Watch, every_n_epochs: 1, tolerance: 1, metric: %s}]",
+    "an effect": "run: {name: x, handlers: {%s: shop.loss}}",
+    "a handler": "run: {name: x, handlers: {noether.core.effect.LogText: %s}}",
+}
+NOBODY = [
+    "os.system",
+    "posix.system",
+    "subprocess.Popen",
+    "subprocess.run",
+    "builtins.eval",
+    "builtins.exec",
+    "__main__.exit",
+    "importlib.import_module",
+    "runpy.run_path",
+    "pickle.loads",
+    "yaml.unsafe_load",
+    "code.interact",
+    "pdb.run",
+    "this.s",
+    "antigravity.geohash",
+    "torch.os.system",
+    "torch.sys.exit",
+    "torch.importlib.import_module",
+    "torch.hub.os.system",
+    "torch.hub.urlopen",  # what a library only hands on
+    "torch.hub.ZipFile",
+    "torch.utils.cpp_extension.subprocess.run",
+    "torch.nn.modules.module.torch.os.system",
+    "torch.serialization.pickle.loads",
+    "noether.effects.disk.os.system",
+    "noether.effects.disk.sys.modules",
+    "noether.config.kinds.importlib.import_module",
+    "noether.config.source.yaml.unsafe_load",
+    "shop.torch.os.system",
+    "shop.Net.__init__.__globals__",
+    "shop.Net.__subclasses__",
+    "shop.__builtins__.eval",
+    "torch.__builtins__.eval",
+    "torch.nn.Linear.__class__.__base__.__subclasses__",
+    "noether.__main__.main",
+    "noether..effects",
+    ".os.system",
+    "os.system ",
+    '"os.system()"',
+    '"torch.nn.Linear(3, 3)"',
+    '"shop:Net.x"',
+    '"../hostile/evil.Net"',
+    '"hostile/evil.Net"',
+    '"/hostile.evil.Net"',
+    "evil.Net",
+    "no\u017fuch.thing",
+    '"shop\\0.Net"',
+    "torch." + "x." * 3000 + "y",
+    "torch." + "x" * 50_000,
+]
+
+
+# Each path in two places, and some of them in all: they are walked in one and the same way.
+@pytest.mark.parametrize(
+    ("role", "path"),
+    [(role, path) for role in ROLES for path in (NOBODY if role in ("a model", "a loss") else NOBODY[::6])],
+    ids=lambda value: value[:40],
+)
+def test_kinds_that_nobody_may_name(folder, role, path):
+    section, _, text = ROLES[role].partition(": ")
+    assert refusal(config(folder, **{section: text % path}))
+
+
+@pytest.mark.parametrize("kind", ["[os.system]", "{kind: os.system}", "null", "3", "true", "[]"])
+@pytest.mark.parametrize("role", ROLES)
+def test_kinds_that_are_no_text(folder, role, kind):
+    section, _, text = ROLES[role].partition(": ")
+    assert refusal(config(folder, **{section: text % kind}))
+
+
+NOT_THAT = {
+    "a model": [
+        "torch.load",
+        "torch.save",
+        "torch.hub.load",
+        "torch.jit.load",
+        "torch.optim.SGD",
+        "torch.utils.data.Dataset",
+        "torch.utils.cpp_extension.load",
+        "torch.utils.collect_env.run",
+        "torch.ops.load_library",
+        "torch.classes.load_library",
+        "torch.float32",
+        "torch.nn",
+        "noether.config.kinds.resolve",
+        "noether.effects.files.remove_all",
+        "noether.examples.digits.Digits",
+    ],
+    "a dataset": ["torch.load", "torch.hub.load", "torch.nn.Linear", "torch.from_file", "noether.effects.open_run"],
+    "an optimizer": ["torch.load", "torch.hub.load", "torch.nn.Linear", "torch.optim.lr_scheduler.StepLR", "shop.Net"],
+    "a loss": ["torch.nn.Linear", "torch.float32", "torch.nn", "shop.number", "noether.effects.CheckpointStore"],
+    "a callback": [
+        "torch.nn.Linear",
+        "torch.hub.list",
+        "torch.utils.collect_env.run",
+        "noether.effects.CheckpointStore",
+    ],
+    "an effect": ["torch.load", "torch.nn", "torch.hub.load"],
+}
+
+
+@pytest.mark.parametrize(("role", "path"), [(role, path) for role, paths in NOT_THAT.items() for path in paths])
+def test_kinds_that_are_something_else(folder, role, path):
+    section, _, text = ROLES[role].partition(": ")
+    assert (
+        f"expected {'a function' if role == 'a loss' else 'a type of effect' if role == 'an effect' else role}"
+        in refusal(config(folder, **{section: text % path}))
+    )
+
+
+CODE = {
+    "source code": '{kind: torch.fx.graph_module.reduce_graph_module, import_block: "import os; os.mkdir(\'executed\')\\n", body: {_code: "def forward(self): pass"}}',
+    "source code of a package": "{kind: torch.fx.graph_module.reduce_package_graph_module, importer: x, body: {}, generated_module_name: evil}",
+    "a function and its arguments": '{kind: torch.fx.experimental.proxy_tensor.get_isolated_graphmodule, func: torch.utils.collect_env.run, args: ["mkdir executed"], kwargs: {}}',
+    "another one": '{kind: torch._higher_order_ops.associative_scan.materialize_as_graph, fn: torch.utils.collect_env.run, args: ["mkdir executed"]}',
+    "a script": "{kind: torch.jit.load, f: evil.pt}",
+    "a repository": "{kind: torch.hub.load, repo_or_dir: attacker/repository, model: evil, trust_repo: true}",
+}
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_a_model_of_code_that_the_file_itself_holds(folder, what):
+    assert "model.kind: " in refusal(config(folder, model=CODE[what]))
+
+
+PIPES = {
+    "a function": '{kind: torch.utils.data.datapipes.iter.Mapper, datapipe: ["mkdir executed"], fn: torch.utils.collect_env.run}',
+    "a class": '{kind: torch.utils.data.datapipes.iter.Sampler, datapipe: ["mkdir executed"], sampler: torch.utils.collect_env.run}',
+}
+
+
+@pytest.mark.parametrize("what", PIPES)
+def test_data_made_by_a_function_that_the_file_names(folder, what):
+    assert "data.train.datapipe: " in refusal(config(folder, data=f"{{train: {PIPES[what]}}}"))
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ("allow", "[hostile, os]"),
+        ("--allow", "[os]"),
+        ("run", "{name: x, allow: [os]}"),
+        ("trainer", "{max_epochs: 1, effective_batch_size: 4, loss: shop.loss, allow: [os]}"),
+        ("callbacks", "[{kind: shop.Watch, every_n_epochs: 1, tolerance: 1, allow: [os]}]"),
+        ("model", "{kind: os.system, allow: [os]}"),
+        ("model", "{kind: os.system, ALLOWED: [os]}"),
+    ],
+)
+def test_a_file_allows_itself_nothing(folder, section, text):
+    assert refusal(config(folder, **{section: text}))
+
+
+def test_what_whoever_runs_it_allows_is_allowed_until_the_run_is_made(folder):
+    path = config(folder, trainer=BASE["trainer"].replace("shop.loss", "torch.hub.urlopen"))
+    assert "'urllib' is not an allowed prefix" in refusal(path)
+    assert named(load(path, allow=["urllib"]).trainer.loss).__module__ == "urllib.request"
+
+
+def test_what_is_allowed_is_not_what_only_begins_like_it(folder):
+    (folder / "hostile/torchevil.py").write_text(EVIL)
+    assert "there is no module 'torchevil'" in refusal(config(folder, model="{kind: torchevil.Net}"))
+    said = refusal(config(folder, model="{kind: os.system}"), allow=("o", "os.path", "osx"))
+    assert "'os' is not an allowed prefix" in said
+
+
+@pytest.mark.parametrize("way", ["below", "a package", "inside", "a link to it", "a package of the user's with a link"])
+def test_no_module_of_a_run_is_imported_wherever_the_run_lies(folder, monkeypatch, way):
+    run = folder / "hostile"
+    kind = "hostile.evil.Net"
+    if way in ("a package", "a package of the user's with a link"):
+        (run / "__init__.py").touch()
+    if way == "inside":  # as `cd RUN_DIR; noether train --resume .` has it
+        monkeypatch.chdir(run)
+        kind = "evil.Net"
+        (run / "shop.py").write_text((folder / "shop.py").read_text())
+    elif way == "a link to it":
+        (folder / "linked").symlink_to("hostile")
+        kind = "linked.evil.Net"
+    elif way == "a package of the user's with a link":
+        (folder / "linked").mkdir()
+        (folder / "linked/__init__.py").touch()
+        (folder / "linked/inner").symlink_to("../hostile")
+        kind = "linked.inner.evil.Net"
+    path = config(folder, model=f"{{kind: {kind}}}")
+    head = kind.partition(".")[0]
+    said = refusal(path, run_dir=run)
+    assert f"model.kind: '{kind}' lies in {run}, the directory of the run itself; --allow {head} allows it" in said
+    # It is that directory that makes the difference: nowhere else, and if whoever runs it says so, it is imported.
+    assert load(path, allow=(head, "shop"), run_dir=run).model.path == kind
+    assert Path("executed").exists()
+
+
+def test_a_module_beside_any_other_file_is_the_users_own(folder):
+    assert load(config(folder, model="{kind: hostile.evil.Net}")).model.path == "hostile.evil.Net"
+    assert load(config(folder, model="{kind: shop.Net}"), run_dir=folder / "hostile").model.path == "shop.Net"
+
+
+def test_names_of_files_that_are_none(folder):
+    assert "cannot be the name of a file" in refusal(config(folder, run='{name: x, output: "a\\0b"}'))
+    for name in ("../x", "/x", "", ".", "..", "a/b", "a\\\\b", "a\\0b", "a\\nb"):
+        assert "is not the name of a folder" in refusal(config(folder, run=f'{{name: "{name}"}}'))
+
+
+@pytest.mark.parametrize("what", ["a directory", "a link to itself", "nothing"])
+def test_files_that_cannot_be_read(folder, what):
+    path = folder / "hostile/x.yaml"
+    if what == "a directory":
+        path.mkdir()
+    elif what == "a link to itself":
+        path.symlink_to("x.yaml")
+    assert refusal(str(path))
+
+
+def test_a_file_without_end_is_read_as_far_as_a_configuration_goes(folder):
+    (folder / "hostile/x.yaml").symlink_to("/dev/zero")
+    assert "has more than 1048576 bytes" in refusal(str(folder / "hostile/x.yaml"))
+
+
+def test_callbacks_for_other_loops_are_judged_alike(folder):
+    path = config(folder, callbacks="[{kind: torch.hub.os.system}]")
+    with watched() as events, pytest.raises(ConfigError, match=r"callbacks\[0\].kind: .*'os' is not an allowed prefix"):
+        load_callbacks(path)
+    assert dangers(events) == []
+    assert not Path("executed").exists()
