@@ -12,8 +12,8 @@ from attrs import evolve
 from noether.core.errors import nearest
 from noether.effects.contents import ContentError, ModelNamesError, files_asked, files_of, state_in
 from noether.effects.disk import DISK
-from noether.effects.files import read_file, reason
-from noether.effects.listing import CheckpointError, Listing, listed
+from noether.effects.files import read_file
+from noether.effects.listing import CheckpointError, Listing, UnreadableError, listed, refusal
 from noether.effects.logs import LogCount
 from noether.effects.manifest import NAME, Manifest, Part
 from noether.effects.plan import ORDER, Commit, Point, Prune, Step, Write, planned
@@ -149,9 +149,12 @@ class CheckpointStore:
         Checkpoints that are damaged are told of and passed over; the one that is returned counts as resumed.
 
         Raises:
-            CheckpointError: If there are checkpoints, and none that the run can go on from: each with its reason.
+            CheckpointError: If there are checkpoints, and none that the run can go on from: each with its reason. And
+                if one cannot be read that may be whole, for lack of a permission or of memory.
         """
         listing = self._listing()
+        if listing.unreadable:
+            raise UnreadableError("\n".join(listing.unreadable.values()))
         damaged = dict(listing.damaged)
         partial = {
             each.tag: f"{self._directory / each.tag} does not hold weights, optimizer and state of the whole model"
@@ -161,6 +164,8 @@ class CheckpointStore:
         for manifest in reversed([each for each in listing.manifests if each.resumable]):
             try:
                 state = self.resume(manifest)
+            except UnreadableError:
+                raise
             except CheckpointError as error:
                 damaged[manifest.tag] = str(error)
             else:
@@ -169,7 +174,9 @@ class CheckpointStore:
                 return state, manifest
         reasons = [*damaged.values(), *partial.values(), *listing.lost.values()]
         if reasons:
-            none = f"the run cannot go on from any of the {len(damaged) + len(partial)} checkpoints in {self._directory}"
+            none = (
+                f"the run cannot go on from any of the {len(damaged) + len(partial)} checkpoints in {self._directory}"
+            )
             raise CheckpointError("\n  ".join([f"{none}:", *reasons]))
         return None
 
@@ -252,8 +259,7 @@ class CheckpointStore:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing") from error
         except (OSError, MemoryError) as error:
-            why = reason(error) if isinstance(error, OSError) else "it does not fit into memory"
-            raise CheckpointError(f"{path} is damaged, or cannot be read: {why}") from error
+            raise refusal(path, error) from error
         if len(content) != part.size_bytes or hashlib.sha256(content).hexdigest() != part.sha256:
             raise CheckpointError(f"{path} is damaged: its content is not what was written")
         return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
     from noether.effects.disk import Disk, Kind
 
 _POINTER_BYTES: Final = 400
+_PASSING: Final = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 _POINTER: Final = re.compile(rf"{NAME.pattern} [0-9a-f]{{64}}\n", re.ASCII)
 
 
 class CheckpointError(Exception):
     """A checkpoint cannot be found, read or written."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may well be whole cannot be read by this process: that is no reason to go on without it."""
 
 
 class _LostError(CheckpointError):
@@ -35,6 +41,7 @@ class Listing:
     Args:
         manifests: Of the checkpoints whose manifest can be read, oldest first.
         damaged: What is wrong with the others, by the name of their directory.
+        unreadable: Those among them that may be whole, and cannot be read.
         pointers: Tag by name of pointer.
         broken: What is wrong with pointers that name nothing, by name; what they named cannot be told.
         lost: Those among them that were set to a checkpoint which is not there any more.
@@ -42,6 +49,7 @@ class Listing:
 
     manifests: tuple[Manifest, ...]
     damaged: dict[str, str]
+    unreadable: dict[str, str]
     pointers: dict[str, str]
     broken: dict[str, str]
     lost: dict[str, str]
@@ -58,12 +66,14 @@ def listed(directory: Path, disk: Disk) -> Listing:
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read: {reason(error)}") from error
     found: dict[str, Manifest] = {}
+    unreadable: dict[str, str] = {}
     damaged = {name: f"{directory / name} is damaged: it is a link or a device" for name in _odd(kinds)}
     for name in (name for name, kind in kinds.items() if kind == "directory"):
         try:
             manifest = read_manifest(directory, name, disk)
         except CheckpointError as error:
             damaged[name] = str(error)
+            unreadable |= {name: str(error)} if isinstance(error, UnreadableError) else {}
         else:
             found |= {} if manifest is None else {name: manifest}
     pointers: dict[str, str] = {}
@@ -75,7 +85,8 @@ def listed(directory: Path, disk: Disk) -> Listing:
         except CheckpointError as error:
             broken[name] = str(error)
             lost |= {name: str(error)} if isinstance(error, _LostError) else {}
-    return Listing(tuple(sorted(found.values(), key=lambda each: each.order)), damaged, pointers, broken, lost)
+    ordered = tuple(sorted(found.values(), key=lambda each: each.order))
+    return Listing(ordered, damaged, unreadable, pointers, broken, lost)
 
 
 def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
@@ -93,12 +104,21 @@ def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
             raise CheckpointError(f"{path} is missing, beside {', '.join(parts)}")
         manifest = Manifest.loads(read_file(path, disk, limit=LIMIT_BYTES).decode())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+        raise refusal(path, error) from error
     except (ManifestError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if manifest.tag != name:
         raise CheckpointError(f"{path} is damaged: it is the manifest of {manifest.tag}")
     return manifest
+
+
+def refusal(path: Path, error: OSError | MemoryError) -> CheckpointError:
+    """Return what to raise for a file of a checkpoint that the operating system does not give."""
+    if isinstance(error, MemoryError):
+        return UnreadableError(f"{path} cannot be read: it does not fit into memory")
+    if error.errno in _PASSING:
+        return UnreadableError(f"{path} cannot be read: {reason(error)}; the run goes on once it can be")
+    return CheckpointError(f"{path} is damaged, or cannot be read: {reason(error)}")
 
 
 def pointer_text(manifest: Manifest) -> str:

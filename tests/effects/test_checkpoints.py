@@ -554,3 +554,20 @@ def test_a_pointer_without_its_checkpoint_is_no_beginning(store, folder):
     shutil.rmtree(folder / "E0_U1_S4")
     with pytest.raises(CheckpointError, match="latest names E0_U1_S4, which is not there"):
         opened(folder).recover()
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "weights.safetensors"])
+def test_what_may_not_be_read_is_not_taken_for_damaged(store, folder, name):
+    """As when another user trained before: to go on from an older one would leave the newer ones behind."""
+    for update in (1, 2):
+        store.save(SaveCheckpoint(), at(update), UPDATE)
+    refused = folder / "E0_U2_S8" / name
+
+    def call(function, *arguments):
+        if function is os.open and arguments[0] == refused:
+            raise OSError(errno.EACCES, "Permission denied")
+        return function(*arguments)
+
+    with pytest.raises(CheckpointError) as error:
+        CheckpointStore(folder, "run", Disk(call)).recover()
+    assert str(error.value) == f"{refused} cannot be read: Permission denied; the run goes on once it can be"
