@@ -13,7 +13,7 @@ from noether.core.tree import FrozenDict
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def number(value: float) -> float | str:
@@ -82,5 +82,5 @@ _DECODERS: Final[dict[str, Callable[[Any, Mapping[str, torch.Tensor]], Any]]] = 
     "$tensor": lambda name, tensors: tensors[name],
     "$tuple": lambda items, tensors: tuple(decode(item, tensors) for item in items),
     "$dict": lambda items, tensors: FrozenDict({key: decode(item, tensors) for key, item in items.items()}),
-    "$number": lambda name, _: _NUMBERS[name],
+    "$number": lambda name, _: NUMBERS[name],
 }
