@@ -231,5 +231,3 @@ def belongs(event: str, measured: TrainingIteration, at: TrainingIteration | Non
     if event == "after_accumulation_step" and measured == at:
         return False
     return ended or event != "after_training" or measured != at
-
-

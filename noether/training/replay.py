@@ -74,6 +74,16 @@ def to_line(reducer: Reducer) -> ToLine:
     return event_line([pattern for member in iterators for pattern in member.produces or ()], dataset_lengths)
 
 
+def beginning(recorded: Iterable[Recorded], config: Mapping[str, Any]) -> tuple[TrainState, Run]:
+    """Return the state that a recorded run began with, its tensors on the meta device, and what was fixed for it.
+
+    Raises:
+        ReplayError: If the record is empty.
+    """
+    record = _Record(recorded, config)
+    return _begun(TrainState(), record.take()), record.run
+
+
 def replay(
     members: Sequence[Callback],
     recorded: Callable[[], Iterable[Recorded]],
