@@ -78,6 +78,26 @@ def evaluate(
 
 
 @main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--callbacks", metavar="OTHER.yaml", type=click.Path(path_type=Path), help="Others than the run's own.")
+@click.option("--at", metavar="U1234", help="Show state and effects at this point, on one counter: E12, U1234 or S800.")
+@click.option("--log", is_flag=True, help="Show what the log would have said, too.")
+@_ALLOW
+def replay(
+    run_dir: Path,
+    callbacks: Path | None,
+    at: str | None,
+    log: bool,  # noqa: FBT001  # click passes it by name
+    allow: tuple[str, ...],
+) -> None:
+    """Tell callbacks the events of the run in RUN_DIR again, and show what they decide. It needs `trainer.record`."""
+    from noether.cli import replaying
+
+    with _refusals():
+        replaying.show(run_dir, callbacks, at, allow, log=log)
+
+
+@main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @_SET
 @_ALLOW
@@ -123,6 +143,7 @@ def _refusals() -> Iterator[None]:
     from noether.core.metrics import MetricError
     from noether.core.reducer import UnclaimedMemoryError
     from noether.effects import CheckpointError, LockedError, LogError, UnhandledEffectError
+    from noether.training.replay import ReplayError
 
     mendable: tuple[type[Exception], ...] = (
         CheckpointError,
@@ -133,6 +154,7 @@ def _refusals() -> Iterator[None]:
         MetricError,
         OSError,
         OutputError,
+        ReplayError,
         UnclaimedMemoryError,
         UnhandledEffectError,
         WeightsError,

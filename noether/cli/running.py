@@ -34,6 +34,7 @@ from noether.effects.sinks import LOGGED
 from noether.effects.tensorboard import TensorBoard
 from noether.effects.weights_and_biases import WeightsAndBiases
 from noether.training.experiment import Experiment, build
+from noether.training.replay import to_line
 from noether.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.effects import Interpreter, RunDirectory
     from noether.effects.interpreter import Handler
-    from noether.effects.run_directory import LogService
+    from noether.effects.run_directory import Interpret, LogService
 
 
 def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> int:
@@ -169,9 +170,12 @@ def _train(
     experiment: Experiment, directory: RunDirectory, state: TrainState, *, resumed: bool, allow: Sequence[str]
 ) -> int:
     interpreter = _interpreter(experiment.config, directory)
+    told: Interpret = interpreter
+    if experiment.config.trainer.record == "events":
+        told = directory.recording(interpreter, to_line(experiment.reducer))
     with Interruption() as interruption:
         interpreter([SetSummary(_facts(experiment))], state, AfterTraining(run=experiment.run))
-        state = _trainer(experiment, interpreter, interruption)(state, resumed=resumed)
+        state = _trainer(experiment, told, interruption)(state, resumed=resumed)
         directory.wait()  # the run has not ended before its last checkpoint is saved
     done = next_move(state, experiment.run) is Move.NOTHING
     ending = _ending(state) if done else f"interrupted at {state.iteration}"
@@ -192,9 +196,7 @@ def _set_ending(experiment: Experiment, interpreter: Interpreter, state: TrainSt
     interpreter([SetSummary(FrozenDict(ending=ending))], state, AfterTraining(run=experiment.run))
 
 
-def _trainer(
-    experiment: Experiment, interpreter: Interpreter, interruption: Interruption, **changes: object
-) -> Trainer:
+def _trainer(experiment: Experiment, interpreter: Interpret, interruption: Interruption, **changes: object) -> Trainer:
     return Trainer(
         **{"run": experiment.run, **changes},  # type: ignore[arg-type]  # fields by name
         step=experiment.step,

@@ -83,12 +83,32 @@ def load_callbacks(path: str | FilePath, allow: Sequence[str] = ()) -> Any:
     """
     from noether.core.reducer import compose
 
+    return compose(*(kind.build() for kind in _listed(read(path), allow)))
+
+
+def with_callbacks(config: Config, path: str | FilePath, allow: Sequence[str] = ()) -> Config:
+    """Return a configuration with the callbacks of another file in the place of its own.
+
+    Args:
+        config: The configuration.
+        path: A file with a list under `callbacks`; its other sections, if there are any, are not looked at.
+        allow: As for `load`.
+
+    Raises:
+        ConfigError: With everything that is wrong with the callbacks, each with file and line.
+    """
     source = read(path)
+    return dataclasses.replace(config, callbacks=_listed(source, allow), source=source)
+
+
+def _listed(source: Source, allow: Sequence[str]) -> tuple[Kind, ...]:
     if "callbacks" not in source.data:
         message = f"has no list of `callbacks`{nearest('callbacks', source.data)}"
         raise ConfigError([Located(source.place(()), (), message)])
-    listed = _structured(source, ("callbacks",), tuple[Callback, ...], config_converter(allow, source))
-    return compose(*(kind.build() for kind in listed))
+    listed: tuple[Kind, ...] = _structured(
+        source, ("callbacks",), tuple[Callback, ...], config_converter(allow, source)
+    )
+    return listed
 
 
 def config_converter(allow: Sequence[str], source: Source, run_dir: FilePath | None = None) -> Converter:

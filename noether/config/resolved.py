@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "trainer.num_workers",
     "trainer.evaluate",
     "trainer.checkpoints",
+    "trainer.record",
     "callbacks",
 )
 """What may differ in a resumed run; a section stands for all that is in it."""

@@ -170,6 +170,8 @@ class TrainerSettings:
         num_workers: Processes that load data; 0 loads in this one.
         drop_last: Whether an epoch's last batch is left out if it is short.
         checkpoints: How checkpoints are written.
+        record: `events` to keep what `noether replay` needs, in `events.jsonl`; every loss is then read from its device
+            at every update. None for nothing.
 
     Raises:
         SettingsError: If a value is out of range, or there is not exactly one end.
@@ -199,6 +201,7 @@ class TrainerSettings:
     num_workers: int = 0
     drop_last: bool = False
     checkpoints: CheckpointSettings = CheckpointSettings()
+    record: Literal["events"] | None = None
 
     def __post_init__(self) -> None:
         refuse(self._problems())

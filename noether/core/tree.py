@@ -148,8 +148,9 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 
 def storages(tree: Any) -> set[int]:
-    """Return the addresses of the memory that the tensors of `tree` live in."""
-    return {tensor.untyped_storage().data_ptr() for _, tensor in tensors(tree) if tensor.numel()}
+    """Return the addresses of the memory that the tensors of `tree` live in; those that hold nothing have none."""
+    held = (tensor for _, tensor in tensors(tree) if tensor.numel() and not tensor.is_meta)
+    return {tensor.untyped_storage().data_ptr() for tensor in held}
 
 
 def check_memory(name: str, memory: Any) -> None:

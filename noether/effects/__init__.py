@@ -3,9 +3,9 @@
 from noether.effects.checkpoints import CheckpointStore
 from noether.effects.console import Console
 from noether.effects.interpreter import Interpreter, UnhandledEffectError
+from noether.effects.lines import LogError
 from noether.effects.listing import CheckpointError
 from noether.effects.lock import LockedError
-from noether.effects.logs import LogError
 from noether.effects.run_directory import RunDirectory, open_run
 
 __all__ = [

@@ -13,8 +13,8 @@ from noether.core.errors import nearest
 from noether.effects.contents import ContentError, ModelNamesError, files_asked, files_of, state_in
 from noether.effects.disk import DISK
 from noether.effects.files import read_file
+from noether.effects.lines import LogCount
 from noether.effects.listing import CheckpointError, Listing, UnreadableError, listed, refusal
-from noether.effects.logs import LogCount
 from noether.effects.manifest import NAME, Manifest, Part
 from noether.effects.plan import ORDER, Commit, Point, Prune, Step, Write, planned
 from noether.effects.writing import Writer

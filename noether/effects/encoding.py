@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _LEVELS: Final = 100
 """How deep trees may be nested: far less than what Python's own stack takes of whoever walks them."""
-_NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def number(value: float) -> float | str:
@@ -95,5 +95,5 @@ _DECODERS: Final[dict[str, Callable[[Any, Mapping[str, torch.Tensor]], Any]]] = 
     "$tensor": _tensor,
     "$tuple": lambda items, tensors: tuple(decode(item, tensors) for item in items),
     "$dict": lambda items, tensors: FrozenDict({key: decode(item, tensors) for key, item in items.items()}),
-    "$number": lambda name, _: _NUMBERS[name],
+    "$number": lambda name, _: NUMBERS[name],
 }

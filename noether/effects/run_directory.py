@@ -21,9 +21,10 @@ from noether.effects.console import Console
 from noether.effects.disk import DISK
 from noether.effects.files import make_directories, replace_file
 from noether.effects.interpreter import Interpreter
+from noether.effects.lines import UNKNOWN, LinesFile, LogCount
 from noether.effects.listing import CheckpointError
 from noether.effects.lock import RunLock
-from noether.effects.logs import UNKNOWN, LogCount, MetricsFile, Summary
+from noether.effects.logs import Summary, metrics_file
 from noether.effects.memory import PeakMemory
 from noether.effects.saving import Saver
 from noether.effects.sinks import Sinks
@@ -33,14 +34,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
+    from noether.core.callback import Effects
     from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.state import TrainState
     from noether.effects.disk import Disk
     from noether.effects.interpreter import Handler
+    from noether.effects.lines import ToLine
     from noether.effects.saving import OnError
 
+    Interpret = Callable[[Effects, TrainState, Event], None]
+
 CONFIG: Final = "config.yaml"
+EVENTS: Final = "events.jsonl"
 _Arguments = ParamSpec("_Arguments")
 _LOGGER: Final = logging.getLogger(__name__)
 
@@ -147,9 +153,11 @@ class RunDirectory:
         self._services = services
         self._disk = disk
         self._logged = UNKNOWN  # with the state that was loaded
-        self._metrics = MetricsFile(path / "metrics.jsonl", self.run_id, disk)
-        weakref.finalize(self, self._metrics.close)
-        self._saver = Saver(self.checkpoints, self._metrics, **saving)
+        self._metrics = metrics_file(path / "metrics.jsonl", self.run_id, disk)
+        self._events = LinesFile(path / EVENTS, lambda line, *_: line, disk)
+        for lines in (self._metrics, self._events):
+            weakref.finalize(self, lines.close)
+        self._saver = Saver(self.checkpoints, self._metrics, (self._events,), **saving)
         self._sinks = Sinks()
         self.interpreter = self._interpreter()
 
@@ -188,6 +196,7 @@ class RunDirectory:
         if self._lock is None:  # the process that writes cuts
             return 0
         dropped = self._metrics.cut(state, UNKNOWN if state is None else self._logged)
+        self._events.cut(state)
         _LOGGER.info("%d lines of %s were dropped, to be written again", dropped, self.path / "metrics.jsonl")
         for service in self._services:
             self._sinks.guarded(service.name, service.resume)(state)
@@ -210,7 +219,8 @@ class RunDirectory:
         try:
             self.wait()
         finally:
-            self._sinks.guarded("metrics.jsonl", self._metrics.close)()
+            for name, lines in (("metrics.jsonl", self._metrics), (EVENTS, self._events)):
+                self._sinks.guarded(name, lines.close)()
             for service in self._services:
                 self._sinks.guarded(service.name, service.close)()
             self._sinks.tell()
@@ -221,6 +231,26 @@ class RunDirectory:
     def guarded(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         """Return a handler of logs that never stops training; what it loses is told of, and counted under `name`."""
         return self._sinks.guarded(name, write)
+
+    def recording(self, interpreter: Interpret, to_line: ToLine) -> Interpret:
+        """Return an interpreter that also appends a line to `events.jsonl` for each event, before it does anything.
+
+        Args:
+            interpreter: What carries the effects out.
+            to_line: Makes the line of an event, as `event_line` does.
+        """
+
+        def write(effects: Effects, state: TrainState, event: Event) -> None:
+            self._events.write(to_line(effects, state, event), state, event)
+
+        record = self.guarded(EVENTS, write)
+
+        def interpret(effects: Effects, state: TrainState, event: Event) -> None:
+            if self._lock is not None:  # only the process that writes records
+                record(effects, state, event)
+            interpreter(effects, state, event)
+
+        return interpret
 
     def _interpreter(self) -> Interpreter:
         summary, console = Summary(self.path / "summary.json", self._disk), self._console

@@ -12,6 +12,7 @@ from noether.core.tree import cloned
 from noether.effects.listing import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from concurrent.futures import Future
 
     from noether.core.effect import SaveCheckpoint
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
     from noether.effects.checkpoints import CheckpointStore
-    from noether.effects.logs import MetricsFile
+    from noether.effects.lines import LinesFile, LogCount
 
     OnError = Literal["stop", "warn"]
 
@@ -35,7 +36,8 @@ class Saver:
 
     Args:
         store: Where checkpoints go.
-        log: The log whose lines up to a checkpoint are brought to the disk before it.
+        log: The log whose lines up to a checkpoint are brought to the disk before it, and counted in it.
+        beside: Others whose lines are brought there as well.
         asynchronous: Whether they are written in a thread of their own. A state is never written to, so nothing is
             copied for that.
         borrowed: Whether states view live tensors, as those of `TrainState.from_module` do; what is then written in a
@@ -46,14 +48,15 @@ class Saver:
     def __init__(
         self,
         store: CheckpointStore,
-        log: MetricsFile,
+        log: LinesFile,
+        beside: Sequence[LinesFile] = (),
         *,
         asynchronous: bool = False,
         borrowed: bool = True,
         on_error: OnError = "stop",
     ) -> None:
         self._store = store
-        self._log = log
+        self._logs = (log, *beside)
         self._copies = borrowed
         self._on_error = on_error
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
@@ -68,7 +71,7 @@ class Saver:
         Raises:
             CheckpointError: If it failed, or an earlier one did, and errors stop.
         """
-        logged = partial(self._log.flush, self._log.written)
+        logged = partial(_flushed, [(log, log.written) for log in self._logs])
         if self._worker is None:
             self._write(effect, state, event, logged)
             return
@@ -105,6 +108,12 @@ class Saver:
             if self._on_error == "stop":
                 raise
             _LOGGER.warning("%s; training goes on without it", error)
+
+
+def _flushed(written: Sequence[tuple[LinesFile, LogCount]]) -> LogCount:
+    """Bring to the disk what was written to logs when a save was asked for; return the count of the first."""
+    first, *_ = [log.flush(count) for log, count in written]
+    return first
 
 
 def _own(state: TrainState) -> TrainState:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk import DISK
 from noether.effects.files import make_directories, read_file
-from noether.effects.logs import belongs, event_name
+from noether.effects.lines import belongs, event_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,6 +1,31 @@
-"""What tests of callbacks and schedules are written with; `strategies` needs hypothesis."""
+"""Property tests for callbacks and schedules: laws, one call each, and what they are made of.
 
-from noether.testing.compare import same
-from noether.testing.purity import ImpureError, check_pure
+It needs hypothesis: `pip install 'noether[testing]'`. Strategies are in `noether.testing.strategies`.
+"""
 
-__all__ = ["ImpureError", "check_pure", "same"]
+from noether.testing.compare import assert_same, differences, same
+from noether.testing.laws import check_composition, check_independent, check_rank_agreement, check_resumable
+from noether.testing.proving import LawError
+from noether.testing.purity import ImpureError, called_purely, check_pure
+from noether.testing.schedule_laws import check_schedule
+from noether.testing.traces import Driven, Reading, Trace, drive, effects_of
+
+__all__ = [
+    "Driven",
+    "ImpureError",
+    "LawError",
+    "Reading",
+    "Trace",
+    "assert_same",
+    "called_purely",
+    "check_composition",
+    "check_independent",
+    "check_pure",
+    "check_rank_agreement",
+    "check_resumable",
+    "check_schedule",
+    "differences",
+    "drive",
+    "effects_of",
+    "same",
+]

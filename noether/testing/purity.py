@@ -11,28 +11,73 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Never
 
 import numpy as np
 import torch
 
+from noether.core.callback import label_of
+from noether.core.reducer import compose
 from noether.core.tree import tensors
 from noether.testing.compare import same
+from noether.testing.feeding import fed
+from noether.testing.proving import LawError, hold
+from noether.testing.strategies import runs
+from noether.testing.traces import drive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import ModuleType
 
+    from hypothesis.strategies import SearchStrategy
+
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.testing.traces import Trace
 
 
-class ImpureError(AssertionError):
+_EXAMPLES: Final = 30
+
+
+class ImpureError(LawError):
     """A callback did what a pure function does not."""
 
 
-def check_pure(callback: Callback, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = None, examples: int = _EXAMPLES) -> None:
+    """Return if `callback` is a pure function: called twice it gives the same, and it touches nothing else.
+
+    Metrics that it consumes and does not produce are measured for it.
+
+    Args:
+        callback: Any callback; of a reducer each member is watched by itself.
+        traces: The runs to try; None for all kinds.
+        examples: How many runs to try, >= 1.
+
+    Raises:
+        ImpureError: If two results differ, the state, the event or the callback itself was written to, or a call opened
+            a file, a socket or a process, read a clock, or drew from the global random generators.
+
+    Example:
+        >>> from noether import AfterEpoch, LogText, on
+        >>> @on(AfterEpoch)
+        ... def dated(state, event):
+        ...     return state, (LogText(f"it is {time.time()}"),)
+        >>> check_pure(dated)
+        Traceback (most recent call last):
+        noether.testing.purity.ImpureError: dated reads the clock: time.time(); the time arrives on the event, as ...
+    """
+
+    def law(trace: Trace) -> None:
+        # A callback that writes to itself is written to in every example.
+        members = fed(copy.deepcopy(callback)).members
+        drive(compose(*map(_Watched, members)), trace)
+
+    hold(law, runs() if traces is None else traces, examples=examples)
+
+
+def called_purely(callback: Callback, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
     """Return what `callback` returns, after calling it twice and watching the second call.
 
     Args:
@@ -41,28 +86,47 @@ def check_pure(callback: Callback, state: TrainState, event: Event) -> tuple[Tra
         event: The event to call it with.
 
     Raises:
-        ImpureError: If the two results differ, the state or the event was written to, or the call opened a file, a
-            socket or a process, read a clock, or drew from the global random generators.
+        ImpureError: As `check_pure`.
 
     Example:
-        >>> from noether import AfterEpoch, LogText, TrainState
-        >>> def dated(state, event):
-        ...     return state, (LogText(f"it is {time.time()}"),)
-        >>> check_pure(dated, TrainState(), AfterEpoch())
+        >>> from noether import AfterEpoch, TrainState, log
+        >>> called_purely(lambda state, event: log(state, event, {"x": torch.rand(())}), TrainState(), AfterEpoch())
         Traceback (most recent call last):
-        noether.testing.purity.ImpureError: dated reads the clock: time.time(); the time arrives on the event, as ...
+        noether.testing.purity.ImpureError: <lambda> draws from a global random generator; derive a generator ...
     """
-    name = getattr(callback, "__name__", type(callback).__name__)
+    name = label_of(callback)
     given = (_fields(state), _fields(event))
-    held, written = copy.deepcopy(given[0]), _writes(given)
+    held, written, settings = copy.deepcopy(given[0]), _writes(given), _settings(callback)
     first = callback(state, event)  # what it imports on its first call reads files, and is nothing to hold against it
     with _watching(name, sys.modules.get(getattr(inspect.unwrap(callback), "__module__", ""))):
         second = callback(state, event)
     if _writes(given) != written or not same(given[0], held):
         raise ImpureError(f"{name} writes to what it is given; return a new state: state.replace(...)")
+    if _settings(callback) != settings:
+        memory = "settings are fields, and memory is in the state: state.remember(...)"
+        raise ImpureError(f"{name} writes to itself; {memory}")
     if not same(first, second):
         raise ImpureError(f"{name} returns something else when it is called again: it remembers outside of the state")
     return second
+
+
+class _Watched:
+    """A callback of which every call is watched; whatever it says about itself, it says."""
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        return called_purely(self._callback, state, event)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+
+def _settings(callback: Callback) -> dict[str, int]:
+    """Return which object each attribute is; what a property keeps once it is computed is none of them."""
+    kept = {name for name, value in inspect.getmembers_static(type(callback)) if isinstance(value, cached_property)}
+    return {name: id(value) for name, value in getattr(callback, "__dict__", {}).items() if name not in kept}
 
 
 def _fields(value: TrainState | Event) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experimen
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
     state = state.replace(opt_state=optimizer.init(state.params))
     streams = [data] if isinstance(data, StreamedData) else []
-    reducer = compose(*streams, *_callbacks(config, state, run))
+    reducer = compose(*streams, *callbacks_of(config, state, run))
     step = Step(
         model=model,
         loss=named(trainer.loss),
@@ -298,8 +298,17 @@ def _value_schedules(
     return schedules("lr", "schedule"), schedules("weight_decay", "weight_decay_schedule")
 
 
-def _callbacks(config: Config, state: TrainState, run: Run) -> list[Callback]:
-    """Return the configured callbacks, with those of `trainer.evaluate` before their first consumers."""
+def callbacks_of(config: Config, state: TrainState, run: Run) -> list[Callback]:
+    """Return the configured callbacks, with those of `trainer.evaluate` before their first consumers.
+
+    Args:
+        config: A checked configuration.
+        state: Where the run begins; of its tensors only names, shapes and types matter.
+        run: What is fixed for the run.
+
+    Raises:
+        ConfigError: If they do not fit together, or do not fit the model.
+    """
     paths: list[tuple[Callback, tuple[str | int, ...]]] = [
         (kind.build(), ("callbacks", index)) for index, kind in enumerate(config.callbacks)
     ]

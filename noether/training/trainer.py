@@ -23,10 +23,10 @@ from noether.core.upcoming import Move, next_move
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from noether.core.callback import Effects
     from noether.core.reducer import Reducer
     from noether.core.run import Run
     from noether.core.state import TrainState
-    from noether.effects.interpreter import Interpreter
     from noether.training.data import TrainingData
     from noether.training.step import Accumulated, Step
     from noether.training.streams import StreamedData
@@ -66,7 +66,7 @@ class Trainer:
     step: Step
     data: TrainingData | StreamedData
     reducer: Reducer
-    interpreter: Interpreter
+    interpreter: Callable[[Effects, TrainState, Event], None]
     evaluate_first: bool = False
     interrupted: Callable[[], bool] = lambda: False
     clock: Clock = Clock()
@@ -86,7 +86,7 @@ class Trainer:
         while (move := next_move(state, self.run)) is not Move.NOTHING:
             if self.interrupted():
                 save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
-                self.interpreter([save], state, AfterUpdate(run=self.run, time_s=self.clock.wall_s()))
+                self.interpreter((save,), state, AfterUpdate(run=self.run, time_s=self.clock.wall_s()))
                 return state
             if move is Move.END_EPOCH:
                 state = self._tell(state.next_epoch(), AfterEpoch)

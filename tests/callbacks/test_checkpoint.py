@@ -12,7 +12,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.testing.strategies import runs
+from noether.testing.strategies import run_lengths
 
 RUN = Run(end=TrainingIteration(epoch=3), updates_per_epoch=2, samples_per_epoch=8, effective_batch_size=4)
 STATE = TrainState().advance(samples=4).next_epoch()
@@ -110,7 +110,9 @@ def test_nothing_is_said_of_a_run_without_an_end():
 
 
 @given(
-    runs(max_epochs=4), st.sampled_from(["every_n_epochs", "every_n_updates", "every_n_samples"]), st.integers(1, 20)
+    run_lengths(max_epochs=4),
+    st.sampled_from(["every_n_epochs", "every_n_updates", "every_n_samples"]),
+    st.integers(1, 20),
 )
 def test_the_number_that_is_said_is_the_number_that_is_asked_for(run, interval, n):
     callback = CheckpointCallback(**{interval: n}, id="c", save_optim=True)

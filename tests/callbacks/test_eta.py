@@ -15,7 +15,7 @@ from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.upcoming import Move, next_move
 from noether.testing import same
-from noether.testing.strategies import points, runs
+from noether.testing.strategies import points, run_lengths
 
 # Epochs of 4 updates with 4, 4, 4 and 3 samples.
 RUN = Run(end=TrainingIteration(epoch=2), updates_per_epoch=4, samples_per_epoch=15, effective_batch_size=4)
@@ -201,7 +201,7 @@ ETAS = st.builds(
 @st.composite
 def ending_anywhere(draw):
     """Runs that end with an epoch, or after some updates or samples."""
-    run = draw(runs(max_epochs=4))
+    run = draw(run_lengths(max_epochs=4))
     return run.replace(end=draw(st.one_of(st.just(run.end), points(30).filter(lambda point: point.epoch < 5))))
 
 

@@ -12,7 +12,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
 from noether.core.state import TrainState
 from noether.core.upcoming import Move, next_move
-from noether.testing.strategies import runs
+from noether.testing.strategies import run_lengths
 
 
 def drive(reducer, run, state=None):
@@ -124,7 +124,7 @@ def test_settings_that_are_refused(given, problems):
 COUNTERS = st.sampled_from(["epoch", "update", "sample"])
 
 
-@given(runs(), COUNTERS, st.integers(1, 200))
+@given(run_lengths(), COUNTERS, st.integers(1, 200))
 def test_a_run_stops_at_the_first_iteration_that_reaches_it(run, counter, point):
     uncut = [state.iteration for state in drive(compose(), run)]
     expected = next((at for at in uncut if getattr(at, counter) >= point), None)
@@ -138,7 +138,7 @@ def test_a_run_stops_at_the_first_iteration_that_reaches_it(run, counter, point)
     assert last.iteration == run.iteration_after(last.iteration.update)
 
 
-@given(runs(), COUNTERS, st.integers(1, 60), st.integers(0, 60))
+@given(run_lengths(), COUNTERS, st.integers(1, 60), st.integers(0, 60))
 def test_a_run_that_is_resumed_stops_where_it_would_have(run, counter, point, cut):
     stopping = FixedUpdateEarlyStopping(**{f"stop_at_{counter}": point})
     states = drive(compose(stopping), run)

@@ -24,7 +24,7 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
 from noether.core.state import TrainState
-from noether.testing.strategies import runs, schedules
+from noether.testing.strategies import run_lengths, schedules
 
 
 def note(state, event):
@@ -93,7 +93,7 @@ def test_at_end_looks_at_what_was_seen_when_the_last_update_was_due():
 
 
 @settings(max_examples=60, deadline=None)
-@given(schedules(12), runs(max_epochs=3))
+@given(schedules(12), run_lengths(max_epochs=3))
 def test_at_end_fires_exactly_when_the_last_update_and_epoch_did_not(schedule, run):
     trace = list(drive(compose(when(schedule, at_end=True)(note)), run))
     last_update = [effects for event, *_, effects in trace if isinstance(event, AfterUpdate)][-1]

@@ -29,7 +29,7 @@ from noether.core.reducer import compose, identity
 from noether.core.run import Run
 from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
 from noether.core.state import TrainState
-from noether.testing.strategies import runs, schedules
+from noether.testing.strategies import run_lengths, schedules
 
 
 def misfits(*callbacks, run=None):
@@ -232,7 +232,7 @@ def agrees(producer, consumer, run, long):
 
 
 @settings(max_examples=100, deadline=None)
-@given(INTERVALS, INTERVALS, runs(max_epochs=3), st.booleans())
+@given(INTERVALS, INTERVALS, run_lengths(max_epochs=3), st.booleans())
 def test_answers_for_intervals_are_what_a_walk_shows(ours, theirs, run, at_end):
     long = run.replace(end=TrainingIteration(epoch=74))  # beyond the least common multiple of any two
     agrees(Gate(ours, at_end), Gate(theirs, at_end), run, long)
@@ -240,7 +240,7 @@ def test_answers_for_intervals_are_what_a_walk_shows(ours, theirs, run, at_end):
 
 
 @settings(max_examples=150, deadline=None)
-@given(schedules(6), schedules(6), st.booleans(), st.booleans(), runs(max_epochs=3), st.data())
+@given(schedules(6), schedules(6), st.booleans(), st.booleans(), run_lengths(max_epochs=3), st.data())
 def test_answers_for_any_schedule_are_what_a_walk_shows(ours, theirs, at_end, reads_at_end, run, data):
     theirs = data.draw(st.sampled_from((theirs, ours, ours | theirs)))
     consumer = Gate(theirs, reads_at_end)
@@ -249,7 +249,7 @@ def test_answers_for_any_schedule_are_what_a_walk_shows(ours, theirs, at_end, re
 
 
 @settings(max_examples=150, deadline=None)
-@given(INTERVALS, INTERVALS, runs(max_epochs=1))
+@given(INTERVALS, INTERVALS, run_lengths(max_epochs=1))
 def test_intervals_are_left_open_only_where_samples_are_counted(ours, theirs, run):
     answer = covers(Gate(ours), Gate(theirs), run)
     if "sample" not in {ours.counter, theirs.counter}:

@@ -28,9 +28,9 @@ from noether.core.schedule import At, EveryNEpochs, EveryNUpdates
 from noether.core.state import TrainState
 from noether.core.tree import tensors
 from noether.testing import same
-from noether.testing.strategies import runs, schedules
+from noether.testing.strategies import run_lengths, schedules
 
-small_runs = runs(max_epochs=3)
+small_runs = run_lengths(max_epochs=3)
 accumulations = st.integers(1, 3)
 few = settings(max_examples=40, deadline=None)
 

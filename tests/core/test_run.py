@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from noether.core.event import EVENTS, AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
-from noether.testing.strategies import runs
+from noether.testing.strategies import run_lengths
 
 OPTIONAL = ("end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size", "run_id", "config", "data",
             "forward")  # fmt: skip
@@ -74,7 +74,7 @@ def test_events_hand_on_data_and_forward(event_type):
         _ = AfterUpdate().data
 
 
-@given(runs(max_epochs=4))
+@given(run_lengths(max_epochs=4))
 def test_iterations_are_what_a_walk_counts(run):
     epoch, sample, sizes = 0, 0, []
     for update in range(run.final.update + 1):
@@ -86,21 +86,21 @@ def test_iterations_are_what_a_walk_counts(run):
     assert min(sizes) >= 1
 
 
-@given(runs(max_epochs=4), st.integers(0, 200))
+@given(run_lengths(max_epochs=4), st.integers(0, 200))
 def test_updates_until_a_sample_are_the_fewest(run, sample):
     updates = run.updates_until(sample)
     assert run.iteration_after(updates).sample >= sample
     assert updates == 0 or run.iteration_after(updates - 1).sample < sample
 
 
-@given(runs(), st.sampled_from(("epoch", "update", "sample")), st.integers(1, 60))
+@given(run_lengths(), st.sampled_from(("epoch", "update", "sample")), st.integers(1, 60))
 def test_updates_to_a_count_are_the_fewest(run, counter, count):
     updates = run.updates_to(counter, count)
     assert getattr(run.iteration_after(updates), counter) >= count
     assert getattr(run.iteration_after(updates - 1), counter) < count
 
 
-@given(runs(), st.sampled_from(("epoch", "update", "sample")), st.integers(1, 60))
+@given(run_lengths(), st.sampled_from(("epoch", "update", "sample")), st.integers(1, 60))
 def test_the_last_iteration_is_the_first_that_reaches_the_end(run, counter, count):
     run = run.replace(end=TrainingIteration(**{counter: count}))
     assert run.final.reached(run.end)

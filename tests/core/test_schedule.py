@@ -11,7 +11,7 @@ from noether.core.errors import SettingsError
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Thresholds, Union
-from noether.testing.strategies import points, runs, schedules
+from noether.testing.strategies import points, run_lengths, schedules
 
 
 def walk(run):
@@ -39,7 +39,7 @@ def between(start, end, iterations):
     return [i for i in iterations if i != start and i.reached(start) and end.reached(i)]
 
 
-@given(schedules(), runs(), st.data())
+@given(schedules(), run_lengths(), st.data())
 def test_count_is_what_walking_the_run_counts(schedule, run, data):
     boundaries = [run.iteration_after(u) for u in range(run.final.update + 1)]
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, run.final.update)] * 2)))
@@ -47,7 +47,7 @@ def test_count_is_what_walking_the_run_counts(schedule, run, data):
     assert counted == len(between(boundaries[start], boundaries[end], firings(schedule, run)))
 
 
-@given(schedules(), runs(), st.data())
+@given(schedules(), run_lengths(), st.data())
 def test_count_is_additive_over_adjoining_intervals(schedule, run, data):
     a, b, c = sorted(data.draw(st.tuples(*[st.integers(0, run.final.update)] * 3)))
     at = run.iteration_after
@@ -67,7 +67,7 @@ def test_closed_form_for_samples_reaches_far(n, epochs, data):
     assert EveryNSamples(n).count(run.iteration_after(far), near, run) == expected
 
 
-@given(schedules(), runs())
+@given(schedules(), run_lengths())
 def test_nothing_is_due_before_next_due(schedule, run):
     for counters, previous, iteration in walk(run):
         part = schedule.reading(*counters)
@@ -76,7 +76,7 @@ def test_nothing_is_due_before_next_due(schedule, run):
 
 
 @given(st.one_of(st.builds(EveryNEpochs, st.integers(1, 5)), st.builds(EveryNUpdates, st.integers(1, 9)),
-                 st.builds(EveryNSamples, st.integers(1, 40))), runs())  # fmt: skip
+                 st.builds(EveryNSamples, st.integers(1, 40))), run_lengths())  # fmt: skip
 def test_next_due_is_the_first_due(schedule, run):
     fired = firings(schedule, run)
     position = TrainingIteration()
@@ -110,7 +110,7 @@ def test_multiples_crossed_do_not_depend_on_the_batches(n, sizes, data):
     assert crossed(sizes) == crossed([1] * sum(sizes))
 
 
-@given(schedules(), schedules(), schedules(), runs())
+@given(schedules(), schedules(), schedules(), run_lengths())
 def test_union_is_due_when_either_is(a, b, c, run):
     for counters, previous, iteration in walk(run):
         dues = [part.due(previous, iteration) for s in (a, b, c) if (part := s.reading(*counters))]
@@ -120,7 +120,7 @@ def test_union_is_due_when_either_is(a, b, c, run):
     assert (a | a).members == a.members if isinstance(a, Union) else (a | a).members == (a,)
 
 
-@given(schedules(), points(), runs())
+@given(schedules(), points(), run_lengths())
 def test_windows_split_a_schedule_without_overlap_or_gap(schedule, point, run):
     until, after = schedule.until(point), firings(schedule, run)
     early = firings(until, run)

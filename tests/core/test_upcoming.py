@@ -16,7 +16,7 @@ from noether.core.state import TrainState
 from noether.core.tree import FrozenDict
 from noether.core.upcoming import Move, next_move
 from noether.testing import same
-from noether.testing.strategies import runs, schedules
+from noether.testing.strategies import run_lengths, schedules
 
 
 def begin(reducer, run, state, *, resumed):
@@ -68,7 +68,7 @@ def callbacks(schedule, stop_at, n):
 
 @st.composite
 def ended_runs(draw):
-    run = draw(runs(max_epochs=4))
+    run = draw(run_lengths(max_epochs=4))
     final = run.final
     end = draw(st.sampled_from((run.end, TrainingIteration(update=draw(st.integers(1, final.update))),
                                 TrainingIteration(sample=draw(st.integers(1, final.sample))))))  # fmt: skip

@@ -8,7 +8,7 @@ from faults import KINDS, Faults, Killed, Power, meets, restored
 from small_run import BEST, CALM, at, opened, train
 
 from noether import AfterUpdate, LogScalars
-from noether.effects import CheckpointError, LogError, checkpoints, logs, plan, writing
+from noether.effects import CheckpointError, LogError, checkpoints, lines, plan, writing
 from noether.effects.disk import Disk
 from noether.effects.files import TEMPORARY, remove_all, write_new
 from noether.effects.listing import listed
@@ -156,7 +156,7 @@ MUTANTS = {
     "written in place": ((writing.Writer, "_temporary", lambda self, tag: self._directory / tag), None),
     "pruned in place": ((writing.Writer, "prune", pruned_in_place), None),
     "pointers replaced in place": ((writing, "replace_text", replaced_in_place), None),
-    "the log is not flushed": ((logs.MetricsFile, "flush", lambda self, written: written), None),
+    "the log is not flushed": ((lines.LinesFile, "flush", lambda self, written: written), None),
 }
 
 

@@ -28,7 +28,8 @@ from noether import (
 from noether.core.tree import freeze
 from noether.effects import LogError, open_run
 from noether.effects.disk import Disk, fsync
-from noether.effects.logs import LogCount, MetricsFile, Summary, event_name, plain
+from noether.effects.lines import LogCount, event_name
+from noether.effects.logs import Summary, metrics_file, plain
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -52,7 +53,7 @@ def path(tmp_path):
 
 def test_a_line_says_where_when_and_what(path):
     event = AfterUpdate(samples=4, time_s=12.5)
-    MetricsFile(path).write(LogScalars({"loss": torch.tensor(0.5), "lr": 1, "same": True}), at(3, epoch=1), event)
+    metrics_file(path).write(LogScalars({"loss": torch.tensor(0.5), "lr": 1, "same": True}), at(3, epoch=1), event)
     values = {"loss": 0.5, "lr": 1, "same": True}
     assert read(path) == [
         {"run": "", "event": "after_update", "epoch": 1, "update": 3, "sample": 12, "time_s": 12.5, "metrics": values}
@@ -72,47 +73,47 @@ def test_events_are_named_as_they_are_read():
 
 def test_what_json_cannot_hold_is_written_by_name(path):
     values = {"a": math.nan, "b": torch.tensor(math.inf), "c": -math.inf, "d": torch.tensor(0.1, dtype=torch.float64)}
-    MetricsFile(path).write(LogScalars(values), at(1), AfterTraining())
+    metrics_file(path).write(LogScalars(values), at(1), AfterTraining())
     assert read(path)[0]["metrics"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.1}
 
 
 def write_all(path, *lines):
-    metrics = MetricsFile(path)
+    metrics = metrics_file(path)
     for state, event in lines:
         metrics.write(LogScalars({"x": state.iteration.update}), state, event)
 
 
 def test_cut_drops_what_a_resumed_run_writes_again(path):
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in range(1, 6)))
-    assert MetricsFile(path).cut(at(3)) == 2
+    assert metrics_file(path).cut(at(3)) == 2
     assert [line["update"] for line in read(path)] == [1, 2, 3]
-    assert MetricsFile(path).cut(at(3)) == 0
+    assert metrics_file(path).cut(at(3)) == 0
 
 
 def test_cut_drops_the_epoch_that_had_not_ended(path):
     update = (at(3), AfterUpdate(samples=4))
     write_all(path, update, (at(3, epoch=1), AfterEpoch()))
     whole = path.read_text()
-    assert MetricsFile(path).cut(at(3, epoch=1)) == 0
+    assert metrics_file(path).cut(at(3, epoch=1)) == 0
     assert path.read_text() == whole
-    assert MetricsFile(path).cut(at(3)) == 1
+    assert metrics_file(path).cut(at(3)) == 1
     assert [line["event"] for line in read(path)] == ["after_update"]
 
 
 def test_the_end_of_training_is_cut_unless_the_state_saw_it(path):
     lines = [(at(3, epoch=1), AfterEpoch()), (at(3, epoch=1), AfterTraining())]
     write_all(path, *lines)
-    assert MetricsFile(path).cut(at(3, epoch=1, ended=True)) == 0
-    assert MetricsFile(path).cut(at(3, epoch=1)) == 1
+    assert metrics_file(path).cut(at(3, epoch=1, ended=True)) == 0
+    assert metrics_file(path).cut(at(3, epoch=1)) == 1
     assert [line["event"] for line in read(path)] == ["after_epoch"]
     # An earlier end, of a run that was then made longer, stays.
     write_all(path, lines[1], (at(4, epoch=1), AfterUpdate(samples=4)))
-    assert MetricsFile(path).cut(at(4, epoch=1)) == 0
+    assert metrics_file(path).cut(at(4, epoch=1)) == 0
 
 
 def test_everything_is_cut_where_a_run_begins_anew(path):
     write_all(path, (at(0), AfterUpdate(samples=4)), (at(1), AfterUpdate(samples=4)))
-    assert MetricsFile(path).cut(None) == 2
+    assert metrics_file(path).cut(None) == 2
     assert path.read_text() == ""
 
 
@@ -121,14 +122,14 @@ def test_a_torn_last_line_is_dropped(path, torn):
     write_all(path, (at(1), AfterUpdate(samples=4)))
     whole = path.read_text()
     path.write_text(whole + torn)
-    assert MetricsFile(path).cut(at(9)) == 1
+    assert metrics_file(path).cut(at(9)) == 1
     assert path.read_text() == whole
 
 
 def test_a_whole_line_without_its_end_is_dropped_before_another_is_appended(path):
     write_all(path, (at(1), AfterUpdate(samples=4)), (at(2), AfterUpdate(samples=4)))
     path.write_text(path.read_text().rstrip("\n"))
-    MetricsFile(path).cut(at(2))
+    metrics_file(path).cut(at(2))
     write_all(path, (at(3), AfterUpdate(samples=4)))
     assert [line["update"] for line in read(path)] == [1, 3]
 
@@ -138,8 +139,8 @@ def test_a_line_that_is_not_ours_is_named(path):
     path.write_text("hello\n" + path.read_text())
     before = path.read_text()
     with pytest.raises(LogError) as error:
-        MetricsFile(path).cut(at(1))
-    assert str(error.value) == f"{path}:1: not a line of metrics: 'hello\\n'; remove it, and the run can go on"
+        metrics_file(path).cut(at(1))
+    assert str(error.value) == f"{path}:1: not a line of a log: 'hello\\n'; remove it, and the run can go on"
     assert path.read_text() == before
 
 
@@ -155,13 +156,13 @@ def test_a_log_cut_anywhere_and_written_on_is_whole(tmp_path_factory, written, c
     last_start = path.read_text()[:-1].rfind("\n") + 1
     kept = min(cut_at, written - 1)  # the last line may be torn, so the state is older
     path.write_text(path.read_text()[: last_start + torn])
-    MetricsFile(path).cut(at(kept))
+    metrics_file(path).cut(at(kept))
     write_all(path, *events[kept:])
     assert path.read_text() == whole
 
 
 def test_cut_without_a_log_is_nothing(path):
-    assert MetricsFile(path).cut(at(1)) == 0
+    assert metrics_file(path).cut(at(1)) == 0
     assert not path.exists()
 
 
@@ -212,15 +213,15 @@ def test_a_line_that_was_on_the_disk_is_no_torn_one(path):
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2)))
     damaged = path.read_text()[:-9] + "\n"
     path.write_text(damaged)
-    with pytest.raises(LogError, match=f"^{path}:2: not a line of metrics: "):
-        MetricsFile(path).cut(at(2), LogCount(2))
+    with pytest.raises(LogError, match=f"^{path}:2: not a line of a log: "):
+        metrics_file(path).cut(at(2), LogCount(2))
     assert path.read_text() == damaged
-    assert MetricsFile(path).cut(at(2), LogCount(1, lost=1)) == 1
+    assert metrics_file(path).cut(at(2), LogCount(1, lost=1)) == 1
 
 
 def test_lines_that_somebody_took_away_are_told_of_and_counted(path, caplog):
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 3)))
-    metrics = MetricsFile(path)
+    metrics = metrics_file(path)
     assert metrics.cut(at(3), LogCount(4, lost=2)) == 0
     assert f"{path} misses 2 of the 4 lines that it held" in caplog.text
     assert metrics.flush(metrics.written) == LogCount(2, lost=4)
@@ -229,7 +230,7 @@ def test_lines_that_somebody_took_away_are_told_of_and_counted(path, caplog):
 def test_lines_counted_as_lost_that_are_there_after_all_are_counted_no_more(path):
     """As after a flush that failed and a power that stayed."""
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2, 3)))
-    metrics = MetricsFile(path)
+    metrics = metrics_file(path)
     assert metrics.cut(at(3), LogCount(1, lost=2)) == 0
     assert metrics.flush(metrics.written) == LogCount(3, lost=0)
 
@@ -247,7 +248,7 @@ def test_a_resumed_run_that_saves_before_it_logs_counts_what_is_there(tmp_path):
 
 def test_a_new_log_whose_name_may_not_be_on_the_disk_is_begun_again(path):
     faults = Faults()
-    metrics = MetricsFile(path, disk=Disk(faults))
+    metrics = metrics_file(path, disk=Disk(faults))
     faults.fail(4, "EIO once")  # open, read it (open, fstat, close), then the directory
     with pytest.raises(OSError, match="Input/output error"):
         metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
@@ -261,7 +262,7 @@ def test_a_new_log_whose_name_may_not_be_on_the_disk_is_begun_again(path):
 def test_a_line_that_is_not_taken_whole_leaves_nothing(path, kind):
     """The faults that a full disk shows: half of a line, or none of it."""
     faults = Faults()
-    metrics = MetricsFile(path, disk=Disk(faults))
+    metrics = metrics_file(path, disk=Disk(faults))
     metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
     faults.fail(0, kind)
     with pytest.raises(OSError, match="No space left on device"):
@@ -283,7 +284,7 @@ def test_what_a_flush_failed_for_is_written_to_another_file(path, caplog):
                 raise OSError(errno.EIO, "Input/output error")
         return plainly(function, *arguments)
 
-    metrics = MetricsFile(path, disk=Disk(call))
+    metrics = metrics_file(path, disk=Disk(call))
     metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
     with path.open():  # so that the number of the file is not given again
         assert metrics.flush(metrics.written) == LogCount(0, lost=1)

@@ -1,0 +1,202 @@
+"""Runs without a model: what a loop would tell its callbacks, as data, and callbacks driven through it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
+
+import torch
+
+from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.reducer import compose
+from noether.core.state import TrainState
+from noether.core.tree import FrozenDict
+from noether.core.upcoming import Move, next_move
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
+    from noether.core.event import Event
+    from noether.core.run import Run
+
+    Tell = Callable[[TrainState, Event], TrainState]
+
+_Asked = TypeVar("_Asked", bound="Effect")
+
+
+@final
+@dataclass(frozen=True)
+class Reading:
+    """What a loop reads at one update.
+
+    Args:
+        losses: Mean loss of each accumulation step; an update has as many steps, but no more than samples.
+        duration_s: Seconds since the update before.
+    """
+
+    losses: tuple[float, ...] = (1.0,)
+    duration_s: float = 0.25
+
+
+@final
+@dataclass(frozen=True)
+class Trace:
+    """A run, told before it happens: its shape, what is read at each update, and where one process follows another.
+
+    Args:
+        run: Gives the end and where epochs and batches lie.
+        readings: One for each update; the last is repeated where the run has more.
+        interruptions: After how many updates and ends of epochs, together, a process ends; the next one begins with
+            `BeforeTraining(resumed=True)`.
+        seed: Of the state at the beginning.
+
+    Example:
+        >>> from noether import Run, TrainingIteration
+        >>> run = Run(end=TrainingIteration(epoch=1), updates_per_epoch=2, samples_per_epoch=3, effective_batch_size=2)
+        >>> driven = drive(lambda state, event: (state, ()), Trace(run))
+        >>> [(type(event).__name__, event.samples) for event in driven.events[1:5]]
+        [('AfterAccumulationStep', 2), ('AfterUpdate', 2), ('AfterAccumulationStep', 1), ('AfterUpdate', 1)]
+    """
+
+    run: Run
+    readings: tuple[Reading, ...] = (Reading(),)
+    interruptions: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __str__(self) -> str:
+        run = self.run
+        shape = f"a run to {run.end}, {run.samples_per_epoch} samples an epoch in batches of {run.effective_batch_size}"
+        # Those of one update are joined by +; the last ones are repeated.
+        losses = ", ".join("+".join(map(str, each.losses)) for each in self.readings)
+        cut = f", interrupted after {', '.join(map(str, self.interruptions))}" if self.interruptions else ""
+        return f"{shape}, losses {losses}, seed {self.seed}{cut}"
+
+    def start(self) -> TrainState:
+        """Return the state at the beginning: params `w` and `b`, a buffer, and an optimizer's memory."""
+        params = {"w": torch.tensor([1.0, -2.0]), "b": torch.tensor(0.5)}
+        memory = {name: {"exp_avg": torch.zeros_like(param)} for name, param in params.items()}
+        opt_state = {"state": memory, "groups": {}}
+        return TrainState(params=params, buffers={"seen": torch.tensor(0)}, opt_state=opt_state, seed=self.seed)
+
+    def uninterrupted(self) -> Trace:
+        """Return the run in one process."""
+        return replace(self, interruptions=())
+
+    def on_rank(self, rank: int) -> Trace:
+        """Return the run as another process of it sees it: with losses, outputs and durations of its own."""
+        readings = tuple(replace(each, duration_s=each.duration_s + rank) for each in self.readings)
+        return replace(self, run=self.run.replace(rank=rank, world_size=2), readings=readings)
+
+    def reading(self, update: int) -> Reading:
+        """Return what is read at the update of this index."""
+        return self.readings[min(update, len(self.readings) - 1)]
+
+
+class Driven(NamedTuple):
+    """What came of a run, with one entry for each event, in order."""
+
+    events: tuple[Event, ...]
+    states: tuple[TrainState, ...]
+    effects: tuple[Effects, ...]
+
+    def since(self, number: int) -> Driven:
+        """Return what came from the event of index `number` on."""
+        return Driven(self.events[number:], self.states[number:], self.effects[number:])
+
+
+def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, resumed: bool = False) -> Driven:
+    """Return what a callback makes of a run: its events, the state that was settled at each, and what was asked for.
+
+    Args:
+        callback: Any callback, most often the result of `compose`.
+        trace: The run.
+        state: Where it begins; None for the trace's own beginning.
+        resumed: Whether it goes on there.
+
+    Example:
+        >>> from noether import LogText, Run, TrainingIteration, every_n_updates
+        >>> @every_n_updates(2)
+        ... def say(state, event):
+        ...     return state, (LogText(str(state.iteration)),)
+        >>> run = Run(end=TrainingIteration(update=4), updates_per_epoch=3, samples_per_epoch=9, effective_batch_size=3)
+        >>> [effect.text for effect in effects_of(drive(say, Trace(run)), LogText)]
+        ['E0_U2_S6', 'E1_U4_S12']
+    """
+    reducer, run = compose(callback), trace.run  # a reducer fills in the memory that is missing
+    told: list[tuple[Event, TrainState, Effects]] = []
+
+    def tell(state: TrainState, event: Event) -> TrainState:
+        state, effects = reducer(state, event)
+        told.append((event, state, effects))
+        return state
+
+    state = tell(trace.start() if state is None else state, BeforeTraining(run=run, resumed=resumed))
+    while (move := next_move(state, run)) is not Move.NOTHING:
+        if move is Move.END_TRAINING:
+            state = tell(state.replace(ended=True), AfterTraining(run=run))
+            continue
+        state = tell(state.next_epoch(), AfterEpoch(run=run)) if move is Move.END_EPOCH else _update(state, trace, tell)
+        if state.iteration.update + state.iteration.epoch in trace.interruptions:
+            state = tell(state, BeforeTraining(run=run, resumed=True))
+    events, states, effects = zip(*told, strict=True)
+    return Driven(events, states, effects)
+
+
+def effects_of(stream: Driven | Iterable[Effects], kind: type[_Asked]) -> list[_Asked]:
+    """Return the effects of one type in a stream of them, in order.
+
+    Example:
+        >>> from noether import LogScalars, LogText
+        >>> effects_of([(LogText("a"),), (), (LogScalars({"x": 1}), LogText("b"))], LogText)
+        [LogText(text='a'), LogText(text='b')]
+    """
+    asked = stream.effects if isinstance(stream, Driven) else stream
+    return [effect for effects in asked for effect in effects if isinstance(effect, kind)]
+
+
+def _update(state: TrainState, trace: Trace, tell: Tell) -> TrainState:
+    """Return the state after one update, a function of all that an update may depend on."""
+    run, update = trace.run, state.iteration.update
+    reading = trace.reading(update)
+    sizes = _sizes(run.iteration_after(update + 1).sample - run.iteration_after(update).sample, reading)
+    own = run.rank / 8  # what a process measures on its own part of the batch
+    outputs = tuple({"drift": state.params["w"].abs() + own, "scale": step + own} for step in range(len(sizes)))
+    for step, (samples, loss) in enumerate(zip(sizes, reading.losses, strict=False)):
+        seen = AfterAccumulationStep(
+            run=run, losses={"total": torch.tensor(loss + own)}, outputs=outputs[step], samples=samples,
+            accumulation_step=step, accumulation_steps=len(sizes),
+        )  # fmt: skip
+        state = tell(state, seen)
+    loss = sum(loss * size for loss, size in zip(reading.losses, sizes, strict=False)) / sum(sizes)
+    lr = {"default": 0.1 * state.hyperparams["lr_scale"]}
+    event = AfterUpdate(
+        run=run, time_s=1e9 + update + own, samples=sum(sizes), losses={"total": torch.tensor(loss)}, lr=lr,
+        outputs=outputs, accumulated=sizes, weight_decay={"default": 0.01}, grad_norm=torch.tensor(abs(loss)),
+        finite=torch.tensor(math.isfinite(loss)), **_durations(reading.duration_s),
+    )  # fmt: skip
+    return tell(_stepped(state, loss).advance(samples=sum(sizes)), event)
+
+
+def _durations(duration_s: float) -> dict[str, Any]:
+    parts = {"data_s": 4, "step_s": 2, "forward_s": 8, "backward_s": 8, "optimizer_s": 8}
+    return {"duration_s": duration_s, **{name: duration_s / part for name, part in parts.items()}}
+
+
+def _sizes(samples: int, reading: Reading) -> tuple[int, ...]:
+    """Return the samples of each accumulation step."""
+    steps = min(len(reading.losses), samples)
+    return tuple(samples // steps + (step < samples % steps) for step in range(steps))
+
+
+def _stepped(state: TrainState, loss: float) -> TrainState:
+    gradient = torch.tensor(loss if math.isfinite(loss) else math.nan).tanh()
+    scale = 0.1 * state.hyperparams["lr_scale"]
+    memory = {name: {"exp_avg": 0.5 * gradient.expand_as(param)} for name, param in state.params.items()}
+    return state.replace(
+        params=FrozenDict({name: 0.9 * param - scale * gradient for name, param in state.params.items()}),
+        buffers=FrozenDict({name: buffer + 1 for name, buffer in state.buffers.items()}),
+        opt_state={"state": memory, "groups": {}},
+    )

@@ -1,0 +1,259 @@
+"""A finished run, told to callbacks again: without model, data or accelerator, from what was recorded of its events."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from noether.core.callback import label_of
+from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.summaries import dataset_lengths
+from noether.core.declarations import DeclarationError
+from noether.core.effect import LogScalars
+from noether.core.errors import OutputError
+from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.metrics import MetricError, log, matches
+from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.state import TrainState
+from noether.core.tree import FrozenDict
+from noether.core.upcoming import Move, next_move
+from noether.effects.events import event_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
+    from noether.core.event import Event
+    from noether.core.reducer import Reducer
+    from noether.effects.events import Recorded
+    from noether.effects.lines import ToLine
+
+_ANY_TIME: Final = (BeforeTraining, AtEval)
+
+
+class ReplayError(Exception):
+    """A record does not hold what a replay needs."""
+
+
+class Step(NamedTuple):
+    """One event of a replay.
+
+    Args:
+        event: What happened.
+        before: The state that the event came with.
+        state: The state that the callbacks settled on.
+        asked: What each callback asked for, by its name, in order.
+    """
+
+    event: Event
+    before: TrainState
+    state: TrainState
+    asked: tuple[tuple[str, Effect], ...]
+
+
+class Replayed(NamedTuple):
+    """A run as callbacks would have seen it.
+
+    Args:
+        steps: Those of its events that were to be kept, in order.
+        left_out: Callbacks that could not be replayed, by name: why.
+        state: The last state; its params, buffers and optimizer are shapes on the meta device.
+        over: Whether the callbacks saw the run end; else the record ends before.
+    """
+
+    steps: list[Step]
+    left_out: dict[str, str]
+    state: TrainState
+    over: bool
+
+
+def to_line(reducer: Reducer) -> ToLine:
+    """Return what makes the line that is recorded of an event; the reducer tells which metrics come from datasets."""
+    iterators = [member for member in reducer.members if isinstance(member, PeriodicDataIteratorCallback)]
+    return event_line([pattern for member in iterators for pattern in member.produces or ()], dataset_lengths)
+
+
+def beginning(recorded: Iterable[Recorded], config: Mapping[str, Any]) -> tuple[TrainState, Run]:
+    """Return the state that a recorded run began with, its tensors on the meta device, and what was fixed for it.
+
+    Raises:
+        ReplayError: If the record is empty.
+    """
+    record = _Record(recorded, config)
+    return _begun(TrainState(), record.take()), record.run
+
+
+def replay(
+    members: Sequence[Callback],
+    recorded: Callable[[], Iterable[Recorded]],
+    config: Mapping[str, Any],
+    keep: Callable[[Step], bool] = lambda _: True,
+) -> Replayed:
+    """Return what callbacks would have done in a run that was recorded.
+
+    Data iterators do not run: at their events, what was measured in the run stands for what they would have measured. A
+    callback that needs what was not recorded, such as the values of params, is left out, and so is who consumes what it
+    produces. Where the callbacks stop the run earlier than it was stopped, the rest of the record is not looked at.
+
+    Args:
+        members: The callbacks, in their order.
+        recorded: Returns the events of the run, from its beginning; called again whenever a callback is left out.
+        config: The resolved configuration of the run.
+        keep: Judges which events are kept; all by default.
+
+    Raises:
+        ReplayError: If the record is empty, or events are missing in it.
+    """
+    left_out: dict[str, str] = {}
+    while True:
+        staying = [member for member in members if label_of(member) not in left_out]
+        try:
+            return _replayed(staying, _Record(recorded(), config), keep, left_out)
+        except _UnreplayableError as error:
+            left_out |= error.reasons
+
+
+class _UnreplayableError(Exception):
+    """Callbacks need what was not recorded."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(", ".join(reasons))
+        self.reasons = reasons
+
+
+class _Record:
+    """The events of a run, one after the other; what was measured at the last one, and the state that it left."""
+
+    def __init__(self, recorded: Iterable[Recorded], config: Mapping[str, Any]) -> None:
+        self._events = iter(recorded)
+        self._config = config
+        self.following = next(self._events, None)
+        self.measured: Mapping[str, Any] = FrozenDict()
+        self.run = Run()
+        self.state = TrainState()
+        self.time_s = 0.0
+        if self.following is None or self.following.state is None:
+            raise ReplayError("nothing was recorded of the beginning of the run")
+
+    def take(self) -> Recorded:
+        """Return the next event, and go on to the one after it."""
+        taken, self.following = self.following, next(self._events, None)
+        if taken is None:
+            raise ReplayError("the record has ended")
+        self.measured, self.time_s = taken.measured, taken.readings["time_s"]
+        if taken.run is not None:
+            data = {key.partition("/")[2]: range(length) for key, length in (taken.lengths or {}).items()}
+            self.run = Run(**taken.run, config=self._config, data=data)
+        return taken
+
+    def made_up(self, kind: type[Event]) -> Event:
+        """Return an event that the run did not have, because it did not stop there."""
+        self.measured = FrozenDict()
+        return kind(run=self.run, time_s=self.time_s)
+
+
+class _Member:
+    """A callback of a replay; whatever it says about itself, it says."""
+
+    def __init__(self, callback: Callback, record: _Record, asked: list[tuple[str, Effect]]) -> None:
+        self._callback, self._record, self._asked = callback, record, asked
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        name = label_of(self._callback)
+        try:
+            after, effects = self._called(state, event)
+        except (MetricError, OutputError) as error:
+            raise _UnreplayableError({name: str(error)}) from error
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            raise _UnreplayableError({name: "it reads the values of params"}) from error
+        logged = [value for each in effects if isinstance(each, LogScalars) for value in each.values.values()]
+        if any(getattr(value, "is_meta", False) for value in logged):
+            raise _UnreplayableError({name: "it logs values of params"})
+        self._asked.extend((name, effect) for effect in effects)
+        return after, effects
+
+    def _called(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        return self._callback(state, event)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+
+class _DataIterator(_Member):
+    """Stands for a data iterator: measures what was measured."""
+
+    consumes = ()  # it reads no weights
+
+    def _called(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        if not isinstance(event, AtEval) and self.gate.opens(state, event) is None:
+            return state, ()
+        patterns = self.produces or ()
+        values = {key: v for key, v in self._record.measured.items() if any(matches(each, key) for each in patterns)}
+        return log(state, event, values) if values else (state, ())
+
+
+def _replayed(
+    members: Sequence[Callback], record: _Record, keep: Callable[[Step], bool], left_out: dict[str, str]
+) -> Replayed:
+    asked: list[tuple[str, Effect]] = []
+    kinds = [_DataIterator if isinstance(each, PeriodicDataIteratorCallback) else _Member for each in members]
+    reducer = compose(*(kind(member, record, asked) for kind, member in zip(kinds, members, strict=True)))
+    steps: list[Step] = []
+    for before, event in _events(record):
+        asked.clear()
+        try:
+            record.state, _ = reducer(before, event)
+        except DeclarationError as error:
+            raise _UnreplayableError({label_of(each.callback): each.message for each in error.misfits}) from error
+        step = Step(event, before, record.state, tuple(asked))
+        if keep(step):
+            steps.append(step)
+    return Replayed(steps, left_out, record.state, over=next_move(record.state, record.run) is Move.NOTHING)
+
+
+def _events(record: _Record) -> Iterator[tuple[TrainState, Event]]:
+    """Yield the events of a run, each with the state that it comes with; the one after it is put into the record."""
+    begin = record.take()
+    yield _begun(TrainState(), begin), begin.kind(run=record.run, **begin.readings)
+    while True:
+        state, following = record.state, record.following
+        if following is not None and following.kind in _ANY_TIME:
+            taken = record.take()
+            if next_move(state, record.run) is not Move.NOTHING:  # a process that went on, as this run would have
+                yield _begun(state, taken), taken.kind(run=record.run, **taken.readings)
+            continue
+        move = next_move(state, record.run)
+        if move is Move.UPDATE and following is not None and following.kind is AfterTraining:
+            record.take()  # what stopped the run does not stop this one
+            continue
+        if move is Move.NOTHING or (following is None and move is Move.UPDATE):
+            return
+        yield _moved(state, move, record)
+
+
+def _begun(state: TrainState, taken: Recorded) -> TrainState:
+    """Return the state at the beginning of a process, which has the shapes that the run's state had there."""
+    return state if taken.state is None else state.replace(**taken.state)
+
+
+def _moved(state: TrainState, move: Move, record: _Record) -> tuple[TrainState, Event]:
+    """Return what comes next: as it was recorded, and else the end that the run did not have there."""
+    following = record.following
+    if move is Move.UPDATE:
+        taken = record.take()
+        event = taken.kind(run=record.run, **taken.readings)
+        if isinstance(event, AfterAccumulationStep):
+            return state, event
+        state = state.advance(samples=getattr(event, "samples", 0))
+        if taken.kind is not AfterUpdate or taken.iteration != state.iteration:
+            raise ReplayError(f"after {state.previous} the record goes on at {taken.iteration}: events are missing")
+        return state, event
+    kind = AfterEpoch if move is Move.END_EPOCH else AfterTraining
+    state = state.next_epoch() if move is Move.END_EPOCH else state.replace(ended=True)
+    if following is not None and following.kind is kind and following.iteration == state.iteration:
+        taken = record.take()
+        return state, kind(run=record.run, **taken.readings)
+    return state, record.made_up(kind)

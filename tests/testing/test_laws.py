@@ -1,0 +1,240 @@
+"""Faulty callbacks and schedules are caught by the law that they break, with a message that says how."""
+
+import itertools
+import math
+import time
+
+import pytest
+import torch
+
+from noether import (
+    AfterAccumulationStep,
+    AfterEpoch,
+    AfterUpdate,
+    BeforeTraining,
+    EveryNEpochs,
+    EveryNSamples,
+    EveryNUpdates,
+    LogText,
+    SaveCheckpoint,
+    TrainingIteration,
+    callback,
+    every_n_epochs,
+    every_n_updates,
+    log,
+    on,
+)
+from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.schedule import Thresholds
+from noether.testing import (
+    ImpureError,
+    LawError,
+    check_composition,
+    check_independent,
+    check_pure,
+    check_rank_agreement,
+    check_resumable,
+    check_schedule,
+)
+
+# Callbacks that are wrong, each in one way.
+
+_HIDDEN = itertools.count()
+
+
+@every_n_updates(1)
+def counts_outside(state, event):
+    return log(state, event, {"count": next(_HIDDEN)})
+
+
+@on(AfterEpoch)
+def reads_the_clock(state, event):
+    return state, (LogText(f"{time.monotonic()}"),)
+
+
+@on(AfterUpdate)
+def averages_in_place(state, event):
+    state.params["w"].mul_(0.5)
+    return state, ()
+
+
+@on(AfterEpoch)
+def draws(state, event):
+    return log(state, event, {"noise": torch.randn(())})
+
+
+class RemembersOnItself(PeriodicCallback):
+    """Its best value is an attribute, set behind the back of the frozen dataclass."""
+
+    best = (math.inf,)
+
+    def periodic_callback(self, state, event, interval):
+        best = min(vars(self).get("best", math.inf), float(event.losses["total"]))
+        object.__setattr__(self, "best", best)
+        return log(state, event, {"best": best})
+
+
+@callback("ages", init=lambda state: {1: 0})
+@on(AfterUpdate)
+def keeps_numbers_as_keys(state, event):
+    return state, ()
+
+
+@callback("kept", init=lambda state: 0)
+@on(AfterUpdate)
+def remembers_a_set(state, event):
+    return state.remember("kept", frozenset({1})), ()
+
+
+@callback("begun", init=lambda state: state.iteration.update)
+@on(AfterUpdate, BeforeTraining)
+def begins_anew(state, event):
+    """It takes a resume for a beginning."""
+    if isinstance(event, BeforeTraining):
+        return state, (LogText("resumed" if event.resumed else "begun"),)
+    return state, (LogText(f"{state.iteration.update - state.memory('begun')}"),)
+
+
+class Forgets(PeriodicCallback):
+    """It has a memory and does not say so in `init`, and it stays empty."""
+
+    waits: tuple[int, ...] = ()
+
+    def periodic_callback(self, state, event, interval):
+        object.__setattr__(self, "waits", (*self.waits, state.iteration.update))
+        return state, (LogText(f"{len(self.waits)} firings"),)
+
+
+@every_n_epochs(1)
+def halves(state, event):
+    return _scaled(state, state.hyperparams["lr_scale"] / 2), ()
+
+
+@every_n_epochs(1)
+def caps(state, event):
+    return _scaled(state, min(state.hyperparams["lr_scale"], 0.75)), ()
+
+
+def _scaled(state, scale):
+    return state.replace(hyperparams=state.hyperparams | {"lr_scale": scale})
+
+
+@every_n_epochs(1)
+def tells_metrics(state, event):
+    return log(state, event, {"told": len(state.metrics)})
+
+
+@on(AfterUpdate)
+def stops_when_slow(state, event):
+    return (state.stopped("slow") if event.duration_s > 0.5 else state), ()
+
+
+@on(AfterUpdate)
+def saves_on_the_first_rank(state, event):
+    return state, ((SaveCheckpoint(),) if event.run.rank == 0 else ())
+
+
+@on(AfterUpdate)
+def logs_on_the_first_rank(state, event):
+    return log(state, event, {"x": 1.0}) if event.run.rank == 0 else (state, ())
+
+
+@on(AfterAccumulationStep)
+def stops_at_a_loss_of_its_own(state, event):
+    return (state.stopped("low") if event.losses["total"] > 0.1 else state), ()
+
+
+class Depends:
+    """Does something else when it is part of a larger composition."""
+
+    calls = 0
+
+    def __call__(self, state, event):
+        type(self).calls += 1
+        return state, (LogText(f"call {self.calls}"),) if isinstance(event, AfterEpoch) else ()
+
+
+MUTANTS = [
+    (check_pure, counts_outside, ImpureError, "counts_outside returns something else when it is called again"),
+    (check_pure, reads_the_clock, ImpureError, r"reads_the_clock reads the clock: time.monotonic\(\)"),
+    (check_pure, averages_in_place, ImpureError, "averages_in_place writes to what it is given"),
+    (check_pure, draws, ImpureError, "draws draws from a global random generator"),
+    (check_pure, RemembersOnItself(every_n_updates=1), ImpureError, "RemembersOnItself/U1 writes to itself"),
+    (check_resumable, RemembersOnItself(every_n_updates=1), LawError, "does not go on after a resume as it would have"),
+    (check_resumable, counts_outside, LawError, "counts_outside does not go on after a resume as it would have"),
+    (check_resumable, Forgets(every_n_updates=1), LawError, "does not go on after a resume .*\n?.*firings"),
+    (check_resumable, remembers_a_set, Exception, "kept"),
+    (check_resumable, keeps_numbers_as_keys, Exception, "ages"),
+    (check_rank_agreement, stops_when_slow, LawError, "stops_when_slow does not decide the same on every rank"),
+    (check_rank_agreement, saves_on_the_first_rank, LawError, r"effects\[0\] is nothing, not SaveCheckpoint"),
+    (check_rank_agreement, logs_on_the_first_rank, LawError, r"state.metrics\['x'\] is nothing"),
+    (check_rank_agreement, stops_at_a_loss_of_its_own, LawError, r"state.stop is '?low|state.stop is None"),
+]
+
+
+@pytest.mark.parametrize(("check", "mutant", "error", "message"), MUTANTS)
+def test_a_faulty_callback_is_caught(check, mutant, error, message):
+    with pytest.raises(error, match=message):
+        check(mutant)
+
+
+def test_a_resume_that_is_taken_for_a_beginning():
+    check_resumable(begins_anew)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(halves, caps), (tells_metrics, every_n_epochs(1)(lambda s, e: log(s, e, {"a": 1.0})))]
+)
+def test_an_order_that_matters_is_caught(a, b):
+    with pytest.raises(
+        LawError, match="depend on their order: with the second one first, at AfterEpoch E1_U1_S1, state"
+    ):
+        check_independent(a, b)
+
+
+def test_a_composition_that_depends_on_its_brackets_is_caught():
+    with pytest.raises(LawError, match="do something else than as compose"):
+        check_composition(Depends(), halves, tells_metrics)
+
+
+# Schedules that are wrong, each in one way.
+
+
+class Remainder(EveryNSamples):
+    def due(self, previous, iteration):
+        return iteration.sample % self.n == 0
+
+
+class Late(EveryNUpdates):
+    def next_due(self, iteration):
+        return Thresholds(update=super().next_due(iteration).update + self.n)
+
+
+class Rounded(EveryNSamples):
+    def count(self, start, end, run):
+        return end.sample // self.n - start.sample // self.n
+
+
+class FromTheStart(EveryNEpochs):
+    def count(self, start, end, run):
+        return super().count(TrainingIteration(), end, run)
+
+
+class Twice(EveryNUpdates):
+    def due(self, previous, iteration):
+        return super().due(previous, iteration) or iteration.update == 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Remainder(3), "Remainder S3 counts|Remainder S3 is"),
+        (Late(2), "Late U2 is due at .*, before its next_due"),
+        (Rounded(2), "Rounded S2 counts .* firings"),
+        (FromTheStart(1), "FromTheStart E1 counts"),
+        (Twice(2), "Twice U2 counts|Twice U2 is due"),
+    ],
+)
+def test_a_faulty_schedule_is_caught(schedule, message):
+    with pytest.raises(LawError, match=f"^{message}"):
+        check_schedule(schedule)

@@ -1,0 +1,163 @@
+"""Traces emit what a real loop emits; what is driven through them is what is said of it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from noether import (
+    AfterUpdate,
+    BeforeTraining,
+    LogScalars,
+    LogText,
+    Run,
+    SetSummary,
+    TrainingIteration,
+    TrainState,
+    compose,
+    on,
+)
+from noether.core.event import AfterAccumulationStep
+from noether.testing import Reading, Trace, assert_same, differences, drive, effects_of, same
+from noether.testing.strategies import iterations, losses, runs, states
+from noether.training.data import TrainingData
+from noether.training.optimizer import FunctionalOptimizer
+from noether.training.step import Step
+from noether.training.trainer import Trainer
+
+
+def real_events(length, batch, micro, epochs):
+    """Return the events of the trainer on a real model, with the states that they are dispatched at."""
+    told = []
+
+    @on(*{type(event) for event in drive(compose(), Trace(RUN)).events}, AfterAccumulationStep)
+    def tell(state, event):
+        told.append((type(event).__name__, str(state.iteration), getattr(event, "samples", None)))
+        return state, ()
+
+    data = TrainingData([(torch.ones(1), torch.ones(1))] * length, seed=0, effective_batch_size=batch,
+                        max_batch_size=micro, drop_last=False, device=torch.device("cpu"))  # fmt: skip
+    model = nn.Linear(1, 1)
+    optimizer = FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1}, (), frozenset())
+    state = TrainState.from_module(model)
+    state = state.replace(opt_state=optimizer.init(state.params))
+    run = Run(
+        end=TrainingIteration(epoch=epochs), updates_per_epoch=data.batching.updates_per_epoch,
+        samples_per_epoch=length, effective_batch_size=data.batching.effective_batch_size,
+    )  # fmt: skip
+    step = Step(model=model, loss=lambda outputs, batch: {"l": (outputs - batch[1]).square().mean()},
+                optimizer=optimizer, lr={"default": lambda update: 0.1}, weight_decay={})  # fmt: skip
+    Trainer(run=run, step=step, data=data, reducer=compose(tell), interpreter=lambda *_: None)(state)
+    return run, told
+
+
+RUN = Run(end=TrainingIteration(epoch=1), updates_per_epoch=1, samples_per_epoch=1, effective_batch_size=1)
+
+
+@pytest.mark.parametrize(("length", "batch", "micro", "epochs"), [(5, 2, None, 2), (7, 4, 2, 1), (6, 6, 3, 3)])
+def test_a_trace_emits_what_the_trainer_emits(length, batch, micro, epochs):
+    run, expected = real_events(length, batch, micro, epochs)
+    steps = 1 if micro is None else math.ceil(batch / micro)
+    # A short last batch has fewer steps.
+    last = length % batch or batch
+    short = 1 if micro is None else math.ceil(last / micro)
+    per_epoch = run.updates_per_epoch
+    readings = tuple(
+        Reading(losses=(1.0,) * (short if update % per_epoch == per_epoch - 1 else steps))
+        for update in range(run.final.update)
+    )
+    driven = drive(compose(), Trace(run, readings))
+    found = [
+        (type(event).__name__, str(state.iteration), getattr(event, "samples", None))
+        for event, state, _ in zip(*driven, strict=True)
+    ]
+    assert found == expected
+
+
+@settings(max_examples=50)
+@given(runs())
+def test_samples_are_counted_and_losses_weighted(trace):
+    driven = drive(compose(), trace)
+    assert driven.states[-1].iteration == trace.run.final
+    assert driven.states[-1].ended
+    steps = []
+    for event in driven.events:
+        if isinstance(event, AfterAccumulationStep):
+            steps.append(event)
+        elif isinstance(event, AfterUpdate):
+            assert [step.samples for step in steps] == list(event.accumulated)
+            assert sum(event.accumulated) == event.samples
+            mean = sum(float(step.losses["total"]) * step.samples for step in steps) / event.samples
+            assert float(event.losses["total"]) == pytest.approx(mean, rel=1e-5, nan_ok=True) or not math.isfinite(mean)
+            steps = []
+    begins = [event for event in driven.events if isinstance(event, BeforeTraining)]
+    assert [event.resumed for event in begins] == [False] + [True] * (len(begins) - 1)
+    places = range(1, trace.run.final.update + trace.run.end.epoch + 1)
+    assert len(begins) - 1 == len(set(trace.interruptions) & set(places))
+
+
+@settings(max_examples=30)
+@given(runs(finite=True, interrupted=False))
+def test_finite_runs_are_finite(trace):
+    assert all(math.isfinite(loss) for reading in trace.readings for loss in reading.losses)
+    assert trace.interruptions == ()
+
+
+@given(iterations())
+def test_iterations_are_those_of_a_run(iteration):
+    assert iteration.epoch <= iteration.update <= iteration.sample
+
+
+@settings(max_examples=50)
+@given(states(), states())
+def test_what_differs_is_told_and_what_is_the_same_is_not(one, other):
+    assert same(one, one)
+    assert same(one, other) == (list(differences(one, other)) == [])
+    for path, found, expected in differences(one, other):
+        assert found != expected
+        assert path.startswith(".")
+
+
+def test_a_difference_says_where_and_what():
+    plan = [LogText("a"), LogScalars({"x": torch.tensor(1.0), "y": 0.0}), SetSummary({"n": 1})]
+    other = [LogText("a"), LogScalars({"x": torch.tensor(2.0), "z": 0.0})]
+    with pytest.raises(AssertionError) as error:
+        assert_same(plan, other)
+    assert str(error.value).splitlines() == [
+        "what was found is not what was expected:",
+        "  [1].values['x']: found tensor(1.), expected tensor(2.)",
+        "  [1].values['y']: found 0.0, expected nothing",
+        "  [1].values['z']: found nothing, expected 0.0",
+        "  [2]: found SetSummary(values={'n': 1}), expected nothing",
+    ]
+    assert_same(plan, list(plan))
+
+
+def test_large_tensors_are_told_by_their_first_difference():
+    one, other = torch.zeros(20), torch.zeros(20)
+    other[7] = 3
+    assert list(differences({"w": one}, {"w": other})) == [
+        ("['w']", "torch.float32 of shape (20,) with 0.0 at 7", "torch.float32 of shape (20,) with 3.0 at 7")
+    ]
+    assert list(differences(one, one.double())) == [
+        ("the value", "torch.float32 of shape (20,)", "torch.float64 of shape (20,)")
+    ]
+
+
+def test_many_differences_are_counted():
+    with pytest.raises(AssertionError, match=r"  and 5 more$"):
+        assert_same(list(range(15)), [-1] * 15)
+
+
+@given(losses(), losses())
+def test_numbers_are_the_same_to_the_last_bit(a, b):
+    assert same(a, b) == (repr(a) == repr(b))
+    assert same(a, a)
+    assert not same(0.0, -0.0)
+
+
+def test_effects_are_filtered_in_order():
+    asked = ((LogText("a"), SetSummary({})), (), (LogText("b"),))
+    assert effects_of(asked, LogText) == [LogText("a"), LogText("b")]
