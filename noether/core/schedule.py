@@ -115,9 +115,9 @@ class Schedule(ABC):
     def count(self, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
         """Return how often it fires after `start` and up to `end`, both iterations of `run` between two events.
 
-        An update or an epoch's end at which several thresholds lie is one firing. The run is not walked: what is counted
-        is counted in closed form, except that a union in which multiples of samples meet others is walked for one
-        period of theirs, whatever the length of the run; see `unions`.
+        An update or an epoch's end at which several thresholds lie is one firing. The run is not walked: this is a closed
+        form, except that a union in which multiples of samples meet others is walked for one period of theirs, whatever
+        the length of the run; see `unions`.
 
         Args:
             start: Where counting begins, itself not counted.
