@@ -115,9 +115,9 @@ class Schedule(ABC):
     def count(self, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
         """Return how often it fires after `start` and up to `end`, both iterations of `run` between two events.
 
-        An update or an epoch's end at which several thresholds lie is one firing. The run is not walked: this is a closed
-        form, except that a union in which multiples of samples meet others is walked for one period of theirs, whatever
-        the length of the run; see `unions`.
+        An update or an epoch's end at which several thresholds lie is one firing. The run is not walked: this is a
+        closed form, except that a union in which multiples of samples meet others is walked for one period of theirs,
+        whatever the length of the run; see `unions`.
 
         Args:
             start: Where counting begins, itself not counted.
@@ -336,7 +336,7 @@ class At(OneCounter):
     """Due where one of the given points is reached.
 
     Args:
-        points: Points on one and the same counter.
+        points: Points on one and the same counter; one that is given twice counts once.
         window: Where it may be due.
 
     Raises:
@@ -355,7 +355,7 @@ class At(OneCounter):
         if len(used) != 1 or _START in points:
             right = "points on one counter, e.g. At(TrainingIteration(update=100)); unite two counters with |"
             refuse([Problem("At", f"{', '.join(map(str, points)) or 'no point'}: give {right}")])
-        object.__setattr__(self, "points", tuple(sorted(points, key=lambda p: (p.epoch, p.update, p.sample))))
+        object.__setattr__(self, "points", tuple(sorted(set(points), key=lambda p: (p.epoch, p.update, p.sample))))
         object.__setattr__(self, "window", window)
 
     @property

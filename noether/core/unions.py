@@ -124,8 +124,8 @@ def _multiples_of(active: _Multiples, low: int, high: int, run: Run) -> int:
 def multiples_of_any(numbers: Sequence[int], limit: int) -> int:
     """Return how many of the numbers from 1 to `limit` are a multiple of any of `numbers`.
 
-    By inclusion and exclusion: what is a multiple of several of them is one of their least common multiple. Those beyond
-    `limit` are left out, and equal ones are taken together, so that not all subsets are formed.
+    By inclusion and exclusion: what is a multiple of several of them is one of their least common multiple. Those
+    beyond `limit` are left out, and equal ones are taken together, so that not all subsets are formed.
 
     Example:
         >>> multiples_of_any((4, 6), 24), sum(n % 4 == 0 or n % 6 == 0 for n in range(1, 25))
