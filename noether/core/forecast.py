@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _START: Final = TrainingIteration()
 EARLY: Final = (BeforeTraining, AtEval)
 """The events that come before the first update, in their order."""
+ORDER: Final[tuple[type[Event], ...]] = (*EARLY, AfterUpdate, AfterEpoch, AfterTraining)
+"""The events at which something may be logged or saved, in the order in which they come at one update."""
 
 
 @final
@@ -117,17 +119,31 @@ def firings(
         start: Where the part begins, itself not counted; None for the very beginning.
         end: Where it ends, itself counted; None for the end of the run.
     """
-    before = 0 if start is None else _until(occasions, start, run)
-    through = _until(occasions, run.final if end is None else end, run)
+    before = 0 if start is None else count_until(occasions, start, run)
+    through = count_until(occasions, run.final if end is None else end, run)
     if before == through:
         return Firings(None, None, 0)
     first, last = (nth_firing(occasions, n, run) for n in (before + 1, through))
     return Firings(first, last, through - before)
 
 
+def count_until(occasions: Occasions, iteration: TrainingIteration, run: Run) -> int:
+    """Return the number of firings up to an iteration between two updates, all at that update included.
+
+    Example:
+        >>> from noether.core.run import Run
+        >>> run = Run(end=TrainingIteration(epoch=3), updates_per_epoch=4, samples_per_epoch=8, effective_batch_size=2)
+        >>> count_until(Occasions(EveryNUpdates(2), (BeforeTraining,)), run.iteration_after(5), run)
+        3
+    """
+    early = sum(kind in occasions.once for kind in EARLY)
+    over = AfterTraining in occasions.once and iteration.update >= run.final.update
+    return early + _scheduled(occasions, iteration, run) + over
+
+
 def firings_at(occasions: Occasions, update: int, run: Run) -> tuple[Firing, ...]:
     """Return the firings after the update of this number, at the epoch's end and the run's if they come with it."""
-    before, through = (_until(occasions, run.iteration_after(number), run) for number in (update - 1, update))
+    before, through = (count_until(occasions, run.iteration_after(number), run) for number in (update - 1, update))
     return tuple(nth_firing(occasions, n, run) for n in range(before + 1, through + 1))
 
 
@@ -146,7 +162,7 @@ def nth_firing(occasions: Occasions, n: int, run: Run) -> Firing:
     if len(early) < n <= len(early) + total and occasions.schedule is not None:
         return _nth_scheduled(occasions.schedule, n - len(early), run)
     if AfterTraining not in occasions.once or n != len(early) + total + 1:
-        raise ValueError(f"there is no firing {n}; there are {_until(occasions, run.final, run)}")
+        raise ValueError(f"there is no firing {n}; there are {count_until(occasions, run.final, run)}")
     return Firing(AfterTraining, run.final)
 
 
@@ -161,13 +177,6 @@ def _nth_scheduled(schedule: Schedule, n: int, run: Run) -> Firing:
     if n - until(update - 1) <= after_update:
         return Firing(AfterUpdate, dataclasses.replace(iteration, epoch=previous.epoch))
     return Firing(AfterEpoch, iteration)
-
-
-def _until(occasions: Occasions, iteration: TrainingIteration, run: Run) -> int:
-    """Return the number of firings up to an iteration between two updates, all at that update included."""
-    early = sum(kind in occasions.once for kind in EARLY)
-    over = AfterTraining in occasions.once and iteration.update >= run.final.update
-    return early + _scheduled(occasions, iteration, run) + over
 
 
 def _scheduled(occasions: Occasions, iteration: TrainingIteration, run: Run) -> int:
