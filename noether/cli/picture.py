@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from matplotlib.figure import Figure
 
@@ -54,5 +54,12 @@ def _bars(planned: PlannedCallback, run: Run) -> Iterator[tuple[float, float]]:
 
 def _epochs_above(axes: Axes, run: Run) -> None:
     length = run.updates_per_epoch
-    above = axes.secondary_xaxis("top", functions=(lambda update: update / length, lambda epoch: epoch * length))
+
+    def epochs_of(updates: Any) -> Any:  # arrays, as matplotlib hands them over
+        return updates / length
+
+    def updates_of(epochs: Any) -> Any:
+        return epochs * length
+
+    above = axes.secondary_xaxis("top", functions=(epochs_of, updates_of))
     above.set_xlabel("epochs")

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from noether.training.plan import Plan, PlannedCallback
     from noether.training.saves import Bounds, Checkpoints
 
-_WIDTH: Final = 132
+_WIDTH: Final = 144
 """Of what does not go to a terminal."""
+_ENDLESS: Final = 10_000
 _LEAST: Final = 20
 _SAVING: Final = ("written", "kept", "of each", "in all")
 _READING: Final = ("evaluations", "samples")
@@ -27,9 +28,12 @@ _THOUSAND: Final = 1000
 
 def print_plan(plan: Plan, file: str) -> None:
     """Print the whole plan."""
-    console = _console()
-    for part in (_facts(plan, file), _table(plan), *_timeline(plan, console), "", *_ending(plan)):
-        console.print(part, soft_wrap=isinstance(part, str))
+    console, table = _console(), _table(plan)
+    console.print(_facts(plan, file), soft_wrap=True)
+    # A terminal has the width that it has; a file takes what does not wrap.
+    console.print(table, width=console.width if sys.stdout.isatty() else _natural_width(table, console))
+    for line in (*_timeline(plan, console), "", *_ending(plan)):
+        console.print(line, soft_wrap=True)
 
 
 def print_fired(fired: Iterable[tuple[PlannedCallback, Firing]], where: str) -> None:
@@ -66,6 +70,10 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
 
 
+def _natural_width(table: Table, console: Console) -> int:
+    return console.measure(table, options=console.options.update(width=_ENDLESS)).maximum
+
+
 def _print_list(table: Table, otherwise: str) -> None:
     console = _console()
     console.print(table if table.row_count else otherwise, soft_wrap=not table.row_count)
@@ -95,12 +103,13 @@ def _table(plan: Plan) -> Table:
         table.add_row(each.name, *_when(each.firings), *_cells(each, saves=saves, reads=reads))
     if saves or reads:
         table.add_section()
-        table.add_row("in all", "", "", "", *_totals(plan, saves=saves, reads=reads))
+        table.add_row("together", "", "", "", *_totals(plan, saves=saves, reads=reads))
     return table
 
 
 def _when(firings: Firings) -> tuple[str, str, str]:
-    return (*("" if each is None else str(each) for each in (firings.first, firings.last)), f"{firings.count:,}")  # type: ignore[return-value]  # two and one
+    first, last = ("" if each is None else str(each) for each in (firings.first, firings.last))
+    return first, last, f"{firings.count:,}"
 
 
 def _cells(planned: PlannedCallback, *, saves: bool, reads: bool) -> list[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from noether.training.plan import Plan, PlannedCallback
 
 Points = tuple[tuple[str, TrainingIteration], ...]
-"""One point for `--at`, two for `--between`, none for the whole plan; each as it was written, and what it stands for."""
+"""One point for `--at`, two for `--between`, none for the whole plan; each as written, and what it stands for."""
 
 
 def check_drawing(png: Path | None) -> None:
@@ -38,6 +38,8 @@ def check_drawing(png: Path | None) -> None:
         return
     if not png.parent.is_dir():
         raise click.UsageError(f"--png {png}: there is no folder {str(png.parent)!r}; make it first")
+    if png.is_dir():
+        raise click.UsageError(f"--png {png}: is a folder; give the name of a file in it")
     if find_spec("matplotlib") is None:
         raise click.UsageError("--png: matplotlib is not installed; pip install 'noether[plot]' does that")
 
@@ -61,7 +63,7 @@ def show(config: Config, file: str, asked: Points, png: Path | None, *, as_json:
         UsageError: If a point does not lie in the run.
     """
     plan = make_plan(config)
-    updates = [_update(text, point, asked, plan.run) for text, point in asked]
+    updates = _updates(asked, plan.run)
     warnings = [str(each) for each in plan.cautions]
     if not asked:
         _show_all(plan, file, warnings, as_json=as_json)
@@ -121,21 +123,18 @@ def _point(text: str, option: str) -> TrainingIteration:
     return point
 
 
-def _update(text: str, point: TrainingIteration, asked: Points, run: Run) -> int:
-    """Return the number of the update after which a point is reached."""
+def _updates(asked: Points, run: Run) -> list[int]:
+    """Return the number of the update after which each point is reached."""
     option = f"{'--at' if len(asked) == 1 else '--between'} {' '.join(text for text, _ in asked)}"
-    update = max(run.updates_to(counter, getattr(point, counter)) for counter in COUNTERS)
-    if update > run.final.update:
-        raise click.UsageError(f"{option}: {text} is beyond the end: the run ends at {run.final}")
-    if len(asked) == 1 and not update:
-        raise click.UsageError(
-            f"{option}: {text} is before the first update, where nothing is due yet; U1 is the first"
-        )
-    if len(asked) > 1 and point is asked[1][1]:
-        start = max(run.updates_to(counter, getattr(asked[0][1], counter)) for counter in COUNTERS)
-        if start >= update:
-            raise click.UsageError(f"{option}: {asked[0][0]} is not before {text}; give the earlier point first")
-    return update
+    updates = [max(run.updates_to(name, getattr(point, name)) for name in COUNTERS) for _, point in asked]
+    for (text, _), update in zip(asked, updates, strict=True):
+        if update > run.final.update:
+            raise click.UsageError(f"{option}: {text} is beyond the end: the run ends at {run.final}")
+    if updates == [0]:
+        raise click.UsageError(f"{option}: nothing is due before the first update; U1 is the first")
+    if len(asked) > 1 and updates[0] >= updates[1]:
+        raise click.UsageError(f"{option}: {asked[0][0]} is not before {asked[1][0]}; give the earlier point first")
+    return updates
 
 
 def _free(output: Path) -> tuple[Path, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from noether.core.forecast import count_until
@@ -47,7 +48,7 @@ def counts(occasions: Occasions, run: Run, columns: int) -> list[int]:
     """
     until = [count_until(occasions, run.iteration_after(update), run) for update in edges(run, columns)]
     until[0] = 0
-    return [after - before for before, after in zip(until[:-1], until[1:], strict=True)]
+    return [after - before for before, after in pairwise(until)]
 
 
 def row(occasions: Occasions, run: Run, columns: int, marks: Marks) -> str:

@@ -96,7 +96,7 @@ class Stage:
     def _asks_at(self, callback: Callback, part: Occasions) -> Iterator[Ask]:
         count = firings(part, self.run).count
         # The first may differ from the second by what the callback remembers, the last by how far the run is.
-        probed = [nth_firing(part, n, self.run) for n in sorted({1, 2, count}) if n <= count]
+        probed = [nth_firing(part, n, self.run) for n in sorted({1, 2, count}) if 1 <= n <= count]
         state, seen = self.state, list[dict[Slot, SaveCheckpoint]]()
         for firing in probed:
             state, saves = self._call(callback, firing, state)

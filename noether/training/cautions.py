@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from noether.core.callback import declaration_of
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping
 from noether.core.callbacks.periodic import INTERVALS, PeriodicCallback
-from noether.core.forecast import firings
+from noether.core.forecast import Occasions, firings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ def cautions(config: Config, planned: Sequence[PlannedCallback], run: Run) -> It
         if each.misasked is not None:
             message = f"what {each.name} asks for cannot be saved: {each.misasked}"
             yield _located(config, (*each.path, "model_names"), message)
-        if not each.firings.count:
+        if _in_vain(each, run):
             yield _never(config, each, run)
     if not any(each.unasked or each.misasked for each in planned):
         yield from _unsaved(config, planned, run)
@@ -43,18 +44,28 @@ def _located(config: Config, path: Path, message: str) -> Located:
     return located
 
 
+def _in_vain(planned: PlannedCallback, run: Run) -> bool:
+    """Return whether a callback never fires, or is given an interval that never comes and fires at the end only."""
+    gate = declaration_of(planned.callback).gate
+    if gate is None or gate.at_end:
+        return not planned.firings.count
+    return not firings(Occasions(gate.schedule), run).count
+
+
 def _never(config: Config, planned: PlannedCallback, run: Run) -> Located:
     end = f"the run ends at {run.final}"
+    fires = f"{planned.name} fires at the end only" if planned.firings.count else f"{planned.name} never fires"
     setting, value = _setting(planned)
     if setting is None:
-        return _located(config, planned.path, f"{planned.name} never fires: {end}")
+        return _located(config, planned.path, f"{fires}: {end}")
     counter = setting.removeprefix("every_n_").removeprefix("stop_at_").removesuffix("s")
     reached = getattr(run.final, counter)
     right = f"give at most {reached}" if reached else "give it in updates"
-    if planned.path[0] == "callbacks" and isinstance(planned.callback, PeriodicCallback):
+    listed = planned.path[0] == "callbacks"
+    if listed and isinstance(planned.callback, PeriodicCallback):
         right += ", or at_end: true"
-    path = planned.path if planned.path[0] == "callbacks" else planned.path[:-1]  # evaluations share an interval
-    return _located(config, (*path, setting), f"{value} never comes, so {planned.name} never fires: {end}; {right}")
+    path = planned.path if listed else planned.path[:-1]  # evaluations share an interval
+    return _located(config, (*path, setting), f"{value} never comes, so {fires}: {end}; {right}")
 
 
 def _setting(planned: PlannedCallback) -> tuple[str | None, int | None]:

@@ -133,7 +133,7 @@ def make_plan(config: Config) -> Plan:
     run = _ended(experiment.run, [placed.callback for placed in experiment.callbacks])
     stage = Stage(state=experiment.state, run=run)
     first = config.trainer.evaluate_first
-    planned = tuple(_planned(each, stage, evaluate_first=first) for each in _one_by_one(experiment.callbacks))
+    planned = tuple(planned_callback(each, stage, evaluate_first=first) for each in _one_by_one(experiment.callbacks))
     counts = param_counts(experiment.state.params, run.frozen)
     return Plan(
         config=config,
@@ -160,7 +160,14 @@ def _one_by_one(callbacks: Iterable[Placed]) -> Iterator[Placed]:
         yield from (Placed(member, placed.path) for member in members)
 
 
-def _planned(placed: Placed, stage: Stage, *, evaluate_first: bool) -> PlannedCallback:
+def planned_callback(placed: Placed, stage: Stage, *, evaluate_first: bool = False) -> PlannedCallback:
+    """Return what one callback will do.
+
+    Args:
+        placed: The callback, and the section that describes it.
+        stage: What it is asked with.
+        evaluate_first: Whether an evaluation comes before the first update.
+    """
     callback, run = placed.callback, stage.run
     listened = tuple(kind for kind in EVENTS if listens(callback, kind) and (kind is not AtEval or evaluate_first))
     occasions = _occasions(callback, listened, run)
