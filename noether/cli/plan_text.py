@@ -30,8 +30,7 @@ def print_plan(plan: Plan, file: str) -> None:
     """Print the whole plan."""
     console, table = _console(), _table(plan)
     console.print(_facts(plan, file), soft_wrap=True)
-    # A terminal has the width that it has; a file takes what does not wrap.
-    console.print(table, width=console.width if sys.stdout.isatty() else _natural_width(table, console))
+    (console if sys.stdout.isatty() else _wide_enough(table)).print(table)
     for line in (*_timeline(plan, console), "", *_ending(plan)):
         console.print(line, soft_wrap=True)
 
@@ -70,13 +69,18 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
 
 
-def _natural_width(table: Table, console: Console) -> int:
-    return console.measure(table, options=console.options.update(width=_ENDLESS)).maximum
+def _wide_enough(table: Table) -> Console:
+    """Return a console on which the table does not wrap: a file has no width."""
+    endless = Console(width=_ENDLESS, highlight=False, markup=False)
+    return Console(width=max(_WIDTH, endless.measure(table).maximum), highlight=False, markup=False)
 
 
 def _print_list(table: Table, otherwise: str) -> None:
     console = _console()
-    console.print(table if table.row_count else otherwise, soft_wrap=not table.row_count)
+    if not table.row_count:
+        console.print(otherwise, soft_wrap=True)
+    else:
+        (console if sys.stdout.isatty() else _wide_enough(table)).print(table)
 
 
 def _bare(*columns: str, right: Sequence[str] = ()) -> Table:

@@ -15,10 +15,11 @@ from noether.core.callback import declaration_of
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import WeightsError
 from noether.core.event import AfterEpoch, AfterUpdate, Event
-from noether.core.forecast import Occasions, firings, nth_firing, state_at
+from noether.core.forecast import EARLY, Occasions, firings, nth_firing, state_at
 from noether.core.state import Measured
 from noether.core.tree import FrozenDict, tensors
 from noether.effects.contents import ModelNamesError, weights_asked
+from noether.effects.merging import merge
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -76,11 +77,13 @@ class Stage:
     """What callbacks are asked with.
 
     Args:
-        state: On the meta device, with the memory of the optimizer and of all callbacks.
+        state: On the meta device, with the memory of all callbacks, and that which the optimizer has after an update.
+        begun: The same before the first update.
         run: The run, whose data are read as little as possible.
     """
 
     state: TrainState
+    begun: TrainState
     run: Run
 
     def asks(self, callback: Callback, occasions: Occasions) -> list[Ask]:
@@ -104,7 +107,7 @@ class Stage:
         watches = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
         for slot, save in {slot: save for saves in seen for slot, save in saves.items()}.items():
             same = all(slot in saves and _asks_alike(saves[slot], save) for saves in seen)
-            yield Ask(occasions=part, save=save, sizes=self._sizes(save), certain=same and not watches)
+            yield Ask(occasions=part, save=save, sizes=self._sizes(save, part), certain=same and not watches)
 
     def _call(self, callback: Callback, firing: Firing, memory: TrainState) -> tuple[TrainState, list[SaveCheckpoint]]:
         """Return the state after a firing, and what is asked there, the iteration in tags as `{}`."""
@@ -113,7 +116,8 @@ class Stage:
         keys = [key for key in declaration_of(callback).consumes if "*" not in key]
         state = state.replace(metrics=FrozenDict({key: Measured(0.0, at.iteration) for key in keys}))
         after, effects = self._answer(callback, firing, state)
-        saves = [effect for effect in effects if isinstance(effect, SaveCheckpoint)]
+        # What it asks for twice at one event is one checkpoint, too.
+        saves = [effect for effect in merge(effects) if isinstance(effect, SaveCheckpoint)]
         text = str(at.iteration)
         return after, [replace(each, tag=each.tag and each.tag.replace(text, "{}")) for each in saves]
 
@@ -127,8 +131,8 @@ class Stage:
                 reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise UnaskedError(reasons[0])
 
-    def _sizes(self, save: SaveCheckpoint) -> Mapping[str, int]:
-        state = self.state
+    def _sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:
+        state = self.begun if set(part.once) & set(EARLY) else self.state
         weights = weights_asked(save, state) if save.weights else {}
         sizes = {f"weights/{name}": _bytes(tensor) for name, tensor in weights.items()}
         if save.optimizer:

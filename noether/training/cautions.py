@@ -31,8 +31,9 @@ def cautions(config: Config, planned: Sequence[PlannedCallback], run: Run) -> It
     """
     for each in planned:
         if each.misasked is not None:
-            message = f"what {each.name} asks for cannot be saved: {each.misasked}"
-            yield _located(config, (*each.path, "model_names"), message)
+            why = each.misasked.removeprefix("model_names: ")
+            path = each.path if why == each.misasked else (*each.path, "model_names")
+            yield _located(config, path, f"what {each.name} asks for cannot be saved: {why}")
         if _in_vain(each, run):
             yield _never(config, each, run)
     if not any(each.unasked or each.misasked for each in planned):
@@ -62,7 +63,7 @@ def _never(config: Config, planned: PlannedCallback, run: Run) -> Located:
     reached = getattr(run.final, counter)
     right = f"give at most {reached}" if reached else "give it in updates"
     listed = planned.path[0] == "callbacks"
-    if listed and isinstance(planned.callback, PeriodicCallback):
+    if listed and isinstance(planned.callback, PeriodicCallback) and not planned.firings.count:
         right += ", or at_end: true"
     path = planned.path if listed else planned.path[:-1]  # evaluations share an interval
     return _located(config, (*path, setting), f"{value} never comes, so {fires}: {end}; {right}")

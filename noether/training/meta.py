@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -26,8 +26,22 @@ _KERNELS: Final = ("fused", "capturable")
 """Settings of optimizers that choose a kernel which is not there on the meta device; no size depends on them."""
 
 
-def experiment_on_meta(config: Config) -> tuple[Experiment, list[str]]:
-    """Return an experiment with the memory of a run under way, and notes on what could not be made that way.
+class Shapes(NamedTuple):
+    """An experiment on the meta device.
+
+    Args:
+        experiment: Its state is that before the first update, with the memory of callbacks.
+        updated: That state with the memory that the optimizer has after an update.
+        notes: What could not be made that way, and why.
+    """
+
+    experiment: Experiment
+    updated: TrainState
+    notes: list[str]
+
+
+def shapes(config: Config) -> Shapes:
+    """Return the experiment that `config` describes, on the meta device.
 
     Datasets are made as they are. The model is made on the meta device or, if it needs values, on the CPU.
 
@@ -36,8 +50,9 @@ def experiment_on_meta(config: Config) -> tuple[Experiment, list[str]]:
     """
     notes: list[str] = []
     experiment = build(_without_kernels(config), begins=False, model=partial(_model, config, notes))
-    state = experiment.state.replace(opt_state=_opt_state(experiment, notes))
-    return replace(experiment, state=state.replace(callback_states=experiment.reducer.init(state))), notes
+    begun = experiment.state.replace(callback_states=experiment.reducer.init(experiment.state))
+    updated = begun.replace(opt_state=_opt_state(experiment, notes))
+    return Shapes(replace(experiment, state=begun), updated, notes)
 
 
 def _without_kernels(config: Config) -> Config:

@@ -15,7 +15,7 @@ from noether.core.schedule import At
 from noether.training.asking import MISASKED, Stage, UnaskedError
 from noether.training.cautions import cautions
 from noether.training.experiment import Placed
-from noether.training.meta import experiment_on_meta
+from noether.training.meta import shapes
 from noether.training.saves import checkpoints
 
 if TYPE_CHECKING:
@@ -129,9 +129,9 @@ def make_plan(config: Config) -> Plan:
     Raises:
         ConfigError: If what only the made objects can tell is wrong, as `build` does.
     """
-    experiment, notes = experiment_on_meta(config)
+    experiment, updated, notes = shapes(config)
     run = _ended(experiment.run, [placed.callback for placed in experiment.callbacks])
-    stage = Stage(state=experiment.state, run=run)
+    stage = Stage(state=updated, begun=experiment.state, run=run)
     first = config.trainer.evaluate_first
     planned = tuple(planned_callback(each, stage, evaluate_first=first) for each in _one_by_one(experiment.callbacks))
     counts = param_counts(experiment.state.params, run.frozen)

@@ -11,6 +11,7 @@ from noether.effects.contents import STATE, WEIGHTS
 from noether.effects.manifest import Manifest, Part
 from noether.effects.merging import merge
 from noether.effects.plan import pruning
+from noether.training.holding import is_resumable, most_held
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +41,7 @@ class Checkpoints:
         each_bytes: Bytes of one, for each different size.
         written_bytes: Bytes of all that are written.
         kept_bytes: Bytes of all that are there at the end.
-        peak_bytes: The most that is on the disk at any time: one is written before another one is removed.
+        peak_bytes: The most that can be on the disk at any time: one is written before another one is removed.
     """
 
     written: Bounds
@@ -70,7 +71,7 @@ def checkpoints(asks: Sequence[Ask], run: Run) -> Checkpoints:
         each_bytes=tuple(sorted({sum(ask.sizes.values()) for ask in asks})),
         written_bytes=Bounds(_written_bytes(certain, run), _written_bytes(asks, run)),
         kept_bytes=Bounds(kept_bytes, at_most),
-        peak_bytes=at_most + largest if asks else 0,
+        peak_bytes=max(at_most, _lasting_bytes(asks, asks, run) + most_held(asks, run)),
     )
 
 
@@ -123,16 +124,19 @@ def _kept(certain: Sequence[Ask], written: Sequence[Ask], run: Run) -> tuple[int
         written: Those that make a checkpoint larger where they fall together with one of them.
         run: The run.
     """
-    count = total = 0
-    together = _by_slot(written)
-    for slot, own in _by_slot(_lasting(certain)).items():
-        count += _times(own, run)
+    passing = [sum(sizes.values()) for sizes in _passing(certain, written, run)]
+    lasting = _written(_lasting(certain), run)
+    return lasting + len(passing), _lasting_bytes(certain, written, run) + sum(passing)
+
+
+def _lasting_bytes(asks: Sequence[Ask], written: Sequence[Ask], run: Run) -> int:
+    """Return the bytes of the checkpoints that are kept for good."""
+    total, together = 0, _by_slot(written)
+    for slot, own in _by_slot(_lasting(asks)).items():
         for askers, size in _askers_of_parts(together[slot]):
             # A part is kept where it is asked for and one that is kept for good is, too.
             total += size * (_times(own, run) + _times(askers, run) - _times([*own, *askers], run))
-    for sizes in _passing(certain, written, run):
-        count, total = count + 1, total + sum(sizes.values())
-    return count, total
+    return total
 
 
 def _lasting(asks: Iterable[Ask]) -> list[Ask]:
@@ -200,10 +204,6 @@ def _kept_by_metrics(asks: Sequence[Ask], run: Run) -> int:
     others = [ask for ask in asks if ask not in lasting]
     pointers = {pointer for ask in others for pointer in ask.save.pointers}
     owners = {owner: keep or 0 for ask in others for owner, keep in ask.save.retention.items()}
-    resumable = any(_is_resumable(ask.save) and not ask.save.pointers for ask in others)
+    resumable = any(is_resumable(ask.save) and not ask.save.pointers for ask in others)
     passing = min(len(pointers) + sum(owners.values()) + resumable, _written(others, run))
     return _written(lasting, run) + passing
-
-
-def _is_resumable(save: SaveCheckpoint) -> bool:
-    return save.weights and save.optimizer and not save.models and save.weights_of is None
