@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +64,8 @@ def show(config: Config, file: str, asked: Points, png: Path | None, *, as_json:
         ConfigError: If the configuration is refused.
         UsageError: If a point does not lie in the run.
     """
-    plan = make_plan(config)
+    with redirect_stdout(sys.stderr):  # what datasets and callbacks of a user's print is no part of the plan
+        plan = make_plan(config)
     updates = _updates(asked, plan.run)
     warnings = [str(each) for each in plan.cautions]
     if not asked:

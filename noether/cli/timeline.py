@@ -82,8 +82,8 @@ def scale(run: Run, columns: int) -> list[str]:
     """Return the lines of the scale: epochs, if there are several, and updates."""
     places = ticks(run, columns)
     width = len(edges(run, columns)) - 1
-    epochs = {_column(tick, run, width): f"E{tick.epoch}" for tick in places if tick.epoch is not None}
-    updates = {_column(tick, run, width): f"U{tick.update}" for tick in places}
+    epochs = [(_column(tick, run, width), f"E{tick.epoch}") for tick in places if tick.epoch is not None]
+    updates = [(_column(tick, run, width), f"U{tick.update}") for tick in places]
     return [_line(labels) for labels in (epochs, updates) if labels]
 
 
@@ -102,9 +102,10 @@ def _column(tick: Tick, run: Run, width: int) -> int:
     return max(0, -(-tick.update * width // run.final.update) - 1)
 
 
-def _line(labels: dict[int, str]) -> str:
+def _line(labels: list[tuple[int, str]]) -> str:
+    """Return the labels at their columns, without those to which an earlier one reaches."""
     line = ""
-    for column, label in labels.items():
+    for column, label in labels:
         if len(line) < column or not line:
             line = line.ljust(column) + label
     return line

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _KERNELS: Final = ("fused", "capturable")
 """Settings of optimizers that choose a kernel which is not there on the meta device; no size depends on them."""
+_MOST_ZEROS: Final = 10**8
+"""Parameters that are made on the CPU at most, where an optimizer reads values."""
 
 
 class Shapes(NamedTuple):
@@ -84,14 +86,17 @@ def _opt_state(experiment: Experiment, notes: list[str]) -> OptState:
     optimizer, state = experiment.step.optimizer, experiment.state
     try:
         return _updated(optimizer, state.params, state)
-    except Exception:  # noqa: BLE001  # as above
-        on_cpu = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in state.params.items()}
-    try:
-        return _updated(optimizer, on_cpu, state)
     except Exception as error:  # noqa: BLE001  # as above
-        name = optimizer.optimizer.__name__
-        notes.append(f"the memory of {name} is not counted: it cannot be tried with zeros ({_said(error)})")
-        return dict(state.opt_state)
+        reason = _said(error)
+    if sum(map(torch.numel, state.params.values())) <= _MOST_ZEROS:
+        try:
+            zeros = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in state.params.items()}
+            return _updated(optimizer, zeros, state)
+        except Exception as error:  # noqa: BLE001  # as above
+            reason = _said(error)
+    name = optimizer.optimizer.__name__
+    notes.append(f"the memory of {name} is not counted: it cannot be tried without values ({reason})")
+    return dict(state.opt_state)
 
 
 def _updated(optimizer: FunctionalOptimizer, params: Mapping[str, torch.Tensor], state: TrainState) -> OptState:

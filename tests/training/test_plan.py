@@ -42,6 +42,20 @@ class Points(torch.utils.data.Dataset):
         return self._inputs[index], (self._inputs[index].sum() > 0).long()
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __len__(self):
+        return 30
+
+    def __iter__(self):
+        raise AssertionError("a plan reads no stream")
+
+    def state_dict(self):
+        return {"at": torch.zeros(2)}
+
+    def load_state_dict(self, place):
+        pass
+
+
 class Net(nn.Module):
     def __init__(self, width: int, valued: bool = False):
         super().__init__()
@@ -327,6 +341,15 @@ def test_a_fixed_stop_is_the_end(folder, monkeypatch):
     (caution,) = plan.cautions
     assert str(caution).endswith("3 never comes, so FixedUpdateEarlyStopping/stop_at_epoch=3 never fires: the run ends "
                                  "at E1_U13_S50; give at most 1")  # fmt: skip
+
+
+def test_a_stream_is_planned_unread(folder):
+    plan = only([SAVER])
+    text = Path("only.yaml").read_text().replace("kind: mine.Points, length: 30", "kind: mine.Stream")
+    Path("only.yaml").write_text(text)
+    streamed = make_plan(load("only.yaml"))
+    assert streamed.run.final == plan.run.final
+    assert streamed.checkpoints.each_bytes == (plan.checkpoints.each_bytes[0] + 8,)  # its place
 
 
 def test_a_plan_writes_nothing(folder):

@@ -144,7 +144,7 @@ def savers(draw):
 
 
 @given(savers(), runs(max_epochs=4))
-@settings(max_examples=60)
+@settings(max_examples=100)
 def test_what_no_metric_decides_is_known_exactly(callbacks, run):
     store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
     assert planned.written == (len(store.written),) * 2
@@ -166,7 +166,7 @@ def measuring(draw):
 
 
 @given(savers(), measuring(), intervals, st.booleans(), st.sampled_from(((), (1,), (1, 2))), runs(max_epochs=4))
-@settings(max_examples=60)
+@settings(max_examples=100)
 def test_what_a_metric_decides_is_bounded(callbacks, measure, interval, at_end, tolerances, run):
     best = BestCheckpointCallback(metric_key="val/accuracy", at_end=at_end, tolerances=tolerances, **interval)
     callbacks = [measure, *callbacks, best]

@@ -15,7 +15,7 @@ def small(tmp_path):
 
 def planned(folder, *argv, config="small.yaml"):
     """Return what `--json` prints on the standard output; its warnings are on the standard error, too."""
-    output = invoke("plan", config, "--json", *argv, cwd=folder)
+    output = invoke("plan", config, "--json", *argv, cwd=folder).replace("saving\n", "")  # what SAVER prints
     plan, end = json.JSONDecoder(parse_constant=pytest.fail).raw_decode(output)
     assert output[end:].strip().splitlines() == [f"Warning: {warning}" for warning in plan.get("warnings", [])]
     return plan
@@ -187,7 +187,8 @@ from noether import SaveCheckpoint
 
 
 def save(state, event):
-    """Save."""
+    """Save, and chatter."""
+    print("saving")
     return state, (SaveCheckpoint(),)
 '''
 
@@ -202,6 +203,15 @@ def test_what_will_bite_is_warned_of(small, changes, message):
     (small / "saver.py").write_text(SAVER)
     plan = planned(small)
     assert any(warning.startswith(f"small.yaml{message}") for warning in plan["warnings"]), plan["warnings"]
+
+
+def test_what_others_print_is_no_part_of_the_plan(small):
+    text = SMALL.replace(BEST, BEST + "  - kind: saver.save\n    every_n_updates: 30\n")
+    (small / "small.yaml").write_text(text)
+    (small / "saver.py").write_text(SAVER)
+    done = noether("plan", "small.yaml", "--json", cwd=small)
+    assert json.loads(done.stdout)["callbacks"][-1]["name"] == "save"
+    assert set(done.stderr.splitlines()) == {"saving"}
 
 
 def test_more_than_the_disk_has(small, monkeypatch):
