@@ -1,4 +1,4 @@
-"""`noether`: train, resume, evaluate and check, from a YAML file."""
+"""`noether`: plan, train, resume, evaluate and check, from a YAML file."""
 
 from __future__ import annotations
 
@@ -113,6 +113,35 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
         experiment = build(loaded)
         count = len(experiment.reducer.members)
         click.echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--at", metavar="POINT", help="List what fires at one point, e.g. U1000, E2 or S512.")
+@click.option("--between", nargs=2, metavar="START END", help="List what fires after one point and up to another.")
+@click.option("--png", metavar="FILE", type=click.Path(path_type=Path), help="Draw the timeline into FILE.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of text.")
+@_SET
+@_ALLOW
+def plan(  # one parameter per option
+    config: Path,
+    at: str | None,
+    between: tuple[str, str] | None,
+    png: Path | None,
+    as_json: bool,  # noqa: FBT001  # click passes it by name
+    settings: tuple[str, ...],
+    allow: tuple[str, ...],
+) -> None:
+    """Say what a run of CONFIG will do: what fires, is saved and is evaluated. Nothing is trained or written."""
+    if at is not None and between is not None:
+        raise click.UsageError("--at and --between do not go together")
+    from noether.cli import planning
+    from noether.config import load
+
+    with _refusals():
+        planning.check_drawing(png)
+        points = () if at is None and between is None else planning.points(at, between)
+        planning.show(load(config, settings, allow), str(config), points, png, as_json=as_json)
 
 
 @main.command()

@@ -69,7 +69,8 @@ def _replayed(run_dir: Path, config: Config, keep: Callable[[Step], bool]) -> Re
         raise ReplayError(f"{run_dir} holds no {EVENTS}: nothing was recorded; {right}")
     recorded, plain_config = partial(read_events, path, DISK), resolved(config)
     state, run = beginning(recorded(), plain_config)
-    return replay(callbacks_of(config, state, run), recorded, plain_config, keep)
+    members = [placed.callback for placed in callbacks_of(config, state, run)]
+    return replay(members, recorded, plain_config, keep)
 
 
 def _point(text: str) -> TrainingIteration:

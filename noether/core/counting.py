@@ -1,24 +1,17 @@
-"""How often a schedule fires between two iterations of a run, without walking through the run."""
+"""How often a schedule of one counter fires between two iterations of a run, without walking through the run."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
-
-from noether.core.iteration import COUNTERS
 
 if TYPE_CHECKING:
     from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
-    from noether.core.schedule import OneCounter, Schedule
+    from noether.core.schedule import OneCounter
 
 
-def count_firings(schedule: Schedule, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
-    """Return how often `schedule` fires in `(start, end]`, where all of it reads the same kind of event."""
-    members = schedule.members
-    if len(members) > 1:
-        return _count_stepping(schedule, start, end, run, on_epoch=members[0].counter == "epoch")
-    (member,) = members
+def count_firings(member: OneCounter, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+    """Return how often a schedule of one counter fires in `(start, end]`; for several see `unions`."""
     if member.counter == "epoch":
         return _count_epochs(member, start, end, run)
     if member.counter == "update":
@@ -61,28 +54,6 @@ def _count_samples(member: OneCounter, start: TrainingIteration, end: TrainingIt
     opened = member.thresholds_in(clipped_low, run.iteration_after(opening).sample) > 0
     closed = member.thresholds_in(run.iteration_after(closing - 1).sample, clipped_high) > 0
     return whole + opened + closed
-
-
-def _count_stepping(
-    schedule: Schedule, start: TrainingIteration, end: TrainingIteration, run: Run, *, on_epoch: bool
-) -> int:
-    firings, update = 0, start.epoch * run.updates_per_epoch if on_epoch else start.update
-    last = end.epoch * run.updates_per_epoch if on_epoch else end.update
-    while True:
-        position = run.iteration_after(update)
-        following = schedule.next_due(position)
-        candidates = [
-            run.updates_to(counter, threshold)
-            for counter in COUNTERS
-            if (threshold := getattr(following, counter)) is not None
-        ]
-        update = min(candidates, default=last + 1)
-        if update > last:
-            return firings
-        iteration, previous = run.iteration_after(update), run.iteration_after(update - 1)
-        if not on_epoch:  # the epoch is counted after the event
-            iteration = dataclasses.replace(iteration, epoch=previous.epoch)
-        firings += schedule.due(previous, iteration)
 
 
 def updates_crossing_multiples(n: int, updates: int, run: Run) -> int:

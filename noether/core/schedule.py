@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self, final
 from noether.core.counting import count_firings, updates_crossing_multiples
 from noether.core.errors import Problem, refuse, whole
 from noether.core.iteration import COUNTERS, LETTERS, Counter, TrainingIteration
+from noether.core.unions import count_union
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from noether.core.run import Run
 
 _START: Final = TrainingIteration()
@@ -112,8 +115,9 @@ class Schedule(ABC):
     def count(self, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
         """Return how often it fires after `start` and up to `end`, both iterations of `run` between two events.
 
-        An update or an epoch's end at which several thresholds lie is one firing. One schedule on one counter is
-        counted in closed form; a union of several that read the same event steps from firing to firing.
+        An update or an epoch's end at which several thresholds lie is one firing. The run is not walked: this is a
+        closed form, except that a union in which multiples of samples meet others is walked for one period of theirs,
+        whatever the length of the run; see `unions`.
 
         Args:
             start: Where counting begins, itself not counted.
@@ -127,7 +131,7 @@ class Schedule(ABC):
             312500000
         """
         parts = (self.reading("update", "sample"), self.reading("epoch"))
-        return sum(count_firings(part, start, end, run) for part in parts if part is not None)
+        return sum(_count(part, start, end, run) for part in parts if part is not None)
 
     def reading(self, *counters: Counter) -> Schedule | None:
         """Return the part of the schedule that reads one of `counters`, or None."""
@@ -138,15 +142,15 @@ class Schedule(ABC):
 
     def starting(self, point: TrainingIteration) -> Schedule:
         """Return the schedule that is due only once `point` is reached."""
-        return Union(tuple(member.starting(point) for member in self.members))
+        return _united(member.starting(point) for member in self.members)
 
     def until(self, point: TrainingIteration) -> Schedule:
         """Return the schedule that is due for the last time where `point` is reached."""
-        return Union(tuple(member.until(point) for member in self.members))
+        return _united(member.until(point) for member in self.members)
 
     def __or__(self, other: Schedule) -> Schedule:
         """Return the union: due when either is."""
-        return Union(tuple(dict.fromkeys(self.members + other.members)))
+        return _united(self.members + other.members)
 
 
 @final
@@ -171,6 +175,16 @@ class OneCounter(Schedule):
     @abstractmethod
     def counter(self) -> Counter:
         """The counter that its thresholds lie on."""
+
+    @property
+    @abstractmethod
+    def interval(self) -> int | None:
+        """The n of whose multiples all are thresholds, or None if they are single points."""
+
+    @property
+    @abstractmethod
+    def singles(self) -> tuple[int, ...]:
+        """The thresholds, if they are single points."""
 
     @abstractmethod
     def thresholds_in(self, low: int, high: int) -> int:
@@ -239,6 +253,14 @@ class _EveryN(OneCounter):
 
     def __str__(self) -> str:
         return f"{LETTERS[self.counter]}{self.n}"
+
+    @property
+    def interval(self) -> int:
+        return self.n
+
+    @property
+    def singles(self) -> tuple[int, ...]:
+        return ()
 
     def thresholds_in(self, low: int, high: int) -> int:
         return high // self.n - low // self.n
@@ -314,7 +336,7 @@ class At(OneCounter):
     """Due where one of the given points is reached.
 
     Args:
-        points: Points on one and the same counter.
+        points: Points on one and the same counter; one that is given twice counts once.
         window: Where it may be due.
 
     Raises:
@@ -333,7 +355,7 @@ class At(OneCounter):
         if len(used) != 1 or _START in points:
             right = "points on one counter, e.g. At(TrainingIteration(update=100)); unite two counters with |"
             refuse([Problem("At", f"{', '.join(map(str, points)) or 'no point'}: give {right}")])
-        object.__setattr__(self, "points", tuple(sorted(points, key=lambda p: (p.epoch, p.update, p.sample))))
+        object.__setattr__(self, "points", tuple(sorted(set(points), key=lambda p: (p.epoch, p.update, p.sample))))
         object.__setattr__(self, "window", window)
 
     @property
@@ -342,28 +364,44 @@ class At(OneCounter):
         return next(name for name in COUNTERS if getattr(self.points[0], name))
 
     @property
-    def _values(self) -> list[int]:
-        return [getattr(point, self.counter) for point in self.points]
+    def interval(self) -> None:
+        """None: its thresholds are single points."""
+        return
+
+    @property
+    def singles(self) -> tuple[int, ...]:
+        """The points on their counter."""
+        return tuple(getattr(point, self.counter) for point in self.points)
 
     def __str__(self) -> str:
-        return "at_" + "_".join(f"{LETTERS[self.counter]}{value}" for value in self._values)
+        return "at_" + "_".join(f"{LETTERS[self.counter]}{value}" for value in self.singles)
 
     def thresholds_in(self, low: int, high: int) -> int:
         """Return the number of points in `(low, high]`."""
-        return bisect_right(self._values, high) - bisect_right(self._values, low)
+        return bisect_right(self.singles, high) - bisect_right(self.singles, low)
 
     def threshold_after(self, value: int) -> int | None:
         """Return the first point after `value`, or None."""
-        return next((point for point in self._values if point > value), None)
+        return next((point for point in self.singles if point > value), None)
 
     def updates_crossing(self, updates: int, run: Run) -> int:
         """Return how many of the first `updates` updates of `run` have a point among their samples."""
-        crossing = {run.updates_until(sample) for sample in self._values}
+        crossing = {run.updates_until(sample) for sample in self.singles}
         return sum(update <= updates for update in crossing)
 
     def within(self, window: Window) -> Self:
         """Return the schedule with `window` in place of its own."""
         return type(self)(*self.points, window=window)
+
+
+def _united(members: Iterable[OneCounter]) -> Union:
+    return Union(tuple(dict.fromkeys(members)))
+
+
+def _count(part: Schedule, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+    if len(part.members) > 1:
+        return count_union(part, start, end, run)
+    return count_firings(part.members[0], start, end, run)
 
 
 def _least(*values: int | None) -> int | None:

@@ -83,9 +83,30 @@ def files_of(effect: SaveCheckpoint, state: TrainState) -> dict[str, Pieces]:
     """
     files: dict[str, Pieces] = {}
     if effect.weights:
-        weighted = state if effect.weights_of is None else averaged(state, effect.weights_of)
-        files[WEIGHTS] = _weights(weighted, effect.models)
+        chosen = weights_asked(effect, state)
+        order = {what: [name for name in getattr(state, what) if name in chosen] for what in _WHATS}
+        files[WEIGHTS] = tensor_pieces(chosen, order=order)
     return files | (_remembered(state) if effect.optimizer else {})
+
+
+def weights_asked(effect: SaveCheckpoint, state: TrainState) -> dict[str, torch.Tensor]:
+    """Return the weights that a checkpoint of `state` holds, by name.
+
+    Raises:
+        ModelNamesError: If no weights lie below the names of sub-modules that are asked for.
+        WeightsError: If the weights that are asked for are not in the state.
+    """
+    weighted = state if effect.weights_of is None else averaged(state, effect.weights_of)
+    models = effect.models
+    chosen = {
+        name: tensor
+        for name, tensor in {**weighted.params, **weighted.buffers}.items()
+        if not models or any(name.startswith(f"{model}.") for model in models)
+    }
+    if models and not chosen:
+        there = f"there are: {', '.join(state.params)}"
+        raise ModelNamesError(f"model_names: no weights below {', '.join(models)}; {there}")
+    return chosen
 
 
 def state_in(files: Mapping[str, bytes], iteration: TrainingIteration) -> TrainState:
@@ -126,19 +147,6 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # the content may be anybody's: whatever its readers meet is damage
         raise ContentError(f"{name}: {why(error)}") from error
-
-
-def _weights(state: TrainState, models: tuple[str, ...]) -> Pieces:
-    chosen = {
-        name: tensor
-        for name, tensor in {**state.params, **state.buffers}.items()
-        if not models or any(name.startswith(f"{model}.") for model in models)
-    }
-    if models and not chosen:
-        there = f"there are: {', '.join(state.params)}"
-        raise ModelNamesError(f"model_names: no weights below {', '.join(models)}; {there}")
-    order = {what: [name for name in getattr(state, what) if name in chosen] for what in _WHATS}
-    return tensor_pieces(chosen, order=order)
 
 
 def _remembered(state: TrainState) -> dict[str, Pieces]:

@@ -50,6 +50,15 @@ _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 @final
+@dataclass(frozen=True)
+class Placed:
+    """A callback, and the path of the section that describes it."""
+
+    callback: Callback
+    path: tuple[str | int, ...]
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that a run is made of; made by `build`.
@@ -59,7 +68,8 @@ class Experiment:
         model: The architecture; training does not use its weights.
         state: Where a new run begins.
         run: What is fixed for the run.
-        reducer: The callbacks, composed, those of `trainer.evaluate` among them.
+        callbacks: The callbacks, those of `trainer.evaluate` among them, each with its place.
+        reducer: The same, composed.
         step: Makes one update.
         data: Gives the batches.
     """
@@ -68,6 +78,7 @@ class Experiment:
     model: nn.Module
     state: TrainState
     run: Run
+    callbacks: tuple[Placed, ...]
     reducer: Reducer
     step: Step
     data: TrainingData | StreamedData
@@ -84,13 +95,16 @@ class Experiment:
         return to_device(state, device_of(self.state), fused=fused)
 
 
-def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experiment:
+def build(
+    config: Config, run_id: str = "", *, begins: bool = True, model: Callable[[], nn.Module] | None = None
+) -> Experiment:
     """Return what `config` describes, made: datasets, model, optimizer, callbacks.
 
     Args:
         config: A checked configuration.
         run_id: Name of the run.
         begins: Whether the run begins here; one that is gone on with needs what it was initialized from no more.
+        model: Makes the model, in place of `config.model`.
 
     Raises:
         ConfigError: If what only the made objects can tell is wrong: a batch larger than the dataset, a parameter
@@ -101,19 +115,20 @@ def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experimen
     datasets = {key: _dataset(config, key, kind) for key, kind in config.data.items()}
     data = _training_data(config, datasets["train"], device)
     seed_all(derive(config.run.seed, "params"))
-    model = _made(config, ("model",), config.model.build).to(device).train()
-    run = _run(config, data, datasets, model, run_id, device)
-    state = _with_own_tensors(TrainState.from_module(model, seed=config.run.seed))
+    network = _made(config, ("model",), model or config.model.build).to(device).train()
+    run = _run(config, data, datasets, network, run_id, device)
+    state = _with_own_tensors(TrainState.from_module(network, seed=config.run.seed))
     if begins and config.run.init_from is not None:
         state = _init_from(config, state)
-    optimizer = _optimizer(config, model)
+    optimizer = _optimizer(config, network)
     lr, weight_decay = _value_schedules(config, optimizer, state, run)
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
     state = state.replace(opt_state=optimizer.init(state.params))
     streams = [data] if isinstance(data, StreamedData) else []
-    reducer = compose(*streams, *callbacks_of(config, state, run))
+    callbacks = callbacks_of(config, state, run)
+    reducer = compose(*streams, *(placed.callback for placed in callbacks))
     step = Step(
-        model=model,
+        model=network,
         loss=named(trainer.loss),
         optimizer=optimizer,
         lr=lr,
@@ -125,7 +140,16 @@ def build(config: Config, run_id: str = "", *, begins: bool = True) -> Experimen
         grad_norm="grad_norm" in reducer.readings,
         elapsed_s=time.perf_counter if "forward_s" in reducer.readings else None,
     )
-    return Experiment(config=config, model=model, state=state, run=run, reducer=reducer, step=step, data=data)
+    return Experiment(
+        config=config,
+        model=network,
+        state=state,
+        run=run,
+        callbacks=tuple(callbacks),
+        reducer=reducer,
+        step=step,
+        data=data,
+    )
 
 
 def _with_own_tensors(state: TrainState) -> TrainState:
@@ -298,7 +322,7 @@ def _value_schedules(
     return schedules("lr", "schedule"), schedules("weight_decay", "weight_decay_schedule")
 
 
-def callbacks_of(config: Config, state: TrainState, run: Run) -> list[Callback]:
+def callbacks_of(config: Config, state: TrainState, run: Run) -> list[Placed]:
     """Return the configured callbacks, with those of `trainer.evaluate` before their first consumers.
 
     Args:
@@ -309,26 +333,28 @@ def callbacks_of(config: Config, state: TrainState, run: Run) -> list[Callback]:
     Raises:
         ConfigError: If they do not fit together, or do not fit the model.
     """
-    paths: list[tuple[Callback, tuple[str | int, ...]]] = [
-        (kind.build(), ("callbacks", index)) for index, kind in enumerate(config.callbacks)
-    ]
+    placed = [Placed(kind.build(), ("callbacks", index)) for index, kind in enumerate(config.callbacks)]
     for evaluation in _evaluations(config):
-        place = next((i for i, (callback, _) in enumerate(paths) if _consumes(callback, evaluation)), len(paths))
-        paths.insert(place, (evaluation, ("trainer", "evaluate", evaluation.dataset_key)))
-    callbacks = [callback for callback, _ in paths]
-    for callback, path in paths:
-        with _located(config, path):
-            init_of(callback, state)  # only with the model there, some can tell whether their settings fit
-        key = getattr(callback, "dataset_key", None)
+        index = next((i for i, each in enumerate(placed) if _consumes(each.callback, evaluation)), len(placed))
+        placed.insert(index, Placed(evaluation, ("trainer", "evaluate", evaluation.dataset_key)))
+    for each in placed:
+        with _located(config, each.path):
+            init_of(each.callback, state)  # only with the model there, some can tell whether their settings fit
+        key = getattr(each.callback, "dataset_key", None)
         if key is not None and key not in run.data:
-            raise config.error((*path, "dataset_key"), f"{key!r} is the stream that is trained on; evaluate another")
+            message = f"{key!r} is the stream that is trained on; evaluate another"
+            raise config.error((*each.path, "dataset_key"), message)
+    _check_fit(config, placed, state, run)
+    return placed
+
+
+def _check_fit(config: Config, placed: Sequence[Placed], state: TrainState, run: Run) -> None:
     try:
-        check_declarations(callbacks, state, run)
+        check_declarations([each.callback for each in placed], state, run)
     except DeclarationError as error:
-        where = {id(callback): path for callback, path in paths}
+        where = {id(each.callback): each.path for each in placed}
         errors = [config.error(where[id(misfit.callback)], misfit.message) for misfit in error.misfits]
         raise ConfigError([located for each in errors for located in each.problems]) from error
-    return callbacks
 
 
 def _evaluations(config: Config) -> list[EvaluateCallback]:

@@ -33,7 +33,8 @@ def replayed(run, callbacks=None):
         config = with_callbacks(config, callbacks)
     recorded = partial(read_events, run / "events.jsonl", DISK)
     state, fixed = beginning(recorded(), resolved(config))
-    return replay(callbacks_of(config, state, fixed), recorded, resolved(config))
+    members = [placed.callback for placed in callbacks_of(config, state, fixed)]
+    return replay(members, recorded, resolved(config))
 
 
 def logged(found):

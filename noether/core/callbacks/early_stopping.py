@@ -10,6 +10,7 @@ from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfi
 from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import LogText
 from noether.core.errors import Problem, one_of, refuse, whole
+from noether.core.iteration import TrainingIteration
 from noether.core.metrics import current
 from noether.core.tree import FrozenDict
 
@@ -152,6 +153,12 @@ class FixedUpdateEarlyStopping(CallbackBase):
     def produces(self) -> tuple[str, ...]:
         """Nothing: it stops."""
         return ()
+
+    @property
+    def point(self) -> TrainingIteration:
+        """Where it stops."""
+        counts = {counter: getattr(self, setting) or 0 for setting, counter in _STOPS.items()}
+        return TrainingIteration(**counts)
 
     def distinction(self) -> tuple[str, ...]:
         """Return where it stops."""

@@ -1,0 +1,214 @@
+"""Which checkpoints callbacks will ask for, found by asking them: a callback is pure, so nothing comes of a call.
+
+It is called at a few of its firings with a state on the meta device, where tensors have shapes and no values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
+
+import torch
+
+from noether.core.callback import declaration_of
+from noether.core.effect import SaveCheckpoint
+from noether.core.errors import WeightsError
+from noether.core.event import AfterEpoch, AfterUpdate, Event
+from noether.core.forecast import EARLY, Occasions, firings, nth_firing, state_at
+from noether.core.state import Measured
+from noether.core.tree import FrozenDict, tensors
+from noether.effects.contents import ModelNamesError, weights_asked
+from noether.effects.merging import merge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.forecast import Firing
+    from noether.core.run import Run
+    from noether.core.state import TrainState
+
+Slot = tuple[str | None, str | None]
+"""What requests of one event are merged by: the tag, `{}` in it for the iteration, and whose weights."""
+
+_READS: Final = (("update", "sample"), ("epoch",))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A checkpoint that a callback asks for whenever it fires at one kind of event.
+
+    Args:
+        occasions: When: a schedule that is read at one kind of event, or an event that comes once.
+        save: What is asked; `{}` in its tag stands for the iteration.
+        sizes: Bytes of the tensors in the checkpoint, by name of a part that other requests may ask for, too.
+        certain: Whether it is asked at every firing; otherwise a metric, or what the callback remembers, decides.
+    """
+
+    occasions: Occasions
+    save: SaveCheckpoint
+    sizes: Mapping[str, int]
+    certain: bool
+
+    @property
+    def slot(self) -> Slot:
+        """Requests with the same slot at the same event become one checkpoint."""
+        return self.save.tag, self.save.weights_of
+
+    def at(self, firing: Firing, run: Run) -> bool:
+        """Return whether it is asked at an event."""
+        schedule = self.occasions.schedule
+        if schedule is None:
+            return firing.event in self.occasions.once
+        reads = AfterEpoch if schedule.members[0].counter == "epoch" else AfterUpdate
+        state = state_at(firing, run)
+        return firing.event is reads and schedule.due(state.previous, state.iteration)
+
+
+class UnaskedError(Exception):
+    """A callback could not be asked: it reads values that are there in training only."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What callbacks are asked with.
+
+    Args:
+        state: On the meta device, with the memory of all callbacks, and that which the optimizer has after an update.
+        begun: The same before the first update.
+        run: The run, whose data are read as little as possible.
+    """
+
+    state: TrainState
+    begun: TrainState
+    run: Run
+
+    def asks(self, callback: Callback, occasions: Occasions) -> list[Ask]:
+        """Return what a callback asks for at some of the events it listens to.
+
+        Raises:
+            UnaskedError: If it cannot be asked.
+            ModelNamesError: If it asks for weights of sub-modules that there are not.
+            WeightsError: If it asks for weights that nobody keeps.
+        """
+        return [ask for part in _parts(occasions) for ask in self._asks_at(callback, part)]
+
+    def _asks_at(self, callback: Callback, part: Occasions) -> Iterator[Ask]:
+        count = firings(part, self.run).count
+        # The first may differ from the second by what the callback remembers, the last by how far the run is.
+        probed = [nth_firing(part, n, self.run) for n in sorted({1, 2, count}) if 1 <= n <= count]
+        state, seen = self.state, list[dict[Slot, SaveCheckpoint]]()
+        for firing in probed:
+            state, saves = self._call(callback, firing, state)
+            seen.append({(save.tag, save.weights_of): save for save in saves})
+        watches = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
+        for slot, save in {slot: save for saves in seen for slot, save in saves.items()}.items():
+            same = all(slot in saves and _asks_alike(saves[slot], save) for saves in seen)
+            yield Ask(occasions=part, save=save, sizes=self._sizes(save, part), certain=same and not watches)
+
+    def _call(self, callback: Callback, firing: Firing, memory: TrainState) -> tuple[TrainState, list[SaveCheckpoint]]:
+        """Return the state after a firing, and what is asked there, the iteration in tags as `{}`."""
+        at = state_at(firing, self.run)
+        state = memory.replace(iteration=at.iteration, previous=at.previous, ended=at.ended)
+        keys = [key for key in declaration_of(callback).consumes if "*" not in key]
+        state = state.replace(metrics=FrozenDict({key: Measured(0.0, at.iteration) for key in keys}))
+        after, effects = self._answer(callback, firing, state)
+        # What it asks for twice at one event is one checkpoint, too.
+        saves = [effect for effect in merge(effects) if isinstance(effect, SaveCheckpoint)]
+        text = str(at.iteration)
+        return after, [replace(each, tag=each.tag and each.tag.replace(text, "{}")) for each in saves]
+
+    def _answer(self, callback: Callback, firing: Firing, state: TrainState) -> tuple[TrainState, Effects]:
+        """Return what the callback returns: asked with nothing measured or, if it needs that, with one sample."""
+        reasons: list[str] = []
+        for stage in (_nothing_measured, _one_sample):
+            try:
+                return callback(state, stage(firing.event, state, self.run))
+            except Exception as error:  # noqa: BLE001  # whatever a callback meets where there are no values
+                reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise UnaskedError(reasons[0])
+
+    def _sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:
+        state = self.begun if set(part.once) & set(EARLY) else self.state
+        weights = weights_asked(save, state) if save.weights else {}
+        sizes = {f"weights/{name}": _bytes(tensor) for name, tensor in weights.items()}
+        if save.optimizer:
+            held = (state.opt_state, state.callback_states, state.hyperparams)
+            sizes["state"] = sum(_bytes(tensor) for _, tensor in tensors(held))
+        return sizes
+
+
+MISASKED: Final = (ModelNamesError, WeightsError)
+"""What is raised for a checkpoint that could not be saved in training either."""
+
+
+def _parts(occasions: Occasions) -> Iterator[Occasions]:
+    """Yield the occasions of each kind of event by itself."""
+    for kind in occasions.once:
+        yield Occasions(None, (kind,))
+    for counters in _READS if occasions.schedule is not None else ():
+        part = occasions.schedule and occasions.schedule.reading(*counters)
+        if part is not None:
+            yield Occasions(part)
+
+
+def _asks_alike(a: SaveCheckpoint, b: SaveCheckpoint) -> bool:
+    return (a.weights, a.optimizer, a.models) == (b.weights, b.optimizer, b.models)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class _Readings(NamedTuple):
+    losses: Mapping[str, Any]
+    outputs: Any
+
+
+def _nothing_measured(event: type[Event], state: TrainState, run: Run) -> Event:  # noqa: ARG001  # as the other
+    """Return an event with losses of zero, no outputs, and datasets without samples."""
+    losses = FrozenDict(total=torch.zeros(()))
+    return _event(event, run.replace(data={key: _Samples(()) for key in run.data}), _Readings(losses, None))
+
+
+def _one_sample(event: type[Event], state: TrainState, run: Run) -> Event:
+    """Return an event with what the model makes of one sample, and the first sample of each dataset."""
+    readings = _Readings(FrozenDict(), None)
+    if event is AfterUpdate and "train" in run.data:
+        losses, outputs = run.forward(state, next(iter(run.data["train"].batched(1))))
+        readings = _Readings(losses, (outputs,))
+    return _event(event, run.replace(data={key: _Samples(data.batched(1)) for key, data in run.data.items()}), readings)
+
+
+def _event(event: type[Event], run: Run, readings: _Readings) -> Event:
+    if event is not AfterUpdate:
+        return event(run=run)
+    size = run.effective_batch_size
+    return AfterUpdate(
+        run=run,
+        samples=size,
+        losses=readings.losses,
+        outputs=readings.outputs,
+        accumulated=(size,),
+        lr=FrozenDict(default=0.0),
+        weight_decay=FrozenDict(default=0.0),
+        grad_norm=torch.zeros(()),
+        duration_s=1.0,
+    )
+
+
+@final
+class _Samples:
+    """At most one batch of a dataset, however it is to be batched."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._batches), 1)
+
+    def batched(self, batch_size: int) -> _Samples:  # noqa: ARG002  # as of any dataset
+        return self

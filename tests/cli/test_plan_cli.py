@@ -1,0 +1,270 @@
+"""`noether plan` through the real command line: what it prints, what it warns of, and bad input."""
+
+import json
+import shutil
+
+import pytest
+from command import ROOT, SMALL, contents, invoke, noether, start
+
+
+@pytest.fixture
+def small(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return tmp_path
+
+
+def planned(folder, *argv, config="small.yaml"):
+    """Return what `--json` prints on the standard output; its warnings are on the standard error, too."""
+    output = invoke("plan", config, "--json", *argv, cwd=folder).replace("saving\n", "")  # what SAVER prints
+    plan, end = json.JSONDecoder(parse_constant=pytest.fail).raw_decode(output)
+    assert output[end:].strip().splitlines() == [f"Warning: {warning}" for warning in plan.get("warnings", [])]
+    return plan
+
+
+def test_the_whole_plan_in_a_process_of_its_own(small):
+    before = contents(small)
+    done = noether("plan", "small.yaml", cwd=small)
+    assert done.stderr == ""
+    facts, table, timeline, ending = done.stdout.split("\n\n")
+    assert facts == "small.yaml: 2 epochs, 76 updates, 2,410 samples; 1,638 parameters"
+    rows = [line.split() for line in table.splitlines()]
+    assert " ".join(rows[0]) == "callback first last firings written kept of each in all evaluations samples"
+    assert rows[1] == ["ProgressCallback/U10", "U10", "U70", "7"]
+    assert rows[3] == ["EvaluateCallback/E1/val", "E1", "E2", "2", "2", "592"]
+    assert rows[5][:6] == ["CheckpointCallback/E1", "E1", "end", "3", "3", "3"]
+    assert rows[6][:8] == ["BestCheckpointCallback/E1/val/accuracy", "E1", "E2", "2", "<=", "2", "<=", "1"]
+    assert rows[7][:5] == ["together", "3", "3", "to", "4"]
+    assert [line.split()[0] for line in timeline.splitlines()[:6]] == [row[0] for row in rows[1:7]]
+    assert [line.split() for line in timeline.splitlines()[6:]] == [["E0", "E1", "E2"], ["U0", "U38", "U76"]]
+    assert ending.startswith("checkpoints: ")
+    assert contents(small) == before
+
+
+def test_json_has_stable_keys(small):
+    plan = planned(small)
+    assert list(plan) == ["config", "end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size", "params",
+                          "callbacks", "checkpoints", "evaluations", "disk", "warnings", "notes"]  # fmt: skip
+    assert plan["end"] == {"epoch": 2, "update": 76, "sample": 2410, "iteration": "E2_U76_S2410"}
+    assert plan["evaluations"] == {"count": 2, "samples": 592}
+    assert plan["disk"]["path"] == str(small)
+    assert plan["disk"]["free_bytes"] > 0
+    checkpoint = plan["callbacks"][4]
+    assert {name: checkpoint[name] for name in ("name", "path", "when", "firings")} == {
+        "name": "CheckpointCallback/E1", "path": "callbacks[3]", "when": "E1", "firings": 3}  # fmt: skip
+    assert checkpoint["last"] == {
+        "event": "AfterTraining", "epoch": 2, "update": 76, "sample": 2410, "iteration": "E2_U76_S2410"}  # fmt: skip
+    assert checkpoint["checkpoints"]["written"] == {"at_least": 3, "at_most": 3}
+    (each,) = checkpoint["checkpoints"]["each_bytes"]
+    assert checkpoint["checkpoints"]["written_bytes"] == {"at_least": 3 * each, "at_most": 3 * each}
+    assert plan["callbacks"][2]["evaluations"] == {"dataset": "val", "weights": None, "count": 2, "samples": 592}
+
+
+def test_what_fires_at_a_point(small):
+    assert [line.split() for line in invoke("plan", "small.yaml", "--at", "U10", cwd=small).splitlines()] == [
+        ["at", "event", "callback"],
+        ["U10", "AfterUpdate", "ProgressCallback/U10"],
+        ["U10", "AfterUpdate", "OnlineLossCallback/U5"],
+    ]
+    assert invoke("plan", "small.yaml", "--at", "U7", cwd=small) == "nothing fires at U7\n"
+    fires = planned(small, "--at", "E2")["fires"]
+    assert [(each["name"], each["at"]["event"]) for each in fires] == [
+        ("EvaluateCallback/E1/val", "AfterEpoch"),
+        ("BestMetricCallback/E1/val/accuracy", "AfterEpoch"),
+        ("CheckpointCallback/E1", "AfterEpoch"),
+        ("BestCheckpointCallback/E1/val/accuracy", "AfterEpoch"),
+        ("CheckpointCallback/E1", "AfterTraining"),
+    ]
+    assert planned(small, "--at", "S160") == {**planned(small, "--at", "U5"), "at": "S160"}
+
+
+def test_what_fires_between_two_points(small):
+    fires = planned(small, "--between", "E1", "U60")["fires"]
+    assert [(each["name"], each["firings"], each["first"]["update"], each["last"]["update"]) for each in fires] == [
+        ("ProgressCallback/U10", 3, 40, 60),
+        ("OnlineLossCallback/U5", 5, 40, 60),
+    ]
+    said = invoke("plan", "small.yaml", "--between", "E1", "U60", cwd=small)
+    assert said.splitlines()[2].split() == ["OnlineLossCallback/U5", "U40", "U60", "5"]
+    said = invoke("plan", "small.yaml", "--between", "U1", "U4", cwd=small)
+    assert said == "nothing fires after U1 and up to U4\n"
+    everything = planned(small, "--between", "U0", "E2")["fires"]
+    assert sum(each["firings"] for each in everything) == sum(each["firings"] for each in planned(small)["callbacks"])
+
+
+def test_a_picture(small):
+    pytest.importorskip("matplotlib")
+    said = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small)
+    assert said == invoke("plan", "small.yaml", cwd=small)
+    first = (small / "plan.png").read_bytes()
+    assert first.startswith(b"\x89PNG\r\n")
+    invoke("plan", "small.yaml", "--png", "plan.png", "--set", "callbacks.0.every_n_updates=30", cwd=small)
+    assert (small / "plan.png").read_bytes() != first
+
+
+def test_a_terminal_that_knows_few_characters(small):
+    process = start("plan", "small.yaml", cwd=small, PYTHONIOENCODING="ascii")
+    output, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert output.isascii()
+    assert "...|..." in output
+
+
+@pytest.mark.parametrize("name", ["digits", "heat", "seed"])
+def test_the_configurations_that_come_along(name, tmp_path):
+    cache = [word for key in ("train", "val", "test") for word in ("--set", f"data.{key}.samples=64")]
+    where = [word for key in ("train", "val", "test") for word in ("--set", f"data.{key}.cache=cache")]
+    plan = planned(tmp_path, *(cache + where if name == "heat" else ()), config=ROOT / f"configs/{name}.yaml")
+    assert all(each["firings"] for each in plan["callbacks"])
+    unsaved = (
+        "callbacks: nobody saves the weights, so that nothing is left of the run; "
+        "add noether.core.callbacks.CheckpointCallback"
+    )
+    assert [warning.partition(": ")[2] for warning in plan["warnings"]] == [unsaved] * (name == "seed")
+
+
+SAVING = SMALL[SMALL.index("  - kind: noether.core.callbacks.CheckpointCallback") :]
+BEST = SAVING[SAVING.index("  - kind: noether.core.callbacks.BestCheckpointCallback") :]
+END = "the run ends at E2_U76_S2410"
+
+# What is changed in SMALL, and what is then warned of.
+WARNED = {
+    "an interval that never comes": (
+        [("every_n_updates: 10", "every_n_updates: 100")],
+        (
+            ":28: callbacks[0].every_n_updates: 100 never comes, so ProgressCallback/U100 never fires: "
+            f"{END}; give at most 76, or at_end: true"
+        ),
+    ),
+    "an evaluation that never comes": (
+        [
+            ("    every_n_epochs: 1\ncallbacks", "    every_n_updates: 99\ncallbacks"),
+            ("    every_n_epochs: 1\n    metric_key", "    every_n_updates: 99\n    metric_key"),
+            (BEST, BEST.replace("every_n_epochs: 1", "every_n_updates: 99")),
+        ],
+        (
+            ":25: trainer.evaluate.every_n_updates: 99 never comes, so EvaluateCallback/U99/val never fires: "
+            f"{END}; give at most 76"
+        ),
+    ),
+    "epochs of a run that ends before the first": (
+        [("max_epochs: 2", "max_updates: 30"), ("every_n_updates: 5", "every_n_epochs: 1")],
+        (
+            ":30: callbacks[1].every_n_epochs: 1 never comes, so OnlineLossCallback/E1 never fires: "
+            "the run ends at E0_U30_S960; give it in updates, or at_end: true"
+        ),
+    ),
+    "checkpoints at the end only": (
+        [("    every_n_epochs: 1\n    save_weights", "    every_n_epochs: 3\n    save_weights")],
+        (
+            ":35: callbacks[3].every_n_epochs: 3 never comes, so CheckpointCallback/E3 fires at the end only: "
+            f"{END}; give at most 2"
+        ),
+    ),
+    "an end that only a metric saves": (
+        [(SAVING, BEST)],
+        (
+            ":34: callbacks[3]: a metric decides what is saved, so that the end of training may be lost; "
+            "add noether.core.callbacks.CheckpointCallback"
+        ),
+    ),
+    "an end that nobody saves": (
+        [(SAVING, "  - kind: saver.save\n    every_n_updates: 30\n")],
+        (
+            ":34: callbacks[3]: save saves for the last time at E1_U60_S1909, and the 16 updates after it are not "
+            f"saved: {END}; set at_end: true"
+        ),
+    ),
+    "names of modules that are not there": (
+        [("save_optim: true\n", "save_optim: false\n    save_latest_optim: false\n    model_names: [haed]\n")],
+        (
+            ":39: callbacks[3].model_names: what CheckpointCallback/E1 asks for cannot be saved: "
+            "no weights below haed; there are: features.0.weight, "
+        ),
+    ),
+}
+SAVER = '''\
+from noether import SaveCheckpoint
+
+
+def save(state, event):
+    """Save, and chatter."""
+    print("saving")
+    return state, (SaveCheckpoint(),)
+'''
+
+
+@pytest.mark.parametrize(("changes", "message"), WARNED.values(), ids=WARNED)
+def test_what_will_bite_is_warned_of(small, changes, message):
+    text = SMALL
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    (small / "small.yaml").write_text(text)
+    (small / "saver.py").write_text(SAVER)
+    plan = planned(small)
+    assert any(warning.startswith(f"small.yaml{message}") for warning in plan["warnings"]), plan["warnings"]
+
+
+def test_what_others_print_is_no_part_of_the_plan(small):
+    text = SMALL.replace(BEST, BEST + "  - kind: saver.save\n    every_n_updates: 30\n")
+    (small / "small.yaml").write_text(text)
+    (small / "saver.py").write_text(SAVER)
+    done = noether("plan", "small.yaml", "--json", cwd=small)
+    assert json.loads(done.stdout)["callbacks"][-1]["name"] == "save"
+    assert set(done.stderr.splitlines()) == {"saving"}
+
+
+def test_more_than_the_disk_has(small, monkeypatch):
+    usage = shutil.disk_usage(small)._replace(free=50_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    (warning,) = planned(small)["warnings"]
+    assert warning.startswith("small.yaml:3: run.output: checkpoints take ")
+    assert warning.endswith(f"at most, and {str(small)!r} has 50 kB free; give a place with more, or save less: keep, "
+                            "save_latest_optim, a longer interval")  # fmt: skip
+
+
+RIGHT = "give a point on one counter, like U1000, E2 or S512"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--at", "X5"], f"--at X5: 'X5' is no point of a run; {RIGHT}"),
+        (["--at", "1000"], f"--at 1000: '1000' is no point of a run; {RIGHT}"),
+        (["--at", "U-1"], f"--at U-1: 'U-1' is no point of a run; {RIGHT}"),
+        (["--at", ""], f"--at : '' is no point of a run; {RIGHT}"),
+        (["--at", "E1_U38"], f"--at E1_U38: 'E1_U38' names several counters; {RIGHT}"),
+        (["--at", "U0"], "--at U0: nothing is due before the first update; U1 is the first"),
+        (["--at", "U77"], "--at U77: U77 is beyond the end: the run ends at E2_U76_S2410"),
+        (["--at", "E3"], "--at E3: E3 is beyond the end: the run ends at E2_U76_S2410"),
+        (["--at", "S2411"], "--at S2411: S2411 is beyond the end: the run ends at E2_U76_S2410"),
+        (["--between", "E2", "E1"], "--between E2 E1: E2 is not before E1; give the earlier point first"),
+        (["--between", "E1", "U38"], "--between E1 U38: E1 is not before U38; give the earlier point first"),
+        (["--between", "E1", "E9"], "--between E1 E9: E9 is beyond the end: the run ends at E2_U76_S2410"),
+        (["--between", "E1", "hi"], f"--between E1 hi: 'hi' is no point of a run; {RIGHT}"),
+        (["--between", "E1"], "Option '--between' requires 2 arguments."),
+        (["--at", "U1", "--between", "E1", "E2"], "--at and --between do not go together"),
+        (["--png", "nowhere/plan.png"], "--png nowhere/plan.png: there is no folder 'nowhere'; make it first"),
+        (["--png", "."], "--png .: is a folder; give the name of a file in it"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(small, arguments, message):
+    before = contents(small)
+    output = invoke("plan", "small.yaml", *arguments, cwd=small, code=2)
+    assert output.splitlines()[-1] == f"Error: {message}"
+    assert contents(small) == before
+
+
+def test_no_configuration(small):
+    assert invoke("plan", cwd=small, code=2).splitlines()[-1] == "Error: Missing argument 'CONFIG'."
+    said = invoke("plan", "smal.yaml", cwd=small, code=2)
+    assert said == "Error: smal.yaml: no such file; did you mean 'small.yaml'?\n"
+    said = invoke("plan", "small.yaml", "--set", "trainer.max_epohcs=3", cwd=small, code=2)
+    assert said.startswith("Error: --set trainer.max_epohcs=3: trainer.max_epohcs: unknown setting; did you mean")
+
+
+def test_a_picture_without_matplotlib(small, monkeypatch):
+    monkeypatch.setattr("noether.cli.planning.find_spec", lambda name: None)
+    said = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small, code=2)
+    assert said.splitlines()[-1] == ("Error: --png: matplotlib is not installed; pip install 'noether[plot]' does that")
+    assert not (small / "plan.png").exists()

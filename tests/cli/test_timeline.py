@@ -1,0 +1,34 @@
+"""The laws of the timeline: nothing that fires is lost, and labels stand where they belong."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from noether.cli.timeline import DRAWN, counts, edges, row, scale, ticks
+from noether.core.event import AfterTraining, AtEval, BeforeTraining
+from noether.core.forecast import Occasions, firings
+from noether.testing.strategies import runs, schedules
+
+columns = st.integers(1, 90)
+once = st.sets(st.sampled_from((BeforeTraining, AtEval, AfterTraining))).map(tuple)
+
+
+@given(schedules(), once, runs(), columns)
+def test_every_firing_is_in_one_column(schedule, kinds, run, width):
+    occasions, places = Occasions(schedule, kinds), edges(run, width)
+    counted = counts(occasions, run, width)
+    assert sum(counted) == firings(occasions, run).count
+    assert len(counted) == len(places) - 1 == min(width, run.final.update)
+    assert (places[0], places[-1]) == (0, run.final.update)
+    assert places == sorted(set(places))
+    assert [mark != DRAWN.nothing for mark in row(occasions, run, width, DRAWN)] == [count > 0 for count in counted]
+
+
+@given(runs(max_epochs=40), st.integers(20, 90))
+def test_labels_stand_at_the_columns_of_their_updates(run, width):
+    places, lines = edges(run, width), scale(run, width)
+    labels = {tick.update: f"U{tick.update}" for tick in ticks(run, width)}
+    for update, label in labels.items():
+        column = next((i for i in range(len(places) - 1) if places[i] < update <= places[i + 1]), 0)
+        if lines[-1].find(label, column) != column:  # only where another one is in its way
+            assert lines[-1][max(0, column - 1)].strip()
+    assert lines[-1].startswith("U0")

@@ -1,0 +1,392 @@
+"""The plan of a configuration against what its run really did, and against what a plan may not do."""
+
+import contextlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from noether.cli.running import start
+from noether.config import load
+from noether.core.callback import declaration_of
+from noether.core.event import AtEval
+from noether.core.forecast import nth_firing
+from noether.core.metrics import matches
+from noether.effects.writing import Writer
+from noether.training.plan import make_plan
+
+ROOT = Path(__file__).parents[2]
+
+MODULE = '''\
+"""Callbacks of a user's that ask for checkpoints, and a model with what only the CPU can make."""
+
+import torch
+from torch import nn
+
+from noether import LogText, SaveCheckpoint, every_n_updates, log, on, AfterTraining, BeforeTraining
+from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.tree import FrozenDict
+
+
+class Points(torch.utils.data.Dataset):
+    def __init__(self, length: int):
+        self._inputs = torch.randn(length, 3, generator=torch.Generator().manual_seed(length))
+
+    def __len__(self):
+        return len(self._inputs)
+
+    def __getitem__(self, index):
+        return self._inputs[index], (self._inputs[index].sum() > 0).long()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __len__(self):
+        return 30
+
+    def __iter__(self):
+        raise AssertionError("a plan reads no stream")
+
+    def state_dict(self):
+        return {"at": torch.zeros(2)}
+
+    def load_state_dict(self, place):
+        pass
+
+
+class Net(nn.Module):
+    def __init__(self, width: int, valued: bool = False):
+        super().__init__()
+        if valued:
+            [rate.item() for rate in torch.linspace(0, 1, 3)]
+        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.ReLU())
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def loss(outputs, batch):
+    return {"entropy": nn.functional.cross_entropy(outputs, batch[1])}
+
+
+def right(outputs, batch):
+    return (outputs.argmax(dim=1) == batch[1]).float()
+
+
+def named(state, event):
+    """Saves under a tag of its own."""
+    return state, (SaveCheckpoint(tag=f"mine.{state.iteration}", optimizer=False, models=("head",)),)
+
+
+@on(BeforeTraining)
+def begin(state, event):
+    return state, (SaveCheckpoint(tag="begin", retention=FrozenDict(begin=None)),)
+
+
+def every_second(state, event):
+    """Saves at every second epoch, which only its epochs tell."""
+    return state, (SaveCheckpoint(retention=FrozenDict(second=None)),) if state.iteration.epoch % 2 == 0 else ()
+
+
+def reads(state, event):
+    """Reads what a parameter is."""
+    if state.params["head.weight"].sum().item() > 0:
+        return state, (SaveCheckpoint(),)
+    return state, ()
+
+
+class Confusion(PeriodicCallback):
+    dataset_key: str
+
+    def periodic_callback(self, state, event, interval):
+        total = sum(float(event.forward(state, batch)[1].shape[0]) for batch in event.data[self.dataset_key])
+        return log(state, event, {"confusion": total})
+'''
+
+SAVING = """\
+run: {name: saving, output: out}
+model: {kind: mine.Net, width: 4}
+data:
+  train: {kind: mine.Points, length: 30}
+  val: {kind: mine.Points, length: 7}
+optimizer: {kind: torch.optim.AdamW, lr: 0.05}
+trainer:
+  max_epochs: 7
+  effective_batch_size: 4
+  loss: mine.loss
+  evaluate: {val: [loss, mine.right], every_n_epochs: 1}
+  evaluate_first: true
+callbacks:
+  - {kind: mine.begin}
+  - {kind: noether.core.callbacks.EMACallback, every_n_epochs: 2, target_factors: [0.9, 0.5], save_latest_weights: true}
+  - {kind: noether.core.callbacks.CheckpointCallback, every_n_epochs: 2, keep: 2}
+  - {kind: noether.core.callbacks.CheckpointCallback, every_n_samples: 50, id: often, save_optim: true, keep: 3}
+  - {kind: noether.core.callbacks.CheckpointCallback, every_n_updates: 9, id: head, save_latest_optim: false,
+     model_names: [head]}
+  - {kind: mine.named, every_n_updates: 10, at_end: true}
+  - {kind: noether.core.callbacks.BestCheckpointCallback, every_n_epochs: 1, metric_key: val/right, mode: higher,
+     tolerances: [1, 2]}
+  - {kind: noether.core.callbacks.LrCallback, every_n_samples: 40}
+  - {kind: noether.core.callbacks.OnlineLossCallback, every_n_updates: 3, at_end: true}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the module in it, which is forgotten afterwards."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    path = list(sys.path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.path[:] = path
+    sys.modules.pop("mine", None)
+
+
+def tensor_bytes(checkpoint):
+    """Return the bytes of the tensors of a checkpoint, measurements in its memory aside: single numbers."""
+    files = {path.name: load_file(path) for path in checkpoint.glob("*.safetensors")}
+    measured = [name for name in files.get("state.safetensors", {}) if not name.startswith("callback_states.weights/")]
+    assert all(files["state.safetensors"].pop(name).ndim == 0 for name in measured)
+    return sum(tensor.numel() * tensor.element_size() for each in files.values() for tensor in each.values())
+
+
+class Disk:
+    """What lies in the directory of checkpoints, looked at after each commit and each removal."""
+
+    def __init__(self, monkeypatch):
+        self.written, self.kept, self.peak = [], {}, 0
+        commit, prune = Writer.commit, Writer.prune
+
+        def committed(writer, manifest):
+            commit(writer, manifest)
+            self.kept[manifest.tag] = tensor_bytes(writer._directory / manifest.tag)  # noqa: SLF001  # where it lies
+            self.written.append(self.kept[manifest.tag])
+            self.peak = max(self.peak, sum(self.kept.values()))
+
+        def pruned(writer, tags):
+            tags = list(tags)
+            prune(writer, tags)
+            for tag in tags:
+                del self.kept[tag]
+
+        monkeypatch.setattr(Writer, "commit", committed)
+        monkeypatch.setattr(Writer, "prune", pruned)
+
+
+def trained(config, settings, monkeypatch):
+    """Train what a configuration describes, and return its directory and what its disk saw."""
+    disk = Disk(monkeypatch)
+    with contextlib.redirect_stdout(None):
+        assert start(Path(config), settings, ()) == 0
+    (directory,) = Path(load(config, settings).run.output).glob("*/*")
+    assert {path.name for path in (directory / "checkpoints").glob("*/")} == set(disk.kept)
+    return directory, disk
+
+
+def logged(directory, patterns):
+    """Return the events at which a metric that one of the patterns matches was logged."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        ("".join(map(str.capitalize, line["event"].split("_"))), line["epoch"], line["update"], line["sample"])
+        for line in lines
+        if any(matches(pattern, key) for pattern in patterns for key in line["metrics"])
+    ]
+
+
+def check_firings(plan, directory):
+    """Assert that what logs did so at exactly the events that the plan names."""
+    checked = 0
+    for each in plan.callbacks:
+        patterns = declaration_of(each.callback).produces or ()
+        patterns = [p for p in patterns if not p.startswith(("weights/", "checkpoints/", "lossdiff/"))]
+        if not patterns:
+            continue
+        planned = [nth_firing(each.occasions, n, plan.run) for n in range(1, each.firings.count + 1)]
+        real = logged(directory, patterns)
+        assert [(p.event.__name__, p.iteration.epoch, p.iteration.update, p.iteration.sample) for p in planned] == real
+        checked += 1
+    return checked
+
+
+def check_saves(plan, disk):
+    """Assert that what was written and kept is what the plan says, exactly where no metric decides."""
+    made = plan.checkpoints
+    for bounds, real in ((made.written, len(disk.written)), (made.written_bytes, sum(disk.written)),
+                         (made.kept, len(disk.kept)), (made.kept_bytes, sum(disk.kept.values()))):  # fmt: skip
+        assert bounds.at_least <= real <= bounds.at_most
+    assert disk.peak <= made.peak_bytes
+
+
+def end_of(directory):
+    return json.loads((directory / "summary.json").read_text())["ending"]
+
+
+SHORT = {
+    "digits": ["trainer.max_epochs=6", "model.width=4", "trainer.effective_batch_size=128", "callbacks.8.tolerance=3"],
+    "heat": ["trainer.max_epochs=11", "model.width=2", "model.modes=2", "model.layers=1",
+             *(f"data.{key}.{name}" for key in ("train", "val", "test") for name in ("size=8", "samples=16"))],
+    "seed": ["trainer.max_epochs=3", "model.width=4"],
+}  # fmt: skip
+
+
+def test_every_configuration_is_compared():
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(SHORT)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_plan_is_what_the_run_really_did(name, folder, monkeypatch):
+    config = ROOT / f"configs/{name}.yaml"
+    settings = [*SHORT[name], *(["data.train.cache=.", "data.val.cache=.", "data.test.cache=."] * (name == "heat"))]
+    directory, disk = trained(config, settings, monkeypatch)
+    plan = make_plan(load(config, settings))
+    assert end_of(directory) == f"ended at {plan.run.final}"
+    assert check_firings(plan, directory) >= 3
+    check_saves(plan, disk)
+
+
+def test_a_plan_holds_up_to_where_a_metric_stops_the_run(folder, monkeypatch):
+    config = ROOT / "configs/digits.yaml"
+    settings = ["trainer.max_epochs=9", "model.width=4", "trainer.effective_batch_size=256", "callbacks.8.min_delta=1",
+                "callbacks.8.tolerance=3", "callbacks.6.every_n_epochs=2"]  # fmt: skip
+    directory, disk = trained(config, settings, monkeypatch)
+    assert end_of(directory).startswith("ended at E4_U")
+    assert any("may stop the run early" in note for note in make_plan(load(config, settings)).notes)
+    plan = make_plan(load(config, [*settings, "trainer.max_epochs=4"]))
+    assert check_firings(plan, directory) >= 3
+    check_saves(plan, disk)
+
+
+def test_everything_that_saves(folder, monkeypatch):
+    Path("saving.yaml").write_text(SAVING)
+    directory, disk = trained("saving.yaml", [], monkeypatch)
+    plan = make_plan(load("saving.yaml"))
+    assert check_firings(plan, directory) == 3
+    check_saves(plan, disk)
+    assert sum(each.checkpoints is not None for each in plan.callbacks) == 7
+    (first, *_) = (each for each in plan.callbacks if each.evaluations)
+    assert first.occasions.once == (AtEval,)
+    assert (first.evaluations.count, first.evaluations.samples) == (8, 8 * 7)
+
+
+def test_without_a_metric_nothing_is_a_bound(folder, monkeypatch):
+    lines = [line for line in SAVING.splitlines() if "BestCheckpoint" not in line and "tolerances" not in line]
+    Path("saving.yaml").write_text("\n".join(lines))
+    _, disk = trained("saving.yaml", [], monkeypatch)
+    made = make_plan(load("saving.yaml")).checkpoints
+    assert made.written == (len(disk.written),) * 2
+    assert made.written_bytes == (sum(disk.written),) * 2
+    assert made.kept == (len(disk.kept),) * 2
+    assert made.kept_bytes == (sum(disk.kept.values()),) * 2
+
+
+def only(callbacks, *, more="", ends="max_epochs: 7"):
+    """Write a configuration with these callbacks, and return its plan."""
+    text = SAVING[: SAVING.index("callbacks:")].replace("max_epochs: 7", ends).replace("width: 4", f"width: 4{more}")
+    Path("only.yaml").write_text("\n".join([text + "callbacks:", *(f"  - {{{each}}}" for each in callbacks), ""]))
+    return make_plan(load("only.yaml"))
+
+
+SAVER = "kind: noether.core.callbacks.CheckpointCallback, every_n_epochs: 1, save_optim: true"
+
+
+def test_what_only_now_and_then_saves_is_a_bound(folder):
+    plan = only(["kind: mine.every_second, every_n_epochs: 1", SAVER])
+    assert plan.callbacks[0].checkpoints.written == (0, 7)
+    assert plan.notes == ()
+
+
+def test_what_reads_values_is_left_out_and_named(folder):
+    plan = only(["kind: mine.reads, every_n_epochs: 1", SAVER])
+    (note,) = plan.notes
+    assert note.startswith("reads could not be asked what it saves, which is not counted: RuntimeError: Tensor.item()")
+    assert plan.checkpoints.written == (8, 8)
+
+
+def test_what_iterates_by_itself_is_asked_with_one_sample(folder):
+    plan = only(["kind: mine.Confusion, every_n_epochs: 2, dataset_key: val", SAVER])
+    assert plan.notes == ()
+    assert plan.callbacks[0].evaluations.samples == 3 * 7
+
+
+def test_a_model_that_needs_values_is_made_on_the_cpu(folder):
+    plan = only([SAVER], more=", valued: true")
+    (note,) = plan.notes
+    assert note.startswith("mine.Net was made on the CPU: it cannot be made without values (RuntimeError")
+    assert plan.checkpoints == only([SAVER], more="").checkpoints
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["Adafactor, lr: 0.1", "AdamW, lr: 0.1, fused: true", "SGD, lr: 0.1, momentum: 0.9"]
+)
+def test_the_optimizers_memory_is_counted(optimizer, folder, monkeypatch):
+    text = SAVING.replace("AdamW, lr: 0.05", optimizer)
+    Path("only.yaml").write_text(text[: text.index("callbacks:")] + f"callbacks: [{{{SAVER}}}]\n")
+    _, disk = trained("only.yaml", ["trainer.max_epochs=1"], monkeypatch)
+    assert make_plan(load("only.yaml")).checkpoints.each_bytes == (disk.written[0],)
+
+
+def test_a_fixed_stop_is_the_end(folder, monkeypatch):
+    callbacks = [SAVER, "kind: noether.core.callbacks.FixedUpdateEarlyStopping, stop_at_sample: 50",
+                 "kind: noether.core.callbacks.FixedUpdateEarlyStopping, stop_at_epoch: 3",
+                 "kind: noether.core.callbacks.OnlineLossCallback, every_n_updates: 3"]  # fmt: skip
+    plan = only(callbacks)
+    directory, disk = trained("only.yaml", [], monkeypatch)
+    assert end_of(directory) == f"ended at {plan.run.final}: stop_at_sample: 50 is reached"
+    check_firings(plan, directory)
+    check_saves(plan, disk)
+    assert [each.firings.count for each in plan.callbacks[1:3]] == [1, 0]
+    (caution,) = plan.cautions
+    assert str(caution).endswith("3 never comes, so FixedUpdateEarlyStopping/stop_at_epoch=3 never fires: the run ends "
+                                 "at E1_U13_S50; give at most 1")  # fmt: skip
+
+
+def test_a_stream_is_planned_unread(folder):
+    plan = only([SAVER])
+    text = Path("only.yaml").read_text().replace("kind: mine.Points, length: 30", "kind: mine.Stream")
+    Path("only.yaml").write_text(text)
+    streamed = make_plan(load("only.yaml"))
+    assert streamed.run.final == plan.run.final
+    assert streamed.checkpoints.each_bytes == (plan.checkpoints.each_bytes[0] + 8,)  # its place
+
+
+def test_a_plan_writes_nothing(folder):
+    Path("saving.yaml").write_text(SAVING)
+    before = set(folder.rglob("*"))
+    make_plan(load("saving.yaml"))
+    assert {path for path in set(folder.rglob("*")) - before if "__pycache__" not in path.parts} == set()
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_billion_epochs_are_planned_like_ten(name, folder, monkeypatch):
+    config = ROOT / f"configs/{name}.yaml"
+    settings = (
+        ["data.train.cache=.", "data.val.cache=.", "data.test.cache=.", "data.train.samples=32"]
+        if name == "heat"
+        else []
+    )
+    asked = itertools.count()
+    monkeypatch.setattr("noether.core.run.Run.iteration_after", _counting(asked))
+
+    def looked_at(epochs):
+        begun = next(asked)
+        plan = make_plan(load(config, [*settings, f"trainer.max_epochs={epochs}"]))
+        assert plan.run.final.epoch == epochs
+        return next(asked) - begun
+
+    # Bisection looks once more for each time that the run is twice as long.
+    assert looked_at(10**9) <= (10**9).bit_length() * looked_at(10)
+
+
+def _counting(asked):
+    from noether.core.run import Run
+
+    function = Run.iteration_after
+
+    def counted(run, update):
+        next(asked)
+        return function(run, update)
+
+    return counted

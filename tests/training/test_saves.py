@@ -1,0 +1,177 @@
+"""The arithmetic of checkpoints against the run walked save by save."""
+
+import dataclasses
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from noether.core.callbacks import BestCheckpointCallback, CheckpointCallback, EMACallback
+from noether.core.combinators import on, when
+from noether.core.effect import SaveCheckpoint
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.metrics import log
+from noether.core.reducer import compose
+from noether.core.state import TrainState
+from noether.core.tree import FrozenDict, tensors
+from noether.core.upcoming import Move, next_move
+from noether.effects.contents import STATE, WEIGHTS, weights_asked
+from noether.effects.manifest import Manifest, Part
+from noether.effects.merging import merge
+from noether.effects.plan import pruning
+from noether.testing.strategies import runs, schedules
+from noether.training.asking import Stage
+from noether.training.experiment import Placed
+from noether.training.plan import planned_callback
+from noether.training.saves import checkpoints
+
+
+def begun(device):
+    params = {name: torch.zeros(size, device=device) for name, size in (("a.w", 3), ("a.v", 5), ("b.w", 11))}
+    return TrainState(params=params, opt_state={"state": {"m": torch.zeros(19, device=device)}})
+
+
+def size(state, save):
+    weights = weights_asked(save, state).values() if save.weights else ()
+    rest = tensors((state.opt_state, state.callback_states)) if save.optimizer else ()
+    return sum(t.numel() * t.element_size() for t in [*weights, *(tensor for _, tensor in rest)])
+
+
+@dataclasses.dataclass
+class Store:
+    """What the checkpoint store does with requests, on paper."""
+
+    held: dict = dataclasses.field(default_factory=dict)
+    pointers: dict = dataclasses.field(default_factory=dict)
+    written: list = dataclasses.field(default_factory=list)
+    peak: int = 0
+
+    def __call__(self, effects, state, event):
+        for save in (effect for effect in merge(effects) if isinstance(effect, SaveCheckpoint)):
+            files = [name for name, asked in ((WEIGHTS, save.weights), (STATE, save.optimizer)) if asked]
+            made = Manifest(tag=str(len(self.written)), run_id="r", segment=1, parent=None, iteration=state.iteration,
+                            event=type(event).__name__, parts=dict.fromkeys(files, Part(size_bytes=0, sha256="")),
+                            number=1 + len(self.written), weights_of=save.weights_of, models=save.models,
+                            retention=dict(save.retention))  # fmt: skip
+            self.held[made.tag] = (made, size(state, save))
+            self.written.append(size(state, save))
+            self.peak = max(self.peak, self.bytes)
+            self.pointers.update(dict.fromkeys(save.pointers, made.tag))
+            manifests = [manifest for manifest, _ in self.held.values()]
+            for tag in pruning(manifests, self.pointers, set(self.held), parent=None).delete:
+                del self.held[tag]
+
+    @property
+    def bytes(self):
+        return sum(size for _, size in self.held.values())
+
+
+def walk(reducer, run):
+    """Run all events through the reducer and the store."""
+    store, state = Store(), begun("cpu")
+
+    def tell(state, event):
+        after, effects = reducer(state, event)
+        store(effects, after, event)
+        return after
+
+    state = tell(state, BeforeTraining(run=run))
+    while (move := next_move(state, run)) is not Move.NOTHING:
+        if move is Move.END_EPOCH:
+            state = tell(state.next_epoch(), AfterEpoch(run=run))
+        elif move is Move.END_TRAINING:
+            state = tell(state.replace(ended=True), AfterTraining(run=run))
+        else:
+            size = run.iteration_after(state.iteration.update + 1).sample - state.iteration.sample
+            state = tell(state.advance(samples=size), AfterUpdate(run=run, samples=size))
+    return store
+
+
+def asked(callbacks, run):
+    memory = compose(*callbacks).init(begun("meta"))
+    state = begun("meta").replace(callback_states=memory)
+    stage = Stage(state=state, begun=state, run=run.replace(data={}))
+    planned = [planned_callback(Placed(each, ()), stage) for each in callbacks]
+    assert not any(each.unasked or each.misasked for each in planned)
+    return [ask for each in planned for ask in each.asks]
+
+
+intervals = st.builds(
+    lambda name, n: {name: n},
+    st.sampled_from(("every_n_epochs", "every_n_updates", "every_n_samples")),
+    st.integers(1, 9),
+)
+keeps = st.one_of(st.none(), st.integers(1, 4))
+
+
+@st.composite
+def checkpointing(draw, name):
+    kinds = [draw(st.booleans()) for _ in range(4)]
+    names = ("save_weights", "save_optim", "save_latest_weights", "save_latest_optim")
+    given = dict(zip(names, kinds if any(kinds) else [True, *kinds[1:]], strict=True))
+    models = draw(st.sampled_from(((), ("a",), ("b",), ("a", "b"))))
+    return CheckpointCallback(id=name, keep=draw(keeps), model_names=models, **given, **draw(intervals))
+
+
+@st.composite
+def averaging(draw, name):
+    saves = {key: draw(st.booleans()) for key in ("save_weights", "save_last_weights", "save_latest_weights")}
+    paths = draw(st.sampled_from(((), ("a",))))
+    return EMACallback(id=name, target_factors=(0.5, 0.25), model_paths=paths, at_end=draw(st.booleans()),
+                       **saves, **draw(intervals))  # fmt: skip
+
+
+@st.composite
+def of_a_user(draw, name):
+    models, pointers = draw(st.sampled_from(((), ("a",)))), draw(st.sampled_from(((), (name,))))
+    save = SaveCheckpoint(optimizer=draw(st.booleans()), models=models, pointers=pointers,
+                          retention=FrozenDict({name: draw(keeps)}))  # fmt: skip
+    tag = draw(st.sampled_from((None, "{}.mine", "same")))
+
+    def asks(state, event):
+        return state, (dataclasses.replace(save, tag=tag and tag.format(state.iteration)),)
+
+    if draw(st.booleans()):
+        return when(draw(schedules(12)), at_end=draw(st.booleans()))(asks)
+    kinds = st.sets(st.sampled_from((BeforeTraining, AfterUpdate, AfterEpoch, AfterTraining)), min_size=1)
+    return on(*draw(kinds))(asks)
+
+
+@st.composite
+def savers(draw):
+    kinds = st.lists(st.sampled_from((checkpointing, averaging, of_a_user)), min_size=1, max_size=3)
+    return [draw(kind(f"saver{index}")) for index, kind in enumerate(draw(kinds))]
+
+
+@given(savers(), runs(max_epochs=4))
+@settings(max_examples=100)
+def test_what_no_metric_decides_is_known_exactly(callbacks, run):
+    store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
+    assert planned.written == (len(store.written),) * 2
+    assert planned.written_bytes == (sum(store.written),) * 2
+    assert planned.kept == (len(store.held),) * 2
+    assert planned.kept_bytes == (store.bytes,) * 2
+    assert store.peak <= planned.peak_bytes
+
+
+@st.composite
+def measuring(draw):
+    """A callback that logs a metric which goes up and down."""
+    values = draw(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+
+    def measure(state, event):
+        return log(state, event, {"val/accuracy": values[state.iteration.update % len(values)]})
+
+    return on(AfterUpdate, AfterEpoch, AfterTraining)(measure)
+
+
+@given(savers(), measuring(), intervals, st.booleans(), st.sampled_from(((), (1,), (1, 2))), runs(max_epochs=4))
+@settings(max_examples=100)
+def test_what_a_metric_decides_is_bounded(callbacks, measure, interval, at_end, tolerances, run):
+    best = BestCheckpointCallback(metric_key="val/accuracy", at_end=at_end, tolerances=tolerances, **interval)
+    callbacks = [measure, *callbacks, best]
+    store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
+    for bounds, real in ((planned.written, len(store.written)), (planned.written_bytes, sum(store.written)),
+                         (planned.kept, len(store.held)), (planned.kept_bytes, store.bytes)):  # fmt: skip
+        assert bounds.at_least <= real <= bounds.at_most
+    assert store.peak <= planned.peak_bytes
