@@ -101,7 +101,7 @@ def _told(step: Step, *, log: bool) -> Iterator[tuple[str, str]]:
         elif log and isinstance(effect, LogText):
             yield name, effect.text
         elif log and isinstance(effect, LogScalars):
-            yield name, "  ".join(f"{key} {plain(value):.6g}" for key, value in effect.values.items())
+            yield name, "  ".join(f"{key} {float(value):.6g}" for key, value in effect.values.items())
     if step.state.stop is not None and step.before.stop is None:
         yield "", f"stops: {step.state.stop}"
     for key, value in step.state.hyperparams.items():
