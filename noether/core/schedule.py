@@ -44,9 +44,10 @@ class Thresholds:
 
     def reached(self, iteration: TrainingIteration) -> bool:
         """Return whether `iteration` has reached any of the thresholds."""
-        return any(
-            threshold is not None and getattr(iteration, name) >= threshold
-            for name, threshold in zip(COUNTERS, (self.epoch, self.update, self.sample), strict=True)
+        return (
+            (self.epoch is not None and iteration.epoch >= self.epoch)
+            or (self.update is not None and iteration.update >= self.update)
+            or (self.sample is not None and iteration.sample >= self.sample)
         )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SCALARS: Final = (str, int, float, bool, type(None))
+_LEAVES: Final = (*SCALARS, torch.Tensor)
 
 
 class FrozenDict(dict[str, Any]):
@@ -55,6 +56,8 @@ def freeze(tree: Any) -> Any:  # any leaf is passed on
         >>> freeze({"a": [1, {"b": 2}]})
         FrozenDict({'a': (1, FrozenDict({'b': 2}))})
     """
+    if isinstance(tree, _LEAVES):  # most of what there is; to ask whether it is a mapping takes longer
+        return tree
     if isinstance(tree, Mapping):
         frozen = {key: freeze(value) for key, value in tree.items()}
         unchanged = isinstance(tree, FrozenDict) and all(frozen[key] is tree[key] for key in tree)

@@ -165,18 +165,27 @@ def _shapes(tree: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_decoded, value))
-    if not isinstance(value, dict):
-        return value
-    if len(value) == 1:
-        (key,) = value
-        if key == "$number":
-            return NUMBERS[value[key]]
-        if key == "$scalar":
-            held, dtype = value[key]
-            return torch.tensor(_decoded(held), dtype=getattr(torch, dtype))
-        if key == "$shape":
-            shape, dtype = value[key]
-            return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    return FrozenDict({name: _decoded(each) for name, each in value.items()})
+    if isinstance(value, dict):
+        if len(value) == 1:
+            (key,) = value
+            decode = _DECODERS.get(key)
+            if decode is not None:
+                return decode(value[key])
+        return FrozenDict({name: _decoded(each) for name, each in value.items()}) if value else _EMPTY
+    return tuple(map(_decoded, value)) if isinstance(value, list) else value
+
+
+def _scalar(held: list[Any]) -> torch.Tensor:
+    return torch.tensor(_decoded(held[0]), dtype=getattr(torch, held[1]))
+
+
+def _shape(held: list[Any]) -> torch.Tensor:
+    return torch.empty(held[0], dtype=getattr(torch, held[1]), device="meta")
+
+
+_EMPTY: Final = FrozenDict()
+_DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "$number": lambda name: NUMBERS[name],
+    "$scalar": _scalar,
+    "$shape": _shape,
+}

@@ -158,21 +158,22 @@ class _Member:
 
     def __init__(self, callback: Callback, record: _Record, asked: list[tuple[str, Effect]]) -> None:
         self._callback, self._record, self._asked = callback, record, asked
+        self._name = label_of(callback)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        name = label_of(self._callback)
         try:
             after, effects = self._called(state, event)
         except (MetricError, OutputError) as error:
-            raise _UnreplayableError({name: str(error)}) from error
+            raise _UnreplayableError({self._name: str(error)}) from error
         except (RuntimeError, TypeError, NotImplementedError) as error:
             if "meta" not in str(error):
                 raise
-            raise _UnreplayableError({name: "it reads the values of params"}) from error
-        logged = [value for each in effects if isinstance(each, LogScalars) for value in each.values.values()]
-        if any(getattr(value, "is_meta", False) for value in logged):
-            raise _UnreplayableError({name: "it logs values of params"})
-        self._asked.extend((name, effect) for effect in effects)
+            raise _UnreplayableError({self._name: "it reads the values of params"}) from error
+        if effects:
+            logged = [value for each in effects if isinstance(each, LogScalars) for value in each.values.values()]
+            if any(getattr(value, "is_meta", False) for value in logged):
+                raise _UnreplayableError({self._name: "it logs values of params"})
+            self._asked.extend((self._name, effect) for effect in effects)
         return after, effects
 
     def _called(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final, dataclass_transform
 
 from noether.core.event import (
@@ -101,7 +102,7 @@ class CallbackBase:
         """Return the memory that the callback begins with, by name; most have one, under `self.name`."""
         return {}
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Name of the memory: `id`, or the kind and what tells two of one kind apart."""
         return self.id or "/".join((type(self).__name__, *self.distinction()))

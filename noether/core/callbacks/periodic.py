@@ -94,7 +94,7 @@ class PeriodicCallback(CallbackBase):
         """When it runs."""
         return Gate(self.schedule, self.at_end)
 
-    @property
+    @cached_property
     def interval_name(self) -> str:
         """Short name of the interval, such as `E1`, `U100` or `S512`."""
         name, n = next((name, n) for name in INTERVALS if (n := getattr(self, name)) is not None)

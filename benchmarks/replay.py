@@ -1,0 +1,133 @@
+"""How long does it take to tell a recorded run to its callbacks again, beside reading its record?
+
+Run as `python -m benchmarks.replay`. A run of as many updates as are asked for is recorded as the trainer does, with
+callbacks that log, stop, watch a metric and save. It is then replayed, and, in turns with that, its lines are only
+parsed as JSON; the ratio of the two is taken within each round, and the table shows medians with quartiles.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, Run, TrainingIteration, TrainState, compose
+from noether.core.callbacks import (
+    BestCheckpointCallback,
+    BestMetricCallback,
+    CheckpointCallback,
+    LrCallback,
+    MetricEarlyStopping,
+    OnlineLossCallback,
+    ProgressCallback,
+)
+from noether.core.upcoming import Move, next_move
+from noether.effects import open_run
+from noether.effects.disk import DISK
+from noether.effects.events import read_events
+from noether.training.replay import replay, to_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_KEY = "loss/online/total/U100"
+_WATCH = {"every_n_updates": 100, "metric_key": _KEY}
+_CALLBACKS = (
+    ProgressCallback(every_n_updates=1000),
+    LrCallback(every_n_updates=1000),
+    OnlineLossCallback(every_n_updates=100),
+    BestMetricCallback(**_WATCH),
+    BestCheckpointCallback(**_WATCH),
+    MetricEarlyStopping(**_WATCH, tolerance=10**9),
+    CheckpointCallback(every_n_epochs=1),
+)
+
+
+def record(folder: Path, updates: int) -> Path:
+    """Record a run, and return the file; nothing but the record is written."""
+    reducer = compose(*_CALLBACKS)
+    run = Run(
+        end=TrainingIteration(update=updates), updates_per_epoch=1000, samples_per_epoch=32_000,
+        effective_batch_size=32, run_id="replay", data={}, frozen=frozenset(), config={},
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(updates, generator=generator)
+    with open_run(folder / "run") as directory:
+        tell = directory.recording(lambda *_: None, to_line(reducer))
+
+        def told(state: TrainState, event: BeforeTraining | AfterUpdate | AfterEpoch | AfterTraining) -> TrainState:
+            state, effects = reducer(state, event)
+            tell(effects, state, event)
+            return state
+
+        state = told(TrainState(params={"w": torch.ones(1000)}), BeforeTraining(run=run))
+        while (move := next_move(state, run)) is not Move.NOTHING:
+            if move is Move.UPDATE:
+                loss = {"total": losses[state.iteration.update]}
+                readings = {"samples": 32, "losses": loss, "lr": {"default": 0.1}, "duration_s": 0.01}
+                state = told(state.advance(samples=32), AfterUpdate(run=run, **readings))
+            elif move is Move.END_EPOCH:
+                state = told(state.next_epoch(), AfterEpoch(run=run))
+            else:
+                state = told(state.replace(ended=True), AfterTraining(run=run))
+    return folder / "run/events.jsonl"
+
+
+def parsed(path: Path) -> None:
+    """Parse every line."""
+    for line in path.read_bytes().splitlines():
+        json.loads(line)
+
+
+def replayed(path: Path) -> None:
+    """Replay the run.
+
+    Raises:
+        click.ClickException: If it did not end, or left somebody out.
+    """
+    found = replay(_CALLBACKS, partial(read_events, path, DISK), {}, keep=lambda _: False)
+    if not found.over or found.left_out:
+        raise click.ClickException(f"the replay is not whole: {found.left_out}")
+
+
+def timed(work: Callable[[Path], None], path: Path) -> float:
+    """Return the seconds that something takes."""
+    start_s = time.perf_counter()
+    work(path)
+    return time.perf_counter() - start_s
+
+
+def _shown(values: list[float]) -> str:
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+@click.command(help=__doc__)
+@click.option("--updates", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Of the run.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
+def main(updates: int, rounds: int) -> None:
+    """Record, measure and print the table."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = record(Path(folder), updates)
+        events, size = len(path.read_bytes().splitlines()), path.stat().st_size
+        pairs = [(timed(parsed, path), timed(replayed, path)) for _ in range(rounds)]
+    table = Table(
+        "", "seconds", "/ parsing", title=f"{events} events of {len(_CALLBACKS)} callbacks, {size / 1e6:.0f} MB"
+    )
+    table.add_row("parsing the lines", _shown([parse for parse, _ in pairs]), "1.00")
+    table.add_row("replay", _shown([again for _, again in pairs]), _shown([again / parse for parse, again in pairs]))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
