@@ -8,6 +8,7 @@ parsed as JSON; the ratio of the two is taken within each round, and the table s
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from functools import partial
@@ -25,6 +26,7 @@ from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,
     CheckpointCallback,
+    EvaluateCallback,
     LrCallback,
     MetricEarlyStopping,
     OnlineLossCallback,
@@ -37,27 +39,34 @@ from noether.effects.events import read_events
 from noether.training.replay import replay, to_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-_KEY = "loss/online/total/U100"
-_WATCH = {"every_n_updates": 100, "metric_key": _KEY}
-_CALLBACKS = (
-    ProgressCallback(every_n_updates=1000),
-    LrCallback(every_n_updates=1000),
-    OnlineLossCallback(every_n_updates=100),
+    from noether.core.callback import Callback
+
+_WHEN = {"every_n_updates": 100}
+_WATCH = {**_WHEN, "metric_key": "loss/val/total"}
+_DECIDING = (
+    LrCallback(**_WHEN),
+    EvaluateCallback(dataset_key="val", measures=("loss",), **_WHEN),
     BestMetricCallback(**_WATCH),
     BestCheckpointCallback(**_WATCH),
     MetricEarlyStopping(**_WATCH, tolerance=10**9),
     CheckpointCallback(every_n_epochs=1),
 )
+_ROWS = {
+    "callbacks that decide at their intervals": _DECIDING,
+    "and two that look at every update": (ProgressCallback(**_WHEN), OnlineLossCallback(**_WHEN), *_DECIDING),
+}
+_ALL = _ROWS["and two that look at every update"]
 
 
 def record(folder: Path, updates: int) -> Path:
     """Record a run, and return the file; nothing but the record is written."""
-    reducer = compose(*_CALLBACKS)
+    reducer = compose(*_ALL)
     run = Run(
         end=TrainingIteration(update=updates), updates_per_epoch=1000, samples_per_epoch=32_000,
-        effective_batch_size=32, run_id="replay", data={}, frozen=frozenset(), config={},
+        effective_batch_size=32, run_id="replay", frozen=frozenset(), config={},
+        data={"val": [torch.zeros(1)]}, forward=lambda state, _: ({"total": _loss(state)}, None),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(updates, generator=generator)
@@ -82,19 +91,23 @@ def record(folder: Path, updates: int) -> Path:
     return folder / "run/events.jsonl"
 
 
+def _loss(state: TrainState) -> torch.Tensor:
+    return torch.tensor(1 + math.sin(state.iteration.update) / 2)
+
+
 def parsed(path: Path) -> None:
     """Parse every line."""
     for line in path.read_bytes().splitlines():
         json.loads(line)
 
 
-def replayed(path: Path) -> None:
+def replayed(callbacks: Sequence[Callback], path: Path) -> None:
     """Replay the run.
 
     Raises:
         click.ClickException: If it did not end, or left somebody out.
     """
-    found = replay(_CALLBACKS, partial(read_events, path, DISK), {}, keep=lambda _: False)
+    found = replay(callbacks, partial(read_events, path, DISK), {}, keep=lambda _: False)
     if not found.over or found.left_out:
         raise click.ClickException(f"the replay is not whole: {found.left_out}")
 
@@ -117,15 +130,15 @@ def _shown(values: list[float]) -> str:
 def main(updates: int, rounds: int) -> None:
     """Record, measure and print the table."""
     torch.set_num_threads(1)
+    rows = {name: partial(replayed, callbacks) for name, callbacks in _ROWS.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = record(Path(folder), updates)
-        events, size = len(path.read_bytes().splitlines()), path.stat().st_size
-        pairs = [(timed(parsed, path), timed(replayed, path)) for _ in range(rounds)]
-    table = Table(
-        "", "seconds", "/ parsing", title=f"{events} events of {len(_CALLBACKS)} callbacks, {size / 1e6:.0f} MB"
-    )
-    table.add_row("parsing the lines", _shown([parse for parse, _ in pairs]), "1.00")
-    table.add_row("replay", _shown([again for _, again in pairs]), _shown([again / parse for parse, again in pairs]))
+        size = path.stat().st_size
+        found = [{name: timed(row, path) for name, row in {"parsed": parsed, **rows}.items()} for _ in range(rounds)]
+    table = Table("", "seconds", "/ parsing", title=f"{updates:,} updates, {size / 1e6:.0f} MB of events")
+    for name in ("parsed", *rows):
+        ratios = [each[name] / each["parsed"] for each in found]
+        table.add_row(name, _shown([each[name] for each in found]), _shown(ratios))
     Console(width=120).print(table)
 
 

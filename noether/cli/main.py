@@ -79,7 +79,12 @@ def evaluate(
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--callbacks", metavar="OTHER.yaml", type=click.Path(path_type=Path), help="Others than the run's own.")
+@click.option(
+    "--callbacks",
+    metavar="OTHER.yaml",
+    type=click.Path(path_type=Path),
+    help="Others than the run's own; those that measure what they consume are kept.",
+)
 @click.option("--at", metavar="U1234", help="Show state and effects at this point, on one counter: E12, U1234 or S800.")
 @click.option("--log", is_flag=True, help="Show what the log would have said, too.")
 @_ALLOW

@@ -25,7 +25,7 @@ from noether.effects.events import read_events
 from noether.effects.logs import plain
 from noether.effects.run_directory import EVENTS
 from noether.training.experiment import callbacks_of
-from noether.training.replay import ReplayError, beginning, replay
+from noether.training.replay import ReplayError, beginning, producers, replay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,11 +43,11 @@ def show(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[
         ReplayError: If nothing was recorded, or the point is not in the run.
     """
     config = resumed_config(run_dir, (), allow)
-    if callbacks is not None:
-        config = with_callbacks(config, callbacks, allow)
+    other = None if callbacks is None else with_callbacks(config, callbacks, allow)
     point = None if at is None else _point(at)
-    keep = partial(_decides, log=log) if point is None else partial(_is_at, point)
-    replayed = _replayed(run_dir, config, keep)
+    replayed = _replayed(
+        run_dir, config, other, partial(_decides, log=log) if point is None else partial(_is_at, point)
+    )
     if point is not None and not replayed.steps:
         raise ReplayError(f"--at {at}: the run has no event there; it went to {replayed.state.iteration}")
     console = Console(highlight=False, soft_wrap=True)
@@ -62,15 +62,18 @@ def show(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[
     click.echo(_ending(replayed))
 
 
-def _replayed(run_dir: Path, config: Config, keep: Callable[[Step], bool]) -> Replayed:
+def _replayed(run_dir: Path, config: Config, other: Config | None, keep: Callable[[Step], bool]) -> Replayed:
     path = run_dir / EVENTS
     if not path.is_file():
         right = "train with `trainer.record: events`, or --set trainer.record=events"
         raise ReplayError(f"{run_dir} holds no {EVENTS}: nothing was recorded; {right}")
-    recorded, plain_config = partial(read_events, path, DISK), resolved(config)
-    state, run = beginning(recorded(), plain_config)
-    members = [placed.callback for placed in callbacks_of(config, state, run)]
-    return replay(members, recorded, plain_config, keep)
+    recorded, settings = partial(read_events, path, DISK), resolved(config)
+    state, run = beginning(recorded(), settings)
+    placed = callbacks_of(config, state, run)
+    if other is not None:
+        own = [each.callback for each in placed if each.path[0] == "callbacks"]
+        placed = callbacks_of(other, state, run, producers(own, [kind.build() for kind in other.callbacks]))
+    return replay([each.callback for each in placed], recorded, settings, keep)
 
 
 def _point(text: str) -> TrainingIteration:

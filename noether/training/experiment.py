@@ -322,18 +322,20 @@ def _value_schedules(
     return schedules("lr", "schedule"), schedules("weight_decay", "weight_decay_schedule")
 
 
-def callbacks_of(config: Config, state: TrainState, run: Run) -> list[Placed]:
+def callbacks_of(config: Config, state: TrainState, run: Run, before: Sequence[Callback] = ()) -> list[Placed]:
     """Return the configured callbacks, with those of `trainer.evaluate` before their first consumers.
 
     Args:
         config: A checked configuration.
         state: Where the run begins; of its tensors only names, shapes and types matter.
         run: What is fixed for the run.
+        before: Callbacks that come before those that are configured.
 
     Raises:
         ConfigError: If they do not fit together, or do not fit the model.
     """
-    placed = [Placed(kind.build(), ("callbacks", index)) for index, kind in enumerate(config.callbacks)]
+    placed = [Placed(each, ("callbacks",)) for each in before]
+    placed += [Placed(kind.build(), ("callbacks", index)) for index, kind in enumerate(config.callbacks)]
     for evaluation in _evaluations(config):
         index = next((i for i, each in enumerate(placed) if _consumes(each.callback, evaluation)), len(placed))
         placed.insert(index, Placed(evaluation, ("trainer", "evaluate", evaluation.dataset_key)))

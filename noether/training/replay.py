@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from noether.core.callback import label_of
+from noether.core.callback import declaration_of, label_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.callbacks.summaries import dataset_lengths
 from noether.core.declarations import DeclarationError
@@ -82,6 +82,31 @@ def beginning(recorded: Iterable[Recorded], config: Mapping[str, Any]) -> tuple[
     """
     record = _Record(recorded, config)
     return _begun(TrainState(), record.take()), record.run
+
+
+def producers(own: Sequence[Callback], other: Sequence[Callback]) -> list[Callback]:
+    """Return those of a run's own callbacks that produce what others consume and do not produce themselves, in order.
+
+    Example:
+        >>> from noether.core.callbacks import LrCallback, MetricCallback, MetricEarlyStopping
+        >>> accuracy = MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
+        >>> patience = MetricEarlyStopping(every_n_epochs=1, metric_key="val/accuracy", tolerance=3)
+        >>> [each.name for each in producers([LrCallback(every_n_epochs=1), accuracy], [patience])]
+        ['MetricCallback/E1/val/accuracy']
+    """
+    chosen: list[Callback] = []
+    while True:
+        said = [declaration_of(each) for each in (*chosen, *other)]
+        produced = [pattern for each in said for pattern in each.produces or ()]
+        missing = {key for each in said for key in each.consumes if not any(matches(p, key) for p in produced)}
+        more = [each for each in own if _produces(each, missing) and not any(each is held for held in chosen)]
+        if not more:
+            return chosen
+        chosen = [each for each in own if any(each is held for held in (*chosen, *more))]
+
+
+def _produces(callback: Callback, keys: Iterable[str]) -> bool:
+    return any(matches(pattern, key) for pattern in declaration_of(callback).produces or () for key in keys)
 
 
 def replay(

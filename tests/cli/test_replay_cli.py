@@ -139,6 +139,22 @@ def test_other_callbacks_do_what_they_would_have_done(recorded, tmp_path):
     assert f"stops: {found.state.stop}" in output
 
 
+def test_what_the_others_consume_is_measured_as_it_was(recorded, tmp_path):
+    """A file of consumers only: the run's own data iterators measure for them."""
+    (tmp_path / "patience.yaml").write_text(
+        "callbacks:\n  - kind: noether.core.callbacks.MetricEarlyStopping\n    every_n_epochs: 1\n"
+        "    metric_key: val/accuracy\n    mode: lower\n    tolerance: 1\n"
+    )
+    text = SMALL.replace("  evaluate:\n    val: [loss, accuracy]\n    every_n_epochs: 1\n", "").replace(
+        "callbacks:\n", "callbacks:\n  - kind: noether.core.callbacks.MetricCallback\n    every_n_epochs: 1\n"
+        "    dataset_key: val\n    metric: accuracy\n",
+    )  # fmt: skip
+    (tmp_path / "small.yaml").write_text(text)
+    invoke("train", "small.yaml", *RECORD, "--set", "trainer.max_epochs=3", cwd=tmp_path)
+    output = invoke("replay", only_run(tmp_path / "out/small"), "--callbacks", "patience.yaml", cwd=tmp_path)
+    assert output.splitlines()[-1].startswith("ended at E2_U76_S2410: val/accuracy has not been lower than")
+
+
 def test_what_reads_params_is_left_out_by_name_with_what_reads_it(paper, tmp_path):
     text = PAPER.replace(
         "  - {kind: paper.say, every_n_epochs: 2}",

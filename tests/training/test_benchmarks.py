@@ -4,14 +4,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_cost_of_a_step_is_measured():
+@pytest.mark.parametrize(
+    ("name", "arguments", "row", "rows"),
+    [
+        ("step", ("--updates", "2", "--rounds", "2"), ("noether step", "mutable loop"), 6),  # five, and the title
+        (
+            "checkpoint",
+            ("--params", "1000", "--rounds", "2"),
+            ("noether", "torch.save", "distributed"),
+            8,
+        ),  # seven, and the heading
+        ("replay", ("--updates", "200", "--rounds", "2"), ("callbacks that decide", "look at every update"), 2),
+    ],
+)
+def test_a_benchmark_measures(name, arguments, row, rows):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.step", "--updates", "2", "--rounds", "2"],
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if "noether step" in line or "mutable loop" in line]
-    assert len(rows) == 6  # five, and the title
+    assert len([line for line in done.stdout.splitlines() if any(each in line for each in row)]) == rows

@@ -69,15 +69,15 @@ class OnlineLossCallback(PeriodicCallback):
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Add the update's losses, in double precision and on their device."""
-        sums = self.memory(state)["sums"]
+        memory = self.memory(state)
+        sums, samples = memory["sums"], memory["samples"]
         if event.skipped:
             # The keys are kept, so that an interval of skipped updates only is logged as NaN.
             added = {name: sums.get(name, torch.zeros((), dtype=torch.float64)) for name in event.losses}
-            samples = self.memory(state)["samples"]
         else:
             added = {name: _weighted(loss, event.samples) for name, loss in event.losses.items()}
             added = {name: sums[name] + value if name in sums else value for name, value in added.items()}
-            samples = self.memory(state)["samples"] + event.samples
+            samples += event.samples
         return state.remember(self.name, FrozenDict(sums=FrozenDict({**sums, **added}), samples=samples)), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
