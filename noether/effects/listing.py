@@ -67,7 +67,7 @@ def listed(directory: Path, disk: Disk) -> Listing:
         raise CheckpointError(f"{directory} cannot be read: {reason(error)}") from error
     found: dict[str, Manifest] = {}
     unreadable: dict[str, str] = {}
-    damaged = {name: f"{directory / name} is damaged: it is a link or a device" for name in _odd(kinds)}
+    damaged = {name: f"{_shown(directory / name)} is damaged: it is a link or a device" for name in _odd(kinds)}
     for name in (name for name, kind in kinds.items() if kind == "directory"):
         try:
             manifest = read_manifest(directory, name, disk)
@@ -101,24 +101,24 @@ def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
             parts = [part for part in disk.names(path.parent) if part in FILES]
             if not parts:
                 return None
-            raise CheckpointError(f"{path} is missing, beside {', '.join(parts)}")
+            raise CheckpointError(f"{_shown(path)} is missing, beside {', '.join(parts)}")
         manifest = Manifest.loads(read_file(path, disk, limit=LIMIT_BYTES).decode())
     except OSError as error:
         raise refusal(path, error) from error
     except (ManifestError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{_shown(path)} is damaged: {error}") from error
     if manifest.tag != name:
-        raise CheckpointError(f"{path} is damaged: it is the manifest of {manifest.tag}")
+        raise CheckpointError(f"{_shown(path)} is damaged: it is the manifest of {manifest.tag}")
     return manifest
 
 
 def refusal(path: Path, error: OSError | MemoryError) -> CheckpointError:
     """Return what to raise for a file of a checkpoint that the operating system does not give."""
     if isinstance(error, MemoryError):
-        return UnreadableError(f"{path} cannot be read: it does not fit into memory")
+        return UnreadableError(f"{_shown(path)} cannot be read: it does not fit into memory")
     if error.errno in _PASSING:
-        return UnreadableError(f"{path} cannot be read: {reason(error)}; the run goes on once it can be")
-    return CheckpointError(f"{path} is damaged, or cannot be read: {reason(error)}")
+        return UnreadableError(f"{_shown(path)} cannot be read: {reason(error)}; the run goes on once it can be")
+    return CheckpointError(f"{_shown(path)} is damaged, or cannot be read: {reason(error)}")
 
 
 def pointer_text(manifest: Manifest) -> str:
@@ -141,14 +141,20 @@ def _pointed(path: Path, disk: Disk, manifests: dict[str, Manifest], damaged: di
     try:
         text = read_file(path, disk, limit=_POINTER_BYTES).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged, or no pointer: {error}") from error
+        raise CheckpointError(f"{_shown(path)} is damaged, or no pointer: {error}") from error
     tag, _, rest = text.partition(" ")
     if _POINTER.fullmatch(text) and tag not in {**manifests, **damaged}:
-        raise _LostError(f"{path} names {tag}, which is not there")
+        raise _LostError(f"{_shown(path)} names {tag}, which is not there")
     if not NAME.fullmatch(tag) or tag not in {**manifests, **damaged}:
-        raise CheckpointError(f"{path} is damaged, or no pointer: there is no checkpoint {tag[:80]!r}")
+        raise CheckpointError(f"{_shown(path)} is damaged, or no pointer: there is no checkpoint {tag[:80]!r}")
     manifest = manifests.get(tag)
     # Before manifests had hashes, a pointer was a tag and nothing else.
     if manifest is not None and text != pointer_text(manifest) and not (manifest.format == 1 and not rest):
-        raise CheckpointError(f"{path} is damaged: {tag} is not the checkpoint that it was set to")
+        raise CheckpointError(f"{_shown(path)} is damaged: {tag} is not the checkpoint that it was set to")
     return tag
+
+
+def _shown(path: Path) -> str:
+    """Return a path for a message; what a terminal would obey, or no text can hold, is escaped."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 from noether.cli.timeline import DRAWN, counts, edges, row, scale, ticks
 from noether.core.event import AfterTraining, AtEval, BeforeTraining
 from noether.core.forecast import Occasions, firings
-from noether.testing.strategies import runs, schedules
+from noether.testing.strategies import run_lengths, schedules
 
 columns = st.integers(1, 90)
 once = st.sets(st.sampled_from((BeforeTraining, AtEval, AfterTraining))).map(tuple)
 
 
-@given(schedules(), once, runs(), columns)
+@given(schedules(), once, run_lengths(), columns)
 def test_every_firing_is_in_one_column(schedule, kinds, run, width):
     occasions, places = Occasions(schedule, kinds), edges(run, width)
     counted = counts(occasions, run, width)
@@ -23,7 +23,7 @@ def test_every_firing_is_in_one_column(schedule, kinds, run, width):
     assert [mark != DRAWN.nothing for mark in row(occasions, run, width, DRAWN)] == [count > 0 for count in counted]
 
 
-@given(runs(max_epochs=40), st.integers(20, 90))
+@given(run_lengths(max_epochs=40), st.integers(20, 90))
 def test_labels_stand_at_the_columns_of_their_updates(run, width):
     places, lines = edges(run, width), scale(run, width)
     labels = {tick.update: f"U{tick.update}" for tick in ticks(run, width)}

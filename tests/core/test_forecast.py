@@ -16,7 +16,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
 from noether.core.unions import multiples_of_any
-from noether.testing.strategies import runs, schedules
+from noether.testing.strategies import run_lengths, schedules
 
 START = TrainingIteration()
 
@@ -43,7 +43,7 @@ def occasions(callback, run):
 @st.composite
 def ends(draw):
     """Runs that end anywhere, on any counter."""
-    run = draw(runs())
+    run = draw(run_lengths())
     counter = draw(st.sampled_from(("epoch", "update", "sample")))
     return run.replace(end=TrainingIteration(**{counter: draw(st.integers(1, getattr(run.final, counter)))}))
 
@@ -88,7 +88,12 @@ def test_multiples_of_any(numbers, limit):
     assert multiples_of_any(numbers, limit) == sum(any(n % k == 0 for k in numbers) for n in range(1, limit + 1))
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=2), st.lists(st.integers(1, 24), max_size=2), runs(), st.data())
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=2),
+    st.lists(st.integers(1, 24), max_size=2),
+    run_lengths(),
+    st.data(),
+)
 def test_a_union_repeats_itself_after_its_period(updates, samples, run, data):
     """Far out, where no walk reaches, a union fires as it does near the beginning."""
     members = [*map(EveryNUpdates, updates), *map(EveryNSamples, samples)]

@@ -532,7 +532,7 @@ def test_names_that_are_asked_for(tmp_path, honest, name):
     assert all(each.startswith(f"{tmp_path}/c/x/") for each in opened(events))
 
 
-def test_a_directory_full_of_strange_names(tmp_path, honest):
+def test_a_directory_full_of_strange_names(tmp_path, honest, caplog):
     store = forged(tmp_path, honest)
     for name in (b"a b", b"\xff\xfe", b"-rf", b"$(reboot)", b"x\n", b"\x1b[2J", b"y" * 255):
         (tmp_path / os.fsdecode(name)).mkdir()
@@ -541,6 +541,8 @@ def test_a_directory_full_of_strange_names(tmp_path, honest):
     state, manifest = store.recover()
     assert manifest.tag == "x"
     assert same(state, honest_state())
+    assert len(caplog.messages) > 7
+    assert all(each.isprintable() for each in caplog.messages)  # nothing that a terminal obeys
 
 
 LIMITED = """

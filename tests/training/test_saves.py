@@ -19,7 +19,7 @@ from noether.effects.contents import STATE, WEIGHTS, weights_asked
 from noether.effects.manifest import Manifest, Part
 from noether.effects.merging import merge
 from noether.effects.plan import pruning
-from noether.testing.strategies import runs, schedules
+from noether.testing.strategies import run_lengths, schedules
 from noether.training.asking import Stage
 from noether.training.experiment import Placed
 from noether.training.plan import planned_callback
@@ -143,7 +143,7 @@ def savers(draw):
     return [draw(kind(f"saver{index}")) for index, kind in enumerate(draw(kinds))]
 
 
-@given(savers(), runs(max_epochs=4))
+@given(savers(), run_lengths(max_epochs=4))
 @settings(max_examples=100)
 def test_what_no_metric_decides_is_known_exactly(callbacks, run):
     store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
@@ -165,7 +165,7 @@ def measuring(draw):
     return on(AfterUpdate, AfterEpoch, AfterTraining)(measure)
 
 
-@given(savers(), measuring(), intervals, st.booleans(), st.sampled_from(((), (1,), (1, 2))), runs(max_epochs=4))
+@given(savers(), measuring(), intervals, st.booleans(), st.sampled_from(((), (1,), (1, 2))), run_lengths(max_epochs=4))
 @settings(max_examples=100)
 def test_what_a_metric_decides_is_bounded(callbacks, measure, interval, at_end, tolerances, run):
     best = BestCheckpointCallback(metric_key="val/accuracy", at_end=at_end, tolerances=tolerances, **interval)
