@@ -43,7 +43,7 @@ class Console:
 
     def text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Write a text: the handler of `LogText`."""
-        self._write(_labelled(state, effect.text.splitlines() or [""]), event)
+        self._write(_labelled(state, effect.text.splitlines() or [""]), watched=_goes_on(event))
 
     def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics in aligned columns: a handler of `LogScalars`."""
@@ -56,13 +56,13 @@ class Console:
                 return
             self._written_s = event.time_s
         width = self._width - len(_labelled(state, [""]))
-        self._write(_labelled(state, columns(_without_repeats(shown), width)), event)
+        self._write(_labelled(state, columns(_without_repeats(shown), width)), watched=_goes_on(event))
 
     def progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
         """Show progress on the live display, or on a line where it is due: the handler of `ShowProgress`."""
         if self._live is None:
             if effect.due:
-                self._write(_labelled(state, [described(effect, state)]), event)
+                self._write(_labelled(state, [described(effect, state)]), watched=_goes_on(event))
         elif isinstance(event, AfterTraining):
             self._live.stop()
         else:
@@ -82,20 +82,26 @@ class Console:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _write(self, lines: str, event: Event) -> None:
+    def _write(self, lines: str, *, watched: bool) -> None:
+        """Write lines, and have them repeated after a silence where the run goes on."""
         self._console.print(lines, markup=False)
         self._cancel()
-        if not isinstance(event, AfterTraining):
-            # The timer does not keep the console alive: a loop that let go of its run has ended.
-            self._timer = threading.Timer(_SILENCE_S, _repeat, [weakref.ref(self), lines, event])
+        if watched:
+            # The timer does not keep the console alive: a loop that let go of its run has ended. And nothing with
+            # tensors: a thread that frees them while Python exits aborts the process.
+            self._timer = threading.Timer(_SILENCE_S, _repeat, [weakref.ref(self), lines])
             self._timer.daemon = True
             self._timer.start()
 
 
-def _repeat(console: weakref.ref[Console], lines: str, event: Event) -> None:
+def _goes_on(event: Event) -> bool:
+    return not isinstance(event, AfterTraining)
+
+
+def _repeat(console: weakref.ref[Console], lines: str) -> None:
     alive = console()
     if alive is not None:
-        alive._write(lines, event)  # noqa: SLF001  # the console's own timer
+        alive._write(lines, watched=True)  # noqa: SLF001  # the console's own timer
 
 
 def columns(metrics: Mapping[str, Any], width: int) -> list[str]:
