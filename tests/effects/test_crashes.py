@@ -73,7 +73,7 @@ def test_no_fault_in_any_call_of_a_save_with_a_prune_loses_a_checkpoint(three_sa
     calm = shutil.copytree(three_saves, tmp_path / "calm" / "run")
     newest, calls = saved_with(calm)
     assert (newest, (calm / "checkpoints" / str(at(2).iteration)).exists()) == (5, False)
-    # Twelve kinds of faults in more than a hundred calls.
+    # Eleven kinds of faults, each in all of the calls that it can meet.
     assert len(calls) >= 100
     met = [number for number, name in enumerate(calls) if meets(name, kind)]
     assert len(met) >= 10
