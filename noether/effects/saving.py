@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, final
 
+from noether.core.donation import lease
 from noether.core.tree import cloned
 from noether.effects.listing import CheckpointError
 
@@ -39,7 +40,7 @@ class Saver:
         log: The log whose lines up to a checkpoint are brought to the disk before it, and counted in it.
         beside: Others whose lines are brought there as well.
         asynchronous: Whether they are written in a thread of their own. A state is never written to, so nothing is
-            copied for that.
+            copied for that, and one that is to be donated is leased.
         borrowed: Whether states view live tensors, as those of `TrainState.from_module` do; what is then written in a
             thread of its own is copied first.
         on_error: What a save that fails does: `stop` raises, in a thread of its own at the next event; `warn` goes on.
@@ -79,7 +80,7 @@ class Saver:
         if self._asked is None or self._asked[0] is not event or self._asked[1] != state.iteration:
             self.wait()
         self._asked = (event, state.iteration)
-        kept = _own(state) if self._copies else state
+        kept = _own(state) if self._copies else lease(state)
         self._running.append(self._worker.submit(self._write, effect, kept, event, logged))
 
     def check(self) -> None:

@@ -12,8 +12,10 @@ from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from noether.core.batch import batch_size, model_arguments
+from noether.core.donation import Donatable
 from noether.core.module import with_total
 from noether.core.tree import FrozenDict, map_tensors
+from noether.training.owned import OwnedTensors
 from noether.training.randomness import derive, seed_torch
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class StepOutputs:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimizer update. Calling it writes to no tensor of the state that it is given.
+    """One optimizer update. Calling it writes to no tensor of the state that it is given, unless it is to be donated.
 
     Its random numbers are a function of `(seed, update, rank)`; the learning rate of update u is
     `lr[group](u - 1) * state.hyperparams["lr_scale"]`.
@@ -94,6 +96,9 @@ class Step:
         rank: Index of this process.
         elapsed_s: Where the seconds of forward, backward and optimizer are read; None leaves them out. An accelerator
             computes on after a call, so there they are the seconds of the calls.
+        donate: Whether an update may write to the tensors of a state that an update returned; that state cannot be read
+            then. It is faster, needs less memory, and gives the same bits. The model's own weights are then those of the
+            newest state. Adam, AdamW and SGD write; with other classes, it has no effect.
 
     Example:
         >>> from noether import TrainState
@@ -122,6 +127,7 @@ class Step:
     grad_norm: bool = False
     rank: int = 0
     elapsed_s: Callable[[], float] | None = None
+    donate: bool = False
 
     def __call__(
         self,
@@ -144,9 +150,10 @@ class Step:
         seed_torch(derive(state.seed, "update", state.iteration.update, self.rank))
         samples = [batch_size(batch) for batch in batches]
         gradients, update, times = _Sum(), sum(samples), _Times(self.elapsed_s)
+        owned = OwnedTensors.of(state, self.model)
         total_losses, outputs, buffers = _Sum(), [], state.buffers
         for index, (batch, size) in enumerate(zip(batches, samples, strict=True)):
-            grads, losses, output, buffers = self._gradients(state.params, buffers, batch, size / update, times)
+            grads, losses, output, buffers = self._gradients(state.params, buffers, batch, size / update, times, owned)
             gradients.add(grads)
             total_losses.add(
                 {name: loss * (size / update) for name, loss in losses.items()} if size < update else losses
@@ -165,32 +172,53 @@ class Step:
         return self._applied(state, gradients.values, total_losses.values, buffers, outputs, samples, times)
 
     def _gradients(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, weight: float, times: _Times
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Any,
+        weight: float,
+        times: _Times,
+        owned: OwnedTensors | None,
     ) -> tuple[Grads, Losses, Any, Mapping[str, Tensor]]:
         """Return gradients of the weighted total loss, losses, outputs and new buffers."""
         trainable = self.optimizer.trainable(params)
-        inputs = {name: param.detach() for name, param in params.items()}
-        for name in trainable:
-            inputs[name].requires_grad_()
-        weights = {**inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
-        arguments, keywords = model_arguments(self.model, batch)
-        versions = [param._version for param in params.values()]  # noqa: SLF001  # torch's count of writes in place
+        watched = params if owned is None else owned.parameters
+        versions = [param._version for param in watched.values()]  # noqa: SLF001  # torch's count of writes in place
         with torch.enable_grad(), self._autocast(params):
-            outputs = functional_call(self.model, weights, arguments, keywords)
+            outputs, buffers, leaves = self._called(params, buffers, batch, trainable, owned)
             losses = with_total(self.loss(outputs, batch))
             total = losses["total"] if weight == 1 else losses["total"] * weight
-        _check_unwritten(params, versions)
+        _check_unwritten(watched, versions)
         times.end("forward_s")
         # torch.autograd.grad and not torch.func.grad_and_value: it is faster, to the same bits; see benchmarks/step.py.
-        grads = torch.autograd.grad(total, [inputs[name] for name in trainable], allow_unused=True)
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
         times.end("backward_s")
         return (
             dict(zip(trainable, grads, strict=True)),
             {name: loss.detach() for name, loss in losses.items()},
             map_tensors(Tensor.detach, outputs),
-            # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
-            {name: weights[name].detach() for name in buffers},
+            buffers,
         )
+
+    def _called(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Any,
+        trainable: Sequence[str],
+        owned: OwnedTensors | None,
+    ) -> tuple[Any, Mapping[str, Tensor], Sequence[Tensor]]:
+        """Return what the model returns, what became of its buffers, and the leaves that gradients are taken of."""
+        arguments, keywords = model_arguments(self.model, batch)
+        if owned is not None:
+            return *owned.call(buffers, arguments, keywords), owned.leaves
+        inputs = {name: param.detach() for name, param in params.items()}
+        for name in trainable:
+            inputs[name].requires_grad_()
+        weights = {**inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        outputs = functional_call(self.model, weights, arguments, keywords)
+        # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
+        return outputs, {name: weights[name].detach() for name in buffers}, [inputs[name] for name in trainable]
 
     def _applied(
         self,
@@ -210,8 +238,7 @@ class Step:
         grads, grad_norm = self._clipped(grads)
         settings = self._settings(state)
         if not skipped:
-            params, opt_state = self.optimizer.update(grads, state.opt_state, state.params, settings=settings)
-            state = state.replace(params=params, buffers=FrozenDict(buffers), opt_state=opt_state)
+            state = self._updated(state, grads, settings).replace(buffers=FrozenDict(buffers))
         times.end("optimizer_s")
         return state, StepOutputs(
             samples=sum(accumulated),
@@ -225,6 +252,30 @@ class Step:
             skipped=skipped,
             **times.spent,
         )
+
+    def _updated(self, state: TrainState, grads: Grads, settings: Mapping[str, Mapping[str, Any]]) -> TrainState:
+        """Return the state with new params and optimizer memory, written in place where that is asked for and can be."""
+        owned = self._owned(state, grads) if self.donate else None
+        if owned is None:
+            params, opt_state = self.optimizer.update(grads, state.opt_state, state.params, settings=settings)
+            return state.replace(params=params, opt_state=opt_state)
+        owned.unshare()
+        self.optimizer.write(grads, owned.opt_state, owned.params, settings=settings)
+        return owned.given_to(state)
+
+    def _owned(self, state: TrainState, grads: Grads) -> OwnedTensors | None:
+        """Return the tensors of the state for the optimizer to write to, or None if it cannot."""
+        owned = OwnedTensors.of(state, self.model)
+        if owned is None or not isinstance(state.opt_state, Donatable) or state.opt_state.owner is not owned:
+            if not self.optimizer.writes(grads, state.opt_state, state.params):
+                return None
+            return OwnedTensors(self.model, self.optimizer.trainable(state.params), state.params, state.opt_state)
+        if not self.optimizer.writes(grads, owned.opt_state, state.params):
+            return None
+        # Taken before anything is written: what goes wrong from here on leaves a state that says so when it is read.
+        state.params.take()
+        state.opt_state.take()
+        return owned
 
     def _settings(self, state: TrainState) -> dict[str, dict[str, float]]:
         position, scale = state.iteration.update, state.hyperparams["lr_scale"]

@@ -1,0 +1,132 @@
+"""Tensors that updates write to: a model's own parameters, and its optimizer's memory of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Self, final
+
+import torch
+
+from noether.core.donation import Donatable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from noether.core.state import TrainState
+
+
+@final
+class OwnedTensors:
+    """Copies of the trained tensors of a state, which are from then on a model's own parameters.
+
+    Torch counts the users of a tensor's memory. So what anybody else holds, be it a checkpoint in flight, a metric or a
+    view of a view, is seen, and left to them: a copy takes its place before it would be written to. What was left is
+    kept, and once nobody else holds it, the next copy is written to it, for memory that is mapped is filled in less time.
+
+    Args:
+        model: Its parameters become the tensors.
+        trainable: Names of the parameters that are trained.
+        params: Values of all of them.
+        opt_state: What the optimizer remembers; of each that is trained, all of it tensors.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> owned = OwnedTensors(model, ["weight"], {"weight": torch.ones(1, 1)}, {})
+        >>> held = owned.params["weight"].detach()
+        >>> owned.unshare()
+        >>> _ = owned.params["weight"].zero_()
+        >>> held, model.weight.data
+        (tensor([[1.]]), tensor([[0.]]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: Sequence[str],
+        params: Mapping[str, Tensor],
+        opt_state: Mapping[str, Any],
+    ) -> None:
+        trained = frozenset(trainable)
+        self.model = model
+        self.params = {name: param.clone() if name in trained else param for name, param in params.items()}
+        remembered = opt_state.get("state", {}).items()
+        memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in remembered}
+        self.opt_state = {**opt_state, "state": memory}
+        self.parameters = dict(model.named_parameters())
+        self.leaves = [self.parameters[name] for name in trainable]
+        self._buffers = _buffer_places(model)
+        self._places: list[tuple[dict[str, Tensor], str]] = [
+            *((self.params, name) for name in trainable),
+            *((kept, key) for kept in memory.values() for key in kept),
+        ]
+        self._left: dict[int, Tensor] = {}
+        self._bind()
+
+    @classmethod
+    def of(cls, state: TrainState, model: nn.Module) -> Self | None:
+        """Return the tensors of `model` in which the params of `state` lie, or None if they lie elsewhere."""
+        owner = state.params.owner if isinstance(state.params, Donatable) else None
+        return owner if isinstance(owner, cls) and owner.model is model else None
+
+    def call(
+        self, buffers: Mapping[str, Tensor], arguments: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return what the model returns, and what became of copies of `buffers` in that."""
+        if not self._bound():
+            self._bind()
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        for held, key, name in self._buffers:
+            held[key] = copies[name]
+        outputs = self.model(*arguments, **keywords)
+        # Batch norm writes to its copies, another module assigns: in its place is either way what is there now.
+        now = {name: held[key] for held, key, name in self._buffers}
+        return outputs, {name: now[name].detach() for name in buffers}
+
+    def unshare(self) -> None:
+        """Have copies take the place of tensors that others hold, so that all may be written to."""
+        users = [_users(storage) for storage in self._storages]
+        if users == self._alone:
+            return
+        for index, (now, alone) in enumerate(zip(users, self._alone, strict=True)):
+            if now != alone:
+                self._replace(index)
+        self._bind()
+
+    def given_to(self, state: TrainState) -> TrainState:
+        """Return the state whose params and optimizer memory these are, for the next update to take."""
+        return state.replace(params=Donatable(self.params, self), opt_state=Donatable(self.opt_state, self))
+
+    def _replace(self, index: int) -> None:
+        kept, key = self._places[index]
+        left, held = self._left.pop(index, None), kept[key]
+        if left is None or _users(left.untyped_storage()) != _OF_ONE_TENSOR:
+            left = torch.empty_like(held)
+        kept[key], self._left[index] = left.copy_(held), held
+
+    def _bind(self) -> None:
+        for name, param in self.params.items():
+            self.parameters[name].data = param
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+        self._storages = [kept[key].untyped_storage() for kept, key in self._places]
+        self._alone = [_users(storage) for storage in self._storages]
+
+    def _bound(self) -> bool:
+        """Return whether the model's parameters are still these tensors."""
+        return all(self.parameters[name].data_ptr() == param.data_ptr() for name, param in self.params.items())
+
+
+def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    """Return for each place that holds a buffer of `model` the dict, the key in it, and the buffer's name."""
+    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    held = [module._buffers for module in model.modules()]  # noqa: SLF001  # torch has no public way to assign unseen
+    return [(each, key, names[id(buffer)]) for each in held for key, buffer in each.items() if buffer is not None]
+
+
+def _users(storage: torch.UntypedStorage) -> int:
+    users: int = torch._C._storage_Use_Count(storage._cdata)  # noqa: SLF001  # torch has no public name for the count
+    return users
+
+
+_OF_ONE_TENSOR: Final = _users(torch.empty(1).untyped_storage())
