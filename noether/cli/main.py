@@ -108,12 +108,14 @@ def replay(
 @_ALLOW
 def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
     """Check CONFIG: every setting, the datasets, the model, and that the callbacks fit together."""
-    from noether.cli.running import check_services
     from noether.config import load
-    from noether.training.experiment import build
 
     with _refusals():
         loaded = load(config, settings, allow)
+        # These bring torch along; what was refused above did not have to wait for it.
+        from noether.cli.running import check_services
+        from noether.training.experiment import build
+
         check_services(loaded)
         experiment = build(loaded)
         count = len(experiment.reducer.members)
@@ -172,6 +174,20 @@ def _leave(exit_code: int) -> None:
 def _refusals() -> Iterator[None]:
     """Turn what a user can mend into a message and an exit code; anything else is a bug and keeps its traceback."""
     from noether.config import ConfigError
+
+    try:
+        with _warnings_as_lines():
+            yield
+    except ConfigError as error:
+        raise _Failure(error, _CONFIG_ERROR) from error
+    except Exception as error:
+        if isinstance(error, _mendable()):
+            raise _Failure(error, 1) from error
+        raise
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """Return what a user can mend, a refused configuration aside. To name it takes torch, so it is asked for last."""
     from noether.core.declarations import DeclarationError
     from noether.core.errors import OutputError, WeightsError
     from noether.core.metrics import MetricError
@@ -179,7 +195,7 @@ def _refusals() -> Iterator[None]:
     from noether.effects import CheckpointError, LockedError, LogError, UnhandledEffectError
     from noether.training.replay import ReplayError
 
-    mendable: tuple[type[Exception], ...] = (
+    return (
         CheckpointError,
         DeclarationError,
         FloatingPointError,
@@ -193,13 +209,6 @@ def _refusals() -> Iterator[None]:
         UnhandledEffectError,
         WeightsError,
     )
-    try:
-        with _warnings_as_lines():
-            yield
-    except ConfigError as error:
-        raise _Failure(error, _CONFIG_ERROR) from error
-    except mendable as error:
-        raise _Failure(error, 1) from error
 
 
 @contextmanager

@@ -6,13 +6,11 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+from noether.config.schema import INTERVALS
 from noether.config.structure import RefusedError, parameters
-from noether.core.combinators import bound, every_n_epochs, every_n_samples, every_n_updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_GATES = {"every_n_epochs": every_n_epochs, "every_n_updates": every_n_updates, "every_n_samples": every_n_samples}
 
 
 @final
@@ -38,7 +36,7 @@ class FunctionCallback:
     function: Callable[..., Any]
 
     def __post_init__(self) -> None:
-        taken = [each.name for each in self._settings if each.name in (*_GATES, "at_end")]
+        taken = [each.name for each in self._settings if each.name in (*INTERVALS, "at_end")]
         if taken:
             raise RefusedError(f"{taken[0]} beside a function is its interval; give its own setting another name")
 
@@ -46,7 +44,7 @@ class FunctionCallback:
     def __signature__(self) -> inspect.Signature:
         """The interval and the function's settings, with their types."""
         gate = inspect.signature(type(self).__call__).parameters
-        return inspect.Signature([*(gate[name] for name in (*_GATES, "at_end")), *self._settings])
+        return inspect.Signature([*(gate[name] for name in (*INTERVALS, "at_end")), *self._settings])
 
     @property
     def _settings(self) -> list[inspect.Parameter]:
@@ -73,7 +71,10 @@ class FunctionCallback:
             raise RefusedError(f"{' and '.join(chosen)} are given; expected one of them, or none")
         if not chosen and at_end:
             raise RefusedError("at_end needs an interval: every_n_epochs, every_n_updates or every_n_samples")
-        callback = bound(self.function, settings) if settings else self.function
+        # Here, because it brings torch, without which a configuration can be read. Intervals have its names.
+        from noether.core import combinators
+
+        callback = combinators.bound(self.function, settings) if settings else self.function
         for name, value in chosen.items():
-            callback = _GATES[name](value, at_end=at_end)(callback)
+            callback = getattr(combinators, name)(value, at_end=at_end)(callback)
         return callback

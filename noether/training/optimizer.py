@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import torch
@@ -367,10 +368,11 @@ def _read(
     names = {id(param): name for name, param in trained.items()}
     by_key = {names.get(id(key), key): value for key, value in optimizer.state.items()}
     entries = zip(layout.members, optimizer.param_groups, strict=True)
+    torchs = _torchs()
     own = {
         key: value
         for key, value in vars(optimizer).items()
-        if key not in _TORCHS and (isinstance(value, Tensor) or value is not layout.attributes.get(key, _ABSENT))
+        if key not in torchs and (isinstance(value, Tensor) or value is not layout.attributes.get(key, _ABSENT))
     }
     memory: OptState = {
         "state": pack("optimizer.state", {key: value for key, value in by_key.items() if key in trained}),
@@ -427,11 +429,22 @@ def _unknown(
 def _keeps_params(optimizer: Optimizer, members: Mapping[str, Sequence[Tensor]]) -> Problem | None:
     """Return the problem of a class that would step on parameters of its own instead of those it is given."""
     own = {id(param) for params in members.values() for param in params}
-    for path, leaf in leaves({key: value for key, value in vars(optimizer).items() if key not in _TORCHS}):
+    torchs = _torchs()
+    for path, leaf in leaves({key: value for key, value in vars(optimizer).items() if key not in torchs}):
         if id(leaf) in own or isinstance(leaf, Optimizer):
             message = f"{type(optimizer).__name__} keeps parameters in self.{'.'.join(path)}; read self.param_groups"
             return Problem("optimizer", message)
     return None
+
+
+@cache
+def _torchs() -> frozenset[str]:
+    """Return what torch keeps on every instance for itself; the last name is a check it makes once.
+
+    Asked of an instance when there is one anyway: to make its first, torch imports its compiler, for about as long as
+    it took to import torch.
+    """
+    return frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"_need_device_dtype_check_for_fused"}
 
 
 def _no_parameter(pattern: str, names: tuple[str, ...]) -> str:
@@ -456,5 +469,3 @@ def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
 _ABSENT: Final = object()
 _VARIADIC: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _REPLACED: Final = frozenset({"state", "param_groups"})
-# What torch keeps on every instance for itself; the last name is a check it makes once.
-_TORCHS: Final = frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"_need_device_dtype_check_for_fused"}

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
             8,
         ),  # seven, and the heading
         ("replay", ("--updates", "200", "--rounds", "2"), ("callbacks that decide", "look at every update"), 2),
+        ("startup", ("--rounds", "2"), ("noether --help", "noether validate", "every name"), 4),
     ],
 )
 def test_a_benchmark_measures(name, arguments, row, rows):
