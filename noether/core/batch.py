@@ -6,10 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.core.tree import tensors
+import torch
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 TARGETS: Final = ("target", "targets", "label", "labels", "y")
@@ -26,10 +25,19 @@ def batch_size(batch: Any) -> int:
         >>> batch_size((torch.zeros(8, 3), torch.zeros(8)))
         8
     """
-    for _, tensor in tensors(batch):
-        if tensor.dim():
-            return int(tensor.shape[0])
-    raise ValueError("the batch holds no tensor with a dimension: give Run(batch_size=...), a function of the batch")
+    size = _first_dimension(batch)
+    if size is None:
+        raise ValueError(
+            "the batch holds no tensor with a dimension: give Run(batch_size=...), a function of the batch"
+        )
+    return size
+
+
+def _first_dimension(batch: Any) -> int | None:
+    if isinstance(batch, torch.Tensor):
+        return int(batch.shape[0]) if batch.dim() else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size for part in parts if (size := _first_dimension(part)) is not None), None)
 
 
 def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

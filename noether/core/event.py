@@ -83,7 +83,8 @@ class AfterUpdate(Event):
         lr: Learning rate of the update by parameter group.
         weight_decay: Weight decay of the update by parameter group.
         grad_norm: 2-norm of the gradients before they are clipped, where the step measured it.
-        finite: Whether losses and gradients were finite, as far as `trainer.nonfinite` has the step look.
+        finite: Whether losses and gradients were finite, as far as `trainer.nonfinite` has the step look; None where it
+            did not look, for no callback names it among its `readings`.
         skipped: Whether the update was left out as non-finite; callbacks that average do not count it.
         duration_s: Seconds since the previous update ended, or since training began; callbacks included.
         data_s: Seconds of it spent waiting for data; None where the loop does not tell.
@@ -100,7 +101,7 @@ class AfterUpdate(Event):
     lr: Mapping[str, float] = _EMPTY
     weight_decay: Mapping[str, float] = _EMPTY
     grad_norm: torch.Tensor | float | None = None
-    finite: torch.Tensor | bool = True
+    finite: torch.Tensor | bool | None = True
     skipped: bool = False
     duration_s: float = 0.0
     data_s: float | None = None

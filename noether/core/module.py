@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,5 +169,5 @@ def with_total(losses: Losses) -> Losses:
     """
     if not losses or ("total" in losses and len(losses) > 1):
         raise ValueError(f"a loss function returns named losses, 'total' not among them; got {list(losses)}")
-    total: Any = sum(losses.values())
+    total = reduce(add, losses.values())
     return FrozenDict({**losses, "total": total})

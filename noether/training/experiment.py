@@ -138,6 +138,7 @@ def build(
         clip_grad_value=trainer.clip_grad_value,
         nonfinite=trainer.nonfinite,
         grad_norm="grad_norm" in reducer.readings,
+        finite="finite" in reducer.readings,
         elapsed_s=time.perf_counter if "forward_s" in reducer.readings else None,
     )
     return Experiment(

@@ -63,13 +63,51 @@ def run(
         memory |= {name: remembered for name, remembered in zip(present, kept, strict=True) if remembered}
 
 
+def prepared(
+    cls: type[Optimizer], given: Mapping[str, Any], params: list[Tensor], memory: list[dict[str, Any]]
+) -> Callable[[Mapping[str, Any], list[Tensor]], None]:
+    """Return what writes updates to tensors that stay the same, from their gradients and the settings that changed.
+
+    Args:
+        cls: The class of the optimizer.
+        given: All settings.
+        params: Parameters.
+        memory: What is remembered of each of them, all of it.
+    """
+    if cls is not torch.optim.SGD and given["fused"] and not given["amsgrad"] and _alike(params):
+        return _prepared_adam(given, params, memory)
+
+    def write(settings: Mapping[str, Any], grads: list[Tensor]) -> None:
+        _KERNELS[cls]({**given, **settings}, params, grads, memory)
+
+    return write
+
+
+def _prepared_adam(
+    given: Mapping[str, Any], params: list[Tensor], memory: list[dict[str, Any]]
+) -> Callable[[Mapping[str, Any], list[Tensor]], None]:
+    """Return what calls the fused kernel as `torch.optim.adam.adam` does, without sorting the tensors each time."""
+    means, squares, steps = ([kept[key] for kept in memory] for key in ("exp_avg", "exp_avg_sq", "step"))
+    kernel = torch._fused_adamw_ if given["decoupled_weight_decay"] else torch._fused_adam_
+    (beta1, beta2), fixed = given["betas"], {name: given[name] for name in _FUSED_SETTINGS}
+
+    def write(settings: Mapping[str, Any], grads: list[Tensor]) -> None:
+        torch._foreach_add_(steps, 1)
+        kernel(params, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **{**fixed, **settings})
+
+    return write
+
+
+def _alike(params: list[Tensor]) -> bool:
+    """Return whether one call of a fused kernel takes all of them."""
+    return len({(param.device, param.dtype) for param in params}) == 1
+
+
 def _remembered(grads: Mapping[str, Tensor], memory: Memory) -> bool:
     return all(memory.get(name) for name in grads)
 
 
-def _adam(
-    given: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], memory: list[dict[str, Any]]
-) -> None:
+def _adam(given: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], memory: list[dict[str, Any]]) -> None:
     """Write one update of Adam or AdamW to `params` and `memory`; as in `torch.optim.Adam.step`."""
     beta1, beta2 = given["betas"]
     adam(
@@ -86,9 +124,7 @@ def _adam(
     )
 
 
-def _sgd(
-    given: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], memory: list[dict[str, Any]]
-) -> None:
+def _sgd(given: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], memory: list[dict[str, Any]]) -> None:
     """Write one update of SGD to `params` and `memory`; as in `torch.optim.SGD.step`."""
     buffers = [kept.get("momentum_buffer") for kept in memory] if given["momentum"] != 0 else []
     if given["nesterov"]:
@@ -107,6 +143,7 @@ _ADAM_SETTINGS: Final = (
     *("lr", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "fused"),
     *("capturable", "differentiable", "decoupled_weight_decay"),
 )
+_FUSED_SETTINGS: Final = ("lr", "eps", "weight_decay", "amsgrad", "maximize")
 _SGD_SETTINGS: Final = (
     *("lr", "momentum", "dampening", "weight_decay", "nesterov"),
     *("maximize", "foreach", "fused"),

@@ -137,52 +137,54 @@ class FunctionalOptimizer:
         present = {name: grad for name, grad in grads.items() if grad is not None}
         layout.check(present, opt_state, settings)
         with torch.no_grad():
-            given = layout.given(settings)
+            given = {group: {**unpack(own), **settings.get(group, {})} for group, own in layout.entries.items()}
             trained = {name: params[name].clone() for name in layout.trainable}
             memory = {name: unpack(kept) for name, kept in opt_state.get("state", {}).items()}
             work = _Work(layout, given, trained, memory, present)
             new_state = _by_kernel(self.optimizer, work, opt_state) or _by_class(self.optimizer, work, opt_state)
         return {name: trained.get(name, param) for name, param in params.items()}, new_state
 
-    def writes(
-        self, grads: Mapping[str, Tensor | None], opt_state: Mapping[str, Any], params: Iterable[str]
-    ) -> bool:
-        """Return whether `write` can make this update: torch has a kernel for the class, and all memory is there."""
+    def writes(self, grads: Mapping[str, Tensor], opt_state: Mapping[str, Any], params: Iterable[str]) -> bool:
+        """Return whether a `writer` can make this update: torch has a kernel for the class, and all memory is there."""
         if any(opt_state.get("groups", {}).values()):
             return False
-        present = {name: grad for name, grad in grads.items() if grad is not None}
         memory, settings = opt_state.get("state", {}), self._layout(params).entries.values()
-        return kernels.takes(self.optimizer, present, memory) and kernels.whole(settings, present, memory)
+        return kernels.takes(self.optimizer, grads, memory) and kernels.whole(settings, grads, memory)
 
-    def write(
-        self,
-        grads: Mapping[str, Tensor | None],
-        opt_state: Mapping[str, Any],
-        params: Mapping[str, Tensor],
-        *,
-        settings: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Make an update as `update` does, to the same bits, by writing to the tensors of `params` and `opt_state`.
+    def writer(
+        self, opt_state: Mapping[str, Any], params: Mapping[str, Tensor], names: Sequence[str]
+    ) -> Callable[[Mapping[str, Tensor], Mapping[str, Mapping[str, Any]]], None]:
+        """Return what makes an update as `update` does, to the same bits, by writing to `params` and `opt_state`.
 
         Args:
-            grads: Gradients by parameter name, for which `writes` holds.
             opt_state: As for `update`.
             params: As for `update`.
-            settings: As for `update`.
+            names: Of the parameters that have gradients, for which `writes` holds.
+
+        Returns:
+            `write(grads, settings)`, with those of `update`; it may be called again and again.
 
         Example:
             >>> sgd = FunctionalOptimizer(torch.optim.SGD, {"lr": 0.5})
             >>> params = {"weight": torch.tensor([1.0])}
-            >>> sgd.write({"weight": torch.tensor([1.0])}, {}, params, settings={})
+            >>> write = sgd.writer({}, params, ["weight"])
+            >>> write({"weight": torch.tensor([1.0])}, {})
             >>> params
             {'weight': tensor([0.5000])}
         """
-        layout = self._layout(params)
-        present = {name: grad for name, grad in grads.items() if grad is not None}
-        given = layout.given(settings)
-        groups = [(given[group], names) for group, names in layout.members.items()]
-        with torch.no_grad():
-            kernels.run(self.optimizer, groups, params, present, opt_state.get("state", {}))
+        layout, memory = self._layout(params), opt_state.get("state", {})
+        parts = []
+        for group, members in layout.members.items():
+            present = [name for name in members if name in names]
+            tensors, kept = [params[name] for name in present], [memory.get(name, {}) for name in present]
+            parts.append((group, present, kernels.prepared(self.optimizer, layout.entries[group], tensors, kept)))
+
+        @torch.no_grad()
+        def write(grads: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
+            for group, present, run in parts:
+                run(settings.get(group, {}), [grads[name] for name in present])
+
+        return write
 
     def trainable(self, params: Iterable[str]) -> tuple[str, ...]:
         """Return the names of the parameters that are trained, in the order of `params`.
@@ -299,10 +301,6 @@ class _Layout(NamedTuple):
     trainable: tuple[str, ...]
     entries: dict[str, dict[str, Any]]
     attributes: dict[str, Any]
-
-    def given(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return all settings of an update by group: those of `settings`, and for the others the group's own."""
-        return {group: {**unpack(own), **settings.get(group, {})} for group, own in self.entries.items()}
 
     def check(
         self, grads: Mapping[str, Tensor], opt_state: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]

@@ -9,11 +9,14 @@ import torch
 from noether.core.donation import Donatable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from noether.core.state import TrainState
+    from noether.training.optimizer import FunctionalOptimizer
+
+    Writer = Callable[[Mapping[str, Tensor], Mapping[str, Mapping[str, Any]]], None]
 
 
 @final
@@ -22,7 +25,7 @@ class OwnedTensors:
 
     Torch counts the users of a tensor's memory. So what anybody else holds, be it a checkpoint in flight, a metric or a
     view of a view, is seen, and left to them: a copy takes its place before it would be written to. What was left is
-    kept, and once nobody else holds it, the next copy is written to it, for memory that is mapped is filled in less time.
+    kept, and once nobody else holds it the next copy is written to it: memory that is mapped is filled in less time.
 
     Args:
         model: Its parameters become the tensors.
@@ -61,6 +64,7 @@ class OwnedTensors:
             *((kept, key) for kept in memory.values() for key in kept),
         ]
         self._left: dict[int, Tensor] = {}
+        self._writer: tuple[tuple[str, ...], Writer] | None = None  # what writes the updates of these gradients
         self._bind()
 
     @classmethod
@@ -83,15 +87,48 @@ class OwnedTensors:
         now = {name: held[key] for held, key, name in self._buffers}
         return outputs, {name: now[name].detach() for name in buffers}
 
+    def holds(self, opt_state: Mapping[str, Any]) -> bool:
+        """Return whether an optimizer's memory lies in these tensors."""
+        return isinstance(opt_state, Donatable) and opt_state.owner is self
+
+    def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
+        """Return whether `optimizer` can write an update with these gradients."""
+        if self._writer is not None and self._writer[0] == tuple(grads):
+            return not any(grad.is_sparse for grad in grads.values())
+        return optimizer.writes(grads, self.opt_state, self.params)
+
+    def take(self, state: TrainState) -> None:
+        """Take the tensors from a state, which cannot be read then.
+
+        That comes before anything is written, so that whatever goes wrong leaves no state that is half of an update.
+        """
+        for donated in (state.params, state.opt_state):
+            if isinstance(donated, Donatable):
+                donated.take()
+
+    def write(
+        self,
+        optimizer: FunctionalOptimizer,
+        grads: Mapping[str, Tensor],
+        settings: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Write an update to the tensors, or to copies of those that others hold."""
+        self.unshare()
+        names = tuple(grads)
+        if self._writer is None or self._writer[0] != names:
+            self._writer = names, optimizer.writer(self.opt_state, self.params, names)
+        self._writer[1](grads, settings)
+
     def unshare(self) -> None:
         """Have copies take the place of tensors that others hold, so that all may be written to."""
-        users = [_users(storage) for storage in self._storages]
+        users = list(map(_users, self._storages))
         if users == self._alone:
             return
         for index, (now, alone) in enumerate(zip(users, self._alone, strict=True)):
             if now != alone:
                 self._replace(index)
         self._bind()
+        self._writer = None
 
     def given_to(self, state: TrainState) -> TrainState:
         """Return the state whose params and optimizer memory these are, for the next update to take."""
@@ -100,7 +137,7 @@ class OwnedTensors:
     def _replace(self, index: int) -> None:
         kept, key = self._places[index]
         left, held = self._left.pop(index, None), kept[key]
-        if left is None or _users(left.untyped_storage()) != _OF_ONE_TENSOR:
+        if left is None or _users(left.untyped_storage()._cdata) != _OF_ONE_TENSOR:  # noqa: SLF001  # as above
             left = torch.empty_like(held)
         kept[key], self._left[index] = left.copy_(held), held
 
@@ -109,8 +146,9 @@ class OwnedTensors:
             self.parameters[name].data = param
         for leaf in self.leaves:
             leaf.requires_grad_()
-        self._storages = [kept[key].untyped_storage() for kept, key in self._places]
-        self._alone = [_users(storage) for storage in self._storages]
+        self._held = [kept[key].untyped_storage() for kept, key in self._places]
+        self._storages = [storage._cdata for storage in self._held]  # noqa: SLF001  # what the count is asked of
+        self._alone = list(map(_users, self._storages))
 
     def _bound(self) -> bool:
         """Return whether the model's parameters are still these tensors."""
@@ -124,9 +162,5 @@ def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     return [(each, key, names[id(buffer)]) for each in held for key, buffer in each.items() if buffer is not None]
 
 
-def _users(storage: torch.UntypedStorage) -> int:
-    users: int = torch._C._storage_Use_Count(storage._cdata)  # noqa: SLF001  # torch has no public name for the count
-    return users
-
-
-_OF_ONE_TENSOR: Final = _users(torch.empty(1).untyped_storage())
+_users: Final = torch._C._storage_Use_Count  # noqa: SLF001  # torch has no public name for the count of users
+_OF_ONE_TENSOR: Final = _users(torch.empty(1).untyped_storage()._cdata)  # noqa: SLF001

@@ -87,6 +87,11 @@ class NanGuardCallback(PeriodicCallback):
         counts = {"total": 0, "in_row": 0, "rollbacks": 0}
         return {self.name: FrozenDict(**counts, snapshot=snapshot, taken=str(state.iteration))}
 
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """Whether the update was finite."""
+        return ("finite",)
+
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Count, and act."""
         memory = self.memory(state)
