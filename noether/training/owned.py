@@ -137,7 +137,7 @@ class OwnedTensors:
     def _replace(self, index: int) -> None:
         kept, key = self._places[index]
         left, held = self._left.pop(index, None), kept[key]
-        if left is None or _users(left.untyped_storage()._cdata) != _OF_ONE_TENSOR:  # noqa: SLF001  # as above
+        if left is None or _is_held(left.untyped_storage()):
             left = torch.empty_like(held)
         kept[key], self._left[index] = left.copy_(held), held
 
@@ -162,5 +162,11 @@ def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     return [(each, key, names[id(buffer)]) for each in held for key, buffer in each.items() if buffer is not None]
 
 
+def _is_held(storage: torch.UntypedStorage) -> bool:
+    """Return whether a storage that one tensor is known to have is somebody else's, too."""
+    return _users(storage._cdata) > _OF_ONE_TENSOR  # noqa: SLF001  # what the count is asked of
+
+
 _users: Final = torch._C._storage_Use_Count  # noqa: SLF001  # torch has no public name for the count of users
-_OF_ONE_TENSOR: Final = _users(torch.empty(1).untyped_storage()._cdata)  # noqa: SLF001
+_OF_ONE_TENSOR: Final = 2
+"""Users of the storage of one tensor: the tensor, and the object by which the storage is looked at."""
