@@ -80,6 +80,7 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thi
         batch: Any,
         weight: float,
         times: Any,  # noqa: ARG002  # the step that is replaced counts seconds on it
+        owned: Any,  # noqa: ARG002  # and may own tensors
     ) -> tuple[dict[str, Tensor | None], Mapping[str, Tensor], Any, Mapping[str, Tensor]]:
         trained = {name: params[name] for name in self.optimizer.trainable(params)}
         arguments, keywords = model_arguments(self.model, batch)

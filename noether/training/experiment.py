@@ -140,6 +140,7 @@ def build(
         grad_norm="grad_norm" in reducer.readings,
         finite="finite" in reducer.readings,
         elapsed_s=time.perf_counter if "forward_s" in reducer.readings else None,
+        donate=trainer.donate,
     )
     return Experiment(
         config=config,

@@ -162,6 +162,7 @@ def trainer(case, interpreter):
         optimizer=optimizer,
         lr={"default": lambda position: 0.05 / (1 + position)},
         clip_grad_norm=1.0,
+        donate=case["donate"],
     )
     callbacks = make_callbacks(case["interval"], case["tolerance"])
     reducer = compose(data, callbacks) if case["streamed"] else callbacks
@@ -172,7 +173,7 @@ def trainer(case, interpreter):
 
 def uncut(case):
     session = Session()
-    train, state = trainer(case, session)
+    train, state = trainer({**case, "donate": False}, session)  # what others hold is then the same by definition
     return train(state), session.stream
 
 
@@ -212,6 +213,7 @@ def cases(draw, workers=0):
         "micro": draw(st.sampled_from([None, 2, 3])),
         "drop_last": draw(st.booleans()) or length % batch == 1,  # batch norm needs two samples
         "workers": workers,
+        "donate": draw(st.booleans()),
         "streamed": draw(st.booleans()),
         "end": draw(st.sampled_from([*ends, TrainingIteration(sample=draw(st.integers(1, 40)))])),
         "interval": draw(st.sampled_from([{"every_n_epochs": 1}, {"every_n_updates": 2}, {"every_n_samples": 7}])),
@@ -250,7 +252,7 @@ def test_a_run_cut_anywhere_equals_the_uncut_run(case, cuts, tmp_path_factory):
 @pytest.mark.parametrize("cuts", [[(4, 3), (3, 2)], [(7, 7)]])
 def test_workers_change_nothing(cuts, tmp_path):
     case = {
-        "seed": 0, "length": 10, "batch": 4, "micro": 2, "drop_last": False, "workers": 2, "streamed": False,
+        "seed": 0, "length": 10, "batch": 4, "micro": 2, "drop_last": False, "workers": 2, "streamed": False, "donate": True,
         "end": TrainingIteration(epoch=2), "interval": {"every_n_updates": 2}, "tolerance": None,
     }  # fmt: skip
     check(case, cuts, tmp_path)
