@@ -33,6 +33,7 @@ from noether.effects.run_directory import CONFIG
 from noether.effects.sinks import LOGGED
 from noether.effects.tensorboard import TensorBoard
 from noether.effects.weights_and_biases import WeightsAndBiases
+from noether.training.compiled import CompiledStep
 from noether.training.experiment import Experiment, build
 from noether.training.replay import to_line
 from noether.training.trainer import Trainer
@@ -199,7 +200,7 @@ def _set_ending(experiment: Experiment, interpreter: Interpreter, state: TrainSt
 def _trainer(experiment: Experiment, interpreter: Interpret, interruption: Interruption, **changes: object) -> Trainer:
     return Trainer(
         **{"run": experiment.run, **changes},  # type: ignore[arg-type]  # fields by name
-        step=experiment.step,
+        step=CompiledStep(experiment.step) if experiment.config.trainer.compile else experiment.step,
         data=experiment.data,
         reducer=experiment.reducer,
         interpreter=interpreter,

@@ -170,8 +170,10 @@ class TrainerSettings:
         num_workers: Processes that load data; 0 loads in this one.
         drop_last: Whether an epoch's last batch is left out if it is short.
         checkpoints: How checkpoints are written.
-        donate: Whether an update may write to the tensors of the state that it is made from: faster, in less memory, and
-            to the same bits. A tensor that a callback keeps is copied first.
+        donate: Whether an update may write to the tensors of the state that it is made from: faster, in less memory,
+            and to the same bits. A tensor that a callback keeps is copied first.
+        compile: Whether updates are compiled as a whole by `torch.compile`: faster after some seconds, and the same up
+            to the last bits. Where they cannot be, a warning says why.
         record: `events` to keep what `noether replay` needs, in `events.jsonl`; every loss is then read from its device
             at every update. None for nothing.
 
@@ -204,6 +206,7 @@ class TrainerSettings:
     drop_last: bool = False
     checkpoints: CheckpointSettings = CheckpointSettings()
     donate: bool = True
+    compile: bool = False
     record: Literal["events"] | None = None
 
     def __post_init__(self) -> None:

@@ -83,6 +83,22 @@ def prepared(
     return write
 
 
+def known(cls: type[Optimizer]) -> bool:
+    """Return whether there is a kernel for `cls`."""
+    return cls in _KERNELS
+
+
+def traced(
+    cls: type[Optimizer],
+    given: Mapping[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    memory: list[dict[str, Any]],
+) -> None:
+    """Write one update, in the form that `torch.compile` can trace: settings may be tensors."""
+    _KERNELS[cls]({**given, "fused": False, "foreach": True, "capturable": True}, params, grads, memory)
+
+
 def _prepared_adam(
     given: Mapping[str, Any], params: list[Tensor], memory: list[dict[str, Any]]
 ) -> Callable[[Mapping[str, Any], list[Tensor]], None]:

@@ -221,6 +221,11 @@ class FunctionalOptimizer:
         """
         return {group: dict(entries) for group, entries in self._layout(params).entries.items()}
 
+    def members(self, params: Iterable[str]) -> dict[str, tuple[dict[str, Any], tuple[str, ...]]]:
+        """Return, for each group that has parameters, all settings of the class and the names of the parameters."""
+        layout = self._layout(params)
+        return {group: (dict(layout.entries[group]), names) for group, names in layout.members.items()}
+
     def _trained(self) -> dict[str, ParamGroup]:
         return {group.name: group for group in self.groups if not group.frozen}
 

@@ -16,6 +16,7 @@ from noether.core.module import with_total
 from noether.core.tree import FrozenDict, map_tensors
 from noether.training.owned import OwnedTensors
 from noether.training.randomness import derive, seed_torch
+from noether.training.sums import Sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -66,10 +67,10 @@ class StepOutputs:
     weight_decay: Mapping[str, float]
     grad_norm: Tensor | None
     finite: Tensor | bool | None
-    skipped: bool
-    forward_s: float | None
-    backward_s: float | None
-    optimizer_s: float | None
+    skipped: bool = False
+    forward_s: float | None = None
+    backward_s: float | None = None
+    optimizer_s: float | None = None
 
 
 @final
@@ -148,11 +149,11 @@ class Step:
             FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
             ValueError: If the model writes to its parameters.
         """
-        seed_torch(derive(state.seed, "update", state.iteration.update, self.rank))
+        self.seed(state)
         samples = [batch_size(batch) for batch in batches]
-        gradients, update, times = _Sum(), sum(samples), _Times(self.elapsed_s)
+        gradients, update, times = Sums(), sum(samples), _Times(self.elapsed_s)
         owned = OwnedTensors.of(state, self.model)
-        total_losses, outputs, buffers = _Sum(), [], state.buffers
+        total_losses, outputs, buffers = Sums(), [], state.buffers
         for index, (batch, size) in enumerate(zip(batches, samples, strict=True)):
             grads, losses, output, buffers = self._gradients(state.params, buffers, batch, size / update, times, owned)
             gradients.add(grads)
@@ -172,6 +173,17 @@ class Step:
             times.begin()
         return self._applied(state, gradients.values, total_losses.values, buffers, outputs, samples, times)
 
+    def seed(self, state: TrainState) -> None:
+        """Seed the random numbers of the next update of `state`."""
+        seed_torch(derive(state.seed, "update", state.iteration.update, self.rank))
+
+    def without_gradient(self, state: TrainState, batch: Any) -> list[str]:
+        """Return the names of trained parameters that have no gradient for a batch; nothing comes of the call."""
+        grads, *_ = self._gradients(
+            state.params, state.buffers, batch, 1.0, _Times(None), OwnedTensors.of(state, self.model)
+        )
+        return [name for name, grad in grads.items() if grad is None]
+
     def _gradients(
         self,
         params: Mapping[str, Tensor],
@@ -185,7 +197,7 @@ class Step:
         trainable = self.optimizer.trainable(params)
         watched = params if owned is None else owned.parameters
         versions = [param._version for param in watched.values()]  # noqa: SLF001  # torch's count of writes in place
-        with torch.enable_grad(), self._autocast(params):
+        with torch.enable_grad(), self.autocast(params):
             outputs, buffers, leaves = self._called(params, buffers, batch, trainable, owned)
             losses = with_total(self.loss(outputs, batch))
             total = losses["total"] if weight == 1 else losses["total"] * weight
@@ -236,36 +248,27 @@ class Step:
         skipped = self.nonfinite != "apply" and not finite
         if skipped and self.nonfinite == "raise":
             raise FloatingPointError(_nonfinite_message(state, losses, grads))
-        grads, grad_norm = self._clipped(grads)
-        settings = self._settings(state)
+        grads, grad_norm = self.clipped(grads)
+        settings = self.settings_for(state)
         if not skipped:
             state = self._updated(state, grads, settings).replace(buffers=FrozenDict(buffers))
         times.end("optimizer_s")
-        return state, StepOutputs(
-            samples=sum(accumulated),
-            losses=FrozenDict(losses),
-            outputs=tuple(outputs),
-            accumulated=tuple(accumulated),
-            lr=FrozenDict({group: values["lr"] for group, values in settings.items()}),
-            weight_decay=FrozenDict({g: v["weight_decay"] for g, v in settings.items() if "weight_decay" in v}),
-            grad_norm=grad_norm,
-            finite=finite,
-            skipped=skipped,
-            **times.spent,
+        return state, outputs_of(
+            losses, outputs, accumulated, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **times.spent
         )
 
     def _updated(self, state: TrainState, grads: Grads, settings: Mapping[str, Mapping[str, Any]]) -> TrainState:
         """Return the state with new params and optimizer memory, written in place where it is asked for and can be."""
         present = {name: grad for name, grad in grads.items() if grad is not None}
-        owned = self._owned(state, present) if self.donate else None
+        owned = self.owned(state, present) if self.donate else None
         if owned is None:
             params, opt_state = self.optimizer.update(present, state.opt_state, state.params, settings=settings)
             return state.replace(params=params, opt_state=opt_state)
         owned.write(self.optimizer, present, settings)
         return owned.given_to(state)
 
-    def _owned(self, state: TrainState, grads: Mapping[str, Tensor]) -> OwnedTensors | None:
-        """Return the tensors of the state for the optimizer to write to, or None if it cannot."""
+    def owned(self, state: TrainState, grads: Mapping[str, Tensor]) -> OwnedTensors | None:
+        """Return the tensors of the state, taken from it for the optimizer to write to, or None if it cannot."""
         owned = OwnedTensors.of(state, self.model)
         if owned is None or not owned.holds(state.opt_state):
             if not self.optimizer.writes(grads, state.opt_state, state.params):
@@ -276,7 +279,8 @@ class Step:
         owned.take(state)
         return owned
 
-    def _settings(self, state: TrainState) -> dict[str, dict[str, float]]:
+    def settings_for(self, state: TrainState) -> dict[str, dict[str, float]]:
+        """Return the settings of the optimizer that the schedules give for the next update of `state`, by group."""
         position, scale = state.iteration.update, state.hyperparams["lr_scale"]
         settings = {group: {"lr": schedule(position) * scale} for group, schedule in self.lr.items()}
         for group, schedule in self.weight_decay.items():
@@ -294,8 +298,11 @@ class Step:
         largest = [torch.linalg.vector_norm(values, torch.inf) for values in entries if values.numel()]
         return bool(finite & torch.stack(largest).isfinite().all()) if largest else bool(finite)
 
-    def _clipped(self, grads: Grads) -> tuple[Grads, Tensor | None]:
-        """Return clipped gradients and their norm before; out of place, for two may be the same tensor."""
+    def clipped(self, grads: Grads) -> tuple[Grads, Tensor | None]:
+        """Return clipped gradients and their norm before.
+
+        Out of place, for two may be the same tensor.
+        """
         norm = _total_norm(grads) if self.grad_norm else None
         if self.clip_grad_value is not None:
             limit = self.clip_grad_value
@@ -308,23 +315,39 @@ class Step:
         clipped = {n: None if grad is None else (grad * factor).to(grad.dtype) for n, grad in grads.items()}
         return clipped, size if norm is None else norm
 
-    def _autocast(self, params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+    def autocast(self, params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        """Return the context in which forward pass and loss are computed."""
         if self.precision is None:
             return nullcontext()
         device = next(iter(params.values())).device.type
         return torch.autocast(device, dtype=self.precision)
 
 
-class _Sum:
-    """Adds up trees of tensors; the first is taken as it is, so that a single one keeps its bits."""
+def outputs_of(
+    losses: Losses,
+    outputs: Sequence[Any],
+    accumulated: Sequence[int],
+    settings: Mapping[str, Mapping[str, float]],
+    **readings: Any,
+) -> StepOutputs:
+    """Return what an update gave.
 
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def add(self, terms: Mapping[str, Any]) -> None:
-        for name, term in terms.items():
-            held = self.values.get(name)
-            self.values[name] = held if term is None else term if held is None else held + term
+    Args:
+        losses: Mean losses of the update by name.
+        outputs: Of each micro-batch.
+        accumulated: Samples of each micro-batch.
+        settings: Settings of the optimizer by group.
+        readings: The other fields.
+    """
+    return StepOutputs(
+        samples=sum(accumulated),
+        losses=FrozenDict(losses),
+        outputs=tuple(outputs),
+        accumulated=tuple(accumulated),
+        lr=FrozenDict({group: values["lr"] for group, values in settings.items()}),
+        weight_decay=FrozenDict({g: v["weight_decay"] for g, v in settings.items() if "weight_decay" in v}),
+        **readings,
+    )
 
 
 def _entries(grad: Tensor) -> Tensor:

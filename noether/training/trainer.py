@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from noether.core.reducer import Reducer
     from noether.core.run import Run
     from noether.core.state import TrainState
+    from noether.training.compiled import CompiledStep
     from noether.training.data import TrainingData
     from noether.training.step import Accumulated, Step
     from noether.training.streams import StreamedData
@@ -63,7 +64,7 @@ class Trainer:
     """
 
     run: Run
-    step: Step
+    step: Step | CompiledStep
     data: TrainingData | StreamedData
     reducer: Reducer
     interpreter: Callable[[Effects, TrainState, Event], None]

@@ -252,7 +252,8 @@ def test_a_run_cut_anywhere_equals_the_uncut_run(case, cuts, tmp_path_factory):
 @pytest.mark.parametrize("cuts", [[(4, 3), (3, 2)], [(7, 7)]])
 def test_workers_change_nothing(cuts, tmp_path):
     case = {
-        "seed": 0, "length": 10, "batch": 4, "micro": 2, "drop_last": False, "workers": 2, "streamed": False, "donate": True,
+        "seed": 0, "length": 10, "batch": 4, "micro": 2, "drop_last": False, "workers": 2, "streamed": False,
+        "donate": True,
         "end": TrainingIteration(epoch=2), "interval": {"every_n_updates": 2}, "tolerance": None,
     }  # fmt: skip
     check(case, cuts, tmp_path)

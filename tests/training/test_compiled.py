@@ -1,0 +1,186 @@
+"""Compiled updates are those of the step, up to the last bits; where they cannot be compiled, the step makes them."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from noether.core.donation import DonatedError
+from noether.core.state import TrainState
+from noether.testing import same
+from noether.training.compiled import CompiledStep
+from noether.training.optimizer import FunctionalOptimizer, ParamGroup
+from noether.training.schedules import Constant, Linear
+from noether.training.step import Step
+
+pytestmark = [
+    # The compiler itself imports what torch has deprecated.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
+TOLERANCE = 1e-5
+"""Of one update in single precision, relative to the norm of a tensor."""
+
+
+class Net(nn.Module):
+    """Has batch norm, dropout, a frozen layer, and returns one of its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(3, 4)
+        # Without bias: its gradient before batch norm is zero but for rounding, which Adam would make steps of.
+        self.hidden = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
+        self.head, self.scale = nn.Linear(8, 2), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return {"out": self.head(self.hidden(self.frozen(x))) * self.scale, "scale": self.scale}
+
+
+class Branching(Net):
+    """Does what no graph can: looks at a value in the middle."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Idle(Net):
+    """Has a parameter that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(2))
+
+
+def loss(outputs, batch):
+    return {"square": (outputs["out"] - batch[1]).square().mean(), "small": outputs["scale"].square() * 0.01}
+
+
+def step_of(model, *, cls=torch.optim.AdamW, settings=None, **options):
+    groups = (ParamGroup(name="frozen", match=("frozen.*",), frozen=True), ParamGroup(name="bias", match=("*.bias",)))
+    lr = {name: Linear(start=0.1, end=0.0, updates=30) for name in ("bias", "default")}
+    optimizer = FunctionalOptimizer(cls, {"lr": 0.1, **(settings or {})}, groups)
+    return Step(model=model.train(), loss=loss, optimizer=optimizer, lr=lr, **options)
+
+
+def begun(step):
+    torch.manual_seed(0)
+    state = TrainState.from_module(type(step.model)(), seed=3)
+    return state.replace(opt_state=step.optimizer.init(state.params))
+
+
+def batches_of(update):
+    """Two micro-batches, the second of them short; every third update has one batch only."""
+    generator = torch.Generator().manual_seed(update)
+    pairs = [(torch.randn(n, 3, generator=generator), torch.randn(n, 2, generator=generator)) for n in (4, 3)]
+    return pairs[:1] if update % 3 == 0 else pairs
+
+
+def trained(step, updates, state):
+    for _ in range(updates):
+        batches = batches_of(state.iteration.update)
+        state, outputs = step(state, batches)
+        state = state.advance(samples=outputs.samples)
+    return state, outputs
+
+
+def values(state):
+    return {name: getattr(state, name) for name in ("params", "buffers", "opt_state", "iteration")}
+
+
+def apart(ours, theirs):
+    """Return the largest distance of two mappings of tensors, each relative to the norm of the tensor."""
+    pairs = [(ours[name].double(), theirs[name].double()) for name in theirs]
+    return max(float((a - b).norm() / b.norm().clamp(min=1.0)) for a, b in pairs)
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("noether")]
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [(torch.optim.AdamW, {"fused": True}), (torch.optim.SGD, {"momentum": 0.9})],
+    ids=["adamw", "sgd"],
+)
+def test_updates_are_those_of_the_step_up_to_the_last_bits(cls, settings, caplog):
+    """Each from the same state: over many, Adam makes steps of what is zero but for rounding."""
+    torch.compiler.reset()
+    options = {"cls": cls, "settings": settings, "clip_grad_norm": 0.5}
+    eager, compiled = step_of(Net(), **options), CompiledStep(step_of(Net(), **options))
+    state = begun(eager)
+    for _ in range(8):
+        (expected, told), (found, outputs) = trained(eager, 1, state), trained(compiled, 1, state)
+        assert apart(found.params, expected.params) < TOLERANCE
+        assert apart(found.buffers, expected.buffers) < TOLERANCE
+        assert apart(outputs.losses, told.losses) < TOLERANCE
+        assert same(outputs.outputs[0]["scale"], state.params["scale"])  # as it was before the update
+        assert apart({"norm": outputs.grad_norm}, {"norm": told.grad_norm}) < TOLERANCE
+        assert (outputs.samples, outputs.accumulated, outputs.lr) == (told.samples, told.accumulated, told.lr)
+        assert bool(outputs.finite)
+        state = expected
+    assert not warnings_of(caplog)
+
+
+def test_donated_or_resumed_compiled_updates_have_the_same_bits(caplog):
+    torch.compiler.reset()
+    options = {"settings": {"fused": True}}
+    compiled = {donate: CompiledStep(step_of(Net(), **options, donate=donate)) for donate in (False, True)}
+    start = begun(step_of(Net(), **options))
+    states = {donate: trained(step, 20, start) for donate, step in compiled.items()}
+    assert same(values(states[True][0]), values(states[False][0]))
+
+    # Gone on with in another process: the kernels are those of the run that nothing stopped.
+    cut, _ = trained(CompiledStep(step_of(Net(), **options, donate=True)), 7, start)
+    resumed = CompiledStep(step_of(Net(), **options, donate=True))
+    assert same(values(trained(resumed, 13, copy.deepcopy(cut))[0]), values(states[True][0]))
+
+    donated, _ = trained(compiled[True], 1, states[True][0])
+    with pytest.raises(DonatedError):
+        dict(states[True][0].params)
+    assert dict(donated.params)
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "why"),
+    [
+        (Branching, {}, "data-dependent"),
+        (Idle, {}, "the optimizer remembers nothing of a parameter that got no gradient"),
+        (Idle, {"cls": torch.optim.SGD}, "the parameter 'unused' gets no gradient"),
+        (Net, {"cls": torch.optim.RMSprop}, "RMSprop is none of the optimizers whose kernels can be traced"),
+        (Net, {"nonfinite": "skip"}, "nonfinite: skip decides in the middle of an update"),
+        (Net, {"weight_decay": {"default": Linear(start=0.1, end=0.0, updates=5)}}, "the weight decay has a schedule"),
+    ],
+)
+def test_what_cannot_be_compiled_is_done_by_the_step_and_a_warning_says_why(model, options, why, caplog):
+    torch.compiler.reset()
+    eager, compiled = step_of(model(), **options), CompiledStep(step_of(model(), **options, donate=True))
+    with caplog.at_level(logging.WARNING):
+        state, _ = trained(compiled, 4, begun(eager))
+    assert same(values(state), values(trained(eager, 4, begun(eager))[0]))
+    (message,) = warnings_of(caplog)
+    assert why.lower() in message.lower()
+    assert message.startswith("updates are not compiled: ")
+
+
+def test_who_listens_to_accumulation_steps_is_heard(caplog):
+    eager, compiled = step_of(Net()), CompiledStep(step_of(Net()))
+    heard = []
+
+    def observe(state, seen):
+        heard.append(seen.accumulation_step)
+        return state
+
+    states = [step(begun(eager), batches_of(1), observe)[0] for step in (eager, compiled)]
+    assert same(*map(values, states))
+    assert heard == [0, 1, 0, 1]
+    assert "a callback listens to accumulation steps" in caplog.text
+
+
+def test_a_weight_decay_that_stays_is_compiled():
+    torch.compiler.reset()
+    decay = {"default": Constant(value=0.1)}
+    eager, compiled = step_of(Net(), weight_decay=decay), CompiledStep(step_of(Net(), weight_decay=decay))
+    assert apart(trained(compiled, 4, begun(eager))[0].params, trained(eager, 4, begun(eager))[0].params) < TOLERANCE
