@@ -18,6 +18,7 @@ ROOMS = {
     "noether.config": {"noether.core", "noether.core.callbacks", "noether.effects"},
     "noether.testing": {"noether.core", "noether.core.callbacks", "noether.effects"},
     "noether.training": {"noether.core", "noether.core.callbacks", "noether.effects", "noether.config"},
+    "noether.integrations": {"noether.core", "noether.core.callbacks", "noether.effects", "noether.config"},
     "noether.cli": {"noether.core", "noether.core.callbacks", "noether.effects", "noether.config", "noether.training"},
     "noether.examples": {"noether.core"},
 }
