@@ -27,6 +27,7 @@ from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.module import beside, buffers_of, params_of, with_total, write_into
 from noether.core.reducer import compose
+from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tree import FrozenDict
 from noether.integrations.evaluating import BesideTraining
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
-    from noether.core.run import Run
     from noether.effects import RunDirectory
     from noether.integrations.optimizers import LiveOptimizer
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _VIEWS: Final = ("params", "buffers", "opt_state")
 _CLOCK: Final = Clock()
+_RUN: Final = Run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class LiveRun:
         ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         ...     interpreter=lambda effects, state, event: print(state.iteration, type(event).__name__, len(effects)),
         ... )
-        >>> live.begin()
+        >>> _ = live.begin()
         E0_U0_S0 BeforeTraining 0
         >>> for loss in (0.5, 0.25):
         ...     live.micro_batch(samples=4, losses={"total": loss})
@@ -106,7 +107,7 @@ class LiveRun:
         self,
         reducer: Callback,
         *,
-        run: Run,
+        run: Run = _RUN,
         model: nn.Module,
         optimizer: Optimizer | LiveOptimizer | None = None,
         directory: RunDirectory | None = None,
@@ -116,7 +117,7 @@ class LiveRun:
     ) -> None:
         if interpreter is None and directory is None:
             raise ValueError("nobody would carry out what the callbacks ask for: give directory=open_run('runs/mine')")
-        self.run = _completed(run, model, directory)
+        self.run = self._given = _completed(run, model, directory)
         self._reducer = compose(reducer)
         _check_data(self._reducer.members, self.run)
         self._interpreter = interpreter or directory.interpreter  # type: ignore[union-attr]  # one of them is there
@@ -125,7 +126,7 @@ class LiveRun:
         self._directory = directory
         self._clock = clock
         self._state = TrainState(seed=seed)
-        self._recalled = False
+        self._remembers = False
         self._pending: list[_MicroBatch] = []
         self._settled = self._state  # as it was when the update under way began
         self._stopwatch = Stopwatch(clock.elapsed_s)
@@ -160,35 +161,42 @@ class LiveRun:
         """How many micro-batches there were since the last update."""
         return len(self._pending)
 
-    def begin(self, saved: TrainState | None = None) -> None:
+    def begin(self, saved: TrainState | None = None, **known: Any) -> bool:
         """Tell the callbacks that training begins, or goes on.
 
-        It goes on from `saved`; left out, from what `load_state_dict` recalled, else from the newest checkpoint in the
-        directory. What is loaded is written into model and optimizer, but for what `load_state_dict` recalled: there
-        the framework has done that.
+        It goes on from `saved`; left out, from what this object or `load_state_dict` remembers, else from the newest
+        checkpoint in the directory. What is loaded is written into model and optimizer, but for what is remembered:
+        there the framework has done that.
 
         Args:
             saved: A loaded state.
+            known: What the framework knows of the run now, such as `end`, for what was not given; None is not known.
+
+        Returns:
+            Whether a state was loaded here, so that the loop has to be taken to `state.iteration`.
 
         Raises:
             KeyError: If the model does not have the parameters of the saved state.
             CheckpointError: If there are checkpoints in the directory, and none that the run can go on from.
         """
-        resumed = self._recalled or saved is not None
+        self.run = filled(self._given, **known)
+        remembers = saved is None and self._remembers
         if saved is None and self._directory is not None:
-            if self._recalled:
+            if remembers:
                 self._directory.cut_logs(self._state)
             else:
                 saved = self._directory.resume()
-                resumed = saved is not None
         if saved is not None:
             self._load(saved)
-        memories = beside(self._model, self._state.callback_states)
-        self._state = self._state.replace(callback_states=memories)
+        self._state = self._state.replace(callback_states=beside(self._model, self._state.callback_states))
+        self._remembers = True
+        if self._optimizer is not None:
+            self._optimizer.watch()
         self._scale()
-        self._tell(self._state, BeforeTraining, resumed=resumed)
+        self._tell(self._state, BeforeTraining, resumed=remembers or saved is not None)
         self._end_owed_epoch()  # where the framework saved between an epoch's last update and its end
         self._stopwatch.read()
+        return saved is not None
 
     def batch_arrived(self) -> None:
         """Begin the time of the step; the time since the last one was spent waiting for data."""
@@ -312,7 +320,7 @@ class LiveRun:
             ValueError: If `saved` is nothing that `state_dict` returns.
         """
         self._state = recalled(saved)
-        self._recalled = True
+        self._remembers = True
 
     @property
     def _updates_per_epoch(self) -> int | None:

@@ -51,6 +51,9 @@ class LiveOptimizer(Protocol):
     def load(self, opt_state: Mapping[str, Any]) -> None:
         """Write a saved memory into it."""
 
+    def watch(self) -> None:
+        """Begin to count and scale its steps, once however often it is called."""
+
     def release(self) -> None:
         """Let go of it: what it does from now on is not watched."""
 
@@ -71,7 +74,7 @@ class TorchOptimizer:
         >>> model = torch.nn.Linear(2, 1)
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.5)
         >>> live = TorchOptimizer(model, sgd)
-        >>> live.lr_scale = 0.5
+        >>> live.watch(); live.lr_scale = 0.5
         >>> model(torch.ones(1, 2)).sum().backward(); sgd.step()
         >>> live.steps, dict(live.lr), sgd.param_groups[0]["lr"]
         (1, {'default': 0.25}, 0.5)
@@ -90,10 +93,6 @@ class TorchOptimizer:
         self.steps = 0
         self._readings: Mapping[str, Mapping[str, float]] | None = None
         self._unscaled: list[Any] | None = None
-        for hook in getattr(optimizer, _HOOKS, ()):  # of a run that an exception ended
-            hook.remove()
-        self._hooks = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
-        setattr(optimizer, _HOOKS, self._hooks)
 
     @property
     def lr(self) -> Mapping[str, float]:
@@ -109,9 +108,16 @@ class TorchOptimizer:
         """Write a saved memory into it, its learning rates without the scale."""
         write_optimizer(opt_state, self._model, self._optimizer, lr_scale=1.0)
 
+    def watch(self) -> None:
+        """Register hooks on its steps, in place of those of a run before."""
+        self.release()
+        optimizer = self._optimizer
+        hooks = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
+        setattr(optimizer, _HOOKS, hooks)  # where another run finds them, if an exception ends this one
+
     def release(self) -> None:
         """Remove the hooks."""
-        for hook in self._hooks:
+        for hook in getattr(self._optimizer, _HOOKS, ()):
             hook.remove()
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:

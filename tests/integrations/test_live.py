@@ -226,6 +226,7 @@ def test_a_step_that_raised_leaves_no_scale_behind():
     network = nn.Linear(1, 1)
     sgd = torch.optim.SGD(network.parameters(), lr=1.0)
     live = TorchOptimizer(network, sgd)
+    live.watch()
     live.lr_scale = 0.5
 
     def closure():
@@ -237,6 +238,7 @@ def test_a_step_that_raised_leaves_no_scale_behind():
     sgd.step()
     assert (sgd.param_groups[0]["lr"], live.lr["default"], live.steps) == (1.0, 0.5, 1)
     again = TorchOptimizer(network, sgd)  # of a new run: the hooks of the old one are gone
+    again.watch()
     again.lr_scale = 0.5
     sgd.step()
     assert (again.lr["default"], live.steps, again.steps) == (0.5, 1, 1)
