@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, Run, TrainingIteration, TrainState, compose
+from noether.cli.replaying import decides
 from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,
@@ -107,7 +108,7 @@ def replayed(callbacks: Sequence[Callback], path: Path) -> None:
     Raises:
         click.ClickException: If it did not end, or left somebody out.
     """
-    found = replay(callbacks, partial(read_events, path, DISK), {}, keep=lambda _: False)
+    found = replay(callbacks, partial(read_events, path, DISK), {}, keep=decides)
     if not found.over or found.left_out:
         raise click.ClickException(f"the replay is not whole: {found.left_out}")
 

@@ -45,9 +45,7 @@ def show(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[
     config = resumed_config(run_dir, (), allow)
     other = None if callbacks is None else with_callbacks(config, callbacks, allow)
     point = None if at is None else _point(at)
-    replayed = _replayed(
-        run_dir, config, other, partial(_decides, log=log) if point is None else partial(_is_at, point)
-    )
+    replayed = _replayed(run_dir, config, other, partial(decides, log=log) if point is None else partial(_is_at, point))
     if point is not None and not replayed.steps:
         raise ReplayError(f"--at {at}: the run has no event there; it went to {replayed.state.iteration}")
     console = Console(highlight=False, soft_wrap=True)
@@ -91,7 +89,8 @@ def _is_at(point: TrainingIteration, step: Step) -> bool:
     return len(named) == 1 and Gate(At(point)).opens(step.before, step.event) is not None
 
 
-def _decides(step: Step, *, log: bool) -> bool:
+def decides(step: Step, *, log: bool = False) -> bool:
+    """Return whether there is something to tell of an event; with `log` also what is logged."""
     return any(_told(step, log=log))
 
 
@@ -107,6 +106,8 @@ def _told(step: Step, *, log: bool) -> Iterator[tuple[str, str]]:
             yield name, "  ".join(f"{key} {float(value):.6g}" for key, value in effect.values.items())
     if step.state.stop is not None and step.before.stop is None:
         yield "", f"stops: {step.state.stop}"
+    if step.state.hyperparams is step.before.hyperparams:  # at nearly all of many events
+        return
     for key, value in step.state.hyperparams.items():
         if value != step.before.hyperparams.get(key):
             yield "", f"sets {key} to {value}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from noether.core.event import AfterUpdate
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -94,6 +96,21 @@ def init_of(callback: Callback, state: TrainState) -> Mapping[str, Memory]:
     init = getattr(callback, "init", None)
     memory: Mapping[str, Memory] = {} if init is None else init(state)
     return memory
+
+
+def idle_of(callback: Callback) -> Callback | None:
+    """Return what is to be called in place of `callback` at updates at which its gate is closed; None for nothing.
+
+    That is what it names `idle`; without that, all of it if it tracks or has no gate that is read at updates.
+    """
+    if not listens(callback, AfterUpdate):
+        return None
+    declared = declaration_of(callback)
+    if declared.gate is None:
+        return callback
+    restless = declared.tracks or AfterUpdate not in declared.gate.parts
+    idle: Callback | None = getattr(callback, "idle", callback if restless else None)
+    return idle
 
 
 def is_due(callback: Callback, event_type: type[Event], state: TrainState) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from noether.core.callback import declaration_of, init_of, label_of, listens
+from noether.core.callback import declaration_of, idle_of, init_of, label_of, listens
 from noether.core.event import AfterUpdate, Event
 from noether.core.gate import Gate
 from noether.core.reducer import Reducer
@@ -245,12 +245,24 @@ class Remembering(_Wrapper):
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return what the callback returns, or the state as it is."""
+        state, _ = self._tracked(state, event)
+        # Tracking makes it listen where its callback does not.
+        return self.callback(state, event) if listens(self.callback, type(event)) else (state, ())
+
+    def _tracked(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         if self.start is not None and self.name not in state.callback_states:
             state = state.remember(self.name, self.start(state))
         if self.track is not None and isinstance(event, AfterUpdate):
             state = state.remember(self.name, self.track(state.memory(self.name), event))
-        # Tracking makes it listen where its callback does not.
-        return self.callback(state, event) if listens(self.callback, type(event)) else (state, ())
+        return state, ()
+
+    @property
+    def idle(self) -> Callback | None:
+        """What is called at an update at which its callback's gate is closed: what tracks."""
+        inner = idle_of(self.callback)
+        if self.track is None:
+            return self if inner is self.callback else inner
+        return self._tracked if inner is None else self
 
     @property
     def tracks(self) -> bool:

@@ -42,13 +42,10 @@ class TrainingIteration:
     sample: int = 0
 
     def __post_init__(self) -> None:
-        # One chained test keeps the common case cheap: this runs at every update.
-        if not type(self.epoch) is type(self.update) is type(self.sample) is int or min(self._counts) < 0:
+        # One test keeps the common case cheap: this runs at every update.
+        whole_numbers = type(self.epoch) is type(self.update) is type(self.sample) is int
+        if not (whole_numbers and self.epoch >= 0 and self.update >= 0 and self.sample >= 0):
             refuse(whole(name, getattr(self, name), at_least=0) for name in COUNTERS)
-
-    @property
-    def _counts(self) -> tuple[int, int, int]:
-        return self.epoch, self.update, self.sample
 
     def __str__(self) -> str:
         return f"E{self.epoch}_U{self.update}_S{self.sample}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Final, Literal, final
 
-from noether.core.callback import declaration_of, init_of, is_due, label_of, listens
+from noether.core.callback import declaration_of, idle_of, init_of, is_due, label_of, listens
 from noether.core.declarations import check_declarations
 from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.state import Memory, TrainState
+
+    _Call = tuple[Callback, Callback]  # a member, and what is called in its place
 
 
 class UnclaimedMemoryError(LookupError):
@@ -71,9 +73,12 @@ class Reducer:
         self.members = members
         self._outermost = outermost
         self._listening: dict[type[Event], tuple[Callback, ...]] = {}
-        gated = [member for member in members if _idles(member)]
-        self._restless = tuple(m for m in members if not _idles(m) and listens(m, AfterUpdate))
-        self._schedules = tuple(declaration_of(m).gate.parts[AfterUpdate] for m in gated)  # type: ignore[union-attr]  # gated
+        self._acting: dict[type[Event], tuple[_Call, ...]] = {}
+        idle = [(member, idle_of(member)) for member in members]
+        self._idling = tuple((member, call) for member, call in idle if call is not None)
+        # Who is called whole has no need to be waited for.
+        waited_for = [declaration_of(member).gate for member, call in idle if call is not member]
+        self._schedules = tuple(gate.parts[AfterUpdate] for gate in waited_for if gate and AfterUpdate in gate.parts)
         self._quiet: tuple[TrainingIteration, Thresholds] | None = None
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
@@ -81,8 +86,8 @@ class Reducer:
         if isinstance(event, BeforeTraining) and self._outermost:
             state = self._prepare(state, event)
         effects: Effects = ()
-        for member in self._acting(state, type(event)):
-            after, asked = member(state, event)
+        for member, call in self._calls(state, type(event)):
+            after, asked = call(state, event)
             if after is not state:
                 _check_change(member, state, after, event)
                 state = after
@@ -159,23 +164,27 @@ class Reducer:
             self._listening[event_type] = tuple(m for m in self.members if listens(m, event_type))
         return self._listening[event_type]
 
-    def _acting(self, state: TrainState, event_type: type[Event]) -> tuple[Callback, ...]:
-        if event_type is AfterUpdate and self._schedules and self._is_quiet(state):
-            return self._restless
-        return self._listeners(event_type)
+    def _calls(self, state: TrainState, event_type: type[Event]) -> tuple[_Call, ...]:
+        if event_type is AfterUpdate and self._is_quiet(state):
+            return self._idling
+        if event_type not in self._acting:
+            self._acting[event_type] = tuple((member, member) for member in self._listeners(event_type))
+        return self._acting[event_type]
 
     def _is_quiet(self, state: TrainState) -> bool:
         """Return whether no gate can be due, by the window in which the last look found nothing due.
 
         The window is a pure function of schedules and iteration; keeping it only saves computing it again.
         """
-        window = self._quiet
-        if window is None or not state.previous.reached(window[0]) or window[1].reached(state.iteration):
-            following = Thresholds()
-            for schedule in self._schedules:
-                following = following.merge(schedule.next_due(state.previous))
-            self._quiet = window = (state.previous, following)
-        return not window[1].reached(state.iteration)
+        if self._quiet is not None:
+            since, following = self._quiet
+            if state.previous.reached(since) and not following.reached(state.iteration):
+                return True
+        following = Thresholds()
+        for schedule in self._schedules:
+            following = following.merge(schedule.next_due(state.previous))
+        self._quiet = state.previous, following
+        return not following.reached(state.iteration)
 
     def _prepare(self, state: TrainState, event: BeforeTraining) -> TrainState:
         check_declarations(self.members, state, event.run)
@@ -189,16 +198,19 @@ class Reducer:
         return state.replace(callback_states=FrozenDict({**state.callback_states, **missing}))
 
 
-def _idles(member: Callback) -> bool:
-    """Return whether `member` does nothing on an update at which its gate is closed."""
-    declared = declaration_of(member)
-    return declared.gate is not None and not declared.tracks and AfterUpdate in declared.gate.parts
+_LOOPS: Final = ("iteration", "previous", "seed", "ended")
+"""Fields of a state that only the loop may change."""
 
 
 def _check_change(member: Callback, before: TrainState, after: TrainState, event: Event) -> None:
-    for name in ("iteration", "previous", "seed", "ended"):
-        if getattr(after, name) is not getattr(before, name):
-            raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")
+    if (
+        after.iteration is not before.iteration
+        or after.previous is not before.previous
+        or after.seed is not before.seed
+        or after.ended is not before.ended
+    ):
+        name = next(each for each in _LOOPS if getattr(after, each) is not getattr(before, each))
+        raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")
     if isinstance(event, BeforeTraining) and event.resumed:
         raise ValueError(
             f"{label_of(member)} changed the state of a resumed run before training; it may ask for effects"

@@ -210,9 +210,11 @@ class OneCounter(Schedule):
 
     def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> bool:
         """Return whether a threshold lies in `(previous, iteration]`."""
-        if not self.window.is_open(previous, iteration):
+        low, high = getattr(previous, self.counter), getattr(iteration, self.counter)
+        # At most updates there is none, which is cheap to see; a window can only take some away.
+        if low >= high or not self.thresholds_in(low, high) or not self.window.is_open(previous, iteration):
             return False
-        low, high = self.window.clip(self.counter, getattr(previous, self.counter), getattr(iteration, self.counter))
+        low, high = self.window.clip(self.counter, low, high)
         return low < high and self.thresholds_in(low, high) > 0
 
     def next_due(self, iteration: TrainingIteration) -> Thresholds:

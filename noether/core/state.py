@@ -32,7 +32,7 @@ _HYPERPARAMS: Final = FrozenDict(lr_scale=1.0)
 _START: Final = TrainingIteration()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainState:
     """What a run remembers. Every method returns a new state; nothing writes to one.
 
@@ -68,11 +68,7 @@ class TrainState:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in _MAPPINGS:
-            value = getattr(self, name)
-            if type(value) is dict:
-                # Memories are trees; the others are flat, or the optimizer's, which is its own and large.
-                object.__setattr__(self, name, freeze(value) if name == "callback_states" else FrozenDict(value))
+        vars(self).update(_frozen(vars(self)))
 
     @classmethod
     def from_module(
@@ -111,7 +107,7 @@ class TrainState:
         }
         if saved is None:
             return cls(**views, seed=seed)
-        return cls(**{**_fields(saved), **views, "callback_states": module.beside(model, saved.callback_states)})
+        return cls(**{**vars(saved), **views, "callback_states": module.beside(model, saved.callback_states)})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
         """Write the state into a live model and optimizer, the learning rates times `hyperparams["lr_scale"]`.
@@ -127,9 +123,20 @@ class TrainState:
         return self.from_module(model, optimizer, saved=self)
 
     def replace(self, **changes: Any) -> Self:
-        """Return the state with some fields changed."""
-        # `dataclasses.replace` judges every field anew, and takes twice as long; each update needs it several times.
-        return type(self)(**(_fields(self) | changes))
+        """Return the state with some fields changed.
+
+        Raises:
+            TypeError: If the state has no such field.
+        """
+        # `dataclasses.replace` sets every field anew and takes ten times as long; each update needs it several times.
+        state = object.__new__(type(self))
+        fields = vars(state)
+        fields.update(vars(self))
+        fields.update(_frozen(changes))
+        if len(fields) != len(_NAMES):
+            unknown = next(name for name in fields if name not in _NAMES)
+            raise TypeError(f"a state has no field {unknown!r}; it has {', '.join(_NAMES)}")
+        return state
 
     def advance(self, *, samples: int) -> Self:
         """Return the state after one more update of `samples` samples; a run that goes on has not ended."""
@@ -172,9 +179,16 @@ class TrainState:
         return self if self.stop is not None else self.replace(stop=reason)
 
 
-def _fields(state: TrainState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in _NAMES}
+def _frozen(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with those that are plain dicts frozen."""
+    if dict not in map(type, fields.values()):
+        return fields
+    # Memories are trees; the others are flat, or the optimizer's, which is its own and large.
+    return {name: freeze(v) if name == "callback_states" else _flat(v) for name, v in fields.items()}
 
 
-_MAPPINGS: Final = ("params", "buffers", "opt_state", "hyperparams", "metrics", "callback_states")
+def _flat(value: Any) -> Any:
+    return FrozenDict(value) if type(value) is dict else value
+
+
 _NAMES: Final = tuple(each.name for each in dataclasses.fields(TrainState))

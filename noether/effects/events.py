@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -40,8 +41,9 @@ class Recorded(NamedTuple):
 
     Args:
         kind: Its type.
-        iteration: Where the run was.
-        readings: Its fields, `time_s` among them; of tensors in outputs their means, in double precision.
+        counts: Epochs, updates and samples that were completed.
+        time_s: When it was, in seconds since 1970.
+        readings: Its other fields; of tensors in outputs their means, in double precision.
         measured: The metrics that data iterators measured there.
         run: Fields of the run, where the event begins a process.
         state: There also what the state had: its seed, and its tensors on the meta device.
@@ -49,7 +51,8 @@ class Recorded(NamedTuple):
     """
 
     kind: type[Event]
-    iteration: TrainingIteration
+    counts: tuple[int, int, int]
+    time_s: float
     readings: Mapping[str, Any]
     measured: Mapping[str, Any]
     run: Mapping[str, Any] | None = None
@@ -70,7 +73,9 @@ def event_line(
     def line(effects: Effects, state: TrainState, event: Event) -> Mapping[str, Any]:
         logged = {key: value for each in effects if isinstance(each, LogScalars) for key, value in each.values.items()}
         values = {key: value for key, value in logged.items() if any(matches(pattern, key) for pattern in measured)}
-        told = {**place(state, event), "readings": _scalars(_fields(event)), "measured": _scalars(values)}
+        told = {**place(state, event), "readings": _scalars(_fields(event))}
+        if values:
+            told["measured"] = _scalars(values)
         if isinstance(event, BeforeTraining):
             told["run"] = {**_fixed(event.run), "lengths": dict(lengths(event.run))}
             told["state"] = {"seed": state.seed, **{name: _shapes(getattr(state, name)) for name in _SHAPED}}
@@ -88,7 +93,7 @@ def read_events(path: Path, disk: Disk) -> Iterator[Recorded]:
     lines = read_file(path, disk).splitlines(keepends=True)
     for index, line in enumerate(lines):
         try:
-            yield _recorded(json.loads(line))
+            yield _recorded(_JSON.decode(line.decode()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if index == len(lines) - 1 and not line.endswith(b"\n"):
                 return
@@ -96,16 +101,15 @@ def read_events(path: Path, disk: Disk) -> Iterator[Recorded]:
             raise LogError(f"{path}:{index + 1}: not a recorded event: {text!r}") from error
 
 
-def _recorded(line: dict[str, Any]) -> Recorded:
-    run, state, lengths = line.get("run"), line.get("state"), None
+def _recorded(line: Mapping[str, Any]) -> Recorded:
+    run, lengths = line.get("run"), None
     if run is not None:
-        lengths = run.pop("lengths")
-        run = {**run, "end": TrainingIteration.parse(run["end"]), "frozen": frozenset(run.get("frozen", ()))}
-    if state is not None:
-        state = {name: _decoded(value) for name, value in state.items()}
-    iteration = TrainingIteration(*(line[name] for name in COUNTERS))
-    readings = {**_decoded(line["readings"]), "time_s": line["time_s"]}
-    return Recorded(_KINDS[line["event"]], iteration, readings, _decoded(line["measured"]), run, state, lengths)
+        lengths = run["lengths"]
+        run = {name: value for name, value in run.items() if name != "lengths"}
+        run |= {"end": TrainingIteration.parse(run["end"]), "frozen": frozenset(run.get("frozen", ()))}
+    counts = (line["epoch"], line["update"], line["sample"])
+    kind, measured = _KINDS[line["event"]], line.get("measured", _EMPTY)
+    return Recorded(kind, counts, line["time_s"], line["readings"], measured, run, line.get("state"), lengths)
 
 
 def _fields(event: Event) -> dict[str, Any]:
@@ -139,12 +143,12 @@ def _scalars(value: Any) -> Any:
     """Return the JSON value of what is scalar in a tree; what has more dimensions is there by its mean."""
     if isinstance(value, torch.Tensor):
         scalar = value.detach() if value.ndim == 0 else value.detach().double().mean()
-        return {"$scalar": [_number(scalar.item()), str(scalar.dtype).removeprefix("torch.")]}
+        return {f"${scalar.dtype}": _number(scalar.item())}
     if isinstance(value, Mapping):
         parts = {str(key): _scalars(each) for key, each in value.items()}
         return {key: part for key, part in parts.items() if part is not _NO_SCALAR}
     if isinstance(value, (list, tuple)):
-        return [part for part in map(_scalars, value) if part is not _NO_SCALAR]
+        return {"$tuple": [part for part in map(_scalars, value) if part is not _NO_SCALAR]}
     if isinstance(value, float):
         return _number(value)
     return value if isinstance(value, (str, int, type(None))) else _NO_SCALAR
@@ -158,34 +162,27 @@ def _number(value: Any) -> Any:
 def _shapes(tree: Any) -> Any:
     """Return a tree with the shape of each tensor in its place, and nothing else of it."""
     if isinstance(tree, torch.Tensor):
-        return {"$shape": [list(tree.shape), str(tree.dtype).removeprefix("torch.")]}
+        return {f"$shape.{tree.dtype}": list(tree.shape)}
     if isinstance(tree, Mapping):
         return {str(key): _shapes(value) for key, value in tree.items()}
     return _scalars(tree)
 
 
-def _decoded(value: Any) -> Any:
-    if isinstance(value, dict):
-        if len(value) == 1:
-            (key,) = value
-            decode = _DECODERS.get(key)
-            if decode is not None:
-                return decode(value[key])
-        return FrozenDict({name: _decoded(each) for name, each in value.items()}) if value else _EMPTY
-    return tuple(map(_decoded, value)) if isinstance(value, list) else value
-
-
-def _scalar(held: list[Any]) -> torch.Tensor:
-    return torch.tensor(_decoded(held[0]), dtype=getattr(torch, held[1]))
-
-
-def _shape(held: list[Any]) -> torch.Tensor:
-    return torch.empty(held[0], dtype=getattr(torch, held[1]), device="meta")
+def _made(held: dict[str, Any]) -> Any:
+    """Return what an object of JSON stands for."""
+    if len(held) == 1:
+        (key,) = held
+        if key in _MAKERS:
+            return _MAKERS[key](held[key])
+    return FrozenDict(held)
 
 
 _EMPTY: Final = FrozenDict()
-_DECODERS: Final[dict[str, Callable[[Any], Any]]] = {
-    "$number": lambda name: NUMBERS[name],
-    "$scalar": _scalar,
-    "$shape": _shape,
+_JSON: Final = json.JSONDecoder(object_hook=_made)
+_DTYPES: Final = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
+_MAKERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "$number": NUMBERS.__getitem__,
+    "$tuple": tuple,
+    **{f"${dtype}": partial(torch.scalar_tensor, dtype=dtype) for dtype in _DTYPES},
+    **{f"$shape.{dtype}": partial(torch.empty, dtype=dtype, device="meta") for dtype in _DTYPES},
 }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from noether.core.callback import declaration_of, label_of
+from noether.core.callback import declaration_of, idle_of, label_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.callbacks.summaries import dataset_lengths
 from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars
 from noether.core.errors import OutputError
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.iteration import TrainingIteration
 from noether.core.metrics import MetricError, log, matches
 from noether.core.reducer import compose
 from noether.core.run import Run
@@ -166,7 +167,7 @@ class _Record:
         taken, self.following = self.following, next(self._events, None)
         if taken is None:
             raise ReplayError("the record has ended")
-        self.measured, self.time_s = taken.measured, taken.readings["time_s"]
+        self.measured, self.time_s = taken.measured, taken.time_s
         if taken.run is not None:
             data = {key.partition("/")[2]: range(length) for key, length in (taken.lengths or {}).items()}
             self.run = Run(**taken.run, config=self._config, data=data)
@@ -179,15 +180,26 @@ class _Record:
 
 
 class _Member:
-    """A callback of a replay; whatever it says about itself, it says."""
+    """A callback of a replay: who asked for what is noted, and who needs what was not recorded.
 
-    def __init__(self, callback: Callback, record: _Record, asked: list[tuple[str, Effect]]) -> None:
-        self._callback, self._record, self._asked = callback, record, asked
+    Args:
+        callback: Whom it is about.
+        asked: Where it is noted who asked for what.
+        call: What is called; by default the callback.
+    """
+
+    def __init__(self, callback: Callback, asked: list[tuple[str, Effect]], call: Callback | None = None) -> None:
+        self._callback, self._asked, self._call = callback, asked, call or callback
         self._name = label_of(callback)
+
+    @property
+    def idle(self) -> Callback | None:
+        idle = idle_of(self._callback)
+        return None if idle is None else _Member(self._callback, self._asked, idle)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         try:
-            after, effects = self._called(state, event)
+            after, effects = self._call(state, event)
         except (MetricError, OutputError) as error:
             raise _UnreplayableError({self._name: str(error)}) from error
         except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -201,32 +213,36 @@ class _Member:
             self._asked.extend((self._name, effect) for effect in effects)
         return after, effects
 
-    def _called(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        return self._callback(state, event)
-
     def __getattr__(self, name: str) -> Any:
+        """Return what the callback says about itself."""
         return getattr(self._callback, name)
 
 
-class _DataIterator(_Member):
-    """Stands for a data iterator: measures what was measured."""
+class _Measured:
+    """Stands for a data iterator: measures what was measured, and says about itself what that one says."""
 
     consumes = ()  # it reads no weights
 
-    def _called(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        if not isinstance(event, AtEval) and self.gate.opens(state, event) is None:
+    def __init__(self, iterator: PeriodicDataIteratorCallback, record: _Record) -> None:
+        self._iterator, self._record = iterator, record
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        if not isinstance(event, AtEval) and self._iterator.gate.opens(state, event) is None:
             return state, ()
-        patterns = self.produces or ()
+        patterns = self._iterator.produces or ()
         values = {key: v for key, v in self._record.measured.items() if any(matches(each, key) for each in patterns)}
         return log(state, event, values) if values else (state, ())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
 
 
 def _replayed(
     members: Sequence[Callback], record: _Record, keep: Callable[[Step], bool], left_out: dict[str, str]
 ) -> Replayed:
     asked: list[tuple[str, Effect]] = []
-    kinds = [_DataIterator if isinstance(each, PeriodicDataIteratorCallback) else _Member for each in members]
-    reducer = compose(*(kind(member, record, asked) for kind, member in zip(kinds, members, strict=True)))
+    standing = [_Measured(each, record) if isinstance(each, PeriodicDataIteratorCallback) else each for each in members]
+    reducer = compose(*(_Member(each, asked) for each in standing))
     steps: list[Step] = []
     for before, event in _events(record):
         asked.clear()
@@ -243,13 +259,13 @@ def _replayed(
 def _events(record: _Record) -> Iterator[tuple[TrainState, Event]]:
     """Yield the events of a run, each with the state that it comes with; the one after it is put into the record."""
     begin = record.take()
-    yield _begun(TrainState(), begin), begin.kind(run=record.run, **begin.readings)
+    yield _begun(TrainState(), begin), _event(begin, record.run)
     while True:
         state, following = record.state, record.following
         if following is not None and following.kind in _ANY_TIME:
             taken = record.take()
             if next_move(state, record.run) is not Move.NOTHING:  # a process that went on, as this run would have
-                yield _begun(state, taken), taken.kind(run=record.run, **taken.readings)
+                yield _begun(state, taken), _event(taken, record.run)
             continue
         move = next_move(state, record.run)
         if move is Move.UPDATE and following is not None and following.kind is AfterTraining:
@@ -270,16 +286,30 @@ def _moved(state: TrainState, move: Move, record: _Record) -> tuple[TrainState, 
     following = record.following
     if move is Move.UPDATE:
         taken = record.take()
-        event = taken.kind(run=record.run, **taken.readings)
-        if isinstance(event, AfterAccumulationStep):
+        event = _event(taken, record.run)
+        if taken.kind is AfterAccumulationStep:
             return state, event
-        state = state.advance(samples=getattr(event, "samples", 0))
-        if taken.kind is not AfterUpdate or taken.iteration != state.iteration:
-            raise ReplayError(f"after {state.previous} the record goes on at {taken.iteration}: events are missing")
+        state = state.advance(samples=taken.readings.get("samples", 0))
+        if taken.kind is not AfterUpdate or taken.counts != _counts(state):
+            there = TrainingIteration(*taken.counts)
+            raise ReplayError(f"after {state.previous} the record goes on at {there}: events are missing")
         return state, event
     kind = AfterEpoch if move is Move.END_EPOCH else AfterTraining
     state = state.next_epoch() if move is Move.END_EPOCH else state.replace(ended=True)
-    if following is not None and following.kind is kind and following.iteration == state.iteration:
+    if following is not None and following.kind is kind and following.counts == _counts(state):
         taken = record.take()
-        return state, kind(run=record.run, **taken.readings)
+        return state, _event(taken, record.run)
     return state, record.made_up(kind)
+
+
+def _counts(state: TrainState) -> tuple[int, int, int]:
+    return state.iteration.epoch, state.iteration.update, state.iteration.sample
+
+
+def _event(taken: Recorded, run: Run) -> Event:
+    """Return an event as it was recorded."""
+    # What was not recorded is as by default, which the class knows. That is so for most fields, and a record is long:
+    # the constructor would set each of them every time.
+    event = object.__new__(taken.kind)
+    vars(event).update(taken.readings, run=run, time_s=taken.time_s)
+    return event

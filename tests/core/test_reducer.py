@@ -101,7 +101,7 @@ def writes(state):
 
 
 def values(state):
-    return {name: getattr(state, name) for name in state.__slots__}
+    return dict(vars(state))
 
 
 @few

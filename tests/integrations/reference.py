@@ -87,8 +87,8 @@ def callbacks(*more, tolerance=3):
     )
 
 
-def run(model, **fields):
-    return Run(data={"val": VAL}, forward=forward(model, loss), **fields)
+def run(model, criterion=loss, **fields):
+    return Run(data={"val": VAL}, forward=forward(model, criterion), **fields)
 
 
 def silent(path, **settings):
@@ -133,13 +133,16 @@ def grouped(micro, steps):
     return [micro[at : at + steps] for at in range(0, len(micro), steps)]
 
 
-def ours(micro, *, steps=1, reducer=None, lr=lambda update: LR, **end):
+def ours(
+    micro, *, steps=1, reducer=None, lr=lambda update: LR, network=None, criterion=loss, kind=torch.optim.Adam, **end
+):
     """Return what was told in noether's own trainer, and the state at its end."""
-    network, told, updates = model().train(), Told(), grouped(micro, steps)
-    functional = FunctionalOptimizer(torch.optim.Adam, {"lr": LR})
+    network, told, updates = (network or model()).train(), Told(), grouped(micro, steps)
+    functional = FunctionalOptimizer(kind, {"lr": LR})
     samples = [sum(len(x) for x, _ in update) for update in updates]
     fixed = run(
         network,
+        criterion,
         end=TrainingIteration(**end),
         updates_per_epoch=len(updates),
         samples_per_epoch=sum(samples),
@@ -150,7 +153,7 @@ def ours(micro, *, steps=1, reducer=None, lr=lambda update: LR, **end):
         run=fixed,
         step=Step(
             model=network,
-            loss=loss,
+            loss=criterion,
             optimizer=functional,
             lr={"default": lr},
             weight_decay={"default": lambda update: 0.0},

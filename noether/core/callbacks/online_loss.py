@@ -71,14 +71,10 @@ class OnlineLossCallback(PeriodicCallback):
         """Add the update's losses, in double precision and on their device."""
         memory = self.memory(state)
         sums, samples = memory["sums"], memory["samples"]
-        if event.skipped:
-            # The keys are kept, so that an interval of skipped updates only is logged as NaN.
-            added = {name: sums.get(name, torch.zeros((), dtype=torch.float64)) for name in event.losses}
-        else:
-            added = {name: _weighted(loss, event.samples) for name, loss in event.losses.items()}
-            added = {name: sums[name] + value if name in sums else value for name, value in added.items()}
-            samples += event.samples
-        return state.remember(self.name, FrozenDict(sums=FrozenDict({**sums, **added}), samples=samples)), ()
+        # The keys of a skipped update are kept, so that an interval of skipped updates only is logged as NaN.
+        counted = 0 if event.skipped else event.samples
+        added = {name: _sum(sums.get(name), loss, counted) for name, loss in event.losses.items()}
+        return state.remember(self.name, FrozenDict(sums=FrozenDict({**sums, **added}), samples=samples + counted)), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log the means and begin anew."""
@@ -92,8 +88,15 @@ class OnlineLossCallback(PeriodicCallback):
         return log(state, event, means, quiet=not self.verbose) if means else (state, ())
 
 
-def _weighted(loss: float | torch.Tensor, samples: int) -> torch.Tensor:
-    return torch.as_tensor(loss, dtype=torch.float64).detach() * samples
+def _sum(held: torch.Tensor | None, loss: float | torch.Tensor, samples: int) -> torch.Tensor:
+    """Return `held + loss * samples`, in double precision, on the device of the loss; of no samples it is not read."""
+    if isinstance(loss, torch.Tensor) and loss.requires_grad:
+        loss = loss.detach()
+    if held is None:
+        device = loss.device if isinstance(loss, torch.Tensor) else None
+        held = torch.zeros((), dtype=torch.float64, device=device)
+    # One call: at every update each call counts. Both have no dimensions, so that the sum is in double precision.
+    return torch.add(held, loss, alpha=samples) if samples else held
 
 
 def _refuse_nan(key: str, mean: torch.Tensor, state: TrainState) -> None:

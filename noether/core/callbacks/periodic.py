@@ -19,7 +19,7 @@ from noether.core.tree import FrozenDict
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from noether.core.callback import Effects
+    from noether.core.callback import Callback, Effects
     from noether.core.state import TrainState
 
 INTERVALS: Final[dict[str, Callable[[int], Schedule]]] = {
@@ -149,10 +149,17 @@ class PeriodicCallback(CallbackBase):
         interval = self.gate.opens(state, event)
         return (state, ()) if interval is None else self.periodic_callback(state, event, interval)
 
-    @property
+    @cached_property
     def tracks(self) -> bool:
         """Whether it looks at every update, due or not."""
         return any(self.fills_in(hook, PeriodicCallback) for hook in ("track_after_update_step", "after_update"))
+
+    @property
+    def idle(self) -> Callback | None:
+        """What is called at an update at which its gate is closed: what tracks, or all of it with a hook of its own."""
+        if self.fills_in("after_update", PeriodicCallback) or self.fills_in("__call__", PeriodicCallback):
+            return self
+        return self.track_after_update_step if self.tracks else None  # type: ignore[return-value]  # only for updates
 
     def listens(self, event_type: type[Event]) -> bool:
         """Return whether it can do anything on events of this type."""
