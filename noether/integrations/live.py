@@ -26,7 +26,7 @@ from noether.core.callback import label_of, listens
 from noether.core.dispatch import dispatch
 from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
-from noether.core.module import beside, buffers_of, params_of, with_total, write_into
+from noether.core.module import beside, with_total, write_into
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
@@ -35,6 +35,7 @@ from noether.integrations.evaluating import beside_training
 from noether.integrations.optimizers import TorchOptimizer
 from noether.integrations.remembering import recalled, remembered
 from noether.integrations.timing import Clock, Stopwatch
+from noether.integrations.views import Views
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -122,7 +123,7 @@ class LiveRun:
         self._reducer = compose(reducer)
         _check_data(self._reducer.members, self.run)
         self._interpreter = interpreter or directory.interpreter  # type: ignore[union-attr]  # one of them is there
-        self._model = model
+        self._model, self._views = model, Views(model)
         self._optimizer = _watched(model, optimizer)
         self._directory = directory
         self._clock = clock
@@ -367,9 +368,9 @@ class LiveRun:
         self._write_changed(before)
 
     def _viewing(self, state: TrainState) -> TrainState:
-        """Return the state with views of the model and optimizer as they are now: a module may assign its buffers."""
+        """Return the state with views of the model and optimizer as they are now."""
         opt_state = FrozenDict() if self._optimizer is None else self._optimizer.opt_state
-        return state.replace(params=params_of(self._model), buffers=buffers_of(self._model), opt_state=opt_state)
+        return self._views.of(state.replace(opt_state=opt_state))
 
     def _write_changed(self, before: TrainState) -> None:
         """Write into the live objects what callbacks changed of the state that viewed them."""

@@ -356,6 +356,19 @@ def test_the_lengths_of_datasets_are_those_of_samples():
     assert dict(effect.values) == {"samples/list": 20, "samples/loader": 7}
 
 
+def test_a_parameter_that_was_given_other_memory_is_seen():
+    seen = []
+    see = on(AfterUpdate)(lambda state, event: (seen.append(float(state.params["weight"])), (state, ()))[1])
+    network = nn.Linear(1, 1)
+    live = LiveRun(see, run=Run(), model=network, interpreter=Told())
+    live.begin()
+    for value in (1.0, 2.0):
+        network.weight.data = torch.full((1, 1), value)
+        live.micro_batch(samples=1, losses={"ce": 1.0})
+        live.update()
+    assert seen == [1.0, 2.0]
+
+
 def test_memory_of_every_kind_is_recalled():
     state = TrainState(hyperparams={"lr_scale": 0.5}, seed=3)
     state = state.remember("tree", {"at": (1, 2.5, None), "nan": float("inf"), "t": torch.ones(2), "$x": {}})
