@@ -18,6 +18,7 @@ ROOMS = {
     "noether.config": {"noether.core", "noether.core.callbacks", "noether.effects"},
     "noether.testing": {"noether.core", "noether.core.callbacks", "noether.effects"},
     "noether.training": {"noether.core", "noether.core.callbacks", "noether.effects", "noether.config"},
+    "noether.integrations": {"noether.core", "noether.core.callbacks", "noether.effects", "noether.config"},
     "noether.cli": {"noether.core", "noether.core.callbacks", "noether.effects", "noether.config", "noether.training"},
     "noether.examples": {"noether.core"},
 }
@@ -68,6 +69,18 @@ def test_importing_the_core_brings_no_outer_room():
     assert "noether.core.reducer" in loaded
     outer = [room for room in ROOMS if not room.startswith("noether.core")]
     assert [module for module in loaded if room_of(module) in outer] == []
+
+
+def test_a_framework_is_imported_by_its_own_adapter_only():
+    frameworks = {"lightning", "ignite", "transformers", "accelerate", "keras"}
+    code = "import noether, noether.integrations, noether.integrations.live, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    assert "noether.integrations.live" in loaded
+    assert not frameworks & set(loaded)
+    for path in FILES:
+        found = frameworks & {module.partition(".")[0] for module in imported(path)}
+        assert not found or room_of(module_of(path)) == "noether.integrations", path
 
 
 def test_nothing_unpickles():

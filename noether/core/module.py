@@ -77,10 +77,24 @@ def write_into(state: TrainState, model: nn.Module, optimizer: Optimizer | None)
     _write_tensors("parameter", dict(model.named_parameters()), state.params)
     _write_tensors("buffer", dict(model.named_buffers()), state.buffers)
     if optimizer is not None:
-        borrowed = isinstance(state.opt_state, BorrowedOptState) and state.opt_state.views(optimizer)
-        if len(state.opt_state) and not borrowed:
-            _write_opt_state(model, optimizer, state.opt_state)
-        _scale_lr(optimizer, float(state.hyperparams.get("lr_scale", 1.0)))
+        lr_scale = float(state.hyperparams.get("lr_scale", 1.0))
+        write_optimizer(state.opt_state, model, optimizer, lr_scale=lr_scale)
+
+
+@torch.no_grad()
+def write_optimizer(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, *, lr_scale: float) -> None:
+    """Write the memory of an optimizer into a live one, and multiply its learning rates by `lr_scale`, once.
+
+    Args:
+        opt_state: The memory; empty, or that of `optimizer` itself, for what it has.
+        model: Gives the parameters by name.
+        optimizer: The live optimizer.
+        lr_scale: The scale that its learning rates have afterwards.
+    """
+    borrowed = isinstance(opt_state, BorrowedOptState) and opt_state.views(optimizer)
+    if len(opt_state) and not borrowed:
+        _write_opt_state(model, optimizer, opt_state)
+    _scale_lr(optimizer, lr_scale)
 
 
 def _write_tensors(what: str, live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,441 @@
+"""A reducer in the `Trainer` of Hugging Face transformers.
+
+    callback = NoetherCallback(reducer, directory=open_run("runs/mine"))
+    trainer = NoetherTrainer(model, args, train_dataset=dataset, callbacks=[callback])
+    trainer.train()
+
+The callbacks of transformers are not told what the loss of a step was, nor how many samples it had. The documented
+place to learn it is a subclass that overrides `training_step` and `compute_loss`: `NoetherMixin` does that, for any
+trainer, as in `class MyTrainer(NoetherMixin, SFTTrainer): ...`; `NoetherTrainer` is `Trainer` with it. Under a trainer
+that does not report its losses the callback refuses the first update.
+
+| hook of transformers | event | what is filled in |
+|---|---|---|
+| `on_train_begin` | `BeforeTraining` | `resumed` after `resume_from_checkpoint` |
+| `training_step`, its backward done | `AfterAccumulationStep` | everything |
+| `on_step_end` | `AfterUpdate` | all but the parts of `step_s`; `grad_norm` where a callback needs it |
+| `on_epoch_end` | `AfterEpoch` | told once all updates of the epoch are counted |
+| `on_save` | | what the run remembers goes into the checkpoint of transformers, as `noether.safetensors` |
+| `on_train_end` | `AfterTraining` | told at the end of the run, or where `state.stop` gives a reason |
+
+What is different from noether's own trainer:
+
+- `losses` has one entry, `total`: what the trainer went backward from, with label smoothing and `compute_loss_func`.
+  Of an update it is the sum of what its micro-batches gave to it. Where the loss is a mean over each micro-batch,
+  transformers divides by their number and not by their samples: it is their plain mean, a short last one included.
+- `state.stop` sets `control.should_training_stop`. What stops transformers for reasons of its own is no end of the run:
+  it can go on, and `AfterTraining` is not told.
+- The learning rate is the scheduler's times `hyperparams["lr_scale"]`; transformers logs the scheduler's.
+- Transformers cuts a run by `max_steps`, and so `run.end` is a number of updates.
+- An evaluation by the trainer (`eval_strategy`) is its own affair. Callbacks evaluate `Run(data={...})`, with the loss
+  of the model; `Run(forward=...)` takes another.
+- The order of data is a function of `args.data_seed` and the epoch. Dropout draws from torch's generator, whose place
+  is in the checkpoints of transformers and not in those of noether.
+- On several processes every one has batches of one size, as accelerate makes them by default: samples are counted as
+  those of this process times their number, repeated ones at the end of an epoch included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, has_length
+
+from noether.core.iteration import TrainingIteration
+from noether.core.module import forward, write_into, write_optimizer
+from noether.core.packing import unpack
+from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.tree import map_tensors
+from noether.effects.disk import DISK
+from noether.effects.files import make_directories, replace_file
+from noether.effects.tensor_files import read_tensors, tensor_pieces
+from noether.integrations.live import LiveRun, filled
+from noether.integrations.lr_scheduler import MEMORY, SchedulerMemory
+from noether.integrations.remembering import remembered
+from noether.integrations.timing import Clock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from transformers import TrainerControl, TrainingArguments
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+    from noether.effects import RunDirectory
+
+FILE: Final = "noether.safetensors"
+"""What a run remembers, in a checkpoint of transformers."""
+
+
+@final
+class NoetherCallback(TrainerCallback):
+    """Tells a reducer what happens in a `NoetherTrainer`.
+
+    Args:
+        reducer: The callbacks, such as `compose(...)`.
+        run: What callbacks evaluate, `data` and `forward`, and whatever else cannot be read off the trainer.
+        directory: Where the run is kept, from `open_run`.
+        interpreter: What carries effects out, in place of that of the directory.
+        seed: What random numbers of callbacks are derived from.
+        clock: Where time is read.
+
+    Raises:
+        ValueError: If there is neither a directory nor an interpreter.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import TrainingArguments
+        >>> from noether.core.callbacks import OnlineLossCallback
+        >>> class Model(torch.nn.Linear):
+        ...     def forward(self, x, labels):
+        ...         return {"loss": (super().forward(x) - labels).square().mean()}
+        >>> show = lambda effects, state, event: print(state.iteration, *effects) if effects else None
+        >>> callback = NoetherCallback(OnlineLossCallback(every_n_epochs=1), interpreter=show)
+        >>> samples = [{"x": torch.zeros(2), "labels": torch.zeros(1)}] * 8
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     settings = {"num_train_epochs": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True}
+        ...     arguments = TrainingArguments(path, per_device_train_batch_size=4, save_strategy="no", **settings)
+        ...     trainer = NoetherTrainer(Model(2, 1), arguments, train_dataset=samples, callbacks=[callback])
+        ...     _ = trainer.train()
+        E1_U2_S8 LogScalars(values=FrozenDict({'loss/online/total/E1': tensor(..., dtype=torch.float64)}))
+        {'train_runtime': ...}
+    """
+
+    def __init__(
+        self,
+        reducer: Callback,
+        *,
+        run: Run | None = None,
+        directory: RunDirectory | None = None,
+        interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
+        seed: int = 0,
+        clock: Clock | None = None,
+    ) -> None:
+        if directory is None and interpreter is None:
+            raise ValueError("nobody would carry out what the callbacks ask for: give directory=open_run('runs/mine')")
+        self.resume_from: Path | None = None
+        """The checkpoint of transformers that `NoetherMixin.train` was told to go on from."""
+        self._reducer, self._run, self._directory = reducer, Run() if run is None else run, directory
+        self._settings: dict[str, Any] = {"interpreter": interpreter, "seed": seed, "clock": clock or Clock()}
+        self._live: LiveRun | None = None
+        self._model: Any = None
+        self._parts: list[Tensor] = []
+        self._readings: dict[str, Any] = {}
+        self._steps = 0
+
+    @property
+    def live(self) -> LiveRun:
+        """The run beside the trainer.
+
+        Raises:
+            RuntimeError: If training has not begun.
+        """
+        if self._live is None:
+            raise RuntimeError("there is no run before training: call trainer.train() first")
+        return self._live
+
+    def batch_arrived(self) -> None:
+        """Be told that a micro-batch is about to be trained on."""
+        self.live.batch_arrived()
+
+    def micro_batch(self, *, loss: Tensor, samples: int, outputs: Any, of: int) -> None:
+        """Be told of a micro-batch whose gradients are there.
+
+        Args:
+            loss: What it gives to the loss of the update.
+            samples: Its samples in this process.
+            outputs: What the model returned.
+            of: Micro-batches of the update.
+        """
+        live, mean = self.live, loss * of
+        self._parts.append(loss)
+        live.micro_batch(
+            samples=samples * live.run.world_size,
+            losses={"total": _over_ranks(mean) if live.listens_to_micro_batches else mean},
+            outputs=outputs,
+            of=of,
+        )
+        if len(self._parts) == of and "grad_norm" in live.readings:
+            self._readings["grad_norm"] = get_total_norm(_gradients(self._model))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Begin the run, or go on with it.
+
+        Raises:
+            ValueError: If the run in the directory is not where the trainer is.
+            FileNotFoundError: If the checkpoint that is resumed from does not hold what the run remembers.
+        """
+        self._model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._parts, self._readings, self._steps = [], {}, 0
+        self._live = live = LiveRun(
+            compose(SchedulerMemory(kwargs["lr_scheduler"]), self._reducer),
+            run=_completed(self._run, self._model, args, state, kwargs["train_dataloader"]),
+            model=self._model,
+            optimizer=getattr(optimizer, "optimizer", optimizer),  # in the wrapper of accelerate
+            directory=self._directory,
+            **self._settings,
+        )
+        if self.resume_from is not None:
+            live.load_state_dict(_read(self.resume_from))
+        _check_place(live.state, self._directory, state.global_step, resumed=self.resume_from is not None)
+        live.begin()
+        if live.stop is not None:
+            live.end()
+            raise _StoppedError  # transformers would make another update
+        return control
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a trainer that does not report its losses, before anything is applied.
+
+        Raises:
+            TypeError: If it does not.
+        """
+        if not self._parts:
+            raise TypeError(
+                "this trainer does not report its losses: use NoetherTrainer in place of Trainer, or, with a class of "
+                "your own, class MyTrainer(NoetherMixin, YourTrainer): ..."
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Tell of an update."""
+        total, steps = sum(self._parts[1:], start=self._parts[0]), self.live.steps
+        self.live.update(losses={"total": _over_ranks(total)}, skipped=steps == self._steps, **self._readings)
+        self._parts, self._readings, self._steps = [], {}, steps
+        return self._stopping(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Tell of the end of an epoch, if it is completed."""
+        self.live.end_epoch(cut_short=control.should_training_stop or control.should_epoch_stop)
+        return self._stopping(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put what the run remembers into the checkpoint that was just written."""
+        if state.is_world_process_zero:
+            _write(_checkpoint(args, state.global_step), self.live.state_dict())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell of the end of training, if the run is at its end."""
+        if self._is_over():
+            self.live.end()
+        else:
+            self.live.close()
+
+    def _is_over(self) -> bool:
+        return self.live.stop is not None or self.live.state.iteration.reached(self.live.run.end)
+
+    def _stopping(self, control: TrainerControl) -> TrainerControl:
+        control.should_training_stop = control.should_training_stop or self._is_over()
+        return control
+
+
+class NoetherMixin:
+    """A trainer that tells each `NoetherCallback` among its callbacks what transformers does not.
+
+    Put it before the trainer: `class MyTrainer(NoetherMixin, SFTTrainer): ...`
+    """
+
+    _outputs: Any = None
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001  # as in transformers
+        *args: Any,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Train, or go on from a checkpoint of transformers; a run that was stopped stays so.
+
+        Args:
+            resume_from_checkpoint: The checkpoint; True stands for the newest.
+            args: As for the trainer.
+            kwargs: Likewise.
+        """
+        trainer: Any = self
+        path = resume_from_checkpoint
+        if path is True:
+            path = get_last_checkpoint(trainer.args.output_dir) or True  # type: ignore[no-untyped-call]  # transformers'
+        for callback in _watching(trainer):
+            callback.resume_from = Path(path) if isinstance(path, (str, Path)) else None
+        try:
+            output: TrainOutput = super().train(path, *args, **kwargs)  # type: ignore[misc]  # of the trainer beside it
+        except _StoppedError:
+            output = TrainOutput(trainer.state.global_step, math.nan, {})
+        return output
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss of a micro-batch, after its backward."""
+        trainer: Any = self
+        callbacks = _watching(trainer)
+        for callback in callbacks:
+            callback.batch_arrived()
+        samples = [callback.live.run.batch_size(inputs) for callback in callbacks]
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]  # of the trainer
+        outputs, self._outputs = self._outputs, None
+        for callback, size in zip(callbacks, samples, strict=True):
+            callback.micro_batch(
+                loss=loss, samples=size, outputs=outputs, of=trainer.current_gradient_accumulation_steps
+            )
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,  # noqa: FBT001, FBT002  # as in transformers
+        **kwargs: Any,
+    ) -> Any:
+        """Return the loss, with the outputs if they are asked for."""
+        trainer: Any = super()
+        loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self._outputs = map_tensors(Tensor.detach, _without_loss(outputs))
+        return (loss, outputs) if return_outputs else loss
+
+
+class NoetherTrainer(NoetherMixin, Trainer):  # type: ignore[misc]  # transformers leaves it untyped
+    """The `Trainer` of transformers, which tells a `NoetherCallback` its losses."""
+
+
+def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
+    """Write a state as a checkpoint of transformers, and return its path, to resume from.
+
+    It goes below `args.output_dir`, under the name that transformers gives a checkpoint after as many updates.
+
+    Args:
+        saved: A state that a `NoetherCallback` saved, such as `open_run("runs/mine").load()`.
+        trainer: A new trainer for the same model; its model and optimizer take on the weights and memory.
+
+    Raises:
+        KeyError: If the model does not have the weights of the state.
+        ValueError: If the trainer has no model yet.
+    """
+    path = _checkpoint(trainer.args, saved.iteration.update)
+    model, optimizer = trainer.model, trainer.create_optimizer()
+    if model is None:
+        raise ValueError("the trainer has a model_init and no model yet: give Trainer(model=...)")
+    write_into(saved, model, None)
+    write_optimizer(saved.opt_state, model, optimizer, lr_scale=1.0)
+    trainer.save_model(str(path))
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    torch.save(unpack(saved.memory(MEMORY)), path / "scheduler.pt")
+    state = TrainerState(global_step=saved.iteration.update, train_batch_size=trainer.args.train_batch_size)
+    # What transformers compares with its arguments, to warn where they differ.
+    state.compute_steps(trainer.args, trainer.args.max_steps)  # type: ignore[no-untyped-call]  # transformers'
+    state.save_to_json(str(path / "trainer_state.json"))
+    _write(path, remembered(saved))
+    return str(path)
+
+
+class _StoppedError(Exception):
+    """The run that is gone on with was stopped."""
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [each.grad for each in model.parameters() if each.grad is not None]
+
+
+def _watching(trainer: Any) -> list[NoetherCallback]:
+    return [each for each in trainer.callback_handler.callbacks if isinstance(each, NoetherCallback)]
+
+
+def _completed(run: Run, model: nn.Module, args: TrainingArguments, state: TrainerState, loader: Any) -> Run:
+    """Return `run` with what can be read off the trainer."""
+    batches = len(loader) if has_length(loader) else None
+    size = args.train_batch_size * args.world_size
+    samples = None if batches is None else batches * size
+    if samples is not None and args.world_size == 1 and has_length(loader.dataset):
+        samples = min(samples, len(loader.dataset))  # the last batch may be short
+    known = {
+        "end": TrainingIteration(update=state.max_steps),
+        # Where the loader has no length, transformers takes the run for one epoch.
+        "updates_per_epoch": math.ceil(batches / args.gradient_accumulation_steps) if batches else state.max_steps,
+        "samples_per_epoch": samples,
+        "effective_batch_size": size * args.gradient_accumulation_steps,
+        "forward": _forward_of(model),
+    }
+    return filled(run.replace(rank=args.process_index, world_size=args.world_size), **known)
+
+
+def _forward_of(model: nn.Module) -> Callable[..., Any]:
+    def loss(outputs: Any, _: Any) -> dict[str, Tensor]:
+        return {"total": outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]}
+
+    plain = forward(model, loss)
+
+    def call(state: TrainState, batch: Any) -> Any:
+        losses, outputs = plain(state, batch)
+        return losses, _without_loss(outputs)
+
+    return call
+
+
+def _without_loss(outputs: Any) -> Any:
+    """Return what a model returned beside the loss, one thing as it is: the predictions of transformers."""
+    if isinstance(outputs, Mapping):
+        outputs = {name: value for name, value in outputs.items() if name != "loss"}
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+    others = tuple(outputs[1:])
+    return others[0] if len(others) == 1 else others
+
+
+def _over_ranks(loss: Tensor) -> Tensor:
+    """Return the mean of a loss over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return loss
+    mean = loss.clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
+
+
+def _check_place(state: TrainState, directory: RunDirectory | None, update: int, *, resumed: bool) -> None:
+    if resumed:
+        there, what = state.iteration, "what the checkpoint remembers"
+    else:
+        newest = None if directory is None else directory.checkpoints.newest()
+        there, what = TrainingIteration() if newest is None else newest.iteration, "the run in the directory"
+    if there.update != update:
+        raise ValueError(
+            f"{what} is at {there}, and the trainer at update {update}: go on from a checkpoint of transformers, or "
+            "make one, trainer.train(resume_from_checkpoint=to_checkpoint(directory.load(), trainer)); a new run needs "
+            "a new directory"
+        )
+
+
+def _checkpoint(args: TrainingArguments, update: int) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{update}"
+
+
+def _write(checkpoint: Path, memory: Mapping[str, Any]) -> None:
+    make_directories(checkpoint, DISK)
+    replace_file(checkpoint / FILE, tensor_pieces(memory["tensors"], state=memory["state"]), DISK)
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the checkpoint was written without NoetherCallback, and does not hold what the run "
+            "remembers; train without the callback, or from a checkpoint that it wrote"
+        )
+    tensors, facts = read_tensors(path.read_bytes())
+    return {"state": facts["state"], "tensors": tensors}

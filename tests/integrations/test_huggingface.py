@@ -1,0 +1,280 @@
+"""The same callbacks in the Trainer of transformers: the same effects and weights, and every resume is exact."""
+
+import pytest
+import torch
+from reference import LR, STILL, Model, Told, batches, callbacks, ours, points, run, silent, weights
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from noether import AfterAccumulationStep, AfterUpdate, compose
+from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
+from noether.integrations.huggingface import NoetherCallback, NoetherTrainer, to_checkpoint
+from noether.testing import assert_same
+
+SIZE = 2
+END = "E3_U9_S30"
+POINTS = points(10)
+MICRO = batches(POINTS, SIZE)
+
+
+def criterion(outputs, batch):
+    return {"total": nn.functional.cross_entropy(outputs, batch[1])}
+
+
+class Classifier(Model):
+    """The reference's model, as transformers expects one: it takes labels, and returns its loss."""
+
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        return logits if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def classifier():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Classifier()
+
+
+def collated(samples):
+    return {"x": torch.stack([x for x, _ in samples]), "labels": torch.stack([y for _, y in samples])}
+
+
+def arguments(path, **settings):
+    given = {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": SIZE,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0,
+        "lr_scheduler_type": "linear",
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(str(path), **{**given, **settings})
+
+
+class Cut(TrainerCallback):
+    """Ends the loop after some updates, as if the process had been stopped; with a checkpoint of transformers."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            control.should_training_stop = control.should_save = True
+
+
+def theirs(path, *more, reducer=None, resume=None, directory=None, kind=NoetherTrainer, **settings):
+    """Return what was told in a trainer of transformers, the callback and the trainer, after it has trained."""
+    network = classifier()
+    told = Told(directory.interpreter) if directory else Told()
+    callback = NoetherCallback(
+        reducer or callbacks(), run=run(network, criterion), interpreter=told, directory=directory, clock=STILL
+    )
+    trainer = kind(
+        network,
+        arguments(path, **settings),
+        train_dataset=POINTS,
+        data_collator=collated,
+        optimizers=(torch.optim.Adam(network.parameters(), lr=LR), None),
+        callbacks=[callback, *more],
+    )
+    trainer.train(resume_from_checkpoint=resume(trainer) if callable(resume) else resume)
+    return told, callback, trainer
+
+
+def linear(update):
+    """The schedule that transformers has by default, over nine updates."""
+    return LR * max(0.0, (9 - update) / 9)
+
+
+def own(**settings):
+    return ours(MICRO, steps=2, lr=linear, network=classifier(), criterion=criterion, epoch=3, **settings)
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory):
+    return theirs(tmp_path_factory.mktemp("uncut"))
+
+
+def test_tells_what_the_own_trainer_tells(uncut):
+    told, callback, trainer = uncut
+    expected, state = own()
+    assert told.lines[-1][1] == END
+    assert state.hyperparams["lr_scale"] < 1  # a callback lowered it, and no scheduler wrote over it
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(trainer.model), weights(state))
+    memories = dict(callback.live.state.callback_states)
+    del memories["lr_scheduler"]  # the trainer's, for checkpoints of noether
+    assert_same(memories, dict(state.callback_states))
+
+
+@pytest.mark.parametrize("after", range(1, 9))
+def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
+    before, *_ = theirs(tmp_path, Cut(after))
+    assert_same(before.lines, uncut[0].lines[: len(before.lines)])
+    assert before.lines[-1][0] != "AfterTraining"
+    told, callback, trainer = theirs(tmp_path, resume=True)
+    begun = told.lines[0][1]
+    assert begun.split("_")[1] == f"U{after}"
+    assert_same(told.history, uncut[0].after(begun))
+    assert_same(weights(trainer.model), weights(uncut[2].model))
+    assert_same(callback.live.state.callback_states, uncut[1].live.state.callback_states)
+    assert_same(callback.live.state.metrics, uncut[1].live.state.metrics)
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_resumes_from_a_checkpoint_of_noether(after, uncut, tmp_path):
+    with silent(tmp_path / "run") as directory:
+        theirs(tmp_path, Cut(after), directory=directory)
+    with silent(tmp_path / "run") as directory:
+        told, callback, trainer = theirs(
+            tmp_path / "again", directory=directory, resume=lambda trainer: to_checkpoint(directory.load(), trainer)
+        )
+    begun = told.lines[0][1]
+    assert begun.split("_")[1] == f"U{after}"
+    assert_same(told.history, uncut[0].after(begun))
+    assert_same(weights(trainer.model), weights(uncut[2].model))
+    assert_same(callback.live.state.callback_states, uncut[1].live.state.callback_states)
+
+
+def test_early_stopping_stops_the_trainer_and_it_stays_stopped(tmp_path):
+    reducer = callbacks(FixedUpdateEarlyStopping(stop_at_update=4))
+    expected, state = own(reducer=reducer)
+    told, _, trainer = theirs(tmp_path, reducer=reducer, save_strategy="steps", save_steps=1)
+    assert trainer.state.global_step == 4
+    assert_same(told.lines, expected.lines)
+    again, _, trainer = theirs(tmp_path, reducer=reducer, resume=True)
+    assert [line[0] for line in again.lines] == ["BeforeTraining", "AfterTraining"]
+    assert_same(weights(trainer.model), weights(state))
+
+
+def test_a_trainer_that_does_not_report_its_losses_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="use NoetherTrainer"):
+        theirs(tmp_path, kind=Trainer)
+
+
+def test_a_run_that_is_elsewhere_is_refused(tmp_path):
+    with silent(tmp_path / "run") as directory:
+        theirs(tmp_path, Cut(2), directory=directory)
+    with silent(tmp_path / "run") as directory, pytest.raises(ValueError, match=r"is at E0_U2_S8, and .* update 0"):
+        theirs(tmp_path, directory=directory)
+
+
+def test_a_checkpoint_without_memory_is_refused(tmp_path):
+    theirs(tmp_path, Cut(2))
+    (tmp_path / "checkpoint-2" / "noether.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="written without NoetherCallback"):
+        theirs(tmp_path, resume=True)
+
+
+class Kept:
+    """A callback that keeps every event it is told; not pure, and so only for a test."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, state, event):
+        self.events.append(event)
+        return state, ()
+
+    def of(self, kind):
+        return [event for event in self.events if type(event) is kind]
+
+
+def test_every_micro_batch_is_told_with_the_params_that_made_its_losses(tmp_path):
+    expected, kept = Kept(), Kept()
+    own(reducer=compose(expected))
+    theirs(tmp_path, reducer=compose(kept))
+    for kind, names in (
+        (AfterAccumulationStep, ("losses", "outputs", "samples", "accumulation_step", "accumulation_steps")),
+        (AfterUpdate, ("losses", "outputs", "samples", "accumulated", "lr", "weight_decay", "finite", "skipped")),
+    ):
+        found, wanted = kept.of(kind), expected.of(kind)
+        assert len(found) == len(wanted) > 0
+        for one, other in zip(found, wanted, strict=True):
+            seen = {name: getattr(one, name) for name in names}
+            if "outputs" in seen:  # beside the loss, transformers has one thing: the predictions
+                assert_same(seen, {name: getattr(other, name) for name in names})
+
+
+def test_gradients_are_measured_before_they_are_clipped(tmp_path):
+    kept = Kept()
+    theirs(tmp_path / "clipped", reducer=compose(GradNormCallback(every_n_updates=1), kept), max_grad_norm=1e-3)
+    norms = [float(event.grad_norm) for event in kept.of(AfterUpdate)]
+    assert min(norms) > 1e-3
+
+
+def test_a_run_of_some_updates_ends_inside_of_an_epoch(tmp_path):
+    expected, _ = own_of_updates(5)
+    told, *_ = theirs(tmp_path, num_train_epochs=7, max_steps=5, lr_scheduler_type="constant")
+    assert_same(told.lines, expected.lines)
+    assert [line[:2] for line in told.lines[-2:]] == [("AfterUpdate", "E1_U5_S18"), ("AfterTraining", "E1_U5_S18")]
+
+
+def own_of_updates(count):
+    return ours(MICRO, steps=2, network=classifier(), criterion=criterion, update=count)
+
+
+def test_losses_of_unequal_micro_batches_are_what_transformers_goes_backward_from(tmp_path):
+    kept = Kept()
+    *_, trainer = theirs(
+        tmp_path,
+        reducer=compose(kept),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        logging_strategy="steps",
+        logging_steps=1,
+    )
+    first = kept.of(AfterUpdate)[0]
+    assert first.accumulated == (4, 4, 2)
+    means = [event.losses["total"] for event in kept.of(AfterAccumulationStep)[:3]]
+    assert float(first.losses["total"]) == pytest.approx(float(sum(means) / 3))
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert [float(event.losses["total"]) for event in kept.of(AfterUpdate)] == pytest.approx(logged)
+
+
+def language_model():
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config)  # with dropout
+
+
+def sentences():
+    drawn = torch.randint(0, 11, (10, 6), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row, "labels": row.where(torch.arange(6) < 2 + i % 5, -100)} for i, row in enumerate(drawn)]
+
+
+def trained_on_language(path, *more, resume=None, **settings):
+    told = Told()
+    reducer = compose(OnlineLossCallback(every_n_updates=1))
+    callback = NoetherCallback(reducer, interpreter=told, clock=STILL)
+    logged = {"logging_strategy": "steps", "logging_steps": 1, "train_sampling_strategy": "random"}
+    trainer = NoetherTrainer(
+        language_model(),
+        arguments(path, **logged, **settings),
+        train_dataset=sentences(),
+        callbacks=[callback, *more],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return told, trainer
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_weighted_by_tokens_or_smoothed_are_those_that_transformers_logs(smoothing, tmp_path):
+    told, trainer = trained_on_language(tmp_path, label_smoothing_factor=smoothing)
+    losses = [float(e.values["loss/online/total/U1"]) for _, _, effects in told.lines for e in effects]
+    assert losses == pytest.approx([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert len(losses) == 9
+
+
+def test_dropout_and_shuffling_resume_from_a_checkpoint_of_transformers(tmp_path):
+    expected, whole = trained_on_language(tmp_path / "uncut")
+    before, _ = trained_on_language(tmp_path, Cut(4))
+    after, resumed = trained_on_language(tmp_path, resume=True)
+    assert_same([*before.lines, *after.history], expected.lines)
+    assert_same(weights(resumed.model), weights(whole.model))

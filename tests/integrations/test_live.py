@@ -1,0 +1,379 @@
+"""A run in a loop that is not ours, driven by hand."""
+
+import io
+
+import pytest
+import torch
+from reference import LR, STILL, Told, batches, callbacks, grouped, model, optimizer, ours, points, run, silent, weights
+from torch import nn
+
+from noether import (
+    AfterAccumulationStep,
+    AfterUpdate,
+    Run,
+    SetSummary,
+    TrainingIteration,
+    TrainState,
+    callback,
+    compose,
+    log,
+    on,
+)
+from noether.config import load_callbacks
+from noether.core.callbacks import DatasetStatsCallback, MetricCallback, OnlineLossCallback, TrainTimeCallback
+from noether.integrations.evaluating import BesideTraining
+from noether.integrations.live import LiveRun
+from noether.integrations.optimizers import TorchOptimizer
+from noether.integrations.remembering import recalled, remembered
+from noether.integrations.timing import Clock
+from noether.testing import assert_same, effects_of
+
+EPOCHS = 4
+
+
+def lived(network, adam, told, micro, steps, directory=None):
+    updates = grouped(micro, steps)
+    samples = [sum(len(x) for x, _ in update) for update in updates]
+    fixed = run(
+        network,
+        end=TrainingIteration(epoch=EPOCHS),
+        updates_per_epoch=len(updates),
+        samples_per_epoch=sum(samples),
+        effective_batch_size=samples[0],
+    )
+    given = {"run": fixed, "model": network, "optimizer": adam, "directory": directory, "interpreter": told}
+    return LiveRun(callbacks(), **given, clock=STILL)
+
+
+def one_update(live, network, adam, micro):
+    """Accumulate as noether's step does: each loss weighted by its share of the samples."""
+    adam.zero_grad()
+    total = sum(len(x) for x, _ in micro)
+    for x, y in micro:
+        loss = nn.functional.cross_entropy(network(x), y)
+        (loss * (len(x) / total) if len(x) < total else loss).backward()
+        live.micro_batch(samples=len(x), losses={"ce": loss}, of=len(micro))
+    adam.step()
+    live.update()
+
+
+def train(live, network, adam, micro, steps, scheduler=None, until=10**9):
+    """Go on from wherever the run is; the loop is as a framework's would be."""
+    updates = grouped(micro, steps)
+    while live.stop is None and live.state.iteration.epoch < EPOCHS:
+        for update in updates[live.state.iteration.update % len(updates) :]:
+            one_update(live, network, adam, update)
+            if scheduler is not None:
+                scheduler.step()
+            if live.stop is not None or live.state.iteration.update >= until:
+                break
+        if live.state.iteration.update >= until:
+            return
+        live.end_epoch(cut_short=live.stop is not None)
+    live.end()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_it_tells_what_the_trainer_tells(steps):
+    micro = batches(points(36), 8)  # the last of four samples
+    expected, state = ours(micro, steps=steps, epoch=EPOCHS)
+    network, told = model(), Told()
+    adam = optimizer(network)
+    live = lived(network, adam, told, micro, steps)
+    live.begin()
+    train(live, network, adam, micro, steps)
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(network), weights(state))
+    assert_same(live.state.callback_states, state.callback_states)
+    assert any(name == "AfterTraining" for name, *_ in told.lines)
+
+
+@pytest.mark.parametrize("make", [
+    lambda adam: torch.optim.lr_scheduler.LambdaLR(adam, lambda update: 1 / (1 + update)),
+    lambda adam: torch.optim.lr_scheduler.StepLR(adam, step_size=3, gamma=0.5),
+])  # fmt: skip
+def test_a_scale_survives_the_schedulers_of_the_loop(make):
+    micro = batches(points(36), 8)
+    network, told = model(), Told()
+    adam = optimizer(network)
+    scheduler, live = make(adam), lived(network, adam, told, micro, 2)
+    reference = make(torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=LR))
+    rates = []
+    for _ in range(12):
+        rates.append(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step()
+    live.begin()
+    train(live, network, adam, micro, 2, scheduler=scheduler)
+    expected, state = ours(micro, steps=2, lr=rates.__getitem__, epoch=EPOCHS)
+    assert state.hyperparams["lr_scale"] < 1
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(network), weights(state))
+    assert adam.param_groups[0]["lr"] == scheduler.get_last_lr()[0]  # the scheduler sees no scale
+
+
+def saved_and_read(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("until", [1, 3, 4, 7, 8])
+def test_a_frameworks_checkpoint_resumes_the_callbacks(until, tmp_path):
+    micro = batches(points(36), 8)
+    expected, state = ours(micro, steps=2, epoch=EPOCHS)
+    network = model()
+    adam = optimizer(network)
+    with silent(tmp_path / "run") as directory:
+        live = lived(network, adam, Told(directory.interpreter), micro, 2, directory=directory)
+        live.begin()
+        train(live, network, adam, micro, 2, until=until)
+        content = {"model": network.state_dict(), "adam": adam.state_dict(), "noether": live.state_dict()}
+        content = saved_and_read(content)
+        live.end_epoch(cut_short=True)
+        one_update(live, network, adam, micro[:2])  # lost
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    network = model()
+    adam = optimizer(network)
+    with silent(tmp_path / "run") as directory:
+        told = Told(directory.interpreter)
+        live = lived(network, adam, told, micro, 2, directory=directory)
+        network.load_state_dict(content["model"])
+        adam.load_state_dict(content["adam"])
+        live.load_state_dict(content["noether"])
+        live.begin()
+        kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+        assert lines.startswith(kept)
+        assert len(kept) < len(lines)
+        train(live, network, adam, micro, 2)
+    at = told.lines[0][1]
+    assert_same(told.history, expected.after(at))
+    assert_same(weights(network), weights(state))
+
+
+@pytest.mark.parametrize(("until", "asynchronous"), [(1, False), (3, False), (4, True), (8, True)])
+def test_a_checkpoint_of_noether_resumes_loop_and_callbacks(until, asynchronous, tmp_path):
+    micro = batches(points(36), 8)
+    expected, state = ours(micro, steps=2, epoch=EPOCHS)
+    for end in (until, 10**9):
+        network = model()
+        adam = optimizer(network)
+        with silent(tmp_path / "run", asynchronous=asynchronous) as directory:
+            told = Told(directory.interpreter)
+            live = lived(network, adam, told, micro, 2, directory=directory)
+            live.begin()
+            train(live, network, adam, micro, 2, until=end)
+    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert_same(weights(network), weights(state))
+
+
+def test_inside_of_an_update_a_checkpoint_is_of_what_was_before_it():
+    @callback("heard", init=lambda state: 0)
+    @on(AfterAccumulationStep)
+    def hear(state, event):
+        return state.remember("heard", state.memory("heard") + 1), ()
+
+    network = model()
+    live = LiveRun(hear, run=Run(), model=network, interpreter=Told())
+    live.begin()
+    before = live.state_dict()
+    live.micro_batch(samples=4, losses={"ce": 1.0}, of=2)
+    assert live.state.memory("heard") == 1
+    assert_same(live.state_dict(), before)
+    live.begin()  # after an exception there
+    assert (live.state.memory("heard"), live.pending) == (0, 0)
+
+
+def test_what_a_callback_changes_is_written_into_the_model():
+    @on(AfterUpdate)
+    def halve(state, event):
+        return state.replace(params={name: p * 0.5 for name, p in state.params.items()}), ()
+
+    network = nn.Linear(2, 1)
+    live = LiveRun(halve, run=Run(), model=network, interpreter=Told())
+    live.begin()
+    before = weights(network)
+    live.micro_batch(samples=1, losses={"mse": 0.0})
+    live.update()
+    assert_same(weights(network), {name: w * 0.5 for name, w in before.items()})
+    assert live.state.params["weight"].data_ptr() != network.weight.data_ptr()
+
+
+def test_an_update_without_a_loss_was_skipped():
+    heard = []
+    hear = on(AfterUpdate)(lambda state, event: (heard.append((event.skipped, event.samples)), (state, ()))[1])
+    live = LiveRun(hear, run=Run(), model=model(), interpreter=Told())
+    live.begin()
+    live.micro_batch(samples=4, losses={})
+    live.update()
+    assert heard == [(True, 4)]
+
+
+def test_seconds_are_split_into_waiting_and_stepping():
+    seconds = iter(range(100))
+    network, told = model(), Told()
+    clock = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: float(next(seconds)))
+    times = TrainTimeCallback(every_n_updates=1)
+    live = LiveRun(times, run=Run(), model=network, interpreter=told, clock=clock)
+    live.begin()
+    live.batch_arrived()
+    live.micro_batch(samples=1, losses={"ce": 1.0})
+    live.update()
+    (effects,) = [effects for name, _, effects in told.lines if name == "AfterUpdate"]
+    values = {key: float(value) for key, value in effects[0].values.items()}
+    assert set(values.values()) == {1.0}
+
+
+def test_evaluating_leaves_the_generator_as_it_was():
+    data = torch.utils.data.DataLoader(torch.arange(8.0), batch_size=2, shuffle=True)
+    beside = BesideTraining(data, nn.Linear(1, 1))
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    assert len(list(beside)) == 4
+    next(iter(beside))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_step_that_raised_leaves_no_scale_behind():
+    network = nn.Linear(1, 1)
+    sgd = torch.optim.SGD(network.parameters(), lr=1.0)
+    live = TorchOptimizer(network, sgd)
+    live.watch()
+    live.lr_scale = 0.5
+
+    def closure():
+        raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            sgd.step(closure)
+    sgd.step()
+    assert (sgd.param_groups[0]["lr"], live.lr["default"], live.steps) == (1.0, 0.5, 1)
+    again = TorchOptimizer(network, sgd)  # of a new run: the hooks of the old one are gone
+    again.watch()
+    again.lr_scale = 0.5
+    sgd.step()
+    assert (again.lr["default"], live.steps, again.steps) == (0.5, 1, 1)
+    again.release()
+    sgd.step()
+    assert again.steps == 1
+
+
+def test_several_groups_have_their_names():
+    network = nn.Linear(1, 1)
+    groups = [{"params": [network.weight], "lr": 0.1, "name": "weights"}, {"params": [network.bias], "lr": 0.2}]
+    live = TorchOptimizer(network, torch.optim.SGD(groups, lr=1.0))
+    assert (dict(live.lr), dict(live.weight_decay)) == ({"weights": 0.1, "1": 0.2}, {"weights": 0.0, "1": 0.0})
+
+
+def test_refusals_say_what_would_be_right(tmp_path):
+    network = model()
+    given = {"model": network, "interpreter": Told()}
+    with pytest.raises(ValueError, match=r"give directory=open_run"):
+        LiveRun(compose(), run=Run(), model=network)
+    with pytest.raises(ValueError, match=r"2 parameters of the optimizer are not"):
+        LiveRun(compose(), run=Run(), optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()), **given)
+    metric = MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
+    with pytest.raises(AttributeError, match="forward"):
+        LiveRun(metric, run=Run(), **given)
+    with pytest.raises(KeyError, match=r"iterates 'val', and the run has \['vals'\]; did you mean 'vals'"):
+        LiveRun(metric, run=run(network).replace(data={"vals": []}), **given)
+    live = LiveRun(OnlineLossCallback(every_n_epochs=1), run=Run(updates_per_epoch=2), **given)
+    with pytest.raises(ValueError, match="call micro_batch"):
+        live.update()
+    live.begin()
+    live.micro_batch(samples=1, losses={"ce": 1.0})
+    with pytest.raises(ValueError, match="1 micro-batches that made no update"):
+        live.end_epoch()
+    live.update()
+    with pytest.raises(ValueError, match="ended after 1 updates, and every epoch has 2"):
+        live.end_epoch()
+    for _ in range(2):
+        live.micro_batch(samples=1, losses={"ce": 1.0})
+        if live.state.iteration.update == 2:
+            with pytest.raises(ValueError, match="epoch 0 goes on after 2 updates, which is all"):
+                live.update()
+        else:
+            live.update()
+    with pytest.raises(ValueError, match="not what a run remembered"):
+        live.load_state_dict({"epoch": 3})
+
+
+def test_an_epoch_that_was_cut_short_is_not_counted_and_one_that_is_owed_is():
+    told = Told()
+    live = LiveRun(compose(), run=Run(updates_per_epoch=2), model=model(), interpreter=told)
+    live.begin()
+    for _ in range(2):
+        live.micro_batch(samples=1, losses={"ce": 1.0})
+        live.update()
+    live.end_epoch(cut_short=True)
+    live.micro_batch(samples=1, losses={"ce": 1.0})
+    live.update()
+    live.end_epoch(cut_short=True)
+    live.end()
+    live.end()
+    names = [(name, at) for name, at, _ in told.lines]
+    assert names == [
+        ("BeforeTraining", "E0_U0_S0"), ("AfterUpdate", "E0_U1_S1"), ("AfterUpdate", "E0_U2_S2"),
+        ("AfterEpoch", "E1_U2_S2"), ("AfterUpdate", "E1_U3_S3"), ("AfterTraining", "E1_U3_S3"),
+    ]  # fmt: skip
+
+
+def test_the_callbacks_of_a_yaml_file_do_what_they_do_in_python(tmp_path):
+    (tmp_path / "callbacks.yaml").write_text("""
+callbacks:
+  - kind: noether.core.callbacks.OnlineLossCallback
+    every_n_updates: 2
+  - kind: noether.core.callbacks.MetricCallback
+    every_n_epochs: 1
+    dataset_key: val
+    metric: accuracy
+""")
+    told = []
+    written = compose(
+        OnlineLossCallback(every_n_updates=2), MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
+    )
+    for reducer in (load_callbacks(tmp_path / "callbacks.yaml"), written):
+        network = model()
+        told.append(Told())
+        live = LiveRun(reducer, run=run(network, updates_per_epoch=2), model=network, interpreter=told[-1], clock=STILL)
+        live.begin()
+        for _ in range(2):
+            live.micro_batch(samples=1, losses={"ce": 1.0})
+            live.update()
+        live.end()
+    assert_same(told[0].lines, told[1].lines)
+    assert len(told[0].lines[-2][2]) == 1
+
+
+def test_the_lengths_of_datasets_are_those_of_samples():
+    network = model()
+    loader = torch.utils.data.DataLoader(torch.arange(7.0), batch_size=2)
+    data = {"list": batches(points(20), 8), "loader": loader}
+    live = LiveRun(DatasetStatsCallback(), run=Run(data=data), model=network, interpreter=(told := Told()))
+    live.begin()
+    (effect,) = effects_of([line[2] for line in told.lines], SetSummary)
+    assert dict(effect.values) == {"samples/list": 20, "samples/loader": 7}
+
+
+def test_a_parameter_that_was_given_other_memory_is_seen():
+    seen = []
+    see = on(AfterUpdate)(lambda state, event: (seen.append(float(state.params["weight"])), (state, ()))[1])
+    network = nn.Linear(1, 1)
+    live = LiveRun(see, run=Run(), model=network, interpreter=Told())
+    live.begin()
+    for value in (1.0, 2.0):
+        network.weight.data = torch.full((1, 1), value)
+        live.micro_batch(samples=1, losses={"ce": 1.0})
+        live.update()
+    assert seen == [1.0, 2.0]
+
+
+def test_memory_of_every_kind_is_recalled():
+    state = TrainState(hyperparams={"lr_scale": 0.5}, seed=3)
+    state = state.remember("tree", {"at": (1, 2.5, None), "nan": float("inf"), "t": torch.ones(2), "$x": {}})
+    state, _ = log(state.advance(samples=4), AfterUpdate(samples=4), {"a": torch.tensor(1.0), "b": 2})
+    state = state.next_epoch().stopped("enough").replace(ended=True)
+    assert_same(recalled(saved_and_read(remembered(state))), state)
