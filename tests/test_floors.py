@@ -71,6 +71,18 @@ def test_importing_the_core_brings_no_outer_room():
     assert [module for module in loaded if room_of(module) in outer] == []
 
 
+def test_a_framework_is_imported_by_its_own_adapter_only():
+    frameworks = {"lightning", "ignite", "transformers", "accelerate", "keras"}
+    code = "import noether, noether.integrations, noether.integrations.live, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    assert "noether.integrations.live" in loaded
+    assert not frameworks & set(loaded)
+    for path in FILES:
+        found = frameworks & {module.partition(".")[0] for module in imported(path)}
+        assert not found or room_of(module_of(path)) == "noether.integrations", path
+
+
 def test_nothing_unpickles():
     for path in FILES:
         text = path.read_text()

@@ -1,0 +1,225 @@
+"""noether's callbacks in the `Trainer` of PyTorch Lightning: `Trainer(callbacks=[NoetherCallback(reducer)])`.
+
+| Lightning | noether | with |
+|---|---|---|
+| `on_train_start` | `BeforeTraining` | `resumed` if Lightning's checkpoint held the callbacks, or the directory holds a checkpoint |
+| `on_train_batch_start` | | the time before it was spent waiting for data |
+| `on_before_optimizer_step` | | `grad_norm`, before gradients are clipped, if anybody reads it |
+| `on_train_batch_end` | `AfterAccumulationStep`, if anybody listens | losses and outputs of what `training_step` returned, samples of the batch |
+| the same, once the optimizer has stepped | `AfterUpdate` | sums and sample-weighted means of the batches since the last update; learning rates of the step |
+| the same, where the step was left out | `AfterUpdate(skipped=True)` | `training_step` returned None, or a gradient scaler found infinities |
+| `on_train_epoch_end` | `AfterEpoch` | not for an epoch that `should_stop` or `max_steps` cut short |
+| `on_train_end` | `AfterTraining` | `state.stop` if a callback stopped the run; whatever else stops Lightning is an end, too |
+| `state.stop` | `trainer.should_stop = True` | right after the event; Lightning goes on until `min_epochs` and `min_steps` |
+| `state_dict`, `load_state_dict` | the same | in Lightning's checkpoints, which `weights_only=True` reads |
+| sanity check, validation, test, predict | | nothing: callbacks evaluate what `Run(data=...)` gives them |
+| `on_exception` | | nothing is told; what is saved stays saved, and the optimizer is let go |
+
+What is different from noether's own trainer:
+
+- Lightning divides every loss by `accumulate_grad_batches`: a short last micro-batch weighs as much as a full one, and an
+  update with fewer micro-batches is smaller. The losses in events are weighted by samples. Lightning hands on the
+  divided loss; multiplied again it is exact where the number is a power of two, and else up to its last bit.
+- `AfterAccumulationStep` of an update's last micro-batch comes after the optimizer's step: Lightning tells only then.
+- `forward_s`, `backward_s` and `optimizer_s` are not there. Callbacks evaluate in the precision of the parameters.
+- Resumed in the middle of an epoch, Lightning reads its loader from the first batch unless the loader has `state_dict`
+  and `load_state_dict`; with those, its own checkpoints resume exactly. A noether checkpoint holds no loader, so it has
+  to be of an epoch's end; and no schedulers, so a run that has some goes on from Lightning's own.
+- One process and one optimizer: losses are not gathered over ranks.
+"""  # noqa: E501  # a table
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+from lightning.pytorch import Callback as LightningCallback
+from torch.nn.utils import get_total_norm
+
+from noether.core.iteration import TrainingIteration
+from noether.integrations.lengths import lengths_of
+from noether.integrations.live import LiveRun
+from noether.integrations.outputs import losses_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from noether.core.callback import Callback
+
+
+@final
+class NoetherCallback(LightningCallback):
+    """noether's callbacks as one of Lightning's.
+
+    Args:
+        reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
+        losses: Mean losses by name in what `training_step` returned; `total` is added as their sum.
+        settings: `run`, `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from noether.core.callbacks import FixedUpdateEarlyStopping
+        >>> stop = NoetherCallback(FixedUpdateEarlyStopping(stop_at_update=3), interpreter=lambda *_: None)
+        >>> off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = Trainer(accelerator="cpu", max_epochs=9, callbacks=[stop], enable_model_summary=False, **off)
+        >>> trainer.fit(BoringModel(), torch.zeros(4, 2, 32), torch.zeros(1, 2, 32))
+        >>> stop.live.state.iteration, stop.live.stop
+        (TrainingIteration(epoch=0, update=3, sample=6), 'stop_at_update: 3 is reached')
+    """
+
+    def __init__(
+        self, reducer: Callback, *, losses: Callable[[Any], Mapping[str, Any]] = losses_of, **settings: Any
+    ) -> None:
+        super().__init__()
+        self._reducer, self._losses, self._settings = reducer, losses, settings
+        self.live: LiveRun | None = None
+        self._saved: dict[str, Any] | None = None
+        self._seen = 0  # steps of the optimizer at the last update
+        self._grad_norm: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, or go on from what is remembered, loaded, or in the directory."""
+        _check(trainer)
+        saved = self.state_dict()  # of a fit before this one: its optimizer is gone
+        self.live = LiveRun(self._reducer, model=pl_module, optimizer=trainer.optimizers[0], **self._settings)
+        if saved:
+            self.live.load_state_dict(saved)
+        loaded = self.live.begin(**_known(trainer, self.live))
+        self._saved, self._seen = None, 0
+        _take_to(trainer, self.live.state.iteration, loaded=loaded)
+        self._stop(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin the time of a step."""
+        self._running.batch_arrived()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Measure gradients, if anybody reads their norm."""
+        if "grad_norm" in self._running.readings:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._grad_norm = get_total_norm(grads)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell of the micro-batch, and of the update that it completed."""
+        live, steps = self._running, trainer.accumulate_grad_batches
+        outputs = _undivided(outputs, steps if pl_module.automatic_optimization else 1)
+        losses = {} if not outputs else self._losses(outputs)
+        live.micro_batch(samples=live.run.batch_size(batch), losses=losses, outputs=outputs, of=steps)
+        made, self._seen = live.steps - self._seen, live.steps
+        if made > 1:
+            raise ValueError(
+                f"the optimizer made {made} steps in one training_step, and an update is one step: step once per batch"
+            )
+        last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
+        if made or (pl_module.automatic_optimization and (last or live.pending == steps)):
+            live.update(skipped=not made, grad_norm=self._grad_norm)
+            self._grad_norm = None
+        self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of the end of the epoch, if all of its batches were there."""
+        self._running.end_epoch(cut_short=trainer.should_stop or trainer.global_step == trainer.max_steps)
+        self._stop(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of the end of training."""
+        self._running.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let the optimizer go."""
+        if self.live is not None:
+            self.live.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the callbacks remember; nothing before they do."""
+        if self._saved is not None:
+            return self._saved
+        return {} if self.live is None else self.live.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what the callbacks remembered until training begins."""
+        self._saved = state_dict
+
+    @property
+    def _running(self) -> LiveRun:
+        if self.live is None:
+            raise ValueError("training was not begun: Lightning calls on_train_start before any other hook")
+        return self.live
+
+    def _stop(self, trainer: Trainer) -> None:
+        if self._running.stop is not None:
+            trainer.should_stop = True
+
+
+def _check(trainer: Trainer) -> None:
+    if len(trainer.optimizers) != 1:
+        raise ValueError(
+            f"{type(trainer.lightning_module).__name__}.configure_optimizers returns {len(trainer.optimizers)} "
+            "optimizers, and an update is one step of one optimizer: return one, with parameter groups"
+        )
+    if trainer.world_size != 1:
+        raise ValueError(
+            f"this training has {trainer.world_size} processes, and losses are not gathered over them: use devices=1"
+        )
+
+
+def _known(trainer: Trainer, live: LiveRun) -> dict[str, Any]:
+    """Return what Lightning tells of the run."""
+    automatic = trainer.lightning_module.automatic_optimization
+    batches = int(trainer.num_training_batches) if trainer.num_training_batches != float("inf") else None
+    steps = trainer.accumulate_grad_batches
+    lengths = lengths_of(trainer.train_dataloader, batches, steps, live.run.batch_size) if automatic else {}
+    return {**lengths, "end": _end(trainer, lengths.get("updates_per_epoch"))}
+
+
+def _end(trainer: Trainer, updates_per_epoch: int | None) -> TrainingIteration | None:
+    """Return the first end that is reached, or None if there is none."""
+    epochs, updates = trainer.max_epochs, trainer.max_steps
+    if epochs is None or epochs < 0:
+        return None if updates < 0 else TrainingIteration(update=updates)
+    if updates < 0 or (updates_per_epoch is not None and epochs * updates_per_epoch <= updates):
+        return TrainingIteration(epoch=epochs)
+    return TrainingIteration(update=updates)
+
+
+def _undivided(outputs: Any, steps: int) -> Any:
+    """Return what `training_step` returned with the loss as it was before Lightning divided it."""
+    if not outputs or steps == 1:
+        return outputs
+    return {**outputs, "loss": outputs["loss"] * steps}
+
+
+def _take_to(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> None:
+    """Have Lightning go on where the state is; what it was given itself has to be there already."""
+    if trainer.global_step == at.update:
+        return
+    if not loaded or trainer.global_step:
+        raise ValueError(
+            f"Lightning begins at step {trainer.global_step}, and the callbacks remember {at}: give fit(ckpt_path=...) "
+            "a checkpoint that was saved with them, or make a new NoetherCallback for a new run"
+        )
+    if trainer.lr_scheduler_configs:
+        raise ValueError(
+            f"the run goes on at {at}, and where its {len(trainer.lr_scheduler_configs)} schedulers were a noether "
+            "checkpoint does not say: go on from one of Lightning's, with fit(ckpt_path=...)"
+        )
+    batches = int(trainer.num_training_batches)
+    if at.update != at.epoch * -(-batches // trainer.accumulate_grad_batches):
+        raise ValueError(
+            f"the run goes on at {at}, inside of an epoch that Lightning would read from its first batch: save at the "
+            "end of epochs, or go on from one of Lightning's checkpoints, with a loader that has state_dict"
+        )
+    loop = trainer.fit_loop
+    automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
+    for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
+        vars(epochs).update(ready=at.epoch, started=at.epoch, processed=at.epoch, completed=at.epoch)
+    for steps in (automatic.optim_progress.optimizer.step.total, manual.optim_step_progress.total):
+        vars(steps).update(ready=at.update, completed=at.update)
+    loop.epoch_loop._batches_that_stepped = at.update  # noqa: SLF001  # what Lightning's loggers count by

@@ -1,0 +1,371 @@
+"""noether's callbacks in Lightning's trainer, beside noether's own trainer on the same batches."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from reference import LR, STILL, Told, batches, callbacks, model, optimizer, ours, points, run, silent, weights
+from torch import nn
+from torch.utils.data import DataLoader
+
+from noether import AfterUpdate, Run, compose, on
+from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
+from noether.integrations.lightning import NoetherCallback
+from noether.testing import assert_same
+
+EPOCHS = 4
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*' does not have many workers"),  # as few as there are cores
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),  # some tests validate
+]
+
+
+class Module(LightningModule):
+    def __init__(self, schedule=None):
+        super().__init__()
+        self.network = model()
+        self._schedule = schedule
+
+    def forward(self, x):
+        return self.network(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        adam = optimizer(self.network)
+        if self._schedule is None:
+            return adam
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self._schedule)
+        return [adam], [{"scheduler": schedule, "interval": "step"}]
+
+
+class CutError(Exception):
+    """The process is gone."""
+
+
+class CutAt(Callback):
+    def __init__(self, batch):
+        self._batch = batch
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == self._batch:
+            raise CutError
+
+
+def fit(module, data, *callbacks, root, val=None, ckpt_path=None, **settings):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    checkpointing = any(isinstance(each, ModelCheckpoint) for each in callbacks)
+    settings = {"enable_checkpointing": checkpointing, "max_epochs": EPOCHS, "default_root_dir": root, **settings}
+    trainer = Trainer(callbacks=list(callbacks), **quiet, **settings)
+    trainer.fit(module, data, val, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def noether_in(module, told, reducer=None, directory=None, **fields):
+    return NoetherCallback(
+        reducer or callbacks(),
+        losses=lambda outputs: {"ce": outputs["loss"]},
+        run=run(module, **fields),
+        directory=directory,
+        interpreter=told,
+        clock=STILL,
+    )
+
+
+def loader(samples, **settings):
+    return DataLoader(samples, batch_size=8, **settings)
+
+
+@pytest.mark.parametrize(("count", "steps"), [(36, 1), (32, 2)])
+def test_it_tells_what_the_trainer_tells(count, steps, tmp_path):
+    samples = points(count)
+    expected, state = ours(batches(samples, 8), steps=steps, epoch=EPOCHS)
+    module, told = Module(), Told()
+    noether = noether_in(module, told)
+    fit(module, loader(samples), noether, root=tmp_path, val=loader(samples), accumulate_grad_batches=steps)
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(module.network), weights(state))
+    assert (state.hyperparams["lr_scale"] < 1) is (steps == 1)
+
+
+def test_a_short_last_update_is_counted_as_the_trainer_counts_it_and_made_as_lightning_makes_it(tmp_path):
+    quiet = compose(OnlineLossCallback(every_n_epochs=1))
+    samples = points(36)
+    expected, _ = ours(batches(samples, 8), steps=2, reducer=quiet, epoch=EPOCHS)
+    modules, told = (Module(), Module()), Told()
+    noether = noether_in(modules[0], told, reducer=quiet)
+    fit(modules[0], loader(samples), noether, root=tmp_path, accumulate_grad_batches=2)
+    fit(modules[1], loader(samples), root=tmp_path, accumulate_grad_batches=2)
+    assert [line[:2] for line in told.lines] == [line[:2] for line in expected.lines]
+    assert_same(weights(modules[0]), weights(modules[1]))
+
+
+def test_losses_are_those_before_lightning_divides_them(tmp_path):
+    heard = []
+    hear = on(AfterUpdate)(lambda state, event: (heard.append(event), (state, ()))[1])
+
+    class Two(Module):
+        def training_step(self, batch, batch_idx):
+            return {"loss": 0.0 * self(batch[0]).sum() + len(batch[0]), "size": len(batch[0])}
+
+    fit(Two(), loader(points(20)), NoetherCallback(hear, interpreter=Told()), root=tmp_path, max_epochs=1,
+        accumulate_grad_batches=4)  # fmt: skip
+    (event,) = heard
+    assert (event.samples, event.accumulated) == (20, (8, 8, 4))
+    assert float(event.losses["total"]) == pytest.approx((8 * 8 + 8 * 8 + 4 * 4) / 20)
+    assert [outputs["size"] for outputs in event.outputs] == [8, 8, 4]
+
+
+def test_clipped_gradients_are_measured_before(tmp_path):
+    samples = points(36)
+    measured = []
+    reducer = compose(GradNormCallback(every_n_updates=1))
+    for clip in (None, 1e-3):
+        module, told = Module(), Told()
+        fit(module, loader(samples), noether_in(module, told, reducer=reducer), root=tmp_path, gradient_clip_val=clip,
+            max_steps=1)  # fmt: skip
+        measured.append(told.lines[1][2])
+    assert_same(*measured)
+
+
+@pytest.mark.parametrize("stop", [{"stop_at_epoch": 2}, {"stop_at_update": 7}, {"stop_at_update": 10}])
+def test_a_stop_ends_lightning_where_it_ends_the_trainer(stop, tmp_path):
+    samples = points(36)
+    stopping = callbacks(FixedUpdateEarlyStopping(**stop))
+    expected, state = ours(batches(samples, 8), reducer=stopping, epoch=EPOCHS)
+    module, told = Module(), Told()
+    fit(module, loader(samples), noether_in(module, told, reducer=stopping), root=tmp_path, val=loader(samples))
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(module.network), weights(state))
+
+
+@pytest.mark.parametrize("updates", [7, 10])
+def test_an_end_in_steps_is_one_in_updates(updates, tmp_path):
+    samples = points(36)
+    expected, state = ours(batches(samples, 8), update=updates)
+    module, told = Module(), Told()
+    fit(module, loader(samples), noether_in(module, told), root=tmp_path, max_steps=updates)
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(module.network), weights(state))
+
+
+def test_fewer_batches_are_shorter_epochs(tmp_path):
+    samples = points(36)
+    expected, state = ours(batches(samples, 8)[:3], epoch=EPOCHS)
+    module, told = Module(), Told()
+    fit(module, loader(samples), noether_in(module, told), root=tmp_path, limit_train_batches=3)
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(module.network), weights(state))
+
+
+def test_a_scale_survives_lightnings_schedulers(tmp_path):
+    samples = points(36)
+    expected, state = ours(batches(samples, 8), lr=lambda update: LR * (1 / (1 + update)), epoch=EPOCHS)
+    module, told = Module(lambda update: 1 / (1 + update)), Told()
+    fit(module, loader(samples), noether_in(module, told), root=tmp_path)
+    assert state.hyperparams["lr_scale"] < 1
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(module.network), weights(state))
+
+
+class Stateful:
+    """Batches that a resume finds again."""
+
+    def __init__(self, batches):
+        self._batches, self._read = batches, 0
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __iter__(self):
+        for index in range(self._read % len(self), len(self)):
+            self._read = index + 1
+            yield self._batches[index]
+
+    def state_dict(self):
+        return {"read": self._read}
+
+    def load_state_dict(self, state):
+        self._read = state["read"]
+
+
+AT_END = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+AT_VALIDATION = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
+
+
+@pytest.mark.parametrize(("saving", "cut", "validates"), [
+    ({"every_n_train_steps": 7}, 8, False), ({"every_n_train_steps": 7}, 8, True),
+    ({"every_n_train_steps": 4}, 5, False),
+    (AT_END, 11, False), (AT_END, 12, True), (AT_VALIDATION, 11, True),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # who resumes saves no more here
+@pytest.mark.parametrize("steps", [1, 2])
+def test_lightnings_own_checkpoints_resume_the_callbacks(saving, cut, validates, steps, tmp_path):
+    samples = points(32)
+    micro = batches(samples, 8)
+    expected, state = ours(micro, steps=steps, epoch=EPOCHS)
+    fields = {"samples_per_epoch": 32, "effective_batch_size": 8 * steps}
+    if steps == 2 and "every_n_train_steps" in saving:
+        saving, cut = {"every_n_train_steps": saving["every_n_train_steps"] // 2}, 8
+    settings = {"root": tmp_path, "val": loader(samples) if validates else None, "accumulate_grad_batches": steps}
+    module = Module()
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **saving)
+    with pytest.raises(CutError):
+        fit(module, Stateful(micro), noether_in(module, Told(), **fields), saver, CutAt(cut), **settings)
+    path = max(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    module, told = Module(), Told()
+    fit(module, Stateful(micro), noether_in(module, told, **fields), ckpt_path=path, **settings)
+    assert told.lines[0][1] != "E0_U0_S0"
+    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert_same(weights(module.network), weights(state))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_noethers_checkpoints_resume_lightning_and_callbacks(steps, tmp_path):
+    samples = points(32)
+    expected, state = ours(batches(samples, 8), steps=steps, epoch=EPOCHS)
+    settings = {"root": tmp_path, "val": loader(samples), "accumulate_grad_batches": steps}
+    for cut in (8, None, None):
+        module = Module()
+        with silent(tmp_path / "run") as directory:
+            told = Told(directory.interpreter)
+            noether = noether_in(module, told, directory=directory)
+            if cut:
+                with pytest.raises(CutError):
+                    fit(module, loader(samples), noether, CutAt(cut), **settings)
+            else:
+                trainer = fit(module, loader(samples), noether, **settings)
+                assert (trainer.current_epoch, trainer.global_step) == (EPOCHS, state.iteration.update)
+                assert_same(told.history, expected.after(told.lines[0][1]))
+                assert_same(weights(module.network), weights(state))
+    assert [name for name, *_ in told.lines] == ["BeforeTraining"]  # it had ended
+
+
+@pytest.mark.parametrize(("schedule", "cut", "message"), [
+    (None, 7, "E1_U7_S56, inside of an epoch that Lightning would read from its first batch"),
+    (lambda update: 1.0, 8, r"E2_U8_S64, and where its 1 schedulers were"),
+])  # fmt: skip
+def test_what_a_noether_checkpoint_cannot_resume_is_refused(schedule, cut, message, tmp_path):
+    for error, told in ((CutError, None), (ValueError, message)):
+        module = Module(schedule)
+        with silent(tmp_path / "run") as directory:
+            noether = noether_in(module, directory.interpreter, directory=directory)
+            with pytest.raises(error, match=told):
+                fit(module, loader(points(32)), noether, CutAt(cut), root=tmp_path)
+
+
+def test_callbacks_and_trainer_have_to_be_of_one_run(tmp_path):
+    module, told = Module(), Told()
+    noether = noether_in(module, told, reducer=OnlineLossCallback(every_n_epochs=1))
+    trainer = fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=1)
+    trainer.fit_loop.max_epochs = trainer.fit_loop.epoch_loop.max_steps = -1
+    with pytest.raises(ValueError, match=r"begins at step 0, and the callbacks remember E1_U4_S32"):
+        fit(module, loader(points(32)), noether, root=tmp_path)
+
+
+def test_fit_called_again_goes_on(tmp_path):
+    module, told = Module(), Told()
+    noether = noether_in(module, told, reducer=OnlineLossCallback(every_n_epochs=1))
+    trainer = fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=1)
+    trainer.fit(module, loader(points(32)))  # nothing is left to do
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(points(32)))
+    names = [(name, at) for name, at, _ in told.lines if name != "AfterUpdate"]
+    assert names == [
+        ("BeforeTraining", "E0_U0_S0"), ("AfterEpoch", "E1_U4_S32"), ("AfterTraining", "E1_U4_S32"),
+        ("BeforeTraining", "E1_U4_S32"), ("AfterEpoch", "E2_U8_S64"), ("AfterTraining", "E2_U8_S64"),
+    ]  # fmt: skip
+
+
+class Manual(Module):
+    def __init__(self, steps=1):
+        super().__init__()
+        self.automatic_optimization = False
+        self._steps = steps
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        adam = self.optimizers()
+        adam.zero_grad()
+        self.manual_backward(loss)
+        for _ in range(self._steps):
+            adam.step()
+        return loss
+
+
+def test_manual_optimization_is_told_by_its_steps(tmp_path):
+    samples = points(36)
+    expected, state = ours(batches(samples, 8), epoch=EPOCHS)
+    module, told = Manual(), Told()
+    fields = {"updates_per_epoch": 5, "samples_per_epoch": 36, "effective_batch_size": 8}
+    fit(module, loader(samples), noether_in(module, told, **fields), root=tmp_path)
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(module.network), weights(state))
+    module = Manual(steps=2)
+    with pytest.raises(ValueError, match="made 2 steps in one training_step"):
+        fit(module, loader(samples), noether_in(module, Told(), **fields), root=tmp_path)
+
+
+class Several(Module):
+    def configure_optimizers(self):
+        return [optimizer(self.network), optimizer(self.network)]
+
+    def training_step(self, batch, batch_idx):
+        return None
+
+    automatic_optimization = False
+
+
+def test_several_optimizers_are_refused(tmp_path):
+    module = Several()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match=r"Several.configure_optimizers returns 2 optimizers"):
+        fit(module, loader(points(8)), noether_in(module, Told()), root=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_a_batch_that_is_left_out_is_a_skipped_update(tmp_path):
+    heard = []
+    hear = on(AfterUpdate)(lambda state, event: (heard.append((event.skipped, event.samples)), (state, ()))[1])
+
+    class Picky(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx != 1 else None
+
+    fit(Picky(), loader(points(20)), NoetherCallback(hear, interpreter=Told()), root=tmp_path, max_epochs=1)
+    assert heard == [(False, 8), (True, 8), (False, 4)]
+
+
+def test_callbacks_do_not_disturb_what_lightning_draws(tmp_path):
+    def trained(*, watched):
+        torch.manual_seed(5)
+        module = Module()
+        module.network = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 2))
+        data = {"val": DataLoader(points(20, seed=2), batch_size=4, shuffle=True)}
+        quiet = compose(
+            *(each for each in callbacks(tolerance=99).members if not type(each).__name__.startswith("Reduce"))
+        )
+        noether = NoetherCallback(quiet, run=run(module).replace(data=data), interpreter=Told(), clock=STILL)
+        fit(module, loader(points(36), shuffle=True), *([noether] if watched else []), root=tmp_path)
+        return weights(module)
+
+    assert_same(trained(watched=True), trained(watched=False))
+
+
+def test_an_exception_lets_the_optimizer_go(tmp_path):
+    module = Module()
+    noether = noether_in(module, Told())
+    with pytest.raises(CutError):
+        fit(module, loader(points(36)), noether, CutAt(3), root=tmp_path)
+    steps = noether.live.steps
+    noether.live._optimizer._optimizer.step()  # noqa: SLF001  # Lightning's trainer is gone
+    assert noether.live.steps == steps
+
+
+def test_what_nobody_would_carry_out_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give directory=open_run"):
+        fit(Module(), loader(points(8)), NoetherCallback(compose(), run=Run()), root=tmp_path)
