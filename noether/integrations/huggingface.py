@@ -1,4 +1,4 @@
-"""A reducer in the `Trainer` of Hugging Face transformers.
+"""noether's callbacks in the `Trainer` of Hugging Face transformers.
 
     callback = NoetherCallback(reducer, directory=open_run("runs/mine"))
     trainer = NoetherTrainer(model, args, train_dataset=dataset, callbacks=[callback])
@@ -9,22 +9,24 @@ place to learn it is a subclass that overrides `training_step` and `compute_loss
 trainer, as in `class MyTrainer(NoetherMixin, SFTTrainer): ...`; `NoetherTrainer` is `Trainer` with it. Under a trainer
 that does not report its losses the callback refuses the first update.
 
-| hook of transformers | event | what is filled in |
+| transformers | noether | with |
 |---|---|---|
-| `on_train_begin` | `BeforeTraining` | `resumed` after `resume_from_checkpoint` |
-| `training_step`, its backward done | `AfterAccumulationStep` | everything |
-| `on_step_end` | `AfterUpdate` | all but the parts of `step_s`; `grad_norm` where a callback needs it |
-| `on_epoch_end` | `AfterEpoch` | told once all updates of the epoch are counted |
-| `on_save` | | what the run remembers goes into the checkpoint of transformers, as `noether.safetensors` |
-| `on_train_end` | `AfterTraining` | told at the end of the run, or where `state.stop` gives a reason |
+| `on_train_begin` | `BeforeTraining`, after it an `AfterEpoch` that is owed | `resumed` after `resume_from_checkpoint` |
+| `training_step` begins | | the time before it was spent waiting for data |
+| `training_step`, its backward done | `AfterAccumulationStep`, if anybody listens | losses, outputs, samples; before the optimizer steps |
+| `on_step_end` | `AfterUpdate` | losses, outputs, samples, learning rates of the step, `grad_norm` before clipping if anybody reads it |
+| the same, where a gradient scaler left the step out | `AfterUpdate(skipped=True)` | |
+| `on_epoch_end` | `AfterEpoch` | once all updates of the epoch are counted |
+| `on_save`, `resume_from_checkpoint` | `state_dict`, `load_state_dict` | in the checkpoints of transformers, as `noether.safetensors` |
+| `on_train_end` | `AfterTraining` | at the end of the run, or where `state.stop` gives a reason |
+| `state.stop` | `control.should_training_stop` | right after the event; a run that was stopped makes no update when it is resumed |
 
 What is different from noether's own trainer:
 
 - `losses` has one entry, `total`: what the trainer went backward from, with label smoothing and `compute_loss_func`.
   Of an update it is the sum of what its micro-batches gave to it. Where the loss is a mean over each micro-batch,
   transformers divides by their number and not by their samples: it is their plain mean, a short last one included.
-- `state.stop` sets `control.should_training_stop`. What stops transformers for reasons of its own is no end of the run:
-  it can go on, and `AfterTraining` is not told.
+- What stops transformers for reasons of its own is no end of the run: it can go on, and `AfterTraining` is not told.
 - The learning rate is the scheduler's times `hyperparams["lr_scale"]`; transformers logs the scheduler's.
 - Transformers cuts a run by `max_steps`, and so `run.end` is a number of updates.
 - An evaluation by the trainer (`eval_strategy`) is its own affair. Callbacks evaluate `Run(data={...})`, with the loss
@@ -33,7 +35,9 @@ What is different from noether's own trainer:
   is in the checkpoints of transformers and not in those of noether.
 - On several processes every one has batches of one size, as accelerate makes them by default: samples are counted as
   those of this process times their number, repeated ones at the end of an epoch included.
-"""
+- `forward_s`, `backward_s` and `optimizer_s` are not there. A hyperparameter search is not supported: its trials save
+  elsewhere.
+"""  # noqa: E501  # a table
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from noether.core.iteration import TrainingIteration
 from noether.core.module import forward, write_into, write_optimizer
@@ -58,10 +62,10 @@ from noether.core.tree import map_tensors
 from noether.effects.disk import DISK
 from noether.effects.files import make_directories, replace_file
 from noether.effects.tensor_files import read_tensors, tensor_pieces
+from noether.integrations.accelerate import lengths
 from noether.integrations.live import LiveRun, filled
 from noether.integrations.lr_scheduler import MEMORY, SchedulerMemory
 from noether.integrations.remembering import remembered
-from noether.integrations.timing import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,13 +73,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainingArguments
 
-    from noether.core.callback import Callback, Effects
-    from noether.core.event import Event
+    from noether.core.callback import Callback
     from noether.core.state import TrainState
     from noether.effects import RunDirectory
 
 FILE: Final = "noether.safetensors"
 """What a run remembers, in a checkpoint of transformers."""
+_NO_RUN: Final = Run()
 
 
 @final
@@ -83,15 +87,9 @@ class NoetherCallback(TrainerCallback):
     """Tells a reducer what happens in a `NoetherTrainer`.
 
     Args:
-        reducer: The callbacks, such as `compose(...)`.
-        run: What callbacks evaluate, `data` and `forward`, and whatever else cannot be read off the trainer.
-        directory: Where the run is kept, from `open_run`.
-        interpreter: What carries effects out, in place of that of the directory.
-        seed: What random numbers of callbacks are derived from.
-        clock: Where time is read.
-
-    Raises:
-        ValueError: If there is neither a directory nor an interpreter.
+        reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
+        run: What callbacks evaluate, and whatever else cannot be read off the trainer.
+        settings: `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
 
     Example:
         >>> import tempfile
@@ -112,22 +110,10 @@ class NoetherCallback(TrainerCallback):
         {'train_runtime': ...}
     """
 
-    def __init__(
-        self,
-        reducer: Callback,
-        *,
-        run: Run | None = None,
-        directory: RunDirectory | None = None,
-        interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
-        seed: int = 0,
-        clock: Clock | None = None,
-    ) -> None:
-        if directory is None and interpreter is None:
-            raise ValueError("nobody would carry out what the callbacks ask for: give directory=open_run('runs/mine')")
+    def __init__(self, reducer: Callback, *, run: Run = _NO_RUN, **settings: Any) -> None:
         self.resume_from: Path | None = None
         """The checkpoint of transformers that `NoetherMixin.train` was told to go on from."""
-        self._reducer, self._run, self._directory = reducer, Run() if run is None else run, directory
-        self._settings: dict[str, Any] = {"interpreter": interpreter, "seed": seed, "clock": clock or Clock()}
+        self._reducer, self._run, self._settings = reducer, run, settings
         self._live: LiveRun | None = None
         self._model: Any = None
         self._parts: list[Tensor] = []
@@ -185,12 +171,13 @@ class NoetherCallback(TrainerCallback):
             run=_completed(self._run, self._model, args, state, kwargs["train_dataloader"]),
             model=self._model,
             optimizer=getattr(optimizer, "optimizer", optimizer),  # in the wrapper of accelerate
-            directory=self._directory,
             **self._settings,
         )
         if self.resume_from is not None:
             live.load_state_dict(_read(self.resume_from))
-        _check_place(live.state, self._directory, state.global_step, resumed=self.resume_from is not None)
+        _check_place(
+            live.state, self._settings.get("directory"), state.global_step, resumed=self.resume_from is not None
+        )
         live.begin()
         if live.stop is not None:
             live.end()
@@ -360,17 +347,11 @@ def _watching(trainer: Any) -> list[NoetherCallback]:
 
 def _completed(run: Run, model: nn.Module, args: TrainingArguments, state: TrainerState, loader: Any) -> Run:
     """Return `run` with what can be read off the trainer."""
-    batches = len(loader) if has_length(loader) else None
-    size = args.train_batch_size * args.world_size
-    samples = None if batches is None else batches * size
-    if samples is not None and args.world_size == 1 and has_length(loader.dataset):
-        samples = min(samples, len(loader.dataset))  # the last batch may be short
     known = {
         "end": TrainingIteration(update=state.max_steps),
         # Where the loader has no length, transformers takes the run for one epoch.
-        "updates_per_epoch": math.ceil(batches / args.gradient_accumulation_steps) if batches else state.max_steps,
-        "samples_per_epoch": samples,
-        "effective_batch_size": size * args.gradient_accumulation_steps,
+        "updates_per_epoch": state.max_steps,
+        **lengths(loader, args.gradient_accumulation_steps, args.world_size),
         "forward": _forward_of(model),
     }
     return filled(run.replace(rank=args.process_index, world_size=args.world_size), **known)
