@@ -116,6 +116,20 @@ class Told:
         return [line for line in self.lines if line[0] != "BeforeTraining"]
 
 
+class Kept:
+    """A callback that keeps every event it is told; not pure, and so only for a test."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, state, event):
+        self.events.append(event)
+        return state, ()
+
+    def of(self, kind):
+        return [event for event in self.events if type(event) is kind]
+
+
 class Listed:
     """The same micro-batches in every epoch, as the trainer asks for them."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, debug_launcher
 from accelerate.state import AcceleratorState, GradientState
-from reference import LR, STILL, Told, batches, callbacks, loss, model, ours, points, run, silent, weights
+from reference import LR, STILL, Kept, Told, batches, callbacks, loss, model, ours, points, run, silent, weights
 
 from noether import AfterUpdate, TrainingIteration, compose
 from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
@@ -81,20 +81,6 @@ def test_a_short_last_group_makes_a_smaller_update_and_its_losses_are_what_they_
     first, others = kept.of(AfterUpdate)[:3], expected.of(AfterUpdate)[:3]
     assert [event.accumulated for event in first] == [event.accumulated for event in others] == [(2, 2), (2, 2), (2,)]
     assert_same([event.losses for event in first], [event.losses for event in others])  # of before the update
-
-
-class Kept:
-    """A callback that keeps every event it is told; not pure, and so only for a test."""
-
-    def __init__(self):
-        self.events = []
-
-    def __call__(self, state, event):
-        self.events.append(event)
-        return state, ()
-
-    def of(self, kind):
-        return [event for event in self.events if type(event) is kind]
 
 
 @pytest.fixture(scope="module")

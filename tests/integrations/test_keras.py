@@ -7,10 +7,10 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras
 import pytest
 import torch
-from reference import STILL, VAL, Told, batches, callbacks, ours, points, silent, weights
+from reference import STILL, VAL, Kept, Told, batches, callbacks, ours, points, silent, weights
 
 from noether import AfterAccumulationStep, AfterUpdate, Run, TrainingIteration, compose
-from noether.core.callbacks import FixedUpdateEarlyStopping, LrCallback, OnlineLossCallback
+from noether.core.callbacks import FixedUpdateEarlyStopping, LrCallback, OfflineLossCallback, OnlineLossCallback
 from noether.core.callbacks.base import CallbackBase
 from noether.integrations.keras import NoetherCallback
 from noether.integrations.keras_module import KerasModule
@@ -222,20 +222,6 @@ def test_lr_scale_multiplies_what_keras_says(scheduled):
     assert said == pytest.approx(LR * 0.5**5 if scheduled else LR)
 
 
-class Kept:
-    """A callback that keeps every event it is told; not pure, and so only for a test."""
-
-    def __init__(self):
-        self.events = []
-
-    def __call__(self, state, event):
-        self.events.append(event)
-        return state, ()
-
-    def of(self, kind):
-        return [event for event in self.events if type(event) is kind]
-
-
 def test_losses_are_those_of_the_batch_and_hold_all_that_keras_adds():
     kept = Kept()
     model = classifier(keras.optimizers.SGD(0.0), regularizer="l2")
@@ -303,6 +289,43 @@ def test_another_optimizer_is_refused(tmp_path):
         theirs(classifier(), directory=directory, cut=5)
     with silent(tmp_path) as directory, pytest.raises(KeyError, match="give the optimizer it was"):
         theirs(classifier(sgd()), directory=directory)
+
+
+def test_validation_and_metrics_of_keras_are_its_own_affair(uncut):
+    model = classifier(metrics=["accuracy"])
+    told = Told()
+    run = Run(data={"val": VAL}, samples_per_epoch=10, effective_batch_size=SIZE)
+    callback = NoetherCallback(callbacks(), run=run, interpreter=told, clock=STILL)
+    x, y = stacked(POINTS)
+    settings = {"batch_size": SIZE, "epochs": EPOCHS, "shuffle": False, "verbose": 0}
+    history = model.fit(x, y, **settings, validation_data=(x[:3], y[:3]), callbacks=[callback])
+    assert "val_accuracy" in history.history
+    assert_same(told.lines, uncut[0].lines)
+    assert_same(weights(KerasModule(model)), uncut[2])
+
+
+class Own(keras.Sequential):
+    """Its loss is its own, with the signature that Keras had before it told of training."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return 2 * super().compute_loss(x, y, y_pred, sample_weight)
+
+
+def test_a_loss_of_the_models_own_is_told_and_evaluated():
+    kept = Kept()
+    model = Own([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(optimizer=keras.optimizers.SGD(0.0), loss=LOSS)
+    evaluate = OfflineLossCallback(every_n_updates=5, dataset_key="val")
+    told, _ = theirs(model, reducer=compose(evaluate, kept), epochs=1)
+    x, y = stacked(POINTS)
+    with torch.no_grad():
+        first = 2 * float(LOSS(y[:SIZE], model(x[:SIZE])))
+    assert float(kept.of(AfterUpdate)[0].losses["total"]) == pytest.approx(first)
+    assert len(kept.of(AfterAccumulationStep)) == len(kept.of(AfterUpdate)) == 5  # evaluations are no micro-batches
+    x, y = (torch.cat(parts) for parts in zip(*VAL, strict=True))
+    logged = next(e.values for _, _, effects in told.lines for e in effects)
+    with torch.no_grad():
+        assert float(logged["loss/val/total"]) == pytest.approx(2 * float(LOSS(y, model(x))))
 
 
 def test_a_compiled_step_is_refused():
