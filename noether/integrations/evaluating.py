@@ -24,6 +24,23 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def beside_training(data: Iterable[Any], model: nn.Module) -> Iterable[Any]:
+    """Return `data` for callbacks that iterate it beside training; a list of batches stays one, on the model's device.
+
+    Example:
+        >>> beside_training([torch.ones(2)], torch.nn.Linear(2, 1))
+        [tensor([1., 1.])]
+    """
+    if isinstance(data, (list, tuple)):
+        device = device_of(model)
+        return [_on(device, batch) for batch in data]
+    return BesideTraining(data, model)
+
+
+def _on(device: torch.device, batch: Any) -> Any:
+    return batch if device.type == "cpu" else map_tensors(lambda tensor: tensor.to(device), batch)
+
+
 @final
 class BesideTraining:
     """Batches on the device of a model; reading them leaves torch's generator on the CPU as it was.
@@ -56,6 +73,6 @@ class BesideTraining:
         device = device_of(self._model)
         try:
             for batch in self._data:
-                yield batch if device.type == "cpu" else map_tensors(lambda tensor: tensor.to(device), batch)
+                yield _on(device, batch)
         finally:
             torch.set_rng_state(generator)

@@ -21,6 +21,8 @@ What is different from noether's own trainer:
 - `grad_norm`, `forward_s`, `backward_s` and `optimizer_s` are not there: all that happens inside of the step.
 - A resume in the middle of an epoch finds its batch again with `DeterministicEngine`; `Engine` reads the epoch from its
   first batch, so there a noether checkpoint has to be of an epoch's end. Its own checkpoints are taken as they come.
+- A scheduler of the learning rate resumes from noether's checkpoints if it is given to `attach`; one of torch that is not
+  given is refused there. Schedulers beside the learning rate are the user's to save.
 - One process: losses are not gathered over ranks.
 """  # noqa: E501  # a table
 
@@ -28,11 +30,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import ignite.distributed as idist
 from ignite.engine import DeterministicEngine, Events
 
 from noether.core.iteration import TrainingIteration
+from noether.core.reducer import compose
 from noether.integrations.lengths import lengths_of
 from noether.integrations.live import LiveRun
+from noether.integrations.lr_scheduler import SchedulerMemory
 from noether.integrations.outputs import losses_of
 
 if TYPE_CHECKING:
@@ -51,6 +56,7 @@ def attach(
     *,
     model: nn.Module,
     optimizer: Optimizer,
+    scheduler: Any = None,
     accumulation_steps: int = 1,
     losses: Callable[[Any], Mapping[str, Any]] = losses_of,
     **settings: Any,
@@ -62,6 +68,8 @@ def attach(
         reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
         model: The module that holds all parameters that are trained.
         optimizer: The optimizer that the engine's step uses.
+        scheduler: What sets the learning rate, of torch or of ignite, if anything does: noether's checkpoints then hold
+            its place. If it is stepped after an iteration, attach what does that before.
         accumulation_steps: Iterations of one update.
         losses: Mean losses by name in the engine's output; `total` is added as their sum.
         settings: `run`, `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
@@ -85,8 +93,10 @@ def attach(
         >>> run.state.iteration
         TrainingIteration(epoch=1, update=2, sample=8)
     """
+    memory = None if scheduler is None else SchedulerMemory(scheduler)
+    reducer = reducer if memory is None else compose(memory, reducer)
     live = LiveRun(reducer, model=model, optimizer=optimizer, **settings)
-    attached = _Attached(live, accumulation_steps, losses)
+    attached = _Attached(live, accumulation_steps, losses, memory, optimizer)
     engine.add_event_handler(Events.STARTED, attached.begin)
     engine.add_event_handler(Events.GET_BATCH_COMPLETED, live.batch_arrived)
     engine.add_event_handler(Events.ITERATION_COMPLETED, attached.iterate)
@@ -98,17 +108,31 @@ def attach(
 class _Attached:
     """The handlers of one engine."""
 
-    def __init__(self, live: LiveRun, accumulation_steps: int, losses: Callable[[Any], Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        live: LiveRun,
+        accumulation_steps: int,
+        losses: Callable[[Any], Mapping[str, Any]],
+        scheduler: SchedulerMemory | None,
+        optimizer: Optimizer,
+    ) -> None:
         self._live, self._steps, self._losses = live, accumulation_steps, losses
+        self._scheduler, self._optimizer = scheduler, optimizer
         self._seen = 0  # steps of the optimizer at the last update
 
     def begin(self, engine: Engine) -> None:
-        state = engine.state
-        known: dict[str, Any] = {"end": self._end(engine)}
-        known |= lengths_of(state.dataloader, state.epoch_length, self._steps, self._live.run.batch_size)
-        loaded = self._live.begin(**known)
-        self._seen = self._live.steps
+        if idist.get_world_size() != 1:
+            raise ValueError(
+                f"this training has {idist.get_world_size()} processes, and losses are not gathered over them: use one"
+            )
+        state, live = engine.state, self._live
+        loaded = live.load()
+        if loaded:
+            self._restore_scheduler()
         self._take_to(engine, loaded=loaded)
+        lengths: dict[str, Any] = lengths_of(state.dataloader, state.epoch_length, self._steps, live.run.batch_size)
+        live.begin(end=self._end(engine), **lengths)
+        self._seen = live.steps
         self._stop(engine)
 
     def iterate(self, engine: Engine) -> None:
@@ -139,6 +163,15 @@ class _Attached:
         epochs, rest = divmod(state.max_iters, state.epoch_length or state.max_iters + 1)
         return TrainingIteration(update=epochs * -(-(state.epoch_length or 0) // self._steps) + rest // self._steps)
 
+    def _restore_scheduler(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.restore(self._live.state)
+        elif any("initial_lr" in group for group in self._optimizer.param_groups):
+            raise ValueError(
+                f"the run goes on at {self._live.state.iteration}, and where the scheduler of its learning rate was "
+                "its checkpoint does not say: give attach(scheduler=...) from the start, or load one of ignite's"
+            )
+
     def _take_to(self, engine: Engine, *, loaded: bool) -> None:
         """Have the engine go on where the state is; what it was given itself has to be there already."""
         at, found, length = self._live.state.iteration, engine.state.iteration, engine.state.epoch_length
@@ -146,8 +179,9 @@ class _Attached:
             return
         if length is None:
             raise ValueError(f"the run goes on at {at}, and where that is in an epoch nobody knows: give epoch_length")
-        inside = min((at.update - at.epoch * -(-length // self._steps)) * self._steps, length)
-        expected = at.epoch * length + inside
+        epoch, updates = divmod(at.update, -(-length // self._steps))  # one whose end is owed is told by `begin`
+        inside = updates * self._steps
+        expected = epoch * length + inside
         if found != expected and (found or not loaded):
             raise ValueError(
                 f"the engine begins at iteration {found}, and the callbacks remember {at}, which is iteration "
@@ -159,7 +193,7 @@ class _Attached:
                 f"the run goes on at {at}, {inside} iterations into an epoch that Engine would read from its first "
                 "batch: use DeterministicEngine, or save at the end of epochs"
             )
-        engine.state.iteration, engine.state.epoch = expected, at.epoch
+        engine.state.iteration, engine.state.epoch = expected, epoch
 
 
 def _finds_its_place(engine: Engine) -> bool:

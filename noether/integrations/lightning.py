@@ -24,7 +24,7 @@ What is different from noether's own trainer:
 - `forward_s`, `backward_s` and `optimizer_s` are not there. Callbacks evaluate in the precision of the parameters.
 - Resumed in the middle of an epoch, Lightning reads its loader from the first batch unless the loader has `state_dict`
   and `load_state_dict`; with those, its own checkpoints resume exactly. A noether checkpoint holds no loader, so it has
-  to be of an epoch's end; and no schedulers, so a run that has some goes on from Lightning's own.
+  to be of an epoch's end; and where one scheduler is that does not look at metrics. Else go on from Lightning's own.
 - One process and one optimizer: losses are not gathered over ranks.
 """  # noqa: E501  # a table
 
@@ -36,8 +36,10 @@ from lightning.pytorch import Callback as LightningCallback
 from torch.nn.utils import get_total_norm
 
 from noether.core.iteration import TrainingIteration
+from noether.core.reducer import compose
 from noether.integrations.lengths import lengths_of
 from noether.integrations.live import LiveRun
+from noether.integrations.lr_scheduler import SchedulerMemory
 from noether.integrations.outputs import losses_of
 
 if TYPE_CHECKING:
@@ -86,12 +88,19 @@ class NoetherCallback(LightningCallback):
         """Begin, or go on from what is remembered, loaded, or in the directory."""
         _check(trainer)
         saved = self.state_dict()  # of a fit before this one: its optimizer is gone
-        self.live = LiveRun(self._reducer, model=pl_module, optimizer=trainer.optimizers[0], **self._settings)
+        schedulers = [SchedulerMemory(each.scheduler) for each in trainer.lr_scheduler_configs[:1]]
+        reducer = compose(*schedulers, self._reducer)
+        self.live = live = LiveRun(reducer, model=pl_module, optimizer=trainer.optimizers[0], **self._settings)
         if saved:
-            self.live.load_state_dict(saved)
-        loaded = self.live.begin(**_known(trainer, self.live))
+            live.load_state_dict(saved)
+        loaded = live.load()
+        if loaded:
+            _check_resumable(trainer, live.state.iteration)
+            for scheduler in schedulers:
+                scheduler.restore(live.state)
+        _take_to(trainer, live.state.iteration, loaded=loaded)
+        live.begin(**_known(trainer, live))
         self._saved, self._seen = None, 0
-        _take_to(trainer, self.live.state.iteration, loaded=loaded)
         self._stop(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -196,6 +205,29 @@ def _undivided(outputs: Any, steps: int) -> Any:
     return {**outputs, "loss": outputs["loss"] * steps}
 
 
+def _check_resumable(trainer: Trainer, at: TrainingIteration) -> None:
+    """Refuse to go on from a noether checkpoint that does not hold all that Lightning would need."""
+    configs, instead = (
+        trainer.lr_scheduler_configs,
+        "go on from one of Lightning's checkpoints, with fit(ckpt_path=...)",
+    )
+    if len(configs) > 1 or any(each.reduce_on_plateau for each in configs):
+        raise ValueError(
+            f"the run goes on at {at}, and a noether checkpoint holds where one scheduler was that does not look at "
+            f"metrics, not {[type(each.scheduler).__name__ for each in configs]}: {instead}"
+        )
+    batches = trainer.num_training_batches
+    if batches == float("inf") or at.update % _updates_per_epoch(trainer):
+        raise ValueError(
+            f"the run goes on at {at}, inside of an epoch that Lightning would read from its first batch: save at the "
+            f"end of epochs, or {instead} and a loader that has state_dict"
+        )
+
+
+def _updates_per_epoch(trainer: Trainer) -> int:
+    return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+
+
 def _take_to(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> None:
     """Have Lightning go on where the state is; what it was given itself has to be there already."""
     if trainer.global_step == at.update:
@@ -205,21 +237,10 @@ def _take_to(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> None:
             f"Lightning begins at step {trainer.global_step}, and the callbacks remember {at}: give fit(ckpt_path=...) "
             "a checkpoint that was saved with them, or make a new NoetherCallback for a new run"
         )
-    if trainer.lr_scheduler_configs:
-        raise ValueError(
-            f"the run goes on at {at}, and where its {len(trainer.lr_scheduler_configs)} schedulers were a noether "
-            "checkpoint does not say: go on from one of Lightning's, with fit(ckpt_path=...)"
-        )
-    batches = int(trainer.num_training_batches)
-    if at.update != at.epoch * -(-batches // trainer.accumulate_grad_batches):
-        raise ValueError(
-            f"the run goes on at {at}, inside of an epoch that Lightning would read from its first batch: save at the "
-            "end of epochs, or go on from one of Lightning's checkpoints, with a loader that has state_dict"
-        )
-    loop = trainer.fit_loop
+    loop, epoch = trainer.fit_loop, at.update // _updates_per_epoch(trainer)  # one whose end is owed is told by `begin`
     automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
-        vars(epochs).update(ready=at.epoch, started=at.epoch, processed=at.epoch, completed=at.epoch)
+        vars(epochs).update(ready=epoch, started=epoch, processed=epoch, completed=epoch)
     for steps in (automatic.optim_progress.optimizer.step.total, manual.optim_step_progress.total):
         vars(steps).update(ready=at.update, completed=at.update)
     loop.epoch_loop._batches_that_stepped = at.update  # noqa: SLF001  # what Lightning's loggers count by

@@ -5,6 +5,7 @@ else is here, once for all of them: the state, the clock, dispatch, what a callb
 
 | the adapter calls | event | with |
 |---|---|---|
+| `load()` | | takes up a saved state, before the loop is taken to its place; `begin` does it if nobody did |
 | `begin()` | `BeforeTraining`, `AfterEpoch` if it is owed | `resumed` where a saved state is gone on with |
 | `batch_arrived()` | | begins the time of the step; the time before it was spent waiting for data |
 | `micro_batch(...)` | `AfterAccumulationStep`, if anybody listens | what was given |
@@ -25,15 +26,16 @@ from noether.core.callback import label_of, listens
 from noether.core.dispatch import dispatch
 from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
-from noether.core.module import beside, buffers_of, params_of, with_total, write_into
+from noether.core.module import beside, with_total, write_into
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tree import FrozenDict
-from noether.integrations.evaluating import BesideTraining
+from noether.integrations.evaluating import beside_training
 from noether.integrations.optimizers import TorchOptimizer
 from noether.integrations.remembering import recalled, remembered
 from noether.integrations.timing import Clock, Stopwatch
+from noether.integrations.views import Views
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -121,7 +123,7 @@ class LiveRun:
         self._reducer = compose(reducer)
         _check_data(self._reducer.members, self.run)
         self._interpreter = interpreter or directory.interpreter  # type: ignore[union-attr]  # one of them is there
-        self._model = model
+        self._model, self._views = model, Views(model)
         self._optimizer = _watched(model, optimizer)
         self._directory = directory
         self._clock = clock
@@ -161,16 +163,15 @@ class LiveRun:
         """How many micro-batches there were since the last update."""
         return len(self._pending)
 
-    def begin(self, saved: TrainState | None = None, **known: Any) -> bool:
-        """Tell the callbacks that training begins, or goes on.
+    def load(self, saved: TrainState | None = None) -> bool:
+        """Take up the state to go on from, and tell nobody yet.
 
-        It goes on from `saved`; left out, from what this object or `load_state_dict` remembers, else from the newest
-        checkpoint in the directory. What is loaded is written into model and optimizer, but for what is remembered:
-        there the framework has done that.
+        That is `saved`; left out, what this object or `load_state_dict` remembers, else the newest checkpoint in the
+        directory. What is loaded is written into model and optimizer, but for what is remembered: there the framework
+        has done that.
 
         Args:
             saved: A loaded state.
-            known: What the framework knows of the run now, such as `end`, for what was not given; None is not known.
 
         Returns:
             Whether a state was loaded here, so that the loop has to be taken to `state.iteration`.
@@ -179,24 +180,44 @@ class LiveRun:
             KeyError: If the model does not have the parameters of the saved state.
             CheckpointError: If there are checkpoints in the directory, and none that the run can go on from.
         """
+        if saved is None and self._directory is not None and not self._remembers:
+            saved = self._directory.load()
+        if saved is None:
+            return False
+        write_into(saved, self._model, None)
+        if self._optimizer is not None:
+            self._optimizer.load(saved.opt_state)
+        self._state, self._remembers = saved, True
+        return True
+
+    def begin(self, saved: TrainState | None = None, **known: Any) -> bool:
+        """Tell the callbacks that training begins, or goes on from what `load` takes up if that was not called before.
+
+        Log lines in the directory beyond the state are dropped, to be written again.
+
+        Args:
+            saved: A loaded state, as for `load`.
+            known: What the framework knows of the run now, such as `end`, for what was not given; None is not known.
+
+        Returns:
+            What `load` returns.
+
+        Raises:
+            LogError: If the log in the directory is damaged.
+        """
         self.run = filled(self._given, **known)
-        remembers = saved is None and self._remembers
-        if saved is None and self._directory is not None:
-            if remembers:
-                self._directory.cut_logs(self._state)
-            else:
-                saved = self._directory.resume()
-        if saved is not None:
-            self._load(saved)
+        loaded, resumed = self.load(saved), self._remembers
+        if self._directory is not None:
+            self._directory.cut_logs(self._state if resumed else None)
         self._state = self._state.replace(callback_states=beside(self._model, self._state.callback_states))
         self._remembers = True
         if self._optimizer is not None:
             self._optimizer.watch()
         self._scale()
-        self._tell(self._state, BeforeTraining, resumed=remembers or saved is not None)
+        self._tell(self._state, BeforeTraining, resumed=resumed)
         self._end_owed_epoch()  # where the framework saved between an epoch's last update and its end
         self._stopwatch.read()
-        return saved is not None
+        return loaded
 
     def batch_arrived(self) -> None:
         """Begin the time of the step; the time since the last one was spent waiting for data."""
@@ -340,12 +361,6 @@ class LiveRun:
         if self._owes_epoch:
             self._tell(self._state.next_epoch(), AfterEpoch)
 
-    def _load(self, saved: TrainState) -> None:
-        write_into(saved, self._model, None)
-        if self._optimizer is not None:
-            self._optimizer.load(saved.opt_state)
-        self._state = saved
-
     def _tell(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
         event = event_type(run=self.run, time_s=self._clock.wall_s(), **readings)
         before = self._viewing(state)
@@ -353,9 +368,9 @@ class LiveRun:
         self._write_changed(before)
 
     def _viewing(self, state: TrainState) -> TrainState:
-        """Return the state with views of the model and optimizer as they are now: a module may assign its buffers."""
+        """Return the state with views of the model and optimizer as they are now."""
         opt_state = FrozenDict() if self._optimizer is None else self._optimizer.opt_state
-        return state.replace(params=params_of(self._model), buffers=buffers_of(self._model), opt_state=opt_state)
+        return self._views.of(state.replace(opt_state=opt_state))
 
     def _write_changed(self, before: TrainState) -> None:
         """Write into the live objects what callbacks changed of the state that viewed them."""
@@ -388,7 +403,7 @@ def _completed(run: Run, model: nn.Module, directory: RunDirectory | None) -> Ru
     run = filled(run, frozen=frozen, run_id=None if directory is None else directory.run_id)
     if "data" not in vars(run):
         return run
-    return run.replace(data={key: BesideTraining(data, model) for key, data in run.data.items()})
+    return run.replace(data={key: beside_training(data, model) for key, data in run.data.items()})
 
 
 def _check_data(members: tuple[Callback, ...], run: Run) -> None:

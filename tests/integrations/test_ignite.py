@@ -1,6 +1,7 @@
 """noether's callbacks on engines of pytorch-ignite, beside noether's own trainer on the same batches."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -247,6 +248,45 @@ def test_noethers_checkpoints_resume_engine_and_callbacks(steps, iteration, kind
     assert told.lines[0][1] != "E0_U0_S0"
     assert_same(told.history, expected.after(told.lines[0][1]))
     assert_same(weights(network), weights(state))
+
+
+def scheduled(network, directory, told, *, given=True, of_ignite=False, cut=0):
+    adam = optimizer(network)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda update: 1 / (1 + update))
+    engine = Engine(accumulating(network, adam, 1, 5))
+    if of_ignite:
+        scheduler = LRScheduler(scheduler)
+        engine.add_event_handler(Events.ITERATION_STARTED, scheduler)
+    else:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: scheduler.step())
+    settings = {"run": run(network), "directory": directory, "interpreter": told, "clock": STILL}
+    settings |= {"scheduler": scheduler if given else None, "losses": lambda outputs: outputs}
+    attach(engine, callbacks(), model=network, optimizer=adam, **settings)
+    engine.add_event_handler(Events.ITERATION_STARTED, cut_at(cut))
+    return engine
+
+
+@pytest.mark.parametrize("of_ignite", [False, True])
+def test_a_scheduler_resumes_from_noethers_checkpoints(of_ignite, tmp_path):
+    micro = batches(points(36), 8)
+    expected, state = ours(micro, lr=lambda update: LR * (1 / (1 + update)), epoch=EPOCHS)
+    for cut in (6, 0):
+        network = model()
+        with silent(tmp_path / "run") as directory:
+            told = Told(directory.interpreter)
+            engine = scheduled(network, directory, told, of_ignite=of_ignite, cut=cut)
+            with pytest.raises(CutError) if cut else nullcontext():
+                engine.run(micro, max_epochs=EPOCHS)
+    assert_same(told.history, expected.after("E1_U5_S36"))
+    assert_same(weights(network), weights(state))
+
+
+def test_a_scheduler_whose_place_nobody_knows_is_refused(tmp_path):
+    for cut, error, message in ((6, CutError, "gone"), (0, ValueError, r"give attach\(scheduler=...\) from the start")):
+        with silent(tmp_path / "run") as directory:
+            engine = scheduled(model(), directory, directory.interpreter, given=False, cut=cut)
+            with pytest.raises(error, match=message):
+                engine.run(batches(points(36), 8), max_epochs=EPOCHS)
 
 
 def test_an_engine_that_cannot_find_its_place_is_refused(tmp_path):

@@ -143,6 +143,28 @@ def test_a_stop_ends_lightning_where_it_ends_the_trainer(stop, tmp_path):
     assert_same(weights(module.network), weights(state))
 
 
+def test_lightning_goes_on_after_a_stop_until_its_minimum(tmp_path):
+    module, told = Module(), Told()
+    noether = noether_in(module, told, reducer=FixedUpdateEarlyStopping(stop_at_epoch=1))
+    fit(module, loader(points(32)), noether, root=tmp_path, min_epochs=3)
+    names = [(name, at) for name, at, _ in told.lines if name != "AfterUpdate"]
+    assert names[1:] == [
+        ("AfterEpoch", "E1_U4_S32"), ("AfterEpoch", "E2_U8_S64"), ("AfterEpoch", "E3_U12_S96"),
+        ("AfterTraining", "E3_U12_S96"),
+    ]  # fmt: skip
+
+
+def test_mixed_precision_is_lightnings(tmp_path):
+    trained = []
+    for watched in (True, False):
+        module, told = Module(), Told()
+        noether = noether_in(module, told, reducer=compose(OnlineLossCallback(every_n_epochs=1)))
+        fit(module, loader(points(32)), *([noether] if watched else []), root=tmp_path, precision="bf16-mixed",
+            gradient_clip_val=0.1)  # fmt: skip
+        trained.append(weights(module))
+    assert_same(*trained)
+
+
 @pytest.mark.parametrize("updates", [7, 10])
 def test_an_end_in_steps_is_one_in_updates(updates, tmp_path):
     samples = points(36)
@@ -224,13 +246,14 @@ def test_lightnings_own_checkpoints_resume_the_callbacks(saving, cut, validates,
     assert_same(weights(module.network), weights(state))
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_noethers_checkpoints_resume_lightning_and_callbacks(steps, tmp_path):
+@pytest.mark.parametrize(("steps", "schedule"), [(1, None), (2, None), (1, lambda update: 1 / (1 + update))])
+def test_noethers_checkpoints_resume_lightning_and_callbacks(steps, schedule, tmp_path):
     samples = points(32)
-    expected, state = ours(batches(samples, 8), steps=steps, epoch=EPOCHS)
+    rate = schedule or (lambda update: 1.0)
+    expected, state = ours(batches(samples, 8), steps=steps, epoch=EPOCHS, lr=lambda update: LR * rate(update))
     settings = {"root": tmp_path, "val": loader(samples), "accumulate_grad_batches": steps}
     for cut in (8, None, None):
-        module = Module()
+        module = Module(schedule)
         with silent(tmp_path / "run") as directory:
             told = Told(directory.interpreter)
             noether = noether_in(module, told, directory=directory)
@@ -245,24 +268,47 @@ def test_noethers_checkpoints_resume_lightning_and_callbacks(steps, tmp_path):
     assert [name for name, *_ in told.lines] == ["BeforeTraining"]  # it had ended
 
 
-@pytest.mark.parametrize(("schedule", "cut", "message"), [
-    (None, 7, "E1_U7_S56, inside of an epoch that Lightning would read from its first batch"),
-    (lambda update: 1.0, 8, r"E2_U8_S64, and where its 1 schedulers were"),
+class OnPlateau(Module):
+    def configure_optimizers(self):
+        adam = optimizer(self.network)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(adam)
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+
+@pytest.mark.parametrize(("kind", "cut", "message"), [
+    (Module, 7, "E1_U7_S56, inside of an epoch that Lightning would read from its first batch"),
+    (OnPlateau, 8, r"E2_U8_S64, and a noether checkpoint holds .*, not \['ReduceLROnPlateau'\]"),
 ])  # fmt: skip
-def test_what_a_noether_checkpoint_cannot_resume_is_refused(schedule, cut, message, tmp_path):
+def test_what_a_noether_checkpoint_cannot_resume_is_refused(kind, cut, message, tmp_path):
     for error, told in ((CutError, None), (ValueError, message)):
-        module = Module(schedule)
+        module = kind()
         with silent(tmp_path / "run") as directory:
             noether = noether_in(module, directory.interpreter, directory=directory)
             with pytest.raises(error, match=told):
-                fit(module, loader(points(32)), noether, CutAt(cut), root=tmp_path)
+                fit(module, loader(points(32)), noether, CutAt(cut), root=tmp_path, val=loader(points(32)))
+
+
+def test_a_refusal_drops_no_line_of_the_log(tmp_path):
+    with silent(tmp_path / "run") as directory:
+        module = Module()
+        noether = noether_in(module, directory.interpreter, directory=directory)
+        fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=2)
+        early = noether.state_dict()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    early["state"]["iteration"] = "E1_U4_S32"
+    with silent(tmp_path / "run") as directory:
+        module = Module()
+        noether = noether_in(module, directory.interpreter, directory=directory)
+        noether.load_state_dict(early)
+        with pytest.raises(ValueError, match=r"begins at step 0, and the callbacks remember E1_U4_S32"):
+            fit(module, loader(points(32)), noether, root=tmp_path)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
 
 
 def test_callbacks_and_trainer_have_to_be_of_one_run(tmp_path):
     module, told = Module(), Told()
     noether = noether_in(module, told, reducer=OnlineLossCallback(every_n_epochs=1))
-    trainer = fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=1)
-    trainer.fit_loop.max_epochs = trainer.fit_loop.epoch_loop.max_steps = -1
+    fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=1)
     with pytest.raises(ValueError, match=r"begins at step 0, and the callbacks remember E1_U4_S32"):
         fit(module, loader(points(32)), noether, root=tmp_path)
 

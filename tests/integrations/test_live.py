@@ -7,14 +7,26 @@ import torch
 from reference import LR, STILL, Told, batches, callbacks, grouped, model, optimizer, ours, points, run, silent, weights
 from torch import nn
 
-from noether import AfterAccumulationStep, AfterUpdate, Run, TrainingIteration, TrainState, callback, compose, log, on
-from noether.core.callbacks import MetricCallback, OnlineLossCallback, TrainTimeCallback
+from noether import (
+    AfterAccumulationStep,
+    AfterUpdate,
+    Run,
+    SetSummary,
+    TrainingIteration,
+    TrainState,
+    callback,
+    compose,
+    log,
+    on,
+)
+from noether.config import load_callbacks
+from noether.core.callbacks import DatasetStatsCallback, MetricCallback, OnlineLossCallback, TrainTimeCallback
 from noether.integrations.evaluating import BesideTraining
 from noether.integrations.live import LiveRun
 from noether.integrations.optimizers import TorchOptimizer
 from noether.integrations.remembering import recalled, remembered
 from noether.integrations.timing import Clock
-from noether.testing import assert_same
+from noether.testing import assert_same, effects_of
 
 EPOCHS = 4
 
@@ -140,14 +152,14 @@ def test_a_frameworks_checkpoint_resumes_the_callbacks(until, tmp_path):
     assert_same(weights(network), weights(state))
 
 
-@pytest.mark.parametrize("until", [1, 3, 4, 8])
-def test_a_checkpoint_of_noether_resumes_loop_and_callbacks(until, tmp_path):
+@pytest.mark.parametrize(("until", "asynchronous"), [(1, False), (3, False), (4, True), (8, True)])
+def test_a_checkpoint_of_noether_resumes_loop_and_callbacks(until, asynchronous, tmp_path):
     micro = batches(points(36), 8)
     expected, state = ours(micro, steps=2, epoch=EPOCHS)
     for end in (until, 10**9):
         network = model()
         adam = optimizer(network)
-        with silent(tmp_path / "run") as directory:
+        with silent(tmp_path / "run", asynchronous=asynchronous) as directory:
             told = Told(directory.interpreter)
             live = lived(network, adam, told, micro, 2, directory=directory)
             live.begin()
@@ -305,6 +317,56 @@ def test_an_epoch_that_was_cut_short_is_not_counted_and_one_that_is_owed_is():
         ("BeforeTraining", "E0_U0_S0"), ("AfterUpdate", "E0_U1_S1"), ("AfterUpdate", "E0_U2_S2"),
         ("AfterEpoch", "E1_U2_S2"), ("AfterUpdate", "E1_U3_S3"), ("AfterTraining", "E1_U3_S3"),
     ]  # fmt: skip
+
+
+def test_the_callbacks_of_a_yaml_file_do_what_they_do_in_python(tmp_path):
+    (tmp_path / "callbacks.yaml").write_text("""
+callbacks:
+  - kind: noether.core.callbacks.OnlineLossCallback
+    every_n_updates: 2
+  - kind: noether.core.callbacks.MetricCallback
+    every_n_epochs: 1
+    dataset_key: val
+    metric: accuracy
+""")
+    told = []
+    written = compose(
+        OnlineLossCallback(every_n_updates=2), MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
+    )
+    for reducer in (load_callbacks(tmp_path / "callbacks.yaml"), written):
+        network = model()
+        told.append(Told())
+        live = LiveRun(reducer, run=run(network, updates_per_epoch=2), model=network, interpreter=told[-1], clock=STILL)
+        live.begin()
+        for _ in range(2):
+            live.micro_batch(samples=1, losses={"ce": 1.0})
+            live.update()
+        live.end()
+    assert_same(told[0].lines, told[1].lines)
+    assert len(told[0].lines[-2][2]) == 1
+
+
+def test_the_lengths_of_datasets_are_those_of_samples():
+    network = model()
+    loader = torch.utils.data.DataLoader(torch.arange(7.0), batch_size=2)
+    data = {"list": batches(points(20), 8), "loader": loader}
+    live = LiveRun(DatasetStatsCallback(), run=Run(data=data), model=network, interpreter=(told := Told()))
+    live.begin()
+    (effect,) = effects_of([line[2] for line in told.lines], SetSummary)
+    assert dict(effect.values) == {"samples/list": 20, "samples/loader": 7}
+
+
+def test_a_parameter_that_was_given_other_memory_is_seen():
+    seen = []
+    see = on(AfterUpdate)(lambda state, event: (seen.append(float(state.params["weight"])), (state, ()))[1])
+    network = nn.Linear(1, 1)
+    live = LiveRun(see, run=Run(), model=network, interpreter=Told())
+    live.begin()
+    for value in (1.0, 2.0):
+        network.weight.data = torch.full((1, 1), value)
+        live.micro_batch(samples=1, losses={"ce": 1.0})
+        live.update()
+    assert seen == [1.0, 2.0]
 
 
 def test_memory_of_every_kind_is_recalled():
