@@ -136,10 +136,10 @@ class AcceleratedRun:
             loader: The training data, prepared.
         """
         steps = self._accelerator.gradient_accumulation_steps
-        known: dict[str, Any] = {**lengths(loader, steps, self._accelerator.num_processes)}
-        loaded = self.live.begin(**known)
-        if loaded and self._scheduler is not None:
+        if self.live.load() and self._scheduler is not None:
             self._scheduler.restore(self.live.state)
+        known: dict[str, Any] = {**lengths(loader, steps, self._accelerator.num_processes)}
+        self.live.begin(**known)
         self._seen = self.live.steps
         while not self.is_over():
             for batch in self._left(loader, steps):

@@ -75,7 +75,6 @@ if TYPE_CHECKING:
 
     from noether.core.callback import Callback
     from noether.core.state import TrainState
-    from noether.effects import RunDirectory
 
 FILE: Final = "noether.safetensors"
 """What a run remembers, in a checkpoint of transformers."""
@@ -175,9 +174,8 @@ class NoetherCallback(TrainerCallback):
         )
         if self.resume_from is not None:
             live.load_state_dict(_read(self.resume_from))
-        _check_place(
-            live.state, self._settings.get("directory"), state.global_step, resumed=self.resume_from is not None
-        )
+        live.load()
+        _check_place(live.state.iteration, state.global_step)
         live.begin()
         if live.stop is not None:
             live.end()
@@ -266,6 +264,7 @@ class NoetherMixin:
         try:
             output: TrainOutput = super().train(path, *args, **kwargs)  # type: ignore[misc]  # of the trainer beside it
         except _StoppedError:
+            trainer.is_in_train = False
             output = TrainOutput(trainer.state.global_step, math.nan, {})
         return output
 
@@ -388,17 +387,12 @@ def _over_ranks(loss: Tensor) -> Tensor:
     return mean / dist.get_world_size()
 
 
-def _check_place(state: TrainState, directory: RunDirectory | None, update: int, *, resumed: bool) -> None:
-    if resumed:
-        there, what = state.iteration, "what the checkpoint remembers"
-    else:
-        newest = None if directory is None else directory.checkpoints.newest()
-        there, what = TrainingIteration() if newest is None else newest.iteration, "the run in the directory"
-    if there.update != update:
+def _check_place(at: TrainingIteration, update: int) -> None:
+    if at.update != update:
         raise ValueError(
-            f"{what} is at {there}, and the trainer at update {update}: go on from a checkpoint of transformers, or "
-            "make one, trainer.train(resume_from_checkpoint=to_checkpoint(directory.load(), trainer)); a new run needs "
-            "a new directory"
+            f"the run is at {at}, and the trainer at update {update}: go on from a checkpoint of transformers, or make "
+            "one, trainer.train(resume_from_checkpoint=to_checkpoint(directory.load(), trainer)); a new run needs a "
+            "new directory"
         )
 
 

@@ -24,6 +24,8 @@ What is different from noether's own trainer:
 - A learning rate is a number of 32 bits: 0.1 is logged as 0.10000000149011612.
 - Keras does not tell how many samples an epoch has: give `Run(samples_per_epoch=..., effective_batch_size=...)` where a
   callback asks for it, as `ProgressCallback` does.
+- `epochs` of `fit` is where the run ends, whatever was trained before: a run of three epochs is not made longer by another
+  call with three, but by one with six.
 - `fit` begins with the first batch of an epoch. A run that was cut in the middle of one goes on in two calls: with the
   batches that are left and `epochs` one more than the epochs that are completed, then with all; give
   `Run(end=..., updates_per_epoch=...)` then, for neither call tells them. The epoch to begin with is set by the
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from noether.core.callback import Callback
+    from noether.core.state import TrainState
 
 _NO_RUN = Run()
 _NOTHING: Mapping[str, Any] = FrozenDict()
@@ -120,11 +123,12 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
                 f"an epoch of {steps} batches is not made of whole updates of {accumulated}, and Keras would carry "
                 "gradients over its end: choose gradient_accumulation_steps or batch_size so that it is"
             )
-        self._losses = []
+        updates = None if steps is None else steps // accumulated
         end = TrainingIteration(epoch=self.params["epochs"])
-        live.begin(end=end, updates_per_epoch=None if steps is None else steps // accumulated)
-        if not self._is_over():
-            self._check_place(None if steps is None else steps // accumulated)
+        live.load()
+        _check_place(live.state, filled(live.run, end=end, updates_per_epoch=updates), updates)
+        self._losses = []
+        live.begin(end=end, updates_per_epoch=updates)
         self._listen()
         # As keras.callbacks.BackupAndRestore does; past the last epoch there is nothing to do.
         epoch = self.params["epochs"] if self._is_over() else live.state.iteration.epoch
@@ -185,19 +189,6 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
                 self._live.load_state_dict(self._remembered)
         return self._live, self._optimizer
 
-    def _check_place(self, updates: int | None) -> None:
-        """Refuse other batches than those that are left of the epoch."""
-        at, per_epoch = self.live.state.iteration, getattr(self.live.run, "updates_per_epoch", None)
-        if updates is None or per_epoch is None:
-            return
-        left = (at.epoch + 1) * per_epoch - at.update
-        if left != updates:
-            raise ValueError(
-                f"the run goes on at {at}, where {left} of {per_epoch} updates are left of the epoch, and fit was "
-                f"given {updates}: give it the batches that are left with epochs={at.epoch + 1}, then all of them, and "
-                "Run(end=..., updates_per_epoch=...)"
-            )
-
     def _listen(self) -> None:
         """Override `compute_loss` on the model object."""
         self.model.__dict__.pop("compute_loss", None)  # of a call that an exception ended
@@ -228,3 +219,18 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     def _stop(self) -> None:
         if self._is_over():
             self.model.stop_training = True
+
+
+def _check_place(state: TrainState, run: Run, updates: int | None) -> None:
+    """Refuse other batches than those that are left of the epoch."""
+    at, per_epoch = state.iteration, getattr(run, "updates_per_epoch", None)
+    if updates is None or per_epoch is None or state.stop is not None or at.reached(run.end):
+        return
+    left = per_epoch - at.update % per_epoch
+    if left != updates:
+        epochs = at.update // per_epoch + 1
+        raise ValueError(
+            f"the run goes on at {at}, where {left} of {per_epoch} updates are left of the epoch, and fit was given "
+            f"{updates}: give it the batches that are left with epochs={epochs}, then all of them, and "
+            "Run(end=..., updates_per_epoch=...)"
+        )

@@ -150,6 +150,24 @@ def assert_resumed(told, callback, model, uncut):
     assert_same(callback.live.state.callback_states, whole.live.state.callback_states)
 
 
+def dropping():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dropout(0.5, seed=1), keras.layers.Dense(2)])
+    model.compile(optimizer=keras.optimizers.SGD(LR, momentum=0.9), loss=LOSS)
+    return model
+
+
+def test_dropout_of_keras_resumes(tmp_path):
+    whole, model = dropping(), dropping()
+    expected, _ = theirs(whole)
+    with silent(tmp_path) as directory:
+        theirs(dropping(), directory=directory, cut=5)
+    with silent(tmp_path) as directory:
+        told, _ = theirs(model, directory=directory)
+    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert_same(weights(KerasModule(model)), weights(KerasModule(whole)))
+
+
 def test_resumes_in_the_middle_of_an_epoch_with_the_batches_that_are_left(uncut, tmp_path):
     with silent(tmp_path) as directory:
         theirs(classifier(), directory=directory, cut=7)
