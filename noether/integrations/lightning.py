@@ -118,8 +118,10 @@ class NoetherCallback(LightningCallback):
     ) -> None:
         """Tell of the micro-batch, and of the update that it completed."""
         live, steps = self._running, trainer.accumulate_grad_batches
-        outputs = _undivided(outputs, steps if pl_module.automatic_optimization else 1)
-        losses = {} if not outputs else self._losses(outputs)
+        automatic = pl_module.automatic_optimization
+        outputs = _undivided(outputs, steps if automatic else 1) or None
+        left_out = automatic and outputs is None
+        losses = {} if left_out else self._losses(outputs)
         live.micro_batch(samples=live.run.batch_size(batch), losses=losses, outputs=outputs, of=steps)
         made, self._seen = live.steps - self._seen, live.steps
         if made > 1:
@@ -127,7 +129,7 @@ class NoetherCallback(LightningCallback):
                 f"the optimizer made {made} steps in one training_step, and an update is one step: step once per batch"
             )
         last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
-        if made or (pl_module.automatic_optimization and (last or live.pending == steps)):
+        if made or (automatic and (last or live.pending == steps)):
             live.update(skipped=not made, grad_norm=self._grad_norm)
             self._grad_norm = None
         self._stop(trainer)

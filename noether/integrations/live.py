@@ -206,6 +206,8 @@ class LiveRun:
             LogError: If the log in the directory is damaged.
         """
         self.run = filled(self._given, **known)
+        if self._pending:  # an exception ended the loop inside of an update: it goes on before it
+            self._state, self._pending = self._settled, []
         loaded, resumed = self.load(saved), self._remembers
         if self._directory is not None:
             self._directory.cut_logs(self._state if resumed else None)
@@ -228,7 +230,8 @@ class LiveRun:
 
         Args:
             samples: Its samples, >= 1.
-            losses: Mean loss by name; `total` is added as their sum. Empty where it had none.
+            losses: Mean loss by name; `total` is added as their sum. Empty where the framework left it out: an update
+                of nothing else counts as skipped.
             outputs: What the model returned.
             of: Micro-batches of this update.
         """

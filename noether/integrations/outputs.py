@@ -15,14 +15,16 @@ def losses_of(outputs: Any) -> Mapping[str, Any]:
         TypeError: If it is none of these.
 
     Example:
-        >>> losses_of(0.5), losses_of({"loss": 0.5, "accuracy": 1.0}), losses_of(None)
-        ({'total': 0.5}, {'total': 0.5}, {})
+        >>> losses_of(0.5), losses_of({"loss": 0.5, "accuracy": 1.0})
+        ({'total': 0.5}, {'total': 0.5})
     """
-    if outputs is None:  # a step that was left out
-        return {}
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     if isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
         return {"total": loss.reshape(()) if isinstance(loss, torch.Tensor) else float(loss)}
+    if outputs is None:
+        raise TypeError(
+            "the step returned nothing, and callbacks are told its loss: return it, alone or as 'loss' of a dict"
+        )
     kind = f"a mapping with {list(outputs)}" if isinstance(outputs, Mapping) else f"of type {type(outputs).__name__}"
     raise TypeError(
         f"what the step returned is {kind}, and where its loss is nobody knows: return the loss or a mapping with "

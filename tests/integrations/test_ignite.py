@@ -114,11 +114,15 @@ def test_the_engines_own_accumulation_is_told_as_updates_of_its_micro_batches():
         engine.run(batches(points(24), 8), max_epochs=1)
 
 
-def test_losses_in_what_is_not_understood_are_asked_for():
+@pytest.mark.parametrize(("output", "message"), [
+    ((0.5, 0.25), "of type tuple, .* give losses="), ({"ce": 0.5}, r"a mapping with \['ce'\], .* give losses="),
+    (None, "returned nothing, and callbacks are told its loss"),
+])  # fmt: skip
+def test_losses_in_what_is_not_understood_are_asked_for(output, message):
     network = model()
-    engine = Engine(lambda engine, batch: (0.5, 0.25))
+    engine = Engine(lambda engine, batch: output)
     attach(engine, compose(), model=network, optimizer=optimizer(network), interpreter=Told())
-    with pytest.raises(TypeError, match="give losses="):
+    with pytest.raises(TypeError, match=message):
         engine.run(batches(points(8), 8))
 
 

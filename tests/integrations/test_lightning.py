@@ -356,14 +356,18 @@ def test_manual_optimization_is_told_by_its_steps(tmp_path):
         fit(module, loader(samples), noether_in(module, Told(), **fields), root=tmp_path)
 
 
+def test_a_manual_step_has_to_return_its_loss(tmp_path):
+    class Silent(Manual):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+
+    with pytest.raises(TypeError, match="the step returned nothing, and callbacks are told its loss"):
+        fit(Silent(), loader(points(8)), NoetherCallback(compose(), interpreter=Told()), root=tmp_path)
+
+
 class Several(Module):
     def configure_optimizers(self):
         return [optimizer(self.network), optimizer(self.network)]
-
-    def training_step(self, batch, batch_idx):
-        return None
-
-    automatic_optimization = False
 
 
 def test_several_optimizers_are_refused(tmp_path):

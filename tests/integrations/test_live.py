@@ -181,6 +181,8 @@ def test_inside_of_an_update_a_checkpoint_is_of_what_was_before_it():
     live.micro_batch(samples=4, losses={"ce": 1.0}, of=2)
     assert live.state.memory("heard") == 1
     assert_same(live.state_dict(), before)
+    live.begin()  # after an exception there
+    assert (live.state.memory("heard"), live.pending) == (0, 0)
 
 
 def test_what_a_callback_changes_is_written_into_the_model():
