@@ -125,10 +125,6 @@ class AcceleratedRun:
         self._grad_norm: Tensor | None = None
         self._seen = 0  # steps of the optimizer at the last update
 
-    def is_over(self) -> bool:
-        """Whether the run is at its end, or a callback stopped it."""
-        return self.live.stop is not None or self.live.state.iteration.reached(self.live.run.end)
-
     def batches(self, loader: Any) -> Iterator[Any]:
         """Yield the batches that are left of the run, epoch after epoch, and tell of what lies between them.
 
@@ -141,14 +137,9 @@ class AcceleratedRun:
         known: dict[str, Any] = {**lengths(loader, steps, self._accelerator.num_processes)}
         self.live.begin(**known)
         self._seen = self.live.steps
-        while not self.is_over():
-            for batch in self._left(loader, steps):
-                self.live.batch_arrived()
-                self._batch = batch
-                yield batch
-                if self.is_over():
-                    break
-            self.live.end_epoch(cut_short=self.is_over())
+        while not self.live.is_over:
+            yield from self._epoch(loader, steps)
+            self.live.end_epoch(cut_short=self.live.is_over)
         self.live.end()
 
     def backward(self, losses: Tensor | Mapping[str, Tensor], outputs: Any = None, **keywords: Any) -> None:
@@ -196,14 +187,19 @@ class AcceleratedRun:
         """
         self.live.load_state_dict(saved)
 
-    def _left(self, loader: Any, steps: int) -> Any:
-        """Return the batches that are left of the epoch."""
+    def _epoch(self, loader: Any, steps: int) -> Iterator[Any]:
+        """Yield the batches that are left of the epoch, while the run goes on."""
         at, per_epoch = self.live.state.iteration, getattr(self.live.run, "updates_per_epoch", None)
         inside = 0 if per_epoch is None else at.update - at.epoch * per_epoch
         left = self._accelerator.skip_first_batches(loader, inside * steps) if inside else loader
         if hasattr(left, "set_epoch"):
             left.set_epoch(at.epoch)
-        return left
+        for batch in left:
+            self.live.batch_arrived()
+            self._batch = batch
+            yield batch
+            if self.live.is_over:
+                return
 
     def _samples(self) -> int:
         accelerator, size = self._accelerator, self.live.run.batch_size(self._batch)

@@ -35,8 +35,9 @@ What is different from noether's own trainer:
   is in the checkpoints of transformers and not in those of noether.
 - On several processes every one has batches of one size, as accelerate makes them by default: samples are counted as
   those of this process times their number, repeated ones at the end of an epoch included.
-- `forward_s`, `backward_s` and `optimizer_s` are not there. A hyperparameter search is not supported: its trials save
-  elsewhere.
+- With a gradient scaler `grad_norm` is that of scaled gradients. `forward_s`, `backward_s`, `optimizer_s` are not there.
+- What FSDP or DeepSpeed shard is not supported, for no process has all of it; nor is a hyperparameter search, whose
+  trials save elsewhere.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -221,16 +222,13 @@ class NoetherCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell of the end of training, if the run is at its end."""
-        if self._is_over():
+        if self.live.is_over:
             self.live.end()
         else:
             self.live.close()
 
-    def _is_over(self) -> bool:
-        return self.live.stop is not None or self.live.state.iteration.reached(self.live.run.end)
-
     def _stopping(self, control: TrainerControl) -> TrainerControl:
-        control.should_training_stop = control.should_training_stop or self._is_over()
+        control.should_training_stop = control.should_training_stop or self.live.is_over
         return control
 
 

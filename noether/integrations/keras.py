@@ -109,29 +109,28 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         """Begin the run, or go on with it.
 
         Raises:
-            ValueError: If the model is compiled with `jit_compile=True`, or the batches of an epoch do not make whole
-                updates, or are not those that are left of it.
+            ValueError: If the model is compiled with `jit_compile=True`, or is not the one of before; if the batches of
+                an epoch do not make whole updates, or are not those that are left of it; or if the optimizer is in the
+                middle of an update.
         """
         if self.model.jit_compile:
-            raise ValueError(
-                "nobody could listen inside of a compiled step: give model.compile(..., jit_compile=False)"
-            )
+            raise ValueError("nobody can listen inside of a compiled step: call model.compile(..., jit_compile=False)")
         live, optimizer = self._watched()
-        steps, accumulated = self.params["steps"], optimizer.accumulation_steps
-        if steps is not None and steps % accumulated:
+        if not optimizer.belongs_to(self.model):
             raise ValueError(
-                f"an epoch of {steps} batches is not made of whole updates of {accumulated}, and Keras would carry "
-                "gradients over its end: choose gradient_accumulation_steps or batch_size so that it is"
+                "this callback watches another model or optimizer: give a new NoetherCallback, to go on with the run "
+                "NoetherCallback(..., remembered=callback.live.state_dict())"
             )
-        updates = None if steps is None else steps // accumulated
+        self._losses = []
+        updates = _updates(self.params["steps"], optimizer.accumulation_steps)
         end = TrainingIteration(epoch=self.params["epochs"])
         live.load()
+        optimizer.check_whole()
         _check_place(live.state, filled(live.run, end=end, updates_per_epoch=updates), updates)
-        self._losses = []
         live.begin(end=end, updates_per_epoch=updates)
         self._listen()
         # As keras.callbacks.BackupAndRestore does; past the last epoch there is nothing to do.
-        epoch = self.params["epochs"] if self._is_over() else live.state.iteration.epoch
+        epoch = self.params["epochs"] if self.live.is_over else live.state.iteration.epoch
         self.model._initial_epoch = epoch or None  # noqa: SLF001
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -168,7 +167,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         """Tell of the end of training, if the run is at its end."""
         self.model._initial_epoch = None  # noqa: SLF001  # or another call would begin there
         self.model.__dict__.pop("compute_loss", None)
-        if self._is_over():
+        if self.live.is_over:
             self.live.end()
         else:
             self.live.close()
@@ -213,12 +212,21 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             of=optimizer.accumulation_steps,
         )
 
-    def _is_over(self) -> bool:
-        return self.live.stop is not None or self.live.state.iteration.reached(self.live.run.end)
-
     def _stop(self) -> None:
-        if self._is_over():
+        if self.live.is_over:
             self.model.stop_training = True
+
+
+def _updates(batches: int | None, accumulated: int) -> int | None:
+    """Return how many updates so many batches make, None where nobody knows."""
+    if batches is None:
+        return None
+    if batches % accumulated:
+        raise ValueError(
+            f"an epoch of {batches} batches is not made of whole updates of {accumulated}, and Keras would carry "
+            "gradients over its end: choose gradient_accumulation_steps or batch_size so that it is"
+        )
+    return batches // accumulated
 
 
 def _check_place(state: TrainState, run: Run, updates: int | None) -> None:

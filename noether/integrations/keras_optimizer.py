@@ -51,6 +51,23 @@ class KerasOptimizer:
         """Batches of one update."""
         return self._inner.gradient_accumulation_steps or 1
 
+    def belongs_to(self, model: Any) -> bool:
+        """Return whether it is the optimizer of this very model."""
+        return self._module.keras is model and self._optimizer is model.optimizer
+
+    def check_whole(self) -> None:
+        """Refuse an optimizer that holds the gradients of a part of an update.
+
+        Raises:
+            ValueError: If it does.
+        """
+        batches, steps = int(self.memory("groups")["iteration"]), self.accumulation_steps
+        if batches % steps:
+            raise ValueError(
+                f"the optimizer holds gradients of {batches % steps} of {steps} batches of an update, left there by an "
+                "earlier fit: compile the model anew, or load a checkpoint"
+            )
+
     def batch_begins(self) -> None:
         """Multiply the learning rate by `lr_scale`."""
         self.batch_ended()  # where the batch before this one raised

@@ -132,6 +132,13 @@ def test_gradients_carried_over_the_end_of_an_epoch_are_refused():
         theirs(classifier(sgd(steps=2)))
 
 
+def test_a_part_of_an_update_that_was_left_behind_is_refused():
+    model = classifier(sgd(steps=2))
+    model.fit(*stacked(POINTS), batch_size=SIZE, verbose=0)
+    with pytest.raises(ValueError, match="gradients of 1 of 2 batches"):
+        theirs(model, samples=POINTS[:8])
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_resumes_at_the_end_of_an_epoch(epochs, uncut, tmp_path):
     with silent(tmp_path) as directory:
@@ -361,6 +368,12 @@ def test_a_model_that_hides_its_loss_is_refused():
     model.compile(optimizer="sgd", loss=LOSS)
     with pytest.raises(TypeError, match=r"does not call self.compute_loss"):
         theirs(model)
+
+
+def test_a_callback_of_another_model_is_refused():
+    _, callback = theirs(classifier())
+    with pytest.raises(ValueError, match="another model or optimizer"):
+        theirs(classifier(), callback=callback)
 
 
 def test_a_callback_that_an_exception_ended_listens_no_more():
