@@ -56,7 +56,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 
 from noether.core.iteration import TrainingIteration
 from noether.core.module import forward, write_into, write_optimizer
-from noether.core.packing import unpack
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.tree import map_tensors
@@ -65,7 +64,7 @@ from noether.effects.files import make_directories, replace_file
 from noether.effects.tensor_files import read_tensors, tensor_pieces
 from noether.integrations.accelerate import lengths
 from noether.integrations.live import LiveRun, filled
-from noether.integrations.lr_scheduler import MEMORY, SchedulerMemory
+from noether.integrations.lr_scheduler import SchedulerMemory, position
 from noether.integrations.remembering import remembered
 
 if TYPE_CHECKING:
@@ -321,7 +320,8 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
     write_optimizer(saved.opt_state, model, optimizer, lr_scale=1.0)
     trainer.save_model(str(path))
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
-    torch.save(unpack(saved.memory(MEMORY)), path / "scheduler.pt")
+    given = trainer.lr_scheduler  # None where the trainer makes one of its own when it trains
+    torch.save(position(saved) if given is None else SchedulerMemory(given).state_dict(saved), path / "scheduler.pt")
     state = TrainerState(global_step=saved.iteration.update, train_batch_size=trainer.args.train_batch_size)
     # What transformers compares with its arguments, to warn where they differ.
     state.compute_steps(trainer.args, trainer.args.max_steps)  # type: ignore[no-untyped-call]  # transformers'
