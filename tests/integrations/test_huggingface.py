@@ -122,7 +122,7 @@ def test_tells_what_the_own_trainer_tells(uncut):
     assert_same(memories, dict(state.callback_states))
 
 
-@pytest.mark.parametrize("after", [1, 3, 5, 6, 8])
+@pytest.mark.parametrize("after", [1, 3, 5])
 def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
     before, *_ = theirs(tmp_path, Cut(after))
     assert_same(before.lines, uncut[0].lines[: len(before.lines)])

@@ -45,7 +45,7 @@ def stepped(sgd, scheduler, count):
 # SequentialLR calls its members in a way that torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("cut", [0, 1, 3, 5])
+@pytest.mark.parametrize("cut", [1, 3, 5])
 def test_a_scheduler_goes_on_where_it_was(kind, cut, tmp_path):
     expected = stepped(*made(kind), STEPS)
     sgd, scheduler = made(kind)
