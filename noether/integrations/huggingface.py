@@ -1,4 +1,4 @@
-"""A reducer in the `Trainer` of Hugging Face transformers.
+"""noether's callbacks in the `Trainer` of Hugging Face transformers.
 
     callback = NoetherCallback(reducer, directory=open_run("runs/mine"))
     trainer = NoetherTrainer(model, args, train_dataset=dataset, callbacks=[callback])
@@ -9,22 +9,24 @@ place to learn it is a subclass that overrides `training_step` and `compute_loss
 trainer, as in `class MyTrainer(NoetherMixin, SFTTrainer): ...`; `NoetherTrainer` is `Trainer` with it. Under a trainer
 that does not report its losses the callback refuses the first update.
 
-| hook of transformers | event | what is filled in |
+| transformers | noether | with |
 |---|---|---|
-| `on_train_begin` | `BeforeTraining` | `resumed` after `resume_from_checkpoint` |
-| `training_step`, its backward done | `AfterAccumulationStep` | everything |
-| `on_step_end` | `AfterUpdate` | all but the parts of `step_s`; `grad_norm` where a callback needs it |
-| `on_epoch_end` | `AfterEpoch` | told once all updates of the epoch are counted |
-| `on_save` | | what the run remembers goes into the checkpoint of transformers, as `noether.safetensors` |
-| `on_train_end` | `AfterTraining` | told at the end of the run, or where `state.stop` gives a reason |
+| `on_train_begin` | `BeforeTraining`, after it an `AfterEpoch` that is owed | `resumed` after `resume_from_checkpoint` |
+| `training_step` begins | | the time before it was spent waiting for data |
+| `training_step`, its backward done | `AfterAccumulationStep`, if anybody listens | losses, outputs, samples; before the optimizer steps |
+| `on_step_end` | `AfterUpdate` | losses, outputs, samples, learning rates of the step, `grad_norm` before clipping if anybody reads it |
+| the same, where a gradient scaler left the step out | `AfterUpdate(skipped=True)` | |
+| `on_epoch_end` | `AfterEpoch` | once all updates of the epoch are counted |
+| `on_save`, `resume_from_checkpoint` | `state_dict`, `load_state_dict` | in the checkpoints of transformers, as `noether.safetensors` |
+| `on_train_end` | `AfterTraining` | at the end of the run, or where `state.stop` gives a reason |
+| `state.stop` | `control.should_training_stop` | right after the event; a run that was stopped makes no update when it is resumed |
 
 What is different from noether's own trainer:
 
 - `losses` has one entry, `total`: what the trainer went backward from, with label smoothing and `compute_loss_func`.
   Of an update it is the sum of what its micro-batches gave to it. Where the loss is a mean over each micro-batch,
   transformers divides by their number and not by their samples: it is their plain mean, a short last one included.
-- `state.stop` sets `control.should_training_stop`. What stops transformers for reasons of its own is no end of the run:
-  it can go on, and `AfterTraining` is not told.
+- What stops transformers for reasons of its own is no end of the run: it can go on, and `AfterTraining` is not told.
 - The learning rate is the scheduler's times `hyperparams["lr_scale"]`; transformers logs the scheduler's.
 - Transformers cuts a run by `max_steps`, and so `run.end` is a number of updates.
 - An evaluation by the trainer (`eval_strategy`) is its own affair. Callbacks evaluate `Run(data={...})`, with the loss
@@ -33,7 +35,10 @@ What is different from noether's own trainer:
   is in the checkpoints of transformers and not in those of noether.
 - On several processes every one has batches of one size, as accelerate makes them by default: samples are counted as
   those of this process times their number, repeated ones at the end of an epoch included.
-"""
+- With a gradient scaler `grad_norm` is that of scaled gradients. `forward_s`, `backward_s`, `optimizer_s` are not there.
+- What FSDP or DeepSpeed shard is not supported, for no process has all of it; nor is a hyperparameter search, whose
+  trials save elsewhere.
+"""  # noqa: E501  # a table
 
 from __future__ import annotations
 
@@ -47,21 +52,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from noether.core.iteration import TrainingIteration
 from noether.core.module import forward, write_into, write_optimizer
-from noether.core.packing import unpack
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.tree import map_tensors
 from noether.effects.disk import DISK
 from noether.effects.files import make_directories, replace_file
 from noether.effects.tensor_files import read_tensors, tensor_pieces
+from noether.integrations.accelerate import lengths
 from noether.integrations.live import LiveRun, filled
-from noether.integrations.lr_scheduler import MEMORY, SchedulerMemory
+from noether.integrations.lr_scheduler import SchedulerMemory, position
 from noether.integrations.remembering import remembered
-from noether.integrations.timing import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,13 +73,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainingArguments
 
-    from noether.core.callback import Callback, Effects
-    from noether.core.event import Event
+    from noether.core.callback import Callback
     from noether.core.state import TrainState
-    from noether.effects import RunDirectory
 
 FILE: Final = "noether.safetensors"
 """What a run remembers, in a checkpoint of transformers."""
+_NO_RUN: Final = Run()
 
 
 @final
@@ -83,15 +86,9 @@ class NoetherCallback(TrainerCallback):
     """Tells a reducer what happens in a `NoetherTrainer`.
 
     Args:
-        reducer: The callbacks, such as `compose(...)`.
-        run: What callbacks evaluate, `data` and `forward`, and whatever else cannot be read off the trainer.
-        directory: Where the run is kept, from `open_run`.
-        interpreter: What carries effects out, in place of that of the directory.
-        seed: What random numbers of callbacks are derived from.
-        clock: Where time is read.
-
-    Raises:
-        ValueError: If there is neither a directory nor an interpreter.
+        reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
+        run: What callbacks evaluate, and whatever else cannot be read off the trainer.
+        settings: `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
 
     Example:
         >>> import tempfile
@@ -112,22 +109,10 @@ class NoetherCallback(TrainerCallback):
         {'train_runtime': ...}
     """
 
-    def __init__(
-        self,
-        reducer: Callback,
-        *,
-        run: Run | None = None,
-        directory: RunDirectory | None = None,
-        interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
-        seed: int = 0,
-        clock: Clock | None = None,
-    ) -> None:
-        if directory is None and interpreter is None:
-            raise ValueError("nobody would carry out what the callbacks ask for: give directory=open_run('runs/mine')")
+    def __init__(self, reducer: Callback, *, run: Run = _NO_RUN, **settings: Any) -> None:
         self.resume_from: Path | None = None
         """The checkpoint of transformers that `NoetherMixin.train` was told to go on from."""
-        self._reducer, self._run, self._directory = reducer, Run() if run is None else run, directory
-        self._settings: dict[str, Any] = {"interpreter": interpreter, "seed": seed, "clock": clock or Clock()}
+        self._reducer, self._run, self._settings = reducer, run, settings
         self._live: LiveRun | None = None
         self._model: Any = None
         self._parts: list[Tensor] = []
@@ -185,12 +170,12 @@ class NoetherCallback(TrainerCallback):
             run=_completed(self._run, self._model, args, state, kwargs["train_dataloader"]),
             model=self._model,
             optimizer=getattr(optimizer, "optimizer", optimizer),  # in the wrapper of accelerate
-            directory=self._directory,
             **self._settings,
         )
         if self.resume_from is not None:
             live.load_state_dict(_read(self.resume_from))
-        _check_place(live.state, self._directory, state.global_step, resumed=self.resume_from is not None)
+        live.load()
+        _check_place(live.state.iteration, state.global_step)
         live.begin()
         if live.stop is not None:
             live.end()
@@ -236,16 +221,13 @@ class NoetherCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell of the end of training, if the run is at its end."""
-        if self._is_over():
+        if self.live.is_over:
             self.live.end()
         else:
             self.live.close()
 
-    def _is_over(self) -> bool:
-        return self.live.stop is not None or self.live.state.iteration.reached(self.live.run.end)
-
     def _stopping(self, control: TrainerControl) -> TrainerControl:
-        control.should_training_stop = control.should_training_stop or self._is_over()
+        control.should_training_stop = control.should_training_stop or self.live.is_over
         return control
 
 
@@ -279,6 +261,7 @@ class NoetherMixin:
         try:
             output: TrainOutput = super().train(path, *args, **kwargs)  # type: ignore[misc]  # of the trainer beside it
         except _StoppedError:
+            trainer.is_in_train = False
             output = TrainOutput(trainer.state.global_step, math.nan, {})
         return output
 
@@ -337,7 +320,8 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
     write_optimizer(saved.opt_state, model, optimizer, lr_scale=1.0)
     trainer.save_model(str(path))
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
-    torch.save(unpack(saved.memory(MEMORY)), path / "scheduler.pt")
+    given = trainer.lr_scheduler  # None where the trainer makes one of its own when it trains
+    torch.save(position(saved) if given is None else SchedulerMemory(given).state_dict(saved), path / "scheduler.pt")
     state = TrainerState(global_step=saved.iteration.update, train_batch_size=trainer.args.train_batch_size)
     # What transformers compares with its arguments, to warn where they differ.
     state.compute_steps(trainer.args, trainer.args.max_steps)  # type: ignore[no-untyped-call]  # transformers'
@@ -360,17 +344,11 @@ def _watching(trainer: Any) -> list[NoetherCallback]:
 
 def _completed(run: Run, model: nn.Module, args: TrainingArguments, state: TrainerState, loader: Any) -> Run:
     """Return `run` with what can be read off the trainer."""
-    batches = len(loader) if has_length(loader) else None
-    size = args.train_batch_size * args.world_size
-    samples = None if batches is None else batches * size
-    if samples is not None and args.world_size == 1 and has_length(loader.dataset):
-        samples = min(samples, len(loader.dataset))  # the last batch may be short
     known = {
         "end": TrainingIteration(update=state.max_steps),
         # Where the loader has no length, transformers takes the run for one epoch.
-        "updates_per_epoch": math.ceil(batches / args.gradient_accumulation_steps) if batches else state.max_steps,
-        "samples_per_epoch": samples,
-        "effective_batch_size": size * args.gradient_accumulation_steps,
+        "updates_per_epoch": state.max_steps,
+        **lengths(loader, args.gradient_accumulation_steps, args.world_size),
         "forward": _forward_of(model),
     }
     return filled(run.replace(rank=args.process_index, world_size=args.world_size), **known)
@@ -407,17 +385,12 @@ def _over_ranks(loss: Tensor) -> Tensor:
     return mean / dist.get_world_size()
 
 
-def _check_place(state: TrainState, directory: RunDirectory | None, update: int, *, resumed: bool) -> None:
-    if resumed:
-        there, what = state.iteration, "what the checkpoint remembers"
-    else:
-        newest = None if directory is None else directory.checkpoints.newest()
-        there, what = TrainingIteration() if newest is None else newest.iteration, "the run in the directory"
-    if there.update != update:
+def _check_place(at: TrainingIteration, update: int) -> None:
+    if at.update != update:
         raise ValueError(
-            f"{what} is at {there}, and the trainer at update {update}: go on from a checkpoint of transformers, or "
-            "make one, trainer.train(resume_from_checkpoint=to_checkpoint(directory.load(), trainer)); a new run needs "
-            "a new directory"
+            f"the run is at {at}, and the trainer at update {update}: go on from a checkpoint of transformers, or make "
+            "one, trainer.train(resume_from_checkpoint=to_checkpoint(directory.load(), trainer)); a new run needs a "
+            "new directory"
         )
 
 

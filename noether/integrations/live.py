@@ -144,6 +144,11 @@ class LiveRun:
         return self._state.stop
 
     @property
+    def is_over(self) -> bool:
+        """Whether a callback asks the loop to stop, or the end of the run is reached."""
+        return self._state.stop is not None or self._state.iteration.reached(self.run.end)
+
+    @property
     def listens_to_micro_batches(self) -> bool:
         """Whether any callback wants to hear of micro-batches."""
         return listens(self._reducer, AfterAccumulationStep)

@@ -116,6 +116,20 @@ class Told:
         return [line for line in self.lines if line[0] != "BeforeTraining"]
 
 
+class Kept:
+    """A callback that keeps every event it is told; not pure, and so only for a test."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, state, event):
+        self.events.append(event)
+        return state, ()
+
+    def of(self, kind):
+        return [event for event in self.events if type(event) is kind]
+
+
 class Listed:
     """The same micro-batches in every epoch, as the trainer asks for them."""
 
@@ -133,10 +147,23 @@ def grouped(micro, steps):
     return [micro[at : at + steps] for at in range(0, len(micro), steps)]
 
 
-def ours(
-    micro, *, steps=1, reducer=None, lr=lambda update: LR, network=None, criterion=loss, kind=torch.optim.Adam, **end
+def no_decay(update):
+    return 0.0
+
+
+def ours(  # all that differs between frameworks
+    micro,
+    *,
+    steps=1,
+    reducer=None,
+    lr=lambda update: LR,
+    network=None,
+    criterion=loss,
+    kind=torch.optim.Adam,
+    decay=no_decay,
+    **end,
 ):
-    """Return what was told in noether's own trainer, and the state at its end."""
+    """Return what was told in noether's own trainer, and the state at its end; without `decay` no optimizer has one."""
     network, told, updates = (network or model()).train(), Told(), grouped(micro, steps)
     functional = FunctionalOptimizer(kind, {"lr": LR})
     samples = [sum(len(x) for x, _ in update) for update in updates]
@@ -156,7 +183,7 @@ def ours(
             loss=criterion,
             optimizer=functional,
             lr={"default": lr},
-            weight_decay={"default": lambda update: 0.0},
+            weight_decay={} if decay is None else {"default": decay},
         ),
         data=Listed(updates),
         reducer=reducer or callbacks(),

@@ -2,16 +2,25 @@
 
 import pytest
 import torch
-from reference import LR, STILL, Model, Told, batches, callbacks, ours, points, run, silent, weights
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, GradientState
+from reference import LR, STILL, Kept, Model, Told, batches, callbacks, ours, points, run, silent, weights
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from noether import AfterAccumulationStep, AfterUpdate, compose
-from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
+from noether import AfterAccumulationStep, AfterUpdate, LogScalars, compose
+from noether.core.callbacks import (
+    CheckpointCallback,
+    FixedUpdateEarlyStopping,
+    GradNormCallback,
+    LrCallback,
+    OnlineLossCallback,
+)
 from noether.integrations.huggingface import NoetherCallback, NoetherTrainer, to_checkpoint
 from noether.testing import assert_same
 
 SIZE = 2
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 END = "E3_U9_S30"
 POINTS = points(10)
 MICRO = batches(POINTS, SIZE)
@@ -67,7 +76,7 @@ class Cut(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-def theirs(path, *more, reducer=None, resume=None, directory=None, kind=NoetherTrainer, **settings):
+def theirs(path, *more, reducer=None, resume=None, directory=None, kind=NoetherTrainer, samples=POINTS, **settings):
     """Return what was told in a trainer of transformers, the callback and the trainer, after it has trained."""
     network = classifier()
     told = Told(directory.interpreter) if directory else Told()
@@ -77,7 +86,8 @@ def theirs(path, *more, reducer=None, resume=None, directory=None, kind=NoetherT
     trainer = kind(
         network,
         arguments(path, **settings),
-        train_dataset=POINTS,
+        train_dataset=samples,
+        eval_dataset=POINTS[:3],
         data_collator=collated,
         optimizers=(torch.optim.Adam(network.parameters(), lr=LR), None),
         callbacks=[callback, *more],
@@ -112,7 +122,7 @@ def test_tells_what_the_own_trainer_tells(uncut):
     assert_same(memories, dict(state.callback_states))
 
 
-@pytest.mark.parametrize("after", range(1, 9))
+@pytest.mark.parametrize("after", [1, 3, 5])
 def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
     before, *_ = theirs(tmp_path, Cut(after))
     assert_same(before.lines, uncut[0].lines[: len(before.lines)])
@@ -126,7 +136,7 @@ def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
     assert_same(callback.live.state.metrics, uncut[1].live.state.metrics)
 
 
-@pytest.mark.parametrize("after", [1, 3, 5])
+@pytest.mark.parametrize("after", [3, 5])
 def test_resumes_from_a_checkpoint_of_noether(after, uncut, tmp_path):
     with silent(tmp_path / "run") as directory:
         theirs(tmp_path, Cut(after), directory=directory)
@@ -171,20 +181,6 @@ def test_a_checkpoint_without_memory_is_refused(tmp_path):
         theirs(tmp_path, resume=True)
 
 
-class Kept:
-    """A callback that keeps every event it is told; not pure, and so only for a test."""
-
-    def __init__(self):
-        self.events = []
-
-    def __call__(self, state, event):
-        self.events.append(event)
-        return state, ()
-
-    def of(self, kind):
-        return [event for event in self.events if type(event) is kind]
-
-
 def test_every_micro_batch_is_told_with_the_params_that_made_its_losses(tmp_path):
     expected, kept = Kept(), Kept()
     own(reducer=compose(expected))
@@ -199,6 +195,13 @@ def test_every_micro_batch_is_told_with_the_params_that_made_its_losses(tmp_path
             seen = {name: getattr(one, name) for name in names}
             if "outputs" in seen:  # beside the loss, transformers has one thing: the predictions
                 assert_same(seen, {name: getattr(other, name) for name in names})
+
+
+def test_an_evaluation_by_the_trainer_is_its_own_affair(uncut, tmp_path):
+    told, _, trainer = theirs(tmp_path, eval_strategy="steps", eval_steps=2)
+    assert any("eval_loss" in line for line in trainer.state.log_history)
+    assert_same(told.lines, uncut[0].lines)
+    assert_same(weights(trainer.model), weights(uncut[2].model))
 
 
 def test_gradients_are_measured_before_they_are_clipped(tmp_path):
@@ -237,11 +240,12 @@ def test_losses_of_unequal_micro_batches_are_what_transformers_goes_backward_fro
     assert [float(event.losses["total"]) for event in kept.of(AfterUpdate)] == pytest.approx(logged)
 
 
-def language_model():
-    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+def language_model(dropout):
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **dict.fromkeys(DROPOUTS, dropout))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return GPT2LMHeadModel(config)  # with dropout
+        return GPT2LMHeadModel(config)  # its input and output embeddings are one parameter
 
 
 def sentences():
@@ -249,27 +253,34 @@ def sentences():
     return [{"input_ids": row, "labels": row.where(torch.arange(6) < 2 + i % 5, -100)} for i, row in enumerate(drawn)]
 
 
-def trained_on_language(path, *more, resume=None, **settings):
-    told = Told()
-    reducer = compose(OnlineLossCallback(every_n_updates=1))
-    callback = NoetherCallback(reducer, interpreter=told, clock=STILL)
+def trained_on_language(path, *more, resume=None, directory=None, dropout=0.1, **settings):
+    """Return what was told and the trainer, which makes its optimizer itself, with two groups of parameters."""
+    told = Told(directory.interpreter) if directory else Told()
+    save = CheckpointCallback(every_n_updates=1, save_weights=True, save_optim=True)
+    reducer = compose(OnlineLossCallback(every_n_updates=1), LrCallback(every_n_updates=1), save)
+    callback = NoetherCallback(reducer, interpreter=told, directory=directory, clock=STILL)
     logged = {"logging_strategy": "steps", "logging_steps": 1, "train_sampling_strategy": "random"}
     trainer = NoetherTrainer(
-        language_model(),
-        arguments(path, **logged, **settings),
+        language_model(dropout),
+        arguments(path, **logged, weight_decay=0.1, **settings),
         train_dataset=sentences(),
         callbacks=[callback, *more],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume(trainer) if callable(resume) else resume)
     return told, trainer
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_weighted_by_tokens_or_smoothed_are_those_that_transformers_logs(smoothing, tmp_path):
     told, trainer = trained_on_language(tmp_path, label_smoothing_factor=smoothing)
-    losses = [float(e.values["loss/online/total/U1"]) for _, _, effects in told.lines for e in effects]
-    assert losses == pytest.approx([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    logged = [e.values for _, _, effects in told.lines for e in effects if isinstance(e, LogScalars)]
+    losses = [float(values["loss/online/total/U1"]) for values in logged if "loss/online/total/U1" in values]
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    assert losses == pytest.approx([line["loss"] for line in history])
     assert len(losses) == 9
+    rates = [values for values in logged if "optim/lr/0" in values]
+    assert [values["optim/lr/1"] for values in rates] == [line["learning_rate"] for line in history]
+    assert {(values["optim/wd/0"], values["optim/wd/1"]) for values in rates} == {(0.1, 0.0)}
 
 
 def test_dropout_and_shuffling_resume_from_a_checkpoint_of_transformers(tmp_path):
@@ -278,3 +289,44 @@ def test_dropout_and_shuffling_resume_from_a_checkpoint_of_transformers(tmp_path
     after, resumed = trained_on_language(tmp_path, resume=True)
     assert_same([*before.lines, *after.history], expected.lines)
     assert_same(weights(resumed.model), weights(whole.model))
+
+
+def test_a_trainers_own_optimizer_and_tied_weights_resume_from_a_checkpoint_of_noether(tmp_path):
+    expected, whole = trained_on_language(tmp_path / "uncut", dropout=0.0)
+    with silent(tmp_path / "run") as directory:
+        trained_on_language(tmp_path / "cut", Cut(4), dropout=0.0, directory=directory)
+    with silent(tmp_path / "run") as directory:
+        told, resumed = trained_on_language(
+            tmp_path / "again",
+            dropout=0.0,
+            directory=directory,
+            resume=lambda trainer: to_checkpoint(directory.load(), trainer),
+        )
+    assert told.lines[0][1].split("_")[1] == "U4"
+    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert_same(weights(resumed.model), weights(whole.model))
+
+
+def on_two_processes(path):
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  # of the process this was forked from
+    GradientState._reset_state()  # noqa: SLF001  # likewise
+    kept, online = Kept(), OnlineLossCallback(every_n_updates=1)
+    *_, trainer = theirs(
+        path, reducer=compose(online, kept), samples=points(8), logging_strategy="steps", logging_steps=1
+    )
+    updates = kept.of(AfterUpdate)
+    assert [event.samples for event in updates] == [8] * 3
+    assert updates[0].run.rank == trainer.args.process_index
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]  # the mean over both
+    if trainer.is_world_process_zero():
+        assert [float(event.losses["total"]) for event in updates] == pytest.approx(logged)
+    losses = torch.stack([event.losses["total"] for event in updates])
+    assert_same(*trainer.accelerator.gather(losses).chunk(2))
+
+
+# Newer versions of Python warn of every fork of a process with threads.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_samples_are_summed_and_losses_averaged_over_processes(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # accelerate warns where it has to choose
+    debug_launcher(on_two_processes, (tmp_path,), num_processes=2)

@@ -1,0 +1,394 @@
+"""The same callbacks in `fit` of Keras 3 on torch: the same effects and weights, and every resume is exact."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import keras
+import pytest
+import torch
+from reference import STILL, VAL, Kept, Told, batches, callbacks, ours, points, silent, weights
+
+from noether import AfterAccumulationStep, AfterUpdate, Run, TrainingIteration, compose
+from noether.core.callbacks import FixedUpdateEarlyStopping, LrCallback, OfflineLossCallback, OnlineLossCallback
+from noether.core.callbacks.base import CallbackBase
+from noether.integrations.keras import NoetherCallback
+from noether.integrations.keras_module import KerasModule
+from noether.integrations.keras_optimizer import KerasOptimizer
+from noether.testing import assert_same
+
+# Variables of Keras have an `__array__` without `copy`; saving a model calls it.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+SIZE = 2
+EPOCHS = 3
+LR = float(torch.tensor(0.05))  # as Keras holds it, in 32 bits
+POINTS = points(10)
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def classifier(optimizer=None, **settings):
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.Input((3,)),
+        keras.layers.Dense(4),
+        keras.layers.BatchNormalization(),
+        keras.layers.Activation("tanh"),
+        keras.layers.Dense(2, kernel_regularizer=settings.pop("regularizer", None)),
+    ]
+    model = keras.Sequential(layers, name="classifier")
+    model.compile(optimizer=optimizer or keras.optimizers.Adam(LR), loss=LOSS, **settings)
+    return model
+
+
+def sgd(steps=1):
+    # Without momentum: Keras multiplies the learning rate into what it accumulates, torch does not.
+    return keras.optimizers.SGD(LR, gradient_accumulation_steps=None if steps == 1 else steps)
+
+
+def criterion(outputs, batch):
+    return {"total": LOSS(batch[1], outputs)}
+
+
+class Cut(keras.callbacks.Callback):
+    """Ends `fit` after some updates, as if the process had been stopped."""
+
+    def __init__(self, after, callback):
+        super().__init__()
+        self.after, self.callback = after, callback
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.callback.live.state.iteration.update == self.after:
+            self.model.stop_training = True
+
+
+def stacked(samples):
+    return torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples])
+
+
+def theirs(model, *, samples=POINTS, reducer=None, directory=None, cut=None, callback=None, epochs=EPOCHS, **settings):
+    """Return what was told in `fit`, and the callback."""
+    told = Told(directory.interpreter) if directory else Told()
+    callback = callback or NoetherCallback(
+        reducer or callbacks(),
+        run=Run(data={"val": VAL}, samples_per_epoch=len(samples), effective_batch_size=SIZE),
+        interpreter=told,
+        directory=directory,
+        clock=STILL,
+        **settings,
+    )
+    more = [] if cut is None else [Cut(cut, callback)]
+    x, y = stacked(samples)
+    model.fit(x, y, batch_size=SIZE, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback, *more])
+    return told, callback
+
+
+@pytest.fixture(scope="module")
+def uncut():
+    model = classifier()
+    told, callback = theirs(model)
+    return told, callback, weights(KerasModule(model))
+
+
+def own(samples=POINTS, **settings):
+    module = KerasModule(classifier(sgd()))
+    return ours(
+        batches(samples, SIZE),
+        network=module,
+        criterion=criterion,
+        kind=torch.optim.SGD,
+        lr=lambda update: LR,
+        decay=None,
+        epoch=EPOCHS,
+        **settings,
+    )
+
+
+def test_tells_what_the_own_trainer_tells():
+    model = classifier(sgd())
+    told, callback = theirs(model)
+    expected, state = own()
+    assert state.hyperparams["lr_scale"] < 1
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(KerasModule(model)), weights(state))
+    assert_same(callback.live.state.callback_states, state.callback_states)
+
+
+def test_accumulates_as_the_own_trainer_does():
+    model = classifier(sgd(steps=2))
+    told, callback = theirs(model, samples=points(8), reducer=reducer_of_updates())
+    expected, state = own(points(8), steps=2, reducer=reducer_of_updates())
+    assert str(callback.live.state.iteration) == "E3_U6_S24"
+    assert_same(told.lines, expected.lines)
+    assert_same(weights(KerasModule(model)), weights(state))
+
+
+def reducer_of_updates():
+    return compose(OnlineLossCallback(every_n_updates=1), LrCallback(every_n_updates=1))
+
+
+def test_gradients_carried_over_the_end_of_an_epoch_are_refused():
+    with pytest.raises(ValueError, match="an epoch of 5 batches is not made of whole updates of 2"):
+        theirs(classifier(sgd(steps=2)))
+
+
+def test_a_part_of_an_update_that_was_left_behind_is_refused():
+    model = classifier(sgd(steps=2))
+    model.fit(*stacked(POINTS), batch_size=SIZE, verbose=0)
+    with pytest.raises(ValueError, match="gradients of 1 of 2 batches"):
+        theirs(model, samples=POINTS[:8])
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_resumes_at_the_end_of_an_epoch(epochs, uncut, tmp_path):
+    with silent(tmp_path) as directory:
+        theirs(classifier(), directory=directory, cut=5 * epochs)
+    model = classifier()
+    with silent(tmp_path) as directory:
+        told, callback = theirs(model, directory=directory)
+    assert told.lines[0][:2] == ("BeforeTraining", f"E{epochs}_U{5 * epochs}_S{10 * epochs}")
+    assert_resumed(told, callback, model, uncut)
+
+
+def assert_resumed(told, callback, model, uncut):
+    expected, whole, trained = uncut
+    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert_same(weights(KerasModule(model)), trained)
+    assert_same(callback.live.state.callback_states, whole.live.state.callback_states)
+
+
+def dropping():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dropout(0.5, seed=1), keras.layers.Dense(2)])
+    model.compile(optimizer=keras.optimizers.SGD(LR, momentum=0.9), loss=LOSS)
+    return model
+
+
+def test_dropout_of_keras_resumes(tmp_path):
+    whole, model = dropping(), dropping()
+    expected, _ = theirs(whole)
+    with silent(tmp_path) as directory:
+        theirs(dropping(), directory=directory, cut=5)
+    with silent(tmp_path) as directory:
+        told, _ = theirs(model, directory=directory)
+    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert_same(weights(KerasModule(model)), weights(KerasModule(whole)))
+
+
+def test_resumes_in_the_middle_of_an_epoch_with_the_batches_that_are_left(uncut, tmp_path):
+    with silent(tmp_path) as directory:
+        theirs(classifier(), directory=directory, cut=7)
+    model = classifier()
+    with silent(tmp_path) as directory:
+        told = Told(directory.interpreter)
+        shape = {"end": TrainingIteration(epoch=EPOCHS), "updates_per_epoch": 5}
+        run = Run(data={"val": VAL}, samples_per_epoch=10, effective_batch_size=SIZE, **shape)
+        callback = NoetherCallback(callbacks(), run=run, interpreter=told, directory=directory, clock=STILL)
+        theirs(model, samples=POINTS[4:], callback=callback, epochs=2)
+        theirs(model, callback=callback)
+    told.lines = [line for index, line in enumerate(told.lines) if index == 0 or line[0] != "BeforeTraining"]
+    assert told.lines[0][:2] == ("BeforeTraining", "E1_U7_S14")
+    assert_resumed(told, callback, model, uncut)
+
+
+def test_other_batches_than_those_that_are_left_are_refused(tmp_path):
+    with silent(tmp_path) as directory:
+        theirs(classifier(), directory=directory, cut=7)
+    with silent(tmp_path) as directory, pytest.raises(ValueError, match="3 of 5 updates are left of the epoch"):
+        theirs(classifier(), directory=directory)
+
+
+def test_resumes_from_a_model_that_keras_saved(uncut, tmp_path):
+    model = classifier()
+    before, callback = theirs(model, cut=5)
+    model.save(tmp_path / "model.keras")
+    remembered = callback.live.state_dict()
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    told, callback = theirs(loaded, remembered=remembered)
+    assert_same([*before.history, *told.history], uncut[0].history)
+    assert_resumed(told, callback, loaded, uncut)
+
+
+def test_early_stopping_stops_fit_and_it_stays_stopped(tmp_path):
+    reducer = callbacks(FixedUpdateEarlyStopping(stop_at_update=7))
+    expected, state = own(reducer=reducer)
+    with silent(tmp_path) as directory:
+        told, _ = theirs(classifier(sgd()), reducer=reducer, directory=directory)
+    assert_same(told.lines, expected.lines)
+    model = classifier(sgd())
+    with silent(tmp_path) as directory:
+        again, _ = theirs(model, reducer=reducer, directory=directory)
+    assert [line[0] for line in again.lines] == ["BeforeTraining"]  # its end was told, and saved
+    assert_same(weights(KerasModule(model)), weights(state))
+    assert model.fit(*stacked(POINTS), epochs=2, verbose=0).epoch == [0, 1]  # without the callback, it can be trained
+
+
+class Halve(CallbackBase):
+    """Halves the learning rate at one update."""
+
+    at: int
+
+    def after_update(self, state, event):
+        if state.iteration.update == self.at:
+            return state.replace(hyperparams=state.hyperparams | {"lr_scale": 0.5}), ()
+        return state, ()
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_lr_scale_multiplies_what_keras_says(scheduled):
+    schedule = keras.optimizers.schedules.ExponentialDecay(LR, decay_steps=1, decay_rate=0.5)
+    rate = schedule if scheduled else LR
+    kept = Kept()
+    model = classifier(keras.optimizers.SGD(rate))
+    theirs(model, reducer=compose(Halve(at=2), kept), epochs=1)
+    found = [event.lr["default"] for event in kept.of(AfterUpdate)]
+    assert found == pytest.approx([LR * (0.5**u if scheduled else 1) * (1 if u < 2 else 0.5) for u in range(5)])
+    said = float(model.optimizer.learning_rate)
+    assert said == pytest.approx(LR * 0.5**5 if scheduled else LR)
+
+
+def test_losses_are_those_of_the_batch_and_hold_all_that_keras_adds():
+    kept = Kept()
+    model = classifier(keras.optimizers.SGD(0.0), regularizer="l2")
+    history = theirs(model, reducer=compose(kept), epochs=1)[1].model.history
+    losses = [float(event.losses["total"]) for event in kept.of(AfterUpdate)]
+    assert len(set(losses)) == 5
+    assert sum(losses) / 5 == pytest.approx(
+        float(history.history["loss"][0]), rel=1e-4
+    )  # what Keras logs is their mean
+    assert [event.samples for event in kept.of(AfterAccumulationStep)] == [2] * 5
+    assert all(
+        event.outputs.shape == (2, 2) and not event.outputs.requires_grad for event in kept.of(AfterAccumulationStep)
+    )
+
+
+def test_evaluation_takes_the_weights_of_the_state_and_leaves_the_model_as_it_is():
+    model = classifier(regularizer="l2")
+    module = KerasModule(model)
+    before = weights(module)
+    state = KerasModule(classifier(regularizer="l2"))
+    zeros = {name: torch.zeros_like(value) for name, value in state.named_parameters()}
+    live = theirs(model, epochs=1)[1].live
+    trained = weights(module)
+    losses, outputs = module.evaluate(live.state.replace(params=zeros), VAL[0])
+    assert outputs.abs().max() == 0
+    assert float(losses["total"]) == pytest.approx(0.6931472)
+    assert_same(weights(module), trained)
+    assert before.keys() == trained.keys()
+
+
+def attentive():
+    inputs = keras.Input((3, 4))
+    inner = keras.Sequential([keras.layers.Dense(4), keras.layers.Dropout(0.5), keras.layers.Dense(4)])
+    attended = keras.layers.MultiHeadAttention(2, 2)(inputs, inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(inner(attended)))
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def test_names_do_not_depend_on_what_was_built_before_or_loaded(tmp_path):
+    first, second = attentive(), attentive()
+    second.save(tmp_path / "model.keras")
+    models = [first, second, keras.models.load_model(tmp_path / "model.keras")]
+    names = [list(weights(KerasModule(model))) for model in models]
+    assert names[0] == names[1] == names[2]
+    assert len(set(names[0])) == len(first.variables) == 15
+    assert {"multi_head_attention.query.kernel", "sequential.dense_1.bias", "dense.kernel"} < set(names[0])
+    optimizers = [KerasOptimizer(KerasModule(model)) for model in models]
+    slots = [{param: list(held) for param, held in each.opt_state["state"].items()} for each in optimizers]
+    assert slots[0] == slots[1] == slots[2]
+    assert all(held == ["momentum", "velocity"] for held in slots[0].values())
+
+
+def test_the_memory_of_an_optimizer_is_that_of_its_params():
+    _, callback = theirs(classifier(), epochs=1)
+    memory = callback.live.state.opt_state
+    assert memory["state"].keys() == callback.live.state.params.keys()
+    assert set(memory["state"]["dense.kernel"]) == {"momentum", "velocity"}
+    assert set(memory["groups"]) == {"iteration", "learning_rate"}
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    with silent(tmp_path) as directory:
+        theirs(classifier(), directory=directory, cut=5)
+    with silent(tmp_path) as directory, pytest.raises(KeyError, match="give the optimizer it was"):
+        theirs(classifier(sgd()), directory=directory)
+
+
+def test_validation_and_metrics_of_keras_are_its_own_affair(uncut):
+    model = classifier(metrics=["accuracy"])
+    told = Told()
+    run = Run(data={"val": VAL}, samples_per_epoch=10, effective_batch_size=SIZE)
+    callback = NoetherCallback(callbacks(), run=run, interpreter=told, clock=STILL)
+    x, y = stacked(POINTS)
+    settings = {"batch_size": SIZE, "epochs": EPOCHS, "shuffle": False, "verbose": 0}
+    history = model.fit(x, y, **settings, validation_data=(x[:3], y[:3]), callbacks=[callback])
+    assert "val_accuracy" in history.history
+    assert_same(told.lines, uncut[0].lines)
+    assert_same(weights(KerasModule(model)), uncut[2])
+
+
+class Own(keras.Sequential):
+    """Its loss is its own, with the signature that Keras had before it told of training."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return 2 * super().compute_loss(x, y, y_pred, sample_weight)
+
+
+def test_a_loss_of_the_models_own_is_told_and_evaluated():
+    kept = Kept()
+    model = Own([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(optimizer=keras.optimizers.SGD(0.0), loss=LOSS)
+    evaluate = OfflineLossCallback(every_n_updates=5, dataset_key="val")
+    told, _ = theirs(model, reducer=compose(evaluate, kept), epochs=1)
+    x, y = stacked(POINTS)
+    with torch.no_grad():
+        first = 2 * float(LOSS(y[:SIZE], model(x[:SIZE])))
+    assert float(kept.of(AfterUpdate)[0].losses["total"]) == pytest.approx(first)
+    assert len(kept.of(AfterAccumulationStep)) == len(kept.of(AfterUpdate)) == 5  # evaluations are no micro-batches
+    x, y = (torch.cat(parts) for parts in zip(*VAL, strict=True))
+    logged = next(e.values for _, _, effects in told.lines for e in effects)
+    with torch.no_grad():
+        assert float(logged["loss/val/total"]) == pytest.approx(2 * float(LOSS(y, model(x))))
+
+
+def test_a_compiled_step_is_refused():
+    with pytest.raises(ValueError, match="jit_compile=False"):
+        theirs(classifier(jit_compile=True))
+
+
+class Silent(keras.Sequential):
+    def train_step(self, data):
+        return {"loss": torch.tensor(0.0)}
+
+
+def test_a_model_that_hides_its_loss_is_refused():
+    model = Silent([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(optimizer="sgd", loss=LOSS)
+    with pytest.raises(TypeError, match=r"does not call self.compute_loss"):
+        theirs(model)
+
+
+def test_a_callback_of_another_model_is_refused():
+    _, callback = theirs(classifier())
+    with pytest.raises(ValueError, match="another model or optimizer"):
+        theirs(classifier(), callback=callback)
+
+
+def test_a_callback_that_an_exception_ended_listens_no_more():
+    model = classifier()
+    kept = Kept()
+
+    def fail(state, event):
+        if isinstance(event, AfterUpdate):
+            raise RuntimeError("the disk is full")  # noqa: TRY004  # it is no type that is wrong
+        return state, ()
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        theirs(model, reducer=compose(kept, fail))
+    seen = len(kept.events)
+    told, _ = theirs(model, epochs=1)
+    assert len(kept.events) == seen
+    assert told.lines[-1][0] == "AfterTraining"
+    assert "compute_loss" not in vars(model)
