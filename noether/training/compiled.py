@@ -44,7 +44,8 @@ class CompiledUpdate:
     """Writes updates in one compiled graph.
 
     Every shape of batch is compiled for itself, so that a run that is gone on with computes with the kernels that it
-    had. Random numbers are those of the step that is not compiled; results differ from its in the last bits.
+    had; torch takes up to eight shapes. Results differ from those of the step in the last bits. Random numbers come
+    from the same seed of the update, but the graph draws others than the step, in dropout for example.
 
     Args:
         step: What is compiled.
@@ -54,13 +55,13 @@ class CompiledUpdate:
     def __init__(self, step: Step, params: Mapping[str, Tensor]) -> None:
         self._step = step
         self._trainable = step.optimizer.trainable(params)
-        self._groups = step.optimizer.members(params)
+        decay = {group: {"weight_decay": schedule(0)} for group, schedule in step.weight_decay.items()}  # it stays
+        members = step.optimizer.members(params).items()
+        self._groups = {group: ({**given, **decay.get(group, {})}, names) for group, (given, names) in members}
         self._names = tuple(params)
         self._lr = {group: torch.tensor(0.0) for group in self._groups}
         self._seen: set[Any] = set()
-        self._whole: Callable[..., Updated] = torch.compile(
-            self._update, fullgraph=True, dynamic=False, options={"fallback_random": True}
-        )
+        self._whole: Callable[..., Updated] = torch.compile(self._update, fullgraph=True, dynamic=False)
 
     def __call__(
         self,
@@ -170,23 +171,30 @@ class CompiledStep:
         if update is None:
             return self.eager(state, batches, observe)
         settings = self.eager.settings_for(state)
+        if update.is_new(batches) and not self._compiles(update, state, batches, settings):
+            return self.eager(state, batches, observe)
         self.eager.seed(state)
-        if not update.is_new(batches) and self.eager.donate:
+        if self.eager.donate:
             owned = self._owned(state)
             updated = update(owned.params, owned.opt_state, state.buffers, batches, settings)
-            after = owned.given_to(state)
+            state = owned.given_to(state)
         else:
             params, opt_state = thawed(state.params), thawed(state.opt_state)
-            try:
-                updated = update(params, opt_state, state.buffers, batches, settings)
-            except Exception as error:  # noqa: BLE001  # whatever it is: the step itself does it, or says what is wrong
-                self._give_up(str(error))
-                return self.eager(state, batches, observe)
-            after = state.replace(params=params, opt_state=opt_state)
+            updated = update(params, opt_state, state.buffers, batches, settings)
+            state = state.replace(params=params, opt_state=opt_state)
         sizes = [batch_size(batch) for batch in batches]
         readings = {"grad_norm": updated.grad_norm, "finite": updated.finite}
         outputs = outputs_of(updated.losses, updated.outputs, sizes, settings, **readings)
-        return after.replace(buffers=FrozenDict(updated.buffers)), outputs
+        return state.replace(buffers=FrozenDict(updated.buffers)), outputs
+
+    def _compiles(self, update: CompiledUpdate, state: TrainState, batches: Sequence[Any], settings: Any) -> bool:
+        """Return whether batches of these shapes can be compiled, on copies: the compiler draws random numbers."""
+        try:
+            update(thawed(state.params), thawed(state.opt_state), state.buffers, batches, settings)
+        except Exception as error:  # noqa: BLE001  # whatever it is: the step itself does it, or says what is wrong
+            self._give_up(str(error))
+            return False
+        return True
 
     def _ready(self, state: TrainState, batches: Sequence[Any], *, observed: bool) -> CompiledUpdate | None:
         """Return what makes the next update, or None if the step itself has to."""
