@@ -1,16 +1,16 @@
-"""Donation: a mapping of tensors that the next update may write to, and then cannot be read any more."""
+"""Donation: tensors that the next update may write to, in a mapping that cannot be read any more then."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
 from noether.core.tree import FrozenDict, map_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from noether.core.state import TrainState
 
@@ -42,6 +42,8 @@ class Donatable(Mapping[str, Any]):
     """
 
     __slots__ = ("_tree", "owner")
+    is_value = True
+    """It is never written to by those who read it."""
 
     def __init__(self, tree: Mapping[str, Any], owner: object = None) -> None:
         self._tree: Mapping[str, Any] | None = tree
@@ -83,6 +85,58 @@ class Donatable(Mapping[str, Any]):
         return self._tree
 
 
+@final
+class Owned:
+    """Tensors that are written to where they are, and known to be nobody else's then.
+
+    Torch counts the users of a tensor's memory. So what anybody else holds, be it a checkpoint in flight, a metric or a
+    view of a view, is seen, and left to them: a copy takes its place before it would be written to. What was left is
+    kept, and once nobody else holds it the next copy is written to it: memory that is mapped is filled in less time.
+
+    Args:
+        places: Dicts and the keys in them at which the tensors are.
+
+    Example:
+        >>> tree = {"weight": torch.ones(1)}
+        >>> owned = Owned([(tree, "weight")])
+        >>> held = tree["weight"].detach()
+        >>> owned.unshare()
+        True
+        >>> _ = tree["weight"].zero_()
+        >>> held, tree["weight"]
+        (tensor([1.]), tensor([0.]))
+    """
+
+    def __init__(self, places: Sequence[tuple[dict[str, Any], str]]) -> None:
+        self._places = places
+        self._left: dict[int, torch.Tensor] = {}
+        self.count()
+
+    def count(self) -> None:
+        """Take those who hold the tensors now for their owner."""
+        self._held = [kept[key].untyped_storage() for kept, key in self._places]
+        self._storages = [storage._cdata for storage in self._held]  # noqa: SLF001  # what the count is asked of
+        self._alone = list(map(_users, self._storages))
+
+    def unshare(self) -> bool:
+        """Have copies take the place of tensors that others hold, and return whether there were any."""
+        users = list(map(_users, self._storages))
+        if users == self._alone:
+            return False
+        for index, (now, alone) in enumerate(zip(users, self._alone, strict=True)):
+            if now != alone:
+                self._replace(index)
+        self.count()
+        return True
+
+    def _replace(self, index: int) -> None:
+        kept, key = self._places[index]
+        left, held = self._left.pop(index, None), kept[key]
+        if left is None or _is_held(left.untyped_storage()):
+            left = torch.empty_like(held)
+        kept[key], self._left[index] = left.copy_(held), held
+
+
 def lease(state: TrainState) -> TrainState:
     """Return the state such that no update writes to its tensors, as long as it is held; nothing is copied for that.
 
@@ -108,5 +162,15 @@ def _leased(tree: Any) -> Any:
     return tree
 
 
+def _is_held(storage: torch.UntypedStorage) -> bool:
+    """Return whether a storage that one tensor is known to have is somebody else's, too."""
+    return _users(storage._cdata) > _OF_ONE_TENSOR  # noqa: SLF001  # what the count is asked of
+
+
 def _view(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+_users: Final = torch._C._storage_Use_Count  # noqa: SLF001  # torch has no public name for the count of users
+_OF_ONE_TENSOR: Final = 2
+"""Users of the storage of one tensor: the tensor, and the object by which the storage is looked at."""

@@ -59,6 +59,8 @@ def freeze(tree: Any) -> Any:  # any leaf is passed on
     if type(tree) in _LEAVES:  # most of what there is; to ask whether it is a mapping takes longer
         return tree
     if isinstance(tree, (dict, Mapping)):  # a dict is a Mapping, and faster to tell
+        if getattr(tree, "is_value", False):
+            return tree
         # Most memories are flat. What has to change is not copied before it is found: each update freezes several.
         flat = _LEAVES.issuperset(map(type, tree.values()))
         changed = {} if flat else {key: new for key, old in tree.items() if (new := freeze(old)) is not old}

@@ -117,8 +117,13 @@ class CompiledUpdate:
         clipped, grad_norm = self._step.clipped(gradients.values)
         for group, (given, names) in self._groups.items():
             written, kept = [params[name] for name in names], [memory.get(name, {}) for name in names]
-            grads = [clipped[name] for name in names]
-            kernels.traced(self._step.optimizer.optimizer, {**given, "lr": lr[group]}, written, grads, kept)
+            kernels.traced(
+                self._step.optimizer.optimizer,
+                {**given, "lr": lr[group]},
+                written,
+                [grad for name in names if (grad := clipped[name]) is not None],
+                kept,
+            )
         total = total_losses.values["total"]
         return Updated(total_losses.values, tuple(outputs), buffers, grad_norm, total - total == 0)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
-import torch
-
-from noether.core.donation import Donatable
+from noether.core.donation import Donatable, Owned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +21,7 @@ if TYPE_CHECKING:
 class OwnedTensors:
     """Copies of the trained tensors of a state, which are from then on a model's own parameters.
 
-    Torch counts the users of a tensor's memory. So what anybody else holds, be it a checkpoint in flight, a metric or a
-    view of a view, is seen, and left to them: a copy takes its place before it would be written to. What was left is
-    kept, and once nobody else holds it the next copy is written to it: memory that is mapped is filled in less time.
+    What others hold of them is left to them, and copied before it would be written to; see `Owned`.
 
     Args:
         model: Its parameters become the tensors.
@@ -34,6 +30,7 @@ class OwnedTensors:
         opt_state: What the optimizer remembers; of each that is trained, all of it tensors.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> owned = OwnedTensors(model, ["weight"], {"weight": torch.ones(1, 1)}, {})
         >>> held = owned.params["weight"].detach()
@@ -59,11 +56,12 @@ class OwnedTensors:
         self.parameters = dict(model.named_parameters())
         self.leaves = [self.parameters[name] for name in trainable]
         self._buffers = _buffer_places(model)
-        self._places: list[tuple[dict[str, Tensor], str]] = [
-            *((self.params, name) for name in trainable),
-            *((kept, key) for kept in memory.values() for key in kept),
-        ]
-        self._left: dict[int, Tensor] = {}
+        self._owned = Owned(
+            [
+                *((self.params, name) for name in trainable),
+                *((kept, key) for kept in memory.values() for key in kept),
+            ]
+        )
         self._writer: tuple[tuple[str, ...], Writer] | None = None  # what writes the updates of these gradients
         self._bind()
 
@@ -121,34 +119,20 @@ class OwnedTensors:
 
     def unshare(self) -> None:
         """Have copies take the place of tensors that others hold, so that all may be written to."""
-        users = list(map(_users, self._storages))
-        if users == self._alone:
-            return
-        for index, (now, alone) in enumerate(zip(users, self._alone, strict=True)):
-            if now != alone:
-                self._replace(index)
-        self._bind()
-        self._writer = None
+        if self._owned.unshare():
+            self._bind()
+            self._writer = None
 
     def given_to(self, state: TrainState) -> TrainState:
         """Return the state whose params and optimizer memory these are, for the next update to take."""
         return state.replace(params=Donatable(self.params, self), opt_state=Donatable(self.opt_state, self))
-
-    def _replace(self, index: int) -> None:
-        kept, key = self._places[index]
-        left, held = self._left.pop(index, None), kept[key]
-        if left is None or _is_held(left.untyped_storage()):
-            left = torch.empty_like(held)
-        kept[key], self._left[index] = left.copy_(held), held
 
     def _bind(self) -> None:
         for name, param in self.params.items():
             self.parameters[name].data = param
         for leaf in self.leaves:
             leaf.requires_grad_()
-        self._held = [kept[key].untyped_storage() for kept, key in self._places]
-        self._storages = [storage._cdata for storage in self._held]  # noqa: SLF001  # what the count is asked of
-        self._alone = list(map(_users, self._storages))
+        self._owned.count()
 
     def _bound(self) -> bool:
         """Return whether the model's parameters are still these tensors."""
@@ -160,13 +144,3 @@ def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     names = {id(buffer): name for name, buffer in model.named_buffers()}
     held = [module._buffers for module in model.modules()]  # noqa: SLF001  # torch has no public way to assign unseen
     return [(each, key, names[id(buffer)]) for each in held for key, buffer in each.items() if buffer is not None]
-
-
-def _is_held(storage: torch.UntypedStorage) -> bool:
-    """Return whether a storage that one tensor is known to have is somebody else's, too."""
-    return _users(storage._cdata) > _OF_ONE_TENSOR  # noqa: SLF001  # what the count is asked of
-
-
-_users: Final = torch._C._storage_Use_Count  # noqa: SLF001  # torch has no public name for the count of users
-_OF_ONE_TENSOR: Final = 2
-"""Users of the storage of one tensor: the tensor, and the object by which the storage is looked at."""

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from noether.core.callbacks import EMACallback
 from noether.core.donation import Donatable, DonatedError, lease
 from noether.core.event import AfterUpdate
 from noether.core.metrics import log
 from noether.core.module import forward
+from noether.core.reducer import compose
 from noether.core.state import TrainState
 from noether.core.tree import tensors
 from noether.testing import same
@@ -84,7 +86,16 @@ def batch_of(number, *, finite=True):
 
 
 def values(state):
-    return {name: getattr(state, name) for name in ("params", "buffers", "opt_state", "metrics", "iteration")}
+    names = ("params", "buffers", "opt_state", "metrics", "iteration", "callback_states")
+    return {name: getattr(state, name) for name in names}
+
+
+AVERAGE = compose(EMACallback(every_n_epochs=1, target_factors=(0.5, 0.9)))
+
+
+def averaged(state):
+    """Return the state after the callback has moved its averages."""
+    return AVERAGE(state, AfterUpdate(samples=4))[0]
 
 
 ACTIONS = st.lists(
@@ -113,7 +124,7 @@ def test_whoever_holds_what_the_bits_are_those_of_the_pure_step(optimizer, actio
             number, finite = more
             before, batches = donated, [batch_of(number, finite=finite or nonfinite == "apply")] * (1 + number % 2)
             (donated, told), (pure, expected) = ours(donated, batches), theirs(pure, batches)
-            donated, pure = (state.advance(samples=4) for state in (donated, pure))
+            donated, pure = (averaged(state.advance(samples=4)) for state in (donated, pure))
             held.append((told.outputs, copy.deepcopy(expected.outputs)))
             assert same(told.losses, expected.losses)
             assert readable(before) or (told.finite and isinstance(before.params, Donatable))
@@ -146,7 +157,8 @@ def readable(state):
 
 
 def paired(donated, pure):
-    trees = [{"params": state.params, "opt_state": state.opt_state} for state in (donated, pure)]
+    names = ("params", "opt_state", "callback_states")
+    trees = [{name: getattr(state, name) for name in names} for state in (donated, pure)]
     return [(mine, pures) for (_, mine), (_, pures) in zip(*map(tensors, trees), strict=True)]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from noether.core.averages import memory_of
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.donation import Donatable, Owned
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, nearest, refuse
 from noether.core.tree import FrozenDict, cloned
@@ -141,7 +142,8 @@ class EMACallback(PeriodicCallback):
             memory = state.callback_states.get(memory_of(name))
             if memory is None:  # called alone, without a reducer that fills in memory
                 memory = self.init(state)[memory_of(name)]
-            moved = FrozenDict(params=_moved(memory["params"], params, 1 - factor), buffers=cloned(buffers))
+            move = _moved_in_place if isinstance(state.params, Donatable) else _moved
+            moved = FrozenDict(params=move(memory["params"], params, 1 - factor), buffers=cloned(buffers))
             state = state.remember(memory_of(name), moved)
         return state, ()
 
@@ -205,13 +207,37 @@ def _begun(params: Mapping[str, torch.Tensor]) -> FrozenDict:
 
 def _moved(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], share: float) -> FrozenDict:
     """Return the averages moved by `share` of the way to `params`; one call for all, and nothing is written to."""
-    moving = [name for name, tensor in averages.items() if tensor.is_floating_point() or tensor.is_complex()]
+    moving = _moving(averages)
     copied = {name: params[name].clone() for name in averages if name not in moving}
     if not moving:
         return FrozenDict(copied)
     targets = [_precise(params[name]) for name in moving]
     moved = torch._foreach_lerp([averages[name] for name in moving], targets, share)  # noqa: SLF001  # its only name
     return FrozenDict({**copied, **dict(zip(moving, moved, strict=True))})
+
+
+def _moved_in_place(
+    averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], share: float
+) -> Mapping[str, torch.Tensor]:
+    """Return what `_moved` does, to the same bits, written to the averages where they are donated."""
+    if isinstance(averages, Donatable) and isinstance(averages.owner, Owned):
+        owned, tree = averages.owner, averages.take()
+        owned.unshare()
+    else:
+        tree = {name: tensor.clone() for name, tensor in averages.items()}
+        owned = Owned([(tree, name) for name in tree])
+    moving = _moving(tree)
+    for name in tree.keys() - set(moving):
+        tree[name].copy_(params[name])
+    if moving:
+        targets = [_precise(params[name]) for name in moving]
+        torch._foreach_lerp_([tree[name] for name in moving], targets, share)  # its only name
+    return Donatable(tree, owned)
+
+
+def _moving(averages: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of what can be averaged; the others are copied."""
+    return [name for name, tensor in averages.items() if tensor.is_floating_point() or tensor.is_complex()]
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
