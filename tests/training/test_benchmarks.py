@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("name", "arguments", "row", "rows"),
     [
-        ("step", ("--updates", "2", "--rounds", "2"), ("noether step", "mutable loop"), 6),  # five, and the title
+        ("step", ("--updates", "2", "--rounds", "2"), ("noether step", "mutable loop"), 7),  # six, and the title
         (
             "checkpoint",
             ("--params", "1000", "--rounds", "2"),
