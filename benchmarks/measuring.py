@@ -90,17 +90,21 @@ def ratios(found: Sequence[Round], row: str, unit: str) -> list[float]:
     return [each[row] / each[unit] for each in found]
 
 
-def seconds(work: Callable[[], Any], calls: int = 1) -> float:
+def seconds(work: Callable[[], Any], calls: int = 1, clock_s: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds that one of some calls takes."""
-    start_s = time.perf_counter()
+    start_s = clock_s()
     for _ in range(calls):
         work()
-    return (time.perf_counter() - start_s) / calls
+    return (clock_s() - start_s) / calls
 
 
 def often(work: Callable[[], Any]) -> Callable[[], float]:
-    """Return a row for `take_turns`: seconds of a call that is too short to be read alone."""
+    """Return a row for `take_turns`: seconds of a call that is too short to be read alone.
+
+    They are those that the processor spends on it: over milliseconds, another process makes more of a difference.
+    """
+    work()
     calls = 1
-    while seconds(work, calls) * calls < _READING_S:
+    while seconds(work, calls, time.thread_time) * calls < _READING_S:
         calls *= 2
-    return lambda: seconds(work, calls)
+    return lambda: seconds(work, calls, time.thread_time)
