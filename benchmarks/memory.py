@@ -6,7 +6,10 @@ of a process that only imported everything and made the batch, is what training 
 moments make four times the parameters; who does not write to them holds a second copy of three of those at the end of
 an update.
 
-Goal: a donated update takes no more than the mutable loop.
+Goal: donated updates take no more than the mutable loop. They take 1.7 times as much, and the peak is at the second
+update. The first has no moments to write to, so it makes a new state, as an update does that is not donated; the second
+copies all of that, 300 MB, to have tensors that nobody else holds, while the loop still holds the first. From the third
+on there is one copy of everything, as in the mutable loop.
 """
 
 from __future__ import annotations

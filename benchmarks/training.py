@@ -71,22 +71,23 @@ _TOLERANCE = 0.1  # largest difference, as a share of the way that training went
 class Batches:
     """The same batches in every epoch, for loops of any kind; notes when each epoch begins."""
 
-    def __init__(self, batches: Sequence[Any]) -> None:
+    def __init__(self, batches: Sequence[Any], clock_s: Callable[[], float]) -> None:
         self._batches = batches
+        self._clock_s = clock_s
         self._begun_s: list[float] = []
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
-        self._begun_s.append(time.perf_counter())
+        self._begun_s.append(self._clock_s())
         return iter(self._batches)
 
     def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002
         """Return the state and the batch of its next update, as noether's trainer asks for it."""
         index = state.iteration.update % len(self._batches)
         if not index:
-            self._begun_s.append(time.perf_counter())
+            self._begun_s.append(self._clock_s())
         return state, (self._batches[index],)
 
     def close(self) -> None:
@@ -115,6 +116,7 @@ class Task:
         batches: Those of an epoch.
         validation: What is evaluated after each epoch.
         epochs: How many.
+        clock_s: What they are timed with.
     """
 
     experiment: Experiment
@@ -122,9 +124,10 @@ class Task:
     batches: Sequence[Any]
     validation: Sequence[Any]
     epochs: int
+    clock_s: Callable[[], float]
 
     @classmethod
-    def of(cls, make_model: Callable[[], nn.Module], epochs: int) -> Task:
+    def of(cls, make_model: Callable[[], nn.Module], epochs: int, clock_s: Callable[[], float]) -> Task:
         """Return the task of the configuration with another network."""
         experiment = build(load(_CONFIG, ["optimizer.fused=true"]), "benchmark", model=make_model)
         positions = map(TrainingIteration, [0] * experiment.run.updates_per_epoch, range(10**9))
@@ -132,7 +135,11 @@ class Task:
         validation = list(experiment.run.data["val"])
         run = experiment.run.replace(end=TrainingIteration(epoch=epochs), data={"val": validation})
         model = copy.deepcopy(experiment.model)
-        return cls(dataclasses.replace(experiment, run=run), model, batches, validation, epochs)
+        return cls(dataclasses.replace(experiment, run=run), model, batches, validation, epochs, clock_s)
+
+    def begun(self) -> Batches:
+        """Return the batches of a run that begins."""
+        return Batches(self.batches, self.clock_s)
 
     def optimizer(self, model: nn.Module, *, fused: bool | None = True) -> torch.optim.Optimizer:
         """Return the optimizer of the configuration for a model of torch."""
@@ -196,7 +203,7 @@ def bare(task: Task, *, fused: bool | None) -> Train:
     """Train with the loop that everybody writes."""
 
     def train(folder: Path) -> Trained:  # noqa: ARG001  # it writes nothing
-        model, batches = copy.deepcopy(task.model).train(), Batches(task.batches)
+        model, batches = copy.deepcopy(task.model).train(), task.begun()
         optimizer = task.optimizer(model, fused=fused)
         for _ in range(task.epochs):
             for batch in batches:
@@ -215,7 +222,7 @@ def noether(task: Task, *, callbacks: bool = True, **options: Any) -> Train:
     reducer = compose(*(each for each in members if callbacks or isinstance(each, EvaluateCallback)))
 
     def train(folder: Path) -> Trained:
-        batches = Batches(task.batches)
+        batches = task.begun()
         with (folder / "console.txt").open("w") as file:
             console = Console(RichConsole(file=file, highlight=False, soft_wrap=True))  # as it is by default
             with open_run(folder / "run", console) as directory:
@@ -233,7 +240,7 @@ def ignite(task: Task) -> Train:
     from ignite.engine import Engine, Events
 
     def train(folder: Path) -> Trained:
-        model, batches = copy.deepcopy(task.model).train(), Batches(task.batches)
+        model, batches = copy.deepcopy(task.model).train(), task.begun()
         optimizer = task.optimizer(model)
         callbacks = SeedCallbacks(folder, task.epochs * len(batches))
         engine = Engine(lambda engine, batch: updated(model, optimizer, batch))  # noqa: ARG005  # what it calls
@@ -282,7 +289,7 @@ def lightning(task: Task) -> Train:
             self.callbacks.after_evaluation(trainer.global_step, evaluated(module.model, task.validation))
 
     def train(folder: Path) -> Trained:
-        module, batches = Module(), Batches(task.batches)
+        module, batches = Module(), task.begun()
         callbacks = SeedCallbacks(folder, task.epochs * len(batches))
         quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         trainer = LightningTrainer(
@@ -342,12 +349,13 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 @click.command(help=__doc__)
 @click.option("--epochs", default=10, show_default=True, type=click.IntRange(min=3), help="Epochs of a run.")
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
+@click.option("--cpu", is_flag=True, help="Count the processor's seconds: steadier where others use the machine, too.")
 @markdown_option
-def main(epochs: int, rounds: int, *, markdown: bool) -> None:
+def main(epochs: int, rounds: int, *, cpu: bool, markdown: bool) -> None:
     """Measure and print the tables."""
     torch.set_num_threads(1)
     for size, make_model in _MODELS.items():
-        task = Task.of(make_model, epochs)
+        task = Task.of(make_model, epochs, time.process_time if cpu else time.perf_counter)
         trains, missing = rows(task)
         found = measure(task, trains, rounds)
         us = {name: quartiles([each[name] * 1e6 for each in found], 0) for name in trains}
