@@ -24,11 +24,11 @@ _ALL = {
     "dispatch": ((), ("--rounds", "2")),
     "scaling": ((), ("--rounds", "2")),
     "step": ((), ("--rounds", "2", "--updates", "2")),
-    "training": ((), ("--rounds", "2", "--epochs", "3")),
-    "memory": ((), ("--rounds", "2", "--params", "100000")),
+    "training": ((), ("--rounds", "2", "--epochs", "3", "--network", "small")),
+    "memory": ((), ("--rounds", "1", "--params", "100000")),
     "ema": ((), ("--rounds", "2", "--params", "100000")),
     "checkpoint": ((), ("--rounds", "2", "--params", "1000")),
-    "startup": ((), ("--rounds", "2")),
+    "startup": ((), ("--rounds", "1")),
 }
 
 

@@ -70,13 +70,16 @@ def show(*tables: Table, markdown: bool) -> None:
 
 
 def quartiles(values: Iterable[float], digits: int = 2) -> str:
-    """Return the median, with the lower and the upper quartile beside it.
+    """Return the median, with the lower and the upper quartile beside it where there are several values.
 
     Example:
         >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0], digits=1)
         '3.0 (2.0-4.0)'
     """
-    low, middle, high = (f"{value:.{digits}f}" for value in quantiles(values, n=4, method="inclusive"))
+    found = list(values)
+    if len(found) == 1:
+        return f"{found[0]:.{digits}f}"
+    low, middle, high = (f"{value:.{digits}f}" for value in quantiles(found, n=4, method="inclusive"))
     return f"{middle} ({low}-{high})"
 
 

@@ -347,15 +347,16 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 @click.command(help=__doc__)
+@click.option("--network", "networks", multiple=True, type=click.Choice([*_MODELS]), help="By default, all of them.")
 @click.option("--epochs", default=10, show_default=True, type=click.IntRange(min=3), help="Epochs of a run.")
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
 @click.option("--cpu", is_flag=True, help="Count the processor's seconds: steadier where others use the machine, too.")
 @markdown_option
-def main(epochs: int, rounds: int, *, cpu: bool, markdown: bool) -> None:
+def main(networks: Sequence[str], epochs: int, rounds: int, *, cpu: bool, markdown: bool) -> None:
     """Measure and print the tables."""
     torch.set_num_threads(1)
-    for size, make_model in _MODELS.items():
-        task = Task.of(make_model, epochs, time.process_time if cpu else time.perf_counter)
+    for size in networks or _MODELS:
+        task = Task.of(_MODELS[size], epochs, time.process_time if cpu else time.perf_counter)
         trains, missing = rows(task)
         found = measure(task, trains, rounds)
         us = {name: quartiles([each[name] * 1e6 for each in found], 0) for name in trains}

@@ -12,20 +12,20 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("name", "arguments", "rows"),
     [
-        ("step", ("--updates", "2"), {"mutable loop": 2, "noether step": 4}),
-        ("training", ("--epochs", "3"), {"bare loop": 4, "noether": 6}),
-        ("dispatch", (), {"noether": 3}),
-        ("memory", ("--params", "1000"), {"mutable loop": 1, "noether": 2}),
-        ("ema", ("--params", "1000"), {"torch": 1, "noether": 1}),
-        ("scaling", (), {"1,000 callbacks": 2, "1,000,000,000 updates": 1}),
-        ("checkpoint", ("--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
-        ("replay", ("--updates", "200"), {"callbacks that decide": 1, "and two that look": 1}),
-        ("startup", (), {"noether --help": 1, "noether validate": 2, "import torch, every name": 1}),
+        ("step", ("--rounds", "2", "--updates", "2"), {"mutable loop": 2, "noether step": 4}),
+        ("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 3}),
+        ("dispatch", ("--rounds", "2"), {"noether": 3}),
+        ("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
+        ("ema", ("--rounds", "2", "--params", "1000"), {"torch": 1, "noether": 1}),
+        ("scaling", ("--rounds", "2"), {"1,000 callbacks": 2, "1,000,000,000 updates": 1}),
+        ("checkpoint", ("--rounds", "2", "--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
+        ("replay", ("--rounds", "2", "--updates", "200"), {"callbacks that decide": 1, "and two that look": 1}),
+        ("startup", ("--rounds", "1"), {"noether --help": 1, "noether validate": 2, "import torch, every name": 1}),
     ],
 )
 def test_a_benchmark_measures(name, arguments, rows):
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--rounds", "2", "--markdown", *arguments],
+        [sys.executable, "-m", f"benchmarks.{name}", "--markdown", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
