@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import torch
 
-from benchmarks.measuring import Table, markdown_option, often, quartiles, ratios, show, take_turns
+from benchmarks.measuring import Table, installed, markdown_option, often, quartiles, ratios, show, take_turns
 from noether import AfterUpdate, TrainState, compose
 from noether.core.callbacks.periodic import PeriodicCallback
 
@@ -140,19 +140,6 @@ class Told(NamedTuple):
     firing: bool
 
 
-def installed() -> tuple[dict[str, Row], list[str]]:
-    """Return the rows that can be measured here, and what is said of the others."""
-    found, missing = {}, []
-    for name, row in _ROWS.items():
-        try:
-            row([1])
-        except ImportError as error:
-            missing.append(f"Left out, for it is not installed: {name} ({error})")
-        else:
-            found[name] = row
-    return found, missing
-
-
 def measure(rows: Mapping[str, Row], rounds: int) -> list[dict[Any, float]]:
     """Return the seconds of a call of each row, and of the two units, in each round."""
     state = TrainState().advance(samples=64)
@@ -201,9 +188,10 @@ def _us(found: list[dict[Any, float]], name: str) -> str:
 def main(rounds: int, *, markdown: bool) -> None:
     """Measure and print the tables."""
     torch.set_num_threads(1)
-    rows, missing = installed()
-    found = measure(rows, rounds)
-    show(idle_table(rows, found, missing), firing_table(rows, found), markdown=markdown)
+    found, missing = installed({name: partial(row, [1]) for name, row in _ROWS.items()})
+    rows = {name: _ROWS[name] for name in found}
+    measured = measure(rows, rounds)
+    show(idle_table(rows, measured, missing), firing_table(rows, measured), markdown=markdown)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,17 @@ def ratios(found: Sequence[Round], row: str, unit: str) -> list[float]:
     return [each[row] / each[unit] for each in found]
 
 
+def installed(rows: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], list[str]]:
+    """Return what makes the rows make, and a line on those whose library is not there."""
+    found, missing = {}, []
+    for name, make in rows.items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            missing.append(f"{name} ({error})")
+    return found, [f"Left out, for it is not installed: {', '.join(missing)}"] if missing else []
+
+
 def seconds(work: Callable[[], Any], calls: int = 1, clock_s: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds that one of some calls takes."""
     start_s = clock_s()

@@ -33,7 +33,7 @@ from rich.console import Console as RichConsole
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.measuring import Table, markdown_option, quartiles, ratios, show, take_turns
+from benchmarks.measuring import Table, installed, markdown_option, quartiles, ratios, show, take_turns
 from noether import TrainingIteration, compose
 from noether.config import load
 from noether.core.callbacks import EvaluateCallback
@@ -53,9 +53,19 @@ if TYPE_CHECKING:
     Train = Callable[[Path], "Trained"]
 
 _CONFIG = Path(__file__).parents[1] / "configs/seed.yaml"
-_MODELS: Mapping[str, Callable[[], nn.Module]] = {
-    "small": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
-    "medium": lambda: ConvNet(dropout=0.0),  # without random numbers, of which the other loops would draw others
+
+
+class Network(NamedTuple):
+    """What is trained, and for how many epochs."""
+
+    make: Callable[[], nn.Module]
+    epochs: int
+
+
+_NETWORKS: Mapping[str, Network] = {
+    "small": Network(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), 20),
+    # Without random numbers, of which the other loops would draw others.
+    "medium": Network(lambda: ConvNet(dropout=0.0), 4),
 }
 _DEFAULT, _FUSED = "bare loop, default AdamW", "bare loop, fused AdamW"
 # Options of the step; a row is left out as long as the step does not have them.
@@ -310,12 +320,8 @@ def rows(task: Task) -> tuple[dict[str, Train], list[str]]:
     found |= {name: noether(task, **options) for name, options in _STEPS.items() if options.keys() <= known}
     found["noether, donated, evaluation alone"] = noether(task, callbacks=False, donate=True)
     missing = [f"Left out, for the step has no such option: {name}" for name in _STEPS if name not in found]
-    for name, row in {"Ignite": ignite, "Lightning": lightning}.items():
-        try:
-            found[name] = row(task)
-        except ImportError as error:
-            missing.append(f"Left out, for it is not installed: {name} ({error})")
-    return found, missing
+    others, absent = installed({"Ignite": partial(ignite, task), "Lightning": partial(lightning, task)})
+    return found | others, missing + absent
 
 
 def measure(task: Task, trains: Mapping[str, Train], rounds: int) -> list[dict[str, float]]:
@@ -347,16 +353,22 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 @click.command(help=__doc__)
-@click.option("--network", "networks", multiple=True, type=click.Choice([*_MODELS]), help="By default, all of them.")
-@click.option("--epochs", default=10, show_default=True, type=click.IntRange(min=3), help="Epochs of a run.")
+@click.option("--network", "networks", multiple=True, type=click.Choice([*_NETWORKS]), help="By default, all of them.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=3),
+    help="Epochs of a run; by default, 20 of the small network, 4 of the medium.",
+)
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
 @click.option("--cpu", is_flag=True, help="Count the processor's seconds: steadier where others use the machine, too.")
 @markdown_option
-def main(networks: Sequence[str], epochs: int, rounds: int, *, cpu: bool, markdown: bool) -> None:
+def main(networks: Sequence[str], epochs: int | None, rounds: int, *, cpu: bool, markdown: bool) -> None:
     """Measure and print the tables."""
     torch.set_num_threads(1)
-    for size in networks or _MODELS:
-        task = Task.of(_MODELS[size], epochs, time.process_time if cpu else time.perf_counter)
+    for size in networks or _NETWORKS:
+        task = Task.of(
+            _NETWORKS[size].make, epochs or _NETWORKS[size].epochs, time.process_time if cpu else time.perf_counter
+        )
         trains, missing = rows(task)
         found = measure(task, trains, rounds)
         us = {name: quartiles([each[name] * 1e6 for each in found], 0) for name in trains}
