@@ -20,16 +20,14 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from statistics import quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import torch
 import torch.distributed.checkpoint as dcp
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from benchmarks.measuring import Table, markdown_option, quartiles, show
 from noether import AfterUpdate, SaveCheckpoint, TrainState
 from noether.core.tree import tensors
 from noether.effects import open_run
@@ -171,33 +169,24 @@ def measure(state: TrainState, folder: Path, rounds: int) -> dict[str, dict[str,
     return found
 
 
-def _shown(values: list[float]) -> str:
-    low, middle, high = quantiles(values, n=4, method="inclusive")
-    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
-
-
 @click.command(help=__doc__)
 @click.option("--params", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Parameters.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
 @click.option(
     "--folder", type=click.Path(path_type=Path, exists=True), help="Where to write; by default, for temporary files."
 )
-def main(params: int, rounds: int, folder: Path | None) -> None:
+@markdown_option
+def main(params: int, rounds: int, folder: Path | None, *, markdown: bool) -> None:
     """Measure and print the table."""
     torch.set_num_threads(1)
     state = make_state(params)
     size = sum(tensor.nbytes for tensor in _tree(state).values()) / 1e6
     with tempfile.TemporaryDirectory(dir=folder) as below:
         found = measure(state, Path(below), rounds)
-    table = Table(title=f"One checkpoint of {size:.0f} MB; torch {torch.__version__}, one thread")
-    table.add_column("")
-    for heading in (
-        "blocked, s", "/ async_save", "durable, s", "/ safe torch.save", "durable, training, / safe torch.save"
-    ):  # fmt: skip
-        table.add_column(heading, justify="right")
-    for name in _ROWS:
-        table.add_row(name, *(_shown(column[name]) for column in found.values()))
-    Console(width=150).print(table)
+    headings = ("", "blocked, s", "/ async_save", "durable, s", "/ safe torch.save", "durable, training, / safe")
+    rows = [(name, *(quartiles(column[name], 3) for column in found.values())) for name in _ROWS]
+    title = f"One checkpoint of {size:.0f} MB; torch {torch.__version__}, one thread"
+    show(Table(title, headings, rows), markdown=markdown)
 
 
 if __name__ == "__main__":

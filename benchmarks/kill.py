@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks.measuring import Table, markdown_option, show
 
 # Saves follow each other closely, and the network is large for its task, so that many a kill meets a save.
 _CONFIG = """\
@@ -138,7 +138,8 @@ def _timeless(line: str) -> dict[str, object]:
 @click.command(help=__doc__)
 @click.option("--kills", default=20, show_default=True, type=click.IntRange(min=1), help="How often to kill.")
 @click.option("--seed", default=0, show_default=True, help="Of the moments.")
-def main(kills: int, seed: int) -> None:
+@markdown_option
+def main(kills: int, seed: int, *, markdown: bool) -> None:
     """Kill, compare and print the table."""
     chance = random.Random(seed)  # noqa: S311  # no secrets
     with tempfile.TemporaryDirectory() as name:
@@ -161,10 +162,11 @@ def main(kills: int, seed: int) -> None:
         whole, run = only_run(folder, "whole"), only_run(folder, "killed")
         found = differences(whole, run) if whole and run else ["a run is missing"]
         saves = len(list((run / "checkpoints").glob("E*"))) if run else 0
-    table = Table("kill", "newest checkpoint", "lines logged", "in the middle of a save")
-    for number, kill in enumerate(met, 1):
-        table.add_row(str(number), kill.newest, str(kill.lines), "yes" if kill.saving else "")
-    Console().print(table)
+    rows = [
+        (str(number), kill.newest, str(kill.lines), "yes" if kill.saving else "") for number, kill in enumerate(met, 1)
+    ]
+    headings = ("kill", "newest checkpoint", "lines logged", "in the middle of a save")
+    show(Table("Where the kills met the run", headings, rows), markdown=markdown)
     if found:
         raise click.ClickException(f"after {len(met)} kills these differ: {', '.join(found)}")
     click.echo(f"after {len(met)} kills, weights, memories and log equal those of the run that nobody touched")

@@ -10,17 +10,14 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
-from statistics import quantiles
 from typing import TYPE_CHECKING
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.measuring import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
 from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, Run, TrainingIteration, TrainState, compose
 from noether.cli.replaying import decides
 from noether.core.callbacks import (
@@ -40,7 +37,7 @@ from noether.effects.events import read_events
 from noether.training.replay import replay, to_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from noether.core.callback import Callback
 
@@ -113,34 +110,22 @@ def replayed(callbacks: Sequence[Callback], path: Path) -> None:
         raise click.ClickException(f"the replay is not whole: {found.left_out}")
 
 
-def timed(work: Callable[[Path], None], path: Path) -> float:
-    """Return the seconds that something takes."""
-    start_s = time.perf_counter()
-    work(path)
-    return time.perf_counter() - start_s
-
-
-def _shown(values: list[float]) -> str:
-    low, middle, high = quantiles(values, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
-
 @click.command(help=__doc__)
 @click.option("--updates", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Of the run.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
-def main(updates: int, rounds: int) -> None:
+@markdown_option
+def main(updates: int, rounds: int, *, markdown: bool) -> None:
     """Record, measure and print the table."""
     torch.set_num_threads(1)
-    rows = {name: partial(replayed, callbacks) for name, callbacks in _ROWS.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = record(Path(folder), updates)
         size = path.stat().st_size
-        found = [{name: timed(row, path) for name, row in {"parsed": parsed, **rows}.items()} for _ in range(rounds)]
-    table = Table("", "seconds", "/ parsing", title=f"{updates:,} updates, {size / 1e6:.0f} MB of events")
-    for name in ("parsed", *rows):
-        ratios = [each[name] / each["parsed"] for each in found]
-        table.add_row(name, _shown([each[name] for each in found]), _shown(ratios))
-    Console(width=120).print(table)
+        work = {"parsed": partial(parsed, path)}
+        work |= {name: partial(replayed, callbacks, path) for name, callbacks in _ROWS.items()}
+        found = take_turns({name: partial(seconds, each) for name, each in work.items()}, rounds)
+    rows = [(name, quartiles(each[name] for each in found), quartiles(ratios(found, name, "parsed"))) for name in work]
+    title = f"{updates:,} updates, {size / 1e6:.0f} MB of events"
+    show(Table(title, ("", "seconds", "/ parsing"), rows), markdown=markdown)
 
 
 if __name__ == "__main__":

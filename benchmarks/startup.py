@@ -18,12 +18,11 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from statistics import quantiles
 from typing import NamedTuple
 
 import click
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks.measuring import Table, markdown_option, quartiles, show
 
 _ROOT = Path(__file__).parents[1]
 _TORCH = "import torch"
@@ -85,27 +84,28 @@ def timed(row: Row) -> Times:
 
 def measure(wanted: dict[str, Row], rounds: int) -> list[dict[str, Times]]:
     """Return what every row took in each round."""
-    found = [{name: timed(row) for name, row in wanted.items()} for _ in range(rounds + 1)]
-    return found[1:]  # the first round warms up
+    found = [{name: timed(row) for name, row in wanted.items()} for _ in range(rounds + 1 if rounds > 1 else 1)]
+    return found[-rounds:]  # the first round warms up; one alone is a try
 
 
 @click.command(help=__doc__)
-@click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
-def main(rounds: int) -> None:
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=1), help="Rounds measured.")
+@markdown_option
+def main(rounds: int, *, markdown: bool) -> None:
     """Measure and print the table."""
     with tempfile.TemporaryDirectory() as folder:
         bad = Path(folder) / "bad.yaml"
         bad.write_text("modle: {}\n")
         found = measure(rows(bad), rounds)
-    table = Table(title=f"Start-up; torch {version('torch')}, Python {sys.version.split()[0]}")
-    table.add_column("")
-    for heading in ("ms", f"/ {_TORCH}", "beyond torch, ms", f"beyond torch / {_TORCH}"):
-        table.add_column(heading, justify="right")
-    for name in found[0]:
-        whole_ms = [each[name].whole_s * 1e3 for each in found]
-        ratios = [each[name].whole_s / each[_TORCH].whole_s for each in found]
-        table.add_row(name, _shown(whole_ms, 0), _shown(ratios, 2), *_beyond(name, found))
-    Console(width=150).print(table)
+    headings = ("", "ms", f"/ {_TORCH}", "beyond torch, ms", f"beyond torch / {_TORCH}")
+    title = f"Start-up; torch {version('torch')}, Python {sys.version.split()[0]}"
+    show(Table(title, headings, [(name, *_cells(name, found)) for name in found[0]]), markdown=markdown)
+
+
+def _cells(name: str, found: list[dict[str, Times]]) -> tuple[str, ...]:
+    whole_ms = [each[name].whole_s * 1e3 for each in found]
+    ratios = [each[name].whole_s / each[_TORCH].whole_s for each in found]
+    return quartiles(whole_ms, 0), quartiles(ratios), *_beyond(name, found)
 
 
 def _beyond(name: str, found: list[dict[str, Times]]) -> tuple[str, str]:
@@ -113,12 +113,7 @@ def _beyond(name: str, found: list[dict[str, Times]]) -> tuple[str, str]:
     known = [(seconds, torch_s) for seconds, torch_s in beyond if seconds is not None]
     if not known:
         return "", ""
-    return _shown([s * 1e3 for s, _ in known], 1), _shown([s / torch_s for s, torch_s in known], 4)
-
-
-def _shown(values: list[float], digits: int) -> str:
-    low, middle, high = (f"{value:.{digits}f}" for value in quantiles(values, n=4, method="inclusive"))
-    return f"{middle} ({low}-{high})"
+    return quartiles([s * 1e3 for s, _ in known], 1), quartiles([s / torch_s for s, torch_s in known], 4)
 
 
 if __name__ == "__main__":

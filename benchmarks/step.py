@@ -8,16 +8,14 @@ ratio is taken within each round, and the table shows the median over rounds, wi
 from __future__ import annotations
 
 import time
-from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.func import functional_call, grad_and_value
 
+from benchmarks.measuring import Table, markdown_option, quartiles, show
 from noether import TrainingIteration, TrainState
 from noether.core.batch import model_arguments
 from noether.core.module import with_total
@@ -56,11 +54,12 @@ def mutable(model: nn.Module, batches: list[Any], *, fused: bool | None) -> Iter
 
 
 def functional(
-    model: nn.Module, batches: list[Any], *, fused: bool | None, kind: type[Step] = Step
+    model: nn.Module, batches: list[Any], *, fused: bool | None, kind: type[Step] = Step, donate: bool = False
 ) -> Iterator[Mapping[str, Tensor]]:
     """Yield the parameters after each update of noether's step."""
     optimizer = FunctionalOptimizer(torch.optim.AdamW, {"lr": _LR, "fused": fused})
-    step = kind(model=model.train(), loss=cross_entropy, optimizer=optimizer, lr={"default": Constant(value=_LR)})
+    lr = {"default": Constant(value=_LR)}
+    step = kind(model=model.train(), loss=cross_entropy, optimizer=optimizer, lr=lr, donate=donate)
     state = TrainState.from_module(model)
     state = state.replace(opt_state=optimizer.init(state.params))
     while True:
@@ -80,7 +79,7 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thi
         batch: Any,
         weight: float,
         times: Any,  # noqa: ARG002  # the step that is replaced counts seconds on it
-        owned: Any,  # noqa: ARG002  # and may own tensors
+        owned: Any,  # noqa: ARG002  # nothing is donated here
     ) -> tuple[dict[str, Tensor | None], Mapping[str, Tensor], Any, Mapping[str, Tensor]]:
         trained = {name: params[name] for name in self.optimizer.trainable(params)}
         arguments, keywords = model_arguments(self.model, batch)
@@ -101,11 +100,12 @@ _ROWS: Mapping[str, Callable[[nn.Module, list[Any]], Iterator[Mapping[str, Tenso
     "mutable loop, fused": lambda model, batches: mutable(model, batches, fused=True),
     "noether step": lambda model, batches: functional(model, batches, fused=None),
     "noether step, fused": lambda model, batches: functional(model, batches, fused=True),
+    "noether step, fused, donated": lambda model, batches: functional(model, batches, fused=True, donate=True),
     "noether step, grad_and_value": lambda model, batches: functional(model, batches, fused=None, kind=StepByFunc),
 }
 _SAME = (
     ("mutable loop", "noether step", "noether step, grad_and_value"),
-    ("mutable loop, fused", "noether step, fused"),
+    ("mutable loop, fused", "noether step, fused", "noether step, fused, donated"),
 )
 
 
@@ -143,24 +143,16 @@ def measure(
 @click.command(help=__doc__)
 @click.option("--updates", default=30, show_default=True, type=click.IntRange(min=1), help="Updates in a round.")
 @click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
-def main(updates: int, rounds: int) -> None:
+@markdown_option
+def main(updates: int, rounds: int, *, markdown: bool) -> None:
     """Measure and print the table."""
     torch.set_num_threads(1)
     data = TrainingData(Digits(split="train"), seed=0, effective_batch_size=_BATCH, drop_last=True)
     batches = [micro for batch in range(8) for micro in data.batch(TrainingIteration(update=batch))]
-    table = Table(title=f"Time of an update / mutable loop; torch {torch.__version__}, batch {_BATCH}, one thread")
-    table.add_column("")
-    for name in _MODELS:
-        table.add_column(name, justify="right")
     measured = [measure(make_model, batches, updates, rounds) for make_model in _MODELS.values()]
-    for row in _ROWS:
-        table.add_row(row, *(_shown(ratios[row]) for ratios in measured))
-    Console().print(table)
-
-
-def _shown(ratios: list[float]) -> str:
-    low, median, high = quantiles(ratios, n=4)
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+    rows = [(row, *(quartiles(ratios[row]) for ratios in measured)) for row in _ROWS]
+    title = f"Time of an update / mutable loop; torch {torch.__version__}, batch {_BATCH}, one thread"
+    show(Table(title, ("", *_MODELS), rows), markdown=markdown)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,24 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "row", "rows"),
+    ("name", "arguments", "rows"),
     [
-        ("step", ("--updates", "2", "--rounds", "2"), ("noether step", "mutable loop"), 6),  # five, and the title
-        (
-            "checkpoint",
-            ("--params", "1000", "--rounds", "2"),
-            ("noether", "torch.save", "distributed"),
-            8,
-        ),  # seven, and the heading
-        ("replay", ("--updates", "200", "--rounds", "2"), ("callbacks that decide", "look at every update"), 2),
-        ("startup", ("--rounds", "2"), ("noether --help", "noether validate", "every name"), 4),
+        ("step", ("--rounds", "2", "--updates", "2"), {"mutable loop": 2, "noether step": 4}),
+        ("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 3}),
+        ("dispatch", ("--rounds", "2"), {"noether": 3}),
+        ("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
+        ("ema", ("--rounds", "2", "--params", "1000"), {"torch": 1, "noether": 1}),
+        ("scaling", ("--rounds", "2"), {"1,000 callbacks": 2, "1,000,000,000 updates": 1}),
+        ("checkpoint", ("--rounds", "2", "--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
+        ("replay", ("--rounds", "2", "--updates", "200"), {"callbacks that decide": 1, "and two that look": 1}),
+        ("startup", ("--rounds", "1"), {"noether --help": 1, "noether validate": 2, "import torch, every name": 1}),
     ],
 )
-def test_a_benchmark_measures(name, arguments, row, rows):
+def test_a_benchmark_measures(name, arguments, rows):
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        [sys.executable, "-m", f"benchmarks.{name}", "--markdown", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len([line for line in done.stdout.splitlines() if any(each in line for each in row)]) == rows
+    lines = done.stdout.splitlines()
+    assert {row: sum(line.startswith(f"| {row}") for line in lines) for row in rows} == rows

@@ -1,0 +1,381 @@
+"""What does an update cost in a whole training loop with its callbacks, beside the loop that people write by hand?
+
+Run as `python -m benchmarks.training`. Everybody trains what `configs/seed.yaml` describes, with a small network (an
+MLP) and a medium one (the ConvNet of the digits), on batches made before, and evaluates after each epoch. The bare
+loops do no more than that. The others have the callbacks of that file, too: a line of progress every 10 updates, the
+learning rate in a file at every update, the best accuracy after each epoch. noether's are its own, in its own trainer
+and run directory; for Ignite and Lightning they are a few lines that write as much, called by their hooks.
+
+A run is timed from the first batch of its second epoch to the first of its last. All rows take turns in one process on
+one thread; a ratio is taken within each round, and the tables show medians over rounds with quartiles. All rows with
+the same kernel have to end at the same parameters, to the bit; if they do not, the command fails.
+
+Goals for the small network: at most 1.00 of the bare loop with the same fused kernel, less than 0.80 of that with
+torch's default AdamW; compiled, less than 0.40 of that.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+import torch
+from rich.console import Console as RichConsole
+from torch import nn
+from torch.nn import functional
+
+from benchmarks.measuring import Table, installed, markdown_option, quartiles, ratios, show, take_turns
+from noether import TrainingIteration, compose
+from noether.config import load
+from noether.core.callbacks import EvaluateCallback
+from noether.effects import Console, open_run
+from noether.examples.digits import ConvNet
+from noether.training.compiled import CompiledStep
+from noether.training.experiment import Experiment, build
+from noether.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from noether import TrainState
+    from noether.training.step import Step
+
+    Train = Callable[[Path], "Trained"]
+
+_CONFIG = Path(__file__).parents[1] / "configs/seed.yaml"
+
+
+class Network(NamedTuple):
+    """What is trained, and for how many epochs."""
+
+    make: Callable[[], nn.Module]
+    epochs: int
+
+
+_NETWORKS: Mapping[str, Network] = {
+    "small": Network(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), 20),
+    # Without random numbers, of which the other loops would draw others.
+    "medium": Network(lambda: ConvNet(dropout=0.0), 4),
+}
+_DEFAULT, _FUSED = "bare loop, default AdamW", "bare loop, fused AdamW"
+_STEPS: Mapping[str, Callable[[Step], Step | CompiledStep]] = {
+    "noether": lambda step: dataclasses.replace(step, donate=False),
+    "noether, donated": lambda step: step,
+    "noether, compiled": CompiledStep,
+}
+_OTHER_KERNELS = (_DEFAULT, "noether, compiled")  # they may add in another order
+_TOLERANCE = 0.1  # largest difference, as a share of the way that training went
+
+
+class Batches:
+    """The same batches in every epoch, for loops of any kind; notes when each epoch begins."""
+
+    def __init__(self, batches: Sequence[Any], clock_s: Callable[[], float]) -> None:
+        self._batches = batches
+        self._clock_s = clock_s
+        self._begun_s: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._begun_s.append(self._clock_s())
+        return iter(self._batches)
+
+    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002
+        """Return the state and the batch of its next update, as noether's trainer asks for it."""
+        index = state.iteration.update % len(self._batches)
+        if not index:
+            self._begun_s.append(self._clock_s())
+        return state, (self._batches[index],)
+
+    def close(self) -> None:
+        """Do nothing: nothing is loaded ahead."""
+
+    def update_s(self) -> float:
+        """Return the seconds of an update, from the second epoch to the last."""
+        _, first_s, *_, last_s = self._begun_s
+        return (last_s - first_s) / (len(self) * (len(self._begun_s) - 2))
+
+
+class Trained(NamedTuple):
+    """What came of a run."""
+
+    update_s: float
+    params: Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What everybody trains.
+
+    Args:
+        experiment: What noether made of the configuration.
+        model: The network with its first weights.
+        batches: Those of an epoch.
+        validation: What is evaluated after each epoch.
+        epochs: How many.
+        clock_s: What they are timed with.
+    """
+
+    experiment: Experiment
+    model: nn.Module
+    batches: Sequence[Any]
+    validation: Sequence[Any]
+    epochs: int
+    clock_s: Callable[[], float]
+
+    @classmethod
+    def of(cls, make_model: Callable[[], nn.Module], epochs: int, clock_s: Callable[[], float]) -> Task:
+        """Return the task of the configuration with another network."""
+        experiment = build(load(_CONFIG, ["optimizer.fused=true"]), "benchmark", model=make_model)
+        positions = map(TrainingIteration, [0] * experiment.run.updates_per_epoch, range(10**9))
+        batches = [batch for position in positions for batch in experiment.data.batch(position)]
+        validation = list(experiment.run.data["val"])
+        run = experiment.run.replace(end=TrainingIteration(epoch=epochs), data={"val": validation})
+        model = copy.deepcopy(experiment.model)
+        return cls(dataclasses.replace(experiment, run=run), model, batches, validation, epochs, clock_s)
+
+    def begun(self) -> Batches:
+        """Return the batches of a run that begins."""
+        return Batches(self.batches, self.clock_s)
+
+    def optimizer(self, model: nn.Module, *, fused: bool | None = True) -> torch.optim.Optimizer:
+        """Return the optimizer of the configuration for a model of torch."""
+        lr = self.experiment.config.optimizer.lr
+        return torch.optim.AdamW(model.parameters(), lr=lr, fused=fused)
+
+
+def updated(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+    """Make one update."""
+    optimizer.zero_grad()
+    functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, batches: Sequence[Any]) -> dict[str, float]:
+    """Return loss and accuracy of a model."""
+    model.eval()
+    loss, right, samples = torch.zeros(()), torch.zeros(()), 0
+    for images, labels in batches:
+        outputs = model(images)
+        loss += functional.cross_entropy(outputs, labels) * len(labels)
+        right += (outputs.argmax(-1) == labels).sum()
+        samples += len(labels)
+    model.train()
+    return {"loss/val/total": loss.item() / samples, "val/accuracy": right.item() / samples}
+
+
+class SeedCallbacks:
+    """What the callbacks of the configuration do, for loops of others."""
+
+    def __init__(self, folder: Path, updates: int) -> None:
+        self._log = (folder / "metrics.jsonl").open("w")
+        self._console = (folder / "console.txt").open("w")
+        self._updates, self._begun_s, self._best = updates, time.perf_counter(), 0.0
+
+    def after_update(self, update: int, lr: float) -> None:
+        """Log the learning rate, and every 10 updates the progress."""
+        self._write(update, {"optim/lr": lr})
+        if update % 10 == 0:
+            spent_s = time.perf_counter() - self._begun_s
+            left_s = spent_s / update * (self._updates - update)
+            share = f"{update / self._updates:.1%}  update {update}/{self._updates}"
+            print(f"{share}  {1000 * spent_s / update:.1f} ms/update  left {left_s:.0f} s", file=self._console)
+
+    def after_evaluation(self, update: int, measured: Mapping[str, float]) -> None:
+        """Log what was measured, and the best of it."""
+        self._best = max(self._best, measured["val/accuracy"])
+        self._write(update, {**measured, "val/accuracy/best": self._best})
+
+    def close(self) -> None:
+        """Write what is held back."""
+        self._log.close()
+        self._console.close()
+
+    def _write(self, update: int, values: Mapping[str, float]) -> None:
+        self._log.write(json.dumps({"update": update, "time_s": time.time(), "metrics": values}) + "\n")
+
+
+def bare(task: Task, *, fused: bool | None) -> Train:
+    """Train with the loop that everybody writes."""
+
+    def train(folder: Path) -> Trained:  # noqa: ARG001  # it writes nothing
+        model, batches = copy.deepcopy(task.model).train(), task.begun()
+        optimizer = task.optimizer(model, fused=fused)
+        for _ in range(task.epochs):
+            for batch in batches:
+                updated(model, optimizer, batch)
+            evaluated(model, task.validation)
+        return Trained(batches.update_s(), dict(model.named_parameters()))
+
+    return train
+
+
+def noether(task: Task, made: Callable[[Step], Step | CompiledStep], *, callbacks: bool = True) -> Train:
+    """Train with noether's trainer into a run directory, with all callbacks or with the evaluation alone."""
+    experiment = task.experiment
+    step = made(experiment.step)
+    members = [placed.callback for placed in experiment.callbacks]
+    reducer = compose(*(each for each in members if callbacks or isinstance(each, EvaluateCallback)))
+
+    def train(folder: Path) -> Trained:
+        batches = task.begun()
+        with (folder / "console.txt").open("w") as file:
+            console = Console(RichConsole(file=file, highlight=False, soft_wrap=True))  # as it is by default
+            with open_run(folder / "run", console) as directory:
+                loop = Trainer(
+                    run=experiment.run, step=step, data=batches, reducer=reducer, interpreter=directory.interpreter
+                )
+                state = loop(experiment.state)
+        return Trained(batches.update_s(), dict(state.params))
+
+    return train
+
+
+def ignite(task: Task) -> Train:
+    """Train with an engine of Ignite."""
+    from ignite.engine import Engine, Events
+
+    def train(folder: Path) -> Trained:
+        model, batches = copy.deepcopy(task.model).train(), task.begun()
+        optimizer = task.optimizer(model)
+        callbacks = SeedCallbacks(folder, task.epochs * len(batches))
+        engine = Engine(lambda engine, batch: updated(model, optimizer, batch))  # noqa: ARG005  # what it calls
+
+        @engine.on(Events.ITERATION_COMPLETED)
+        def log(engine: Engine) -> None:
+            callbacks.after_update(engine.state.iteration, optimizer.param_groups[0]["lr"])
+
+        @engine.on(Events.EPOCH_COMPLETED)
+        def evaluate(engine: Engine) -> None:
+            callbacks.after_evaluation(engine.state.iteration, evaluated(model, task.validation))
+
+        engine.run(batches, max_epochs=task.epochs)
+        callbacks.close()
+        return Trained(batches.update_s(), dict(model.named_parameters()))
+
+    return train
+
+
+def lightning(task: Task) -> Train:
+    """Train with a trainer of Lightning."""
+    from lightning.pytorch import Callback, LightningModule
+    from lightning.pytorch import Trainer as LightningTrainer
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = copy.deepcopy(task.model)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:  # noqa: ARG002
+            return functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return task.optimizer(self.model)
+
+    class Watch(Callback):
+        def __init__(self, callbacks: SeedCallbacks) -> None:
+            self.callbacks = callbacks
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self.callbacks.after_update(trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"])
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            self.callbacks.after_evaluation(trainer.global_step, evaluated(module.model, task.validation))
+
+    def train(folder: Path) -> Trained:
+        module, batches = Module(), task.begun()
+        callbacks = SeedCallbacks(folder, task.epochs * len(batches))
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        trainer = LightningTrainer(
+            accelerator="cpu", max_epochs=task.epochs, callbacks=[Watch(callbacks)], default_root_dir=folder,
+            **dict.fromkeys(quiet, False),
+        )  # fmt: skip
+        trainer.fit(module, batches)
+        callbacks.close()
+        return Trained(batches.update_s(), dict(module.model.named_parameters()))
+
+    return train
+
+
+def rows(task: Task) -> tuple[dict[str, Train], list[str]]:
+    """Return what trains the task here, and what is said of the rows that are left out."""
+    found = {_DEFAULT: bare(task, fused=None), _FUSED: bare(task, fused=True)}
+    found |= {name: noether(task, made) for name, made in _STEPS.items()}
+    found["noether, donated, evaluation alone"] = noether(task, lambda step: step, callbacks=False)
+    others, absent = installed({"Ignite": partial(ignite, task), "Lightning": partial(lightning, task)})
+    return found | others, absent
+
+
+def measure(task: Task, trains: Mapping[str, Train], rounds: int) -> list[dict[str, float]]:
+    """Return the seconds of an update of each row in each round; fail if they do not do the same work."""
+    params: dict[str, Mapping[str, Tensor]] = {}
+
+    def update_s(name: str, train: Train) -> float:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Lightning, about loaders that are none of torch's
+            trained = train(Path(folder))
+        params[name] = trained.params
+        return trained.update_s
+
+    found = take_turns({name: partial(update_s, name, train) for name, train in trains.items()}, rounds)
+    for name in params:
+        _check_same(name, params, task.model.parameters())
+    return found
+
+
+def _check_same(name: str, params: Mapping[str, Mapping[str, Tensor]], start: Iterable[Tensor]) -> None:
+    begin, end, other = map(_flat, (start, params[_FUSED].values(), params[name].values()))
+    tolerance = _TOLERANCE if name in _OTHER_KERNELS else 0.0
+    if (other - end).norm() > tolerance * (end - begin).norm():
+        raise click.ClickException(f"{name!r} did not do the work of {_FUSED!r}: their parameters differ")
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+@click.command(help=__doc__)
+@click.option("--network", "networks", multiple=True, type=click.Choice([*_NETWORKS]), help="By default, all of them.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=3),
+    help="Epochs of a run; by default, 20 of the small network, 4 of the medium.",
+)
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
+@click.option("--cpu", is_flag=True, help="Count the processor's seconds: steadier where others use the machine, too.")
+@markdown_option
+def main(networks: Sequence[str], epochs: int | None, rounds: int, *, cpu: bool, markdown: bool) -> None:
+    """Measure and print the tables."""
+    torch.set_num_threads(1)
+    for size in networks or _NETWORKS:
+        task = Task.of(
+            _NETWORKS[size].make, epochs or _NETWORKS[size].epochs, time.process_time if cpu else time.perf_counter
+        )
+        trains, missing = rows(task)
+        found = measure(task, trains, rounds)
+        us = {name: quartiles([each[name] * 1e6 for each in found], 0) for name in trains}
+        cells = [(name, us[name], *(quartiles(ratios(found, name, u)) for u in (_DEFAULT, _FUSED))) for name in trains]
+        parameters = sum(parameter.numel() for parameter in task.model.parameters())
+        title = f"An update of the {size} network ({parameters:,} parameters, batch 64) in its training loop"
+        headings = ("", "us", "/ bare, default AdamW", "/ bare, fused AdamW")
+        show(Table(title, headings, cells, missing), markdown=markdown)
+
+
+if __name__ == "__main__":
+    main()
