@@ -9,7 +9,7 @@ from noether.core.declarations import check_declarations
 from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import matches
-from noether.core.schedule import Thresholds
+from noether.core.schedule import Thresholds, Window
 from noether.core.tree import FrozenDict, check_memory, freeze, storages
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Reducer:
         self._outermost = outermost
         self._listening: dict[type[Event], tuple[Callback, ...]] = {}
         self._acting: dict[type[Event], tuple[_Call, ...]] = {}
-        idle = [(member, idle_of(member)) for member in members]
+        idle = [(member, member if _is_always_due(member) else idle_of(member)) for member in members]
         self._idling = tuple((member, call) for member, call in idle if call is not None)
         # Who is called whole has no need to be waited for.
         waited_for = [declaration_of(member).gate for member, call in idle if call is not member]
@@ -196,6 +196,13 @@ class Reducer:
             return state
         _check_new_memory(missing, state)
         return state.replace(callback_states=FrozenDict({**state.callback_states, **missing}))
+
+
+def _is_always_due(member: Callback) -> bool:
+    """Return whether a gate is open at every update."""
+    gate = declaration_of(member).gate
+    part = gate.parts.get(AfterUpdate) if gate is not None else None
+    return part is not None and any(each.interval == 1 and each.window == Window() for each in part.members)
 
 
 _LOOPS: Final = ("iteration", "previous", "seed", "ended")

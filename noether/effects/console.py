@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from itertools import zip_longest
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -40,6 +41,7 @@ class Console:
         self._live = LiveProgress(self._console) if is_live(self._console) else None
         self._written_s = -_QUIET_S
         self._timer: threading.Timer | None = None
+        self._said: tuple[str, float] | None = None  # the last lines and when, where the run goes on
 
     def text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Write a text: the handler of `LogText`."""
@@ -47,13 +49,13 @@ class Console:
 
     def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics in aligned columns: a handler of `LogScalars`."""
+        # A loop that does not read the time has every line written.
+        if isinstance(event, AfterUpdate) and event.time_s and event.time_s - self._written_s < _QUIET_S:
+            return
         shown = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
         if not shown:
             return
         if isinstance(event, AfterUpdate):
-            # A loop that does not read the time has every line written.
-            if event.time_s and event.time_s - self._written_s < _QUIET_S:
-                return
             self._written_s = event.time_s
         width = self._width - len(_labelled(state, [""]))
         self._write(_labelled(state, columns(_without_repeats(shown), width)), watched=_goes_on(event))
@@ -79,29 +81,48 @@ class Console:
         return self._console.width if self._console.is_terminal else _WIDTH
 
     def _cancel(self) -> None:
+        self._said = None
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _write(self, lines: str, *, watched: bool) -> None:
         """Write lines, and have them repeated after a silence where the run goes on."""
         self._console.print(lines, markup=False)
-        self._cancel()
-        if watched:
-            # The timer does not keep the console alive: a loop that let go of its run has ended. And nothing with
-            # tensors: a thread that frees them while Python exits aborts the process.
-            self._timer = threading.Timer(_SILENCE_S, _repeat, [weakref.ref(self), lines])
-            self._timer.daemon = True
-            self._timer.start()
+        if not watched:
+            self._cancel()
+            return
+        self._said = lines, monotonic()
+        if self._timer is None:  # one that runs looks at what was said since; a new thread for each line takes longer
+            self._watch(_SILENCE_S)
+
+    def _watch(self, wait_s: float) -> None:
+        # The timer does not keep the console alive: a loop that let go of its run has ended. And nothing with tensors:
+        # a thread that frees them while Python exits aborts the process.
+        self._timer = threading.Timer(wait_s, _end_silence, [weakref.ref(self)])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _repeat(self) -> None:
+        """Repeat the last lines if they are old enough, and watch on."""
+        if self._said is None:
+            return
+        lines, since_s = self._said
+        left_s = since_s + _SILENCE_S - monotonic()
+        if left_s <= 0:
+            self._console.print(lines, markup=False)
+            self._said, left_s = (lines, monotonic()), _SILENCE_S
+        self._watch(left_s)
 
 
 def _goes_on(event: Event) -> bool:
     return not isinstance(event, AfterTraining)
 
 
-def _repeat(console: weakref.ref[Console], lines: str) -> None:
+def _end_silence(console: weakref.ref[Console]) -> None:
     alive = console()
     if alive is not None:
-        alive._write(lines, watched=True)  # noqa: SLF001  # the console's own timer
+        alive._repeat()  # noqa: SLF001  # the console's own timer
 
 
 def columns(metrics: Mapping[str, Any], width: int) -> list[str]:

@@ -69,7 +69,10 @@ class Summary:
             LogError: If what the file holds is damaged.
             OSError: If it cannot be written.
         """
-        entries = {**self._read(), **{key: plain(value) for key, value in effect.values.items()}}
+        held = self._read()
+        entries = {**held, **{key: plain(value) for key, value in effect.values.items()}}
+        if entries == held:  # a best value that stays is told of at every evaluation
+            return
         replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
 
     def _read(self) -> dict[str, Any]:

@@ -131,21 +131,43 @@ class Timer:
 
 
 @pytest.fixture
+def clock(monkeypatch):
+    """The time that the console reads, as a list of one number of seconds."""
+    now = [1000.0]
+    monkeypatch.setattr("noether.effects.console.monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
 def timers(monkeypatch):
     monkeypatch.setattr(Timer, "made", [])
     monkeypatch.setattr("threading.Timer", Timer)
     return Timer.made
 
 
-def test_after_silence_the_last_line_is_repeated(console, timers):
+def test_after_silence_the_last_line_is_repeated(console, timers, clock):
     made, shown = console
     made.text(LogText("first"), at(1), AfterEpoch())
+    clock[0] += 100
     made.text(LogText("second"), at(2), AfterEpoch())
-    assert [(timer.seconds, timer.cancelled) for timer in timers] == [(300.0, True), (300.0, False)]
+    clock[0] += 200
+    timers[0].fire()  # 300 seconds after the first line, the second is 200 old
+    assert without_labels(shown()) == ["first", "second"]
+    clock[0] += 100
     timers[1].fire()
-    assert [line.split()[-1] for line in shown()] == ["first", "second", "second"]
+    assert without_labels(shown()) == ["first", "second", "second"]
+    assert [timer.seconds for timer in timers] == [300.0, 100.0, 300.0]
     made.close()
     assert timers[-1].cancelled
+    timers[-1].fire()
+    assert len(shown()) == 3
+
+
+def test_one_timer_watches_over_any_number_of_lines(console, timers):
+    made, _ = console
+    for update in range(10):
+        made.text(LogText("text"), at(update), AfterEpoch())
+    assert len(timers) == 1
 
 
 def test_after_training_silence_is_no_sign_of_anything(console, timers):
