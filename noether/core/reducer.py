@@ -9,15 +9,15 @@ from noether.core.declarations import check_declarations
 from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import matches
-from noether.core.schedule import Thresholds, Window
 from noether.core.tree import FrozenDict, check_memory, freeze, storages
+from noether.core.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
-    from noether.core.iteration import TrainingIteration
+    from noether.core.schedule import Schedule
     from noether.core.state import Memory, TrainState
 
     _Call = tuple[Callback, Callback]  # a member, and what is called in its place
@@ -74,12 +74,15 @@ class Reducer:
         self._outermost = outermost
         self._listening: dict[type[Event], tuple[Callback, ...]] = {}
         self._acting: dict[type[Event], tuple[_Call, ...]] = {}
-        idle = [(member, member if _is_always_due(member) else idle_of(member)) for member in members]
-        self._idling = tuple((member, call) for member, call in idle if call is not None)
-        # Who is called whole has no need to be waited for.
-        waited_for = [declaration_of(member).gate for member, call in idle if call is not member]
-        self._schedules = tuple(gate.parts[AfterUpdate] for gate in waited_for if gate and AfterUpdate in gate.parts)
-        self._quiet: tuple[TrainingIteration, Thresholds] | None = None
+        # At updates, in order: a member, what is called of it while it is not due, and its place among those that wait.
+        self._at_updates: list[tuple[Callback, Callback | None, int | None]] = []
+        waiting: list[Schedule] = []
+        for member in members:
+            schedule = _waits_for(member)
+            self._at_updates.append((member, idle_of(member), None if schedule is None else len(waiting)))
+            waiting += () if schedule is None else (schedule,)
+        self._waiting = Waiting(waiting)
+        self._idling = self._update_calls(())
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the state after every member has had its say, and all that they ask for, in their order."""
@@ -165,26 +168,18 @@ class Reducer:
         return self._listening[event_type]
 
     def _calls(self, state: TrainState, event_type: type[Event]) -> tuple[_Call, ...]:
-        if event_type is AfterUpdate and self._is_quiet(state):
-            return self._idling
+        if event_type is AfterUpdate:
+            due = self._waiting.due(state.previous, state.iteration)
+            return self._update_calls(due) if due else self._idling
         if event_type not in self._acting:
             self._acting[event_type] = tuple((member, member) for member in self._listeners(event_type))
         return self._acting[event_type]
 
-    def _is_quiet(self, state: TrainState) -> bool:
-        """Return whether no gate can be due, by the window in which the last look found nothing due.
-
-        The window is a pure function of schedules and iteration; keeping it only saves computing it again.
-        """
-        if self._quiet is not None:
-            since, following = self._quiet
-            if state.previous.reached(since) and not following.reached(state.iteration):
-                return True
-        following = Thresholds()
-        for schedule in self._schedules:
-            following = following.merge(schedule.next_due(state.previous))
-        self._quiet = state.previous, following
-        return not following.reached(state.iteration)
+    def _update_calls(self, due: Iterable[int]) -> tuple[_Call, ...]:
+        """Return what is called at an update at which the members at some places may be due."""
+        due = frozenset(due)
+        calls = ((member, member if place in due else idle) for member, idle, place in self._at_updates)
+        return tuple((member, call) for member, call in calls if call is not None)
 
     def _prepare(self, state: TrainState, event: BeforeTraining) -> TrainState:
         check_declarations(self.members, state, event.run)
@@ -198,11 +193,12 @@ class Reducer:
         return state.replace(callback_states=FrozenDict({**state.callback_states, **missing}))
 
 
-def _is_always_due(member: Callback) -> bool:
-    """Return whether a gate is open at every update."""
+def _waits_for(member: Callback) -> Schedule | None:
+    """Return the schedule that has to be due for `member` to be called whole at an update; None if it is not asked."""
     gate = declaration_of(member).gate
-    part = gate.parts.get(AfterUpdate) if gate is not None else None
-    return part is not None and any(each.interval == 1 and each.window == Window() for each in part.members)
+    if gate is None or idle_of(member) is member:
+        return None
+    return gate.parts.get(AfterUpdate)
 
 
 _LOOPS: Final = ("iteration", "previous", "seed", "ended")

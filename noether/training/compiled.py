@@ -179,13 +179,18 @@ class CompiledStep:
         if update.is_new(batches) and not self._compiles(update, state, batches, settings):
             return self.eager(state, batches, observe)
         self.eager.seed(state)
-        if self.eager.donate:
-            owned = self._owned(state)
-            updated = update(owned.params, owned.opt_state, state.buffers, batches, settings)
-            state = owned.given_to(state)
+        owned = OwnedTensors.of(state, self.eager.model) if self.eager.donate else None
+        if owned is not None:
+            owned.take(state)
+            owned.unshare()
+            params, opt_state = owned.params, owned.opt_state
         else:
             params, opt_state = thawed(state.params), thawed(state.opt_state)
-            updated = update(params, opt_state, state.buffers, batches, settings)
+        updated = update(params, opt_state, state.buffers, batches, settings)
+        if self.eager.donate:
+            trainable = self.eager.optimizer.trainable(params)
+            state = (owned or OwnedTensors(self.eager.model, trainable, params, opt_state)).given_to(state)
+        else:
             state = state.replace(params=params, opt_state=opt_state)
         sizes = [batch_size(batch) for batch in batches]
         readings = {"grad_norm": updated.grad_norm, "finite": updated.finite}
@@ -203,8 +208,7 @@ class CompiledStep:
 
     def _ready(self, state: TrainState, batches: Sequence[Any], *, observed: bool) -> CompiledUpdate | None:
         """Return what makes the next update, or None if the step itself has to."""
-        owned = OwnedTensors.of(state, self.eager.model)
-        if self._update is not None and owned is not None and owned.holds(state.opt_state):
+        if self._update is not None and OwnedTensors.of(state, self.eager.model) is not None:
             return self._update
         why = "a callback listens to accumulation steps" if observed else obstacle(self.eager)
         trained = {name: state.params[name] for name in self.eager.optimizer.trainable(state.params)}
@@ -221,16 +225,6 @@ class CompiledStep:
             return None
         self._update = self._update or CompiledUpdate(self.eager, state.params)
         return self._update
-
-    def _owned(self, state: TrainState) -> OwnedTensors:
-        """Return tensors to write to, taken from the state or copied."""
-        owned = OwnedTensors.of(state, self.eager.model)
-        if owned is None or not owned.holds(state.opt_state):
-            trainable = self.eager.optimizer.trainable(state.params)
-            return OwnedTensors(self.eager.model, trainable, state.params, state.opt_state)
-        owned.take(state)
-        owned.unshare()
-        return owned
 
     def _give_up(self, why: str) -> None:
         self._given_up = True

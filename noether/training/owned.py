@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @final
 class OwnedTensors:
-    """Copies of the trained tensors of a state, which are from then on a model's own parameters.
+    """The trained tensors of a state that nobody else has seen yet, which are from then on a model's own parameters.
 
     What others hold of them is left to them, and copied before it would be written to; see `Owned`.
 
@@ -47,19 +47,16 @@ class OwnedTensors:
         params: Mapping[str, Tensor],
         opt_state: Mapping[str, Any],
     ) -> None:
-        trained = frozenset(trainable)
         self.model = model
-        self.params = {name: param.clone() if name in trained else param for name, param in params.items()}
-        remembered = opt_state.get("state", {}).items()
-        memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in remembered}
-        self.opt_state = {**opt_state, "state": memory}
+        self.params = dict(params)
+        self.opt_state = opt_state
         self.parameters = dict(model.named_parameters())
         self.leaves = [self.parameters[name] for name in trainable]
         self._buffers = _buffer_places(model)
         self._owned = Owned(
             [
                 *((self.params, name) for name in trainable),
-                *((kept, key) for kept in memory.values() for key in kept),
+                *((kept, key) for kept in opt_state.get("state", {}).values() for key in kept),
             ]
         )
         self._writer: tuple[tuple[str, ...], Writer] | None = None  # what writes the updates of these gradients
@@ -67,9 +64,11 @@ class OwnedTensors:
 
     @classmethod
     def of(cls, state: TrainState, model: nn.Module) -> Self | None:
-        """Return the tensors of `model` in which the params of `state` lie, or None if they lie elsewhere."""
-        owner = state.params.owner if isinstance(state.params, Donatable) else None
-        return owner if isinstance(owner, cls) and owner.model is model else None
+        """Return the tensors of `model` in which params and optimizer memory of `state` lie, or None."""
+        if not isinstance(state.params, Donatable) or not isinstance(state.opt_state, Donatable):
+            return None
+        owner = state.params.owner
+        return owner if isinstance(owner, cls) and owner.model is model and state.opt_state.owner is owner else None
 
     def call(
         self, buffers: Mapping[str, Tensor], arguments: Sequence[Any], keywords: Mapping[str, Any]
@@ -84,10 +83,6 @@ class OwnedTensors:
         # Batch norm writes to its copies, another module assigns: in its place is either way what is there now.
         now = {name: held[key] for held, key, name in self._buffers}
         return outputs, {name: now[name].detach() for name in buffers}
-
-    def holds(self, opt_state: Mapping[str, Any]) -> bool:
-        """Return whether an optimizer's memory lies in these tensors."""
-        return isinstance(opt_state, Donatable) and opt_state.owner is self
 
     def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
         """Return whether `optimizer` can write an update with these gradients."""

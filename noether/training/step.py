@@ -260,24 +260,15 @@ class Step:
     def _updated(self, state: TrainState, grads: Grads, settings: Mapping[str, Mapping[str, Any]]) -> TrainState:
         """Return the state with new params and optimizer memory, written in place where it is asked for and can be."""
         present = {name: grad for name, grad in grads.items() if grad is not None}
-        owned = self.owned(state, present) if self.donate else None
-        if owned is None:
-            params, opt_state = self.optimizer.update(present, state.opt_state, state.params, settings=settings)
-            return state.replace(params=params, opt_state=opt_state)
-        owned.write(self.optimizer, present, settings)
-        return owned.given_to(state)
-
-    def owned(self, state: TrainState, grads: Mapping[str, Tensor]) -> OwnedTensors | None:
-        """Return the tensors of the state, taken from it for the optimizer to write to, or None if it cannot."""
-        owned = OwnedTensors.of(state, self.model)
-        if owned is None or not owned.holds(state.opt_state):
-            if not self.optimizer.writes(grads, state.opt_state, state.params):
-                return None
-            return OwnedTensors(self.model, self.optimizer.trainable(state.params), state.params, state.opt_state)
-        if not owned.can_write(self.optimizer, grads):
-            return None
-        owned.take(state)
-        return owned
+        owned = OwnedTensors.of(state, self.model) if self.donate else None
+        if owned is not None and owned.can_write(self.optimizer, present):
+            owned.take(state)
+            owned.write(self.optimizer, present, settings)
+            return owned.given_to(state)
+        params, opt_state = self.optimizer.update(present, state.opt_state, state.params, settings=settings)
+        if self.donate and self.optimizer.writes(present, opt_state, params):
+            return OwnedTensors(self.model, self.optimizer.trainable(params), params, opt_state).given_to(state)
+        return state.replace(params=params, opt_state=opt_state)
 
     def settings_for(self, state: TrainState) -> dict[str, dict[str, float]]:
         """Return the settings of the optimizer that the schedules give for the next update of `state`, by group."""

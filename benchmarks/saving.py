@@ -1,0 +1,122 @@
+"""What does a checkpoint cost the thread that trains, the update after it included?
+
+Run as `python -m benchmarks.saving`. 25 million parameters with the two moments of Adam are 300 MB. The cost of a
+checkpoint is the time of asking for it and making the next update, less that of an update without; whatever is put off
+to the update, such as the copy of what a checkpoint in flight still holds, is in it, and so is what the thread that
+writes takes from the one that trains. The unit is one copy of the 300 MB into memory that is mapped already. All rows
+take turns; the table shows medians over rounds with quartiles.
+
+Goals: at most 5 ms for the step that writes to no tensor, and 1.5 copies for the one to which tensors are donated.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from benchmarks.measuring import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
+from noether import AfterUpdate, SaveCheckpoint, TrainState
+from noether.effects import open_run
+from noether.training.optimizer import FunctionalOptimizer
+from noether.training.schedules import Constant
+from noether.training.step import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_COPY, _LR, _UPDATES = "one copy into mapped memory", 1e-3, 4
+
+
+def make_model(params: int) -> nn.Module:
+    """Return a network of about `params` parameters in square matrices."""
+    side = min(1000, params)
+    return nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(max(1, params // side**2))))
+
+
+def squares(outputs: torch.Tensor, _batch: Any) -> dict[str, torch.Tensor]:
+    """Return a loss."""
+    return {"square": outputs.square().mean()}
+
+
+def cost_s(update: Callable[[], Any], save: Callable[[], Any], wait: Callable[[], Any]) -> float:
+    """Return the seconds that a save and the update after it take beyond those of an update."""
+    plain_s = median([seconds(update) for _ in range(_UPDATES)])
+    saved_s = seconds(lambda: (save(), update()))
+    wait()
+    return saved_s - plain_s
+
+
+def noether(model: nn.Module, batch: Any, folder: Path, *, donate: bool) -> Callable[[], float]:
+    """Return a row: noether's step, saved by a thread of its own."""
+    optimizer = FunctionalOptimizer(torch.optim.AdamW, {"lr": _LR, "fused": True})
+    lr = {"default": Constant(value=_LR)}
+    step = Step(model=model.train(), loss=squares, optimizer=optimizer, lr=lr, donate=donate)
+    state = TrainState.from_module(model)
+    held = [state.replace(opt_state=optimizer.init(state.params))]
+    run = open_run(folder, asynchronous=True, borrowed=False)
+    effects = [SaveCheckpoint(pointers=("latest",), retention={"benchmark": 0})]
+
+    def update() -> None:
+        state, outputs = step(held.pop(), [batch])  # nobody else holds the state: what it consists of can be let go
+        held.append(state.advance(samples=outputs.samples))
+
+    return lambda: cost_s(update, lambda: run.interpreter(effects, held[0], AfterUpdate(samples=1)), run.wait)
+
+
+def async_save(model: nn.Module, batch: Any, folder: Path) -> Callable[[], float]:
+    """Return a row: the loop that everybody writes, saved by `torch.distributed.checkpoint` in a thread of its own."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=True)
+    futures: list[Any] = []
+
+    def update() -> None:
+        optimizer.zero_grad()
+        squares(model(batch[0]), batch)["square"].backward()
+        optimizer.step()
+
+    def save() -> None:
+        tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        futures.append(dcp.async_save(tree, checkpoint_id=folder, no_dist=True))
+
+    return lambda: cost_s(update, save, lambda: futures.pop().result())
+
+
+def copy(params: int) -> Callable[[], float]:
+    """Return a row: as many bytes, copied into memory that is mapped already."""
+    source, target = torch.ones(3 * params), torch.zeros(3 * params)
+    return lambda: seconds(lambda: target.copy_(source))
+
+
+@click.command(help=__doc__)
+@click.option("--params", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Parameters.")
+@click.option("--rounds", default=8, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
+@markdown_option
+def main(params: int, rounds: int, markdown: bool) -> None:  # noqa: FBT001  # click gives it by name
+    """Measure and print the table."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of torch, about what it does without a process group
+    batch = (torch.randn(1, min(1000, params)), None)
+    with tempfile.TemporaryDirectory() as below:
+        rows = {
+            _COPY: copy(params),
+            "distributed.checkpoint.async_save": async_save(make_model(params), batch, Path(below) / "dcp"),
+            "noether": noether(make_model(params), batch, Path(below) / "pure", donate=False),
+            "noether, donated": noether(make_model(params), batch, Path(below) / "donated", donate=True),
+        }
+        found = take_turns(rows, rounds)
+    cells = [
+        (row, quartiles([1000 * each[row] for each in found], 1), quartiles(ratios(found, row, _COPY))) for row in rows
+    ]
+    title = f"What a checkpoint of {12 * params / 1e6:.0f} MB costs the thread that trains"
+    show(Table(title, ("", "ms", "/ one copy"), cells), markdown=markdown)
+
+
+if __name__ == "__main__":
+    main()
