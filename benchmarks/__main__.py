@@ -51,7 +51,7 @@ def section(name: str, arguments: tuple[str, ...]) -> str:
     if done.returncode:
         raise click.ClickException(f"benchmarks.{name} failed:\n{done.stderr}")
     click.echo(f"{name}: {time.perf_counter() - start_s:.0f} s", err=True)
-    return f"## `python -m {' '.join((f'benchmarks.{name}', *arguments))}`\n\n{done.stdout}"
+    return f"## `python -m {' '.join((f'benchmarks.{name}', *arguments))}`\n\n{done.stdout.strip()}\n"
 
 
 @click.command(help=__doc__)

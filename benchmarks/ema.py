@@ -4,6 +4,10 @@ Run as `python -m benchmarks.ema`. `EMACallback` makes new averages, for those i
 `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn` writes to its copy. Both move all averages in one
 call, a small network's and one of 25 million parameters. All rows take turns in one process on one thread; a ratio is
 taken within each round, and the table shows medians over rounds with quartiles. They have to end at the same averages.
+
+The small network's costs a quarter of torch's, whose time goes into finding the tensors of the two modules. The large
+one's costs four times as much: the new averages lie in memory that the operating system hands out anew at every update,
+in 14,600 page faults, which take longer than the arithmetic.
 """
 
 from __future__ import annotations
