@@ -14,8 +14,9 @@ import torch
 from noether.core.callback import declaration_of
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import WeightsError
-from noether.core.event import AfterEpoch, AfterUpdate, Event
+from noether.core.event import AfterUpdate, Event
 from noether.core.forecast import EARLY, Occasions, firings, nth_firing, state_at
+from noether.core.gate import Gate
 from noether.core.state import Measured
 from noether.core.tree import FrozenDict, tensors
 from noether.effects.contents import ModelNamesError, weights_asked
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 Slot = tuple[str | None, str | None]
 """What requests of one event are merged by: the tag, `{}` in it for the iteration, and whose weights."""
-
-_READS: Final = (("update", "sample"), ("epoch",))
 
 
 @final
@@ -56,15 +55,6 @@ class Ask:
     def slot(self) -> Slot:
         """Requests with the same slot at the same event become one checkpoint."""
         return self.save.tag, self.save.weights_of
-
-    def at(self, firing: Firing, run: Run) -> bool:
-        """Return whether it is asked at an event."""
-        schedule = self.occasions.schedule
-        if schedule is None:
-            return firing.event in self.occasions.once
-        reads = AfterEpoch if schedule.members[0].counter == "epoch" else AfterUpdate
-        state = state_at(firing, run)
-        return firing.event is reads and schedule.due(state.previous, state.iteration)
 
 
 class UnaskedError(Exception):
@@ -149,10 +139,8 @@ def _parts(occasions: Occasions) -> Iterator[Occasions]:
     """Yield the occasions of each kind of event by itself."""
     for kind in occasions.once:
         yield Occasions(None, (kind,))
-    for counters in _READS if occasions.schedule is not None else ():
-        part = occasions.schedule and occasions.schedule.reading(*counters)
-        if part is not None:
-            yield Occasions(part)
+    if occasions.schedule is not None:
+        yield from map(Occasions, Gate(occasions.schedule).parts.values())
 
 
 def _asks_alike(a: SaveCheckpoint, b: SaveCheckpoint) -> bool:

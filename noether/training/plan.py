@@ -124,7 +124,7 @@ def make_plan(config: Config) -> Plan:
     """Return the plan of the run that `config` describes; nothing is trained and nothing written.
 
     Datasets are made, for their lengths; of the model only shapes. The time that it takes does not depend on how long
-    the run is, but it grows with the number of checkpoints that `keep` has stay.
+    the run is, but for schedules that unite several numbers of samples; see `Schedule.count`.
 
     Raises:
         ConfigError: If what only the made objects can tell is wrong, as `build` does.

@@ -15,6 +15,7 @@ from noether.core.callback import declaration_of
 from noether.core.event import AtEval
 from noether.core.forecast import nth_firing
 from noether.core.metrics import matches
+from noether.core.run import Run
 from noether.effects.writing import Writer
 from noether.training.plan import make_plan
 
@@ -367,26 +368,38 @@ def test_a_billion_epochs_are_planned_like_ten(name, folder, monkeypatch):
         if name == "heat"
         else []
     )
-    asked = itertools.count()
-    monkeypatch.setattr("noether.core.run.Run.iteration_after", _counting(asked))
+    looks = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
 
     def looked_at(epochs):
-        begun = next(asked)
+        begun = next(looks)
         plan = make_plan(load(config, [*settings, f"trainer.max_epochs={epochs}"]))
         assert plan.run.final.epoch == epochs
-        return next(asked) - begun
+        return next(looks) - begun
 
     # Bisection looks once more for each time that the run is twice as long.
     assert looked_at(10**9) <= (10**9).bit_length() * looked_at(10)
 
 
-def _counting(asked):
-    from noether.core.run import Run
+def test_a_million_that_stay_are_planned_like_two(folder, monkeypatch):
+    looks = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
 
+    def looked_at(keep):
+        begun = next(looks)
+        made = only([f"{SAVER}, keep: {keep}"], ends=f"max_epochs: {10**9}").checkpoints
+        assert (made.written, made.kept) == ((10**9 + 1,) * 2, (keep,) * 2)
+        assert made.kept_bytes == (keep * made.each_bytes[0],) * 2
+        return next(looks) - begun
+
+    assert looked_at(10**6) <= 1.1 * looked_at(2)
+
+
+def _counting(looks):
     function = Run.iteration_after
 
     def counted(run, update):
-        next(asked)
+        next(looks)
         return function(run, update)
 
     return counted
