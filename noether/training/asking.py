@@ -5,6 +5,7 @@ It is called at a few of its firings with a state on the meta device, where tens
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
@@ -26,12 +27,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
     from noether.core.forecast import Firing
+    from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.state import TrainState
 
 Slot = tuple[str | None, str | None]
 """What requests of one event are merged by: the tag, `{}` in it for the iteration, and whose weights."""
+PROBES: Final = 12
+"""How many of its first firings a callback is asked at; who saves at every tenth only is found."""
+_VALUES: Final = (0.0, 1e9, -1e9)
+"""What metrics are said to be, in turns."""
 
 
 @final
@@ -41,7 +48,7 @@ class Ask:
 
     Args:
         occasions: When: a schedule that is read at one kind of event, or an event that comes once.
-        save: What is asked; `{}` in its tag stands for the iteration.
+        save: What is asked; `{}` in its tag stands for the iteration, or a count of it.
         sizes: Bytes of the tensors in the checkpoint, by name of a part that other requests may ask for, too.
         certain: Whether it is asked at every firing; otherwise a metric, or what the callback remembers, decides.
     """
@@ -55,6 +62,20 @@ class Ask:
     def slot(self) -> Slot:
         """Requests with the same slot at the same event become one checkpoint."""
         return self.save.tag, self.save.weights_of
+
+
+@final
+@dataclass(frozen=True)
+class Answers:
+    """What came of asking a callback.
+
+    Args:
+        asks: The checkpoints that it asks for.
+        stops: Whether it stopped the run before its end.
+    """
+
+    asks: tuple[Ask, ...]
+    stops: bool
 
 
 class UnaskedError(Exception):
@@ -76,40 +97,44 @@ class Stage:
     begun: TrainState
     run: Run
 
-    def asks(self, callback: Callback, occasions: Occasions) -> list[Ask]:
-        """Return what a callback asks for at some of the events it listens to.
+    def asks(self, callback: Callback, occasions: Occasions) -> Answers:
+        """Return what a callback asks for at some of its occasions: the first `PROBES` of each kind, and the last.
 
         Raises:
             UnaskedError: If it cannot be asked.
             ModelNamesError: If it asks for weights of sub-modules that there are not.
             WeightsError: If it asks for weights that nobody keeps.
         """
-        return [ask for part in _parts(occasions) for ask in self._asks_at(callback, part)]
+        parts = [self._asks_at(callback, part) for part in _parts(occasions)]
+        return Answers(tuple(ask for part in parts for ask in part.asks), any(part.stops for part in parts))
 
-    def _asks_at(self, callback: Callback, part: Occasions) -> Iterator[Ask]:
-        count = firings(part, self.run).count
-        # The first may differ from the second by what the callback remembers, the last by how far the run is.
-        probed = [nth_firing(part, n, self.run) for n in sorted({1, 2, count}) if 1 <= n <= count]
-        state, seen = self.state, list[dict[Slot, SaveCheckpoint]]()
-        for firing in probed:
-            state, saves = self._call(callback, firing, state)
-            seen.append({(save.tag, save.weights_of): save for save in saves})
-        watches = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
-        for slot, save in {slot: save for saves in seen for slot, save in saves.items()}.items():
-            same = all(slot in saves and _asks_alike(saves[slot], save) for saves in seen)
-            yield Ask(occasions=part, save=save, sizes=self._sizes(save, part), certain=same and not watches)
+    def _asks_at(self, callback: Callback, part: Occasions) -> Answers:
+        count, state = firings(part, self.run).count, self.state
+        seen, stops = list[dict[Slot, SaveCheckpoint]](), False
+        # What it remembers may make the first differ from the next, and how far the run is the last from all others.
+        for n in sorted({*range(1, min(count, PROBES) + 1), count} - {0}):
+            firing = nth_firing(part, n, self.run)
+            state, effects = self._answer(callback, firing, self._before(callback, firing, n, state))
+            seen.append(_saves(effects, firing))
+            stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
+        return Answers(tuple(self._united(callback, part, seen)), stops)
 
-    def _call(self, callback: Callback, firing: Firing, memory: TrainState) -> tuple[TrainState, list[SaveCheckpoint]]:
-        """Return the state after a firing, and what is asked there, the iteration in tags as `{}`."""
+    def _before(self, callback: Callback, firing: Firing, n: int, memory: TrainState) -> TrainState:
+        """Return the state at the n-th firing, with a value for each metric that the callback needs."""
         at = state_at(firing, self.run)
-        state = memory.replace(iteration=at.iteration, previous=at.previous, ended=at.ended)
         keys = [key for key in declaration_of(callback).consumes if "*" not in key]
-        state = state.replace(metrics=FrozenDict({key: Measured(0.0, at.iteration) for key in keys}))
-        after, effects = self._answer(callback, firing, state)
-        # What it asks for twice at one event is one checkpoint, too.
-        saves = [effect for effect in merge(effects) if isinstance(effect, SaveCheckpoint)]
-        text = str(at.iteration)
-        return after, [replace(each, tag=each.tag and each.tag.replace(text, "{}")) for each in saves]
+        # It may act on large values only, or on small ones.
+        metrics = FrozenDict({key: Measured(_VALUES[n % len(_VALUES)], at.iteration) for key in keys})
+        return memory.replace(iteration=at.iteration, previous=at.previous, ended=at.ended, metrics=metrics, stop=None)
+
+    def _united(self, callback: Callback, part: Occasions, seen: list[dict[Slot, SaveCheckpoint]]) -> Iterator[Ask]:
+        """Yield what was asked at some firings; what differs between them is united."""
+        watches = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
+        for slot in dict.fromkeys(slot for saves in seen for slot in saves):
+            asked = [saves[slot] for saves in seen if slot in saves]
+            certain = not watches and len(asked) == len(seen) and all(save == asked[0] for save in asked)
+            (save,) = _merged(asked)
+            yield Ask(occasions=part, save=save, sizes=self._sizes(save, part), certain=certain)
 
     def _answer(self, callback: Callback, firing: Firing, state: TrainState) -> tuple[TrainState, Effects]:
         """Return what the callback returns: asked with nothing measured or, if it needs that, with one sample."""
@@ -143,8 +168,29 @@ def _parts(occasions: Occasions) -> Iterator[Occasions]:
         yield from map(Occasions, Gate(occasions.schedule).parts.values())
 
 
-def _asks_alike(a: SaveCheckpoint, b: SaveCheckpoint) -> bool:
-    return (a.weights, a.optimizer, a.models) == (b.weights, b.optimizer, b.models)
+def _saves(effects: Effects, firing: Firing) -> dict[Slot, SaveCheckpoint]:
+    """Return the checkpoints that are asked for at a firing; what is asked twice is one, as it is on the disk."""
+    named = [replace(save, tag=_template(save.tag, firing.iteration)) for save in _merged(effects)]
+    return {(save.tag, save.weights_of): save for save in _merged(named)}
+
+
+def _merged(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
+    return [effect for effect in merge(tuple(effects)) if isinstance(effect, SaveCheckpoint)]
+
+
+def _template(tag: str | None, at: TrainingIteration) -> str | None:
+    """Return a tag with `{}` for the iteration or, without it, for each number that is one of its counts.
+
+    Example:
+        >>> from noether.core.iteration import TrainingIteration
+        >>> at = TrainingIteration(epoch=1, update=20, sample=80)
+        >>> _template("E1_U20_S80.ema=0.5", at), _template("epoch-001", at)
+        ('{}.ema=0.5', 'epoch-{}')
+    """
+    if tag is None or str(at) in tag:
+        return tag and tag.replace(str(at), "{}")
+    counts = {at.epoch, at.update, at.sample}
+    return re.sub(r"\d+", lambda match: "{}" if int(match[0]) in counts else match[0], tag)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -27,8 +27,9 @@ MODULE = '''\
 import torch
 from torch import nn
 
-from noether import LogText, SaveCheckpoint, every_n_updates, log, on, AfterTraining, BeforeTraining
+from noether import SaveCheckpoint, callback, every_n_epochs, log, on, BeforeTraining
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.metrics import current
 from noether.core.tree import FrozenDict
 
 
@@ -90,6 +91,29 @@ def begin(state, event):
 def every_second(state, event):
     """Saves at every second epoch, which only its epochs tell."""
     return state, (SaveCheckpoint(retention=FrozenDict(second=None)),) if state.iteration.epoch % 2 == 0 else ()
+
+
+def every_tenth(state, event):
+    """Saves at every tenth epoch."""
+    return state, (SaveCheckpoint(retention=FrozenDict(tenth=None)),) if state.iteration.epoch % 10 == 0 else ()
+
+
+def tagged(state, event):
+    """Saves under names of its own, which only the numbers in them tell apart."""
+    return state, (SaveCheckpoint(tag=f"epoch-{state.iteration.epoch:03d}", retention=FrozenDict(tagged=2)),)
+
+
+@callback("promising", consumes=("val/right",))
+@every_n_epochs(1)
+def promising(state, event):
+    """Saves where a metric is large."""
+    return state, (SaveCheckpoint(),) if current(state, "val/right") > 0.9 else ()
+
+
+@every_n_epochs(1)
+def gives_up(state, event):
+    """Stops after three epochs."""
+    return (state.stopped("enough") if state.iteration.epoch == 3 else state), ()
 
 
 def reads(state, event):
@@ -297,6 +321,43 @@ def test_what_only_now_and_then_saves_is_a_bound(folder):
     plan = only(["kind: mine.every_second, every_n_epochs: 1", SAVER])
     assert plan.callbacks[0].checkpoints.written == (0, 7)
     assert plan.notes == ()
+
+
+def test_what_saves_at_every_tenth_is_a_bound(folder):
+    plan = only(["kind: mine.every_tenth, every_n_epochs: 1", SAVER], ends="max_epochs: 99")
+    assert plan.callbacks[0].checkpoints.written == (0, 99)
+
+
+def test_what_saves_where_a_metric_is_large_is_a_bound(folder):
+    assert only(["kind: mine.promising", SAVER]).callbacks[1].checkpoints.written == (0, 7)
+
+
+def test_names_that_numbers_tell_apart_are_known_exactly(folder, monkeypatch):
+    plan = only(["kind: mine.tagged, every_n_epochs: 1, at_end: true", SAVER])
+    _, disk = trained("only.yaml", [], monkeypatch)
+    assert plan.callbacks[0].checkpoints.kept == (2, 2)
+    assert plan.checkpoints.written == (len(disk.written),) * 2
+    assert plan.checkpoints.kept == (len(disk.kept),) * 2
+
+
+def test_whom_a_plan_did_not_ask_everywhere_it_names(folder):
+    callbacks = ["kind: mine.tagged, every_n_epochs: 1", "kind: mine.named, every_n_epochs: 2", SAVER]
+    assert only(callbacks, ends="max_epochs: 13").notes == ()
+    (note,) = only(callbacks, ends="max_epochs: 14").notes
+    assert note == (
+        "tagged: asked at the first 12 firings and the last; "
+        "a checkpoint that is asked for only in between is not counted"
+    )
+
+
+def test_who_may_stop_the_run_is_named(folder):
+    guard = "kind: noether.core.callbacks.NanGuardCallback, every_n_epochs: 1, tolerance: 2"
+    notes = only(["kind: mine.gives_up", guard, SAVER]).notes
+    assert notes == tuple(
+        f"{name} may stop the run early; the plan then holds up to there"
+        for name in ("gives_up", "NanGuardCallback/E1")
+    )
+    assert only(["kind: mine.gives_up", SAVER], ends="max_epochs: 3").notes == ()  # that is the end
 
 
 def test_what_reads_values_is_left_out_and_named(folder):
