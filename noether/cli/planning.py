@@ -61,6 +61,7 @@ def show(config: Config, file: str, asked: Points, png: Path | None, *, as_json:
 
     Raises:
         ConfigError: If the configuration is refused.
+        OSError: If the picture cannot be written.
         UsageError: If a point does not lie in the run.
     """
     with redirect_stdout(sys.stderr):  # what datasets and callbacks of a user's print is no part of the plan
@@ -74,9 +75,16 @@ def show(config: Config, file: str, asked: Points, png: Path | None, *, as_json:
     else:
         _show_between(plan, file, [text for text, _ in asked], updates, as_json=as_json)
     if png is not None:
-        from noether.cli.picture import draw
+        _draw(plan, png)
 
+
+def _draw(plan: Plan, png: Path) -> None:
+    from noether.cli.picture import draw
+
+    try:
         draw(plan, png)
+    except OSError as error:
+        raise OSError(f"--png {png}: the picture could not be written: {error.strerror or error}") from error
 
 
 def _show_all(plan: Plan, file: str, warnings: list[str], *, as_json: bool) -> None:

@@ -26,7 +26,10 @@ class Bounds(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Checkpoints:
-    """What a run writes and keeps, if nothing stops it early. Bytes are those of tensors.
+    """What a run writes and keeps, if nothing stops it early.
+
+    Bytes are those of tensors. The text beside them (their names and shapes, `state.json`, hashes) is not counted: some
+    of its numbers are only known in training.
 
     Args:
         written: How many checkpoints are written.
