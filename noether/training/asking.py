@@ -141,9 +141,11 @@ class Stage:
         reasons: list[str] = []
         for stage in (_nothing_measured, _one_sample):
             try:
-                return callback(state, stage(firing.event, state, self.run))
+                after, effects = callback(state, stage(firing.event, state, self.run))
             except Exception as error:  # noqa: BLE001  # whatever a callback meets where there are no values
                 reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            else:
+                return after, effects
         raise UnaskedError(reasons[0])
 
     def _sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:

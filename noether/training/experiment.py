@@ -121,7 +121,8 @@ def build(
     network = _made(config, ("model",), model or config.model.build).to(device).train()
     run = _run(config, data, datasets, network, run_id, device)
     _check_end(config, run)
-    state = _with_own_tensors(TrainState.from_module(network, seed=config.run.seed))
+    with _located(config, ("model",)):  # a lazy module has parameters without a shape
+        state = _with_own_tensors(TrainState.from_module(network, seed=config.run.seed))
     if begins and config.run.init_from is not None:
         state = _init_from(config, state)
     optimizer = _optimizer(config, network)

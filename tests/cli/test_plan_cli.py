@@ -164,7 +164,7 @@ WARNED = {
     "an end that only a metric saves": (
         [(SAVING, BEST)],
         (
-            ":34: callbacks[3]: a metric decides what is saved, so that the end of training may be lost; "
+            ":34: callbacks[3]: what is saved is decided in training, so that its end may be lost; "
             "add noether.core.callbacks.CheckpointCallback"
         ),
     ),
@@ -172,7 +172,14 @@ WARNED = {
         [(SAVING, "  - kind: saver.save\n    every_n_updates: 30\n")],
         (
             ":34: callbacks[3]: save saves for the last time at E1_U60_S1909, and the 16 updates after it are not "
-            f"saved: {END}; set at_end: true"
+            f"saved: {END}; set at_end: true, or add noether.core.callbacks.CheckpointCallback"
+        ),
+    ),
+    "a beginning that is saved, and nothing after it": (
+        [(SAVING, "  - kind: saver.begin\n")],
+        (
+            ":34: callbacks[3]: begin saves for the last time at E0_U0_S0, and the 76 updates after it are not saved: "
+            f"{END}; set at_end: true, or add noether.core.callbacks.CheckpointCallback"
         ),
     ),
     "names of modules that are not there": (
@@ -184,7 +191,13 @@ WARNED = {
     ),
 }
 SAVER = '''\
-from noether import SaveCheckpoint
+from noether import BeforeTraining, SaveCheckpoint, on
+
+
+@on(BeforeTraining)
+def begin(state, event):
+    """Save what training begins with."""
+    return state, (SaveCheckpoint(),)
 
 
 def save(state, event):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from noether.cli.running import start
-from noether.config import load
+from noether.config import ConfigError, load
 from noether.core.callback import declaration_of
 from noether.core.event import AtEval
 from noether.core.forecast import nth_firing
@@ -56,6 +57,17 @@ class Stream(torch.utils.data.IterableDataset):
 
     def load_state_dict(self, place):
         pass
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        raise AssertionError("it is refused before")
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.LazyLinear(2)
 
 
 class Net(nn.Module):
@@ -121,6 +133,11 @@ def reads(state, event):
     if state.params["head.weight"].sum().item() > 0:
         return state, (SaveCheckpoint(),)
     return state, ()
+
+
+def forgets(state, event):
+    """Returns no effects."""
+    return state
 
 
 class Confusion(PeriodicCallback):
@@ -367,6 +384,11 @@ def test_what_reads_values_is_left_out_and_named(folder):
     assert plan.checkpoints.written == (8, 8)
 
 
+def test_what_returns_no_pair_is_left_out_and_named(folder):
+    (note,) = only(["kind: mine.forgets, every_n_epochs: 1", SAVER]).notes
+    assert note.startswith("forgets could not be asked what it saves, which is not counted: TypeError: cannot unpack")
+
+
 def test_what_iterates_by_itself_is_asked_with_one_sample(folder):
     plan = only(["kind: mine.Confusion, every_n_epochs: 2, dataset_key: val", SAVER])
     assert plan.notes == ()
@@ -412,6 +434,23 @@ def test_a_stream_is_planned_unread(folder):
     streamed = make_plan(load("only.yaml"))
     assert streamed.run.final == plan.run.final
     assert streamed.checkpoints.each_bytes == (plan.checkpoints.each_bytes[0] + 8,)  # its place
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("val: {kind: mine.Endless}", "only.yaml:5: data.val: Endless has no __len__, the number of its samples"),
+        ("model: {kind: mine.Lazy}", "only.yaml:2: model: Attempted to use an uninitialized parameter"),
+    ],
+)
+def test_what_training_could_not_begin_with_is_refused(kind, message, folder):
+    only([SAVER])
+    old = {"val": "val: {kind: mine.Points, length: 7}", "model": "model: {kind: mine.Net, width: 4}"}[
+        kind.split(":")[0]
+    ]
+    Path("only.yaml").write_text(Path("only.yaml").read_text().replace(old, kind))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_plan(load("only.yaml"))
 
 
 def test_a_plan_writes_nothing(folder):
