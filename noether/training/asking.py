@@ -38,7 +38,7 @@ Slot = tuple[str | None, str | None]
 PROBES: Final = 12
 """How many of its first firings a callback is asked at; who saves at every tenth only is found."""
 _VALUES: Final = (0.0, 1e9, -1e9)
-"""What metrics are said to be, in turns."""
+"""What a callback that watches metrics is told of them, in turns: it may act on large values only, or on small ones."""
 
 
 @final
@@ -110,30 +110,31 @@ class Stage:
 
     def _asks_at(self, callback: Callback, part: Occasions) -> Answers:
         count, state = firings(part, self.run).count, self.state
-        seen, stops = list[dict[Slot, SaveCheckpoint]](), False
+        watches = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
+        seen: list[tuple[Firing, list[SaveCheckpoint]]] = []
+        stops = False
         # What it remembers may make the first differ from the next, and how far the run is the last from all others.
         for n in sorted({*range(1, min(count, PROBES) + 1), count} - {0}):
             firing = nth_firing(part, n, self.run)
-            state, effects = self._answer(callback, firing, self._before(callback, firing, n, state))
-            seen.append(_saves(effects, firing))
-            stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
-        return Answers(tuple(self._united(callback, part, seen)), stops)
+            for value in _VALUES if watches else _VALUES[:1]:
+                state, effects = self._answer(callback, firing, self._before(callback, firing, state, value))
+                seen.append((firing, _merged(effects)))
+                stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
+        return Answers(tuple(self._united(part, _by_slot(seen), watches=watches)), stops)
 
-    def _before(self, callback: Callback, firing: Firing, n: int, memory: TrainState) -> TrainState:
-        """Return the state at the n-th firing, with a value for each metric that the callback needs."""
+    def _before(self, callback: Callback, firing: Firing, memory: TrainState, value: float) -> TrainState:
+        """Return the state at a firing, with a value for each metric that the callback needs."""
         at = state_at(firing, self.run)
         keys = [key for key in declaration_of(callback).consumes if "*" not in key]
-        # It may act on large values only, or on small ones.
-        metrics = FrozenDict({key: Measured(_VALUES[n % len(_VALUES)], at.iteration) for key in keys})
+        metrics = FrozenDict({key: Measured(value, at.iteration) for key in keys})
         return memory.replace(iteration=at.iteration, previous=at.previous, ended=at.ended, metrics=metrics, stop=None)
 
-    def _united(self, callback: Callback, part: Occasions, seen: list[dict[Slot, SaveCheckpoint]]) -> Iterator[Ask]:
+    def _united(self, part: Occasions, seen: list[dict[Slot, SaveCheckpoint]], *, watches: bool) -> Iterator[Ask]:
         """Yield what was asked at some firings; what differs between them is united."""
-        watches = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
         for slot in dict.fromkeys(slot for saves in seen for slot in saves):
             asked = [saves[slot] for saves in seen if slot in saves]
-            certain = not watches and len(asked) == len(seen) and all(save == asked[0] for save in asked)
             (save,) = _merged(asked)
+            certain = not watches and len(asked) == len(seen) and all(each == save for each in asked)
             yield Ask(occasions=part, save=save, sizes=self._sizes(save, part), certain=certain)
 
     def _answer(self, callback: Callback, firing: Firing, state: TrainState) -> tuple[TrainState, Effects]:
@@ -170,10 +171,15 @@ def _parts(occasions: Occasions) -> Iterator[Occasions]:
         yield from map(Occasions, Gate(occasions.schedule).parts.values())
 
 
-def _saves(effects: Effects, firing: Firing) -> dict[Slot, SaveCheckpoint]:
-    """Return the checkpoints that are asked for at a firing; what is asked twice is one, as it is on the disk."""
-    named = [replace(save, tag=_template(save.tag, firing.iteration)) for save in _merged(effects)]
-    return {(save.tag, save.weights_of): save for save in _merged(named)}
+def _by_slot(seen: list[tuple[Firing, list[SaveCheckpoint]]]) -> list[dict[Slot, SaveCheckpoint]]:
+    """Return what was asked at each firing by its slot; a tag that is the same at all of them is taken as it is."""
+    same = set.intersection(*({save.tag for save in saves} for _, saves in seen)) if len(seen) > 1 else set()
+    slots: list[dict[Slot, SaveCheckpoint]] = []
+    for firing, saves in seen:
+        tags = [save.tag if save.tag in same else _template(save.tag, firing.iteration) for save in saves]
+        named = [replace(save, tag=tag) for save, tag in zip(saves, tags, strict=True)]
+        slots.append({(save.tag, save.weights_of): save for save in named})
+    return slots
 
 
 def _merged(effects: Iterable[Effect]) -> list[SaveCheckpoint]:

@@ -122,6 +122,19 @@ def promising(state, event):
     return state, (SaveCheckpoint(),) if current(state, "val/right") > 0.9 else ()
 
 
+@callback("poor", consumes=("val/right",))
+@every_n_epochs(7)
+def poor(state, event):
+    """Saves where a metric is small."""
+    return state, (SaveCheckpoint(),) if current(state, "val/right") < -1 else ()
+
+
+def folds(state, event):
+    """Saves under the same names again and again; they hold numbers that are no counts."""
+    names = [f"fold{n}" for n in (1, 2, 3)]
+    return state, tuple(SaveCheckpoint(tag=name, retention=FrozenDict({name: 1})) for name in names)
+
+
 @every_n_epochs(1)
 def gives_up(state, event):
     """Stops after three epochs."""
@@ -262,6 +275,14 @@ def check_saves(plan, disk):
     assert disk.peak <= made.peak_bytes
 
 
+def check_exactly(plan, disk):
+    """Assert that what was written and kept is what the plan says."""
+    made = plan.checkpoints
+    assert (made.written, made.written_bytes) == ((len(disk.written),) * 2, (sum(disk.written),) * 2)
+    assert (made.kept, made.kept_bytes) == ((len(disk.kept),) * 2, (sum(disk.kept.values()),) * 2)
+    assert disk.peak <= made.peak_bytes
+
+
 def end_of(directory):
     return json.loads((directory / "summary.json").read_text())["ending"]
 
@@ -317,11 +338,7 @@ def test_without_a_metric_nothing_is_a_bound(folder, monkeypatch):
     lines = [line for line in SAVING.splitlines() if "BestCheckpoint" not in line and "tolerances" not in line]
     Path("saving.yaml").write_text("\n".join(lines))
     _, disk = trained("saving.yaml", [], monkeypatch)
-    made = make_plan(load("saving.yaml")).checkpoints
-    assert made.written == (len(disk.written),) * 2
-    assert made.written_bytes == (sum(disk.written),) * 2
-    assert made.kept == (len(disk.kept),) * 2
-    assert made.kept_bytes == (sum(disk.kept.values()),) * 2
+    check_exactly(make_plan(load("saving.yaml")), disk)
 
 
 def only(callbacks, *, more="", ends="max_epochs: 7"):
@@ -345,16 +362,23 @@ def test_what_saves_at_every_tenth_is_a_bound(folder):
     assert plan.callbacks[0].checkpoints.written == (0, 99)
 
 
-def test_what_saves_where_a_metric_is_large_is_a_bound(folder):
-    assert only(["kind: mine.promising", SAVER]).callbacks[1].checkpoints.written == (0, 7)
+def test_what_saves_where_a_metric_is_large_or_small_is_a_bound(folder):
+    plan = only(["kind: mine.promising", "kind: mine.poor", SAVER])
+    assert [each.checkpoints.written for each in plan.callbacks[1:3]] == [(0, 7), (0, 1)]
 
 
 def test_names_that_numbers_tell_apart_are_known_exactly(folder, monkeypatch):
     plan = only(["kind: mine.tagged, every_n_epochs: 1, at_end: true", SAVER])
     _, disk = trained("only.yaml", [], monkeypatch)
     assert plan.callbacks[0].checkpoints.kept == (2, 2)
-    assert plan.checkpoints.written == (len(disk.written),) * 2
-    assert plan.checkpoints.kept == (len(disk.kept),) * 2
+    check_exactly(plan, disk)
+
+
+def test_names_with_numbers_that_are_no_counts_are_known_exactly(folder, monkeypatch):
+    plan = only(["kind: mine.folds, every_n_updates: 1", SAVER], ends="max_updates: 9")
+    _, disk = trained("only.yaml", [], monkeypatch)
+    assert plan.callbacks[0].checkpoints.written == (27, 27)
+    check_exactly(plan, disk)
 
 
 def test_whom_a_plan_did_not_ask_everywhere_it_names(folder):
