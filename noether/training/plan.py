@@ -133,10 +133,11 @@ def make_plan(config: Config) -> Plan:
         ConfigError: If what only the made objects can tell is wrong, as `build` does.
     """
     experiment, updated, notes = shapes(config)
-    run = _ended(experiment.run, [placed.callback for placed in experiment.callbacks])
+    callbacks = list(_one_by_one(experiment.callbacks))
+    run = _ended(experiment.run, [placed.callback for placed in callbacks])
     stage = Stage(state=updated, begun=experiment.state, run=run)
     first = config.trainer.evaluate_first
-    planned = tuple(planned_callback(each, stage, evaluate_first=first) for each in _one_by_one(experiment.callbacks))
+    planned = tuple(planned_callback(each, stage, evaluate_first=first) for each in callbacks)
     counts = param_counts(experiment.state.params, run.frozen)
     return Plan(
         config=config,

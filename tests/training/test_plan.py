@@ -28,7 +28,8 @@ MODULE = '''\
 import torch
 from torch import nn
 
-from noether import SaveCheckpoint, callback, every_n_epochs, log, on, BeforeTraining
+from noether import SaveCheckpoint, callback, compose, every_n_epochs, log, on, BeforeTraining
+from noether.core.callbacks import CheckpointCallback, FixedUpdateEarlyStopping
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.metrics import current
 from noether.core.tree import FrozenDict
@@ -151,6 +152,9 @@ def reads(state, event):
 def forgets(state, event):
     """Returns no effects."""
     return state
+
+
+both = compose(FixedUpdateEarlyStopping(stop_at_epoch=2), CheckpointCallback(every_n_updates=3, keep=1))
 
 
 class Confusion(PeriodicCallback):
@@ -449,6 +453,14 @@ def test_a_fixed_stop_is_the_end(folder, monkeypatch):
     (caution,) = plan.cautions
     assert str(caution).endswith("3 never comes, so FixedUpdateEarlyStopping/stop_at_epoch=3 never fires: the run ends "
                                  "at E1_U13_S50; give at most 1")  # fmt: skip
+
+
+def test_a_fixed_stop_among_callbacks_of_one_section_is_the_end(folder, monkeypatch):
+    plan = only(["kind: mine.both", SAVER])
+    directory, disk = trained("only.yaml", [], monkeypatch)
+    assert end_of(directory) == f"ended at {plan.run.final}: stop_at_epoch: 2 is reached"
+    assert [each.path for each in plan.callbacks[:2]] == [("callbacks", 0)] * 2
+    check_exactly(plan, disk)
 
 
 def test_a_stream_is_planned_unread(folder):
