@@ -150,6 +150,7 @@ def _terms(numbers: Sequence[int], limit: int) -> Iterable[tuple[int, int]]:
 
 
 def _walked(active: _Multiples, low: int, high: int, run: Run) -> int:
+    """Return the same from firing to firing, through one period at most."""
     period = _period(active, run)
     whole, rest = divmod(high - low, period)
     step = _stepper(active, run)

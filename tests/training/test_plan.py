@@ -517,6 +517,23 @@ def test_a_billion_epochs_are_planned_like_ten(name, folder, monkeypatch):
     assert looked_at(10**9) <= (10**9).bit_length() * looked_at(10)
 
 
+def test_two_who_save_at_intervals_that_hardly_ever_meet_are_planned_without_a_walk(folder, monkeypatch):
+    looks = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
+    callbacks = [
+        "kind: noether.core.callbacks.CheckpointCallback, every_n_updates: 997, id: updates",
+        "kind: noether.core.callbacks.CheckpointCallback, every_n_samples: 9973, id: samples",
+    ]
+
+    def looked_at(epochs):
+        begun = next(looks)
+        assert only(callbacks, ends=f"max_epochs: {epochs}").checkpoints.written.at_least > epochs // 200
+        return next(looks) - begun
+
+    # Bisection looks once more for each time that the run is twice as long; a walk would look 10,000 times as often.
+    assert looked_at(10**9) <= 3 * looked_at(10**5)
+
+
 def test_a_million_that_stay_are_planned_like_two(folder, monkeypatch):
     looks = itertools.count()
     monkeypatch.setattr(Run, "iteration_after", _counting(looks))
