@@ -26,12 +26,12 @@ _HEIGHT: Final = 0.7  # of a bar, where the rows are 1 apart
 
 def draw(plan: Plan, path: Path) -> None:
     """Write the timeline as a PNG: one row for each callback, a bar wherever it fires."""
-    rows = len(plan.callbacks)
+    rows = max(1, len(plan.callbacks))
     figure = Figure(figsize=(_WIDTH_INCHES, _AROUND_INCHES + _ROW_INCHES * rows), layout="constrained")
     axes = figure.add_subplot()
     for index, each in enumerate(plan.callbacks):
         axes.broken_barh(list(_bars(each, plan.run)), (index - _HEIGHT / 2, _HEIGHT), color=f"C{index % 10}")
-    axes.set_yticks(range(rows), [each.name for each in plan.callbacks])
+    axes.set_yticks(range(len(plan.callbacks)), [each.name for each in plan.callbacks])
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xlim(0, plan.run.final.update)
     axes.set_xlabel("updates")

@@ -16,7 +16,7 @@
     checkpoints            what comes of all together
         written, kept, written_bytes, kept_bytes     {"at_least", "at_most"}: they differ where a metric decides
         each_bytes         bytes of one, for each different size
-        peak_bytes         the most that is on the disk at any time
+        peak_bytes         the most that is on the disk at any time; all bytes are those of tensors, without their names
     evaluations            {"count", "samples"}
     disk                   {"path", "free_bytes"} of the place where checkpoints will go
     warnings, notes        lines of text

@@ -55,11 +55,11 @@ def size(count: float) -> str:
     """Return a number of bytes as text.
 
     Example:
-        >>> size(999), size(1_508_884), size(2.5e12)
-        ('999 B', '1.51 MB', '2.50 TB')
+        >>> size(999), size(999_999), size(1_508_884), size(2.5e12)
+        ('999 B', '1 MB', '1.51 MB', '2.50 TB')
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if count < _THOUSAND:
+        if round(count) < _THOUSAND:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= _THOUSAND
     return f"{count:,.2f} TB"
@@ -167,5 +167,8 @@ def _cut(name: str, length: int) -> str:
 
 def _ending(plan: Plan) -> list[str]:
     made = plan.checkpoints
-    held = f"checkpoints: {_sizes(made.kept_bytes)} at the end, {size(made.peak_bytes)} at most at any time"
-    return [*([held] if made.peak_bytes else []), *(f"note: {note}" for note in plan.notes)]
+    held = (
+        f"checkpoints: {_sizes(made.kept_bytes)} at the end, {size(made.peak_bytes)} at most at any time, in tensors; "
+        "their names and what else is remembered come on top, some hundred bytes for each tensor"
+    )
+    return [*([held] if made.written.at_most else []), *(f"note: {note}" for note in plan.notes)]

@@ -14,7 +14,7 @@ import click
 from noether.cli.plan_json import counted_json, fired_json, plan_json
 from noether.cli.plan_text import print_counted, print_fired, print_plan, size
 from noether.core.errors import SettingsError
-from noether.core.forecast import ORDER, firings, firings_at
+from noether.core.forecast import events_at, fires, firings
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.training.plan import make_plan
 
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from noether.config import Config
-    from noether.core.forecast import Firing
     from noether.core.run import Run
-    from noether.training.plan import Plan, PlannedCallback
+    from noether.training.plan import Plan
 
 Points = tuple[tuple[str, TrainingIteration], ...]
 """One point for `--at`, two for `--between`, none for the whole plan; each as written, and what it stands for."""
@@ -62,6 +61,7 @@ def show(config: Config, file: str, asked: Points, png: Path | None, *, as_json:
 
     Raises:
         ConfigError: If the configuration is refused.
+        OSError: If the picture cannot be written.
         UsageError: If a point does not lie in the run.
     """
     with redirect_stdout(sys.stderr):  # what datasets and callbacks of a user's print is no part of the plan
@@ -75,9 +75,16 @@ def show(config: Config, file: str, asked: Points, png: Path | None, *, as_json:
     else:
         _show_between(plan, file, [text for text, _ in asked], updates, as_json=as_json)
     if png is not None:
-        from noether.cli.picture import draw
+        _draw(plan, png)
 
+
+def _draw(plan: Plan, png: Path) -> None:
+    from noether.cli.picture import draw
+
+    try:
         draw(plan, png)
+    except OSError as error:
+        raise OSError(f"--png {png}: the picture could not be written: {error.strerror or error}") from error
 
 
 def _show_all(plan: Plan, file: str, warnings: list[str], *, as_json: bool) -> None:
@@ -93,8 +100,8 @@ def _show_all(plan: Plan, file: str, warnings: list[str], *, as_json: bool) -> N
 
 
 def _show_at(plan: Plan, file: str, text: str, update: int, *, as_json: bool) -> None:
-    fired = [(each, firing) for each in plan.callbacks for firing in firings_at(each.occasions, update, plan.run)]
-    fired.sort(key=_by_event)  # callbacks of one event stay in their order
+    events = events_at(update, plan.run)
+    fired = [(each, at) for at in events for each in plan.callbacks if fires(each.occasions, at, plan.run)]
     if as_json:
         click.echo(fired_json(fired, file, text))
     else:
@@ -109,10 +116,6 @@ def _show_between(plan: Plan, file: str, texts: Sequence[str], updates: Sequence
         click.echo(counted_json(counted, file, texts))
     else:
         print_counted(counted, f"after {texts[0]} and up to {texts[1]}")
-
-
-def _by_event(fired: tuple[PlannedCallback, Firing]) -> int:
-    return ORDER.index(fired[1].event)
 
 
 def _point(text: str, option: str) -> TrainingIteration:

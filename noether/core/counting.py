@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -73,6 +74,47 @@ def updates_crossing_multiples(n: int, updates: int, run: Run) -> int:
     epochs, length = updates // run.updates_per_epoch, run.samples_per_epoch
     crossing = floor_sum(epochs, n, length, length) - floor_sum(epochs, n, length, length - short)
     return updates - epochs + crossing
+
+
+def multiples_crossing(step: int, n: int, updates: int, run: Run) -> int:
+    """Return at how many of the first `updates` updates, only every `step`-th looked at, `n` has a multiple.
+
+    Epoch's ends and multiples of `step` lie to each other as at the beginning after their least common multiple. So
+    the updates that are looked at come in rows, one for each place in that period, with equal batches in each row and
+    as many samples from one to the next; and along a row, floors of a line are added up.
+
+    Example:
+        >>> from noether.core.run import Run
+        >>> run = Run(updates_per_epoch=5, samples_per_epoch=9, effective_batch_size=2)
+        >>> multiples_crossing(2, 3, 8, run), [run.iteration_after(update).sample for update in (2, 4, 6, 8)]
+        (2, [4, 8, 11, 15])
+    """
+    length, samples = batch_period(run)
+    shared = gcd(length, step)
+    looked_at, rows, row_samples = updates // step, length // shared, step // shared * samples
+    crossing = 0
+    for first in range(1, min(rows, looked_at) + 1):
+        terms = (looked_at - first) // rows + 1
+        low, high = (run.iteration_after(update).sample for update in (first * step - 1, first * step))
+        if high - low >= n:
+            crossing += terms
+        else:  # a batch holds one multiple at most
+            crossing += floor_sum(terms, n, row_samples, high) - floor_sum(terms, n, row_samples, low)
+    return crossing
+
+
+def batch_period(run: Run) -> tuple[int, int]:
+    """Return the updates, and their samples, after which batches come as before: those of an epoch, or just one.
+
+    Example:
+        >>> from noether.core.run import Run
+        >>> batch_period(Run(updates_per_epoch=5, samples_per_epoch=9, effective_batch_size=2))
+        (5, 9)
+        >>> batch_period(Run(updates_per_epoch=5, samples_per_epoch=10, effective_batch_size=2))
+        (1, 2)
+    """
+    even = run.updates_per_epoch * run.effective_batch_size == run.samples_per_epoch
+    return (1, run.effective_batch_size) if even else (run.updates_per_epoch, run.samples_per_epoch)
 
 
 def floor_sum(terms: int, divisor: int, slope: int, offset: int) -> int:

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining, Event
+from noether.core.gate import Gate
 from noether.core.iteration import TrainingIteration
 from noether.core.schedule import EveryNEpochs, EveryNUpdates
 from noether.core.state import TrainState
 
 if TYPE_CHECKING:
     from noether.core.callback import Declaration
-    from noether.core.gate import Gate
     from noether.core.run import Run
     from noether.core.schedule import Schedule
 
 _START: Final = TrainingIteration()
 EARLY: Final = (BeforeTraining, AtEval)
 """The events that come before the first update, in their order."""
-ORDER: Final[tuple[type[Event], ...]] = (*EARLY, AfterUpdate, AfterEpoch, AfterTraining)
-"""The events at which something may be logged or saved, in the order in which they come at one update."""
 
 
 @final
@@ -141,10 +139,27 @@ def count_until(occasions: Occasions, iteration: TrainingIteration, run: Run) ->
     return early + _scheduled(occasions, iteration, run) + over
 
 
-def firings_at(occasions: Occasions, update: int, run: Run) -> tuple[Firing, ...]:
-    """Return the firings after the update of this number, at the epoch's end and the run's if they come with it."""
-    before, through = (count_until(occasions, run.iteration_after(number), run) for number in (update - 1, update))
-    return tuple(nth_firing(occasions, n, run) for n in range(before + 1, through + 1))
+def events_at(update: int, run: Run) -> tuple[Firing, ...]:
+    """Return the events after the update of this number, that of the epoch's end and the run's if they come with it.
+
+    Example:
+        >>> from noether.core.run import Run
+        >>> run = Run(end=TrainingIteration(epoch=3), updates_per_epoch=4, samples_per_epoch=8, effective_batch_size=2)
+        >>> [list(map(str, events_at(update, run))) for update in (0, 3, 4, 12)]
+        [['start', 'start'], ['U3'], ['U4', 'E1'], ['U12', 'E3', 'end']]
+    """
+    if not update:
+        return tuple(Firing(kind, _START) for kind in EARLY)
+    iteration, epoch = run.iteration_after(update), run.iteration_after(update - 1).epoch
+    events = [Firing(AfterUpdate, dataclasses.replace(iteration, epoch=epoch))]
+    events += [Firing(AfterEpoch, iteration)] if iteration.epoch > epoch else []
+    return (*events, *([Firing(AfterTraining, iteration)] if update == run.final.update else []))
+
+
+def fires(occasions: Occasions, at: Firing, run: Run) -> bool:
+    """Return whether it happens at an event of the run."""
+    gate = None if occasions.schedule is None else Gate(occasions.schedule)
+    return at.event in occasions.once or (gate is not None and gate.due(at.event, state_at(at, run)) is not None)
 
 
 def nth_firing(occasions: Occasions, n: int, run: Run) -> Firing:
@@ -171,12 +186,8 @@ def _nth_scheduled(schedule: Schedule, n: int, run: Run) -> Firing:
         return schedule.count(_START, run.iteration_after(update), run)
 
     update = bisect_left(range(run.final.update + 1), n, key=until)
-    iteration, previous = run.iteration_after(update), run.iteration_after(update - 1)
-    part = schedule.reading("update", "sample")
-    after_update = 0 if part is None else part.count(previous, iteration, run)
-    if n - until(update - 1) <= after_update:
-        return Firing(AfterUpdate, dataclasses.replace(iteration, epoch=previous.epoch))
-    return Firing(AfterEpoch, iteration)
+    there = [at for at in events_at(update, run) if fires(Occasions(schedule), at, run)]
+    return there[n - until(update - 1) - 1]
 
 
 def _scheduled(occasions: Occasions, iteration: TrainingIteration, run: Run) -> int:

@@ -12,7 +12,10 @@ Counter = Literal["epoch", "update", "sample"]
 COUNTERS: Final[tuple[Counter, ...]] = get_args(Counter)
 LETTERS: Final[dict[Counter, str]] = {"epoch": "E", "update": "U", "sample": "S"}
 
-_TEXT: Final = re.compile(r"(?:E(?P<epoch>\d+))?_?(?:U(?P<update>\d+))?_?(?:S(?P<sample>\d+))?", re.ASCII)
+# Python reads no more digits at a time.
+_TEXT: Final = re.compile(
+    r"(?:E(?P<epoch>\d{1,4300}))?_?(?:U(?P<update>\d{1,4300}))?_?(?:S(?P<sample>\d{1,4300}))?", re.ASCII
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ class Schedule(ABC):
         """Return how often it fires after `start` and up to `end`, both iterations of `run` between two events.
 
         An update or an epoch's end at which several thresholds lie is one firing. The run is not walked: this is a
-        closed form, except that a union in which multiples of samples meet others is walked for one period of theirs,
+        closed form, except that a union of multiples of several numbers of samples is walked for one period of theirs,
         whatever the length of the run; see `unions`.
 
         Args:

@@ -12,7 +12,7 @@ from collections import Counter as Multiset
 from math import gcd, lcm
 from typing import TYPE_CHECKING, NamedTuple
 
-from noether.core.counting import updates_crossing_multiples
+from noether.core.counting import batch_period, multiples_crossing, updates_crossing_multiples
 from noether.core.iteration import COUNTERS
 
 if TYPE_CHECKING:
@@ -29,9 +29,10 @@ _AROUND = (-1, 0, 1, 2)
 def count_union(schedule: Schedule, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
     """Return how often `schedule` fires in `(start, end]`, where all of it reads the same kind of event.
 
-    The time that it takes does not depend on how long the run is. It grows with the number of points and windows; and
-    where multiples of samples are united with others, with the firings in one period: after the least common multiple
-    of all intervals and an epoch, updates, samples and batches lie to each other as at the beginning.
+    The time that it takes does not grow with the run. It grows with the number of points and windows; where multiples
+    of samples are united with those of updates and epochs have a short last batch, with the updates of an epoch; and
+    where multiples of several numbers of samples are united, with the firings in one period: after the least common
+    multiple of all intervals and an epoch, updates, samples and batches lie to each other as at the beginning.
 
     Example:
         >>> from noether.core.iteration import TrainingIteration
@@ -109,27 +110,35 @@ def _independent(numbers: Iterable[int]) -> tuple[int, ...]:
 
 def _multiples_of(active: _Multiples, low: int, high: int, run: Run) -> int:
     """Return at how many ticks in `(low, high]` a multiple lies."""
-    if not active.samples:
-        return multiples_of_any(active.ticks, high) - multiples_of_any(active.ticks, low)
-    if not active.ticks and len(active.samples) == 1:
-        (n,) = active.samples
-        return updates_crossing_multiples(n, high, run) - updates_crossing_multiples(n, low, run)
-    period = _period(active, run)
-    whole, rest = divmod(high - low, period)
-    step = _stepper(active, run)
-    part = _steps(step, low, low + rest)
-    return part + whole * (part + _steps(step, low + rest, low + period)) if whole else part
+    if len(active.samples) > 1:
+        return _walked(active, low, high, run)
+    return _multiples_until(active, high, run) - _multiples_until(active, low, run)
+
+
+def _multiples_until(active: _Multiples, limit: int, run: Run) -> int:
+    """Return at how many of the first `limit` ticks a multiple lies, of one number of samples at most."""
+    ticks = multiples_of_any(active.ticks, limit)
+    for n in active.samples:
+        both = sum(times * multiples_crossing(each, n, limit, run) for each, times in _terms(active.ticks, limit))
+        ticks += updates_crossing_multiples(n, limit, run) - both
+    return ticks
 
 
 def multiples_of_any(numbers: Sequence[int], limit: int) -> int:
     """Return how many of the numbers from 1 to `limit` are a multiple of any of `numbers`.
 
-    By inclusion and exclusion: what is a multiple of several of them is one of their least common multiple. Those
-    beyond `limit` are left out, and equal ones are taken together, so that not all subsets are formed.
-
     Example:
         >>> multiples_of_any((4, 6), 24), sum(n % 4 == 0 or n % 6 == 0 for n in range(1, 25))
         (8, 8)
+    """
+    return sum(times * (limit // multiple) for multiple, times in _terms(numbers, limit))
+
+
+def _terms(numbers: Sequence[int], limit: int) -> Iterable[tuple[int, int]]:
+    """Return `(number, times)`: how often to count its multiples, that each multiple of any of `numbers` counts once.
+
+    By inclusion and exclusion: what is a multiple of several of them is one of their least common multiple. Those
+    beyond `limit` are left out, and equal ones are taken together, so that not all subsets are formed.
     """
     terms: Multiset[int] = Multiset()
     for number in numbers:
@@ -137,13 +146,21 @@ def multiples_of_any(numbers: Sequence[int], limit: int) -> int:
         for multiple, times in terms.items():
             overlaps[lcm(multiple, number)] -= times
         terms.update({multiple: times for multiple, times in overlaps.items() if multiple <= limit and times})
-    return sum(times * (limit // multiple) for multiple, times in terms.items())
+    return terms.items()
+
+
+def _walked(active: _Multiples, low: int, high: int, run: Run) -> int:
+    """Return the same from firing to firing, through one period at most."""
+    period = _period(active, run)
+    whole, rest = divmod(high - low, period)
+    step = _stepper(active, run)
+    part = _steps(step, low, low + rest)
+    return part + whole * (part + _steps(step, low + rest, low + period)) if whole else part
 
 
 def _period(active: _Multiples, run: Run) -> int:
     """Return the number of updates after which multiples and batches lie as before."""
-    even = run.updates_per_epoch * run.effective_batch_size == run.samples_per_epoch
-    updates, samples = (1, run.effective_batch_size) if even else (run.updates_per_epoch, run.samples_per_epoch)
+    updates, samples = batch_period(run)
     return updates * lcm(
         *(number // gcd(number, updates) for number in active.ticks),
         *(number // gcd(number, samples) for number in active.samples),

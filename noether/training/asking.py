@@ -5,6 +5,7 @@ It is called at a few of its firings with a state on the meta device, where tens
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
@@ -14,8 +15,9 @@ import torch
 from noether.core.callback import declaration_of
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import WeightsError
-from noether.core.event import AfterEpoch, AfterUpdate, Event
+from noether.core.event import AfterUpdate, Event
 from noether.core.forecast import EARLY, Occasions, firings, nth_firing, state_at
+from noether.core.gate import Gate
 from noether.core.state import Measured
 from noether.core.tree import FrozenDict, tensors
 from noether.effects.contents import ModelNamesError, weights_asked
@@ -25,14 +27,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
     from noether.core.forecast import Firing
+    from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.state import TrainState
 
 Slot = tuple[str | None, str | None]
 """What requests of one event are merged by: the tag, `{}` in it for the iteration, and whose weights."""
-
-_READS: Final = (("update", "sample"), ("epoch",))
+PROBES: Final = 12
+"""How many of its first firings a callback is asked at; who saves at every tenth only is found."""
+_VALUES: Final = (0.0, 1e9, -1e9)
+"""What a callback that watches metrics is told of them, in turns: it may act on large values only, or on small ones."""
 
 
 @final
@@ -42,7 +48,7 @@ class Ask:
 
     Args:
         occasions: When: a schedule that is read at one kind of event, or an event that comes once.
-        save: What is asked; `{}` in its tag stands for the iteration.
+        save: What is asked; `{}` in its tag stands for the iteration, or a count of it.
         sizes: Bytes of the tensors in the checkpoint, by name of a part that other requests may ask for, too.
         certain: Whether it is asked at every firing; otherwise a metric, or what the callback remembers, decides.
     """
@@ -57,14 +63,19 @@ class Ask:
         """Requests with the same slot at the same event become one checkpoint."""
         return self.save.tag, self.save.weights_of
 
-    def at(self, firing: Firing, run: Run) -> bool:
-        """Return whether it is asked at an event."""
-        schedule = self.occasions.schedule
-        if schedule is None:
-            return firing.event in self.occasions.once
-        reads = AfterEpoch if schedule.members[0].counter == "epoch" else AfterUpdate
-        state = state_at(firing, run)
-        return firing.event is reads and schedule.due(state.previous, state.iteration)
+
+@final
+@dataclass(frozen=True)
+class Answers:
+    """What came of asking a callback.
+
+    Args:
+        asks: The checkpoints that it asks for.
+        stops: Whether it stopped the run before its end.
+    """
+
+    asks: tuple[Ask, ...]
+    stops: bool
 
 
 class UnaskedError(Exception):
@@ -86,49 +97,56 @@ class Stage:
     begun: TrainState
     run: Run
 
-    def asks(self, callback: Callback, occasions: Occasions) -> list[Ask]:
-        """Return what a callback asks for at some of the events it listens to.
+    def asks(self, callback: Callback, occasions: Occasions) -> Answers:
+        """Return what a callback asks for at some of its occasions: the first `PROBES` of each kind, and the last.
 
         Raises:
             UnaskedError: If it cannot be asked.
             ModelNamesError: If it asks for weights of sub-modules that there are not.
             WeightsError: If it asks for weights that nobody keeps.
         """
-        return [ask for part in _parts(occasions) for ask in self._asks_at(callback, part)]
+        parts = [self._asks_at(callback, part) for part in _parts(occasions)]
+        return Answers(tuple(ask for part in parts for ask in part.asks), any(part.stops for part in parts))
 
-    def _asks_at(self, callback: Callback, part: Occasions) -> Iterator[Ask]:
-        count = firings(part, self.run).count
-        # The first may differ from the second by what the callback remembers, the last by how far the run is.
-        probed = [nth_firing(part, n, self.run) for n in sorted({1, 2, count}) if 1 <= n <= count]
-        state, seen = self.state, list[dict[Slot, SaveCheckpoint]]()
-        for firing in probed:
-            state, saves = self._call(callback, firing, state)
-            seen.append({(save.tag, save.weights_of): save for save in saves})
+    def _asks_at(self, callback: Callback, part: Occasions) -> Answers:
+        count, state = firings(part, self.run).count, self.state
         watches = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
-        for slot, save in {slot: save for saves in seen for slot, save in saves.items()}.items():
-            same = all(slot in saves and _asks_alike(saves[slot], save) for saves in seen)
-            yield Ask(occasions=part, save=save, sizes=self._sizes(save, part), certain=same and not watches)
+        seen: list[tuple[Firing, list[SaveCheckpoint]]] = []
+        stops = False
+        # What it remembers may make the first differ from the next, and how far the run is the last from all others.
+        for n in sorted({*range(1, min(count, PROBES) + 1), count} - {0}):
+            firing = nth_firing(part, n, self.run)
+            for value in _VALUES if watches else _VALUES[:1]:
+                state, effects = self._answer(callback, firing, self._before(callback, firing, state, value))
+                seen.append((firing, _merged(effects)))
+                stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
+        return Answers(tuple(self._united(part, _by_slot(seen), watches=watches)), stops)
 
-    def _call(self, callback: Callback, firing: Firing, memory: TrainState) -> tuple[TrainState, list[SaveCheckpoint]]:
-        """Return the state after a firing, and what is asked there, the iteration in tags as `{}`."""
+    def _before(self, callback: Callback, firing: Firing, memory: TrainState, value: float) -> TrainState:
+        """Return the state at a firing, with a value for each metric that the callback needs."""
         at = state_at(firing, self.run)
-        state = memory.replace(iteration=at.iteration, previous=at.previous, ended=at.ended)
         keys = [key for key in declaration_of(callback).consumes if "*" not in key]
-        state = state.replace(metrics=FrozenDict({key: Measured(0.0, at.iteration) for key in keys}))
-        after, effects = self._answer(callback, firing, state)
-        # What it asks for twice at one event is one checkpoint, too.
-        saves = [effect for effect in merge(effects) if isinstance(effect, SaveCheckpoint)]
-        text = str(at.iteration)
-        return after, [replace(each, tag=each.tag and each.tag.replace(text, "{}")) for each in saves]
+        metrics = FrozenDict({key: Measured(value, at.iteration) for key in keys})
+        return memory.replace(iteration=at.iteration, previous=at.previous, ended=at.ended, metrics=metrics, stop=None)
+
+    def _united(self, part: Occasions, seen: list[dict[Slot, SaveCheckpoint]], *, watches: bool) -> Iterator[Ask]:
+        """Yield what was asked at some firings; what differs between them is united."""
+        for slot in dict.fromkeys(slot for saves in seen for slot in saves):
+            asked = [saves[slot] for saves in seen if slot in saves]
+            (save,) = _merged(asked)
+            certain = not watches and len(asked) == len(seen) and all(each == save for each in asked)
+            yield Ask(occasions=part, save=save, sizes=self._sizes(save, part), certain=certain)
 
     def _answer(self, callback: Callback, firing: Firing, state: TrainState) -> tuple[TrainState, Effects]:
         """Return what the callback returns: asked with nothing measured or, if it needs that, with one sample."""
         reasons: list[str] = []
         for stage in (_nothing_measured, _one_sample):
             try:
-                return callback(state, stage(firing.event, state, self.run))
+                after, effects = callback(state, stage(firing.event, state, self.run))
             except Exception as error:  # noqa: BLE001  # whatever a callback meets where there are no values
                 reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            else:
+                return after, effects
         raise UnaskedError(reasons[0])
 
     def _sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:
@@ -149,14 +167,38 @@ def _parts(occasions: Occasions) -> Iterator[Occasions]:
     """Yield the occasions of each kind of event by itself."""
     for kind in occasions.once:
         yield Occasions(None, (kind,))
-    for counters in _READS if occasions.schedule is not None else ():
-        part = occasions.schedule and occasions.schedule.reading(*counters)
-        if part is not None:
-            yield Occasions(part)
+    if occasions.schedule is not None:
+        yield from map(Occasions, Gate(occasions.schedule).parts.values())
 
 
-def _asks_alike(a: SaveCheckpoint, b: SaveCheckpoint) -> bool:
-    return (a.weights, a.optimizer, a.models) == (b.weights, b.optimizer, b.models)
+def _by_slot(seen: list[tuple[Firing, list[SaveCheckpoint]]]) -> list[dict[Slot, SaveCheckpoint]]:
+    """Return what was asked at each firing by its slot; a tag that is the same at all of them is taken as it is."""
+    same = set.intersection(*({save.tag for save in saves} for _, saves in seen)) if len(seen) > 1 else set()
+    slots: list[dict[Slot, SaveCheckpoint]] = []
+    for firing, saves in seen:
+        tags = [save.tag if save.tag in same else _template(save.tag, firing.iteration) for save in saves]
+        named = [replace(save, tag=tag) for save, tag in zip(saves, tags, strict=True)]
+        slots.append({(save.tag, save.weights_of): save for save in named})
+    return slots
+
+
+def _merged(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
+    return [effect for effect in merge(tuple(effects)) if isinstance(effect, SaveCheckpoint)]
+
+
+def _template(tag: str | None, at: TrainingIteration) -> str | None:
+    """Return a tag with `{}` for the iteration or, without it, for each number that is one of its counts.
+
+    Example:
+        >>> from noether.core.iteration import TrainingIteration
+        >>> at = TrainingIteration(epoch=1, update=20, sample=80)
+        >>> _template("E1_U20_S80.ema=0.5", at), _template("epoch-001", at)
+        ('{}.ema=0.5', 'epoch-{}')
+    """
+    if tag is None or str(at) in tag:
+        return tag and tag.replace(str(at), "{}")
+    counts = {at.epoch, at.update, at.sample}
+    return re.sub(r"\d+", lambda match: "{}" if int(match[0]) in counts else match[0], tag)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -83,20 +83,19 @@ def _setting(planned: PlannedCallback) -> tuple[str | None, int | None]:
 def _unsaved(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[Located]:
     """Yield what leaves the weights at the end of training unsaved."""
     weighing = [(each, ask) for each in planned for ask in each.asks if ask.save.weights]
-    certain = [(each, ask, last) for each, ask in weighing if ask.certain and (last := _last_update(ask, run))]
-    if any(last == run.final.update for _, _, last in certain):
-        return
+    certain = [(_last_update(ask, run), each) for each, ask in weighing if ask.certain]
+    last, saver = max(certain, key=lambda item: item[0], default=(0, None))
     if not weighing:
         message = f"nobody saves the weights, so that nothing is left of the run; add {_CHECKPOINTS}"
         yield _located(config, ("callbacks",), message)
-    elif not certain:
-        message = f"a metric decides what is saved, so that the end of training may be lost; add {_CHECKPOINTS}"
+    elif saver is None:
+        message = f"what is saved is decided in training, so that its end may be lost; add {_CHECKPOINTS}"
         yield _located(config, weighing[-1][0].path, message)
-    else:
-        each, _, last = max(certain, key=lambda item: item[2])
+    elif last < run.final.update:
         lost = f"the {run.final.update - last} updates after it are not saved: the run ends at {run.final}"
-        message = f"{each.name} saves for the last time at {run.iteration_after(last)}, and {lost}; set at_end: true"
-        yield _located(config, each.path, message)
+        right = f"set at_end: true, or add {_CHECKPOINTS}"
+        message = f"{saver.name} saves for the last time at {run.iteration_after(last)}, and {lost}; {right}"
+        yield _located(config, saver.path, message)
 
 
 def _last_update(ask: Ask, run: Run) -> int:

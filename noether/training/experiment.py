@@ -16,6 +16,7 @@ from noether.config.errors import ConfigError
 from noether.config.kinds import named
 from noether.config.optimizer_settings import ScheduleSettings
 from noether.config.resolved import resolved
+from noether.config.schema import ENDS
 from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from noether.core.reducer import Reducer
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+_LIMIT = 2**63
+"""Counts in a manifest are less than this."""
 
 
 @final
@@ -117,7 +120,9 @@ def build(
     seed_all(derive(config.run.seed, "params"))
     network = _made(config, ("model",), model or config.model.build).to(device).train()
     run = _run(config, data, datasets, network, run_id, device)
-    state = _with_own_tensors(TrainState.from_module(network, seed=config.run.seed))
+    _check_end(config, run)
+    with _located(config, ("model",)):  # a lazy module has parameters without a shape
+        state = _with_own_tensors(TrainState.from_module(network, seed=config.run.seed))
     if begins and config.run.init_from is not None:
         state = _init_from(config, state)
     optimizer = _optimizer(config, network)
@@ -265,6 +270,13 @@ def _run(
         data=evaluated,
         forward=_forward(model, named(trainer.loss), _PRECISIONS[trainer.precision], device),
     )
+
+
+def _check_end(config: Config, run: Run) -> None:
+    if run.final.sample >= _LIMIT:
+        name = next(name for name in ENDS if getattr(config.trainer, name) is not None)
+        message = f"{getattr(config.trainer, name)} is beyond what a checkpoint can count, {_LIMIT - 1:,} samples"
+        raise config.error(("trainer", name), message)
 
 
 def _end(trainer: TrainerSettings) -> TrainingIteration:

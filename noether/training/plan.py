@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, final
 
 from noether.core.callback import declaration_of, label_of, listens
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping, MetricEarlyStopping
+from noether.core.callbacks.nan_guard import NanGuardCallback
 from noether.core.callbacks.summaries import param_counts
 from noether.core.event import EVENTS, AfterTraining, AtEval, BeforeTraining
 from noether.core.forecast import Occasions, firings, occasions_of
 from noether.core.reducer import Reducer
 from noether.core.schedule import At
-from noether.training.asking import MISASKED, Stage, UnaskedError
+from noether.training.asking import MISASKED, PROBES, Answers, Stage, UnaskedError
 from noether.training.cautions import cautions
 from noether.training.experiment import Placed
 from noether.training.meta import shapes
 from noether.training.saves import checkpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from noether.config import Config
     from noether.config.errors import Located, Path
@@ -63,6 +64,7 @@ class PlannedCallback:
         asks: The checkpoints that it asks for.
         checkpoints: What would come of them alone; None if there are none.
         evaluations: What it reads; None if it iterates no dataset.
+        stops: Whether it may stop the run before its end, at a point that the plan does not know.
         unasked: Why it could not be asked what it saves; None if it could.
         misasked: Why what it asks for cannot be saved; None if it can.
     """
@@ -74,6 +76,7 @@ class PlannedCallback:
     asks: tuple[Ask, ...]
     checkpoints: Checkpoints | None
     evaluations: Evaluations | None
+    stops: bool
     unasked: str | None
     misasked: str | None
 
@@ -124,16 +127,17 @@ def make_plan(config: Config) -> Plan:
     """Return the plan of the run that `config` describes; nothing is trained and nothing written.
 
     Datasets are made, for their lengths; of the model only shapes. The time that it takes does not depend on how long
-    the run is, but it grows with the number of checkpoints that `keep` has stay.
+    the run is, but for schedules that unite several numbers of samples; see `Schedule.count`.
 
     Raises:
         ConfigError: If what only the made objects can tell is wrong, as `build` does.
     """
     experiment, updated, notes = shapes(config)
-    run = _ended(experiment.run, [placed.callback for placed in experiment.callbacks])
+    callbacks = list(_one_by_one(experiment.callbacks))
+    run = _ended(experiment.run, [placed.callback for placed in callbacks])
     stage = Stage(state=updated, begun=experiment.state, run=run)
     first = config.trainer.evaluate_first
-    planned = tuple(planned_callback(each, stage, evaluate_first=first) for each in _one_by_one(experiment.callbacks))
+    planned = tuple(planned_callback(each, stage, evaluate_first=first) for each in callbacks)
     counts = param_counts(experiment.state.params, run.frozen)
     return Plan(
         config=config,
@@ -143,7 +147,7 @@ def make_plan(config: Config) -> Plan:
         callbacks=planned,
         checkpoints=checkpoints([ask for each in planned for ask in each.asks], run),
         cautions=tuple(cautions(config, planned, run)),
-        notes=(*notes, *_unknown(planned)),
+        notes=(*notes, *_unknown(config, planned)),
     )
 
 
@@ -171,10 +175,9 @@ def planned_callback(placed: Placed, stage: Stage, *, evaluate_first: bool = Fal
     callback, run = placed.callback, stage.run
     listened = tuple(kind for kind in EVENTS if listens(callback, kind) and (kind is not AtEval or evaluate_first))
     occasions = _occasions(callback, listened, run)
-    unasked = misasked = None
-    asks: tuple[Ask, ...] = ()
+    answers, unasked, misasked = Answers((), stops=False), None, None
     try:
-        occasions, asks = _asked(callback, occasions, listened, stage)
+        occasions, answers = _asked(callback, occasions, listened, stage)
     except UnaskedError as error:
         unasked = str(error)
     except MISASKED as error:
@@ -184,9 +187,10 @@ def planned_callback(placed: Placed, stage: Stage, *, evaluate_first: bool = Fal
         path=placed.path,
         occasions=occasions,
         firings=firings(occasions, run),
-        asks=asks,
-        checkpoints=checkpoints(asks, run) if asks else None,
+        asks=answers.asks,
+        checkpoints=checkpoints(answers.asks, run) if answers.asks else None,
         evaluations=_evaluations(callback, occasions, run),
+        stops=_stops(callback, answers),
         unasked=unasked,
         misasked=misasked,
     )
@@ -194,13 +198,20 @@ def planned_callback(placed: Placed, stage: Stage, *, evaluate_first: bool = Fal
 
 def _asked(
     callback: Callback, occasions: Occasions, listened: tuple[type[Event], ...], stage: Stage
-) -> tuple[Occasions, tuple[Ask, ...]]:
+) -> tuple[Occasions, Answers]:
     """Return when a callback fires, and what it asks for; where it has a gate it may still save at both ends."""
-    asks = stage.asks(callback, occasions)
+    answers = stage.asks(callback, occasions)
     beside = [kind for kind in (BeforeTraining, AfterTraining) if kind in listened and kind not in occasions.once]
     more = stage.asks(callback, Occasions(None, tuple(beside)))
-    saving = dict.fromkeys(kind for ask in more for kind in ask.occasions.once)
-    return replace(occasions, once=(*occasions.once, *saving)), (*asks, *more)
+    saving = dict.fromkeys(kind for ask in more.asks for kind in ask.occasions.once)
+    occasions = replace(occasions, once=(*occasions.once, *saving))
+    return occasions, Answers((*answers.asks, *more.asks), stops=answers.stops or more.stops)
+
+
+def _stops(callback: Callback, answers: Answers) -> bool:
+    if isinstance(callback, FixedUpdateEarlyStopping):  # the plan ends there
+        return False
+    return answers.stops or isinstance(callback, (MetricEarlyStopping, NanGuardCallback))
 
 
 def _occasions(callback: Callback, listened: tuple[type[Event], ...], run: Run) -> Occasions:
@@ -221,9 +232,21 @@ def _evaluations(callback: Callback, occasions: Occasions, run: Run) -> Evaluati
     return Evaluations(key, getattr(callback, "weights", None), count, count * len(run.data[key]))
 
 
-def _unknown(planned: Iterable[PlannedCallback]) -> Iterator[str]:
+def _unknown(config: Config, planned: Sequence[PlannedCallback]) -> Iterator[str]:
+    """Yield what the plan does not know."""
     for each in planned:
         if each.unasked is not None:
             yield f"{each.name} could not be asked what it saves, which is not counted: {each.unasked}"
-        if isinstance(each.callback, MetricEarlyStopping):
+        if each.stops:
             yield f"{each.name} may stop the run early; the plan then holds up to there"
+    often = [each.name for each in planned if each.firings.count > PROBES + 1 and _is_of_a_user(config, each)]
+    if often:
+        yield (
+            f"{', '.join(often)}: asked at the first {PROBES} firings and the last; "
+            "a checkpoint that is asked for only in between is not counted"
+        )
+
+
+def _is_of_a_user(config: Config, planned: PlannedCallback) -> bool:
+    section, index, *_ = planned.path
+    return section == "callbacks" and not config.callbacks[int(index)].path.startswith("noether.")

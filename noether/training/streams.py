@@ -121,9 +121,14 @@ class StreamedEvaluationData:
         seed: The run's seed; the random numbers of a sample are those of its place in epoch 0.
         batch_size: Samples of a batch, >= 1.
         device: Where batches are moved to.
+
+    Raises:
+        TypeError: If the dataset does not say how many samples it has.
     """
 
     def __init__(self, dataset: Any, *, seed: int, batch_size: int, device: torch.device | str = "cpu") -> None:
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(f"{type(dataset).__name__} has no __len__, the number of its samples")
         self._dataset = dataset
         self._seed = seed
         self._batch_size = batch_size

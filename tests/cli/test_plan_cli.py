@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from command import ROOT, SMALL, contents, invoke, noether, start
@@ -36,7 +37,7 @@ def test_the_whole_plan_in_a_process_of_its_own(small):
     assert rows[7][:5] == ["together", "3", "3", "to", "4"]
     assert [line.split()[0] for line in timeline.splitlines()[:6]] == [row[0] for row in rows[1:7]]
     assert [line.split() for line in timeline.splitlines()[6:]] == [["E0", "E1", "E2"], ["U0", "U38", "U76"]]
-    assert ending.startswith("checkpoints: ")
+    assert ending.startswith("checkpoints: 59.4 kB to 79.2 kB at the end, 119 kB at most at any time, in tensors; ")
     assert contents(small) == before
 
 
@@ -163,7 +164,7 @@ WARNED = {
     "an end that only a metric saves": (
         [(SAVING, BEST)],
         (
-            ":34: callbacks[3]: a metric decides what is saved, so that the end of training may be lost; "
+            ":34: callbacks[3]: what is saved is decided in training, so that its end may be lost; "
             "add noether.core.callbacks.CheckpointCallback"
         ),
     ),
@@ -171,7 +172,14 @@ WARNED = {
         [(SAVING, "  - kind: saver.save\n    every_n_updates: 30\n")],
         (
             ":34: callbacks[3]: save saves for the last time at E1_U60_S1909, and the 16 updates after it are not "
-            f"saved: {END}; set at_end: true"
+            f"saved: {END}; set at_end: true, or add noether.core.callbacks.CheckpointCallback"
+        ),
+    ),
+    "a beginning that is saved, and nothing after it": (
+        [(SAVING, "  - kind: saver.begin\n")],
+        (
+            ":34: callbacks[3]: begin saves for the last time at E0_U0_S0, and the 76 updates after it are not saved: "
+            f"{END}; set at_end: true, or add noether.core.callbacks.CheckpointCallback"
         ),
     ),
     "names of modules that are not there": (
@@ -183,7 +191,13 @@ WARNED = {
     ),
 }
 SAVER = '''\
-from noether import SaveCheckpoint
+from noether import BeforeTraining, SaveCheckpoint, on
+
+
+@on(BeforeTraining)
+def begin(state, event):
+    """Save what training begins with."""
+    return state, (SaveCheckpoint(),)
 
 
 def save(state, event):
@@ -233,6 +247,7 @@ RIGHT = "give a point on one counter, like U1000, E2 or S512"
         (["--at", "1000"], f"--at 1000: '1000' is no point of a run; {RIGHT}"),
         (["--at", "U-1"], f"--at U-1: 'U-1' is no point of a run; {RIGHT}"),
         (["--at", ""], f"--at : '' is no point of a run; {RIGHT}"),
+        (["--at", "U" + "9" * 5000], f"--at U{'9' * 5000}: 'U{'9' * 5000}' is no point of a run; {RIGHT}"),
         (["--at", "E1_U38"], f"--at E1_U38: 'E1_U38' names several counters; {RIGHT}"),
         (["--at", "U0"], "--at U0: nothing is due before the first update; U1 is the first"),
         (["--at", "U77"], "--at U77: U77 is beyond the end: the run ends at E2_U76_S2410"),
@@ -253,6 +268,38 @@ def test_bad_arguments(small, arguments, message):
     output = invoke("plan", "small.yaml", *arguments, cwd=small, code=2)
     assert output.splitlines()[-1] == f"Error: {message}"
     assert contents(small) == before
+
+
+def test_a_picture_that_cannot_be_written(small):
+    pytest.importorskip("matplotlib")
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no device that is always full")
+    said = invoke("plan", "small.yaml", "--png", full, cwd=small, code=1)
+    assert said.splitlines()[-1] == (
+        "Error: --png /dev/full: the picture could not be written: No space left on device"
+    )
+
+
+def test_nothing_to_plan(small):
+    pytest.importorskip("matplotlib")
+    emptied = ["--set", "callbacks=[]", "--set", "trainer.evaluate=null"]
+    said = invoke("plan", "small.yaml", *emptied, "--png", "plan.png", cwd=small)
+    (warning,) = (line for line in said.splitlines() if "Warning" in line)
+    assert warning.startswith("Warning: --set callbacks=[]: callbacks: nobody saves the weights, so that nothing is ")
+    assert (small / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_no_checkpoint_could_count(small):
+    said = invoke("plan", "small.yaml", "--set", f"trainer.max_epochs={10**21}", cwd=small, code=2)
+    assert said == (
+        f"Error: --set trainer.max_epochs={10**21}: trainer.max_epochs: {10**21} is beyond what a checkpoint can "
+        f"count, {2**63 - 1:,} samples\n"
+    )
+    longest = (2**63 - 1) // 1205
+    plan = planned(small, "--set", f"trainer.max_epochs={longest}", "--set", "callbacks.3.keep=5")
+    assert plan["end"]["epoch"] == plan["callbacks"][3]["firings"] == longest
+    assert plan["checkpoints"]["kept"] == {"at_least": 5, "at_most": 6}
 
 
 def test_no_configuration(small):

@@ -10,8 +10,9 @@ from loop_traces import drive
 
 from noether.core.callback import declaration_of, listens
 from noether.core.combinators import on, when
+from noether.core.counting import multiples_crossing
 from noether.core.event import EVENTS, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
-from noether.core.forecast import Firing, Occasions, firings, firings_at, nth_firing, occasions_of
+from noether.core.forecast import Firing, Occasions, events_at, fires, firings, nth_firing, occasions_of
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
@@ -74,7 +75,7 @@ def test_firings_at_an_update(schedule, at_end, run):
     seen, when_due = walked(when(schedule, at_end=at_end), run), occasions(when(schedule, at_end=at_end), run)
     for update in range(1, run.final.update + 1):
         there = tuple(firing for firing in seen if firing.iteration.update == update)
-        assert firings_at(when_due, update, run) == there
+        assert tuple(at for at in events_at(update, run) if fires(when_due, at, run)) == there
 
 
 @given(st.sets(st.sampled_from((BeforeTraining, AfterUpdate, AfterEpoch, AfterTraining)), min_size=1), ends())
@@ -86,6 +87,13 @@ def test_what_has_no_gate_fires_at_every_event_it_listens_to(kinds, run):
 @given(st.lists(st.integers(1, 60), max_size=5), st.integers(0, 3000))
 def test_multiples_of_any(numbers, limit):
     assert multiples_of_any(numbers, limit) == sum(any(n % k == 0 for k in numbers) for n in range(1, limit + 1))
+
+
+@given(st.integers(1, 12), st.integers(1, 40), run_lengths(), st.integers(0, 200))
+def test_updates_that_are_looked_at_and_cross_a_multiple(step, n, run, updates):
+    samples = [run.iteration_after(update).sample for update in range(updates + 1)]
+    crossing = [u for u in range(step, updates + 1, step) if samples[u] // n > samples[u - 1] // n]
+    assert multiples_crossing(step, n, updates, run) == len(crossing)
 
 
 @given(
@@ -140,17 +148,22 @@ EVERYTHING = {
     "with a point": EveryNUpdates(4) | At(TrainingIteration(update=1)),
     "in windows": EveryNUpdates(2).until(TrainingIteration(update=5)) | EveryNUpdates(5).starting(TrainingIteration(6)),
     "samples among them": EveryNSamples(48) | EveryNSamples(32) | EveryNUpdates(3),
+    "what hardly ever meets": EveryNSamples(99_991) | EveryNUpdates(9973) | EveryNUpdates(7),
 }
 
 
+@pytest.mark.parametrize("samples", [32, 31])
 @pytest.mark.parametrize("schedule", EVERYTHING.values(), ids=EVERYTHING)
-def test_a_billion_updates_are_asked_as_little_as_a_few(schedule, monkeypatch):
+def test_a_billion_updates_are_asked_as_little_as_a_thousand(schedule, samples, monkeypatch):
     looks = Looks()
     looks.watch(monkeypatch)
 
     def asked(updates):
         run = Run(
-            end=TrainingIteration(update=updates), updates_per_epoch=4, samples_per_epoch=32, effective_batch_size=8
+            end=TrainingIteration(update=updates),
+            updates_per_epoch=4,
+            samples_per_epoch=samples,
+            effective_batch_size=8,
         )
         looks.asked.clear()
         firings(Occasions(schedule, (AfterTraining,)), run)
@@ -158,5 +171,5 @@ def test_a_billion_updates_are_asked_as_little_as_a_few(schedule, monkeypatch):
 
     # One question more for each time that the run is twice as long: that is a bisection, and no walk.
     halvings = (10**9).bit_length()
-    assert asked(10**9) <= halvings * asked(10)
-    assert asked(10**9) - asked(10**9 // 2) <= asked(10)
+    assert asked(10**9) <= halvings * asked(1000)
+    assert asked(10**9) - asked(10**9 // 2) <= asked(1000)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 from safetensors.torch import load_file
 
 from noether.cli.running import start
-from noether.config import load
+from noether.config import ConfigError, load
 from noether.core.callback import declaration_of
 from noether.core.event import AtEval
 from noether.core.forecast import nth_firing
 from noether.core.metrics import matches
+from noether.core.run import Run
 from noether.effects.writing import Writer
 from noether.training.plan import make_plan
 
@@ -26,8 +28,10 @@ MODULE = '''\
 import torch
 from torch import nn
 
-from noether import LogText, SaveCheckpoint, every_n_updates, log, on, AfterTraining, BeforeTraining
+from noether import SaveCheckpoint, callback, compose, every_n_epochs, log, on, BeforeTraining
+from noether.core.callbacks import CheckpointCallback, FixedUpdateEarlyStopping
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.metrics import current
 from noether.core.tree import FrozenDict
 
 
@@ -54,6 +58,17 @@ class Stream(torch.utils.data.IterableDataset):
 
     def load_state_dict(self, place):
         pass
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        raise AssertionError("it is refused before")
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.LazyLinear(2)
 
 
 class Net(nn.Module):
@@ -91,11 +106,55 @@ def every_second(state, event):
     return state, (SaveCheckpoint(retention=FrozenDict(second=None)),) if state.iteration.epoch % 2 == 0 else ()
 
 
+def every_tenth(state, event):
+    """Saves at every tenth epoch."""
+    return state, (SaveCheckpoint(retention=FrozenDict(tenth=None)),) if state.iteration.epoch % 10 == 0 else ()
+
+
+def tagged(state, event):
+    """Saves under names of its own, which only the numbers in them tell apart."""
+    return state, (SaveCheckpoint(tag=f"epoch-{state.iteration.epoch:03d}", retention=FrozenDict(tagged=2)),)
+
+
+@callback("promising", consumes=("val/right",))
+@every_n_epochs(1)
+def promising(state, event):
+    """Saves where a metric is large."""
+    return state, (SaveCheckpoint(),) if current(state, "val/right") > 0.9 else ()
+
+
+@callback("poor", consumes=("val/right",))
+@every_n_epochs(7)
+def poor(state, event):
+    """Saves where a metric is small."""
+    return state, (SaveCheckpoint(),) if current(state, "val/right") < -1 else ()
+
+
+def folds(state, event):
+    """Saves under the same names again and again; they hold numbers that are no counts."""
+    names = [f"fold{n}" for n in (1, 2, 3)]
+    return state, tuple(SaveCheckpoint(tag=name, retention=FrozenDict({name: 1})) for name in names)
+
+
+@every_n_epochs(1)
+def gives_up(state, event):
+    """Stops after three epochs."""
+    return (state.stopped("enough") if state.iteration.epoch == 3 else state), ()
+
+
 def reads(state, event):
     """Reads what a parameter is."""
     if state.params["head.weight"].sum().item() > 0:
         return state, (SaveCheckpoint(),)
     return state, ()
+
+
+def forgets(state, event):
+    """Returns no effects."""
+    return state
+
+
+both = compose(FixedUpdateEarlyStopping(stop_at_epoch=2), CheckpointCallback(every_n_updates=3, keep=1))
 
 
 class Confusion(PeriodicCallback):
@@ -220,6 +279,14 @@ def check_saves(plan, disk):
     assert disk.peak <= made.peak_bytes
 
 
+def check_exactly(plan, disk):
+    """Assert that what was written and kept is what the plan says."""
+    made = plan.checkpoints
+    assert (made.written, made.written_bytes) == ((len(disk.written),) * 2, (sum(disk.written),) * 2)
+    assert (made.kept, made.kept_bytes) == ((len(disk.kept),) * 2, (sum(disk.kept.values()),) * 2)
+    assert disk.peak <= made.peak_bytes
+
+
 def end_of(directory):
     return json.loads((directory / "summary.json").read_text())["ending"]
 
@@ -275,11 +342,7 @@ def test_without_a_metric_nothing_is_a_bound(folder, monkeypatch):
     lines = [line for line in SAVING.splitlines() if "BestCheckpoint" not in line and "tolerances" not in line]
     Path("saving.yaml").write_text("\n".join(lines))
     _, disk = trained("saving.yaml", [], monkeypatch)
-    made = make_plan(load("saving.yaml")).checkpoints
-    assert made.written == (len(disk.written),) * 2
-    assert made.written_bytes == (sum(disk.written),) * 2
-    assert made.kept == (len(disk.kept),) * 2
-    assert made.kept_bytes == (sum(disk.kept.values()),) * 2
+    check_exactly(make_plan(load("saving.yaml")), disk)
 
 
 def only(callbacks, *, more="", ends="max_epochs: 7"):
@@ -298,11 +361,60 @@ def test_what_only_now_and_then_saves_is_a_bound(folder):
     assert plan.notes == ()
 
 
+def test_what_saves_at_every_tenth_is_a_bound(folder):
+    plan = only(["kind: mine.every_tenth, every_n_epochs: 1", SAVER], ends="max_epochs: 99")
+    assert plan.callbacks[0].checkpoints.written == (0, 99)
+
+
+def test_what_saves_where_a_metric_is_large_or_small_is_a_bound(folder):
+    plan = only(["kind: mine.promising", "kind: mine.poor", SAVER])
+    assert [each.checkpoints.written for each in plan.callbacks[1:3]] == [(0, 7), (0, 1)]
+
+
+def test_names_that_numbers_tell_apart_are_known_exactly(folder, monkeypatch):
+    plan = only(["kind: mine.tagged, every_n_epochs: 1, at_end: true", SAVER])
+    _, disk = trained("only.yaml", [], monkeypatch)
+    assert plan.callbacks[0].checkpoints.kept == (2, 2)
+    check_exactly(plan, disk)
+
+
+def test_names_with_numbers_that_are_no_counts_are_known_exactly(folder, monkeypatch):
+    plan = only(["kind: mine.folds, every_n_updates: 1", SAVER], ends="max_updates: 9")
+    _, disk = trained("only.yaml", [], monkeypatch)
+    assert plan.callbacks[0].checkpoints.written == (27, 27)
+    check_exactly(plan, disk)
+
+
+def test_whom_a_plan_did_not_ask_everywhere_it_names(folder):
+    callbacks = ["kind: mine.tagged, every_n_epochs: 1", "kind: mine.named, every_n_epochs: 2", SAVER]
+    assert only(callbacks, ends="max_epochs: 13").notes == ()
+    (note,) = only(callbacks, ends="max_epochs: 14").notes
+    assert note == (
+        "tagged: asked at the first 12 firings and the last; "
+        "a checkpoint that is asked for only in between is not counted"
+    )
+
+
+def test_who_may_stop_the_run_is_named(folder):
+    guard = "kind: noether.core.callbacks.NanGuardCallback, every_n_epochs: 1, tolerance: 2"
+    notes = only(["kind: mine.gives_up", guard, SAVER]).notes
+    assert notes == tuple(
+        f"{name} may stop the run early; the plan then holds up to there"
+        for name in ("gives_up", "NanGuardCallback/E1")
+    )
+    assert only(["kind: mine.gives_up", SAVER], ends="max_epochs: 3").notes == ()  # that is the end
+
+
 def test_what_reads_values_is_left_out_and_named(folder):
     plan = only(["kind: mine.reads, every_n_epochs: 1", SAVER])
     (note,) = plan.notes
     assert note.startswith("reads could not be asked what it saves, which is not counted: RuntimeError: Tensor.item()")
     assert plan.checkpoints.written == (8, 8)
+
+
+def test_what_returns_no_pair_is_left_out_and_named(folder):
+    (note,) = only(["kind: mine.forgets, every_n_epochs: 1", SAVER]).notes
+    assert note.startswith("forgets could not be asked what it saves, which is not counted: TypeError: cannot unpack")
 
 
 def test_what_iterates_by_itself_is_asked_with_one_sample(folder):
@@ -343,6 +455,14 @@ def test_a_fixed_stop_is_the_end(folder, monkeypatch):
                                  "at E1_U13_S50; give at most 1")  # fmt: skip
 
 
+def test_a_fixed_stop_among_callbacks_of_one_section_is_the_end(folder, monkeypatch):
+    plan = only(["kind: mine.both", SAVER])
+    directory, disk = trained("only.yaml", [], monkeypatch)
+    assert end_of(directory) == f"ended at {plan.run.final}: stop_at_epoch: 2 is reached"
+    assert [each.path for each in plan.callbacks[:2]] == [("callbacks", 0)] * 2
+    check_exactly(plan, disk)
+
+
 def test_a_stream_is_planned_unread(folder):
     plan = only([SAVER])
     text = Path("only.yaml").read_text().replace("kind: mine.Points, length: 30", "kind: mine.Stream")
@@ -350,6 +470,23 @@ def test_a_stream_is_planned_unread(folder):
     streamed = make_plan(load("only.yaml"))
     assert streamed.run.final == plan.run.final
     assert streamed.checkpoints.each_bytes == (plan.checkpoints.each_bytes[0] + 8,)  # its place
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("val: {kind: mine.Endless}", "only.yaml:5: data.val: Endless has no __len__, the number of its samples"),
+        ("model: {kind: mine.Lazy}", "only.yaml:2: model: Attempted to use an uninitialized parameter"),
+    ],
+)
+def test_what_training_could_not_begin_with_is_refused(kind, message, folder):
+    only([SAVER])
+    old = {"val": "val: {kind: mine.Points, length: 7}", "model": "model: {kind: mine.Net, width: 4}"}[
+        kind.split(":")[0]
+    ]
+    Path("only.yaml").write_text(Path("only.yaml").read_text().replace(old, kind))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_plan(load("only.yaml"))
 
 
 def test_a_plan_writes_nothing(folder):
@@ -367,26 +504,55 @@ def test_a_billion_epochs_are_planned_like_ten(name, folder, monkeypatch):
         if name == "heat"
         else []
     )
-    asked = itertools.count()
-    monkeypatch.setattr("noether.core.run.Run.iteration_after", _counting(asked))
+    looks = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
 
     def looked_at(epochs):
-        begun = next(asked)
+        begun = next(looks)
         plan = make_plan(load(config, [*settings, f"trainer.max_epochs={epochs}"]))
         assert plan.run.final.epoch == epochs
-        return next(asked) - begun
+        return next(looks) - begun
 
     # Bisection looks once more for each time that the run is twice as long.
     assert looked_at(10**9) <= (10**9).bit_length() * looked_at(10)
 
 
-def _counting(asked):
-    from noether.core.run import Run
+def test_two_who_save_at_intervals_that_hardly_ever_meet_are_planned_without_a_walk(folder, monkeypatch):
+    looks = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
+    callbacks = [
+        "kind: noether.core.callbacks.CheckpointCallback, every_n_updates: 997, id: updates",
+        "kind: noether.core.callbacks.CheckpointCallback, every_n_samples: 9973, id: samples",
+    ]
 
+    def looked_at(epochs):
+        begun = next(looks)
+        assert only(callbacks, ends=f"max_epochs: {epochs}").checkpoints.written.at_least > epochs // 200
+        return next(looks) - begun
+
+    # Bisection looks once more for each time that the run is twice as long; a walk would look 10,000 times as often.
+    assert looked_at(10**9) <= 3 * looked_at(10**5)
+
+
+def test_a_million_that_stay_are_planned_like_two(folder, monkeypatch):
+    looks = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
+
+    def looked_at(keep):
+        begun = next(looks)
+        made = only([f"{SAVER}, keep: {keep}"], ends=f"max_epochs: {10**9}").checkpoints
+        assert (made.written, made.kept) == ((10**9 + 1,) * 2, (keep,) * 2)
+        assert made.kept_bytes == (keep * made.each_bytes[0],) * 2
+        return next(looks) - begun
+
+    assert looked_at(10**6) <= 1.1 * looked_at(2)
+
+
+def _counting(looks):
     function = Run.iteration_after
 
     def counted(run, update):
-        next(asked)
+        next(looks)
         return function(run, update)
 
     return counted

@@ -10,8 +10,11 @@ from noether.core.callbacks import BestCheckpointCallback, CheckpointCallback, E
 from noether.core.combinators import on, when
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
 from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.schedule import EveryNUpdates
 from noether.core.state import TrainState
 from noether.core.tree import FrozenDict, tensors
 from noether.core.upcoming import Move, next_move
@@ -123,8 +126,9 @@ def averaging(draw, name):
 
 @st.composite
 def of_a_user(draw, name):
+    weights, optimizer = draw(st.sampled_from(((True, True), (True, False), (False, True))))
     models, pointers = draw(st.sampled_from(((), ("a",)))), draw(st.sampled_from(((), (name,))))
-    save = SaveCheckpoint(optimizer=draw(st.booleans()), models=models, pointers=pointers,
+    save = SaveCheckpoint(weights=weights, optimizer=optimizer, models=models if weights else (), pointers=pointers,
                           retention=FrozenDict({name: draw(keeps)}))  # fmt: skip
     tag = draw(st.sampled_from((None, "{}.mine", "same")))
 
@@ -152,6 +156,20 @@ def test_what_no_metric_decides_is_known_exactly(callbacks, run):
     assert planned.kept == (len(store.held),) * 2
     assert planned.kept_bytes == (store.bytes,) * 2
     assert store.peak <= planned.peak_bytes
+
+
+def test_the_newest_to_go_on_from_may_need_two_who_seldom_meet():
+    """Weights are asked for at one interval and the optimizer at another: only together they make a resumable one."""
+
+    def saver(name, interval, **asked):
+        save = SaveCheckpoint(retention=FrozenDict({name: 1}), **asked)
+        return when(EveryNUpdates(interval))(lambda state, event: (state, (save,)))
+
+    callbacks = [saver("weights", 3, optimizer=False), saver("optimizer", 4, weights=False)]
+    run = Run(end=TrainingIteration(update=35), updates_per_epoch=7, samples_per_epoch=14, effective_batch_size=2)
+    store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
+    assert [manifest.iteration.update for manifest, _ in store.held.values()] == [24, 32, 33]
+    assert (planned.kept, planned.kept_bytes) == ((3, 3), (store.bytes,) * 2)
 
 
 @st.composite
