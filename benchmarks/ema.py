@@ -1,13 +1,13 @@
 """What does an average of the weights cost at every update, beside torch's own?
 
-Run as `python -m benchmarks.ema`. `EMACallback` makes new averages, for those in a state are never written to;
-`torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn` writes to its copy. Both move all averages in one
-call, a small network's and one of 25 million parameters. All rows take turns in one process on one thread; a ratio is
-taken within each round, and the table shows medians over rounds with quartiles. They have to end at the same averages.
+Run as `python -m benchmarks.ema`. `EMACallback` makes new averages, for those in a state are never written to, unless
+they are donated; `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn` writes to its copy. All move the
+averages in one call, a small network's and those of 25 million parameters. All rows take turns in one process on one
+thread; a ratio is taken within each round, and the table shows medians over rounds with quartiles. They have to end at
+the same averages.
 
-The small network's costs a quarter of torch's, whose time goes into finding the tensors of the two modules. The large
-one's costs four times as much: the new averages lie in memory that the operating system hands out anew at every update,
-in 14,600 page faults, which take longer than the arithmetic.
+What is not donated lies in memory that the operating system hands out anew at every update, in 14,600 page faults for
+the large network, which take longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ from benchmarks.measuring import Table, markdown_option, often, quartiles, ratio
 from benchmarks.memory import make_model
 from noether import AfterUpdate, BeforeTraining, TrainState, compose
 from noether.core.callbacks import EMACallback
+from noether.core.donation import Donatable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _DECAY = 0.999
-_TORCH, _NOETHER = "torch, `AveragedModel`", "noether, `EMACallback`"
+_TORCH = "torch, `AveragedModel`"
+_DONATED = {"noether, `EMACallback`": False, "noether, donated": True}
 
 
 class Averaging:
-    """A training loop's averages, kept by noether."""
+    """A training loop's averages, kept by noether; donated where the loop donates its params."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, donate: bool = False) -> None:
         self.reducer = compose(EMACallback(every_n_epochs=1, target_factors=(_DECAY,)))
         self.state, _ = self.reducer(TrainState.from_module(model), BeforeTraining())
         self.state = self.state.advance(samples=1)
+        if donate:
+            self.state = self.state.replace(params=Donatable(dict(self.state.params)))
         self.event = AfterUpdate(samples=1)
 
     def __call__(self) -> None:
@@ -59,15 +63,15 @@ def check(model: nn.Module) -> None:
     Raises:
         click.ClickException: If so.
     """
-    ours, theirs = Averaging(model), torch_average(model)
+    ours, theirs = [Averaging(model, donate=donate) for donate in _DONATED.values()], torch_average(model)
     for _ in range(3):
         moved(model)
-        ours()
-        theirs.update_parameters(model)
-    kept = ours.state.memory(f"weights/ema={_DECAY}")["params"]
-    for name, parameter in theirs.module.named_parameters():
-        if not torch.allclose(kept[name], parameter):
-            raise click.ClickException(f"the averages of {name!r} differ")
+        for each in (*ours, partial(theirs.update_parameters, model)):
+            each()
+    for kept in (each.state.memory(f"weights/ema={_DECAY}")["params"] for each in ours):
+        for name, parameter in theirs.module.named_parameters():
+            if not torch.allclose(kept[name], parameter):
+                raise click.ClickException(f"the averages of {name!r} differ")
 
 
 def torch_average(model: nn.Module) -> AveragedModel:
@@ -78,10 +82,10 @@ def torch_average(model: nn.Module) -> AveragedModel:
 
 
 def measure(model: nn.Module, rounds: int) -> list[dict[str, float]]:
-    """Return the seconds that both take for an update, in each round."""
+    """Return the seconds that each takes for an update, in each round."""
     turns: dict[str, Callable[[], float]] = {
         _TORCH: often(partial(torch_average(model).update_parameters, model)),
-        _NOETHER: often(Averaging(model)),
+        **{name: often(Averaging(model, donate=donate)) for name, donate in _DONATED.items()},
     }
     return take_turns(turns, rounds)
 
@@ -95,7 +99,7 @@ def measure(model: nn.Module, rounds: int) -> list[dict[str, float]]:
 def main(params: int, rounds: int, *, markdown: bool) -> None:
     """Measure and print the table."""
     torch.set_num_threads(1)
-    rows: dict[str, list[str]] = {_TORCH: [], _NOETHER: []}
+    rows: dict[str, list[str]] = {name: [] for name in (_TORCH, *_DONATED)}
     sizes = (5_000, params)
     for size in sizes:
         model = make_model(size)

@@ -50,9 +50,8 @@ class Gate:
         if event_type is AfterTraining:
             return "end" if self.at_end and not self._was_due(state) else None
         part = self.parts.get(event_type)
-        if part is None or not part.due(state.previous, state.iteration):
-            return None
-        return next(m.counter for m in part.members if m.due(state.previous, state.iteration))
+        members = () if part is None else part.members
+        return next((each.counter for each in members if each.due(state.previous, state.iteration)), None)
 
     def _was_due(self, state: TrainState) -> bool:
         # At the last update, the epoch that it may have filled was not counted yet.

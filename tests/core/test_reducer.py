@@ -125,7 +125,7 @@ def test_what_does_nothing_returns_its_state(event_type):
 
 
 @settings(max_examples=50, deadline=None)
-@given(several(one=gated, min_size=1, max_size=6), small_runs, st.data())
+@given(several(min_size=1, max_size=6), small_runs, st.data())
 def test_the_quiet_window_never_hides_a_firing(members, run, data):
     """States are taken back and forth at random; one reducer that keeps its window does what a new one does."""
     reducer, naive = compose(*members), fold(*members)
@@ -137,7 +137,7 @@ def test_the_quiet_window_never_hides_a_firing(members, run, data):
         reached = run.iteration_after(update)
         iteration = TrainingIteration(previous.epoch, reached.update, reached.sample)
         at = taken_back(state, previous, iteration)
-        event = AfterUpdate(run=run, samples=1)
+        event = AfterUpdate(run=run, samples=1, losses={"total": torch.tensor(0.5)})
         assert same(reducer(at, event), naive(at, event))
 
 
