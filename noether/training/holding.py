@@ -34,6 +34,15 @@ def is_resumable(save: SaveCheckpoint) -> bool:
     return save.weights and save.optimizer and not save.models and save.weights_of is None
 
 
+def may_be_resumable(ask: Ask, asks: Iterable[Ask]) -> bool:
+    """Return whether it makes a checkpoint that a run could go on from, by itself or with others of the same event."""
+    if is_resumable(ask.save):
+        return True
+    together = [other for other in asks if other.slot == ask.slot]
+    with_weights = any(other.save.weights for other in together)
+    return with_weights and any(other.save.optimizer for other in together) and ask.save.weights_of is None
+
+
 def most_held(asks: Sequence[Ask], run: Run) -> int:
     """Return an upper bound, one that is being written included.
 
@@ -62,7 +71,7 @@ def _reasons(asks: Sequence[Ask], run: Run) -> Iterator[_Reason]:
     setting = [[ask for ask in asks if pointer in ask.save.pointers] for pointer in pointers]
     for own in sorted(setting, key=_at_end_only):
         yield _Reason(own, 1, follows=all(ask.certain for ask in own))
-    resumable = [ask for ask in asks if _may_be_resumable(ask, asks)]
+    resumable = [ask for ask in asks if may_be_resumable(ask, asks)]
     if resumable:
         yield _Reason(resumable, 1, follows=True)
 
@@ -94,15 +103,6 @@ def _at_end_only(asks: Iterable[Ask]) -> bool:
 
 def _is_at_end(ask: Ask) -> bool:
     return ask.occasions == Occasions(None, (AfterTraining,))
-
-
-def _may_be_resumable(ask: Ask, asks: Iterable[Ask]) -> bool:
-    """Return whether it makes a checkpoint that a run could go on from, by itself or with others of the same event."""
-    if is_resumable(ask.save):
-        return True
-    together = [other for other in asks if other.slot == ask.slot]
-    with_weights = any(other.save.weights for other in together)
-    return with_weights and any(other.save.optimizer for other in together) and ask.save.weights_of is None
 
 
 def _size(ask: Ask, asks: Iterable[Ask]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from noether.training.amounts import by_slot, made, sizes_of, whole
-from noether.training.holding import is_resumable, most_held
+from noether.training.holding import is_resumable, may_be_resumable, most_held
 from noether.training.keeping import kept
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def checkpoints(asks: Sequence[Ask], run: Run) -> Checkpoints:
     least_written, most_written = (made(each, each, whole(run), run) for each in (certain, asks))
     least_kept = kept(certain, certain, run)
     most_kept = kept(certain, asks, run) if len(certain) < len(asks) else least_kept
-    extra = _kept_by_metrics([ask for ask in asks if not ask.certain], run)
+    extra = _kept_by_metrics(asks, run)
     largest = max((sum(sizes_of(own).values()) for own in by_slot(asks).values()), default=0)
     most_bytes = most_kept.size_bytes + extra * largest
     return Checkpoints(
@@ -77,11 +77,15 @@ def _lasting(asks: Iterable[Ask]) -> list[Ask]:
 
 
 def _kept_by_metrics(asks: Sequence[Ask], run: Run) -> int:
-    """Return how many checkpoints can stay at most for those who ask where a metric says so."""
-    lasting = _lasting(asks)
-    others = [ask for ask in asks if ask not in lasting]
+    """Return how many checkpoints can stay at most beside those that are certain: of those that a metric decides."""
+    uncertain = [ask for ask in asks if not ask.certain]
+    lasting = _lasting(uncertain)
+    others = [ask for ask in uncertain if ask not in lasting]
     pointers = {pointer for ask in others for pointer in ask.save.pointers}
     owners = {owner: keep or 0 for ask in others for owner, keep in ask.save.retention.items()}
-    resumable = any(is_resumable(ask.save) and not ask.save.pointers for ask in others)
-    lasting_count, passing_count = (made(each, each, whole(run), run).number for each in (lasting, others))
-    return lasting_count + min(len(pointers) + sum(owners.values()) + resumable, passing_count)
+    # What a pointer names anyway counts once.
+    resumable = any(
+        may_be_resumable(ask, asks) and not (is_resumable(ask.save) and ask.save.pointers) for ask in others
+    )
+    lasting_number, passing_number = (made(each, each, whole(run), run).number for each in (lasting, others))
+    return lasting_number + min(len(pointers) + sum(owners.values()) + resumable, passing_number)

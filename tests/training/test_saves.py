@@ -158,16 +158,18 @@ def test_what_no_metric_decides_is_known_exactly(callbacks, run):
     assert store.peak <= planned.peak_bytes
 
 
+SHORT = Run(end=TrainingIteration(update=35), updates_per_epoch=7, samples_per_epoch=14, effective_batch_size=2)
+
+
+def saver(name, interval, **asked):
+    save = SaveCheckpoint(retention=FrozenDict({name: 1}), **asked)
+    return when(EveryNUpdates(interval))(lambda state, event: (state, (save,)))
+
+
 def test_the_newest_to_go_on_from_may_need_two_who_seldom_meet():
     """Weights are asked for at one interval and the optimizer at another: only together they make a resumable one."""
-
-    def saver(name, interval, **asked):
-        save = SaveCheckpoint(retention=FrozenDict({name: 1}), **asked)
-        return when(EveryNUpdates(interval))(lambda state, event: (state, (save,)))
-
     callbacks = [saver("weights", 3, optimizer=False), saver("optimizer", 4, weights=False)]
-    run = Run(end=TrainingIteration(update=35), updates_per_epoch=7, samples_per_epoch=14, effective_batch_size=2)
-    store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
+    store, planned = walk(compose(*callbacks), SHORT), checkpoints(asked(callbacks, SHORT), SHORT)
     assert [manifest.iteration.update for manifest, _ in store.held.values()] == [24, 32, 33]
     assert (planned.kept, planned.kept_bytes) == ((3, 3), (store.bytes,) * 2)
 
@@ -183,11 +185,39 @@ def measuring(draw):
     return on(AfterUpdate, AfterEpoch, AfterTraining)(measure)
 
 
-@given(savers(), measuring(), intervals, st.booleans(), st.sampled_from(((), (1,), (1, 2))), run_lengths(max_epochs=4))
+def promising(inner):
+    """Return a saver that asks only where a metric is large."""
+
+    def asks(state, event):
+        measured = state.metrics.get("val/accuracy")
+        return inner(state, event) if measured is not None and measured.value > 0.5 else (state, ())
+
+    asks.gate, asks.listens = getattr(inner, "gate", None), inner.listens
+    asks.consumes = ("val/accuracy",)
+    return asks
+
+
+def test_a_metric_may_make_one_resumable_together_with_what_is_certain():
+    """Weights where a metric says so and the optimizer at an interval: three checkpoints can stay of the two."""
+    measure = on(AfterUpdate)(lambda state, event: log(state, event, {"val/accuracy": 1.0}))
+    callbacks = [measure, promising(saver("weights", 3, optimizer=False)), saver("optimizer", 4, weights=False)]
+    store, planned = walk(compose(*callbacks), SHORT), checkpoints(asked(callbacks, SHORT), SHORT)
+    assert [manifest.iteration.update for manifest, _ in store.held.values()] == [24, 32, 33]
+    assert planned.kept == (1, 3)
+    assert planned.kept_bytes.at_least < store.bytes <= planned.kept_bytes.at_most
+
+
+@st.composite
+def watching(draw):
+    """The callback that saves the best."""
+    tolerances, at_end = draw(st.sampled_from(((), (1,), (1, 2)))), draw(st.booleans())
+    return BestCheckpointCallback(metric_key="val/accuracy", at_end=at_end, tolerances=tolerances, **draw(intervals))
+
+
+@given(savers(), measuring(), st.one_of(watching(), of_a_user("promising").map(promising)), run_lengths(max_epochs=4))
 @settings(max_examples=100)
-def test_what_a_metric_decides_is_bounded(callbacks, measure, interval, at_end, tolerances, run):
-    best = BestCheckpointCallback(metric_key="val/accuracy", at_end=at_end, tolerances=tolerances, **interval)
-    callbacks = [measure, *callbacks, best]
+def test_what_a_metric_decides_is_bounded(callbacks, measure, decides, run):
+    callbacks = [measure, *callbacks, decides]
     store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
     for bounds, real in ((planned.written, len(store.written)), (planned.written_bytes, sum(store.written)),
                          (planned.kept, len(store.held)), (planned.kept_bytes, store.bytes)):  # fmt: skip
