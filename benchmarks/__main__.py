@@ -27,6 +27,7 @@ _ALL = {
     "training": ((), ("--rounds", "2", "--epochs", "3", "--network", "small")),
     "memory": ((), ("--rounds", "1", "--params", "100000")),
     "ema": ((), ("--rounds", "2", "--params", "100000")),
+    "saving": ((), ("--rounds", "2", "--params", "1000")),
     "checkpoint": ((), ("--rounds", "2", "--params", "1000")),
     "startup": ((), ("--rounds", "1")),
 }

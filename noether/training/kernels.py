@@ -83,6 +83,11 @@ def prepared(
     return write
 
 
+def spares_gradients(cls: type[Optimizer]) -> bool:
+    """Return whether the class is known to write to no gradient."""
+    return cls in _KERNELS and cls is not torch.optim.SGD  # with nesterov, that adds the momentum to them
+
+
 def known(cls: type[Optimizer]) -> bool:
     """Return whether there is a kernel for `cls`."""
     return cls in _KERNELS

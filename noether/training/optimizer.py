@@ -344,7 +344,8 @@ def _by_class(cls: type[Optimizer], work: _Work, opt_state: Mapping[str, Any]) -
     optimizer.state.update({work.trained[name]: memory for name, memory in work.memory.items()})
     for name, param in work.trained.items():
         param.requires_grad = True
-        param.grad = work.grads[name].clone() if name in work.grads else None  # some classes write to gradients
+        grad = work.grads.get(name)
+        param.grad = grad if grad is None or kernels.spares_gradients(cls) else grad.clone()
     optimizer.step()
     for param in work.trained.values():
         param.grad = None

@@ -77,25 +77,25 @@ class Trainer:
         state = self._tell(state, BeforeTraining, resumed=resumed)
         if self.evaluate_first and not resumed:
             state = self._tell(state, AtEval)
-        try:
-            return self._train(state)
+        since_s = self.clock.elapsed_s()
+        try:  # all in one frame: another would hold the tensors of the state that the run began with to its end
+            while (move := next_move(state, self.run)) is not Move.NOTHING:
+                if self.interrupted():
+                    self._save(state)
+                    return state
+                if move is Move.END_EPOCH:
+                    state = self._tell(state.next_epoch(), AfterEpoch)
+                elif move is Move.END_TRAINING:
+                    state = self._tell(state.replace(ended=True), AfterTraining)
+                else:
+                    state, since_s = self._update(state, since_s)
+            return state
         finally:
             self.data.close()
 
-    def _train(self, state: TrainState) -> TrainState:
-        since_s = self.clock.elapsed_s()
-        while (move := next_move(state, self.run)) is not Move.NOTHING:
-            if self.interrupted():
-                save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
-                self.interpreter((save,), state, AfterUpdate(run=self.run, time_s=self.clock.wall_s()))
-                return state
-            if move is Move.END_EPOCH:
-                state = self._tell(state.next_epoch(), AfterEpoch)
-            elif move is Move.END_TRAINING:
-                state = self._tell(state.replace(ended=True), AfterTraining)
-            else:
-                state, since_s = self._update(state, since_s)
-        return state
+    def _save(self, state: TrainState) -> None:
+        save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
+        self.interpreter((save,), state, AfterUpdate(run=self.run, time_s=self.clock.wall_s()))
 
     def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, float]:
         """Return the state after one update, and the time at which it was completed."""

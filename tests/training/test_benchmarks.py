@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[2]
     ("name", "arguments", "rows"),
     [
         ("step", ("--rounds", "2", "--updates", "2"), {"mutable loop": 2, "noether step": 4}),
-        ("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 3}),
+        ("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 4}),
         ("dispatch", ("--rounds", "2"), {"noether": 3}),
         ("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
-        ("ema", ("--rounds", "2", "--params", "1000"), {"torch": 1, "noether": 1}),
+        ("ema", ("--rounds", "2", "--params", "1000"), {"torch": 1, "noether": 2}),
+        ("saving", ("--rounds", "2", "--params", "1000"), {"one copy": 1, "noether": 2}),
         ("scaling", ("--rounds", "2"), {"1,000 callbacks": 2, "1,000,000,000 updates": 1}),
         ("checkpoint", ("--rounds", "2", "--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
         ("replay", ("--rounds", "2", "--updates", "200"), {"callbacks that decide": 1, "and two that look": 1}),
