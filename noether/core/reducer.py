@@ -9,6 +9,7 @@ from noether.core.declarations import check_declarations
 from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import matches
+from noether.core.schedule import Window
 from noether.core.tree import FrozenDict, check_memory, freeze, storages
 from noether.core.waiting import Waiting
 
@@ -78,9 +79,12 @@ class Reducer:
         self._at_updates: list[tuple[Callback, Callback | None, int | None]] = []
         waiting: list[Schedule] = []
         for member in members:
-            schedule = _waits_for(member)
-            self._at_updates.append((member, idle_of(member), None if schedule is None else len(waiting)))
-            waiting += () if schedule is None else (schedule,)
+            idle, schedule = idle_of(member), _read_at_updates(member)
+            if schedule is None or idle is member or _is_always_due(schedule):
+                self._at_updates.append((member, idle if schedule is None else member, None))
+            else:
+                self._at_updates.append((member, idle, len(waiting)))
+                waiting.append(schedule)
         self._waiting = Waiting(waiting)
         self._idling = self._update_calls(())
 
@@ -193,12 +197,14 @@ class Reducer:
         return state.replace(callback_states=FrozenDict({**state.callback_states, **missing}))
 
 
-def _waits_for(member: Callback) -> Schedule | None:
-    """Return the schedule that has to be due for `member` to be called whole at an update; None if it is not asked."""
+def _read_at_updates(member: Callback) -> Schedule | None:
+    """Return the schedule of a member's gate, as far as it is read at updates."""
     gate = declaration_of(member).gate
-    if gate is None or idle_of(member) is member:
-        return None
-    return gate.parts.get(AfterUpdate)
+    return None if gate is None else gate.parts.get(AfterUpdate)
+
+
+def _is_always_due(schedule: Schedule) -> bool:
+    return any(each.interval == 1 and each.window == Window() for each in schedule.members)
 
 
 _LOOPS: Final = ("iteration", "previous", "seed", "ended")
