@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from noether.core.callback import Callback
     from noether.core.combinators import callback, every_n_epochs, every_n_samples, every_n_updates, on, when
     from noether.core.dispatch import dispatch
+    from noether.core.donation import lease
     from noether.core.effect import (
         Effect,
         LogScalars,
@@ -71,6 +72,7 @@ __all__ = [
     "every_n_updates",
     "forward",
     "identity",
+    "lease",
     "log",
     "next_move",
     "on",
@@ -113,6 +115,7 @@ _HOMES = {
     "every_n_updates": "noether.core.combinators",
     "forward": "noether.core.module",
     "identity": "noether.core.reducer",
+    "lease": "noether.core.donation",
     "log": "noether.core.metrics",
     "next_move": "noether.core.upcoming",
     "on": "noether.core.combinators",

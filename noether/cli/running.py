@@ -22,6 +22,7 @@ from noether.config.kinds import named
 from noether.config.resolved import dump, refuse_changes
 from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.dispatch import dispatch
+from noether.core.donation import donated
 from noether.core.effect import SaveCheckpoint, SetSummary
 from noether.core.event import AfterTraining, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
@@ -176,7 +177,9 @@ def _train(
         told = directory.recording(interpreter, to_line(experiment.reducer))
     with Interruption() as interruption:
         interpreter([SetSummary(_facts(experiment))], state, AfterTraining(run=experiment.run))
-        state = _trainer(experiment, told, interruption)(state, resumed=resumed)
+        given = donated(state) if experiment.step.donate else state
+        del state  # what the run begins with is not to be held to its end
+        state = _trainer(experiment, told, interruption)(given, resumed=resumed)
         directory.wait()  # the run has not ended before its last checkpoint is saved
     done = next_move(state, experiment.run) is Move.NOTHING
     ending = _ending(state) if done else f"interrupted at {state.iteration}"

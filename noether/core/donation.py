@@ -38,7 +38,7 @@ class Donatable(Mapping[str, Any]):
         >>> params["weight"]
         Traceback (most recent call last):
         noether.core.donation.DonatedError: this state was donated: the update after it wrote to its tensors. Read the
-        state that came of the update, or keep this one with `lease(state)` before
+        state that came of the update, or keep this one with `noether.lease(state)` before
     """
 
     __slots__ = ("_tree", "owner")
@@ -80,7 +80,7 @@ class Donatable(Mapping[str, Any]):
         if self._tree is None:
             raise DonatedError(
                 "this state was donated: the update after it wrote to its tensors. Read the state that came of the "
-                "update, or keep this one with `lease(state)` before"
+                "update, or keep this one with `noether.lease(state)` before"
             )
         return self._tree
 
@@ -95,6 +95,7 @@ class Owned:
 
     Args:
         places: Dicts and the keys in them at which the tensors are.
+        shared: How many of the first of them are the data of a parameter, too.
 
     Example:
         >>> tree = {"weight": torch.ones(1)}
@@ -107,16 +108,15 @@ class Owned:
         (tensor([1.]), tensor([0.]))
     """
 
-    def __init__(self, places: Sequence[tuple[dict[str, Any], str]]) -> None:
+    def __init__(self, places: Sequence[tuple[dict[str, Any], str]], shared: int = 0) -> None:
         self._places = places
         self._left: dict[int, torch.Tensor] = {}
-        self.count()
+        self._alone = [_OF_ONE_TENSOR + (index < shared) for index in range(len(places))]
+        self._look()
 
-    def count(self) -> None:
-        """Take those who hold the tensors now for their owner."""
+    def _look(self) -> None:
         self._held = [kept[key].untyped_storage() for kept, key in self._places]
         self._storages = [storage._cdata for storage in self._held]  # noqa: SLF001  # what the count is asked of
-        self._alone = list(map(_users, self._storages))
 
     def unshare(self) -> bool:
         """Have copies take the place of tensors that others hold, and return whether there were any."""
@@ -126,7 +126,7 @@ class Owned:
         for index, (now, alone) in enumerate(zip(users, self._alone, strict=True)):
             if now != alone:
                 self._replace(index)
-        self.count()
+        self._look()
         return True
 
     def _replace(self, index: int) -> None:
@@ -135,6 +135,18 @@ class Owned:
         if left is None or _is_held(left.untyped_storage()):
             left = torch.empty_like(held)
         kept[key], self._left[index] = left.copy_(held), held
+
+
+def donated(state: TrainState) -> TrainState:
+    """Return the state whose params and optimizer memory an update may take: nobody else needs their values.
+
+    Example:
+        >>> from noether import TrainState
+        >>> state = donated(TrainState(params={"weight": torch.ones(2)}))
+        >>> state.params["weight"]
+        tensor([1., 1.])
+    """
+    return state.replace(params=Donatable(dict(state.params)), opt_state=Donatable(dict(state.opt_state)))
 
 
 def lease(state: TrainState) -> TrainState:

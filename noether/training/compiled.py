@@ -181,8 +181,7 @@ class CompiledStep:
         self.eager.seed(state)
         owned = OwnedTensors.of(state, self.eager.model) if self.eager.donate else None
         if owned is not None:
-            owned.take(state)
-            owned.unshare()
+            owned.taken_from(state).unshare()
             params, opt_state = owned.params, owned.opt_state
         else:
             params, opt_state = thawed(state.params), thawed(state.opt_state)

@@ -28,6 +28,22 @@ def takes(cls: type[Optimizer], grads: Mapping[str, Tensor], memory: Memory) -> 
     return cls is torch.optim.SGD or _remembered(grads, memory)  # of the others, the class makes the first memory
 
 
+def first_memory(cls: type[Optimizer], given: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+    """Return what the class remembers of a parameter before its first gradient; as in `torch.optim.Adam.step`.
+
+    SGD remembers its first gradient, so it has nothing before.
+    """
+    if cls is torch.optim.SGD:
+        return {}
+    at_hand = given["fused"] or given["capturable"]  # else the counter is on the CPU, wherever the parameter is
+    double = torch.get_default_dtype() == torch.float64 and not given["fused"]
+    means = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if given["amsgrad"] else ()))
+    step = torch.zeros(
+        (), dtype=torch.float64 if double else torch.float32, device=param.device if at_hand else torch.device("cpu")
+    )
+    return {"step": step, **{name: torch.zeros_like(param) for name in means}}
+
+
 def whole(settings: Iterable[Mapping[str, Any]], grads: Mapping[str, Tensor], memory: Memory) -> bool:
     """Return whether a kernel finds all the memory that it writes to, and makes none.
 

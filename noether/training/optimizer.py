@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 from noether.config.optimizer_settings import DEFAULT_GROUP, ParamGroup
 from noether.core.errors import Problem, SettingsError, nearest, refuse
 from noether.core.packing import pack, unpack
-from noether.core.tree import SCALARS, leaves
+from noether.core.tree import SCALARS, cloned, leaves
 from noether.training import kernels
 
 if TYPE_CHECKING:
@@ -97,8 +97,10 @@ class FunctionalOptimizer:
             SettingsError: If a pattern matches no parameter, no parameter is trained, or the class refuses one.
         """
         layout = self._layout(params)
-        # Copies, so that no class can keep a view of the caller's parameters in its state.
-        copies = {name: params[name].detach().clone().requires_grad_() for name in layout.trainable}
+        # Copies, so that no class can keep a view of the caller's parameters in its state; some are known not to.
+        given = {name: params[name].detach() for name in layout.trainable}
+        given = given if kernels.known(self.optimizer) else cloned(given)
+        copies = {name: param.requires_grad_() for name, param in given.items()}
         members = {group: [copies[name] for name in names] for group, names in layout.members.items()}
         optimizer = self._construct(members)
         # What the constructor took from the parameters is memory; other objects it made are there in every instance.
@@ -150,6 +152,25 @@ class FunctionalOptimizer:
             return False
         memory, settings = opt_state.get("state", {}), self._layout(params).entries.values()
         return kernels.takes(self.optimizer, grads, memory) and kernels.whole(settings, grads, memory)
+
+    def remembering(
+        self, opt_state: Mapping[str, Any], params: Mapping[str, Tensor], names: Iterable[str]
+    ) -> Mapping[str, Any]:
+        """Return `opt_state` with the first memory of parameters that have none, as far as torch has a kernel.
+
+        Args:
+            opt_state: As for `update`.
+            params: As for `update`.
+            names: Of the parameters that have gradients.
+        """
+        if not kernels.known(self.optimizer):
+            return opt_state
+        layout, memory = self._layout(params), dict(opt_state.get("state", {}))
+        group_of = {name: group for group, members in layout.members.items() for name in members}
+        for name in names:
+            if not memory.get(name):
+                memory[name] = kernels.first_memory(self.optimizer, layout.entries[group_of[name]], params[name])
+        return {**opt_state, "state": {name: dict(kept) for name, kept in memory.items() if kept}}
 
     def writer(
         self, opt_state: Mapping[str, Any], params: Mapping[str, Tensor], names: Sequence[str]

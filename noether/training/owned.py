@@ -57,7 +57,8 @@ class OwnedTensors:
             [
                 *((self.params, name) for name in trainable),
                 *((kept, key) for kept in opt_state.get("state", {}).values() for key in kept),
-            ]
+            ],
+            shared=len(self.leaves),
         )
         self._writer: tuple[tuple[str, ...], Writer] | None = None  # what writes the updates of these gradients
         self._bind()
@@ -90,14 +91,15 @@ class OwnedTensors:
             return not any(grad.is_sparse for grad in grads.values())
         return optimizer.writes(grads, self.opt_state, self.params)
 
-    def take(self, state: TrainState) -> None:
-        """Take the tensors from a state, which cannot be read then.
+    def taken_from(self, state: TrainState) -> Self:
+        """Return the tensors, taken from a state, which cannot be read then.
 
         That comes before anything is written, so that whatever goes wrong leaves no state that is half of an update.
         """
         for donated in (state.params, state.opt_state):
             if isinstance(donated, Donatable):
                 donated.take()
+        return self
 
     def write(
         self,
@@ -127,7 +129,6 @@ class OwnedTensors:
             self.parameters[name].data = param
         for leaf in self.leaves:
             leaf.requires_grad_()
-        self._owned.count()
 
     def _bound(self) -> bool:
         """Return whether the model's parameters are still these tensors."""

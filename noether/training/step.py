@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from noether.core.batch import batch_size, model_arguments
+from noether.core.donation import Donatable
 from noether.core.module import with_total
 from noether.core.tree import FrozenDict, map_tensors
 from noether.training.owned import OwnedTensors
@@ -260,15 +261,29 @@ class Step:
     def _updated(self, state: TrainState, grads: Grads, settings: Mapping[str, Mapping[str, Any]]) -> TrainState:
         """Return the state with new params and optimizer memory, written in place where it is asked for and can be."""
         present = {name: grad for name, grad in grads.items() if grad is not None}
-        owned = OwnedTensors.of(state, self.model) if self.donate else None
-        if owned is not None and owned.can_write(self.optimizer, present):
-            owned.take(state)
+        owned = self._taken(state, present) if self.donate else None
+        if owned is not None:
             owned.write(self.optimizer, present, settings)
             return owned.given_to(state)
         params, opt_state = self.optimizer.update(present, state.opt_state, state.params, settings=settings)
         if self.donate and self.optimizer.writes(present, opt_state, params):
             return OwnedTensors(self.model, self.optimizer.trainable(params), params, opt_state).given_to(state)
         return state.replace(params=params, opt_state=opt_state)
+
+    def _taken(self, state: TrainState, grads: Mapping[str, Tensor]) -> OwnedTensors | None:
+        """Return the tensors of the state, taken from it to be written to, or None if they cannot be."""
+        owned = OwnedTensors.of(state, self.model)
+        if owned is not None:
+            return owned.taken_from(state) if owned.can_write(self.optimizer, grads) else None
+        params, opt_state = state.params, state.opt_state
+        if not isinstance(params, Donatable) or not isinstance(opt_state, Donatable) or params.owner is not None:
+            return None
+        # A run begins or goes on. The memory that the class would make first is made here, for the class copies.
+        if not self.optimizer.writes(grads, self.optimizer.remembering(opt_state, params, grads), params):
+            return None
+        taken = params.take()
+        remembered = self.optimizer.remembering(opt_state.take(), taken, grads)
+        return OwnedTensors(self.model, self.optimizer.trainable(taken), taken, remembered)
 
     def settings_for(self, state: TrainState) -> dict[str, dict[str, float]]:
         """Return the settings of the optimizer that the schedules give for the next update of `state`, by group."""

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given as drawn
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import nn
 
 from noether.core.callbacks import EMACallback
 from noether.core.donation import Donatable, DonatedError, lease
+from noether.core.donation import donated as given
 from noether.core.event import AfterUpdate
 from noether.core.metrics import log
 from noether.core.module import forward
@@ -112,12 +114,18 @@ ACTIONS = st.lists(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @settings(max_examples=25, deadline=None)
-@given(actions=ACTIONS, nonfinite=st.sampled_from(["apply", "skip"]), clip=st.sampled_from([None, 0.1]))
-def test_whoever_holds_what_the_bits_are_those_of_the_pure_step(optimizer, actions, nonfinite, clip):
+@drawn(
+    actions=ACTIONS,
+    nonfinite=st.sampled_from(["apply", "skip"]),
+    clip=st.sampled_from([None, 0.1]),
+    begins_donated=st.booleans(),
+)
+def test_whoever_holds_what_the_bits_are_those_of_the_pure_step(optimizer, actions, nonfinite, clip, begins_donated):
     """States are leased, copied, held in part, gone back to and changed between updates, in any order."""
     options = {"nonfinite": nonfinite, "clip_grad_norm": clip}
     ours, theirs = (step_of(Net().train(), optimizer, donate=donate, **options) for donate in (True, False))
     donated, pure = begun(ours), begun(theirs)
+    donated = given(donated) if begins_donated else donated
     kept, held = [], []
     for action, *more in actions:
         if action == "update":
@@ -203,7 +211,7 @@ def test_a_donated_state_says_so_when_it_is_read(step):
         lambda: len(state.params),
         lambda: step(state, [batch_of(0)]),
     ):
-        with pytest.raises(DonatedError, match=r"the update after it wrote to its tensors.*lease\(state\)"):
+        with pytest.raises(DonatedError, match=r"the update after it wrote to its tensors.*noether.lease\(state\)"):
             read()
     assert "donated" in repr(state.params)
 
@@ -264,3 +272,15 @@ def test_a_copy_is_nobodys_to_write_to(step):
     assert type(kept).__name__ == "FrozenDict"
     trained(step, 1, state)
     assert same(dict(kept), dict(trained(step, 3, begun(step)).params))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw fused", "adam foreach, amsgrad", "adamw"])
+def test_the_first_memory_is_that_of_the_class(optimizer):
+    """A run that begins with what nobody else needs copies nothing, from its first update on."""
+    step, pure = (step_of(Plain().train(), optimizer, donate=donate) for donate in (True, False))
+    begins = given(begun(step))
+    where = {name: tensor.data_ptr() for name, tensor in begins.params.items()}
+    after, expected = trained(step, 1, begins), trained(pure, 1)
+    assert same(values(after), values(expected))
+    assert {name: tensor.data_ptr() for name, tensor in after.params.items()} == where
+    assert same(values(trained(step, 2, after)), values(trained(pure, 2, expected)))
