@@ -91,6 +91,9 @@ def _is_at(point: TrainingIteration, step: Step) -> bool:
 
 def decides(step: Step, *, log: bool = False) -> bool:
     """Return whether there is something to tell of an event; with `log` also what is logged."""
+    before, after = step.before, step.state
+    if not step.asked and after.stop is before.stop and after.hyperparams is before.hyperparams:
+        return False  # so it is at nearly all of many events
     return any(_told(step, log=log))
 
 
@@ -106,8 +109,6 @@ def _told(step: Step, *, log: bool) -> Iterator[tuple[str, str]]:
             yield name, "  ".join(f"{key} {float(value):.6g}" for key, value in effect.values.items())
     if step.state.stop is not None and step.before.stop is None:
         yield "", f"stops: {step.state.stop}"
-    if step.state.hyperparams is step.before.hyperparams:  # at nearly all of many events
-        return
     for key, value in step.state.hyperparams.items():
         if value != step.before.hyperparams.get(key):
             yield "", f"sets {key} to {value}"

@@ -68,7 +68,8 @@ class TrainState:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        vars(self).update(_frozen(vars(self)))
+        if dict in map(type, vars(self).values()):
+            vars(self).update(_frozen(vars(self)))
 
     @classmethod
     def from_module(
@@ -132,7 +133,7 @@ class TrainState:
         state = object.__new__(type(self))
         fields = vars(state)
         fields.update(vars(self))
-        fields.update(_frozen(changes))
+        fields.update(_frozen(changes) if dict in map(type, changes.values()) else changes)
         if len(fields) != len(_NAMES):
             unknown = next(name for name in fields if name not in _NAMES)
             raise TypeError(f"a state has no field {unknown!r}; it has {', '.join(_NAMES)}")
@@ -181,8 +182,6 @@ class TrainState:
 
 def _frozen(fields: dict[str, Any]) -> dict[str, Any]:
     """Return fields with those that are plain dicts frozen."""
-    if dict not in map(type, fields.values()):
-        return fields
     # Memories are trees; the others are flat, or the optimizer's, which is its own and large.
     return {name: freeze(v) if name == "callback_states" else _flat(v) for name, v in fields.items()}
 

@@ -250,7 +250,7 @@ def _replayed(
             record.state, _ = reducer(before, event)
         except DeclarationError as error:
             raise _UnreplayableError({label_of(each.callback): each.message for each in error.misfits}) from error
-        step = Step(event, before, record.state, tuple(asked))
+        step = Step(event, before, record.state, (*asked,) if asked else ())
         if keep(step):
             steps.append(step)
     return Replayed(steps, left_out, record.state, over=next_move(record.state, record.run) is Move.NOTHING)
