@@ -13,11 +13,8 @@ is taken within each round, and the tables show medians over rounds with quartil
 Goals: an idle update takes the same time for 1 and for 1,000 callbacks, within 10 %, and at most half of an advance;
 firing a callback takes at most two replaces, its own work aside.
 
-The first is met, as long as nothing at all is due: beside a callback that is due at every update, those that are not
-due cost 2.6 advances each, more than with Ignite or Lightning. The second is met for ten callbacks and more, and just
-missed for one alone (2.4). The profile is the same for both: at an update at which anything is due, half of the time
-goes into looking for the next window in which nothing is (`Reducer._is_quiet` asks every schedule for `next_due`, and
-merges the answers counter by counter), and a third into the gates, of which an open one asks its schedule twice.
+Both are met: 0.23 of an advance, for 1 callback as for 1,000, and 0.5 to 0.7 replaces. Beside one that is due at every
+update, those that are not are skipped as well.
 """
 
 from __future__ import annotations
