@@ -13,12 +13,12 @@ the same kernel have to end at the same parameters, to the bit; if they do not, 
 Goals for the small network: at most 1.00 of the bare loop with the same fused kernel, less than 0.80 of that with
 torch's default AdamW; compiled, less than 0.40 of that.
 
-They are missed: 1.77, 1.33 and 1.15. In a profile of the donated row, with epochs of 19 updates, 49 % of the time is the
-step's, 19 % the interpreter's (a line of `metrics.jsonl` at every update, the lines of progress, which rich renders,
-and `summary.json`, flushed to the disk whenever the best value changes), 12 % the evaluation's (`functional_call`,
-named losses and a mean for each batch), and 8 % that of the callbacks. The step takes 1.03 of an update of the bare
-loop, and a loop of the same calls without states 0.72: what is between is a few microseconds each for seeds, sizes,
-losses by name, the count of who holds a tensor, settings, and two states. For an update of 10 ms, none of it is seen.
+They are missed: 1.77, 1.33 and 1.15. In a profile of the donated row, 49 % of the time is the step's, 19 % the
+interpreter's (a line of `metrics.jsonl` at every update, the lines of progress, which rich renders, and
+`summary.json`, flushed to the disk whenever the best value changes), 12 % the evaluation's (`functional_call`, named
+losses and a mean for each batch), and 8 % that of the callbacks. The step takes 1.03 of an update of the bare loop,
+and a loop of the same calls without states 0.72: what is between is a few microseconds each for seeds, sizes, losses
+by name, the count of who holds a tensor, settings, and two states. For an update of 10 ms, none of it is seen.
 """
 
 from __future__ import annotations

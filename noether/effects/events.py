@@ -93,12 +93,19 @@ def read_events(path: Path, disk: Disk) -> Iterator[Recorded]:
     lines = read_file(path, disk).splitlines(keepends=True)
     for index, line in enumerate(lines):
         try:
-            yield _recorded(_JSON.decode(line.decode()))
+            yield _recorded(_value(line.decode()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if index == len(lines) - 1 and not line.endswith(b"\n"):
                 return
             text = line[:80].decode(errors="replace")
             raise LogError(f"{path}:{index + 1}: not a recorded event: {text!r}") from error
+
+
+def _value(text: str) -> Any:
+    value, end = _JSON.raw_decode(text)
+    if text[end:] not in ("\n", ""):
+        raise ValueError("a line holds more than one value")
+    return value
 
 
 def _recorded(line: Mapping[str, Any]) -> Recorded:

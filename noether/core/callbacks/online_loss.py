@@ -96,7 +96,7 @@ def _sum(held: torch.Tensor | None, loss: float | torch.Tensor, samples: int) ->
         device = loss.device if isinstance(loss, torch.Tensor) else None
         held = torch.zeros((), dtype=torch.float64, device=device)
     # One call: at every update each call counts. Both have no dimensions, so that the sum is in double precision.
-    return torch.add(held, loss, alpha=samples) if samples else held
+    return held.add(loss, alpha=samples) if samples else held
 
 
 def _refuse_nan(key: str, mean: torch.Tensor, state: TrainState) -> None:
