@@ -207,7 +207,7 @@ class CompiledStep:
 
     def _ready(self, state: TrainState, batches: Sequence[Any], *, observed: bool) -> CompiledUpdate | None:
         """Return what makes the next update, or None if the step itself has to."""
-        if self._update is not None and OwnedTensors.of(state, self.eager.model) is not None:
+        if self._update is not None and not observed and OwnedTensors.of(state, self.eager.model) is not None:
             return self._update
         why = "a callback listens to accumulation steps" if observed else obstacle(self.eager)
         trained = {name: state.params[name] for name in self.eager.optimizer.trainable(state.params)}

@@ -116,6 +116,8 @@ class OwnedTensors:
 
     def unshare(self) -> None:
         """Have copies take the place of tensors that others hold, so that all may be written to."""
+        if not self._bound():  # the count of who holds a tensor takes the model for one of them
+            self._bind()
         if self._owned.unshare():
             self._bind()
             self._writer = None

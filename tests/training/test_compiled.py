@@ -187,6 +187,27 @@ def test_who_listens_to_accumulation_steps_is_heard(caplog):
     assert "a callback listens to accumulation steps" in caplog.text
 
 
+def test_a_tensor_that_is_held_keeps_its_value_whoever_had_the_model_in_between():
+    """The count of who holds a tensor takes the model for one of them, also where another step has it now."""
+    torch.compiler.reset()
+    compiled = CompiledStep(step_of(Net(), donate=True))
+    eager = step_of(compiled.eager.model, donate=True)
+    state, _ = trained(compiled, 3, begun(eager))
+    held = state.params["head.weight"]
+    before = held.clone()
+    trained(eager, 3, begun(eager))
+    trained(compiled, 1, state)
+    assert torch.equal(held, before)
+
+
+def test_who_listens_later_is_heard_all_the_same():
+    torch.compiler.reset()
+    compiled, heard = CompiledStep(step_of(Net())), []
+    state, _ = trained(compiled, 3, begun(compiled.eager))
+    compiled(state, batches_of(1), lambda state, seen: (heard.append(seen.accumulation_step), state)[1])
+    assert heard == [0, 1]
+
+
 def test_a_weight_decay_that_stays_is_compiled():
     torch.compiler.reset()
     decay = {"default": Constant(value=0.1)}

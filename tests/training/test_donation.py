@@ -257,9 +257,11 @@ def test_what_fails_in_the_middle_of_an_update_leaves_no_half_of_one(step, monke
 def test_two_steps_of_one_model_do_not_write_to_each_others_states(step):
     other = step_of(step.model, "adamw fused", donate=True)
     pure = step_of(Plain().train(), "adamw fused", donate=False)
-    mine, theirs = trained(step, 3), trained(other, 4)
+    mine, theirs, held = trained(step, 3), trained(other, 4), []
     for _ in range(3):
+        held += [(tensor, tensor.clone()) for tensor in mine.params.values()]
         mine, theirs = trained(step, 1, mine), trained(other, 1, theirs)
+    assert all(torch.equal(tensor, before) for tensor, before in held)
     expected = trained(pure, 3)
     for _ in range(3):
         expected = trained(pure, 1, expected)
