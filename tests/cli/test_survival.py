@@ -165,7 +165,8 @@ def test_a_signal_in_the_middle_of_a_save_waits_for_it(phases, tmp_path):
 
 
 def test_a_second_process_is_refused_and_a_reader_is_not(phases, tmp_path, holding):
-    process = holding("update 40")
+    # Saved by the thread that trains: another might still write while the run holds still.
+    process = holding("update 40", "--set", "trainer.checkpoints.async=false")
     run = only_run(tmp_path / "paper")
     before = contents(run)
     done = noether("train", "--resume", run, cwd=phases, code=1)
