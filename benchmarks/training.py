@@ -13,7 +13,7 @@ the same kernel have to end at the same parameters, to the bit; if they do not, 
 Goals for the small network: at most 1.00 of the bare loop with the same fused kernel, less than 0.80 of that with
 torch's default AdamW; compiled, less than 0.40 of that.
 
-They are missed: 1.77, 1.33 and 1.15. In a profile of the donated row, 49 % of the time is the step's, 19 % the
+They are missed: 1.73, 1.31 and 1.17. In a profile of the donated row, 49 % of the time is the step's, 19 % the
 interpreter's (a line of `metrics.jsonl` at every update, the lines of progress, which rich renders, and
 `summary.json`, flushed to the disk whenever the best value changes), 12 % the evaluation's (`functional_call`, named
 losses and a mean for each batch), and 8 % that of the callbacks. The step takes 1.03 of an update of the bare loop,
