@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -90,15 +91,14 @@ def read_events(path: Path, disk: Disk) -> Iterator[Recorded]:
     Raises:
         LogError: If a line before the last is none of ours, with its number.
     """
-    lines = read_file(path, disk).splitlines(keepends=True)
-    for index, line in enumerate(lines):
+    for index, line in enumerate(io.BytesIO(read_file(path, disk)), start=1):
         try:
             yield _recorded(_value(line.decode()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if index == len(lines) - 1 and not line.endswith(b"\n"):
+            if not line.endswith(b"\n"):  # the last, torn
                 return
             text = line[:80].decode(errors="replace")
-            raise LogError(f"{path}:{index + 1}: not a recorded event: {text!r}") from error
+            raise LogError(f"{path}:{index}: not a recorded event: {text!r}") from error
 
 
 def _value(text: str) -> Any:
