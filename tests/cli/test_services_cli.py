@@ -33,7 +33,7 @@ def test_a_run_that_was_killed_and_interrupted_has_each_update_once_in_tensorboa
         assert text.count(old) == 1
         text = text.replace(old, new)
     (tmp_path / "paper.yaml").write_text(text)
-    killed = hold(tmp_path, 20, "train", "paper.yaml")
+    killed = hold(tmp_path, 20, "train", "paper.yaml", "--set", "trainer.checkpoints.async=false")  # saved by then
     killed.kill()
     killed.communicate()
     run = only_run(tmp_path / "out/paper")

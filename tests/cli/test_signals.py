@@ -18,6 +18,10 @@ def uncut(paper):
     return only_run(paper / "out/paper")
 
 
+# Checkpoints are written by the thread that trains, so that all of them are there when a run is killed.
+SAVED = ("--set", "trainer.checkpoints.async=false")
+
+
 @pytest.fixture
 def holding(paper, tmp_path):
     """Start a run that holds still in the middle of an update; return its process."""
@@ -69,7 +73,7 @@ def test_a_signal_ends_a_run_that_can_go_on(paper, tmp_path, holding, uncut, num
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_it_at_once(tmp_path, holding, number):
-    process = holding(at=20, HOLD_ON="yes")
+    process = holding(*SAVED, at=20, HOLD_ON="yes")
     process.send_signal(number)
     until((tmp_path / "caught").exists, process)
     process.send_signal(number)
@@ -80,7 +84,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path, holding, number):
 
 
 def test_a_killed_run_goes_on_at_its_newest_checkpoint(paper, tmp_path, holding, uncut):
-    process = holding(at=22)
+    process = holding(*SAVED, at=22)
     process.kill()
     process.communicate(timeout=PATIENCE_S)
     run = only_run(tmp_path / "paper")
