@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 TARGETS: Final = ("target", "targets", "label", "labels", "y")
@@ -35,9 +38,14 @@ def batch_size(batch: Any) -> int:
 
 def _first_dimension(batch: Any) -> int | None:
     if isinstance(batch, torch.Tensor):
-        return int(batch.shape[0]) if batch.dim() else None
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for part in parts if (size := _first_dimension(part)) is not None), None)
+        return batch.shape[0] if batch.ndim else None
+    # Tuples first: to ask whether something is a Mapping takes longer, and this is asked at every update.
+    parts = batch if isinstance(batch, (tuple, list)) else batch.values() if isinstance(batch, Mapping) else ()
+    for part in parts:
+        size = _first_dimension(part)
+        if size is not None:
+            return size
+    return None
 
 
 def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -51,14 +59,21 @@ def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
         >>> model_arguments(torch.nn.Linear(3, 1), ("inputs", "targets"))
         (('inputs',), {})
     """
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return (), dict(batch)
-        return (), {name: batch[name] for name in parameters if name in batch}
     if isinstance(batch, (tuple, list)):
         return (batch[0],), {}
-    return (batch,), {}
+    if isinstance(batch, torch.Tensor) or not isinstance(batch, Mapping):
+        return (batch,), {}
+    # Of a method, its function: what is remembered of that does not keep the model alive.
+    function = getattr(model.forward, "__func__", None)
+    names = _named_by(model.forward) if function is None else _named_by(function, skipped=1)
+    return (), dict(batch) if names is None else {name: batch[name] for name in names if name in batch}
+
+
+@lru_cache  # to read a signature takes as long as to call a small model
+def _named_by(function: Callable[..., Any], *, skipped: int = 0) -> tuple[str, ...] | None:
+    """Return the names of the parameters of a function after some that are skipped, or None if it takes any."""
+    parameters = list(inspect.signature(function).parameters.values())[skipped:]
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else tuple(p.name for p in parameters)
 
 
 def target_of(batch: Any) -> torch.Tensor:

@@ -50,8 +50,10 @@ class Gate:
         if event_type is AfterTraining:
             return "end" if self.at_end and not self._was_due(state) else None
         part = self.parts.get(event_type)
-        members = () if part is None else part.members
-        return next((each.counter for each in members if each.due(state.previous, state.iteration)), None)
+        for member in () if part is None else part.members:
+            if member.due(state.previous, state.iteration):
+                return member.counter
+        return None
 
     def _was_due(self, state: TrainState) -> bool:
         # At the last update, the epoch that it may have filled was not counted yet.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsFloat
+from typing import TYPE_CHECKING, Final, SupportsFloat
 
 import torch
 
@@ -45,21 +45,25 @@ def log(
         >>> effects[0].values["loss/train"], state.metrics["loss/train"].value
         (0.5, 0.5)
     """
-    for key, value in values.items():
-        if getattr(value, "ndim", 0):
-            shape = tuple(getattr(value, "shape", ()))
-            raise ValueError(f"metric {key!r} has shape {shape}; log a number or a 0-dimensional tensor")
-    # Whatever else is a number, numpy's among them, becomes one that can be saved.
-    numbers = {key: _number(key, value) for key, value in values.items()}
-    effects = (LogScalars(FrozenDict(numbers), frozenset(numbers) if quiet else frozenset()),)
+    numbers = FrozenDict({key: _number(key, value) for key, value in values.items()})
+    effects = (LogScalars(numbers, frozenset(numbers) if quiet else _NONE),)
     if isinstance(event, BeforeTraining) and event.resumed:
         return state, effects
     measured = {key: Measured(value, state.iteration) for key, value in numbers.items()}
     return state.replace(metrics=FrozenDict({**state.metrics, **measured})), effects
 
 
+_NONE: Final[frozenset[str]] = frozenset()
+
+
 def _number(key: str, value: torch.Tensor | SupportsFloat) -> torch.Tensor | float:
-    if isinstance(value, (int, float, torch.Tensor)):
+    """Return what is logged: whatever else is a number, numpy's among them, becomes one that can be saved."""
+    if isinstance(value, (float, int)):
+        return value
+    if getattr(value, "ndim", 0):
+        shape = tuple(getattr(value, "shape", ()))
+        raise ValueError(f"metric {key!r} has shape {shape}; log a number or a 0-dimensional tensor")
+    if isinstance(value, torch.Tensor):
         return value
     try:
         return float(value)

@@ -83,6 +83,9 @@ class Window:
         return max(lows), min(highs, default=None)
 
 
+_ALWAYS: Final = Window()
+
+
 class Schedule(ABC):
     """A pure predicate on `(previous, iteration)`. Unite schedules with `|`, limit them with `starting` and `until`.
 
@@ -212,7 +215,11 @@ class OneCounter(Schedule):
         """Return whether a threshold lies in `(previous, iteration]`."""
         low, high = getattr(previous, self.counter), getattr(iteration, self.counter)
         # At most updates there is none, which is cheap to see; a window can only take some away.
-        if low >= high or not self.thresholds_in(low, high) or not self.window.is_open(previous, iteration):
+        if low >= high or not self.thresholds_in(low, high):
+            return False
+        if self.window is _ALWAYS:
+            return True
+        if not self.window.is_open(previous, iteration):
             return False
         low, high = self.window.clip(self.counter, low, high)
         return low < high and self.thresholds_in(low, high) > 0
@@ -249,7 +256,7 @@ class _EveryN(OneCounter):
     """Due at every multiple of n."""
 
     n: int
-    window: Window = Window()
+    window: Window = _ALWAYS
 
     def __post_init__(self) -> None:
         refuse([whole(f"every_n_{self.counter}s", self.n)])
@@ -353,7 +360,7 @@ class At(OneCounter):
     points: tuple[TrainingIteration, ...]
     window: Window
 
-    def __init__(self, *points: TrainingIteration, window: Window = Window()) -> None:  # it is immutable
+    def __init__(self, *points: TrainingIteration, window: Window = _ALWAYS) -> None:  # it is immutable
         used = {name for point in points for name in COUNTERS if getattr(point, name)}
         if len(used) != 1 or _START in points:
             right = "points on one counter, e.g. At(TrainingIteration(update=100)); unite two counters with |"

@@ -101,6 +101,8 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
         >>> map_leaves(lambda x: x + 1, {"a": (1, 2)})
         FrozenDict({'a': (2, 3)})
     """
+    if type(tree) in _LEAVES:
+        return function(tree)
     if isinstance(tree, Mapping):
         return FrozenDict({key: map_leaves(function, value) for key, value in tree.items()})
     if isinstance(tree, (list, tuple)):

@@ -188,13 +188,14 @@ class CompiledStep:
         updated = update(params, opt_state, state.buffers, batches, settings)
         if self.eager.donate:
             trainable = self.eager.optimizer.trainable(params)
-            state = (owned or OwnedTensors(self.eager.model, trainable, params, opt_state)).given_to(state)
+            owned = owned or OwnedTensors(self.eager.model, trainable, params, opt_state)
+            state = owned.given_to(state, updated.buffers)
         else:
-            state = state.replace(params=params, opt_state=opt_state)
+            state = state.replace(params=params, opt_state=opt_state, buffers=updated.buffers)
         sizes = [batch_size(batch) for batch in batches]
         readings = {"grad_norm": updated.grad_norm, "finite": updated.finite}
         outputs = outputs_of(updated.losses, updated.outputs, sizes, settings, **readings)
-        return state.replace(buffers=FrozenDict(updated.buffers)), outputs
+        return state, outputs
 
     def _compiles(self, update: CompiledUpdate, state: TrainState, batches: Sequence[Any], settings: Any) -> bool:
         """Return whether batches of these shapes can be compiled, on copies: the compiler draws random numbers."""

@@ -200,7 +200,6 @@ class FunctionalOptimizer:
             tensors, kept = [params[name] for name in present], [memory.get(name, {}) for name in present]
             parts.append((group, present, kernels.prepared(self.optimizer, layout.entries[group], tensors, kept)))
 
-        @torch.no_grad()
         def write(grads: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> None:
             for group, present, run in parts:
                 run(settings.get(group, {}), [grads[name] for name in present])

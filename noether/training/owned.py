@@ -51,7 +51,9 @@ class OwnedTensors:
         self.params = dict(params)
         self.opt_state = opt_state
         self.parameters = dict(model.named_parameters())
+        self.trainable = tuple(trainable)
         self.leaves = [self.parameters[name] for name in trainable]
+        self._bindings = [self.parameters[name] for name in self.params]
         self._buffers = _buffer_places(model)
         self._owned = Owned(
             [
@@ -122,19 +124,26 @@ class OwnedTensors:
             self._bind()
             self._writer = None
 
-    def given_to(self, state: TrainState) -> TrainState:
+    def given_to(self, state: TrainState, buffers: Mapping[str, Tensor]) -> TrainState:
         """Return the state whose params and optimizer memory these are, for the next update to take."""
-        return state.replace(params=Donatable(self.params, self), opt_state=Donatable(self.opt_state, self))
+        return state.replace(
+            params=Donatable(self.params, self), opt_state=Donatable(self.opt_state, self), buffers=buffers
+        )
 
     def _bind(self) -> None:
-        for name, param in self.params.items():
-            self.parameters[name].data = param
+        for parameter, param in zip(self._bindings, self.params.values(), strict=True):
+            parameter.data = param
         for leaf in self.leaves:
             leaf.requires_grad_()
+        self._addresses = _addresses(self._bindings)
 
     def _bound(self) -> bool:
         """Return whether the model's parameters are still these tensors."""
-        return all(self.parameters[name].data_ptr() == param.data_ptr() for name, param in self.params.items())
+        return _addresses(self._bindings) == self._addresses
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:

@@ -15,6 +15,7 @@ from noether.core.batch import batch_size, model_arguments
 from noether.core.donation import Donatable
 from noether.core.module import with_total
 from noether.core.tree import FrozenDict, map_tensors
+from noether.training.gradients import gradients_of
 from noether.training.owned import OwnedTensors
 from noether.training.randomness import derive, seed_torch
 from noether.training.sums import Sums
@@ -150,9 +151,13 @@ class Step:
             FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
             ValueError: If the model writes to its parameters.
         """
+        if not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self(state, batches, observe)
         self.seed(state)
         samples = [batch_size(batch) for batch in batches]
-        gradients, update, times = Sums(), sum(samples), _Times(self.elapsed_s)
+        gradients, update = Sums(), sum(samples)
+        times = _UNTIMED if self.elapsed_s is None else _Times(self.elapsed_s)
         owned = OwnedTensors.of(state, self.model)
         total_losses, outputs, buffers = Sums(), [], state.buffers
         for index, (batch, size) in enumerate(zip(batches, samples, strict=True)):
@@ -195,21 +200,22 @@ class Step:
         owned: OwnedTensors | None,
     ) -> tuple[Grads, Losses, Any, Mapping[str, Tensor]]:
         """Return gradients of the weighted total loss, losses, outputs and new buffers."""
-        trainable = self.optimizer.trainable(params)
+        trainable = self.optimizer.trainable(params) if owned is None else owned.trainable
         watched = params if owned is None else owned.parameters
-        versions = [param._version for param in watched.values()]  # noqa: SLF001  # torch's count of writes in place
-        with torch.enable_grad(), self.autocast(params):
+        versions = _versions(watched)
+        with self.autocast(params):
             outputs, buffers, leaves = self._called(params, buffers, batch, trainable, owned)
             losses = with_total(self.loss(outputs, batch))
             total = losses["total"] if weight == 1 else losses["total"] * weight
-        _check_unwritten(watched, versions)
+        if _versions(watched) != versions:
+            _refuse_writing(watched, versions)
         times.end("forward_s")
-        # torch.autograd.grad and not torch.func.grad_and_value: it is faster, to the same bits; see benchmarks/step.py.
-        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        # Not torch.func.grad_and_value: it takes longer, to the same bits; see benchmarks/step.py.
+        grads = gradients_of(total, leaves)
         times.end("backward_s")
         return (
             dict(zip(trainable, grads, strict=True)),
-            {name: loss.detach() for name, loss in losses.items()},
+            FrozenDict({name: loss.detach() for name, loss in losses.items()}),
             map_tensors(Tensor.detach, outputs),
             buffers,
         )
@@ -252,23 +258,30 @@ class Step:
         grads, grad_norm = self.clipped(grads)
         settings = self.settings_for(state)
         if not skipped:
-            state = self._updated(state, grads, settings).replace(buffers=FrozenDict(buffers))
+            state = self._updated(state, grads, settings, buffers)
         times.end("optimizer_s")
         return state, outputs_of(
             losses, outputs, accumulated, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **times.spent
         )
 
-    def _updated(self, state: TrainState, grads: Grads, settings: Mapping[str, Mapping[str, Any]]) -> TrainState:
+    def _updated(
+        self,
+        state: TrainState,
+        grads: Grads,
+        settings: Mapping[str, Mapping[str, Any]],
+        buffers: Mapping[str, Tensor],
+    ) -> TrainState:
         """Return the state with new params and optimizer memory, written in place where it is asked for and can be."""
         present = {name: grad for name, grad in grads.items() if grad is not None}
         owned = self._taken(state, present) if self.donate else None
         if owned is not None:
             owned.write(self.optimizer, present, settings)
-            return owned.given_to(state)
+            return owned.given_to(state, buffers)
         params, opt_state = self.optimizer.update(present, state.opt_state, state.params, settings=settings)
         if self.donate and self.optimizer.writes(present, opt_state, params):
-            return OwnedTensors(self.model, self.optimizer.trainable(params), params, opt_state).given_to(state)
-        return state.replace(params=params, opt_state=opt_state)
+            owned = OwnedTensors(self.model, self.optimizer.trainable(params), params, opt_state)
+            return owned.given_to(state, buffers)
+        return state.replace(params=params, opt_state=opt_state, buffers=buffers)
 
     def _taken(self, state: TrainState, grads: Mapping[str, Tensor]) -> OwnedTensors | None:
         """Return the tensors of the state, taken from it to be written to, or None if they cannot be."""
@@ -347,7 +360,7 @@ def outputs_of(
     """
     return StepOutputs(
         samples=sum(accumulated),
-        losses=FrozenDict(losses),
+        losses=losses if isinstance(losses, FrozenDict) else FrozenDict(losses),
         outputs=tuple(outputs),
         accumulated=tuple(accumulated),
         lr=FrozenDict({group: values["lr"] for group, values in settings.items()}),
@@ -386,13 +399,19 @@ class _Times:
             self._since_s = now_s
 
 
-def _check_unwritten(params: Mapping[str, Tensor], versions: Sequence[int]) -> None:
-    for (name, param), version in zip(params.items(), versions, strict=True):
-        if param._version != version:  # noqa: SLF001  # torch's count of writes in place
-            raise ValueError(
-                f"the model writes to its parameter {name!r} in forward, and a tensor in a state is never written to: "
-                "compute with a clamped or renormalized copy, or make it a buffer"
-            )
+_UNTIMED: Final = _Times(None)
+
+
+def _versions(params: Mapping[str, Tensor]) -> list[int]:
+    return [param._version for param in params.values()]  # noqa: SLF001  # torch's count of writes in place
+
+
+def _refuse_writing(params: Mapping[str, Tensor], versions: Sequence[int]) -> None:
+    changed = (name for name, now, before in zip(params, _versions(params), versions, strict=True) if now != before)
+    raise ValueError(
+        f"the model writes to its parameter {next(changed)!r} in forward, and a tensor in a state is never written to: "
+        "compute with a clamped or renormalized copy, or make it a buffer"
+    )
 
 
 def _nonfinite_message(state: TrainState, losses: Losses, grads: Grads) -> str:

@@ -26,6 +26,9 @@ class Sums:
 
     def add(self, terms: Mapping[str, Any]) -> None:
         """Add what is not None."""
+        if not self.values:
+            self.values = dict(terms)
+            return
         for name, term in terms.items():
             held = self.values.get(name)
             self.values[name] = held if term is None else term if held is None else held + term

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 from noether.core.dispatch import dispatch
@@ -93,6 +94,10 @@ class Trainer:
         finally:
             self.data.close()
 
+    @cached_property
+    def _last_update(self) -> int:
+        return self.run.final.update
+
     def _save(self, state: TrainState) -> None:
         save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
         self.interpreter((save,), state, AfterUpdate(run=self.run, time_s=self.clock.wall_s()))
@@ -100,7 +105,7 @@ class Trainer:
     def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, float]:
         """Return the state after one update, and the time at which it was completed."""
         waiting_s = self.clock.elapsed_s()
-        state, batches = self.data.update(state, last=self.run.final.update)
+        state, batches = self.data.update(state, last=self._last_update)
         loaded_s = self.clock.elapsed_s()
         state, outputs = self.step(
             state, batches, self._observe if self.reducer.listens(AfterAccumulationStep) else None

@@ -40,7 +40,6 @@ def accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     return (outputs.argmax(dim=-1) == target_of(batch)).float()
 
 
-_RIGHT: Final = "return one value for each sample, (batch,), or their mean, ()"
 METRICS: Final[dict[str, MetricFunction]] = {"accuracy": accuracy}
 
 
@@ -68,7 +67,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
         if self._losses:
             results |= {f"loss/{name}": Mean(loss) for name, loss in losses.items()}
         for name, metric in self._metrics.items():
-            results |= _measured(name, _function(metric)(outputs, batch))
+            results[f"metric/{name}"] = Mean(_function(metric)(outputs, batch))
         if self._output_patterns:
             results |= _matching(outputs, self._output_patterns)
         return results
@@ -84,9 +83,6 @@ class _Evaluation(PeriodicDataIteratorCallback):
                 values |= {self._loss_key(name): value, **self._difference(state, name, value)}
             elif kind == "metric":
                 values[self.key(name)] = value
-            elif kind == "sum":
-                _check_count(name, int(results[f"count/{name}"]), results["samples"])
-                values[self.key(name)] = value / results["samples"]
         return log(state, event, values)
 
     def _loss_key(self, name: str, prefix: str = "loss") -> str:
@@ -259,15 +255,6 @@ def _metric_problem(setting: str, metric: object) -> Problem | None:
     )
 
 
-def _measured(name: str, value: torch.Tensor) -> dict[str, torch.Tensor | Mean]:
-    if value.ndim == 0:
-        return {f"metric/{name}": Mean(value)}
-    if value.ndim > 1:
-        raise ValueError(f"metric {name!r} returned shape {tuple(value.shape)}; {_RIGHT}")
-    # Values of samples are summed, so that their mean does not depend on how they were batched.
-    return {f"sum/{name}": value.double().sum(), f"count/{name}": torch.tensor(len(value))}
-
-
 def _matching(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:
     """Return the mean over the batch of each output with a name that holds one of `patterns`."""
     if not isinstance(outputs, Mapping):
@@ -276,8 +263,3 @@ def _matching(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:
         )
     chosen = [name for name in outputs if any(pattern in name for pattern in patterns)]
     return {f"metric/{name}": Mean(torch.as_tensor(outputs[name]).double().mean()) for name in chosen}
-
-
-def _check_count(name: str, count: int, samples: int) -> None:
-    if count != samples:
-        raise ValueError(f"metric {name!r} returned {count} values for {samples} samples; {_RIGHT}")

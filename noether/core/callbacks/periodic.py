@@ -176,10 +176,11 @@ class PeriodicCallback(CallbackBase):
 @final
 @dataclass(frozen=True)
 class Mean:
-    """A result of a batch that is a mean over its samples; over the dataset it is weighted by their number.
+    """A result of a batch that becomes a mean over the samples of the dataset.
 
     Args:
-        of_batch: 0-dimensional.
+        of_batch: 0-dimensional, the mean over the batch, which is weighted by its number of samples; or `(batch,)`, a
+            value for each sample, whose mean does not depend on how the dataset is cut into batches.
     """
 
     of_batch: torch.Tensor
@@ -317,11 +318,11 @@ class _Collected:
             if name == "samples":
                 raise ValueError("process_data returned a result named 'samples', which is the number of samples")
             if isinstance(value, Mean):
-                _add(self._means, name, value.of_batch.double() * samples)
+                _add(self._means, name, *_summed(name, value.of_batch, samples))
             elif value.ndim:
                 self._parts.setdefault(name, []).append(value)
             else:
-                _add(self._sums, name, value.double() if value.is_floating_point() else value)
+                _add(self._sums, name, value)
 
     def results(self) -> Mapping[str, Any]:
         means = {name: total / self._samples for name, total in self._means.items()}
@@ -329,5 +330,19 @@ class _Collected:
         return FrozenDict({**self._sums, **means, **parts, "samples": self._samples})
 
 
-def _add(sums: dict[str, torch.Tensor], name: str, term: torch.Tensor) -> None:
-    sums[name] = sums[name] + term if name in sums else term
+def _summed(name: str, of_batch: torch.Tensor, samples: int) -> tuple[torch.Tensor, int]:
+    """Return a tensor and the factor with which it is the sum over the samples of a batch."""
+    if not of_batch.ndim:
+        return of_batch, samples
+    if of_batch.shape != (samples,):
+        right = "return one value for each sample, (batch,), or their mean, ()"
+        raise ValueError(f"{name!r} has shape {tuple(of_batch.shape)} for {samples} samples; {right}")
+    return of_batch.sum(dtype=torch.float64), 1
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, term: torch.Tensor, factor: int = 1) -> None:
+    """Add to a sum; it is held in double precision where it is floating point."""
+    if name in sums:
+        sums[name] = torch.add(sums[name], term, alpha=factor)
+    else:
+        sums[name] = (term.double() if term.is_floating_point() else term) * factor
