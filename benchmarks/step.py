@@ -24,7 +24,7 @@ from noether.testing import same
 from noether.training.data import TrainingData
 from noether.training.optimizer import FunctionalOptimizer
 from noether.training.schedules import Constant
-from noether.training.step import Step
+from noether.training.step import Step, _Found
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -74,25 +74,24 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thi
 
     def _gradients(
         self,
-        params: Mapping[str, Tensor],
+        state: TrainState,
         buffers: Mapping[str, Tensor],
         batch: Any,
         weight: float,
         times: Any,  # noqa: ARG002  # the step that is replaced counts seconds on it
-        owned: Any,  # noqa: ARG002  # nothing is donated here
-    ) -> tuple[dict[str, Tensor | None], Mapping[str, Tensor], Any, Mapping[str, Tensor]]:
-        trained = {name: params[name] for name in self.optimizer.trainable(params)}
+    ) -> _Found:
+        trained = {name: state.params[name] for name in self.optimizer.trainable(state.params)}
         arguments, keywords = model_arguments(self.model, batch)
 
         def total(inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
             # Batch norm may write only to what was made in here.
-            weights = {**params, **inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
+            weights = {**state.params, **inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
             outputs = functional_call(self.model, weights, arguments, keywords)
             losses = with_total(self.loss(outputs, batch))
-            return losses["total"] * weight, (dict(losses), outputs, {name: weights[name] for name in buffers})
+            return losses["total"] * weight, (losses, outputs, {name: weights[name] for name in buffers})
 
         grads, (_, (losses, outputs, written)) = grad_and_value(total, has_aux=True)(trained)
-        return grads, losses, outputs, written
+        return _Found(grads, losses, outputs, written)
 
 
 _ROWS: Mapping[str, Callable[[nn.Module, list[Any]], Iterator[Mapping[str, Tensor]]]] = {

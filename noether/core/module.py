@@ -157,7 +157,6 @@ def forward(model: nn.Module, loss: Callable[[Any, Any], Losses]) -> Callable[[T
         >>> sorted(losses), tuple(outputs.shape)
         (['mse', 'total'], (4, 1))
     """
-
     own = dict(model.named_parameters())
 
     @torch.no_grad()

@@ -49,19 +49,25 @@ class CompiledUpdate:
 
     Args:
         step: What is compiled.
-        params: Parameters, of which only the names matter.
+        state: Whose params, optimizer memory and buffers are updated; only their names matter.
     """
 
-    def __init__(self, step: Step, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, step: Step, state: TrainState) -> None:
         self._step = step
+        params, memory = state.params, state.opt_state.get("state", {})
         self._trainable = step.optimizer.trainable(params)
         decay = {group: {"weight_decay": schedule(0)} for group, schedule in step.weight_decay.items()}  # it stays
         members = step.optimizer.members(params).items()
         self._groups = {group: ({**given, **decay.get(group, {})}, names) for group, (given, names) in members}
         self._names = tuple(params)
-        self._lr = {group: torch.tensor(0.0) for group in self._groups}
+        self._places = tuple((name, key) for name, kept in memory.items() for key in kept)
+        self._buffers = tuple(state.buffers)
+        self._lr = [torch.tensor(torch.nan) for _ in self._groups]
+        self._rates: list[float] = []
         self._seen: set[Any] = set()
-        self._whole: Callable[..., Updated] = torch.compile(self._update, fullgraph=True, dynamic=False)
+        self._whole: Callable[..., Updated] = torch.compile(
+            self._update, fullgraph=True, dynamic=False, options={"guard_filter_fn": _guarded}
+        )
 
     def __call__(
         self,
@@ -82,11 +88,18 @@ class CompiledUpdate:
         """
         calls = [(batch, *model_arguments(self._step.model, batch)) for batch in batches]
         memory = opt_state.get("state", {})
+        # Lists: names would be compared before every update.
+        remembered = [memory[name][key] for name, key in self._places]
         with torch.no_grad():
-            # A number would be part of the graph, and each learning rate be compiled for itself.
-            for group, values in settings.items():
-                self._lr[group].fill_(values["lr"])
-            return self._whole(list(params.values()), memory, buffers, calls, self._lr)
+            self._set_rates([settings[group]["lr"] for group in self._groups])
+            return self._whole(list(params.values()), remembered, list(buffers.values()), calls, self._lr)
+
+    def _set_rates(self, rates: list[float]) -> None:
+        """Set the learning rates: tensors, for a number would be part of the graph, and each be compiled for itself."""
+        if rates != self._rates:
+            for tensor, rate in zip(self._lr, rates, strict=True):
+                tensor.fill_(rate)
+            self._rates = rates
 
     def is_new(self, batches: Sequence[Any]) -> bool:
         """Return whether it is asked for the first time about batches of these shapes."""
@@ -99,12 +112,16 @@ class CompiledUpdate:
     def _update(
         self,
         tensors: list[Tensor],
-        memory: dict[str, dict[str, Tensor]],
-        buffers: Mapping[str, Tensor],
+        remembered: list[Tensor],
+        buffer_tensors: list[Tensor],
         calls: Sequence[tuple[Any, tuple[Any, ...], dict[str, Any]]],
-        lr: Mapping[str, Tensor],
+        lr: list[Tensor],
     ) -> Updated:
         params = dict(zip(self._names, tensors, strict=True))
+        buffers: Mapping[str, Tensor] = dict(zip(self._buffers, buffer_tensors, strict=True))
+        memory: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._places}
+        for (name, key), tensor in zip(self._places, remembered, strict=True):
+            memory[name][key] = tensor
         sizes = [batch_size(batch) for batch, _, _ in calls]
         gradients, total_losses, outputs = Sums(), Sums(), []
         for call, size in zip(calls, sizes, strict=True):
@@ -115,11 +132,11 @@ class CompiledUpdate:
             # Copies: what is handed on as it is would be seen as the update leaves it.
             outputs.append(map_tensors(torch.clone, output))
         clipped, grad_norm = self._step.clipped(gradients.values)
-        for group, (given, names) in self._groups.items():
+        for rate, (given, names) in zip(lr, self._groups.values(), strict=True):
             written, kept = [params[name] for name in names], [memory.get(name, {}) for name in names]
             kernels.traced(
                 self._step.optimizer.optimizer,
-                {**given, "lr": lr[group]},
+                {**given, "lr": rate},
                 written,
                 [grad for name in names if (grad := clipped[name]) is not None],
                 kept,
@@ -192,9 +209,9 @@ class CompiledStep:
             state = owned.given_to(state, updated.buffers)
         else:
             state = state.replace(params=params, opt_state=opt_state, buffers=updated.buffers)
-        sizes = [batch_size(batch) for batch in batches]
+        sizes = tuple(map(batch_size, batches))
         readings = {"grad_norm": updated.grad_norm, "finite": updated.finite}
-        outputs = outputs_of(updated.losses, updated.outputs, sizes, settings, **readings)
+        outputs = outputs_of(FrozenDict(updated.losses), updated.outputs, sizes, settings, **readings)
         return state, outputs
 
     def _compiles(self, update: CompiledUpdate, state: TrainState, batches: Sequence[Any], settings: Any) -> bool:
@@ -223,7 +240,7 @@ class CompiledStep:
         if why is not None:
             self._give_up(why)
             return None
-        self._update = self._update or CompiledUpdate(self.eager, state.params)
+        self._update = self._update or CompiledUpdate(self.eager, state)
         return self._update
 
     def _give_up(self, why: str) -> None:
@@ -253,5 +270,23 @@ def thawed(tree: Any) -> Any:
 def _shapes(batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return batch.shape, batch.dtype
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
     return tuple(map(_shapes, parts))
+
+
+_IDENTITIES: Final = frozenset(
+    {"CLOSURE_MATCH", "BUILTIN_MATCH", "MODULE_MATCH", "CLASS_MATCH", "ID_MATCH", "DUPLICATE_INPUT"}
+)
+_OWN: Final = ("self._groups", "self._names", "self._places", "self._buffers", "self._trainable")
+
+
+def _guarded(entries: Sequence[Any]) -> list[bool]:
+    """Return what a graph has to check before every update, of all that torch would.
+
+    Not that global names still mean the functions, classes and modules that they meant, and not what is fixed here:
+    half of a thousand checks, which take as long as some of the kernels.
+    """
+    return [
+        not (entry.is_global and entry.guard_type in _IDENTITIES) and not entry.name.startswith(_OWN)
+        for entry in entries
+    ]

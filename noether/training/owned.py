@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self, final
 
 from noether.core.donation import Donatable, Owned
+from noether.core.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,8 +52,7 @@ class OwnedTensors:
         self.params = dict(params)
         self.opt_state = opt_state
         self.parameters = dict(model.named_parameters())
-        self.trainable = tuple(trainable)
-        self.leaves = [self.parameters[name] for name in trainable]
+        self.leaves = {name: self.parameters[name] for name in trainable}
         self._bindings = [self.parameters[name] for name in self.params]
         self._buffers = _buffer_places(model)
         self._owned = Owned(
@@ -75,7 +75,7 @@ class OwnedTensors:
 
     def call(
         self, buffers: Mapping[str, Tensor], arguments: Sequence[Any], keywords: Mapping[str, Any]
-    ) -> tuple[Any, dict[str, Tensor]]:
+    ) -> tuple[Any, FrozenDict]:
         """Return what the model returns, and what became of copies of `buffers` in that."""
         if not self._bound():
             self._bind()
@@ -85,12 +85,12 @@ class OwnedTensors:
         outputs = self.model(*arguments, **keywords)
         # Batch norm writes to its copies, another module assigns: in its place is either way what is there now.
         now = {name: held[key] for held, key, name in self._buffers}
-        return outputs, {name: now[name].detach() for name in buffers}
+        return outputs, FrozenDict({name: now[name].detach() for name in buffers})
 
     def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
         """Return whether `optimizer` can write an update with these gradients."""
         if self._writer is not None and self._writer[0] == tuple(grads):
-            return not any(grad.is_sparse for grad in grads.values())
+            return True not in [grad.is_sparse for grad in grads.values()]
         return optimizer.writes(grads, self.opt_state, self.params)
 
     def taken_from(self, state: TrainState) -> Self:
@@ -133,7 +133,7 @@ class OwnedTensors:
     def _bind(self) -> None:
         for parameter, param in zip(self._bindings, self.params.values(), strict=True):
             parameter.data = param
-        for leaf in self.leaves:
+        for leaf in self.leaves.values():
             leaf.requires_grad_()
         self._addresses = _addresses(self._bindings)
 

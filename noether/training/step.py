@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, final
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,15 @@ class StepOutputs:
     forward_s: float | None = None
     backward_s: float | None = None
     optimizer_s: float | None = None
+
+
+class _Found(NamedTuple):
+    """What is known of an update, or of one of its micro-batches, before it is applied."""
+
+    grads: Grads
+    losses: FrozenDict
+    outputs: Any
+    buffers: Mapping[str, Tensor]
 
 
 @final
@@ -155,29 +164,43 @@ class Step:
             with torch.enable_grad():
                 return self(state, batches, observe)
         self.seed(state)
-        samples = [batch_size(batch) for batch in batches]
-        gradients, update = Sums(), sum(samples)
-        times = _UNTIMED if self.elapsed_s is None else _Times(self.elapsed_s)
-        owned = OwnedTensors.of(state, self.model)
-        total_losses, outputs, buffers = Sums(), [], state.buffers
+        samples = tuple(map(batch_size, batches))
+        times = None if self.elapsed_s is None else _Times(self.elapsed_s)
+        if len(batches) == 1 and observe is None:  # most updates, without what only sums need
+            found = self._gradients(state, state.buffers, batches[0], 1.0, times)
+            return self._applied(state, found, (found.outputs,), samples, times)
+        state, found, outputs = self._accumulated(state, batches, samples, times, observe)
+        return self._applied(state, found, outputs, samples, times)
+
+    def _accumulated(
+        self,
+        state: TrainState,
+        batches: Sequence[Any],
+        samples: Sequence[int],
+        times: _Times | None,
+        observe: Callable[[TrainState, Accumulated], TrainState] | None,
+    ) -> tuple[TrainState, _Found, tuple[Any, ...]]:
+        """Return what callbacks remembered, the weighted sums over the micro-batches, and the outputs of each."""
+        grads, losses, outputs, buffers, update = Sums(), Sums(), [], state.buffers, sum(samples)
         for index, (batch, size) in enumerate(zip(batches, samples, strict=True)):
-            grads, losses, output, buffers = self._gradients(state.params, buffers, batch, size / update, times, owned)
-            gradients.add(grads)
-            total_losses.add(
-                {name: loss * (size / update) for name, loss in losses.items()} if size < update else losses
-            )
-            outputs.append(output)
+            found = self._gradients(state, buffers, batch, size / update, times)
+            grads.add(found.grads)
+            weighted = ((name, loss * (size / update)) for name, loss in found.losses.items())
+            losses.add(dict(weighted) if size < update else found.losses)
+            outputs.append(found.outputs)
+            buffers = found.buffers
             if observe is not None:
                 seen = Accumulated(
-                    losses=losses,
-                    outputs=output,
+                    losses=found.losses,
+                    outputs=found.outputs,
                     samples=size,
                     accumulation_step=index,
                     accumulation_steps=len(batches),
                 )
                 state = observe(state, seen)
-            times.begin()
-        return self._applied(state, gradients.values, total_losses.values, buffers, outputs, samples, times)
+            if times is not None:
+                times.begin()
+        return state, _Found(grads.values, FrozenDict(losses.values), None, buffers), tuple(outputs)
 
     def seed(self, state: TrainState) -> None:
         """Seed the random numbers of the next update of `state`."""
@@ -185,83 +208,69 @@ class Step:
 
     def without_gradient(self, state: TrainState, batch: Any) -> list[str]:
         """Return the names of trained parameters that have no gradient for a batch; nothing comes of the call."""
-        grads, *_ = self._gradients(
-            state.params, state.buffers, batch, 1.0, _Times(None), OwnedTensors.of(state, self.model)
-        )
-        return [name for name, grad in grads.items() if grad is None]
+        found = self._gradients(state, state.buffers, batch, 1.0, None)
+        return [name for name, grad in found.grads.items() if grad is None]
 
     def _gradients(
-        self,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        batch: Any,
-        weight: float,
-        times: _Times,
-        owned: OwnedTensors | None,
-    ) -> tuple[Grads, Losses, Any, Mapping[str, Tensor]]:
+        self, state: TrainState, buffers: Mapping[str, Tensor], batch: Any, weight: float, times: _Times | None
+    ) -> _Found:
         """Return gradients of the weighted total loss, losses, outputs and new buffers."""
-        trainable = self.optimizer.trainable(params) if owned is None else owned.trainable
-        watched = params if owned is None else owned.parameters
+        owned = OwnedTensors.of(state, self.model)
+        watched = state.params if owned is None else owned.parameters
         versions = _versions(watched)
-        with self.autocast(params):
-            outputs, buffers, leaves = self._called(params, buffers, batch, trainable, owned)
+        with self.autocast(watched):
+            outputs, buffers, leaves = self._called(state.params, buffers, batch, owned)
             losses = with_total(self.loss(outputs, batch))
             total = losses["total"] if weight == 1 else losses["total"] * weight
         if _versions(watched) != versions:
             _refuse_writing(watched, versions)
-        times.end("forward_s")
+        if times is not None:
+            times.end("forward_s")
         # Not torch.func.grad_and_value: it takes longer, to the same bits; see benchmarks/step.py.
-        grads = gradients_of(total, leaves)
-        times.end("backward_s")
-        return (
-            dict(zip(trainable, grads, strict=True)),
+        grads = gradients_of(total, list(leaves.values()))
+        if times is not None:
+            times.end("backward_s")
+        return _Found(
+            dict(zip(leaves, grads, strict=True)),
             FrozenDict({name: loss.detach() for name, loss in losses.items()}),
             map_tensors(Tensor.detach, outputs),
             buffers,
         )
 
     def _called(
-        self,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        batch: Any,
-        trainable: Sequence[str],
-        owned: OwnedTensors | None,
-    ) -> tuple[Any, Mapping[str, Tensor], Sequence[Tensor]]:
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, owned: OwnedTensors | None
+    ) -> tuple[Any, FrozenDict, Mapping[str, Tensor]]:
         """Return what the model returns, what became of its buffers, and the leaves that gradients are taken of."""
         arguments, keywords = model_arguments(self.model, batch)
         if owned is not None:
             return *owned.call(buffers, arguments, keywords), owned.leaves
         inputs = {name: param.detach() for name, param in params.items()}
-        for name in trainable:
-            inputs[name].requires_grad_()
+        leaves = {name: inputs[name].requires_grad_() for name in self.optimizer.trainable(params)}
         weights = {**inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
         outputs = functional_call(self.model, weights, arguments, keywords)
         # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
-        return outputs, {name: weights[name].detach() for name in buffers}, [inputs[name] for name in trainable]
+        return outputs, FrozenDict({name: weights[name].detach() for name in buffers}), leaves
 
     def _applied(
         self,
         state: TrainState,
-        grads: Grads,
-        losses: Losses,
-        buffers: Mapping[str, Tensor],
-        outputs: Sequence[Any],
-        accumulated: Sequence[int],
-        times: _Times,
+        found: _Found,
+        outputs: tuple[Any, ...],
+        accumulated: tuple[int, ...],
+        times: _Times | None,
     ) -> tuple[TrainState, StepOutputs]:
         """Return the state with the gradients applied, or as it was if they are to be skipped."""
-        finite = self._finite(losses, grads)
+        finite = self._finite(found.losses, found.grads)
         skipped = self.nonfinite != "apply" and not finite
         if skipped and self.nonfinite == "raise":
-            raise FloatingPointError(_nonfinite_message(state, losses, grads))
-        grads, grad_norm = self.clipped(grads)
+            raise FloatingPointError(_nonfinite_message(state, found.losses, found.grads))
+        grads, grad_norm = self.clipped(found.grads)
         settings = self.settings_for(state)
         if not skipped:
-            state = self._updated(state, grads, settings, buffers)
-        times.end("optimizer_s")
+            state = self._updated(state, grads, settings, found.buffers)
+        spent = {} if times is None else times.ended("optimizer_s")
         return state, outputs_of(
-            losses, outputs, accumulated, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **times.spent
+            found.losses, outputs, accumulated, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **spent
         )
 
     def _updated(
@@ -307,7 +316,7 @@ class Step:
         return settings
 
     def _finite(self, losses: Losses, grads: Grads) -> Tensor | bool | None:
-        if self.nonfinite == "apply" and not self.finite:
+        if not self.finite and self.nonfinite == "apply":
             return None
         total = losses["total"]
         finite = total - total == 0  # as `isfinite`, which takes four times as long
@@ -343,9 +352,9 @@ class Step:
 
 
 def outputs_of(
-    losses: Losses,
-    outputs: Sequence[Any],
-    accumulated: Sequence[int],
+    losses: FrozenDict,
+    outputs: tuple[Any, ...],
+    accumulated: tuple[int, ...],
     settings: Mapping[str, Mapping[str, float]],
     **readings: Any,
 ) -> StepOutputs:
@@ -360,9 +369,9 @@ def outputs_of(
     """
     return StepOutputs(
         samples=sum(accumulated),
-        losses=losses if isinstance(losses, FrozenDict) else FrozenDict(losses),
-        outputs=tuple(outputs),
-        accumulated=tuple(accumulated),
+        losses=losses,
+        outputs=outputs,
+        accumulated=accumulated,
         lr=FrozenDict({group: values["lr"] for group, values in settings.items()}),
         weight_decay=FrozenDict({g: v["weight_decay"] for g, v in settings.items() if "weight_decay" in v}),
         **readings,
@@ -381,25 +390,24 @@ def _total_norm(grads: Grads) -> Tensor:
 class _Times:
     """The seconds that the parts of one update take."""
 
-    def __init__(self, elapsed_s: Callable[[], float] | None) -> None:
+    def __init__(self, elapsed_s: Callable[[], float]) -> None:
         self._elapsed_s = elapsed_s
-        self._since_s = 0.0
-        self.spent: dict[str, float | None] = dict.fromkeys(("forward_s", "backward_s", "optimizer_s"))
+        self._spent: dict[str, float] = {}
         self.begin()
 
     def begin(self) -> None:
-        if self._elapsed_s is not None:
-            self._since_s = self._elapsed_s()
+        self._since_s = self._elapsed_s()
 
     def end(self, part: str) -> None:
         """Count the time since the last part began or ended to `part`."""
-        if self._elapsed_s is not None:
-            now_s = self._elapsed_s()
-            self.spent[part] = (self.spent[part] or 0.0) + now_s - self._since_s
-            self._since_s = now_s
+        now_s = self._elapsed_s()
+        self._spent[part] = self._spent.get(part, 0.0) + now_s - self._since_s
+        self._since_s = now_s
 
-
-_UNTIMED: Final = _Times(None)
+    def ended(self, part: str) -> Mapping[str, float]:
+        """Return the seconds of all parts, after that of the last one."""
+        self.end(part)
+        return self._spent
 
 
 def _versions(params: Mapping[str, Tensor]) -> list[int]:
