@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch.func import functional_call
@@ -15,6 +16,8 @@ from noether.core.packing import unpack
 from noether.core.tree import FrozenDict, freeze, on_device, tensors
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -138,12 +141,13 @@ def _scale_lr(optimizer: Optimizer, scale: float) -> None:
             group["lr_scale"] = scale
 
 
-def forward(model: nn.Module, loss: Callable[[Any, Any], Losses]) -> Callable[[TrainState, Any], tuple[Losses, Any]]:
+def forward(model: nn.Module, loss: Callable[[Any, Any], Losses], *, precision: torch.dtype | None = None) -> Forward:
     """Return a forward that calls `model` with the weights of a state, in evaluation mode and without gradients.
 
     Args:
         model: Gives the architecture; its own weights and its mode are left as they are.
         loss: `(outputs, batch) -> {name: mean over samples}`, pure.
+        precision: Autocast type of model and loss, or None.
 
     Returns:
         `(state, batch) -> (losses, outputs)`, where `losses["total"]` is the sum of the named losses.
@@ -157,30 +161,61 @@ def forward(model: nn.Module, loss: Callable[[Any, Any], Losses]) -> Callable[[T
         >>> sorted(losses), tuple(outputs.shape)
         (['mse', 'total'], (4, 1))
     """
-    own = dict(model.named_parameters())
+    return Forward(model, loss, precision)
 
-    @torch.no_grad()
-    def call(state: TrainState, batch: Any) -> tuple[Losses, Any]:
-        arguments, keywords = model_arguments(model, batch)
-        # Copies of the buffers: a module may write to its own even in evaluation mode.
-        weights = {name: buffer.clone() for name, buffer in state.buffers.items()}
-        if not _are(own, state.params):
-            weights |= state.params
-        trained = [module for module in model.modules() if module.training]
-        model.eval()
+
+@final
+class Forward:
+    """Calls a model with the weights of a state, in evaluation mode and without gradients; made by `forward`."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Losses], precision: torch.dtype | None) -> None:
+        self._model = model
+        self._loss = loss
+        self._precision = precision
+        self._own = dict(model.named_parameters())
+        self._evaluating = False
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
+        """Return losses and outputs of a batch."""
+        if not self._evaluating:
+            with self.evaluating():
+                return self(state, batch)
+        with torch.no_grad(), self._autocast():
+            outputs = self._outputs(state, batch)
+            return with_total(self._loss(outputs, batch)), outputs
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Leave the model in evaluation mode until the end: of many batches, each need not change it there and back."""
+        trained = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+        self._evaluating = True
         try:
-            outputs = functional_call(model, weights, arguments, keywords) if weights else model(*arguments, **keywords)
+            yield
         finally:
+            self._evaluating = False
             for module in trained:
                 module.training = True
-        return with_total(loss(outputs, batch)), outputs
 
-    return call
+    def _outputs(self, state: TrainState, batch: Any) -> Any:
+        arguments, keywords = model_arguments(self._model, batch)
+        # Copies of the buffers: a module may write to its own even in evaluation mode.
+        weights = {name: buffer.clone() for name, buffer in state.buffers.items()}
+        if not _are(self._own, state.params):
+            weights |= state.params
+        if not weights:  # the model's own, so that it can be called as it is, in less time
+            return self._model(*arguments, **keywords)
+        return functional_call(self._model, weights, arguments, keywords)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._precision is None:
+            return nullcontext()
+        return torch.autocast(next(iter(self._own.values())).device.type, dtype=self._precision)
 
 
 def _are(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
-    """Return whether a model's own parameters are `params`, so that it can be called as it is, in less time."""
-    return own.keys() == params.keys() and all(own[name].is_set_to(param) for name, param in params.items())
+    """Return whether the parameters of a model are `params`."""
+    return len(own) == len(params) and all(name in own and own[name].is_set_to(param) for name, param in params.items())
 
 
 def with_total(losses: Losses) -> Losses:

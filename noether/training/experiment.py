@@ -268,7 +268,7 @@ def _run(
         run_id=run_id,
         config=resolved(config),
         data=evaluated,
-        forward=_forward(model, named(trainer.loss), _PRECISIONS[trainer.precision], device),
+        forward=forward(model, named(trainer.loss), precision=_PRECISIONS[trainer.precision]),
     )
 
 
@@ -281,20 +281,6 @@ def _check_end(config: Config, run: Run) -> None:
 
 def _end(trainer: TrainerSettings) -> TrainingIteration:
     return TrainingIteration(trainer.max_epochs or 0, trainer.max_updates or 0, trainer.max_samples or 0)
-
-
-def _forward(
-    model: nn.Module, loss: Callable[..., Any], precision: torch.dtype | None, device: torch.device
-) -> Callable[..., Any]:
-    plain = forward(model, loss)
-    if precision is None:
-        return plain
-
-    def in_precision(state: TrainState, batch: Any) -> Any:
-        with torch.autocast(device.type, dtype=precision):
-            return plain(state, batch)
-
-    return in_precision
 
 
 def _init_from(config: Config, state: TrainState) -> TrainState:

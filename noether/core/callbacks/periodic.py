@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, final
@@ -273,9 +274,10 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Iterate the dataset, and hand on the results."""
         evaluated = state if self.weights is None else averaged(state, self.weights)
-        collected = _Collected()
-        for batch in self._batches(event):
-            collected.add(self.process_data(evaluated, batch, event.run.forward), event.run.batch_size(batch))
+        collected, forward = _Collected(), event.run.forward
+        with getattr(forward, "evaluating", nullcontext)():
+            for batch in self._batches(event):
+                collected.add(self.process_data(evaluated, batch, forward), event.run.batch_size(batch))
         return self.process_results(state, event, collected.results())
 
     def at_eval(self, state: TrainState, event: AtEval) -> tuple[TrainState, Effects]:
