@@ -301,3 +301,53 @@ def test_only_the_process_that_writes_cuts(tmp_path):
         run.interpreter([LogScalars({"x": 2})], at(2), AfterUpdate(samples=4))
         assert open_run(tmp_path / "run", rank=1).resume().iteration.update == 1
         assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ the summary
+
+
+def setting(summary, **values):
+    summary.set(SetSummary(values), at(1), AfterTraining())
+
+
+def test_the_summary_is_read_once(tmp_path):
+    path, calls = tmp_path / "summary.json", []
+
+    def call(function, *arguments):
+        calls.append(function.__name__)
+        return plainly(function, *arguments)
+
+    setting(Summary(path), a=1)
+    summary = Summary(path, Disk(call))
+    setting(summary, a=1)
+    assert "read" in calls
+    calls.clear()
+    setting(summary, a=1)
+    assert calls == []
+    setting(summary, b=2)
+    assert "read" not in calls
+    assert json.loads(path.read_text()) == {"a": 1, "b": 2}
+
+
+def test_what_could_not_be_written_to_the_summary_is_written_the_next_time(tmp_path):
+    path, faults = tmp_path / "summary.json", Faults()
+    summary = Summary(path, Disk(faults))
+    setting(summary, a=1)
+    faults.fail(0, "ENOSPC from then on")
+    with pytest.raises(OSError, match="No space left on device"):
+        setting(summary, b=2)
+    faults.armed = False
+    assert json.loads(path.read_text()) == {"a": 1}
+    setting(summary, b=2)
+    assert json.loads(path.read_text()) == {"a": 1, "b": 2}
+
+
+def test_a_summary_that_was_damaged_is_written_anew_once_it_is_gone(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("{")
+    summary = Summary(path)
+    with pytest.raises(LogError, match="is damaged"):
+        setting(summary, a=1)
+    path.unlink()
+    setting(summary, a=1)
+    assert json.loads(path.read_text()) == {"a": 1}
