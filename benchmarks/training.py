@@ -30,13 +30,13 @@ import logging
 import tempfile
 import time
 import warnings
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import torch
-from rich.console import Console as RichConsole
 from torch import nn
 from torch.nn import functional
 
@@ -44,7 +44,7 @@ from benchmarks.measuring import Table, installed, markdown_option, quartiles, r
 from noether import TrainingIteration, compose
 from noether.config import load
 from noether.core.callbacks import EvaluateCallback
-from noether.effects import Console, open_run
+from noether.effects import open_run
 from noether.examples.digits import ConvNet
 from noether.training.compiled import CompiledStep
 from noether.training.experiment import Experiment, build
@@ -240,13 +240,12 @@ def noether(task: Task, made: Callable[[Step], Step | CompiledStep], *, callback
 
     def train(folder: Path) -> Trained:
         batches = task.begun()
-        with (folder / "console.txt").open("w") as file:
-            console = Console(RichConsole(file=file, highlight=False, soft_wrap=True))  # as it is by default
-            with open_run(folder / "run", console) as directory:
-                loop = Trainer(
-                    run=experiment.run, step=step, data=batches, reducer=reducer, interpreter=directory.interpreter
-                )
-                state = loop(experiment.state)
+        # As into a pipe or the log of a job, which is what the console is by default where there is no terminal.
+        with (folder / "console.txt").open("w") as file, redirect_stdout(file), open_run(folder / "run") as directory:
+            loop = Trainer(
+                run=experiment.run, step=step, data=batches, reducer=reducer, interpreter=directory.interpreter
+            )
+            state = loop(experiment.state)
         return Trained(batches.update_s(), dict(state.params))
 
     return train

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import suppress
 from itertools import zip_longest
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from rich.console import Console as RichConsole
+from rich.text import Text
 
 from noether.core.event import AfterTraining, AfterUpdate
 from noether.effects.live import LiveProgress, described, is_live
@@ -33,11 +35,15 @@ class Console:
     After 300 s of silence the last lines are repeated, so that a watcher knows that the run lives; until training ends.
 
     Args:
-        console: Where to write.
+        console: Where to write; by default the standard output, where long lines are not wrapped.
     """
 
     def __init__(self, console: RichConsole | None = None) -> None:
         self._console = console or RichConsole(highlight=False, soft_wrap=True)
+        self._is_terminal = self._console.is_terminal
+        # Where there is no terminal, rich takes ten times longer to the very same text. A console of somebody's own may
+        # still wrap, record or capture it.
+        self._is_plain = console is None and not self._is_terminal and not self._console.is_jupyter
         self._live = LiveProgress(self._console) if is_live(self._console) else None
         self._written_s = -_QUIET_S
         self._timer: threading.Timer | None = None
@@ -78,7 +84,7 @@ class Console:
 
     @property
     def _width(self) -> int:
-        return self._console.width if self._console.is_terminal else _WIDTH
+        return self._console.width if self._is_terminal else _WIDTH
 
     def _cancel(self) -> None:
         self._said = None
@@ -88,13 +94,23 @@ class Console:
 
     def _write(self, lines: str, *, watched: bool) -> None:
         """Write lines, and have them repeated after a silence where the run goes on."""
-        self._console.print(lines, markup=False)
+        self._print(lines)
         if not watched:
             self._cancel()
             return
         self._said = lines, monotonic()
         if self._timer is None:  # one that runs looks at what was said since; a new thread for each line takes longer
             self._watch(_SILENCE_S)
+
+    def _print(self, lines: str) -> None:
+        """Print a text as it is: `[bold]` and `:100:` are what somebody logged."""
+        if not self._is_plain:
+            self._console.print(lines, markup=False, emoji=False)
+            return
+        text = Text(lines)  # without bells and the like
+        text.expand_tabs(self._console.tab_size)
+        self._console.file.write(f"{text.plain}\n")
+        self._console.file.flush()
 
     def _watch(self, wait_s: float) -> None:
         # The timer does not keep the console alive: a loop that let go of its run has ended. And nothing with tensors:
@@ -110,7 +126,8 @@ class Console:
         lines, since_s = self._said
         left_s = since_s + _SILENCE_S - monotonic()
         if left_s <= 0:
-            self._console.print(lines, markup=False)
+            with suppress(OSError):  # as of a pipe that nobody reads any more: the next line will tell
+                self._print(lines)
             self._said, left_s = (lines, monotonic()), _SILENCE_S
         self._watch(left_s)
 

@@ -64,14 +64,17 @@ class Interpreter:
         self._check_background()
         if not effects:
             return
+        measured = False
         for effect in effects:
             self._check(type(effect))
             if type(effect) in self._measures:
                 self._check(LogScalars)
+                measured = True
         if event.run.rank != 0:
             return
-        measured = [each for effect in effects for each in self._measured(effect, state, event)]
-        for effect in map(_on_host, merge(measured)):
+        if measured:
+            effects = [each for effect in effects for each in self._measured(effect, state, event)]
+        for effect in map(_on_host, merge(effects)):
             for handler in self._handlers[type(effect)]:
                 handler(effect, state, event)
 
@@ -111,7 +114,7 @@ class Interpreter:
 
 def _on_host(effect: Effect) -> Effect:
     """Return scalars as numbers; those on an accelerator come over together."""
-    if not isinstance(effect, LogScalars):
+    if not (isinstance(effect, LogScalars) and any(isinstance(each, torch.Tensor) for each in effect.values.values())):
         return effect
     numbers = dict(effect.values)
     away = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
+import math
 import os
 import re
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
+from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk import DISK
 from noether.effects.files import read_file, reason, replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from noether.core.event import Event
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
     ToLine = Callable[[Any, TrainState, Event], Mapping[str, Any]]
 
 _LOGGER: Final = logging.getLogger(__name__)
+_JSON: Final = json.JSONEncoder(allow_nan=False)
+_WAIT_S: Final = 1.0
+_WAITING: Final = 1000  # lines, so that a loop of very short updates does not collect without bounds
 
 
 class LogError(Exception):
@@ -43,26 +50,34 @@ UNKNOWN: Final = LogCount()
 
 def event_name(event: Event) -> str:
     """Return the name of an event in logs, such as `after_update`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return _in_snake_case(type(event).__name__)
+
+
+@functools.cache
+def _in_snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def place(state: TrainState, event: Event) -> dict[str, Any]:
     """Return what every line of a log says of its event: which one it is, and where and when it was."""
-    at = state.iteration
-    counters = {"epoch": at.epoch, "update": at.update, "sample": at.sample}
-    return {"event": event_name(event), **counters, "time_s": event.time_s}
+    name, at = event_name(event), state.iteration
+    return {"event": name, "epoch": at.epoch, "update": at.update, "sample": at.sample, "time_s": event.time_s}
 
 
 @final
 class LinesFile:
     """Appends one line of JSON for each event that there is something to say of.
 
-    A line is written in one call, so that a crash can tear the last one only. What was written is on the disk when
-    `flush` says so; it may be called in another thread than `write`.
+    Lines of updates wait, and are handed to the operating system together: once a second by the time of their events,
+    a thousand of them at most, and with the line of any other event. So a process that is killed loses those of one
+    second at most, and none that a checkpoint counts: `written` counts what was handed over, and hands over before. All
+    that waited is written in one call, so that a crash can tear the end of the file only. What was written is on the
+    disk when `flush` says so; it may be called in another thread than `write`.
 
     Args:
         path: The file; made at the first line.
-        to_line: `(what, state, event) -> line`, which holds at least what `place` returns.
+        to_line: `(what, state, event) -> line`, which holds at least what `place` returns. The line may wait, so it
+            holds plain values only: a tensor in it would be kept, or be donated meanwhile.
         disk: The disk.
     """
 
@@ -71,31 +86,54 @@ class LinesFile:
         self._to_line = to_line
         self._disk = disk
         self._lock = threading.Lock()
+        self._waiting: list[Mapping[str, Any]] = []
+        self._handed_s = -math.inf  # the time of the event at which lines were handed over last
         self._file: int | None = None
         self._size = 0
-        self._torn = False  # whether a line was begun that is not whole
+        self._torn = False  # whether lines were begun that are not whole
         self._distrusted = False  # whether a flush failed, after which no other flush of that file is believed
         self._written = LogCount(0)
         self._flushed = 0
+        _FILES.add(self)
 
     @property
     def written(self) -> LogCount:
-        """How many lines were handed to the operating system, and how many it did not take."""
+        """How many lines the operating system took, those included that waited until now, and how many it did not.
+
+        Raises:
+            OSError: As `hand_over`, which nothing waits for once it was called.
+        """
+        self.hand_over()
         return self._written
 
     def write(self, what: Any, state: TrainState, event: Event) -> None:
-        """Append the line of what is said of an event.
+        """Append the line of what is said of an event; that of an update may wait for others.
 
         Raises:
-            OSError: If it cannot be written; it is then counted as lost, and the file is as it was.
+            OSError: As `hand_over`, where lines were handed over.
+            Exception: What making the line raises; it is then counted as lost.
+        """
+        try:
+            line = self._to_line(what, state, event)
+        except Exception:
+            with self._lock:
+                self._count(lost=1)
+            raise
+        self._waiting.append(line)
+        if self._is_due(event):
+            self._handed_s = event.time_s
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Hand the lines that wait to the operating system.
+
+        Raises:
+            OSError: If they cannot be written; all of them are then counted as lost, and the file is as it was.
+            ValueError: If JSON cannot hold one of them. It is counted as lost, and the others are written.
+            TypeError: Likewise.
         """
         with self._lock:
-            try:
-                self._append((json.dumps(self._to_line(what, state, event), allow_nan=False) + "\n").encode())
-            except Exception:
-                self._written = self._written._replace(lost=self._written.lost + 1)
-                raise
-            self._written = self._written._replace(lines=(self._written.lines or 0) + 1)
+            self._hand_over()
 
     def flush(self, written: LogCount) -> LogCount:
         """Bring the lines that were `written` so far to the disk; return how many are there and how many are lost."""
@@ -131,23 +169,52 @@ class LinesFile:
             _LOGGER.warning("%s misses %d of the %d lines that it held", self._path, held - len(kept), held)
         if len(kept) < len(lines):
             replace_file(self._path, kept, self._disk)
+        self._torn = False
         self._written, self._flushed = LogCount(len(kept), max(0, held + saved.lost - len(kept))), 0
         return len(lines) - len(kept)
 
     def close(self) -> None:
-        """Close the file; a later line opens it again."""
-        with self._lock:
-            self._let_go()
+        """Hand over what waits, and close the file; a later line opens it again.
 
-    def _append(self, line: bytes) -> None:
+        Raises:
+            OSError: As `hand_over`; the file is closed all the same.
+        """
+        with self._lock:
+            try:
+                self._hand_over()
+            finally:
+                self._let_go()
+
+    def _is_due(self, event: Event) -> bool:
+        if not isinstance(event, AfterUpdate) or not event.time_s:  # a loop that does not read the time waits for none
+            return True
+        return not 0 <= event.time_s - self._handed_s < _WAIT_S or len(self._waiting) >= _WAITING
+
+    def _hand_over(self) -> None:
+        waiting = self._waiting[:]
+        del self._waiting[: len(waiting)]  # in place: another thread may be adding to it
+        if not waiting:
+            return
+        self._count(lost=len(waiting))  # until they are written, whatever comes between
+        encoded, errors = _encoded(waiting)
+        if encoded:
+            self._append(b"".join(encoded))
+            self._count(lines=len(encoded), lost=-len(encoded))
+        if errors:
+            raise errors[0]
+
+    def _count(self, *, lines: int = 0, lost: int = 0) -> None:
+        self._written = LogCount((self._written.lines or 0) + lines, self._written.lost + lost)
+
+    def _append(self, lines: bytes) -> None:
         file = self._opened()
         if self._torn:
             self._disk.truncate(file, self._size)
         self._torn = True
-        if (took := self._disk.write(file, line)) < len(line):
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {took} of {len(line)} bytes", str(self._path))
+        if (took := self._disk.write(file, lines)) < len(lines):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {took} of {len(lines)} bytes", str(self._path))
         self._torn = False
-        self._size += len(line)
+        self._size += len(lines)
 
     def _opened(self) -> int:
         if self._file is None:
@@ -168,10 +235,11 @@ class LinesFile:
         content = read_file(self._path, self._disk)
         if not content:
             self._enter()
-        whole = content.rfind(b"\n") + 1
-        # A line of a process that died while it wrote; without the cut, the next one would be glued to it.
+        # What is torn is of a process that died while it wrote, and the next line would be glued to it; or of this one,
+        # where a disk took a part, which may hold whole lines that were counted as lost.
+        whole = self._size if self._torn else content.rfind(b"\n") + 1
         self._torn, self._size = whole < len(content), whole
-        self._written = self._written._replace(lines=content.count(b"\n"))
+        self._written = self._written._replace(lines=content[:whole].count(b"\n"))
 
     def _enter(self) -> None:
         """Bring the name of the new file to the disk."""
@@ -189,6 +257,30 @@ class LinesFile:
         replace_file(self._path, [content], self._disk)
         self._distrusted = False
         self._let_go()
+
+
+_FILES: Final[weakref.WeakSet[LinesFile]] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    """Drop a forked process's copy of what waits: its parent writes that."""
+    for each in _FILES:
+        each._waiting.clear()  # noqa: SLF001  # a file's own copy
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def _encoded(lines: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], list[Exception]]:
+    """Return lines as JSON, and what went wrong for those that it cannot hold."""
+    encoded: list[bytes] = []
+    errors: list[Exception] = []
+    for line in lines:
+        try:
+            encoded.append((_JSON.encode(line) + "\n").encode())
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other lines are none the worse
+            errors.append(error)
+    return encoded, errors
 
 
 def _kept(lines: list[bytes], state: TrainState | None, saved: int, path: Path) -> list[bytes]:

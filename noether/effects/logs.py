@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 def plain(value: Any) -> Any:
     """Return a logged value as strict JSON can hold it; this is where a tensor is read from its device."""
+    if isinstance(value, float):
+        return number(value)
     if isinstance(value, torch.Tensor):
-        value = value.item()
+        return plain(value.item())
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
-    return number(value) if isinstance(value, float) else value
+    return value
 
 
 def metrics_file(path: Path, run_id: str = "", disk: Disk = DISK) -> LinesFile:
@@ -61,6 +63,7 @@ class Summary:
     def __init__(self, path: Path, disk: Disk = DISK) -> None:
         self._path = path
         self._disk = disk
+        self._held: dict[str, Any] | None = None  # what the file holds, once it was read: the run is locked
 
     def set(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
         """Set entries: the handler of `SetSummary`.
@@ -69,11 +72,13 @@ class Summary:
             LogError: If what the file holds is damaged.
             OSError: If it cannot be written.
         """
-        held = self._read()
-        entries = {**held, **{key: plain(value) for key, value in effect.values.items()}}
-        if entries == held:  # a best value that stays is told of at every evaluation
+        if self._held is None:
+            self._held = self._read()
+        entries = {**self._held, **{key: plain(value) for key, value in effect.values.items()}}
+        if entries == self._held:  # a best value that stays is told of at every evaluation
             return
         replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
+        self._held = entries
 
     def _read(self) -> dict[str, Any]:
         if self._disk.kind(self._path) is None:

@@ -23,6 +23,8 @@ def merge(effects: Sequence[Effect]) -> tuple[Effect, ...]:
         >>> merge([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
         (LogScalars(values=FrozenDict({'x': 1})), SaveCheckpoint(tag=None, ... pointers=('a', 'b'), ...))
     """
+    if len(effects) == 1:  # as at most events: one request stands for itself
+        return tuple(effects)
     scalars = [effect for effect in effects if isinstance(effect, LogScalars)]
     entries = [effect.values for effect in effects if isinstance(effect, SetSummary)]
     # A line is written only where it is due: what others track at this event must not hide that.

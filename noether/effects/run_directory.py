@@ -155,10 +155,11 @@ class RunDirectory:
         self._logged = UNKNOWN  # with the state that was loaded
         self._metrics = metrics_file(path / "metrics.jsonl", self.run_id, disk)
         self._events = LinesFile(path / EVENTS, lambda line, *_: line, disk)
-        for lines in (self._metrics, self._events):
-            weakref.finalize(self, lines.close)
-        self._saver = Saver(self.checkpoints, self._metrics, (self._events,), **saving)
         self._sinks = Sinks()
+        for lines in (self._metrics, self._events):
+            # Not of the run itself: its interpreter, which may live longer and writes lines that wait, has the sinks.
+            weakref.finalize(self._sinks, lines.close)
+        self._saver = Saver(self.checkpoints, self._metrics, (self._events,), **saving)
         self.interpreter = self._interpreter()
 
     def resume(self) -> TrainState | None:
@@ -267,14 +268,16 @@ class RunDirectory:
         }
         sinks = {kind: [self.guarded(name, write) for name, write in sinks] for kind, sinks in table.items()}
         return Interpreter(
-            {**sinks, SaveCheckpoint: [*map(self._flushing, self._services), self._saver.save]},
+            {**sinks, SaveCheckpoint: [*map(_handler, self._handing_over()), self._saver.save]},
             measures={MeasurePeakMemory: PeakMemory().measure},
             check=self._saver.check,
         )
 
-    def _flushing(self, service: LogService) -> Handler:
-        flush = self._sinks.guarded(service.name, service.flush)
-        return lambda *_: flush()
+    def _handing_over(self) -> list[Callable[[], None]]:
+        """Return what hands to the operating system all that was logged: a checkpoint is about to count it."""
+        logs = [("metrics.jsonl", self._metrics.hand_over), (EVENTS, self._events.hand_over)]
+        services = [(each.name, each.flush) for each in self._services]
+        return [self.guarded(name, hand_over) for name, hand_over in (*logs, *services)]
 
     def __enter__(self) -> Self:
         return self
@@ -288,6 +291,10 @@ class RunDirectory:
             if error is None:
                 raise
             _LOGGER.error("%s", failed)  # noqa: TRY400  # beside the error that ends the run, it is a line
+
+
+def _handler(call: Callable[[], None]) -> Handler:
+    return lambda *_: call()
 
 
 def _tensors_in(directory: Path, disk: Disk) -> Handler:

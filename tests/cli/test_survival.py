@@ -248,7 +248,9 @@ def go(phase):
     (disk.parent / f"go {phase}").touch()
 
 
-settings = [f"run.output={disk}", f"trainer.checkpoints.on_error={on_error}"]
+# Saved by the thread that trains: another might still write while the run holds still, and there is room again.
+checkpoints = [f"trainer.checkpoints.on_error={on_error}", "trainer.checkpoints.async=false"]
+settings = [f"run.output={disk}", *checkpoints]
 words = [word for each in settings for word in ("--set", each)]
 process = train("phases.yaml", *words, at="update 20,update 35")
 held(process, "update 20")

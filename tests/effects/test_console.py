@@ -4,6 +4,8 @@ import io
 import math
 import os
 import re
+import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -402,3 +404,100 @@ def test_before_the_pace_is_known_a_line_tells_the_counters(console):
         at(4, epoch=1), AfterEpoch(),
     )  # fmt: skip
     assert without_labels(shown()) == ["update 4/8  epoch 1/2  sample 16/32"]
+
+
+# ------------------------------------------------------------------------------------------------ without rich
+
+PARTS = st.sampled_from([
+    "[bold]", "[/]", "[red]x[/red]", "\\[", ":smile:", ":100:", "\t", "  ", "\n", "ä", "漢字", "e\u0301", "\u200b",
+    "\U0001f469\u200d\U0001f680", "\x07", "\x08", "\x1b[1m", "\r", "\x0b", "'a' 1.5 True http://x.y/z", "x" * 130,
+    "a b " * 50,
+])  # fmt: skip
+TEXTS = st.lists(st.one_of(PARTS, st.text(max_size=5)), max_size=12).map("".join)
+
+
+def said(made, text):
+    made.text(LogText(text), at(3, epoch=1), AfterTraining())
+    made.scalars(LogScalars({text or "x": text, "y": 0.5}), at(3, epoch=1), AfterTraining())
+    made.close()
+
+
+@given(TEXTS)
+def test_what_is_written_without_rich_is_what_rich_writes(text):
+    plain, rendered = io.StringIO(), io.StringIO()
+    with redirect_stdout(plain):
+        said(Console(), text)
+    said(Console(RichConsole(file=rendered, highlight=False, soft_wrap=True)), text)
+    assert plain.getvalue() == rendered.getvalue()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_text_is_written_as_it_is(own):
+    written = io.StringIO()
+    with redirect_stdout(written):
+        said(Console() if own else Console(RichConsole(highlight=False, soft_wrap=True)), "[bold]a:smile:[/]")
+    assert written.getvalue().splitlines()[0] == "E1_U3_S12          [bold]a:smile:[/]"
+
+
+def test_without_a_terminal_nothing_is_rendered(monkeypatch):
+    monkeypatch.setattr(RichConsole, "print", lambda *_, **__: pytest.fail("rich was called"))
+    written = io.StringIO()
+    with redirect_stdout(written):
+        run_shortly(Console())
+    assert written.getvalue().splitlines() == SHORTLY
+
+
+def test_each_line_is_handed_over_at_once(tmp_path):
+    with (tmp_path / "out").open("w") as file, redirect_stdout(file):
+        made = Console()
+        made.text(LogText("hello"), at(1), AfterTraining())
+        assert (tmp_path / "out").read_text().endswith("hello\n")
+
+
+def test_on_a_terminal_rich_draws(monkeypatch):
+    written = Tty()
+    monkeypatch.setattr(sys, "stdout", written)
+    run_shortly(Console())
+    assert "\x1b[?25l" in written.getvalue()
+
+
+def test_a_console_of_ones_own_wraps_records_captures_and_is_quiet():
+    written = io.StringIO()
+    theirs = RichConsole(file=written, record=True, width=40)
+    said(Console(theirs), "word " * 20)
+    assert max(map(len, written.getvalue().splitlines())) <= 40
+    assert theirs.export_text() == written.getvalue()
+    with theirs.capture() as captured:
+        said(Console(theirs), "hello")
+    assert "hello" in captured.get()
+    assert "hello" not in written.getvalue()
+    theirs.quiet = True
+    said(Console(theirs), "hello")
+    assert "hello" not in written.getvalue()
+
+
+def test_where_nobody_reads_any_more_the_run_goes_on(tmp_path, caplog):
+    """As `noether train | head` does: the run is worth more than its lines."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as pipe, redirect_stdout(pipe), open_run(tmp_path / "run") as run:
+        for update in (1, 2):
+            run.interpreter([LogText("hello")], at(update), AfterEpoch())
+        with open(os.devnull, "w") as nothing:  # noqa: PTH123  # takes what the pipe did not, when that is closed
+            os.dup2(nothing.fileno(), theirs)
+    assert caplog.text.count("console failed, and what it was given is lost") == 1
+
+
+def test_a_repetition_that_nobody_reads_is_no_error(timers, clock):
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError
+
+    with redirect_stdout(io.StringIO()):
+        made = Console()
+        made.text(LogText("first"), at(1), AfterEpoch())
+    clock[0] += 400
+    with redirect_stdout(Closed()):
+        timers[0].fire()
+    assert len(timers) == 2
+    made.close()

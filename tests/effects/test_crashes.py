@@ -1,5 +1,6 @@
 """Whatever happens in the middle of a save, no checkpoint that was reported as saved is ever lost, and all goes on."""
 
+import json
 import random
 import shutil
 
@@ -7,8 +8,8 @@ import pytest
 from faults import KINDS, Faults, Killed, Power, meets, restored
 from small_run import BEST, CALM, at, opened, train
 
-from noether import AfterUpdate, LogScalars
-from noether.effects import CheckpointError, LogError, checkpoints, lines, plan, writing
+from noether import AfterUpdate, LogScalars, SaveCheckpoint
+from noether.effects import CheckpointError, LogError, checkpoints, lines, plan, run_directory, writing
 from noether.effects.disk import Disk
 from noether.effects.files import TEMPORARY, remove_all, write_new
 from noether.effects.listing import listed
@@ -121,6 +122,101 @@ def test_a_loss_of_power_at_any_moment_loses_nothing_that_was_saved(tmp_path):
     different = {(tuple(survivors.items()), saved) for survivors, saved in found}
     assert len(different) >= 1000
     check_survivors([(dict(survivors), saved) for survivors, saved in different], tmp_path)
+
+
+def log_and_save(run, updates):
+    """Log at each of `updates` within one second, save at every third; yield each update that is reported as saved."""
+    for update in updates:
+        save = [SaveCheckpoint(pointers=("latest",), retention={"c": 1})] if update % 3 == 0 else []
+        event = AfterUpdate(samples=4, time_s=1000 + update / 100)
+        run.interpreter([LogScalars({"loss": 1 / update}), *save], at(update), event)
+        if save:
+            yield update
+
+
+def waiting_cut_off(root, samples):
+    """Do as `cut_off` while lines wait, four of which are beyond the last save."""
+    root.mkdir()
+    chance, found, saved = random.Random(0), [], 0  # noqa: S311  # no secrets
+
+    def lose():
+        found.extend((power.survivors(chance), saved) for _ in range(samples))
+
+    power = Power(root, lose)
+    for updates in (range(1, 8), range(7, 14)):
+        with opened(root / "run", Disk(power)) as run:
+            run.resume()
+            for update in log_and_save(run, updates):
+                saved = update
+    return found
+
+
+def check_waiting(found, folder):
+    """Check that a run goes on with the lines up to its state, and none that was saved is missing or there twice."""
+    for number, (survivors, saved) in enumerate(found):
+        root = folder / str(number)
+        root.mkdir(parents=True)
+        restored(survivors, root)
+        log = root / "run/metrics.jsonl"
+        with opened(root / "run") as run:
+            state = run.resume()
+            newest = 0 if state is None else state.iteration.update
+            assert newest >= saved
+            assert updates_in(log) == [*range(1, newest + 1)]
+            list(log_and_save(run, range(newest + 1, newest + 6)))
+        assert updates_in(log) == [*range(1, newest + 6)]
+        shutil.rmtree(root)
+
+
+def updates_in(log):
+    return [json.loads(line)["update"] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_a_loss_of_power_while_lines_wait_loses_none_that_was_saved(tmp_path):
+    found = waiting_cut_off(tmp_path / "root", 3)
+    different = {(tuple(survivors.items()), saved) for survivors, saved in found}
+    assert len(different) >= 200
+    check_waiting([(dict(survivors), saved) for survivors, saved in different], tmp_path)
+
+
+def test_a_save_that_leaves_lines_waiting_is_caught(tmp_path, monkeypatch):
+    with monkeypatch.context() as mutated:
+        mutated.setattr(run_directory.RunDirectory, "_handing_over", lambda self: [])
+        mutated.setattr(lines.LinesFile, "written", property(lambda self: self._written))
+        found = waiting_cut_off(tmp_path / "root", 3)
+    with pytest.raises(AssertionError):
+        check_waiting(found, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind):
+    """Faults in every call of a run in which three lines are handed over by each save."""
+    for number in range(1000):
+        directory, faults, saved = tmp_path / str(number) / "run", Faults(), 0
+        run = opened(directory, Disk(faults))
+        faults.fail(number, kind)
+        try:
+            for update in log_and_save(run, range(1, 8)):
+                saved = update
+        except CheckpointError:
+            pass
+        except Killed:
+            lines._forget_after_fork()  # noqa: SLF001  # what ended has no memory
+        faults.armed = False
+        run.close()
+        met = number < len(faults.names)
+        with opened(directory) as run:
+            state = run.resume()
+            newest = 0 if state is None else state.iteration.update
+            assert newest >= saved
+            lost = max((each.log_lines_lost for each in run.checkpoints.manifests()), default=0)
+            found = updates_in(directory / "metrics.jsonl")
+            assert found == sorted(set(found))
+            assert len(found) + lost >= newest
+        shutil.rmtree(directory.parent)
+        if not met:
+            break
+    assert number >= 50
 
 
 def reordered(*kinds):

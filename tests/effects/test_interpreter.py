@@ -103,6 +103,20 @@ def test_logs_are_written_before_the_checkpoint_of_the_event(tmp_path):
     assert '"a": 1' in seen[0]
 
 
+def test_a_request_that_stands_alone_reaches_its_handlers_as_it_is():
+    calls, effect = [], LogScalars({"a": 1, "b": 0.5}, frozenset({"b"}))
+    Interpreter({LogScalars: [recorder(calls), recorder(calls)]})((effect,), TrainState(), AfterTraining())
+    assert [call[1] is effect for call in calls] == [True, True]
+
+
+def test_tensors_are_read_for_the_handlers_of_scalars():
+    calls, effect = [], LogScalars({"a": torch.tensor(1), "b": torch.tensor(0.5), "c": 2}, frozenset({"b"}))
+    Interpreter({LogScalars: [recorder(calls)]})([effect], TrainState(), AfterTraining())
+    ((_, read, *_),) = calls
+    assert read == LogScalars({"a": 1, "b": 0.5, "c": 2}, frozenset({"b"}))
+    assert not any(isinstance(value, torch.Tensor) for value in read.values.values())
+
+
 # ------------------------------------------------------------------------------------------------ measured effects
 
 

@@ -1,15 +1,24 @@
 """Logs: `metrics.jsonl` that is cut where a run goes on, and the summary."""
 
 import errno
+import gc
 import json
 import math
 import os
+import subprocess
+import sys
+import threading
+import weakref
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from faults import Faults, plainly
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_run import opened
 
 from noether import (
     AfterAccumulationStep,
@@ -28,9 +37,10 @@ from noether import (
 from noether.core.tree import freeze
 from noether.effects import LogError, open_run
 from noether.effects.disk import Disk, fsync
-from noether.effects.lines import LogCount, event_name
+from noether.effects.lines import LinesFile, LogCount, event_name
 from noether.effects.logs import Summary, metrics_file, plain
 
+ROOT = Path(__file__).parents[2]
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -301,3 +311,361 @@ def test_only_the_process_that_writes_cuts(tmp_path):
         run.interpreter([LogScalars({"x": 2})], at(2), AfterUpdate(samples=4))
         assert open_run(tmp_path / "run", rank=1).resume().iteration.update == 1
         assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ lines that wait
+
+BEGIN_S = 1000.0
+
+
+def update_at(seconds):
+    return AfterUpdate(samples=4, time_s=BEGIN_S + seconds)
+
+
+def counts(path, *events):
+    """Write a line for each event; return how many are in the file after each of them."""
+    metrics, found = metrics_file(path), []
+    for update, event in enumerate(events, 1):
+        metrics.write(LogScalars({"x": update}), at(update), event)
+        found.append(path.read_bytes().count(b"\n"))
+    return found
+
+
+def test_lines_of_updates_are_handed_over_once_a_second(path):
+    assert counts(path, *map(update_at, (0, 0.5, 0.99, 1.0, 1.5, 2.5))) == [1, 1, 1, 4, 4, 6]
+
+
+def test_a_line_that_comes_long_after_the_last_does_not_wait(path):
+    assert counts(path, *map(update_at, (0, 60, 120))) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("seconds", [-0.5, -100, 1e9])
+def test_lines_do_not_wait_where_the_clock_was_set(path, seconds):
+    assert counts(path, update_at(0), update_at(0.1), update_at(seconds)) == [1, 1, 3]
+
+
+def test_without_a_time_no_line_waits(path):
+    assert counts(path, *(AfterUpdate(samples=4) for _ in range(3))) == [1, 2, 3]
+
+
+def test_any_other_event_hands_over_all_that_waits(path):
+    step = AfterAccumulationStep(time_s=BEGIN_S + 0.3)
+    for event in (AfterEpoch(time_s=BEGIN_S + 0.3), AfterTraining(time_s=BEGIN_S + 0.3), step):
+        assert counts(path, update_at(0), update_at(0.1), update_at(0.2), event) == [1, 1, 1, 4]
+        path.unlink()
+
+
+def test_no_more_than_a_thousand_lines_wait(path):
+    found = counts(path, *(update_at(number / 1e6) for number in range(2002)))
+    assert {after for before, after in pairwise(found) if before != after} == {1001, 2001}
+
+
+def test_what_waits_holds_no_tensors(path):
+    metrics = metrics_file(path)
+    metrics.write(LogScalars({"x": 0}), at(0), update_at(0))
+    tensors = [torch.ones(2), torch.ones(2), torch.tensor(0.5)]
+    weak = [weakref.ref(each) for each in tensors]
+    event = AfterUpdate(samples=4, time_s=BEGIN_S + 0.1, outputs=tensors[0])
+    metrics.write(LogScalars({"x": tensors[2]}), at(1, params={"w": tensors[1]}), event)
+    del tensors, event
+    gc.collect()
+    assert [each() for each in weak] == [None, None, None]
+    metrics.close()
+    assert read(path)[1]["metrics"] == {"x": 0.5}
+
+
+def test_what_waits_is_as_it_was_when_it_was_written(path):
+    metrics, value, values = metrics_file(path), torch.tensor(0.5), {"x": [1]}
+    metrics.write(LogScalars({"x": 0}), at(0), update_at(0))
+    metrics.write(LogScalars({"x": value, **values}), at(1), update_at(0.1))
+    metrics.write(LogScalars({"y": value}), at(2), update_at(0.2))
+    value.zero_()  # as a donated buffer is
+    values["x"].append(2)
+    metrics.close()
+    assert [line["metrics"] for line in read(path)] == [{"x": 0}, {"x": [1]}, {"y": 0.5}]
+
+
+TIMES = st.one_of(st.just(0.0), st.floats(-2, 2, allow_nan=False).map(lambda seconds: BEGIN_S + seconds))
+DOINGS = st.lists(
+    st.one_of(
+        st.builds(lambda time_s: AfterUpdate(samples=4, time_s=time_s), TIMES),
+        st.builds(lambda time_s: AfterUpdate(samples=4, time_s=time_s), TIMES),
+        st.builds(lambda time_s: AfterEpoch(time_s=time_s), TIMES),
+        st.sampled_from(["written", "flush", "hand_over", "close", "another"]),
+    ),
+    max_size=40,
+)
+
+
+def line_of(update, event):
+    """Return a line as it would be written alone."""
+    place = {"event": event_name(event), "epoch": 0, "update": update, "sample": 4 * update, "time_s": event.time_s}
+    return (json.dumps({"run": "r", **place, "metrics": {"x": update / 3}}, allow_nan=False) + "\n").encode()
+
+
+@UNTIMED
+@given(DOINGS)
+def test_whatever_is_done_the_file_is_the_one_written_a_line_at_a_time(tmp_path_factory, doings):
+    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    disk, expected = Disk(plainly), b""
+    metrics = metrics_file(path, "r", disk)
+    for update, doing in enumerate(doings):
+        if isinstance(doing, (AfterUpdate, AfterEpoch)):
+            metrics.write(LogScalars({"x": update / 3}), at(update), doing)
+            expected += line_of(update, doing)
+        elif doing == "another":
+            metrics.close()
+            metrics = metrics_file(path, "r", disk)
+            metrics.cut(at(len(doings)))
+        elif doing == "hand_over":
+            metrics.hand_over()
+        elif doing == "close":
+            metrics.close()
+        else:
+            written = metrics.written
+            assert written == LogCount(expected.count(b"\n"))
+            assert (path.read_bytes() if path.exists() else b"") == expected
+            assert doing == "written" or metrics.flush(written) == written
+        there = path.read_bytes() if path.exists() else b""
+        assert expected.startswith(there)
+        assert there.endswith(b"\n") or not there
+    metrics.close()
+    assert (path.read_bytes() if path.exists() else b"") == expected
+
+
+@UNTIMED
+@given(st.lists(st.tuples(TIMES, st.sampled_from(["well", "well", "ENOSPC once", "short", "no JSON"])), max_size=30))
+def test_whatever_fails_each_line_is_in_the_file_or_counted_as_lost(tmp_path_factory, doings):
+    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    failing = []
+
+    def call(function, *arguments):
+        if function is os.write and failing:
+            if failing.pop() == "short":
+                return plainly(function, arguments[0], arguments[1][: len(arguments[1]) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plainly(function, *arguments)
+
+    metrics = metrics_file(path, disk=Disk(call))
+    for update, (time_s, how) in enumerate(doings):
+        failing[:] = [how] if how in ("ENOSPC once", "short") else []
+        values = {"x": object() if how == "no JSON" else update}
+        with suppress(OSError, TypeError):
+            metrics.write(LogScalars(values), at(update), AfterUpdate(samples=4, time_s=time_s))
+    failing.clear()
+    with suppress(TypeError):
+        metrics.close()
+    lines, lost = metrics.written
+    assert lines + lost == len(doings)
+    metrics.write(LogScalars({"x": -1}), at(len(doings)), AfterTraining())  # what is torn goes first
+    found = [line["update"] for line in read(path)]
+    assert found == sorted(set(found))
+    assert len(found) == lines + 1
+    assert not {update for update, (_, how) in enumerate(doings) if how == "no JSON"} & set(found)
+
+
+@pytest.mark.parametrize("kind", ["short", "ENOSPC once"])
+def test_lines_that_are_not_taken_whole_are_all_lost_and_no_others(path, kind):
+    faults = Faults()
+    metrics = metrics_file(path, disk=Disk(faults))
+    for update, seconds in enumerate((0, 0.1, 0.2)):
+        metrics.write(LogScalars({"x": 1}), at(update), update_at(seconds))
+    faults.fail(0, kind)
+    with pytest.raises(OSError, match="No space left on device"):
+        metrics.write(LogScalars({"x": 1}), at(3), AfterEpoch(time_s=BEGIN_S + 0.3))
+    faults.armed = False
+    assert metrics.written == LogCount(1, lost=3)
+    metrics.write(LogScalars({"x": 1}), at(4), AfterEpoch(time_s=BEGIN_S + 0.4))
+    assert [line["update"] for line in read(path)] == [0, 4]
+    assert metrics.flush(metrics.written) == LogCount(2, lost=3)
+
+
+@pytest.mark.parametrize("value", [object(), [math.nan]], ids=["no type of JSON", "made a number by hand"])
+def test_a_line_that_cannot_be_encoded_takes_no_other_with_it(path, value):
+    lines = LinesFile(path, lambda line, *_: line)
+    for update, each in enumerate((0, 1, value, 3)):
+        lines.write({"x": each}, at(update), update_at(update / 10))
+    with pytest.raises((TypeError, ValueError), match="not JSON"):
+        lines.close()
+    assert read(path) == [{"x": 0}, {"x": 1}, {"x": 3}]
+    assert lines.written == LogCount(3, lost=1)
+
+
+def test_a_line_that_cannot_be_made_is_lost_at_once(path):
+    lines = LinesFile(path, lambda line, *_: 1 / line)
+    with pytest.raises(ZeroDivisionError):
+        lines.write(0, at(1), update_at(0))
+    assert lines.written == LogCount(0, lost=1)
+
+
+@pytest.fixture
+def flushing(path):
+    """A log with a line whose flush is under way in another thread until it is let go on."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def call(function, *arguments):
+        if function is fsync and threading.current_thread() is not threading.main_thread():
+            begun.set()
+            go_on.wait()
+        return plainly(function, *arguments)
+
+    metrics = metrics_file(path, disk=Disk(call))
+    metrics.write(LogScalars({"x": 0}), at(0), update_at(0))
+    thread = threading.Thread(target=metrics.flush, args=[metrics.written], daemon=True)
+    thread.start()
+    begun.wait()
+    yield metrics
+    go_on.set()
+    thread.join()
+
+
+def test_a_line_that_waits_does_not_wait_for_a_flush(path, flushing):
+    flushing.write(LogScalars({"x": 1}), at(1), update_at(0.1))  # else the test would not end
+    assert len(read(path)) == 1
+
+
+def test_flushes_in_another_thread_disturb_no_line(path):
+    metrics, done = metrics_file(path, disk=Disk(plainly)), threading.Event()
+
+    def flush():
+        while not done.is_set():
+            metrics.flush(metrics.written)
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    for update in range(3000):
+        metrics.write(LogScalars({"x": 1}), at(update), update_at(update / 100))
+    done.set()
+    thread.join()
+    assert metrics.written == LogCount(3000)
+    assert [line["update"] for line in read(path)] == [*range(3000)]
+
+
+def test_what_waits_is_cut_as_if_it_had_been_written(path):
+    metrics = metrics_file(path)
+    for update in range(6):
+        metrics.write(LogScalars({"x": 1}), at(update), update_at(update / 10))
+    assert metrics.cut(at(3)) == 2
+    assert [line["update"] for line in read(path)] == [0, 1, 2, 3]
+
+
+def logging(interpreter, updates):
+    for update in updates:
+        interpreter([LogScalars({"x": update})], at(update), update_at(update / 1000))
+
+
+@pytest.mark.parametrize("how", ["closed", "left", "collected", "outlived"])
+def test_nothing_that_waits_is_lost_where_a_run_is_let_go(tmp_path, how):
+    run = opened(tmp_path / "run")
+    interpreter = run.interpreter
+    if how == "outlived":  # by its interpreter
+        del run
+        gc.collect()
+    logging(interpreter, range(5))
+    assert len(read(tmp_path / "run/metrics.jsonl")) == 1
+    if how == "closed":
+        run.close()
+    elif how == "left":
+        run.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    else:
+        run = None
+        del interpreter
+        gc.collect()
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [*range(5)]
+
+
+ENDS = """
+import os, sys
+from noether import AfterUpdate, LogScalars, TrainState
+from noether.effects import open_run
+run = open_run(sys.argv[1])
+for update in range(5):
+    run.interpreter([LogScalars({"x": 1})], TrainState().advance(samples=1), AfterUpdate(samples=1, time_s=1000.0))
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+raise ValueError
+"""
+
+
+def test_nothing_that_waits_is_lost_or_doubled_where_a_process_ends(tmp_path):
+    """Whether by an error that nobody caught, or as a fork that has a copy of all."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == "ValueError"
+    assert len(read(tmp_path / "run/metrics.jsonl")) == 5
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_log_that_fails_where_a_save_hands_it_over_is_told_of_and_counted(tmp_path, caplog, asynchronous):
+    full = []
+
+    def call(function, *arguments):
+        if function is os.write and full and b'"time_s"' in bytes(arguments[1]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plainly(function, *arguments)
+
+    with opened(tmp_path / "run", Disk(call), asynchronous=asynchronous) as run:
+        logging(run.interpreter, range(1, 5))
+        full.append(True)
+        run.interpreter([SaveCheckpoint()], at(4), update_at(0.005))
+        run.wait()
+        full.clear()
+        logging(run.interpreter, range(5, 7))
+        run.interpreter([SaveCheckpoint()], at(6), update_at(0.007))
+        run.wait()
+        found = [(each.log_lines, each.log_lines_lost) for each in run.checkpoints.manifests()]
+    assert found == [(1, 3), (3, 3)]
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 5, 6]
+    assert caplog.text.count("metrics.jsonl failed, and what it was given is lost") == 1
+
+
+# ------------------------------------------------------------------------------------------------ the summary
+
+
+def setting(summary, **values):
+    summary.set(SetSummary(values), at(1), AfterTraining())
+
+
+def test_the_summary_is_read_once(tmp_path):
+    path, calls = tmp_path / "summary.json", []
+
+    def call(function, *arguments):
+        calls.append(function.__name__)
+        return plainly(function, *arguments)
+
+    setting(Summary(path), a=1)
+    summary = Summary(path, Disk(call))
+    setting(summary, a=1)
+    assert "read" in calls
+    calls.clear()
+    setting(summary, a=1)
+    assert calls == []
+    setting(summary, b=2)
+    assert "read" not in calls
+    assert json.loads(path.read_text()) == {"a": 1, "b": 2}
+
+
+def test_what_could_not_be_written_to_the_summary_is_written_the_next_time(tmp_path):
+    path, faults = tmp_path / "summary.json", Faults()
+    summary = Summary(path, Disk(faults))
+    setting(summary, a=1)
+    faults.fail(0, "ENOSPC from then on")
+    with pytest.raises(OSError, match="No space left on device"):
+        setting(summary, b=2)
+    faults.armed = False
+    assert json.loads(path.read_text()) == {"a": 1}
+    setting(summary, b=2)
+    assert json.loads(path.read_text()) == {"a": 1, "b": 2}
+
+
+def test_a_summary_that_was_damaged_is_written_anew_once_it_is_gone(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("{")
+    summary = Summary(path)
+    with pytest.raises(LogError, match="is damaged"):
+        setting(summary, a=1)
+    path.unlink()
+    setting(summary, a=1)
+    assert json.loads(path.read_text()) == {"a": 1}
