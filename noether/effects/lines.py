@@ -6,7 +6,6 @@ import errno
 import functools
 import json
 import logging
-import math
 import os
 import re
 import threading
@@ -17,6 +16,7 @@ from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk import DISK
 from noether.effects.files import read_file, reason, replace_file
+from noether.effects.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _LOGGER: Final = logging.getLogger(__name__)
 _JSON: Final = json.JSONEncoder(allow_nan=False)
-_WAIT_S: Final = 1.0
 _WAITING: Final = 1000  # lines, so that a loop of very short updates does not collect without bounds
 
 
@@ -87,7 +86,7 @@ class LinesFile:
         self._disk = disk
         self._lock = threading.Lock()
         self._waiting: list[Mapping[str, Any]] = []
-        self._handed_s = -math.inf  # the time of the event at which lines were handed over last
+        self._pace = Pace(AfterUpdate)
         self._file: int | None = None
         self._size = 0
         self._torn = False  # whether lines were begun that are not whole
@@ -120,8 +119,7 @@ class LinesFile:
                 self._count(lost=1)
             raise
         self._waiting.append(line)
-        if self._is_due(event):
-            self._handed_s = event.time_s
+        if self._pace.is_due(event) or len(self._waiting) >= _WAITING:
             self.hand_over()
 
     def hand_over(self) -> None:
@@ -184,11 +182,6 @@ class LinesFile:
                 self._hand_over()
             finally:
                 self._let_go()
-
-    def _is_due(self, event: Event) -> bool:
-        if not isinstance(event, AfterUpdate) or not event.time_s:  # a loop that does not read the time waits for none
-            return True
-        return not 0 <= event.time_s - self._handed_s < _WAIT_S or len(self._waiting) >= _WAITING
 
     def _hand_over(self) -> None:
         waiting = self._waiting[:]

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.disk import DISK
 from noether.effects.encoding import number
 from noether.effects.files import read_file, replace_text
 from noether.effects.lines import LinesFile, LogError, place
+from noether.effects.pace import Pace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +57,9 @@ def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Eve
 class Summary:
     """Keeps `summary.json`: what is to be known of a run at a glance.
 
+    What is set at updates and epochs waits, and is written once a second by the time of their events: a file that is
+    replaced and flushed takes longer than many an update.
+
     Args:
         path: The file; what it holds already stays until it is set anew.
         disk: The disk.
@@ -63,22 +68,36 @@ class Summary:
     def __init__(self, path: Path, disk: Disk = DISK) -> None:
         self._path = path
         self._disk = disk
+        self._pace = Pace(AfterUpdate, AfterEpoch)
         self._held: dict[str, Any] | None = None  # what the file holds, once it was read: the run is locked
+        self._waiting: dict[str, Any] = {}
 
     def set(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
         """Set entries: the handler of `SetSummary`.
 
         Raises:
-            LogError: If what the file holds is damaged.
-            OSError: If it cannot be written.
+            LogError: As `hand_over`.
+            OSError: As `hand_over`.
         """
+        self._waiting |= {key: plain(value) for key, value in effect.values.items()}
+        if self._pace.is_due(event):
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Write what waits.
+
+        Raises:
+            LogError: If what the file holds is damaged.
+            OSError: If it cannot be written; it then waits on.
+        """
+        if not self._waiting:
+            return
         if self._held is None:
             self._held = self._read()
-        entries = {**self._held, **{key: plain(value) for key, value in effect.values.items()}}
-        if entries == self._held:  # a best value that stays is told of at every evaluation
-            return
-        replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
-        self._held = entries
+        entries = {**self._held, **self._waiting}
+        if entries != self._held:  # a best value that stays is told of at every evaluation
+            replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
+        self._held, self._waiting = entries, {}
 
     def _read(self) -> dict[str, Any]:
         if self._disk.kind(self._path) is None:

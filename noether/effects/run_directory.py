@@ -155,7 +155,9 @@ class RunDirectory:
         self._logged = UNKNOWN  # with the state that was loaded
         self._metrics = metrics_file(path / "metrics.jsonl", self.run_id, disk)
         self._events = LinesFile(path / EVENTS, lambda line, *_: line, disk)
+        self._summary = Summary(path / "summary.json", disk)
         self._sinks = Sinks()
+        weakref.finalize(self._sinks, self._summary.hand_over)
         for lines in (self._metrics, self._events):
             # Not of the run itself: its interpreter, which may live longer and writes lines that wait, has the sinks.
             weakref.finalize(self._sinks, lines.close)
@@ -220,6 +222,7 @@ class RunDirectory:
         try:
             self.wait()
         finally:
+            self._sinks.guarded("summary.json", self._summary.hand_over)()
             for name, lines in (("metrics.jsonl", self._metrics), (EVENTS, self._events)):
                 self._sinks.guarded(name, lines.close)()
             for service in self._services:
@@ -254,7 +257,7 @@ class RunDirectory:
         return interpret
 
     def _interpreter(self) -> Interpreter:
-        summary, console = Summary(self.path / "summary.json", self._disk), self._console
+        summary, console = self._summary, self._console
         table: dict[type[Effect], list[tuple[str, Handler]]] = {
             LogText: [("console", console.text), *((each.name, each.text) for each in self._services)],
             LogScalars: [
@@ -275,7 +278,11 @@ class RunDirectory:
 
     def _handing_over(self) -> list[Callable[[], None]]:
         """Return what hands to the operating system all that was logged: a checkpoint is about to count it."""
-        logs = [("metrics.jsonl", self._metrics.hand_over), (EVENTS, self._events.hand_over)]
+        logs = [
+            ("metrics.jsonl", self._metrics.hand_over),
+            (EVENTS, self._events.hand_over),
+            ("summary.json", self._summary.hand_over),
+        ]
         services = [(each.name, each.flush) for each in self._services]
         return [self.guarded(name, hand_over) for name, hand_over in (*logs, *services)]
 

@@ -1,0 +1,41 @@
+"""How long what is to be written may wait for more of its kind."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final, final
+
+if TYPE_CHECKING:
+    from noether.core.event import Event
+
+_WAIT_S: Final = 1.0
+
+
+@final
+class Pace:
+    """Lets events of some types wait, for a second at most by the time that events carry; no other event waits.
+
+    Args:
+        waits: Types of events.
+
+    Example:
+        >>> from noether import AfterEpoch, AfterUpdate
+        >>> pace = Pace(AfterUpdate)
+        >>> [pace.is_due(AfterUpdate(time_s=time_s)) for time_s in (1.0, 1.5, 2.0, 2.5)]
+        [True, False, True, False]
+        >>> pace.is_due(AfterEpoch(time_s=2.5))
+        True
+    """
+
+    def __init__(self, *waits: type[Event]) -> None:
+        self._waits = waits
+        self._since_s = -math.inf
+
+    def is_due(self, event: Event) -> bool:
+        """Return whether to write now."""
+        if not isinstance(event, self._waits) or not event.time_s:  # a loop that does not read the time waits for none
+            return True
+        if 0 <= event.time_s - self._since_s < _WAIT_S:
+            return False
+        self._since_s = event.time_s
+        return True
