@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Any, Final, Self, final
+
+from torch import Tensor
 
 from noether.core.donation import Donatable, Owned
 from noether.core.tree import FrozenDict
@@ -10,12 +12,14 @@ from noether.core.tree import FrozenDict
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from noether.core.state import TrainState
     from noether.training.optimizer import FunctionalOptimizer
 
     Writer = Callable[[Mapping[str, Tensor], Mapping[str, Mapping[str, Any]]], None]
+
+_NONE: Final = FrozenDict()
 
 
 @final
@@ -79,6 +83,8 @@ class OwnedTensors:
         """Return what the model returns, and what became of copies of `buffers` in that."""
         if not self._bound():
             self._bind()
+        if not buffers:
+            return self.model(*arguments, **keywords), _NONE
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         for held, key, name in self._buffers:
             held[key] = copies[name]
@@ -109,8 +115,8 @@ class OwnedTensors:
         grads: Mapping[str, Tensor],
         settings: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Write an update to the tensors, or to copies of those that others hold."""
-        self.unshare()
+        """Write an update to the tensors, or to copies of those that others hold; after `call` made the gradients."""
+        self._unshare()
         names = tuple(grads)
         if self._writer is None or self._writer[0] != names:
             self._writer = names, optimizer.writer(self.opt_state, self.params, names)
@@ -120,6 +126,9 @@ class OwnedTensors:
         """Have copies take the place of tensors that others hold, so that all may be written to."""
         if not self._bound():  # the count of who holds a tensor takes the model for one of them
             self._bind()
+        self._unshare()
+
+    def _unshare(self) -> None:
         if self._owned.unshare():
             self._bind()
             self._writer = None
@@ -143,7 +152,7 @@ class OwnedTensors:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:

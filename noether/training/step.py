@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, final
 
 import torch
@@ -218,10 +219,12 @@ class Step:
         owned = OwnedTensors.of(state, self.model)
         watched = state.params if owned is None else owned.parameters
         versions = _versions(watched)
-        with self.autocast(watched):
-            outputs, buffers, leaves = self._called(state.params, buffers, batch, owned)
-            losses = with_total(self.loss(outputs, batch))
-            total = losses["total"] if weight == 1 else losses["total"] * weight
+        if self.precision is None:
+            losses, outputs, buffers, leaves = self._forward(state.params, buffers, batch, owned)
+        else:
+            with self.autocast(watched):
+                losses, outputs, buffers, leaves = self._forward(state.params, buffers, batch, owned)
+        total = losses["total"] if weight == 1 else losses["total"] * weight
         if _versions(watched) != versions:
             _refuse_writing(watched, versions)
         if times is not None:
@@ -237,19 +240,21 @@ class Step:
             buffers,
         )
 
-    def _called(
+    def _forward(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, owned: OwnedTensors | None
-    ) -> tuple[Any, FrozenDict, Mapping[str, Tensor]]:
-        """Return what the model returns, what became of its buffers, and the leaves that gradients are taken of."""
+    ) -> tuple[Losses, Any, FrozenDict, Mapping[str, Tensor]]:
+        """Return losses, outputs, what became of the buffers, and the leaves that gradients are taken of."""
         arguments, keywords = model_arguments(self.model, batch)
         if owned is not None:
-            return *owned.call(buffers, arguments, keywords), owned.leaves
+            outputs, written = owned.call(buffers, arguments, keywords)
+            return with_total(self.loss(outputs, batch)), outputs, written, owned.leaves
         inputs = {name: param.detach() for name, param in params.items()}
         leaves = {name: inputs[name].requires_grad_() for name in self.optimizer.trainable(params)}
         weights = {**inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
         outputs = functional_call(self.model, weights, arguments, keywords)
         # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
-        return outputs, FrozenDict({name: weights[name].detach() for name in buffers}), leaves
+        written = FrozenDict({name: weights[name].detach() for name in buffers})
+        return with_total(self.loss(outputs, batch)), outputs, written, leaves
 
     def _applied(
         self,
@@ -410,8 +415,11 @@ class _Times:
         return self._spent
 
 
+_version: Final = attrgetter("_version")  # torch's count of writes in place
+
+
 def _versions(params: Mapping[str, Tensor]) -> list[int]:
-    return [param._version for param in params.values()]  # noqa: SLF001  # torch's count of writes in place
+    return list(map(_version, params.values()))
 
 
 def _refuse_writing(params: Mapping[str, Tensor], versions: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.callbacks.periodic import PeriodicCallback
@@ -106,7 +107,7 @@ class MetricWatcher(PeriodicCallback):
         yield from super().problems()
         yield mode_problem(self.metric_key, self.mode)
 
-    @property
+    @cached_property
     def direction(self) -> Mode:
         """Whether higher or lower is better: `mode`, or what the key tells."""
         direction = self.mode or direction_of(self.metric_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
@@ -52,7 +53,7 @@ class LrCallback(PeriodicCallback):
         """The learning rate and weight decay of each group."""
         return ("optim/lr", "optim/wd", "optim/lr/*", "optim/wd/*")
 
-    @property
+    @cached_property
     def tracks(self) -> bool:
         """Whether it has to remember the last update: only that event carries the learning rate."""
         return self.every_n_epochs is not None or self.at_end
