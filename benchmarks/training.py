@@ -76,6 +76,7 @@ _NETWORKS: Mapping[str, Network] = {
     "medium": Network(lambda: ConvNet(dropout=0.0), 4),
 }
 _DEFAULT, _FUSED = "bare loop, default AdamW", "bare loop, fused AdamW"
+_BY_HAND = "the same, callbacks by hand"
 _STEPS: Mapping[str, Callable[[Step], Step | CompiledStep]] = {
     "noether": lambda step: dataclasses.replace(step, donate=False),
     "noether, donated": lambda step: step,
@@ -231,6 +232,25 @@ def bare(task: Task, *, fused: bool | None) -> Train:
     return train
 
 
+def by_hand(task: Task) -> Train:
+    """Train with that loop, in which what the callbacks do is written by hand."""
+
+    def train(folder: Path) -> Trained:
+        model, batches = copy.deepcopy(task.model).train(), task.begun()
+        optimizer, update = task.optimizer(model), 0
+        callbacks = SeedCallbacks(folder, task.epochs * len(batches))
+        for _ in range(task.epochs):
+            for batch in batches:
+                updated(model, optimizer, batch)
+                update += 1
+                callbacks.after_update(update, optimizer.param_groups[0]["lr"])
+            callbacks.after_evaluation(update, evaluated(model, task.validation))
+        callbacks.close()
+        return Trained(batches.update_s(), dict(model.named_parameters()))
+
+    return train
+
+
 def noether(task: Task, made: Callable[[Step], Step | CompiledStep], *, callbacks: bool = True) -> Train:
     """Train with noether's trainer into a run directory, with all callbacks or with the evaluation alone."""
     experiment = task.experiment
@@ -321,7 +341,7 @@ def lightning(task: Task) -> Train:
 
 def rows(task: Task) -> tuple[dict[str, Train], list[str]]:
     """Return what trains the task here, and what is said of the rows that are left out."""
-    found = {_DEFAULT: bare(task, fused=None), _FUSED: bare(task, fused=True)}
+    found = {_DEFAULT: bare(task, fused=None), _FUSED: bare(task, fused=True), _BY_HAND: by_hand(task)}
     found |= {name: noether(task, made) for name, made in _STEPS.items()}
     found["noether, donated, evaluation alone"] = noether(task, lambda step: step, callbacks=False)
     others, absent = installed({"Ignite": partial(ignite, task), "Lightning": partial(lightning, task)})

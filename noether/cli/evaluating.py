@@ -21,8 +21,8 @@ from noether.core.event import AtEval
 from noether.core.reducer import compose
 from noether.core.tree import cloned
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
+from noether.effects.encoding import plain
 from noether.effects.files import make_directories, replace_text
-from noether.effects.logs import plain
 from noether.training.experiment import build
 
 if TYPE_CHECKING:

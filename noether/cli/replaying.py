@@ -21,8 +21,8 @@ from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.schedule import At
 from noether.core.tree import leaves
 from noether.effects.disk import DISK
+from noether.effects.encoding import plain
 from noether.effects.events import read_events
-from noether.effects.logs import plain
 from noether.effects.run_directory import EVENTS
 from noether.training.experiment import callbacks_of
 from noether.training.replay import ReplayError, beginning, producers, replay

@@ -45,7 +45,9 @@ def log(
         >>> effects[0].values["loss/train"], state.metrics["loss/train"].value
         (0.5, 0.5)
     """
-    numbers = FrozenDict({key: _number(key, value) for key, value in values.items()})
+    numbers = FrozenDict(values)
+    if not _NUMBERS.issuperset(map(type, values.values())):
+        numbers = FrozenDict({key: _number(key, value) for key, value in values.items()})
     effects = (LogScalars(numbers, frozenset(numbers) if quiet else _NONE),)
     if isinstance(event, BeforeTraining) and event.resumed:
         return state, effects
@@ -54,6 +56,7 @@ def log(
 
 
 _NONE: Final[frozenset[str]] = frozenset()
+_NUMBERS: Final = frozenset({float, int})
 
 
 def _number(key: str, value: torch.Tensor | SupportsFloat) -> torch.Tensor | float:

@@ -30,6 +30,19 @@ def number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+def plain(value: Any) -> Any:
+    """Return a logged value as strict JSON can hold it; this is where a tensor is read from its device."""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, torch.Tensor):
+        return plain(value.item())
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value
+
+
 def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: int = 0) -> Any:
     """Return the JSON value of `tree`, and put its tensors into `tensors` by their dotted path.
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _NONE: Final[tuple[Handler, ...]] = ()
+_NUMBERS: Final = frozenset({float, int, bool})
 
 
 class UnhandledEffectError(LookupError):
@@ -51,6 +52,7 @@ class Interpreter:
     ) -> None:
         self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
         self._measures = dict(measures or {})
+        self._unmeasured = self._handlers.keys() - self._measures.keys()
         self._check_background = check
 
     def __call__(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
@@ -66,9 +68,9 @@ class Interpreter:
             return
         measured = False
         for effect in effects:
-            self._check(type(effect))
-            if type(effect) in self._measures:
-                self._check(LogScalars)
+            if type(effect) not in self._unmeasured:
+                self._check(type(effect))
+                self._check(LogScalars)  # as which it is logged
                 measured = True
         if event.run.rank != 0:
             return
@@ -114,7 +116,7 @@ class Interpreter:
 
 def _on_host(effect: Effect) -> Effect:
     """Return scalars as numbers; those on an accelerator come over together."""
-    if not (isinstance(effect, LogScalars) and any(isinstance(each, torch.Tensor) for each in effect.values.values())):
+    if not isinstance(effect, LogScalars) or _NUMBERS.issuperset(map(type, effect.values.values())):
         return effect
     numbers = dict(effect.values)
     away = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk import DISK
+from noether.effects.encoding import plain
 from noether.effects.files import read_file, reason, replace_file
 from noether.effects.pace import Pace
 
@@ -270,10 +271,17 @@ def _encoded(lines: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], list[Exce
     errors: list[Exception] = []
     for line in lines:
         try:
-            encoded.append((_JSON.encode(line) + "\n").encode())
+            encoded.append((_json(line) + "\n").encode())
         except Exception as error:  # noqa: BLE001  # whatever it is, the other lines are none the worse
             errors.append(error)
     return encoded, errors
+
+
+def _json(line: Mapping[str, Any]) -> str:
+    try:
+        return _JSON.encode(line)
+    except (TypeError, ValueError):  # it holds more than strings and finite numbers, which few do
+        return _JSON.encode(plain(line))
 
 
 def _kept(lines: list[bytes], state: TrainState | None, saved: int, path: Path) -> list[bytes]:

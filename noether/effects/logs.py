@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.disk import DISK
-from noether.effects.encoding import number
+from noether.effects.encoding import plain
 from noether.effects.files import read_file, replace_text
 from noether.effects.lines import LinesFile, LogError, place
 from noether.effects.pace import Pace
@@ -23,19 +20,6 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.state import TrainState
     from noether.effects.disk import Disk
-
-
-def plain(value: Any) -> Any:
-    """Return a logged value as strict JSON can hold it; this is where a tensor is read from its device."""
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, torch.Tensor):
-        return plain(value.item())
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return value
 
 
 def metrics_file(path: Path, run_id: str = "", disk: Disk = DISK) -> LinesFile:
@@ -50,8 +34,14 @@ def metrics_file(path: Path, run_id: str = "", disk: Disk = DISK) -> LinesFile:
 
 
 def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Event) -> dict[str, Any]:
-    values = {key: plain(value) for key, value in effect.values.items()}
+    # A copy, and no tensors: the line may wait.
+    values = dict(effect.values)
+    if not _NUMBERS.issuperset(map(type, values.values())):
+        values = plain(values)
     return {"run": run_id, **place(state, event), "metrics": values}
+
+
+_NUMBERS: Final = frozenset({float, int, bool})
 
 
 class Summary:
@@ -88,16 +78,17 @@ class Summary:
 
         Raises:
             LogError: If what the file holds is damaged.
-            OSError: If it cannot be written; it then waits on.
+            OSError: If it cannot be written; it is lost, until it is set again.
         """
-        if not self._waiting:
+        waiting, self._waiting = self._waiting, {}
+        if not waiting:
             return
         if self._held is None:
             self._held = self._read()
-        entries = {**self._held, **self._waiting}
+        entries = {**self._held, **waiting}
         if entries != self._held:  # a best value that stays is told of at every evaluation
             replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
-        self._held, self._waiting = entries, {}
+            self._held = entries
 
     def _read(self) -> dict[str, Any]:
         if self._disk.kind(self._path) is None:

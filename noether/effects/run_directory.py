@@ -157,10 +157,9 @@ class RunDirectory:
         self._events = LinesFile(path / EVENTS, lambda line, *_: line, disk)
         self._summary = Summary(path / "summary.json", disk)
         self._sinks = Sinks()
-        weakref.finalize(self._sinks, self._summary.hand_over)
-        for lines in (self._metrics, self._events):
-            # Not of the run itself: its interpreter, which may live longer and writes lines that wait, has the sinks.
-            weakref.finalize(self._sinks, lines.close)
+        for end in (self._summary.hand_over, self._metrics.close, self._events.close):
+            # Not of the run itself: its interpreter, which may live longer and writes what waits, has the sinks.
+            weakref.finalize(self._sinks, end)
         self._saver = Saver(self.checkpoints, self._metrics, (self._events,), **saving)
         self.interpreter = self._interpreter()
 

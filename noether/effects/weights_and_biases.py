@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, final
 
-from noether.effects.logs import plain
+from noether.effects.encoding import plain
 
 if TYPE_CHECKING:
     from pathlib import Path

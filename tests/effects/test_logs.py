@@ -37,8 +37,9 @@ from noether import (
 from noether.core.tree import freeze
 from noether.effects import LogError, open_run
 from noether.effects.disk import Disk, fsync
+from noether.effects.encoding import plain
 from noether.effects.lines import LinesFile, LogCount, event_name
-from noether.effects.logs import Summary, metrics_file, plain
+from noether.effects.logs import Summary, metrics_file
 
 ROOT = Path(__file__).parents[2]
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -480,10 +481,9 @@ def test_lines_that_are_not_taken_whole_are_all_lost_and_no_others(path, kind):
     assert metrics.flush(metrics.written) == LogCount(2, lost=3)
 
 
-@pytest.mark.parametrize("value", [object(), [math.nan]], ids=["no type of JSON", "made a number by hand"])
-def test_a_line_that_cannot_be_encoded_takes_no_other_with_it(path, value):
+def test_a_line_that_cannot_be_encoded_takes_no_other_with_it(path):
     lines = LinesFile(path, lambda line, *_: line)
-    for update, each in enumerate((0, 1, value, 3)):
+    for update, each in enumerate((0, 1, object(), 3)):
         lines.write({"x": each}, at(update), update_at(update / 10))
     with pytest.raises((TypeError, ValueError), match="not JSON"):
         lines.close()
@@ -669,3 +669,32 @@ def test_a_summary_that_was_damaged_is_written_anew_once_it_is_gone(tmp_path):
     path.unlink()
     setting(summary, a=1)
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_what_is_set_at_updates_and_epochs_waits_for_a_second(tmp_path):
+    path = tmp_path / "summary.json"
+    summary = Summary(path)
+    for time_s, written in ((10.0, 10.0), (10.5, 10.0), (10.9, 10.0), (11.0, 11.0), (11.2, 11.0), (9.0, 9.0)):
+        summary.set(SetSummary({"at": time_s}), at(1), AfterEpoch(time_s=time_s))
+        assert json.loads(path.read_text()) == {"at": written}
+    summary.set(SetSummary({"at": 9.5}), at(1), AfterUpdate(time_s=9.5))
+    assert json.loads(path.read_text()) == {"at": 9.0}
+    summary.hand_over()
+    assert json.loads(path.read_text()) == {"at": 9.5}
+    summary.set(SetSummary({"ended": "epochs"}), at(1), AfterTraining(time_s=9.6))
+    assert json.loads(path.read_text()) == {"at": 9.5, "ended": "epochs"}
+
+
+@pytest.mark.parametrize("end", ["close", "save", "forget"])
+def test_no_end_of_a_run_loses_what_waits_for_the_summary(tmp_path, end):
+    run = open_run(tmp_path / "run")
+    for time_s in (1.0, 1.1):
+        run.interpreter((SetSummary({"at": time_s}),), at(1), AfterEpoch(time_s=time_s))
+    if end == "save":
+        run.interpreter((SaveCheckpoint(),), at(1), AfterEpoch(time_s=1.2))
+    elif end == "close":
+        run.close()
+    else:
+        del run
+        gc.collect()
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"at": 1.1}

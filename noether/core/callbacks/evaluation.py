@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -46,11 +47,11 @@ METRICS: Final[dict[str, MetricFunction]] = {"accuracy": accuracy}
 class _Evaluation(PeriodicDataIteratorCallback):
     """Sums losses and metrics over a dataset; subclasses say which."""
 
-    @property
+    @cached_property
     def _losses(self) -> bool:
         return False
 
-    @property
+    @cached_property
     def _metrics(self) -> Mapping[str, str | MetricFunction]:
         return {}
 
@@ -136,7 +137,7 @@ class OfflineLossCallback(_Evaluation):
 
     output_patterns_to_log: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def _losses(self) -> bool:
         return True
 
@@ -178,7 +179,7 @@ class MetricCallback(_Evaluation):
         yield from super().problems()
         yield _metric_problem("metric", self.metric)
 
-    @property
+    @cached_property
     def _metrics(self) -> Mapping[str, str | MetricFunction]:
         return {metric_name(self.metric): self.metric}
 
@@ -228,11 +229,11 @@ class EvaluateCallback(_Evaluation):
             )
         yield from (_metric_problem("measures", measure) for measure in self.measures if measure != "loss")
 
-    @property
+    @cached_property
     def _losses(self) -> bool:
         return "loss" in self.measures
 
-    @property
+    @cached_property
     def _metrics(self) -> Mapping[str, str | MetricFunction]:
         return {metric_name(measure): measure for measure in self.measures if measure != "loss"}
 

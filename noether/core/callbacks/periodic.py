@@ -147,7 +147,7 @@ class PeriodicCallback(CallbackBase):
         return self._run_if_due(state, event)
 
     def _run_if_due(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        interval = self.gate.opens(state, event)
+        interval = self.gate.due(type(event), state)
         return (state, ()) if interval is None else self.periodic_callback(state, event, interval)
 
     @cached_property
