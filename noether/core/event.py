@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from noether.core.run import Run
 from noether.core.tree import FrozenDict
@@ -30,6 +30,20 @@ class Event:
 
     run: Run = _NO_RUN
     time_s: float = 0.0
+
+    @classmethod
+    def of(cls, **fields: Any) -> Self:
+        """Return the event with some of its own fields: for a loop that makes one at every update.
+
+        Unlike the constructor, it takes any name; setting each field of a frozen dataclass takes five times as long.
+
+        Example:
+            >>> AfterUpdate.of(samples=4).samples, AfterUpdate.of(samples=4).skipped
+            (4, False)
+        """
+        event = object.__new__(cls)
+        vars(event).update(fields)
+        return event
 
     @property
     def data(self) -> Mapping[str, Any]:

@@ -308,8 +308,4 @@ def _counts(state: TrainState) -> tuple[int, int, int]:
 
 def _event(taken: Recorded, run: Run) -> Event:
     """Return an event as it was recorded."""
-    # What was not recorded is as by default, which the class knows. That is so for most fields, and a record is long:
-    # the constructor would set each of them every time.
-    event = object.__new__(taken.kind)
-    vars(event).update(taken.readings, run=run, time_s=taken.time_s)
-    return event
+    return taken.kind.of(**taken.readings, run=run, time_s=taken.time_s)  # a record is long

@@ -58,7 +58,7 @@ class Accumulated:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen: that takes longer to make, and it lives until the event is made of it
 class StepOutputs:
     """What an update gave beside the new state; the fields are those of `AfterUpdate`."""
 

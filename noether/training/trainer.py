@@ -125,5 +125,5 @@ class Trainer:
         return self._tell(state, AfterAccumulationStep, **vars(seen))
 
     def _tell(self, state: TrainState, event_type: type[Event], **readings: Any) -> TrainState:
-        event = event_type(run=self.run, time_s=self.clock.wall_s(), **readings)
+        event = event_type.of(run=self.run, time_s=self.clock.wall_s(), **readings)
         return dispatch(state, event, self.reducer, self.interpreter)
