@@ -113,9 +113,8 @@ class CallbackBase:
 
     def memory(self, state: TrainState) -> Memory:
         """Return what this callback remembers in `state`, or what it begins with where that is missing."""
-        if self.name in state.callback_states:
-            return state.callback_states[self.name]
-        return self.init(state)[self.name]
+        name = self.name
+        return state.callback_states[name] if name in state.callback_states else self.init(state)[name]
 
     @property
     def produces(self) -> tuple[str, ...] | None:

@@ -62,12 +62,13 @@ class ProgressCallback(PeriodicCallback):
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Add the update's duration."""
         memory = self.memory(state)
-        counted = {
-            "total_s": memory["total_s"] + event.duration_s,
-            "since_s": memory["since_s"] + event.duration_s,
-            "since_updates": memory["since_updates"] + 1,
-        }
-        return state.remember(self.name, FrozenDict({**memory, **counted})), ()
+        counted = FrozenDict(
+            memory,
+            total_s=memory["total_s"] + event.duration_s,
+            since_s=memory["since_s"] + event.duration_s,
+            since_updates=memory["since_updates"] + 1,
+        )
+        return state.remember(self.name, counted), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Write the line and begin a new interval."""
