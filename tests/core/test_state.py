@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from noether.core.batch import model_arguments
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
 from noether.core.module import forward, with_total
@@ -358,6 +359,87 @@ def test_forward_has_the_weights_of_the_state_and_leaves_the_model_alone():
     assert not outputs.requires_grad
     assert (model.training, model.norm.training) == (True, False)
     assert same(dict(model.state_dict()), dict(before))
+
+
+def mse(outputs, batch):
+    return {"mse": (outputs - batch[1]).square().mean()}
+
+
+class Square(torch.nn.Module):
+    """Has a parameter that is as large turned over, and counts how often its mode is changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        self.changes = 0
+
+    def train(self, mode=True):  # noqa: FBT002  # as torch has it
+        self.changes += 1
+        return super().train(mode)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_a_view_of_a_models_own_memory_is_not_taken_for_the_parameter():
+    model, batch = Square(), (torch.eye(2), torch.zeros(2, 2))
+    predict, state = forward(model, mse), TrainState.from_module(model)
+    assert torch.equal(predict(state, batch)[1], model.weight)
+    turned = state.replace(params={"weight": state.params["weight"].T})  # at the same address, of the same shape
+    assert torch.equal(predict(turned, batch)[1], model.weight.T)
+    other = state.replace(params={"weight": state.params["weight"] + 1})
+    assert torch.equal(predict(other, batch)[1], model.weight + 1)
+
+
+def test_an_evaluation_changes_the_mode_once_and_back_even_if_it_fails():
+    model, batch = Square().train(), (torch.eye(2), torch.zeros(2, 2))
+    predict, state = forward(model, mse), TrainState.from_module(model)
+    model.changes = 0
+    with predict.evaluating():
+        losses = [predict(state, batch)[0]["mse"] for _ in range(3)]
+        assert not model.training
+    assert (model.changes, model.training, len(set(map(float, losses)))) == (1, True, 1)
+    with pytest.raises(KeyError, match="no"), predict.evaluating():
+        raise KeyError("no")
+    assert model.training
+    assert torch.equal(predict(state, batch)[0]["mse"], losses[0])
+    assert model.training
+
+
+def test_forward_computes_in_a_precision():
+    model, batch = Square(), (torch.eye(2), torch.zeros(2, 2))
+    state = TrainState.from_module(model)
+    assert forward(model, mse, precision=torch.bfloat16)(state, batch)[1].dtype == torch.bfloat16
+    assert forward(model, mse)(state, batch)[1].dtype == torch.float32
+
+
+class Taking(torch.nn.Module):
+    """Takes inputs by name."""
+
+    def forward(self, image, mask=None):
+        return image
+
+
+class Any(Taking):
+    """Takes whatever there is."""
+
+    def forward(self, **inputs):
+        return inputs
+
+
+def plain(image):
+    return image
+
+
+@pytest.mark.parametrize("batch", [{"image": 1, "label": 2, "self": 3}, {"mask": 1, "image": 2}])
+def test_a_model_is_given_of_a_mapping_what_it_names(batch):
+    wrapped = Taking()
+    wrapped.forward = plain
+    for _ in range(2):  # the signature is read once
+        named = {name: value for name, value in batch.items() if name in ("image", "mask")}
+        assert model_arguments(Taking(), batch) == ((), named)
+        assert model_arguments(Any(), batch) == ((), batch)
+        assert model_arguments(wrapped, batch) == ((), {"image": batch["image"]})
 
 
 def test_losses_are_named_and_summed():
