@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, final
@@ -16,8 +16,6 @@ from noether.core.packing import unpack
 from noether.core.tree import FrozenDict, freeze, on_device, tensors
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -180,9 +178,12 @@ class Forward:
         if not self._evaluating:
             with self.evaluating():
                 return self(state, batch)
-        with torch.no_grad(), self._autocast():
-            outputs = self._outputs(state, batch)
-            return with_total(self._loss(outputs, batch)), outputs
+        with torch.no_grad():
+            if self._precision is None:
+                return self._evaluated(state, batch)
+            device = next(iter(self._own.values())).device
+            with torch.autocast(device.type, dtype=self._precision):
+                return self._evaluated(state, batch)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -197,6 +198,10 @@ class Forward:
             for module in trained:
                 module.training = True
 
+    def _evaluated(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
+        outputs = self._outputs(state, batch)
+        return with_total(self._loss(outputs, batch)), outputs
+
     def _outputs(self, state: TrainState, batch: Any) -> Any:
         arguments, keywords = model_arguments(self._model, batch)
         # Copies of the buffers: a module may write to its own even in evaluation mode.
@@ -206,11 +211,6 @@ class Forward:
         if not weights:  # the model's own, so that it can be called as it is, in less time
             return self._model(*arguments, **keywords)
         return functional_call(self._model, weights, arguments, keywords)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._precision is None:
-            return nullcontext()
-        return torch.autocast(next(iter(self._own.values())).device.type, dtype=self._precision)
 
 
 def _are(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
