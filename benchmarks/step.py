@@ -19,6 +19,7 @@ from benchmarks.measuring import Table, markdown_option, quartiles, show
 from noether import TrainingIteration, TrainState
 from noether.core.batch import model_arguments
 from noether.core.module import with_total
+from noether.core.tree import FrozenDict
 from noether.examples.digits import ConvNet, Digits, cross_entropy
 from noether.testing import same
 from noether.training.data import TrainingData
@@ -88,10 +89,10 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thi
             weights = {**state.params, **inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
             outputs = functional_call(self.model, weights, arguments, keywords)
             losses = with_total(self.loss(outputs, batch))
-            return losses["total"] * weight, (losses, outputs, {name: weights[name] for name in buffers})
+            return losses["total"] * weight, (dict(losses), outputs, {name: weights[name] for name in buffers})
 
         grads, (_, (losses, outputs, written)) = grad_and_value(total, has_aux=True)(trained)
-        return _Found(grads, losses, outputs, written)
+        return _Found(grads, FrozenDict(losses), outputs, written)
 
 
 _ROWS: Mapping[str, Callable[[nn.Module, list[Any]], Iterator[Mapping[str, Tensor]]]] = {
