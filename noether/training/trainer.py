@@ -107,7 +107,7 @@ class Trainer:
         waiting_s = self.clock.elapsed_s()
         state, batches = self.data.update(state, last=self._last_update)
         loaded_s = self.clock.elapsed_s()
-        state, outputs = self.step(state, batches, self._observer)
+        state, outputs = self.step(state, batches, self._observe if self._is_observed else None)
         stepped_s = self.clock.elapsed_s()
         readings = {
             **vars(outputs),
@@ -118,8 +118,8 @@ class Trainer:
         return self._tell(state.advance(samples=outputs.samples), AfterUpdate, **readings), stepped_s
 
     @cached_property
-    def _observer(self) -> Callable[[TrainState, Accumulated], TrainState] | None:
-        return self._observe if self.reducer.listens(AfterAccumulationStep) else None
+    def _is_observed(self) -> bool:
+        return self.reducer.listens(AfterAccumulationStep)
 
     def _observe(self, state: TrainState, seen: Accumulated) -> TrainState:
         return self._tell(state, AfterAccumulationStep, **vars(seen))
