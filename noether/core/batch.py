@@ -63,16 +63,20 @@ def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
         return (batch[0],), {}
     if isinstance(batch, torch.Tensor) or not isinstance(batch, Mapping):
         return (batch,), {}
-    # Of a method, its function: what is remembered of that does not keep the model alive.
     function = getattr(model.forward, "__func__", None)
-    names = _named_by(model.forward) if function is None else _named_by(function, skipped=1)
+    names = _named_by(model.forward) if function is None else _named_by_method(function)
     return (), dict(batch) if names is None else {name: batch[name] for name in names if name in batch}
 
 
-@lru_cache  # to read a signature takes as long as to call a small model
-def _named_by(function: Callable[..., Any], *, skipped: int = 0) -> tuple[str, ...] | None:
-    """Return the names of the parameters of a function after some that are skipped, or None if it takes any."""
-    parameters = list(inspect.signature(function).parameters.values())[skipped:]
+@lru_cache  # to read a signature takes as long as to call a small model; a method's function keeps no model alive
+def _named_by_method(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    names = _named_by(function)
+    return None if names is None else names[1:]
+
+
+def _named_by(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Return the names of the parameters of a function, or None if it takes any."""
+    parameters = inspect.signature(function).parameters.values()
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else tuple(p.name for p in parameters)
 
 

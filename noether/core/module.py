@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from noether.core.batch import model_arguments
 from noether.core.packing import unpack
-from noether.core.tree import FrozenDict, freeze, on_device, tensors
+from noether.core.tree import FrozenDict, freeze, map_tensors, on_device, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -143,7 +143,7 @@ def forward(model: nn.Module, loss: Callable[[Any, Any], Losses], *, precision: 
     """Return a forward that calls `model` with the weights of a state, in evaluation mode and without gradients.
 
     Args:
-        model: Gives the architecture; its own weights and its mode are left as they are.
+        model: Gives the architecture; its own weights and its mode are left as they are, unless it changes them itself.
         loss: `(outputs, batch) -> {name: mean over samples}`, pure.
         precision: Autocast type of model and loss, or None.
 
@@ -170,52 +170,68 @@ class Forward:
         self._model = model
         self._loss = loss
         self._precision = precision
-        self._own = dict(model.named_parameters())
-        self._evaluating = False
+        self._own: Mapping[str, Tensor] | None = None  # the model's parameters, during an evaluation
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
         """Return losses and outputs of a batch."""
-        if not self._evaluating:
+        if self._own is None or self._model.training:  # whoever loads the data may have trained it meanwhile
             with self.evaluating():
                 return self(state, batch)
         with torch.no_grad():
             if self._precision is None:
-                return self._evaluated(state, batch)
-            device = next(iter(self._own.values())).device
-            with torch.autocast(device.type, dtype=self._precision):
-                return self._evaluated(state, batch)
+                return self._evaluated(self._own, state, batch)
+            with torch.autocast(_device_type(self._model), dtype=self._precision):
+                return self._evaluated(self._own, state, batch)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Leave the model in evaluation mode until the end: of many batches, each need not change it there and back."""
         trained = [module for module in self._model.modules() if module.training]
         self._model.eval()
-        self._evaluating = True
+        # None of them under autocast: it remembers what it made of a parameter, whatever is written to that.
+        self._own = {} if self._autocasts() else dict(self._model.named_parameters())
         try:
             yield
         finally:
-            self._evaluating = False
+            self._own = None
             for module in trained:
                 module.training = True
 
-    def _evaluated(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
-        outputs = self._outputs(state, batch)
-        return with_total(self._loss(outputs, batch)), outputs
+    def _autocasts(self) -> bool:
+        device_type = _device_type(self._model)
+        known = torch.amp.is_autocast_available(device_type)
+        return self._precision is not None or (known and torch.is_autocast_enabled(device_type))
 
-    def _outputs(self, state: TrainState, batch: Any) -> Any:
+    def _evaluated(self, own: Mapping[str, Tensor], state: TrainState, batch: Any) -> tuple[Losses, Any]:
+        outputs = self._outputs(own, state, batch)
+        losses = with_total(self._loss(outputs, batch))
+        # What is a parameter as it is would be seen as the next update leaves it.
+        detached = FrozenDict({name: loss.detach() for name, loss in losses.items()})
+        return detached, map_tensors(torch.Tensor.detach, outputs)
+
+    def _outputs(self, own: Mapping[str, Tensor], state: TrainState, batch: Any) -> Any:
         arguments, keywords = model_arguments(self._model, batch)
         # Copies of the buffers: a module may write to its own even in evaluation mode.
         weights = {name: buffer.clone() for name, buffer in state.buffers.items()}
-        if not _are(self._own, state.params):
+        if not _are(own, state.params):
             weights |= state.params
         if not weights:  # the model's own, so that it can be called as it is, in less time
             return self._model(*arguments, **keywords)
         return functional_call(self._model, weights, arguments, keywords)
 
 
+def _device_type(model: nn.Module) -> str:
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")
+
+
 def _are(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
     """Return whether the parameters of a model are `params`."""
-    return len(own) == len(params) and all(name in own and own[name].is_set_to(param) for name, param in params.items())
+    try:
+        return len(own) == len(params) and all(
+            name in own and own[name].is_set_to(param) for name, param in params.items()
+        )
+    except NotImplementedError:  # torch cannot tell of sparse tensors, and of those without memory
+        return False
 
 
 def with_total(losses: Losses) -> Losses:

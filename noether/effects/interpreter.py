@@ -35,7 +35,7 @@ class Interpreter:
     Args:
         handlers: Handlers by type of effect, called in their order.
         measures: By type of effect, what turns it into scalars that are logged with those of its event.
-        check: Called first at every event, with effects or without: raises what went wrong in the background.
+        check: Called first with every event, with effects or without: raises what went wrong in the background.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState
@@ -48,7 +48,7 @@ class Interpreter:
         self,
         handlers: Mapping[type[Effect], Sequence[Handler]],
         measures: Mapping[type[Effect], Measure] | None = None,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[Event], None] = lambda event: None,  # noqa: ARG005  # what it is called with
     ) -> None:
         self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
         self._measures = dict(measures or {})
@@ -63,7 +63,7 @@ class Interpreter:
         Raises:
             UnhandledEffectError: If nobody handles one of them; then none is carried out.
         """
-        self._check_background()
+        self._check_background(event)
         if not effects:
             return
         measured = False

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from noether.core.event import AfterUpdate
@@ -17,7 +16,7 @@ from noether.core.iteration import TrainingIteration
 from noether.effects.disk import DISK
 from noether.effects.encoding import plain
 from noether.effects.files import read_file, reason, replace_file
-from noether.effects.pace import Pace
+from noether.effects.pace import Pace, forget_in_children
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +93,7 @@ class LinesFile:
         self._distrusted = False  # whether a flush failed, after which no other flush of that file is believed
         self._written = LogCount(0)
         self._flushed = 0
-        _FILES.add(self)
+        forget_in_children(self)
 
     @property
     def written(self) -> LogCount:
@@ -122,6 +121,10 @@ class LinesFile:
         self._waiting.append(line)
         if self._pace.is_due(event) or len(self._waiting) >= _WAITING:
             self.hand_over()
+
+    def forget(self) -> None:
+        """Drop what waits."""
+        self._waiting.clear()
 
     def hand_over(self) -> None:
         """Hand the lines that wait to the operating system.
@@ -251,18 +254,6 @@ class LinesFile:
         replace_file(self._path, [content], self._disk)
         self._distrusted = False
         self._let_go()
-
-
-_FILES: Final[weakref.WeakSet[LinesFile]] = weakref.WeakSet()
-
-
-def _forget_after_fork() -> None:
-    """Drop a forked process's copy of what waits: its parent writes that."""
-    for each in _FILES:
-        each._waiting.clear()  # noqa: SLF001  # a file's own copy
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def _encoded(lines: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], list[Exception]]:

@@ -11,9 +11,10 @@ from noether.effects.disk import DISK
 from noether.effects.encoding import plain
 from noether.effects.files import read_file, replace_text
 from noether.effects.lines import LinesFile, LogError, place
-from noether.effects.pace import Pace
+from noether.effects.pace import Pace, forget_in_children
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from noether.core.effect import LogScalars, SetSummary
@@ -61,6 +62,7 @@ class Summary:
         self._pace = Pace(AfterUpdate, AfterEpoch)
         self._held: dict[str, Any] | None = None  # what the file holds, once it was read: the run is locked
         self._waiting: dict[str, Any] = {}
+        forget_in_children(self)
 
     def set(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
         """Set entries: the handler of `SetSummary`.
@@ -78,17 +80,40 @@ class Summary:
 
         Raises:
             LogError: If what the file holds is damaged.
-            OSError: If it cannot be written; it is lost, until it is set again.
+            OSError: If it cannot be written; it then waits on.
         """
         waiting, self._waiting = self._waiting, {}
-        if not waiting:
-            return
+        try:
+            if waiting:
+                self._write(waiting)
+        except OSError:
+            self._waiting = {**waiting, **self._waiting}
+            raise
+
+    def _write(self, waiting: Mapping[str, Any]) -> None:
         if self._held is None:
             self._held = self._read()
         entries = {**self._held, **waiting}
         if entries != self._held:  # a best value that stays is told of at every evaluation
             replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
             self._held = entries
+
+    def close(self) -> None:
+        """Write what waits, and know nothing of the file any more: another run may write to it.
+
+        Raises:
+            LogError: As `hand_over`.
+            OSError: As `hand_over`; what waits is lost.
+        """
+        try:
+            self.hand_over()
+        finally:
+            self.forget()
+            self._held = None
+
+    def forget(self) -> None:
+        """Drop what waits."""
+        self._waiting = {}
 
     def _read(self) -> dict[str, Any]:
         if self._disk.kind(self._path) is None:

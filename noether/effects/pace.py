@@ -1,9 +1,11 @@
-"""How long what is to be written may wait for more of its kind."""
+"""What is to be written may wait for more of its kind: for how long, and not in a forked process."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, final
+import os
+import weakref
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 if TYPE_CHECKING:
     from noether.core.event import Event
@@ -39,3 +41,26 @@ class Pace:
             return False
         self._since_s = event.time_s
         return True
+
+
+class Waits(Protocol):
+    """Holds what is to be written."""
+
+    def forget(self) -> None:
+        """Drop what waits."""
+
+
+_WAITING: Final[weakref.WeakSet[Waits]] = weakref.WeakSet()
+
+
+def forget_in_children(each: Waits) -> None:
+    """Have a forked process drop its copy of what waits: its parent writes that."""
+    _WAITING.add(each)
+
+
+def _forget() -> None:
+    for each in _WAITING:
+        each.forget()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -16,6 +16,7 @@ from noether.core.effect import (
     SetSummary,
     ShowProgress,
 )
+from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.checkpoints import CheckpointStore
 from noether.effects.console import Console
 from noether.effects.disk import DISK
@@ -26,6 +27,7 @@ from noether.effects.listing import CheckpointError
 from noether.effects.lock import RunLock
 from noether.effects.logs import Summary, metrics_file
 from noether.effects.memory import PeakMemory
+from noether.effects.pace import Pace
 from noether.effects.saving import Saver
 from noether.effects.sinks import Sinks
 from noether.effects.tensor_files import tensor_pieces
@@ -156,10 +158,16 @@ class RunDirectory:
         self._metrics = metrics_file(path / "metrics.jsonl", self.run_id, disk)
         self._events = LinesFile(path / EVENTS, lambda line, *_: line, disk)
         self._summary = Summary(path / "summary.json", disk)
+        self._logs: dict[str, LinesFile | Summary] = {
+            "metrics.jsonl": self._metrics,
+            EVENTS: self._events,
+            "summary.json": self._summary,
+        }
         self._sinks = Sinks()
-        for end in (self._summary.hand_over, self._metrics.close, self._events.close):
-            # Not of the run itself: its interpreter, which may live longer and writes what waits, has the sinks.
-            weakref.finalize(self._sinks, end)
+        for name, log in self._logs.items():
+            # Before another may open the run; and once more, for the interpreter, which has the sinks, may live longer.
+            weakref.finalize(self, Sinks().guarded(name, log.hand_over))
+            weakref.finalize(self._sinks, Sinks().guarded(name, log.close))
         self._saver = Saver(self.checkpoints, self._metrics, (self._events,), **saving)
         self.interpreter = self._interpreter()
 
@@ -221,9 +229,8 @@ class RunDirectory:
         try:
             self.wait()
         finally:
-            self._sinks.guarded("summary.json", self._summary.hand_over)()
-            for name, lines in (("metrics.jsonl", self._metrics), (EVENTS, self._events)):
-                self._sinks.guarded(name, lines.close)()
+            for name, log in self._logs.items():
+                self._sinks.guarded(name, log.close)()
             for service in self._services:
                 self._sinks.guarded(service.name, service.close)()
             self._sinks.tell()
@@ -269,21 +276,28 @@ class RunDirectory:
             ShowProgress: [("console", console.progress)],
         }
         sinks = {kind: [self.guarded(name, write) for name, write in sinks] for kind, sinks in table.items()}
+        flushing = [self.guarded(each.name, each.flush) for each in self._services]
         return Interpreter(
-            {**sinks, SaveCheckpoint: [*map(_handler, self._handing_over()), self._saver.save]},
+            {**sinks, SaveCheckpoint: [*map(_handler, [*self._handing_over(), *flushing]), self._saver.save]},
             measures={MeasurePeakMemory: PeakMemory().measure},
-            check=self._saver.check,
+            check=self._check(),
         )
 
+    def _check(self) -> Callable[[Event], None]:
+        """Return what is called at every event: a save may have failed, and what waits may have waited long enough."""
+        check, pace, handing_over = self._saver.check, Pace(AfterUpdate, AfterEpoch), self._handing_over()
+
+        def at_event(event: Event) -> None:
+            check()
+            if pace.is_due(event):
+                for hand_over in handing_over:
+                    hand_over()
+
+        return at_event
+
     def _handing_over(self) -> list[Callable[[], None]]:
-        """Return what hands to the operating system all that was logged: a checkpoint is about to count it."""
-        logs = [
-            ("metrics.jsonl", self._metrics.hand_over),
-            (EVENTS, self._events.hand_over),
-            ("summary.json", self._summary.hand_over),
-        ]
-        services = [(each.name, each.flush) for each in self._services]
-        return [self.guarded(name, hand_over) for name, hand_over in (*logs, *services)]
+        """Return what hands to the operating system all that was logged."""
+        return [self.guarded(name, log.hand_over) for name, log in self._logs.items()]
 
     def __enter__(self) -> Self:
         return self

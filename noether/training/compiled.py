@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import torch
@@ -92,7 +94,8 @@ class CompiledUpdate:
         remembered = [memory[name][key] for name, key in self._places]
         with torch.no_grad():
             self._set_rates([settings[group]["lr"] for group in self._groups])
-            return self._whole(list(params.values()), remembered, list(buffers.values()), calls, self._lr)
+            own, held = [params[name] for name in self._names], [buffers[name] for name in self._buffers]
+            return self._whole(own, remembered, held, calls, self._lr)
 
     def _set_rates(self, rates: list[float]) -> None:
         """Set the learning rates: tensors, for a number would be part of the graph, and each be compiled for itself."""
@@ -274,19 +277,20 @@ def _shapes(batch: Any) -> Any:
     return tuple(map(_shapes, parts))
 
 
-_IDENTITIES: Final = frozenset(
-    {"CLOSURE_MATCH", "BUILTIN_MATCH", "MODULE_MATCH", "CLASS_MATCH", "ID_MATCH", "DUPLICATE_INPUT"}
-)
+_DEFINITIONS: Final = (FunctionType, BuiltinFunctionType, ModuleType, type)
+_GLOBAL: Final = re.compile(r"G\['\w+'\]|G\['__import_(torch|noether)\w*'\][.\w]*")
 _OWN: Final = ("self._groups", "self._names", "self._places", "self._buffers", "self._trainable")
 
 
 def _guarded(entries: Sequence[Any]) -> list[bool]:
     """Return what a graph has to check before every update, of all that torch would.
 
-    Not that global names still mean the functions, classes and modules that they meant, and not what is fixed here:
-    half of a thousand checks, which take as long as some of the kernels.
+    Not that the name of a function, class or module, in a module or in one of torch's, still means what it meant, and
+    not what is fixed here: half of a thousand checks, which take as long as some of the kernels.
     """
-    return [
-        not (entry.is_global and entry.guard_type in _IDENTITIES) and not entry.name.startswith(_OWN)
-        for entry in entries
-    ]
+    return [not _is_definition(entry) and not entry.name.startswith(_OWN) for entry in entries]
+
+
+def _is_definition(entry: Any) -> bool:
+    held = entry.has_value and isinstance(entry.value, _DEFINITIONS)
+    return held and _GLOBAL.fullmatch(entry.name) is not None

@@ -19,20 +19,21 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | No
     a fifteenth. An accelerator has threads of its own, to which torch hands on more than the graph.
 
     Args:
-        loss: One number.
+        loss: One real number.
         leaves: They require gradients.
 
     Raises:
-        ValueError: If `loss` is not one number.
+        ValueError: If `loss` is not one real number.
 
     Example:
         >>> weight, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
         >>> gradients_of(weight.square(), [weight, bias])
         (tensor(4.), None)
     """
-    if loss.numel() != 1:
+    if loss.numel() != 1 or loss.is_complex():
         raise ValueError(
-            f"the loss has shape {tuple(loss.shape)}; a gradient is that of one number: take the mean over samples"
+            f"the loss has shape {tuple(loss.shape)} and type {loss.dtype}; a gradient is that of one real number: "
+            "take the mean over samples"
         )
     if type(loss) is not Tensor or not loss.is_cpu:
         return torch.autograd.grad(loss, leaves, allow_unused=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
+import torch
 from torch import Tensor
 
 from noether.core.donation import Donatable, Owned
@@ -77,21 +78,22 @@ class OwnedTensors:
         owner = state.params.owner
         return owner if isinstance(owner, cls) and owner.model is model and state.opt_state.owner is owner else None
 
-    def call(
-        self, buffers: Mapping[str, Tensor], arguments: Sequence[Any], keywords: Mapping[str, Any]
-    ) -> tuple[Any, FrozenDict]:
-        """Return what the model returns, and what became of copies of `buffers` in that."""
+    def place(self, buffers: Mapping[str, Tensor]) -> None:
+        """Have the tensors and copies of `buffers` in the model, which is about to be called."""
         if not self._bound():
             self._bind()
+        if buffers:
+            copies = {name: buffer.clone() for name, buffer in buffers.items()}
+            for held, key, name in self._buffers:
+                held[key] = copies[name]
+
+    def placed(self, buffers: Mapping[str, Tensor]) -> FrozenDict:
+        """Return what became of the copies of `buffers`."""
         if not buffers:
-            return self.model(*arguments, **keywords), _NONE
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        for held, key, name in self._buffers:
-            held[key] = copies[name]
-        outputs = self.model(*arguments, **keywords)
+            return _NONE
         # Batch norm writes to its copies, another module assigns: in its place is either way what is there now.
         now = {name: held[key] for held, key, name in self._buffers}
-        return outputs, FrozenDict({name: now[name].detach() for name in buffers})
+        return FrozenDict({name: now[name].detach() for name in buffers})
 
     def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
         """Return whether `optimizer` can write an update with these gradients."""
@@ -115,20 +117,18 @@ class OwnedTensors:
         grads: Mapping[str, Tensor],
         settings: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Write an update to the tensors, or to copies of those that others hold; after `call` made the gradients."""
-        self._unshare()
+        """Write an update to the tensors, or to copies of those that others hold."""
+        self.unshare()
         names = tuple(grads)
         if self._writer is None or self._writer[0] != names:
             self._writer = names, optimizer.writer(self.opt_state, self.params, names)
-        self._writer[1](grads, settings)
+        with torch.no_grad():  # a backward pass of somebody's own may return what requires gradients
+            self._writer[1](grads, settings)
 
     def unshare(self) -> None:
         """Have copies take the place of tensors that others hold, so that all may be written to."""
         if not self._bound():  # the count of who holds a tensor takes the model for one of them
             self._bind()
-        self._unshare()
-
-    def _unshare(self) -> None:
         if self._owned.unshare():
             self._bind()
             self._writer = None

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import get_total_norm
+from torch.nn.utils.stateless import _reparametrize_module
 
 from noether.core.batch import batch_size, model_arguments
 from noether.core.donation import Donatable
@@ -207,6 +207,7 @@ class Step:
         """Seed the random numbers of the next update of `state`."""
         seed_torch(derive(state.seed, "update", state.iteration.update, self.rank))
 
+    @torch.enable_grad()
     def without_gradient(self, state: TrainState, batch: Any) -> list[str]:
         """Return the names of trained parameters that have no gradient for a batch; nothing comes of the call."""
         found = self._gradients(state, state.buffers, batch, 1.0, None)
@@ -217,44 +218,52 @@ class Step:
     ) -> _Found:
         """Return gradients of the weighted total loss, losses, outputs and new buffers."""
         owned = OwnedTensors.of(state, self.model)
-        watched = state.params if owned is None else owned.parameters
-        versions = _versions(watched)
+        if owned is not None:
+            owned.place(buffers)
+            return _Found(*self._computed(batch, owned.parameters, owned.leaves, weight, times), owned.placed(buffers))
+        params = {name: param.detach() for name, param in state.params.items()}
+        leaves = {name: params[name].requires_grad_() for name in self.optimizer.trainable(params)}
+        weights = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        # Not `functional_call`: checkpointed parts of a model are called again in the backward pass.
+        with _reparametrize_module(self.model, weights, tie_weights=True):
+            computed = self._computed(batch, params, leaves, weight, times)
+        # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
+        return _Found(*computed, FrozenDict({name: weights[name].detach() for name in buffers}))
+
+    def _computed(
+        self,
+        batch: Any,
+        params: Mapping[str, Tensor],
+        leaves: Mapping[str, Tensor],
+        weight: float,
+        times: _Times | None,
+    ) -> tuple[Grads, FrozenDict, Any]:
+        """Return gradients of the weighted total loss, losses and outputs of the model, which has `params` in it."""
+        versions = _versions(params)
         if self.precision is None:
-            losses, outputs, buffers, leaves = self._forward(state.params, buffers, batch, owned)
+            losses, outputs = self._forward(batch)
         else:
-            with self.autocast(watched):
-                losses, outputs, buffers, leaves = self._forward(state.params, buffers, batch, owned)
+            with self.autocast(params):
+                losses, outputs = self._forward(batch)
         total = losses["total"] if weight == 1 else losses["total"] * weight
-        if _versions(watched) != versions:
-            _refuse_writing(watched, versions)
+        if _versions(params) != versions:
+            _refuse_writing(params, versions)
         if times is not None:
             times.end("forward_s")
         # Not torch.func.grad_and_value: it takes longer, to the same bits; see benchmarks/step.py.
         grads = gradients_of(total, list(leaves.values()))
         if times is not None:
             times.end("backward_s")
-        return _Found(
+        return (
             dict(zip(leaves, grads, strict=True)),
             FrozenDict({name: loss.detach() for name, loss in losses.items()}),
             map_tensors(Tensor.detach, outputs),
-            buffers,
         )
 
-    def _forward(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any, owned: OwnedTensors | None
-    ) -> tuple[Losses, Any, FrozenDict, Mapping[str, Tensor]]:
-        """Return losses, outputs, what became of the buffers, and the leaves that gradients are taken of."""
+    def _forward(self, batch: Any) -> tuple[Losses, Any]:
         arguments, keywords = model_arguments(self.model, batch)
-        if owned is not None:
-            outputs, written = owned.call(buffers, arguments, keywords)
-            return with_total(self.loss(outputs, batch)), outputs, written, owned.leaves
-        inputs = {name: param.detach() for name, param in params.items()}
-        leaves = {name: inputs[name].requires_grad_() for name in self.optimizer.trainable(params)}
-        weights = {**inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
-        outputs = functional_call(self.model, weights, arguments, keywords)
-        # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
-        written = FrozenDict({name: weights[name].detach() for name in buffers})
-        return with_total(self.loss(outputs, batch)), outputs, written, leaves
+        outputs = self.model(*arguments, **keywords)
+        return with_total(self.loss(outputs, batch)), outputs
 
     def _applied(
         self,

@@ -251,3 +251,14 @@ def test_two_of_a_kind_are_told_apart():
         "MetricCallback/E2/val/accuracy",
         "mine",
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16, torch.float32])
+def test_means_of_any_type_are_taken_in_double_precision(dtype):
+    def third(outputs, batch):
+        return torch.tensor(1 if batch[0].sum() > 0 else 0, dtype=dtype)
+
+    batches = [(torch.full((200,), sign), torch.zeros(200)) for sign in (1.0, -1.0, 1.0)]
+    found = values(MetricCallback(every_n_epochs=1, dataset_key="val", metric=third), batches)["val/third"]
+    assert found.dtype == torch.float64
+    assert found.item() == pytest.approx(2 / 3, rel=1e-12)

@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -406,6 +409,51 @@ def test_an_evaluation_changes_the_mode_once_and_back_even_if_it_fails():
     assert model.training
 
 
+def test_a_model_that_is_trained_during_an_evaluation_is_evaluated_as_before():
+    model, batch = torch.nn.Dropout(0.5), (torch.ones(100, 1), torch.zeros(100, 1))
+    predict, state = forward(model, mse), TrainState()
+    with predict.evaluating():
+        for _ in range(3):
+            assert torch.equal(predict(state, batch)[1], batch[0])
+            model.train()  # as whoever makes the next batch may do
+    assert model.training
+
+
+class Returning(torch.nn.Linear):
+    """Returns a parameter as it is."""
+
+    def forward(self, x):
+        return {"out": super().forward(x), "bias": self.bias}
+
+
+def test_what_forward_returns_is_no_parameter():
+    model = Returning(2, 1)
+    state = TrainState.from_module(model)
+    predict = forward(model, lambda outputs, _: {"bias": outputs["bias"].sum(), "own": outputs["bias"][0]})
+    losses, outputs = predict(state, (torch.ones(3, 2),))
+    for tensor in (*losses.values(), *outputs.values()):
+        assert not tensor.requires_grad
+        assert tensor is not model.bias
+
+
+def test_a_module_that_was_replaced_is_not_taken_for_that_of_the_state():
+    model, batch = torch.nn.Sequential(torch.nn.Linear(2, 1)), (torch.ones(3, 2), torch.zeros(3, 1))
+    state, predict = TrainState.from_module(model), forward(model, mse)
+    expected = predict(state, batch)[1]
+    model[0] = torch.nn.Linear(2, 1)
+    assert torch.equal(predict(state, batch)[1], expected)
+
+
+def test_autocast_around_evaluations_remembers_no_weights():
+    model, batch = Square(), (torch.eye(2), torch.zeros(2, 2))
+    predict, state = forward(model, mse), TrainState.from_module(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = predict(state, batch)[1]
+        with torch.no_grad():
+            model.weight.mul_(2)
+        assert torch.equal(predict(state, batch)[1], before * 2)
+
+
 def test_forward_computes_in_a_precision():
     model, batch = Square(), (torch.eye(2), torch.zeros(2, 2))
     state = TrainState.from_module(model)
@@ -440,6 +488,17 @@ def test_a_model_is_given_of_a_mapping_what_it_names(batch):
         assert model_arguments(Taking(), batch) == ((), named)
         assert model_arguments(Any(), batch) == ((), batch)
         assert model_arguments(wrapped, batch) == ((), {"image": batch["image"]})
+
+
+def test_what_is_known_of_a_signature_keeps_no_model_alive():
+    model = Taking()
+    model.forward = partial(plain)
+    model.forward.__dict__["model"] = model
+    model_arguments(model, {"image": 1})
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_losses_are_named_and_summed():

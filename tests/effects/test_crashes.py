@@ -9,7 +9,7 @@ from faults import KINDS, Faults, Killed, Power, meets, restored
 from small_run import BEST, CALM, at, opened, train
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint
-from noether.effects import CheckpointError, LogError, checkpoints, lines, plan, run_directory, writing
+from noether.effects import CheckpointError, LogError, checkpoints, lines, pace, plan, run_directory, writing
 from noether.effects.disk import Disk
 from noether.effects.files import TEMPORARY, remove_all, write_new
 from noether.effects.listing import listed
@@ -201,7 +201,7 @@ def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind)
         except CheckpointError:
             pass
         except Killed:
-            lines._forget_after_fork()  # noqa: SLF001  # what ended has no memory
+            pace._forget()  # noqa: SLF001  # what ended has no memory
         faults.armed = False
         run.close()
         met = number < len(faults.names)

@@ -698,3 +698,78 @@ def test_no_end_of_a_run_loses_what_waits_for_the_summary(tmp_path, end):
         del run
         gc.collect()
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"at": 1.1}
+
+
+def test_what_waits_is_handed_over_at_an_event_of_which_there_is_nothing_to_say(tmp_path):
+    run = open_run(tmp_path / "run")
+    for update, time_s in enumerate((10.0, 10.5)):
+        run.interpreter((LogScalars({"x": update}), SetSummary({"x": update})), at(update), update_at(time_s))
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0]
+    run.interpreter((), at(2), update_at(10.9))
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0]
+    run.interpreter((), at(3), update_at(11.1))
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0, 1]
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"x": 1}
+    run.close()
+
+
+def test_what_waits_is_in_the_file_before_another_opens_the_run(tmp_path):
+    """Though the interpreter of the run that was let go is still there."""
+    first = open_run(tmp_path / "run")
+    interpreter = first.interpreter
+    for update in (1, 2, 3):
+        interpreter((LogScalars({"x": update}), SetSummary({"x": update})), at(update), update_at(1 + update / 10))
+    del first
+    gc.collect()
+    with open_run(tmp_path / "run") as second:
+        assert second.resume() is None
+        for update in (1, 2):
+            second.interpreter((LogScalars({"y": update}), SetSummary({"x": -1})), at(update), update_at(9 + update))
+    del interpreter
+    gc.collect()
+    assert [line["metrics"] for line in read(tmp_path / "run/metrics.jsonl")] == [{"y": 1}, {"y": 2}]
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"x": -1}
+
+
+FORKED = """
+import os, sys
+from noether import AfterEpoch, SetSummary, TrainState
+from noether.effects import open_run
+run = open_run(sys.argv[1])
+for number, time_s in enumerate((1.0, 1.1)):
+    run.interpreter((SetSummary({"best": number}),), TrainState(), AfterEpoch(time_s=time_s))
+child = os.fork()
+if child == 0:
+    sys.exit()
+run.interpreter((SetSummary({"best": 2}),), TrainState(), AfterEpoch(time_s=3.0))
+os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+def test_a_forked_process_writes_nothing_of_what_waits_for_the_summary(tmp_path):
+    program = tmp_path / "forked.py"
+    program.write_text(FORKED)
+    subprocess.run([sys.executable, str(program), str(tmp_path / "run")], check=True)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"best": 2}
+
+
+def test_a_closed_run_knows_nothing_of_its_summary_any_more(tmp_path):
+    first = open_run(tmp_path / "run")
+    first.interpreter((SetSummary({"a": 1}),), at(1), AfterTraining())
+    first.close()
+    with open_run(tmp_path / "run") as second:
+        second.interpreter((SetSummary({"b": 2}),), at(1), AfterTraining())
+    first.interpreter((SetSummary({"c": 3}),), at(1), AfterTraining())
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_what_could_not_be_written_to_the_summary_waits_on(tmp_path):
+    path, faults = tmp_path / "summary.json", Faults()
+    summary = Summary(path, Disk(faults))
+    faults.fail(0, "ENOSPC from then on")
+    with pytest.raises(OSError, match="No space left on device"):
+        setting(summary, a=1)
+    faults.armed = False
+    setting(summary, b=2)
+    assert json.loads(path.read_text()) == {"a": 1, "b": 2}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from enum import Enum
 from itertools import pairwise
 
 import pytest
@@ -261,3 +262,53 @@ def test_what_changes_in_the_model_or_its_loss_is_compiled_anew(monkeypatch):
     model.dropout.train()
     dropped = compiled(state, batch)[0].params["head.weight"]
     assert not torch.equal(dropped, found[-1])
+
+
+class Mode(Enum):
+    """What a loss does."""
+
+    MEAN = "mean"
+    SUM = "sum"
+
+
+MODE, REDUCTIONS = Mode.MEAN, {"reduce": torch.mean}
+
+
+def reduced(outputs, batch):
+    reduce = torch.sum if MODE is Mode.SUM else REDUCTIONS["reduce"]
+    return {"reduced": reduce((outputs - batch[1]).square())}
+
+
+@pytest.mark.parametrize("change", [("MODE", Mode.SUM), ("REDUCTIONS", {"reduce": torch.amax})])
+def test_values_of_any_kind_that_a_loss_reads_are_watched(monkeypatch, change):
+    torch.compiler.reset()
+    optimizer = FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1})
+    step = Step(model=nn.Linear(3, 2), loss=reduced, optimizer=optimizer, lr={"default": Constant(value=0.1)})
+    state, batch = TrainState.from_module(step.model), [(torch.ones(4, 3), torch.ones(4, 2))]
+    state = state.replace(opt_state=optimizer.init(state.params))
+    compiled = CompiledStep(step)
+    for _ in range(2):
+        (expected, _), (ours, _) = step(state, batch), compiled(state, batch)
+        assert apart(ours.params, expected.params) < TOLERANCE
+        monkeypatch.setitem(globals(), *change)
+
+
+def test_buffers_and_params_are_known_by_their_names():
+    torch.compiler.reset()
+    step = step_of(Net(), settings={"fused": True})
+    compiled, (state, _) = CompiledStep(step), trained(step, 2, begun(step))
+    trained(compiled, 1, state)
+    turned = state.replace(buffers=dict(reversed(state.buffers.items())), params=dict(reversed(state.params.items())))
+    (expected, _), (found, _) = trained(step, 1, turned), trained(compiled, 1, turned)
+    assert apart(found.params, expected.params) < TOLERANCE
+    assert apart(found.buffers, expected.buffers) < TOLERANCE
+
+
+def test_a_loop_without_gradients_compiles_as_well(caplog):
+    torch.compiler.reset()
+    step = step_of(Net(), settings={"fused": True})
+    state, _ = trained(step, 1, begun(step))
+    with torch.no_grad():
+        (expected, _), (found, _) = trained(step, 1, state), trained(CompiledStep(step), 1, state)
+    assert apart(found.params, expected.params) < TOLERANCE
+    assert not warnings_of(caplog)

@@ -8,6 +8,7 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from noether.core.callbacks import EMACallback
 from noether.core.donation import Donatable, DonatedError, lease
@@ -286,3 +287,68 @@ def test_the_first_memory_is_that_of_the_class(optimizer):
     assert same(values(after), values(expected))
     assert {name: tensor.data_ptr() for name, tensor in after.params.items()} == where
     assert same(values(trained(step, 2, after)), values(trained(pure, 2, expected)))
+
+
+class Rebinding(Plain):
+    """Puts other memory behind a parameter, which torch does not count as writing to it."""
+
+    def forward(self, x):
+        self.first.weight.data = self.first.weight.data.clamp(-1, 1)
+        return super().forward(x)
+
+
+def test_what_is_held_is_left_alone_though_the_model_let_go_of_it():
+    step = step_of(Rebinding().train(), "adamw fused", donate=True)
+    state, _ = step(given(begun(step)), [batch_of(0)])
+    for number in range(1, 4):
+        kept = lease(state)
+        before = copy.deepcopy(dict(kept.params))
+        state, _ = step(state, [batch_of(number)])
+        assert same(dict(kept.params), before)
+
+
+class HandsBack(torch.autograd.Function):
+    """Returns in its backward pass a parameter that requires gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return x * weight.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, ctx.weight
+
+
+class HandingBack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return {"out": HandsBack.apply(x, self.weight)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "sgd, nesterov", "adamw fused"])
+def test_no_graph_grows_behind_the_tensors(optimizer):
+    step = step_of(HandingBack().train(), optimizer, donate=True)
+    state = given(begun(step))
+    for number in range(3):
+        state, _ = step(state, [batch_of(number)])
+    assert not [name for name, tensor in tensors((state.params, state.opt_state)) if tensor.requires_grad]
+
+
+class Checkpointed(Plain):
+    """Computes its hidden layer again in the backward pass."""
+
+    def forward(self, x):
+        return {"out": self.second(checkpoint(self.first, x, use_reentrant=False).relu())}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_is_computed_again_in_the_backward_pass_has_the_weights_of_the_state(donate):
+    plain, again = (step_of(model.train(), "adamw fused", donate=donate) for model in (Plain(), Checkpointed()))
+    expected, found = given(begun(plain)), given(begun(again))
+    for number in range(4):
+        (expected, _), (found, _) = plain(expected, [batch_of(number)]), again(found, [batch_of(number)])
+        assert same(dict(found.params), dict(expected.params))

@@ -37,5 +37,7 @@ def test_a_tensor_of_another_class_is_left_to_torch():
 
 def test_a_loss_of_several_numbers_is_refused():
     leaf = torch.ones(3, requires_grad=True)
-    with pytest.raises(ValueError, match=r"the loss has shape \(3,\); .* take the mean over samples"):
+    with pytest.raises(ValueError, match=r"the loss has shape \(3,\) .* take the mean over samples"):
         gradients_of(leaf * 2, [leaf])
+    with pytest.raises(ValueError, match=r"type torch.complex64; a gradient is that of one real number"):
+        gradients_of(leaf.sum() * 1j, [leaf])

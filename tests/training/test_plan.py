@@ -157,6 +157,11 @@ def forgets(state, event):
 both = compose(FixedUpdateEarlyStopping(stop_at_epoch=2), CheckpointCallback(every_n_updates=3, keep=1))
 
 
+class SavesOutputs(PeriodicCallback):
+    def periodic_callback(self, state, event, interval):
+        return state, (SaveCheckpoint(tag=f"{state.iteration}_{event.outputs[0].shape[-1]}"),)
+
+
 class Confusion(PeriodicCallback):
     dataset_key: str
 
@@ -393,6 +398,14 @@ def test_whom_a_plan_did_not_ask_everywhere_it_names(folder):
         "tagged: asked at the first 12 firings and the last; "
         "a checkpoint that is asked for only in between is not counted"
     )
+
+
+def test_what_reads_outputs_is_asked(folder, monkeypatch):
+    plan = only(["kind: mine.SavesOutputs, every_n_updates: 9", SAVER])
+    _, disk = trained("only.yaml", [], monkeypatch)
+    assert plan.notes == ()
+    assert plan.callbacks[0].checkpoints.written == (6, 6)
+    check_exactly(plan, disk)
 
 
 def test_who_may_stop_the_run_is_named(folder):

@@ -335,7 +335,7 @@ class _Collected:
 def _summed(name: str, of_batch: torch.Tensor, samples: int) -> tuple[torch.Tensor, int]:
     """Return a tensor and the factor with which it is the sum over the samples of a batch."""
     if not of_batch.ndim:
-        return of_batch, samples
+        return of_batch if of_batch.is_floating_point() else of_batch.double(), samples
     if of_batch.shape != (samples,):
         right = "return one value for each sample, (batch,), or their mean, ()"
         raise ValueError(f"{name!r} has shape {tuple(of_batch.shape)} for {samples} samples; {right}")
