@@ -16,16 +16,17 @@ from noether.core.batch import batch_size, model_arguments
 from noether.core.module import with_total
 from noether.core.tree import FrozenDict, map_tensors
 from noether.training import kernels
+from noether.training.outputs import outputs_of
 from noether.training.owned import OwnedTensors
 from noether.training.schedules import Constant
-from noether.training.step import outputs_of
 from noether.training.sums import Sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from noether.core.state import TrainState
-    from noether.training.step import Accumulated, Step, StepOutputs
+    from noether.training.outputs import Accumulated, StepOutputs
+    from noether.training.step import Step
 
 _LOGGER: Final = logging.getLogger(__name__)
 _WORDS: Final = 60

@@ -17,6 +17,7 @@ from noether.core.donation import Donatable
 from noether.core.module import with_total
 from noether.core.tree import FrozenDict, map_tensors
 from noether.training.gradients import gradients_of
+from noether.training.outputs import Accumulated, outputs_of
 from noether.training.owned import OwnedTensors
 from noether.training.randomness import derive, seed_torch
 from noether.training.sums import Sums
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from noether.core.state import TrainState
     from noether.training.optimizer import FunctionalOptimizer
+    from noether.training.outputs import StepOutputs
     from noether.training.schedules import ValueSchedule
 
     Losses = Mapping[str, Tensor]
@@ -35,45 +37,6 @@ if TYPE_CHECKING:
 _SHOWN: Final = 3
 
 Nonfinite = Literal["apply", "skip", "raise"]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Accumulated:
-    """What one accumulation step gave, for those who listen.
-
-    Args:
-        losses: Mean loss of the micro-batch by name.
-        outputs: What the model returned.
-        samples: Samples in the micro-batch.
-        accumulation_step: Index of the micro-batch in its update.
-        accumulation_steps: Micro-batches of this update.
-    """
-
-    losses: Losses
-    outputs: Any
-    samples: int
-    accumulation_step: int
-    accumulation_steps: int
-
-
-@final
-@dataclass(kw_only=True)  # not frozen: that takes longer to make, and it lives until the event is made of it
-class StepOutputs:
-    """What an update gave beside the new state; the fields are those of `AfterUpdate`."""
-
-    samples: int
-    losses: Losses
-    outputs: tuple[Any, ...]
-    accumulated: tuple[int, ...]
-    lr: Mapping[str, float]
-    weight_decay: Mapping[str, float]
-    grad_norm: Tensor | None
-    finite: Tensor | bool | None
-    skipped: bool = False
-    forward_s: float | None = None
-    backward_s: float | None = None
-    optimizer_s: float | None = None
 
 
 class _Found(NamedTuple):
@@ -159,7 +122,7 @@ class Step:
 
         Raises:
             FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
-            ValueError: If the model writes to its parameters.
+            ValueError: If the model writes to its parameters, or the loss is not one real number.
         """
         if not torch.is_grad_enabled():
             with torch.enable_grad():
@@ -363,33 +326,6 @@ class Step:
             return nullcontext()
         device = next(iter(params.values())).device.type
         return torch.autocast(device, dtype=self.precision)
-
-
-def outputs_of(
-    losses: FrozenDict,
-    outputs: tuple[Any, ...],
-    accumulated: tuple[int, ...],
-    settings: Mapping[str, Mapping[str, float]],
-    **readings: Any,
-) -> StepOutputs:
-    """Return what an update gave.
-
-    Args:
-        losses: Mean losses of the update by name.
-        outputs: Of each micro-batch.
-        accumulated: Samples of each micro-batch.
-        settings: Settings of the optimizer by group.
-        readings: The other fields.
-    """
-    return StepOutputs(
-        samples=sum(accumulated),
-        losses=losses,
-        outputs=outputs,
-        accumulated=accumulated,
-        lr=FrozenDict({group: values["lr"] for group, values in settings.items()}),
-        weight_decay=FrozenDict({g: v["weight_decay"] for g, v in settings.items() if "weight_decay" in v}),
-        **readings,
-    )
 
 
 def _entries(grad: Tensor) -> Tensor:

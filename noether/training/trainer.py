@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.training.compiled import CompiledStep
     from noether.training.data import TrainingData
-    from noether.training.step import Accumulated, Step
+    from noether.training.outputs import Accumulated
+    from noether.training.step import Step
     from noether.training.streams import StreamedData
 
 

@@ -18,9 +18,10 @@ from noether.config.optimizer_settings import ParamGroup
 from noether.core.tree import storages, tensors
 from noether.testing import same
 from noether.training.optimizer import FunctionalOptimizer
+from noether.training.outputs import Accumulated
 from noether.training.randomness import derive
 from noether.training.schedules import Constant, Cosine
-from noether.training.step import Accumulated, Step
+from noether.training.step import Step
 
 UPDATES = 25
 SEED = 3
