@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
-import torch
 from torch import Tensor
 
 from noether.core.donation import Donatable, Owned
@@ -122,8 +121,7 @@ class OwnedTensors:
         names = tuple(grads)
         if self._writer is None or self._writer[0] != names:
             self._writer = names, optimizer.writer(self.opt_state, self.params, names)
-        with torch.no_grad():  # a backward pass of somebody's own may return what requires gradients
-            self._writer[1](grads, settings)
+        self._writer[1](grads, settings)
 
     def unshare(self) -> None:
         """Have copies take the place of tensors that others hold, so that all may be written to."""
