@@ -13,7 +13,7 @@ is taken within each round, and the tables show medians over rounds with quartil
 Goals: an idle update takes the same time for 1 and for 1,000 callbacks, within 10 %, and at most half of an advance;
 firing a callback takes at most two replaces, its own work aside.
 
-Both are met: 0.23 of an advance, for 1 callback as for 1,000, and 0.5 to 0.7 replaces. Beside one that is due at every
+Both are met: 0.23 of an advance, for 1 callback as for 1,000, and 0.3 to 0.4 replaces. Beside one that is due at every
 update, those that are not are skipped as well.
 """
 

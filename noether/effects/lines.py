@@ -68,10 +68,10 @@ class LinesFile:
     """Appends one line of JSON for each event that there is something to say of.
 
     Lines of updates wait, and are handed to the operating system together: once a second by the time of their events,
-    a thousand of them at most, and with the line of any other event. So a process that is killed loses those of one
-    second at most, and none that a checkpoint counts: `written` counts what was handed over, and hands over before. All
-    that waited is written in one call, so that a crash can tear the end of the file only. What was written is on the
-    disk when `flush` says so; it may be called in another thread than `write`.
+    a thousand of them at most, and with the line of any other event. A process that is killed loses what waits, and
+    nothing that a checkpoint counts: `written` counts what was handed over, and hands over before. All that waited is
+    written in one call, so that a crash can tear the end of the file only. What was written is on the disk when `flush`
+    says so; it may be called in another thread than `write`.
 
     Args:
         path: The file; made at the first line.
