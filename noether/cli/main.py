@@ -180,6 +180,8 @@ def _refusals() -> Iterator[None]:
             yield
     except ConfigError as error:
         raise _Failure(error, _CONFIG_ERROR) from error
+    except BrokenPipeError:
+        raise  # whoever read the output has enough, as `head` has: click ends without a word
     except Exception as error:
         if isinstance(error, _mendable()):
             raise _Failure(error, 1) from error

@@ -21,6 +21,7 @@ from command import (
     noether,
     only_run,
     pointer,
+    start,
     weights,
 )
 
@@ -273,3 +274,14 @@ def test_the_digits_are_learned(tmp_path):
     run = only_run(tmp_path / "digits")
     assert json.loads((run / "summary.json").read_text())["val/accuracy/best"] >= 0.985
     assert max(line["metrics"].get("val/accuracy", 0) for line in lines(run)) >= 0.985
+
+
+def test_whoever_has_read_enough_ends_no_run(folder):
+    """As `noether train ... | head` does, which closes the pipe after some lines."""
+    with start("train", "small.yaml", cwd=folder) as process:
+        assert process.stdout.readline().startswith("E0_U0_S0")
+        process.stdout.close()
+        told = process.stderr.read()
+    assert told.count("console failed, and what it was given is lost; training goes on") == 1
+    assert "Error" not in told.replace("BrokenPipeError", "")
+    assert json.loads((only_run(folder / "out/small") / "summary.json").read_text())["ending"].startswith("ended at E2")
