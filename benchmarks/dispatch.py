@@ -47,7 +47,7 @@ _ADVANCE, _REPLACE = "state.advance", "dataclasses.replace"
 class Nothing(PeriodicCallback):
     """Does nothing when it is due."""
 
-    def periodic_callback(self, state: TrainState, event: Any, interval: Any) -> tuple[TrainState, tuple[()]]:  # noqa: ARG002
+    def periodic_callback(self, state: TrainState, event: Any, interval: Any) -> tuple[TrainState, tuple[()]]:  # noqa: ARG002  # a hook
         """Return the state as it is."""
         return state, ()
 
@@ -81,7 +81,7 @@ def lightning(intervals: Sequence[int]) -> Tell:
         def __init__(self, n: int) -> None:
             self.n = n
 
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002  # a hook
             if (batch_idx + 1) % self.n:
                 return
 
@@ -101,7 +101,7 @@ def keras(intervals: Sequence[int]) -> Tell:
             super().__init__()
             self.n = n
 
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002  # a hook
             if (batch + 1) % self.n:
                 return
 
@@ -113,7 +113,7 @@ def clu(intervals: Sequence[int]) -> Tell:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it imports TensorFlow
     from clu.periodic_actions import PeriodicCallback as Action
 
-    actions = [Action(every_steps=n, callback_fn=lambda step, t: None) for n in intervals]  # noqa: ARG005
+    actions = [Action(every_steps=n, callback_fn=lambda step, t: None) for n in intervals]  # noqa: ARG005  # a hook
     steps = count(1)
 
     def tell() -> None:

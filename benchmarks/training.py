@@ -104,7 +104,7 @@ class Batches:
         self._begun_s.append(self._clock_s())
         return iter(self._batches)
 
-    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002
+    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002  # as it is asked
         """Return the state and the batch of its next update, as noether's trainer asks for it."""
         index = state.iteration.update % len(self._batches)
         if not index:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LEVELS: Final = 100
 """How deep trees may be nested: far less than what Python's own stack takes of whoever walks them."""
+NUMBER_TYPES: Final = frozenset({float, int, bool})
 NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 

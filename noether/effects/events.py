@@ -121,8 +121,8 @@ def _recorded(line: Mapping[str, Any]) -> Recorded:
 
 def _fields(event: Event) -> dict[str, Any]:
     """Return the fields of an event that are its own and not as by default."""
-    values = {name: getattr(event, name) for name in _DEFAULTS[type(event)]}
-    return {name: values[name] for name, default in _DEFAULTS[type(event)].items() if values[name] is not default}
+    defaults = _DEFAULTS[type(event)].items()
+    return {name: value for name, default in defaults if (value := getattr(event, name)) is not default}
 
 
 _DEFAULTS: Final[dict[type, dict[str, Any]]] = {

@@ -9,6 +9,7 @@ import torch
 from noether.core.effect import Effect, LogScalars
 from noether.core.errors import nearest
 from noether.core.tree import FrozenDict
+from noether.effects.encoding import NUMBER_TYPES
 from noether.effects.merging import merge
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 
 _NONE: Final[tuple[Handler, ...]] = ()
-_NUMBERS: Final = frozenset({float, int, bool})
 
 
 class UnhandledEffectError(LookupError):
@@ -116,7 +116,7 @@ class Interpreter:
 
 def _on_host(effect: Effect) -> Effect:
     """Return scalars as numbers; those on an accelerator come over together."""
-    if not isinstance(effect, LogScalars) or _NUMBERS.issuperset(map(type, effect.values.values())):
+    if not isinstance(effect, LogScalars) or NUMBER_TYPES.issuperset(map(type, effect.values.values())):
         return effect
     numbers = dict(effect.values)
     away = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.disk import DISK
-from noether.effects.encoding import plain
+from noether.effects.encoding import NUMBER_TYPES, plain
 from noether.effects.files import read_file, replace_text
 from noether.effects.lines import LinesFile, LogError, place
 from noether.effects.pace import Pace, forget_in_children
@@ -37,12 +37,9 @@ def metrics_file(path: Path, run_id: str = "", disk: Disk = DISK) -> LinesFile:
 def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Event) -> dict[str, Any]:
     # A copy, and no tensors: the line may wait.
     values = dict(effect.values)
-    if not _NUMBERS.issuperset(map(type, values.values())):
+    if not NUMBER_TYPES.issuperset(map(type, values.values())):
         values = plain(values)
     return {"run": run_id, **place(state, event), "metrics": values}
-
-
-_NUMBERS: Final = frozenset({float, int, bool})
 
 
 class Summary:

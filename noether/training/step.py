@@ -147,10 +147,10 @@ class Step:
         """Return what callbacks remembered, the weighted sums over the micro-batches, and the outputs of each."""
         grads, losses, outputs, buffers, update = Sums(), Sums(), [], state.buffers, sum(samples)
         for index, (batch, size) in enumerate(zip(batches, samples, strict=True)):
-            found = self._gradients(state, buffers, batch, size / update, times)
+            weight = size / update
+            found = self._gradients(state, buffers, batch, weight, times)
             grads.add(found.grads)
-            weighted = ((name, loss * (size / update)) for name, loss in found.losses.items())
-            losses.add(dict(weighted) if size < update else found.losses)
+            losses.add(found.losses if weight == 1 else {name: loss * weight for name, loss in found.losses.items()})
             outputs.append(found.outputs)
             buffers = found.buffers
             if observe is not None:
