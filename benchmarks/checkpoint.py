@@ -29,7 +29,7 @@ from torch import nn
 
 from benchmarks.measuring import Table, markdown_option, quartiles, show
 from noether import AfterUpdate, SaveCheckpoint, TrainState
-from noether.core.tree import tensors
+from noether.core.tensors.tree import tensors
 from noether.effects import open_run
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from benchmarks.measuring import Table, markdown_option, often, quartiles, ratio
 from benchmarks.memory import make_model
 from noether import AfterUpdate, BeforeTraining, TrainState, compose
 from noether.core.callbacks import EMACallback
-from noether.core.donation import Donatable
+from noether.core.tensors.donation import Donatable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

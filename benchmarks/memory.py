@@ -26,10 +26,10 @@ from torch.nn import functional
 
 from benchmarks.measuring import Table, markdown_option, quartiles, ratios, show
 from noether import TrainState
-from noether.core.donation import donated
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.schedules import Constant
-from noether.training.step import Step
+from noether.core.tensors.donation import donated
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
+from noether.training.value_schedules import Constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

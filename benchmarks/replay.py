@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measuring import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
 from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, Run, TrainingIteration, TrainState, compose
-from noether.cli.replaying import decides
+from noether.cli.replay import decides
 from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,
@@ -30,11 +30,11 @@ from noether.core.callbacks import (
     OnlineLossCallback,
     ProgressCallback,
 )
-from noether.core.upcoming import Move, next_move
+from noether.core.loop import Move, next_move
 from noether.effects import open_run
-from noether.effects.disk import DISK
-from noether.effects.events import read_events
-from noether.training.replay import replay, to_line
+from noether.effects.disk.calls import DISK
+from noether.effects.logs.events import read_events
+from noether.planning.replay import replay, to_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -26,9 +26,9 @@ from torch import nn
 from benchmarks.measuring import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
 from noether import AfterUpdate, SaveCheckpoint, TrainState
 from noether.effects import open_run
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.schedules import Constant
-from noether.training.step import Step
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
+from noether.training.value_schedules import Constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,15 +17,15 @@ from torch.func import functional_call, grad_and_value
 
 from benchmarks.measuring import Table, markdown_option, quartiles, show
 from noether import TrainingIteration, TrainState
-from noether.core.batch import model_arguments
-from noether.core.module import with_total
-from noether.core.tree import FrozenDict
+from noether.core.tensors.batch import model_arguments
+from noether.core.tensors.module import with_total
+from noether.core.tensors.tree import FrozenDict
 from noether.examples.digits import ConvNet, Digits, cross_entropy
 from noether.testing import same
-from noether.training.data import TrainingData
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.schedules import Constant
-from noether.training.step import Step, _Found
+from noether.training.data.indexed import TrainingData
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step, _Found
+from noether.training.value_schedules import Constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -49,8 +49,8 @@ from noether.config import load
 from noether.core.callbacks import EvaluateCallback
 from noether.effects import open_run
 from noether.examples.digits import ConvNet
-from noether.training.compiled import CompiledStep
 from noether.training.experiment import Experiment, build
+from noether.training.step.compiled import CompiledStep
 from noether.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from noether import TrainState
-    from noether.training.step import Step
+    from noether.training.step.step import Step
 
     Train = Callable[[Path], "Trained"]
 

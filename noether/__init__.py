@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from noether.core.callback import Callback
     from noether.core.combinators import callback, every_n_epochs, every_n_samples, every_n_updates, on, when
-    from noether.core.dispatch import dispatch
-    from noether.core.donation import lease
     from noether.core.effect import (
         Effect,
         LogScalars,
@@ -28,13 +26,14 @@ if TYPE_CHECKING:
         Event,
     )
     from noether.core.iteration import TrainingIteration
+    from noether.core.loop import Move, dispatch, next_move
     from noether.core.metrics import current, log
-    from noether.core.module import forward
     from noether.core.reducer import Reducer, compose, identity
     from noether.core.run import Run
-    from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+    from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
     from noether.core.state import TrainState
-    from noether.core.upcoming import Move, next_move
+    from noether.core.tensors.donation import lease
+    from noether.core.tensors.module import forward
 
 __all__ = [
     "AfterAccumulationStep",
@@ -84,24 +83,24 @@ _HOMES = {
     "AfterEpoch": "noether.core.event",
     "AfterTraining": "noether.core.event",
     "AfterUpdate": "noether.core.event",
-    "At": "noether.core.schedule",
+    "At": "noether.core.schedules.schedule",
     "AtEval": "noether.core.event",
     "BeforeTraining": "noether.core.event",
     "Callback": "noether.core.callback",
     "Effect": "noether.core.effect",
     "Event": "noether.core.event",
-    "EveryNEpochs": "noether.core.schedule",
-    "EveryNSamples": "noether.core.schedule",
-    "EveryNUpdates": "noether.core.schedule",
+    "EveryNEpochs": "noether.core.schedules.schedule",
+    "EveryNSamples": "noether.core.schedules.schedule",
+    "EveryNUpdates": "noether.core.schedules.schedule",
     "LogScalars": "noether.core.effect",
     "LogText": "noether.core.effect",
     "MeasurePeakMemory": "noether.core.effect",
-    "Move": "noether.core.upcoming",
+    "Move": "noether.core.loop",
     "Reducer": "noether.core.reducer",
     "Run": "noether.core.run",
     "SaveCheckpoint": "noether.core.effect",
     "SaveTensors": "noether.core.effect",
-    "Schedule": "noether.core.schedule",
+    "Schedule": "noether.core.schedules.schedule",
     "SetSummary": "noether.core.effect",
     "ShowProgress": "noether.core.effect",
     "TrainState": "noether.core.state",
@@ -109,15 +108,15 @@ _HOMES = {
     "callback": "noether.core.combinators",
     "compose": "noether.core.reducer",
     "current": "noether.core.metrics",
-    "dispatch": "noether.core.dispatch",
+    "dispatch": "noether.core.loop",
     "every_n_epochs": "noether.core.combinators",
     "every_n_samples": "noether.core.combinators",
     "every_n_updates": "noether.core.combinators",
-    "forward": "noether.core.module",
+    "forward": "noether.core.tensors.module",
     "identity": "noether.core.reducer",
-    "lease": "noether.core.donation",
+    "lease": "noether.core.tensors.donation",
     "log": "noether.core.metrics",
-    "next_move": "noether.core.upcoming",
+    "next_move": "noether.core.loop",
     "on": "noether.core.combinators",
     "when": "noether.core.combinators",
 }

@@ -50,7 +50,7 @@ def train(  # one parameter per option
         raise click.UsageError("--smoke tries a CONFIG; it does not go with --resume")
     if drop_memory and resume is None:
         raise click.UsageError("--drop-memory goes with --resume")
-    from noether.cli import running
+    from noether.cli import train as running
 
     with _refusals():
         if config is not None and smoke:
@@ -71,7 +71,7 @@ def evaluate(
     run_dir: Path, checkpoint: str, weights: str | None, settings: tuple[str, ...], allow: tuple[str, ...]
 ) -> None:
     """Evaluate a checkpoint of the run in RUN_DIR with the data iterators among its callbacks."""
-    from noether.cli import evaluating
+    from noether.cli import evaluate as evaluating
 
     with _refusals():
         evaluating.evaluate(run_dir, checkpoint, weights, settings, allow)
@@ -96,7 +96,7 @@ def replay(
     allow: tuple[str, ...],
 ) -> None:
     """Tell callbacks the events of the run in RUN_DIR again, and show what they decide. It needs `trainer.record`."""
-    from noether.cli import replaying
+    from noether.cli import replay as replaying
 
     with _refusals():
         replaying.show(run_dir, callbacks, at, allow, log=log)
@@ -113,7 +113,7 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
     with _refusals():
         loaded = load(config, settings, allow)
         # These bring torch along; what was refused above did not have to wait for it.
-        from noether.cli.running import check_services
+        from noether.cli.train import check_services
         from noether.training.experiment import build
 
         check_services(loaded)
@@ -142,7 +142,7 @@ def plan(  # one parameter per option
     """Say what a run of CONFIG will do: what fires, is saved and is evaluated. Nothing is trained or written."""
     if at is not None and between is not None:
         raise click.UsageError("--at and --between do not go together")
-    from noether.cli import planning
+    from noether.cli.plan import command as planning
     from noether.config import load
 
     with _refusals():
@@ -156,7 +156,7 @@ def plan(  # one parameter per option
 @_ALLOW
 def callbacks(kind: str | None, allow: tuple[str, ...]) -> None:
     """List the known callbacks, or show settings, documentation and YAML of KIND: a name or a dotted path."""
-    from noether.cli import describing
+    from noether.cli import callbacks as describing
 
     with _refusals():
         if kind is None:
@@ -195,7 +195,7 @@ def _mendable() -> tuple[type[Exception], ...]:
     from noether.core.metrics import MetricError
     from noether.core.reducer import UnclaimedMemoryError
     from noether.effects import CheckpointError, LockedError, LogError, UnhandledEffectError
-    from noether.training.replay import ReplayError
+    from noether.planning.replay import ReplayError
 
     return (
         CheckpointError,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from noether.core.effect import Effect
     from noether.core.event import Event
-    from noether.core.gate import Gate
+    from noether.core.schedules.gate import Gate
     from noether.core.state import Memory, TrainState
 
 Effects = tuple["Effect", ...]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callback import declaration_of, idle_of, init_of, label_of, listens
 from noether.core.event import AfterUpdate, Event
-from noether.core.gate import Gate
 from noether.core.reducer import Reducer
-from noether.core.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
-from noether.core.tree import FrozenDict
+from noether.core.schedules.gate import Gate
+from noether.core.schedules.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -8,9 +8,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from noether.core.callback import Callback, Declaration, declaration_of, init_of
-from noether.core.coverage import covers
 from noether.core.errors import nearest
 from noether.core.metrics import matches
+from noether.core.schedules.coverage import covers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from noether.core.effect import Effect, LogScalars
 from noether.core.errors import nearest
 from noether.core.event import BeforeTraining
 from noether.core.state import Measured
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

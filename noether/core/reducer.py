@@ -9,16 +9,16 @@ from noether.core.declarations import check_declarations
 from noether.core.errors import nearest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import matches
-from noether.core.schedule import Window
-from noether.core.tree import FrozenDict, check_memory, freeze, storages
-from noether.core.waiting import Waiting
+from noether.core.schedules.schedule import Window
+from noether.core.schedules.waiting import Waiting
+from noether.core.tensors.tree import FrozenDict, check_memory, freeze, storages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
-    from noether.core.schedule import Schedule
+    from noether.core.schedules.schedule import Schedule
     from noether.core.state import Memory, TrainState
 
     _Call = tuple[Callback, Callback]  # a member, and what is called in its place

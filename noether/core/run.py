@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from noether.core.batch import batch_size
 from noether.core.iteration import COUNTERS, Counter, TrainingIteration
+from noether.core.tensors.batch import batch_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

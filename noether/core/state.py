@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from noether.core.iteration import TrainingIteration
-from noether.core.tree import FrozenDict, freeze
+from noether.core.tensors.tree import FrozenDict, freeze
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,7 +96,7 @@ class TrainState:
             >>> sorted(TrainState.from_module(torch.nn.Linear(2, 1)).params)
             ['bias', 'weight']
         """
-        from noether.core import module
+        from noether.core.tensors import module
 
         if saved is not None:
             module.write_into(saved, model, optimizer)

@@ -8,8 +8,8 @@ import torch
 
 from noether.core.effect import Effect, LogScalars
 from noether.core.errors import nearest
-from noether.core.tree import FrozenDict
-from noether.effects.encoding import NUMBER_TYPES
+from noether.core.tensors.tree import FrozenDict
+from noether.effects.disk.encoding import NUMBER_TYPES
 from noether.effects.merging import merge
 
 if TYPE_CHECKING:

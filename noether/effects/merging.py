@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Final
 
 from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,20 +17,20 @@ from noether.core.effect import (
     ShowProgress,
 )
 from noether.core.event import AfterEpoch, AfterUpdate
-from noether.effects.checkpoints import CheckpointStore
-from noether.effects.console import Console
-from noether.effects.disk import DISK
-from noether.effects.files import make_directories, replace_file
+from noether.effects.checkpoints.listing import CheckpointError
+from noether.effects.checkpoints.saver import Saver
+from noether.effects.checkpoints.store import CheckpointStore
+from noether.effects.disk.calls import DISK
+from noether.effects.disk.files import make_directories, replace_file
+from noether.effects.disk.lock import RunLock
+from noether.effects.disk.tensor_files import tensor_pieces
 from noether.effects.interpreter import Interpreter
-from noether.effects.lines import UNKNOWN, LinesFile, LogCount
-from noether.effects.listing import CheckpointError
-from noether.effects.lock import RunLock
-from noether.effects.logs import Summary, metrics_file
-from noether.effects.memory import PeakMemory
-from noether.effects.pace import Pace
-from noether.effects.saving import Saver
-from noether.effects.sinks import Sinks
-from noether.effects.tensor_files import tensor_pieces
+from noether.effects.logs.console import Console
+from noether.effects.logs.flushing import Pace
+from noether.effects.logs.jsonl import UNKNOWN, LinesFile, LogCount
+from noether.effects.logs.peak_memory import PeakMemory
+from noether.effects.logs.sinks import Sinks
+from noether.effects.logs.summary import Summary, metrics_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.state import TrainState
-    from noether.effects.disk import Disk
+    from noether.effects.checkpoints.saver import OnError
+    from noether.effects.disk.calls import Disk
     from noether.effects.interpreter import Handler
-    from noether.effects.lines import ToLine
-    from noether.effects.saving import OnError
+    from noether.effects.logs.jsonl import ToLine
 
     Interpret = Callable[[Effects, TrainState, Event], None]
 

@@ -49,9 +49,9 @@ from torch.nn.utils import get_total_norm
 
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.tree import map_tensors
-from noether.integrations.live import LiveRun
-from noether.integrations.lr_scheduler import SchedulerMemory
+from noether.core.tensors.tree import map_tensors
+from noether.session.scheduler import SchedulerMemory
+from noether.session.session import LiveRun
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

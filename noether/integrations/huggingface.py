@@ -55,17 +55,17 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from noether.core.iteration import TrainingIteration
-from noether.core.module import forward, write_into, write_optimizer
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.tree import map_tensors
-from noether.effects.disk import DISK
-from noether.effects.files import make_directories, replace_file
-from noether.effects.tensor_files import read_tensors, tensor_pieces
+from noether.core.tensors.module import forward, write_into, write_optimizer
+from noether.core.tensors.tree import map_tensors
+from noether.effects.disk.calls import DISK
+from noether.effects.disk.files import make_directories, replace_file
+from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
 from noether.integrations.accelerate import lengths
-from noether.integrations.live import LiveRun, filled
-from noether.integrations.lr_scheduler import SchedulerMemory, position
-from noether.integrations.remembering import remembered
+from noether.session.memory import remembered
+from noether.session.scheduler import SchedulerMemory, position
+from noether.session.session import LiveRun, filled
 
 if TYPE_CHECKING:
     from collections.abc import Callable

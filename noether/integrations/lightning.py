@@ -37,10 +37,10 @@ from torch.nn.utils import get_total_norm
 
 from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
-from noether.integrations.lengths import lengths_of
-from noether.integrations.live import LiveRun
-from noether.integrations.lr_scheduler import SchedulerMemory
-from noether.integrations.outputs import losses_of
+from noether.integrations.losses import losses_of
+from noether.session.lengths import lengths_of
+from noether.session.scheduler import SchedulerMemory
+from noether.session.session import LiveRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -3,9 +3,9 @@
 It needs hypothesis: `pip install 'noether[testing]'`. Strategies are in `noether.testing.strategies`.
 """
 
-from noether.testing.compare import assert_same, differences, same
+from noether.testing.comparison import assert_same, differences, same
 from noether.testing.laws import check_composition, check_independent, check_rank_agreement, check_resumable
-from noether.testing.proving import LawError
+from noether.testing.proof import LawError
 from noether.testing.purity import ImpureError, called_purely, check_pure
 from noether.testing.schedule_laws import check_schedule
 from noether.testing.traces import Driven, Reading, Trace, drive, effects_of

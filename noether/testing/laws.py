@@ -11,11 +11,11 @@ from noether.core.callback import label_of
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep
 from noether.core.reducer import compose, identity
-from noether.effects.checkpoints import CheckpointStore
-from noether.effects.disk import Disk, fsync
-from noether.testing.compare import differences, same
-from noether.testing.feeding import fed, feeder
-from noether.testing.proving import LawError, hold
+from noether.effects.checkpoints.store import CheckpointStore
+from noether.effects.disk.calls import Disk, fsync
+from noether.testing.comparison import differences, same
+from noether.testing.metric_feed import fed, feeder
+from noether.testing.proof import LawError, hold
 from noether.testing.strategies import cuts, runs
 from noether.testing.traces import Driven, Trace, drive
 
@@ -57,7 +57,7 @@ def check_resumable(callback: Callback, *, traces: Traces = None, examples: int 
         ...     return state, (LogText(f"update {len(seen)}"),)
         >>> check_resumable(forgetful)
         Traceback (most recent call last):
-        noether.testing.proving.LawError: forgetful does not go on after a resume as it would have without one...
+        noether.testing.proof.LawError: forgetful does not go on after a resume as it would have without one...
     """
     complete = fed(callback)
 
@@ -141,7 +141,7 @@ def check_independent(a: Callback, b: Callback, *, traces: Traces = None, exampl
         >>> check_independent(scaling(lambda scale: scale / 2), scaling(lambda scale: scale / 4))
         >>> check_independent(scaling(lambda scale: scale / 2), scaling(lambda scale: scale + 1))
         Traceback (most recent call last):
-        noether.testing.proving.LawError: scale and scale depend on their order...
+        noether.testing.proof.LawError: scale and scale depend on their order...
     """
     metrics = feeder(compose(a, b))
     one, other = compose(metrics, a, b), compose(metrics, b, a)
@@ -178,7 +178,7 @@ def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples:
         ...     return (state.stopped("slow") if event.duration_s > 1 else state), ()
         >>> check_rank_agreement(impatient)
         Traceback (most recent call last):
-        noether.testing.proving.LawError: impatient does not decide the same on every rank...
+        noether.testing.proof.LawError: impatient does not decide the same on every rank...
     """
     complete = fed(callback)
 

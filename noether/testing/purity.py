@@ -19,10 +19,10 @@ import torch
 
 from noether.core.callback import label_of
 from noether.core.reducer import compose
-from noether.core.tree import tensors
-from noether.testing.compare import same
-from noether.testing.feeding import fed
-from noether.testing.proving import LawError, hold
+from noether.core.tensors.tree import tensors
+from noether.testing.comparison import same
+from noether.testing.metric_feed import fed
+from noether.testing.proof import LawError, hold
 from noether.testing.strategies import runs
 from noether.testing.traces import drive
 

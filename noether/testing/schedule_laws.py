@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from hypothesis import strategies as st
 
 from noether.core.iteration import TrainingIteration
-from noether.testing.proving import LawError, hold
+from noether.testing.proof import LawError, hold
 from noether.testing.strategies import batch_sizes, run_lengths
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from noether.core.iteration import Counter
     from noether.core.run import Run
-    from noether.core.schedule import Schedule
+    from noether.core.schedules.schedule import Schedule
 
 _EXAMPLES: Final = 200
 
@@ -42,7 +42,7 @@ def check_schedule(schedule: Schedule, *, examples: int = _EXAMPLES) -> None:
         ...         return iteration.sample % self.n == 0
         >>> check_schedule(Remainder(3))
         Traceback (most recent call last):
-        noether.testing.proving.LawError: Remainder ...
+        noether.testing.proof.LawError: Remainder ...
     """
     ends = st.tuples(*[st.integers(0, 1000)] * 3).map(sorted)
     hold(lambda run, places: _check_count(schedule, run, places), run_lengths(), ends, examples=examples)

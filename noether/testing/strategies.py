@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.run import Run
-from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
 from noether.core.state import Measured, TrainState
 from noether.testing.traces import Reading, Trace
 

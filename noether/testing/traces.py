@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 import torch
 
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
 from noether.core.state import TrainState
-from noether.core.tree import FrozenDict
-from noether.core.upcoming import Move, next_move
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

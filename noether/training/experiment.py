@@ -23,18 +23,18 @@ from noether.core.declarations import DeclarationError, check_declarations
 from noether.core.errors import Problem, SettingsError
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import matches
-from noether.core.module import forward
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tree import cloned
+from noether.core.tensors.module import forward
+from noether.core.tensors.tree import cloned
 from noether.effects import CheckpointError
-from noether.training.data import EvaluationData, TrainingData
-from noether.training.optimizer import FunctionalOptimizer
+from noether.training.data.indexed import EvaluationData, TrainingData
+from noether.training.data.streamed import StreamedData, StreamedEvaluationData
 from noether.training.randomness import derive, seed_all
-from noether.training.schedules import ValueSchedule, value_schedule
-from noether.training.step import Step
-from noether.training.streams import StreamedData, StreamedEvaluationData
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
+from noether.training.value_schedules import ValueSchedule, value_schedule
 from noether.training.weights import check_weights, device_of, to_device, with_weights
 
 if TYPE_CHECKING:

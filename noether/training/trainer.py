@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
-from noether.core.dispatch import dispatch
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import (
     AfterAccumulationStep,
@@ -18,8 +17,8 @@ from noether.core.event import (
     BeforeTraining,
     Event,
 )
-from noether.core.tree import FrozenDict
-from noether.core.upcoming import Move, next_move
+from noether.core.loop import Move, dispatch, next_move
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
     from noether.core.reducer import Reducer
     from noether.core.run import Run
     from noether.core.state import TrainState
-    from noether.training.compiled import CompiledStep
-    from noether.training.data import TrainingData
-    from noether.training.outputs import Accumulated
-    from noether.training.step import Step
-    from noether.training.streams import StreamedData
+    from noether.training.data.indexed import TrainingData
+    from noether.training.data.streamed import StreamedData
+    from noether.training.step.compiled import CompiledStep
+    from noether.training.step.outputs import Accumulated
+    from noether.training.step.step import Step
 
 
 @final

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noether.core.errors import nearest
-from noether.core.tree import FrozenDict, on_device
+from noether.core.tensors.tree import FrozenDict, on_device
 from noether.effects import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 
 class Clip(CallbackBase):

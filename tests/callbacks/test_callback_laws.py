@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noether.config.describing import known_kinds
+from noether.config.descriptions import known_kinds
 from noether.core import callbacks
 from noether.core.callbacks import (
     BestCheckpointCallback,
@@ -38,11 +38,11 @@ from noether.core.callbacks import (
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
+from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tree import FrozenDict, check_memory
-from noether.core.upcoming import Move, next_move
+from noether.core.tensors.tree import FrozenDict, check_memory
 from noether.effects import CheckpointStore
 from noether.testing import called_purely, same
 

@@ -10,25 +10,25 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
-from noether.core.averages import averaged, weights_in
 from noether.core.callbacks import CheckpointCallback, EMACallback, EvaluateCallback, MetricCallback
 from noether.core.declarations import DeclarationError
-from noether.core.dispatch import dispatch
 from noether.core.effect import LogScalars, LogText, SaveCheckpoint
 from noether.core.errors import SettingsError, WeightsError
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
-from noether.core.module import forward
+from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tree import storages, tensors
+from noether.core.tensors.averages import averaged, weights_in
+from noether.core.tensors.module import forward
+from noether.core.tensors.tree import storages, tensors
 from noether.effects import CheckpointStore, open_run
 from noether.effects.interpreter import Interpreter
 from noether.testing import same
-from noether.training.data import EvaluationData, TrainingData
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.step import Step
+from noether.training.data.indexed import EvaluationData, TrainingData
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
 from noether.training.trainer import Trainer
 
 UPDATE = AfterUpdate(samples=4)

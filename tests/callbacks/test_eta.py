@@ -10,10 +10,10 @@ from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import ShowProgress
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
+from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.upcoming import Move, next_move
 from noether.testing import same
 from noether.testing.strategies import points, run_lengths
 

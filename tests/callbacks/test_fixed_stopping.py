@@ -9,9 +9,9 @@ from noether.core.effect import LogText
 from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
+from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
 from noether.core.state import TrainState
-from noether.core.upcoming import Move, next_move
 from noether.testing.strategies import run_lengths
 
 

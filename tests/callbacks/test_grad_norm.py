@@ -16,9 +16,9 @@ from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate
 from noether.core.reducer import compose
 from noether.core.state import TrainState
 from noether.testing import same
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.schedules import Constant
-from noether.training.step import Step
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
+from noether.training.value_schedules import Constant
 
 NAN = math.nan
 NORMS = st.floats(0, 1e6)

@@ -15,14 +15,14 @@ from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import MetricError, log
-from noether.core.module import forward
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
+from noether.core.tensors.module import forward
 from noether.testing import same
-from noether.training.data import EvaluationData, TrainingData
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.step import Step
+from noether.training.data.indexed import EvaluationData, TrainingData
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
 from noether.training.trainer import Trainer
 
 NAN, INF = math.nan, math.inf

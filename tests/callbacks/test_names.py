@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from noether.config.describing import describe, known_kinds
+from noether.config.descriptions import describe, known_kinds
 from noether.config.kinds import CALLBACK, resolve
 from noether.core import callbacks
 

@@ -27,17 +27,17 @@ from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
-from noether.core.module import forward
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tree import storages, tensors
+from noether.core.tensors.module import forward
+from noether.core.tensors.tree import storages, tensors
 from noether.effects import CheckpointStore
 from noether.effects.interpreter import Interpreter
 from noether.testing import same
-from noether.training.data import EvaluationData, TrainingData, epoch_order
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.step import Step
+from noether.training.data.indexed import EvaluationData, TrainingData, epoch_order
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
 from noether.training.trainer import Clock, Trainer
 
 NAN, INF = math.nan, math.inf

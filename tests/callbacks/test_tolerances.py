@@ -14,15 +14,14 @@ from noether.core.callbacks import (
     ReduceLROnPlateauCallback,
 )
 from noether.core.combinators import callback, on
-from noether.core.dispatch import dispatch
 from noether.core.effect import LogScalars, LogText, SaveCheckpoint
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
+from noether.core.loop import Move, dispatch, next_move
 from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.upcoming import Move, next_move
 from noether.effects import CheckpointStore
 from noether.effects.interpreter import Interpreter
 

@@ -18,7 +18,7 @@ from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, B
 from noether.core.metrics import matches
 from noether.core.reducer import compose
 from noether.core.state import TrainState
-from noether.core.tree import tensors
+from noether.core.tensors.tree import tensors
 from noether.effects import open_run
 from noether.effects.merging import merge
 from noether.testing import same

@@ -6,7 +6,7 @@ import pytest
 from command import invoke
 
 from noether.config import load_callbacks
-from noether.config.describing import describe, known_kinds
+from noether.config.descriptions import describe, known_kinds
 
 MINE = '''
 from typing import Literal

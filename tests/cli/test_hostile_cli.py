@@ -12,7 +12,7 @@ from attrs import evolve
 from audit import dangers, watched
 from command import PATIENCE_S, SMALL, invoke, noether, start
 
-from noether.effects.manifest import Manifest, Part
+from noether.effects.checkpoints.manifest import Manifest, Part
 
 
 class Executed:

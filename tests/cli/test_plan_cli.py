@@ -311,7 +311,7 @@ def test_no_configuration(small):
 
 
 def test_a_picture_without_matplotlib(small, monkeypatch):
-    monkeypatch.setattr("noether.cli.planning.find_spec", lambda name: None)
+    monkeypatch.setattr("noether.cli.plan.command.find_spec", lambda name: None)
     said = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small, code=2)
     assert said.splitlines()[-1] == ("Error: --png: matplotlib is not installed; pip install 'noether[plot]' does that")
     assert not (small / "plan.png").exists()

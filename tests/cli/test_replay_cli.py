@@ -13,16 +13,16 @@ from noether.config.loading import with_callbacks
 from noether.config.resolved import resolved
 from noether.core import event as events
 from noether.core.effect import LogScalars, SaveCheckpoint
-from noether.core.tree import leaves
+from noether.core.tensors.tree import leaves
 from noether.effects import CheckpointStore, open_run
-from noether.effects.disk import DISK
-from noether.effects.events import read_events
-from noether.effects.lines import event_name
-from noether.effects.logs import plain
+from noether.effects.disk.calls import DISK
+from noether.effects.logs.events import read_events
+from noether.effects.logs.jsonl import event_name
+from noether.effects.logs.summary import plain
 from noether.effects.merging import merge
+from noether.planning.replay import beginning, replay
 from noether.testing import same
 from noether.training.experiment import callbacks_of
-from noether.training.replay import beginning, replay
 
 RECORD = ("--set", "trainer.record=events")
 

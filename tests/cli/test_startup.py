@@ -111,7 +111,7 @@ def test_what_cannot_be_read_needs_no_torch(tmp_path, argv, said):
 def test_a_valid_configuration_needs_torch(tmp_path):
     modules, said = started("validate", ROOT / "configs/digits.yaml", cwd=tmp_path)
     assert "is valid" in said
-    assert {"torch", "noether.core.state", "noether.cli.running"} <= modules
+    assert {"torch", "noether.core.state", "noether.cli.train"} <= modules
 
 
 def test_the_commands_are_imported_without_the_compiler_that_comes_with_an_optimizer():

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether.cli.timeline import DRAWN, counts, edges, row, scale, ticks
+from noether.cli.plan.timeline import DRAWN, counts, edges, row, scale, ticks
 from noether.core.event import AfterTraining, AtEval, BeforeTraining
-from noether.core.forecast import Occasions, firings
+from noether.core.schedules.forecast import Occasions, firings
 from noether.testing.strategies import run_lengths, schedules
 
 columns = st.integers(1, 90)

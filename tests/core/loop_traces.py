@@ -11,11 +11,11 @@ from noether.core.callbacks import PeriodicCallback
 from noether.core.combinators import callback, on, when
 from noether.core.effect import LogText
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.loop import Move, next_move
 from noether.core.metrics import log
 from noether.core.reducer import identity
 from noether.core.state import TrainState
-from noether.core.tree import FrozenDict
-from noether.core.upcoming import Move, next_move
+from noether.core.tensors.tree import FrozenDict
 from noether.testing.strategies import schedules
 
 

@@ -22,7 +22,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
+from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
 from noether.core.state import TrainState
 from noether.testing.strategies import run_lengths, schedules
 

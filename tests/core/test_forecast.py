@@ -10,13 +10,13 @@ from loop_traces import drive
 
 from noether.core.callback import declaration_of, listens
 from noether.core.combinators import on, when
-from noether.core.counting import multiples_crossing
 from noether.core.event import EVENTS, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
-from noether.core.forecast import Firing, Occasions, events_at, fires, firings, nth_firing, occasions_of
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
-from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
-from noether.core.unions import multiples_of_any
+from noether.core.schedules.counting import multiples_crossing
+from noether.core.schedules.forecast import Firing, Occasions, events_at, fires, firings, nth_firing, occasions_of
+from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.schedules.unions import multiples_of_any
 from noether.testing.strategies import run_lengths, schedules
 
 START = TrainingIteration()

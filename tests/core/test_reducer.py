@@ -20,13 +20,13 @@ from noether.core.event import (
     AtEval,
     BeforeTraining,
 )
-from noether.core.gate import Gate
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
 from noether.core.reducer import compose, identity
-from noether.core.schedule import At, EveryNEpochs, EveryNUpdates
+from noether.core.schedules.gate import Gate
+from noether.core.schedules.schedule import At, EveryNEpochs, EveryNUpdates
 from noether.core.state import TrainState
-from noether.core.tree import tensors
+from noether.core.tensors.tree import tensors
 from noether.testing import same
 from noether.testing.strategies import run_lengths, schedules
 

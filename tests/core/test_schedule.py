@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether.core.counting import floor_sum
 from noether.core.errors import SettingsError
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
-from noether.core.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Thresholds, Union
+from noether.core.schedules.counting import floor_sum
+from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Thresholds, Union
 from noether.testing.strategies import points, run_lengths, schedules
 
 

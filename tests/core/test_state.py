@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from noether.core.batch import model_arguments
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
-from noether.core.module import forward, with_total
 from noether.core.state import Measured, TrainState
-from noether.core.tree import FrozenDict, freeze, leaves, map_leaves, storages, tensors
+from noether.core.tensors.batch import model_arguments
+from noether.core.tensors.module import forward, with_total
+from noether.core.tensors.tree import FrozenDict, freeze, leaves, map_leaves, storages, tensors
 from noether.testing import same
 
 # ------------------------------------------------------------------------------------------------ frozen mappings

@@ -8,13 +8,13 @@ from noether.core.combinators import callback, every_n_epochs, every_n_samples, 
 from noether.core.effect import LogText
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
+from noether.core.loop import Move, next_move
 from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.schedule import At
+from noether.core.schedules.schedule import At
 from noether.core.state import TrainState
-from noether.core.tree import FrozenDict
-from noether.core.upcoming import Move, next_move
+from noether.core.tensors.tree import FrozenDict
 from noether.testing import same
 from noether.testing.strategies import run_lengths, schedules
 

@@ -1,10 +1,10 @@
-"""Disks that fail, die, or lose power where a test wants them to; each is a `call` of `noether.effects.disk.Disk`."""
+"""Disks that fail, die or lose power where a test wants it; each is a `call` of `noether.effects.disk.calls.Disk`."""
 
 import errno
 import os
 from pathlib import Path
 
-from noether.effects.disk import fsync
+from noether.effects.disk.calls import fsync
 
 ERRORS = ("ENOSPC", "EIO", "EACCES", "EDQUOT")
 KINDS = ("kill", "torn", "short", *(f"{error} {how}" for error in ERRORS for how in ("once", "from then on")))

@@ -9,7 +9,7 @@ from rich.console import Console as RichConsole
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint, SetSummary, TrainState
 from noether.effects import Console, open_run
-from noether.effects.disk import Disk
+from noether.effects.disk.calls import Disk
 
 CALM = Disk(plainly)
 BEST = 1  # the update at which the pointer `best` is set

@@ -17,11 +17,11 @@ from torch import nn
 
 from noether import AfterEpoch, AfterTraining, AfterUpdate, SaveCheckpoint, TrainingIteration, TrainState
 from noether.core.state import Measured
-from noether.core.tree import freeze
+from noether.core.tensors.tree import freeze
 from noether.effects import CheckpointError, CheckpointStore, open_run
-from noether.effects.disk import Disk, fsync
-from noether.effects.manifest import Manifest, Part
-from noether.effects.plan import pruning
+from noether.effects.checkpoints.manifest import Manifest, Part
+from noether.effects.checkpoints.retention import pruning
+from noether.effects.disk.calls import Disk, fsync
 from noether.testing import same
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -25,7 +25,7 @@ from noether import (
     TrainState,
 )
 from noether.effects import Console, open_run
-from noether.effects.console import columns
+from noether.effects.logs.console import columns
 
 NAN = math.nan
 LABEL = 19  # the iteration, and a space
@@ -136,7 +136,7 @@ class Timer:
 def clock(monkeypatch):
     """The time that the console reads, as a list of one number of seconds."""
     now = [1000.0]
-    monkeypatch.setattr("noether.effects.console.monotonic", lambda: now[0])
+    monkeypatch.setattr("noether.effects.logs.console.monotonic", lambda: now[0])
     return now
 
 

@@ -10,9 +10,9 @@ from small_run import BEST, CALM, at, opened, train
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint
 from noether.effects import CheckpointError, LogError, checkpoints, lines, pace, plan, run_directory, writing
-from noether.effects.disk import Disk
-from noether.effects.files import TEMPORARY, remove_all, write_new
-from noether.effects.listing import listed
+from noether.effects.checkpoints.listing import listed
+from noether.effects.disk.calls import Disk
+from noether.effects.disk.files import TEMPORARY, remove_all, write_new
 from noether.testing import same
 
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from noether.core.tree import FrozenDict, freeze
-from noether.effects.encoding import decode, encode, number
+from noether.core.tensors.tree import FrozenDict, freeze
+from noether.effects.disk.encoding import decode, encode, number
 from noether.testing import same
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

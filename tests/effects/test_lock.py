@@ -12,14 +12,14 @@ import pytest
 from faults import plainly
 
 from noether.effects import LockedError, open_run
-from noether.effects.disk import Disk
-from noether.effects.lock import RunLock
+from noether.effects.disk.calls import Disk
+from noether.effects.disk.lock import RunLock
 
 TAKE = """\
 import sys
 from pathlib import Path
 from noether.effects import LockedError
-from noether.effects.lock import RunLock
+from noether.effects.disk.lock import RunLock
 try:
     lock = RunLock(Path(sys.argv[1]))
 except LockedError as error:

@@ -34,12 +34,12 @@ from noether import (
     TrainingIteration,
     TrainState,
 )
-from noether.core.tree import freeze
+from noether.core.tensors.tree import freeze
 from noether.effects import LogError, open_run
-from noether.effects.disk import Disk, fsync
-from noether.effects.encoding import plain
-from noether.effects.lines import LinesFile, LogCount, event_name
-from noether.effects.logs import Summary, metrics_file
+from noether.effects.disk.calls import Disk, fsync
+from noether.effects.disk.encoding import plain
+from noether.effects.logs.jsonl import LinesFile, LogCount, event_name
+from noether.effects.logs.summary import Summary, metrics_file
 
 ROOT = Path(__file__).parents[2]
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

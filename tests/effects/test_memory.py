@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from noether import AfterUpdate, MeasurePeakMemory, TrainState
 from noether.core.callbacks import PeakMemoryCallback
 from noether.core.reducer import compose
-from noether.effects import memory
-from noether.effects.memory import PeakMemory, peak_memory_bytes
+from noether.effects.logs import peak_memory as memory
+from noether.effects.logs.peak_memory import PeakMemory, peak_memory_bytes
 
 EVENT = AfterUpdate(samples=4)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from noether import AfterTraining, AfterUpdate, SaveCheckpoint, TrainState
 from noether.effects import CheckpointError, CheckpointStore
-from noether.effects.disk import Disk
+from noether.effects.disk.calls import Disk
 from noether.testing import same
 
 SAVE = SaveCheckpoint(pointers=("latest",))

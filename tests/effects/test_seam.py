@@ -13,7 +13,7 @@ from small_run import at, opened, train
 
 from noether import AfterUpdate, LogText, MeasurePeakMemory, SaveCheckpoint, SaveTensors
 from noether.effects import CheckpointStore
-from noether.effects.disk import Disk
+from noether.effects.disk.calls import Disk
 
 FILES = ("open", "os.", "shutil.", "tempfile.", "pathlib.", "glob.", "mmap.", "fcntl.")
 

@@ -31,11 +31,11 @@ from noether import (
     TrainingIteration,
     TrainState,
 )
-from noether.core.tree import freeze
+from noether.core.tensors.tree import freeze
 from noether.effects import open_run
-from noether.effects.disk import Disk
-from noether.effects.tensorboard import TensorBoard
-from noether.effects.weights_and_biases import WeightsAndBiases
+from noether.effects.disk.calls import Disk
+from noether.effects.logs.tensorboard import TensorBoard
+from noether.effects.logs.wandb import WeightsAndBiases
 
 TIME_S = 1.6e9  # of every segment the same, as that of processes within one second
 
@@ -180,9 +180,9 @@ KILLED = """\
 import os
 from pathlib import Path
 from noether import AfterUpdate, LogScalars, SaveCheckpoint, TrainState
-from noether.core.tree import freeze
+from noether.core.tensors.tree import freeze
 from noether.effects import open_run
-from noether.effects.tensorboard import TensorBoard
+from noether.effects.logs.tensorboard import TensorBoard
 state, event = TrainState(), AfterUpdate(time_s=1.6e9)
 run = open_run({path!r}, services=[TensorBoard(Path({path!r}, "tensorboard"))])
 for update in range(1, 6):

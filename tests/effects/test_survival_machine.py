@@ -14,7 +14,7 @@ from small_run import CALM, at, opened, train
 
 from noether import TrainingIteration
 from noether.effects import CheckpointError, CheckpointStore
-from noether.effects.disk import Disk
+from noether.effects.disk.calls import Disk
 from noether.testing import same
 
 SEEDS = st.integers(0, 2**32)

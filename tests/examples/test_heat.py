@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
 from noether.config.loading import load
-from noether.core.batch import batch_size, model_arguments, target_of
 from noether.core.errors import SettingsError
+from noether.core.tensors.batch import batch_size, model_arguments, target_of
 from noether.examples import heat
 from noether.examples.heat import DIFFUSIVITY, GRADIENT_WEIGHT, FourierNet, HeatFields, losses, relative_l2, solve
 from noether.training.experiment import build

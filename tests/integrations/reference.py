@@ -20,9 +20,9 @@ from noether.core.callbacks import (
     ReduceLROnPlateauCallback,
 )
 from noether.effects import Console, open_run
-from noether.integrations.timing import Clock
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.step import Step
+from noether.session.timing import Clock
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
 from noether.training.trainer import Clock as OwnClock
 from noether.training.trainer import Trainer
 

@@ -12,9 +12,9 @@ from reference import STILL, VAL, Kept, Told, batches, callbacks, ours, points, 
 from noether import AfterAccumulationStep, AfterUpdate, Run, TrainingIteration, compose
 from noether.core.callbacks import FixedUpdateEarlyStopping, LrCallback, OfflineLossCallback, OnlineLossCallback
 from noether.core.callbacks.base import CallbackBase
-from noether.integrations.keras import NoetherCallback
-from noether.integrations.keras_module import KerasModule
-from noether.integrations.keras_optimizer import KerasOptimizer
+from noether.integrations.keras.callback import NoetherCallback
+from noether.integrations.keras.module import KerasModule
+from noether.integrations.keras.optimizer import KerasOptimizer
 from noether.testing import assert_same
 
 # Variables of Keras have an `__array__` without `copy`; saving a model calls it.

@@ -21,11 +21,11 @@ from noether import (
 )
 from noether.config import load_callbacks
 from noether.core.callbacks import DatasetStatsCallback, MetricCallback, OnlineLossCallback, TrainTimeCallback
-from noether.integrations.evaluating import BesideTraining
-from noether.integrations.live import LiveRun
-from noether.integrations.optimizers import TorchOptimizer
-from noether.integrations.remembering import recalled, remembered
-from noether.integrations.timing import Clock
+from noether.session.evaluation import BesideTraining
+from noether.session.memory import recalled, remembered
+from noether.session.optimizers import TorchOptimizer
+from noether.session.session import LiveRun
+from noether.session.timing import Clock
 from noether.testing import assert_same, effects_of
 
 EPOCHS = 4

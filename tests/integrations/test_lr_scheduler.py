@@ -6,7 +6,7 @@ from torch.optim import lr_scheduler as schedules
 
 from noether import AfterUpdate, SaveCheckpoint, TrainState
 from noether.effects import CheckpointStore
-from noether.integrations.lr_scheduler import SchedulerMemory
+from noether.session.scheduler import SchedulerMemory
 from noether.testing import assert_same
 
 STEPS = 12

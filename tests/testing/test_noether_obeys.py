@@ -13,7 +13,7 @@ from noether import (
     log,
     on,
 )
-from noether.config.describing import known_kinds
+from noether.config.descriptions import known_kinds
 from noether.core import callbacks
 from noether.core.callbacks import (
     BestCheckpointCallback,

@@ -22,9 +22,9 @@ from noether import (
 from noether.core.event import AfterAccumulationStep
 from noether.testing import Reading, Trace, assert_same, differences, drive, effects_of, same
 from noether.testing.strategies import iterations, losses, runs, states
-from noether.training.data import TrainingData
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.step import Step
+from noether.training.data.indexed import TrainingData
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
 from noether.training.trainer import Trainer
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from noether.core.donation import DonatedError
 from noether.core.state import TrainState
+from noether.core.tensors.donation import DonatedError
 from noether.testing import same
-from noether.training.compiled import CompiledStep
-from noether.training.optimizer import FunctionalOptimizer, ParamGroup
-from noether.training.schedules import Constant, Linear
-from noether.training.step import Step
+from noether.training.step.compiled import CompiledStep
+from noether.training.step.optimizer import FunctionalOptimizer, ParamGroup
+from noether.training.step.step import Step
+from noether.training.value_schedules import Constant, Linear
 
 pytestmark = [
     # The compiler itself imports what torch has deprecated.

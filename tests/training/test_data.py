@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from noether import Run, TrainingIteration
 from noether.testing import same
-from noether.training.data import EvaluationData, TrainingData, epoch_order
+from noether.training.data.indexed import EvaluationData, TrainingData, epoch_order
 
 SEED = 7
 

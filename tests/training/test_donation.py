@@ -11,18 +11,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from noether.core.callbacks import EMACallback
-from noether.core.donation import Donatable, DonatedError, lease
-from noether.core.donation import donated as given
 from noether.core.event import AfterUpdate
 from noether.core.metrics import log
-from noether.core.module import forward
 from noether.core.reducer import compose
 from noether.core.state import TrainState
-from noether.core.tree import tensors
+from noether.core.tensors.donation import Donatable, DonatedError, lease
+from noether.core.tensors.donation import donated as given
+from noether.core.tensors.module import forward
+from noether.core.tensors.tree import tensors
 from noether.testing import same
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.schedules import Constant
-from noether.training.step import Step
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
+from noether.training.value_schedules import Constant
 
 OPTIMIZERS = {
     "adamw fused": (torch.optim.AdamW, {"fused": True}),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noether.training.gradients import gradients_of
+from noether.training.step.gradients import gradients_of
 
 
 class Marked(torch.Tensor):

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from noether.config.optimizer_settings import ParamGroup
 from noether.core.errors import SettingsError
-from noether.training.optimizer import FunctionalOptimizer
+from noether.training.step.optimizer import FunctionalOptimizer
 
 UPDATES = 100
 SHAPES = {"a.weight": (5, 3), "a.bias": (3,), "b.weight": (4, 4), "b.scale": ()}

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from noether.cli.running import start
+from noether.cli.train import start
 from noether.config import ConfigError, load
 from noether.core.callback import declaration_of
 from noether.core.event import AtEval
-from noether.core.forecast import nth_firing
 from noether.core.metrics import matches
 from noether.core.run import Run
-from noether.effects.writing import Writer
-from noether.training.plan import make_plan
+from noether.core.schedules.forecast import nth_firing
+from noether.effects.checkpoints.writer import Writer
+from noether.planning.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ from noether import SaveCheckpoint, callback, compose, every_n_epochs, log, on, 
 from noether.core.callbacks import CheckpointCallback, FixedUpdateEarlyStopping
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.metrics import current
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 
 class Points(torch.utils.data.Dataset):

@@ -30,10 +30,10 @@ from noether.core.callbacks import (
 )
 from noether.effects import CheckpointStore
 from noether.testing import same
-from noether.training.data import EvaluationData, TrainingData
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.step import Step
-from noether.training.streams import StreamedData
+from noether.training.data.indexed import EvaluationData, TrainingData
+from noether.training.data.streamed import StreamedData
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
 from noether.training.trainer import Clock, Trainer
 
 STILL = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0)

@@ -11,22 +11,22 @@ from noether.core.combinators import on, when
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
+from noether.core.loop import Move, next_move
 from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.schedule import EveryNUpdates
+from noether.core.schedules.schedule import EveryNUpdates
 from noether.core.state import TrainState
-from noether.core.tree import FrozenDict, tensors
-from noether.core.upcoming import Move, next_move
-from noether.effects.contents import STATE, WEIGHTS, weights_asked
-from noether.effects.manifest import Manifest, Part
+from noether.core.tensors.tree import FrozenDict, tensors
+from noether.effects.checkpoints.contents import STATE, WEIGHTS, weights_asked
+from noether.effects.checkpoints.manifest import Manifest, Part
+from noether.effects.checkpoints.retention import pruning
 from noether.effects.merging import merge
-from noether.effects.plan import pruning
+from noether.planning.plan import planned_callback
+from noether.planning.requests import Stage
+from noether.planning.saves import checkpoints
 from noether.testing.strategies import run_lengths, schedules
-from noether.training.asking import Stage
 from noether.training.experiment import Placed
-from noether.training.plan import planned_callback
-from noether.training.saves import checkpoints
 
 
 def begun(device):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings
 from noether.core.errors import SettingsError
-from noether.training.schedules import Constant, Cosine, Linear, Polynomial, Step, Warmup, value_schedule
+from noether.training.value_schedules import Constant, Cosine, Linear, Polynomial, Step, Warmup, value_schedule
 
 values = st.floats(0.0, 1e3, allow_subnormal=False)
 lengths = st.integers(1, 10_000)

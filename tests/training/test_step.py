@@ -15,13 +15,13 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from noether import TrainState
 from noether.config.optimizer_settings import ParamGroup
-from noether.core.tree import storages, tensors
+from noether.core.tensors.tree import storages, tensors
 from noether.testing import same
-from noether.training.optimizer import FunctionalOptimizer
-from noether.training.outputs import Accumulated
 from noether.training.randomness import derive
-from noether.training.schedules import Constant, Cosine
-from noether.training.step import Step
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.outputs import Accumulated
+from noether.training.step.step import Step
+from noether.training.value_schedules import Constant, Cosine
 
 UPDATES = 25
 SEED = 3

@@ -5,7 +5,7 @@ from torch import nn
 
 from noether import TrainState
 from noether.core.state import Measured
-from noether.training.optimizer import FunctionalOptimizer
+from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.weights import device_of, to_device
 
 

@@ -8,14 +8,14 @@ from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfi
 from noether.core.effect import SetSummary
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import current, is_current, log
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
 from noether.core.errors import Problem, whole
-from noether.core.tree import FrozenDict, tensors
+from noether.core.tensors.tree import FrozenDict, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, BeforeTraining, Event
-    from noether.core.gate import Interval
     from noether.core.run import Run
+    from noether.core.schedules.gate import Interval
     from noether.core.state import TrainState
 
 

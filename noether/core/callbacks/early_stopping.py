@@ -12,14 +12,14 @@ from noether.core.effect import LogText
 from noether.core.errors import Problem, one_of, refuse, whole
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import current
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterEpoch, AfterUpdate, Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 

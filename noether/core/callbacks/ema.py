@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import torch
 
-from noether.core.averages import memory_of
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.donation import Donatable, Owned
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, nearest, refuse
-from noether.core.tree import FrozenDict, cloned
+from noether.core.tensors.averages import memory_of
+from noether.core.tensors.donation import Donatable, Owned
+from noether.core.tensors.tree import FrozenDict, cloned
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, AfterUpdate, BeforeTraining, Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, final
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import ShowProgress
 from noether.core.iteration import COUNTERS
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, AfterUpdate, Event
-    from noether.core.gate import Interval
     from noether.core.run import Run
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
-from noether.core.batch import target_of
 from noether.core.callbacks.periodic import Mean, PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, nearest
 from noether.core.metrics import holding, is_current, log
+from noether.core.tensors.batch import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

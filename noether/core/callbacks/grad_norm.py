@@ -8,14 +8,14 @@ import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.metrics import log
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterUpdate, Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 

@@ -9,16 +9,16 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
-from noether.core.schedule import At
-from noether.core.tree import FrozenDict
+from noether.core.schedules.schedule import At
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import Event
-    from noether.core.gate import Interval
-    from noether.core.schedule import Schedule
+    from noether.core.schedules.gate import Interval
+    from noether.core.schedules.schedule import Schedule
     from noether.core.state import Memory, TrainState
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, final
 
-from noether.core.averages import memory_of, weights_in
 from noether.core.callbacks.improvement import NONFINITE, is_nonfinite
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, LogText, SetSummary
 from noether.core.errors import one_of, whole
 from noether.core.metrics import log
-from noether.core.tree import FrozenDict, cloned, tensors
+from noether.core.tensors.averages import memory_of, weights_in
+from noether.core.tensors.tree import FrozenDict, cloned, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from noether.core.callback import Effects
     from noether.core.errors import Problem
     from noether.core.event import AfterUpdate, Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 

@@ -9,7 +9,7 @@ import torch
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.errors import one_of
 from noether.core.metrics import log
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from noether.core.callback import Effects
     from noether.core.errors import Problem
     from noether.core.event import AfterUpdate, Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 

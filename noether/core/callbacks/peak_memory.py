@@ -10,7 +10,7 @@ from noether.core.effect import MeasurePeakMemory
 if TYPE_CHECKING:
     from noether.core.callback import Effects
     from noether.core.event import Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import TrainState
 
 

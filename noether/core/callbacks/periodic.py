@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
-from noether.core.averages import averaged, memory_of
 from noether.core.callbacks.base import HOOKS, CallbackBase
 from noether.core.errors import Problem, nearest, refuse, whole
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, Event
-from noether.core.gate import Gate, Interval
-from noether.core.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
-from noether.core.tree import FrozenDict
+from noether.core.schedules.gate import Gate, Interval
+from noether.core.schedules.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.tensors.averages import averaged, memory_of
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from noether.core.callbacks.base import CallbackBase
 from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import LogText, SetSummary
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

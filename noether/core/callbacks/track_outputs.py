@@ -12,14 +12,14 @@ from noether.core.effect import Effect, SaveTensors
 from noether.core.errors import OutputError, Problem, nearest, one_of
 from noether.core.event import AfterUpdate
 from noether.core.metrics import holding, log
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from noether.core.callback import Effects
     from noether.core.event import Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 

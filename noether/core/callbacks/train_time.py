@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Final, final
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SetSummary
 from noether.core.metrics import log
-from noether.core.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, AfterUpdate, Event
-    from noether.core.gate import Interval
+    from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
 _PARTS: Final = ("data_s", "step_s", "forward_s", "backward_s", "optimizer_s")

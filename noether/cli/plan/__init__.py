@@ -1,0 +1,1 @@
+"""`noether plan`: the plan of a run as text, JSON or a picture."""

@@ -1,0 +1,65 @@
+"""The timeline of a plan as a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from matplotlib.figure import Figure
+
+from noether.cli.plan.timeline import counts, edges
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from noether.core.run import Run
+    from noether.planning.plan import Plan, PlannedCallback
+
+_COLUMNS: Final = 1000
+_WIDTH_INCHES: Final = 11.0
+_ROW_INCHES: Final = 0.28
+_AROUND_INCHES: Final = 1.4
+_HEIGHT: Final = 0.7  # of a bar, where the rows are 1 apart
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write the timeline as a PNG: one row for each callback, a bar wherever it fires."""
+    rows = max(1, len(plan.callbacks))
+    figure = Figure(figsize=(_WIDTH_INCHES, _AROUND_INCHES + _ROW_INCHES * rows), layout="constrained")
+    axes = figure.add_subplot()
+    for index, each in enumerate(plan.callbacks):
+        axes.broken_barh(list(_bars(each, plan.run)), (index - _HEIGHT / 2, _HEIGHT), color=f"C{index % 10}")
+    axes.set_yticks(range(len(plan.callbacks)), [each.name for each in plan.callbacks])
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set_xlim(0, plan.run.final.update)
+    axes.set_xlabel("updates")
+    axes.grid(axis="x", alpha=0.3)
+    _epochs_above(axes, plan.run)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _bars(planned: PlannedCallback, run: Run) -> Iterator[tuple[float, float]]:
+    """Yield begin and length of each bar; what fires in columns side by side is one."""
+    begin: int | None = None
+    places = edges(run, _COLUMNS)
+    for place, count in zip(places, [*counts(planned.occasions, run, _COLUMNS), 0], strict=True):
+        if count and begin is None:
+            begin = place
+        elif not count and begin is not None:
+            yield begin, place - begin
+            begin = None
+
+
+def _epochs_above(axes: Axes, run: Run) -> None:
+    length = run.updates_per_epoch
+
+    def epochs_of(updates: Any) -> Any:  # arrays, as matplotlib hands them over
+        return updates / length
+
+    def updates_of(epochs: Any) -> Any:
+        return epochs * length
+
+    above = axes.secondary_xaxis("top", functions=(epochs_of, updates_of))
+    above.set_xlabel("epochs")

@@ -1,0 +1,111 @@
+"""A run as a row of columns: how often something fires in each, and where the epochs lie."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from noether.core.schedules.forecast import count_until
+
+if TYPE_CHECKING:
+    from noether.core.run import Run
+    from noether.core.schedules.forecast import Occasions
+
+_NICE: Final = (1, 2, 5)
+_SEPARATION: Final = 10
+"""Columns from one label of a scale to the next, at least."""
+
+
+class Marks(NamedTuple):
+    """What stands in a column in which nothing, one thing, and several things fire."""
+
+    nothing: str
+    one: str
+    several: str
+
+
+DRAWN: Final = Marks("·", "│", "█")
+PLAIN: Final = Marks(".", "|", "#")
+"""The same for a terminal that knows no other characters."""
+
+
+def edges(run: Run, columns: int) -> list[int]:
+    """Return the updates at which columns begin and end, one more than there are columns; none is empty."""
+    updates = run.final.update
+    count = min(columns, updates)
+    return [updates * index // count for index in range(count + 1)]
+
+
+def counts(occasions: Occasions, run: Run, columns: int) -> list[int]:
+    """Return how often it fires in each column; what comes before the first update is in the first one.
+
+    Example:
+        >>> from noether import EveryNUpdates, Run, TrainingIteration
+        >>> from noether.core.schedules.forecast import Occasions
+        >>> run = Run(end=TrainingIteration(update=9), updates_per_epoch=3, samples_per_epoch=9, effective_batch_size=3)
+        >>> counts(Occasions(EveryNUpdates(4)), run, 3)
+        [0, 1, 1]
+    """
+    until = [count_until(occasions, run.iteration_after(update), run) for update in edges(run, columns)]
+    until[0] = 0
+    return [after - before for before, after in pairwise(until)]
+
+
+def row(occasions: Occasions, run: Run, columns: int, marks: Marks) -> str:
+    """Return the columns as text."""
+    return "".join(marks[min(count, 2)] for count in counts(occasions, run, columns))
+
+
+class Tick(NamedTuple):
+    """A place on the scale.
+
+    Args:
+        update: Where it lies.
+        epoch: The epoch that ends there, or None if the scale is one of updates.
+    """
+
+    update: int
+    epoch: int | None
+
+
+def ticks(run: Run, columns: int) -> list[Tick]:
+    """Return places for labels, so few that they do not touch: ends of epochs or, if there are few, updates."""
+    most = max(1, columns // _SEPARATION)
+    if run.final.epoch > 1:
+        step = _nice(run.final.epoch, most)
+        return [Tick(epoch * run.updates_per_epoch, epoch) for epoch in range(0, run.final.epoch + 1, step)]
+    step = _nice(run.final.update, most)
+    return [Tick(update, None) for update in range(0, run.final.update + 1, step)]
+
+
+def scale(run: Run, columns: int) -> list[str]:
+    """Return the lines of the scale: epochs, if there are several, and updates."""
+    places = ticks(run, columns)
+    width = len(edges(run, columns)) - 1
+    epochs = [(_column(tick, run, width), f"E{tick.epoch}") for tick in places if tick.epoch is not None]
+    updates = [(_column(tick, run, width), f"U{tick.update}") for tick in places]
+    return [_line(labels) for labels in (epochs, updates) if labels]
+
+
+def _nice(length: int, most: int) -> int:
+    """Return the least of 1, 2, 5, 10, 20, ... that divides `length` into `most` parts at most."""
+    power = 1
+    while True:
+        for factor in _NICE:
+            if length <= factor * power * most:
+                return factor * power
+        power *= 10
+
+
+def _column(tick: Tick, run: Run, width: int) -> int:
+    """Return the column in which a tick lies: the one that its update ends or is in."""
+    return max(0, -(-tick.update * width // run.final.update) - 1)
+
+
+def _line(labels: list[tuple[int, str]]) -> str:
+    """Return the labels at their columns, without those to which an earlier one reaches."""
+    line = ""
+    for column, label in labels:
+        if len(line) < column or not line:
+            line = line.ljust(column) + label
+    return line

@@ -1,0 +1,72 @@
+"""When a gated callback acts: a schedule, read on the event that its counters move on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, Literal, final
+
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, Event
+
+if TYPE_CHECKING:
+    from noether.core.iteration import TrainingIteration
+    from noether.core.schedules.schedule import Schedule
+    from noether.core.state import TrainState
+
+Interval = Literal["epoch", "update", "sample", "end", "eval"]
+"""Why a periodic callback runs: the counter that was due, the end of training, or an evaluation outside of training."""
+
+_MOVES: Final = {AfterUpdate: ("update", "sample"), AfterEpoch: ("epoch",)}
+
+
+@final
+@dataclass(frozen=True)
+class Gate:
+    """Opens where `schedule` is due; with `at_end` also after training, unless the schedule was due there.
+
+    Args:
+        schedule: When it opens. Updates and samples are read on `AfterUpdate`, epochs on `AfterEpoch`.
+        at_end: Whether it opens on `AfterTraining` if nothing was due at the last update and epoch.
+
+    Example:
+        >>> from noether.core.schedules.schedule import EveryNUpdates
+        >>> from noether.core.state import TrainState
+        >>> gate = Gate(EveryNUpdates(2))
+        >>> state = TrainState().advance(samples=1).advance(samples=1)
+        >>> gate.opens(state, AfterUpdate(samples=1)), gate.opens(state.next_epoch(), AfterEpoch())
+        ('update', None)
+    """
+
+    schedule: Schedule
+    at_end: bool = False
+
+    def opens(self, state: TrainState, event: Event) -> Interval | None:
+        """Return why the gate is open for `event`, or None if it is closed."""
+        return self.due(type(event), state)
+
+    def due(self, event_type: type[Event], state: TrainState) -> Interval | None:
+        """Return why the gate would open for an event of this type, or None."""
+        if event_type is AfterTraining:
+            return "end" if self.at_end and not self._was_due(state) else None
+        part = self.parts.get(event_type)
+        for member in () if part is None else part.members:
+            if member.due(state.previous, state.iteration):
+                return member.counter
+        return None
+
+    def _was_due(self, state: TrainState) -> bool:
+        # At the last update, the epoch that it may have filled was not counted yet.
+        at_update = dataclasses.replace(state.iteration, epoch=state.previous.epoch)
+        seen: dict[type[Event], TrainingIteration] = {AfterUpdate: at_update, AfterEpoch: state.iteration}
+        return any(part.due(state.previous, seen[event_type]) for event_type, part in self.parts.items())
+
+    @cached_property
+    def parts(self) -> dict[type[Event], Schedule]:
+        """What of the schedule is read on which event."""
+        parts = {event_type: self.schedule.reading(*counters) for event_type, counters in _MOVES.items()}  # type: ignore[arg-type]  # counters
+        return {event_type: part for event_type, part in parts.items() if part is not None}
+
+    def listens(self, event_type: type[Event]) -> bool:
+        """Return whether it can open on events of this type."""
+        return event_type in self.parts or (self.at_end and event_type is AfterTraining)

@@ -1,0 +1,1 @@
+"""The checkpoint store: writes, verifies, lists and prunes immutable checkpoints on disk."""

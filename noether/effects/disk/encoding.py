@@ -1,0 +1,113 @@
+"""Trees as JSON beside tensors: self-describing, read back as they were, NaN and tuples included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from noether.core.tensors.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LEVELS: Final = 100
+"""How deep trees may be nested: far less than what Python's own stack takes of whoever walks them."""
+NUMBER_TYPES: Final = frozenset({float, int, bool})
+NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def number(value: float) -> float | str:
+    """Return a number as strict JSON can hold it: NaN and the infinities by name.
+
+    Example:
+        >>> number(0.5), number(float("nan")), number(float("-inf"))
+        (0.5, 'NaN', '-Infinity')
+    """
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def plain(value: Any) -> Any:
+    """Return a logged value as strict JSON can hold it; this is where a tensor is read from its device."""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, torch.Tensor):
+        return plain(value.item())
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return value
+
+
+def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: int = 0) -> Any:
+    """Return the JSON value of `tree`, and put its tensors into `tensors` by their dotted path.
+
+    What JSON has no form for is an object with one key that begins with `$`.
+
+    Raises:
+        TypeError: If a leaf is no JSON scalar or tensor, or lies too deep.
+
+    Example:
+        >>> encode({"best": float("nan"), "at": (1, 2)}, {})
+        {'best': {'$number': 'NaN'}, 'at': {'$tuple': [1, 2]}}
+    """
+    if level > _LEVELS:
+        raise TypeError(f"{path[:80]}... is nested deeper than {_LEVELS} levels, which cannot be saved")
+    if isinstance(tree, torch.Tensor):
+        name = path
+        while name in tensors:  # two paths may read alike, like {"a.b": x} and {"a": {"b": y}}
+            name += "_"
+        tensors[name] = tree
+        return {"$tensor": name}
+    if isinstance(tree, Mapping):
+        items = {
+            str(key): encode(value, tensors, f"{path}.{key}".lstrip("."), level + 1) for key, value in tree.items()
+        }
+        return {"$dict": items} if any(key.startswith("$") for key in items) else items
+    if isinstance(tree, (tuple, list)):
+        values = [encode(value, tensors, f"{path}.{i}".lstrip("."), level + 1) for i, value in enumerate(tree)]
+        return {"$tuple": values}
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {"$number": number(tree)}
+    if isinstance(tree, (str, int, float, bool, type(None))):
+        return tree
+    raise TypeError(f"{path or 'the tree'} is a {type(tree).__name__}, which cannot be saved")
+
+
+def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return the tree that `encode` made `value` of.
+
+    Raises:
+        Exception: If `value` is nothing that `encode` makes; whether it is just that, encoding it again tells.
+
+    Example:
+        >>> decode({"at": {"$tuple": [1, 2]}}, {})
+        FrozenDict({'at': (1, 2)})
+    """
+    if not isinstance(value, dict):
+        return value
+    key = next(iter(value), "")
+    if not key.startswith("$"):
+        return FrozenDict({name: decode(item, tensors) for name, item in value.items()})
+    if len(value) != 1 or key not in _DECODERS:
+        raise ValueError(f"unknown entry {key!r}")
+    return _DECODERS[key](value[key], tensors)
+
+
+def _tensor(name: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if name not in tensors:
+        raise ValueError(f"there is no tensor {name!r}")
+    return tensors[name]
+
+
+_DECODERS: Final[dict[str, Callable[[Any, Mapping[str, torch.Tensor]], Any]]] = {
+    "$tensor": _tensor,
+    "$tuple": lambda items, tensors: tuple(decode(item, tensors) for item in items),
+    "$dict": lambda items, tensors: FrozenDict({key: decode(item, tensors) for key, item in items.items()}),
+    "$number": lambda name, _: NUMBERS[name],
+}

@@ -1,0 +1,244 @@
+"""noether's callbacks in `model.fit` of Keras 3, with torch as its backend.
+
+The logs that Keras gives to `on_train_batch_end` are means since the epoch began. The loss of the batch itself is what
+`model.compute_loss` returns, a method that Keras documents for overriding: while `fit` runs, the callback overrides it
+on the model object, and listens. Names of params and buffers are in `noether.integrations.keras.module`.
+
+| Keras | noether | with |
+|---|---|---|
+| `on_train_begin` | `BeforeTraining`, after it an `AfterEpoch` that is owed | `resumed` if its directory holds a checkpoint |
+| `on_train_batch_begin` | | the time before it was spent waiting for data; `lr_scale` is multiplied into the learning rate |
+| `model.compute_loss` in training | `AfterAccumulationStep`, if anybody listens | everything; but the gradients are not there yet |
+| `on_train_batch_end` | | the learning rate is what it was |
+| the same, once for each update | `AfterUpdate` | losses, outputs, samples, learning rate, weight decay, `duration_s`, `data_s`, `step_s` |
+| `on_epoch_end` | `AfterEpoch` | once all updates of the epoch are counted |
+| `on_train_end` | `AfterTraining` | at the end of the run, or where `state.stop` gives a reason |
+| `state.stop` | `model.stop_training` | right after the event at which it was decided |
+
+What is different from noether's own trainer:
+
+- `losses` has one entry, `total`: the loss with all that Keras adds to it, such as regularization.
+- With `gradient_accumulation_steps` Keras takes the plain mean over batches, whatever their sizes, and so does the loss
+  of an update. It carries gradients over the end of an epoch: there is no short last group, and an epoch whose batches
+  are not a multiple of these steps is refused.
+- A learning rate is a number of 32 bits: 0.1 is logged as 0.10000000149011612.
+- Keras does not tell how many samples an epoch has: give `Run(samples_per_epoch=..., effective_batch_size=...)` where a
+  callback asks for it, as `ProgressCallback` does.
+- `epochs` of `fit` is where the run ends, whatever was trained before: a run of three epochs is not made longer by another
+  call with three, but by one with six.
+- `fit` begins with the first batch of an epoch. A run that was cut in the middle of one goes on in two calls: with the
+  batches that are left and `epochs` one more than the epochs that are completed, then with all; give
+  `Run(end=..., updates_per_epoch=...)` then, for neither call tells them. The epoch to begin with is set by the
+  callback, in place of `initial_epoch`.
+- `shuffle=True` and dropout of torch modules draw from torch's global generator, which is in no checkpoint: a resume is
+  exact where the order of data is a function of the epoch. Seeds of Keras' own dropout are buffers, and are saved.
+- What Keras saves itself (`model.save`, `BackupAndRestore`) holds weights and optimizer. `callback.live.state_dict()` is
+  what the run remembers beside them; a new callback takes it as `remembered=`.
+- An update that a `LossScaleOptimizer` leaves out is not told from others. `grad_norm` is not there.
+- A model with `jit_compile=True` is refused: nobody could listen inside of what is compiled.
+"""  # noqa: E501  # a table
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+from torch import Tensor
+
+from noether.core.iteration import TrainingIteration
+from noether.core.run import Run
+from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.integrations.keras.backend import keras
+from noether.integrations.keras.module import KerasModule
+from noether.integrations.keras.optimizer import KerasOptimizer
+from noether.session.session import LiveRun, filled
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from noether.core.callback import Callback
+    from noether.core.state import TrainState
+
+_NO_RUN = Run()
+_NOTHING: Mapping[str, Any] = FrozenDict()
+
+
+@final
+class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras is untyped
+    """Tells noether's callbacks what happens in `model.fit`.
+
+    Args:
+        reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
+        run: What callbacks evaluate, `data` as batches of tensors, and what Keras does not tell.
+        remembered: What `live.state_dict()` returned, to go on with a model that Keras itself has loaded.
+        settings: `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
+
+    Example:
+        >>> import torch
+        >>> from noether.core.callbacks import OnlineLossCallback
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
+        >>> show = lambda effects, state, event: print(state.iteration, *effects) if effects else None
+        >>> callback = NoetherCallback(OnlineLossCallback(every_n_epochs=1), interpreter=show)
+        >>> x, y = torch.zeros(8, 2), torch.zeros(8, 1)
+        >>> _ = model.fit(x, y, batch_size=4, epochs=1, verbose=0, callbacks=[callback])
+        E1_U2_S8 LogScalars(values=FrozenDict({'loss/online/total/E1': tensor(..., dtype=torch.float64)}))
+    """
+
+    def __init__(
+        self, reducer: Callback, *, run: Run = _NO_RUN, remembered: Mapping[str, Any] = _NOTHING, **settings: Any
+    ) -> None:
+        super().__init__()
+        self._reducer, self._run, self._remembered, self._settings = reducer, run, remembered, settings
+        self._live: LiveRun | None = None
+        self._optimizer: KerasOptimizer | None = None
+        self._losses: list[Tensor] = []
+        self._awaits_loss = False
+
+    @property
+    def live(self) -> LiveRun:
+        """The run beside the model.
+
+        Raises:
+            RuntimeError: If training has not begun.
+        """
+        if self._live is None:
+            raise RuntimeError("there is no run before training: call model.fit(..., callbacks=[callback]) first")
+        return self._live
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Begin the run, or go on with it.
+
+        Raises:
+            ValueError: If the model is compiled with `jit_compile=True`, or is not the one of before; if the batches of
+                an epoch do not make whole updates, or are not those that are left of it; or if the optimizer is in the
+                middle of an update.
+        """
+        if self.model.jit_compile:
+            raise ValueError("nobody can listen inside of a compiled step: call model.compile(..., jit_compile=False)")
+        live, optimizer = self._watched()
+        if not optimizer.belongs_to(self.model):
+            raise ValueError(
+                "this callback watches another model or optimizer: give a new NoetherCallback, to go on with the run "
+                "NoetherCallback(..., remembered=callback.live.state_dict())"
+            )
+        self._losses = []
+        updates = _updates(self.params["steps"], optimizer.accumulation_steps)
+        end = TrainingIteration(epoch=self.params["epochs"])
+        live.load()
+        optimizer.check_whole()
+        _check_place(live.state, filled(live.run, end=end, updates_per_epoch=updates), updates)
+        live.begin(end=end, updates_per_epoch=updates)
+        self._listen()
+        # As keras.callbacks.BackupAndRestore does; past the last epoch there is nothing to do.
+        epoch = self.params["epochs"] if self.live.is_over else live.state.iteration.epoch
+        self.model._initial_epoch = epoch or None  # noqa: SLF001
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Take the time, and scale the learning rate."""
+        self.live.batch_arrived()
+        self._watched()[1].batch_begins()
+        self._awaits_loss = True
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Tell of an update.
+
+        Raises:
+            TypeError: If the model does not call `compute_loss`.
+        """
+        live, optimizer = self._watched()
+        optimizer.batch_ended()
+        if self._awaits_loss:
+            raise TypeError(
+                f"train_step of {self.model.name} does not call self.compute_loss(...), so what its loss was nobody "
+                "knows: have it do so, and override compute_loss for a loss of its own"
+            )
+        if live.pending == optimizer.accumulation_steps:
+            losses, self._losses = self._losses, []
+            optimizer.steps += 1
+            live.update(losses={"total": sum(losses[1:], start=losses[0]) / len(losses)})
+        self._stop()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Tell of the end of an epoch, if it is completed."""
+        self.live.end_epoch(cut_short=self.model.stop_training)
+        self._stop()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Tell of the end of training, if the run is at its end."""
+        self.model._initial_epoch = None  # noqa: SLF001  # or another call would begin there
+        self.model.__dict__.pop("compute_loss", None)
+        if self.live.is_over:
+            self.live.end()
+        else:
+            self.live.close()
+
+    def _watched(self) -> tuple[LiveRun, KerasOptimizer]:
+        """Return the run and the optimizer, made when the model is first there."""
+        if self._live is None or self._optimizer is None:
+            module = KerasModule(self.model)
+            self._optimizer = KerasOptimizer(module)
+            self._live = LiveRun(
+                self._reducer,
+                run=filled(self._run, forward=module.evaluate),
+                model=module,
+                optimizer=self._optimizer,
+                **self._settings,
+            )
+            if self._remembered:
+                self._live.load_state_dict(self._remembered)
+        return self._live, self._optimizer
+
+    def _listen(self) -> None:
+        """Override `compute_loss` on the model object."""
+        self.model.__dict__.pop("compute_loss", None)  # of a call that an exception ended
+        compute = self.model.compute_loss
+
+        def compute_loss(x: Any = None, y: Any = None, y_pred: Any = None, *others: Any, **options: Any) -> Any:
+            loss = compute(x, y, y_pred, *others, **options)
+            if self._awaits_loss:  # and not that of an evaluation
+                self._awaits_loss = False
+                self._micro_batch(loss.detach(), x, y_pred)
+            return loss
+
+        self.model.compute_loss = compute_loss
+
+    def _micro_batch(self, loss: Tensor, inputs: Any, outputs: Any) -> None:
+        live, optimizer = self._watched()
+        self._losses.append(loss)
+        live.micro_batch(
+            samples=live.run.batch_size(inputs),
+            losses={"total": loss},
+            outputs=map_tensors(Tensor.detach, outputs),
+            of=optimizer.accumulation_steps,
+        )
+
+    def _stop(self) -> None:
+        if self.live.is_over:
+            self.model.stop_training = True
+
+
+def _updates(batches: int | None, accumulated: int) -> int | None:
+    """Return how many updates so many batches make, None where nobody knows."""
+    if batches is None:
+        return None
+    if batches % accumulated:
+        raise ValueError(
+            f"an epoch of {batches} batches is not made of whole updates of {accumulated}, and Keras would carry "
+            "gradients over its end: choose gradient_accumulation_steps or batch_size so that it is"
+        )
+    return batches // accumulated
+
+
+def _check_place(state: TrainState, run: Run, updates: int | None) -> None:
+    """Refuse other batches than those that are left of the epoch."""
+    at, per_epoch = state.iteration, getattr(run, "updates_per_epoch", None)
+    if updates is None or per_epoch is None or state.stop is not None or at.reached(run.end):
+        return
+    left = per_epoch - at.update % per_epoch
+    if left != updates:
+        epochs = at.update // per_epoch + 1
+        raise ValueError(
+            f"the run goes on at {at}, where {left} of {per_epoch} updates are left of the epoch, and fit was given "
+            f"{updates}: give it the batches that are left with epochs={epochs}, then all of them, and "
+            "Run(end=..., updates_per_epoch=...)"
+        )

@@ -1,0 +1,111 @@
+"""The position of a learning-rate scheduler of torch, as a memory in the state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, final
+
+from noether.core.event import AfterUpdate, Event
+from noether.core.tensors.packing import pack, unpack
+from noether.core.tensors.tree import FrozenDict, freeze
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from noether.core.callback import Effects
+    from noether.core.state import Memory, TrainState
+
+MEMORY: Final = "lr_scheduler"
+_ITEMS: Final = "__items__"
+
+
+@final
+class SchedulerMemory:
+    """A member of a reducer that keeps the position of a live scheduler in the state, so that a checkpoint holds it.
+
+    Args:
+        scheduler: It has been stepped by the time an update is told.
+
+    Raises:
+        TypeError: If its `state_dict` holds what no checkpoint can hold.
+
+    Example:
+        >>> import torch
+        >>> from noether import TrainState
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> scheduler = torch.optim.lr_scheduler.MultiStepLR(sgd, milestones=[30, 80])
+        >>> memory = SchedulerMemory(scheduler).init(TrainState())["lr_scheduler"]
+        >>> memory["last_epoch"], memory["milestones"]
+        (0, FrozenDict({'__items__': ((30, 1), (80, 1))}))
+    """
+
+    produces: tuple[str, ...] = ()
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        self._scheduler = scheduler
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return the state that remembers where the scheduler is."""
+        return (state.remember(MEMORY, self._position()), ()) if isinstance(event, AfterUpdate) else (state, ())
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:  # as every callback's
+        """Return where the scheduler begins."""
+        return {MEMORY: self._position()}
+
+    def listens(self, event_type: type[Event]) -> bool:
+        """Return whether it does anything on events of this type."""
+        return event_type is AfterUpdate
+
+    def due(self, event_type: type[Event], state: TrainState) -> bool:  # as every callback's
+        """Return that no reading is needed for it."""
+        return False
+
+    def restore(self, state: TrainState) -> None:
+        """Write the position that a state remembers into the scheduler."""
+        if MEMORY in state.callback_states:
+            self._scheduler.load_state_dict(self.state_dict(state))
+
+    def state_dict(self, state: TrainState) -> dict[str, Any]:
+        """Return the `state_dict` that the scheduler has at the position that a state remembers."""
+        merged: dict[str, Any] = _merged(self._scheduler.state_dict(), position(state))
+        return merged
+
+    def _position(self) -> FrozenDict:
+        packed: FrozenDict = freeze(pack("the scheduler", _with_text(self._scheduler.state_dict())))
+        return packed
+
+
+def position(state: TrainState) -> dict[str, Any]:
+    """Return the `state_dict` of the scheduler that a state remembers, in plain dicts and lists."""
+    saved: dict[str, Any] = _without_text(unpack(state.memory(MEMORY)))
+    return saved
+
+
+def _merged(live: Any, saved: Any) -> Any:
+    """Return `saved`, with what is equal in `live` as it is there: torch counts milestones in a class of its own."""
+    if type(live) is dict and type(saved) is dict:
+        return live | {key: _merged(live[key], value) if key in live else value for key, value in saved.items()}
+    if type(live) is list and type(saved) is list and len(live) == len(saved):
+        return [_merged(*pair) for pair in zip(live, saved, strict=True)]
+    return live if isinstance(live, Mapping) and live == saved else saved
+
+
+def _with_text(value: Any) -> Any:
+    """Return `value` with text for the keys of every mapping: pairs, where they are something else."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_text(item) for item in value)
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _with_text(item) for key, item in value.items()}
+        return {_ITEMS: tuple((key, _with_text(item)) for key, item in value.items())}
+    return value
+
+
+def _without_text(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_text(item) for item in value)
+    if isinstance(value, dict):
+        if _ITEMS in value:
+            return {key: _without_text(item) for key, item in value[_ITEMS]}
+        return {key: _without_text(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""One optimizer update as a function: `(state, micro-batches) -> (state, event)`."""
