@@ -24,7 +24,7 @@ from benchmarks.measuring import Table, markdown_option, often, quartiles, ratio
 from benchmarks.memory import make_model
 from noether import AfterUpdate, BeforeTraining, TrainState, compose
 from noether.core.callbacks import EMACallback
-from noether.core.tensors.donation import Donatable
+from noether.core.tensors.donation import DonatedTree
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ class Averaging:
         self.state, _ = self.reducer(TrainState.from_module(model), BeforeTraining())
         self.state = self.state.advance(samples=1)
         if donate:
-            self.state = self.state.replace(params=Donatable(dict(self.state.params)))
+            self.state = self.state.replace(params=DonatedTree(dict(self.state.params)))
         self.event = AfterUpdate(samples=1)
 
     def __call__(self) -> None:

@@ -26,7 +26,6 @@ from torch.nn import functional
 
 from benchmarks.measuring import Table, markdown_option, quartiles, ratios, show
 from noether import TrainState
-from noether.core.tensors.donation import donated
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.value_schedules import Constant
@@ -77,7 +76,7 @@ def noether(params: int, batch: torch.Tensor, *, donate: bool) -> None:
     state = TrainState.from_module(model)
     state = state.replace(opt_state=optimizer.init(state.params))
     if donate:
-        state = donated(state)
+        state = donate(state)
     for _ in range(_UPDATES):
         state, outputs = step(state, [batch])
         state = state.advance(samples=outputs.samples)

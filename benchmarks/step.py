@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value
 from benchmarks.measuring import Table, markdown_option, quartiles, show
 from noether import TrainingIteration, TrainState
 from noether.core.tensors.batch import model_arguments
-from noether.core.tensors.module import with_total
+from noether.core.tensors.module import add_total
 from noether.core.tensors.tree import FrozenDict
 from noether.examples.digits import ConvNet, Digits, cross_entropy
 from noether.testing import same
@@ -88,7 +88,7 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thi
             # Batch norm may write only to what was made in here.
             weights = {**state.params, **inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
             outputs = functional_call(self.model, weights, arguments, keywords)
-            losses = with_total(self.loss(outputs, batch))
+            losses = add_total(self.loss(outputs, batch))
             return losses["total"] * weight, (dict(losses), outputs, {name: weights[name] for name in buffers})
 
         grads, (_, (losses, outputs, written)) = grad_and_value(total, has_aux=True)(trained)

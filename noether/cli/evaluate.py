@@ -18,10 +18,10 @@ from noether.core.errors import WeightsError
 from noether.core.event import AtEval
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
-from noether.core.tensors.averages import averaged, memory_of, weights_in
-from noether.core.tensors.tree import cloned
+from noether.core.tensors.averages import find_weights, memory_of, use_weights
+from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
-from noether.effects.disk.encoding import plain
+from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, replace_text
 from noether.training.experiment import build
 
@@ -56,7 +56,7 @@ def evaluate(
     state = experiment.to_device(store.load(manifest))
     if manifest.weights_of is not None:  # they lie in the place of those in training, and are what they are, too
         kept = {"params": state.params, "buffers": state.buffers}
-        state = state.remember(memory_of(manifest.weights_of), cloned(kept))
+        state = state.remember(memory_of(manifest.weights_of), clone_tensors(kept))
     name = manifest.tag
     if weights is not None:
         state = _weighted(state, weights, store)
@@ -81,7 +81,7 @@ def _found(store: CheckpointStore, checkpoint: str) -> Manifest:
 
 def _with_their_weights(reducer: Reducer, state: TrainState) -> Reducer:
     """Return the reducer without the callbacks whose weights a checkpoint does not hold, and say so."""
-    there = (None, *weights_in(state))
+    there = (None, *find_weights(state))
     lost = [member for member in reducer.members if getattr(member, "weights", None) not in there]
     for member in lost:
         click.echo(f"{label_of(member)} is left out: the checkpoint does not hold its weights")
@@ -90,7 +90,7 @@ def _with_their_weights(reducer: Reducer, state: TrainState) -> Reducer:
 
 def _weighted(state: TrainState, weights: str, store: CheckpointStore) -> TrainState:
     try:
-        return averaged(state, weights)
+        return use_weights(state, weights)
     except WeightsError as error:
         saved = [name for name in store.pointers() if name.endswith(f".{weights.replace('/', '.')}")]
         instead = f"; evaluate --checkpoint {' or '.join(saved)} without --weights" if saved else ""
@@ -99,7 +99,7 @@ def _weighted(state: TrainState, weights: str, store: CheckpointStore) -> TrainS
 
 def _collecting(metrics: dict[str, Any]) -> Interpreter:
     def collect(effect: LogScalars, _state: object, _event: object) -> None:
-        metrics.update({key: plain(value) for key, value in effect.values.items()})
+        metrics.update({key: to_plain(value) for key, value in effect.values.items()})
 
     ignored = (LogText, SetSummary, SaveTensors, MeasurePeakMemory, ShowProgress)
     return Interpreter({LogScalars: [collect], **dict.fromkeys(ignored, ())})

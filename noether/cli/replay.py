@@ -13,7 +13,7 @@ from rich.table import Table
 from noether.cli.train import resumed_config
 from noether.config.errors import ConfigError, Located, Place
 from noether.config.loading import with_callbacks
-from noether.config.resolved import resolved
+from noether.config.resolved import resolve_config
 from noether.core.effect import LogScalars, LogText, SaveCheckpoint
 from noether.core.errors import SettingsError
 from noether.core.iteration import COUNTERS, TrainingIteration
@@ -21,7 +21,7 @@ from noether.core.schedules.gate import Gate
 from noether.core.schedules.schedule import At
 from noether.core.tensors.tree import leaves
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import plain
+from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.events import read_events
 from noether.effects.run_directory import EVENTS
 from noether.planning.replay import ReplayError, beginning, producers, replay
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from noether.config import Config
-    from noether.planning.replay import Replayed, Step
+    from noether.planning.replay import Replayed, ReplayStep
 
 
 def show(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[str], *, log: bool) -> None:
@@ -60,12 +60,12 @@ def show(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[
     click.echo(_ending(replayed))
 
 
-def _replayed(run_dir: Path, config: Config, other: Config | None, keep: Callable[[Step], bool]) -> Replayed:
+def _replayed(run_dir: Path, config: Config, other: Config | None, keep: Callable[[ReplayStep], bool]) -> Replayed:
     path = run_dir / EVENTS
     if not path.is_file():
         right = "train with `trainer.record: events`, or --set trainer.record=events"
         raise ReplayError(f"{run_dir} holds no {EVENTS}: nothing was recorded; {right}")
-    recorded, settings = partial(read_events, path, DISK), resolved(config)
+    recorded, settings = partial(read_events, path, DISK), resolve_config(config)
     state, run = beginning(recorded(), settings)
     placed = callbacks_of(config, state, run)
     if other is not None:
@@ -81,7 +81,7 @@ def _point(text: str) -> TrainingIteration:
         raise ConfigError([Located(Place("--at"), (), str(error))]) from error
 
 
-def _is_at(point: TrainingIteration, step: Step) -> bool:
+def _is_at(point: TrainingIteration, step: ReplayStep) -> bool:
     """Return whether an event is the one that reached a point, or any that came where all counters are as named."""
     if step.state.iteration == point:
         return True
@@ -89,7 +89,7 @@ def _is_at(point: TrainingIteration, step: Step) -> bool:
     return len(named) == 1 and Gate(At(point)).opens(step.before, step.event) is not None
 
 
-def decides(step: Step, *, log: bool = False) -> bool:
+def decides(step: ReplayStep, *, log: bool = False) -> bool:
     """Return whether there is something to tell of an event; with `log` also what is logged."""
     before, after = step.before, step.state
     if not step.asked and after.stop is before.stop and after.hyperparams is before.hyperparams:
@@ -97,7 +97,7 @@ def decides(step: Step, *, log: bool = False) -> bool:
     return any(_told(step, log=log))
 
 
-def _told(step: Step, *, log: bool) -> Iterator[tuple[str, str]]:
+def _told(step: ReplayStep, *, log: bool) -> Iterator[tuple[str, str]]:
     """Yield who decided what at an event; with `log` also what is logged."""
     for name, effect in step.asked:
         if isinstance(effect, SaveCheckpoint):
@@ -114,19 +114,19 @@ def _told(step: Step, *, log: bool) -> Iterator[tuple[str, str]]:
             yield "", f"sets {key} to {value}"
 
 
-def _decisions(step: Step, *, log: bool) -> Iterator[str]:
+def _decisions(step: ReplayStep, *, log: bool) -> Iterator[str]:
     where = f"{step.state.iteration!s:<20} {type(step.event).__name__:<14}"
     for name, what in _told(step, log=log):
         for line in what.splitlines():
             yield f"{where} {f'{name}: ' if name else ''}{line}"
 
 
-def _show_event(console: Console, step: Step) -> None:
+def _show_event(console: Console, step: ReplayStep) -> None:
     """Print the state that was settled at an event, and what was asked for."""
     console.rule(f"{type(step.event).__name__} {step.state.iteration}")
     table = Table(box=None, show_header=False)
     shown: dict[str, Any] = {"stop": step.state.stop, "hyperparams": step.state.hyperparams}
-    metrics = {key: f"{plain(value)} at {at}" for key, (value, at) in step.state.metrics.items()}
+    metrics = {key: f"{to_plain(value)} at {at}" for key, (value, at) in step.state.metrics.items()}
     for name, tree in {**shown, "metrics": metrics, "memory": step.state.callback_states}.items():
         for path, leaf in leaves(tree):
             table.add_row(name, ".".join(path), _shown(leaf))

@@ -18,14 +18,14 @@ import click
 from noether.cli.interruption import Interruption
 from noether.config import ConfigError, load
 from noether.config.errors import Located, Place
-from noether.config.kinds import named
+from noether.config.kinds import import_kind
 from noether.config.resolved import dump, refuse_changes
 from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.effect import SaveCheckpoint, SetSummary
 from noether.core.event import AfterTraining, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, dispatch, next_move
-from noether.core.tensors.donation import donated
+from noether.core.tensors.donation import donate
 from noether.core.tensors.tree import FrozenDict
 from noether.effects import CheckpointError, open_run
 from noether.effects.disk.files import make_directories, replace_text
@@ -162,7 +162,7 @@ def handled(
 ) -> Interpreter:
     """Return the interpreter that also has the handlers of `run.handlers`, those of logs `guarded`."""
     for effect_type, path in config.run.handlers.items():
-        kind, handler = named(effect_type), named(path)
+        kind, handler = import_kind(effect_type), import_kind(path)
         interpreter = interpreter.handling(kind, guarded(path, handler) if issubclass(kind, LOGGED) else handler)
     return interpreter
 
@@ -176,7 +176,7 @@ def _train(
         told = directory.recording(interpreter, to_line(experiment.reducer))
     with Interruption() as interruption:
         interpreter([SetSummary(_facts(experiment))], state, AfterTraining(run=experiment.run))
-        given = donated(state) if experiment.step.donate else state
+        given = donate(state) if experiment.step.donate else state
         del state  # what the run begins with is not to be held to its end
         state = _trainer(experiment, told, interruption)(given, resumed=resumed)
         directory.wait()  # the run has not ended before its last checkpoint is saved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from noether.core.errors import Problem, refuse
+from noether.core.errors import Problem, raise_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ class ConfigWarning(UserWarning):
     """Something in a configuration has no effect."""
 
 
-def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def translate_settings(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return settings under the names that `target` gives them, and what was left out because it has no meaning.
 
     Args:
@@ -27,7 +27,7 @@ def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple
 
     Example:
         >>> from noether.core.callbacks import BestMetricCallback
-        >>> translated(BestMetricCallback, {"source_metric_key": "val/accuracy", "target_metric_keys": None})
+        >>> translate_settings(BestMetricCallback, {"source_metric_key": "val/accuracy", "target_metric_keys": None})
         ({'metric_key': 'val/accuracy'}, [])
     """
     parameters = inspect.signature(target).parameters
@@ -37,7 +37,7 @@ def translated(target: Callable[..., Any], settings: Mapping[str, Any]) -> tuple
     meaningless = {name: why for name, why in getattr(target, "meaningless", {}).items() if name not in parameters}
     absent = {*lists, *elsewhere, *meaningless, *renamed}
     given = {name: value for name, value in settings.items() if not (value is None and name in absent)}
-    refuse(_misplaced(given, renamed, elsewhere))
+    raise_problems(_misplaced(given, renamed, elsewhere))
     kept = {renamed.get(name, name): value for name, value in given.items() if name not in meaningless}
     for older, name in renamed.items():
         if older in given and name in lists:

@@ -37,7 +37,7 @@ class Located:
     """One problem: where it was written, which setting it is about, what is wrong and what would be right.
 
     Example:
-        >>> print(Located(Place("a.yaml", 3), ("callbacks", 2, "every_n_epochs"), "0 is not a whole number"))
+        >>> print(Located(Place("a.yaml", 3), ("callbacks", 2, "every_n_epochs"), "0 is not a check_whole number"))
         a.yaml:3: callbacks[2].every_n_epochs: 0 is not a whole number
     """
 
@@ -46,7 +46,7 @@ class Located:
     message: str
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, [str(self.place), dotted(self.path), self.message]))
+        return ": ".join(filter(None, [str(self.place), format_path(self.path), self.message]))
 
 
 class ConfigError(Exception):
@@ -66,11 +66,11 @@ class ConfigError(Exception):
         super().__init__("\n".join(map(str, self.problems)))
 
 
-def dotted(path: Path) -> str:
+def format_path(path: Path) -> str:
     """Return `path` as it is shown.
 
     Example:
-        >>> dotted(("callbacks", 2, "every_n_epochs"))
+        >>> format_path(("callbacks", 2, "every_n_epochs"))
         'callbacks[2].every_n_epochs'
     """
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, final
 
 from noether.config.structure import RefusedError
-from noether.core.errors import nearest
+from noether.core.errors import suggest
 
 ALLOWED = ("noether", "torch")
 """Prefixes that are always allowed, beside the modules under the working directory."""
@@ -95,11 +95,11 @@ def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path |
     return target
 
 
-def named(path: str) -> Any:
+def import_kind(path: str) -> Any:
     """Return the object at a dotted path that was judged when its configuration was loaded.
 
     Example:
-        >>> named("noether.core.errors.nearest").__name__
+        >>> import_kind("noether.core.errors.nearest").__name__
         'nearest'
     """
     return _walked(path, lambda _: None)
@@ -127,7 +127,7 @@ def _walked(path: str, judge: Callable[[str], None]) -> object:
 
 def _part(owner: object, done: str, part: str, path: str) -> object:
     """Return one attribute or submodule, as `from owner import part` finds them."""
-    missing = RefusedError(f"{path!r}: {done!r} has no {part!r}{nearest(part, _public(owner))}")
+    missing = RefusedError(f"{path!r}: {done!r} has no {part!r}{suggest(part, _public(owner))}")
     if part.startswith("__"):
         raise missing
     if hasattr(owner, part):
@@ -157,7 +157,7 @@ def _judge(module: str, path: str, allow: Sequence[str], run_dir: Path | None) -
             return
         raise RefusedError(f"{path!r} lies in {run_dir}, the directory of the run itself; --allow {head} allows it")
     if files is None:
-        raise RefusedError(f"{path!r}: there is no module {head!r}{nearest(head, ALLOWED)}")
+        raise RefusedError(f"{path!r}: there is no module {head!r}{suggest(head, ALLOWED)}")
     prefixes = ", ".join((*ALLOWED, *allow, "modules under the working directory"))
     hint = f"allow=({head!r},), or --allow {head} on the command line, allows it"
     raise RefusedError(f"{path!r}: {head!r} is not an allowed prefix ({prefixes}); {hint}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_origin
 
 from cattrs.errors import ClassValidationError
 
-from noether.config.compatibility import ConfigWarning, translated
+from noether.config.compatibility import ConfigWarning, translate_settings
 from noether.config.errors import ConfigError, Located
 from noether.config.functions import FunctionCallback
 from noether.config.kinds import CALLBACK, FUNCTION, OPTIMIZER, Kind, Role, resolve
@@ -25,9 +25,9 @@ from noether.config.schema import (
     Metric,
     OptimizerSettings,
 )
-from noether.config.source import overridden, read
+from noether.config.source import apply_overrides, read
 from noether.config.structure import RefusedError, arguments, construct, converter, noted, parameters, structure
-from noether.core.errors import Problem, SettingsError, nearest
+from noether.core.errors import Problem, SettingsError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ def load(
     Raises:
         ConfigError: With everything that is wrong, each with file and line.
     """
-    return from_source(overridden(read(path), overrides), allow, run_dir)
+    return from_source(apply_overrides(read(path), overrides), allow, run_dir)
 
 
 def from_source(source: Source, allow: Sequence[str] = (), run_dir: FilePath | None = None) -> Config:
@@ -103,7 +103,7 @@ def with_callbacks(config: Config, path: str | FilePath, allow: Sequence[str] = 
 
 def _listed(source: Source, allow: Sequence[str]) -> tuple[Kind, ...]:
     if "callbacks" not in source.data:
-        message = f"has no list of `callbacks`{nearest('callbacks', source.data)}"
+        message = f"has no list of `callbacks`{suggest('callbacks', source.data)}"
         raise ConfigError([Located(source.place(()), (), message)])
     listed: tuple[Kind, ...] = _structured(
         source, ("callbacks",), tuple[Callback, ...], config_converter(allow, source)
@@ -162,7 +162,7 @@ class _Kinds:
         if "name" not in parameters(target):
             rest.pop("name", None)  # a label for the reader
         if isinstance(target, type):
-            rest, ignored = translated(target, rest)
+            rest, ignored = translate_settings(target, rest)
             for problem in ignored:
                 self.warn(value, problem)
         construct(self.using, target, rest)
@@ -198,7 +198,7 @@ def _evaluate(using: Converter, value: object) -> object:
         datasets[name] = ("loss",)
         with _collecting(errors, name):
             if not isinstance(value[name], list):
-                message = f"{value[name]!r} is not a list such as [loss, accuracy]{nearest(name, INTERVALS)}"
+                message = f"{value[name]!r} is not a list such as [loss, accuracy]{suggest(name, INTERVALS)}"
                 raise RefusedError(message)
             datasets[name] = using.structure(value[name], tuple[Metric, ...])
     with _collecting(errors):
@@ -242,7 +242,7 @@ def _unknown_to_class(section: Mapping[str, Any], target: type) -> Iterator[Exce
         asked |= {f"groups.{index}.settings.{name}": name for name in (own if isinstance(own, dict) else ())}
     for setting, name in asked.items():
         if name not in taken:
-            yield SettingsError([Problem(setting, f"is no setting of {target.__qualname__}{nearest(name, taken)}")])
+            yield SettingsError([Problem(setting, f"is no setting of {target.__qualname__}{suggest(name, taken)}")])
 
 
 @contextmanager

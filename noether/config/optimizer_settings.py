@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, final
 
-from noether.core.errors import Problem, one_of, refuse, whole
+from noether.core.errors import Problem, check_choice, check_whole, raise_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ class ParamGroup:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse(self._problems())
+        raise_problems(self._problems())
 
     def overrides(self) -> dict[str, Any]:
         """Return the settings in which this group differs from the optimizer's own.
@@ -114,10 +114,10 @@ class ScheduleSettings:
     gamma: float | None = None
 
     def __post_init__(self) -> None:
-        refuse([*self._value_problems(), *self._kind_problems(), *self._warmup_problems()])
+        raise_problems([*self._value_problems(), *self._kind_problems(), *self._warmup_problems()])
 
     def _value_problems(self) -> Iterator[Problem | None]:
-        yield one_of("kind", self.kind, _SETTINGS_OF_KIND)
+        yield check_choice("kind", self.kind, _SETTINGS_OF_KIND)
         yield _number("warmup_start_factor", self.warmup_start_factor)
         yield _number("end_factor", self.end_factor)
         yield _number("power", self.power, above=True)
@@ -137,8 +137,8 @@ class ScheduleSettings:
             yield Problem("milestone_epochs", "step needs either milestone_epochs or milestone_updates, e.g. [30, 60]")
 
     def _warmup_problems(self) -> Iterator[Problem | None]:
-        yield whole("warmup_updates", self.warmup_updates, at_least=0)
-        yield whole("warmup_epochs", self.warmup_epochs, at_least=0)
+        yield check_whole("warmup_updates", self.warmup_updates, at_least=0)
+        yield check_whole("warmup_epochs", self.warmup_epochs, at_least=0)
         if self.warmup_updates and self.warmup_epochs:
             yield Problem("warmup_epochs", "give the warm-up in updates or in epochs, not in both")
         if self.warmup_start_factor is not None and not (self.warmup_updates or self.warmup_epochs):
@@ -172,6 +172,6 @@ def _patterns(setting: str, value: object) -> Problem | None:
 
 
 def _increasing(setting: str, value: tuple[int, ...]) -> Problem | None:
-    if any(whole(setting, item) for item in value) or any(late <= early for early, late in pairwise(value)):
+    if any(check_whole(setting, item) for item in value) or any(late <= early for early, late in pairwise(value)):
         return Problem(setting, f"{value!r} is not an increasing list of whole numbers of at least 1")
     return None

@@ -36,7 +36,7 @@ MAY_CHANGE = (
 """What may differ in a resumed run; a section stands for all that is in it."""
 
 
-def resolved(config: Config) -> dict[str, Any]:
+def resolve_config(config: Config) -> dict[str, Any]:
     """Return `config` as plain values in the order of its sections; a setting that is None by default is left out."""
     plain: dict[str, Any] = _plain(config)
     return plain
@@ -44,13 +44,13 @@ def resolved(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """Return `config` as YAML text, which loads as an equal configuration."""
-    text: str = yaml.dump(resolved(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(resolve_config(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
 
 
-def changed(old: Config, new: Config) -> tuple[str, ...]:
+def changed_settings(old: Config, new: Config) -> tuple[str, ...]:
     """Return the dotted names of all settings that differ, in the order of the sections; a list is one setting."""
-    return tuple(".".join(path) for path, _, _ in _differences(resolved(old), resolved(new)))
+    return tuple(".".join(path) for path, _, _ in _differences(resolve_config(old), resolve_config(new)))
 
 
 def refuse_changes(old: Config, new: Config) -> None:
@@ -61,7 +61,7 @@ def refuse_changes(old: Config, new: Config) -> None:
     """
     problems = [
         Located(_place(new, path), path, f"{_shown(before)} cannot become {_shown(after)} in a resumed run")
-        for path, before, after in _differences(resolved(old), resolved(new))
+        for path, before, after in _differences(resolve_config(old), resolve_config(new))
         if not any(f"{'.'.join(path)}.".startswith(f"{may}.") for may in MAY_CHANGE)
     ]
     if problems:

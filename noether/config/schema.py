@@ -13,7 +13,7 @@ from noether.config.errors import ConfigError, Located, Place
 from noether.config.kinds import Kind
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings  # noqa: TC001 - as above
 from noether.config.source import Source  # noqa: TC001 - as above
-from noether.core.errors import Problem, nearest, one_of, refuse, whole
+from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest
 
 ENDS = ("max_epochs", "max_updates", "max_samples")
 """The settings of `trainer` that say where a run ends; exactly one is given."""
@@ -81,7 +81,7 @@ class RunSettings:
     wandb: WandbSettings | None = None
 
     def __post_init__(self) -> None:
-        refuse([_folder("name", self.name), _text("output", self.output), _seed(self.seed)])
+        raise_problems([_folder("name", self.name), _text("output", self.output), _seed(self.seed)])
 
 
 @final
@@ -109,7 +109,7 @@ class EvaluateSettings:
     datasets: Mapping[str, tuple[Metric, ...]]
 
     def __post_init__(self) -> None:
-        refuse(self._problems())
+        raise_problems(self._problems())
 
     def _problems(self) -> Iterator[Problem | None]:
         yield from _exactly_one(self, INTERVALS)
@@ -144,7 +144,7 @@ class CheckpointSettings:
     on_error: Literal["stop", "warn"] = "stop"
 
     def __post_init__(self) -> None:
-        refuse([one_of("on_error", self.on_error, ("stop", "warn"))])
+        raise_problems([check_choice("on_error", self.on_error, ("stop", "warn"))])
 
 
 @final
@@ -210,18 +210,18 @@ class TrainerSettings:
     record: Literal["events"] | None = None
 
     def __post_init__(self) -> None:
-        refuse(self._problems())
+        raise_problems(self._problems())
 
     def _problems(self) -> Iterator[Problem | None]:
         yield from _exactly_one(self, ENDS)
-        yield whole("effective_batch_size", self.effective_batch_size)
+        yield check_whole("effective_batch_size", self.effective_batch_size)
         for name in ("max_batch_size", "eval_batch_size"):
-            yield None if getattr(self, name) is None else whole(name, getattr(self, name))
+            yield None if getattr(self, name) is None else check_whole(name, getattr(self, name))
         for name in ("clip_grad_norm", "clip_grad_value"):
             yield None if getattr(self, name) is None else _number(name, getattr(self, name), above=True)
         if self.clip_grad_norm is not None and self.clip_grad_value is not None:
             yield Problem("clip_grad_value", "clip_grad_norm is given too; give one of them")
-        yield whole("num_workers", self.num_workers, at_least=0)
+        yield check_whole("num_workers", self.num_workers, at_least=0)
         if self.evaluate_first and self.evaluate is None:
             yield Problem("evaluate_first", "there is nothing to evaluate; give `evaluate`")
         if not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
@@ -253,7 +253,7 @@ class OptimizerSettings:
     groups: tuple[ParamGroup, ...] = ()
 
     def __post_init__(self) -> None:
-        refuse(self._problems())
+        raise_problems(self._problems())
 
     def _problems(self) -> Iterator[Problem | None]:
         yield _number("lr", self.lr)
@@ -291,7 +291,7 @@ class Config:
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        refuse(self._problems())
+        raise_problems(self._problems())
 
     def error(self, path: tuple[str | int, ...], message: str) -> ConfigError:
         """Return the error that says `message` about the setting at `path`, with the place where it was written."""
@@ -300,7 +300,7 @@ class Config:
 
     def _problems(self) -> Iterator[Problem | None]:
         if "train" not in self.data:
-            yield Problem("data.train", f"is missing; it is what is trained on{nearest('train', self.data)}")
+            yield Problem("data.train", f"is missing; it is what is trained on{suggest('train', self.data)}")
         for index, callback in enumerate(self.callbacks):
             key = _plain(callback, "settings").get("dataset_key")
             if isinstance(key, str):
@@ -314,7 +314,7 @@ class Config:
         if key in self.data:
             return None
         known = ", ".join(map(repr, self.data)) or "nothing"
-        return Problem(setting, f"data has no {key!r}, it has {known}{nearest(key, [*self.data, *also])}")
+        return Problem(setting, f"data has no {key!r}, it has {known}{suggest(key, [*self.data, *also])}")
 
 
 def _plain(section: object, inner: str) -> Mapping[str, Any]:
@@ -328,7 +328,7 @@ def _plain(section: object, inner: str) -> Mapping[str, Any]:
 
 def _exactly_one(settings: object, names: tuple[str, ...]) -> Iterator[Problem | None]:
     given = [name for name in names if getattr(settings, name) is not None]
-    yield from (whole(name, getattr(settings, name)) for name in given)
+    yield from (check_whole(name, getattr(settings, name)) for name in given)
     if len(given) != 1:
         said = (
             f"{' and '.join(given)} are given"
@@ -348,7 +348,7 @@ def _number(setting: str, value: Any, *, above: bool = False) -> Problem | None:
 def _seed(value: object) -> Problem | None:
     if isinstance(value, int) and value >= _SEEDS:
         return Problem("seed", f"{value} is not below {_SEEDS}")
-    return whole("seed", value, at_least=0)
+    return check_whole("seed", value, at_least=0)
 
 
 def _folder(setting: str, value: str) -> Problem | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from noether.config.errors import ConfigError, Located, Place
-from noether.core.errors import nearest
+from noether.core.errors import suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -109,7 +109,7 @@ def read(path: str | FilePath) -> Source:
     except FileNotFoundError:
         beside = FilePath(path).parent
         names = [each.name for each in beside.glob("*.y*ml")] if beside.is_dir() else []
-        raise _unreadable(path, f"no such file{nearest(FilePath(path).name, names)}") from None
+        raise _unreadable(path, f"no such file{suggest(FilePath(path).name, names)}") from None
     except UnicodeDecodeError as error:
         raise _unreadable(path, f"is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -308,7 +308,7 @@ def _replaced(data: Any, path: Path, value: object, place: Place, done: Path = (
     return inner | {head: _replaced(inner.get(head), rest, value, place, (*done, head))}
 
 
-def overridden(source: Source, settings: Iterable[str]) -> Source:
+def apply_overrides(source: Source, settings: Iterable[str]) -> Source:
     """Return `source` with every override applied in order.
 
     Raises:

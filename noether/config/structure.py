@@ -25,7 +25,7 @@ from cattrs.errors import (
 )
 
 from noether.config.errors import Located
-from noether.core.errors import SettingsError, nearest
+from noether.core.errors import SettingsError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -155,7 +155,7 @@ def arguments(
             elif open_ended and name not in (*given, *beside):
                 settings[name] = value[name]
             else:
-                raise _WrongKeyError(f"unknown setting{nearest(name, [*known, *beside]) or _listed([*known, *beside])}")  # noqa: TRY301
+                raise _WrongKeyError(f"unknown setting{suggest(name, [*known, *beside]) or _listed([*known, *beside])}")  # noqa: TRY301
         except Exception as error:  # noqa: BLE001 - collected, with the way to it
             errors.append(noted(error, name))
     return settings, errors
@@ -321,7 +321,7 @@ def _literal(value: object, kind: object) -> object:
     choices = typing.get_args(kind)
     if any(value == each and type(value) is type(each) for each in choices):
         return value
-    close = nearest(value, [each for each in choices if isinstance(each, str)]) if isinstance(value, str) else ""
+    close = suggest(value, [each for each in choices if isinstance(each, str)]) if isinstance(value, str) else ""
     raise RefusedError(f"{value!r} is not one of {', '.join(map(repr, choices))}{close}")
 
 

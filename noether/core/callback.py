@@ -85,7 +85,7 @@ def label_of(callback: Callback) -> str:
     return str(name or type(callback).__name__)
 
 
-def listens(callback: Callback, event_type: type[Event]) -> bool:
+def listens_to(callback: Callback, event_type: type[Event]) -> bool:
     """Return whether `callback` can do anything on events of this type."""
     answer = getattr(callback, "listens", None)
     return True if answer is None else bool(answer(event_type))
@@ -103,7 +103,7 @@ def idle_of(callback: Callback) -> Callback | None:
 
     That is what it names `idle`; without that, all of it if it tracks or has no gate that is read at updates.
     """
-    if not listens(callback, AfterUpdate):
+    if not listens_to(callback, AfterUpdate):
         return None
     declared = declaration_of(callback)
     if declared.gate is None:
@@ -115,7 +115,7 @@ def idle_of(callback: Callback) -> Callback | None:
 
 def is_due(callback: Callback, event_type: type[Event], state: TrainState) -> bool:
     """Return whether `callback` would act on an event of this type, the ones that only track aside."""
-    if not listens(callback, event_type):
+    if not listens_to(callback, event_type):
         return False
     due = getattr(callback, "due", None)
     if due is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from noether.core.callback import declaration_of, idle_of, init_of, label_of, listens
+from noether.core.callback import declaration_of, idle_of, init_of, label_of, listens_to
 from noether.core.event import AfterUpdate, Event
 from noether.core.reducer import Reducer
 from noether.core.schedules.gate import Gate
@@ -178,7 +178,7 @@ class _Wrapper:
         return init_of(self.callback, state)
 
     def listens(self, event_type: type[Event]) -> bool:
-        return listens(self.callback, event_type)
+        return listens_to(self.callback, event_type)
 
 
 @final
@@ -201,7 +201,7 @@ class Gated(_Wrapper):
 
     def listens(self, event_type: type[Event]) -> bool:
         """Return whether the gate can open on events of this type."""
-        return self.opening.listens(event_type) and listens(self.callback, event_type)
+        return self.opening.listens(event_type) and listens_to(self.callback, event_type)
 
 
 @final
@@ -217,7 +217,7 @@ class On(_Wrapper):
 
     def listens(self, event_type: type[Event]) -> bool:
         """Return whether events of this type are among its own."""
-        return issubclass(event_type, self.event_types) and listens(self.callback, event_type)
+        return issubclass(event_type, self.event_types) and listens_to(self.callback, event_type)
 
 
 @final
@@ -247,7 +247,7 @@ class Remembering(_Wrapper):
         """Return what the callback returns, or the state as it is."""
         state, _ = self._tracked(state, event)
         # Tracking makes it listen where its callback does not.
-        return self.callback(state, event) if listens(self.callback, type(event)) else (state, ())
+        return self.callback(state, event) if listens_to(self.callback, type(event)) else (state, ())
 
     def _tracked(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         if self.start is not None and self.name not in state.callback_states:

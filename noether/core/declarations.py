@@ -8,8 +8,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from noether.core.callback import Callback, Declaration, declaration_of, init_of
-from noether.core.errors import nearest
-from noether.core.metrics import matches
+from noether.core.errors import suggest
+from noether.core.metrics import keys_overlap
 from noether.core.schedules.coverage import covers
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _shared_names(callbacks: Sequence[Callback], state: TrainState) -> Iterator[
 def _shared_keys(callbacks: Sequence[Callback], declared: Sequence[Declaration]) -> Iterator[Misfit]:
     for (_, first), (callback, second) in combinations(zip(callbacks, declared, strict=True), 2):
         for key in second.produces or ():
-            if any(matches(key, other) for other in first.produces or ()):
+            if any(keys_overlap(key, other) for other in first.produces or ()):
                 yield Misfit(callback, f"{second.label} and {first.label} both produce {key!r}; drop one")
 
 
@@ -88,7 +88,7 @@ def _unfed(callbacks: Sequence[Callback], declared: Sequence[Declaration], run: 
 
 
 def _producers(key: str, declared: Sequence[Declaration]) -> list[Declaration]:
-    return [d for d in declared if any(matches(pattern, key) for pattern in d.produces or ())]
+    return [d for d in declared if any(keys_overlap(pattern, key) for pattern in d.produces or ())]
 
 
 def _why_unfed(
@@ -112,7 +112,7 @@ def _why_unfed(
 
 def _known(key: str, declared: Sequence[Declaration]) -> str:
     keys = [pattern for d in declared for pattern in d.produces or ()]
-    return f"; produced before it: {', '.join(keys) or 'nothing'}{nearest(key, keys)}"
+    return f"; produced before it: {', '.join(keys) or 'nothing'}{suggest(key, keys)}"
 
 
 def _when(declaration: Declaration) -> str:

@@ -3,11 +3,11 @@
 from datetime import timedelta
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as `h:mm:ss`, whole seconds.
 
     Example:
-        >>> clock(3661.5)
+        >>> format_duration(3661.5)
         '1:01:01'
     """
     return str(timedelta(seconds=int(seconds)))

@@ -19,7 +19,7 @@ class Problem:
         message: The value, and what would be right.
 
     Example:
-        >>> print(Problem("tolerance", "0 is not a whole number of at least 1"))
+        >>> print(Problem("tolerance", "0 is not a check_whole number of at least 1"))
         tolerance: 0 is not a whole number of at least 1
     """
 
@@ -34,7 +34,7 @@ class SettingsError(ValueError):
     """Settings were refused; `problems` holds every one of them.
 
     Example:
-        >>> raise SettingsError([Problem("keep", "-1 is not a whole number of at least 1")])
+        >>> raise SettingsError([Problem("keep", "-1 is not a check_whole number of at least 1")])
         Traceback (most recent call last):
         noether.core.errors.SettingsError: keep: -1 is not a whole number of at least 1
     """
@@ -52,7 +52,7 @@ class WeightsError(LookupError):
     """Weights were asked for that no callback keeps."""
 
 
-def refuse(problems: Iterable[Problem | None]) -> None:
+def raise_problems(problems: Iterable[Problem | None]) -> None:
     """Raise every problem there is at once; return when there is none.
 
     Raises:
@@ -63,13 +63,13 @@ def refuse(problems: Iterable[Problem | None]) -> None:
         raise SettingsError(found)
 
 
-def whole(setting: str, value: object, *, at_least: int = 1) -> Problem | None:
+def check_whole(setting: str, value: object, *, at_least: int = 1) -> Problem | None:
     """Return the problem of `value` as a whole number, or None; True and 2.0 are not whole numbers.
 
     Example:
-        >>> print(whole("every_n_epochs", 2.7))
+        >>> print(check_whole("every_n_epochs", 2.7))
         every_n_epochs: 2.7 is not a whole number of at least 1
-        >>> whole("every_n_epochs", 2)
+        >>> check_whole("every_n_epochs", 2)
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
         return None
@@ -86,24 +86,24 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def one_of(setting: str, value: object, choices: Iterable[str]) -> Problem | None:
+def check_choice(setting: str, value: object, choices: Iterable[str]) -> Problem | None:
     """Return the problem of `value` as one of `choices`, with the nearest of them, or None.
 
     Example:
-        >>> print(one_of("mode", "hihger", ["higher", "lower"]))
+        >>> print(check_choice("mode", "hihger", ["higher", "lower"]))
         mode: 'hihger' is not one of 'higher', 'lower'; did you mean 'higher'?
     """
     names = list(choices)
     if value in names:
         return None
-    return Problem(setting, f"{value!r} is not one of {', '.join(map(repr, names))}{nearest(str(value), names)}")
+    return Problem(setting, f"{value!r} is not one of {', '.join(map(repr, names))}{suggest(str(value), names)}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the nearest known name, or nothing.
 
     Example:
-        >>> nearest("toleranse", ["tolerance", "mode"])
+        >>> suggest("toleranse", ["tolerance", "mode"])
         "; did you mean 'tolerance'?"
     """
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)

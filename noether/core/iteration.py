@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal, Self, get_args
 
-from noether.core.errors import Problem, refuse, whole
+from noether.core.errors import Problem, check_whole, raise_problems
 
 Counter = Literal["epoch", "update", "sample"]
 COUNTERS: Final[tuple[Counter, ...]] = get_args(Counter)
@@ -48,7 +48,7 @@ class TrainingIteration:
         # One test keeps the common case cheap: this runs at every update.
         whole_numbers = type(self.epoch) is type(self.update) is type(self.sample) is int
         if not (whole_numbers and self.epoch >= 0 and self.update >= 0 and self.sample >= 0):
-            refuse(whole(name, getattr(self, name), at_least=0) for name in COUNTERS)
+            raise_problems(check_whole(name, getattr(self, name), at_least=0) for name in COUNTERS)
 
     def __str__(self) -> str:
         return f"E{self.epoch}_U{self.update}_S{self.sample}"
@@ -71,7 +71,9 @@ class TrainingIteration:
         counts = {name: int(digits) for name, digits in match.groupdict().items() if digits} if match else {}
         given = "_".join(f"{LETTERS[name]}{counts[name]}" for name in COUNTERS if name in counts)
         if not counts or given != text:
-            refuse([Problem("", f"{text!r} is not an iteration like 'E10_U200_S800', or a part of it like 'U200'")])
+            raise_problems(
+                [Problem("", f"{text!r} is not an iteration like 'E10_U200_S800', or a part of it like 'U200'")]
+            )
         return cls(**counts)
 
     def advance(self, *, samples: int) -> Self:

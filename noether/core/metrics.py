@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, SupportsFloat
 import torch
 
 from noether.core.effect import Effect, LogScalars
-from noether.core.errors import nearest
+from noether.core.errors import suggest
 from noether.core.event import BeforeTraining
 from noether.core.state import Measured
 from noether.core.tensors.tree import FrozenDict
@@ -93,7 +93,7 @@ def current(state: TrainState, key: str) -> float:
     """
     if key not in state.metrics:
         known = ", ".join(map(repr, state.metrics)) or "none"
-        raise MetricError(f"no metric {key!r} was measured yet; measured: {known}{nearest(key, state.metrics)}")
+        raise MetricError(f"no metric {key!r} was measured yet; measured: {known}{suggest(key, state.metrics)}")
     value, measured = state.metrics[key]
     age = state.iteration.update - measured.update
     if age:
@@ -105,11 +105,11 @@ def current(state: TrainState, key: str) -> float:
     return float(value)
 
 
-def matches(pattern: str, key: str) -> bool:
+def keys_overlap(pattern: str, key: str) -> bool:
     """Return whether a key pattern and a key, or two patterns, have a key in common; `*` stays within one `/` part.
 
     Example:
-        >>> matches("loss/val/*", "loss/val/total"), matches("loss/val/*", "loss/val/total/ema=0.9")
+        >>> keys_overlap("loss/val/*", "loss/val/total"), keys_overlap("loss/val/*", "loss/val/total/ema=0.9")
         (True, False)
     """
     ours, theirs = pattern.split("/"), key.split("/")
@@ -118,11 +118,11 @@ def matches(pattern: str, key: str) -> bool:
     return all(_meet(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def holding(part: str) -> tuple[str, ...]:
+def patterns_containing(part: str) -> tuple[str, ...]:
     """Return the patterns of names that hold `part`, in which there is one `/` at most.
 
     Example:
-        >>> holding("loss")
+        >>> patterns_containing("loss")
         ('*loss*', '*/*loss*', '*loss*/*')
     """
     return (f"*{part}*", f"*/*{part}*", f"*{part}*/*")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal, final
 
-from noether.core.callback import declaration_of, idle_of, init_of, is_due, label_of, listens
+from noether.core.callback import declaration_of, idle_of, init_of, is_due, label_of, listens_to
 from noether.core.declarations import check_declarations
-from noether.core.errors import nearest
+from noether.core.errors import suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
-from noether.core.metrics import matches
+from noether.core.metrics import keys_overlap
 from noether.core.schedules.schedule import Window
 from noether.core.schedules.waiting import Waiting
 from noether.core.tensors.tree import FrozenDict, check_memory, freeze, storages
@@ -162,13 +162,13 @@ class Reducer:
         produced: list[str] | None = []  # None once a member does not say: it may produce any
         for declared in map(declaration_of, self.members):
             if produced is not None:
-                keys += [k for k in getattr(declared, wish) if not any(matches(p, k) for p in produced)]
+                keys += [k for k in getattr(declared, wish) if not any(keys_overlap(p, k) for p in produced)]
                 produced = None if declared.produces is None else [*produced, *declared.produces]
         return tuple(dict.fromkeys(keys))
 
     def _listeners(self, event_type: type[Event]) -> tuple[Callback, ...]:
         if event_type not in self._listening:
-            self._listening[event_type] = tuple(m for m in self.members if listens(m, event_type))
+            self._listening[event_type] = tuple(m for m in self.members if listens_to(m, event_type))
         return self._listening[event_type]
 
     def _calls(self, state: TrainState, event_type: type[Event]) -> tuple[_Call, ...]:
@@ -230,7 +230,7 @@ def _check_claimed(state: TrainState, initial: Mapping[str, Any]) -> None:
     for name in state.callback_states:
         if name not in initial:
             raise UnclaimedMemoryError(
-                f"the saved run holds the memory of {name!r}, which no callback claims{nearest(name, initial) or '.'} "
+                f"the saved run holds the memory of {name!r}, which no callback claims{suggest(name, initial) or '.'} "
                 f"Give a callback that id, or accept the loss with --drop-memory {name}"
             )
 

@@ -108,7 +108,7 @@ class TrainState:
         }
         if saved is None:
             return cls(**views, seed=seed)
-        return cls(**{**vars(saved), **views, "callback_states": module.beside(model, saved.callback_states)})
+        return cls(**{**vars(saved), **views, "callback_states": module.move_beside(model, saved.callback_states)})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
         """Write the state into a live model and optimizer, the learning rates times `hyperparams["lr_scale"]`.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from noether.core.effect import Effect, LogScalars
-from noether.core.errors import nearest
+from noether.core.errors import suggest
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import NUMBER_TYPES
 from noether.effects.merging import merge
@@ -108,7 +108,7 @@ class Interpreter:
         if effect_type not in self._handlers and effect_type not in self._measures:
             known = [known.__name__ for known in dict.fromkeys((*self._handlers, *self._measures))]
             raise UnhandledEffectError(
-                f"nobody handles the effect {effect_type.__name__}{nearest(effect_type.__name__, known)}; "
+                f"nobody handles the effect {effect_type.__name__}{suggest(effect_type.__name__, known)}; "
                 f"register it with interpreter.handling({effect_type.__name__}, handler). "
                 f"Handled: {', '.join(known) or 'none'}"
             )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from noether.core.errors import one_of, refuse
+from noether.core.errors import check_choice, raise_problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,7 @@ class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """
 
     def __init__(self, split: Literal["train", "val", "test"], shift: int = 0) -> None:
-        refuse([one_of("split", split, SPLITS)])
+        raise_problems([check_choice("split", split, SPLITS)])
         with files("noether.examples").joinpath("data/digits.npz").open("rb") as file:
             arrays = dict(np.load(file, allow_pickle=False))
         chosen = arrays["split"] == SPLITS.index(split)

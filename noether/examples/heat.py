@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from noether.core.errors import Problem, SettingsError, one_of, refuse, whole
+from noether.core.errors import Problem, SettingsError, check_choice, check_whole, raise_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -69,8 +69,8 @@ class HeatFields(Dataset[dict[str, torch.Tensor]]):
         samples: int | None = None,
         cache: str | None = None,
     ) -> None:
-        count = None if samples is None else whole("samples", samples)
-        refuse([one_of("split", split, SPLITS), whole("size", size, at_least=_SMALLEST), count])
+        count = None if samples is None else check_whole("samples", samples)
+        raise_problems([check_choice("split", split, SPLITS), check_whole("size", size, at_least=_SMALLEST), count])
         directory = _default_cache() if cache is None else Path(cache).expanduser()
         arrays = _cached(directory, split, size, SAMPLES[split] if samples is None else samples)
         self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -214,7 +214,7 @@ class FourierNet(nn.Module):
 
     def __init__(self, width: int = 16, modes: int = 6, layers: int = 2) -> None:
         super().__init__()
-        refuse([whole("width", width), whole("modes", modes), whole("layers", layers)])
+        raise_problems([check_whole("width", width), check_whole("modes", modes), check_whole("layers", layers)])
         self.lift = nn.Conv2d(1, width, 1)
         self.clock = nn.Sequential(nn.Linear(1, width), nn.GELU())
         self.layers = nn.ModuleList(_FourierLayer(width, modes) for _ in range(layers))

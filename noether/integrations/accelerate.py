@@ -51,7 +51,7 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.tensors.tree import map_tensors
 from noether.session.scheduler import SchedulerMemory
-from noether.session.session import LiveRun
+from noether.session.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +75,7 @@ class AcceleratedRun:
         optimizer: Its optimizer, prepared.
         scheduler: A scheduler of the learning rate, prepared, so that a checkpoint of noether holds its position.
         run: Its `end`, and what callbacks evaluate.
-        settings: `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
+        settings: `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
 
     Raises:
         ValueError: If there is neither a directory nor an interpreter.
@@ -114,7 +114,7 @@ class AcceleratedRun:
     ) -> None:
         self._accelerator, self._model = accelerator, accelerator.unwrap_model(model)
         self._scheduler = None if scheduler is None else SchedulerMemory(getattr(scheduler, "scheduler", scheduler))
-        self.live = LiveRun(
+        self.live = Session(
             reducer if self._scheduler is None else compose(self._scheduler, reducer),
             run=run.replace(rank=accelerator.process_index, world_size=accelerator.num_processes),
             model=self._model,

@@ -63,9 +63,9 @@ from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
 from noether.integrations.accelerate import lengths
-from noether.session.memory import remembered
+from noether.session.memory import encode_state
 from noether.session.scheduler import SchedulerMemory, position
-from noether.session.session import LiveRun, filled
+from noether.session.session import Session, fill_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,7 +88,7 @@ class NoetherCallback(TrainerCallback):
     Args:
         reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
         run: What callbacks evaluate, and whatever else cannot be read off the trainer.
-        settings: `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
+        settings: `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
 
     Example:
         >>> import tempfile
@@ -113,14 +113,14 @@ class NoetherCallback(TrainerCallback):
         self.resume_from: Path | None = None
         """The checkpoint of transformers that `NoetherMixin.train` was told to go on from."""
         self._reducer, self._run, self._settings = reducer, run, settings
-        self._live: LiveRun | None = None
+        self._live: Session | None = None
         self._model: Any = None
         self._parts: list[Tensor] = []
         self._readings: dict[str, Any] = {}
         self._steps = 0
 
     @property
-    def live(self) -> LiveRun:
+    def live(self) -> Session:
         """The run beside the trainer.
 
         Raises:
@@ -165,7 +165,7 @@ class NoetherCallback(TrainerCallback):
         """
         self._model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._parts, self._readings, self._steps = [], {}, 0
-        self._live = live = LiveRun(
+        self._live = live = Session(
             compose(SchedulerMemory(kwargs["lr_scheduler"]), self._reducer),
             run=_completed(self._run, self._model, args, state, kwargs["train_dataloader"]),
             model=self._model,
@@ -326,7 +326,7 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
     # What transformers compares with its arguments, to warn where they differ.
     state.compute_steps(trainer.args, trainer.args.max_steps)  # type: ignore[no-untyped-call]  # transformers'
     state.save_to_json(str(path / "trainer_state.json"))
-    _write(path, remembered(saved))
+    _write(path, encode_state(saved))
     return str(path)
 
 
@@ -351,7 +351,7 @@ def _completed(run: Run, model: nn.Module, args: TrainingArguments, state: Train
         **lengths(loader, args.gradient_accumulation_steps, args.world_size),
         "forward": _forward_of(model),
     }
-    return filled(run.replace(rank=args.process_index, world_size=args.world_size), **known)
+    return fill_run(run.replace(rank=args.process_index, world_size=args.world_size), **known)
 
 
 def _forward_of(model: nn.Module) -> Callable[..., Any]:

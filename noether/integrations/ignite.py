@@ -38,7 +38,7 @@ from noether.core.reducer import compose
 from noether.integrations.losses import losses_of
 from noether.session.lengths import lengths_of
 from noether.session.scheduler import SchedulerMemory
-from noether.session.session import LiveRun
+from noether.session.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ def attach(
     accumulation_steps: int = 1,
     losses: Callable[[Any], Mapping[str, Any]] = losses_of,
     **settings: Any,
-) -> LiveRun:
+) -> Session:
     """Attach callbacks to an engine that trains, and return their run, to be saved beside the engine.
 
     Args:
@@ -72,7 +72,7 @@ def attach(
             its place. If it is stepped after an iteration, attach what does that before.
         accumulation_steps: Iterations of one update.
         losses: Mean losses by name in the engine's output; `total` is added as their sum.
-        settings: `run`, `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
+        settings: `run`, `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
 
     Raises:
         ValueError: If there is neither a directory nor an interpreter.
@@ -95,7 +95,7 @@ def attach(
     """
     memory = None if scheduler is None else SchedulerMemory(scheduler)
     reducer = reducer if memory is None else compose(memory, reducer)
-    live = LiveRun(reducer, model=model, optimizer=optimizer, **settings)
+    live = Session(reducer, model=model, optimizer=optimizer, **settings)
     attached = _Attached(live, accumulation_steps, losses, memory, optimizer)
     engine.add_event_handler(Events.STARTED, attached.begin)
     engine.add_event_handler(Events.GET_BATCH_COMPLETED, live.batch_arrived)
@@ -110,7 +110,7 @@ class _Attached:
 
     def __init__(
         self,
-        live: LiveRun,
+        live: Session,
         accumulation_steps: int,
         losses: Callable[[Any], Mapping[str, Any]],
         scheduler: SchedulerMemory | None,

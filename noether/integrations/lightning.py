@@ -40,7 +40,7 @@ from noether.core.reducer import compose
 from noether.integrations.losses import losses_of
 from noether.session.lengths import lengths_of
 from noether.session.scheduler import SchedulerMemory
-from noether.session.session import LiveRun
+from noether.session.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ class NoetherCallback(LightningCallback):
     Args:
         reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
         losses: Mean losses by name in what `training_step` returned; `total` is added as their sum.
-        settings: `run`, `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
+        settings: `run`, `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
 
     Example:
         >>> import torch
@@ -79,7 +79,7 @@ class NoetherCallback(LightningCallback):
     ) -> None:
         super().__init__()
         self._reducer, self._losses, self._settings = reducer, losses, settings
-        self.live: LiveRun | None = None
+        self.live: Session | None = None
         self._saved: dict[str, Any] | None = None
         self._seen = 0  # steps of the optimizer at the last update
         self._grad_norm: Tensor | None = None
@@ -90,7 +90,7 @@ class NoetherCallback(LightningCallback):
         saved = self.state_dict()  # of a fit before this one: its optimizer is gone
         schedulers = [SchedulerMemory(each.scheduler) for each in trainer.lr_scheduler_configs[:1]]
         reducer = compose(*schedulers, self._reducer)
-        self.live = live = LiveRun(reducer, model=pl_module, optimizer=trainer.optimizers[0], **self._settings)
+        self.live = live = Session(reducer, model=pl_module, optimizer=trainer.optimizers[0], **self._settings)
         if saved:
             live.load_state_dict(saved)
         loaded = live.load()
@@ -159,7 +159,7 @@ class NoetherCallback(LightningCallback):
         self._saved = state_dict
 
     @property
-    def _running(self) -> LiveRun:
+    def _running(self) -> Session:
         if self.live is None:
             raise ValueError("training was not begun: Lightning calls on_train_start before any other hook")
         return self.live
@@ -181,7 +181,7 @@ def _check(trainer: Trainer) -> None:
         )
 
 
-def _known(trainer: Trainer, live: LiveRun) -> dict[str, Any]:
+def _known(trainer: Trainer, live: Session) -> dict[str, Any]:
     """Return what Lightning tells of the run."""
     automatic = trainer.lightning_module.automatic_optimization
     batches = int(trainer.num_training_batches) if trainer.num_training_batches != float("inf") else None

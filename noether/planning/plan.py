@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
-from noether.core.callback import declaration_of, label_of, listens
+from noether.core.callback import declaration_of, label_of, listens_to
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping, MetricEarlyStopping
 from noether.core.callbacks.nan_guard import NanGuardCallback
 from noether.core.callbacks.summaries import param_counts
@@ -173,7 +173,7 @@ def planned_callback(placed: Placed, stage: Stage, *, evaluate_first: bool = Fal
         evaluate_first: Whether an evaluation comes before the first update.
     """
     callback, run = placed.callback, stage.run
-    listened = tuple(kind for kind in EVENTS if listens(callback, kind) and (kind is not AtEval or evaluate_first))
+    listened = tuple(kind for kind in EVENTS if listens_to(callback, kind) and (kind is not AtEval or evaluate_first))
     occasions = _occasions(callback, listened, run)
     answers, unasked, misasked = Answers((), stops=False), None, None
     try:

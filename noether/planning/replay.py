@@ -13,7 +13,7 @@ from noether.core.errors import OutputError
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move
-from noether.core.metrics import MetricError, log, matches
+from noether.core.metrics import MetricError, keys_overlap, log
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
@@ -37,7 +37,7 @@ class ReplayError(Exception):
     """A record does not hold what a replay needs."""
 
 
-class Step(NamedTuple):
+class ReplayStep(NamedTuple):
     """One event of a replay.
 
     Args:
@@ -63,7 +63,7 @@ class Replayed(NamedTuple):
         over: Whether the callbacks saw the run end; else the record ends before.
     """
 
-    steps: list[Step]
+    steps: list[ReplayStep]
     left_out: dict[str, str]
     state: TrainState
     over: bool
@@ -99,7 +99,7 @@ def producers(own: Sequence[Callback], other: Sequence[Callback]) -> list[Callba
     while True:
         said = [declaration_of(each) for each in (*chosen, *other)]
         produced = [pattern for each in said for pattern in each.produces or ()]
-        missing = {key for each in said for key in each.consumes if not any(matches(p, key) for p in produced)}
+        missing = {key for each in said for key in each.consumes if not any(keys_overlap(p, key) for p in produced)}
         more = [each for each in own if _produces(each, missing) and not any(each is held for held in chosen)]
         if not more:
             return chosen
@@ -107,14 +107,14 @@ def producers(own: Sequence[Callback], other: Sequence[Callback]) -> list[Callba
 
 
 def _produces(callback: Callback, keys: Iterable[str]) -> bool:
-    return any(matches(pattern, key) for pattern in declaration_of(callback).produces or () for key in keys)
+    return any(keys_overlap(pattern, key) for pattern in declaration_of(callback).produces or () for key in keys)
 
 
 def replay(
     members: Sequence[Callback],
     recorded: Callable[[], Iterable[Recorded]],
     config: Mapping[str, Any],
-    keep: Callable[[Step], bool] = lambda _: True,
+    keep: Callable[[ReplayStep], bool] = lambda _: True,
 ) -> Replayed:
     """Return what callbacks would have done in a run that was recorded.
 
@@ -230,7 +230,9 @@ class _Measured:
         if not isinstance(event, AtEval) and self._iterator.gate.opens(state, event) is None:
             return state, ()
         patterns = self._iterator.produces or ()
-        values = {key: v for key, v in self._record.measured.items() if any(matches(each, key) for each in patterns)}
+        values = {
+            key: v for key, v in self._record.measured.items() if any(keys_overlap(each, key) for each in patterns)
+        }
         return log(state, event, values) if values else (state, ())
 
     def __getattr__(self, name: str) -> Any:
@@ -238,19 +240,19 @@ class _Measured:
 
 
 def _replayed(
-    members: Sequence[Callback], record: _Record, keep: Callable[[Step], bool], left_out: dict[str, str]
+    members: Sequence[Callback], record: _Record, keep: Callable[[ReplayStep], bool], left_out: dict[str, str]
 ) -> Replayed:
     asked: list[tuple[str, Effect]] = []
     standing = [_Measured(each, record) if isinstance(each, PeriodicDataIteratorCallback) else each for each in members]
     reducer = compose(*(_Member(each, asked) for each in standing))
-    steps: list[Step] = []
+    steps: list[ReplayStep] = []
     for before, event in _events(record):
         asked.clear()
         try:
             record.state, _ = reducer(before, event)
         except DeclarationError as error:
             raise _UnreplayableError({label_of(each.callback): each.message for each in error.misfits}) from error
-        step = Step(event, before, record.state, (*asked,) if asked else ())
+        step = ReplayStep(event, before, record.state, (*asked,) if asked else ())
         if keep(step):
             steps.append(step)
     return Replayed(steps, left_out, record.state, over=next_move(record.state, record.run) is Move.NOTHING)

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 _PARTS: Final = ("state", "tensors")
 
 
-def remembered(state: TrainState) -> dict[str, Any]:
+def encode_state(state: TrainState) -> dict[str, Any]:
     """Return all of `state` but params, buffers and opt_state, which the framework saves itself.
 
     Returns:
         Dicts, lists, text, numbers and tensors only, which torch reads back with `weights_only=True`.
 
     Example:
-        >>> remembered(TrainState().advance(samples=4))["state"]["iteration"]
+        >>> encode_state(TrainState().advance(samples=4))["state"]["iteration"]
         'E0_U1_S4'
     """
     tree = {
@@ -40,14 +40,14 @@ def remembered(state: TrainState) -> dict[str, Any]:
     return {"state": encode(tree, tensors), "tensors": tensors}
 
 
-def recalled(saved: Mapping[str, Any]) -> TrainState:
-    """Return the state that `remembered` made `saved` of, without params, buffers and opt_state.
+def decode_state(saved: Mapping[str, Any]) -> TrainState:
+    """Return the state that `encode_state` made `saved` of, without params, buffers and opt_state.
 
     Raises:
-        ValueError: If `saved` is nothing that `remembered` returns.
+        ValueError: If `saved` is nothing that `encode_state` returns.
 
     Example:
-        >>> str(recalled(remembered(TrainState().advance(samples=4))).iteration)
+        >>> str(decode_state(encode_state(TrainState().advance(samples=4))).iteration)
         'E0_U1_S4'
     """
     if set(saved) != set(_PARTS):

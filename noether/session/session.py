@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import Tensor
 
-from noether.core.callback import label_of, listens
-from noether.core.errors import nearest
+from noether.core.callback import label_of, listens_to
+from noether.core.errors import suggest
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tensors.module import beside, with_total, write_into
+from noether.core.tensors.module import add_total, move_beside, write_into
 from noether.core.tensors.tree import FrozenDict
 from noether.session.evaluation import beside_training
-from noether.session.memory import recalled, remembered
+from noether.session.memory import decode_state, encode_state
 from noether.session.optimizers import TorchOptimizer
 from noether.session.timing import Clock, Stopwatch
 from noether.session.views import Views
@@ -63,7 +63,7 @@ class _MicroBatch:
 
 
 @final
-class LiveRun:
+class Session:
     """One run of callbacks beside a live model and its optimizer.
 
     Args:
@@ -86,7 +86,7 @@ class LiveRun:
         >>> from noether import Run, compose
         >>> from noether.core.callbacks import OnlineLossCallback
         >>> model = torch.nn.Linear(2, 1)
-        >>> live = LiveRun(
+        >>> live = Session(
         ...     compose(OnlineLossCallback(every_n_updates=2)),
         ...     run=Run(updates_per_epoch=2),
         ...     model=model,
@@ -151,7 +151,7 @@ class LiveRun:
     @property
     def listens_to_micro_batches(self) -> bool:
         """Whether any callback wants to hear of micro-batches."""
-        return listens(self._reducer, AfterAccumulationStep)
+        return listens_to(self._reducer, AfterAccumulationStep)
 
     @property
     def readings(self) -> tuple[str, ...]:
@@ -210,13 +210,13 @@ class LiveRun:
         Raises:
             LogError: If the log in the directory is damaged.
         """
-        self.run = filled(self._given, **known)
+        self.run = fill_run(self._given, **known)
         if self._pending:  # an exception ended the loop inside of an update: it goes on before it
             self._state, self._pending = self._settled, []
         loaded, resumed = self.load(saved), self._remembers
         if self._directory is not None:
             self._directory.cut_logs(self._state if resumed else None)
-        self._state = self._state.replace(callback_states=beside(self._model, self._state.callback_states))
+        self._state = self._state.replace(callback_states=move_beside(self._model, self._state.callback_states))
         self._remembers = True
         if self._optimizer is not None:
             self._optimizer.watch()
@@ -242,7 +242,7 @@ class LiveRun:
         """
         if not self._pending:
             self._settled = self._state
-        losses = with_total(_detached(losses)) if losses else FrozenDict()
+        losses = add_total(_detached(losses)) if losses else FrozenDict()
         self._pending.append(_MicroBatch(samples=samples, losses=losses, outputs=outputs))
         self._stopwatch.step_made()
         if self.listens_to_micro_batches:
@@ -340,7 +340,7 @@ class LiveRun:
         Returns:
             Plain values and tensors only, which torch reads back with `weights_only=True`.
         """
-        return remembered(self._settled if self._pending else self._state)
+        return encode_state(self._settled if self._pending else self._state)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Recall what a run remembered, before `begin`; model and optimizer are the framework's to restore.
@@ -348,7 +348,7 @@ class LiveRun:
         Raises:
             ValueError: If `saved` is nothing that `state_dict` returns.
         """
-        self._state = recalled(saved)
+        self._state = decode_state(saved)
         self._remembers = True
 
     @property
@@ -394,12 +394,12 @@ class LiveRun:
             self._optimizer.lr_scale = float(self._state.hyperparams["lr_scale"])
 
 
-def filled(run: Run, **known: Any) -> Run:
+def fill_run(run: Run, **known: Any) -> Run:
     """Return `run` with what an adapter knows in place of what was not given; None is not known.
 
     Example:
         >>> from noether import Run
-        >>> run = filled(Run(updates_per_epoch=3), updates_per_epoch=5, run_id="a", effective_batch_size=None)
+        >>> run = fill_run(Run(updates_per_epoch=3), updates_per_epoch=5, run_id="a", effective_batch_size=None)
         >>> run.updates_per_epoch, run.run_id
         (3, 'a')
     """
@@ -408,7 +408,7 @@ def filled(run: Run, **known: Any) -> Run:
 
 def _completed(run: Run, model: nn.Module, directory: RunDirectory | None) -> Run:
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-    run = filled(run, frozen=frozen, run_id=None if directory is None else directory.run_id)
+    run = fill_run(run, frozen=frozen, run_id=None if directory is None else directory.run_id)
     if "data" not in vars(run):
         return run
     return run.replace(data={key: beside_training(data, model) for key, data in run.data.items()})
@@ -424,7 +424,7 @@ def _check_data(members: tuple[Callback, ...], run: Run) -> None:
         if key not in data:
             raise KeyError(
                 f"{label_of(member)} iterates {key!r}, and the run has {list(data) or 'no data'}"
-                f"{nearest(key, data)}; give Run(data={{{key!r}: loader}}, forward=noether.forward(model, loss))"
+                f"{suggest(key, data)}; give Run(data={{{key!r}: loader}}, forward=noether.forward(model, loss))"
             )
 
 

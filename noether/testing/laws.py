@@ -14,7 +14,7 @@ from noether.core.reducer import compose, identity
 from noether.effects.checkpoints.store import CheckpointStore
 from noether.effects.disk.calls import Disk, fsync
 from noether.testing.comparison import differences, same
-from noether.testing.metric_feed import fed, feeder
+from noether.testing.metric_feed import metric_source, with_metrics
 from noether.testing.proof import LawError, hold
 from noether.testing.strategies import cuts, runs
 from noether.testing.traces import Driven, Trace, drive
@@ -59,7 +59,7 @@ def check_resumable(callback: Callback, *, traces: Traces = None, examples: int 
         Traceback (most recent call last):
         noether.testing.proof.LawError: forgetful does not go on after a resume as it would have without one...
     """
-    complete = fed(callback)
+    complete = with_metrics(callback)
 
     def law(trace: Trace, places: tuple[int, ...]) -> None:
         uncut = drive(copy.deepcopy(complete), trace)
@@ -100,7 +100,7 @@ def check_composition(
         ...     return on(AfterEpoch)(lambda state, event: log(state, event, {key: len(state.metrics)}))
         >>> check_composition(logging("a"), logging("b"), logging("c"), examples=20)
     """
-    metrics = feeder(compose(a, b, c))
+    metrics = metric_source(compose(a, b, c))
     bracketings = {
         "compose(compose(a, b), c)": compose(metrics, compose(compose(a, b), c)),
         "compose(a, compose(b, c))": compose(metrics, compose(a, compose(b, c))),
@@ -143,7 +143,7 @@ def check_independent(a: Callback, b: Callback, *, traces: Traces = None, exampl
         Traceback (most recent call last):
         noether.testing.proof.LawError: scale and scale depend on their order...
     """
-    metrics = feeder(compose(a, b))
+    metrics = metric_source(compose(a, b))
     one, other = compose(metrics, a, b), compose(metrics, b, a)
 
     def law(trace: Trace) -> None:
@@ -180,7 +180,7 @@ def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples:
         Traceback (most recent call last):
         noether.testing.proof.LawError: impatient does not decide the same on every rank...
     """
-    complete = fed(callback)
+    complete = with_metrics(callback)
 
     def law(trace: Trace) -> None:
         ranks = [drive(complete, trace.on_rank(rank)) for rank in (0, 1)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from noether.core.callback import declaration_of, label_of
 from noether.core.combinators import callback, on
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval
-from noether.core.metrics import log, matches
+from noether.core.metrics import keys_overlap, log
 from noether.core.reducer import Reducer, compose, identity
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _VALUES: Final = (0.0, 0.25, 0.5, 1.0, 1.0, 2.0, 3.0, math.nan, math.inf, -math.
 _MEASURED: Final = (AfterUpdate, AfterEpoch, AfterTraining, AtEval)
 
 
-def fed(tested: Callback) -> Reducer:
+def with_metrics(tested: Callback) -> Reducer:
     """Return a callback behind one that measures the metrics that it consumes and nobody in it produces.
 
     Raises:
@@ -30,20 +30,20 @@ def fed(tested: Callback) -> Reducer:
     Example:
         >>> from noether import TrainState
         >>> from noether.core.callbacks import MetricEarlyStopping
-        >>> reducer = fed(MetricEarlyStopping(every_n_updates=1, metric_key="loss/val/total", tolerance=2))
+        >>> reducer = with_metrics(MetricEarlyStopping(every_n_updates=1, metric_key="loss/val/total", tolerance=2))
         >>> state, _ = reducer(TrainState().advance(samples=4), AfterUpdate(samples=4))
         >>> list(state.metrics)
         ['loss/val/total']
     """
-    return compose(feeder(tested), tested)
+    return compose(metric_source(tested), tested)
 
 
-def feeder(tested: Callback) -> Callback:
+def metric_source(tested: Callback) -> Callback:
     """Return what measures the metrics that a callback consumes and nobody in it produces; `identity` for none."""
     members = tested.members if isinstance(tested, Reducer) else (tested,)
     produced = [pattern for member in members for pattern in declaration_of(member).produces or ()]
     consumed = dict.fromkeys(key for member in members for key in declaration_of(member).consumes)
-    keys = tuple(key for key in consumed if not any(matches(pattern, key) for pattern in produced))
+    keys = tuple(key for key in consumed if not any(keys_overlap(pattern, key) for pattern in produced))
     for key in keys:
         if key.startswith("weights/"):
             who = f"{label_of(tested)} consumes {key!r}, which is no metric"

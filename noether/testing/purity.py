@@ -21,7 +21,7 @@ from noether.core.callback import label_of
 from noether.core.reducer import compose
 from noether.core.tensors.tree import tensors
 from noether.testing.comparison import same
-from noether.testing.metric_feed import fed
+from noether.testing.metric_feed import with_metrics
 from noether.testing.proof import LawError, hold
 from noether.testing.strategies import runs
 from noether.testing.traces import drive
@@ -71,7 +71,7 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
 
     def law(trace: Trace) -> None:
         # A callback that writes to itself is written to in every example.
-        members = fed(copy.deepcopy(callback)).members
+        members = with_metrics(copy.deepcopy(callback)).members
         drive(compose(*map(_Watched, members)), trace)
 
     hold(law, runs() if traces is None else traces, examples=examples)

@@ -13,21 +13,21 @@ import torch
 from torch.utils.data import IterableDataset
 
 from noether.config.errors import ConfigError
-from noether.config.kinds import named
+from noether.config.kinds import import_kind
 from noether.config.optimizer_settings import ScheduleSettings
-from noether.config.resolved import resolved
+from noether.config.resolved import resolve_config
 from noether.config.schema import ENDS
 from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
 from noether.core.errors import Problem, SettingsError
 from noether.core.iteration import TrainingIteration
-from noether.core.metrics import matches
+from noether.core.metrics import keys_overlap
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.module import forward
-from noether.core.tensors.tree import cloned
+from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.streamed import StreamedData, StreamedEvaluationData
@@ -134,7 +134,7 @@ def build(
     reducer = compose(*streams, *(placed.callback for placed in callbacks))
     step = Step(
         model=network,
-        loss=named(trainer.loss),
+        loss=import_kind(trainer.loss),
         optimizer=optimizer,
         lr=lr,
         weight_decay=weight_decay,
@@ -161,7 +161,7 @@ def build(
 
 def _with_own_tensors(state: TrainState) -> TrainState:
     """Return the state with params and buffers of its own, so that it does not change with a live model."""
-    return state.replace(params=cloned(state.params), buffers=cloned(state.buffers))
+    return state.replace(params=clone_tensors(state.params), buffers=clone_tensors(state.buffers))
 
 
 def _dataset(config: Config, key: str, kind: Kind) -> Any:
@@ -266,9 +266,9 @@ def _run(
         samples_per_epoch=data.batching.samples_per_epoch,
         effective_batch_size=data.batching.effective_batch_size,
         run_id=run_id,
-        config=resolved(config),
+        config=resolve_config(config),
         data=evaluated,
-        forward=forward(model, named(trainer.loss), precision=_PRECISIONS[trainer.precision]),
+        forward=forward(model, import_kind(trainer.loss), precision=_PRECISIONS[trainer.precision]),
     )
 
 
@@ -366,7 +366,7 @@ def _evaluations(config: Config) -> list[EvaluateCallback]:
     intervals = {name: getattr(evaluate, name) for name in ("every_n_epochs", "every_n_updates", "every_n_samples")}
     made = []
     for key, measures in evaluate.datasets.items():
-        functions = tuple(named(measure) if "." in measure else measure for measure in measures)
+        functions = tuple(import_kind(measure) if "." in measure else measure for measure in measures)
         with _located(config, ("trainer", "evaluate", key)):
             made.append(EvaluateCallback(dataset_key=key, measures=functions, **intervals))
     return made
@@ -374,4 +374,6 @@ def _evaluations(config: Config) -> list[EvaluateCallback]:
 
 def _consumes(callback: Callback, producer: EvaluateCallback) -> bool:
     declared = declaration_of(callback)
-    return any(matches(pattern, key) for key in (*declared.consumes, *declared.uses) for pattern in producer.produces)
+    return any(
+        keys_overlap(pattern, key) for key in (*declared.consumes, *declared.uses) for pattern in producer.produces
+    )

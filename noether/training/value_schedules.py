@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from noether.core.errors import Problem, refuse, whole
+from noether.core.errors import Problem, check_whole, raise_problems
 
 if TYPE_CHECKING:
     from noether.config.optimizer_settings import ScheduleSettings
@@ -51,7 +51,7 @@ def value_schedule(
         >>> [round(lr(update), 4) for update in range(7)]
         [0.0, 0.05, 0.1, 0.0854, 0.05, 0.0146, 0.0]
     """
-    refuse([whole("total_updates", total_updates), whole("updates_per_epoch", updates_per_epoch)])
+    raise_problems([check_whole("total_updates", total_updates), check_whole("updates_per_epoch", updates_per_epoch)])
     warmup = settings.warmup_updates + settings.warmup_epochs * updates_per_epoch
     after = _after_warmup(base, settings, warmup, total_updates, updates_per_epoch)
     if not warmup:
@@ -156,7 +156,7 @@ class Polynomial:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepDecay:
     """`start`, multiplied by `gamma` at every milestone; torch's `MultiStepLR`.
 
     Args:
@@ -165,7 +165,7 @@ class Step:
         gamma: Factor at each milestone, above 0.
 
     Example:
-        >>> [Step(start=1.0, milestones=(2, 4), gamma=0.5)(position) for position in range(6)]
+        >>> [StepDecay(start=1.0, milestones=(2, 4), gamma=0.5)(position) for position in range(6)]
         [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
     """
 
@@ -216,12 +216,12 @@ def _after_warmup(
         milestones = settings.milestone_updates or tuple(e * updates_per_epoch for e in settings.milestone_epochs)
         if milestones[0] <= warmup:
             setting = "milestone_updates" if settings.milestone_updates else "milestone_epochs"
-            refuse([Problem(setting, f"the first, at update {milestones[0]}, lies in the warm-up of {warmup}")])
-        return Step(start=base, milestones=tuple(m - warmup for m in milestones), gamma=_or(settings.gamma, 0.1))
+            raise_problems([Problem(setting, f"the first, at update {milestones[0]}, lies in the warm-up of {warmup}")])
+        return StepDecay(start=base, milestones=tuple(m - warmup for m in milestones), gamma=_or(settings.gamma, 0.1))
     updates = total_updates - warmup
     if updates < 1:
         setting = "warmup_epochs" if settings.warmup_epochs else "warmup_updates"
-        refuse([Problem(setting, f"{warmup} of {total_updates} updates leave none for {settings.kind}")])
+        raise_problems([Problem(setting, f"{warmup} of {total_updates} updates leave none for {settings.kind}")])
     end = base * _or(settings.end_factor, 0.0)
     if settings.kind == "linear":
         return Linear(start=base, end=end, updates=updates)

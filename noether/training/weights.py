@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from noether.core.errors import nearest
-from noether.core.tensors.tree import FrozenDict, on_device
+from noether.core.errors import suggest
+from noether.core.tensors.tree import FrozenDict, move_to_device
 from noether.effects import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def check_weights(ours: TrainState, theirs: TrainState) -> None:
         expected, found = getattr(ours, what), getattr(theirs, what)
         for name in sorted(expected.keys() ^ found.keys()):
             where = "the checkpoint has no" if name in expected else "the model has no"
-            like = nearest(name, {**expected, **found}.keys() - {name})
+            like = suggest(name, {**expected, **found}.keys() - {name})
             raise CheckpointError(f"{where} {name!r} among its {what}{like}")
         for name, tensor in expected.items():
             if tensor.shape != found[name].shape:
@@ -73,8 +73,10 @@ def to_device(state: TrainState, device: torch.device, *, fused: bool = False) -
         return state
 
     names = ("params", "buffers", "callback_states", "hyperparams")
-    trees = {name: on_device(device, getattr(state, name)) for name in names}
-    metrics = {key: metric._replace(value=on_device(device, metric.value)) for key, metric in state.metrics.items()}
+    trees = {name: move_to_device(device, getattr(state, name)) for name in names}
+    metrics = {
+        key: metric._replace(value=move_to_device(device, metric.value)) for key, metric in state.metrics.items()
+    }
     return state.replace(**trees, metrics=metrics, opt_state=_opt_state_on(device, state.opt_state, fused=fused))
 
 

@@ -20,7 +20,7 @@ from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tensors.averages import averaged, weights_in
+from noether.core.tensors.averages import find_weights, use_weights
 from noether.core.tensors.module import forward
 from noether.core.tensors.tree import storages, tensors
 from noether.effects import CheckpointStore, open_run
@@ -64,7 +64,7 @@ def test_two_updates_by_hand():
     assert same(kept(state), half)
     quarter = {"params": {"w": torch.tensor([2.75, 8.0])}, "buffers": {"n": torch.tensor(3)}}
     assert same(kept(state, "ema=0.75"), quarter)
-    assert weights_in(state) == ("ema=0.5", "ema=0.75")
+    assert find_weights(state) == ("ema=0.5", "ema=0.75")
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
@@ -132,7 +132,7 @@ def test_params_of_several_types_are_averaged_in_float32_at_least_and_whole_numb
     averages = {str(dtype): torch.full((2,), 0.25, dtype=dtype) for dtype in types} | later
     precise = averages | {str(torch.bfloat16): torch.full((2,), 0.25)}
     assert same(kept(state, "ema=0.75")["params"], precise)
-    assert same(averaged(state, "ema=0.75").params, averages)
+    assert same(use_weights(state, "ema=0.75").params, averages)
 
 
 def test_an_average_of_a_coarse_type_moves():
@@ -141,7 +141,7 @@ def test_an_average_of_a_coarse_type_moves():
     for _ in range(1000):
         state = updated(callback, state, params={"w": torch.tensor(2.0, dtype=torch.bfloat16)})
     assert kept(state, "ema=0.999")["params"]["w"].item() == pytest.approx(2 - 0.999**1000, rel=1e-5)
-    assert averaged(state, "ema=0.999").params["w"].dtype == torch.bfloat16
+    assert use_weights(state, "ema=0.999").params["w"].dtype == torch.bfloat16
 
 
 def test_a_resumed_run_does_not_average_other_parameters():
@@ -206,7 +206,7 @@ def test_sub_modules_are_averaged_and_mixed_with_the_weights_in_training(paths, 
     state = updated(callback, begun(callback, params=PARAMS, buffers=BUFFERS), params=LATER, buffers=COUNTED)
     average = kept(state, "ema=0.75")
     assert (tuple(average["params"]), tuple(average["buffers"])) == (params, buffers)
-    mixed = averaged(state, "ema=0.75")
+    mixed = use_weights(state, "ema=0.75")
     assert {name: param.item() for name, param in mixed.params.items()} == {
         name: 0.25 if name in params else 1.0 for name in PARAMS
     }
@@ -218,8 +218,8 @@ def test_sub_modules_are_averaged_and_mixed_with_the_weights_in_training(paths, 
 def test_buffers_that_are_kept_take_the_place_of_those_in_training():
     state = TrainState(params=PARAMS, buffers=BUFFERS)
     state = state.remember("weights/mine", {"params": {}, "buffers": {"head.mean": torch.full((1,), 7.0)}})
-    assert same(averaged(state, "mine").buffers, {**BUFFERS, "head.mean": torch.full((1,), 7.0)})
-    assert same(averaged(state, "mine").params, PARAMS)
+    assert same(use_weights(state, "mine").buffers, {**BUFFERS, "head.mean": torch.full((1,), 7.0)})
+    assert same(use_weights(state, "mine").params, PARAMS)
 
 
 def test_a_path_to_nothing_is_refused_with_the_nearest():
@@ -239,7 +239,7 @@ def test_a_path_to_nothing_is_refused_with_the_nearest():
 def test_weights_that_are_not_kept_are_named_with_those_that_are():
     state = begun(ema(0.9, 0.99), params={"w": torch.zeros(1)})
     with pytest.raises(WeightsError) as error:
-        averaged(state, "ema=0.999")
+        use_weights(state, "ema=0.999")
     assert str(error.value) == (
         "no weights 'ema=0.999' are kept; there are: ema=0.9, ema=0.99; did you mean 'ema=0.99'?"
     )
@@ -413,7 +413,7 @@ def test_two_of_the_same_factor_are_told_apart_by_their_ids():
     whole, body = ema(0.5, id="whole"), ema(0.5, id="body", model_paths=("body",))
     state, _ = compose(whole, body)(TrainState(params=PARAMS), BeforeTraining())
     assert set(state.callback_states) == {"weights/whole/ema=0.5", "weights/body/ema=0.5"}
-    assert weights_in(state) == ("whole/ema=0.5", "body/ema=0.5")
+    assert find_weights(state) == ("whole/ema=0.5", "body/ema=0.5")
     state, effects = compose(whole, body)(state.replace(params=LATER).advance(samples=4).next_epoch(), AfterTraining())
     assert [effect.pointers for effect in effects] == [("last.whole.ema=0.5",), ("last.body.ema=0.5",)]
     assert (whole.produces, body.produces) == (("weights/whole/ema=0.5",), ("weights/body/ema=0.5",))

@@ -15,7 +15,7 @@ from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars, SaveTensors
 from noether.core.errors import OutputError, SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
-from noether.core.metrics import matches
+from noether.core.metrics import keys_overlap
 from noether.core.reducer import compose
 from noether.core.state import TrainState
 from noether.core.tensors.tree import tensors
@@ -340,8 +340,8 @@ def test_produces_and_name():
     callback = TrackOutputsCallback(every_n_samples=512, keys=("a", "b"), patterns=("att",))
     assert callback.produces[:2] == ("a/S512", "b/S512")
     for key in ("attention/S512", "my_attention_out/S512", "layer1/attention/S512", "attention/layer1/S512"):
-        assert any(matches(pattern, key) for pattern in callback.produces[2:]), key
-    assert not any(matches(pattern, "attention/U1") for pattern in callback.produces)
+        assert any(keys_overlap(pattern, key) for pattern in callback.produces[2:]), key
+    assert not any(keys_overlap(pattern, "attention/U1") for pattern in callback.produces)
     assert callback.name == "TrackOutputsCallback/S512/a,b,att"
     assert callback.readings == ()
     assert TrackAdditionalOutputsCallback is TrackOutputsCallback

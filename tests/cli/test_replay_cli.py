@@ -10,7 +10,7 @@ from command import PAPER, ROOT, SMALL, invoke, lines, only_run, start, until
 from noether import AfterTraining, TrainState
 from noether.config import load
 from noether.config.loading import with_callbacks
-from noether.config.resolved import resolved
+from noether.config.resolved import resolve_config
 from noether.core import event as events
 from noether.core.effect import LogScalars, SaveCheckpoint
 from noether.core.tensors.tree import leaves
@@ -18,7 +18,7 @@ from noether.effects import CheckpointStore, open_run
 from noether.effects.disk.calls import DISK
 from noether.effects.logs.events import read_events
 from noether.effects.logs.jsonl import event_name
-from noether.effects.logs.summary import plain
+from noether.effects.logs.summary import to_plain
 from noether.effects.merging import merge
 from noether.planning.replay import beginning, replay
 from noether.testing import same
@@ -32,9 +32,9 @@ def replayed(run, callbacks=None):
     if callbacks is not None:
         config = with_callbacks(config, callbacks)
     recorded = partial(read_events, run / "events.jsonl", DISK)
-    state, fixed = beginning(recorded(), resolved(config))
+    state, fixed = beginning(recorded(), resolve_config(config))
     members = [placed.callback for placed in callbacks_of(config, state, fixed)]
-    return replay(members, recorded, resolved(config))
+    return replay(members, recorded, resolve_config(config))
 
 
 def logged(found):
@@ -42,7 +42,7 @@ def logged(found):
     for step in found.steps:
         for effect in merge([effect for _, effect in step.asked]):
             if isinstance(effect, LogScalars):
-                values = {key: plain(value) for key, value in effect.values.items()}
+                values = {key: to_plain(value) for key, value in effect.values.items()}
                 yield {"event": event_name(step.event), "update": step.state.iteration.update, "metrics": values}
 
 

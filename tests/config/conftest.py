@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Callable, Literal
 
 import torch
 
-from noether.core.errors import Problem, refuse, whole
+from noether.core.errors import Problem, check_whole, raise_problems
 
 if TYPE_CHECKING:
     from nowhere import Unknown
@@ -50,7 +50,8 @@ class Watch:
     def __post_init__(self):
         names = [name for name in ("every_n_epochs", "every_n_updates") if getattr(self, name) is not None]
         wrong = Problem(names[-1] if names else "", "expected exactly one interval") if len(names) != 1 else None
-        refuse([*(whole(name, getattr(self, name)) for name in names), whole("tolerance", self.tolerance), wrong])
+        checks = [check_whole(name, getattr(self, name)) for name in names]
+        raise_problems([*checks, check_whole("tolerance", self.tolerance), wrong])
 
     def __call__(self, state, event):
         return state, ()

@@ -8,7 +8,7 @@ import pytest
 from audit import dangers, imported, watched
 
 from noether.config import ConfigError, load, load_callbacks
-from noether.config.kinds import named
+from noether.config.kinds import import_kind
 
 EVIL = """
 from pathlib import Path
@@ -315,7 +315,7 @@ def test_a_file_allows_itself_nothing(folder, section, text):
 def test_what_whoever_runs_it_allows_is_allowed_until_the_run_is_made(folder):
     path = config(folder, trainer=BASE["trainer"].replace("shop.loss", "torch.hub.urlopen"))
     assert "'urllib' is not an allowed prefix" in refusal(path)
-    assert named(load(path, allow=["urllib"]).trainer.loss).__module__ == "urllib.request"
+    assert import_kind(load(path, allow=["urllib"]).trainer.loss).__module__ == "urllib.request"
 
 
 def test_what_is_allowed_is_not_what_only_begins_like_it(folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from noether.config.functions import FunctionCallback
-from noether.config.kinds import CALLBACK, DATASET, FUNCTION, MODEL, OPTIMIZER, Kind, named, resolve
+from noether.config.kinds import CALLBACK, DATASET, FUNCTION, MODEL, OPTIMIZER, Kind, import_kind, resolve
 from noether.config.structure import RefusedError
 
 pytestmark = pytest.mark.usefixtures("shop")
@@ -36,7 +36,7 @@ def refusal(path, role, allow=()):
     ],
 )
 def test_what_fits(path, role):
-    assert resolve(path, role) is named(path)
+    assert resolve(path, role) is import_kind(path)
 
 
 @pytest.mark.parametrize(

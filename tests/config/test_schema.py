@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from noether.config import ConfigError, load, load_callbacks
-from noether.config.resolved import changed, dump, refuse_changes, resolved
+from noether.config.resolved import changed_settings, dump, refuse_changes, resolve_config
 from noether.config.schema import RunSettings
 
 ENDS = "expected exactly one of max_epochs, max_updates, max_samples"
@@ -130,7 +130,7 @@ def test_an_end_that_is_set_replaces_the_end_of_the_file(digits):
 
 def test_what_is_resolved_has_its_sections_in_order_and_its_defaults(digits):
     digits()
-    plain = resolved(load("digits.yaml"))
+    plain = resolve_config(load("digits.yaml"))
     assert list(plain) == ["run", "model", "data", "optimizer", "trainer", "callbacks"]
     assert plain["run"] == {"name": "digits", "output": "runs", "seed": 0, "handlers": {}, "tensorboard": False}
     assert plain["optimizer"]["eps"] == 1e-8
@@ -159,7 +159,7 @@ def test_what_is_dumped_loads_as_an_equal_configuration(digits, **drawn):
     from noether.config.source import parse
 
     digits()
-    plain = resolved(load("digits.yaml"))
+    plain = resolve_config(load("digits.yaml"))
     source = parse(Path("digits.yaml").read_text(), "digits.yaml")
     plain["run"]["output"] = drawn["output"]
     plain["optimizer"]["lr"] = drawn["lr"]
@@ -172,7 +172,7 @@ def test_what_is_dumped_loads_as_an_equal_configuration(digits, **drawn):
     again = from_source(parse(dump(config), "again.yaml"))
     assert again == config
     assert dump(again) == dump(config)
-    assert changed(config, again) == ()
+    assert changed_settings(config, again) == ()
 
 
 def test_what_may_change_in_a_resumed_run(digits):
@@ -184,7 +184,7 @@ def test_what_may_change_in_a_resumed_run(digits):
          "trainer.evaluate.every_n_epochs=2", "callbacks.0.tolerance=5"],
     )  # fmt: skip
     refuse_changes(old, new)
-    assert changed(old, new) == (
+    assert changed_settings(old, new) == (
         "run.output",
         "trainer.max_epochs",
         "trainer.evaluate.every_n_epochs",

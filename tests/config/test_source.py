@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noether.config import ConfigError
-from noether.config.source import MAX_NODES, overridden, parse, read
+from noether.config.source import MAX_NODES, apply_overrides, parse, read
 
 
 def refusal(text):
@@ -114,7 +114,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 def test_override_replaces_one_value_and_says_where_it_is_from():
     source = parse("a: {b: 1, c: 2}\nl:\n  - x: 1\n  - x: 2", "a.yaml")
-    changed = overridden(source, ["a.b=1e-3", "l.1.x={y: [1]}", "new.deep=true"])
+    changed = apply_overrides(source, ["a.b=1e-3", "l.1.x={y: [1]}", "new.deep=true"])
     assert changed.data == {"a": {"b": 1e-3, "c": 2}, "l": [{"x": 1}, {"x": {"y": [1]}}], "new": {"deep": True}}
     assert str(changed.place(("l", 1, "x", "y", 0))) == "--set l.1.x={y: [1]}"
     assert str(changed.place(("l", 0, "x"))) == "a.yaml:3"
@@ -123,7 +123,7 @@ def test_override_replaces_one_value_and_says_where_it_is_from():
 
 def test_overrides_that_are_refused_all_at_once():
     with pytest.raises(ConfigError) as caught:
-        overridden(parse("a: {b: 1}\nl: [1]", "a.yaml"), ["a.b", "a..b=1", "a.b.c=1", "l.3=1", "l.x=1", "a.b=[1"])
+        apply_overrides(parse("a: {b: 1}\nl: [1]", "a.yaml"), ["a.b", "a..b=1", "a.b.c=1", "l.3=1", "l.x=1", "a.b=[1"])
     assert str(caught.value).splitlines() == [
         "--set a.b: is not of the form key=value, such as trainer.max_epochs=20",
         "--set a..b=1: is not of the form key=value, such as trainer.max_epochs=20",

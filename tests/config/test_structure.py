@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from noether.config import ConfigError
 from noether.config.source import parse
 from noether.config.structure import arguments, converter, parameters, structure
-from noether.core.errors import refuse, whole
+from noether.core.errors import check_whole, raise_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Inner:
     mode: Literal["higher", "lower"] = "higher"
 
     def __post_init__(self):
-        refuse([whole("size", self.size)])
+        raise_problems([check_whole("size", self.size)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Outer:
     names: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
-        refuse([whole("count", self.count)])
+        raise_problems([check_whole("count", self.count)])
 
 
 def problems(text, kind):

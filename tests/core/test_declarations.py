@@ -22,7 +22,7 @@ from noether.core.combinators import callback, every_n_epochs, on, when
 from noether.core.declarations import DeclarationError, check_declarations
 from noether.core.event import AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
-from noether.core.metrics import is_current, log, matches
+from noether.core.metrics import is_current, keys_overlap, log
 from noether.core.reducer import compose, identity
 from noether.core.run import Run
 from noether.core.schedules.coverage import covers
@@ -317,15 +317,15 @@ WORDS = st.text("ab[]*?!", max_size=4)
 
 @given(st.lists(WORDS, min_size=1, max_size=3), st.lists(WORDS, min_size=1, max_size=3))
 def test_matching_is_symmetric_and_every_key_matches_itself(a, b):
-    assert matches("/".join(a), "/".join(a))
-    assert matches("/".join(a), "/".join(b)) == matches("/".join(b), "/".join(a))
+    assert keys_overlap("/".join(a), "/".join(a))
+    assert keys_overlap("/".join(a), "/".join(b)) == keys_overlap("/".join(b), "/".join(a))
 
 
 @given(st.text("ab*", max_size=4), st.text("ab*", max_size=4))
 def test_two_patterns_match_if_some_key_matches_both(a, b):
     pattern_a, pattern_b = (re.compile(p.replace("*", ".*")) for p in (a, b))
     keys = ("".join(letters) for n in range(7) for letters in product("ab", repeat=n))
-    assert matches(a, b) == any(pattern_a.fullmatch(key) and pattern_b.fullmatch(key) for key in keys)
+    assert keys_overlap(a, b) == any(pattern_a.fullmatch(key) and pattern_b.fullmatch(key) for key in keys)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_two_patterns_match_if_some_key_matches_both(a, b):
     ],
 )
 def test_patterns(pattern, key, expected):
-    assert matches(pattern, key) is expected
+    assert keys_overlap(pattern, key) is expected
 
 
 def test_lr_twice_is_one_key_twice():

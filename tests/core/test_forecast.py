@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loop_traces import drive
 
-from noether.core.callback import declaration_of, listens
+from noether.core.callback import declaration_of, listens_to
 from noether.core.combinators import on, when
 from noether.core.event import EVENTS, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
@@ -37,7 +37,7 @@ def walked(callback, run):
 
 def occasions(callback, run):
     made = callback(lambda state, event: (state, ()))
-    listened = tuple(kind for kind in EVENTS if kind is not AtEval and listens(made, kind))
+    listened = tuple(kind for kind in EVENTS if kind is not AtEval and listens_to(made, kind))
     return occasions_of(declaration_of(made), listened, run)
 
 

@@ -9,10 +9,15 @@ from faults import KINDS, Faults, Killed, Power, meets, restored
 from small_run import BEST, CALM, at, opened, train
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint
-from noether.effects import CheckpointError, LogError, checkpoints, lines, pace, plan, run_directory, writing
-from noether.effects.checkpoints.listing import listed
+from noether.effects import CheckpointError, LogError, run_directory
+from noether.effects.checkpoints import retention as plan
+from noether.effects.checkpoints import store as checkpoints
+from noether.effects.checkpoints import writer as writing
+from noether.effects.checkpoints.listing import list_checkpoints
 from noether.effects.disk.calls import Disk
 from noether.effects.disk.files import TEMPORARY, remove_all, write_new
+from noether.effects.logs import flushing as pace
+from noether.effects.logs import jsonl as lines
 from noether.testing import same
 
 
@@ -23,7 +28,7 @@ def check(directory, acknowledged):
         directory: Of the run.
         acknowledged: The newest update that was reported as saved; 0 for none.
     """
-    found = listed(directory / "checkpoints", CALM)
+    found = list_checkpoints(directory / "checkpoints", CALM)
     assert (found.damaged, found.broken) == ({}, {})
     with opened(directory) as run:
         state = run.resume()

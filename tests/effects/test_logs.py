@@ -37,7 +37,7 @@ from noether import (
 from noether.core.tensors.tree import freeze
 from noether.effects import LogError, open_run
 from noether.effects.disk.calls import Disk, fsync
-from noether.effects.disk.encoding import plain
+from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.jsonl import LinesFile, LogCount, event_name
 from noether.effects.logs.summary import Summary, metrics_file
 
@@ -193,7 +193,7 @@ def test_the_summary_takes_trees(tmp_path):
 
 
 def test_plain_leaves_the_rest_alone():
-    assert [plain(value) for value in (None, "x", True, 3)] == [None, "x", True, 3]
+    assert [to_plain(value) for value in (None, "x", True, 3)] == [None, "x", True, 3]
 
 
 def test_a_run_directory_routes_every_effect(tmp_path, capsys):

@@ -22,9 +22,9 @@ from noether import (
 from noether.config import load_callbacks
 from noether.core.callbacks import DatasetStatsCallback, MetricCallback, OnlineLossCallback, TrainTimeCallback
 from noether.session.evaluation import BesideTraining
-from noether.session.memory import recalled, remembered
+from noether.session.memory import decode_state, encode_state
 from noether.session.optimizers import TorchOptimizer
-from noether.session.session import LiveRun
+from noether.session.session import Session
 from noether.session.timing import Clock
 from noether.testing import assert_same, effects_of
 
@@ -42,7 +42,7 @@ def lived(network, adam, told, micro, steps, directory=None):
         effective_batch_size=samples[0],
     )
     given = {"run": fixed, "model": network, "optimizer": adam, "directory": directory, "interpreter": told}
-    return LiveRun(callbacks(), **given, clock=STILL)
+    return Session(callbacks(), **given, clock=STILL)
 
 
 def one_update(live, network, adam, micro):
@@ -175,7 +175,7 @@ def test_inside_of_an_update_a_checkpoint_is_of_what_was_before_it():
         return state.remember("heard", state.memory("heard") + 1), ()
 
     network = model()
-    live = LiveRun(hear, run=Run(), model=network, interpreter=Told())
+    live = Session(hear, run=Run(), model=network, interpreter=Told())
     live.begin()
     before = live.state_dict()
     live.micro_batch(samples=4, losses={"ce": 1.0}, of=2)
@@ -191,7 +191,7 @@ def test_what_a_callback_changes_is_written_into_the_model():
         return state.replace(params={name: p * 0.5 for name, p in state.params.items()}), ()
 
     network = nn.Linear(2, 1)
-    live = LiveRun(halve, run=Run(), model=network, interpreter=Told())
+    live = Session(halve, run=Run(), model=network, interpreter=Told())
     live.begin()
     before = weights(network)
     live.micro_batch(samples=1, losses={"mse": 0.0})
@@ -203,7 +203,7 @@ def test_what_a_callback_changes_is_written_into_the_model():
 def test_an_update_without_a_loss_was_skipped():
     heard = []
     hear = on(AfterUpdate)(lambda state, event: (heard.append((event.skipped, event.samples)), (state, ()))[1])
-    live = LiveRun(hear, run=Run(), model=model(), interpreter=Told())
+    live = Session(hear, run=Run(), model=model(), interpreter=Told())
     live.begin()
     live.micro_batch(samples=4, losses={})
     live.update()
@@ -215,7 +215,7 @@ def test_seconds_are_split_into_waiting_and_stepping():
     network, told = model(), Told()
     clock = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: float(next(seconds)))
     times = TrainTimeCallback(every_n_updates=1)
-    live = LiveRun(times, run=Run(), model=network, interpreter=told, clock=clock)
+    live = Session(times, run=Run(), model=network, interpreter=told, clock=clock)
     live.begin()
     live.batch_arrived()
     live.micro_batch(samples=1, losses={"ce": 1.0})
@@ -272,15 +272,15 @@ def test_refusals_say_what_would_be_right(tmp_path):
     network = model()
     given = {"model": network, "interpreter": Told()}
     with pytest.raises(ValueError, match=r"give directory=open_run"):
-        LiveRun(compose(), run=Run(), model=network)
+        Session(compose(), run=Run(), model=network)
     with pytest.raises(ValueError, match=r"2 parameters of the optimizer are not"):
-        LiveRun(compose(), run=Run(), optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()), **given)
+        Session(compose(), run=Run(), optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()), **given)
     metric = MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
     with pytest.raises(AttributeError, match="forward"):
-        LiveRun(metric, run=Run(), **given)
+        Session(metric, run=Run(), **given)
     with pytest.raises(KeyError, match=r"iterates 'val', and the run has \['vals'\]; did you mean 'vals'"):
-        LiveRun(metric, run=run(network).replace(data={"vals": []}), **given)
-    live = LiveRun(OnlineLossCallback(every_n_epochs=1), run=Run(updates_per_epoch=2), **given)
+        Session(metric, run=run(network).replace(data={"vals": []}), **given)
+    live = Session(OnlineLossCallback(every_n_epochs=1), run=Run(updates_per_epoch=2), **given)
     with pytest.raises(ValueError, match="call micro_batch"):
         live.update()
     live.begin()
@@ -303,7 +303,7 @@ def test_refusals_say_what_would_be_right(tmp_path):
 
 def test_an_epoch_that_was_cut_short_is_not_counted_and_one_that_is_owed_is():
     told = Told()
-    live = LiveRun(compose(), run=Run(updates_per_epoch=2), model=model(), interpreter=told)
+    live = Session(compose(), run=Run(updates_per_epoch=2), model=model(), interpreter=told)
     live.begin()
     for _ in range(2):
         live.micro_batch(samples=1, losses={"ce": 1.0})
@@ -338,7 +338,7 @@ callbacks:
     for reducer in (load_callbacks(tmp_path / "callbacks.yaml"), written):
         network = model()
         told.append(Told())
-        live = LiveRun(reducer, run=run(network, updates_per_epoch=2), model=network, interpreter=told[-1], clock=STILL)
+        live = Session(reducer, run=run(network, updates_per_epoch=2), model=network, interpreter=told[-1], clock=STILL)
         live.begin()
         for _ in range(2):
             live.micro_batch(samples=1, losses={"ce": 1.0})
@@ -352,7 +352,7 @@ def test_the_lengths_of_datasets_are_those_of_samples():
     network = model()
     loader = torch.utils.data.DataLoader(torch.arange(7.0), batch_size=2)
     data = {"list": batches(points(20), 8), "loader": loader}
-    live = LiveRun(DatasetStatsCallback(), run=Run(data=data), model=network, interpreter=(told := Told()))
+    live = Session(DatasetStatsCallback(), run=Run(data=data), model=network, interpreter=(told := Told()))
     live.begin()
     (effect,) = effects_of([line[2] for line in told.lines], SetSummary)
     assert dict(effect.values) == {"samples/list": 20, "samples/loader": 7}
@@ -362,7 +362,7 @@ def test_a_parameter_that_was_given_other_memory_is_seen():
     seen = []
     see = on(AfterUpdate)(lambda state, event: (seen.append(float(state.params["weight"])), (state, ()))[1])
     network = nn.Linear(1, 1)
-    live = LiveRun(see, run=Run(), model=network, interpreter=Told())
+    live = Session(see, run=Run(), model=network, interpreter=Told())
     live.begin()
     for value in (1.0, 2.0):
         network.weight.data = torch.full((1, 1), value)
@@ -376,4 +376,4 @@ def test_memory_of_every_kind_is_recalled():
     state = state.remember("tree", {"at": (1, 2.5, None), "nan": float("inf"), "t": torch.ones(2), "$x": {}})
     state, _ = log(state.advance(samples=4), AfterUpdate(samples=4), {"a": torch.tensor(1.0), "b": 2})
     state = state.next_epoch().stopped("enough").replace(ended=True)
-    assert_same(recalled(saved_and_read(remembered(state))), state)
+    assert_same(decode_state(saved_and_read(encode_state(state))), state)

@@ -15,8 +15,8 @@ from noether.core.event import AfterUpdate
 from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.state import TrainState
-from noether.core.tensors.donation import Donatable, DonatedError, lease
-from noether.core.tensors.donation import donated as given
+from noether.core.tensors.donation import DonatedError, DonatedTree, lease
+from noether.core.tensors.donation import donate as given
 from noether.core.tensors.module import forward
 from noether.core.tensors.tree import tensors
 from noether.testing import same
@@ -136,7 +136,7 @@ def test_whoever_holds_what_the_bits_are_those_of_the_pure_step(optimizer, actio
             donated, pure = (averaged(state.advance(samples=4)) for state in (donated, pure))
             held.append((told.outputs, copy.deepcopy(expected.outputs)))
             assert same(told.losses, expected.losses)
-            assert readable(before) or (not told.skipped and isinstance(before.params, Donatable))
+            assert readable(before) or (not told.skipped and isinstance(before.params, DonatedTree))
         elif action in {"lease", "copy"}:
             kept.append((lease(donated) if action == "lease" else copy.deepcopy(donated), pure))
         elif action == "hold":

@@ -14,7 +14,7 @@ from noether.cli.train import start
 from noether.config import ConfigError, load
 from noether.core.callback import declaration_of
 from noether.core.event import AtEval
-from noether.core.metrics import matches
+from noether.core.metrics import keys_overlap
 from noether.core.run import Run
 from noether.core.schedules.forecast import nth_firing
 from noether.effects.checkpoints.writer import Writer
@@ -256,7 +256,7 @@ def logged(directory, patterns):
     return [
         ("".join(map(str.capitalize, line["event"].split("_"))), line["epoch"], line["update"], line["sample"])
         for line in lines
-        if any(matches(pattern, key) for pattern in patterns for key in line["metrics"])
+        if any(keys_overlap(pattern, key) for pattern in patterns for key in line["metrics"])
     ]
 
 

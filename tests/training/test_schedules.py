@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings
 from noether.core.errors import SettingsError
-from noether.training.value_schedules import Constant, Cosine, Linear, Polynomial, Step, Warmup, value_schedule
+from noether.training.value_schedules import Constant, Cosine, Linear, Polynomial, StepDecay, Warmup, value_schedule
 
 values = st.floats(0.0, 1e3, allow_subnormal=False)
 lengths = st.integers(1, 10_000)
@@ -67,7 +67,7 @@ def test_warmup_is_a_line_and_then_the_schedule_from_its_start(start, updates, s
 
 @given(values, st.lists(lengths, min_size=1, max_size=4, unique=True).map(sorted), st.floats(0.1, 1.0), positions)
 def test_step_multiplies_once_for_each_milestone_passed(start, milestones, gamma, position):
-    schedule = Step(start=start, milestones=tuple(milestones), gamma=gamma)
+    schedule = StepDecay(start=start, milestones=tuple(milestones), gamma=gamma)
     passed = sum(milestone <= position for milestone in milestones)
     assert schedule(position) == start * gamma**passed
 
@@ -89,7 +89,7 @@ def test_constant_is_constant(value, position):
         (Linear(start=0.1, end=0.02, updates=20), lambda o: LR.LinearLR(o, 1.0, 0.2, total_iters=20)),
         (Cosine(start=0.1, end=0.02, updates=20), lambda o: LR.CosineAnnealingLR(o, T_max=20, eta_min=0.02)),
         (Polynomial(start=0.1, end=0.0, updates=20, power=2.0), lambda o: LR.PolynomialLR(o, 20, power=2.0)),
-        (Step(start=0.1, milestones=(3, 11), gamma=0.5), lambda o: LR.MultiStepLR(o, [3, 11], gamma=0.5)),
+        (StepDecay(start=0.1, milestones=(3, 11), gamma=0.5), lambda o: LR.MultiStepLR(o, [3, 11], gamma=0.5)),
         (
             Warmup(start=0.025, updates=5, after=Cosine(start=0.1, end=0.0, updates=15)),
             lambda o: LR.SequentialLR(o, [LR.LinearLR(o, 0.25, total_iters=5), LR.CosineAnnealingLR(o, 15)], [5]),

@@ -30,7 +30,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from noether.config.errors import dotted
+from noether.config.errors import format_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -86,7 +86,7 @@ def _callback(planned: PlannedCallback) -> dict[str, Any]:
 
 
 def _which(planned: PlannedCallback) -> dict[str, Any]:
-    return {"name": planned.name, "path": dotted(planned.path)}
+    return {"name": planned.name, "path": format_path(planned.path)}
 
 
 def _firings(firings: Firings) -> dict[str, Any]:

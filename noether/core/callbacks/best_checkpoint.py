@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import SaveCheckpoint
-from noether.core.errors import Problem, whole
+from noether.core.errors import Problem, check_whole
 from noether.core.metrics import current
 from noether.core.tensors.tree import FrozenDict
 
@@ -68,7 +68,7 @@ class BestCheckpointCallback(MetricWatcher):
         """Yield what is wrong with the settings."""
         yield from super().problems()
         yield min_delta_problem(self.min_delta)
-        yield from (whole("tolerances", tolerance) for tolerance in self.tolerances)
+        yield from (check_whole("tolerances", tolerance) for tolerance in self.tolerances)
         if len(set(self.tolerances)) < len(self.tolerances):
             yield Problem("tolerances", f"{list(self.tolerances)} names one twice; give each once")
 

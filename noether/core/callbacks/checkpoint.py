@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
-from noether.core.errors import Problem, whole
+from noether.core.errors import Problem, check_whole
 from noether.core.tensors.tree import FrozenDict, tensors
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class CheckpointCallback(PeriodicCallback):
             one = "save_weights, save_optim, save_latest_weights, save_latest_optim"
             yield Problem("", f"nothing is to be saved; set at least one of {one} to true")
         if self.keep is not None:
-            yield whole("keep", self.keep)
+            yield check_whole("keep", self.keep)
 
     @property
     def produces(self) -> tuple[str, ...]:

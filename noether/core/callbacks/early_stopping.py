@@ -9,7 +9,7 @@ from noether.core.callbacks.base import CallbackBase
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import LogText
-from noether.core.errors import Problem, one_of, refuse, whole
+from noether.core.errors import Problem, check_choice, check_whole, raise_problems
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import current
 from noether.core.tensors.tree import FrozenDict
@@ -66,9 +66,9 @@ class MetricEarlyStopping(MetricWatcher):
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings."""
         yield from super().problems()
-        yield whole("tolerance", self.tolerance)
+        yield check_whole("tolerance", self.tolerance)
         yield min_delta_problem(self.min_delta)
-        yield one_of("nan", self.nan, ("count", "stop", "raise"))
+        yield check_choice("nan", self.nan, ("count", "stop", "raise"))
 
     @property
     def produces(self) -> tuple[str, ...]:
@@ -140,14 +140,14 @@ class FixedUpdateEarlyStopping(CallbackBase):
     stop_at_sample: int | None = None
 
     def __post_init__(self) -> None:
-        refuse(self._problems())
+        raise_problems(self._problems())
 
     def _problems(self) -> Iterator[Problem | None]:
         given = [name for name in _STOPS if getattr(self, name) is not None]
         if len(given) != 1:
             said = f"{' and '.join(given)} are given" if given else "no point is given"
             yield Problem(given[-1] if given else "", f"{said}; give exactly one of {', '.join(_STOPS)}")
-        yield from (whole(name, getattr(self, name)) for name in given)
+        yield from (check_whole(name, getattr(self, name)) for name in given)
 
     @property
     def produces(self) -> tuple[str, ...]:

@@ -9,10 +9,10 @@ import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
-from noether.core.errors import Problem, WeightsError, nearest, refuse
+from noether.core.errors import Problem, WeightsError, raise_problems, suggest
 from noether.core.tensors.averages import memory_of
-from noether.core.tensors.donation import Donatable, Owned
-from noether.core.tensors.tree import FrozenDict, cloned
+from noether.core.tensors.donation import DonatedTree, OwnedStorages
+from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -114,9 +114,12 @@ class EMACallback(PeriodicCallback):
         Raises:
             SettingsError: If one of `model_paths` leads to no parameter.
         """
-        refuse(_lost(path, index, state.params) for index, path in enumerate(self.model_paths))
+        raise_problems(_lost(path, index, state.params) for index, path in enumerate(self.model_paths))
         params, buffers = self._chosen(state.params), self._chosen(state.buffers)
-        return {memory_of(name): FrozenDict(params=_begun(params), buffers=cloned(buffers)) for name in self._averages}
+        return {
+            memory_of(name): FrozenDict(params=_begun(params), buffers=clone_tensors(buffers))
+            for name in self._averages
+        }
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Refuse averages of other parameters, as a resumed run has them after its `model_paths` were changed.
@@ -142,8 +145,8 @@ class EMACallback(PeriodicCallback):
             memory = state.callback_states.get(memory_of(name))
             if memory is None:  # called alone, without a reducer that fills in memory
                 memory = self.init(state)[memory_of(name)]
-            move = _moved_in_place if isinstance(state.params, Donatable) else _moved
-            moved = FrozenDict(params=move(memory["params"], params, 1 - factor), buffers=cloned(buffers))
+            move = _moved_in_place if isinstance(state.params, DonatedTree) else _moved
+            moved = FrozenDict(params=move(memory["params"], params, 1 - factor), buffers=clone_tensors(buffers))
             state = state.remember(memory_of(name), moved)
         return state, ()
 
@@ -197,7 +200,7 @@ def _lost(path: str | None, index: int, params: Mapping[str, torch.Tensor]) -> P
     modules = dict.fromkeys(
         ".".join(name.split(".")[:depth]) for name in params for depth in range(1, name.count(".") + 1)
     )
-    known = f"; the model has {', '.join(modules) or 'none'}{nearest(path, modules)}"
+    known = f"; the model has {', '.join(modules) or 'none'}{suggest(path, modules)}"
     return Problem(f"model_paths.{index}", f"{path!r} is no sub-module with parameters{known}")
 
 
@@ -220,19 +223,19 @@ def _moved_in_place(
     averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], share: float
 ) -> Mapping[str, torch.Tensor]:
     """Return what `_moved` does, to the same bits, written to the averages where they are donated."""
-    if isinstance(averages, Donatable) and isinstance(averages.owner, Owned):
+    if isinstance(averages, DonatedTree) and isinstance(averages.owner, OwnedStorages):
         owned, tree = averages.owner, averages.take()
         owned.unshare()
     else:
         tree = {name: tensor.clone() for name, tensor in averages.items()}
-        owned = Owned([(tree, name) for name in tree])
+        owned = OwnedStorages([(tree, name) for name in tree])
     moving = _moving(tree)
     for name in tree.keys() - set(moving):
         tree[name].copy_(params[name])
     if moving:
         targets = [_precise(params[name]) for name in moving]
         torch._foreach_lerp_([tree[name] for name in moving], targets, share)  # its only name
-    return Donatable(tree, owned)
+    return DonatedTree(tree, owned)
 
 
 def _moving(averages: Mapping[str, torch.Tensor]) -> list[str]:

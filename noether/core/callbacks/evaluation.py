@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.callbacks.periodic import Mean, PeriodicDataIteratorCallback
-from noether.core.errors import OutputError, Problem, nearest
-from noether.core.metrics import holding, is_current, log
+from noether.core.errors import OutputError, Problem, suggest
+from noether.core.metrics import is_current, log, patterns_containing
 from noether.core.tensors.batch import target_of
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def produces(self) -> tuple[str, ...]:
         """The keys of its losses and metrics."""
         losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._losses else ()
-        outputs = (name for pattern in self._output_patterns for name in holding(pattern))
+        outputs = (name for pattern in self._output_patterns for name in patterns_containing(pattern))
         return (*losses, *(self.key(name) for name in (*self._metrics, *outputs)))
 
     @property
@@ -252,7 +252,7 @@ def _metric_problem(setting: str, metric: object) -> Problem | None:
         return None
     known = ", ".join(map(repr, METRICS))
     return Problem(
-        setting, f"{metric!r} is not {known}, or a function of outputs and batch{nearest(str(metric), METRICS)}"
+        setting, f"{metric!r} is not {known}, or a function of outputs and batch{suggest(str(metric), METRICS)}"
     )
 
 

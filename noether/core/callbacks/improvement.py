@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.errors import Problem, is_number, nearest, one_of
+from noether.core.errors import Problem, check_choice, is_number, suggest
 from noether.core.metrics import is_current
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def _words(metric_key: str) -> list[str]:
 def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
     """Return what is wrong with `mode`, or with leaving it out for this key."""
     if mode is not None:
-        return one_of("mode", mode, MODES)
+        return check_choice("mode", mode, MODES)
     if direction_of(metric_key) is None:
-        like = next(filter(None, (nearest(word, HIGHER | LOWER) for word in _words(metric_key))), "")
+        like = next(filter(None, (suggest(word, HIGHER | LOWER) for word in _words(metric_key))), "")
         return Problem(
             "mode", f"the key {metric_key!r} does not tell whether higher or lower is better; give mode{like}"
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import LogText
-from noether.core.errors import Problem, is_number, whole
+from noether.core.errors import Problem, check_whole, is_number
 from noether.core.metrics import current
 from noether.core.tensors.tree import FrozenDict
 
@@ -71,8 +71,8 @@ class ReduceLROnPlateauCallback(MetricWatcher):
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings."""
         yield from super().problems()
-        yield whole("tolerance", self.tolerance)
-        yield whole("cooldown", self.cooldown, at_least=0)
+        yield check_whole("tolerance", self.tolerance)
+        yield check_whole("cooldown", self.cooldown, at_least=0)
         yield min_delta_problem(self.min_delta)
         if not is_number(self.factor) or not 0 < self.factor < 1:
             yield Problem("factor", f"{self.factor!r} is not a number between 0 and 1, both excluded")

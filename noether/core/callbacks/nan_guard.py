@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, final
 from noether.core.callbacks.improvement import NONFINITE, is_nonfinite
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, LogText, SetSummary
-from noether.core.errors import one_of, whole
+from noether.core.errors import check_choice, check_whole
 from noether.core.metrics import log
-from noether.core.tensors.averages import memory_of, weights_in
-from noether.core.tensors.tree import FrozenDict, cloned, tensors
+from noether.core.tensors.averages import find_weights, memory_of
+from noether.core.tensors.tree import FrozenDict, clone_tensors, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -72,9 +72,9 @@ class NanGuardCallback(PeriodicCallback):
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings."""
         yield from super().problems()
-        yield whole("tolerance", self.tolerance)
-        yield one_of("action", self.action, ("stop", "rollback"))
-        yield whole("max_rollbacks", self.max_rollbacks)
+        yield check_whole("tolerance", self.tolerance)
+        yield check_choice("action", self.action, ("stop", "rollback"))
+        yield check_whole("max_rollbacks", self.max_rollbacks)
 
     @property
     def produces(self) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ class NanGuardCallback(PeriodicCallback):
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return no such update yet, and with `rollback` a snapshot."""
-        snapshot = cloned(_weights(state)) if self.action == "rollback" else None
+        snapshot = clone_tensors(_weights(state)) if self.action == "rollback" else None
         counts = {"total": 0, "in_row": 0, "rollbacks": 0}
         return {self.name: FrozenDict(**counts, snapshot=snapshot, taken=str(state.iteration))}
 
@@ -108,7 +108,7 @@ class NanGuardCallback(PeriodicCallback):
         memory = self.memory(state)
         if self.action != "rollback" or is_nonfinite(state) or not _is_sound(_weights(state), memory["snapshot"]):
             return state, ()
-        taken = memory | {"snapshot": cloned(_weights(state)), "taken": str(state.iteration)}
+        taken = memory | {"snapshot": clone_tensors(_weights(state)), "taken": str(state.iteration)}
         return state.remember(self.name, taken), ()
 
     def _acted(self, state: TrainState) -> tuple[TrainState, tuple[Effect, ...]]:
@@ -133,9 +133,9 @@ def _weights(state: TrainState) -> dict[str, Any]:
 
 def _gone_back(state: TrainState, snapshot: Mapping[str, Any]) -> TrainState:
     """Return the state with the weights of a snapshot; averages that bad updates destroyed begin anew at them."""
-    back = cloned(snapshot)
+    back = clone_tensors(snapshot)
     state = state.replace(**{**back, "opt_state": FrozenDict({**state.opt_state, **back["opt_state"]})})
-    for weights in weights_in(state):
+    for weights in find_weights(state):
         kept = state.callback_states[memory_of(weights)]
         if not _is_sound(kept, snapshot):
             anew = {what: _like(tensors_by_name, snapshot[what]) for what, tensors_by_name in kept.items()}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, final
 import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.errors import one_of
+from noether.core.errors import check_choice
 from noether.core.metrics import log
 from noether.core.tensors.tree import FrozenDict
 
@@ -56,7 +56,7 @@ class OnlineLossCallback(PeriodicCallback):
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings."""
         yield from super().problems()
-        yield one_of("nan", self.nan, ("raise", "log"))
+        yield check_choice("nan", self.nan, ("raise", "log"))
 
     @property
     def produces(self) -> tuple[str, ...]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.callbacks.base import HOOKS, CallbackBase
-from noether.core.errors import Problem, nearest, refuse, whole
+from noether.core.errors import Problem, check_whole, raise_problems, suggest
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, Event
 from noether.core.schedules.gate import Gate, Interval
 from noether.core.schedules.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
-from noether.core.tensors.averages import averaged, memory_of
+from noether.core.tensors.averages import memory_of, use_weights
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class PeriodicCallback(CallbackBase):
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        refuse(self.problems())
+        raise_problems(self.problems())
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings; a subclass adds its own."""
@@ -75,7 +75,7 @@ class PeriodicCallback(CallbackBase):
         if len(given) > 1:
             both = " and ".join(f"{name}: {value!r}" for name, value in given.items())
             yield Problem(list(given)[-1], f"{both} are both set; give exactly one of {names}")
-        yield from (whole(name, value) for name, value in given.items())
+        yield from (check_whole(name, value) for name, value in given.items())
 
     def _idle(self) -> Problem | None:
         """Return the problem of a class that fills in no hook, most often for a misspelt name."""
@@ -224,7 +224,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         """Yield what is wrong with the settings."""
         yield from super().problems()
         if self.batch_size is not None:
-            yield whole("batch_size", self.batch_size)
+            yield check_whole("batch_size", self.batch_size)
 
     def _idle(self) -> Problem | None:
         hooks = ("process_data", "process_results", "periodic_callback")
@@ -273,7 +273,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Iterate the dataset, and hand on the results."""
-        evaluated = state if self.weights is None else averaged(state, self.weights)
+        evaluated = state if self.weights is None else use_weights(state, self.weights)
         collected, forward = _Collected(), event.run.forward
         with getattr(forward, "evaluating", nullcontext)():
             for batch in self._batches(event):
@@ -287,7 +287,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     def _batches(self, event: Event) -> Iterable[Any]:
         if self.dataset_key not in event.data:
             known = ", ".join(map(repr, event.data)) or "none"
-            raise KeyError(f"no dataset {self.dataset_key!r}; datasets: {known}{nearest(self.dataset_key, event.data)}")
+            raise KeyError(f"no dataset {self.dataset_key!r}; datasets: {known}{suggest(self.dataset_key, event.data)}")
         data = event.data[self.dataset_key]
         if self.batch_size is None:
             batches: Iterable[Any] = data
@@ -301,7 +301,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
 
 
 def _does_nothing(kind: type, hook: str) -> Problem:
-    like = nearest(hook, vars(kind))
+    like = suggest(hook, vars(kind))
     return Problem("", f"{kind.__name__} does nothing: fill in {hook}{like}")
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.duration import clock
+from noether.core.duration import format_duration
 from noether.core.effect import LogText
 from noether.core.iteration import COUNTERS
 from noether.core.tensors.tree import FrozenDict
@@ -112,14 +112,14 @@ def _timed(memory: Mapping[str, float]) -> str:
         if memory["since_updates"]
         else "no update"
     )
-    return f"{pace}  last {clock(memory['since_s'])}  total {clock(memory['total_s'])}"
+    return f"{pace}  last {format_duration(memory['since_s'])}  total {format_duration(memory['total_s'])}"
 
 
 def _ahead(left_s: float | None, time_s: float) -> str:
     if left_s is None:
         return "left unknown"
     end = datetime.fromtimestamp(time_s + left_s, tz=UTC)
-    return f"left {clock(left_s)}  ends {end:%Y-%m-%d %H:%M:%S} UTC"
+    return f"left {format_duration(left_s)}  ends {end:%Y-%m-%d %H:%M:%S} UTC"
 
 
 Progress = ProgressCallback

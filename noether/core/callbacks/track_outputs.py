@@ -9,9 +9,9 @@ import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, SaveTensors
-from noether.core.errors import OutputError, Problem, nearest, one_of
+from noether.core.errors import OutputError, Problem, check_choice, suggest
 from noether.core.event import AfterUpdate
-from noether.core.metrics import holding, log
+from noether.core.metrics import log, patterns_containing
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class TrackOutputsCallback(PeriodicCallback):
         yield from super().problems()
         if not self.keys and not self.patterns:
             yield Problem("", "nothing is tracked; give keys or patterns")
-        yield one_of("reduce", self.reduce, ("mean", "last"))
+        yield check_choice("reduce", self.reduce, ("mean", "last"))
         if not self.log_output and not self.save_output:
             yield Problem("", "log_output and save_output are both false: nothing would come of it")
 
@@ -85,7 +85,7 @@ class TrackOutputsCallback(PeriodicCallback):
     @property
     def produces(self) -> tuple[str, ...]:
         """A key for each output; of patterns, those with one `/` in their name at most."""
-        names = (*self.keys, *(name for pattern in self.patterns for name in holding(pattern)))
+        names = (*self.keys, *(name for pattern in self.patterns for name in patterns_containing(pattern)))
         return tuple(f"{name}/{self.interval_name}" for name in names) if self.log_output else ()
 
     @property
@@ -155,7 +155,7 @@ class TrackOutputsCallback(PeriodicCallback):
             for outputs in steps:
                 if name not in outputs:
                     known = ", ".join(map(repr, outputs)) or "none"
-                    like = nearest(name, outputs)
+                    like = suggest(name, outputs)
                     raise OutputError(f"{self.name}: the model returns no {name!r}; it returns {known}{like}")
         return names
 

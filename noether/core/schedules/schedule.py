@@ -12,7 +12,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self, final
 
-from noether.core.errors import Problem, refuse, whole
+from noether.core.errors import Problem, check_whole, raise_problems
 from noether.core.iteration import COUNTERS, LETTERS, Counter, TrainingIteration
 from noether.core.schedules.counting import count_firings, updates_crossing_multiples
 from noether.core.schedules.unions import count_union
@@ -240,7 +240,7 @@ class OneCounter(Schedule):
     def until(self, point: TrainingIteration) -> Self:
         """Return the schedule that is due for the last time where `point` is reached."""
         if point == _START:
-            refuse(
+            raise_problems(
                 [
                     Problem(
                         "until", "E0_U0_S0 names no point that a run reaches; name one like TrainingIteration(epoch=2)"
@@ -259,7 +259,7 @@ class _EveryN(OneCounter):
     window: Window = _ALWAYS
 
     def __post_init__(self) -> None:
-        refuse([whole(f"every_n_{self.counter}s", self.n)])
+        raise_problems([check_whole(f"every_n_{self.counter}s", self.n)])
 
     def __str__(self) -> str:
         return f"{LETTERS[self.counter]}{self.n}"
@@ -364,7 +364,7 @@ class At(OneCounter):
         used = {name for point in points for name in COUNTERS if getattr(point, name)}
         if len(used) != 1 or _START in points:
             right = "points on one counter, e.g. At(TrainingIteration(update=100)); unite two counters with |"
-            refuse([Problem("At", f"{', '.join(map(str, points)) or 'no point'}: give {right}")])
+            raise_problems([Problem("At", f"{', '.join(map(str, points)) or 'no point'}: give {right}")])
         object.__setattr__(self, "points", tuple(sorted(set(points), key=lambda p: (p.epoch, p.update, p.sample))))
         object.__setattr__(self, "window", window)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.core.errors import WeightsError, nearest
+from noether.core.errors import WeightsError, suggest
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ def memory_of(weights: str) -> str:
     return f"{_PREFIX}{weights}"
 
 
-def weights_in(state: TrainState) -> tuple[str, ...]:
+def find_weights(state: TrainState) -> tuple[str, ...]:
     """Return the names of the weights that callbacks keep in `state`."""
     return tuple(name.removeprefix(_PREFIX) for name in state.callback_states if name.startswith(_PREFIX))
 
 
-def averaged(state: TrainState, weights: str) -> TrainState:
+def use_weights(state: TrainState, weights: str) -> TrainState:
     """Return the state with `weights` in place of those in training, as far as they go: they may be of a sub-module.
 
     Raises:
@@ -41,14 +41,14 @@ def averaged(state: TrainState, weights: str) -> TrainState:
         >>> import torch
         >>> state = TrainState(params={"body": torch.tensor(1.0), "head": torch.tensor(2.0)})
         >>> state = state.remember("weights/ema=0.9", {"params": {"head": torch.tensor(1.5)}, "buffers": {}})
-        >>> averaged(state, "ema=0.9").params
+        >>> use_weights(state, "ema=0.9").params
         FrozenDict({'body': tensor(1.), 'head': tensor(1.5000)})
     """
     name = memory_of(weights)
     if name not in state.callback_states:
-        known = weights_in(state)
+        known = find_weights(state)
         raise WeightsError(
-            f"no weights {weights!r} are kept; there are: {', '.join(known) or 'none'}{nearest(weights, known)}"
+            f"no weights {weights!r} are kept; there are: {', '.join(known) or 'none'}{suggest(weights, known)}"
         )
     both = {what: _filled(getattr(state, what), kept) for what, kept in state.callback_states[name].items()}
     return state.replace(**both)

@@ -20,7 +20,7 @@ class DonatedError(RuntimeError):
 
 
 @final
-class Donatable(Mapping[str, Any]):
+class DonatedTree(Mapping[str, Any]):
     """A tree that whoever makes the next one from it may write to, as JAX donates buffers.
 
     Reading gives views. While anybody holds one, the memory is shared, and who would write to it copies it first: so a
@@ -31,7 +31,7 @@ class Donatable(Mapping[str, Any]):
         owner: Who may take it without copying; whatever that writes to.
 
     Example:
-        >>> params = Donatable({"weight": torch.ones(2)})
+        >>> params = DonatedTree({"weight": torch.ones(2)})
         >>> params["weight"]
         tensor([1., 1.])
         >>> tree = params.take()
@@ -71,7 +71,7 @@ class Donatable(Mapping[str, Any]):
         return FrozenDict({**self, **other})
 
     def __repr__(self) -> str:
-        return "Donatable(donated)" if self._tree is None else f"Donatable({dict(self)})"
+        return "DonatedTree(donated)" if self._tree is None else f"Donatable({dict(self)})"
 
     def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
         return FrozenDict, (dict(self),)  # a copy is nobody's to write to
@@ -86,7 +86,7 @@ class Donatable(Mapping[str, Any]):
 
 
 @final
-class Owned:
+class OwnedStorages:
     """Tensors that are written to where they are, and known to be nobody else's then.
 
     Torch counts the users of a tensor's memory. So what anybody else holds, be it a checkpoint in flight, a metric or a
@@ -99,7 +99,7 @@ class Owned:
 
     Example:
         >>> tree = {"weight": torch.ones(1)}
-        >>> owned = Owned([(tree, "weight")])
+        >>> owned = OwnedStorages([(tree, "weight")])
         >>> held = tree["weight"].detach()
         >>> owned.unshare()
         True
@@ -137,16 +137,16 @@ class Owned:
         kept[key], self._left[index] = left.copy_(held), held
 
 
-def donated(state: TrainState) -> TrainState:
+def donate(state: TrainState) -> TrainState:
     """Return the state whose params and optimizer memory an update may take: nobody else needs their values.
 
     Example:
         >>> from noether import TrainState
-        >>> state = donated(TrainState(params={"weight": torch.ones(2)}))
+        >>> state = donate(TrainState(params={"weight": torch.ones(2)}))
         >>> state.params["weight"]
         tensor([1., 1.])
     """
-    return state.replace(params=Donatable(dict(state.params)), opt_state=Donatable(dict(state.opt_state)))
+    return state.replace(params=DonatedTree(dict(state.params)), opt_state=DonatedTree(dict(state.opt_state)))
 
 
 def lease(state: TrainState) -> TrainState:
@@ -154,7 +154,7 @@ def lease(state: TrainState) -> TrainState:
 
     Example:
         >>> from noether import TrainState
-        >>> state = TrainState(params=Donatable({"weight": torch.ones(2)}))
+        >>> state = TrainState(params=DonatedTree({"weight": torch.ones(2)}))
         >>> kept = lease(state)
         >>> _ = state.params.take()
         >>> kept.params["weight"]
@@ -166,7 +166,7 @@ def lease(state: TrainState) -> TrainState:
 
 def _leased(tree: Any) -> Any:
     """Return `tree` with what is donatable replaced by views; the same object where there is nothing."""
-    if isinstance(tree, Donatable):
+    if isinstance(tree, DonatedTree):
         return FrozenDict(tree)
     if isinstance(tree, FrozenDict):
         leased = {key: _leased(value) for key, value in tree.items()}

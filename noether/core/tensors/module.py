@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from noether.core.tensors.batch import model_arguments
 from noether.core.tensors.packing import unpack
-from noether.core.tensors.tree import FrozenDict, freeze, map_tensors, on_device, tensors
+from noether.core.tensors.tree import FrozenDict, freeze, map_tensors, move_to_device, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,12 +34,12 @@ def buffers_of(model: nn.Module) -> FrozenDict:
     return FrozenDict(dict(model.named_buffers()))
 
 
-def beside(model: nn.Module, tree: Any) -> Any:
+def move_beside(model: nn.Module, tree: Any) -> Any:
     """Return `tree` with its tensors on the device of `model`; the same object where they are."""
     device = next((parameter.device for parameter in model.parameters()), None)
     if device is None or all(tensor.device == device for _, tensor in tensors(tree)):
         return tree
-    return on_device(device, tree)
+    return move_to_device(device, tree)
 
 
 class BorrowedOptState(Mapping[str, Any]):
@@ -204,7 +204,7 @@ class Forward:
 
     def _evaluated(self, own: Mapping[str, Tensor], state: TrainState, batch: Any) -> tuple[Losses, Any]:
         outputs = self._outputs(own, state, batch)
-        losses = with_total(self._loss(outputs, batch))
+        losses = add_total(self._loss(outputs, batch))
         # What is a parameter as it is would be seen as the next update leaves it.
         detached = FrozenDict({name: loss.detach() for name, loss in losses.items()})
         return detached, map_tensors(torch.Tensor.detach, outputs)
@@ -234,7 +234,7 @@ def _are(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
         return False
 
 
-def with_total(losses: Losses) -> Losses:
+def add_total(losses: Losses) -> Losses:
     """Return named losses with their sum as `total`.
 
     Raises:

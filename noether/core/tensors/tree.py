@@ -110,22 +110,22 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree)
 
 
-def cloned(tree: Any) -> Any:
+def clone_tensors(tree: Any) -> Any:
     """Return `tree` with every tensor cloned.
 
     Example:
         >>> weights = {"w": torch.zeros(1)}
-        >>> storages(cloned(weights)) & storages(weights)
+        >>> storages(clone_tensors(weights)) & storages(weights)
         set()
     """
     return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
-def on_device(device: torch.device, tree: Any) -> Any:
+def move_to_device(device: torch.device, tree: Any) -> Any:
     """Return `tree` with every tensor on `device`.
 
     Example:
-        >>> on_device(torch.device("meta"), {"w": torch.zeros(1), "n": 3})["w"].device
+        >>> move_to_device(torch.device("meta"), {"w": torch.zeros(1), "n": 3})["w"].device
         device(type='meta')
     """
     return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)

@@ -14,7 +14,7 @@ from cattrs.preconf.json import make_converter
 
 from noether.core.iteration import TrainingIteration
 from noether.core.state import Measured, TrainState
-from noether.core.tensors.averages import averaged
+from noether.core.tensors.averages import use_weights
 from noether.effects.disk.encoding import decode, encode
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
 
@@ -96,7 +96,7 @@ def weights_asked(effect: SaveCheckpoint, state: TrainState) -> dict[str, torch.
         ModelNamesError: If no weights lie below the names of sub-modules that are asked for.
         WeightsError: If the weights that are asked for are not in the state.
     """
-    weighted = state if effect.weights_of is None else averaged(state, effect.weights_of)
+    weighted = state if effect.weights_of is None else use_weights(state, effect.weights_of)
     models = effect.models
     chosen = {
         name: tensor

@@ -10,7 +10,7 @@ from attrs import frozen
 
 from noether.effects.checkpoints.contents import FILES
 from noether.effects.checkpoints.manifest import LIMIT_BYTES, MANIFEST, NAME, Manifest, ManifestError
-from noether.effects.disk.files import read_file, reason
+from noether.effects.disk.files import os_error_text, read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ class Listing:
     lost: dict[str, str]
 
 
-def listed(directory: Path, disk: Disk) -> Listing:
+def list_checkpoints(directory: Path, disk: Disk) -> Listing:
     """Return what lies in a directory of checkpoints; names that begin with a dot are not looked at.
 
     Raises:
@@ -64,7 +64,7 @@ def listed(directory: Path, disk: Disk) -> Listing:
     try:
         kinds = _kinds(directory, disk)
     except OSError as error:
-        raise CheckpointError(f"{directory} cannot be read: {reason(error)}") from error
+        raise CheckpointError(f"{directory} cannot be read: {os_error_text(error)}") from error
     found: dict[str, Manifest] = {}
     unreadable: dict[str, str] = {}
     damaged = {name: f"{_shown(directory / name)} is damaged: it is a link or a device" for name in _odd(kinds)}
@@ -117,8 +117,8 @@ def refusal(path: Path, error: OSError | MemoryError) -> CheckpointError:
     if isinstance(error, MemoryError):
         return UnreadableError(f"{_shown(path)} cannot be read: it does not fit into memory")
     if error.errno in _PASSING:
-        return UnreadableError(f"{_shown(path)} cannot be read: {reason(error)}; the run goes on once it can be")
-    return CheckpointError(f"{_shown(path)} is damaged, or cannot be read: {reason(error)}")
+        return UnreadableError(f"{_shown(path)} cannot be read: {os_error_text(error)}; the run goes on once it can be")
+    return CheckpointError(f"{_shown(path)} is damaged, or cannot be read: {os_error_text(error)}")
 
 
 def pointer_text(manifest: Manifest) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 from noether.core.tensors.donation import lease
-from noether.core.tensors.tree import cloned
+from noether.core.tensors.tree import clone_tensors
 from noether.effects.checkpoints.listing import CheckpointError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _flushed(written: Sequence[tuple[LinesFile, LogCount]]) -> LogCount:
 def _own(state: TrainState) -> TrainState:
     """Return a state that shares no tensors with live objects."""
     trees = ("params", "buffers", "opt_state", "hyperparams", "callback_states")
-    return state.replace(**{name: cloned(getattr(state, name)) for name in trees})
+    return state.replace(**{name: clone_tensors(getattr(state, name)) for name in trees})
 
 
 def _tell(running: list[Future[None]]) -> None:

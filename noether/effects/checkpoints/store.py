@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import evolve
 
-from noether.core.errors import nearest
+from noether.core.errors import suggest
 from noether.effects.checkpoints.contents import ContentError, ModelNamesError, files_asked, files_of, state_in
-from noether.effects.checkpoints.listing import CheckpointError, Listing, UnreadableError, listed, refusal
+from noether.effects.checkpoints.listing import CheckpointError, Listing, UnreadableError, list_checkpoints, refusal
 from noether.effects.checkpoints.manifest import NAME, Manifest, Part
 from noether.effects.checkpoints.retention import ORDER, Commit, Point, Prune, Step, Write, planned
 from noether.effects.checkpoints.writer import Writer
@@ -118,7 +118,7 @@ class CheckpointStore:
         if tag not in found:
             known = [*listing.pointers, *found]
             there = f"there are: {', '.join(known) or 'none'}"
-            raise CheckpointError(f"no checkpoint {name!r} in {self._directory}; {there}{nearest(name, known)}")
+            raise CheckpointError(f"no checkpoint {name!r} in {self._directory}; {there}{suggest(name, known)}")
         return found[tag]
 
     def newest(self) -> Manifest | None:
@@ -181,7 +181,7 @@ class CheckpointStore:
         return None
 
     def _listing(self) -> Listing:
-        return listed(self._directory, self._disk)
+        return list_checkpoints(self._directory, self._disk)
 
     def _held(
         self, listing: Listing, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event

@@ -31,16 +31,16 @@ def number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Return a logged value as strict JSON can hold it; this is where a tensor is read from its device."""
     if isinstance(value, float):
         return number(value)
     if isinstance(value, torch.Tensor):
-        return plain(value.item())
+        return to_plain(value.item())
     if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: to_plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [to_plain(each) for each in value]
     return value
 
 

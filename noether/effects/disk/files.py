@@ -49,7 +49,9 @@ def write_new(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = DIS
                 left = left[disk.write(file, left) :]
         disk.flush(file)
     except OSError as error:
-        raise OSError(error.errno, reason(error), str(path)) from error  # which file, the calls on open ones do not say
+        raise OSError(
+            error.errno, os_error_text(error), str(path)
+        ) from error  # which file, the calls on open ones do not say
     finally:
         disk.close(file)
     return Content(size, digest.hexdigest())
@@ -130,11 +132,11 @@ def no_space(error: OSError) -> bool:
     return error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
-def reason(error: OSError) -> str:
+def os_error_text(error: OSError) -> str:
     """Return what the operating system says, without the number and the path.
 
     Example:
-        >>> reason(OSError(28, "No space left on device", "/run/x"))
+        >>> os_error_text(OSError(28, "No space left on device", "/run/x"))
         'No space left on device'
     """
     return error.strerror or (os.strerror(error.errno) if error.errno else str(error))

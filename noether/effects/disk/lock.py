@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.files import read_file, reason
+from noether.effects.disk.files import os_error_text, read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,7 +116,9 @@ def _locked(path: Path, disk: Disk) -> int:
             if error.errno not in _CANNOT_LOCK:
                 disk.close(file)
                 raise
-            _LOGGER.warning("%s cannot be locked (%s): see that no other process writes there", path, reason(error))
+            _LOGGER.warning(
+                "%s cannot be locked (%s): see that no other process writes there", path, os_error_text(error)
+            )
             return file
         # Whoever held it before may have removed the file between the two calls: then the lock is of nothing.
         if disk.is_at(file, path):

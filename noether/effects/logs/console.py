@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from rich.text import Text
 
 from noether.core.event import AfterTraining, AfterUpdate
-from noether.effects.logs.progress_bar import LiveProgress, described, is_live
+from noether.effects.logs.progress_bar import LiveProgress, describe_progress, is_live
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ class Console:
         """Show progress on the live display, or on a line where it is due: the handler of `ShowProgress`."""
         if self._live is None:
             if effect.due:
-                self._write(_labelled(state, [described(effect, state)]), watched=_goes_on(event))
+                self._write(_labelled(state, [describe_progress(effect, state)]), watched=_goes_on(event))
         elif isinstance(event, AfterTraining):
             self._live.stop()
         else:

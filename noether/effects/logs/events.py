@@ -14,7 +14,7 @@ import torch
 from noether.core.effect import LogScalars
 from noether.core.event import EVENTS, BeforeTraining
 from noether.core.iteration import COUNTERS, TrainingIteration
-from noether.core.metrics import matches
+from noether.core.metrics import keys_overlap
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import NUMBERS, number
 from noether.effects.disk.files import read_file
@@ -73,7 +73,9 @@ def event_line(
 
     def line(effects: Effects, state: TrainState, event: Event) -> Mapping[str, Any]:
         logged = {key: value for each in effects if isinstance(each, LogScalars) for key, value in each.values.items()}
-        values = {key: value for key, value in logged.items() if any(matches(pattern, key) for pattern in measured)}
+        values = {
+            key: value for key, value in logged.items() if any(keys_overlap(pattern, key) for pattern in measured)
+        }
         told = {**place(state, event), "readings": _scalars(_fields(event))}
         if values:
             told["measured"] = _scalars(values)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import plain
-from noether.effects.disk.files import read_file, reason, replace_file
+from noether.effects.disk.encoding import to_plain
+from noether.effects.disk.files import os_error_text, read_file, replace_file
 from noether.effects.logs.flushing import Pace, forget_in_children
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class LinesFile:
                     self._rewrite() if self._distrusted else self._disk.flush(self._opened())
                 except OSError as error:
                     if not self._distrusted:
-                        _LOGGER.warning("%s could not be flushed to the disk: %s", self._path, reason(error))
+                        _LOGGER.warning("%s could not be flushed to the disk: %s", self._path, os_error_text(error))
                     self._distrusted = True
                 else:
                     self._flushed = lines
@@ -272,14 +272,14 @@ def _json(line: Mapping[str, Any]) -> str:
     try:
         return _JSON.encode(line)
     except (TypeError, ValueError):  # it holds more than strings and finite numbers, which few do
-        return _JSON.encode(plain(line))
+        return _JSON.encode(to_plain(line))
 
 
 def _kept(lines: list[bytes], state: TrainState | None, saved: int, path: Path) -> list[bytes]:
     """Return the lines that a run that goes on at `state` has written already, at least `saved` of them."""
     read = [_measured(line) for line in lines]
     at, ended = (None, False) if state is None else (state.iteration, state.ended)
-    stay = [index for index, each in enumerate(read) if each is not None and belongs(*each, at, ended=ended)]
+    stay = [index for index, each in enumerate(read) if each is not None and line_is_before(*each, at, ended=ended)]
     # What comes later may be torn, or what a power loss left of it.
     sure = max(saved, stay[-1] if stay else 0)
     for index, line in enumerate(lines[:sure]):
@@ -300,7 +300,7 @@ def _measured(line: bytes) -> tuple[str, TrainingIteration] | None:
         return None
 
 
-def belongs(event: str, measured: TrainingIteration, at: TrainingIteration | None, *, ended: bool) -> bool:
+def line_is_before(event: str, measured: TrainingIteration, at: TrainingIteration | None, *, ended: bool) -> bool:
     """Return whether what was logged stays where a run goes on, because it is not dispatched again.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from noether.core.duration import clock
+from noether.core.duration import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +46,7 @@ class LiveProgress:
         """Show what is to be seen from now on."""
         update, narrow = state.iteration.update, self._console.width < _NARROW
         total = 0 if effect.fires is None else effect.fires - effect.fired
-        following = "" if effect.next_s is None else f"in {clock(effect.next_s)}"
+        following = "" if effect.next_s is None else f"in {format_duration(effect.next_s)}"
         bars = (
             {"completed": update, "total": effect.end.update, "said": _to_the_end(effect, state, short=narrow)},
             {"completed": update - effect.fired, "total": total, "said": following, "visible": bool(total)},
@@ -81,24 +81,24 @@ class LiveProgress:
         weakref.finalize(self, self._progress.stop)
 
 
-def described(effect: ShowProgress, state: TrainState) -> str:
+def describe_progress(effect: ShowProgress, state: TrainState) -> str:
     """Return what the display shows as one line.
 
     Example:
         >>> from noether import ShowProgress, TrainingIteration, TrainState
         >>> effect = ShowProgress(end=TrainingIteration(epoch=2, update=8, sample=64), fired=0, fires=4, update_s=0.5,
         ...                       next_s=1.0, left_s=3.0, due=True)
-        >>> described(effect, TrainState().advance(samples=8).advance(samples=8))
+        >>> describe_progress(effect, TrainState().advance(samples=8).advance(samples=8))
         'update 2/8  epoch 0/2  sample 16/64  500.0 ms/update  2.0 updates/s  next in 0:00:01  end in 0:00:03'
     """
-    following = [] if effect.next_s is None else [f"next in {clock(effect.next_s)}"]
-    end = [] if effect.left_s is None else [f"end in {clock(effect.left_s)}"]
+    following = [] if effect.next_s is None else [f"next in {format_duration(effect.next_s)}"]
+    end = [] if effect.left_s is None else [f"end in {format_duration(effect.left_s)}"]
     counts = f"update {state.iteration.update}/{effect.end.update}  {_counts(effect, state)}"
     return "  ".join((counts, *_pace(effect), *following, *end))
 
 
 def _to_the_end(effect: ShowProgress, state: TrainState, *, short: bool) -> str:
-    end = [] if effect.left_s is None else [f"{clock(effect.left_s)} left"]
+    end = [] if effect.left_s is None else [f"{format_duration(effect.left_s)} left"]
     counts = [] if short else [_counts(effect, state)]
     return "  ".join((*counts, *(_pace(effect)[:1] if short else _pace(effect)), *end))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import NUMBER_TYPES, plain
+from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
 from noether.effects.disk.files import read_file, replace_text
 from noether.effects.logs.flushing import Pace, forget_in_children
 from noether.effects.logs.jsonl import LinesFile, LogError, place
@@ -38,7 +38,7 @@ def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Eve
     # A copy, and no tensors: the line may wait.
     values = dict(effect.values)
     if not NUMBER_TYPES.issuperset(map(type, values.values())):
-        values = plain(values)
+        values = to_plain(values)
     return {"run": run_id, **place(state, event), "metrics": values}
 
 
@@ -68,7 +68,7 @@ class Summary:
             LogError: As `hand_over`.
             OSError: As `hand_over`.
         """
-        self._waiting |= {key: plain(value) for key, value in effect.values.items()}
+        self._waiting |= {key: to_plain(value) for key, value in effect.values.items()}
         if self._pace.is_due(event):
             self.hand_over()
 

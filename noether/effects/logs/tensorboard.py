@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories, read_file
-from noether.effects.logs.jsonl import belongs, event_name
+from noether.effects.logs.jsonl import event_name, line_is_before
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ class _Cut(NamedTuple):
     def takes(self, place: str) -> bool:
         """Return whether the run will be at a place, such as `after_update E0_U1_S4`, again."""
         event, _, counts = place.partition(" ")
-        return not belongs(event, TrainingIteration.parse(counts), self.iteration, ended=self.ended)
+        return not line_is_before(event, TrainingIteration.parse(counts), self.iteration, ended=self.ended)
 
 
 @final

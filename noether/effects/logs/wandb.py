@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, final
 
-from noether.effects.disk.encoding import plain
+from noether.effects.disk.encoding import to_plain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,7 +63,7 @@ class WeightsAndBiases:
 
     def summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
         """Set entries of the summary: a handler of `SetSummary`."""
-        self._opened(event).summary.update({key: plain(value) for key, value in effect.values.items()})
+        self._opened(event).summary.update({key: to_plain(value) for key, value in effect.values.items()})
 
     def flush(self) -> None:
         """Do nothing: a process of its own writes what it is sent."""

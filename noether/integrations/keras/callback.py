@@ -50,7 +50,7 @@ from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.integrations.keras.backend import keras
 from noether.integrations.keras.module import KerasModule
 from noether.integrations.keras.optimizer import KerasOptimizer
-from noether.session.session import LiveRun, filled
+from noether.session.session import Session, fill_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,7 +70,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
         run: What callbacks evaluate, `data` as batches of tensors, and what Keras does not tell.
         remembered: What `live.state_dict()` returned, to go on with a model that Keras itself has loaded.
-        settings: `directory`, `interpreter`, `seed` and `clock`, as for `LiveRun`.
+        settings: `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
 
     Example:
         >>> import torch
@@ -89,13 +89,13 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     ) -> None:
         super().__init__()
         self._reducer, self._run, self._remembered, self._settings = reducer, run, remembered, settings
-        self._live: LiveRun | None = None
+        self._live: Session | None = None
         self._optimizer: KerasOptimizer | None = None
         self._losses: list[Tensor] = []
         self._awaits_loss = False
 
     @property
-    def live(self) -> LiveRun:
+    def live(self) -> Session:
         """The run beside the model.
 
         Raises:
@@ -126,7 +126,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         end = TrainingIteration(epoch=self.params["epochs"])
         live.load()
         optimizer.check_whole()
-        _check_place(live.state, filled(live.run, end=end, updates_per_epoch=updates), updates)
+        _check_place(live.state, fill_run(live.run, end=end, updates_per_epoch=updates), updates)
         live.begin(end=end, updates_per_epoch=updates)
         self._listen()
         # As keras.callbacks.BackupAndRestore does; past the last epoch there is nothing to do.
@@ -172,14 +172,14 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         else:
             self.live.close()
 
-    def _watched(self) -> tuple[LiveRun, KerasOptimizer]:
+    def _watched(self) -> tuple[Session, KerasOptimizer]:
         """Return the run and the optimizer, made when the model is first there."""
         if self._live is None or self._optimizer is None:
             module = KerasModule(self.model)
             self._optimizer = KerasOptimizer(module)
-            self._live = LiveRun(
+            self._live = Session(
                 self._reducer,
-                run=filled(self._run, forward=module.evaluate),
+                run=fill_run(self._run, forward=module.evaluate),
                 model=module,
                 optimizer=self._optimizer,
                 **self._settings,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @final
 class KerasOptimizer:
-    """The optimizer of a Keras model, for a `LiveRun`.
+    """The optimizer of a Keras model, for a `Session`.
 
     Its memory is `{"state": {param: {slot: tensor}}, "groups": {name: tensor}}`; the latter is what belongs to no
     param, such as the learning rate and the number of steps.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from noether.core.errors import refuse, whole
+from noether.core.errors import check_whole, raise_problems
 
 
 @final
@@ -38,7 +38,7 @@ class Batching:
 
     def __post_init__(self) -> None:
         sizes = {"effective_batch_size": self.effective_batch_size, "max_batch_size": self.max_batch_size}
-        refuse(whole(name, size) for name, size in sizes.items() if size is not None)
+        raise_problems(check_whole(name, size) for name, size in sizes.items() if size is not None)
         if self.effective_batch_size > self.length:
             raise ValueError(
                 f"{self.effective_batch_size} is larger than the training set, which has {self.length} samples"

@@ -98,7 +98,7 @@ class TrainingData:
             self._loading = iter(self._loader(iteration.update, last))
         self._expected = None  # should a sample fail to load, the next call begins anew
         parts = len(self.batching.parts(iteration.update))
-        batches = tuple(moved(next(self._loading), self._device) for _ in range(parts))
+        batches = tuple(move_batch(next(self._loading), self._device) for _ in range(parts))
         self._expected = iteration.update + 1
         return batches
 
@@ -162,7 +162,7 @@ class EvaluationData:
         for index, batch in enumerate(_loader(self._dataset, self._seed, indices, self._num_workers, self._device)):
             # A model may draw in evaluation too; what it draws does not depend on who loaded the batch.
             seed_torch(derive(self._seed, "evaluation", index))
-            yield moved(batch, self._device)
+            yield move_batch(batch, self._device)
 
     def batched(self, batch_size: int) -> EvaluationData:
         """Return the same data in batches of another size."""
@@ -231,7 +231,7 @@ def _length(dataset: Any) -> int:
     return len(dataset)
 
 
-def moved(batch: Any, device: torch.device) -> Any:
+def move_batch(batch: Any, device: torch.device) -> Any:
     """Return a batch on `device`."""
     if device.type == "cpu":
         return batch

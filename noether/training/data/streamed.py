@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import default_collate
 
 from noether.core.tensors.packing import pack, unpack
-from noether.core.tensors.tree import cloned
+from noether.core.tensors.tree import clone_tensors
 from noether.training.data.batching import Batching
-from noether.training.data.indexed import moved
+from noether.training.data.indexed import move_batch
 from noether.training.randomness import derive, seed_all, seed_torch
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class StreamedData:
                 self._sample(state.iteration.epoch, index)
         state = state.remember(MEMORY, _place(self._dataset))
         self._left_at = state.memory(MEMORY)
-        return state, tuple(moved(_collated(self._dataset, part), self._device) for part in samples)
+        return state, tuple(move_batch(_collated(self._dataset, part), self._device) for part in samples)
 
     def close(self) -> None:
         """Let go of the iterator."""
@@ -144,7 +144,7 @@ class StreamedEvaluationData:
             if not samples:
                 return
             seed_torch(derive(self._seed, "evaluation", index))
-            yield moved(_collated(self._dataset, samples), self._device)
+            yield move_batch(_collated(self._dataset, samples), self._device)
 
     def batched(self, batch_size: int) -> StreamedEvaluationData:
         """Return the same data in batches of another size."""
@@ -167,7 +167,7 @@ def _collated(dataset: Any, samples: list[Any]) -> Any:
 def _place(dataset: Any) -> Memory:
     place = pack("state_dict of the training set", dataset.state_dict())
     # A dataset may go on writing to the tensors that it hands out.
-    return cloned(place)
+    return clone_tensors(place)
 
 
 def _check_stream(dataset: Any) -> None:

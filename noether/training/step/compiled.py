@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from noether.core.tensors.batch import batch_size, model_arguments
-from noether.core.tensors.module import with_total
+from noether.core.tensors.module import add_total
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.step import kernels
 from noether.training.step.outputs import outputs_of
@@ -161,7 +161,7 @@ class CompiledUpdate:
             weights = {**params, **trained, **{name: buffer.clone() for name, buffer in buffers.items()}}
             with self._step.autocast(params):
                 outputs = functional_call(self._step.model, weights, arguments, keywords)
-                losses = with_total(self._step.loss(outputs, batch))
+                losses = add_total(self._step.loss(outputs, batch))
             return losses["total"] * weight, (dict(losses), outputs, {name: weights[name] for name in buffers})
 
         grads, (_, (losses, outputs, written)) = grad_and_value(total, has_aux=True)(
@@ -192,7 +192,7 @@ class CompiledStep:
         batches: Sequence[Any],
         observe: Callable[[TrainState, Accumulated], TrainState] | None = None,
     ) -> tuple[TrainState, StepOutputs]:
-        """Return the state after one update, as `Step` does up to the last bits."""
+        """Return the state after one update, as `StepDecay` does up to the last bits."""
         update = None if self._given_up else self._ready(state, batches, observed=observe is not None)
         if update is None:
             return self.eager(state, batches, observe)

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from noether.config.optimizer_settings import DEFAULT_GROUP, ParamGroup
-from noether.core.errors import Problem, SettingsError, nearest, refuse
+from noether.core.errors import Problem, SettingsError, raise_problems, suggest
 from noether.core.tensors.packing import pack, unpack
-from noether.core.tensors.tree import SCALARS, cloned, leaves
+from noether.core.tensors.tree import SCALARS, clone_tensors, leaves
 from noether.training.step import kernels
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class FunctionalOptimizer:
     _layouts: dict[tuple[str, ...], _Layout] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse([_class_problem(self.optimizer)])
-        refuse([*self._name_problems(), *self._group_problems()])
+        raise_problems([_class_problem(self.optimizer)])
+        raise_problems([*self._name_problems(), *self._group_problems()])
         self._construct(_stand_ins(self._trained() or [DEFAULT_GROUP]))
         for group in self._trained().values():
             overrides = group.overrides()
@@ -99,7 +99,7 @@ class FunctionalOptimizer:
         layout = self._layout(params)
         # Copies, so that no class can keep a view of the caller's parameters in its state; some are known not to.
         given = {name: params[name].detach() for name in layout.trainable}
-        given = given if kernels.known(self.optimizer) else cloned(given)
+        given = given if kernels.known(self.optimizer) else clone_tensors(given)
         copies = {name: param.requires_grad_() for name, param in given.items()}
         members = {group: [copies[name] for name in names] for group, names in layout.members.items()}
         optimizer = self._construct(members)
@@ -284,16 +284,16 @@ class FunctionalOptimizer:
         return self._layouts[names]
 
     def _new_layout(self, names: tuple[str, ...]) -> _Layout:
-        refuse([*self._unmatched(names)])
+        raise_problems([*self._unmatched(names)])
         found = {name: self._group_of(name) for name in names}
         order = [*self._trained(), DEFAULT_GROUP]
         members = {group: tuple(name for name in names if found[name] == group) for group in order}
         members = {group: own for group, own in members.items() if own}
         if not members:
-            refuse([Problem("groups", f"all {len(names)} parameters are frozen; leave at least one to train")])
+            raise_problems([Problem("groups", f"all {len(names)} parameters are frozen; leave at least one to train")])
         stand_ins = _stand_ins(members)
         instance = self._construct(stand_ins)
-        refuse([_keeps_params(instance, stand_ins)])
+        raise_problems([_keeps_params(instance, stand_ins)])
         entries = {
             group: {key: value for key, value in entry.items() if key != "params"}
             for group, entry in zip(members, instance.param_groups, strict=True)
@@ -446,7 +446,7 @@ def _unknown(
 ) -> Iterator[Problem]:
     for name in settings:
         if name not in accepted:
-            known = f"it has {', '.join(accepted)}{nearest(name, accepted)}"
+            known = f"it has {', '.join(accepted)}{suggest(name, accepted)}"
             yield Problem(f"{prefix}{name}", f"{cls.__name__} has no such setting; {known}")
 
 
@@ -478,7 +478,7 @@ def _no_parameter(pattern: str, names: tuple[str, ...]) -> str:
 
 def _check_known(what: str, unknown: Iterable[str], known: Iterable[str]) -> None:
     for name in sorted(unknown):
-        raise ValueError(f"{what} {name!r} belongs to nothing that is trained{nearest(name, known)}")
+        raise ValueError(f"{what} {name!r} belongs to nothing that is trained{suggest(name, known)}")
 
 
 def _stand_ins(groups: Iterable[str]) -> dict[str, list[Tensor]]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, final
 
 from torch import Tensor
 
-from noether.core.tensors.donation import Donatable, Owned
+from noether.core.tensors.donation import DonatedTree, OwnedStorages
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _NONE: Final = FrozenDict()
 class OwnedTensors:
     """The trained tensors of a state that nobody else has seen yet, which are from then on a model's own parameters.
 
-    What others hold of them is left to them, and copied before it would be written to; see `Owned`.
+    What others hold of them is left to them, and copied before it would be written to; see `OwnedStorages`.
 
     Args:
         model: Its parameters become the tensors.
@@ -59,7 +59,7 @@ class OwnedTensors:
         self.leaves = {name: self.parameters[name] for name in trainable}
         self._bindings = [self.parameters[name] for name in self.params]
         self._buffers = _buffer_places(model)
-        self._owned = Owned(
+        self._owned = OwnedStorages(
             [
                 *((self.params, name) for name in trainable),
                 *((kept, key) for kept in opt_state.get("state", {}).values() for key in kept),
@@ -72,7 +72,7 @@ class OwnedTensors:
     @classmethod
     def of(cls, state: TrainState, model: nn.Module) -> Self | None:
         """Return the tensors of `model` in which params and optimizer memory of `state` lie, or None."""
-        if not isinstance(state.params, Donatable) or not isinstance(state.opt_state, Donatable):
+        if not isinstance(state.params, DonatedTree) or not isinstance(state.opt_state, DonatedTree):
             return None
         owner = state.params.owner
         return owner if isinstance(owner, cls) and owner.model is model and state.opt_state.owner is owner else None
@@ -106,7 +106,7 @@ class OwnedTensors:
         That comes before anything is written, so that whatever goes wrong leaves no state that is half of an update.
         """
         for donated in (state.params, state.opt_state):
-            if isinstance(donated, Donatable):
+            if isinstance(donated, DonatedTree):
                 donated.take()
         return self
 
@@ -134,7 +134,7 @@ class OwnedTensors:
     def given_to(self, state: TrainState, buffers: Mapping[str, Tensor]) -> TrainState:
         """Return the state whose params and optimizer memory these are, for the next update to take."""
         return state.replace(
-            params=Donatable(self.params, self), opt_state=Donatable(self.opt_state, self), buffers=buffers
+            params=DonatedTree(self.params, self), opt_state=DonatedTree(self.opt_state, self), buffers=buffers
         )
 
     def _bind(self) -> None:

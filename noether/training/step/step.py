@@ -13,8 +13,8 @@ from torch.nn.utils import get_total_norm
 from torch.nn.utils.stateless import _reparametrize_module
 
 from noether.core.tensors.batch import batch_size, model_arguments
-from noether.core.tensors.donation import Donatable
-from noether.core.tensors.module import with_total
+from noether.core.tensors.donation import DonatedTree
+from noether.core.tensors.module import add_total
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.randomness import derive, seed_torch
 from noether.training.step.gradients import gradients_of
@@ -80,7 +80,7 @@ class Step:
         >>> from noether import TrainState
         >>> from noether.training.step.optimizer import FunctionalOptimizer
         >>> model = nn.Linear(2, 1)
-        >>> step = Step(
+        >>> step = StepDecay(
         ...     model=model,
         ...     loss=lambda outputs, batch: {"mse": (outputs - batch[1]).square().mean()},
         ...     optimizer=FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1}),
@@ -226,7 +226,7 @@ class Step:
     def _forward(self, batch: Any) -> tuple[Losses, Any]:
         arguments, keywords = model_arguments(self.model, batch)
         outputs = self.model(*arguments, **keywords)
-        return with_total(self.loss(outputs, batch)), outputs
+        return add_total(self.loss(outputs, batch)), outputs
 
     def _applied(
         self,
@@ -275,7 +275,7 @@ class Step:
         if owned is not None:
             return owned.taken_from(state) if owned.can_write(self.optimizer, grads) else None
         params, opt_state = state.params, state.opt_state
-        if not isinstance(params, Donatable) or not isinstance(opt_state, Donatable) or params.owner is not None:
+        if not isinstance(params, DonatedTree) or not isinstance(opt_state, DonatedTree) or params.owner is not None:
             return None
         # A run begins or goes on. The memory that the class would make first is made here, for the class copies.
         if not self.optimizer.writes(grads, self.optimizer.remembering(opt_state, params, grads), params):
