@@ -77,8 +77,9 @@ def callbacks(*more, tolerance=3):
         EMACallback(every_n_epochs=1, target_factors=(0.9,)),
         EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", "accuracy")),
         OfflineLossCallback(every_n_epochs=1, dataset_key="val", weights="ema=0.9"),
+        # No loss improves by 100, so the learning rate is halved from the second epoch on, whatever the CPU computes.
         ReduceLROnPlateauCallback(
-            every_n_epochs=1, metric_key="loss/val/total", tolerance=1, factor=0.5, min_delta=0.03
+            every_n_epochs=1, metric_key="loss/val/total", tolerance=1, factor=0.5, min_delta=100.0
         ),
         BestCheckpointCallback(every_n_epochs=1, metric_key="val/accuracy"),
         CheckpointCallback(every_n_updates=1, save_weights=True, save_optim=True),
