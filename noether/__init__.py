@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         SetSummary,
         ShowProgress,
     )
+    from noether.core.errors import NoetherError
     from noether.core.event import (
         AfterAccumulationStep,
         AfterEpoch,
@@ -53,6 +54,7 @@ __all__ = [
     "LogText",
     "MeasurePeakMemory",
     "Move",
+    "NoetherError",
     "Reducer",
     "Run",
     "SaveCheckpoint",
@@ -96,6 +98,7 @@ _HOMES = {
     "LogText": "noether.core.effect",
     "MeasurePeakMemory": "noether.core.effect",
     "Move": "noether.core.loop",
+    "NoetherError": "noether.core.errors",
     "Reducer": "noether.core.reducer",
     "Run": "noether.core.run",
     "SaveCheckpoint": "noether.core.effect",

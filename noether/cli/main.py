@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from noether.core.errors import NoetherError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -179,12 +181,12 @@ def _refusals() -> Iterator[None]:
         with _warnings_as_lines():
             yield
     except ConfigError as error:
-        raise _Failure(error, _CONFIG_ERROR) from error
+        raise _CommandError(error, _CONFIG_ERROR) from error
     except BrokenPipeError:
         raise  # whoever read the output has enough, as `head` has: click ends without a word
     except Exception as error:
         if isinstance(error, _mendable()):
-            raise _Failure(error, 1) from error
+            raise _CommandError(error, 1) from error
         raise
 
 
@@ -232,7 +234,7 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
-class _Failure(click.ClickException):
+class _CommandError(NoetherError, click.ClickException):
     """A message on the standard error, and an exit code."""
 
     def __init__(self, error: Exception, exit_code: int) -> None:

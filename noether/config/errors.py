@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from noether.core.errors import NoetherError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -49,7 +51,7 @@ class Located:
         return ": ".join(filter(None, [str(self.place), format_path(self.path), self.message]))
 
 
-class ConfigError(Exception):
+class ConfigError(NoetherError):
     """A configuration was refused; `problems` holds every one of them, in the order of their lines.
 
     Example:

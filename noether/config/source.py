@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from noether.config.errors import ConfigError, Located, Place
-from noether.core.errors import suggest
+from noether.core.errors import NoetherError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -153,7 +153,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class _TooManyError(Exception):
+class _TooManyError(NoetherError):
     """There are more nodes than a document may have."""
 
 

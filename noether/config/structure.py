@@ -25,7 +25,7 @@ from cattrs.errors import (
 )
 
 from noether.config.errors import Located
-from noether.core.errors import SettingsError, suggest
+from noether.core.errors import NoetherError, SettingsError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -45,7 +45,7 @@ _NOUNS: dict[object, str] = {
 _SEQUENCES = (list, tuple, set, frozenset, Sequence, AbstractSet)
 
 
-class RefusedError(ValueError):
+class RefusedError(NoetherError, ValueError):
     """A value does not fit where it stands; the message holds the value and what would be right."""
 
 

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from noether.core.callback import Callback, Declaration, declaration_of, init_of
-from noether.core.errors import suggest
+from noether.core.errors import NoetherError, suggest
 from noether.core.metrics import keys_overlap
 from noether.core.schedules.coverage import covers
 
@@ -27,7 +27,7 @@ class Misfit:
     message: str
 
 
-class DeclarationError(ValueError):
+class DeclarationError(NoetherError, ValueError):
     """Callbacks do not fit together; `misfits` holds every reason."""
 
     def __init__(self, misfits: Sequence[Misfit]) -> None:

@@ -10,6 +10,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+class NoetherError(Exception):
+    """The base class of every exception that noether defines.
+
+    Each one also derives from the builtin exception that fits, such as `ValueError`.
+
+    Example:
+        >>> from noether import EveryNEpochs, NoetherError
+        >>> try:
+        ...     EveryNEpochs(0)
+        ... except NoetherError as error:
+        ...     print(error)
+        every_n_epochs: 0 is not a whole number of at least 1
+    """
+
+
 @dataclass(frozen=True)
 class Problem:
     """One refused setting.
@@ -19,7 +34,7 @@ class Problem:
         message: The value, and what would be right.
 
     Example:
-        >>> print(Problem("tolerance", "0 is not a check_whole number of at least 1"))
+        >>> print(Problem("tolerance", "0 is not a whole number of at least 1"))
         tolerance: 0 is not a whole number of at least 1
     """
 
@@ -30,11 +45,11 @@ class Problem:
         return f"{self.setting}: {self.message}" if self.setting else self.message
 
 
-class SettingsError(ValueError):
+class SettingsError(NoetherError, ValueError):
     """Settings were refused; `problems` holds every one of them.
 
     Example:
-        >>> raise SettingsError([Problem("keep", "-1 is not a check_whole number of at least 1")])
+        >>> raise SettingsError([Problem("keep", "-1 is not a whole number of at least 1")])
         Traceback (most recent call last):
         noether.core.errors.SettingsError: keep: -1 is not a whole number of at least 1
     """
@@ -44,11 +59,11 @@ class SettingsError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
-class OutputError(LookupError):
+class OutputError(NoetherError, LookupError):
     """The model does not return what a callback reads."""
 
 
-class WeightsError(LookupError):
+class WeightsError(NoetherError, LookupError):
     """Weights were asked for that no callback keeps."""
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, SupportsFloat
 import torch
 
 from noether.core.effect import Effect, LogScalars
-from noether.core.errors import suggest
+from noether.core.errors import NoetherError, suggest
 from noether.core.event import BeforeTraining
 from noether.core.state import Measured
 from noether.core.tensors.tree import FrozenDict
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 
-class MetricError(LookupError):
+class MetricError(NoetherError, LookupError):
     """A metric was asked for that is not there or not current."""
 
 

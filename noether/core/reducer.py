@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 from noether.core.callback import declaration_of, idle_of, init_of, is_due, label_of, listens_to
 from noether.core.declarations import check_declarations
-from noether.core.errors import suggest
+from noether.core.errors import NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import keys_overlap
 from noether.core.schedules.schedule import Window
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     _Call = tuple[Callback, Callback]  # a member, and what is called in its place
 
 
-class UnclaimedMemoryError(LookupError):
+class UnclaimedMemoryError(NoetherError, LookupError):
     """A saved run holds the memory of a callback that is not there."""
 
 

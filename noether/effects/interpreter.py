@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from noether.core.effect import Effect, LogScalars
-from noether.core.errors import suggest
+from noether.core.errors import NoetherError, suggest
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import NUMBER_TYPES
 from noether.effects.merging import merge
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _NONE: Final[tuple[Handler, ...]] = ()
 
 
-class UnhandledEffectError(LookupError):
+class UnhandledEffectError(NoetherError, LookupError):
     """Something was asked for that nobody does."""
 
 

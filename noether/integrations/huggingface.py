@@ -54,6 +54,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
+from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
 from noether.core.run import Run
@@ -330,7 +331,7 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
     return str(path)
 
 
-class _StoppedError(Exception):
+class _StoppedError(NoetherError):
     """The run that is gone on with was stopped."""
 
 

@@ -9,7 +9,7 @@ from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.callbacks.summaries import dataset_lengths
 from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars
-from noether.core.errors import OutputError
+from noether.core.errors import NoetherError, OutputError
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _ANY_TIME: Final = (BeforeTraining, AtEval)
 
 
-class ReplayError(Exception):
+class ReplayError(NoetherError):
     """A record does not hold what a replay needs."""
 
 
@@ -140,7 +140,7 @@ def replay(
             left_out |= error.reasons
 
 
-class _UnreplayableError(Exception):
+class _UnreplayableError(NoetherError):
     """Callbacks need what was not recorded."""
 
     def __init__(self, reasons: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from noether.core.callback import declaration_of
 from noether.core.effect import SaveCheckpoint
-from noether.core.errors import WeightsError
+from noether.core.errors import NoetherError, WeightsError
 from noether.core.event import AfterUpdate, Event
 from noether.core.schedules.forecast import EARLY, Occasions, firings, nth_firing, state_at
 from noether.core.schedules.gate import Gate
@@ -78,7 +78,7 @@ class Answers:
     stops: bool
 
 
-class UnaskedError(Exception):
+class UnaskedError(NoetherError):
     """A callback could not be asked: it reads values that are there in training only."""
 
 

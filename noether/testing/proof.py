@@ -8,13 +8,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
 from hypothesis.strategies import tuples
 
+from noether.core.errors import NoetherError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hypothesis.strategies import SearchStrategy
 
 
-class LawError(AssertionError):
+class LawError(NoetherError, AssertionError):
     """A callback or a schedule does not obey a law."""
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
+from noether.core.errors import NoetherError
 from noether.core.tensors.tree import FrozenDict, map_leaves
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 
-class DonatedError(RuntimeError):
+class DonatedError(NoetherError, RuntimeError):
     """What is read was donated: an update wrote to it."""
 
 

@@ -12,6 +12,7 @@ from cattrs import transform_error
 from cattrs.errors import BaseValidationError
 from cattrs.preconf.json import make_converter
 
+from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration
 from noether.core.state import Measured, TrainState
 from noether.core.tensors.averages import use_weights
@@ -45,11 +46,11 @@ CONVERTER.register_unstructure_hook(TrainingIteration, str)
 CONVERTER.register_structure_hook(TrainingIteration, lambda text, _: TrainingIteration.parse(text))
 
 
-class ModelNamesError(LookupError):
+class ModelNamesError(NoetherError, LookupError):
     """No weights lie below the names of sub-modules."""
 
 
-class ContentError(ValueError):
+class ContentError(NoetherError, ValueError):
     """A file of a checkpoint does not hold what belongs there; the message names it."""
 
 

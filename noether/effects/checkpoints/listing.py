@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from attrs import frozen
 
+from noether.core.errors import NoetherError
 from noether.effects.checkpoints.contents import FILES
 from noether.effects.checkpoints.manifest import LIMIT_BYTES, MANIFEST, NAME, Manifest, ManifestError
 from noether.effects.disk.files import os_error_text, read_file
@@ -22,7 +23,7 @@ _PASSING: Final = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.
 _POINTER: Final = re.compile(rf"{NAME.pattern} [0-9a-f]{{64}}\n", re.ASCII)
 
 
-class CheckpointError(Exception):
+class CheckpointError(NoetherError):
     """A checkpoint cannot be found, read or written."""
 
 

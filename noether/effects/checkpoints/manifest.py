@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from attrs import field, frozen
 
+from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotations
 from noether.effects.checkpoints.contents import CONVERTER, FILES, STATE, WEIGHTS, why
 
@@ -24,7 +25,7 @@ NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]{0,199}", re.ASCII)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
-class ManifestError(ValueError):
+class ManifestError(NoetherError, ValueError):
     """A manifest is not what was written."""
 
 

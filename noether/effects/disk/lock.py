@@ -12,6 +12,7 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
+from noether.core.errors import NoetherError
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import os_error_text, read_file
 
@@ -26,7 +27,7 @@ _HOLDER_BYTES: Final = 4096
 _CANNOT_LOCK: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-class LockedError(Exception):
+class LockedError(NoetherError):
     """Another process writes into the directory of a run."""
 
 

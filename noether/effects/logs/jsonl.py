@@ -11,6 +11,7 @@ import re
 import threading
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
+from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
@@ -33,7 +34,7 @@ _JSON: Final = json.JSONEncoder(allow_nan=False)
 _WAITING: Final = 1000  # lines, so that a loop of very short updates does not collect without bounds
 
 
-class LogError(Exception):
+class LogError(NoetherError):
     """A log cannot be read."""
 
 
