@@ -10,8 +10,8 @@ from rich.table import Table
 
 from noether.config import ConfigError
 from noether.config.descriptions import PREFIX, describe, known_kinds
-from noether.config.errors import Located, Place
-from noether.config.structure import RefusedError
+from noether.config.errors import LocatedProblem, Place
+from noether.config.structure import InvalidValueError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +39,8 @@ def show_kind(kind: str, allow: Sequence[str]) -> None:
     """
     try:
         said = describe(kind, allow)
-    except RefusedError as error:
-        raise ConfigError([Located(Place("noether callbacks"), (), str(error))]) from error
+    except InvalidValueError as error:
+        raise ConfigError([LocatedProblem(Place("noether callbacks"), (), str(error))]) from error
     click.echo(said.kind + (f"  (also {', '.join(said.aliases)})" if said.aliases else ""))
     click.echo(f"\n{said.text}\n")
     if said.settings:

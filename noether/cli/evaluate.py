@@ -11,7 +11,7 @@ from rich.table import Table
 
 from noether.cli.train import handled, resumed_config
 from noether.config import ConfigError
-from noether.config.errors import Located, Place
+from noether.config.errors import LocatedProblem, Place
 from noether.core.callback import label_of
 from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
 from noether.core.errors import WeightsError
@@ -76,7 +76,7 @@ def _found(store: CheckpointStore, checkpoint: str) -> Manifest:
     try:
         return store.find(checkpoint)
     except CheckpointError as error:
-        raise ConfigError([Located(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
+        raise ConfigError([LocatedProblem(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
 
 
 def _with_their_weights(reducer: Reducer, state: TrainState) -> Reducer:
@@ -94,7 +94,7 @@ def _weighted(state: TrainState, weights: str, store: CheckpointStore) -> TrainS
     except WeightsError as error:
         saved = [name for name in store.pointers() if name.endswith(f".{weights.replace('/', '.')}")]
         instead = f"; evaluate --checkpoint {' or '.join(saved)} without --weights" if saved else ""
-        raise ConfigError([Located(Place(f"--weights {weights}"), (), f"{error}{instead}")]) from error
+        raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), f"{error}{instead}")]) from error
 
 
 def _collecting(metrics: dict[str, Any]) -> Interpreter:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from noether.cli.train import resumed_config
-from noether.config.errors import ConfigError, Located, Place
-from noether.config.loading import with_callbacks
-from noether.config.resolved import resolve_config
+from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.loading import replace_callbacks
+from noether.config.serialization import resolve_config
 from noether.core.effect import LogScalars, LogText, SaveCheckpoint
 from noether.core.errors import SettingsError
 from noether.core.iteration import COUNTERS, TrainingIteration
@@ -43,7 +43,7 @@ def show(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[
         ReplayError: If nothing was recorded, or the point is not in the run.
     """
     config = resumed_config(run_dir, (), allow)
-    other = None if callbacks is None else with_callbacks(config, callbacks, allow)
+    other = None if callbacks is None else replace_callbacks(config, callbacks, allow)
     point = None if at is None else _point(at)
     replayed = _replayed(run_dir, config, other, partial(decides, log=log) if point is None else partial(_is_at, point))
     if point is not None and not replayed.steps:
@@ -78,7 +78,7 @@ def _point(text: str) -> TrainingIteration:
     try:
         return TrainingIteration.parse(text)
     except SettingsError as error:
-        raise ConfigError([Located(Place("--at"), (), str(error))]) from error
+        raise ConfigError([LocatedProblem(Place("--at"), (), str(error))]) from error
 
 
 def _is_at(point: TrainingIteration, step: ReplayStep) -> bool:

@@ -17,9 +17,10 @@ import click
 
 from noether.cli.interruption import Interruption
 from noether.config import ConfigError, load
-from noether.config.errors import Located, Place
+from noether.config.changes import refuse_changes
+from noether.config.errors import LocatedProblem, Place
 from noether.config.kinds import import_kind
-from noether.config.resolved import dump, refuse_changes
+from noether.config.serialization import dump
 from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.effect import SaveCheckpoint, SetSummary
 from noether.core.event import AfterTraining, AtEval, BeforeTraining
@@ -150,7 +151,7 @@ def resumed_config(run_dir: Path, settings: Sequence[str] = (), allow: Sequence[
     path = run_dir / CONFIG
     if not path.is_file():
         message = f"is not the directory of a run: it has no {CONFIG}; give one like runs/NAME/RUN_ID"
-        raise ConfigError([Located(Place(str(run_dir)), (), message)])
+        raise ConfigError([LocatedProblem(Place(str(run_dir)), (), message)])
     config = load(path, settings, allow, run_dir)
     if settings:
         refuse_changes(load(path, (), allow, run_dir), config)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from noether.config.functions import FunctionCallback
+from noether.config.function_callback import FunctionCallbackFactory
 from noether.config.kinds import CALLBACK, resolve
 from noether.config.structure import parameters
 from noether.core.callback import declaration_of
@@ -86,7 +86,7 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
         allow: Prefixes of modules that the path may begin with, beside those always allowed.
 
     Raises:
-        RefusedError: If there is no such callback.
+        InvalidValueError: If there is no such callback.
 
     Example:
         >>> describe("ReduceLROnPlateauCallback").settings[2]
@@ -115,7 +115,7 @@ def _settings(target: Any) -> tuple[Setting, ...]:
     """Return the settings of a class with those of its own first, then those that it inherits; or of a function."""
     if not isinstance(target, type):
         texts = _inherited_texts(PeriodicCallback) | _argument_texts(_documentation(inspect.unwrap(target)))
-        return tuple(_setting(each, texts) for each in parameters(FunctionCallback(target)).values())
+        return tuple(_setting(each, texts) for each in parameters(FunctionCallbackFactory(target)).values())
     known, found = parameters(target), dict[str, Setting]()
     texts = _inherited_texts(target)
     for owner in target.__mro__:

@@ -10,7 +10,7 @@ from noether.core.errors import NoetherError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Path: TypeAlias = tuple[str | int, ...]
+SettingPath: TypeAlias = tuple[str | int, ...]
 """The way from the top of a document to a value: keys of mappings and indices of lists."""
 
 
@@ -35,16 +35,16 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Located:
+class LocatedProblem:
     """One problem: where it was written, which setting it is about, what is wrong and what would be right.
 
     Example:
-        >>> print(Located(Place("a.yaml", 3), ("callbacks", 2, "every_n_epochs"), "0 is not a check_whole number"))
+        >>> print(LocatedProblem(Place("a.yaml", 3), ("callbacks", 2, "every_n_epochs"), "0 is not a whole number"))
         a.yaml:3: callbacks[2].every_n_epochs: 0 is not a whole number
     """
 
     place: Place
-    path: Path
+    path: SettingPath
     message: str
 
     def __str__(self) -> str:
@@ -55,20 +55,21 @@ class ConfigError(NoetherError):
     """A configuration was refused; `problems` holds every one of them, in the order of their lines.
 
     Example:
-        >>> first, second = Located(Place("a.yaml", 2), ("a",), "early"), Located(Place("a.yaml", 7), ("b",), "late")
-        >>> raise ConfigError([second, first])
+        >>> early = LocatedProblem(Place("a.yaml", 2), ("a",), "early")
+        >>> late = LocatedProblem(Place("a.yaml", 7), ("b",), "late")
+        >>> raise ConfigError([late, early])
         Traceback (most recent call last):
         noether.config.errors.ConfigError: a.yaml:2: a: early
         a.yaml:7: b: late
     """
 
-    def __init__(self, problems: Iterable[Located]) -> None:
+    def __init__(self, problems: Iterable[LocatedProblem]) -> None:
         # What was given on the command line comes after what stands in the file.
         self.problems = tuple(sorted(problems, key=lambda each: (each.place.line is None, each.place.line or 0)))
         super().__init__("\n".join(map(str, self.problems)))
 
 
-def format_path(path: Path) -> str:
+def format_path(path: SettingPath) -> str:
     """Return `path` as it is shown.
 
     Example:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from noether.config.structure import RefusedError
+from noether.config.structure import InvalidValueError
 from noether.core.errors import suggest
 
 ALLOWED = ("noether", "torch")
@@ -78,20 +78,20 @@ def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path |
         run_dir: Directory of a run, of which the configuration is a part: a module in it is not the user's own.
 
     Raises:
-        RefusedError: Before anything is imported if the prefix is not allowed; else if there is no such thing, its
+        InvalidValueError: Before anything is imported if the prefix is not allowed; else if there is no such thing, its
             module cannot be imported, or it does not fit.
 
     Example:
         >>> resolve("os.system", FUNCTION)
         Traceback (most recent call last):
-        noether.config.structure.RefusedError: 'os.system': 'os' is not an allowed prefix (noether, torch, modules under
-        the working directory); allow=('os',), or --allow os on the command line, allows it
+        noether.config.structure.InvalidValueError: 'os.system': 'os' is not an allowed prefix (noether, torch, modules
+        under the working directory); allow=('os',), or --allow os on the command line, allows it
     """
     if not isinstance(path, str) or "." not in path or not all(part.isidentifier() for part in path.split(".")):
-        raise RefusedError(f"{path!r} is not a dotted path such as 'package.module.name'")
+        raise InvalidValueError(f"{path!r} is not a dotted path such as 'package.module.name'")
     target = _walked(path, lambda module: _judge(module, path, allow, run_dir))
     if not role.fits(target):
-        raise RefusedError(f"{path!r} is {_described(target)}, expected {role.name}: {role.expected}")
+        raise InvalidValueError(f"{path!r} is {_described(target)}, expected {role.name}: {role.expected}")
     return target
 
 
@@ -99,8 +99,8 @@ def import_kind(path: str) -> Any:
     """Return the object at a dotted path that was judged when its configuration was loaded.
 
     Example:
-        >>> import_kind("noether.core.errors.nearest").__name__
-        'nearest'
+        >>> import_kind("noether.core.errors.suggest").__name__
+        'suggest'
     """
     return _walked(path, lambda _: None)
 
@@ -127,7 +127,7 @@ def _walked(path: str, judge: Callable[[str], None]) -> object:
 
 def _part(owner: object, done: str, part: str, path: str) -> object:
     """Return one attribute or submodule, as `from owner import part` finds them."""
-    missing = RefusedError(f"{path!r}: {done!r} has no {part!r}{suggest(part, _public(owner))}")
+    missing = InvalidValueError(f"{path!r}: {done!r} has no {part!r}{suggest(part, _public(owner))}")
     if part.startswith("__"):
         raise missing
     if hasattr(owner, part):
@@ -143,7 +143,7 @@ def _imported(module: str, path: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a module of the user's may raise anything
-        raise RefusedError(f"{path!r}: importing {module!r} failed: {type(error).__name__}: {error}") from None
+        raise InvalidValueError(f"{path!r}: importing {module!r} failed: {type(error).__name__}: {error}") from None
 
 
 def _judge(module: str, path: str, allow: Sequence[str], run_dir: Path | None) -> None:
@@ -155,12 +155,14 @@ def _judge(module: str, path: str, allow: Sequence[str], run_dir: Path | None) -
     if files and all(map(_under_working_directory, files)):
         if run_dir is None or not any(_lies_in(run_dir, file, rest) for file in files):
             return
-        raise RefusedError(f"{path!r} lies in {run_dir}, the directory of the run itself; --allow {head} allows it")
+        raise InvalidValueError(
+            f"{path!r} lies in {run_dir}, the directory of the run itself; --allow {head} allows it"
+        )
     if files is None:
-        raise RefusedError(f"{path!r}: there is no module {head!r}{suggest(head, ALLOWED)}")
+        raise InvalidValueError(f"{path!r}: there is no module {head!r}{suggest(head, ALLOWED)}")
     prefixes = ", ".join((*ALLOWED, *allow, "modules under the working directory"))
     hint = f"allow=({head!r},), or --allow {head} on the command line, allows it"
-    raise RefusedError(f"{path!r}: {head!r} is not an allowed prefix ({prefixes}); {hint}")
+    raise InvalidValueError(f"{path!r}: {head!r} is not an allowed prefix ({prefixes}); {hint}")
 
 
 def _files(head: str) -> list[str] | None:

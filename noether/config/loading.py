@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_origin
 from cattrs.errors import ClassValidationError
 
 from noether.config.compatibility import ConfigWarning, translate_settings
-from noether.config.errors import ConfigError, Located
-from noether.config.functions import FunctionCallback
+from noether.config.errors import ConfigError, LocatedProblem
+from noether.config.function_callback import FunctionCallbackFactory
 from noether.config.kinds import CALLBACK, FUNCTION, OPTIMIZER, Kind, Role, resolve
 from noether.config.schema import (
     ENDS,
@@ -26,16 +26,24 @@ from noether.config.schema import (
     OptimizerSettings,
 )
 from noether.config.source import apply_overrides, read
-from noether.config.structure import RefusedError, arguments, construct, converter, noted, parameters, structure
+from noether.config.structure import (
+    InvalidValueError,
+    arguments,
+    construct,
+    make_converter,
+    noted,
+    parameters,
+    structure,
+)
 from noether.core.errors import Problem, SettingsError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path as FilePath
+    from pathlib import Path
 
     from cattrs import Converter
 
-    from noether.config.errors import Path
+    from noether.config.errors import SettingPath
     from noether.config.source import Source
 
 _CALLED: Final[tuple[object, ...]] = (Callable, type)
@@ -43,7 +51,7 @@ _OWN: Final = tuple(field.name for field in dataclasses.fields(OptimizerSettings
 
 
 def load(
-    path: str | FilePath, overrides: Iterable[str] = (), allow: Sequence[str] = (), run_dir: FilePath | None = None
+    path: str | Path, overrides: Iterable[str] = (), allow: Sequence[str] = (), run_dir: Path | None = None
 ) -> Config:
     """Return the configuration in a YAML file.
 
@@ -60,18 +68,18 @@ def load(
     return from_source(apply_overrides(read(path), overrides), allow, run_dir)
 
 
-def from_source(source: Source, allow: Sequence[str] = (), run_dir: FilePath | None = None) -> Config:
+def from_source(source: Source, allow: Sequence[str] = (), run_dir: Path | None = None) -> Config:
     """Return the configuration in a source that is read already.
 
     Raises:
         ConfigError: With everything that is wrong, each with its place.
     """
     source = _one_end(source)
-    config: Config = _structured(source, (), Config, config_converter(allow, source, run_dir))
+    config: Config = _structured(source, (), Config, make_config_converter(allow, source, run_dir))
     return config
 
 
-def load_callbacks(path: str | FilePath, allow: Sequence[str] = ()) -> Any:
+def load_callbacks(path: str | Path, allow: Sequence[str] = ()) -> Any:
     """Return the callbacks in a YAML file as one callback, for a loop that is not ours.
 
     Args:
@@ -86,7 +94,7 @@ def load_callbacks(path: str | FilePath, allow: Sequence[str] = ()) -> Any:
     return compose(*(kind.build() for kind in _listed(read(path), allow)))
 
 
-def with_callbacks(config: Config, path: str | FilePath, allow: Sequence[str] = ()) -> Config:
+def replace_callbacks(config: Config, path: str | Path, allow: Sequence[str] = ()) -> Config:
     """Return a configuration with the callbacks of another file in the place of its own.
 
     Args:
@@ -104,16 +112,16 @@ def with_callbacks(config: Config, path: str | FilePath, allow: Sequence[str] = 
 def _listed(source: Source, allow: Sequence[str]) -> tuple[Kind, ...]:
     if "callbacks" not in source.data:
         message = f"has no list of `callbacks`{suggest('callbacks', source.data)}"
-        raise ConfigError([Located(source.place(()), (), message)])
+        raise ConfigError([LocatedProblem(source.place(()), (), message)])
     listed: tuple[Kind, ...] = _structured(
-        source, ("callbacks",), tuple[Callback, ...], config_converter(allow, source)
+        source, ("callbacks",), tuple[Callback, ...], make_config_converter(allow, source)
     )
     return listed
 
 
-def config_converter(allow: Sequence[str], source: Source, run_dir: FilePath | None = None) -> Converter:
+def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | None = None) -> Converter:
     """Return the strict converter that also knows the kinds and the sections that hold more than their fields."""
-    made = converter()
+    made = make_converter()
     kinds = _Kinds(made, tuple(allow), source, run_dir)
     made.register_structure_hook(EvaluateSettings, lambda value, _: _evaluate(made, value))
     made.register_structure_hook(CheckpointSettings, lambda value, _: _checkpoints(made, value))
@@ -131,7 +139,7 @@ class _Kinds:
     using: Converter
     allow: tuple[str, ...]
     source: Source
-    run_dir: FilePath | None
+    run_dir: Path | None
 
     def role(self, value: object, kind: type, role: Role | str) -> object:
         if kind is Kind and isinstance(role, Role):
@@ -158,7 +166,7 @@ class _Kinds:
     def callback(self, value: object) -> Kind:
         """Return a callback, made once so that its constructor has judged the settings."""
         path, target, rest = self.split(value, CALLBACK)
-        target = target if isinstance(target, type) else FunctionCallback(target)
+        target = target if isinstance(target, type) else FunctionCallbackFactory(target)
         if "name" not in parameters(target):
             rest.pop("name", None)  # a label for the reader
         if isinstance(target, type):
@@ -172,24 +180,24 @@ class _Kinds:
         """Warn of a setting of one of the callbacks, with its place."""
         listed = self.source.data.get("callbacks", [])
         path = ("callbacks", next(index for index, each in enumerate(listed) if each is callback), problem.setting)
-        warnings.warn(str(Located(self.source.place(path), path, problem.message)), ConfigWarning, stacklevel=2)
+        warnings.warn(str(LocatedProblem(self.source.place(path), path, problem.message)), ConfigWarning, stacklevel=2)
 
     def split(self, value: object, role: Role) -> tuple[str, Any, dict[str, object]]:
         """Return the path in an entry, what it stands for, and the settings beside it."""
         if not isinstance(value, dict):
-            raise RefusedError(f"{value!r} is not a mapping with a `kind`")
+            raise InvalidValueError(f"{value!r} is not a mapping with a `kind`")
         rest = {name: each for name, each in value.items() if name != "kind"}
         try:
             if "kind" not in value:
-                raise RefusedError(f"is missing; expected {role.expected}")  # noqa: TRY301 - noted as every error here
+                raise InvalidValueError(f"is missing; expected {role.expected}")  # noqa: TRY301 - noted as every error here
             return value["kind"], self.resolve(value["kind"], role), rest
-        except RefusedError as error:
+        except InvalidValueError as error:
             raise ClassValidationError("kind", [noted(error, "kind")], Kind) from None
 
 
 def _evaluate(using: Converter, value: object) -> object:
     if not isinstance(value, dict):
-        raise RefusedError(f"{value!r} is not a mapping such as {{val: [loss, accuracy], every_n_epochs: 1}}")
+        raise InvalidValueError(f"{value!r} is not a mapping such as {{val: [loss, accuracy], every_n_epochs: 1}}")
     intervals = {name: each for name, each in value.items() if name in INTERVALS}
     datasets: dict[str, object] = {}
     errors: list[Exception] = []
@@ -199,7 +207,7 @@ def _evaluate(using: Converter, value: object) -> object:
         with _collecting(errors, name):
             if not isinstance(value[name], list):
                 message = f"{value[name]!r} is not a list such as [loss, accuracy]{suggest(name, INTERVALS)}"
-                raise RefusedError(message)
+                raise InvalidValueError(message)
             datasets[name] = using.structure(value[name], tuple[Metric, ...])
     with _collecting(errors):
         made = construct(using, EvaluateSettings, intervals, datasets=datasets)
@@ -267,14 +275,14 @@ def _role(kind: object) -> bool:
 def _one_end(source: Source) -> Source:
     """Return `source` with the ends of the file dropped where an override gives one."""
     given = [("trainer", name) for name in ENDS if name in (source.value(("trainer",)) or {})]
-    if any(map(source.overridden, given)):
+    if any(map(source.is_overridden, given)):
         for path in given:
-            source = source if source.overridden(path) else source.without(path)
+            source = source if source.is_overridden(path) else source.without(path)
     return source
 
 
-def _structured(source: Source, path: Path, target: Any, using: Converter) -> Any:
-    problems: list[Located] = []
+def _structured(source: Source, path: SettingPath, target: Any, using: Converter) -> Any:
+    problems: list[LocatedProblem] = []
     made = structure(source, path, target, problems, using)
     if problems:
         raise ConfigError(problems)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeAlias, final
 
 from noether.config import kinds
-from noether.config.errors import ConfigError, Located, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place, SettingPath
 from noether.config.kinds import Kind
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings  # noqa: TC001 - as above
 from noether.config.source import Source  # noqa: TC001 - as above
@@ -293,10 +293,13 @@ class Config:
     def __post_init__(self) -> None:
         raise_problems(self._problems())
 
-    def error(self, path: tuple[str | int, ...], message: str) -> ConfigError:
-        """Return the error that says `message` about the setting at `path`, with the place where it was written."""
-        place = self.source.place(path) if self.source else Place("configuration")
-        return ConfigError([Located(place, path, message)])
+    def place(self, path: SettingPath) -> Place:
+        """Return where the setting at `path` was written."""
+        return self.source.place(path) if self.source else Place("configuration")
+
+    def error(self, path: SettingPath, message: str) -> ConfigError:
+        """Return an error about the setting at `path`, with the place where it was written."""
+        return ConfigError([LocatedProblem(self.place(path), path, message)])
 
     def _problems(self) -> Iterator[Problem | None]:
         if "train" not in self.data:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from noether.config.errors import ConfigError, Located, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.errors import NoetherError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from noether.config.errors import Path
+    from noether.config.errors import SettingPath
 
 MAX_NODES = 20_000
 """Values a document may have once its aliases are written out; a few nested aliases can stand for billions."""
@@ -48,22 +48,22 @@ class Source:
 
     file: str
     data: dict[str, Any]
-    places: Mapping[Path, Place]
+    places: Mapping[SettingPath, Place]
 
-    def place(self, path: Path) -> Place:
+    def place(self, path: SettingPath) -> Place:
         """Return where the value at `path` was written, or else the nearest value around it."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, Place(self.file))
 
-    def value(self, path: Path) -> Any:
+    def value(self, path: SettingPath) -> Any:
         """Return the value at `path`, or None where there is none."""
         value: Any = self.data
         for part in path:
             value = _inside(value, part)
         return value
 
-    def overridden(self, path: Path) -> bool:
+    def is_overridden(self, path: SettingPath) -> bool:
         """Return whether the value at `path` was given by `override`."""
         return path in self.places and self.places[path].line is None
 
@@ -80,36 +80,38 @@ class Source:
         key, equals, text = setting.partition("=")
         path = _way(self.data, key.strip().split("."))
         if not equals or "" in path:
-            raise ConfigError([Located(place, (), "is not of the form key=value, such as trainer.max_epochs=20")])
+            raise ConfigError(
+                [LocatedProblem(place, (), "is not of the form key=value, such as trainer.max_epochs=20")]
+            )
         builder = _Builder(lambda _: place)
         value = _built(text, place, path, builder)
         kept = {known: where for known, where in self.places.items() if known[: len(path)] != path}
         around = {path[:length]: place for length in range(1, len(path))}  # what had to be made on the way
         return replace(self, data=_replaced(self.data, path, value, place), places=around | kept | builder.places)
 
-    def without(self, path: Path) -> Source:
+    def without(self, path: SettingPath) -> Source:
         """Return the source without the value at `path`, whose last part is a key of a mapping."""
         inner = {key: value for key, value in self.value(path[:-1]).items() if key != path[-1]}
         kept = {known: where for known, where in self.places.items() if known[: len(path)] != path}
         return replace(self, data=_replaced(self.data, path[:-1], inner, Place(self.file)), places=kept)
 
 
-def read(path: str | FilePath) -> Source:
+def read(path: str | Path) -> Source:
     """Return what the YAML file at `path` says.
 
     Raises:
         ConfigError: If the file cannot be read, is too large, is not UTF-8, does not parse, or is not a mapping.
     """
     try:
-        with FilePath(path).open("rb") as file:
+        with Path(path).open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise _unreadable(path, f"has more than {MAX_BYTES} bytes, which is no configuration")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        beside = FilePath(path).parent
+        beside = Path(path).parent
         names = [each.name for each in beside.glob("*.y*ml")] if beside.is_dir() else []
-        raise _unreadable(path, f"no such file{suggest(FilePath(path).name, names)}") from None
+        raise _unreadable(path, f"no such file{suggest(Path(path).name, names)}") from None
     except UnicodeDecodeError as error:
         raise _unreadable(path, f"is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -134,7 +136,7 @@ def parse(text: str, file: str) -> Source:
     data = _built(text, Place(file), (), builder)
     if not isinstance(data, dict):
         shown = "is empty" if data is None else "is not a mapping"
-        raise ConfigError([Located(Place(file, 1), (), f"{shown}; expected sections such as `trainer:`")])
+        raise ConfigError([LocatedProblem(Place(file, 1), (), f"{shown}; expected sections such as `trainer:`")])
     return Source(file, data, builder.places)
 
 
@@ -190,17 +192,17 @@ class _Builder:
     """Turns nodes into values, and notes down their places."""
 
     where: Callable[[yaml.Node], Place]
-    places: dict[Path, Place] = field(default_factory=dict)
-    problems: list[Located] = field(default_factory=list)
+    places: dict[SettingPath, Place] = field(default_factory=dict)
+    problems: list[LocatedProblem] = field(default_factory=list)
     nodes: int = 0
 
-    def value(self, node: yaml.Node, path: Path, around: tuple[yaml.Node, ...] = ()) -> object:
+    def value(self, node: yaml.Node, path: SettingPath, around: tuple[yaml.Node, ...] = ()) -> object:
         self.nodes += 1
         place = self.places.setdefault(path, self.where(node))
         if self.nodes > MAX_NODES:
-            raise ConfigError([Located(place, (), _TOO_MANY)])
+            raise ConfigError([LocatedProblem(place, (), _TOO_MANY)])
         if len(around) > MAX_LEVELS:
-            raise ConfigError([Located(place, (), _TOO_DEEP)])
+            raise ConfigError([LocatedProblem(place, (), _TOO_DEEP)])
         if any(node is each for each in around):
             return self.problem(node, path, "an alias stands inside of what it stands for")
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
@@ -209,7 +211,7 @@ class _Builder:
             return [self.value(each, (*path, index), (*around, node)) for index, each in enumerate(node.value)]
         return self.scalar(node, path)
 
-    def mapping(self, node: yaml.MappingNode, path: Path, around: tuple[yaml.Node, ...]) -> dict[str, object]:
+    def mapping(self, node: yaml.MappingNode, path: SettingPath, around: tuple[yaml.Node, ...]) -> dict[str, object]:
         values: dict[str, object] = {}
         for key_node, value_node in node.value:
             key = key_node.value
@@ -225,7 +227,7 @@ class _Builder:
                 values[key] = self.value(value_node, (*path, key), around)
         return values
 
-    def scalar(self, node: yaml.Node, path: Path) -> object:
+    def scalar(self, node: yaml.Node, path: SettingPath) -> object:
         convert = _SCALARS.get(node.tag)
         if convert is None or not isinstance(node, yaml.ScalarNode):
             tag = node.tag.replace(_TAG, "!!")
@@ -235,9 +237,9 @@ class _Builder:
         except (ValueError, KeyError):
             return self.problem(node, path, f"{_shown(node)} does not fit its tag {node.tag.replace(_TAG, '!!')}")
 
-    def problem(self, node: yaml.Node, path: Path, message: str) -> object:
+    def problem(self, node: yaml.Node, path: SettingPath, message: str) -> object:
         """Note a problem down, and return what stands for the value."""
-        self.problems.append(Located(self.where(node), path, message))
+        self.problems.append(LocatedProblem(self.where(node), path, message))
         return None
 
 
@@ -246,36 +248,36 @@ def _shown(node: yaml.Node) -> str:
     return repr(text if len(text) <= 40 else f"{text[:40]}...")  # noqa: PLR2004 - a line of an error stays a line
 
 
-def _built(text: str, place: Place, path: Path, builder: _Builder) -> object:
+def _built(text: str, place: Place, path: SettingPath, builder: _Builder) -> object:
     """Return the value of `text`, or raise everything that is wrong with it."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else builder.value(node, path)
         builder.places.setdefault(path, place)
     except RecursionError:
-        raise ConfigError([Located(place, (), _TOO_DEEP)]) from None
+        raise ConfigError([LocatedProblem(place, (), _TOO_DEEP)]) from None
     except _TooManyError:
-        raise ConfigError([Located(place, (), _TOO_MANY)]) from None
+        raise ConfigError([LocatedProblem(place, (), _TOO_MANY)]) from None
     except yaml.MarkedYAMLError as error:
         raise ConfigError([_unparsed(error, place)]) from None
     except yaml.reader.ReaderError as error:
         line = None if place.origin.startswith("--set") else text.count("\n", 0, error.position) + 1
         message = f"does not parse: the character {chr(int(error.character))!r} is not allowed"
-        raise ConfigError([Located(replace(place, line=line), (), message)]) from None
+        raise ConfigError([LocatedProblem(replace(place, line=line), (), message)]) from None
     if builder.problems:
         raise ConfigError(builder.problems)
     return value
 
 
-def _unparsed(error: yaml.MarkedYAMLError, place: Place) -> Located:
+def _unparsed(error: yaml.MarkedYAMLError, place: Place) -> LocatedProblem:
     said = ", ".join(filter(None, [error.context, error.problem]))
     mark = error.problem_mark or error.context_mark
     if mark is None or place.origin.startswith("--set"):
-        return Located(place, (), f"does not parse: {said}")
-    return Located(replace(place, line=mark.line + 1), (), f"column {mark.column + 1}: does not parse: {said}")
+        return LocatedProblem(place, (), f"does not parse: {said}")
+    return LocatedProblem(replace(place, line=mark.line + 1), (), f"column {mark.column + 1}: does not parse: {said}")
 
 
-def _way(data: Any, parts: Iterable[str]) -> Path:
+def _way(data: Any, parts: Iterable[str]) -> SettingPath:
     """Return `parts` as a path into `data`: a number is an index where there is a list, and a key anywhere else."""
     way: list[str | int] = []
     for part in parts:
@@ -292,18 +294,20 @@ def _inside(data: Any, part: str | int) -> Any:
     return data[part] if isinstance(data, list) and isinstance(part, int) and part < len(data) else None
 
 
-def _replaced(data: Any, path: Path, value: object, place: Place, done: Path = ()) -> Any:
+def _replaced(data: Any, path: SettingPath, value: object, place: Place, done: SettingPath = ()) -> Any:
     """Return `data` with the value at `path` replaced; mappings that are missing on the way are made."""
     if not path:
         return value
     head, rest = path[0], path[1:]
     if isinstance(data, list):
         if head not in range(len(data)):
-            raise ConfigError([Located(place, (*done, head), f"there is no such element; the list has {len(data)}")])
+            raise ConfigError(
+                [LocatedProblem(place, (*done, head), f"there is no such element; the list has {len(data)}")]
+            )
         changed = _replaced(data[int(head)], rest, value, place, (*done, head))
         return [changed if index == head else each for index, each in enumerate(data)]
     if data is not None and not isinstance(data, dict):
-        raise ConfigError([Located(place, done, f"is {data!r}, which has no settings inside")])
+        raise ConfigError([LocatedProblem(place, done, f"is {data!r}, which has no settings inside")])
     inner = data or {}
     return inner | {head: _replaced(inner.get(head), rest, value, place, (*done, head))}
 
@@ -314,7 +318,7 @@ def apply_overrides(source: Source, settings: Iterable[str]) -> Source:
     Raises:
         ConfigError: With the problems of all overrides that cannot be applied.
     """
-    problems: list[Located] = []
+    problems: list[LocatedProblem] = []
     for setting in settings:
         try:
             source = source.override(setting)
@@ -325,5 +329,5 @@ def apply_overrides(source: Source, settings: Iterable[str]) -> Source:
     return source
 
 
-def _unreadable(path: str | FilePath, message: str) -> ConfigError:
-    return ConfigError([Located(Place(str(path)), (), message)])
+def _unreadable(path: str | Path, message: str) -> ConfigError:
+    return ConfigError([LocatedProblem(Place(str(path)), (), message)])

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cattrs import Converter, IterableValidationNote
@@ -24,13 +24,13 @@ from cattrs.errors import (
     StructureHandlerNotFoundError,
 )
 
-from noether.config.errors import Located
+from noether.config.errors import LocatedProblem
 from noether.core.errors import NoetherError, SettingsError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from noether.config.errors import Path
+    from noether.config.errors import SettingPath
     from noether.config.source import Source
 
 _NOUNS: dict[object, str] = {
@@ -39,21 +39,23 @@ _NOUNS: dict[object, str] = {
     str: "text",
     bool: "true or false",
     type(None): "null",
-    FilePath: "text",
+    Path: "text",
     bytes: "something that YAML can hold",
 }
 _SEQUENCES = (list, tuple, set, frozenset, Sequence, AbstractSet)
 
 
-class RefusedError(NoetherError, ValueError):
+class InvalidValueError(NoetherError, ValueError):
     """A value does not fit where it stands; the message holds the value and what would be right."""
 
 
-class _WrongKeyError(RefusedError):
+class _WrongKeyError(InvalidValueError):
     """A setting is missing or unknown: there is no value that a constructor could judge."""
 
 
-def structure(source: Source, path: Path, target: Any, problems: list[Located], using: Converter | None = None) -> Any:
+def structure(
+    source: Source, path: SettingPath, target: Any, problems: list[LocatedProblem], using: Converter | None = None
+) -> Any:
     """Return the value at `path` as a `target`, or None after adding what is wrong with it to `problems`.
 
     Args:
@@ -61,7 +63,7 @@ def structure(source: Source, path: Path, target: Any, problems: list[Located], 
         path: Way to the value in the document.
         target: A type: a dataclass, or anything that annotates a field of one.
         problems: Every problem is appended here, with its place.
-        using: A converter that knows more types; the default is `converter()`.
+        using: A converter that knows more types; the default is `make_converter()`.
 
     Example:
         >>> from noether.config.source import parse
@@ -72,22 +74,22 @@ def structure(source: Source, path: Path, target: Any, problems: list[Located], 
         a.yaml:1: sizes[1]: 4.5 is not a whole number
     """
     try:
-        return (using or converter()).structure(source.value(path), target)
+        return (using or make_converter()).structure(source.value(path), target)
     except Exception as error:  # noqa: BLE001 - whatever a constructor raises is a problem of its settings
         found = [((*path, *way), message) for way, message in _messages(error)]
-        problems.extend(Located(source.place(way), way, message) for way, message in found)
+        problems.extend(LocatedProblem(source.place(way), way, message) for way, message in found)
         return None
 
 
-def converter() -> Converter:
+def make_converter() -> Converter:
     """Return a converter that structures plain values strictly.
 
     Example:
-        >>> converter().structure(1, float)
+        >>> make_converter().structure(1, float)
         1.0
-        >>> converter().structure(True, int)
+        >>> make_converter().structure(True, int)
         Traceback (most recent call last):
-        noether.config.structure.RefusedError: True is not a whole number
+        noether.config.structure.InvalidValueError: True is not a whole number
     """
     made = Converter(detailed_validation=True)
     for kind, noun in _NOUNS.items():
@@ -143,7 +145,7 @@ def arguments(
         beside: Settings that stand beside these and are not among them.
     """
     if not isinstance(value, Mapping):
-        return {}, [RefusedError(f"{value!r} is not a mapping of settings")]
+        return {}, [InvalidValueError(f"{value!r} is not a mapping of settings")]
     known = {name: each for name, each in parameters(target).items() if name not in (*given, *beside)}
     open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in _signature(target))
     settings: dict[str, Any] = {}
@@ -182,9 +184,9 @@ def noted(error: Exception, part: str | int) -> Exception:
     return error
 
 
-def _messages(error: BaseException) -> Iterator[tuple[Path, str]]:
+def _messages(error: BaseException) -> Iterator[tuple[SettingPath, str]]:
     """Yield every problem in a tree of errors with the way to it."""
-    way: Path = tuple(
+    way: SettingPath = tuple(
         note.index for note in reversed(getattr(error, "__notes__", ())) if isinstance(note, IterableValidationNote)
     )
     if isinstance(error, BaseValidationError):
@@ -193,14 +195,14 @@ def _messages(error: BaseException) -> Iterator[tuple[Path, str]]:
         inside = ((_way(each.setting), each.message) for each in error.problems)
     elif isinstance(error, StructureHandlerNotFoundError):
         inside = (each for each in [((), f"a {_name(error.type_)} cannot be written in YAML")])
-    elif isinstance(error, RefusedError | ValueError | TypeError) and str(error):
+    elif isinstance(error, InvalidValueError | ValueError | TypeError) and str(error):
         inside = (each for each in [((), str(error))])
     else:
         inside = (each for each in [((), f"{type(error).__name__}: {error}")])
     return ((way + rest, message) for rest, message in inside)
 
 
-def _way(setting: str) -> Path:
+def _way(setting: str) -> SettingPath:
     """Return the dotted name of a setting as a path; numbers are indices of lists."""
     return tuple(int(part) if part.isdecimal() else part for part in setting.split(".") if part)
 
@@ -249,14 +251,14 @@ def _written(default: object) -> object:
 
 def _merged(wrong: Mapping[str, Exception], refusal: SettingsError) -> list[Exception]:
     """Return the errors of types beside those of the constructor; about one plain value the constructor knows more."""
-    replaced = {each.setting for each in refusal.problems if type(wrong.get(each.setting)) is RefusedError}
+    replaced = {each.setting for each in refusal.problems if type(wrong.get(each.setting)) is InvalidValueError}
     known = [way for error in wrong.values() for way, _ in _messages(error)]
     kept = [each for each in refusal.problems if each.setting in replaced or not _about(_way(each.setting), known)]
     errors = [error for name, error in wrong.items() if name not in replaced]
     return [*errors, SettingsError(kept)] if kept else errors
 
 
-def _about(way: Path, known: Sequence[Path]) -> bool:
+def _about(way: SettingPath, known: Sequence[SettingPath]) -> bool:
     """Return whether `way` leads to, into or around one of the `known` ones."""
     return any(way[: len(each)] == each[: len(way)] for each in known) and bool(way)
 
@@ -304,10 +306,10 @@ def _scalar(kind: object, noun: str) -> Callable[[Any, Any], Any]:
     def hook(value: object, _: object) -> object:
         if kind is float and type(value) is int and abs(value) < 2**1023:
             return float(value)
-        if kind is FilePath and type(value) is str:
-            return FilePath(value)
+        if kind is Path and type(value) is str:
+            return Path(value)
         if type(value) is not kind:
-            raise RefusedError(f"{value!r} is not {noun}")
+            raise InvalidValueError(f"{value!r} is not {noun}")
         return value
 
     return hook
@@ -322,7 +324,7 @@ def _literal(value: object, kind: object) -> object:
     if any(value == each and type(value) is type(each) for each in choices):
         return value
     close = suggest(value, [each for each in choices if isinstance(each, str)]) if isinstance(value, str) else ""
-    raise RefusedError(f"{value!r} is not one of {', '.join(map(repr, choices))}{close}")
+    raise InvalidValueError(f"{value!r} is not one of {', '.join(map(repr, choices))}{close}")
 
 
 def _union(using: Converter, value: object, kind: object) -> object:
@@ -342,7 +344,7 @@ def _union(using: Converter, value: object, kind: object) -> object:
             return using.structure(value, member)
         except Exception:  # noqa: BLE001, S112 - the next member may take it
             continue
-    raise RefusedError(f"{value!r} is not {' or '.join(_noun(each) for each in typing.get_args(kind))}")
+    raise InvalidValueError(f"{value!r} is not {' or '.join(_noun(each) for each in typing.get_args(kind))}")
 
 
 def _noun(kind: object) -> str:
@@ -355,11 +357,11 @@ def _noun(kind: object) -> str:
 
 def _sequence(using: Converter, value: object, kind: Any) -> object:
     if not isinstance(value, list):
-        raise RefusedError(f"{value!r} is not a list")
+        raise InvalidValueError(f"{value!r} is not a list")
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     fixed = origin is tuple and inner and inner[-1] is not Ellipsis
     if fixed and len(value) != len(inner):
-        raise RefusedError(f"{value!r} has {len(value)} elements, not {len(inner)}")
+        raise InvalidValueError(f"{value!r} has {len(value)} elements, not {len(inner)}")
     kinds = inner if fixed else [inner[0] if inner else Any] * len(value)
     made = origin if origin in (list, set, frozenset) else frozenset if origin is AbstractSet else tuple
     return made(_each(using, zip(range(len(value)), value, kinds, strict=True)).values())
@@ -367,7 +369,7 @@ def _sequence(using: Converter, value: object, kind: Any) -> object:
 
 def _mapping(using: Converter, value: object, kind: Any) -> object:
     if not isinstance(value, dict):
-        raise RefusedError(f"{value!r} is not a mapping")
+        raise InvalidValueError(f"{value!r} is not a mapping")
     keys, values = typing.get_args(kind) or (Any, Any)
     _each(using, ((key, key, keys) for key in value))
     return _each(using, ((key, each, values) for key, each in value.items()))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from noether.config import Config
-    from noether.config.errors import Located, Path
+    from noether.config.errors import LocatedProblem, SettingPath
     from noether.core.callback import Callback
     from noether.core.event import Event
     from noether.core.run import Run
@@ -70,7 +70,7 @@ class PlannedCallback:
     """
 
     callback: Callback
-    path: Path
+    path: SettingPath
     occasions: Occasions
     firings: Firings
     asks: tuple[Ask, ...]
@@ -114,7 +114,7 @@ class Plan:
     frozen_params: int
     callbacks: tuple[PlannedCallback, ...]
     checkpoints: Checkpoints
-    cautions: tuple[Located, ...]
+    cautions: tuple[LocatedProblem, ...]
     notes: tuple[str, ...]
 
     @property

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from noether.config import Config
-    from noether.config.errors import Located, Path
+    from noether.config.errors import LocatedProblem, SettingPath
     from noether.core.run import Run
     from noether.planning.plan import PlannedCallback
     from noether.planning.requests import Ask
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _CHECKPOINTS: Final = "noether.core.callbacks.CheckpointCallback"
 
 
-def cautions(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[Located]:
+def cautions(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
     """Yield what will bite in the run that is planned.
 
     Args:
@@ -40,7 +40,7 @@ def cautions(config: Config, planned: Sequence[PlannedCallback], run: Run) -> It
         yield from _unsaved(config, planned, run)
 
 
-def _located(config: Config, path: Path, message: str) -> Located:
+def _located(config: Config, path: SettingPath, message: str) -> LocatedProblem:
     (located,) = config.error(path, message).problems
     return located
 
@@ -53,7 +53,7 @@ def _in_vain(planned: PlannedCallback, run: Run) -> bool:
     return not firings(Occasions(gate.schedule), run).count
 
 
-def _never(config: Config, planned: PlannedCallback, run: Run) -> Located:
+def _never(config: Config, planned: PlannedCallback, run: Run) -> LocatedProblem:
     end = f"the run ends at {run.final}"
     fires = f"{planned.name} fires at the end only" if planned.firings.count else f"{planned.name} never fires"
     setting, value = _setting(planned)
@@ -80,7 +80,7 @@ def _setting(planned: PlannedCallback) -> tuple[str | None, int | None]:
     return next(((name, value) for name, value in given if value is not None), (None, None))
 
 
-def _unsaved(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[Located]:
+def _unsaved(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
     """Yield what leaves the weights at the end of training unsaved."""
     weighing = [(each, ask) for each in planned for ask in each.asks if ask.save.weights]
     certain = [(_last_update(ask, run), each) for each, ask in weighing if ask.certain]

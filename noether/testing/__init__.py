@@ -4,20 +4,20 @@ It needs hypothesis: `pip install 'noether[testing]'`. Strategies are in `noethe
 """
 
 from noether.testing.comparison import assert_same, differences, same
+from noether.testing.counterexamples import LawError
 from noether.testing.laws import check_composition, check_independent, check_rank_agreement, check_resumable
-from noether.testing.proof import LawError
-from noether.testing.purity import ImpureError, called_purely, check_pure
+from noether.testing.purity import ImpureError, call_purely, check_pure
 from noether.testing.schedule_laws import check_schedule
-from noether.testing.traces import Driven, Reading, Trace, drive, effects_of
+from noether.testing.traces import DrivenRun, Reading, Trace, drive, effects_of
 
 __all__ = [
-    "Driven",
+    "DrivenRun",
     "ImpureError",
     "LawError",
     "Reading",
     "Trace",
     "assert_same",
-    "called_purely",
+    "call_purely",
     "check_composition",
     "check_independent",
     "check_pure",

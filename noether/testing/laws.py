@@ -14,10 +14,10 @@ from noether.core.reducer import compose, identity
 from noether.effects.checkpoints.store import CheckpointStore
 from noether.effects.disk.calls import Disk, fsync
 from noether.testing.comparison import differences, same
-from noether.testing.metric_feed import metric_source, with_metrics
-from noether.testing.proof import LawError, hold
+from noether.testing.counterexamples import LawError, assert_law
+from noether.testing.metric_source import add_metric_source, metric_source
 from noether.testing.strategies import cuts, runs
-from noether.testing.traces import Driven, Trace, drive
+from noether.testing.traces import DrivenRun, Trace, drive
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -57,9 +57,9 @@ def check_resumable(callback: Callback, *, traces: Traces = None, examples: int 
         ...     return state, (LogText(f"update {len(seen)}"),)
         >>> check_resumable(forgetful)
         Traceback (most recent call last):
-        noether.testing.proof.LawError: forgetful does not go on after a resume as it would have without one...
+        noether.testing.counterexamples.LawError: forgetful does not go on after a resume as it would have...
     """
-    complete = with_metrics(callback)
+    complete = add_metric_source(callback)
 
     def law(trace: Trace, places: tuple[int, ...]) -> None:
         uncut = drive(copy.deepcopy(complete), trace)
@@ -73,7 +73,7 @@ def check_resumable(callback: Callback, *, traces: Traces = None, examples: int 
             _compare(callback, what, resumed.since(1), uncut.since(cut + 1), trace)
             states, done = resumed.states, cut
 
-    hold(law, _uninterrupted(traces), cuts(), examples=examples)
+    assert_law(law, _uninterrupted(traces), cuts(), examples=examples)
 
 
 def check_composition(
@@ -114,7 +114,7 @@ def check_composition(
             what = f"composed as {text} do something else than as compose(a, b, c)"
             _compare(compose(a, b, c), what, drive(bracketed, trace), expected, trace)
 
-    hold(law, runs() if traces is None else traces, examples=examples)
+    assert_law(law, runs() if traces is None else traces, examples=examples)
 
 
 def check_independent(a: Callback, b: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
@@ -141,7 +141,7 @@ def check_independent(a: Callback, b: Callback, *, traces: Traces = None, exampl
         >>> check_independent(scaling(lambda scale: scale / 2), scaling(lambda scale: scale / 4))
         >>> check_independent(scaling(lambda scale: scale / 2), scaling(lambda scale: scale + 1))
         Traceback (most recent call last):
-        noether.testing.proof.LawError: scale and scale depend on their order...
+        noether.testing.counterexamples.LawError: scale and scale depend on their order...
     """
     metrics = metric_source(compose(a, b))
     one, other = compose(metrics, a, b), compose(metrics, b, a)
@@ -152,7 +152,7 @@ def check_independent(a: Callback, b: Callback, *, traces: Traces = None, exampl
         what = "depend on their order: with the second one first"
         _compare(compose(a, b), what, found._replace(effects=alike), expected, trace)
 
-    hold(law, runs() if traces is None else traces, examples=examples)
+    assert_law(law, runs() if traces is None else traces, examples=examples)
 
 
 def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
@@ -178,22 +178,23 @@ def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples:
         ...     return (state.stopped("slow") if event.duration_s > 1 else state), ()
         >>> check_rank_agreement(impatient)
         Traceback (most recent call last):
-        noether.testing.proof.LawError: impatient does not decide the same on every rank...
+        noether.testing.counterexamples.LawError: impatient does not decide the same on every rank...
     """
-    complete = with_metrics(callback)
+    complete = add_metric_source(callback)
 
     def law(trace: Trace) -> None:
         ranks = [drive(complete, trace.on_rank(rank)) for rank in (0, 1)]
         first, second = (
-            Driven(each.events, tuple(map(_decided, each.states)), tuple(map(_saves, each.effects))) for each in ranks
+            DrivenRun(each.events, tuple(map(_decided, each.states)), tuple(map(_saves, each.effects)))
+            for each in ranks
         )
         _compare(callback, "does not decide the same on every rank: on rank 1", second, first, trace)
 
-    hold(law, runs() if traces is None else traces, examples=examples)
+    assert_law(law, runs() if traces is None else traces, examples=examples)
 
 
 def _uninterrupted(traces: Traces) -> SearchStrategy[Trace]:
-    return runs(interrupted=False) if traces is None else traces.map(lambda trace: trace.uninterrupted())
+    return runs(interrupted=False) if traces is None else traces.map(lambda trace: trace.without_interruptions())
 
 
 def _stored(callback: Callback, state: TrainState, event: Event) -> TrainState:
@@ -210,7 +211,7 @@ def _stored(callback: Callback, state: TrainState, event: Event) -> TrainState:
     return loaded
 
 
-def _compare(callback: Callback, what: str, found: Driven, expected: Driven, trace: Trace) -> None:
+def _compare(callback: Callback, what: str, found: DrivenRun, expected: DrivenRun, trace: Trace) -> None:
     """Raise at the first event at which two runs differ."""
     who = " and ".join(map(label_of, getattr(callback, "members", (callback,))))
     for number, steps in enumerate(zip(found.events, expected.events, strict=False)):
@@ -230,7 +231,7 @@ def _told(who: str, what: str, where: str, trace: Trace) -> str:
     return f"{who} {what}, {where}\n  in {trace}"
 
 
-def _at(driven: Driven, number: int) -> str:
+def _at(driven: DrivenRun, number: int) -> str:
     return f"{type(driven.events[number]).__name__} {driven.states[number].iteration}"
 
 

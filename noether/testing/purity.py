@@ -21,8 +21,8 @@ from noether.core.callback import label_of
 from noether.core.reducer import compose
 from noether.core.tensors.tree import tensors
 from noether.testing.comparison import same
-from noether.testing.metric_feed import with_metrics
-from noether.testing.proof import LawError, hold
+from noether.testing.counterexamples import LawError, assert_law
+from noether.testing.metric_source import add_metric_source
 from noether.testing.strategies import runs
 from noether.testing.traces import drive
 
@@ -71,13 +71,13 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
 
     def law(trace: Trace) -> None:
         # A callback that writes to itself is written to in every example.
-        members = with_metrics(copy.deepcopy(callback)).members
+        members = add_metric_source(copy.deepcopy(callback)).members
         drive(compose(*map(_Watched, members)), trace)
 
-    hold(law, runs() if traces is None else traces, examples=examples)
+    assert_law(law, runs() if traces is None else traces, examples=examples)
 
 
-def called_purely(callback: Callback, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
     """Return what `callback` returns, after calling it twice and watching the second call.
 
     Args:
@@ -90,7 +90,7 @@ def called_purely(callback: Callback, state: TrainState, event: Event) -> tuple[
 
     Example:
         >>> from noether import AfterEpoch, TrainState, log
-        >>> called_purely(lambda state, event: log(state, event, {"x": torch.rand(())}), TrainState(), AfterEpoch())
+        >>> call_purely(lambda state, event: log(state, event, {"x": torch.rand(())}), TrainState(), AfterEpoch())
         Traceback (most recent call last):
         noether.testing.purity.ImpureError: <lambda> draws from a global random generator; derive a generator ...
     """
@@ -117,7 +117,7 @@ class _Watched:
         self._callback = callback
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        return called_purely(self._callback, state, event)
+        return call_purely(self._callback, state, event)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._callback, name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from hypothesis import strategies as st
 
 from noether.core.iteration import TrainingIteration
-from noether.testing.proof import LawError, hold
+from noether.testing.counterexamples import LawError, assert_law
 from noether.testing.strategies import batch_sizes, run_lengths
 
 if TYPE_CHECKING:
@@ -42,12 +42,14 @@ def check_schedule(schedule: Schedule, *, examples: int = _EXAMPLES) -> None:
         ...         return iteration.sample % self.n == 0
         >>> check_schedule(Remainder(3))
         Traceback (most recent call last):
-        noether.testing.proof.LawError: Remainder ...
+        noether.testing.counterexamples.LawError: Remainder ...
     """
     ends = st.tuples(*[st.integers(0, 1000)] * 3).map(sorted)
-    hold(lambda run, places: _check_count(schedule, run, places), run_lengths(), ends, examples=examples)
-    hold(lambda run: _check_next_due(schedule, run), run_lengths(), examples=examples)
-    hold(lambda start, sizes: _check_batches(schedule, start, sizes), run_starts(), batch_sizes(), examples=examples)
+    assert_law(lambda run, places: _check_count(schedule, run, places), run_lengths(), ends, examples=examples)
+    assert_law(lambda run: _check_next_due(schedule, run), run_lengths(), examples=examples)
+    assert_law(
+        lambda start, sizes: _check_batches(schedule, start, sizes), run_starts(), batch_sizes(), examples=examples
+    )
 
 
 def run_starts() -> st.SearchStrategy[TrainingIteration]:

@@ -81,7 +81,7 @@ class Trace:
         opt_state = {"state": memory, "groups": {}}
         return TrainState(params=params, buffers={"seen": torch.tensor(0)}, opt_state=opt_state, seed=self.seed)
 
-    def uninterrupted(self) -> Trace:
+    def without_interruptions(self) -> Trace:
         """Return the run in one process."""
         return replace(self, interruptions=())
 
@@ -95,19 +95,19 @@ class Trace:
         return self.readings[min(update, len(self.readings) - 1)]
 
 
-class Driven(NamedTuple):
+class DrivenRun(NamedTuple):
     """What came of a run, with one entry for each event, in order."""
 
     events: tuple[Event, ...]
     states: tuple[TrainState, ...]
     effects: tuple[Effects, ...]
 
-    def since(self, number: int) -> Driven:
+    def since(self, number: int) -> DrivenRun:
         """Return what came from the event of index `number` on."""
-        return Driven(self.events[number:], self.states[number:], self.effects[number:])
+        return DrivenRun(self.events[number:], self.states[number:], self.effects[number:])
 
 
-def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, resumed: bool = False) -> Driven:
+def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, resumed: bool = False) -> DrivenRun:
     """Return what a callback makes of a run: its events, the state that was settled at each, and what was asked for.
 
     Args:
@@ -142,10 +142,10 @@ def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, 
         if state.iteration.update + state.iteration.epoch in trace.interruptions:
             state = tell(state, BeforeTraining(run=run, resumed=True))
     events, states, effects = zip(*told, strict=True)
-    return Driven(events, states, effects)
+    return DrivenRun(events, states, effects)
 
 
-def effects_of(stream: Driven | Iterable[Effects], kind: type[_Asked]) -> list[_Asked]:
+def effects_of(stream: DrivenRun | Iterable[Effects], kind: type[_Asked]) -> list[_Asked]:
     """Return the effects of one type in a stream of them, in order.
 
     Example:
@@ -153,7 +153,7 @@ def effects_of(stream: Driven | Iterable[Effects], kind: type[_Asked]) -> list[_
         >>> effects_of([(LogText("a"),), (), (LogScalars({"x": 1}), LogText("b"))], LogText)
         [LogText(text='a'), LogText(text='b')]
     """
-    asked = stream.effects if isinstance(stream, Driven) else stream
+    asked = stream.effects if isinstance(stream, DrivenRun) else stream
     return [effect for effects in asked for effect in effects if isinstance(effect, kind)]
 
 

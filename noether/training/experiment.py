@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset
 from noether.config.errors import ConfigError
 from noether.config.kinds import import_kind
 from noether.config.optimizer_settings import ScheduleSettings
-from noether.config.resolved import resolve_config
 from noether.config.schema import ENDS
+from noether.config.serialization import resolve_config
 from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations

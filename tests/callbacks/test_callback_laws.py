@@ -44,7 +44,7 @@ from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict, check_memory
 from noether.effects import CheckpointStore
-from noether.testing import called_purely, same
+from noether.testing import call_purely, same
 
 
 def error(outputs, batch):
@@ -144,11 +144,11 @@ def test_every_callback_is_a_pure_function(interval, n, at_end):
     reducer = compose(*members)
     acted = set()
     begin = began(reducer)
-    acted |= {type(member) for member in members if called_purely(member, begin, BeforeTraining(run=RUN))[1]}
+    acted |= {type(member) for member in members if call_purely(member, begin, BeforeTraining(run=RUN))[1]}
     for event, state, after, effects in list(go_on(reducer, begin)):
         asked = ()
         for member in members:
-            state, more = called_purely(member, state, event)  # noqa: PLW2901  # a fold, as the reducer's
+            state, more = call_purely(member, state, event)  # noqa: PLW2901  # a fold, as the reducer's
             asked += more
             if more:
                 acted.add(type(member))

@@ -9,8 +9,8 @@ from command import PAPER, ROOT, SMALL, invoke, lines, only_run, start, until
 
 from noether import AfterTraining, TrainState
 from noether.config import load
-from noether.config.loading import with_callbacks
-from noether.config.resolved import resolve_config
+from noether.config.loading import replace_callbacks
+from noether.config.serialization import resolve_config
 from noether.core import event as events
 from noether.core.effect import LogScalars, SaveCheckpoint
 from noether.core.tensors.tree import leaves
@@ -30,7 +30,7 @@ RECORD = ("--set", "trainer.record=events")
 def replayed(run, callbacks=None):
     config = load(run / "config.yaml")
     if callbacks is not None:
-        config = with_callbacks(config, callbacks)
+        config = replace_callbacks(config, callbacks)
     recorded = partial(read_events, run / "events.jsonl", DISK)
     state, fixed = beginning(recorded(), resolve_config(config))
     members = [placed.callback for placed in callbacks_of(config, state, fixed)]

@@ -9,7 +9,7 @@ import pytest
 from noether import AfterEpoch, AfterUpdate, TrainState
 from noether.config import ConfigError, load, load_callbacks
 from noether.config.compatibility import ConfigWarning
-from noether.config.resolved import dump
+from noether.config.serialization import dump
 from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,

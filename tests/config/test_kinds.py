@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from noether.config.functions import FunctionCallback
+from noether.config.function_callback import FunctionCallbackFactory
 from noether.config.kinds import CALLBACK, DATASET, FUNCTION, MODEL, OPTIMIZER, Kind, import_kind, resolve
-from noether.config.structure import RefusedError
+from noether.config.structure import InvalidValueError
 
 pytestmark = pytest.mark.usefixtures("shop")
 
@@ -16,7 +16,7 @@ A_CALLBACK = "expected a callback: a subclass of CallbackBase, or a function (st
 
 
 def refusal(path, role, allow=()):
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(InvalidValueError) as caught:
         resolve(path, role, allow)
     return str(caught.value)
 
@@ -101,9 +101,9 @@ def test_a_kind_is_made_when_it_is_asked_for():
 
 def test_an_interval_beside_a_function_is_its_gate():
     say = resolve("shop.say", CALLBACK)
-    assert FunctionCallback(say)() is say
-    assert FunctionCallback(say)(every_n_epochs=2, at_end=True).gate.at_end
-    with pytest.raises(RefusedError, match="every_n_epochs and every_n_updates are given"):
-        FunctionCallback(say)(every_n_epochs=2, every_n_updates=2)
-    with pytest.raises(RefusedError, match="at_end needs an interval"):
-        FunctionCallback(say)(at_end=True)
+    assert FunctionCallbackFactory(say)() is say
+    assert FunctionCallbackFactory(say)(every_n_epochs=2, at_end=True).gate.at_end
+    with pytest.raises(InvalidValueError, match="every_n_epochs and every_n_updates are given"):
+        FunctionCallbackFactory(say)(every_n_epochs=2, every_n_updates=2)
+    with pytest.raises(InvalidValueError, match="at_end needs an interval"):
+        FunctionCallbackFactory(say)(at_end=True)

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from noether.config import ConfigError, load, load_callbacks
-from noether.config.resolved import changed_settings, dump, refuse_changes, resolve_config
+from noether.config.changes import changed_settings, refuse_changes
 from noether.config.schema import RunSettings
+from noether.config.serialization import dump, resolve_config
 
 ENDS = "expected exactly one of max_epochs, max_updates, max_samples"
 INTERVALS = "expected exactly one of every_n_epochs, every_n_updates, every_n_samples"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from noether.config import ConfigError
 from noether.config.source import parse
-from noether.config.structure import arguments, converter, parameters, structure
+from noether.config.structure import arguments, make_converter, parameters, structure
 from noether.core.errors import check_whole, raise_problems
 
 
@@ -48,7 +48,7 @@ def test_nothing_is_coerced(value, kind):
     origin = getattr(kind, "__origin__", kind)
     fits = type(value) is origin or (kind is float and type(value) is int)
     try:
-        made = converter().structure(value, kind)
+        made = make_converter().structure(value, kind)
     except ValueError:
         assert not fits
     else:
@@ -59,12 +59,12 @@ def test_nothing_is_coerced(value, kind):
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists))
 def test_any_takes_plain_values_as_they_are(value):
-    assert converter().structure(value, Any) is value
+    assert make_converter().structure(value, Any) is value
 
 
 @given(st.one_of(st.booleans(), st.integers(-3, 3), st.floats(-3, 3), st.text("123", max_size=2), st.none()))
 def test_a_union_takes_its_members_and_keeps_their_type(value):
-    made = converter().structure(value, float | int | str | bool | None)
+    made = make_converter().structure(value, float | int | str | bool | None)
     assert (made, type(made)) == (value, type(value))
 
 
@@ -81,7 +81,7 @@ def test_a_union_takes_its_members_and_keeps_their_type(value):
     ],
 )
 def test_containers(value, kind, made):
-    assert converter().structure(value, kind) == made
+    assert make_converter().structure(value, kind) == made
 
 
 def test_whole_messages_of_values_that_do_not_fit():
@@ -158,11 +158,11 @@ def test_a_signature_is_enough():
     ):
         return width, loose, rate, pair, odd, hidden
 
-    settings, errors = arguments(converter(), make, {"width": 3, "loose": {"a": [1]}})
+    settings, errors = arguments(make_converter(), make, {"width": 3, "loose": {"a": [1]}})
     assert settings == {"width": 3, "loose": {"a": [1]}, "rate": 1.0, "pair": (1, 2)}
     assert errors == []
-    assert arguments(converter(), make, {"width": 3, "loose": 1, "hidden": [1]})[0]["hidden"] == [1]
-    assert [str(each) for each in arguments(converter(), make, {"widht": True})[1]] == [
+    assert arguments(make_converter(), make, {"width": 3, "loose": 1, "hidden": [1]})[0]["hidden"] == [1]
+    assert [str(each) for each in arguments(make_converter(), make, {"widht": True})[1]] == [
         "is missing",
         "is missing",
         "unknown setting; did you mean 'width'?",
@@ -173,5 +173,5 @@ def test_a_function_that_takes_anything_is_given_anything():
     def make(width: int = 1, **others):
         return width, others
 
-    assert arguments(converter(), make, {"height": [2]}) == ({"width": 1, "height": [2]}, [])
+    assert arguments(make_converter(), make, {"height": [2]}) == ({"width": 1, "height": [2]}, [])
     assert list(parameters(make)) == ["width"]

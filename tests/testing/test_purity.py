@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from noether import AfterUpdate, LogText, TrainState, every_n_updates, log
-from noether.testing import ImpureError, called_purely
+from noether.testing import ImpureError, call_purely
 
 EVENT = AfterUpdate(samples=4)
 CALLS = []
@@ -124,7 +124,7 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_an_impure_callback_is_caught(mutant):
     with pytest.raises(ImpureError, match=f"^{mutant.__name__} {MUTANTS[mutant]}"):
-        called_purely(mutant, begin(), EVENT)
+        call_purely(mutant, begin(), EVENT)
 
 
 def test_a_pure_callback_is_not():
@@ -135,19 +135,19 @@ def test_a_pure_callback_is_not():
         state, effects = log(state, event, {"norm": state.params["w"].norm() + late.sum()})
         return state.remember("sum", state.memory("sum") + state.params["w"]), (*effects, LogText(f"{day:%Y}"))
 
-    state, effects = called_purely(norm, begin(), EVENT)
+    state, effects = call_purely(norm, begin(), EVENT)
     assert state.memory("sum").tolist() == [1.0, 1.0]
     assert effects[1] == LogText("1970")
 
 
 def test_a_clock_is_found_behind_decorators():
     with pytest.raises(ImpureError, match=r"reads the clock: time.perf_counter\(\)"):
-        called_purely(every_n_updates(1)(reads_the_time_by_name), begin(), EVENT)
+        call_purely(every_n_updates(1)(reads_the_time_by_name), begin(), EVENT)
 
 
 def test_afterwards_the_world_is_as_it_was():
     with pytest.raises(ImpureError):
-        called_purely(reads_the_time, begin(), EVENT)
+        call_purely(reads_the_time, begin(), EVENT)
     assert time.time() > 0
     assert datetime.now(UTC).year > 2000
     assert Path(__file__).read_text()
@@ -160,4 +160,4 @@ def test_a_tensor_of_the_event_is_not_written_to_either():
         return state, ()
 
     with pytest.raises(ImpureError, match="clamps writes to what it is given"):
-        called_purely(clamps, begin(), AfterUpdate(outputs={"field": torch.ones(2)}))
+        call_purely(clamps, begin(), AfterUpdate(outputs={"field": torch.ones(2)}))

@@ -21,7 +21,7 @@ _VALUES: Final = (0.0, 0.25, 0.5, 1.0, 1.0, 2.0, 3.0, math.nan, math.inf, -math.
 _MEASURED: Final = (AfterUpdate, AfterEpoch, AfterTraining, AtEval)
 
 
-def with_metrics(tested: Callback) -> Reducer:
+def add_metric_source(tested: Callback) -> Reducer:
     """Return a callback behind one that measures the metrics that it consumes and nobody in it produces.
 
     Raises:
@@ -30,7 +30,8 @@ def with_metrics(tested: Callback) -> Reducer:
     Example:
         >>> from noether import TrainState
         >>> from noether.core.callbacks import MetricEarlyStopping
-        >>> reducer = with_metrics(MetricEarlyStopping(every_n_updates=1, metric_key="loss/val/total", tolerance=2))
+        >>> stopping = MetricEarlyStopping(every_n_updates=1, metric_key="loss/val/total", tolerance=2)
+        >>> reducer = add_metric_source(stopping)
         >>> state, _ = reducer(TrainState().advance(samples=4), AfterUpdate(samples=4))
         >>> list(state.metrics)
         ['loss/val/total']

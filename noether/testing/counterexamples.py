@@ -20,7 +20,7 @@ class LawError(NoetherError, AssertionError):
     """A callback or a schedule does not obey a law."""
 
 
-def hold(law: Callable[..., object], *drawn: SearchStrategy[Any], examples: int) -> None:
+def assert_law(law: Callable[..., object], *drawn: SearchStrategy[Any], examples: int) -> None:
     """Return if `law` raises for none of the examples that are drawn.
 
     Args:

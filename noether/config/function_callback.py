@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from noether.config.schema import INTERVALS
-from noether.config.structure import RefusedError, parameters
+from noether.config.structure import InvalidValueError, parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True)
-class FunctionCallback:
+class FunctionCallbackFactory:
     """Makes a callback of a function: an interval becomes its gate, its keyword-only parameters are its settings.
 
     Args:
         function: `(state, event, *, setting, ...) -> (state, effects)`, decorated or not.
 
     Raises:
-        RefusedError: If one of its settings has the name of an interval.
+        InvalidValueError: If one of its settings has the name of an interval.
 
     Example:
         >>> from noether import AfterEpoch, LogText, TrainState
         >>> def greet(state, event, *, greeting: str = "hello"):
         ...     return state, (LogText(greeting),)
-        >>> callback = FunctionCallback(greet)(every_n_epochs=1, greeting="go on")
+        >>> callback = FunctionCallbackFactory(greet)(every_n_epochs=1, greeting="go on")
         >>> callback(TrainState().next_epoch(), AfterEpoch())[1]
         (LogText(text='go on'),)
     """
@@ -38,7 +38,7 @@ class FunctionCallback:
     def __post_init__(self) -> None:
         taken = [each.name for each in self._settings if each.name in (*INTERVALS, "at_end")]
         if taken:
-            raise RefusedError(f"{taken[0]} beside a function is its interval; give its own setting another name")
+            raise InvalidValueError(f"{taken[0]} beside a function is its interval; give its own setting another name")
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -68,9 +68,9 @@ class FunctionCallback:
         }
         chosen = {name: value for name, value in intervals.items() if value is not None}
         if len(chosen) > 1:
-            raise RefusedError(f"{' and '.join(chosen)} are given; expected one of them, or none")
+            raise InvalidValueError(f"{' and '.join(chosen)} are given; expected one of them, or none")
         if not chosen and at_end:
-            raise RefusedError("at_end needs an interval: every_n_epochs, every_n_updates or every_n_samples")
+            raise InvalidValueError("at_end needs an interval: every_n_epochs, every_n_updates or every_n_samples")
         # Here, because it brings torch, without which a configuration can be read. Intervals have its names.
         from noether.core import combinators
 
