@@ -19,6 +19,7 @@ import torch
 
 from noether.core.callback import label_of
 from noether.core.reducer import compose
+from noether.core.tensors.torch_internals import write_counts
 from noether.core.tensors.tree import tensors
 from noether.testing.comparison import same
 from noether.testing.counterexamples import LawError, assert_law
@@ -135,7 +136,8 @@ def _fields(value: TrainState | Event) -> dict[str, Any]:
 
 def _writes(tree: Any) -> dict[str, int]:
     """Return how often each tensor was written to, as torch counts it."""
-    return {name: tensor._version for name, tensor in tensors(tree)}  # noqa: SLF001  # torch has no public name
+    found = dict(tensors(tree))
+    return dict(zip(found, write_counts(found.values()), strict=True))
 
 
 @contextmanager

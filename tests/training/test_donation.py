@@ -15,6 +15,7 @@ from noether.core.event import AfterUpdate
 from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.state import TrainState
+from noether.core.tensors import torch_internals
 from noether.core.tensors.donation import DonatedError, DonatedTree, lease
 from noether.core.tensors.donation import donate as given
 from noether.core.tensors.module import forward
@@ -247,7 +248,7 @@ def test_what_fails_in_the_middle_of_an_update_leaves_no_half_of_one(step, monke
     state = trained(step, 3)
     kept = lease(state)
     expected = copy.deepcopy(dict(kept.params))
-    monkeypatch.setattr(torch, "_foreach_add_", lambda *_: 1 / 0)
+    monkeypatch.setattr(torch_internals, "foreach_add_", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step(state, [batch_of(0)])
     with pytest.raises(DonatedError):

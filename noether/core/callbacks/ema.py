@@ -10,6 +10,7 @@ import torch
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, raise_problems, suggest
+from noether.core.tensors import torch_internals
 from noether.core.tensors.averages import memory_of
 from noether.core.tensors.donation import DonatedTree, OwnedStorages
 from noether.core.tensors.tree import FrozenDict, clone_tensors
@@ -215,7 +216,7 @@ def _moved(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tens
     if not moving:
         return FrozenDict(copied)
     targets = [_precise(params[name]) for name in moving]
-    moved = torch._foreach_lerp([averages[name] for name in moving], targets, share)  # noqa: SLF001  # its only name
+    moved = torch_internals.foreach_lerp([averages[name] for name in moving], targets, share)
     return FrozenDict({**copied, **dict(zip(moving, moved, strict=True))})
 
 
@@ -234,7 +235,7 @@ def _moved_in_place(
         tree[name].copy_(params[name])
     if moving:
         targets = [_precise(params[name]) for name in moving]
-        torch._foreach_lerp_([tree[name] for name in moving], targets, share)  # its only name
+        torch_internals.foreach_lerp_([tree[name] for name in moving], targets, share)
     return DonatedTree(tree, owned)
 
 

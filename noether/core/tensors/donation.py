@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.errors import NoetherError
+from noether.core.tensors.torch_internals import storage_handle, storage_use_count
 from noether.core.tensors.tree import FrozenDict, map_leaves
 
 if TYPE_CHECKING:
@@ -117,11 +118,11 @@ class OwnedStorages:
 
     def _look(self) -> None:
         self._held = [kept[key].untyped_storage() for kept, key in self._places]
-        self._storages = [storage._cdata for storage in self._held]  # noqa: SLF001  # what the count is asked of
+        self._handles = [storage_handle(storage) for storage in self._held]
 
     def unshare(self) -> bool:
         """Have copies take the place of tensors that others hold, and return whether there were any."""
-        users = list(map(_users, self._storages))
+        users = list(map(storage_use_count, self._handles))
         if users == self._alone:
             return False
         for index, (now, alone) in enumerate(zip(users, self._alone, strict=True)):
@@ -177,13 +178,12 @@ def _leased(tree: Any) -> Any:
 
 def _is_held(storage: torch.UntypedStorage) -> bool:
     """Return whether a storage that one tensor is known to have is somebody else's, too."""
-    return _users(storage._cdata) > _OF_ONE_TENSOR  # noqa: SLF001  # what the count is asked of
+    return storage_use_count(storage_handle(storage)) > _OF_ONE_TENSOR
 
 
 def _view(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-_users: Final = torch._C._storage_Use_Count  # noqa: SLF001  # torch has no public name for the count of users
 _OF_ONE_TENSOR: Final = 2
 """Users of the storage of one tensor: the tensor, and the object by which the storage is looked at."""

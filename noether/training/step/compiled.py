@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
-from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import torch
@@ -14,6 +12,7 @@ from torch.func import functional_call, grad_and_value
 
 from noether.core.tensors.batch import batch_size, model_arguments
 from noether.core.tensors.module import add_total
+from noether.core.tensors.torch_internals import compile_graph
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.step import kernels
 from noether.training.step.outputs import outputs_of
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 _LOGGER: Final = logging.getLogger(__name__)
 _WORDS: Final = 60
+_FIXED: Final = ("self._groups", "self._names", "self._places", "self._buffers", "self._trainable")
+"""Attributes of a `CompiledUpdate` that never change."""
 
 
 class Updated(NamedTuple):
@@ -68,9 +69,7 @@ class CompiledUpdate:
         self._lr = [torch.tensor(torch.nan) for _ in self._groups]
         self._rates: list[float] = []
         self._seen: set[Any] = set()
-        self._whole: Callable[..., Updated] = torch.compile(
-            self._update, fullgraph=True, dynamic=False, options={"guard_filter_fn": _guarded}
-        )
+        self._whole: Callable[..., Updated] = compile_graph(self._update, fixed=_FIXED)
 
     def __call__(
         self,
@@ -276,22 +275,3 @@ def _shapes(batch: Any) -> Any:
         return batch.shape, batch.dtype
     parts = batch if isinstance(batch, (list, tuple)) else batch.values() if isinstance(batch, Mapping) else ()
     return tuple(map(_shapes, parts))
-
-
-_DEFINITIONS: Final = (FunctionType, BuiltinFunctionType, ModuleType, type)
-_GLOBAL: Final = re.compile(r"G\['\w+'\]|G\['__import_(torch|noether)\w*'\][.\w]*")
-_OWN: Final = ("self._groups", "self._names", "self._places", "self._buffers", "self._trainable")
-
-
-def _guarded(entries: Sequence[Any]) -> list[bool]:
-    """Return what a graph has to check before every update, of all that torch would.
-
-    Not that the name of a function, class or module, in a module or in one of torch's, still means what it meant, and
-    not what is fixed here: half of a thousand checks, which take as long as some of the kernels.
-    """
-    return [not _is_definition(entry) and not entry.name.startswith(_OWN) for entry in entries]
-
-
-def _is_definition(entry: Any) -> bool:
-    held = entry.has_value and isinstance(entry.value, _DEFINITIONS)
-    return held and _GLOBAL.fullmatch(entry.name) is not None

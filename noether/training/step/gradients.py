@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.variable import Variable
+
+from noether.core.tensors.torch_internals import run_backward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,17 +36,11 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | No
             f"the loss has shape {tuple(loss.shape)} and type {loss.dtype}; a gradient is that of one real number: "
             "take the mean over samples"
         )
-    found = _found(loss, leaves)
+    if type(loss) is Tensor and loss.is_cpu:
+        found = run_backward(loss, leaves)
+    else:
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
     # The backward pass of a function of somebody's own may return what requires gradients itself.
     if True in [grad is not None and grad.requires_grad for grad in found]:
         return [None if grad is None else grad.detach() for grad in found]
-    return found
-
-
-def _found(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    if type(loss) is not Tensor or not loss.is_cpu:
-        return torch.autograd.grad(loss, leaves, allow_unused=True)
-    found: Sequence[Tensor | None] = Variable._execution_engine.run_backward(  # noqa: SLF001  # torch has no other door
-        (loss,), (torch.ones_like(loss),), False, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
-    )
     return found

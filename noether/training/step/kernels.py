@@ -12,6 +12,8 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from noether.core.tensors import torch_internals
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -125,11 +127,11 @@ def _prepared_adam(
 ) -> Callable[[Mapping[str, Any], list[Tensor]], None]:
     """Return what calls the fused kernel as `torch.optim.adam.adam` does, without sorting the tensors each time."""
     means, squares, steps = ([kept[key] for kept in memory] for key in ("exp_avg", "exp_avg_sq", "step"))
-    kernel = torch._fused_adamw_ if given["decoupled_weight_decay"] else torch._fused_adam_
+    kernel = torch_internals.fused_adamw_ if given["decoupled_weight_decay"] else torch_internals.fused_adam_
     (beta1, beta2), fixed = given["betas"], {name: given[name] for name in _FUSED_SETTINGS}
 
     def write(settings: Mapping[str, Any], grads: list[Tensor]) -> None:
-        torch._foreach_add_(steps, 1)
+        torch_internals.foreach_add_(steps, 1)
         kernel(params, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **{**fixed, **settings})
 
     return write

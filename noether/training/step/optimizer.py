@@ -11,7 +11,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import torch
@@ -21,6 +20,7 @@ from torch.optim.optimizer import Optimizer
 from noether.config.optimizer_settings import DEFAULT_GROUP, ParamGroup
 from noether.core.errors import Problem, SettingsError, raise_problems, suggest
 from noether.core.tensors.packing import pack, unpack
+from noether.core.tensors.torch_internals import optimizer_attributes
 from noether.core.tensors.tree import SCALARS, clone_tensors, leaves
 from noether.training.step import kernels
 
@@ -392,7 +392,7 @@ def _read(
     names = {id(param): name for name, param in trained.items()}
     by_key = {names.get(id(key), key): value for key, value in optimizer.state.items()}
     entries = zip(layout.members, optimizer.param_groups, strict=True)
-    torchs = _torchs()
+    torchs = optimizer_attributes()
     own = {
         key: value
         for key, value in vars(optimizer).items()
@@ -453,22 +453,12 @@ def _unknown(
 def _keeps_params(optimizer: Optimizer, members: Mapping[str, Sequence[Tensor]]) -> Problem | None:
     """Return the problem of a class that would step on parameters of its own instead of those it is given."""
     own = {id(param) for params in members.values() for param in params}
-    torchs = _torchs()
+    torchs = optimizer_attributes()
     for path, leaf in leaves({key: value for key, value in vars(optimizer).items() if key not in torchs}):
         if id(leaf) in own or isinstance(leaf, Optimizer):
             message = f"{type(optimizer).__name__} keeps parameters in self.{'.'.join(path)}; read self.param_groups"
             return Problem("optimizer", message)
     return None
-
-
-@cache
-def _torchs() -> frozenset[str]:
-    """Return what torch keeps on every instance for itself; the last name is a check it makes once.
-
-    Asked of an instance when there is one anyway: to make its first, torch imports its compiler, for about as long as
-    it took to import torch.
-    """
-    return frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"_need_device_dtype_check_for_fused"}
 
 
 def _no_parameter(pattern: str, names: tuple[str, ...]) -> str:

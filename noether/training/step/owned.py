@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, final
 from torch import Tensor
 
 from noether.core.tensors.donation import DonatedTree, OwnedStorages
+from noether.core.tensors.torch_internals import buffer_dicts
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -156,5 +157,9 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     """Return for each place that holds a buffer of `model` the dict, the key in it, and the buffer's name."""
     names = {id(buffer): name for name, buffer in model.named_buffers()}
-    held = [module._buffers for module in model.modules()]  # noqa: SLF001  # torch has no public way to assign unseen
-    return [(each, key, names[id(buffer)]) for each in held for key, buffer in each.items() if buffer is not None]
+    return [
+        (buffers, key, names[id(buffer)])
+        for buffers in buffer_dicts(model)
+        for key, buffer in buffers.items()
+        if buffer is not None
+    ]

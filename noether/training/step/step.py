@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.nn.utils.stateless import _reparametrize_module
 
 from noether.core.tensors.batch import batch_size, model_arguments
 from noether.core.tensors.donation import DonatedTree
 from noether.core.tensors.module import add_total
+from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.randomness import derive, seed_torch
 from noether.training.step.gradients import gradients_of
@@ -188,7 +187,7 @@ class Step:
         leaves = {name: params[name].requires_grad_() for name in self.optimizer.trainable(params)}
         weights = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
         # Not `functional_call`: checkpointed parts of a model are called again in the backward pass.
-        with _reparametrize_module(self.model, weights, tie_weights=True):
+        with reparametrize(self.model, weights, tie_weights=True):
             computed = self._computed(batch, params, leaves, weight, times)
         # Batch norm writes to its copies, another module assigns: `weights` has either way what is there now.
         return _Found(*computed, FrozenDict({name: weights[name].detach() for name in buffers}))
@@ -202,15 +201,15 @@ class Step:
         times: _Times | None,
     ) -> tuple[Grads, FrozenDict, Any]:
         """Return gradients of the weighted total loss, losses and outputs of the model, which has `params` in it."""
-        versions = _versions(params)
+        counts = write_counts(params.values())
         if self.precision is None:
             losses, outputs = self._forward(batch)
         else:
             with self.autocast(params):
                 losses, outputs = self._forward(batch)
         total = losses["total"] if weight == 1 else losses["total"] * weight
-        if _versions(params) != versions:
-            _refuse_writing(params, versions)
+        if write_counts(params.values()) != counts:
+            _refuse_writing(params, counts)
         if times is not None:
             times.end("forward_s")
         # Not torch.func.grad_and_value: it takes longer, to the same bits; see benchmarks/step.py.
@@ -360,15 +359,9 @@ class _Times:
         return self._spent
 
 
-_version: Final = attrgetter("_version")  # torch's count of writes in place
-
-
-def _versions(params: Mapping[str, Tensor]) -> list[int]:
-    return list(map(_version, params.values()))
-
-
-def _refuse_writing(params: Mapping[str, Tensor], versions: Sequence[int]) -> None:
-    changed = (name for name, now, before in zip(params, _versions(params), versions, strict=True) if now != before)
+def _refuse_writing(params: Mapping[str, Tensor], counts: Sequence[int]) -> None:
+    now = write_counts(params.values())
+    changed = (name for name, count, before in zip(params, now, counts, strict=True) if count != before)
     raise ValueError(
         f"the model writes to its parameter {next(changed)!r} in forward, and a tensor in a state is never written to: "
         "compute with a clamped or renormalized copy, or make it a buffer"

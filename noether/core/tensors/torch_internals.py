@@ -1,0 +1,263 @@
+"""Every private API of PyTorch that noether uses, each with the reason why no public one serves.
+
+`python -m noether.core.tensors.torch_internals` tries each of them on small tensors and names those that the installed
+version of torch has changed. A name that torch no longer has fails when it is called, not when noether is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+
+def _find(path: str) -> Any:
+    """Return the object at a dotted path in torch, or a function that says that this torch has none."""
+    try:
+        return attrgetter(path)(torch)
+    except AttributeError:
+
+        def fail(*_: object, **__: object) -> NoReturn:
+            raise RuntimeError(
+                f"torch {torch.__version__} has no torch.{path}: install a version that noether supports"
+            )
+
+        return fail
+
+
+storage_use_count: Final[Callable[[int], int]] = _find("_C._storage_Use_Count")
+"""Return how many objects use the storage with a handle; torch has no public count. Two use that of a lone tensor."""
+
+foreach_add_: Final[Callable[[Sequence[Tensor], float], None]] = _find("_foreach_add_")
+"""Add a number to each tensor in place, in one call; the foreach functions are public by no other name."""
+
+foreach_lerp: Final[Callable[[Sequence[Tensor], Sequence[Tensor], float], tuple[Tensor, ...]]] = _find("_foreach_lerp")
+"""Interpolate each tensor towards another, in one call; the foreach functions are public by no other name."""
+
+foreach_lerp_: Final[Callable[[Sequence[Tensor], Sequence[Tensor], float], None]] = _find("_foreach_lerp_")
+"""Do what `foreach_lerp` does, in place."""
+
+fused_adam_: Final[Callable[..., None]] = _find("_fused_adam_")
+"""Write an update of Adam in one kernel; `torch.optim.adam.adam` sorts all tensors by device before each call of it."""
+
+fused_adamw_: Final[Callable[..., None]] = _find("_fused_adamw_")
+"""Write an update of AdamW in one kernel; see `fused_adam_`."""
+
+reparametrize: Final[Callable[..., Any]] = _find("nn.utils.stateless._reparametrize_module")
+"""Return a context in which a module has other parameters and buffers.
+
+`torch.func.functional_call` ends it with the forward pass, but checkpointed parts of a model are called again in the
+backward pass.
+"""
+
+_write_count: Final = attrgetter("_version")
+
+
+def storage_handle(storage: torch.UntypedStorage) -> int:
+    """Return the handle of a storage, which `storage_use_count` takes. It is valid while `storage` is referenced."""
+    return int(storage._cdata)  # noqa: SLF001  # torch has no public handle
+
+
+def write_counts(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor was written to in place, as autograd counts it."""
+    return list(map(_write_count, tensors))
+
+
+def run_backward(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of a loss on the CPU; most of what `torch.autograd.grad` does first is for other calls."""
+    engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001  # the engine has no public name
+    gradients: Sequence[Tensor | None] = engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
+    )
+    return gradients
+
+
+def buffer_dicts(model: nn.Module) -> list[dict[str, Tensor | None]]:
+    """Return the dict of buffers of each module; `setattr` takes longer and registers what it assigns."""
+    return [module._buffers for module in model.modules()]  # noqa: SLF001  # torch has no public way to assign unseen
+
+
+@cache
+def optimizer_attributes() -> frozenset[str]:
+    """Return the names of the attributes that torch itself sets on every optimizer.
+
+    Call it only where an optimizer exists already: to construct the first one, torch imports its compiler, which takes
+    about as long as to import torch.
+    """
+    # The last one is set by the first step of a fused optimizer.
+    return frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"_need_device_dtype_check_for_fused"}
+
+
+_DEFINITIONS: Final = (FunctionType, BuiltinFunctionType, ModuleType, type)
+_DEFINITION_GUARD: Final = re.compile(r"G\['\w+'\]|G\['__import_(torch|noether)\w*'\][.\w]*")
+
+
+def compile_graph(
+    function: Callable[..., Any], *, fixed: tuple[str, ...] = (), backend: str = "inductor"
+) -> Callable[..., Any]:
+    """Return `function` compiled as one graph, for static shapes, without the guards that cannot fail.
+
+    Torch evaluates about a thousand guards before each call, which takes as long as some of the kernels. Half of them
+    check that the name of a function, class or module still has the same meaning, or look at what `fixed` names.
+
+    Args:
+        function: What is compiled.
+        fixed: Beginnings of the names of values that never change, such as `self._names`.
+        backend: Name of the compiler.
+    """
+
+    def keep(guards: Sequence[Any]) -> list[bool]:
+        return [not (_is_definition(guard) or guard.name.startswith(fixed)) for guard in guards]
+
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options={"guard_filter_fn": keep})
+
+
+def _is_definition(guard: Any) -> bool:
+    is_definition = guard.has_value and isinstance(guard.value, _DEFINITIONS)
+    return is_definition and _DEFINITION_GUARD.fullmatch(guard.name) is not None
+
+
+class _Check(NamedTuple):
+    """A private API, what uses it, and a function that raises if it does not work."""
+
+    name: str
+    use: str
+    check: Callable[[], None]
+
+
+def self_test() -> list[str]:
+    """Return a line for each private API that does not work with this torch: its name, what uses it, and the error.
+
+    Example:
+        >>> self_test()
+        []
+    """
+    problems = []
+    for name, use, check in _CHECKS:
+        try:
+            check()
+        except Exception as error:  # noqa: BLE001  # what another version of torch raises is unknown
+            problems.append(f"{name} ({use}) does not work with torch {torch.__version__}: {error!r}")
+    return problems
+
+
+def _expect(found: object, expected: object) -> None:
+    if found != expected:
+        raise AssertionError(f"expected {expected!r}, got {found!r}")
+
+
+def _check_storages() -> None:
+    tensor = torch.zeros(1)
+    storage = tensor.untyped_storage()
+    counts = [storage_use_count(storage_handle(storage))]
+    view = tensor.detach()
+    counts.append(storage_use_count(storage_handle(storage)))
+    del view
+    counts.append(storage_use_count(storage_handle(storage)))
+    _expect(counts, [2, 3, 2])
+
+
+def _check_write_counts() -> None:
+    tensor = torch.zeros(1)
+    counts = write_counts([tensor, tensor.add_(1)])
+    _expect(counts, [1, 1])
+
+
+def _check_run_backward() -> None:
+    leaf, unused = (torch.tensor(2.0, requires_grad=True) for _ in range(2))
+    gradient, none = run_backward(leaf.square(), [leaf, unused])
+    _expect((float(gradient if gradient is not None else 0), none, leaf.grad), (4.0, None, None))
+
+
+def _check_reparametrize() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    before, weights = model.weight, {"weight": torch.full((1, 1), 3.0)}
+    with reparametrize(model, weights, tie_weights=True):
+        _expect(model(torch.ones(1, 1)).tolist(), [[3.0]])
+    _expect(model.weight is before, expected=True)
+
+
+def _check_buffer_dicts() -> None:
+    model = nn.BatchNorm1d(1)
+    buffer_dicts(model)[0]["running_mean"] = replaced = torch.ones(1)
+    _expect(model.running_mean is replaced, expected=True)
+
+
+def _check_foreach() -> None:
+    tensors = [torch.zeros(1), torch.ones(2)]
+    foreach_add_(tensors, 1)
+    _expect([tensor.tolist() for tensor in tensors], [[1.0], [2.0, 2.0]])
+    ends = [torch.full_like(tensor, 3.0) for tensor in tensors]
+    out_of_place = [tensor.tolist() for tensor in foreach_lerp(tensors, ends, 0.5)]
+    _expect(out_of_place, [[2.0], [2.5, 2.5]])
+    foreach_lerp_(tensors, ends, 0.5)
+    _expect([tensor.tolist() for tensor in tensors], out_of_place)
+
+
+def _check_fused_adam() -> None:
+    for kernel, cls in ((fused_adam_, torch.optim.Adam), (fused_adamw_, torch.optim.AdamW)):
+        expected = nn.Parameter(torch.ones(2))
+        expected.grad = torch.tensor([1.0, -2.0])
+        cls([expected], lr=0.1, fused=True).step()
+        param, grad, mean, square = torch.ones(2), expected.grad, torch.zeros(2), torch.zeros(2)
+        settings = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
+        decay = 0.0 if cls is torch.optim.Adam else 0.01
+        kernel([param], [grad], [mean], [square], [], [torch.tensor(1.0)], lr=0.1, weight_decay=decay, **settings)
+        _expect(param.tolist(), expected.tolist())
+
+
+def _check_optimizer_attributes() -> None:
+    param = nn.Parameter(torch.ones(1))
+    param.grad = torch.ones(1)
+    for fused in (False, True):
+        optimizer = torch.optim.AdamW([param], fused=fused)
+        constructed = set(vars(optimizer))
+        optimizer.step()
+        _expect(vars(optimizer).keys() - constructed - optimizer_attributes(), set())
+
+
+class _Scaling:
+    """Has one number that a compiled call has to look at again, and one that it may take as fixed."""
+
+    def __init__(self) -> None:
+        self.read, self.fixed = 2.0, 10.0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor * self.read * self.fixed
+
+
+def _check_compile_graph() -> None:
+    scaling = _Scaling()
+    compiled = compile_graph(scaling.__call__, fixed=("self.fixed",), backend="eager")
+    found = [float(compiled(torch.ones(())))]
+    scaling.fixed = 100.0
+    found.append(float(compiled(torch.ones(()))))
+    scaling.read = 3.0
+    found.append(float(compiled(torch.ones(()))))
+    _expect(found, [20.0, 20.0, 300.0])
+
+
+_CHECKS: Final = (
+    _Check("storage_use_count, storage_handle", "donation sees which tensors are held elsewhere", _check_storages),
+    _Check("write_counts", "the step refuses a model that writes to its parameters", _check_write_counts),
+    _Check("run_backward", "gradients of the step on the CPU", _check_run_backward),
+    _Check("reparametrize", "the step calls the model with the weights of a state", _check_reparametrize),
+    _Check("buffer_dicts", "the step places buffers in the model", _check_buffer_dicts),
+    _Check("foreach_add_, foreach_lerp, foreach_lerp_", "step counters of Adam, averages of weights", _check_foreach),
+    _Check("fused_adam_, fused_adamw_", "updates of fused Adam and AdamW", _check_fused_adam),
+    _Check("optimizer_attributes", "memory that an optimizer class keeps on itself", _check_optimizer_attributes),
+    _Check("compile_graph", "compiled updates", _check_compile_graph),
+)
+
+if __name__ == "__main__":
+    if failed := self_test():
+        raise SystemExit("\n".join(failed))
+    print(f"all private APIs work with torch {torch.__version__}")  # noqa: T201  # a command reports to its user
