@@ -29,9 +29,9 @@ from noether.core.state import TrainState
 from noether.core.tensors.module import forward
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
+from noether.session.randomness import derive, seed_all
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.streamed import StreamedData, StreamedEvaluationData
-from noether.training.randomness import derive, seed_all
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.value_schedules import ValueSchedule, value_schedule

@@ -16,8 +16,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from noether import TrainState
 from noether.config.optimizer_settings import ParamGroup
 from noether.core.tensors.tree import storages, tensors
+from noether.session.randomness import derive
 from noether.testing import same
-from noether.training.randomness import derive
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.outputs import Accumulated
 from noether.training.step.step import Step

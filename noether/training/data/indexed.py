@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from noether.core.tensors.tree import map_tensors
+from noether.session.randomness import derive, seed_all, seed_torch
 from noether.training.data.batching import Batching
-from noether.training.randomness import derive, seed_all, seed_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

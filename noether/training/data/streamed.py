@@ -10,9 +10,9 @@ from torch.utils.data import default_collate
 
 from noether.core.tensors.packing import pack, unpack
 from noether.core.tensors.tree import clone_tensors
+from noether.session.randomness import derive, seed_all, seed_torch
 from noether.training.data.batching import Batching
 from noether.training.data.indexed import move_batch
-from noether.training.randomness import derive, seed_all, seed_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -15,7 +15,7 @@ from noether.core.tensors.donation import DonatedTree
 from noether.core.tensors.module import add_total
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict, map_tensors
-from noether.training.randomness import derive, seed_torch
+from noether.session.randomness import derive, seed_torch
 from noether.training.step.gradients import gradients_of
 from noether.training.step.outputs import Accumulated, outputs_of
 from noether.training.step.owned import OwnedTensors

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether.training.randomness import derive, seed_all, seed_torch
+from noether.session.randomness import derive, seed_all, seed_torch
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 WANTED = st.tuples(SEEDS, st.sampled_from(["update", "order", "sample", "params"]), st.lists(st.integers(0, 2**40)))
