@@ -1,1 +1,4 @@
-"""What a run will do, and what it did: plans, warnings and replays, all without training."""
+"""Plans of runs before training, and replays of recorded runs after it.
+
+A line here may call callbacks and build experiments on the meta device; it trains nothing and writes no file.
+"""

@@ -1,6 +1,6 @@
-"""Which checkpoints callbacks will ask for, found by asking them: a callback is pure, so nothing comes of a call.
+"""Requests for checkpoints that callbacks will make, found by calling the callbacks: they are pure, so calls are safe.
 
-It is called at a few of its firings with a state on the meta device, where tensors have shapes and no values.
+A probe calls a callback at a few of its firings with a state on the meta device, where tensors have no values.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ if TYPE_CHECKING:
     from noether.core.schedules.forecast import Firing
     from noether.core.state import TrainState
 
-Slot = tuple[str | None, str | None]
-"""What requests of one event are merged by: the tag, `{}` in it for the iteration, and whose weights."""
-PROBES: Final = 12
-"""How many of its first firings a callback is asked at; who saves at every tenth only is found."""
-_VALUES: Final = (0.0, 1e9, -1e9)
-"""What a callback that watches metrics is told of them, in turns: it may act on large values only, or on small ones."""
+PROBED_FIRINGS: Final = 12
+"""A callback is called at this many of its first firings; this finds one that saves only at every tenth."""
+_METRIC_VALUES: Final = (0.0, 1e9, -1e9)
+"""Values that metrics take in turn while a callback is probed: it may save only where they are large, or small."""
+UNSAVABLE_ERRORS: Final = (ModelNamesError, WeightsError)
+"""Errors about a requested checkpoint that training could not save either."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Ask:
-    """A checkpoint that a callback asks for whenever it fires at one kind of event.
+class SaveRequest:
+    """A checkpoint that a callback requests whenever it fires at one kind of event.
 
     Args:
-        occasions: When: a schedule that is read at one kind of event, or an event that comes once.
-        save: What is asked; `{}` in its tag stands for the iteration, or a count of it.
-        sizes: Bytes of the tensors in the checkpoint, by name of a part that other requests may ask for, too.
-        certain: Whether it is asked at every firing; otherwise a metric, or what the callback remembers, decides.
+        occasions: When the request is made: a schedule read at one kind of event, or an event that comes once.
+        save: The requested checkpoint; `{}` in its tag stands for the iteration, or a count of it.
+        sizes: Bytes of the tensors in the checkpoint, by part; other requests may contain the same parts.
+        certain: Whether every firing makes the request; otherwise a metric or the callback's memory decides.
     """
 
     occasions: Occasions
@@ -59,140 +59,142 @@ class Ask:
     certain: bool
 
     @property
-    def slot(self) -> Slot:
-        """Requests with the same slot at the same event become one checkpoint."""
+    def slot(self) -> tuple[str | None, str | None]:
+        """Tag and owner of the weights; requests with one slot make one checkpoint at an event."""
         return self.save.tag, self.save.weights_of
 
 
 @final
 @dataclass(frozen=True)
-class Answers:
-    """What came of asking a callback.
+class ProbeResult:
+    """What calls of a callback showed.
 
     Args:
-        asks: The checkpoints that it asks for.
+        requests: The checkpoints that it requested.
         stops: Whether it stopped the run before its end.
     """
 
-    asks: tuple[Ask, ...]
+    requests: tuple[SaveRequest, ...]
     stops: bool
 
 
-class UnaskedError(NoetherError):
-    """A callback could not be asked: it reads values that are there in training only."""
+class ProbeError(NoetherError):
+    """A callback failed without the values that exist only in training, so its requests are unknown."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What callbacks are asked with.
+class Probe:
+    """Finds the requests of callbacks by calling them.
 
     Args:
-        state: On the meta device, with the memory of all callbacks, and that which the optimizer has after an update.
-        begun: The same before the first update.
-        run: The run, whose data are read as little as possible.
+        state: A state on the meta device with the memory of all callbacks, and of the optimizer after an update.
+        initial: The same before the first update.
+        run: The run; the probe reads at most one sample of each of its datasets.
     """
 
     state: TrainState
-    begun: TrainState
+    initial: TrainState
     run: Run
 
-    def asks(self, callback: Callback, occasions: Occasions) -> Answers:
-        """Return what a callback asks for at some of its occasions: the first `PROBES` of each kind, and the last.
+    def find_requests(self, callback: Callback, occasions: Occasions) -> ProbeResult:
+        """Return what a callback requests at the first `PROBED_FIRINGS` of its occasions of each kind, and the last.
 
         Raises:
-            UnaskedError: If it cannot be asked.
-            ModelNamesError: If it asks for weights of sub-modules that there are not.
-            WeightsError: If it asks for weights that nobody keeps.
+            ProbeError: If the callback fails.
+            ModelNamesError: If it requests weights of sub-modules that do not exist.
+            WeightsError: If it requests weights that no callback keeps.
         """
-        parts = [self._asks_at(callback, part) for part in _parts(occasions)]
-        return Answers(tuple(ask for part in parts for ask in part.asks), any(part.stops for part in parts))
+        results = [self._probe_part(callback, part) for part in _split_by_event(occasions)]
+        requests = tuple(request for result in results for request in result.requests)
+        return ProbeResult(requests, any(result.stops for result in results))
 
-    def _asks_at(self, callback: Callback, part: Occasions) -> Answers:
+    def _probe_part(self, callback: Callback, part: Occasions) -> ProbeResult:
         count, state = firings(part, self.run).count, self.state
-        watches = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
+        reads_metrics = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
         seen: list[tuple[Firing, list[SaveCheckpoint]]] = []
         stops = False
-        # What it remembers may make the first differ from the next, and how far the run is the last from all others.
-        for n in sorted({*range(1, min(count, PROBES) + 1), count} - {0}):
+        # The callback's memory may make the first firing differ from the next; the last may differ as the run ends.
+        for n in sorted({*range(1, min(count, PROBED_FIRINGS) + 1), count} - {0}):
             firing = nth_firing(part, n, self.run)
-            for value in _VALUES if watches else _VALUES[:1]:
-                state, effects = self._answer(callback, firing, self._before(callback, firing, state, value))
-                seen.append((firing, _merged(effects)))
+            for value in _METRIC_VALUES if reads_metrics else _METRIC_VALUES[:1]:
+                state, effects = self._call(callback, firing, self._state_at(firing, callback, state, value))
+                seen.append((firing, _merge_saves(effects)))
                 stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
-        return Answers(tuple(self._united(part, _by_slot(seen), watches=watches)), stops)
+        return ProbeResult(tuple(self._unite(part, _saves_by_slot(seen), reads_metrics=reads_metrics)), stops)
 
-    def _before(self, callback: Callback, firing: Firing, memory: TrainState, value: float) -> TrainState:
-        """Return the state at a firing, with a value for each metric that the callback needs."""
+    def _state_at(self, firing: Firing, callback: Callback, memory: TrainState, value: float) -> TrainState:
+        """Return the state at a firing, in which each metric that the callback consumes has the value."""
         at = state_at(firing, self.run)
         keys = [key for key in declaration_of(callback).consumes if "*" not in key]
         metrics = FrozenDict({key: Measured(value, at.iteration) for key in keys})
         return memory.replace(iteration=at.iteration, previous=at.previous, ended=at.ended, metrics=metrics, stop=None)
 
-    def _united(self, part: Occasions, seen: list[dict[Slot, SaveCheckpoint]], *, watches: bool) -> Iterator[Ask]:
-        """Yield what was asked at some firings; what differs between them is united."""
-        for slot in dict.fromkeys(slot for saves in seen for slot in saves):
-            asked = [saves[slot] for saves in seen if slot in saves]
-            (save,) = _merged(asked)
-            certain = not watches and len(asked) == len(seen) and all(each == save for each in asked)
-            yield Ask(occasions=part, save=save, sizes=self._sizes(save, part), certain=certain)
-
-    def _answer(self, callback: Callback, firing: Firing, state: TrainState) -> tuple[TrainState, Effects]:
-        """Return what the callback returns: asked with nothing measured or, if it needs that, with one sample."""
+    def _call(self, callback: Callback, firing: Firing, state: TrainState) -> tuple[TrainState, Effects]:
+        """Call the callback with an event without measurements or, if that fails, with one of a single sample."""
         reasons: list[str] = []
-        for stage in (_nothing_measured, _one_sample):
+        for make_event in (_empty_event, _one_sample_event):
             try:
-                after, effects = callback(state, stage(firing.event, state, self.run))
-            except Exception as error:  # noqa: BLE001  # whatever a callback meets where there are no values
+                after, effects = callback(state, make_event(firing.event, state, self.run))
+            except Exception as error:  # noqa: BLE001  # a callback may raise anything where tensors have no values
                 reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
             else:
                 return after, effects
-        raise UnaskedError(reasons[0])
+        raise ProbeError(reasons[0])
 
-    def _sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:
-        state = self.begun if set(part.once) & set(EARLY) else self.state
+    def _unite(
+        self, part: Occasions, seen: list[dict[tuple[str | None, str | None], SaveCheckpoint]], *, reads_metrics: bool
+    ) -> Iterator[SaveRequest]:
+        """Yield one request per slot, which contains all that was requested in it at any firing."""
+        for slot in dict.fromkeys(slot for saves in seen for slot in saves):
+            saves_here = [saves[slot] for saves in seen if slot in saves]
+            (save,) = _merge_saves(saves_here)
+            always = len(saves_here) == len(seen) and all(each == save for each in saves_here)
+            certain = always and not reads_metrics
+            yield SaveRequest(occasions=part, save=save, sizes=self._part_sizes(save, part), certain=certain)
+
+    def _part_sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:
+        state = self.initial if set(part.once) & set(EARLY) else self.state
         weights = weights_asked(save, state) if save.weights else {}
-        sizes = {f"weights/{name}": _bytes(tensor) for name, tensor in weights.items()}
+        sizes = {f"weights/{name}": tensor.nbytes for name, tensor in weights.items()}
         if save.optimizer:
-            held = (state.opt_state, state.callback_states, state.hyperparams)
-            sizes["state"] = sum(_bytes(tensor) for _, tensor in tensors(held))
+            remembered = (state.opt_state, state.callback_states, state.hyperparams)
+            sizes["state"] = sum(tensor.nbytes for _, tensor in tensors(remembered))
         return sizes
 
 
-MISASKED: Final = (ModelNamesError, WeightsError)
-"""What is raised for a checkpoint that could not be saved in training either."""
-
-
-def _parts(occasions: Occasions) -> Iterator[Occasions]:
-    """Yield the occasions of each kind of event by itself."""
+def _split_by_event(occasions: Occasions) -> Iterator[Occasions]:
+    """Yield the occasions of each kind of event separately."""
     for kind in occasions.once:
         yield Occasions(None, (kind,))
     if occasions.schedule is not None:
         yield from map(Occasions, Gate(occasions.schedule).parts.values())
 
 
-def _by_slot(seen: list[tuple[Firing, list[SaveCheckpoint]]]) -> list[dict[Slot, SaveCheckpoint]]:
-    """Return what was asked at each firing by its slot; a tag that is the same at all of them is taken as it is."""
-    same = set.intersection(*({save.tag for save in saves} for _, saves in seen)) if len(seen) > 1 else set()
-    slots: list[dict[Slot, SaveCheckpoint]] = []
+def _saves_by_slot(
+    seen: list[tuple[Firing, list[SaveCheckpoint]]],
+) -> list[dict[tuple[str | None, str | None], SaveCheckpoint]]:
+    """Return the requests of each firing by slot; a tag that all firings share is not made a template."""
+    shared = set.intersection(*({save.tag for save in saves} for _, saves in seen)) if len(seen) > 1 else set()
+    by_slot: list[dict[tuple[str | None, str | None], SaveCheckpoint]] = []
     for firing, saves in seen:
-        tags = [save.tag if save.tag in same else _template(save.tag, firing.iteration) for save in saves]
-        named = [replace(save, tag=tag) for save, tag in zip(saves, tags, strict=True)]
-        slots.append({(save.tag, save.weights_of): save for save in named})
-    return slots
+        tags = [save.tag if save.tag in shared else _tag_template(save.tag, firing.iteration) for save in saves]
+        templated = [replace(save, tag=tag) for save, tag in zip(saves, tags, strict=True)]
+        by_slot.append({(save.tag, save.weights_of): save for save in templated})
+    return by_slot
 
 
-def _merged(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
+def _merge_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
     return [effect for effect in merge(tuple(effects)) if isinstance(effect, SaveCheckpoint)]
 
 
-def _template(tag: str | None, at: TrainingIteration) -> str | None:
+def _tag_template(tag: str | None, at: TrainingIteration) -> str | None:
     """Return a tag with `{}` for the iteration or, without it, for each number that is one of its counts.
 
     Example:
         >>> from noether.core.iteration import TrainingIteration
         >>> at = TrainingIteration(epoch=1, update=20, sample=80)
-        >>> _template("E1_U20_S80.ema=0.5", at), _template("epoch-001", at)
+        >>> _tag_template("E1_U20_S80.ema=0.5", at), _tag_template("epoch-001", at)
         ('{}.ema=0.5', 'epoch-{}')
     """
     if tag is None or str(at) in tag:
@@ -201,39 +203,36 @@ def _template(tag: str | None, at: TrainingIteration) -> str | None:
     return re.sub(r"\d+", lambda match: "{}" if int(match[0]) in counts else match[0], tag)
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-class _Readings(NamedTuple):
+class _Measurements(NamedTuple):
     losses: Mapping[str, Any]
     outputs: Any
 
 
-def _nothing_measured(event: type[Event], state: TrainState, run: Run) -> Event:  # noqa: ARG001  # as the other
-    """Return an event with losses of zero, no outputs, and datasets without samples."""
+def _empty_event(event: type[Event], state: TrainState, run: Run) -> Event:  # noqa: ARG001  # as _one_sample_event
+    """Return an event with losses of zero, without outputs, and with datasets without samples."""
     losses = FrozenDict(total=torch.zeros(()))
-    return _event(event, run.replace(data={key: _Samples(()) for key in run.data}), _Readings(losses, None))
+    return _make_event(event, run.replace(data={key: _OneBatch(()) for key in run.data}), _Measurements(losses, None))
 
 
-def _one_sample(event: type[Event], state: TrainState, run: Run) -> Event:
-    """Return an event with what the model makes of one sample, and the first sample of each dataset."""
-    readings = _Readings(FrozenDict(), None)
+def _one_sample_event(event: type[Event], state: TrainState, run: Run) -> Event:
+    """Return an event with the model's results for one sample, and the first sample of each dataset."""
+    measured = _Measurements(FrozenDict(), None)
     if event is AfterUpdate and "train" in run.data:
         losses, outputs = run.forward(state, next(iter(run.data["train"].batched(1))))
-        readings = _Readings(losses, (outputs,))
-    return _event(event, run.replace(data={key: _Samples(data.batched(1)) for key, data in run.data.items()}), readings)
+        measured = _Measurements(losses, (outputs,))
+    data = {key: _OneBatch(dataset.batched(1)) for key, dataset in run.data.items()}
+    return _make_event(event, run.replace(data=data), measured)
 
 
-def _event(event: type[Event], run: Run, readings: _Readings) -> Event:
+def _make_event(event: type[Event], run: Run, measured: _Measurements) -> Event:
     if event is not AfterUpdate:
         return event(run=run)
     size = run.effective_batch_size
     return AfterUpdate(
         run=run,
         samples=size,
-        losses=readings.losses,
-        outputs=readings.outputs,
+        losses=measured.losses,
+        outputs=measured.outputs,
         accumulated=(size,),
         lr=FrozenDict(default=0.0),
         weight_decay=FrozenDict(default=0.0),
@@ -243,8 +242,8 @@ def _event(event: type[Event], run: Run, readings: _Readings) -> Event:
 
 
 @final
-class _Samples:
-    """At most one batch of a dataset, however it is to be batched."""
+class _OneBatch:
+    """At most one batch of a dataset, whatever the batch size."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
@@ -252,5 +251,5 @@ class _Samples:
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self._batches), 1)
 
-    def batched(self, batch_size: int) -> _Samples:  # noqa: ARG002  # as of any dataset
+    def batched(self, batch_size: int) -> _OneBatch:  # noqa: ARG002  # the signature of every dataset
         return self

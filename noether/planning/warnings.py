@@ -1,4 +1,4 @@
-"""What of a plan will bite: each caution says which setting, and what would be right."""
+"""Warnings about a planned run: each names the setting and says what to write instead."""
 
 from __future__ import annotations
 
@@ -15,89 +15,87 @@ if TYPE_CHECKING:
     from noether.config import Config
     from noether.config.errors import LocatedProblem, SettingPath
     from noether.core.run import Run
-    from noether.planning.plan import PlannedCallback
-    from noether.planning.requests import Ask
+    from noether.planning.planned_callback import PlannedCallback
+    from noether.planning.requests import SaveRequest
 
 _CHECKPOINTS: Final = "noether.core.callbacks.CheckpointCallback"
 
 
-def cautions(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
-    """Yield what will bite in the run that is planned.
+def find_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
+    """Yield the likely mistakes in a planned run.
 
     Args:
-        config: Where settings were written.
+        config: The configuration, which knows where settings were written.
         planned: The callbacks.
         run: The run.
     """
     for each in planned:
-        if each.misasked is not None:
-            why = each.misasked.removeprefix("model_names: ")
-            path = each.path if why == each.misasked else (*each.path, "model_names")
-            yield _located(config, path, f"what {each.name} asks for cannot be saved: {why}")
-        if _in_vain(each, run):
-            yield _never(config, each, run)
-    if not any(each.unasked or each.misasked for each in planned):
-        yield from _unsaved(config, planned, run)
+        if each.save_error is not None:
+            why = each.save_error.removeprefix("model_names: ")
+            path = each.path if why == each.save_error else (*each.path, "model_names")
+            yield _warning(config, path, f"{each.name} requests a checkpoint that cannot be saved: {why}")
+        if not _interval_is_reached(each, run):
+            yield _warn_of_interval(config, each, run)
+    if not any(each.probe_error or each.save_error for each in planned):
+        yield from _warn_of_unsaved_weights(config, planned, run)
 
 
-def _located(config: Config, path: SettingPath, message: str) -> LocatedProblem:
+def _warning(config: Config, path: SettingPath, message: str) -> LocatedProblem:
     (located,) = config.error(path, message).problems
     return located
 
 
-def _in_vain(planned: PlannedCallback, run: Run) -> bool:
-    """Return whether a callback never fires, or is given an interval that never comes and fires at the end only."""
+def _interval_is_reached(planned: PlannedCallback, run: Run) -> bool:
+    """Return whether the callback fires; with `at_end: true`, whether it fires where its interval says, too."""
     gate = declaration_of(planned.callback).gate
     if gate is None or gate.at_end:
-        return not planned.firings.count
-    return not firings(Occasions(gate.schedule), run).count
+        return bool(planned.firings.count)
+    return bool(firings(Occasions(gate.schedule), run).count)
 
 
-def _never(config: Config, planned: PlannedCallback, run: Run) -> LocatedProblem:
+def _warn_of_interval(config: Config, planned: PlannedCallback, run: Run) -> LocatedProblem:
+    fires = f"{planned.name} {'fires only at the end' if planned.firings.count else 'never fires'}"
     end = f"the run ends at {run.final}"
-    fires = f"{planned.name} fires at the end only" if planned.firings.count else f"{planned.name} never fires"
-    setting, value = _setting(planned)
-    if setting is None:
-        return _located(config, planned.path, f"{fires}: {end}")
-    counter = setting.removeprefix("every_n_").removeprefix("stop_at_").removesuffix("s")
-    reached = getattr(run.final, counter)
-    right = f"give at most {reached}" if reached else "give it in updates"
-    listed = planned.path[0] == "callbacks"
-    if listed and isinstance(planned.callback, PeriodicCallback) and not planned.firings.count:
-        right += ", or at_end: true"
-    path = planned.path if listed else planned.path[:-1]  # evaluations share an interval
-    return _located(config, (*path, setting), f"{value} never comes, so {fires}: {end}; {right}")
+    name, value = _interval_setting(planned)
+    if name is None:
+        return _warning(config, planned.path, f"{fires}: {end}")
+    counter = name.removeprefix("every_n_").removeprefix("stop_at_").removesuffix("s")
+    most = getattr(run.final, counter)
+    fix = f"write at most {most}" if most else "count in updates instead"
+    is_listed = planned.path[0] == "callbacks"
+    if is_listed and isinstance(planned.callback, PeriodicCallback) and not planned.firings.count:
+        fix += ", or at_end: true"
+    path = planned.path if is_listed else planned.path[:-1]  # all evaluations share one interval
+    return _warning(config, (*path, name), f"the run does not reach {value}, so {fires}: {end}; {fix}")
 
 
-def _setting(planned: PlannedCallback) -> tuple[str | None, int | None]:
-    """Return name and value of the setting that says when a callback fires."""
+def _interval_setting(planned: PlannedCallback) -> tuple[str | None, int | None]:
+    """Return name and value of the setting that says when the callback fires."""
     names: tuple[str, ...] = ()
     if isinstance(planned.callback, FixedUpdateEarlyStopping):
         names = ("stop_at_epoch", "stop_at_update", "stop_at_sample")
     elif isinstance(planned.callback, PeriodicCallback):
         names = tuple(INTERVALS)
-    given = ((name, getattr(planned.callback, name)) for name in names)
-    return next(((name, value) for name, value in given if value is not None), (None, None))
+    settings = ((name, getattr(planned.callback, name)) for name in names)
+    return next(((name, value) for name, value in settings if value is not None), (None, None))
 
 
-def _unsaved(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
-    """Yield what leaves the weights at the end of training unsaved."""
-    weighing = [(each, ask) for each in planned for ask in each.asks if ask.save.weights]
-    certain = [(_last_update(ask, run), each) for each, ask in weighing if ask.certain]
+def _warn_of_unsaved_weights(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
+    """Yield a warning if the weights at the end of training are not saved, or not for sure."""
+    saving = [(each, request) for each in planned for request in each.requests if request.save.weights]
+    certain = [(_last_update(request, run), each) for each, request in saving if request.certain]
     last, saver = max(certain, key=lambda item: item[0], default=(0, None))
-    if not weighing:
-        message = f"nobody saves the weights, so that nothing is left of the run; add {_CHECKPOINTS}"
-        yield _located(config, ("callbacks",), message)
+    if not saving:
+        yield _warning(config, ("callbacks",), f"no callback saves the weights; add {_CHECKPOINTS}")
     elif saver is None:
-        message = f"what is saved is decided in training, so that its end may be lost; add {_CHECKPOINTS}"
-        yield _located(config, weighing[-1][0].path, message)
+        message = f"a metric decides whether weights are saved, so the last ones may be lost; add {_CHECKPOINTS}"
+        yield _warning(config, saving[-1][0].path, message)
     elif last < run.final.update:
-        lost = f"the {run.final.update - last} updates after it are not saved: the run ends at {run.final}"
-        right = f"set at_end: true, or add {_CHECKPOINTS}"
-        message = f"{saver.name} saves for the last time at {run.iteration_after(last)}, and {lost}; {right}"
-        yield _located(config, saver.path, message)
+        lost = f"the {run.final.update - last} updates up to the end at {run.final} are lost"
+        fix = f"write at_end: true, or add {_CHECKPOINTS}"
+        yield _warning(config, saver.path, f"{saver.name} saves last at {run.iteration_after(last)}; {lost}; {fix}")
 
 
-def _last_update(ask: Ask, run: Run) -> int:
-    last = firings(ask.occasions, run).last
+def _last_update(request: SaveRequest, run: Run) -> int:
+    last = firings(request.occasions, run).last
     return 0 if last is None else last.iteration.update

@@ -116,10 +116,7 @@ def test_the_configurations_that_come_along(name, tmp_path):
     where = [word for key in ("train", "val", "test") for word in ("--set", f"data.{key}.cache=cache")]
     plan = planned(tmp_path, *(cache + where if name == "heat" else ()), config=ROOT / f"configs/{name}.yaml")
     assert all(each["firings"] for each in plan["callbacks"])
-    unsaved = (
-        "callbacks: nobody saves the weights, so that nothing is left of the run; "
-        "add noether.core.callbacks.CheckpointCallback"
-    )
+    unsaved = "callbacks: no callback saves the weights; add noether.core.callbacks.CheckpointCallback"
     assert [warning.partition(": ")[2] for warning in plan["warnings"]] == [unsaved] * (name == "seed")
 
 
@@ -132,8 +129,8 @@ WARNED = {
     "an interval that never comes": (
         [("every_n_updates: 10", "every_n_updates: 100")],
         (
-            ":28: callbacks[0].every_n_updates: 100 never comes, so ProgressCallback/U100 never fires: "
-            f"{END}; give at most 76, or at_end: true"
+            ":28: callbacks[0].every_n_updates: the run does not reach 100, so ProgressCallback/U100 never fires: "
+            f"{END}; write at most 76, or at_end: true"
         ),
     ),
     "an evaluation that never comes": (
@@ -143,49 +140,49 @@ WARNED = {
             (BEST, BEST.replace("every_n_epochs: 1", "every_n_updates: 99")),
         ],
         (
-            ":25: trainer.evaluate.every_n_updates: 99 never comes, so EvaluateCallback/U99/val never fires: "
-            f"{END}; give at most 76"
+            ":25: trainer.evaluate.every_n_updates: the run does not reach 99, so EvaluateCallback/U99/val never "
+            f"fires: {END}; write at most 76"
         ),
     ),
     "epochs of a run that ends before the first": (
         [("max_epochs: 2", "max_updates: 30"), ("every_n_updates: 5", "every_n_epochs: 1")],
         (
-            ":30: callbacks[1].every_n_epochs: 1 never comes, so OnlineLossCallback/E1 never fires: "
-            "the run ends at E0_U30_S960; give it in updates, or at_end: true"
+            ":30: callbacks[1].every_n_epochs: the run does not reach 1, so OnlineLossCallback/E1 never fires: "
+            "the run ends at E0_U30_S960; count in updates instead, or at_end: true"
         ),
     ),
     "checkpoints at the end only": (
         [("    every_n_epochs: 1\n    save_weights", "    every_n_epochs: 3\n    save_weights")],
         (
-            ":35: callbacks[3].every_n_epochs: 3 never comes, so CheckpointCallback/E3 fires at the end only: "
-            f"{END}; give at most 2"
+            ":35: callbacks[3].every_n_epochs: the run does not reach 3, so CheckpointCallback/E3 fires only at the "
+            f"end: {END}; write at most 2"
         ),
     ),
     "an end that only a metric saves": (
         [(SAVING, BEST)],
         (
-            ":34: callbacks[3]: what is saved is decided in training, so that its end may be lost; "
+            ":34: callbacks[3]: a metric decides whether weights are saved, so the last ones may be lost; "
             "add noether.core.callbacks.CheckpointCallback"
         ),
     ),
     "an end that nobody saves": (
         [(SAVING, "  - kind: saver.save\n    every_n_updates: 30\n")],
         (
-            ":34: callbacks[3]: save saves for the last time at E1_U60_S1909, and the 16 updates after it are not "
-            f"saved: {END}; set at_end: true, or add noether.core.callbacks.CheckpointCallback"
+            ":34: callbacks[3]: save saves last at E1_U60_S1909; the 16 updates up to the end at E2_U76_S2410 are "
+            "lost; write at_end: true, or add noether.core.callbacks.CheckpointCallback"
         ),
     ),
     "a beginning that is saved, and nothing after it": (
         [(SAVING, "  - kind: saver.begin\n")],
         (
-            ":34: callbacks[3]: begin saves for the last time at E0_U0_S0, and the 76 updates after it are not saved: "
-            f"{END}; set at_end: true, or add noether.core.callbacks.CheckpointCallback"
+            ":34: callbacks[3]: begin saves last at E0_U0_S0; the 76 updates up to the end at E2_U76_S2410 are "
+            "lost; write at_end: true, or add noether.core.callbacks.CheckpointCallback"
         ),
     ),
     "names of modules that are not there": (
         [("save_optim: true\n", "save_optim: false\n    save_latest_optim: false\n    model_names: [haed]\n")],
         (
-            ":39: callbacks[3].model_names: what CheckpointCallback/E1 asks for cannot be saved: "
+            ":39: callbacks[3].model_names: CheckpointCallback/E1 requests a checkpoint that cannot be saved: "
             "no weights below haed; there are: features.0.weight, "
         ),
     ),
@@ -286,7 +283,7 @@ def test_nothing_to_plan(small):
     emptied = ["--set", "callbacks=[]", "--set", "trainer.evaluate=null"]
     said = invoke("plan", "small.yaml", *emptied, "--png", "plan.png", cwd=small)
     (warning,) = (line for line in said.splitlines() if "Warning" in line)
-    assert warning.startswith("Warning: --set callbacks=[]: callbacks: nobody saves the weights, so that nothing is ")
+    assert warning.startswith("Warning: --set callbacks=[]: callbacks: no callback saves the weights; add ")
     assert (small / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -67,7 +67,7 @@ def show(config: Config, file: str, asked: Points, png: Path | None, *, as_json:
     with redirect_stdout(sys.stderr):  # what datasets and callbacks of a user's print is no part of the plan
         plan = make_plan(config)
     updates = _updates(asked, plan.run)
-    warnings = [str(each) for each in plan.cautions]
+    warnings = [str(each) for each in plan.warnings]
     if not asked:
         _show_all(plan, file, warnings, as_json=as_json)
     elif len(updates) == 1:

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
     from noether.core.iteration import TrainingIteration
     from noether.core.schedules.forecast import Firing, Firings
-    from noether.planning.plan import Plan, PlannedCallback
-    from noether.planning.saves import Checkpoints
+    from noether.planning.plan import Plan
+    from noether.planning.planned_callback import PlannedCallback
+    from noether.planning.retention_forecast import CheckpointForecast
 
 
 def plan_json(plan: Plan, file: str, disk: dict[str, Any], warnings: Sequence[str]) -> str:
@@ -102,7 +103,7 @@ def _iteration(at: TrainingIteration) -> dict[str, Any]:
     return {"epoch": at.epoch, "update": at.update, "sample": at.sample, "iteration": str(at)}
 
 
-def _checkpoints(made: Checkpoints) -> dict[str, Any]:
+def _checkpoints(made: CheckpointForecast) -> dict[str, Any]:
     bounds = ("written", "kept", "written_bytes", "kept_bytes")
     return {
         **{name: getattr(made, name)._asdict() for name in bounds},

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from noether.core.run import Run
-    from noether.planning.plan import Plan, PlannedCallback
+    from noether.planning.plan import Plan
+    from noether.planning.planned_callback import PlannedCallback
 
 _COLUMNS: Final = 1000
 _WIDTH_INCHES: Final = 11.0

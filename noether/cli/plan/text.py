@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from noether.core.schedules.forecast import Firing, Firings
-    from noether.planning.plan import Plan, PlannedCallback
-    from noether.planning.saves import Bounds, Checkpoints
+    from noether.planning.plan import Plan
+    from noether.planning.planned_callback import PlannedCallback
+    from noether.planning.retention_forecast import Bounds, CheckpointForecast
 
 _WIDTH: Final = 144
 """Of what does not go to a terminal."""
@@ -131,7 +132,7 @@ def _totals(plan: Plan, *, saves: bool, reads: bool) -> list[str]:
     return [*((written, kept, "", in_all) if saves else ()), *((f"{count:,}", f"{samples:,}") if reads else ())]
 
 
-def _saved(made: Checkpoints) -> list[str]:
+def _saved(made: CheckpointForecast) -> list[str]:
     each = ", ".join(map(size, made.each_bytes))
     return [_number(made.written), _number(made.kept), each, _sizes(made.written_bytes)]
 

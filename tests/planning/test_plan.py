@@ -395,8 +395,8 @@ def test_whom_a_plan_did_not_ask_everywhere_it_names(folder):
     assert only(callbacks, ends="max_epochs: 13").notes == ()
     (note,) = only(callbacks, ends="max_epochs: 14").notes
     assert note == (
-        "tagged: asked at the first 12 firings and the last; "
-        "a checkpoint that is asked for only in between is not counted"
+        "tagged: only the first 12 firings and the last were tried; "
+        "checkpoints that are requested only in between are not counted"
     )
 
 
@@ -412,7 +412,7 @@ def test_who_may_stop_the_run_is_named(folder):
     guard = "kind: noether.core.callbacks.NanGuardCallback, every_n_epochs: 1, tolerance: 2"
     notes = only(["kind: mine.gives_up", guard, SAVER]).notes
     assert notes == tuple(
-        f"{name} may stop the run early; the plan then holds up to there"
+        f"{name} may stop the run early; the plan is valid up to that point"
         for name in ("gives_up", "NanGuardCallback/E1")
     )
     assert only(["kind: mine.gives_up", SAVER], ends="max_epochs: 3").notes == ()  # that is the end
@@ -421,13 +421,17 @@ def test_who_may_stop_the_run_is_named(folder):
 def test_what_reads_values_is_left_out_and_named(folder):
     plan = only(["kind: mine.reads, every_n_epochs: 1", SAVER])
     (note,) = plan.notes
-    assert note.startswith("reads could not be asked what it saves, which is not counted: RuntimeError: Tensor.item()")
+    assert note.startswith(
+        "checkpoints of reads are not counted: it cannot be called before training: RuntimeError: Tensor.item()"
+    )
     assert plan.checkpoints.written == (8, 8)
 
 
 def test_what_returns_no_pair_is_left_out_and_named(folder):
     (note,) = only(["kind: mine.forgets, every_n_epochs: 1", SAVER]).notes
-    assert note.startswith("forgets could not be asked what it saves, which is not counted: TypeError: cannot unpack")
+    assert note.startswith(
+        "checkpoints of forgets are not counted: it cannot be called before training: TypeError: cannot unpack"
+    )
 
 
 def test_what_iterates_by_itself_is_asked_with_one_sample(folder):
@@ -439,7 +443,7 @@ def test_what_iterates_by_itself_is_asked_with_one_sample(folder):
 def test_a_model_that_needs_values_is_made_on_the_cpu(folder):
     plan = only([SAVER], more=", valued: true")
     (note,) = plan.notes
-    assert note.startswith("mine.Net was made on the CPU: it cannot be made without values (RuntimeError")
+    assert note.startswith("mine.Net was built on the CPU: it needs values of tensors (RuntimeError")
     assert plan.checkpoints == only([SAVER], more="").checkpoints
 
 
@@ -463,9 +467,11 @@ def test_a_fixed_stop_is_the_end(folder, monkeypatch):
     check_firings(plan, directory)
     check_saves(plan, disk)
     assert [each.firings.count for each in plan.callbacks[1:3]] == [1, 0]
-    (caution,) = plan.cautions
-    assert str(caution).endswith("3 never comes, so FixedUpdateEarlyStopping/stop_at_epoch=3 never fires: the run ends "
-                                 "at E1_U13_S50; give at most 1")  # fmt: skip
+    (warning,) = plan.warnings
+    assert str(warning).endswith(
+        "the run does not reach 3, so FixedUpdateEarlyStopping/stop_at_epoch=3 never fires: "
+        "the run ends at E1_U13_S50; write at most 1"
+    )
 
 
 def test_a_fixed_stop_among_callbacks_of_one_section_is_the_end(folder, monkeypatch):

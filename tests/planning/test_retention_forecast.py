@@ -22,9 +22,9 @@ from noether.effects.checkpoints.contents import STATE, WEIGHTS, weights_asked
 from noether.effects.checkpoints.manifest import Manifest, Part
 from noether.effects.checkpoints.retention import pruning
 from noether.effects.merging import merge
-from noether.planning.plan import planned_callback
-from noether.planning.requests import Stage
-from noether.planning.saves import checkpoints
+from noether.planning.planned_callback import plan_callback
+from noether.planning.requests import Probe
+from noether.planning.retention_forecast import forecast_checkpoints
 from noether.testing.strategies import run_lengths, schedules
 from noether.training.experiment import Placed
 
@@ -93,10 +93,10 @@ def walk(reducer, run):
 def asked(callbacks, run):
     memory = compose(*callbacks).init(begun("meta"))
     state = begun("meta").replace(callback_states=memory)
-    stage = Stage(state=state, begun=state, run=run.replace(data={}))
-    planned = [planned_callback(Placed(each, ()), stage) for each in callbacks]
-    assert not any(each.unasked or each.misasked for each in planned)
-    return [ask for each in planned for ask in each.asks]
+    probe = Probe(state=state, initial=state, run=run.replace(data={}))
+    planned = [plan_callback(Placed(each, ()), probe) for each in callbacks]
+    assert not any(each.probe_error or each.save_error for each in planned)
+    return [request for each in planned for request in each.requests]
 
 
 intervals = st.builds(
@@ -150,7 +150,7 @@ def savers(draw):
 @given(savers(), run_lengths(max_epochs=4))
 @settings(max_examples=100)
 def test_what_no_metric_decides_is_known_exactly(callbacks, run):
-    store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
+    store, planned = walk(compose(*callbacks), run), forecast_checkpoints(asked(callbacks, run), run)
     assert planned.written == (len(store.written),) * 2
     assert planned.written_bytes == (sum(store.written),) * 2
     assert planned.kept == (len(store.held),) * 2
@@ -169,7 +169,7 @@ def saver(name, interval, **asked):
 def test_the_newest_to_go_on_from_may_need_two_who_seldom_meet():
     """Weights are asked for at one interval and the optimizer at another: only together they make a resumable one."""
     callbacks = [saver("weights", 3, optimizer=False), saver("optimizer", 4, weights=False)]
-    store, planned = walk(compose(*callbacks), SHORT), checkpoints(asked(callbacks, SHORT), SHORT)
+    store, planned = walk(compose(*callbacks), SHORT), forecast_checkpoints(asked(callbacks, SHORT), SHORT)
     assert [manifest.iteration.update for manifest, _ in store.held.values()] == [24, 32, 33]
     assert (planned.kept, planned.kept_bytes) == ((3, 3), (store.bytes,) * 2)
 
@@ -201,7 +201,7 @@ def test_a_metric_may_make_one_resumable_together_with_what_is_certain():
     """Weights where a metric says so and the optimizer at an interval: three checkpoints can stay of the two."""
     measure = on(AfterUpdate)(lambda state, event: log(state, event, {"val/accuracy": 1.0}))
     callbacks = [measure, promising(saver("weights", 3, optimizer=False)), saver("optimizer", 4, weights=False)]
-    store, planned = walk(compose(*callbacks), SHORT), checkpoints(asked(callbacks, SHORT), SHORT)
+    store, planned = walk(compose(*callbacks), SHORT), forecast_checkpoints(asked(callbacks, SHORT), SHORT)
     assert [manifest.iteration.update for manifest, _ in store.held.values()] == [24, 32, 33]
     assert planned.kept == (1, 3)
     assert planned.kept_bytes.at_least < store.bytes <= planned.kept_bytes.at_most
@@ -218,7 +218,7 @@ def watching(draw):
 @settings(max_examples=100)
 def test_what_a_metric_decides_is_bounded(callbacks, measure, decides, run):
     callbacks = [measure, *callbacks, decides]
-    store, planned = walk(compose(*callbacks), run), checkpoints(asked(callbacks, run), run)
+    store, planned = walk(compose(*callbacks), run), forecast_checkpoints(asked(callbacks, run), run)
     for bounds, real in ((planned.written, len(store.written)), (planned.written_bytes, sum(store.written)),
                          (planned.kept, len(store.held)), (planned.kept_bytes, store.bytes)):  # fmt: skip
         assert bounds.at_least <= real <= bounds.at_most

@@ -1,0 +1,109 @@
+"""Counts of checkpoints and of their bytes up to an update, in closed form from the requests' schedules.
+
+Everywhere `through` is the number of an update: all events up to it count, those that come right after it included (the
+end of an epoch, the end of training). 0 stands for the events before the first update, -1 for none.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, final
+
+from noether.core.schedules.forecast import Occasions, count_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from noether.core.event import Event
+    from noether.core.run import Run
+    from noether.core.schedules.schedule import Schedule
+    from noether.planning.requests import SaveRequest
+
+
+@final
+@dataclass(frozen=True)
+class CheckpointTotal:
+    """A number of checkpoints and the bytes of their tensors.
+
+    Example:
+        >>> CheckpointTotal(3, 300) - CheckpointTotal(1, 100)
+        CheckpointTotal(count=2, size_bytes=200)
+    """
+
+    count: int = 0
+    size_bytes: int = 0
+
+    def __add__(self, other: CheckpointTotal) -> CheckpointTotal:
+        return CheckpointTotal(self.count + other.count, self.size_bytes + other.size_bytes)
+
+    def __sub__(self, other: CheckpointTotal) -> CheckpointTotal:
+        return CheckpointTotal(self.count - other.count, self.size_bytes - other.size_bytes)
+
+
+def count_checkpoints(
+    requests: Iterable[SaveRequest], contents: Iterable[SaveRequest], through: int, run: Run
+) -> CheckpointTotal:
+    """Return the checkpoints that requests make; requests with one slot at one event make one checkpoint.
+
+    Args:
+        requests: The requests whose checkpoints count.
+        contents: The requests that decide what is in a checkpoint: at one event each of them adds its parts.
+        through: The last update that counts.
+        run: The run.
+    """
+    count = size_bytes = 0
+    contents_by_slot = group_by_slot(contents)
+    for slot, own in group_by_slot(requests).items():
+        count += count_events(own, through, run)
+        for adding, part_bytes in _parts_by_requests(contents_by_slot[slot]):
+            size_bytes += part_bytes * count_common_events([own, adding], through, run)
+    return CheckpointTotal(count, size_bytes)
+
+
+def group_by_slot(requests: Iterable[SaveRequest]) -> Mapping[tuple[str | None, str | None], list[SaveRequest]]:
+    """Return the requests by slot: those of one slot make one checkpoint where they are made at the same event."""
+    slots: dict[tuple[str | None, str | None], list[SaveRequest]] = defaultdict(list)
+    for request in requests:
+        slots[request.slot].append(request)
+    return slots
+
+
+def part_sizes(requests: Iterable[SaveRequest]) -> dict[str, int]:
+    """Return the bytes of each part of the checkpoint that requests of one slot make together."""
+    return {part: size for request in requests for part, size in request.sizes.items()}
+
+
+def count_events(requests: Iterable[SaveRequest], through: int, run: Run) -> int:
+    """Return the number of events at which at least one of the requests is made."""
+    if through < 0:
+        return 0
+    schedule: Schedule | None = None
+    once: set[type[Event]] = set()
+    for request in requests:
+        once.update(request.occasions.once)
+        if request.occasions.schedule is not None:
+            schedule = request.occasions.schedule if schedule is None else schedule | request.occasions.schedule
+    return count_until(Occasions(schedule, tuple(once)), run.iteration_after(through), run)
+
+
+def count_common_events(groups: Sequence[Sequence[SaveRequest]], through: int, run: Run) -> int:
+    """Return the number of events at which at least one request of every group is made.
+
+    Args:
+        groups: One or two groups of requests.
+        through: The last update that counts.
+        run: The run.
+    """
+    total = sum(count_events(requests, through, run) for requests in groups)
+    return total - count_events(chain.from_iterable(groups), through, run) if len(groups) > 1 else total
+
+
+def _parts_by_requests(requests: Sequence[SaveRequest]) -> Iterator[tuple[list[SaveRequest], int]]:
+    """Yield `(requests, bytes)` for all parts of a checkpoint that the same requests contain."""
+    bytes_by_indices: dict[tuple[int, ...], int] = defaultdict(int)
+    for part, size in part_sizes(requests).items():
+        bytes_by_indices[tuple(i for i, request in enumerate(requests) if part in request.sizes)] += size
+    for indices, size in bytes_by_indices.items():
+        yield [requests[index] for index in indices], size

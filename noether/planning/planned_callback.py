@@ -1,0 +1,148 @@
+"""What one callback will do in a run: when it fires, which checkpoints it requests and what it evaluates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, final
+
+from noether.core.callback import declaration_of, label_of, listens_to
+from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping, MetricEarlyStopping
+from noether.core.callbacks.nan_guard import NanGuardCallback
+from noether.core.event import EVENTS, AfterTraining, AtEval, BeforeTraining
+from noether.core.schedules.forecast import Occasions, firings, occasions_of
+from noether.core.schedules.schedule import At
+from noether.planning.requests import UNSAVABLE_ERRORS, ProbeError, ProbeResult
+from noether.planning.retention_forecast import forecast_checkpoints
+
+if TYPE_CHECKING:
+    from noether.config.errors import SettingPath
+    from noether.core.callback import Callback
+    from noether.core.event import Event
+    from noether.core.run import Run
+    from noether.core.schedules.forecast import Firings
+    from noether.planning.requests import Probe, SaveRequest
+    from noether.planning.retention_forecast import CheckpointForecast
+    from noether.training.experiment import Placed
+
+
+@final
+@dataclass(frozen=True)
+class Evaluations:
+    """The evaluations of a dataset by one callback.
+
+    Args:
+        dataset: Key of the dataset.
+        weights: Owner of the evaluated weights, such as `ema=0.99`; None for the weights in training.
+        count: Number of evaluations.
+        samples: Number of samples in all of them.
+    """
+
+    dataset: str
+    weights: str | None
+    count: int
+    samples: int
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PlannedCallback:
+    """What one callback will do if nothing stops the run early.
+
+    Args:
+        callback: The callback.
+        path: SettingPath of the setting that describes it, such as `("callbacks", 2)`.
+        occasions: When it fires: where its gate opens, and before and after training if it requests a checkpoint there.
+            A callback without a gate fires at every event that it listens to, except accumulation steps.
+        firings: Number of firings, the first and the last.
+        requests: The checkpoints that it requests.
+        checkpoints: Forecast for these requests alone; None without requests.
+        evaluations: What it evaluates; None if it iterates no dataset.
+        stops: Whether it may stop the run early, at a point that the plan does not know.
+        probe_error: Why its requests are unknown; None if they are known.
+        save_error: Why a checkpoint that it requests cannot be saved; None if all can.
+    """
+
+    callback: Callback
+    path: SettingPath
+    occasions: Occasions
+    firings: Firings
+    requests: tuple[SaveRequest, ...]
+    checkpoints: CheckpointForecast | None
+    evaluations: Evaluations | None
+    stops: bool
+    probe_error: str | None
+    save_error: str | None
+
+    @property
+    def name(self) -> str:
+        """The name of the callback in messages."""
+        return label_of(self.callback)
+
+    @property
+    def when(self) -> str | None:
+        """Its schedule, such as `E1` or `U100|at_U1`; None without one."""
+        gate = declaration_of(self.callback).gate
+        return None if gate is None else "|".join(map(str, gate.schedule.members))
+
+
+def plan_callback(placed: Placed, probe: Probe, *, evaluate_first: bool = False) -> PlannedCallback:
+    """Return what one callback will do.
+
+    Args:
+        placed: The callback, and the path of its setting.
+        probe: Finds its requests.
+        evaluate_first: Whether the run evaluates before the first update.
+    """
+    callback, run = placed.callback, probe.run
+    events = tuple(kind for kind in EVENTS if listens_to(callback, kind) and (kind is not AtEval or evaluate_first))
+    occasions = _occasions(callback, events, run)
+    result, probe_error, save_error = ProbeResult((), stops=False), None, None
+    try:
+        occasions, result = _probe_with_ends(callback, occasions, events, probe)
+    except ProbeError as error:
+        probe_error = str(error)
+    except UNSAVABLE_ERRORS as error:
+        save_error = str(error)
+    stops = result.stops or isinstance(callback, (MetricEarlyStopping, NanGuardCallback))
+    return PlannedCallback(
+        callback=callback,
+        path=placed.path,
+        occasions=occasions,
+        firings=firings(occasions, run),
+        requests=result.requests,
+        checkpoints=forecast_checkpoints(result.requests, run) if result.requests else None,
+        evaluations=_evaluations(callback, occasions, run),
+        stops=stops and not isinstance(callback, FixedUpdateEarlyStopping),  # the planned run ends where that one stops
+        probe_error=probe_error,
+        save_error=save_error,
+    )
+
+
+def _occasions(callback: Callback, events: tuple[type[Event], ...], run: Run) -> Occasions:
+    if isinstance(callback, FixedUpdateEarlyStopping):  # listens to every event and acts once
+        return Occasions(At(callback.point))
+    declared = declaration_of(callback)
+    occasions = occasions_of(declared, events, run)
+    if declared.gate is not None and AtEval in events:
+        return replace(occasions, once=(AtEval, *occasions.once))
+    return occasions
+
+
+def _probe_with_ends(
+    callback: Callback, occasions: Occasions, events: tuple[type[Event], ...], probe: Probe
+) -> tuple[Occasions, ProbeResult]:
+    """Return the occasions and requests; outside its gate a callback may still save before and after training."""
+    gated = probe.find_requests(callback, occasions)
+    ends = tuple(kind for kind in (BeforeTraining, AfterTraining) if kind in events and kind not in occasions.once)
+    at_ends = probe.find_requests(callback, Occasions(None, ends))
+    saving = dict.fromkeys(kind for request in at_ends.requests for kind in request.occasions.once)
+    occasions = replace(occasions, once=(*occasions.once, *saving))
+    return occasions, ProbeResult((*gated.requests, *at_ends.requests), stops=gated.stops or at_ends.stops)
+
+
+def _evaluations(callback: Callback, occasions: Occasions, run: Run) -> Evaluations | None:
+    key = getattr(callback, "dataset_key", None)
+    if key is None or key not in run.data:
+        return None
+    count = firings(occasions, run).count
+    return Evaluations(key, getattr(callback, "weights", None), count, count * len(run.data[key]))
