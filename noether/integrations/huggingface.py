@@ -60,11 +60,11 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.tensors.module import forward, write_into, write_optimizer
 from noether.core.tensors.tree import map_tensors
+from noether.effects.checkpoints.state_codec import encode_state
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
 from noether.integrations.accelerate import lengths
-from noether.session.memory import encode_state
 from noether.session.scheduler import SchedulerMemory, position
 from noether.session.session import Session, fill_run
 

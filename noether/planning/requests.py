@@ -20,7 +20,7 @@ from noether.core.schedules.forecast import EARLY, Occasions, firings, nth_firin
 from noether.core.schedules.gate import Gate
 from noether.core.state import Measured
 from noether.core.tensors.tree import FrozenDict, tensors
-from noether.effects.checkpoints.contents import ModelNamesError, weights_asked
+from noether.effects.checkpoints.contents import ModelNamesError, select_weights
 from noether.effects.merging import merge
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Probe:
 
     def _part_sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:
         state = self.initial if set(part.once) & set(EARLY) else self.state
-        weights = weights_asked(save, state) if save.weights else {}
+        weights = select_weights(save, state) if save.weights else {}
         sizes = {f"weights/{name}": tensor.nbytes for name, tensor in weights.items()}
         if save.optimizer:
             remembered = (state.opt_state, state.callback_states, state.hyperparams)

@@ -31,8 +31,8 @@ from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.module import add_total, move_beside, write_into
 from noether.core.tensors.tree import FrozenDict
+from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.session.evaluation import beside_training
-from noether.session.memory import decode_state, encode_state
 from noether.session.optimizers import TorchOptimizer
 from noether.session.timing import Clock, Stopwatch
 from noether.session.views import Views

@@ -275,7 +275,7 @@ def test_a_run_of_which_only_weights_were_saved_keeps_its_log(tmp_path):
     output = invoke("train", "--resume", run, "--set", "trainer.max_epochs=2", cwd=tmp_path, code=1)
     lacking = "does not hold weights, optimizer and state of the whole model"
     assert output == (
-        f"Error: the run cannot go on from any of the 2 checkpoints in {run}/checkpoints:\n"
+        f"Error: the run cannot resume from any of the 2 checkpoints in {run}/checkpoints:\n"
         f"  {run}/checkpoints/E1_U38_S1205 {lacking}\n"
         f"  {run}/checkpoints/E1_U40_S1269 {lacking}\n"
         f"Begin a new run with --set run.init_from={run}/checkpoints/E1_U40_S1269, and save_latest_optim: true\n"

@@ -64,7 +64,7 @@ def test_a_hostile_checkpoint_is_a_line_that_names_it(finished, tmp_path, name, 
     assert evaluated.startswith(f"Error: out/small/{finished.name}/checkpoints/")
     assert " does not hold a state: " in evaluated
     first, *reasons = resumed.splitlines()
-    assert first.startswith(f"Error: the run cannot go on from any of the {len(tags)} checkpoints in ")
+    assert first.startswith(f"Error: the run cannot resume from any of the {len(tags)} checkpoints in ")
     assert len(reasons) == len(tags)
     assert all(name in line for line in (evaluated, *reasons))
     assert not (tmp_path / "executed").exists()

@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(finished, tmp_path):
     path = finished / "checkpoints/E2_U76_S2410.2/optimizer.safetensors"
     path.unlink()
     done = noether("train", "--resume", shown(finished, tmp_path), cwd=tmp_path)
-    assert done.stderr == f"{shown(path, tmp_path)} is missing; going on without it, at E2_U76_S2410\n"
+    assert done.stderr == f"{shown(path, tmp_path)} is missing; resuming from E2_U76_S2410 without it\n"
     assert done.stdout.splitlines()[0] == "going on at E2_U76_S2410"
     assert pointer(finished, "latest") == "E2_U76_S2410.3"
 
@@ -197,7 +197,7 @@ def test_a_run_of_which_every_checkpoint_is_damaged_does_not_begin_anew(finished
     output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path, code=1)
     first, *reasons = output.splitlines()
     assert first == (
-        f"Error: the run cannot go on from any of the {len(reasons)} checkpoints in {shown(checkpoints, tmp_path)}:"
+        f"Error: the run cannot resume from any of the {len(reasons)} checkpoints in {shown(checkpoints, tmp_path)}:"
     )
     assert reasons[0].startswith(f"  {shown(checkpoints, tmp_path)}/E2_U76_S2410.2/state.json is damaged: ")
     assert contents(tmp_path) == before

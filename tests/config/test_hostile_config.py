@@ -245,7 +245,7 @@ NOT_THAT = {
         "torch.float32",
         "torch.nn",
         "noether.config.kinds.resolve",
-        "noether.effects.disk.files.remove_all",
+        "noether.effects.disk.files.remove_tree",
         "noether.examples.digits.Digits",
     ],
     "a dataset": ["torch.load", "torch.hub.load", "torch.nn.Linear", "torch.from_file", "noether.effects.open_run"],

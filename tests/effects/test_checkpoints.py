@@ -20,7 +20,7 @@ from noether.core.state import Measured
 from noether.core.tensors.tree import freeze
 from noether.effects import CheckpointError, CheckpointStore, open_run
 from noether.effects.checkpoints.manifest import Manifest, Part
-from noether.effects.checkpoints.retention import pruning
+from noether.effects.checkpoints.retention import select_prunable
 from noether.effects.disk.calls import Disk, fsync
 from noether.testing import same
 
@@ -371,10 +371,9 @@ def histories(draw):
 @given(histories(), st.randoms())
 def test_the_plan_of_what_goes(history, random):
     manifests, pointers, whole, parent = history
-    plan = pruning(random.sample(manifests, len(manifests)), pointers, whole, parent)
-    gone = plan.delete
+    gone = select_prunable(random.sample(manifests, len(manifests)), pointers, whole, parent)
     kept = [manifest for manifest in manifests if manifest.tag not in gone]
-    assert plan.keep == tuple(manifest.tag for manifest in kept)
+    assert gone == [manifest.tag for manifest in manifests if manifest not in kept]
     resumable = [each.tag for each in manifests if each.resumable]
     while len(resumable) > 1 and whole & set(resumable[1:]):  # none is older than the newest that is known to be whole
         del resumable[0]
@@ -398,11 +397,11 @@ def test_the_plan_of_what_goes(history, random):
 @given(histories())
 def test_removing_what_goes_leaves_nothing_more_to_go(history):
     manifests, pointers, whole, parent = history
-    gone = pruning(manifests, pointers, whole, parent).delete
+    gone = select_prunable(manifests, pointers, whole, parent)
     left = [manifest for manifest in manifests if manifest.tag not in gone]
     keeps = {keep for manifest in manifests for keep in manifest.retention.values()}
     if len(keeps) <= 1:  # an owner that changes its mind may keep more or less of the same checkpoints
-        assert pruning(left, pointers, whole, parent).delete == ()
+        assert select_prunable(left, pointers, whole, parent) == []
     assert [manifest.tag for manifest in manifests if manifest.tag in gone] == list(gone)
 
 
@@ -441,7 +440,7 @@ def test_a_checkpoint_that_holds_files_of_others_is_not_removed(store, folder, c
     store.save(keep, at(3), UPDATE)
     assert (folder / "E0_U1_S4/notes.txt").read_text() == "the good one"
     assert tags(store) == ["E0_U1_S4", "E0_U3_S12"]
-    assert "checkpoints that nobody keeps stay in" in caplog.text
+    assert "checkpoints that retention would remove stay in" in caplog.text
     assert "E0_U1_S4/notes.txt would be lost" in caplog.text
 
 
@@ -462,7 +461,7 @@ def test_what_a_broken_pointer_named_is_not_removed(store, folder, caplog):
     (folder / "best").write_text("E0_U1")
     store.save(SaveCheckpoint(retention={"c": 1}), at(2), UPDATE)
     assert tags(store) == ["E0_U1_S4", "E0_U2_S8"]
-    assert f"{folder / 'best'} is damaged, or no pointer" in caplog.text
+    assert f"{folder / 'best'} is damaged, or not a pointer" in caplog.text
     store.save(best, at(3), UPDATE)  # which sets it anew
     assert tags(store) == ["E0_U2_S8", "E0_U3_S12"]
 
@@ -552,7 +551,7 @@ def test_a_pointer_without_its_checkpoint_is_no_beginning(store, folder):
     """Somebody removed the checkpoints: to begin anew in silence would write over what their run was."""
     store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
     shutil.rmtree(folder / "E0_U1_S4")
-    with pytest.raises(CheckpointError, match="latest names E0_U1_S4, which is not there"):
+    with pytest.raises(CheckpointError, match="latest names E0_U1_S4, which does not exist"):
         opened(folder).recover()
 
 
@@ -570,4 +569,4 @@ def test_what_may_not_be_read_is_not_taken_for_damaged(store, folder, name):
 
     with pytest.raises(CheckpointError) as error:
         CheckpointStore(folder, "run", Disk(call)).recover()
-    assert str(error.value) == f"{refused} cannot be read: Permission denied; the run goes on once it can be"
+    assert str(error.value) == f"{refused} cannot be read: Permission denied; make it readable, then resume"

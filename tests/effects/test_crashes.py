@@ -9,13 +9,11 @@ from faults import KINDS, Faults, Killed, Power, meets, restored
 from small_run import BEST, CALM, at, opened, train
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint
-from noether.effects import CheckpointError, LogError, run_directory
-from noether.effects.checkpoints import retention as plan
-from noether.effects.checkpoints import store as checkpoints
+from noether.effects import CheckpointError, CheckpointStore, LogError, run_directory
 from noether.effects.checkpoints import writer as writing
 from noether.effects.checkpoints.listing import list_checkpoints
 from noether.effects.disk.calls import Disk
-from noether.effects.disk.files import TEMPORARY, remove_all, write_new
+from noether.effects.disk.files import TEMPORARY_PREFIX, remove_tree, write_new_file
 from noether.effects.logs import flushing as pace
 from noether.effects.logs import jsonl as lines
 from noether.testing import same
@@ -46,7 +44,7 @@ def check(directory, acknowledged):
         assert newest - lost <= len(lines) <= newest
         assert list(train(run, [newest + 1])) == [newest + 1]
         assert store.pointers()["latest"] == str(at(newest + 1).iteration)
-    assert not [name for name in (directory / "checkpoints").iterdir() if name.name.startswith(TEMPORARY)]
+    assert not [name for name in (directory / "checkpoints").iterdir() if name.name.startswith(TEMPORARY_PREFIX)]
 
 
 @pytest.fixture(scope="module")
@@ -224,36 +222,66 @@ def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind)
     assert number >= 50
 
 
-def reordered(*kinds):
-    """Return a plan that takes steps of these kinds first."""
+STEPS = {name: getattr(CheckpointStore, name) for name in ("_write", "_commit", "_move_pointers", "_prune")}
 
-    def planned(*arguments):
-        steps = plan.planned(*arguments)
-        return tuple(sorted(steps, key=lambda step: not isinstance(step, kinds)))
 
-    return planned
+def save_in_order(*order):
+    """Return a `CheckpointStore.save` that takes its steps in another order."""
+    save = CheckpointStore.save
+
+    def save_out_of_order(store, *arguments):
+        calls = {}
+
+        def defer(name):
+            def step(manifest, *others):
+                calls[name] = (manifest, others)
+                return manifest
+
+            return step
+
+        for name in STEPS:
+            setattr(store, name, defer(name))
+        save(store, *arguments)
+        for name in STEPS:
+            delattr(store, name)
+        written = None
+        for name in order:
+            manifest, others = calls[name]
+            result = STEPS[name](store, written or manifest, *others)
+            written = result if name == "_write" else written
+
+    return save_out_of_order
 
 
 def pruned_in_place(self, tags):
     for tag in tags:
-        remove_all(self._directory / tag, self._disk)
+        remove_tree(self._directory / tag, self._disk)
 
 
 def replaced_in_place(path, text, disk):
     if disk.kind(path) is not None:
         disk.remove(path)
-    write_new(path, [text.encode()], disk)
+    write_new_file(path, [text.encode()], disk)
     disk.flush_directory(path.parent)
 
 
 # By name: what is replaced (where, what, by what), and what is not flushed.
 MUTANTS = {
     "no file is flushed": ((), lambda path, kind: kind == "file"),
-    "the directory is not flushed": ((), lambda path, kind: path.name.startswith(TEMPORARY) and kind == "directory"),
+    "the directory is not flushed": (
+        (),
+        lambda path, kind: path.name.startswith(TEMPORARY_PREFIX) and kind == "directory",
+    ),
     "the parent is not flushed": ((), lambda path, kind: path.name == "checkpoints"),
-    "pointers before the commit": ((checkpoints, "planned", reordered(plan.Write, plan.Point)), None),
-    "prune first": ((checkpoints, "planned", reordered(plan.Prune)), None),
-    "prune before the pointers": ((checkpoints, "planned", reordered(plan.Write, plan.Commit, plan.Prune)), None),
+    "pointers before the commit": (
+        (CheckpointStore, "save", save_in_order("_write", "_move_pointers", "_commit", "_prune")),
+        None,
+    ),
+    "prune first": ((CheckpointStore, "save", save_in_order("_prune", "_write", "_commit", "_move_pointers")), None),
+    "prune before the pointers": (
+        (CheckpointStore, "save", save_in_order("_write", "_commit", "_prune", "_move_pointers")),
+        None,
+    ),
     "written in place": ((writing.Writer, "_temporary", lambda self, tag: self._directory / tag), None),
     "pruned in place": ((writing.Writer, "prune", pruned_in_place), None),
     "pointers replaced in place": ((writing, "replace_text", replaced_in_place), None),

@@ -355,7 +355,7 @@ def test_when_all_are_damaged_one_error_says_why_of_each_and_nothing_begins_afre
     with pytest.raises(CheckpointError) as error:
         opened(folder).recover()
     first, *reasons = str(error.value).splitlines()
-    assert first == f"the run cannot go on from any of the 3 checkpoints in {folder}:"
+    assert first == f"the run cannot resume from any of the 3 checkpoints in {folder}:"
     assert len(reasons) == 3
     for path, why in said.items():
         assert sum(reason.startswith(f"  {path} ") and why in reason for reason in reasons) == 1, (path, reasons)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from noether.core.tensors.tree import FrozenDict, freeze
-from noether.effects.disk.encoding import decode, encode, number
+from noether.effects.disk.encoding import decode_tree, encode_tree, json_number
 from noether.testing import same
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -44,8 +44,8 @@ def refuse(constant):
 def written(tree):
     """Return the tree as it comes back from the disk: strict JSON beside a safetensors file."""
     tensors = {}
-    text = json.dumps(encode(tree, tensors))
-    return decode(
+    text = json.dumps(encode_tree(tree, tensors))
+    return decode_tree(
         json.loads(text, parse_constant=refuse), load(save({name: tensor.clone() for name, tensor in tensors.items()}))
     )
 
@@ -78,24 +78,24 @@ def test_the_order_of_keys_is_kept():
 
 def test_the_names_of_tensors_are_their_paths():
     tensors = {}
-    encode({"ema": {"weight": torch.ones(1), "steps": (torch.zeros(1), 3)}}, tensors, "callback_states")
+    encode_tree({"ema": {"weight": torch.ones(1), "steps": (torch.zeros(1), 3)}}, tensors, "callback_states")
     assert list(tensors) == ["callback_states.ema.weight", "callback_states.ema.steps.0"]
 
 
 def test_what_cannot_be_saved_is_named():
     with pytest.raises(TypeError, match=r"^ema\.decay is a set, which cannot be saved$"):
-        encode({"ema": {"decay": {1}}}, {})
+        encode_tree({"ema": {"decay": {1}}}, {})
 
 
 @pytest.mark.parametrize("value", [{"$list": [1]}, {"$tuple": [], "$dict": {}}])
 def test_what_was_never_written_is_refused(value):
     with pytest.raises(ValueError, match="unknown entry"):
-        decode(value, {})
+        decode_tree(value, {})
 
 
 @UNTIMED
 @given(st.floats())
 def test_a_number_is_strict_json(value):
-    shown = json.loads(json.dumps(number(value)), parse_constant=refuse)
+    shown = json.loads(json.dumps(json_number(value)), parse_constant=refuse)
     assert same(float(shown), value)
     assert isinstance(shown, str) == (not math.isfinite(value))

@@ -80,7 +80,7 @@ def refusal(store, name="x"):
     assert {Path(each).parent.name for each in opened(events)} <= {"x"}
     said = str(found.value)
     first, *reasons = str(recovered.value).splitlines()
-    assert first.startswith("the run cannot go on from any of the 1 checkpoints")
+    assert first.startswith("the run cannot resume from any of the 1 checkpoints")
     assert [reason.strip().partition(": ")[0] for reason in reasons] == [said.partition(": ")[0]]
     return said
 

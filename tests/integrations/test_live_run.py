@@ -21,8 +21,8 @@ from noether import (
 )
 from noether.config import load_callbacks
 from noether.core.callbacks import DatasetStatsCallback, MetricCallback, OnlineLossCallback, TrainTimeCallback
+from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.session.evaluation import BesideTraining
-from noether.session.memory import decode_state, encode_state
 from noether.session.optimizers import TorchOptimizer
 from noether.session.session import Session
 from noether.session.timing import Clock

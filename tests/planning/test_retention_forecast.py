@@ -18,9 +18,9 @@ from noether.core.run import Run
 from noether.core.schedules.schedule import EveryNUpdates
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict, tensors
-from noether.effects.checkpoints.contents import STATE, WEIGHTS, weights_asked
+from noether.effects.checkpoints.contents import STATE, WEIGHTS, select_weights
 from noether.effects.checkpoints.manifest import Manifest, Part
-from noether.effects.checkpoints.retention import pruning
+from noether.effects.checkpoints.retention import select_prunable
 from noether.effects.merging import merge
 from noether.planning.planned_callback import plan_callback
 from noether.planning.requests import Probe
@@ -35,7 +35,7 @@ def begun(device):
 
 
 def size(state, save):
-    weights = weights_asked(save, state).values() if save.weights else ()
+    weights = select_weights(save, state).values() if save.weights else ()
     rest = tensors((state.opt_state, state.callback_states)) if save.optimizer else ()
     return sum(t.numel() * t.element_size() for t in [*weights, *(tensor for _, tensor in rest)])
 
@@ -61,7 +61,7 @@ class Store:
             self.peak = max(self.peak, self.bytes)
             self.pointers.update(dict.fromkeys(save.pointers, made.tag))
             manifests = [manifest for manifest, _ in self.held.values()]
-            for tag in pruning(manifests, self.pointers, set(self.held), parent=None).delete:
+            for tag in select_prunable(manifests, self.pointers, set(self.held), parent=None):
                 del self.held[tag]
 
     @property

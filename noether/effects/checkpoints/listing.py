@@ -1,4 +1,4 @@
-"""What lies in a directory of checkpoints, read without believing it: each thing is whole, damaged, or not ours."""
+"""Lists a directory of checkpoints: every entry is an intact or damaged checkpoint or pointer, or not ours."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from noether.effects.checkpoints.manifest import LIMIT_BYTES, MANIFEST, NAME, Ma
 from noether.effects.disk.files import os_error_text, read_file
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from noether.effects.disk.calls import Disk, Kind
+    from noether.effects.disk.calls import Disk
 
 _POINTER_BYTES: Final = 400
-_PASSING: Final = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 _POINTER: Final = re.compile(rf"{NAME.pattern} [0-9a-f]{{64}}\n", re.ASCII)
+_TEMPORARY_ERRORS: Final = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
 
 
 class CheckpointError(NoetherError):
@@ -28,73 +37,110 @@ class CheckpointError(NoetherError):
 
 
 class UnreadableError(CheckpointError):
-    """A checkpoint that may well be whole cannot be read by this process: that is no reason to go on without it."""
+    """This process cannot read a checkpoint that may be intact, so the run must not resume from an older one."""
 
 
-class _LostError(CheckpointError):
-    """A pointer names a checkpoint that is not there."""
+class MissingTargetError(CheckpointError):
+    """A pointer names a checkpoint that does not exist."""
+
+
+@frozen
+class CheckpointEntry:
+    """One checkpoint in a directory.
+
+    Args:
+        tag: Name of its directory.
+        manifest: Its manifest, or None if it cannot be read.
+        error: Why the manifest cannot be read, or None.
+    """
+
+    tag: str
+    manifest: Manifest | None
+    error: CheckpointError | None
+
+
+@frozen
+class PointerEntry:
+    """One pointer in a directory.
+
+    Args:
+        name: Name of its file.
+        tag: Tag of the checkpoint that it names, or None if it is broken.
+        error: Why the pointer is broken, or None.
+    """
+
+    name: str
+    tag: str | None
+    error: CheckpointError | None
 
 
 @frozen
 class Listing:
-    """What lies in a directory of checkpoints.
+    """The checkpoints and pointers in a directory."""
 
-    Args:
-        manifests: Of the checkpoints whose manifest can be read, oldest first.
-        damaged: What is wrong with the others, by the name of their directory.
-        unreadable: Those among them that may be whole, and cannot be read.
-        pointers: Tag by name of pointer.
-        broken: What is wrong with pointers that name nothing, by name; what they named cannot be told.
-        lost: Those among them that were set to a checkpoint which is not there any more.
-    """
+    checkpoints: tuple[CheckpointEntry, ...]
+    pointers: tuple[PointerEntry, ...]
 
-    manifests: tuple[Manifest, ...]
-    damaged: dict[str, str]
-    unreadable: dict[str, str]
-    pointers: dict[str, str]
-    broken: dict[str, str]
-    lost: dict[str, str]
+    @property
+    def manifests(self) -> list[Manifest]:
+        """The manifests that can be read, oldest first."""
+        manifests = [entry.manifest for entry in self.checkpoints if entry.manifest is not None]
+        return sorted(manifests, key=lambda manifest: manifest.order)
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Tag by name of pointer; broken pointers are left out."""
+        return {entry.name: entry.tag for entry in self.pointers if entry.tag is not None}
+
+    @property
+    def damaged(self) -> dict[str, CheckpointError]:
+        """Why the manifest of a checkpoint cannot be read, by tag."""
+        return {entry.tag: entry.error for entry in self.checkpoints if entry.error is not None}
+
+    @property
+    def broken(self) -> dict[str, CheckpointError]:
+        """Why a pointer names no checkpoint, by name; what it named is unknown."""
+        return {entry.name: entry.error for entry in self.pointers if entry.error is not None}
 
 
 def list_checkpoints(directory: Path, disk: Disk) -> Listing:
-    """Return what lies in a directory of checkpoints; names that begin with a dot are not looked at.
+    """Return the checkpoints and pointers in a directory; names that begin with a dot are ignored.
 
     Raises:
         CheckpointError: If the directory itself cannot be read.
     """
     try:
-        kinds = _kinds(directory, disk)
+        names = disk.names(directory) if disk.kind(directory) is not None else []
+        kinds = {name: disk.kind(directory / name) for name in names if not name.startswith(".")}
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read: {os_error_text(error)}") from error
-    found: dict[str, Manifest] = {}
-    unreadable: dict[str, str] = {}
-    damaged = {name: f"{_shown(directory / name)} is damaged: it is a link or a device" for name in _odd(kinds)}
-    for name in (name for name, kind in kinds.items() if kind == "directory"):
-        try:
-            manifest = read_manifest(directory, name, disk)
-        except CheckpointError as error:
-            damaged[name] = str(error)
-            unreadable |= {name: str(error)} if isinstance(error, UnreadableError) else {}
-        else:
-            found |= {} if manifest is None else {name: manifest}
-    pointers: dict[str, str] = {}
-    broken: dict[str, str] = {}
-    lost: dict[str, str] = {}
+    checkpoints: list[CheckpointEntry] = []
+    for name, kind in kinds.items():
+        if kind in {"link", "other"}:
+            link = CheckpointError(f"{_printable(directory / name)} is damaged: it is a link or a device")
+            checkpoints.append(CheckpointEntry(name, None, link))
+        elif kind == "directory":
+            try:
+                manifest = read_manifest(directory, name, disk)
+            except CheckpointError as error:
+                checkpoints.append(CheckpointEntry(name, None, error))
+            else:
+                checkpoints += [] if manifest is None else [CheckpointEntry(name, manifest, None)]
+    manifests = {entry.tag: entry.manifest for entry in checkpoints}
+    pointers: list[PointerEntry] = []
     for name in (name for name, kind in kinds.items() if kind == "file"):
         try:
-            pointers[name] = _pointed(directory / name, disk, found, damaged)
+            pointers.append(PointerEntry(name, _pointer_target(directory / name, disk, manifests), None))
         except CheckpointError as error:
-            broken[name] = str(error)
-            lost |= {name: str(error)} if isinstance(error, _LostError) else {}
-    ordered = tuple(sorted(found.values(), key=lambda each: each.order))
-    return Listing(ordered, damaged, unreadable, pointers, broken, lost)
+            pointers.append(PointerEntry(name, None, error))
+    return Listing(tuple(checkpoints), tuple(pointers))
 
 
 def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
-    """Return the manifest of a checkpoint; None where there is nothing of a checkpoint: it is not ours.
+    """Return the manifest of a checkpoint, or None for a directory that holds no file of a checkpoint.
 
     Raises:
-        CheckpointError: If it is missing or damaged, or that of another checkpoint.
+        CheckpointError: If the manifest is missing, damaged, or that of another checkpoint.
     """
     path = directory / name / MANIFEST
     try:
@@ -102,60 +148,57 @@ def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
             parts = [part for part in disk.names(path.parent) if part in FILES]
             if not parts:
                 return None
-            raise CheckpointError(f"{_shown(path)} is missing, beside {', '.join(parts)}")
+            raise CheckpointError(f"{_printable(path)} is missing, beside {', '.join(parts)}")
         manifest = Manifest.loads(read_file(path, disk, limit=LIMIT_BYTES).decode())
     except OSError as error:
-        raise refusal(path, error) from error
+        raise read_error(path, error) from error
     except (ManifestError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{_shown(path)} is damaged: {error}") from error
+        raise CheckpointError(f"{_printable(path)} is damaged: {error}") from error
     if manifest.tag != name:
-        raise CheckpointError(f"{_shown(path)} is damaged: it is the manifest of {manifest.tag}")
+        raise CheckpointError(f"{_printable(path)} is damaged: it is the manifest of {manifest.tag}")
     return manifest
 
 
-def refusal(path: Path, error: OSError | MemoryError) -> CheckpointError:
-    """Return what to raise for a file of a checkpoint that the operating system does not give."""
+def read_error(path: Path, error: OSError | MemoryError) -> CheckpointError:
+    """Return the error to raise for a file of a checkpoint that the operating system cannot read."""
     if isinstance(error, MemoryError):
-        return UnreadableError(f"{_shown(path)} cannot be read: it does not fit into memory")
-    if error.errno in _PASSING:
-        return UnreadableError(f"{_shown(path)} cannot be read: {os_error_text(error)}; the run goes on once it can be")
-    return CheckpointError(f"{_shown(path)} is damaged, or cannot be read: {os_error_text(error)}")
+        return UnreadableError(f"{_printable(path)} cannot be read: it does not fit into memory")
+    text = os_error_text(error)
+    if error.errno in _TEMPORARY_ERRORS:
+        return UnreadableError(f"{_printable(path)} cannot be read: {text}; make it readable, then resume")
+    return CheckpointError(f"{_printable(path)} is damaged, or cannot be read: {text}")
 
 
 def pointer_text(manifest: Manifest) -> str:
-    """Return what is in a pointer: a tag, and the hash of its manifest, by which damage and exchange are seen."""
+    """Return the content of a pointer: a tag, and the hash of its manifest, which reveals a replaced checkpoint."""
     return f"{manifest.tag} {manifest.sha256}\n"
 
 
-def _kinds(directory: Path, disk: Disk) -> dict[str, Kind | None]:
-    if disk.kind(directory) is None:
-        return {}
-    return {name: disk.kind(directory / name) for name in disk.names(directory) if not name.startswith(".")}
+def _pointer_target(path: Path, disk: Disk, manifests: Mapping[str, Manifest | None]) -> str:
+    """Return the tag that a pointer names.
 
-
-def _odd(kinds: dict[str, Kind | None]) -> list[str]:
-    return [name for name, kind in kinds.items() if kind in ("link", "other")]
-
-
-def _pointed(path: Path, disk: Disk, manifests: dict[str, Manifest], damaged: dict[str, str]) -> str:
-    """Return the tag that a pointer names."""
+    Args:
+        path: The pointer's file.
+        disk: The disk.
+        manifests: Manifest by tag of all checkpoints; None for a damaged one.
+    """
     try:
         text = read_file(path, disk, limit=_POINTER_BYTES).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{_shown(path)} is damaged, or no pointer: {error}") from error
+        raise CheckpointError(f"{_printable(path)} is damaged, or not a pointer: {error}") from error
     tag, _, rest = text.partition(" ")
-    if _POINTER.fullmatch(text) and tag not in {**manifests, **damaged}:
-        raise _LostError(f"{_shown(path)} names {tag}, which is not there")
-    if not NAME.fullmatch(tag) or tag not in {**manifests, **damaged}:
-        raise CheckpointError(f"{_shown(path)} is damaged, or no pointer: there is no checkpoint {tag[:80]!r}")
-    manifest = manifests.get(tag)
-    # Before manifests had hashes, a pointer was a tag and nothing else.
+    if _POINTER.fullmatch(text) and tag not in manifests:
+        raise MissingTargetError(f"{_printable(path)} names {tag}, which does not exist")
+    if not NAME.fullmatch(tag) or tag not in manifests:
+        raise CheckpointError(f"{_printable(path)} is damaged, or not a pointer: there is no checkpoint {tag[:80]!r}")
+    manifest = manifests[tag]
+    # In format 1, manifests had no hash and a pointer was only a tag.
     if manifest is not None and text != pointer_text(manifest) and not (manifest.format == 1 and not rest):
-        raise CheckpointError(f"{_shown(path)} is damaged: {tag} is not the checkpoint that it was set to")
+        raise CheckpointError(f"{_printable(path)} is damaged: {tag} is not the checkpoint that it was set to")
     return tag
 
 
-def _shown(path: Path) -> str:
-    """Return a path for a message; what a terminal would obey, or no text can hold, is escaped."""
+def _printable(path: Path) -> str:
+    """Return a path for a message; characters that a terminal obeys, or that text cannot hold, are escaped."""
     text = str(path)
     return text if text.isprintable() else repr(text)

@@ -11,7 +11,9 @@ from attrs import field, frozen
 
 from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotations
-from noether.effects.checkpoints.contents import CONVERTER, FILES, STATE, WEIGHTS, why
+from noether.effects.checkpoints.contents import FILES
+from noether.effects.checkpoints.retention import is_resumable
+from noether.effects.checkpoints.state_codec import CONVERTER, error_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,8 +82,8 @@ class Manifest:
 
     @property
     def resumable(self) -> bool:
-        """Whether it holds all weights, optimizer and state."""
-        return {WEIGHTS, STATE} <= set(self.parts) and not self.models and self.weights_of is None
+        """Whether a run can resume from it: it holds all training weights, the optimizer and the state."""
+        return is_resumable(self.parts, self.models, self.weights_of)
 
     @property
     def sha256(self) -> str:
@@ -154,7 +156,7 @@ def _structured(content: dict[str, Any]) -> Manifest:
         hashes = all(_SHA256.fullmatch(part.sha256) for part in manifest.parts.values())
         right = all(map(NAME.fullmatch, names)) and hashes and all(0 <= count < 2**63 for count in _counts(manifest))
     except Exception as error:  # noqa: BLE001  # whatever a converter meets in what was not written by us
-        raise ManifestError(f"is not what was written: {why(error)}") from None
+        raise ManifestError(f"is not what was written: {error_text(error)}") from None
     if not set(manifest.parts) <= FILES:
         foreign = ", ".join(map(repr, sorted(set(manifest.parts) - FILES)))
         raise ManifestError(f"names files that no checkpoint has: {foreign}")

@@ -1,117 +1,97 @@
-"""What a save does, in which order, as data: write, commit, point, prune."""
+"""Retention: which checkpoints a run can resume from, which stay, and which a save removes.
+
+The store applies these rules to the checkpoints on disk, and `noether plan` forecasts them. A checkpoint stays if
+- one of its owners (the callbacks that requested it) still keeps it: it is among the owner's newest `keep`;
+- a pointer such as `latest` names it;
+- this process resumed from it; or
+- it is the newest resumable checkpoint known to be intact, or a newer resumable one.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from attrs import frozen
+from noether.effects.checkpoints.contents import STATE, WEIGHTS
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
     from noether.effects.checkpoints.manifest import Manifest
 
-
-@frozen
-class Write:
-    """Write the files of a checkpoint beside the others, under a name that makes it none yet."""
-
-    tag: str
+RESUMABLE_FILES: Final = frozenset({WEIGHTS, STATE})
+"""The files without which no run can resume from a checkpoint."""
 
 
-@frozen
-class Commit:
-    """Give what was written its name: from then on it is a checkpoint."""
-
-    tag: str
-
-
-@frozen
-class Point:
-    """Let a pointer name a checkpoint."""
-
-    pointer: str
-    tag: str
-
-
-@frozen
-class Prune:
-    """Remove checkpoints."""
-
-    tags: tuple[str, ...]
-
-
-Step = Write | Commit | Point | Prune
-
-ORDER: Final = (Write, Commit, Point, Prune)
-"""The kinds of steps in their order; a step that fails cancels those of every later kind."""
-
-
-class Pruning(NamedTuple):
-    """Tags of the checkpoints that stay and of those that go, oldest first."""
-
-    keep: tuple[str, ...]
-    delete: tuple[str, ...]
-
-
-def planned(
-    saved: Manifest,
-    new: bool,  # noqa: FBT001  # as the others, by position
-    pointers: Iterable[str],
-    held: Iterable[Manifest],
-    pointed: Mapping[str, str],
-    whole: Container[object],
-    parent: str | None,
-) -> tuple[Step, ...]:
-    """Return the steps of a save.
+def is_resumable(files: Iterable[str], models: Collection[str], weights_of: str | None) -> bool:
+    """Return whether a run can resume from a checkpoint: it holds all training weights, the optimizer and the state.
 
     Args:
-        saved: The checkpoint that is asked for, as far as its order and its retention are concerned.
-        new: Whether it is still to be written.
-        pointers: Names that are to point to it.
-        held: The checkpoints that there are.
-        pointed: Tag by name of pointer, as it is to be.
-        whole: Tags of checkpoints that are known to be whole.
-        parent: The checkpoint that was resumed from.
+        files: Names of its files; of a request, `requested_files(effect)`.
+        models: Names of the sub-modules to which its weights are limited; empty stands for the whole model.
+        weights_of: Whose weights it holds, such as `ema=0.999`; None stands for the training weights.
+
+    Example:
+        >>> is_resumable([WEIGHTS, STATE], models=(), weights_of=None)
+        True
+        >>> is_resumable([WEIGHTS], models=(), weights_of=None)
+        False
     """
-    written = (Write(saved.tag), Commit(saved.tag)) if new else ()
-    points = tuple(Point(pointer, saved.tag) for pointer in pointers)
-    delete = pruning([*held, *([saved] if new else [])], pointed, whole, parent).delete
-    return (*written, *points, *([Prune(delete)] if delete else []))
+    return RESUMABLE_FILES.issubset(files) and not models and weights_of is None
 
 
-def pruning(
-    manifests: Iterable[Manifest], pointers: Mapping[str, str], whole: Container[object], parent: str | None
-) -> Pruning:
-    """Return which checkpoints stay and which nobody keeps.
+def is_kept(age: int, keep: int | None) -> bool:
+    """Return whether an owner keeps a checkpoint.
 
-    Stay do those that whoever asked for them still keeps, what a pointer names, the one from which the run went on, and
-    of those from which it can go on the newest that is known to be whole, with all that are newer.
+    Args:
+        age: Its position among the owner's checkpoints, 1 for the newest.
+        keep: How many of the newest the owner keeps; None stands for all.
+    """
+    return keep is None or age <= keep
+
+
+def select_prunable(
+    manifests: Iterable[Manifest], pointers: Mapping[str, str], intact: Container[object], parent: str | None
+) -> list[str]:
+    """Return the tags of the checkpoints that no rule of retention keeps, oldest first.
 
     Args:
         manifests: All checkpoints of the run.
         pointers: Tag by name of pointer.
-        whole: Tags of checkpoints that are known to be whole, because they were written or read.
-        parent: The checkpoint that was resumed from.
+        intact: Tags of checkpoints known to be intact, because this process wrote or loaded them.
+        parent: Tag of the checkpoint from which this process resumed, or None.
 
     Example:
         >>> from noether import TrainingIteration
         >>> from noether.effects.checkpoints.manifest import Manifest
-        >>> def taken(update):
+        >>> def saved_at(update):
         ...     return Manifest(tag=f"U{update}", run_id="r", segment=1, parent=None, event="AfterUpdate", parts={},
         ...                     iteration=TrainingIteration(update=update), retention={"CheckpointCallback": 1})
-        >>> pruning([taken(1), taken(2), taken(3)], {"best": "U1"}, {"U3"}, parent=None)
-        Pruning(keep=('U1', 'U3'), delete=('U2',))
+        >>> select_prunable([saved_at(1), saved_at(2), saved_at(3)], {"best": "U1"}, intact={"U3"}, parent=None)
+        ['U2']
     """
     ordered = sorted(manifests, key=lambda manifest: manifest.order)
-    resumable = [each.tag for each in ordered if each.resumable]
-    sure = max((index for index, tag in enumerate(resumable) if tag in whole), default=0)
-    kept = {*pointers.values(), parent, *resumable[sure:]}
-    newest: dict[str, int] = {}
+    stay = {*pointers.values(), parent, *tags_kept_by_owners(ordered), *tags_kept_for_resume(ordered, intact)}
+    return [manifest.tag for manifest in ordered if manifest.tag not in stay]
+
+
+def tags_kept_by_owners(ordered: Sequence[Manifest]) -> set[str]:
+    """Return the tags of the checkpoints, given oldest first, that an owner keeps."""
+    tags: set[str] = set()
+    ages: dict[str, int] = {}
     for manifest in reversed(ordered):
         for owner, keep in manifest.retention.items():
-            newest[owner] = newest.get(owner, 0) + 1
-            if keep is None or newest[owner] <= keep:
-                kept.add(manifest.tag)
-    tags = [manifest.tag for manifest in ordered]
-    return Pruning(tuple(tag for tag in tags if tag in kept), tuple(tag for tag in tags if tag not in kept))
+            ages[owner] = ages.get(owner, 0) + 1
+            if is_kept(ages[owner], keep):
+                tags.add(manifest.tag)
+    return tags
+
+
+def tags_kept_for_resume(ordered: Sequence[Manifest], intact: Container[object]) -> list[str]:
+    """Return the tags of the checkpoints, given oldest first, from which the run may have to resume.
+
+    Newer ones than the newest intact one may be damaged, and the next process tries them first. If none is known to be
+    intact, all resumable ones stay.
+    """
+    resumable = [manifest.tag for manifest in ordered if manifest.resumable]
+    newest_intact = max((index for index, tag in enumerate(resumable) if tag in intact), default=0)
+    return resumable[newest_intact:]

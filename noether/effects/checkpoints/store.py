@@ -1,26 +1,40 @@
-"""Checkpoints on disk: one new directory each, committed by a rename, verified before it is believed."""
+"""The checkpoints of a run on disk: one immutable directory each, committed by a rename, verified when read."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
 from attrs import evolve
 
 from noether.core.errors import suggest
-from noether.effects.checkpoints.contents import ContentError, ModelNamesError, files_asked, files_of, state_in
-from noether.effects.checkpoints.listing import CheckpointError, Listing, UnreadableError, list_checkpoints, refusal
+from noether.effects.checkpoints.contents import (
+    ContentError,
+    ModelNamesError,
+    checkpoint_files,
+    read_state,
+    requested_files,
+)
+from noether.effects.checkpoints.listing import (
+    CheckpointError,
+    Listing,
+    MissingTargetError,
+    UnreadableError,
+    list_checkpoints,
+    read_error,
+)
 from noether.effects.checkpoints.manifest import NAME, Manifest, Part
-from noether.effects.checkpoints.retention import ORDER, Commit, Point, Prune, Step, Write, planned
+from noether.effects.checkpoints.retention import select_prunable
 from noether.effects.checkpoints.writer import Writer
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import read_file
 from noether.effects.logs.jsonl import LogCount
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from noether.core.effect import SaveCheckpoint
@@ -34,13 +48,14 @@ _LOGGER: Final = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints of one run.
 
-    A save writes a new directory under a name that no reader looks at, each file flushed to the disk, and renames it to
-    its tag; once that name is on the disk, too, the checkpoint is saved. Pointers are small files that name a tag,
-    replaced in one step after that. Last, what nobody keeps is removed. What is read is verified: a file whose size or
-    hash is not the one in the manifest is damaged, and so is a manifest that is not exactly what was written.
+    A save writes a new directory under a name that readers ignore, flushes each file to the disk, and renames the
+    directory to its tag; once that name is on the disk, too, the checkpoint is saved. Then it moves pointers, small
+    files that name a tag, each replaced in one step. Last, it removes the checkpoints that no rule of retention keeps.
+    Every read is verified: a file is damaged if its size or hash is not the one in the manifest, and so is a manifest
+    that is not exactly what was written.
 
     Args:
-        directory: Where they lie; made at the first save.
+        directory: Where the checkpoints are; the first save creates it.
         run_id: Name of the run.
         disk: The disk.
     """
@@ -50,216 +65,252 @@ class CheckpointStore:
         self._run_id = run_id
         self._disk = disk
         self._writer = Writer(directory, disk)
-        listing = self._listing()
-        # What is damaged may be of a segment later than all others: its number is not to be used again.
+        listing = self._list()
+        # A damaged checkpoint may be of a later segment than all others, whose number must not be used again.
         self._segment = 1 + max((each.segment for each in listing.manifests), default=0) + len(listing.damaged)
         self._parent: str | None = None
-        self._committed: set[str] = set()  # tags that are known to be on the disk, whole
+        self._committed: set[str] = set()  # tags that this process saved
 
     def save(
-        self, effect: SaveCheckpoint, state: TrainState, event: Event, logged: Callable[[], LogCount] = LogCount
+        self, effect: SaveCheckpoint, state: TrainState, event: Event, flush_log: Callable[[], LogCount] = LogCount
     ) -> None:
-        """Save `state` as `effect` asks: the handler of `SaveCheckpoint`. It is saved when this returns.
+        """Save `state` as `effect` requests; the handler of `SaveCheckpoint`. The checkpoint is saved on return.
 
         Args:
-            effect: What is asked.
+            effect: The request.
             state: The state.
-            event: The event at which it is asked.
-            logged: Brings the log up to here to the disk before the checkpoint is committed, and counts its lines.
+            event: The event at which the save is requested.
+            flush_log: Called before the checkpoint is committed: brings the log up to here to the disk, and returns
+                how many lines it has.
 
         Raises:
-            CheckpointError: If it could not be saved, or a pointer not set; no other checkpoint is harmed by that.
+            CheckpointError: If the checkpoint could not be saved or a pointer not moved; no other checkpoint is harmed.
         """
-        wanted = effect.tag or str(state.iteration)
-        for what, name in (("tag", wanted), *(("pointer", pointer) for pointer in effect.pointers)):
-            if not NAME.fullmatch(name):
-                raise CheckpointError(f"{what} {name!r}: a name is made of up to 200 letters, digits and '_.=-'")
-        try:
-            listing = self._listing()
-            held = self._held(listing, wanted, effect, state, event)
-            saved = held or self._draft(wanted, effect, state, event)
-        except OSError as error:
-            raise CheckpointError(f"{self._directory} cannot be written to: {error}") from error
-        unsure = [why for pointer, why in listing.broken.items() if pointer not in effect.pointers]
-        failed: list[tuple[Step, OSError]] = []
-        for step in self._planned(saved, effect, listing, new=held is None):
-            # What fails cancels the steps of every later kind.
-            if any(ORDER.index(type(before)) < ORDER.index(type(step)) for before, _ in failed):
-                continue
-            try:
-                if isinstance(step, Write):
-                    saved = self._write(saved, effect, state, logged)
-                else:
-                    self._take(step, saved, unsure)
-            except OSError as error:
-                failed.append((step, error))
-        self._report(failed)
+        tag = effect.tag or str(state.iteration)
+        _check_name("tag", tag)
+        for pointer in effect.pointers:
+            _check_name("pointer", pointer)
+        listing = self._list()
+        saved = self._find_saved(listing, tag, effect, state, event)
+        if saved is None:
+            saved = self._write(self._draft(tag, effect, state, event), effect, state, flush_log)
+            self._commit(saved)
+        self._move_pointers(saved, effect.pointers)
+        self._prune(saved, effect.pointers, listing)
 
     def manifests(self) -> list[Manifest]:
-        """Return the manifests of all checkpoints, oldest first; those that cannot be read are left out."""
-        return list(self._listing().manifests)
+        """Return the manifests of all checkpoints, oldest first; damaged ones are left out."""
+        return self._list().manifests
 
     def pointers(self) -> dict[str, str]:
-        """Return the tag that each pointer names; those that are damaged are left out."""
-        return self._listing().pointers
+        """Return the tag that each pointer names; damaged pointers are left out."""
+        return self._list().targets
 
     def find(self, name: str) -> Manifest:
         """Return the manifest of the checkpoint with this tag, or that this pointer names.
 
         Raises:
-            CheckpointError: If there is none, naming those that exist, or it is damaged.
+            CheckpointError: If it is damaged or does not exist; the message names those that exist.
         """
-        listing = self._listing()
-        tag = listing.pointers.get(name, name)
-        for why in (listing.broken.get(name), listing.damaged.get(tag)):
-            if why is not None:
-                raise CheckpointError(why)
-        found = {manifest.tag: manifest for manifest in listing.manifests}
-        if tag not in found:
-            known = [*listing.pointers, *found]
+        listing = self._list()
+        tag = listing.targets.get(name, name)
+        for error in (listing.broken.get(name), listing.damaged.get(tag)):
+            if error is not None:
+                raise error
+        manifests = {manifest.tag: manifest for manifest in listing.manifests}
+        if tag not in manifests:
+            known = [*listing.targets, *manifests]
             there = f"there are: {', '.join(known) or 'none'}"
             raise CheckpointError(f"no checkpoint {name!r} in {self._directory}; {there}{suggest(name, known)}")
-        return found[tag]
+        return manifests[tag]
 
     def newest(self) -> Manifest | None:
-        """Return the manifest of the newest checkpoint that says that it can be resumed, or None."""
+        """Return the manifest of the newest resumable checkpoint, or None; its files are not verified."""
         return next((manifest for manifest in reversed(self.manifests()) if manifest.resumable), None)
 
     def load(self, manifest: Manifest) -> TrainState:
-        """Return the state in a checkpoint, on the CPU; what was not saved is as in a new state.
+        """Return the state in a checkpoint, on the CPU; fields that were not saved have their defaults.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
         """
-        files = {name: self._verified(manifest.tag, name, part) for name, part in manifest.parts.items()}
+        files = {name: self._read_verified(manifest.tag, name, part) for name, part in manifest.parts.items()}
         try:
-            return state_in(files, manifest.iteration)
+            return read_state(files, manifest.iteration)
         except ContentError as error:
             raise CheckpointError(f"{self._directory / manifest.tag} does not hold a state: {error}") from error
 
     def resume(self, manifest: Manifest) -> TrainState:
-        """Return the state in a checkpoint; later saves name it as their parent, and it is never removed."""
+        """Return the state in a checkpoint; later saves name it as their parent and never remove it.
+
+        Raises:
+            CheckpointError: If a file is missing or damaged.
+        """
         state = self.load(manifest)
         self._parent = manifest.tag
         return state
 
     def recover(self) -> tuple[TrainState, Manifest] | None:
-        """Return the newest state from which the run can go on, or None if nothing was ever saved.
+        """Return the newest intact state from which the run can resume, or None if nothing was ever saved.
 
-        Checkpoints that are damaged are told of and passed over; the one that is returned counts as resumed.
+        Damaged checkpoints are skipped with a warning. The checkpoint that is returned counts as resumed.
 
         Raises:
-            CheckpointError: If there are checkpoints, and none that the run can go on from: each with its reason. And
-                if one cannot be read that may be whole, for lack of a permission or of memory.
+            CheckpointError: If the run can resume from none of its checkpoints, with a reason for each; or if a
+                checkpoint that may be intact cannot be read, for lack of a permission or of memory.
         """
-        listing = self._listing()
-        if listing.unreadable:
-            raise UnreadableError("\n".join(listing.unreadable.values()))
-        damaged = dict(listing.damaged)
-        partial = {
-            each.tag: f"{self._directory / each.tag} does not hold weights, optimizer and state of the whole model"
+        listing = self._list()
+        unreadable = [str(error) for error in listing.damaged.values() if isinstance(error, UnreadableError)]
+        if unreadable:
+            raise UnreadableError("\n".join(unreadable))
+        recovered, load_errors = self._resume_newest(listing)
+        damaged = [*listing.damaged.values(), *load_errors]
+        if recovered is not None:
+            for error in (*damaged, *listing.broken.values()):
+                _LOGGER.warning("%s; resuming from %s without it", error, recovered[1].tag)
+            return recovered
+        partial = [
+            f"{self._directory / each.tag} does not hold weights, optimizer and state of the whole model"
             for each in listing.manifests
             if not each.resumable
-        }
-        for manifest in reversed([each for each in listing.manifests if each.resumable]):
-            try:
-                state = self.resume(manifest)
-            except UnreadableError:
-                raise
-            except CheckpointError as error:
-                damaged[manifest.tag] = str(error)
-            else:
-                for why in (*damaged.values(), *listing.broken.values()):
-                    _LOGGER.warning("%s; going on without it, at %s", why, manifest.tag)
-                return state, manifest
-        reasons = [*damaged.values(), *partial.values(), *listing.lost.values()]
+        ]
+        lost = [error for error in listing.broken.values() if isinstance(error, MissingTargetError)]
+        reasons = [*map(str, damaged), *partial, *map(str, lost)]
         if reasons:
-            none = (
-                f"the run cannot go on from any of the {len(damaged) + len(partial)} checkpoints in {self._directory}"
-            )
-            raise CheckpointError("\n  ".join([f"{none}:", *reasons]))
+            total = len(damaged) + len(partial)
+            headline = f"the run cannot resume from any of the {total} checkpoints in {self._directory}:"
+            raise CheckpointError("\n  ".join([headline, *reasons]))
         return None
 
-    def _listing(self) -> Listing:
+    def _list(self) -> Listing:
         return list_checkpoints(self._directory, self._disk)
 
-    def _held(
+    def _resume_newest(self, listing: Listing) -> tuple[tuple[TrainState, Manifest] | None, list[CheckpointError]]:
+        """Return the newest checkpoint that loads, or None, and the errors of newer ones that do not."""
+        errors: list[CheckpointError] = []
+        for manifest in reversed(listing.manifests):
+            if manifest.resumable:
+                try:
+                    return (self.resume(manifest), manifest), errors
+                except UnreadableError:
+                    raise
+                except CheckpointError as error:
+                    errors.append(error)
+        return None, errors
+
+    def _find_saved(
         self, listing: Listing, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event
     ) -> Manifest | None:
-        """Return the checkpoint in which this very event already saved all that is asked, if it did."""
-        held = next((manifest for manifest in listing.manifests if manifest.tag == tag), None)
-        # One whose commit failed may be there to read, and gone after a loss of power.
-        if held is None or tag not in self._committed:
+        """Return the checkpoint in which this very event already saved all that `effect` requests, if there is one."""
+        saved = next((manifest for manifest in listing.manifests if manifest.tag == tag), None)
+        # A checkpoint whose commit failed may be readable now and gone after a loss of power.
+        if saved is None or tag not in self._committed:
             return None
         now = (self._segment, state.iteration, type(event).__name__, effect.weights_of)
-        same = (held.segment, held.iteration, held.event, held.weights_of) == now
-        whole = files_asked(effect) <= set(held.parts) and not held.models and not effect.models
-        return held if same and whole else None
+        same = (saved.segment, saved.iteration, saved.event, saved.weights_of) == now
+        complete = requested_files(effect) <= set(saved.parts) and not saved.models and not effect.models
+        return saved if same and complete else None
 
-    def _draft(self, wanted: str, effect: SaveCheckpoint, state: TrainState, event: Event) -> Manifest:
-        """Return the manifest of what is to be written under `wanted`, or the first of `wanted.2`, ... that is free."""
-        candidates = ((wanted if number == 1 else f"{wanted}.{number}", number) for number in count(1))
-        tag, number = next(each for each in candidates if self._disk.kind(self._directory / each[0]) is None)
+    def _draft(self, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event) -> Manifest:
+        """Return the manifest of a new checkpoint: its tag is `tag`, or the first of `tag.2`, ... that is free."""
+        candidates = ((tag if number == 1 else f"{tag}.{number}", number) for number in count(1))
+        try:
+            free, number = next(each for each in candidates if self._disk.kind(self._directory / each[0]) is None)
+        except OSError as error:
+            raise CheckpointError(f"{self._directory} cannot be written to: {error}") from error
         return Manifest(
-            tag=tag,
+            tag=free,
             run_id=self._run_id,
             segment=self._segment,
             parent=self._parent,
             iteration=state.iteration,
             event=type(event).__name__,
-            parts=dict.fromkeys(files_asked(effect), Part(size_bytes=0, sha256="")),
+            parts=dict.fromkeys(requested_files(effect), Part(size_bytes=0, sha256="")),
             number=number,
             weights_of=effect.weights_of,
             models=effect.models if effect.weights else (),
             retention=dict(effect.retention),
         )
 
-    def _planned(self, saved: Manifest, effect: SaveCheckpoint, listing: Listing, *, new: bool) -> tuple[Step, ...]:
-        pointed = {**listing.pointers, **dict.fromkeys(effect.pointers, saved.tag)}
-        whole = {*self._committed, saved.tag, self._parent}
-        return planned(saved, new, effect.pointers, listing.manifests, pointed, whole, self._parent)
-
     def _write(
-        self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, logged: Callable[[], LogCount]
+        self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, flush_log: Callable[[], LogCount]
     ) -> Manifest:
+        """Write the files of a checkpoint, flush the log, and return the complete manifest."""
         try:
-            written = self._writer.write(draft, files_of(effect, state))
+            files = checkpoint_files(effect, state)
         except ModelNamesError as error:
             raise CheckpointError(str(error)) from error
-        log = logged()
+        with self._report_disk_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
+            written = self._writer.write(draft, files)
+            log = flush_log()
         return evolve(written, log_lines=log.lines, log_lines_lost=log.lost)
 
-    def _take(self, step: Step, saved: Manifest, unsure: list[str]) -> None:
-        if isinstance(step, Commit):
+    def _commit(self, saved: Manifest) -> None:
+        with self._report_disk_errors(f"checkpoint {self._directory / saved.tag} could not be written"):
             self._writer.commit(saved)
-            self._committed.add(saved.tag)
-        elif isinstance(step, Point):
-            self._writer.point(step.pointer, saved)
-        elif isinstance(step, Prune):
-            if unsure:  # what these pointers name cannot be told, and must not be removed
-                raise OSError("; ".join(unsure))
-            self._writer.prune(step.tags)
+        self._committed.add(saved.tag)
 
-    def _report(self, failed: list[tuple[Step, OSError]]) -> None:
-        for step, error in failed:
-            if isinstance(step, Prune):
-                _LOGGER.warning("checkpoints that nobody keeps stay in %s: %s", self._directory, error)
-                continue
-            self._writer.give_up()
-            what = f"checkpoint {self._directory / step.tag} could not be written"
-            if isinstance(step, Point):
-                what = f"the pointer {self._directory / step.pointer} could not be set to {step.tag}"
-            raise CheckpointError(f"{what}: {error}; the checkpoints before it stay") from error
+    def _move_pointers(self, saved: Manifest, pointers: Iterable[str]) -> None:
+        """Set every pointer to a checkpoint; if some fail, the others move before the first error is raised."""
+        errors: list[CheckpointError] = []
+        for pointer in pointers:
+            try:
+                with self._report_disk_errors(
+                    f"the pointer {self._directory / pointer} could not be set to {saved.tag}"
+                ):
+                    self._writer.move_pointer(pointer, saved)
+            except CheckpointError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
-    def _verified(self, tag: str, name: str, part: Part) -> bytes:
-        """Return what is in a file of a checkpoint, once it is seen to be what was written."""
+    def _prune(self, saved: Manifest, pointers: Iterable[str], listing: Listing) -> None:
+        """Remove the checkpoints that no rule of retention keeps; a failure is only a warning.
+
+        Args:
+            saved: The checkpoint that was just saved.
+            pointers: Names of the pointers that were just set to it.
+            listing: The directory before that.
+        """
+        manifests = {manifest.tag: manifest for manifest in (*listing.manifests, saved)}.values()
+        targets = {**listing.targets, **dict.fromkeys(pointers, saved.tag)}
+        tags = select_prunable(manifests, targets, {*self._committed, saved.tag, self._parent}, self._parent)
+        if not tags:
+            return
+        # The checkpoint that a broken pointer named is unknown, and must not be removed.
+        reasons = "; ".join(str(error) for name, error in listing.broken.items() if name not in pointers)
+        if not reasons:
+            try:
+                self._writer.prune(tags)
+            except OSError as error:
+                reasons = str(error)
+        if reasons:
+            _LOGGER.warning("checkpoints that retention would remove stay in %s: %s", self._directory, reasons)
+
+    @contextmanager
+    def _report_disk_errors(self, failure: str) -> Iterator[None]:
+        """Raise an error of the disk as a `CheckpointError`, and remove temporary files, which may fill the disk."""
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):  # the next save removes them
+                self._writer.remove_leftovers()
+            raise CheckpointError(f"{failure}: {error}; the checkpoints before it stay") from error
+
+    def _read_verified(self, tag: str, name: str, part: Part) -> bytes:
+        """Return the content of a file of a checkpoint after comparing it with its size and hash in the manifest."""
         path = self._directory / tag / name
         try:
             content = read_file(path, self._disk, limit=part.size_bytes)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing") from error
         except (OSError, MemoryError) as error:
-            raise refusal(path, error) from error
+            raise read_error(path, error) from error
         if len(content) != part.size_bytes or hashlib.sha256(content).hexdigest() != part.sha256:
             raise CheckpointError(f"{path} is damaged: its content is not what was written")
         return content
+
+
+def _check_name(role: str, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise CheckpointError(f"{role} {name!r}: a name is made of up to 200 letters, digits and '_.=-'")

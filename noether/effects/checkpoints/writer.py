@@ -1,9 +1,8 @@
-"""The steps of a save as calls on the disk, in the one order in which a crash between any two of them does no harm."""
+"""The four steps of a save on disk: write, commit, move pointers, prune; a crash between any two calls does no harm."""
 
 from __future__ import annotations
 
 import errno
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
 from attrs import evolve
@@ -11,7 +10,7 @@ from attrs import evolve
 from noether.effects.checkpoints.contents import FILES
 from noether.effects.checkpoints.listing import pointer_text
 from noether.effects.checkpoints.manifest import MANIFEST, Manifest, Part
-from noether.effects.disk.files import TEMPORARY, make_directories, remove_all, replace_text, write_new
+from noether.effects.disk.files import TEMPORARY_PREFIX, make_directories, remove_tree, replace_text, write_new_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,16 +19,15 @@ if TYPE_CHECKING:
     from noether.effects.checkpoints.contents import Pieces
     from noether.effects.disk.calls import Disk
 
-
-_OWN: Final = FILES | {MANIFEST}
+_OUR_FILES: Final = FILES | {MANIFEST}
 
 
 @final
 class Writer:
-    """Writes into a directory of checkpoints.
+    """Writes to a directory of checkpoints.
 
     Args:
-        directory: Made at the first write.
+        directory: The directory; the first write creates it.
         disk: The disk.
     """
 
@@ -38,52 +36,51 @@ class Writer:
         self._disk = disk
 
     def write(self, draft: Manifest, files: Mapping[str, Pieces]) -> Manifest:
-        """Write the files of a checkpoint beside the others, flushed, and return its manifest with their hashes."""
+        """Write and flush the files of a checkpoint to a temporary directory; return the manifest with their hashes.
+
+        Readers ignore the temporary directory until `commit` renames it.
+        """
         make_directories(self._directory, self._disk)
-        self._clear()
+        self.remove_leftovers()
         temporary = self._temporary(draft.tag)
         self._disk.make_directory(temporary)
-        written = {name: write_new(temporary / name, pieces, self._disk) for name, pieces in files.items()}
+        written = {name: write_new_file(temporary / name, pieces, self._disk) for name, pieces in files.items()}
         parts = {name: Part(size_bytes=each.size_bytes, sha256=each.sha256) for name, each in written.items()}
         return evolve(draft, parts=parts)
 
     def commit(self, manifest: Manifest) -> None:
-        """Write the manifest, and give the directory its name; when this returns, the checkpoint is saved."""
+        """Write the manifest and rename the temporary directory to the tag; the checkpoint is saved on return."""
         temporary = self._temporary(manifest.tag)
-        write_new(temporary / MANIFEST, [manifest.dumps().encode()], self._disk)
+        write_new_file(temporary / MANIFEST, [manifest.dumps().encode()], self._disk)
         self._disk.flush_directory(temporary)
         self._disk.rename(temporary, self._directory / manifest.tag)
         self._disk.flush_directory(self._directory)
 
-    def point(self, pointer: str, manifest: Manifest) -> None:
-        """Let a pointer name a checkpoint."""
+    def move_pointer(self, pointer: str, manifest: Manifest) -> None:
+        """Set a pointer to a checkpoint in one step."""
         replace_text(self._directory / pointer, pointer_text(manifest), self._disk)
 
     def prune(self, tags: Iterable[str]) -> None:
-        """Remove checkpoints; each loses its name first, so that nobody ever sees half of one.
+        """Remove checkpoints; each is renamed first, so that no reader sees part of one.
 
         Raises:
-            OSError: If it fails, or if one stays because somebody put files of their own into it.
+            OSError: If a call fails, or if a checkpoint stays because its directory holds files that are not ours.
         """
-        foreign = {tag: set(self._disk.names(self._directory / tag)) - _OWN for tag in tags}
-        going = [tag for tag, names in foreign.items() if not names]
-        for tag in going:
+        foreign = {tag: set(self._disk.names(self._directory / tag)) - _OUR_FILES for tag in tags}
+        removable = [tag for tag, names in foreign.items() if not names]
+        for tag in removable:
             self._disk.rename(self._directory / tag, self._temporary(tag))
         self._disk.flush_directory(self._directory)
-        for tag in going:
-            remove_all(self._temporary(tag), self._disk)
-        if staying := [f"{tag}/{name}" for tag, names in foreign.items() for name in sorted(names)]:
-            raise OSError(errno.ENOTEMPTY, f"{', '.join(staying)} would be lost", str(self._directory))
+        for tag in removable:
+            remove_tree(self._temporary(tag), self._disk)
+        if lost := [f"{tag}/{name}" for tag, names in foreign.items() for name in sorted(names)]:
+            raise OSError(errno.ENOTEMPTY, f"{', '.join(lost)} would be lost", str(self._directory))
 
-    def give_up(self) -> None:
-        """Remove what a failed save left, so that it does not fill the disk; what resists, the next save removes."""
-        with suppress(OSError):
-            self._clear()
-
-    def _clear(self) -> None:
+    def remove_leftovers(self) -> None:
+        """Remove temporary files and directories of a save that failed or was interrupted."""
         for name in self._disk.names(self._directory):
-            if name.startswith(TEMPORARY):
-                remove_all(self._directory / name, self._disk)
+            if name.startswith(TEMPORARY_PREFIX):
+                remove_tree(self._directory / name, self._disk)
 
     def _temporary(self, tag: str) -> Path:
-        return self._directory / f"{TEMPORARY}{tag}"
+        return self._directory / f"{TEMPORARY_PREFIX}{tag}"

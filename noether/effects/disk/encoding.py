@@ -19,11 +19,11 @@ NUMBER_TYPES: Final = frozenset({float, int, bool})
 NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def number(value: float) -> float | str:
+def json_number(value: float) -> float | str:
     """Return a number as strict JSON can hold it: NaN and the infinities by name.
 
     Example:
-        >>> number(0.5), number(float("nan")), number(float("-inf"))
+        >>> json_number(0.5), json_number(float("nan")), json_number(float("-inf"))
         (0.5, 'NaN', '-Infinity')
     """
     if math.isfinite(value):
@@ -34,7 +34,7 @@ def number(value: float) -> float | str:
 def to_plain(value: Any) -> Any:
     """Return a logged value as strict JSON can hold it; this is where a tensor is read from its device."""
     if isinstance(value, float):
-        return number(value)
+        return json_number(value)
     if isinstance(value, torch.Tensor):
         return to_plain(value.item())
     if isinstance(value, Mapping):
@@ -44,7 +44,7 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: int = 0) -> Any:
+def encode_tree(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: int = 0) -> Any:
     """Return the JSON value of `tree`, and put its tensors into `tensors` by their dotted path.
 
     What JSON has no form for is an object with one key that begins with `$`.
@@ -53,7 +53,7 @@ def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: i
         TypeError: If a leaf is no JSON scalar or tensor, or lies too deep.
 
     Example:
-        >>> encode({"best": float("nan"), "at": (1, 2)}, {})
+        >>> encode_tree({"best": float("nan"), "at": (1, 2)}, {})
         {'best': {'$number': 'NaN'}, 'at': {'$tuple': [1, 2]}}
     """
     if level > _LEVELS:
@@ -66,34 +66,34 @@ def encode(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: i
         return {"$tensor": name}
     if isinstance(tree, Mapping):
         items = {
-            str(key): encode(value, tensors, f"{path}.{key}".lstrip("."), level + 1) for key, value in tree.items()
+            str(key): encode_tree(value, tensors, f"{path}.{key}".lstrip("."), level + 1) for key, value in tree.items()
         }
         return {"$dict": items} if any(key.startswith("$") for key in items) else items
     if isinstance(tree, (tuple, list)):
-        values = [encode(value, tensors, f"{path}.{i}".lstrip("."), level + 1) for i, value in enumerate(tree)]
+        values = [encode_tree(value, tensors, f"{path}.{i}".lstrip("."), level + 1) for i, value in enumerate(tree)]
         return {"$tuple": values}
     if isinstance(tree, float) and not math.isfinite(tree):
-        return {"$number": number(tree)}
+        return {"$number": json_number(tree)}
     if isinstance(tree, (str, int, float, bool, type(None))):
         return tree
     raise TypeError(f"{path or 'the tree'} is a {type(tree).__name__}, which cannot be saved")
 
 
-def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the tree that `encode` made `value` of.
+def decode_tree(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return the tree that `encode_tree` made `value` of.
 
     Raises:
-        Exception: If `value` is nothing that `encode` makes; whether it is just that, encoding it again tells.
+        Exception: If `value` is nothing that `encode_tree` makes; whether it is just that, encoding it again tells.
 
     Example:
-        >>> decode({"at": {"$tuple": [1, 2]}}, {})
+        >>> decode_tree({"at": {"$tuple": [1, 2]}}, {})
         FrozenDict({'at': (1, 2)})
     """
     if not isinstance(value, dict):
         return value
     key = next(iter(value), "")
     if not key.startswith("$"):
-        return FrozenDict({name: decode(item, tensors) for name, item in value.items()})
+        return FrozenDict({name: decode_tree(item, tensors) for name, item in value.items()})
     if len(value) != 1 or key not in _DECODERS:
         raise ValueError(f"unknown entry {key!r}")
     return _DECODERS[key](value[key], tensors)
@@ -107,7 +107,7 @@ def _tensor(name: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 _DECODERS: Final[dict[str, Callable[[Any, Mapping[str, torch.Tensor]], Any]]] = {
     "$tensor": _tensor,
-    "$tuple": lambda items, tensors: tuple(decode(item, tensors) for item in items),
-    "$dict": lambda items, tensors: FrozenDict({key: decode(item, tensors) for key, item in items.items()}),
+    "$tuple": lambda items, tensors: tuple(decode_tree(item, tensors) for item in items),
+    "$dict": lambda items, tensors: FrozenDict({key: decode_tree(item, tensors) for key, item in items.items()}),
     "$number": lambda name, _: NUMBERS[name],
 }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from noether.effects.disk.calls import Disk
 
-TEMPORARY: Final = ".tmp-"
+TEMPORARY_PREFIX: Final = ".tmp-"
 """What the names of files and directories begin with that are not in place yet, or no more."""
 
 
@@ -27,7 +27,7 @@ class Content(NamedTuple):
     sha256: str
 
 
-def write_new(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = DISK) -> Content:
+def write_new_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = DISK) -> Content:
     """Write a file that does not exist yet, return once it is on the disk, and say what is in it.
 
     Args:
@@ -63,10 +63,10 @@ def replace_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = 
     Raises:
         OSError: If it cannot be written; the old stays.
     """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     with suppress(FileNotFoundError):
         disk.remove(temporary)
-    write_new(temporary, pieces, disk)
+    write_new_file(temporary, pieces, disk)
     disk.rename(temporary, path)
     disk.flush_directory(path.parent)
 
@@ -117,13 +117,13 @@ def make_directories(path: Path, disk: Disk = DISK) -> None:
         raise
 
 
-def remove_all(path: Path, disk: Disk = DISK) -> None:
+def remove_tree(path: Path, disk: Disk = DISK) -> None:
     """Remove a file, or a directory with all that is in it; links are removed and not followed."""
     if disk.kind(path) != "directory":
         disk.remove(path)
         return
     for name in disk.names(path):
-        remove_all(path / name, disk)
+        remove_tree(path / name, disk)
     disk.remove_directory(path)
 
 

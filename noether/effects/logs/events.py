@@ -16,7 +16,7 @@ from noether.core.event import EVENTS, BeforeTraining
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.metrics import keys_overlap
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.disk.encoding import NUMBERS, number
+from noether.effects.disk.encoding import NUMBERS, json_number
 from noether.effects.disk.files import read_file
 from noether.effects.logs.jsonl import LogError, event_name, place
 
@@ -164,7 +164,7 @@ def _scalars(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    told = number(value) if isinstance(value, float) else value
+    told = json_number(value) if isinstance(value, float) else value
     return {"$number": told} if isinstance(told, str) else told
 
 

@@ -1,0 +1,129 @@
+"""The one codec for states: everything but weights and optimizer as JSON values beside tensors, and back.
+
+The checkpoint store and the checkpoints of other frameworks both use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from attrs import frozen
+from cattrs import transform_error
+from cattrs.errors import BaseValidationError
+from cattrs.preconf.json import make_converter
+
+from noether.core.iteration import TrainingIteration
+from noether.core.state import Measured, TrainState
+from noether.effects.disk.encoding import decode_tree, encode_tree
+
+if TYPE_CHECKING:
+    import torch
+
+_PARTS: Final = ("state", "tensors")
+_MAX_SEED: Final = 2**63 - 1
+_MAX_ERROR_CHARS: Final = 300
+
+CONVERTER: Final = make_converter(forbid_extra_keys=True)
+"""Converts between classes and JSON values; it refuses unknown keys."""
+CONVERTER.register_unstructure_hook(TrainingIteration, str)
+CONVERTER.register_structure_hook(TrainingIteration, lambda text, _: TrainingIteration.parse(text))
+
+
+@frozen(kw_only=True)
+class _Values:
+    """The JSON values of a state; the encoded trees name tensors that lie beside them."""
+
+    iteration: TrainingIteration
+    previous: TrainingIteration
+    stop: str | None
+    ended: bool
+    seed: int
+    hyperparams: Any
+    metrics: Any
+    callback_states: Any
+
+
+def encode_state(state: TrainState) -> dict[str, Any]:
+    """Return all of `state` but params, buffers and opt_state as plain values.
+
+    Returns:
+        JSON values under `state` and tensors by dotted path under `tensors`. torch reads both back from a framework's
+        checkpoint with `weights_only=True`.
+
+    Raises:
+        TypeError: If the state holds an object of a type that cannot be saved.
+
+    Example:
+        >>> encode_state(TrainState().advance(samples=4))["state"]["iteration"]
+        'E0_U1_S4'
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    trees = {
+        "hyperparams": state.hyperparams,
+        "metrics": {key: (value, str(at)) for key, (value, at) in state.metrics.items()},
+        "callback_states": state.callback_states,
+    }
+    values = {
+        "iteration": str(state.iteration),
+        "previous": str(state.previous),
+        "stop": state.stop,
+        "ended": state.ended,
+        "seed": state.seed,
+        **{name: encode_tree(tree, tensors, name) for name, tree in trees.items()},
+    }
+    return {"state": values, "tensors": tensors}
+
+
+def decode_state(saved: Mapping[str, Any]) -> TrainState:
+    """Return the state from which `encode_state` made `saved`, without params, buffers and opt_state.
+
+    Raises:
+        ValueError: If `saved` does not have the parts that `encode_state` returns, or a value does not fit.
+        Exception: Of other types, if a value was not written by `encode_state`.
+
+    Example:
+        >>> str(decode_state(encode_state(TrainState().advance(samples=4))).iteration)
+        'E0_U1_S4'
+    """
+    if set(saved) != set(_PARTS):
+        raise ValueError(f"not a saved state: expected a mapping with {' and '.join(_PARTS)}, got {saved!r:.200}")
+    values = CONVERTER.structure(saved["state"], _Values)
+    if abs(values.seed) > _MAX_SEED:
+        raise ValueError(f"seed has to lie between -{_MAX_SEED} and {_MAX_SEED}")
+    names = ("hyperparams", "metrics", "callback_states")
+    trees = {name: decode_mapping(name, getattr(values, name), saved["tensors"]) for name in names}
+    metrics = {key: Measured(value, TrainingIteration.parse(at)) for key, (value, at) in trees["metrics"].items()}
+    return TrainState(
+        iteration=values.iteration,
+        previous=values.previous,
+        stop=values.stop,
+        ended=values.ended,
+        seed=values.seed,
+        **{**trees, "metrics": metrics},
+    )
+
+
+def decode_mapping(name: str, value: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+    """Return the mapping from which `encode_tree` made `value`.
+
+    Raises:
+        TypeError: If `value` is another kind of tree; the message holds `name`.
+        Exception: Of other types, if `encode_tree` did not make `value`.
+    """
+    tree = decode_tree(value, tensors)
+    if not isinstance(tree, Mapping):
+        raise TypeError(f"{name} has to be a mapping")
+    return tree
+
+
+def error_text(error: Exception) -> str:
+    r"""Return the message of a library's error in one printable line of at most 300 characters.
+
+    Example:
+        >>> error_text(ValueError("no\n"))
+        'ValueError: no\\n'
+    """
+    validation = isinstance(error, BaseValidationError)
+    text = "; ".join(transform_error(error)) if validation else f"{type(error).__name__}: {error}"
+    return text.encode("unicode_escape").decode()[:_MAX_ERROR_CHARS]
