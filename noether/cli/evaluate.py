@@ -46,7 +46,7 @@ def evaluate(
         CheckpointError: If the checkpoint is damaged.
     """
     config = resumed_config(run_dir, settings, allow)
-    experiment = build(config, run_id=run_dir.resolve().name, begins=False)
+    experiment = build(config, run_id=run_dir.resolve().name, fresh=False)
     if not experiment.reducer.listens(AtEval):
         raise config.error(
             ("callbacks",), "none of them iterates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}"

@@ -25,7 +25,7 @@ from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.events import read_events
 from noether.effects.run_directory import EVENTS
 from noether.planning.replay import ReplayError, beginning, producers, replay
-from noether.training.experiment import callbacks_of
+from noether.training.configured_callbacks import build_callbacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -67,10 +67,10 @@ def _replayed(run_dir: Path, config: Config, other: Config | None, keep: Callabl
         raise ReplayError(f"{run_dir} holds no {EVENTS}: nothing was recorded; {right}")
     recorded, settings = partial(read_events, path, DISK), resolve_config(config)
     state, run = beginning(recorded(), settings)
-    placed = callbacks_of(config, state, run)
+    placed = build_callbacks(config, state, run)
     if other is not None:
         own = [each.callback for each in placed if each.path[0] == "callbacks"]
-        placed = callbacks_of(other, state, run, producers(own, [kind.build() for kind in other.callbacks]))
+        placed = build_callbacks(other, state, run, producers(own, [kind.build() for kind in other.callbacks]))
     return replay([each.callback for each in placed], recorded, settings, keep)
 
 

@@ -77,7 +77,7 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
     target = _target(run_dir, config, allow)
     with _opened(run_dir, config) as directory:
         state = _newest(directory)
-        experiment = build(config, run_id=directory.run_id, begins=state is None)
+        experiment = build(config, run_id=directory.run_id, fresh=state is None)
         if state is not None:
             state = _without(experiment.to_device(state), drop_memory)
             # A reducer is pure: asked in vain, it refuses what does not fit before anything is written.

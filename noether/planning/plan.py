@@ -13,7 +13,7 @@ from noether.planning.requests import PROBED_FIRINGS, Probe
 from noether.planning.retention_forecast import forecast_checkpoints
 from noether.planning.shapes import build_on_meta
 from noether.planning.warnings import find_warnings
-from noether.training.experiment import Placed
+from noether.training.configured_callbacks import ConfiguredCallback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -84,11 +84,11 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _split_composed(callbacks: Iterable[Placed]) -> Iterator[Placed]:
+def _split_composed(callbacks: Iterable[ConfiguredCallback]) -> Iterator[ConfiguredCallback]:
     """Yield every callback by itself; one setting may describe several callbacks composed into one."""
     for placed in callbacks:
         members = placed.callback.members if isinstance(placed.callback, Reducer) else (placed.callback,)
-        yield from (Placed(member, placed.path) for member in members)
+        yield from (ConfiguredCallback(member, placed.path) for member in members)
 
 
 def _cut_at_fixed_stop(run: Run, callbacks: Iterable[Callback]) -> Run:

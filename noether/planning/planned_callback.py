@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from noether.core.schedules.forecast import Firings
     from noether.planning.requests import Probe, SaveRequest
     from noether.planning.retention_forecast import CheckpointForecast
-    from noether.training.experiment import Placed
+    from noether.training.configured_callbacks import ConfiguredCallback
 
 
 @final
@@ -85,7 +85,7 @@ class PlannedCallback:
         return None if gate is None else "|".join(map(str, gate.schedule.members))
 
 
-def plan_callback(placed: Placed, probe: Probe, *, evaluate_first: bool = False) -> PlannedCallback:
+def plan_callback(placed: ConfiguredCallback, probe: Probe, *, evaluate_first: bool = False) -> PlannedCallback:
     """Return what one callback will do.
 
     Args:

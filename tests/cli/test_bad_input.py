@@ -355,7 +355,7 @@ def test_bad_configuration(tmp_path, changes, message, command):
         ),
         (
             ["trainer.device=cuda:99"],
-            "trainer.device: 'cuda:99' cannot be used here: {reason}; 'auto' takes what there is",
+            "trainer.device: 'cuda:99' cannot be used here: {reason}; write 'auto' to take a GPU if there is one",
         ),
     ],
 )
@@ -363,7 +363,7 @@ def test_bad_override(tmp_path, settings, message):
     write(tmp_path)
     before = contents(tmp_path)
     output = invoke("train", "bad.yaml", *(w for each in settings for w in ("--set", each)), cwd=tmp_path, code=2)
-    reason = output.partition("used here: ")[2].partition("; 'auto'")[0]
+    reason = output.partition("used here: ")[2].partition("; write 'auto'")[0]
     assert output == f"Error: --set {settings[0]}: {message.format(reason=reason)}\n"
     assert contents(tmp_path) == before
 

@@ -22,7 +22,7 @@ from noether.effects.logs.summary import to_plain
 from noether.effects.merging import merge
 from noether.planning.replay import beginning, replay
 from noether.testing import same
-from noether.training.experiment import callbacks_of
+from noether.training.configured_callbacks import build_callbacks
 
 RECORD = ("--set", "trainer.record=events")
 
@@ -33,7 +33,7 @@ def replayed(run, callbacks=None):
         config = replace_callbacks(config, callbacks)
     recorded = partial(read_events, run / "events.jsonl", DISK)
     state, fixed = beginning(recorded(), resolve_config(config))
-    members = [placed.callback for placed in callbacks_of(config, state, fixed)]
+    members = [placed.callback for placed in build_callbacks(config, state, fixed)]
     return replay(members, recorded, resolve_config(config))
 
 

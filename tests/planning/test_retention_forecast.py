@@ -26,7 +26,7 @@ from noether.planning.planned_callback import plan_callback
 from noether.planning.requests import Probe
 from noether.planning.retention_forecast import forecast_checkpoints
 from noether.testing.strategies import run_lengths, schedules
-from noether.training.experiment import Placed
+from noether.training.configured_callbacks import ConfiguredCallback
 
 
 def begun(device):
@@ -94,7 +94,7 @@ def asked(callbacks, run):
     memory = compose(*callbacks).init(begun("meta"))
     state = begun("meta").replace(callback_states=memory)
     probe = Probe(state=state, initial=state, run=run.replace(data={}))
-    planned = [plan_callback(Placed(each, ()), probe) for each in callbacks]
+    planned = [plan_callback(ConfiguredCallback(each, ()), probe) for each in callbacks]
     assert not any(each.probe_error or each.save_error for each in planned)
     return [request for each in planned for request in each.requests]
 

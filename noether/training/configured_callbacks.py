@@ -1,0 +1,95 @@
+"""The callbacks that a configuration describes, in the order in which they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from noether.config.errors import ConfigError
+from noether.config.kinds import import_kind
+from noether.config.schema import INTERVALS
+from noether.core.callback import declaration_of, init_of
+from noether.core.callbacks.evaluation import EvaluateCallback
+from noether.core.declarations import DeclarationError, check_declarations
+from noether.core.metrics import keys_overlap
+from noether.training.error_locations import locate_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from noether.config.errors import SettingPath
+    from noether.config.schema import Config
+    from noether.core.callback import Callback
+    from noether.core.run import Run
+    from noether.core.state import TrainState
+
+
+@final
+@dataclass(frozen=True)
+class ConfiguredCallback:
+    """A callback, and the path of the section that describes it."""
+
+    callback: Callback
+    path: SettingPath
+
+
+def build_callbacks(
+    config: Config, state: TrainState, run: Run, before: Sequence[Callback] = ()
+) -> list[ConfiguredCallback]:
+    """Return the configured callbacks, with those of `trainer.evaluate` before the first callback that reads them.
+
+    Args:
+        config: A checked configuration.
+        state: The initial state; of its tensors only names, shapes and dtypes matter.
+        run: What is fixed for the run.
+        before: Callbacks that run before the configured ones.
+
+    Raises:
+        ConfigError: If the callbacks do not fit together, or do not fit the model.
+    """
+    configured = [ConfiguredCallback(each, ("callbacks",)) for each in before]
+    configured += [ConfiguredCallback(kind.build(), ("callbacks", i)) for i, kind in enumerate(config.callbacks)]
+    for evaluation in _build_evaluations(config):
+        readers = (index for index, each in enumerate(configured) if _reads(each.callback, evaluation))
+        section = ("trainer", "evaluate", evaluation.dataset_key)
+        configured.insert(next(readers, len(configured)), ConfiguredCallback(evaluation, section))
+    for each in configured:
+        with locate_errors(config, each.path):
+            init_of(each.callback, state)  # some callbacks can check their settings only against the model
+        key = getattr(each.callback, "dataset_key", None)
+        if key is not None and key not in run.data:
+            message = f"{key!r} is the stream that the run trains on; evaluate another dataset"
+            raise config.error((*each.path, "dataset_key"), message)
+    _check_declarations(config, configured, state, run)
+    return configured
+
+
+def _build_evaluations(config: Config) -> list[EvaluateCallback]:
+    """Return one callback for each dataset of `trainer.evaluate`."""
+    evaluate = config.trainer.evaluate
+    if evaluate is None:
+        return []
+    intervals = {name: getattr(evaluate, name) for name in INTERVALS}
+    evaluations = []
+    for key, measures in evaluate.datasets.items():
+        functions = tuple(import_kind(measure) if "." in measure else measure for measure in measures)
+        with locate_errors(config, ("trainer", "evaluate", key)):
+            evaluations.append(EvaluateCallback(dataset_key=key, measures=functions, **intervals))
+    return evaluations
+
+
+def _reads(callback: Callback, producer: EvaluateCallback) -> bool:
+    """Return whether `callback` reads a metric that `producer` logs."""
+    declared = declaration_of(callback)
+    keys = (*declared.consumes, *declared.uses)
+    return any(keys_overlap(pattern, key) for key in keys for pattern in producer.produces)
+
+
+def _check_declarations(config: Config, configured: Sequence[ConfiguredCallback], state: TrainState, run: Run) -> None:
+    """Raise a ConfigError that locates each callback that does not fit the others."""
+    try:
+        check_declarations([each.callback for each in configured], state, run)
+    except DeclarationError as error:
+        paths = {id(each.callback): each.path for each in configured}
+        errors = [config.error(paths[id(misfit.callback)], misfit.message) for misfit in error.misfits]
+        raise ConfigError([problem for each in errors for problem in each.problems]) from error

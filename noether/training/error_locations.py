@@ -1,0 +1,45 @@
+"""Errors of objects built from a configuration, located at the section that describes the object."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from noether.config.errors import ConfigError
+from noether.core.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from noether.config.errors import SettingPath
+    from noether.config.schema import Config
+
+
+@contextmanager
+def locate_errors(config: Config, path: SettingPath) -> Iterator[None]:
+    """Raise errors of the block as a `ConfigError` at the section at `path`.
+
+    Args:
+        config: Gives the file and line of each section.
+        path: The section that describes the object that the block builds.
+
+    Raises:
+        ConfigError: If the block raises a SettingsError, ValueError, TypeError or RuntimeError; torch raises the last
+            one for impossible sizes.
+    """
+    try:
+        yield
+    except SettingsError as error:
+        errors = [config.error((*path, *_setting_path(config, each.setting)), each.message) for each in error.problems]
+        raise ConfigError([problem for each in errors for problem in each.problems]) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise config.error(path, str(error)) from error
+
+
+def _setting_path(config: Config, setting: str) -> SettingPath:
+    """Return the dotted name of a setting as a path; the optimizer names its groups, the YAML numbers them."""
+    for index, group in enumerate(config.optimizer.groups):
+        prefix = f"groups.{group.name}."
+        if f"{setting}.".startswith(prefix):
+            return ("groups", index, *_setting_path(config, f"{setting}.".removeprefix(prefix).removesuffix(".")))
+    return tuple(int(part) if part.isdecimal() else part for part in setting.split(".")) if setting else ()
