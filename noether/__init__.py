@@ -1,139 +1,48 @@
-"""noether: callbacks of a training loop as pure functions `(state, event) -> (state, effects)`."""
+"""noether: callbacks of a training loop as pure functions `(state, event) -> (state, effects)`.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+The stub `__init__.pyi` lists the public names; each is imported at its first use.
+"""
 
-if TYPE_CHECKING:
-    from noether.core.callback import Callback
-    from noether.core.combinators import callback, every_n_epochs, every_n_samples, every_n_updates, on, when
-    from noether.core.effect import (
-        Effect,
-        LogScalars,
-        LogText,
-        MeasurePeakMemory,
-        SaveCheckpoint,
-        SaveTensors,
-        SetSummary,
-        ShowProgress,
-    )
-    from noether.core.errors import NoetherError
-    from noether.core.event import (
-        AfterAccumulationStep,
-        AfterEpoch,
-        AfterTraining,
-        AfterUpdate,
-        AtEval,
-        BeforeTraining,
-        Event,
-    )
-    from noether.core.iteration import TrainingIteration
-    from noether.core.loop import Move, dispatch, next_move
-    from noether.core.metrics import current, log
-    from noether.core.reducer import Reducer, compose, identity
-    from noether.core.run import Run
-    from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
-    from noether.core.state import TrainState
-    from noether.core.tensors.donation import lease
-    from noether.core.tensors.module import forward
+import re as _re
+from pathlib import Path as _Path
+from typing import Any as _Any
 
-__all__ = [
-    "AfterAccumulationStep",
-    "AfterEpoch",
-    "AfterTraining",
-    "AfterUpdate",
-    "At",
-    "AtEval",
-    "BeforeTraining",
-    "Callback",
-    "Effect",
-    "Event",
-    "EveryNEpochs",
-    "EveryNSamples",
-    "EveryNUpdates",
-    "LogScalars",
-    "LogText",
-    "MeasurePeakMemory",
-    "Move",
-    "NoetherError",
-    "Reducer",
-    "Run",
-    "SaveCheckpoint",
-    "SaveTensors",
-    "Schedule",
-    "SetSummary",
-    "ShowProgress",
-    "TrainState",
-    "TrainingIteration",
-    "callback",
-    "compose",
-    "current",
-    "dispatch",
-    "every_n_epochs",
-    "every_n_samples",
-    "every_n_updates",
-    "forward",
-    "identity",
-    "lease",
-    "log",
-    "next_move",
-    "on",
-    "when",
-]
+from noether.core.callbacks.registry import SHIPPED as _SHIPPED
+from noether.core.errors import suggest as _suggest
+from noether.core.exports import read_exports as _read_exports
 
-_HOMES = {
-    "AfterAccumulationStep": "noether.core.event",
-    "AfterEpoch": "noether.core.event",
-    "AfterTraining": "noether.core.event",
-    "AfterUpdate": "noether.core.event",
-    "At": "noether.core.schedules.schedule",
-    "AtEval": "noether.core.event",
-    "BeforeTraining": "noether.core.event",
-    "Callback": "noether.core.callback",
-    "Effect": "noether.core.effect",
-    "Event": "noether.core.event",
-    "EveryNEpochs": "noether.core.schedules.schedule",
-    "EveryNSamples": "noether.core.schedules.schedule",
-    "EveryNUpdates": "noether.core.schedules.schedule",
-    "LogScalars": "noether.core.effect",
-    "LogText": "noether.core.effect",
-    "MeasurePeakMemory": "noether.core.effect",
-    "Move": "noether.core.loop",
-    "NoetherError": "noether.core.errors",
-    "Reducer": "noether.core.reducer",
-    "Run": "noether.core.run",
-    "SaveCheckpoint": "noether.core.effect",
-    "SaveTensors": "noether.core.effect",
-    "Schedule": "noether.core.schedules.schedule",
-    "SetSummary": "noether.core.effect",
-    "ShowProgress": "noether.core.effect",
-    "TrainState": "noether.core.state",
-    "TrainingIteration": "noether.core.iteration",
-    "callback": "noether.core.combinators",
-    "compose": "noether.core.reducer",
-    "current": "noether.core.metrics",
-    "dispatch": "noether.core.loop",
-    "every_n_epochs": "noether.core.combinators",
-    "every_n_samples": "noether.core.combinators",
-    "every_n_updates": "noether.core.combinators",
-    "forward": "noether.core.tensors.module",
-    "identity": "noether.core.reducer",
-    "lease": "noether.core.tensors.donation",
-    "log": "noether.core.metrics",
-    "next_move": "noether.core.loop",
-    "on": "noether.core.combinators",
-    "when": "noether.core.combinators",
-}
-"""Where each name is defined: most of these modules import torch, which much of the command line does without."""
+_EXPORTS = {**_read_exports(__name__), **_SHIPPED}
+__all__ = list(_EXPORTS)  # the stub lists them
 
-if not TYPE_CHECKING:  # a type checker would otherwise accept any name
 
-    def __getattr__(name: str) -> Any:
-        """Return a public name, imported when it is first asked for."""
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
-        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-        return value
+def __getattr__(name: str) -> _Any:
+    """Return a public name, imported at its first use.
+
+    Raises:
+        AttributeError: If there is no such name; the message contains the nearest one.
+    """
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}", name=name)
+    value = globals()[name] = _EXPORTS[name].load()
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])
+
+
+def _hint(name: str) -> str:
+    """Return where noether defines `name`, or the nearest public name, for an error message."""
+    if name.startswith("_"):
+        return ""
+    definition = _re.compile(rf"^(?:class|def) {_re.escape(name)}\b|^{_re.escape(name)}\b.* = ", _re.MULTILINE)
+    root = _Path(__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        if definition.search(file.read_text(encoding="utf-8")):
+            module = ".".join(file.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
+            return f"; there is {module}.{name}"
+    return _suggest(name, _EXPORTS)

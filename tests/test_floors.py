@@ -73,7 +73,7 @@ def test_core_does_not_touch_the_world():
 
 
 def test_importing_the_core_brings_no_outer_room():
-    code = "from noether import *; import noether.core.callbacks, sys; print(*sys.modules)"
+    code = "import noether; from noether.core.callbacks import *; import noether.core.reducer, sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = run.stdout.split()
     assert "noether.core.reducer" in loaded

@@ -1,6 +1,7 @@
-"""The names of the package: imported when they are asked for, and the same for whoever reads and whoever runs."""
+"""The public names of the package: listed once, imported at their first use, and the same for type checkers."""
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from importlib import import_module
@@ -9,34 +10,88 @@ from pathlib import Path
 import pytest
 
 import noether
+from noether.core import callbacks
+from noether.core.callbacks.registry import EXPORTS, SHIPPED
+from noether.core.exports import read_exports
 
-SOURCE = Path(noether.__file__).read_text()
-
-
-@pytest.mark.parametrize("name", noether.__all__)
-def test_a_name_is_what_its_module_defines(name):
-    found = getattr(noether, name)
-    assert found is getattr(import_module(noether._HOMES[name]), name)  # noqa: SLF001  # the table is what is tested
-    assert getattr(found, "__module__", noether._HOMES[name]) == noether._HOMES[name]  # noqa: SLF001
+PUBLIC = {**read_exports("noether"), **SHIPPED}
+ROOT = Path(noether.__file__).parents[1]
 
 
-def test_a_type_checker_reads_what_is_imported():
-    (block,) = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.If) and isinstance(node.test, ast.Name)]
-    read = {alias.name: node.module for node in block.body for alias in node.names}
-    assert read == noether._HOMES  # noqa: SLF001
-    assert sorted(read) == sorted(noether.__all__)
+@pytest.mark.parametrize("export", PUBLIC.values(), ids=lambda export: export.name)
+def test_a_name_is_what_its_module_defines(export):
+    found = getattr(noether, export.name)
+    assert found is getattr(import_module(export.module), export.name)
+    assert getattr(found, "__module__", export.module) == export.module
 
 
-def test_every_name_is_listed():
-    assert set(noether.__all__) <= set(dir(noether))
+def names_for_type_checkers(stub):
+    """Return the names and modules that a type checker finds in a stub, and in the stubs that it imports whole."""
+    found = {}
+    for node in ast.parse(stub.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            found |= names_for_type_checkers(ROOT / f"{node.module.replace('.', '/')}.pyi")
+        elif isinstance(node, ast.ImportFrom):
+            assert all(alias.asname == alias.name for alias in node.names), "only `X as X` is exported by a stub"
+            found |= {alias.name: node.module for alias in node.names}
+    return found
 
 
-def test_a_name_that_there_is_not():
-    assert not hasattr(noether, "TrainStates")
-    with pytest.raises(AttributeError, match="module 'noether' has no attribute 'TrainStates'"):
-        noether.TrainStates  # noqa: B018
-    with pytest.raises(ImportError, match="cannot import name 'TrainStates' from 'noether'"):
-        from noether import TrainStates  # noqa: F401
+@pytest.mark.parametrize(("package", "exports"), [(noether, PUBLIC), (callbacks, EXPORTS)])
+def test_type_checkers_find_the_same_names(package, exports):
+    expected = {name: export.module for name, export in exports.items()}
+    assert names_for_type_checkers(Path(package.__file__).with_suffix(".pyi")) == expected
+    assert sorted(package.__all__) == sorted(expected)
+
+
+TYPED = """
+from noether import CheckpointCallback, TrainState, open_run
+from noether.core.callbacks import ETA, PeriodicCallback
+reveal_type(TrainState().iteration.epoch)
+reveal_type(CheckpointCallback(every_n_epochs=1).keep)
+reveal_type(ETA(every_n_epochs=1).interval_name)
+TrainState().epochs
+"""
+
+
+def test_a_type_checker_knows_the_types(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(TYPED)
+    command = [sys.executable, "-m", "mypy", str(file)]  # in this checkout: with its settings and its cache
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert [line.partition("mine.py:")[2] for line in run.stdout.splitlines()[:-1]] == [
+        '4: note: Revealed type is "int"',
+        '5: note: Revealed type is "int | None"',
+        '6: note: Revealed type is "str"',
+        '7: error: "TrainState" has no attribute "epochs"  [attr-defined]',
+    ]
+
+
+def test_dir_shows_public_names_only():
+    assert dir(noether) == sorted([*PUBLIC, "__version__"])
+    assert dir(callbacks) == sorted(EXPORTS)
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert noether.__version__ == importlib.metadata.version("noether")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("TrainStates", "; did you mean 'TrainState'?"),
+        ("CheckpointCalback", "; did you mean 'CheckpointCallback'?"),
+        ("Gate", "; there is noether.core.schedules.gate.Gate"),
+        ("no_such_thing", ""),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name, hint):
+    assert not hasattr(noether, name)
+    with pytest.raises(AttributeError) as refused:
+        getattr(noether, name)
+    assert str(refused.value) == f"module 'noether' has no attribute {name!r}{hint}"
+    with pytest.raises(ImportError, match=f"cannot import name '{name}' from 'noether'"):
+        exec(f"from noether import {name}")  # noqa: S102
 
 
 def loaded_by(code):
@@ -45,10 +100,12 @@ def loaded_by(code):
 
 
 def test_what_needs_no_torch_is_imported_without_it():
-    assert loaded_by("import noether") & {"torch", "noether.core"} == set()
+    assert (
+        loaded_by("import noether, noether.core.callbacks.registry") & {"torch", "numpy", "noether.core.state"} == set()
+    )
     assert "torch" not in loaded_by("from noether import EveryNEpochs, TrainingIteration, next_move")
 
 
 def test_a_star_brings_every_name():
     modules = loaded_by("from noether import *; TrainState, log, when")
-    assert {*noether._HOMES.values()} <= modules  # noqa: SLF001
+    assert {export.module for export in PUBLIC.values()} <= modules

@@ -16,6 +16,7 @@ from noether.config.kinds import CALLBACK, resolve
 from noether.config.structure import parameters
 from noether.core.callback import declaration_of
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.registry import ALIASES, EXPORTS, SHIPPED
 
 PREFIX = "noether.core.callbacks"
 _WORDS: dict[object, str] = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
@@ -64,18 +65,14 @@ class Description:
 
 
 def known_kinds() -> dict[str, tuple[str, ...]]:
-    """Return the names of all callbacks of noether, each with its other names.
+    """Return the names of all callbacks that noether ships, sorted, each with its aliases.
 
     Example:
         >>> known_kinds()["LrCallback"]
         ('LR',)
     """
-    from noether.core import callbacks
-
-    found = {name: getattr(callbacks, name) for name in callbacks.__all__}
-    kinds = {name: kind for name, kind in found.items() if getattr(kind, "__final__", False) and CALLBACK.fits(kind)}
-    own = [name for name, kind in kinds.items() if name == kind.__name__]
-    return {name: tuple(each for each, kind in kinds.items() if kind is kinds[name] and each != name) for name in own}
+    canonical = {alias: EXPORTS[alias].load().__name__ for alias in ALIASES}
+    return {name: tuple(alias for alias in ALIASES if canonical[alias] == name) for name in sorted(SHIPPED)}
 
 
 def describe(kind: str, allow: Sequence[str] = ()) -> Description:

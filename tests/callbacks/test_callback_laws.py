@@ -6,35 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples import all_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noether.config.descriptions import known_kinds
-from noether.core import callbacks
 from noether.core.callbacks import (
-    BestCheckpointCallback,
-    BestMetricCallback,
     CheckpointCallback,
-    DatasetStatsCallback,
     EMACallback,
     EtaCallback,
     EvaluateCallback,
-    FixedUpdateEarlyStopping,
-    GradNormCallback,
-    HyperparamsCallback,
-    LrCallback,
-    MetricCallback,
     MetricEarlyStopping,
-    NanGuardCallback,
-    OfflineLossCallback,
-    OnlineLossCallback,
-    ParamCountCallback,
-    PeakMemoryCallback,
-    ProgressCallback,
     ReduceLROnPlateauCallback,
-    TrackOutputsCallback,
     TrainTimeCallback,
 )
+from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
@@ -47,10 +32,6 @@ from noether.effects import CheckpointStore
 from noether.testing import call_purely, same
 
 
-def error(outputs, batch):
-    return (outputs - batch[1]).abs()
-
-
 def forward(state, batch):
     outputs = batch[0] * state.params["w"]
     return {"total": (outputs - batch[1]).square().mean()}, outputs
@@ -59,42 +40,6 @@ def forward(state, batch):
 VAL = [(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])), (torch.tensor([0.5]), torch.tensor([0.0]))]
 RUN = Run(end=TrainingIteration(epoch=3), updates_per_epoch=3, samples_per_epoch=10, effective_batch_size=4,
           data={"val": VAL}, forward=forward, config={"seed": 0}, frozen=frozenset())  # fmt: skip
-INTERVALS = ("every_n_epochs", "every_n_updates", "every_n_samples")
-
-
-def shipped(interval, n, *, at_end):
-    """Return every kind of callback at one interval, each after what it consumes."""
-    when = {interval: n, "at_end": at_end}
-    return (
-        NanGuardCallback(tolerance=1, action="rollback", **when),
-        EMACallback(target_factors=(0.5, 0.9), save_latest_weights=True, **when),
-        ParamCountCallback(),
-        DatasetStatsCallback(),
-        HyperparamsCallback(),
-        ProgressCallback(**when),
-        EtaCallback(**when),
-        LrCallback(**when),
-        PeakMemoryCallback(**when),
-        TrainTimeCallback(**when),
-        GradNormCallback(**when),
-        TrackOutputsCallback(keys=("drift",), **when),
-        TrackOutputsCallback(patterns=("shap",), reduce="last", save_output=True, **when),
-        OnlineLossCallback(nan="log", **when),
-        EvaluateCallback(dataset_key="val", measures=("loss", error), **when),
-        MetricCallback(dataset_key="val", metric=error, weights="ema=0.5", **when),
-        OfflineLossCallback(dataset_key="val", weights="ema=0.9", **when),
-        BestMetricCallback(metric_key="val/error", target_metric_keys=("loss/val/total",), **when),
-        BestCheckpointCallback(metric_key="val/error", tolerances=(1, 2), **when),
-        CheckpointCallback(save_weights=True, save_optim=True, keep=2, **when),
-        ReduceLROnPlateauCallback(metric_key="loss/val/total", tolerance=1, factor=0.5, **when),
-        MetricEarlyStopping(metric_key="loss/val/total", tolerance=4, **when),
-        FixedUpdateEarlyStopping(stop_at_update=8),
-    )
-
-
-def test_no_callback_is_left_out():
-    kinds = {type(member) for member in shipped("every_n_updates", 1, at_end=False)}
-    assert kinds == {getattr(callbacks, name) for name in known_kinds()}
 
 
 def updated(state, run):
@@ -140,7 +85,7 @@ def began(reducer):
     ("interval", "n"), [*((i, 1) for i in INTERVALS), ("every_n_updates", 2), ("every_n_samples", 7)]
 )
 def test_every_callback_is_a_pure_function(interval, n, at_end):
-    members = shipped(interval, n, at_end=at_end)
+    members = all_examples(interval, n, at_end=at_end)
     reducer = compose(*members)
     acted = set()
     begin = began(reducer)
@@ -161,7 +106,7 @@ def test_every_callback_is_a_pure_function(interval, n, at_end):
     assert acted | silent == {type(member) for member in members}
 
 
-@pytest.mark.parametrize("member", shipped("every_n_updates", 3, at_end=False), ids=lambda member: member.name)
+@pytest.mark.parametrize("member", all_examples("every_n_updates", 3, at_end=False), ids=lambda member: member.name)
 def test_where_nothing_is_due_the_state_is_the_same_object(member):
     state = TrainState(params={"w": torch.tensor(1.0)}).advance(samples=4).advance(samples=4)
     events = [AfterEpoch(run=RUN), AfterAccumulationStep(run=RUN, samples=4)]
@@ -186,10 +131,10 @@ def through_the_store(state, event):
 
 
 @settings(max_examples=40)
-@given(st.sampled_from(INTERVALS), st.integers(1, 8), st.booleans(), st.integers(0, 15))
+@given(st.sampled_from(list(INTERVALS)), st.integers(1, 8), st.booleans(), st.integers(0, 15))
 def test_a_run_goes_on_from_the_store_at_any_event(interval, n, at_end, cut):
     def reducer():
-        return compose(*shipped(interval, n, at_end=at_end))
+        return compose(*all_examples(interval, n, at_end=at_end))
 
     first = reducer()
     state = began(first)
@@ -209,10 +154,10 @@ def test_a_run_goes_on_from_the_store_at_any_event(interval, n, at_end, cut):
 
 
 @settings(max_examples=30)
-@given(st.sampled_from(INTERVALS), st.integers(1, 8), st.integers(0, 12), st.data())
+@given(st.sampled_from(list(INTERVALS)), st.integers(1, 8), st.integers(0, 12), st.data())
 def test_every_memory_alone_survives_a_cut(interval, n, cut, data):
     """A callback by itself, with those that it consumes: what it asks for after a cut is what it would have asked."""
-    members = shipped(interval, n, at_end=True)
+    members = all_examples(interval, n, at_end=True)
     chosen = data.draw(st.sampled_from(members))
     alone = [m for m in members if m is chosen or isinstance(m, (EMACallback, EvaluateCallback))]
     events = list(go_on(compose(*alone), began(compose(*alone))))

@@ -3,49 +3,27 @@
 import math
 
 import pytest
+from examples import SETTINGS
 
 from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,
     CheckpointCallback,
-    EMACallback,
-    EtaCallback,
     EvaluateCallback,
-    GradNormCallback,
-    LrCallback,
     MetricCallback,
     MetricEarlyStopping,
-    NanGuardCallback,
     OfflineLossCallback,
     OnlineLossCallback,
-    PeakMemoryCallback,
     ProgressCallback,
-    ReduceLROnPlateauCallback,
-    TrackOutputsCallback,
-    TrainTimeCallback,
 )
-from noether.core.callbacks.periodic import INTERVALS
+from noether.core.callbacks.periodic import INTERVALS, PeriodicCallback
+from noether.core.callbacks.registry import SHIPPED
 from noether.core.errors import SettingsError
 
 REQUIRED = {
-    ProgressCallback: {},
-    LrCallback: {},
-    OnlineLossCallback: {},
-    OfflineLossCallback: {"dataset_key": "val"},
-    MetricCallback: {"dataset_key": "val", "metric": "accuracy"},
-    EvaluateCallback: {"dataset_key": "val", "measures": ("loss",)},
-    BestMetricCallback: {"metric_key": "val/accuracy"},
-    BestCheckpointCallback: {"metric_key": "val/accuracy"},
-    CheckpointCallback: {"save_weights": True},
-    MetricEarlyStopping: {"metric_key": "val/accuracy", "tolerance": 3},
-    EtaCallback: {},
-    PeakMemoryCallback: {},
-    TrainTimeCallback: {},
-    GradNormCallback: {},
-    TrackOutputsCallback: {"keys": ("drift",)},
-    EMACallback: {"target_factors": (0.9,)},
-    ReduceLROnPlateauCallback: {"metric_key": "val/accuracy", "tolerance": 3},
-    NanGuardCallback: {"tolerance": 3},
+    kind: settings[0]
+    for name, settings in SETTINGS.items()
+    if issubclass(kind := SHIPPED[name].load(), PeriodicCallback)
 }
 KINDS = pytest.mark.parametrize("kind", REQUIRED)
 NAMES = "every_n_epochs, every_n_updates, every_n_samples"
@@ -167,7 +145,12 @@ def test_batch_size(kind, batch_size):
 
 def test_nothing_to_save():
     assert problems(
-        CheckpointCallback, every_n_epochs=1, save_weights=False, save_latest_weights=False, save_latest_optim=False
+        CheckpointCallback,
+        every_n_epochs=1,
+        save_weights=False,
+        save_optim=False,
+        save_latest_weights=False,
+        save_latest_optim=False,
     ) == [
         (
             "nothing is to be saved; set at least one of "
