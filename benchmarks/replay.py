@@ -69,7 +69,7 @@ def record(folder: Path, updates: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(updates, generator=generator)
     with open_run(folder / "run") as directory:
-        tell = directory.recording(lambda *_: None, to_line(reducer))
+        tell = directory.recording_interpreter(lambda *_: None, to_line(reducer))
 
         def told(state: TrainState, event: BeforeTraining | AfterUpdate | AfterEpoch | AfterTraining) -> TrainState:
             state, effects = reducer(state, event)

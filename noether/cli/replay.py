@@ -23,7 +23,7 @@ from noether.core.tensors.tree import leaves
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.events import read_events
-from noether.effects.run_directory import EVENTS
+from noether.effects.run_logs import EVENTS_FILE
 from noether.planning.replay import ReplayError, beginning, producers, replay
 from noether.training.configured_callbacks import build_callbacks
 
@@ -61,10 +61,10 @@ def show(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[
 
 
 def _replayed(run_dir: Path, config: Config, other: Config | None, keep: Callable[[ReplayStep], bool]) -> Replayed:
-    path = run_dir / EVENTS
+    path = run_dir / EVENTS_FILE
     if not path.is_file():
         right = "train with `trainer.record: events`, or --set trainer.record=events"
-        raise ReplayError(f"{run_dir} holds no {EVENTS}: nothing was recorded; {right}")
+        raise ReplayError(f"{run_dir} holds no {EVENTS_FILE}: nothing was recorded; {right}")
     recorded, settings = partial(read_events, path, DISK), resolve_config(config)
     state, run = beginning(recorded(), settings)
     placed = build_callbacks(config, state, run)

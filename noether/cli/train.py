@@ -30,10 +30,10 @@ from noether.core.tensors.donation import donate
 from noether.core.tensors.tree import FrozenDict
 from noether.effects import CheckpointError, open_run
 from noether.effects.disk.files import make_directories, replace_text
-from noether.effects.logs.sinks import LOGGED
 from noether.effects.logs.tensorboard import TensorBoard
 from noether.effects.logs.wandb import WeightsAndBiases
-from noether.effects.run_directory import CONFIG
+from noether.effects.run_directory import CONFIG_FILE
+from noether.effects.run_logs import LOG_EFFECTS
 from noether.planning.replay import to_line
 from noether.training.experiment import Experiment, build
 from noether.training.step.compiled import CompiledStep
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.effects import Interpreter, RunDirectory
     from noether.effects.interpreter import Handler
-    from noether.effects.run_directory import Interpret, LogService
+    from noether.effects.run_directory import Interpret
+    from noether.effects.run_logs import LogService
 
 
 def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> int:
@@ -61,7 +62,7 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
     path = _new_directory(Path(config.run.output) / config.run.name)
     experiment = replace(experiment, run=experiment.run.replace(run_id=path.name))
     with _opened(path, config) as directory:
-        replace_text(directory.path / CONFIG, dump(config))
+        replace_text(directory.path / CONFIG_FILE, dump(config))
         return _train(experiment, directory, experiment.state, resumed=False, allow=allow)
 
 
@@ -91,16 +92,16 @@ def go_on(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_mem
         make_directories(target.parent)
         shutil.move(run_dir, target)  # while it is locked
     click.echo(f"{run_dir} moved to {target}")
-    replace_text(target / CONFIG, dump(config))
+    replace_text(target / CONFIG_FILE, dump(config))
     return go_on(target, (), allow, drop_memory)
 
 
 def _gone_on(experiment: Experiment, directory: RunDirectory, state: TrainState | None, allow: Sequence[str]) -> int:
     begun = f"{directory.path} holds no checkpoint yet: training begins at update 0"
     click.echo(begun if state is None else f"going on at {state.iteration}")
-    if dropped := directory.cut_logs(state):
+    if dropped := directory.truncate_logs(state):
         click.echo(f"lines of metrics.jsonl beyond that are dropped, to be written again: {dropped}")
-    replace_text(directory.path / CONFIG, dump(experiment.config))
+    replace_text(directory.path / CONFIG_FILE, dump(experiment.config))
     return _train(experiment, directory, state or experiment.state, resumed=state is not None, allow=allow)
 
 
@@ -118,7 +119,7 @@ def _newest(directory: RunDirectory) -> TrainState | None:
 
 def _target(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:
     """Return where the run is to be: elsewhere if `run.output` was changed."""
-    before = load(run_dir / CONFIG, (), allow, run_dir).run.output
+    before = load(run_dir / CONFIG_FILE, (), allow, run_dir).run.output
     target = Path(config.run.output) / config.run.name / run_dir.resolve().name
     if config.run.output == before or target.resolve() == run_dir.resolve():
         return run_dir
@@ -148,9 +149,9 @@ def resumed_config(run_dir: Path, settings: Sequence[str] = (), allow: Sequence[
     Raises:
         ConfigError: If `run_dir` is not a run, or a setting is changed that may not change.
     """
-    path = run_dir / CONFIG
+    path = run_dir / CONFIG_FILE
     if not path.is_file():
-        message = f"is not the directory of a run: it has no {CONFIG}; give one like runs/NAME/RUN_ID"
+        message = f"is not the directory of a run: it has no {CONFIG_FILE}; give one like runs/NAME/RUN_ID"
         raise ConfigError([LocatedProblem(Place(str(run_dir)), (), message)])
     config = load(path, settings, allow, run_dir)
     if settings:
@@ -164,7 +165,9 @@ def handled(
     """Return the interpreter that also has the handlers of `run.handlers`, those of logs `guarded`."""
     for effect_type, path in config.run.handlers.items():
         kind, handler = import_kind(effect_type), import_kind(path)
-        interpreter = interpreter.handling(kind, guarded(path, handler) if issubclass(kind, LOGGED) else handler)
+        interpreter = interpreter.with_handlers(
+            kind, guarded(path, handler) if issubclass(kind, LOG_EFFECTS) else handler
+        )
     return interpreter
 
 
@@ -174,7 +177,7 @@ def _train(
     interpreter = _interpreter(experiment.config, directory)
     told: Interpret = interpreter
     if experiment.config.trainer.record == "events":
-        told = directory.recording(interpreter, to_line(experiment.reducer))
+        told = directory.recording_interpreter(interpreter, to_line(experiment.reducer))
     with Interruption() as interruption:
         interpreter([SetSummary(_facts(experiment))], state, AfterTraining(run=experiment.run))
         given = donate(state) if experiment.step.donate else state
@@ -219,7 +222,7 @@ def _facts(experiment: Experiment) -> FrozenDict:
 
 def _interpreter(config: Config, directory: RunDirectory) -> Interpreter:
     """Return the interpreter of a run that also has its own handlers; those of logs never stop training."""
-    return handled(config, directory.interpreter, directory.guarded)
+    return handled(config, directory.interpreter, directory.guard_log)
 
 
 def _opened(path: Path, config: Config, services: Sequence[LogService] | None = None) -> RunDirectory:

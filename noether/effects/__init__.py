@@ -1,4 +1,7 @@
-"""The effects layer: what callbacks ask for, carried out."""
+"""Effects: the only code that does I/O. The interpreter runs the effects that callbacks return.
+
+A line here may touch files, streams and devices; it reads the state and never changes it.
+"""
 
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.store import CheckpointStore

@@ -1,19 +1,19 @@
-"""The only code that touches the world: a table from effect type to handlers."""
+"""Interpreter of effects: a table from effect type to handlers, and how the effects of one event are merged."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from noether.core.effect import Effect, LogScalars
+from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress
 from noether.core.errors import NoetherError, suggest
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import NUMBER_TYPES
-from noether.effects.merging import merge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from noether.core.event import Event
     from noether.core.state import TrainState
@@ -22,20 +22,17 @@ if TYPE_CHECKING:
     Measure = Callable[[Any, TrainState, Event], Mapping[str, float]]
 
 
-_NONE: Final[tuple[Handler, ...]] = ()
-
-
 class UnhandledEffectError(NoetherError, LookupError):
-    """Something was asked for that nobody does."""
+    """A callback returned an effect that has no handler."""
 
 
 class Interpreter:
-    """Carries effects out: calls every handler of an effect's type with `(effect, state, event)`.
+    """Runs effects: calls every handler of an effect's type with `(effect, state, event)`.
 
     Args:
         handlers: Handlers by type of effect, called in their order.
-        measures: By type of effect, what turns it into scalars that are logged with those of its event.
-        check: Called first with every event, with effects or without: raises what went wrong in the background.
+        measures: Functions by type of effect; each returns scalars that are logged with those of the same event.
+        check: Called first at every event, with or without effects; it raises errors of background work.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState
@@ -48,7 +45,7 @@ class Interpreter:
         self,
         handlers: Mapping[type[Effect], Sequence[Handler]],
         measures: Mapping[type[Effect], Measure] | None = None,
-        check: Callable[[Event], None] = lambda event: None,  # noqa: ARG005  # what it is called with
+        check: Callable[[Event], None] = lambda event: None,  # noqa: ARG005  # names the argument
     ) -> None:
         self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
         self._measures = dict(measures or {})
@@ -56,12 +53,12 @@ class Interpreter:
         self._check_background = check
 
     def __call__(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
-        """Carry out the effects of one event, merged, on the settled state; nothing on a rank other than 0.
+        """Merge and run the effects of one event on the settled state; a no-op on ranks other than 0.
 
-        Handlers of `LogScalars` are given numbers: the tensors among the values are read here, in one transfer.
+        Handlers of `LogScalars` receive plain numbers: tensors on an accelerator are read here, in one transfer.
 
         Raises:
-            UnhandledEffectError: If nobody handles one of them; then none is carried out.
+            UnhandledEffectError: If an effect has no handler; then no effect is run.
         """
         self._check_background(event)
         if not effects:
@@ -69,19 +66,19 @@ class Interpreter:
         measured = False
         for effect in effects:
             if type(effect) not in self._unmeasured:
-                self._check(type(effect))
-                self._check(LogScalars)  # as which it is logged
+                self._require_handler(type(effect))
+                self._require_handler(LogScalars)  # the measured values are logged
                 measured = True
         if event.run.rank != 0:
             return
         if measured:
-            effects = [each for effect in effects for each in self._measured(effect, state, event)]
-        for effect in map(_on_host, merge(effects)):
+            effects = [each for effect in effects for each in self._replace_by_scalars(effect, state, event)]
+        for effect in map(_read_tensors, merge_effects(effects)):
             for handler in self._handlers[type(effect)]:
                 handler(effect, state, event)
 
-    def handling(self, effect_type: type[Effect], *handlers: Handler) -> Interpreter:
-        """Return the interpreter in which `handlers` are called, after its own, for effects of this type.
+    def with_handlers(self, effect_type: type[Effect], *handlers: Handler) -> Interpreter:
+        """Return a new interpreter that also calls `handlers` for effects of this type, after the existing ones.
 
         Example:
             >>> from dataclasses import dataclass
@@ -89,39 +86,121 @@ class Interpreter:
             >>> @dataclass(frozen=True)
             ... class Ring(Effect):
             ...     times: int
-            >>> interpreter = Interpreter({}).handling(Ring, lambda ring, state, event: print("ding " * ring.times))
+            >>> def ring_bell(ring, state, event):
+            ...     print("ding " * ring.times)
+            >>> interpreter = Interpreter({}).with_handlers(Ring, ring_bell)
             >>> interpreter([Ring(2)], TrainState(), AfterTraining())
             ding ding
         """
-        handled = {**self._handlers, effect_type: (*self._handlers.get(effect_type, _NONE), *handlers)}
-        return Interpreter(handled, self._measures, self._check_background)
+        table = {**self._handlers, effect_type: (*self._handlers.get(effect_type, ()), *handlers)}
+        return Interpreter(table, self._measures, self._check_background)
 
-    def _measured(self, effect: Effect, state: TrainState, event: Event) -> tuple[Effect, ...]:
-        """Return an effect with what was measured for it, or without itself where nobody handles it otherwise."""
+    def _replace_by_scalars(self, effect: Effect, state: TrainState, event: Event) -> Iterator[Effect]:
+        """Yield the scalars measured for an effect; and the effect itself if it has a handler or no measure."""
         measure = self._measures.get(type(effect))
-        if measure is None:
-            return (effect,)
-        own = (effect,) if type(effect) in self._handlers else ()
-        return (*own, LogScalars(FrozenDict(measure(effect, state, event))))
+        if measure is None or type(effect) in self._handlers:
+            yield effect
+        if measure is not None:
+            yield LogScalars(FrozenDict(measure(effect, state, event)))
 
-    def _check(self, effect_type: type[Effect]) -> None:
+    def _require_handler(self, effect_type: type[Effect]) -> None:
         if effect_type not in self._handlers and effect_type not in self._measures:
+            name = effect_type.__name__
             known = [known.__name__ for known in dict.fromkeys((*self._handlers, *self._measures))]
             raise UnhandledEffectError(
-                f"nobody handles the effect {effect_type.__name__}{suggest(effect_type.__name__, known)}; "
-                f"register it with interpreter.handling({effect_type.__name__}, handler). "
-                f"Handled: {', '.join(known) or 'none'}"
+                f"no handler for the effect {name}{suggest(name, known)}; "
+                f"add one with interpreter.with_handlers({name}, handler). Handled: {', '.join(known) or 'none'}"
             )
 
 
-def _on_host(effect: Effect) -> Effect:
-    """Return scalars as numbers; those on an accelerator come over together."""
+def _read_tensors(effect: Effect) -> Effect:
+    """Return scalars as numbers; those on an accelerator are read in one transfer."""
     if not isinstance(effect, LogScalars) or NUMBER_TYPES.issuperset(map(type, effect.values.values())):
         return effect
     numbers = dict(effect.values)
-    away = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]
-    if away:
-        stacked = torch.stack([torch.as_tensor(numbers[key]).detach().double() for key in away]).tolist()
-        numbers |= dict(zip(away, stacked, strict=True))
-    read = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in numbers.items()}
-    return LogScalars(FrozenDict(read), effect.quiet)
+    on_device = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]
+    if on_device:
+        stacked = torch.stack([torch.as_tensor(numbers[key]).detach().double() for key in on_device]).tolist()
+        numbers |= dict(zip(on_device, stacked, strict=True))
+    numbers = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in numbers.items()}
+    return LogScalars(FrozenDict(numbers), effect.quiet)
+
+
+def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
+    """Merge the effects of one event: one log line, one checkpoint per tag, logs before checkpoints.
+
+    Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one. Of several
+    `ShowProgress` the last one that is due remains. Checkpoints of one tag are united and come last, so that a
+    checkpoint is never ahead of the log.
+
+    Example:
+        >>> merge_effects([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
+        (LogScalars(values=FrozenDict({'x': 1})), SaveCheckpoint(tag=None, ... pointers=('a', 'b'), ...))
+    """
+    if len(effects) == 1:  # as at most events
+        return tuple(effects)
+    # A line is written only where progress is due, so a `ShowProgress` that is due comes last.
+    progress = sorted((effect for effect in effects if isinstance(effect, ShowProgress)), key=lambda each: each.due)
+    others = [effect for effect in effects if not isinstance(effect, _MERGED_TYPES)]
+    merged = (
+        *_merge_scalars(effects),
+        *_merge_summary(effects),
+        *_merge_tensors(effects),
+        *_merge_checkpoints(effects),
+    )
+    return (*others, *progress[-1:], *merged)
+
+
+_MERGED_TYPES: Final = (LogScalars, SetSummary, ShowProgress, SaveTensors, SaveCheckpoint)
+
+
+def _merge_scalars(effects: Sequence[Effect]) -> tuple[LogScalars, ...]:
+    scalars = [effect for effect in effects if isinstance(effect, LogScalars)]
+    if not scalars:
+        return ()
+    values = {key: value for effect in scalars for key, value in effect.values.items()}
+    quiet = {key: key in effect.quiet for effect in scalars for key in effect.values}
+    return (LogScalars(FrozenDict(values), frozenset(key for key, is_quiet in quiet.items() if is_quiet)),)
+
+
+def _merge_summary(effects: Sequence[Effect]) -> tuple[SetSummary, ...]:
+    entries = [effect.values for effect in effects if isinstance(effect, SetSummary)]
+    if not entries:
+        return ()
+    return (SetSummary(FrozenDict({key: value for values in entries for key, value in values.items()})),)
+
+
+def _merge_tensors(effects: Sequence[Effect]) -> tuple[SaveTensors, ...]:
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for effect in effects:
+        if isinstance(effect, SaveTensors):
+            by_name.setdefault(effect.name, {}).update(effect.tensors)
+    return tuple(SaveTensors(name=name, tensors=FrozenDict(tensors)) for name, tensors in by_name.items())
+
+
+def _merge_checkpoints(effects: Sequence[Effect]) -> tuple[SaveCheckpoint, ...]:
+    merged: dict[tuple[str | None, str | None], SaveCheckpoint] = {}
+    for effect in effects:
+        if isinstance(effect, SaveCheckpoint):
+            key = effect.tag, effect.weights_of
+            merged[key] = _unite_checkpoints(merged[key], effect) if key in merged else effect
+    return tuple(merged.values())
+
+
+def _unite_checkpoints(a: SaveCheckpoint, b: SaveCheckpoint) -> SaveCheckpoint:
+    models = [effect.models for effect in (a, b) if effect.weights]
+    both = a.retention.keys() & b.retention.keys()
+    larger = {owner: _larger_limit(a.retention[owner], b.retention[owner]) for owner in both}
+    return dataclasses.replace(
+        a,
+        weights=a.weights or b.weights,
+        optimizer=a.optimizer or b.optimizer,
+        models=() if () in models else tuple(dict.fromkeys(name for names in models for name in names)),
+        pointers=tuple(dict.fromkeys(a.pointers + b.pointers)),
+        retention=FrozenDict({**a.retention, **b.retention, **larger}),
+    )
+
+
+def _larger_limit(a: int | None, b: int | None) -> int | None:
+    """Return the larger number of checkpoints to keep; None keeps all."""
+    return None if a is None or b is None else max(a, b)

@@ -18,7 +18,7 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.logs.events import event_line
+from noether.effects.logs.events import event_line_builder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.reducer import Reducer
-    from noether.effects.logs.events import Recorded
+    from noether.effects.logs.events import RecordedEvent
     from noether.effects.logs.jsonl import ToLine
 
 _ANY_TIME: Final = (BeforeTraining, AtEval)
@@ -72,10 +72,10 @@ class Replayed(NamedTuple):
 def to_line(reducer: Reducer) -> ToLine:
     """Return what makes the line that is recorded of an event; the reducer tells which metrics come from datasets."""
     iterators = [member for member in reducer.members if isinstance(member, PeriodicDataIteratorCallback)]
-    return event_line([pattern for member in iterators for pattern in member.produces or ()], dataset_lengths)
+    return event_line_builder([pattern for member in iterators for pattern in member.produces or ()], dataset_lengths)
 
 
-def beginning(recorded: Iterable[Recorded], config: Mapping[str, Any]) -> tuple[TrainState, Run]:
+def beginning(recorded: Iterable[RecordedEvent], config: Mapping[str, Any]) -> tuple[TrainState, Run]:
     """Return the state that a recorded run began with, its tensors on the meta device, and what was fixed for it.
 
     Raises:
@@ -112,7 +112,7 @@ def _produces(callback: Callback, keys: Iterable[str]) -> bool:
 
 def replay(
     members: Sequence[Callback],
-    recorded: Callable[[], Iterable[Recorded]],
+    recorded: Callable[[], Iterable[RecordedEvent]],
     config: Mapping[str, Any],
     keep: Callable[[ReplayStep], bool] = lambda _: True,
 ) -> Replayed:
@@ -151,7 +151,7 @@ class _UnreplayableError(NoetherError):
 class _Record:
     """The events of a run, one after the other; what was measured at the last one, and the state that it left."""
 
-    def __init__(self, recorded: Iterable[Recorded], config: Mapping[str, Any]) -> None:
+    def __init__(self, recorded: Iterable[RecordedEvent], config: Mapping[str, Any]) -> None:
         self._events = iter(recorded)
         self._config = config
         self.following = next(self._events, None)
@@ -162,7 +162,7 @@ class _Record:
         if self.following is None or self.following.state is None:
             raise ReplayError("nothing was recorded of the beginning of the run")
 
-    def take(self) -> Recorded:
+    def take(self) -> RecordedEvent:
         """Return the next event, and go on to the one after it."""
         taken, self.following = self.following, next(self._events, None)
         if taken is None:
@@ -278,7 +278,7 @@ def _events(record: _Record) -> Iterator[tuple[TrainState, Event]]:
         yield _moved(state, move, record)
 
 
-def _begun(state: TrainState, taken: Recorded) -> TrainState:
+def _begun(state: TrainState, taken: RecordedEvent) -> TrainState:
     """Return the state at the beginning of a process, which has the shapes that the run's state had there."""
     return state if taken.state is None else state.replace(**taken.state)
 
@@ -308,6 +308,6 @@ def _counts(state: TrainState) -> tuple[int, int, int]:
     return state.iteration.epoch, state.iteration.update, state.iteration.sample
 
 
-def _event(taken: Recorded, run: Run) -> Event:
+def _event(taken: RecordedEvent, run: Run) -> Event:
     """Return an event as it was recorded."""
     return taken.kind.of(**taken.readings, run=run, time_s=taken.time_s)  # a record is long

@@ -21,7 +21,7 @@ from noether.core.schedules.gate import Gate
 from noether.core.state import Measured
 from noether.core.tensors.tree import FrozenDict, tensors
 from noether.effects.checkpoints.contents import ModelNamesError, select_weights
-from noether.effects.merging import merge
+from noether.effects.interpreter import merge_effects
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -185,7 +185,7 @@ def _saves_by_slot(
 
 
 def _merge_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
-    return [effect for effect in merge(tuple(effects)) if isinstance(effect, SaveCheckpoint)]
+    return [effect for effect in merge_effects(tuple(effects)) if isinstance(effect, SaveCheckpoint)]
 
 
 def _tag_template(tag: str | None, at: TrainingIteration) -> str | None:

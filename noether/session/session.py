@@ -215,7 +215,7 @@ class Session:
             self._state, self._pending = self._settled, []
         loaded, resumed = self.load(saved), self._remembers
         if self._directory is not None:
-            self._directory.cut_logs(self._state if resumed else None)
+            self._directory.truncate_logs(self._state if resumed else None)
         self._state = self._state.replace(callback_states=move_beside(self._model, self._state.callback_states))
         self._remembers = True
         if self._optimizer is not None:

@@ -20,7 +20,7 @@ from noether.core.reducer import compose
 from noether.core.state import TrainState
 from noether.core.tensors.tree import tensors
 from noether.effects import open_run
-from noether.effects.merging import merge
+from noether.effects.interpreter import merge_effects
 from noether.testing import same
 
 NAN = math.nan
@@ -310,7 +310,7 @@ def test_two_at_one_interval_track_different_keys():
     )
     state, _ = reducer(TrainState(), BeforeTraining())
     _, asked = go(reducer, [outputs(a=1.0, b=10.0), outputs(a=3.0, b=30.0)], state)
-    effects = merge(asked[-1])
+    effects = merge_effects(asked[-1])
     assert logged(effects) == {"a/U2": 2.0, "b/U2": 20.0, "b/U1": 30.0}
     assert saved(effects) == ("outputs/U2/E0_U2_S8", {"a": 2.0, "b": 20.0})
 

@@ -16,10 +16,10 @@ from noether.core.effect import LogScalars, SaveCheckpoint
 from noether.core.tensors.tree import leaves
 from noether.effects import CheckpointStore, open_run
 from noether.effects.disk.calls import DISK
+from noether.effects.disk.encoding import to_plain
+from noether.effects.interpreter import merge_effects
 from noether.effects.logs.events import read_events
 from noether.effects.logs.jsonl import event_name
-from noether.effects.logs.summary import to_plain
-from noether.effects.merging import merge
 from noether.planning.replay import beginning, replay
 from noether.testing import same
 from noether.training.configured_callbacks import build_callbacks
@@ -40,7 +40,7 @@ def replayed(run, callbacks=None):
 def logged(found):
     """Return what a replay would have written to metrics.jsonl."""
     for step in found.steps:
-        for effect in merge([effect for _, effect in step.asked]):
+        for effect in merge_effects([effect for _, effect in step.asked]):
             if isinstance(effect, LogScalars):
                 values = {key: to_plain(value) for key, value in effect.values.items()}
                 yield {"event": event_name(step.event), "update": step.state.iteration.update, "metrics": values}
@@ -272,8 +272,8 @@ def test_a_record_that_fails_stops_nothing(tmp_path, caplog):
     """Where there is a directory in its place, not a line can be written."""
     with open_run(tmp_path / "run") as run:
         (tmp_path / "run/events.jsonl").mkdir()
-        told = run.recording(lambda *_: None, lambda *_: {"event": "x"})
+        told = run.recording_interpreter(lambda *_: None, lambda *_: {"event": "x"})
         for _ in range(3):
             told((), TrainState(), AfterTraining())
-    assert caplog.text.count("events.jsonl failed, and what it was given is lost") == 1
-    assert "events.jsonl failed 3 times in all" in caplog.text
+    assert caplog.text.count("events.jsonl failed and may have lost log entries") == 1
+    assert "events.jsonl failed 3 times in total" in caplog.text

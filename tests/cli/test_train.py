@@ -264,7 +264,7 @@ def test_an_effect_that_nobody_handles_is_named(folder):
     output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=1)
     handled = "LogText, LogScalars, SetSummary, SaveTensors, ShowProgress, SaveCheckpoint, MeasurePeakMemory"
     assert output.splitlines()[-1] == (
-        "Error: nobody handles the effect Ring; register it with interpreter.handling(Ring, handler). "
+        "Error: no handler for the effect Ring; add one with interpreter.with_handlers(Ring, handler). "
         f"Handled: {handled}"
     )
 
@@ -282,6 +282,6 @@ def test_whoever_has_read_enough_ends_no_run(folder):
         assert process.stdout.readline().startswith("E0_U0_S0")
         process.stdout.close()
         told = process.stderr.read()
-    assert told.count("console failed, and what it was given is lost; training goes on") == 1
+    assert told.count("console failed and may have lost log entries; training continues") == 1
     assert "Error" not in told.replace("BrokenPipeError", "")
     assert json.loads((only_run(folder / "out/small") / "summary.json").read_text())["ending"].startswith("ended at E2")

@@ -9,13 +9,14 @@ from faults import KINDS, Faults, Killed, Power, meets, restored
 from small_run import BEST, CALM, at, opened, train
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint
-from noether.effects import CheckpointError, CheckpointStore, LogError, run_directory
+from noether.effects import CheckpointError, CheckpointStore, LogError
 from noether.effects.checkpoints import writer as writing
 from noether.effects.checkpoints.listing import list_checkpoints
 from noether.effects.disk.calls import Disk
 from noether.effects.disk.files import TEMPORARY_PREFIX, remove_tree, write_new_file
-from noether.effects.logs import flushing as pace
-from noether.effects.logs import jsonl as lines
+from noether.effects.logs.buffers import discard_all_buffers
+from noether.effects.logs.jsonl import LinesFile
+from noether.effects.run_logs import RunLogs
 from noether.testing import same
 
 
@@ -184,8 +185,7 @@ def test_a_loss_of_power_while_lines_wait_loses_none_that_was_saved(tmp_path):
 
 def test_a_save_that_leaves_lines_waiting_is_caught(tmp_path, monkeypatch):
     with monkeypatch.context() as mutated:
-        mutated.setattr(run_directory.RunDirectory, "_handing_over", lambda self: [])
-        mutated.setattr(lines.LinesFile, "written", property(lambda self: self._written))
+        mutated.setattr(RunLogs, "flush_files", lambda self: None)
         found = waiting_cut_off(tmp_path / "root", 3)
     with pytest.raises(AssertionError):
         check_waiting(found, tmp_path)
@@ -204,7 +204,7 @@ def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind)
         except CheckpointError:
             pass
         except Killed:
-            pace._forget()  # noqa: SLF001  # what ended has no memory
+            discard_all_buffers()  # a process that ended has no memory
         faults.armed = False
         run.close()
         met = number < len(faults.names)
@@ -285,7 +285,7 @@ MUTANTS = {
     "written in place": ((writing.Writer, "_temporary", lambda self, tag: self._directory / tag), None),
     "pruned in place": ((writing.Writer, "prune", pruned_in_place), None),
     "pointers replaced in place": ((writing, "replace_text", replaced_in_place), None),
-    "the log is not flushed": ((lines.LinesFile, "flush", lambda self, written: written), None),
+    "the log is not flushed": ((LinesFile, "fsync", lambda self, counts: counts), None),
 }
 
 

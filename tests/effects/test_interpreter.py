@@ -32,7 +32,7 @@ def recorder(calls, name="handler"):
 
 def test_handlers_are_called_in_their_order_with_effect_state_and_event():
     calls, state, event = [], TrainState(), AfterTraining()
-    interpreter = Interpreter({Ring: [recorder(calls, "first")]}).handling(Ring, recorder(calls, "second"))
+    interpreter = Interpreter({Ring: [recorder(calls, "first")]}).with_handlers(Ring, recorder(calls, "second"))
     interpreter([Ring(1), Ring(2)], state, event)
     assert [(name, effect.times) for name, effect, *_ in calls] == [
         ("first", 1),
@@ -46,8 +46,8 @@ def test_handlers_are_called_in_their_order_with_effect_state_and_event():
 def test_handling_returns_a_new_interpreter():
     calls = []
     interpreter = Interpreter({})
-    interpreter.handling(Ring, recorder(calls))
-    with pytest.raises(LookupError, match="nobody handles the effect Ring"):
+    interpreter.with_handlers(Ring, recorder(calls))
+    with pytest.raises(LookupError, match="no handler for the effect Ring"):
         interpreter([Ring(1)], TrainState(), AfterTraining())
     assert calls == []
 
@@ -62,8 +62,8 @@ def test_an_effect_that_nobody_handles_is_named_with_the_nearest_and_nothing_is_
     with pytest.raises(LookupError) as error:
         interpreter([LogText("hello"), LogScalar()], TrainState(), AfterTraining())
     assert str(error.value) == (
-        "nobody handles the effect LogScalar; did you mean 'LogScalars'?; register it with "
-        "interpreter.handling(LogScalar, handler). Handled: LogText, LogScalars"
+        "no handler for the effect LogScalar; did you mean 'LogScalars'?; add one with "
+        "interpreter.with_handlers(LogScalar, handler). Handled: LogText, LogScalars"
     )
     assert calls == []
 
@@ -96,7 +96,7 @@ def test_every_rank_refuses_what_nobody_handles():
 def test_logs_are_written_before_the_checkpoint_of_the_event(tmp_path):
     """So a checkpoint is never ahead of the logs, which a resume cuts back to it."""
     run, seen = open_run(tmp_path), []
-    interpreter = run.interpreter.handling(
+    interpreter = run.interpreter.with_handlers(
         SaveCheckpoint, lambda *_: seen.append((tmp_path / "metrics.jsonl").read_text())
     )
     interpreter([SaveCheckpoint(), LogScalars({"a": 1})], TrainState().advance(samples=1), AfterUpdate(samples=1))
@@ -150,7 +150,7 @@ def test_what_is_measured_is_logged_where_nothing_else_is():
 def test_measures_are_kept_by_handling():
     calls, logged = [], []
     first = Interpreter({LogScalars: [recorder(logged)]}, measured(calls))
-    second = first.handling(LogText, recorder([])).handling(LogScalars, recorder(logged, "another"))
+    second = first.with_handlers(LogText, recorder([])).with_handlers(LogScalars, recorder(logged, "another"))
     second([Ring(3), LogText("hello")], TrainState(), AfterTraining())
     assert [(name, line.values) for name, line, *_ in logged] == [
         ("handler", {"rings/3": 1.0}),
@@ -161,7 +161,7 @@ def test_measures_are_kept_by_handling():
 
 def test_who_handles_what_is_measured_is_called_too():
     calls, logged, rings, event = [], [], [], AfterTraining()
-    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls)).handling(Ring, recorder(rings))
+    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls)).with_handlers(Ring, recorder(rings))
     interpreter([Ring(3)], TrainState(), event)
     assert [effect for _, effect, *_ in rings] == [Ring(3)]
     assert [line.values for _, line, *_ in logged] == [{"rings/3": 1.0}]
@@ -177,7 +177,7 @@ def test_nothing_is_measured_on_another_rank():
 def test_nothing_is_measured_where_an_effect_of_the_event_is_refused():
     calls = []
     interpreter = Interpreter({LogScalars: []}, measured(calls))
-    with pytest.raises(LookupError, match="nobody handles the effect LogText"):
+    with pytest.raises(LookupError, match="no handler for the effect LogText"):
         interpreter([Ring(3), LogText("hello")], TrainState(), AfterTraining())
     assert calls == []
 
@@ -190,7 +190,7 @@ def test_measured_effects_are_among_those_that_are_handled():
     with pytest.raises(LookupError) as error:
         interpreter([Rong()], TrainState(), AfterTraining())
     assert str(error.value) == (
-        "nobody handles the effect Rong; did you mean 'Ring'?; register it with interpreter.handling(Rong, handler). "
+        "no handler for the effect Rong; did you mean 'Ring'?; add one with interpreter.with_handlers(Rong, handler). "
         "Handled: LogScalars, Ring"
     )
     with pytest.raises(LookupError, match=r"Handled: none$"):
@@ -199,7 +199,7 @@ def test_measured_effects_are_among_those_that_are_handled():
 
 def test_a_run_measures_memory_into_the_line_of_the_event(tmp_path):
     seen = []
-    interpreter = open_run(tmp_path).interpreter.handling(LogScalars, recorder(seen))
+    interpreter = open_run(tmp_path).interpreter.with_handlers(LogScalars, recorder(seen))
     interpreter([MeasurePeakMemory(key="memory/E1"), LogScalars({"a": 1})], TrainState(), AfterTraining())
     ((_, line, *_),) = seen
     assert line.values["memory/E1"] > 1_000_000
@@ -208,5 +208,5 @@ def test_a_run_measures_memory_into_the_line_of_the_event(tmp_path):
 
 def test_what_is_measured_needs_somebody_who_logs_it():
     interpreter = Interpreter({}, measures={MeasurePeakMemory: lambda effect, state, event: {effect.key: 1}})
-    with pytest.raises(UnhandledEffectError, match="nobody handles the effect LogScalars"):
+    with pytest.raises(UnhandledEffectError, match="no handler for the effect LogScalars"):
         interpreter([MeasurePeakMemory()], TrainState(), AfterTraining())

@@ -136,7 +136,7 @@ def show(console, terminal, update, **effect):
     """Have an update shown, and wait until a person sees it: the display is redrawn now and then, not at once."""
     end = time.monotonic() + PATIENCE_S
     while not any(f"BAR {update}/8 " in line for line in terminal.shows()[0]):
-        console.progress(progress(update, **effect), at(update), UPDATE)
+        console.show_progress(progress(update, **effect), at(update), UPDATE)
         assert time.monotonic() < end
         time.sleep(0.005)
 
@@ -190,18 +190,18 @@ def test_before_the_pace_is_known_there_are_counters(terminal):
         unknown = ShowProgress(
             end=TrainingIteration(update=8), fired=0, fires=4, update_s=None, next_s=None, left_s=None, due=False
         )
-        console.progress(unknown, at(2), UPDATE)
+        console.show_progress(unknown, at(2), UPDATE)
         comes_to_show(terminal, ["run  BAR 2/8  epoch 0/0  sample 8/0", "next BAR 2/4"])
 
 
 def test_lines_that_are_written_meanwhile_appear_above_and_stay(terminal, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal.file)
     with closing(watch(terminal)) as console:
-        console.text(LogText("begin"), at(0), UPDATE)
+        console.write_text(LogText("begin"), at(0), UPDATE)
         show(console, terminal, 1)
-        console.text(LogText("two\nlines"), at(1), UPDATE)
+        console.write_text(LogText("two\nlines"), at(1), UPDATE)
         show(console, terminal, 2)
-        console.scalars(LogScalars({"loss": 0.5}), at(2), UPDATE)
+        console.write_scalars(LogScalars({"loss": 0.5}), at(2), UPDATE)
         print("from the loop")  # noqa: T201  # as a person's own loop does
         show(console, terminal, 3)
         lines = [
@@ -216,33 +216,33 @@ def test_lines_that_are_written_meanwhile_appear_above_and_stay(terminal, monkey
 
 
 def end_training(console):
-    console.progress(progress(3), at(3), AfterTraining())
+    console.show_progress(progress(3), at(3), AfterTraining())
 
 
 @pytest.mark.parametrize("end", [end_training, Console.close])
 def test_at_the_end_the_display_is_gone_and_the_cursor_is_there(terminal, end):
     out, err = sys.stdout, sys.stderr
     with closing(watch(terminal)) as console:
-        console.text(LogText("begin"), at(0), UPDATE)
+        console.write_text(LogText("begin"), at(0), UPDATE)
         show(console, terminal, 3)
         end(console)
         comes_to_show(terminal, ["E0_U0_S0           begin"], cursor=True)
         assert (sys.stdout, sys.stderr) == (out, err)
         end(console)  # twice is as once
-        console.text(LogText("end"), at(3), AfterTraining())
+        console.write_text(LogText("end"), at(3), AfterTraining())
     assert screen(terminal.finish()) == (["E0_U0_S0           begin", "E0_U3_S12          end"], True)
 
 
 def test_where_nothing_was_shown_the_terminal_is_left_alone(terminal):
     with closing(watch(terminal)) as console:
-        console.text(LogText("hello"), at(0), UPDATE)
+        console.write_text(LogText("hello"), at(0), UPDATE)
         end_training(console)
     assert terminal.finish() == "E0_U0_S0           hello\r\n"
 
 
 def test_a_console_that_is_let_go_gives_the_cursor_back(terminal):
     out, console = sys.stdout, watch(terminal)
-    console.text(LogText("begin"), at(0), UPDATE)
+    console.write_text(LogText("begin"), at(0), UPDATE)
     show(console, terminal, 2)
     comes_to_show(terminal, ["E0_U0_S0           begin", *display(2)])
     del console
@@ -338,9 +338,9 @@ def test_a_loop_that_is_left_leaves_the_cursor_visible(tmp_path, terminal):
 def test_it_comes_back_below_the_lines_that_are_there(terminal):
     with closing(watch(terminal)) as console:
         show(console, terminal, 1)
-        console.progress(progress(8), at(8), AfterTraining())
-        console.text(LogText("one"), at(8), UPDATE)
-        console.text(LogText("two"), at(8), UPDATE)
+        console.show_progress(progress(8), at(8), AfterTraining())
+        console.write_text(LogText("one"), at(8), UPDATE)
+        console.write_text(LogText("two"), at(8), UPDATE)
         show(console, terminal, 2)
         comes_to_show(terminal, ["E0_U8_S32          one", "E0_U8_S32          two", *display(2)])
 
@@ -348,12 +348,12 @@ def test_it_comes_back_below_the_lines_that_are_there(terminal):
 def test_the_last_of_many_fast_updates_is_what_is_seen(terminal):
     with closing(watch(terminal)) as console:
         for update in (1, 2, 3):
-            console.progress(progress(update), at(update), UPDATE)
+            console.show_progress(progress(update), at(update), UPDATE)
         comes_to_show(terminal, display(3))  # though nothing more is asked for
 
 
 def test_on_a_narrow_terminal_there_is_less_and_all_of_it_is_seen(terminal):
     termios.tcsetwinsize(terminal.file.fileno(), (ROWS, 80))
     with closing(Console(RichConsole(file=terminal.file, width=80, highlight=False, soft_wrap=True))) as console:
-        console.progress(progress(3), at(3), UPDATE)
+        console.show_progress(progress(3), at(3), UPDATE)
         comes_to_show(terminal, ["run  BAR 3/8  500.0 ms/update  0:00:02 left", "next BAR 3/4  in 0:00:00"])

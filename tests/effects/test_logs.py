@@ -38,8 +38,8 @@ from noether.core.tensors.tree import freeze
 from noether.effects import LogError, open_run
 from noether.effects.disk.calls import Disk, fsync
 from noether.effects.disk.encoding import to_plain
-from noether.effects.logs.jsonl import LinesFile, LogCount, event_name
-from noether.effects.logs.summary import Summary, metrics_file
+from noether.effects.logs.jsonl import LinesFile, LogCount, event_name, metrics_file
+from noether.effects.logs.summary import Summary
 
 ROOT = Path(__file__).parents[2]
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -96,35 +96,35 @@ def write_all(path, *lines):
 
 def test_cut_drops_what_a_resumed_run_writes_again(path):
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in range(1, 6)))
-    assert metrics_file(path).cut(at(3)) == 2
+    assert metrics_file(path).truncate(at(3)) == 2
     assert [line["update"] for line in read(path)] == [1, 2, 3]
-    assert metrics_file(path).cut(at(3)) == 0
+    assert metrics_file(path).truncate(at(3)) == 0
 
 
 def test_cut_drops_the_epoch_that_had_not_ended(path):
     update = (at(3), AfterUpdate(samples=4))
     write_all(path, update, (at(3, epoch=1), AfterEpoch()))
     whole = path.read_text()
-    assert metrics_file(path).cut(at(3, epoch=1)) == 0
+    assert metrics_file(path).truncate(at(3, epoch=1)) == 0
     assert path.read_text() == whole
-    assert metrics_file(path).cut(at(3)) == 1
+    assert metrics_file(path).truncate(at(3)) == 1
     assert [line["event"] for line in read(path)] == ["after_update"]
 
 
 def test_the_end_of_training_is_cut_unless_the_state_saw_it(path):
     lines = [(at(3, epoch=1), AfterEpoch()), (at(3, epoch=1), AfterTraining())]
     write_all(path, *lines)
-    assert metrics_file(path).cut(at(3, epoch=1, ended=True)) == 0
-    assert metrics_file(path).cut(at(3, epoch=1)) == 1
+    assert metrics_file(path).truncate(at(3, epoch=1, ended=True)) == 0
+    assert metrics_file(path).truncate(at(3, epoch=1)) == 1
     assert [line["event"] for line in read(path)] == ["after_epoch"]
     # An earlier end, of a run that was then made longer, stays.
     write_all(path, lines[1], (at(4, epoch=1), AfterUpdate(samples=4)))
-    assert metrics_file(path).cut(at(4, epoch=1)) == 0
+    assert metrics_file(path).truncate(at(4, epoch=1)) == 0
 
 
 def test_everything_is_cut_where_a_run_begins_anew(path):
     write_all(path, (at(0), AfterUpdate(samples=4)), (at(1), AfterUpdate(samples=4)))
-    assert metrics_file(path).cut(None) == 2
+    assert metrics_file(path).truncate(None) == 2
     assert path.read_text() == ""
 
 
@@ -133,14 +133,14 @@ def test_a_torn_last_line_is_dropped(path, torn):
     write_all(path, (at(1), AfterUpdate(samples=4)))
     whole = path.read_text()
     path.write_text(whole + torn)
-    assert metrics_file(path).cut(at(9)) == 1
+    assert metrics_file(path).truncate(at(9)) == 1
     assert path.read_text() == whole
 
 
 def test_a_whole_line_without_its_end_is_dropped_before_another_is_appended(path):
     write_all(path, (at(1), AfterUpdate(samples=4)), (at(2), AfterUpdate(samples=4)))
     path.write_text(path.read_text().rstrip("\n"))
-    metrics_file(path).cut(at(2))
+    metrics_file(path).truncate(at(2))
     write_all(path, (at(3), AfterUpdate(samples=4)))
     assert [line["update"] for line in read(path)] == [1, 3]
 
@@ -150,8 +150,8 @@ def test_a_line_that_is_not_ours_is_named(path):
     path.write_text("hello\n" + path.read_text())
     before = path.read_text()
     with pytest.raises(LogError) as error:
-        metrics_file(path).cut(at(1))
-    assert str(error.value) == f"{path}:1: not a line of a log: 'hello\\n'; remove it, and the run can go on"
+        metrics_file(path).truncate(at(1))
+    assert str(error.value) == f"{path}:1: not a log line: 'hello\\n'; remove this line, and resume again"
     assert path.read_text() == before
 
 
@@ -167,13 +167,13 @@ def test_a_log_cut_anywhere_and_written_on_is_whole(tmp_path_factory, written, c
     last_start = path.read_text()[:-1].rfind("\n") + 1
     kept = min(cut_at, written - 1)  # the last line may be torn, so the state is older
     path.write_text(path.read_text()[: last_start + torn])
-    metrics_file(path).cut(at(kept))
+    metrics_file(path).truncate(at(kept))
     write_all(path, *events[kept:])
     assert path.read_text() == whole
 
 
 def test_cut_without_a_log_is_nothing(path):
-    assert metrics_file(path).cut(at(1)) == 0
+    assert metrics_file(path).truncate(at(1)) == 0
     assert not path.exists()
 
 
@@ -224,26 +224,26 @@ def test_a_line_that_was_on_the_disk_is_no_torn_one(path):
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2)))
     damaged = path.read_text()[:-9] + "\n"
     path.write_text(damaged)
-    with pytest.raises(LogError, match=f"^{path}:2: not a line of a log: "):
-        metrics_file(path).cut(at(2), LogCount(2))
+    with pytest.raises(LogError, match=f"^{path}:2: not a log line: "):
+        metrics_file(path).truncate(at(2), LogCount(2))
     assert path.read_text() == damaged
-    assert metrics_file(path).cut(at(2), LogCount(1, lost=1)) == 1
+    assert metrics_file(path).truncate(at(2), LogCount(1, lost=1)) == 1
 
 
 def test_lines_that_somebody_took_away_are_told_of_and_counted(path, caplog):
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 3)))
     metrics = metrics_file(path)
-    assert metrics.cut(at(3), LogCount(4, lost=2)) == 0
-    assert f"{path} misses 2 of the 4 lines that it held" in caplog.text
-    assert metrics.flush(metrics.written) == LogCount(2, lost=4)
+    assert metrics.truncate(at(3), LogCount(4, lost=2)) == 0
+    assert f"{path} misses 2 of its 4 saved lines" in caplog.text
+    assert metrics.fsync(metrics.counts) == LogCount(2, lost=4)
 
 
 def test_lines_counted_as_lost_that_are_there_after_all_are_counted_no_more(path):
     """As after a flush that failed and a power that stayed."""
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2, 3)))
     metrics = metrics_file(path)
-    assert metrics.cut(at(3), LogCount(1, lost=2)) == 0
-    assert metrics.flush(metrics.written) == LogCount(3, lost=0)
+    assert metrics.truncate(at(3), LogCount(1, lost=2)) == 0
+    assert metrics.fsync(metrics.counts) == LogCount(3, lost=0)
 
 
 def test_a_resumed_run_that_saves_before_it_logs_counts_what_is_there(tmp_path):
@@ -266,7 +266,7 @@ def test_a_new_log_whose_name_may_not_be_on_the_disk_is_begun_again(path):
     assert not path.exists()
     metrics.write(LogScalars({"x": 2}), at(2), AfterUpdate(samples=4))
     assert [line["update"] for line in read(path)] == [2]
-    assert metrics.written == LogCount(1, lost=1)
+    assert metrics.counts == LogCount(1, lost=1)
 
 
 @pytest.mark.parametrize("kind", ["short", "ENOSPC once", "ENOSPC from then on"])
@@ -281,7 +281,7 @@ def test_a_line_that_is_not_taken_whole_leaves_nothing(path, kind):
     faults.armed = False
     metrics.write(LogScalars({"x": 3}), at(3), AfterUpdate(samples=4))
     assert [line["update"] for line in read(path)] == [1, 3]
-    assert metrics.flush(metrics.written) == LogCount(2, lost=1)
+    assert metrics.fsync(metrics.counts) == LogCount(2, lost=1)
 
 
 def test_what_a_flush_failed_for_is_written_to_another_file(path, caplog):
@@ -298,9 +298,9 @@ def test_what_a_flush_failed_for_is_written_to_another_file(path, caplog):
     metrics = metrics_file(path, disk=Disk(call))
     metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
     with path.open():  # so that the number of the file is not given again
-        assert metrics.flush(metrics.written) == LogCount(0, lost=1)
+        assert metrics.fsync(metrics.counts) == LogCount(0, lost=1)
         metrics.write(LogScalars({"x": 2}), at(2), AfterUpdate(samples=4))
-        assert metrics.flush(metrics.written) == LogCount(2, lost=0)
+        assert metrics.fsync(metrics.counts) == LogCount(2, lost=0)
     assert flushed.count(flushed[1]) == 1
     assert [line["update"] for line in read(path)] == [1, 2]
     assert caplog.text.count("could not be flushed to the disk") == 1
@@ -392,7 +392,7 @@ DOINGS = st.lists(
         st.builds(lambda time_s: AfterUpdate(samples=4, time_s=time_s), TIMES),
         st.builds(lambda time_s: AfterUpdate(samples=4, time_s=time_s), TIMES),
         st.builds(lambda time_s: AfterEpoch(time_s=time_s), TIMES),
-        st.sampled_from(["written", "flush", "hand_over", "close", "another"]),
+        st.sampled_from(["flush", "fsync", "close", "another"]),
     ),
     max_size=40,
 )
@@ -417,16 +417,14 @@ def test_whatever_is_done_the_file_is_the_one_written_a_line_at_a_time(tmp_path_
         elif doing == "another":
             metrics.close()
             metrics = metrics_file(path, "r", disk)
-            metrics.cut(at(len(doings)))
-        elif doing == "hand_over":
-            metrics.hand_over()
+            metrics.truncate(at(len(doings)))
         elif doing == "close":
             metrics.close()
         else:
-            written = metrics.written
-            assert written == LogCount(expected.count(b"\n"))
+            metrics.flush()
+            assert metrics.counts == LogCount(expected.count(b"\n"))
             assert (path.read_bytes() if path.exists() else b"") == expected
-            assert doing == "written" or metrics.flush(written) == written
+            assert doing == "flush" or metrics.fsync(metrics.counts) == metrics.counts
         there = path.read_bytes() if path.exists() else b""
         assert expected.startswith(there)
         assert there.endswith(b"\n") or not there
@@ -456,7 +454,7 @@ def test_whatever_fails_each_line_is_in_the_file_or_counted_as_lost(tmp_path_fac
     failing.clear()
     with suppress(TypeError):
         metrics.close()
-    lines, lost = metrics.written
+    lines, lost = metrics.counts
     assert lines + lost == len(doings)
     metrics.write(LogScalars({"x": -1}), at(len(doings)), AfterTraining())  # what is torn goes first
     found = [line["update"] for line in read(path)]
@@ -475,10 +473,10 @@ def test_lines_that_are_not_taken_whole_are_all_lost_and_no_others(path, kind):
     with pytest.raises(OSError, match="No space left on device"):
         metrics.write(LogScalars({"x": 1}), at(3), AfterEpoch(time_s=BEGIN_S + 0.3))
     faults.armed = False
-    assert metrics.written == LogCount(1, lost=3)
+    assert metrics.counts == LogCount(1, lost=3)
     metrics.write(LogScalars({"x": 1}), at(4), AfterEpoch(time_s=BEGIN_S + 0.4))
     assert [line["update"] for line in read(path)] == [0, 4]
-    assert metrics.flush(metrics.written) == LogCount(2, lost=3)
+    assert metrics.fsync(metrics.counts) == LogCount(2, lost=3)
 
 
 def test_a_line_that_cannot_be_encoded_takes_no_other_with_it(path):
@@ -488,14 +486,14 @@ def test_a_line_that_cannot_be_encoded_takes_no_other_with_it(path):
     with pytest.raises((TypeError, ValueError), match="not JSON"):
         lines.close()
     assert read(path) == [{"x": 0}, {"x": 1}, {"x": 3}]
-    assert lines.written == LogCount(3, lost=1)
+    assert lines.counts == LogCount(3, lost=1)
 
 
 def test_a_line_that_cannot_be_made_is_lost_at_once(path):
     lines = LinesFile(path, lambda line, *_: 1 / line)
     with pytest.raises(ZeroDivisionError):
         lines.write(0, at(1), update_at(0))
-    assert lines.written == LogCount(0, lost=1)
+    assert lines.counts == LogCount(0, lost=1)
 
 
 @pytest.fixture
@@ -511,7 +509,7 @@ def flushing(path):
 
     metrics = metrics_file(path, disk=Disk(call))
     metrics.write(LogScalars({"x": 0}), at(0), update_at(0))
-    thread = threading.Thread(target=metrics.flush, args=[metrics.written], daemon=True)
+    thread = threading.Thread(target=metrics.fsync, args=[metrics.counts], daemon=True)
     thread.start()
     begun.wait()
     yield metrics
@@ -529,7 +527,8 @@ def test_flushes_in_another_thread_disturb_no_line(path):
 
     def flush():
         while not done.is_set():
-            metrics.flush(metrics.written)
+            metrics.flush()
+            metrics.fsync(metrics.counts)
 
     thread = threading.Thread(target=flush)
     thread.start()
@@ -537,7 +536,8 @@ def test_flushes_in_another_thread_disturb_no_line(path):
         metrics.write(LogScalars({"x": 1}), at(update), update_at(update / 100))
     done.set()
     thread.join()
-    assert metrics.written == LogCount(3000)
+    metrics.flush()
+    assert metrics.counts == LogCount(3000)
     assert [line["update"] for line in read(path)] == [*range(3000)]
 
 
@@ -545,7 +545,7 @@ def test_what_waits_is_cut_as_if_it_had_been_written(path):
     metrics = metrics_file(path)
     for update in range(6):
         metrics.write(LogScalars({"x": 1}), at(update), update_at(update / 10))
-    assert metrics.cut(at(3)) == 2
+    assert metrics.truncate(at(3)) == 2
     assert [line["update"] for line in read(path)] == [0, 1, 2, 3]
 
 
@@ -618,7 +618,7 @@ def test_a_log_that_fails_where_a_save_hands_it_over_is_told_of_and_counted(tmp_
         found = [(each.log_lines, each.log_lines_lost) for each in run.checkpoints.manifests()]
     assert found == [(1, 3), (3, 3)]
     assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 5, 6]
-    assert caplog.text.count("metrics.jsonl failed, and what it was given is lost") == 1
+    assert caplog.text.count("metrics.jsonl failed and may have lost log entries") == 1
 
 
 # ------------------------------------------------------------------------------------------------ the summary
@@ -679,7 +679,7 @@ def test_what_is_set_at_updates_and_epochs_waits_for_a_second(tmp_path):
         assert json.loads(path.read_text()) == {"at": written}
     summary.set(SetSummary({"at": 9.5}), at(1), AfterUpdate(time_s=9.5))
     assert json.loads(path.read_text()) == {"at": 9.0}
-    summary.hand_over()
+    summary.flush()
     assert json.loads(path.read_text()) == {"at": 9.5}
     summary.set(SetSummary({"ended": "epochs"}), at(1), AfterTraining(time_s=9.6))
     assert json.loads(path.read_text()) == {"at": 9.5, "ended": "epochs"}

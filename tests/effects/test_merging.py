@@ -16,7 +16,7 @@ from noether import (
     ShowProgress,
     TrainingIteration,
 )
-from noether.effects.merging import merge
+from noether.effects.interpreter import merge_effects
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -70,20 +70,20 @@ def wanted(saves):
 @UNTIMED
 @given(EFFECTS)
 def test_merging_again_changes_nothing(effects):
-    assert merge(merge(effects)) == merge(effects)
+    assert merge_effects(merge_effects(effects)) == merge_effects(effects)
 
 
 @UNTIMED
 @given(EFFECTS, EFFECTS)
 def test_parts_may_be_merged_first(first, second):
-    assert merge([*merge(first), *merge(second)]) == merge([*first, *second])
+    assert merge_effects([*merge_effects(first), *merge_effects(second)]) == merge_effects([*first, *second])
 
 
 @UNTIMED
 @given(EFFECTS)
 def test_scalars_become_one_line_and_the_later_value_wins(effects):
     for kind in (LogScalars, SetSummary):
-        merged = of(kind, merge(effects))
+        merged = of(kind, merge_effects(effects))
         assert len(merged) == min(1, len(of(kind, effects)))
         assert united(kind, merged) == united(kind, effects)
 
@@ -91,7 +91,7 @@ def test_scalars_become_one_line_and_the_later_value_wins(effects):
 @settings(UNTIMED, max_examples=300)
 @given(st.lists(SAVES, max_size=4))
 def test_one_checkpoint_of_a_tag_holds_all_that_is_asked(effects):
-    saves, merged = of(SaveCheckpoint, effects), of(SaveCheckpoint, merge(effects))
+    saves, merged = of(SaveCheckpoint, effects), of(SaveCheckpoint, merge_effects(effects))
     assert [save.tag for save in merged] == list(dict.fromkeys(save.tag for save in saves))
     for save in merged:
         asked = [each for each in saves if each.tag == save.tag]
@@ -104,7 +104,7 @@ def test_one_checkpoint_of_a_tag_holds_all_that_is_asked(effects):
 @UNTIMED
 @given(EFFECTS)
 def test_everything_else_is_carried_out_as_asked_and_saves_come_last(effects):
-    merged = merge(effects)
+    merged = merge_effects(effects)
     assert of((LogText, Ring), merged) == of((LogText, Ring), effects)
     saves = [isinstance(effect, SaveCheckpoint) for effect in merged]
     assert saves == sorted(saves)
@@ -112,7 +112,7 @@ def test_everything_else_is_carried_out_as_asked_and_saves_come_last(effects):
 
 def test_of_two_wishes_of_one_owner_the_longer_is_kept():
     def kept(*numbers):
-        (merged,) = merge([SaveCheckpoint(retention={"who": number, "other": 3}) for number in numbers])
+        (merged,) = merge_effects([SaveCheckpoint(retention={"who": number, "other": 3}) for number in numbers])
         return merged.retention["who"], merged.retention["other"]
 
     assert kept(0, None) == kept(None, 0) == (None, 3)
@@ -124,18 +124,18 @@ def test_of_two_wishes_of_one_owner_the_longer_is_kept():
 def test_a_key_is_quiet_if_who_gives_its_value_says_so(given_effects):
     effects = [LogScalars(values, quiet) for values, quiet in given_effects]
     last = {key: effect for effect in effects for key in effect.values}
-    for merged in of(LogScalars, merge(effects)):
+    for merged in of(LogScalars, merge_effects(effects)):
         assert merged.values == {key: effect.values[key] for key, effect in last.items()}
         quiet = merged.quiet & merged.values.keys()  # a request that stands alone may name others, too
         assert quiet == {key for key, effect in last.items() if key in effect.quiet}
-        assert merge([merged]) == (merged,)
+        assert merge_effects([merged]) == (merged,)
 
 
 def test_quiet_and_then_loud_is_loud_and_the_other_way_round_quiet():
     quiet, loud = LogScalars({"a": 1, "b": 2}, frozenset({"a", "b"})), LogScalars({"a": 3})
-    (merged,) = merge([quiet, loud])
+    (merged,) = merge_effects([quiet, loud])
     assert (merged.values, merged.quiet) == ({"a": 3, "b": 2}, {"b"})
-    (merged,) = merge([loud, quiet])
+    (merged,) = merge_effects([loud, quiet])
     assert (merged.values, merged.quiet) == ({"a": 1, "b": 2}, {"a", "b"})
 
 
@@ -146,7 +146,7 @@ def test_tensors_of_one_name_are_one_file_and_the_later_value_wins():
         SaveTensors(name="outputs/E1", tensors={"x": x}),
         SaveTensors(name="outputs/U1", tensors={"y": z, "z": z}),
     ]
-    one, other = merge(effects)
+    one, other = merge_effects(effects)
     assert (one.name, other.name) == ("outputs/U1", "outputs/E1")
     assert {name: id(tensor) for name, tensor in one.tensors.items()} == {"x": id(x), "y": id(z), "z": id(z)}
     assert list(other.tensors) == ["x"]
@@ -160,12 +160,12 @@ def test_progress_is_shown_once_and_as_it_was_last_and_due_first_of_all():
         )
 
     first, last = progress(fired=0, due=False), progress(fired=6, due=False)
-    merged = merge([first, LogScalars({"a": 1}), last, LogText("hello")])
+    merged = merge_effects([first, LogScalars({"a": 1}), last, LogText("hello")])
     assert merged == (LogText("hello"), last, LogScalars({"a": 1}))
     # elsewhere than on a terminal only what is due is written
     due, another = progress(fired=1, due=True), progress(fired=2, due=True)
-    assert of(ShowProgress, merge([first, due, last])) == [due]
-    assert of(ShowProgress, merge([due, first, another, last])) == [another]
+    assert of(ShowProgress, merge_effects([first, due, last])) == [due]
+    assert of(ShowProgress, merge_effects([due, first, another, last])) == [another]
 
 
 def test_one_tag_with_different_weights_is_a_checkpoint_for_each():
@@ -177,7 +177,7 @@ def test_one_tag_with_different_weights_is_a_checkpoint_for_each():
         SaveCheckpoint(**of_average, pointers=("best.ema=0.9",)),
         SaveCheckpoint(tag="best", pointers=("latest",)),
     ]
-    assert [(save.tag, save.weights_of, save.optimizer, save.pointers) for save in merge(effects)] == [
+    assert [(save.tag, save.weights_of, save.optimizer, save.pointers) for save in merge_effects(effects)] == [
         ("best", None, True, ("last", "latest")),
         ("best", "ema=0.9", False, ("last.ema=0.9", "best.ema=0.9")),
         ("best", "ema=0.5", False, ()),

@@ -148,7 +148,7 @@ def test_tensorboard_shows_every_event_once_however_often_a_run_was_cut(tmp_path
     for value, (back_to, end) in enumerate(ends):
         resumed = min(back_to, len(latest))
         with with_board(directory) as run:
-            run.cut_logs(None if resumed == 0 else HISTORY[resumed - 1])
+            run.truncate_logs(None if resumed == 0 else HISTORY[resumed - 1])
             go(run, range(resumed, end), value)
         if resumed < end:  # only who logs may cut
             latest = [*latest[:resumed], *[value] * (end - resumed)]
@@ -225,7 +225,7 @@ def test_tensorboard_reads_on_behind_what_a_crash_left_of_the_last_record(direct
     path.write_bytes(tear(content))
     lost = not tear(content).startswith(content)
     with with_board(directory) as run:
-        run.cut_logs(HISTORY[0])
+        run.truncate_logs(HISTORY[0])
         go(run, range(1, 3), 2.0)
     shown = {"loss": [(1, 1.0), (2, 2.0), (3, 2.0)], "torn": [(1, 1.0)]}
     if lost:
@@ -252,7 +252,7 @@ def test_tensorboard_leaves_the_files_of_other_writers_alone(directory):
     content = event_files(directory)[0].read_bytes()
     other.write_bytes(content)
     with with_board(directory) as run:
-        run.cut_logs(None)
+        run.truncate_logs(None)
         go(run, range(1), 2.0)
     assert other.read_bytes() == content
 
@@ -261,7 +261,7 @@ def test_tensorboard_reads_in_order_though_the_clock_went_back(directory):
     with with_board(directory) as run:
         run.interpreter([LogScalars(freeze({"loss": 1.0}))], at(1), AfterUpdate(time_s=TIME_S))
     with with_board(directory) as run:
-        run.cut_logs(at(1))
+        run.truncate_logs(at(1))
         run.interpreter([LogScalars(freeze({"loss": 2.0}))], at(2), AfterUpdate(time_s=TIME_S - 3600))
     assert scalars(reader(directory)) == {"loss": [(1, 1.0), (2, 2.0)]}
 
@@ -279,18 +279,18 @@ def test_a_tensorboard_that_is_open_meanwhile_forgets_what_was_cut(directory):
 
     assert shown() == {"loss": [(update, 1.0) for update in (1, 2, 3, 4, 5)], "val": [(3, 1.0)]}
     with with_board(directory) as run:
-        run.cut_logs(HISTORY[1])
+        run.truncate_logs(HISTORY[1])
         go(run, range(2, 3), 2.0)
     assert shown() == {"loss": [(1, 1.0), (2, 1.0), (3, 2.0)], "val": []}
     with with_board(directory) as run:
-        run.cut_logs(None)
+        run.truncate_logs(None)
         go(run, range(1), 3.0)
     assert shown() == {"loss": [(1, 3.0)], "val": []}
 
 
 def test_what_a_closed_run_logs_comes_on_top(directory):
     run = with_board(directory)
-    run.cut_logs(None)
+    run.truncate_logs(None)
     go(run, range(1), 1.0)
     run.close()
     go(run, range(1, 2), 1.0)
@@ -333,8 +333,8 @@ def test_tensorboard_shows_what_comes_after_a_full_disk(directory, taken, caplog
     run.close()
     assert scalars(reader(directory)) == {"loss": [(2, 2.0), (4, 4.0)]}
     first, total = caplog.messages
-    assert first.startswith("tensorboard failed, and what it was given is lost; training goes on: OSError: [Errno 28] ")
-    assert total == "tensorboard failed 2 times in all"
+    assert first.startswith("tensorboard failed and may have lost log entries; training continues: OSError: [Errno 28]")
+    assert total == "tensorboard failed 2 times in total"
     assert len(event_files(directory)) == 1
 
 
@@ -480,10 +480,13 @@ def test_a_service_that_fails_stops_neither_training_nor_a_save(directory, caplo
         for update in (1, 2, 3):
             follow(run, at(update))
         assert caplog.messages == [
-            "broken failed, and what it was given is lost; training goes on: ConnectionError: no route to host for text"
+            (
+                "broken failed and may have lost log entries; training continues: "
+                "ConnectionError: no route to host for log_text"
+            )
         ]
-    assert broken.asked == ["text", "scalars", "summary", "flush"] * 3 + ["close"]
-    assert caplog.messages[1:] == ["broken failed 13 times in all"]
+    assert broken.asked == ["log_text", "log_scalars", "set_summary", "flush"] * 3 + ["close"]
+    assert caplog.messages[1:] == ["broken failed 13 times in total"]
     with opened(directory) as run:
         assert run.load().iteration == at(3).iteration
     assert len((directory / "metrics.jsonl").read_text().splitlines()) == 3
@@ -495,7 +498,7 @@ def test_a_service_that_cannot_be_told_of_a_resume_does_not_stop_it(directory, c
     with opened(directory, Broken()) as run:
         assert run.resume().iteration == at(1).iteration
         follow(run, at(2))
-    assert caplog.messages[-1] == "broken failed 6 times in all"
+    assert caplog.messages[-1] == "broken failed 6 times in total"
 
 
 SERVICES = {
@@ -515,13 +518,13 @@ def test_a_directory_that_cannot_be_written_stops_neither_training_nor_a_save(
     file.parent.mkdir(parents=True)
     file.touch()
     with opened(directory, SERVICES[name](path)) as run:
-        run.cut_logs(None)
+        run.truncate_logs(None)
         for update in (1, 2, 3):
             follow(run, at(update))
     first, total = caplog.messages
-    assert first.startswith(f"{name} failed, and what it was given is lost; training goes on: ")
+    assert first.startswith(f"{name} failed and may have lost log entries; training continues: ")
     assert str(path) in first or str(file) in first
-    assert total == f"{name} failed 6 times in all"
+    assert total == f"{name} failed 6 times in total"
     with opened(directory) as run:
         assert run.load().iteration == at(3).iteration
     assert file.read_bytes() == b""
@@ -547,6 +550,6 @@ def test_a_state_that_a_run_goes_on_from_is_not_kept_alive(directory):
     params = {"weight": torch.ones(1)}
     kept = weakref.ref(params["weight"])
     with with_board(directory) as run:
-        run.cut_logs(at(1, params=params))
+        run.truncate_logs(at(1, params=params))
         del params
         assert kept() is None

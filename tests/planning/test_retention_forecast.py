@@ -21,7 +21,7 @@ from noether.core.tensors.tree import FrozenDict, tensors
 from noether.effects.checkpoints.contents import STATE, WEIGHTS, select_weights
 from noether.effects.checkpoints.manifest import Manifest, Part
 from noether.effects.checkpoints.retention import select_prunable
-from noether.effects.merging import merge
+from noether.effects.interpreter import merge_effects
 from noether.planning.planned_callback import plan_callback
 from noether.planning.requests import Probe
 from noether.planning.retention_forecast import forecast_checkpoints
@@ -50,7 +50,7 @@ class Store:
     peak: int = 0
 
     def __call__(self, effects, state, event):
-        for save in (effect for effect in merge(effects) if isinstance(effect, SaveCheckpoint)):
+        for save in (effect for effect in merge_effects(effects) if isinstance(effect, SaveCheckpoint)):
             files = [name for name, asked in ((WEIGHTS, save.weights), (STATE, save.optimizer)) if asked]
             made = Manifest(tag=str(len(self.written)), run_id="r", segment=1, parent=None, iteration=state.iteration,
                             event=type(event).__name__, parts=dict.fromkeys(files, Part(size_bytes=0, sha256="")),

@@ -13,7 +13,6 @@ from noether.core.tensors.tree import clone_tensors
 from noether.effects.checkpoints.listing import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from concurrent.futures import Future
 
     from noether.core.effect import SaveCheckpoint
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
     from noether.effects.checkpoints.store import CheckpointStore
-    from noether.effects.logs.jsonl import LinesFile, LogCount
+    from noether.effects.run_logs import RunLogs
 
     OnError = Literal["stop", "warn"]
 
@@ -37,8 +36,7 @@ class Saver:
 
     Args:
         store: Where checkpoints go.
-        log: The log whose lines up to a checkpoint are brought to the disk before it, and counted in it.
-        beside: Others whose lines are brought there as well.
+        logs: The logs of the run, whose lines up to a checkpoint are written to the disk before it is committed.
         asynchronous: Whether they are written in a thread of their own. A state is never written to, so nothing is
             copied for that, and one that is to be donated is leased.
         borrowed: Whether states view live tensors, as those of `TrainState.from_module` do; what is then written in a
@@ -49,15 +47,14 @@ class Saver:
     def __init__(
         self,
         store: CheckpointStore,
-        log: LinesFile,
-        beside: Sequence[LinesFile] = (),
+        logs: RunLogs,
         *,
         asynchronous: bool = False,
         borrowed: bool = True,
         on_error: OnError = "stop",
     ) -> None:
         self._store = store
-        self._logs = (log, *beside)
+        self._logs = logs
         self._copies = borrowed
         self._on_error = on_error
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
@@ -72,7 +69,7 @@ class Saver:
         Raises:
             CheckpointError: If it failed, or an earlier one did, and errors stop.
         """
-        logged = partial(_flushed, [(log, log.written) for log in self._logs])
+        logged = partial(self._logs.fsync, self._logs.flush())
         if self._worker is None:
             self._write(effect, state, event, logged)
             return
@@ -109,12 +106,6 @@ class Saver:
             if self._on_error == "stop":
                 raise
             _LOGGER.warning("%s; training goes on without it", error)
-
-
-def _flushed(written: Sequence[tuple[LinesFile, LogCount]]) -> LogCount:
-    """Bring to the disk what was written to logs when a save was asked for; return the count of the first."""
-    first, *_ = [log.flush(count) for log, count in written]
-    return first
 
 
 def _own(state: TrainState) -> TrainState:

@@ -49,11 +49,11 @@ class Console:
         self._timer: threading.Timer | None = None
         self._said: tuple[str, float] | None = None  # the last lines and when, where the run goes on
 
-    def text(self, effect: LogText, state: TrainState, event: Event) -> None:
+    def write_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Write a text: the handler of `LogText`."""
         self._write(_labelled(state, effect.text.splitlines() or [""]), watched=_goes_on(event))
 
-    def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
+    def write_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics in aligned columns: a handler of `LogScalars`."""
         # A loop that does not read the time has every line written.
         if isinstance(event, AfterUpdate) and event.time_s and event.time_s - self._written_s < _QUIET_S:
@@ -66,7 +66,7 @@ class Console:
         width = self._width - len(_labelled(state, [""]))
         self._write(_labelled(state, columns(_without_repeats(shown), width)), watched=_goes_on(event))
 
-    def progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
+    def show_progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
         """Show progress on the live display, or on a line where it is due: the handler of `ShowProgress`."""
         if self._live is None:
             if effect.due:

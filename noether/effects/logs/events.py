@@ -18,7 +18,7 @@ from noether.core.metrics import keys_overlap
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import NUMBERS, json_number
 from noether.effects.disk.files import read_file
-from noether.effects.logs.jsonl import LogError, event_name, place
+from noether.effects.logs.jsonl import LogError, event_name, position_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ _FIXED: Final = (
 _SHAPED: Final = ("params", "buffers", "opt_state")
 
 
-class Recorded(NamedTuple):
+class RecordedEvent(NamedTuple):
     """One event as it was recorded.
 
     Args:
@@ -61,7 +61,7 @@ class Recorded(NamedTuple):
     lengths: Mapping[str, int] | None = None
 
 
-def event_line(
+def event_line_builder(
     measured: Sequence[str], lengths: Callable[[Run], Mapping[str, int]]
 ) -> Callable[[Effects, TrainState, Event], Mapping[str, Any]]:
     """Return what makes the line of an event from what was asked for there.
@@ -76,7 +76,7 @@ def event_line(
         values = {
             key: value for key, value in logged.items() if any(keys_overlap(pattern, key) for pattern in measured)
         }
-        told = {**place(state, event), "readings": _scalars(_fields(event))}
+        told = {**position_fields(state, event), "readings": _scalars(_fields(event))}
         if values:
             told["measured"] = _scalars(values)
         if isinstance(event, BeforeTraining):
@@ -87,7 +87,7 @@ def event_line(
     return line
 
 
-def read_events(path: Path, disk: Disk) -> Iterator[Recorded]:
+def read_events(path: Path, disk: Disk) -> Iterator[RecordedEvent]:
     """Yield the events in a file, in order; a torn one at its end is left out.
 
     Raises:
@@ -110,7 +110,7 @@ def _value(text: str) -> Any:
     return value
 
 
-def _recorded(line: Mapping[str, Any]) -> Recorded:
+def _recorded(line: Mapping[str, Any]) -> RecordedEvent:
     run, lengths = line.get("run"), None
     if run is not None:
         lengths = run["lengths"]
@@ -118,7 +118,7 @@ def _recorded(line: Mapping[str, Any]) -> Recorded:
         run |= {"end": TrainingIteration.parse(run["end"]), "frozen": frozenset(run.get("frozen", ()))}
     counts = (line["epoch"], line["update"], line["sample"])
     kind, measured = _KINDS[line["event"]], line.get("measured", _EMPTY)
-    return Recorded(kind, counts, line["time_s"], line["readings"], measured, run, line.get("state"), lengths)
+    return RecordedEvent(kind, counts, line["time_s"], line["readings"], measured, run, line.get("state"), lengths)
 
 
 def _fields(event: Event) -> dict[str, Any]:

@@ -1,116 +1,79 @@
-"""The logs on disk: `metrics.jsonl` and `summary.json`."""
+"""`summary.json`: one value per key for the whole run, such as best metrics and how the run ended."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
+from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import read_file, replace_text
-from noether.effects.logs.flushing import Pace, forget_in_children
-from noether.effects.logs.jsonl import LinesFile, LogError, place
+from noether.effects.logs.buffers import FlushInterval, discard_after_fork
+from noether.effects.logs.jsonl import LogError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from noether.core.effect import LogScalars, SetSummary
+    from noether.core.effect import SetSummary
     from noether.core.event import Event
     from noether.core.state import TrainState
     from noether.effects.disk.calls import Disk
 
 
-def metrics_file(path: Path, run_id: str = "", disk: Disk = DISK) -> LinesFile:
-    """Return the file of a run's metrics: its `write` handles `LogScalars`, one line for each event that logged.
-
-    Args:
-        path: The file; made at the first line.
-        run_id: Name of the run, on every line.
-        disk: The disk.
-    """
-    return LinesFile(path, partial(_metrics_line, run_id), disk)
-
-
-def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Event) -> dict[str, Any]:
-    # A copy, and no tensors: the line may wait.
-    values = dict(effect.values)
-    if not NUMBER_TYPES.issuperset(map(type, values.values())):
-        values = to_plain(values)
-    return {"run": run_id, **place(state, event), "metrics": values}
-
-
 class Summary:
-    """Keeps `summary.json`: what is to be known of a run at a glance.
+    """Writes `summary.json`, the current value of each summary entry.
 
-    What is set at updates and epochs waits, and is written once a second by the time of their events: a file that is
-    replaced and flushed takes longer than many an update.
+    Entries set at updates and epochs are buffered and written once a second by the time of their events, because
+    replacing a file takes longer than many updates.
 
     Args:
-        path: The file; what it holds already stays until it is set anew.
+        path: The file; its entries stay until they are set again.
         disk: The disk.
     """
 
     def __init__(self, path: Path, disk: Disk = DISK) -> None:
         self._path = path
         self._disk = disk
-        self._pace = Pace(AfterUpdate, AfterEpoch)
-        self._held: dict[str, Any] | None = None  # what the file holds, once it was read: the run is locked
-        self._waiting: dict[str, Any] = {}
-        forget_in_children(self)
+        self._interval = FlushInterval(AfterUpdate, AfterEpoch)
+        self._entries: dict[str, Any] | None = None  # the file's content, read once: the run is locked
+        self._buffer: dict[str, Any] = {}
+        discard_after_fork(self)
 
     def set(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
         """Set entries: the handler of `SetSummary`.
 
         Raises:
-            LogError: As `hand_over`.
-            OSError: As `hand_over`.
+            LogError: As `flush`.
+            OSError: As `flush`.
         """
-        self._waiting |= {key: to_plain(value) for key, value in effect.values.items()}
-        if self._pace.is_due(event):
-            self.hand_over()
+        self._buffer |= {key: to_plain(value) for key, value in effect.values.items()}
+        if self._interval.is_due(event):
+            self.flush()
 
-    def hand_over(self) -> None:
-        """Write what waits.
+    def flush(self) -> None:
+        """Write the buffered entries.
 
         Raises:
-            LogError: If what the file holds is damaged.
-            OSError: If it cannot be written; it then waits on.
+            LogError: If the file is damaged.
+            OSError: If the file cannot be written; the entries stay buffered.
         """
-        waiting, self._waiting = self._waiting, {}
+        entries, self._buffer = self._buffer, {}
         try:
-            if waiting:
-                self._write(waiting)
+            if entries:
+                self._write(entries)
         except OSError:
-            self._waiting = {**waiting, **self._waiting}
+            self._buffer = {**entries, **self._buffer}
             raise
 
-    def _write(self, waiting: Mapping[str, Any]) -> None:
-        if self._held is None:
-            self._held = self._read()
-        entries = {**self._held, **waiting}
-        if entries != self._held:  # a best value that stays is told of at every evaluation
+    def _write(self, changes: Mapping[str, Any]) -> None:
+        if self._entries is None:
+            self._entries = self._read()
+        entries = {**self._entries, **changes}
+        if entries != self._entries:  # an unchanged best value is set again at every evaluation
             replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
-            self._held = entries
-
-    def close(self) -> None:
-        """Write what waits, and know nothing of the file any more: another run may write to it.
-
-        Raises:
-            LogError: As `hand_over`.
-            OSError: As `hand_over`; what waits is lost.
-        """
-        try:
-            self.hand_over()
-        finally:
-            self.forget()
-            self._held = None
-
-    def forget(self) -> None:
-        """Drop what waits."""
-        self._waiting = {}
+            self._entries = entries
 
     def _read(self) -> dict[str, Any]:
         if self._disk.kind(self._path) is None:
@@ -118,4 +81,21 @@ class Summary:
         try:
             return dict(json.loads(read_file(self._path, self._disk)))
         except (ValueError, TypeError) as error:
-            raise LogError(f"{self._path} is damaged: {error}; remove it, and it is written anew") from error
+            raise LogError(f"{self._path} is damaged: {error}; remove it, and the run writes a new one") from error
+
+    def close(self) -> None:
+        """Flush, and forget the file's content: another process may write to it from now on.
+
+        Raises:
+            LogError: As `flush`.
+            OSError: As `flush`; the buffered entries are lost.
+        """
+        try:
+            self.flush()
+        finally:
+            self.discard_buffer()
+            self._entries = None
+
+    def discard_buffer(self) -> None:
+        """Discard the buffered entries."""
+        self._buffer = {}

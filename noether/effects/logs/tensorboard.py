@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories, read_file
-from noether.effects.logs.jsonl import event_name, line_is_before
+from noether.effects.logs.jsonl import event_name, is_kept_on_resume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ class _Cut(NamedTuple):
     def takes(self, place: str) -> bool:
         """Return whether the run will be at a place, such as `after_update E0_U1_S4`, again."""
         event, _, counts = place.partition(" ")
-        return not line_is_before(event, TrainingIteration.parse(counts), self.iteration, ended=self.ended)
+        return not is_kept_on_resume(event, TrainingIteration.parse(counts), self.iteration, ended=self.ended)
 
 
 @final
@@ -87,12 +87,12 @@ class TensorBoard:
         """
         self._cut = _Cut(None, ended=False) if state is None else _Cut(state.iteration, state.ended)
 
-    def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
+    def log_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write scalars: a handler of `LogScalars`."""
         values = [self._summary.Value(tag=key, simple_value=float(value)) for key, value in effect.values.items()]
         self._write(self._summary(value=values), state, event)
 
-    def text(self, effect: LogText, state: TrainState, event: Event) -> None:
+    def log_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Write a text: a handler of `LogText`."""
         # Of several texts with one tag at one update TensorBoard shows the last.
         at = event_name(event), state.iteration
@@ -100,7 +100,7 @@ class TensorBoard:
         tag = f"log/{at[0]}" if self._texts[-1] == 1 else f"log/{at[0]}/{self._texts[-1]}"
         self._write(self._text(tag, effect.text), state, event)
 
-    def summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:
+    def set_summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:
         """Do nothing: TensorBoard has no summary."""
 
     def flush(self) -> None:

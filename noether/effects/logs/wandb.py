@@ -53,15 +53,15 @@ class WeightsAndBiases:
     def resume(self, state: TrainState | None) -> None:
         """Do nothing: the run is found by its id, and its place by the update that comes with every value."""
 
-    def scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
+    def log_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Send scalars: a handler of `LogScalars`."""
         at = {"epoch": state.iteration.epoch, "update": state.iteration.update, "sample": state.iteration.sample}
         self._opened(event).log({**effect.values, **at})
 
-    def text(self, effect: LogText, state: TrainState, event: Event) -> None:
+    def log_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Do nothing: texts are for the console."""
 
-    def summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
+    def set_summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
         """Set entries of the summary: a handler of `SetSummary`."""
         self._opened(event).summary.update({key: to_plain(value) for key, value in effect.values.items()})
 

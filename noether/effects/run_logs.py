@@ -1,0 +1,211 @@
+"""All logs of one run: its files, console and log services. An error in a log never stops training."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
+
+from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary, ShowProgress
+from noether.effects.disk.files import make_directories, replace_file
+from noether.effects.disk.tensor_files import tensor_pieces
+from noether.effects.logs.jsonl import UNKNOWN_COUNT, LinesFile, LogCount, metrics_file
+from noether.effects.logs.summary import Summary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from noether.core.effect import Effect
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+    from noether.effects.disk.calls import Disk
+    from noether.effects.interpreter import Handler
+    from noether.effects.logs.console import Console
+
+METRICS_FILE: Final = "metrics.jsonl"
+EVENTS_FILE: Final = "events.jsonl"
+SUMMARY_FILE: Final = "summary.json"
+
+LOG_EFFECTS: Final = (LogScalars, LogText, SetSummary, ShowProgress, SaveTensors)
+"""Types of effects that write logs: an error in one of their handlers does not stop training."""
+
+_Arguments = ParamSpec("_Arguments")
+_LOGGER: Final = logging.getLogger(__name__)
+
+
+class LogService(Protocol):
+    """Another destination of logs, such as TensorBoard."""
+
+    @property
+    def name(self) -> str:
+        """Its name in error messages."""
+
+    def resume(self, state: TrainState | None) -> None:
+        """Prepare for logs after `state`, or for the logs of a new run if it is None."""
+
+    def log_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
+        """Handle `LogScalars`."""
+
+    def log_text(self, effect: LogText, state: TrainState, event: Event) -> None:
+        """Handle `LogText`."""
+
+    def set_summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:
+        """Handle `SetSummary`."""
+
+    def flush(self) -> None:
+        """Write buffered logs to the operating system, because a checkpoint follows."""
+
+    def close(self) -> None:
+        """Write buffered logs, and end."""
+
+
+@final
+class LogGuard:
+    """Catches the errors of logs: reports the first error of each log, and counts the others.
+
+    Example:
+        >>> def write(line):
+        ...     raise OSError(28, "No space left on device")
+        >>> guard = LogGuard()
+        >>> guarded_write = guard.guard("metrics.jsonl", write)
+        >>> guarded_write("a line"), guarded_write("another")
+        (None, None)
+        >>> guard.failures
+        {'metrics.jsonl': 2}
+    """
+
+    def __init__(self) -> None:
+        self.failures: dict[str, int] = {}
+
+    def guard(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+        """Return a function that calls `write` and never raises.
+
+        Args:
+            name: Name of the log in the report.
+            write: Writes to the log.
+        """
+
+        def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+            try:
+                write(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001  # training continues whatever happens to a log
+                self.failures[name] = self.failures.get(name, 0) + 1
+                if self.failures[name] == 1:
+                    reason = f"{type(error).__name__}: {error}"
+                    _LOGGER.warning("%s failed and may have lost log entries; training continues: %s", name, reason)
+
+        return guarded
+
+    def report_failures(self) -> None:
+        """Report how often each log failed, if it failed again after its first report."""
+        for name, count in self.failures.items():
+            if count > 1:
+                _LOGGER.warning("%s failed %d times in total", name, count)
+
+
+@final
+class RunLogs:
+    """The log files of one run, its console and its log services.
+
+    Args:
+        path: The run directory.
+        run_id: Name of the run.
+        console: Where lines for a person go.
+        services: Other destinations.
+        disk: The disk.
+    """
+
+    def __init__(
+        self, path: Path, run_id: str, *, console: Console, services: Sequence[LogService], disk: Disk
+    ) -> None:
+        self._path = path
+        self._console = console
+        self._services = services
+        self._disk = disk
+        self._guard = LogGuard()
+        self._metrics = metrics_file(path / METRICS_FILE, run_id, disk)
+        self._summary = Summary(path / SUMMARY_FILE, disk)
+        self.events = LinesFile(path / EVENTS_FILE, lambda line, *_: line, disk)
+        self.files: dict[str, LinesFile | Summary] = {
+            METRICS_FILE: self._metrics,
+            EVENTS_FILE: self.events,
+            SUMMARY_FILE: self._summary,
+        }
+        self._file_flushes = [self.guard(name, file.flush) for name, file in self.files.items()]
+        self._service_flushes = [self.guard(service.name, service.flush) for service in services]
+        for name, file in self.files.items():
+            weakref.finalize(self, LogGuard().guard(name, file.close))
+
+    def guard(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+        """Return a function that calls `write`, and reports its errors under `name` instead of raising them."""
+        return self._guard.guard(name, write)
+
+    def handlers(self) -> dict[type[Effect], list[Handler]]:
+        """Return the guarded handlers of each type of effect that writes logs."""
+        guard, console, services = self.guard, self._console, self._services
+        return {
+            LogText: [
+                guard("console", console.write_text),
+                *(guard(service.name, service.log_text) for service in services),
+            ],
+            LogScalars: [
+                guard(METRICS_FILE, self._metrics.write),
+                guard("console", console.write_scalars),
+                *(guard(service.name, service.log_scalars) for service in services),
+            ],
+            SetSummary: [
+                guard(SUMMARY_FILE, self._summary.set),
+                *(guard(service.name, service.set_summary) for service in services),
+            ],
+            SaveTensors: [guard("tensors", self._save_tensors)],
+            ShowProgress: [guard("console", console.show_progress)],
+        }
+
+    def flush_files(self) -> None:
+        """Write the buffers of all files to the operating system; errors are reported and counted."""
+        for flush in self._file_flushes:
+            flush()
+
+    def flush(self) -> tuple[LogCount, LogCount]:
+        """Flush all files and services; return the line counts of `metrics.jsonl` and `events.jsonl`."""
+        self.flush_files()
+        for flush in self._service_flushes:
+            flush()
+        return self._metrics.counts, self.events.counts
+
+    def fsync(self, counts: tuple[LogCount, LogCount]) -> LogCount:
+        """Write the lines that `flush` counted to the disk; return how many metrics lines are there or lost."""
+        metrics, events = counts
+        written = self._metrics.fsync(metrics)
+        self.events.fsync(events)
+        return written
+
+    def truncate(self, state: TrainState | None, saved: LogCount) -> int:
+        """Remove what a run resumed at `state` logs again; return the number of lines removed from the metrics.
+
+        Args:
+            state: The state to resume from; None for a new run.
+            saved: The counts of metrics lines when that state was saved.
+
+        Raises:
+            LogError: If a log file is damaged.
+        """
+        removed = self._metrics.truncate(state, UNKNOWN_COUNT if state is None else saved)
+        self.events.truncate(state)
+        _LOGGER.info("removed %d lines of %s that the resumed run logs again", removed, self._path / METRICS_FILE)
+        for service in self._services:
+            self.guard(service.name, service.resume)(state)
+        return removed
+
+    def close(self) -> None:
+        """Flush and close everything; report what was lost."""
+        for name, log in (*self.files.items(), *((service.name, service) for service in self._services)):
+            self.guard(name, log.close)()
+        self._guard.report_failures()
+        self._console.close()
+
+    def _save_tensors(self, effect: SaveTensors, _state: TrainState, _event: Event) -> None:
+        path = self._path / "tensors" / f"{effect.name}.safetensors"
+        make_directories(path.parent, self._disk)
+        replace_file(path, tensor_pieces(effect.tensors), self._disk)
