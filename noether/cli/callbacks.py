@@ -10,8 +10,7 @@ from rich.table import Table
 
 from noether.config import ConfigError
 from noether.config.descriptions import PREFIX, describe, known_kinds
-from noether.config.errors import LocatedProblem, Place
-from noether.config.structure import InvalidValueError
+from noether.config.errors import InvalidValueError, LocatedProblem, Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

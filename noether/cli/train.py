@@ -19,7 +19,7 @@ from noether.cli.interruption import Interruption
 from noether.config import ConfigError, load
 from noether.config.changes import refuse_changes
 from noether.config.errors import LocatedProblem, Place
-from noether.config.kinds import import_kind
+from noether.config.objects.import_policy import import_path
 from noether.config.serialization import dump
 from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.effect import SaveCheckpoint, SetSummary
@@ -164,7 +164,7 @@ def handled(
 ) -> Interpreter:
     """Return the interpreter that also has the handlers of `run.handlers`, those of logs `guarded`."""
     for effect_type, path in config.run.handlers.items():
-        kind, handler = import_kind(effect_type), import_kind(path)
+        kind, handler = import_path(effect_type), import_path(path)
         interpreter = interpreter.with_handlers(
             kind, guarded(path, handler) if issubclass(kind, LOG_EFFECTS) else handler
         )

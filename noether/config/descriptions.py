@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from noether.config.function_callback import FunctionCallbackFactory
-from noether.config.kinds import CALLBACK, resolve
-from noether.config.structure import parameters
+from noether.config.objects.function_callback import FunctionCallbackFactory
+from noether.config.objects.kinds import CALLBACK, resolve
+from noether.config.structure.signatures import parameters
 from noether.core.callback import declaration_of
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.callbacks.registry import ALIASES, EXPORTS, SHIPPED

@@ -1,26 +1,30 @@
-"""What is wrong with a configuration: every problem at once, each with the place where it was written."""
+"""Errors of a configuration: every problem at once, each with the place where the setting was written."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from noether.core.errors import NoetherError
+from cattrs import IterableValidationNote
+from cattrs.errors import BaseValidationError, ClassValidationError, StructureHandlerNotFoundError
+
+from noether.core.errors import NoetherError, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
 SettingPath: TypeAlias = tuple[str | int, ...]
-"""The way from the top of a document to a value: keys of mappings and indices of lists."""
+"""Keys of mappings and indices of lists, from the top of a document to a value."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a setting was written.
+    """The file and line where a setting was written.
 
     Args:
         origin: The file as the user named it, or the text of a `--set`.
-        line: Line in that file, counted from 1; None where there are no lines.
+        line: Line in that file, counted from 1; None for a `--set`.
 
     Example:
         >>> print(Place("configs/digits.yaml", 12))
@@ -36,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class LocatedProblem:
-    """One problem: where it was written, which setting it is about, what is wrong and what would be right.
+    """A problem of one setting: where the setting was written, what is wrong and what would be right.
 
     Example:
         >>> print(LocatedProblem(Place("a.yaml", 3), ("callbacks", 2, "every_n_epochs"), "0 is not a whole number"))
@@ -52,7 +56,7 @@ class LocatedProblem:
 
 
 class ConfigError(NoetherError):
-    """A configuration was refused; `problems` holds every one of them, in the order of their lines.
+    """A configuration is invalid; `problems` lists every problem in the order of their lines.
 
     Example:
         >>> early = LocatedProblem(Place("a.yaml", 2), ("a",), "early")
@@ -64,16 +68,70 @@ class ConfigError(NoetherError):
     """
 
     def __init__(self, problems: Iterable[LocatedProblem]) -> None:
-        # What was given on the command line comes after what stands in the file.
+        # Overrides on the command line have no line; they come after the settings of the file.
         self.problems = tuple(sorted(problems, key=lambda each: (each.place.line is None, each.place.line or 0)))
         super().__init__("\n".join(map(str, self.problems)))
 
 
 def format_path(path: SettingPath) -> str:
-    """Return `path` as it is shown.
+    """Return `path` as messages show it.
 
     Example:
         >>> format_path(("callbacks", 2, "every_n_epochs"))
         'callbacks[2].every_n_epochs'
     """
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+class InvalidValueError(NoetherError, ValueError):
+    """A value does not fit its setting; the message quotes the value and says what would be right."""
+
+
+@contextmanager
+def collect_errors(errors: list[Exception], part: str | int | None = None) -> Iterator[None]:
+    """Append what the body raises to `errors`, located in `part`: a key of a mapping or an index of a list."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a constructor raises is a problem of its settings
+        if part is not None:
+            error.add_note(IterableValidationNote(f"in {part!r}", part, Any))
+        errors.append(error)
+
+
+def raise_together(errors: Sequence[Exception], target: object) -> None:
+    """Raise all errors in the settings of `target` as one; return if there is none."""
+    if errors:
+        raise ClassValidationError("settings", errors, target if isinstance(target, type) else type(target))
+
+
+def location(error: BaseException) -> SettingPath:
+    """Return the path at which `collect_errors` located an error."""
+    notes = [note for note in getattr(error, "__notes__", ()) if isinstance(note, IterableValidationNote)]
+    return tuple(note.index for note in reversed(notes))
+
+
+def problems_in(error: BaseException) -> Iterator[tuple[SettingPath, str]]:
+    """Yield the path and the message of every problem in a tree of errors."""
+    path = location(error)
+    problems: Iterable[tuple[SettingPath, str]]
+    if isinstance(error, BaseValidationError):
+        problems = (problem for each in error.exceptions for problem in problems_in(each))
+    elif isinstance(error, SettingsError):
+        problems = [(parse_path(each.setting), each.message) for each in error.problems]
+    elif isinstance(error, StructureHandlerNotFoundError):
+        problems = [((), f"a {type_name(error.type_)} cannot be written in YAML")]
+    elif isinstance(error, ValueError | TypeError) and str(error):
+        problems = [((), str(error))]
+    else:
+        problems = [((), f"{type(error).__name__}: {error}")]
+    return ((path + inner, message) for inner, message in problems)
+
+
+def parse_path(setting: str) -> SettingPath:
+    """Return the dotted name of a setting as a path; numbers are indices of lists."""
+    return tuple(int(part) if part.isdecimal() else part for part in setting.split(".") if part)
+
+
+def type_name(kind: object) -> str:
+    """Return the name of a type for a message."""
+    return getattr(kind, "__qualname__", None) or str(kind)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeAlias, final
 
-from noether.config import kinds
 from noether.config.errors import ConfigError, LocatedProblem, Place, SettingPath
-from noether.config.kinds import Kind
+from noether.config.objects import kinds
+from noether.config.objects.kinds import Kind
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings  # noqa: TC001 - as above
 from noether.config.source import Source  # noqa: TC001 - as above
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest

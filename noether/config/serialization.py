@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from noether.config.kinds import Kind
+from noether.config.objects.kinds import Kind
 from noether.config.schema import CheckpointSettings, EvaluateSettings, OptimizerSettings
 from noether.config.source import SCALARS
 

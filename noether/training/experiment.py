@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from torch.utils.data import IterableDataset
 
-from noether.config.kinds import import_kind
+from noether.config.objects.import_policy import import_path
 from noether.config.optimizer_settings import ScheduleSettings
 from noether.config.schema import ENDS
 from noether.config.serialization import resolve_config
@@ -109,7 +109,7 @@ def build(
         run_id=run_id,
         config=resolve_config(config),
         data=_build_evaluation_data(config, datasets, device),
-        forward=forward(network, import_kind(config.trainer.loss), precision=_PRECISIONS[config.trainer.precision]),
+        forward=forward(network, import_path(config.trainer.loss), precision=_PRECISIONS[config.trainer.precision]),
     )
     _check_end(config, run)
     state = _initial_state(config, network, fresh=fresh)
@@ -122,7 +122,7 @@ def build(
     reducer = compose(*streams, *(configured.callback for configured in callbacks))
     step = Step(
         model=network,
-        loss=import_kind(config.trainer.loss),
+        loss=import_path(config.trainer.loss),
         optimizer=optimizer,
         lr=lr,
         weight_decay=weight_decay,

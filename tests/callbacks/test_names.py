@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from noether.config.descriptions import describe, known_kinds
-from noether.config.kinds import CALLBACK, resolve
+from noether.config.objects.kinds import CALLBACK, resolve
 from noether.core import callbacks
 from noether.core.callbacks.registry import ALIASES, CATEGORIES, EXPORTS, SHIPPED
 

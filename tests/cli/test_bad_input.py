@@ -102,7 +102,7 @@ CASES = {
         [(CALLBACK_CLASS, "os.system")],
         (
             "bad.yaml:24: callbacks[0].kind: 'os.system': 'os' is not an allowed prefix (noether, torch, modules under "
-            "the working directory); allow=('os',), or --allow os on the command line, allows it"
+            "the working directory); to allow it, pass allow=('os',), or --allow os on the command line"
         ),
     ),
     "a model as a callback": (
@@ -128,7 +128,7 @@ CASES = {
         [("loss: noether.examples.digits.cross_entropy", f"loss: {MODEL_CLASS}")],
         (
             f"bad.yaml:22: trainer.loss: '{MODEL_CLASS}' is a model class, expected a function: "
-            "something to call that is not a class"
+            "a callable that is not a class"
         ),
     ),
     "misspelt setting of a callback": (

@@ -104,7 +104,7 @@ def test_a_class_and_a_function_of_the_users_own_are_shown(tmp_path):
 
 
 PREFIXES = "(noether, torch, modules under the working directory)"
-ALLOWS = "allow=('os',), or --allow os on the command line, allows it"
+ALLOWS = "to allow it, pass allow=('os',), or --allow os on the command line"
 EXPECTED = "expected a callback: a subclass of CallbackBase, or a function (state, event) -> (state, effects)"
 ROOT = "noether.core.callbacks"
 

@@ -344,6 +344,6 @@ def test_a_setting_may_have_any_name_but_that_of_the_interval(own):
     with pytest.raises(ConfigError, match="settings: 'a' is not a whole number"):
         loaded("callbacks:\n  - {kind: own.named, settings: a}\n")
     with pytest.raises(
-        ConfigError, match="at_end beside a function is its interval; give its own setting another name"
+        ConfigError, match="at_end of the function would hide its interval at_end; rename that parameter"
     ):
         loaded("callbacks:\n  - {kind: own.clashing, at_end: a}\n")

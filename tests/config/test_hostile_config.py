@@ -8,7 +8,7 @@ import pytest
 from audit import dangers, imported, watched
 
 from noether.config import ConfigError, load, load_callbacks
-from noether.config.kinds import import_kind
+from noether.config.objects.import_policy import import_path
 
 EVIL = """
 from pathlib import Path
@@ -186,7 +186,7 @@ NOBODY = [
     "torch.serialization.pickle.loads",
     "noether.effects.disk.calls.os.system",
     "noether.effects.disk.calls.sys.modules",
-    "noether.config.kinds.importlib.import_module",
+    "noether.config.objects.import_policy.importlib.import_module",
     "noether.config.source.yaml.unsafe_load",
     "shop.torch.os.system",
     "shop.Net.__init__.__globals__",
@@ -244,7 +244,7 @@ NOT_THAT = {
         "torch.classes.load_library",
         "torch.float32",
         "torch.nn",
-        "noether.config.kinds.resolve",
+        "noether.config.objects.kinds.resolve",
         "noether.effects.disk.files.remove_tree",
         "noether.examples.digits.Digits",
     ],
@@ -315,7 +315,7 @@ def test_a_file_allows_itself_nothing(folder, section, text):
 def test_what_whoever_runs_it_allows_is_allowed_until_the_run_is_made(folder):
     path = config(folder, trainer=BASE["trainer"].replace("shop.loss", "torch.hub.urlopen"))
     assert "'urllib' is not an allowed prefix" in refusal(path)
-    assert import_kind(load(path, allow=["urllib"]).trainer.loss).__module__ == "urllib.request"
+    assert import_path(load(path, allow=["urllib"]).trainer.loss).__module__ == "urllib.request"
 
 
 def test_what_is_allowed_is_not_what_only_begins_like_it(folder):
@@ -346,7 +346,10 @@ def test_no_module_of_a_run_is_imported_wherever_the_run_lies(folder, monkeypatc
     path = config(folder, model=f"{{kind: {kind}}}")
     head = kind.partition(".")[0]
     said = refusal(path, run_dir=run)
-    assert f"model.kind: '{kind}' lies in {run}, the directory of the run itself; --allow {head} allows it" in said
+    assert (
+        f"model.kind: '{kind}' is in {run}, the directory of the run itself; to import it, add --allow {head} on the command line"
+        in said
+    )
     # It is that directory that makes the difference: nowhere else, and if whoever runs it says so, it is imported.
     assert load(path, allow=(head, "shop"), run_dir=run).model.path == kind
     assert Path("executed").exists()

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from noether.config.function_callback import FunctionCallbackFactory
-from noether.config.kinds import CALLBACK, DATASET, FUNCTION, MODEL, OPTIMIZER, Kind, import_kind, resolve
-from noether.config.structure import InvalidValueError
+from noether.config.errors import InvalidValueError
+from noether.config.objects.function_callback import FunctionCallbackFactory
+from noether.config.objects.import_policy import import_path
+from noether.config.objects.kinds import CALLBACK, DATASET, FUNCTION, MODEL, OPTIMIZER, Kind, resolve
 
 pytestmark = pytest.mark.usefixtures("shop")
 
@@ -36,16 +37,16 @@ def refusal(path, role, allow=()):
     ],
 )
 def test_what_fits(path, role):
-    assert resolve(path, role) is import_kind(path)
+    assert resolve(path, role) is import_path(path)
 
 
 @pytest.mark.parametrize(
     ("path", "role", "message"),
     [
-        ("os.system", FUNCTION, f"'os.system': 'os' {HOW}; allow=('os',), or --allow os on the command line, allows it"),
-        ("torch.os.system", FUNCTION, f"'torch.os.system': 'os' {HOW}; allow=('os',), or --allow os on the command line, allows it"),
-        ("sys.exit", FUNCTION, f"'sys.exit': 'sys' {HOW}; allow=('sys',), or --allow sys on the command line, allows it"),
-        ("yaml.load", FUNCTION, f"'yaml.load': 'yaml' {HOW}; allow=('yaml',), or --allow yaml on the command line, allows it"),
+        ("os.system", FUNCTION, f"'os.system': 'os' {HOW}; to allow it, pass allow=('os',), or --allow os on the command line"),
+        ("torch.os.system", FUNCTION, f"'torch.os.system': 'os' {HOW}; to allow it, pass allow=('os',), or --allow os on the command line"),
+        ("sys.exit", FUNCTION, f"'sys.exit': 'sys' {HOW}; to allow it, pass allow=('sys',), or --allow sys on the command line"),
+        ("yaml.load", FUNCTION, f"'yaml.load': 'yaml' {HOW}; to allow it, pass allow=('yaml',), or --allow yaml on the command line"),
         ("noehter.core.Progress", CALLBACK, "'noehter.core.Progress': there is no module 'noehter'; did you mean 'noether'?"),
         ("noether.core.calbacks.X", CALLBACK, "'noether.core.calbacks.X': 'noether.core' has no 'calbacks'; did you mean 'callbacks'?"),
         ("shop.Wacth", CALLBACK, "'shop.Wacth': 'shop' has no 'Wacth'; did you mean 'Watch'?"),
@@ -59,7 +60,7 @@ def test_what_fits(path, role):
         ("shop.loss", MODEL, "'shop.loss' is a function, expected a model: a subclass of torch.nn.Module, or a function annotated to return one"),
         ("shop.Net", OPTIMIZER, "'shop.Net' is a model class, expected an optimizer: a subclass of torch.optim.Optimizer"),
         ("torch.nn", MODEL, "'torch.nn' is a module, expected a model: a subclass of torch.nn.Module, or a function annotated to return one"),
-        ("shop.Digits", FUNCTION, "'shop.Digits' is a dataset class, expected a function: something to call that is not a class"),
+        ("shop.Digits", FUNCTION, "'shop.Digits' is a dataset class, expected a function: a callable that is not a class"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(path, role, message):
@@ -82,7 +83,7 @@ def test_a_library_in_the_working_directory_is_not_the_users(monkeypatch):
     folder.mkdir(parents=True)
     (folder / "lurking.py").write_text("raise SystemExit('executed')")
     monkeypatch.syspath_prepend(str(folder.resolve()))
-    monkeypatch.setattr("noether.config.kinds.sysconfig.get_path", lambda _: str(folder))
+    monkeypatch.setattr("noether.config.objects.import_policy.sysconfig.get_path", lambda _: str(folder))
     assert refusal("lurking.run", FUNCTION).startswith("'lurking.run': 'lurking' is not an allowed prefix")
 
 

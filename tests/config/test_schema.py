@@ -1,4 +1,5 @@
 # ruff: noqa: E501 - a whole message stays in one piece
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ EVALUATE = "evaluate: {val: [loss, accuracy], every_n_epochs: 1}"
         ("name: digits", "name: a/b", ["1: run.name: 'a/b' is not the name of a folder; use letters, digits, '.', '_', '-'"]),
         ("name: digits", "name: digits, seed: -1", ["1: run.seed: -1 is not a whole number of at least 0"]),
         ("name: digits", "name: digits, handlers: {shop.Net: os.system}",
-         ["1: run.handlers.shop.Net: 'os.system': 'os' is not an allowed prefix (noether, torch, modules under the working directory); allow=('os',), or --allow os on the command line, allows it"]),
+         ["1: run.handlers.shop.Net: 'os.system': 'os' is not an allowed prefix (noether, torch, modules under the working directory); to allow it, pass allow=('os',), or --allow os on the command line"]),
         ("model:\n  kind: shop.Net", "model:\n  width: 3",
          ["2: model.kind: is missing; expected a subclass of torch.nn.Module, or a function annotated to return one"]),
         ("shop.Net", "shop.Net\n  width: 2.7\n  dropuot: 1",
@@ -50,10 +51,10 @@ EVALUATE = "evaluate: {val: [loss, accuracy], every_n_epochs: 1}"
         ("betas: [0.9, 0.99]", "schedul: {}", ["10: optimizer.schedul: unknown setting; did you mean 'schedule'?"]),
         ("betas: [0.9, 0.99]", "params: []", ["10: optimizer.params: unknown setting"]),
         ("torch.optim.AdamW\n  lr: 1e-3\n  betas: [0.9, 0.99]", "torch.optim.Rprop\n  lr: 1\n  weight_decay: 0.1",
-         ["10: optimizer.weight_decay: is no setting of Rprop"]),
+         ["10: optimizer.weight_decay: is not a setting of Rprop"]),
         ("betas: [0.9, 0.99]", "schedule: {kind: cosin}\n  groups: [{name: a, match: [x], settings: {epss: 1}}]",
          ["10: optimizer.schedule.kind: 'cosin' is not one of 'constant', 'linear', 'cosine', 'step', 'polynomial'; did you mean 'cosine'?",
-          "11: optimizer.groups[0].settings.epss: is no setting of AdamW; did you mean 'eps'?"]),
+          "11: optimizer.groups[0].settings.epss: is not a setting of AdamW; did you mean 'eps'?"]),
         ("max_epochs: 10", "max_epochs: ten", ["12: trainer.max_epochs: 'ten' is not a whole number of at least 1"]),
         ("max_epochs: 10", "max_epochs: 10\n  max_updates: 5", [f"13: trainer.max_updates: max_epochs and max_updates are given; {ENDS}"]),
         ("  max_epochs: 10\n", "", [f"11: trainer: no end is given; {ENDS}"]),
@@ -235,3 +236,38 @@ def test_an_error_can_be_placed_later(digits):
 
 def test_sections_can_be_made_in_python():
     assert RunSettings(name="digits") == RunSettings(name="digits", output="runs", seed=0)
+
+
+COUNTED = """
+from dataclasses import dataclass
+
+constructed = []
+
+
+@dataclass(frozen=True)
+class Counted:
+    step: int
+
+    def __post_init__(self):
+        constructed.append(self.step)
+
+    def __call__(self, state, event):
+        return state, ()
+"""
+
+
+def test_a_callback_is_constructed_once(digits, monkeypatch):
+    Path("counted.py").write_text(COUNTED)
+    monkeypatch.delitem(sys.modules, "counted", raising=False)
+    assert digits(("  - kind: shop.say\n    name: only a label\n", "  - {kind: counted.Counted, step: 3}\n")) == []
+    constructed = sys.modules["counted"].constructed
+    assert constructed == [3]
+
+    constructed.clear()
+    kind = load("digits.yaml").callbacks[1]
+    assert kind.build() is kind.build()
+    assert constructed == [3]
+
+    constructed.clear()
+    load_callbacks("digits.yaml")
+    assert constructed == [3]

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from noether.config import ConfigError
 from noether.config.source import parse
-from noether.config.structure import arguments, make_converter, parameters, structure
+from noether.config.structure.construction import arguments
+from noether.config.structure.converter import make_converter, structure
+from noether.config.structure.signatures import parameters
 from noether.core.errors import check_whole, raise_problems
 
 

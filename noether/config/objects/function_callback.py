@@ -1,4 +1,4 @@
-"""Callbacks that are functions, as things to be made of settings."""
+"""Callbacks written as functions: how settings from YAML become their gate and their keyword arguments."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+from noether.config.errors import InvalidValueError
 from noether.config.schema import INTERVALS
-from noether.config.structure import InvalidValueError, parameters
+from noether.config.structure.signatures import parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class FunctionCallbackFactory:
-    """Makes a callback of a function: an interval becomes its gate, its keyword-only parameters are its settings.
+    """Makes a callback from a function: an interval becomes its gate, keyword-only parameters are its settings.
 
     Args:
         function: `(state, event, *, setting, ...) -> (state, effects)`, decorated or not.
@@ -28,17 +29,19 @@ class FunctionCallbackFactory:
         >>> from noether import AfterEpoch, LogText, TrainState
         >>> def greet(state, event, *, greeting: str = "hello"):
         ...     return state, (LogText(greeting),)
-        >>> callback = FunctionCallbackFactory(greet)(every_n_epochs=1, greeting="go on")
+        >>> callback = FunctionCallbackFactory(greet)(every_n_epochs=1, greeting="good morning")
         >>> callback(TrainState().next_epoch(), AfterEpoch())[1]
-        (LogText(text='go on'),)
+        (LogText(text='good morning'),)
     """
 
     function: Callable[..., Any]
 
     def __post_init__(self) -> None:
-        taken = [each.name for each in self._settings if each.name in (*INTERVALS, "at_end")]
-        if taken:
-            raise InvalidValueError(f"{taken[0]} beside a function is its interval; give its own setting another name")
+        for each in self._settings:
+            if each.name in (*INTERVALS, "at_end"):
+                raise InvalidValueError(
+                    f"{each.name} of the function would hide its interval {each.name}; rename that parameter"
+                )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -48,8 +51,8 @@ class FunctionCallbackFactory:
 
     @property
     def _settings(self) -> list[inspect.Parameter]:
-        own = parameters(inspect.unwrap(self.function)).values()
-        return [each for each in own if each.kind is each.KEYWORD_ONLY]
+        named = parameters(inspect.unwrap(self.function)).values()
+        return [each for each in named if each.kind is each.KEYWORD_ONLY]
 
     def __call__(
         self,
@@ -60,7 +63,7 @@ class FunctionCallbackFactory:
         at_end: bool = False,
         **settings: object,
     ) -> Any:
-        """Return the callback with its settings, behind the gate of an interval if there is one."""
+        """Return the callback with its settings bound, behind the gate of its interval if there is one."""
         intervals = {
             "every_n_epochs": every_n_epochs,
             "every_n_updates": every_n_updates,
@@ -68,10 +71,10 @@ class FunctionCallbackFactory:
         }
         chosen = {name: value for name, value in intervals.items() if value is not None}
         if len(chosen) > 1:
-            raise InvalidValueError(f"{' and '.join(chosen)} are given; expected one of them, or none")
+            raise InvalidValueError(f"{' and '.join(chosen)} are given; give at most one of them")
         if not chosen and at_end:
             raise InvalidValueError("at_end needs an interval: every_n_epochs, every_n_updates or every_n_samples")
-        # Here, because it brings torch, without which a configuration can be read. Intervals have its names.
+        # Imported here, because it imports torch and a configuration can be read without it.
         from noether.core import combinators
 
         callback = combinators.bound(self.function, settings) if settings else self.function
