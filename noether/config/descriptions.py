@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from noether.config.compatibility import translation_of
 from noether.config.objects.function_callback import FunctionCallbackFactory
 from noether.config.objects.kinds import CALLBACK, resolve
 from noether.config.structure.signatures import parameters
@@ -103,7 +104,7 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
         summary=" ".join(text.partition("\n\n")[0].split()),
         text=text,
         settings=settings,
-        renamed=getattr(target, "renamed", {}),
+        renamed=translation_of(target).renamed,
         yaml=_yaml(path, documented, settings, gated=_is_gated(target)),
     )
 

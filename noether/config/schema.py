@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeAlias, final
 
@@ -14,10 +14,10 @@ from noether.config.objects.kinds import Kind
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings  # noqa: TC001 - as above
 from noether.config.source import Source  # noqa: TC001 - as above
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest
+from noether.core.schedules.schedule import INTERVALS
 
 ENDS = ("max_epochs", "max_updates", "max_samples")
 """The settings of `trainer` that say where a run ends; exactly one is given."""
-INTERVALS = ("every_n_epochs", "every_n_updates", "every_n_samples")
 """The settings that say when a callback acts."""
 
 Model: TypeAlias = Annotated[Kind, kinds.MODEL]
@@ -313,7 +313,7 @@ class Config:
             if key not in INTERVALS:
                 yield self._unknown_dataset(key, f"trainer.evaluate.{key}", INTERVALS)
 
-    def _unknown_dataset(self, key: str, setting: str, also: tuple[str, ...] = ()) -> Problem | None:
+    def _unknown_dataset(self, key: str, setting: str, also: Collection[str] = ()) -> Problem | None:
         if key in self.data:
             return None
         known = ", ".join(map(repr, self.data)) or "nothing"
@@ -329,7 +329,7 @@ def _plain(section: object, inner: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _exactly_one(settings: object, names: tuple[str, ...]) -> Iterator[Problem | None]:
+def _exactly_one(settings: object, names: Collection[str]) -> Iterator[Problem | None]:
     given = [name for name in names if getattr(settings, name) is not None]
     yield from (check_whole(name, getattr(settings, name)) for name in given)
     if len(given) != 1:

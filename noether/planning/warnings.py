@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 from noether.core.callback import declaration_of
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping
-from noether.core.callbacks.periodic import INTERVALS, PeriodicCallback
+from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.schedules.forecast import Occasions, firings
+from noether.core.schedules.schedule import INTERVALS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

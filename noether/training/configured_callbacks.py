@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, final
 
 from noether.config.errors import ConfigError
 from noether.config.objects.import_policy import import_path
-from noether.config.schema import INTERVALS
 from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
 from noether.core.metrics import keys_overlap
+from noether.core.schedules.schedule import INTERVALS
 from noether.training.error_locations import locate_errors
 
 if TYPE_CHECKING:

@@ -19,13 +19,13 @@ from noether.core.callbacks import (
     ReduceLROnPlateauCallback,
     TrainTimeCallback,
 )
-from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
 from noether.core.run import Run
+from noether.core.schedules.schedule import INTERVALS
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict, check_memory
 from noether.effects import CheckpointStore

@@ -16,9 +16,10 @@ from noether.core.callbacks import (
     OnlineLossCallback,
     ProgressCallback,
 )
-from noether.core.callbacks.periodic import INTERVALS, PeriodicCallback
+from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.callbacks.registry import SHIPPED
 from noether.core.errors import SettingsError
+from noether.core.schedules.schedule import INTERVALS
 
 REQUIRED = {
     kind: settings[0]

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 from noether.core.callbacks import EtaCallback
 from noether.core.callbacks.eta import ETA, ETACallback
-from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import ShowProgress
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
 from noether.core.run import Run
+from noether.core.schedules.schedule import INTERVALS
 from noether.core.state import TrainState
 from noether.testing import same
 from noether.testing.strategies import points, run_lengths

@@ -340,6 +340,14 @@ def test_a_setting_of_a_class_of_the_users_own_has_its_meaning(own):
     assert member.batch_size == 8
 
 
+def test_a_setting_without_effect_is_ignored_for_a_class_of_the_users_own_too(mine):
+    with pytest.warns(
+        ConfigWarning, match="batch_size: has no meaning for Speak and is left out: it iterates no dataset"
+    ):
+        (member,) = loaded("callbacks:\n  - {kind: mine.Speak, every_n_updates: 1, words: [a], batch_size: 8}\n")
+    assert member.words == ("a",)
+
+
 def test_a_setting_may_have_any_name_but_that_of_the_interval(own):
     with pytest.raises(ConfigError, match="settings: 'a' is not a whole number"):
         loaded("callbacks:\n  - {kind: own.named, settings: a}\n")

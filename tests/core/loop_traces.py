@@ -14,6 +14,7 @@ from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining,
 from noether.core.loop import Move, next_move
 from noether.core.metrics import log
 from noether.core.reducer import identity
+from noether.core.schedules.schedule import INTERVALS
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict
 from noether.testing.strategies import schedules
@@ -197,13 +198,12 @@ class Bell(PeriodicCallback):
         return state.remember(self.name, self.memory(state) + 1), (LogText(f"{self.name} {interval}"),)
 
 
-INTERVALS = ("every_n_epochs", "every_n_updates", "every_n_samples")
 PLAIN = (says, logs, halves, counts)
 
 
 @st.composite
 def periodic(draw, tag, kinds=(Tally, Bell)):
-    kind, interval = draw(st.sampled_from(kinds)), draw(st.sampled_from(INTERVALS))
+    kind, interval = draw(st.sampled_from(kinds)), draw(st.sampled_from(list(INTERVALS)))
     return kind(tag=tag, at_end=draw(st.booleans()), **{interval: draw(st.integers(1, 12))})
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from noether.config.errors import InvalidValueError
-from noether.config.schema import INTERVALS
 from noether.config.structure.signatures import parameters
+from noether.core.schedules.schedule import INTERVALS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

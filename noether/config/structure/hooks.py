@@ -13,7 +13,6 @@ from noether.config.errors import InvalidValueError, LocatedProblem, collect_err
 from noether.config.objects.function_callback import FunctionCallbackFactory
 from noether.config.objects.kinds import CALLBACK, FUNCTION, OPTIMIZER, Kind, Role, resolve
 from noether.config.schema import (
-    INTERVALS,
     CheckpointSettings,
     Config,
     EvaluateSettings,
@@ -24,6 +23,7 @@ from noether.config.structure.construction import arguments, construct, construc
 from noether.config.structure.converter import has_origin, make_converter
 from noether.config.structure.signatures import parameters
 from noether.core.errors import Problem, SettingsError, suggest
+from noether.core.schedules.schedule import INTERVALS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

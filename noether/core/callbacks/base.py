@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Final, dataclass_transform
+from typing import TYPE_CHECKING, Any, Final, dataclass_transform
 
 from noether.core.event import (
     AfterAccumulationStep,
@@ -52,13 +52,6 @@ class CallbackBase:
         >>> Greet(greeting="go")(TrainState(), BeforeTraining())[1]
         (LogText(text='go'),)
     """
-
-    renamed: ClassVar[Mapping[str, str]] = {}
-    """Settings that YAML may give under an older name: that name, and the one they have."""
-    meaningless: ClassVar[Mapping[str, str]] = {"batch_size": "it iterates no dataset"}
-    """Settings that YAML written for other frameworks may hold, and why they have no effect; a warning says so."""
-    elsewhere: ClassVar[Mapping[str, str]] = {}
-    """Settings that YAML written for other frameworks may hold, and what to write instead; an error says so."""
 
     id: str | None = None
 

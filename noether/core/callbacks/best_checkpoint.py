@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import SaveCheckpoint
@@ -53,12 +53,6 @@ class BestCheckpointCallback(MetricWatcher):
         >>> callback(state, AfterEpoch())[1][0].pointers
         ('best_model.val.accuracy',)
     """
-
-    renamed: ClassVar[Mapping[str, str]] = {"model_name": "model_names"}
-    meaningless: ClassVar[Mapping[str, str]] = {
-        **MetricWatcher.meaningless,
-        "save_frozen_weights": "a checkpoint is whole, frozen weights included",
-    }
 
     min_delta: float = 0.0
     tolerances: tuple[int, ...] = ()

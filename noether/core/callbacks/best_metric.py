@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite
 from noether.core.effect import SetSummary
@@ -48,8 +48,6 @@ class BestMetricCallback(MetricWatcher):
         >>> dict(effects[0].values)
         {'val/accuracy/best': 0.9, 'val/accuracy/best_update': 0}
     """
-
-    renamed: ClassVar[Mapping[str, str]] = {"source_metric_key": "metric_key"}
 
     target_metric_keys: tuple[str, ...] = ()
     optional_target_metric_keys: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
@@ -11,7 +11,7 @@ from noether.core.errors import Problem, check_whole
 from noether.core.tensors.tree import FrozenDict, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, BeforeTraining, Event
@@ -60,8 +60,6 @@ class CheckpointCallback(PeriodicCallback):
         >>> callback(TrainState().next_epoch(), AfterEpoch())[1][0].pointers
         ('latest',)
     """
-
-    renamed: ClassVar[Mapping[str, str]] = {"model_name": "model_names"}
 
     save_weights: bool = True
     save_optim: bool = False

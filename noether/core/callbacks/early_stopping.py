@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final
 
 from noether.core.callbacks.base import CallbackBase
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
-from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems
 from noether.core.iteration import TrainingIteration
@@ -129,11 +128,6 @@ class FixedUpdateEarlyStopping(CallbackBase):
         >>> state.stop
         'stop_at_sample: 10 is reached'
     """
-
-    meaningless: ClassVar[Mapping[str, str]] = {
-        **CallbackBase.meaningless,
-        **dict.fromkeys(INTERVALS, "it looks at every update"),
-    }
 
     stop_at_epoch: int | None = None
     stop_at_update: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, ClassVar, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import torch
 
@@ -68,10 +68,6 @@ class EMACallback(PeriodicCallback):
         >>> state.memory("weights/ema=0.5")["params"]["w"]
         tensor(2.)
     """
-
-    elsewhere: ClassVar[Mapping[str, str]] = {
-        "eval_callbacks": "list those callbacks after this one, each with weights: ema=FACTOR"
-    }
 
     target_factors: tuple[float, ...]
     model_paths: tuple[str | None, ...] = ()

@@ -13,7 +13,7 @@ from noether.core.callbacks.base import HOOKS, CallbackBase
 from noether.core.errors import Problem, check_whole, raise_problems, suggest
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, Event
 from noether.core.schedules.gate import Gate, Interval
-from noether.core.schedules.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.schedules.schedule import INTERVALS
 from noether.core.tensors.averages import memory_of, use_weights
 from noether.core.tensors.tree import FrozenDict
 
@@ -21,14 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from noether.core.callback import Callback, Effects
+    from noether.core.schedules.schedule import Schedule
     from noether.core.state import TrainState
-
-INTERVALS: Final[dict[str, Callable[[int], Schedule]]] = {
-    "every_n_epochs": EveryNEpochs,
-    "every_n_updates": EveryNUpdates,
-    "every_n_samples": EveryNSamples,
-}
-
 
 _TRACKS: Final = ("track_after_accumulation_step", "track_after_update_step")
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callbacks.base import CallbackBase
-from noether.core.callbacks.periodic import INTERVALS
 from noether.core.effect import LogText, SetSummary
 from noether.core.tensors.tree import FrozenDict
 
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 
 class _Summarizing(CallbackBase):
     """Before training, puts facts into the summary."""
-
-    meaningless: ClassVar[Mapping[str, str]] = {
-        **CallbackBase.meaningless,
-        **dict.fromkeys(INTERVALS, "it acts before training"),
-    }
 
     @property
     def produces(self) -> tuple[str, ...]:

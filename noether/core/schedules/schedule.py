@@ -18,7 +18,7 @@ from noether.core.schedules.counting import count_firings, updates_crossing_mult
 from noether.core.schedules.unions import count_union
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from noether.core.run import Run
 
@@ -338,6 +338,14 @@ class EveryNSamples(_EveryN):
     """
 
     counter: ClassVar[Counter] = "sample"
+
+
+INTERVALS: Final[Mapping[str, Callable[[int], Schedule]]] = {
+    "every_n_epochs": EveryNEpochs,
+    "every_n_updates": EveryNUpdates,
+    "every_n_samples": EveryNSamples,
+}
+"""Schedules by the name of the setting that asks for them."""
 
 
 @final
