@@ -300,7 +300,7 @@ def test_a_run_on_a_full_disk_that_warns_goes_on_and_counts_what_it_lost(phases,
     assert found["code"] == 0, found["stderr"]
     told = found["stderr"].splitlines()
     assert sum("metrics.jsonl failed and may have lost log entries" in line for line in told) == 1
-    assert sum("; training goes on without it" in line for line in told) == 1
+    assert sum("; training continues without it" in line for line in told) == 1
     assert [name for name in found["saved"] if name.startswith(("E", "."))] == [
         "E1_U15_S60",
         "E3_U45_S180",

@@ -91,7 +91,7 @@ def test_a_full_disk_locks_all_the_same(tmp_path, caplog):
         return plainly(function, *arguments)
 
     lock = RunLock(tmp_path, Disk(call))
-    assert "it does not say who holds it" in caplog.text
+    assert "it does not name the process that holds it" in caplog.text
     assert "is in use by another process" in refused(tmp_path)
     lock.release()
 
@@ -103,7 +103,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, caplog):
         return plainly(function, *arguments)
 
     RunLock(tmp_path, Disk(call)).release()
-    assert "cannot be locked (No locks available): see that no other process writes there" in caplog.text
+    assert "cannot be locked (No locks available): make sure that no other process writes there" in caplog.text
 
 
 def test_a_lock_whose_file_was_removed_in_between_is_taken_again(tmp_path):

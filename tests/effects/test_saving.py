@@ -134,7 +134,7 @@ def test_where_failures_warn_the_run_goes_on(tmp_path, caplog, asynchronous):
         settle(run)
         faults.armed = False
         run.interpreter([SAVE], at(2), UPDATE)
-    assert caplog.text.count("; training goes on without it") == 1
+    assert caplog.text.count("; training continues without it") == 1
     assert stored(tmp_path).pointers() == {"latest": str(at(2).iteration)}
 
 

@@ -10,7 +10,7 @@ from attrs import frozen
 
 from noether.core.errors import NoetherError
 from noether.effects.checkpoints.contents import FILES
-from noether.effects.checkpoints.manifest import LIMIT_BYTES, MANIFEST, NAME, Manifest, ManifestError
+from noether.effects.checkpoints.manifest import MANIFEST, MAX_BYTES, NAME, Manifest, ManifestError
 from noether.effects.disk.files import os_error_text, read_file
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
             if not parts:
                 return None
             raise CheckpointError(f"{_printable(path)} is missing, beside {', '.join(parts)}")
-        manifest = Manifest.loads(read_file(path, disk, limit=LIMIT_BYTES).decode())
+        manifest = Manifest.loads(read_file(path, disk, limit=MAX_BYTES).decode())
     except OSError as error:
         raise read_error(path, error) from error
     except (ManifestError, UnicodeDecodeError) as error:

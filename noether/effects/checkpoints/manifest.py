@@ -1,39 +1,36 @@
-"""What a checkpoint is made of, told by a file that can tell when it is damaged itself."""
+"""The manifest of a checkpoint: a JSON file with the hash of every other file and of itself."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from attrs import field, frozen
 
 from noether.core.errors import NoetherError
-from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotations
+from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotation
 from noether.effects.checkpoints.contents import FILES
 from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.state_codec import CONVERTER, error_text
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 MANIFEST: Final = "MANIFEST.json"
 FORMAT: Final = 2
-LIMIT_BYTES: Final = 1 << 24
-"""What a manifest can be large at most; it lists five files."""
+MAX_BYTES: Final = 1 << 24
+"""Largest size of a manifest, which lists at most four files."""
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]{0,199}", re.ASCII)
-"""What the names of checkpoints and of pointers are made of: never the way to another directory."""
+"""The names of checkpoints and pointers; none is a path to another directory."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class ManifestError(NoetherError, ValueError):
-    """A manifest is not what was written."""
+    """A manifest does not have the content that was written."""
 
 
 @frozen(kw_only=True)
 class Part:
-    """One file of a checkpoint."""
+    """Size and SHA-256, in hexadecimal, of one file of a checkpoint."""
 
     size_bytes: int
     sha256: str
@@ -41,23 +38,23 @@ class Part:
 
 @frozen(kw_only=True)
 class Manifest:
-    """What a checkpoint is made of.
+    """Description of one checkpoint.
 
     Args:
-        tag: Name of its directory.
-        run_id: Run that wrote it.
-        segment: How many times the run had been started when it was written, >= 1.
-        parent: Tag of the checkpoint from which that segment went on, or None.
-        iteration: Where it was taken.
-        event: Name of the event at which it was taken.
-        number: The n in a tag like `TAG.n`, given where `TAG` was taken already; 1 without one.
-        parts: Its files.
-        weights_of: Whose weights it holds, such as `ema=0.999`; None stands for those in training.
+        tag: Name of the checkpoint's directory.
+        run_id: Name of the run that wrote it.
+        segment: How many times the run had been started when it wrote the checkpoint, >= 1.
+        parent: Tag of the checkpoint from which that segment resumed, or None.
+        iteration: Iteration of the saved state.
+        event: Name of the event at which it was saved.
+        parts: Its other files by name.
+        number: The n in a tag like `TAG.n`, for which `TAG` was already in use; 1 for `TAG` itself.
+        weights_of: Whose weights it holds, such as `ema=0.999`; None stands for the training weights.
         models: Names of the sub-modules whose weights it holds; empty stands for all.
-        retention: By name of who asked for it, how many of the newest stay; None stands for all.
-        log_lines: How many lines of the log were on the disk before it was committed; None where that is not known.
-        log_lines_lost: How many lines up to it could not be written there.
-        format: Version of the layout.
+        retention: How many of the newest checkpoints stay, by name of the owner that requested it; None stands for all.
+        log_lines: How many lines of the log were on the disk before the commit; None if unknown.
+        log_lines_lost: How many earlier lines could not be written.
+        format: Version of the format, 1 or 2.
     """
 
     tag: str
@@ -77,7 +74,7 @@ class Manifest:
 
     @property
     def order(self) -> tuple[int, int, int, int]:
-        """What checkpoints are ordered by: segment, then counters, then number among equals."""
+        """Sort key of checkpoints, oldest first: segment, counters, then number."""
         return self.segment, self.iteration.update, self.iteration.epoch, self.number
 
     @property
@@ -87,11 +84,11 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """The hash that it has in its file, over everything else there."""
+        """The hash in its file, over all other content of the file."""
         return hashlib.sha256(_text(CONVERTER.unstructure(self)).encode()).hexdigest()
 
     def dumps(self) -> str:
-        """Return the manifest as JSON text that holds its own hash."""
+        """Return the manifest as JSON text that includes its own hash."""
         return _text({**CONVERTER.unstructure(self), "sha256": self.sha256})
 
     @classmethod
@@ -99,23 +96,27 @@ class Manifest:
         """Return the manifest in JSON text.
 
         Raises:
-            ManifestError: If it is not exactly what was written, or of a later format, or names what no checkpoint has.
+            ManifestError: If the text is not exactly what `dumps` writes, is of a later format, or lists files that no
+                checkpoint has.
 
         Example:
             >>> Manifest.loads('{"format": 3}')
             Traceback (most recent call last):
-            noether.effects.checkpoints.manifest.ManifestError: is of format 3, which a later version writes; this one
-            reads up to 2
+            noether.effects.checkpoints.manifest.ManifestError: it has format 3, which a later version writes; this
+            version reads up to 2
         """
-        written = _parsed(text)
+        written = _parse(text)
         version = written.get("format")
-        if type(version) is not int or not 1 <= version <= FORMAT:
-            later = f"is of format {version}, which a later version writes; this one reads up to {FORMAT}"
-            raise ManifestError(later if type(version) is int and version > FORMAT else "has no format")
-        own = {"sha256"} if version == FORMAT else set()
-        manifest = _structured(_migrated({key: value for key, value in written.items() if key not in own}))
-        # What an older version wrote has no hash; the hashes of its files are all that it can be judged by.
-        if version == FORMAT and manifest.dumps() != text:
+        if type(version) is not int or version < 1:
+            raise ManifestError("it has no format")
+        if version > FORMAT:
+            raise ManifestError(
+                f"it has format {version}, which a later version writes; this version reads up to {FORMAT}"
+            )
+        if version == 1:  # format 2 added the count of log lines, and the manifest's hash
+            return _structure({**written, "log_lines": None, "log_lines_lost": 0})
+        manifest = _structure({key: value for key, value in written.items() if key != "sha256"})
+        if manifest.dumps() != text:
             raise ManifestError("its content is not what was written")
         return manifest
 
@@ -124,48 +125,35 @@ def _text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parse(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"is no JSON: {error}") from None
+        raise ManifestError(f"it is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ManifestError("is not what was written")
+        raise ManifestError("its content is not what was written")
     return content
 
 
-def _migrated(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of an older format as the newest has it, but for `format`, which still tells what it was."""
-    for migrate in _MIGRATIONS[int(content["format"]) - 1 :]:
-        content = migrate(content)
-    return content
-
-
-def _from_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Format 2 counts the lines of the log, and has a hash of its own."""
-    return {**content, "log_lines": None, "log_lines_lost": 0}
-
-
-_MIGRATIONS: Final[tuple[Callable[[dict[str, Any]], dict[str, Any]], ...]] = (_from_1,)
-
-
-def _structured(content: dict[str, Any]) -> Manifest:
+def _structure(content: dict[str, Any]) -> Manifest:
     try:
         manifest = CONVERTER.structure(content, Manifest)
-        names = {manifest.tag, *([] if manifest.parent is None else [manifest.parent])}
-        hashes = all(_SHA256.fullmatch(part.sha256) for part in manifest.parts.values())
-        right = all(map(NAME.fullmatch, names)) and hashes and all(0 <= count < 2**63 for count in _counts(manifest))
-    except Exception as error:  # noqa: BLE001  # whatever a converter meets in what was not written by us
-        raise ManifestError(f"is not what was written: {error_text(error)}") from None
+        tags = {manifest.tag, *([] if manifest.parent is None else [manifest.parent])}
+        counts = (
+            *(part.size_bytes for part in manifest.parts.values()),
+            *(manifest.segment, manifest.number, manifest.log_lines or 0, manifest.log_lines_lost),
+            *(manifest.iteration.epoch, manifest.iteration.update, manifest.iteration.sample),
+        )
+        valid = (
+            all(map(NAME.fullmatch, tags))
+            and all(_SHA256.fullmatch(part.sha256) for part in manifest.parts.values())
+            and all(0 <= each < 2**63 for each in counts)
+        )
+    except Exception as error:  # noqa: BLE001  # a converter can fail in any way on a file that we did not write
+        raise ManifestError(f"its content is not what was written: {error_text(error)}") from None
     if not set(manifest.parts) <= FILES:
         foreign = ", ".join(map(repr, sorted(set(manifest.parts) - FILES)))
-        raise ManifestError(f"names files that no checkpoint has: {foreign}")
-    if not right:
-        raise ManifestError("holds a name, a number or a hash that is none")
+        raise ManifestError(f"it lists files that no checkpoint has: {foreign}")
+    if not valid:
+        raise ManifestError("it contains an invalid name, number or hash")
     return manifest
-
-
-def _counts(manifest: Manifest) -> Iterator[int]:
-    yield from (part.size_bytes for part in manifest.parts.values())
-    yield from (manifest.segment, manifest.number, manifest.log_lines or 0, manifest.log_lines_lost)
-    yield from (manifest.iteration.epoch, manifest.iteration.update, manifest.iteration.sample)

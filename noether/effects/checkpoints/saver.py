@@ -1,4 +1,4 @@
-"""When a checkpoint is written: at once, or in a thread of its own while training goes on."""
+"""Carries out save requests: before training continues, or in a background thread."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ if TYPE_CHECKING:
     OnError = Literal["stop", "warn"]
 
 _LOGGER: Final = logging.getLogger(__name__)
+_TREES: Final = ("params", "buffers", "opt_state", "hyperparams", "callback_states")
 
 
 @final
 class Saver:
-    """Carries out `SaveCheckpoint`.
+    """The handler of `SaveCheckpoint`.
 
-    The saves of one event are written one after the other, and the next event that saves waits for them: no more than
-    one older state is kept in memory.
+    The saves of one event are written one after the other, and the next event that saves waits for them, so that at
+    most one older state is kept in memory.
 
     Args:
         store: Where checkpoints go.
-        logs: The logs of the run, whose lines up to a checkpoint are written to the disk before it is committed.
-        asynchronous: Whether they are written in a thread of their own. A state is never written to, so nothing is
-            copied for that, and one that is to be donated is leased.
-        borrowed: Whether states view live tensors, as those of `TrainState.from_module` do; what is then written in a
-            thread of its own is copied first.
-        on_error: What a save that fails does: `stop` raises, in a thread of its own at the next event; `warn` goes on.
+        logs: The logs of the run; their lines up to a checkpoint are written to the disk before it is committed.
+        asynchronous: Whether a background thread writes checkpoints. Nothing is copied for that, because states are
+            immutable; a state whose tensors may be donated is leased.
+        borrowed: Whether states view live tensors, as those of `TrainState.from_module` do; a background save copies
+            them first.
+        on_error: What a failed save does: `stop` raises, for a background save at the next event; `warn` logs a
+            warning, and training continues.
     """
 
     def __init__(
@@ -59,62 +61,59 @@ class Saver:
         self._on_error = on_error
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
         self._running: list[Future[None]] = []
-        self._asked: tuple[Event, TrainingIteration] | None = None  # by the saves that are under way
-        # Python waits for the thread when it exits, and nobody would learn what went wrong there.
-        weakref.finalize(self, _tell, self._running)
+        self._running_for: tuple[Event, TrainingIteration] | None = None
+        # At exit Python waits for the thread, but does not report its errors.
+        weakref.finalize(self, _log_errors, self._running)
 
     def save(self, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
-        """Save, or begin to: the handler of `SaveCheckpoint`.
+        """Save a checkpoint, or start a background save.
 
         Raises:
-            CheckpointError: If it failed, or an earlier one did, and errors stop.
+            CheckpointError: If `on_error` is `stop` and this save, or an earlier one in the background, failed.
         """
-        logged = partial(self._logs.fsync, self._logs.flush())
+        fsync_logs = partial(self._logs.fsync, self._logs.flush())
         if self._worker is None:
-            self._write(effect, state, event, logged)
+            self._write(effect, state, event, fsync_logs)
             return
-        # Events may be equal, or one object: a loop of one's own may dispatch the same again and again.
-        if self._asked is None or self._asked[0] is not event or self._asked[1] != state.iteration:
+        # Identity of the event alone is not enough: a user's loop may dispatch one event object again and again.
+        if self._running_for is None or self._running_for[0] is not event or self._running_for[1] != state.iteration:
             self.wait()
-        self._asked = (event, state.iteration)
-        kept = _own(state) if self._copies else lease(state)
-        self._running.append(self._worker.submit(self._write, effect, kept, event, logged))
+        self._running_for = (event, state.iteration)
+        if self._copies:
+            state = state.replace(**{name: clone_tensors(getattr(state, name)) for name in _TREES})
+        else:
+            state = lease(state)
+        self._running.append(self._worker.submit(self._write, effect, state, event, fsync_logs))
 
     def check(self) -> None:
-        """Raise what went wrong in a save that has ended; called at every event.
+        """Raise the error of a background save that has ended; called at every event.
 
         Raises:
-            CheckpointError: If a save failed, and errors stop.
+            CheckpointError: If a save failed and `on_error` is `stop`.
         """
         while self._running and self._running[0].done():
             self._running.pop(0).result()
 
     def wait(self) -> None:
-        """Return once no save is under way.
+        """Wait for all background saves.
 
         Raises:
-            CheckpointError: If one failed, and errors stop.
+            CheckpointError: If a save failed and `on_error` is `stop`.
         """
         while self._running:
             self._running.pop(0).result()
-        self._asked = None
+        self._running_for = None
 
-    def _write(self, effect: SaveCheckpoint, state: TrainState, event: Event, logged: Any) -> None:
+    def _write(self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Any) -> None:
         try:
-            self._store.save(effect, state, event, logged)
+            self._store.save(effect, state, event, fsync_logs)
         except CheckpointError as error:
             if self._on_error == "stop":
                 raise
-            _LOGGER.warning("%s; training goes on without it", error)
+            _LOGGER.warning("%s; training continues without it", error)
 
 
-def _own(state: TrainState) -> TrainState:
-    """Return a state that shares no tensors with live objects."""
-    trees = ("params", "buffers", "opt_state", "hyperparams", "callback_states")
-    return state.replace(**{name: clone_tensors(getattr(state, name)) for name in trees})
-
-
-def _tell(running: list[Future[None]]) -> None:
+def _log_errors(running: list[Future[None]]) -> None:
     for future in running:
         if (error := future.exception()) is not None:
             _LOGGER.error("%s", error)

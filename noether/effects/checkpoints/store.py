@@ -72,7 +72,7 @@ class CheckpointStore:
         self._committed: set[str] = set()  # tags that this process saved
 
     def save(
-        self, effect: SaveCheckpoint, state: TrainState, event: Event, flush_log: Callable[[], LogCount] = LogCount
+        self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount] = LogCount
     ) -> None:
         """Save `state` as `effect` requests; the handler of `SaveCheckpoint`. The checkpoint is saved on return.
 
@@ -80,7 +80,7 @@ class CheckpointStore:
             effect: The request.
             state: The state.
             event: The event at which the save is requested.
-            flush_log: Called before the checkpoint is committed: brings the log up to here to the disk, and returns
+            fsync_logs: Called before the checkpoint is committed: writes the log up to here to the disk, and returns
                 how many lines it has.
 
         Raises:
@@ -93,7 +93,7 @@ class CheckpointStore:
         listing = self._list()
         saved = self._find_saved(listing, tag, effect, state, event)
         if saved is None:
-            saved = self._write(self._draft(tag, effect, state, event), effect, state, flush_log)
+            saved = self._write(self._draft(tag, effect, state, event), effect, state, fsync_logs)
             self._commit(saved)
         self._move_pointers(saved, effect.pointers)
         self._prune(saved, effect.pointers, listing)
@@ -233,16 +233,16 @@ class CheckpointStore:
         )
 
     def _write(
-        self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, flush_log: Callable[[], LogCount]
+        self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, fsync_logs: Callable[[], LogCount]
     ) -> Manifest:
-        """Write the files of a checkpoint, flush the log, and return the complete manifest."""
+        """Write the files of a checkpoint, fsync the logs, and return the complete manifest."""
         try:
             files = checkpoint_files(effect, state)
         except ModelNamesError as error:
             raise CheckpointError(str(error)) from error
         with self._report_disk_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
             written = self._writer.write(draft, files)
-            log = flush_log()
+            log = fsync_logs()
         return evolve(written, log_lines=log.lines, log_lines_lost=log.lost)
 
     def _commit(self, saved: Manifest) -> None:

@@ -1,9 +1,10 @@
-"""The one way to the disk: whatever the effects layer asks of files is one of these calls."""
+"""All calls of the operating system on files that the effects layer makes."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import operator
 import os
 import stat
 import sys
@@ -18,42 +19,42 @@ if TYPE_CHECKING:
 
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _APPEND: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-# Not blocking, so that a pipe that somebody put in the place of a file is refused and not waited for.
+# Non-blocking, so that a pipe in the place of a file is refused and the open does not wait for a writer.
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LOCK: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-_MODE: Final = 0o666  # as every program asks for it; the umask takes away
+_MODE: Final = 0o666  # the default mode; the umask applies
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-
-
-def _plainly(function: Callable[..., Any], *arguments: object) -> Any:
-    return function(*arguments)
 
 
 @final
 class Disk:
-    """Calls of the operating system on files, one each; files are named by descriptors, as it does.
+    """The operating system's calls on files, one method each; open files are file descriptors.
 
     Args:
-        call: Makes each call, as `call(function, *arguments)`. What is given instead can count the calls, let them
-            fail, or end the process between two of them: so the tests show what a crash leaves.
+        call: Makes each call, as `call(function, *arguments)`. A test can replace it to count the calls, fail one, or
+            end the process between two of them, and so show what a crash leaves.
     """
 
-    def __init__(self, call: Call = _plainly) -> None:
+    def __init__(self, call: Call = operator.call) -> None:
         self._call = call
 
     def create(self, path: Path) -> int:
-        """Open a file that does not exist yet for writing."""
+        """Create a file and open it for writing.
+
+        Raises:
+            FileExistsError: If it exists.
+        """
         return int(self._call(os.open, path, _NEW, _MODE))
 
     def open_to_append(self, path: Path) -> int:
-        """Open a file, made if it does not exist, of which every write goes to the end."""
+        """Open a file for appending; create it if it does not exist."""
         return int(self._call(os.open, path, _APPEND, _MODE))
 
     def open_to_read(self, path: Path) -> int:
         """Open a regular file for reading.
 
         Raises:
-            OSError: With `ELOOP` for a symbolic link, `EINVAL` for anything else that is no file.
+            OSError: With `ELOOP` for a symbolic link, `EINVAL` for anything else that is not a regular file.
         """
         file = int(self._call(os.open, path, _READ))
         if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -62,32 +63,32 @@ class Disk:
         return file
 
     def open_to_lock(self, path: Path) -> int:
-        """Open a file, made if it does not exist, for `lock`."""
+        """Open a file for `lock`; create it if it does not exist."""
         return int(self._call(os.open, path, _LOCK, _MODE))
 
     def lock(self, file: int) -> None:
-        """Take the exclusive lock of a file, at once or not at all.
+        """Take the exclusive lock of a file without waiting.
 
         Raises:
-            BlockingIOError: If another open file has it.
+            BlockingIOError: If another open file holds it.
         """
         self._call(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, file: int, content: memoryview | bytes) -> int:
-        """Write to a file and return how many bytes it took, which may be fewer."""
+        """Write to a file and return how many bytes were written, which may be fewer than given."""
         return int(self._call(os.write, file, content))
 
     def read(self, file: int, size: int) -> bytes:
-        """Return the next bytes of a file, `size` at most; none at its end."""
+        """Return the next bytes of a file, at most `size`; empty at its end."""
         content: bytes = self._call(os.read, file, size)
         return content
 
     def truncate(self, file: int, size: int) -> None:
-        """Cut a file to `size` bytes."""
+        """Truncate a file to `size` bytes."""
         self._call(os.ftruncate, file, size)
 
     def flush(self, file: int) -> None:
-        """Return once what was written to a file is on the disk."""
+        """Return once all writes to a file are on the disk."""
         self._call(fsync, file)
 
     def close(self, file: int) -> None:
@@ -103,15 +104,15 @@ class Disk:
             self.close(directory)
 
     def make_directory(self, path: Path) -> None:
-        """Make a directory."""
+        """Create a directory."""
         self._call(os.mkdir, path)
 
     def rename(self, path: Path, target: Path) -> None:
-        """Rename in one step; a file at `target` is replaced, a directory that holds anything is not."""
+        """Rename in one step; a file or an empty directory at `target` is replaced, any other directory is not."""
         self._call(os.rename, path, target)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a link."""
+        """Remove a file or a link."""
         self._call(os.unlink, path)
 
     def remove_directory(self, path: Path) -> None:
@@ -123,7 +124,7 @@ class Disk:
         return sorted(self._call(os.listdir, path))
 
     def kind(self, path: Path) -> Kind | None:
-        """Return what is at `path`, links not followed; None for nothing."""
+        """Return what kind of file is at `path`, without following links; None if there is no file."""
         try:
             mode = self._call(os.lstat, path).st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -133,10 +134,10 @@ class Disk:
             (stat.S_ISDIR, "directory"),
             (stat.S_ISLNK, "link"),
         )
-        return next((kind for judge, kind in kinds if judge(mode)), "other")
+        return next((kind for matches, kind in kinds if matches(mode)), "other")
 
     def is_at(self, file: int, path: Path) -> bool:
-        """Return whether an open file is the one at `path`."""
+        """Return whether an open file is still the one at `path`."""
         try:
             return os.path.samestat(self._call(os.fstat, file), self._call(os.lstat, path))
         except FileNotFoundError:
@@ -148,12 +149,12 @@ class Disk:
 
 
 def fsync(file: int) -> None:
-    """Return once what was written to a file is on the disk, and not only in the memory of the drive."""
+    """Return once all writes to a file are on the disk, and not only in the cache of the drive."""
     if sys.platform == "darwin":
-        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # there fsync itself does not wait for the drive
+        fcntl.fcntl(file, fcntl.F_FULLFSYNC)  # on macOS, fsync does not wait for the drive
     else:
         os.fsync(file)
 
 
 DISK: Final = Disk()
-"""The disk as it is."""
+"""The real disk."""

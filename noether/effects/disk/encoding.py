@@ -1,4 +1,4 @@
-"""Trees as JSON beside tensors: self-describing, read back as they were, NaN and tuples included."""
+"""Converts trees to strict JSON beside tensors and back, bit for bit; NaN, infinities and tuples included."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from noether.core.tensors.tree import FrozenDict
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_LEVELS: Final = 100
-"""How deep trees may be nested: far less than what Python's own stack takes of whoever walks them."""
+_MAX_LEVELS: Final = 100
+"""How deep a tree may be nested: far less than Python's recursion limit, as others recurse through the tree, too."""
 NUMBER_TYPES: Final = frozenset({float, int, bool})
 NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -32,7 +32,7 @@ def json_number(value: float) -> float | str:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a logged value as strict JSON can hold it; this is where a tensor is read from its device."""
+    """Return a logged value as strict JSON can hold it; tensors are read from their device."""
     if isinstance(value, float):
         return json_number(value)
     if isinstance(value, torch.Tensor):
@@ -45,22 +45,22 @@ def to_plain(value: Any) -> Any:
 
 
 def encode_tree(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: int = 0) -> Any:
-    """Return the JSON value of `tree`, and put its tensors into `tensors` by their dotted path.
+    """Return the JSON value of `tree`, and add its tensors to `tensors` by their dotted path.
 
-    What JSON has no form for is an object with one key that begins with `$`.
+    A value that JSON cannot represent becomes an object with one key that begins with `$`.
 
     Raises:
-        TypeError: If a leaf is no JSON scalar or tensor, or lies too deep.
+        TypeError: If a leaf is neither a JSON scalar nor a tensor, or is nested too deep.
 
     Example:
         >>> encode_tree({"best": float("nan"), "at": (1, 2)}, {})
         {'best': {'$number': 'NaN'}, 'at': {'$tuple': [1, 2]}}
     """
-    if level > _LEVELS:
-        raise TypeError(f"{path[:80]}... is nested deeper than {_LEVELS} levels, which cannot be saved")
+    if level > _MAX_LEVELS:
+        raise TypeError(f"{path[:80]}... is nested deeper than {_MAX_LEVELS} levels, which cannot be saved")
     if isinstance(tree, torch.Tensor):
         name = path
-        while name in tensors:  # two paths may read alike, like {"a.b": x} and {"a": {"b": y}}
+        while name in tensors:  # two paths can have the same text, as in {"a.b": x} and {"a": {"b": y}}
             name += "_"
         tensors[name] = tree
         return {"$tensor": name}
@@ -80,10 +80,12 @@ def encode_tree(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", lev
 
 
 def decode_tree(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the tree that `encode_tree` made `value` of.
+    """Return the tree from which `encode_tree` made `value`.
+
+    It also accepts some values that `encode_tree` never makes; to detect those, encode the result again and compare.
 
     Raises:
-        Exception: If `value` is nothing that `encode_tree` makes; whether it is just that, encoding it again tells.
+        Exception: Of any type, if `encode_tree` did not make `value`.
 
     Example:
         >>> decode_tree({"at": {"$tuple": [1, 2]}}, {})
@@ -99,14 +101,14 @@ def decode_tree(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return _DECODERS[key](value[key], tensors)
 
 
-def _tensor(name: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _find_tensor(name: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if name not in tensors:
         raise ValueError(f"there is no tensor {name!r}")
     return tensors[name]
 
 
 _DECODERS: Final[dict[str, Callable[[Any, Mapping[str, torch.Tensor]], Any]]] = {
-    "$tensor": _tensor,
+    "$tensor": _find_tensor,
     "$tuple": lambda items, tensors: tuple(decode_tree(item, tensors) for item in items),
     "$dict": lambda items, tensors: FrozenDict({key: decode_tree(item, tensors) for key, item in items.items()}),
     "$number": lambda name, _: NUMBERS[name],

@@ -1,4 +1,4 @@
-"""Files that stay whole: written under another name, flushed, and put in place in one step."""
+"""Whole-file operations: write under a temporary name, flush, and rename in one step."""
 
 from __future__ import annotations
 
@@ -17,51 +17,50 @@ if TYPE_CHECKING:
     from noether.effects.disk.calls import Disk
 
 TEMPORARY_PREFIX: Final = ".tmp-"
-"""What the names of files and directories begin with that are not in place yet, or no more."""
+"""Prefix of the names of files and directories that are not in place yet, or are being removed."""
 
 
-class Content(NamedTuple):
-    """What is in a file, by its size and SHA-256 in hexadecimal."""
+class FileDigest(NamedTuple):
+    """The size of a file and the SHA-256 of its content in hexadecimal."""
 
     size_bytes: int
     sha256: str
 
 
-def write_new_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = DISK) -> Content:
-    """Write a file that does not exist yet, return once it is on the disk, and say what is in it.
+def write_new_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = DISK) -> FileDigest:
+    """Create a file, write and flush its content, and return its size and hash.
 
     Args:
-        path: The file.
-        pieces: What it will hold; each is hashed and written in one call, in which other threads run.
+        path: The file; it must not exist.
+        pieces: Its content; each piece is hashed and written in one call, during which other threads run.
         disk: The disk.
 
     Raises:
-        OSError: If it cannot be written; what is there then is not to be used.
+        OSError: If it cannot be written; the file that remains must not be used.
     """
     digest, size = hashlib.sha256(), 0
     file = disk.create(path)
     try:
         for piece in pieces:
-            left = memoryview(piece)
-            digest.update(left)
-            size += len(left)
-            while left:
-                left = left[disk.write(file, left) :]
+            rest = memoryview(piece)
+            digest.update(rest)
+            size += len(rest)
+            while rest:
+                rest = rest[disk.write(file, rest) :]
         disk.flush(file)
     except OSError as error:
-        raise OSError(
-            error.errno, os_error_text(error), str(path)
-        ) from error  # which file, the calls on open ones do not say
+        # Errors of calls on open files do not name the file.
+        raise OSError(error.errno, os_error_text(error), str(path)) from error
     finally:
         disk.close(file)
-    return Content(size, digest.hexdigest())
+    return FileDigest(size, digest.hexdigest())
 
 
 def replace_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = DISK) -> None:
-    """Replace a file's content in one step: a reader sees the old or the new, whole.
+    """Replace a file's content in one step: a reader sees all of the old content or all of the new.
 
     Raises:
-        OSError: If it cannot be written; the old stays.
+        OSError: If it cannot be written; the old content stays.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     with suppress(FileNotFoundError):
@@ -72,17 +71,17 @@ def replace_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = 
 
 
 def replace_text(path: Path, text: str, disk: Disk = DISK) -> None:
-    """Replace a file's content by a text; otherwise as `replace_file`."""
+    """Replace a file's content by a text, as `replace_file` does."""
     replace_file(path, [text.encode()], disk)
 
 
 def read_file(path: Path, disk: Disk = DISK, *, limit: int | None = None) -> bytes:
-    """Return what is in a file; links are not followed.
+    """Return the content of a regular file; links are not followed.
 
     Args:
         path: The file.
         disk: The disk.
-        limit: Bytes that it may hold at most.
+        limit: Largest allowed size in bytes.
 
     Raises:
         OSError: If it cannot be read; with `EFBIG` if it is larger than `limit`.
@@ -93,7 +92,7 @@ def read_file(path: Path, disk: Disk = DISK, *, limit: int | None = None) -> byt
         if limit is not None and size > limit:
             raise OSError(errno.EFBIG, f"{size} bytes are more than the {limit} that it may have", str(path))
         pieces = []
-        while size > 0 and (piece := disk.read(file, size)):  # most often one piece, so that nothing is copied
+        while size > 0 and (piece := disk.read(file, size)):  # usually one piece, which `join` does not copy
             pieces.append(piece)
             size -= len(piece)
     finally:
@@ -102,23 +101,23 @@ def read_file(path: Path, disk: Disk = DISK, *, limit: int | None = None) -> byt
 
 
 def make_directories(path: Path, disk: Disk = DISK) -> None:
-    """Make a directory where there is none, with those above it, and return once its entry is on the disk."""
-    made = disk.kind(path) is None
-    if made:
+    """Create a directory and its missing parents, and return once their entries are on the disk."""
+    missing = disk.kind(path) is None
+    if missing:
         make_directories(path.parent, disk)
         with suppress(FileExistsError):
             disk.make_directory(path)
     try:
         disk.flush_directory(path.parent)
     except OSError:
-        if made:  # a second flush would not tell of the first: the next one is of another entry
+        if missing:  # a second flush would not report the failure again, so the next attempt needs a new entry
             with suppress(OSError):
                 disk.remove_directory(path)
         raise
 
 
 def remove_tree(path: Path, disk: Disk = DISK) -> None:
-    """Remove a file, or a directory with all that is in it; links are removed and not followed."""
+    """Remove a file, or a directory with everything in it; links are removed and not followed."""
     if disk.kind(path) != "directory":
         disk.remove(path)
         return
@@ -127,13 +126,8 @@ def remove_tree(path: Path, disk: Disk = DISK) -> None:
     disk.remove_directory(path)
 
 
-def no_space(error: OSError) -> bool:
-    """Return whether an error says that there is no room."""
-    return error.errno in {errno.ENOSPC, errno.EDQUOT}
-
-
 def os_error_text(error: OSError) -> str:
-    """Return what the operating system says, without the number and the path.
+    """Return the operating system's message for an error, without its number and path.
 
     Example:
         >>> os_error_text(OSError(28, "No space left on device", "/run/x"))

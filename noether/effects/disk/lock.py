@@ -1,4 +1,9 @@
-"""One process at a time writes into the directory of a run."""
+"""The lock of a run directory: one process at a time writes there.
+
+The package filelock (4.3.1 was tried) also holds under fork, but it cannot replace this module: it opens the lock file
+itself, past `Disk`, where fault tests cannot reach it; it fails on file systems without locks, where training has to
+continue with a warning; it leaves the file behind; and it neither stores nor names the holder.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +28,27 @@ if TYPE_CHECKING:
 
 LOCK: Final = ".lock"
 _LOGGER: Final = logging.getLogger(__name__)
-_HOLDER_BYTES: Final = 4096
-_CANNOT_LOCK: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_MAX_HOLDER_BYTES: Final = 4096
+_NOT_SUPPORTED: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class LockedError(NoetherError):
-    """Another process writes into the directory of a run."""
+    """Another process writes to the directory of a run."""
 
 
 @final
 class RunLock:
-    """The exclusive lock of a directory, for as long as this object lives or until it is released.
+    """The exclusive lock of a directory, held until `release` or until this object is garbage-collected.
 
-    It is a lock of the operating system on the file `.lock`, which also says who holds it: a process that dies, however
-    it dies, holds it no more. Several objects of one process share it.
+    It is a lock of the operating system on the file `.lock`, which also names the holder. The operating system frees it
+    when the process ends, even by a crash. Several objects in one process share it.
 
     Args:
         directory: The directory; it exists.
         disk: The disk.
 
     Raises:
-        LockedError: If another process holds it; the message names that one.
+        LockedError: If another process holds it; the message names that process.
 
     Example:
         >>> import tempfile, pathlib
@@ -56,93 +61,90 @@ class RunLock:
         False
     """
 
-    _shared: Final[weakref.WeakValueDictionary[str, _Held]] = weakref.WeakValueDictionary()
+    _shared: Final[weakref.WeakValueDictionary[str, _LockFile]] = weakref.WeakValueDictionary()
 
     def __init__(self, directory: Path, disk: Disk = DISK) -> None:
-        where = str(directory.resolve())
-        self._held: _Held | None = self._shared.get(where)
-        if self._held is None or not self._held.is_ours():
-            self._held = self._shared[where] = _Held(directory / LOCK, disk)
+        key = str(directory.resolve())
+        self._file: _LockFile | None = self._shared.get(key)
+        if self._file is None or not self._file.is_ours():
+            self._file = self._shared[key] = _LockFile(directory / LOCK, disk)
 
     def release(self) -> None:
-        """Let go of the directory, unless another object of this process still holds it."""
-        self._held = None
+        """Release the directory, unless another object in this process still holds it."""
+        self._file = None
 
 
 @final
-class _Held:
-    """An open and locked file; the last one who lets go of it removes and closes it."""
+class _LockFile:
+    """An open and locked file, which is removed and closed when its last user drops it."""
 
     def __init__(self, path: Path, disk: Disk) -> None:
         self._pid = os.getpid()
-        file = _locked(path, disk)
+        file = _open_locked(path, disk)
+        holder = {"pid": self._pid, "host": socket.gethostname(), "command": " ".join(sys.argv)[:1000]}
         try:
             disk.truncate(file, 0)
-            disk.write(file, json.dumps(_myself()).encode())
-        except OSError:  # a full disk: the lock holds, and is anonymous
-            _LOGGER.warning("%s could not be written: it does not say who holds it", path)
-        _DESCRIPTORS.add(file)
-        self._let_go = weakref.finalize(self, _release, file, path, self._pid, disk)
+            disk.write(file, json.dumps(holder).encode())
+        except OSError:  # on a full disk, the lock holds all the same
+            _LOGGER.warning("%s could not be written: it does not name the process that holds it", path)
+        _OPEN_FILES.add(file)
+        weakref.finalize(self, _remove_and_close, file, path, self._pid, disk)
 
     def is_ours(self) -> bool:
-        """Return whether this process took the lock: one that was forked has none."""
+        """Return whether this process took the lock; a forked child only inherited the object."""
         return self._pid == os.getpid()
 
 
-_DESCRIPTORS: Final[set[int]] = set()
+_OPEN_FILES: Final[set[int]] = set()
 
 
-def _let_go_after_fork() -> None:
-    """Close what a forked process inherited: a worker that outlives its parent must not hold the parent's lock."""
-    for file in _DESCRIPTORS:
+def _close_after_fork() -> None:
+    """Close inherited lock files: a worker that outlives its parent must not hold the parent's lock."""
+    for file in _OPEN_FILES:
         with suppress(OSError):
             os.close(file)
-    _DESCRIPTORS.clear()
+    _OPEN_FILES.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_after_fork)
+os.register_at_fork(after_in_child=_close_after_fork)
 
 
-def _locked(path: Path, disk: Disk) -> int:
-    """Return the open file at `path`, locked."""
+def _open_locked(path: Path, disk: Disk) -> int:
+    """Return the file at `path`, open and locked."""
     while True:
         file = disk.open_to_lock(path)
         try:
             disk.lock(file)
         except BlockingIOError:
-            holder = _holder(path, disk)
+            holder = _describe_holder(path, disk)
             disk.close(file)
             raise LockedError(f"{path.parent} is in use by {holder}; wait for it to end, or stop it") from None
         except OSError as error:
-            if error.errno not in _CANNOT_LOCK:
+            if error.errno not in _NOT_SUPPORTED:
                 disk.close(file)
                 raise
             _LOGGER.warning(
-                "%s cannot be locked (%s): see that no other process writes there", path, os_error_text(error)
+                "%s cannot be locked (%s): make sure that no other process writes there", path, os_error_text(error)
             )
             return file
-        # Whoever held it before may have removed the file between the two calls: then the lock is of nothing.
+        # The previous holder may have removed the file between the two calls; then this lock protects nothing.
         if disk.is_at(file, path):
             return file
         disk.close(file)
 
 
-def _holder(path: Path, disk: Disk) -> str:
+def _describe_holder(path: Path, disk: Disk) -> str:
     try:
-        holder = json.loads(read_file(path, disk, limit=_HOLDER_BYTES))
+        holder = json.loads(read_file(path, disk, limit=_MAX_HOLDER_BYTES))
         return f"process {holder['pid']} on {holder['host']} ({holder['command']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it may be writing this very moment
+    except (OSError, ValueError, KeyError, TypeError):  # the holder may not have written its name yet
         return "another process"
 
 
-def _myself() -> dict[str, object]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:1000]}
-
-
-def _release(file: int, path: Path, pid: int, disk: Disk) -> None:
+def _remove_and_close(file: int, path: Path, pid: int, disk: Disk) -> None:
     if os.getpid() != pid:
         return
-    with suppress(FileNotFoundError):  # the run was moved away
+    with suppress(FileNotFoundError):  # the run directory was moved
         disk.remove(path)
-    _DESCRIPTORS.discard(file)
+    _OPEN_FILES.discard(file)
     disk.close(file)

@@ -1,8 +1,8 @@
-"""Tensors as safetensors files, piece by piece and without copies; its library reads them back.
+"""Tensors as safetensors files, in pieces and without copies; the safetensors library reads them back.
 
-The library writes to a path or into memory. Here every byte passes through one place, where it is hashed and can be
-made to fail, so the writing is ours: eight bytes with the length of a JSON header, the header, and the tensors one
-after the other. Format: https://huggingface.co/docs/safetensors/index#format
+The library can only write to a path or into memory. Here every byte has to pass through `Disk`, where it is hashed and
+tests inject faults, so the writer is ours: eight bytes with the length of a JSON header, the header, and the tensors
+one after the other. Format: https://huggingface.co/docs/safetensors/index#format
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ _DTYPES: Final = {
 
 
 def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator[bytes | memoryview]:
-    """Yield the content of a safetensors file: equal tensors and facts are equal bytes.
+    """Yield the content of a safetensors file; equal tensors and facts give equal bytes.
 
-    A large tensor is a piece of its own, and is not copied; small ones are joined, so that a writer beside a busy
-    thread does not wait for Python's lock once for each of them.
+    A large tensor is one piece and is not copied. Small tensors are joined, so that a background writer does not wait
+    for Python's global lock once for each of them.
 
     Args:
-        tensors: Tensor by name, on any device; read when their turn comes.
-        facts: JSON values that are kept beside them.
+        tensors: Tensor by name, on any device; each is read when its piece is requested.
+        facts: JSON values that are stored beside them.
 
     Raises:
-        TypeError: If a tensor is of a type or layout that the format does not have.
+        TypeError: If the format does not support a tensor's dtype or layout.
 
     Example:
         >>> content = b"".join(tensor_pieces({"w": torch.ones(2)}, note="x"))
         >>> read_tensors(content)
         ({'w': tensor([1., 1.])}, {'note': 'x', 'strides': {}})
     """
-    # By falling size of an element, so that every tensor is aligned.
+    # Sorted by decreasing element size, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     facts["strides"] = {name: tensor.stride() for name, tensor in tensors.items() if _is_permuted(tensor)}
-    # The facts are one entry of text, for that is all that the format takes.
+    # The format allows only text as metadata.
     header: dict[str, Any] = {_METADATA: {_FACTS: json.dumps(facts)}}
     end = 0
     for name, tensor in ordered:
@@ -70,57 +70,57 @@ def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    yield from _joined(_content(tensor) for _, tensor in ordered)
+    yield from _join_small(_tensor_bytes(tensor) for _, tensor in ordered)
 
 
 def read_tensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors in a safetensors file, on the CPU and in the order in memory that they had, and its facts.
+    """Return the tensors in a safetensors file, on the CPU and with their strides, and its facts.
 
     Raises:
-        SafetensorError: If it is not such a file.
+        SafetensorError: If `content` is not a safetensors file.
         ValueError, KeyError, TypeError: If its facts are not those that `tensor_pieces` writes.
     """
-    tensors = load(content)  # which also judges the header
+    tensors = load(content)  # which also validates the header
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     facts = json.loads(json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])[_METADATA][_FACTS])
-    return tensors | {name: _permuted(tensors[name], stride) for name, stride in facts["strides"].items()}, facts
+    return tensors | {name: _with_stride(tensors[name], stride) for name, stride in facts["strides"].items()}, facts
 
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:
     if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided or tensor.is_meta:
-        what = f"of type {tensor.dtype}, {tensor.layout} on {tensor.device}"
-        raise TypeError(f"{name} is {what}, which cannot be saved")
+        kind = f"of type {tensor.dtype}, {tensor.layout} on {tensor.device}"
+        raise TypeError(f"{name} is {kind}, which cannot be saved")
     return _DTYPES[tensor.dtype]
 
 
-def _content(tensor: torch.Tensor) -> memoryview:
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     content: Any = plain.reshape(-1).view(torch.uint8).numpy()
     return memoryview(content)
 
 
-def _joined(contents: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
-    held: list[memoryview] = []
+def _join_small(contents: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
+    small: list[memoryview] = []
     size = 0
     for content in contents:
         if size + len(content) > _PIECE_BYTES:
-            yield b"".join(held)
-            held, size = [], 0
+            yield b"".join(small)
+            small, size = [], 0
         if len(content) >= _PIECE_BYTES:
             yield content
         else:
-            held.append(content)
+            small.append(content)
             size += len(content)
-    yield b"".join(held)
+    yield b"".join(small)
 
 
 def _is_permuted(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor lies in memory without gaps in another order, as channels last does."""
+    """Return whether a tensor is dense in memory but in another order, as channels last is."""
     return not tensor.is_contiguous() and torch.empty_like(tensor).stride() == tensor.stride()
 
 
-def _permuted(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
-    # The order in memory decides which kernel runs, and so the last bits of what comes after.
+def _with_stride(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
+    # The order in memory decides which kernel runs, and so the last bits of later results.
     last = sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
     fits = last + 1 == tensor.numel() and min(stride) >= 1
     permuted = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype) if fits else tensor
