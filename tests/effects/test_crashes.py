@@ -262,7 +262,7 @@ def replaced_in_place(path, text, disk):
     if disk.kind(path) is not None:
         disk.remove(path)
     write_new_file(path, [text.encode()], disk)
-    disk.flush_directory(path.parent)
+    disk.fsync_directory(path.parent)
 
 
 # By name: what is replaced (where, what, by what), and what is not flushed.

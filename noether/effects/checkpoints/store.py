@@ -48,7 +48,7 @@ _LOGGER: Final = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints of one run.
 
-    A save writes a new directory under a name that readers ignore, flushes each file to the disk, and renames the
+    A save writes a new directory under a name that readers ignore, calls fsync on each file, and renames the
     directory to its tag; once that name is on the disk, too, the checkpoint is saved. Then it moves pointers, small
     files that name a tag, each replaced in one step. Last, it removes the checkpoints that no rule of retention keeps.
     Every read is verified: a file is damaged if its size or hash is not the one in the manifest, and so is a manifest

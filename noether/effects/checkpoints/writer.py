@@ -36,7 +36,7 @@ class Writer:
         self._disk = disk
 
     def write(self, draft: Manifest, files: Mapping[str, Pieces]) -> Manifest:
-        """Write and flush the files of a checkpoint to a temporary directory; return the manifest with their hashes.
+        """Write and fsync the files of a checkpoint in a temporary directory; return the manifest with their hashes.
 
         Readers ignore the temporary directory until `commit` renames it.
         """
@@ -52,9 +52,9 @@ class Writer:
         """Write the manifest and rename the temporary directory to the tag; the checkpoint is saved on return."""
         temporary = self._temporary(manifest.tag)
         write_new_file(temporary / MANIFEST, [manifest.dumps().encode()], self._disk)
-        self._disk.flush_directory(temporary)
+        self._disk.fsync_directory(temporary)
         self._disk.rename(temporary, self._directory / manifest.tag)
-        self._disk.flush_directory(self._directory)
+        self._disk.fsync_directory(self._directory)
 
     def move_pointer(self, pointer: str, manifest: Manifest) -> None:
         """Set a pointer to a checkpoint in one step."""
@@ -70,7 +70,7 @@ class Writer:
         removable = [tag for tag, names in foreign.items() if not names]
         for tag in removable:
             self._disk.rename(self._directory / tag, self._temporary(tag))
-        self._disk.flush_directory(self._directory)
+        self._disk.fsync_directory(self._directory)
         for tag in removable:
             remove_tree(self._temporary(tag), self._disk)
         if lost := [f"{tag}/{name}" for tag, names in foreign.items() for name in sorted(names)]:

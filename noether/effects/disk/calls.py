@@ -87,7 +87,7 @@ class Disk:
         """Truncate a file to `size` bytes."""
         self._call(os.ftruncate, file, size)
 
-    def flush(self, file: int) -> None:
+    def fsync(self, file: int) -> None:
         """Return once all writes to a file are on the disk."""
         self._call(fsync, file)
 
@@ -95,11 +95,11 @@ class Disk:
         """Close a file."""
         self._call(os.close, file)
 
-    def flush_directory(self, path: Path) -> None:
+    def fsync_directory(self, path: Path) -> None:
         """Return once the entries of a directory are on the disk."""
         directory = int(self._call(os.open, path, _DIRECTORY))
         try:
-            self.flush(directory)
+            self.fsync(directory)
         finally:
             self.close(directory)
 

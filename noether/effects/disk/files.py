@@ -1,4 +1,4 @@
-"""Whole-file operations: write under a temporary name, flush, and rename in one step."""
+"""Whole-file operations: write under a temporary name, fsync, and rename in one step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FileDigest(NamedTuple):
 
 
 def write_new_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = DISK) -> FileDigest:
-    """Create a file, write and flush its content, and return its size and hash.
+    """Create a file, write and fsync its content, and return its size and hash.
 
     Args:
         path: The file; it must not exist.
@@ -47,7 +47,7 @@ def write_new_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk 
             size += len(rest)
             while rest:
                 rest = rest[disk.write(file, rest) :]
-        disk.flush(file)
+        disk.fsync(file)
     except OSError as error:
         # Errors of calls on open files do not name the file.
         raise OSError(error.errno, os_error_text(error), str(path)) from error
@@ -67,7 +67,7 @@ def replace_file(path: Path, pieces: Iterable[bytes | memoryview], disk: Disk = 
         disk.remove(temporary)
     write_new_file(temporary, pieces, disk)
     disk.rename(temporary, path)
-    disk.flush_directory(path.parent)
+    disk.fsync_directory(path.parent)
 
 
 def replace_text(path: Path, text: str, disk: Disk = DISK) -> None:
@@ -108,9 +108,9 @@ def make_directories(path: Path, disk: Disk = DISK) -> None:
         with suppress(FileExistsError):
             disk.make_directory(path)
     try:
-        disk.flush_directory(path.parent)
+        disk.fsync_directory(path.parent)
     except OSError:
-        if missing:  # a second flush would not report the failure again, so the next attempt needs a new entry
+        if missing:  # a second fsync would not report the failure again, so the next attempt needs a new entry
             with suppress(OSError):
                 disk.remove_directory(path)
         raise

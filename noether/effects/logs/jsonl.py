@@ -175,7 +175,7 @@ class LinesFile:
         with self._lock:
             if self._lines_on_disk < lines:
                 try:
-                    self._rewrite() if self._fsync_failed else self._disk.flush(self._open_file())
+                    self._rewrite() if self._fsync_failed else self._disk.fsync(self._open_file())
                 except OSError as error:
                     if not self._fsync_failed:
                         _LOGGER.warning("%s could not be flushed to the disk: %s", self._path, os_error_text(error))
@@ -267,7 +267,7 @@ class LinesFile:
         content = read_file(self._path, self._disk)
         if not content:
             try:
-                self._disk.flush_directory(self._path.parent)
+                self._disk.fsync_directory(self._path.parent)
             except OSError:
                 self._disk.remove(self._path)  # a second fsync would not report the error: start with another file
                 raise
