@@ -25,7 +25,7 @@ from noether import (
     TrainState,
 )
 from noether.effects import Console, open_run
-from noether.effects.logs.console import columns
+from noether.effects.logs.console import format_columns
 
 NAN = math.nan
 LABEL = 19  # the iteration, and a space
@@ -197,7 +197,7 @@ METRICS = st.dictionaries(NAMES, st.one_of(st.integers(-99999, 99999), st.floats
 
 @given(METRICS, st.integers(1, 200))
 def test_columns_start_at_the_same_places_and_are_read_downwards(metrics, width):
-    lines = columns(metrics, width)
+    lines = format_columns(metrics, width)
     names = list(metrics)
     values = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in metrics.values()]
     cell = max(map(len, names)) + 2 + max(map(len, values))
@@ -215,7 +215,7 @@ def test_columns_start_at_the_same_places_and_are_read_downwards(metrics, width)
 
 @given(METRICS, st.integers(1, 200))
 def test_as_many_columns_as_fit(metrics, width):
-    lines = columns(metrics, width)
+    lines = format_columns(metrics, width)
     values = [f"{value:.5g}" if isinstance(value, float) else str(value) for value in metrics.values()]
     cell = max(map(len, metrics)) + 2 + max(map(len, values))
     fitting = max([1, *(count for count in range(1, 21) if count * cell + (count - 1) * 4 <= width)])

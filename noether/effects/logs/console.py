@@ -1,4 +1,4 @@
-"""What a person reads: aligned lines, and on a terminal a live display below them."""
+"""Console output of a run: aligned lines, and on a terminal a live display below them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.state import TrainState
 
-_QUIET_S: Final = 1.0
-_SILENCE_S: Final = 300.0
-_LABEL: Final = 18
-_WIDTH: Final = 120  # where there is no terminal to ask
+_UPDATE_INTERVAL_S: Final = 1.0
+_HEARTBEAT_S: Final = 300.0
+_LABEL_WIDTH: Final = 18
+_DEFAULT_WIDTH: Final = 120  # without a terminal
 
 
 class Console:
-    """Writes lines for a person: texts as they come, metrics aligned; those of updates once a second at most.
+    """Writes lines for a person: texts at once, metrics in aligned columns; at most one line of metrics a second.
 
-    After 300 s of silence the last lines are repeated, so that a watcher knows that the run lives; until training ends.
+    The limit applies to metrics of updates. As a heartbeat, the last lines are repeated after 300 s without output,
+    until training ends.
 
     Args:
         console: Where to write; by default the standard output, where long lines are not wrapped.
@@ -41,147 +42,137 @@ class Console:
     def __init__(self, console: RichConsole | None = None) -> None:
         self._console = console or RichConsole(highlight=False, soft_wrap=True)
         self._is_terminal = self._console.is_terminal
-        # Where there is no terminal, rich takes ten times longer to the very same text. A console of somebody's own may
-        # still wrap, record or capture it.
+        # Without a terminal, rich takes ten times longer to write the same text. A console that the user passes may
+        # wrap, record or capture it.
         self._is_plain = console is None and not self._is_terminal and not self._console.is_jupyter
         self._live = LiveProgress(self._console) if is_live(self._console) else None
-        self._written_s = -_QUIET_S
+        self._last_update_s = -_UPDATE_INTERVAL_S
         self._timer: threading.Timer | None = None
-        self._said: tuple[str, float] | None = None  # the last lines and when, where the run goes on
+        self._last_lines: tuple[str, float] | None = None  # text and time; None where no heartbeat is needed
 
     def write_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Write a text: the handler of `LogText`."""
-        self._write(_labelled(state, effect.text.splitlines() or [""]), watched=_goes_on(event))
+        self._write(_add_label(state, effect.text.splitlines() or [""]), event)
 
     def write_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics in aligned columns: a handler of `LogScalars`."""
-        # A loop that does not read the time has every line written.
-        if isinstance(event, AfterUpdate) and event.time_s and event.time_s - self._written_s < _QUIET_S:
+        # Without a time on its events a loop gets every line.
+        if isinstance(event, AfterUpdate) and event.time_s and event.time_s - self._last_update_s < _UPDATE_INTERVAL_S:
             return
-        shown = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
-        if not shown:
+        metrics = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
+        if not metrics:
             return
         if isinstance(event, AfterUpdate):
-            self._written_s = event.time_s
-        width = self._width - len(_labelled(state, [""]))
-        self._write(_labelled(state, columns(_without_repeats(shown), width)), watched=_goes_on(event))
+            self._last_update_s = event.time_s
+        metrics = {key: value for key, value in metrics.items() if not _repeats_single_loss(key, metrics)}
+        width = self._console.width if self._is_terminal else _DEFAULT_WIDTH
+        self._write(_add_label(state, format_columns(metrics, width - len(_add_label(state, [""])))), event)
 
     def show_progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
-        """Show progress on the live display, or on a line where it is due: the handler of `ShowProgress`."""
+        """Show progress on the live display, or as a line where it is due: the handler of `ShowProgress`."""
         if self._live is None:
             if effect.due:
-                self._write(_labelled(state, [describe_progress(effect, state)]), watched=_goes_on(event))
+                self._write(_add_label(state, [describe_progress(effect, state)]), event)
         elif isinstance(event, AfterTraining):
             self._live.stop()
         else:
             self._live.show(effect, state)
 
     def close(self) -> None:
-        """Stop watching for silence, and take the live display away."""
-        self._cancel()
+        """Stop the heartbeat, and remove the live display."""
+        self._stop_heartbeat()
         if self._live is not None:
             self._live.stop()
 
-    @property
-    def _width(self) -> int:
-        return self._console.width if self._is_terminal else _WIDTH
-
-    def _cancel(self) -> None:
-        self._said = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _write(self, lines: str, *, watched: bool) -> None:
-        """Write lines, and have them repeated after a silence where the run goes on."""
+    def _write(self, lines: str, event: Event) -> None:
+        """Write lines, and start the heartbeat if training continues after the event."""
         self._print(lines)
-        if not watched:
-            self._cancel()
+        if isinstance(event, AfterTraining):
+            self._stop_heartbeat()
             return
-        self._said = lines, monotonic()
-        if self._timer is None:  # one that runs looks at what was said since; a new thread for each line takes longer
-            self._watch(_SILENCE_S)
+        self._last_lines = lines, monotonic()
+        if self._timer is None:  # a running timer sees the new lines; a new thread per line would take longer
+            self._start_timer(_HEARTBEAT_S)
 
     def _print(self, lines: str) -> None:
-        """Print a text as it is: `[bold]` and `:100:` are what somebody logged."""
+        """Print a text unchanged, without interpreting `[bold]` or `:100:` in logged texts as markup."""
         if not self._is_plain:
             self._console.print(lines, markup=False, emoji=False)
             return
-        text = Text(lines)  # without bells and the like
+        text = Text(lines)  # removes control characters
         text.expand_tabs(self._console.tab_size)
         self._console.file.write(f"{text.plain}\n")
         self._console.file.flush()
 
-    def _watch(self, wait_s: float) -> None:
-        # The timer does not keep the console alive: a loop that let go of its run has ended. And nothing with tensors:
-        # a thread that frees them while Python exits aborts the process.
-        self._timer = threading.Timer(wait_s, _end_silence, [weakref.ref(self)])
+    def _start_timer(self, wait_s: float) -> None:
+        # A weak reference, because a run that the loop let go of has ended. And the thread refers to no tensors: a
+        # thread that frees tensors while Python exits aborts the process.
+        self._timer = threading.Timer(wait_s, _heartbeat, [weakref.ref(self)])
         self._timer.daemon = True
         self._timer.start()
 
-    def _repeat(self) -> None:
-        """Repeat the last lines if they are old enough, and watch on."""
-        if self._said is None:
+    def _stop_heartbeat(self) -> None:
+        self._last_lines = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _repeat_last_lines(self) -> None:
+        """Repeat the last lines if they are old enough, and start the next timer."""
+        if self._last_lines is None:
             return
-        lines, since_s = self._said
-        left_s = since_s + _SILENCE_S - monotonic()
-        if left_s <= 0:
-            with suppress(OSError):  # as of a pipe that nobody reads any more: the next line will tell
+        lines, written_s = self._last_lines
+        remaining_s = written_s + _HEARTBEAT_S - monotonic()
+        if remaining_s <= 0:
+            with suppress(OSError):  # such as a closed pipe: the next line reports it
                 self._print(lines)
-            self._said, left_s = (lines, monotonic()), _SILENCE_S
-        self._watch(left_s)
+            self._last_lines, remaining_s = (lines, monotonic()), _HEARTBEAT_S
+        self._start_timer(remaining_s)
 
 
-def _goes_on(event: Event) -> bool:
-    return not isinstance(event, AfterTraining)
+def _heartbeat(reference: weakref.ref[Console]) -> None:
+    console = reference()
+    if console is not None:
+        console._repeat_last_lines()  # noqa: SLF001  # the console's own timer
 
 
-def _end_silence(console: weakref.ref[Console]) -> None:
-    alive = console()
-    if alive is not None:
-        alive._repeat()  # noqa: SLF001  # the console's own timer
-
-
-def columns(metrics: Mapping[str, Any], width: int) -> list[str]:
+def format_columns(metrics: Mapping[str, Any], width: int) -> list[str]:
     r"""Return metrics as lines of aligned columns, read downwards; as many columns as fit into `width` characters.
 
     Example:
-        >>> print(*columns({"loss/val/mse": 0.25, "val/accuracy": 0.5, "optim/lr": 1e-3}, width=60), sep="|\n")
+        >>> print(*format_columns({"loss/val/mse": 0.25, "val/accuracy": 0.5, "optim/lr": 1e-3}, width=60), sep="|\n")
         loss/val/mse  0.25    optim/lr      0.001|
         val/accuracy  0.5
     """
-    names, values = list(metrics), [_short(value) for value in metrics.values()]
+    names, values = list(metrics), [_format_value(value) for value in metrics.values()]
     name_width, value_width = max(map(len, names)), max(map(len, values))
     cells = [f"{name:<{name_width}}  {value:<{value_width}}" for name, value in zip(names, values, strict=True)]
-    count = max(1, (width + len(_GAP)) // (len(cells[0]) + len(_GAP)))
-    rows = -(-len(cells) // count)
-    by_column = (cells[at : at + rows] for at in range(0, len(cells), rows))
+    column_count = max(1, (width + len(_GAP)) // (len(cells[0]) + len(_GAP)))
+    row_count = -(-len(cells) // column_count)
+    by_column = (cells[start : start + row_count] for start in range(0, len(cells), row_count))
     return [_GAP.join(row).rstrip() for row in zip_longest(*by_column, fillvalue="")]
 
 
 _GAP: Final = "    "
 
 
-def _labelled(state: TrainState, lines: Sequence[str]) -> str:
-    label = f"{state.iteration!s:<{_LABEL}} "
+def _add_label(state: TrainState, lines: Sequence[str]) -> str:
+    """Return lines as one text; the first begins with the counters, the others are indented as far."""
+    label = f"{state.iteration!s:<{_LABEL_WIDTH}} "
     return "\n".join(f"{label if number == 0 else ' ' * len(label)}{line}" for number, line in enumerate(lines))
 
 
-def _without_repeats(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics without the total of a single loss, which is that loss again."""
-    return {key: value for key, value in metrics.items() if not _is_repeated(key, metrics)}
-
-
-def _is_repeated(key: str, metrics: Mapping[str, Any]) -> bool:
+def _repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
+    """Return whether a metric is the total of one single loss, which is shown already."""
     parts = key.split("/")
     if "total" not in parts:
         return False
     place = parts.index("total")
     others = [name.split("/") for name in metrics if name != key]
     losses = [each for each in others if each[:place] == parts[:place] and each[place + 1 :] == parts[place + 1 :]]
-    return len(losses) == 1 and _short(metrics["/".join(losses[0])]) == _short(metrics[key])
+    return len(losses) == 1 and _format_value(metrics["/".join(losses[0])]) == _format_value(metrics[key])
 
 
-def _short(value: Any) -> str:
+def _format_value(value: Any) -> str:
     value = value.item() if isinstance(value, torch.Tensor) else value
     return f"{value:.5g}" if isinstance(value, float) else str(value)

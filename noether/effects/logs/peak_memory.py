@@ -1,4 +1,4 @@
-"""How much memory a process has used at most."""
+"""Peak memory of the process or accelerator, measured for `MeasurePeakMemory`."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 @final
 class PeakMemory:
-    """Measures peak memory; each key has a peak of its own, so that two intervals do not disturb each other."""
+    """Measures peak memory separately for each key, so that intervals of different length do not affect each other."""
 
     def __init__(self) -> None:
-        self._ever = 0
-        self._since: dict[str, int] = {}
+        self._overall = 0
+        self._since_last: dict[str, int] = {}
 
     def measure(self, effect: MeasurePeakMemory, state: TrainState, event: Event) -> Mapping[str, float]:  # noqa: ARG002  # a measure
-        """Return the peak in bytes since the key was last measured, or since the process began, by key."""
+        """Return the peak in bytes, by key, since the key was last measured or since the process started."""
         device = next((tensor.device for tensor in state.params.values()), torch.device("cpu"))
-        now = peak_memory_bytes(device)
-        self._ever = max(self._ever, now)
-        peaks = {key: max(peak, now) for key, peak in self._since.items()}
-        self._since = {**peaks, effect.key: 0}
-        return {effect.key: peaks.get(effect.key, self._ever)}
+        peak = peak_memory_bytes(device)
+        self._overall = max(self._overall, peak)
+        peaks = {key: max(earlier, peak) for key, earlier in self._since_last.items()}
+        self._since_last = {**peaks, effect.key: 0}
+        return {effect.key: peaks.get(effect.key, self._overall)}
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory on `device` since the last call, in bytes; on the CPU the process's peak resident memory.
+    """Return the peak memory on `device` since the last call, in bytes; on the CPU since the process started.
 
-    Resident memory cannot be asked for since a moment: on the CPU it is the peak since the process began.
+    On the CPU it is the peak resident memory of the process, which cannot be reset.
 
     Example:
         >>> peak_memory_bytes(torch.device("cpu")) > 1_000_000

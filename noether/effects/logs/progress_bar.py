@@ -1,4 +1,4 @@
-"""The live display of a terminal: two bars, to the end of the run and to the next firing."""
+"""Live display on a terminal: two progress bars, to the end of the run and to the next firing."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from noether.core.effect import ShowProgress
     from noether.core.state import TrainState
 
-_NARROW: Final = 110  # columns that all of it needs
-_LOGGED: Final = ("CI", "SLURM_JOB_ID")
+_FULL_WIDTH: Final = 110  # characters; a narrower terminal gets shorter lines
+_UNATTENDED: Final = ("CI", "SLURM_JOB_ID")  # environment variables set where output goes to a log
 
 
 def is_live(console: Console) -> bool:
-    """Return whether somebody watches `console`: a terminal, and not the log of a CI or of a batch job."""
-    if any(os.environ.get(name) for name in _LOGGED):
+    """Return whether a person watches `console`: a terminal, and not the log of a CI or batch job."""
+    if any(os.environ.get(name) for name in _UNATTENDED):
         return False
     return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 class LiveProgress:
-    """Two lines at the bottom of a terminal, redrawn a few times a second.
+    """Two progress bars at the bottom of a terminal, redrawn a few times a second.
 
     Args:
-        console: Where other lines are printed, too: they appear above.
+        console: The terminal; other lines printed to it appear above the bars.
     """
 
     def __init__(self, console: Console) -> None:
@@ -43,46 +43,49 @@ class LiveProgress:
         self._progress: Progress | None = None
 
     def show(self, effect: ShowProgress, state: TrainState) -> None:
-        """Show what is to be seen from now on."""
-        update, narrow = state.iteration.update, self._console.width < _NARROW
+        """Show or update the display."""
+        update, is_narrow = state.iteration.update, self._console.width < _FULL_WIDTH
         total = 0 if effect.fires is None else effect.fires - effect.fired
-        following = "" if effect.next_s is None else f"in {format_duration(effect.next_s)}"
+        time_to_next = "" if effect.next_s is None else f"in {format_duration(effect.next_s)}"
         bars = (
-            {"completed": update, "total": effect.end.update, "said": _to_the_end(effect, state, short=narrow)},
-            {"completed": update - effect.fired, "total": total, "said": following, "visible": bool(total)},
+            {"completed": update, "total": effect.end.update, "details": _run_details(effect, state, short=is_narrow)},
+            {"completed": update - effect.fired, "total": total, "details": time_to_next, "visible": bool(total)},
         )
         if self._progress is None:
-            self._begin(*bars)
+            self._start(*bars)
         for task, bar in enumerate(bars):
-            self._progress.update(TaskID(task), **bar)  # type: ignore[union-attr, arg-type]  # begun; fields by name
+            self._progress.update(TaskID(task), **bar)  # type: ignore[union-attr, arg-type]  # started; fields by name
 
     def stop(self) -> None:
-        """Take the display away; it comes back when it is shown again."""
+        """Remove the display; `show` starts it again."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
-    def _begin(self, *bars: Mapping[str, Any]) -> None:
-        # A new one each time: one that was stopped still believes that its lines are there, and draws over others.
+    def _start(self, *bars: Mapping[str, Any]) -> None:
+        # A new object each time: a stopped one assumes that its lines are still there, and draws over others.
+        details = TextColumn(
+            "{task.completed:.0f}/{task.total:.0f}  {task.fields[details]}", table_column=Column(no_wrap=True)
+        )
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=10 if self._console.width < _NARROW else 30),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[said]}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10 if self._console.width < _FULL_WIDTH else 30),
+            details,
             console=self._console,
             transient=True,
-            # What goes to a file or a pipe stays on its way there.
+            # Output to a file or a pipe is not redirected to the terminal.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
         for name, bar in zip(("run ", "next"), bars, strict=True):
             self._progress.add_task(name, **bar)
         self._progress.start()
-        # A loop that dies without closing its run would otherwise leave the terminal without a cursor.
+        # Without this, a loop that raises without closing its run would leave the terminal without a cursor.
         weakref.finalize(self, self._progress.stop)
 
 
 def describe_progress(effect: ShowProgress, state: TrainState) -> str:
-    """Return what the display shows as one line.
+    """Return the content of the display as one line.
 
     Example:
         >>> from noether import ShowProgress, TrainingIteration, TrainState
@@ -91,24 +94,23 @@ def describe_progress(effect: ShowProgress, state: TrainState) -> str:
         >>> describe_progress(effect, TrainState().advance(samples=8).advance(samples=8))
         'update 2/8  epoch 0/2  sample 16/64  500.0 ms/update  2.0 updates/s  next in 0:00:01  end in 0:00:03'
     """
-    following = [] if effect.next_s is None else [f"next in {format_duration(effect.next_s)}"]
+    updates = f"update {state.iteration.update}/{effect.end.update}"
+    next_firing = [] if effect.next_s is None else [f"next in {format_duration(effect.next_s)}"]
     end = [] if effect.left_s is None else [f"end in {format_duration(effect.left_s)}"]
-    counts = f"update {state.iteration.update}/{effect.end.update}  {_counts(effect, state)}"
-    return "  ".join((counts, *_pace(effect), *following, *end))
+    return "  ".join((updates, *_counts(effect, state), *_speed(effect), *next_firing, *end))
 
 
-def _to_the_end(effect: ShowProgress, state: TrainState, *, short: bool) -> str:
+def _run_details(effect: ShowProgress, state: TrainState, *, short: bool) -> str:
+    """Return the text beside the bar of the whole run."""
     end = [] if effect.left_s is None else [f"{format_duration(effect.left_s)} left"]
-    counts = [] if short else [_counts(effect, state)]
-    return "  ".join((*counts, *(_pace(effect)[:1] if short else _pace(effect)), *end))
+    return "  ".join((*_speed(effect)[:1], *end) if short else (*_counts(effect, state), *_speed(effect), *end))
 
 
-def _counts(effect: ShowProgress, state: TrainState) -> str:
-    names = ("epoch", "sample")
-    return "  ".join(f"{name} {getattr(state.iteration, name)}/{getattr(effect.end, name)}" for name in names)
+def _counts(effect: ShowProgress, state: TrainState) -> list[str]:
+    return [f"{name} {getattr(state.iteration, name)}/{getattr(effect.end, name)}" for name in ("epoch", "sample")]
 
 
-def _pace(effect: ShowProgress) -> list[str]:
+def _speed(effect: ShowProgress) -> list[str]:
     if not effect.update_s:
         return []
     return [f"{1000 * effect.update_s:.1f} ms/update", f"{1 / effect.update_s:.1f} updates/s"]

@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard, in files that are cut where a run goes on."""
+"""Logging for TensorBoard, in event files that are truncated where a run resumes."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ _CHECKSUM_BYTES: Final = 4
 _FRAME_BYTES: Final = _LENGTH.size + 2 * _CHECKSUM_BYTES  # of a record: length, its checksum, content, its checksum
 
 
-class _Cut(NamedTuple):
-    """Where a run goes on. Not its state, because that would keep the tensors alive."""
+class _ResumePoint(NamedTuple):
+    """Where a run resumes; not its state, which would keep tensors alive."""
 
-    iteration: TrainingIteration | None  # None where it begins anew
+    iteration: TrainingIteration | None  # None for a new run
     ended: bool
 
-    def takes(self, place: str) -> bool:
-        """Return whether the run will be at a place, such as `after_update E0_U1_S4`, again."""
-        event, _, counts = place.partition(" ")
+    def comes_before(self, position: str) -> bool:
+        """Return whether the resumed run logs again at a position, such as `after_update E0_U1_S4`."""
+        event, _, counts = position.partition(" ")
         return not is_kept_on_resume(event, TrainingIteration.parse(counts), self.iteration, ended=self.ended)
 
 
 @final
 class TensorBoard:
-    """Writes scalars and texts for TensorBoard, by update; a run that goes on replaces what it writes again.
+    """Writes scalars and texts for TensorBoard, by update; a resumed run replaces the values that it logs again.
 
-    TensorBoard can be told to forget everything from an update on. Where an epoch ends at the very update of the
-    checkpoint that a run goes on from, that is too much or too little. So the files themselves are cut, as
-    `metrics.jsonl` is: every event that logs also writes which one it is, and TensorBoard does not show that. The files
-    of other writers are left alone.
+    TensorBoard has a record that discards everything from an update on. Where an epoch ends at the update of the
+    checkpoint that a run resumes from, this discards too much or too little. So the files are truncated, as
+    `metrics.jsonl` is: every logged event also writes its name and counters, in a record that TensorBoard does not
+    show. Files of other writers are not changed.
 
     Args:
-        directory: Where the files go, one of each process.
+        directory: Where the files go, one per process.
         disk: The disk.
 
     Raises:
@@ -62,8 +62,8 @@ class TensorBoard:
     name: Final = "tensorboard"
 
     def __init__(self, directory: Path, disk: Disk = DISK) -> None:
-        # Not torch's writer: it writes in a thread, where nobody counts the errors, and of two of its files from one
-        # second TensorBoard may read the later first.
+        # Not torch's writer: it writes in a thread that does not report errors, and TensorBoard may read two of its
+        # files from the same second in the wrong order.
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # as the others, it has no types
         from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
         from tensorboard.plugins.text.summary_v2 import text_pb  # type: ignore[import-untyped]
@@ -74,18 +74,20 @@ class TensorBoard:
         self._directory = directory
         self._disk = disk
         self._file: int | None = None
-        self._size = 0
-        self._torn = False  # whether a record was begun that is not whole
-        self._texts: tuple[str, TrainingIteration, int] = ("", TrainingIteration(), 0)  # of the last event that had any
-        self._cut: _Cut | None = None  # that is still to be made
-        self._forget: int | None = None  # the update from which on a TensorBoard that is open is still to be told to
+        self._size = 0  # bytes of the whole records
+        self._is_torn = False  # whether part of a record may follow them
+        self._last_text: tuple[str, TrainingIteration, int] = ("", TrainingIteration(), 0)  # event, counters, number
+        self._resume_point: _ResumePoint | None = None  # the files are still to be truncated there
+        self._discard_from: int | None = None  # a running TensorBoard is still to discard values from this update on
 
     def resume(self, state: TrainState | None) -> None:
-        """Have what was logged beyond `state` cut, or everything where a run begins anew, at the next event that logs.
+        """Truncate the files after `state`, or completely for a new run, at the next event that logs.
 
-        Not at once: only a process that logs may cut, and what fails then is told of and stops nothing.
+        Not at once, because only a process that logs may truncate, and an error there is reported as a log error.
         """
-        self._cut = _Cut(None, ended=False) if state is None else _Cut(state.iteration, state.ended)
+        self._resume_point = (
+            _ResumePoint(None, ended=False) if state is None else _ResumePoint(state.iteration, state.ended)
+        )
 
     def log_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write scalars: a handler of `LogScalars`."""
@@ -94,35 +96,35 @@ class TensorBoard:
 
     def log_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Write a text: a handler of `LogText`."""
-        # Of several texts with one tag at one update TensorBoard shows the last.
-        at = event_name(event), state.iteration
-        self._texts = (*at, self._texts[-1] + 1 if self._texts[:-1] == at else 1)
-        tag = f"log/{at[0]}" if self._texts[-1] == 1 else f"log/{at[0]}/{self._texts[-1]}"
-        self._write(self._text(tag, effect.text), state, event)
+        # TensorBoard shows only the last of several texts with one tag at one update.
+        name, iteration = event_name(event), state.iteration
+        number = self._last_text[2] + 1 if self._last_text[:2] == (name, iteration) else 1
+        self._last_text = (name, iteration, number)
+        self._write(self._text(f"log/{name}" if number == 1 else f"log/{name}/{number}", effect.text), state, event)
 
     def set_summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:
         """Do nothing: TensorBoard has no summary."""
 
     def flush(self) -> None:
-        """Do nothing: the operating system is given every event at once."""
+        """Do nothing: every event is written to the operating system at once."""
 
     def close(self) -> None:
-        """End the file; what is logged later begins another."""
+        """Close the file; a later event starts another file."""
         file, self._file = self._file, None
         if file is not None:
             self._disk.close(file)
 
     def _write(self, summary: Any, state: TrainState, event: Event) -> None:
-        # A loop that tells no time gets the clock's, because TensorBoard would show 1970.
+        # Falls back to the clock if the loop sets no time, because TensorBoard would show 1970.
         wall_time, step = event.time_s or time.time(), state.iteration.update
-        place = self._session_log(msg=f"{event_name(event)} {state.iteration}")
-        events = [self._event(step=step, session_log=place), self._event(step=step, summary=summary)]
-        if self._cut is not None:
-            self._go_on(self._cut)
+        position = self._session_log(msg=f"{event_name(event)} {state.iteration}")
+        events = [self._event(step=step, session_log=position), self._event(step=step, summary=summary)]
+        if self._resume_point is not None:
+            self._truncate(self._resume_point)
         if self._file is None:
-            self._file, self._size = self._begun(int(wall_time)), 0
+            self._file, self._size = self._open_new_file(int(wall_time)), 0
         if self._size == 0:
-            events = [*self._head(), *events]
+            events = [*self._header(), *events]
         content = io.BytesIO()
         records = self._record_writer(content)
         for each in events:
@@ -130,72 +132,73 @@ class TensorBoard:
             records.write(each.SerializeToString())
         self._append(self._file, content.getvalue())
 
-    def _go_on(self, cut: _Cut) -> None:
+    def _truncate(self, point: _ResumePoint) -> None:
+        """Remove from all files what the resumed run logs again."""
         self.close()
         for path in self._files():
             content = read_file(path, self._disk)
-            kept = self._kept(content, cut)
-            if kept < len(content):  # to nothing perhaps: a TensorBoard that reads a file may not miss it
+            size = self._size_before(content, point)
+            if size < len(content):  # an empty file stays, because a running TensorBoard may read it
                 file = self._disk.open_to_append(path)
                 try:
-                    self._disk.truncate(file, kept)
+                    self._disk.truncate(file, size)
                 finally:
                     self._disk.close(file)
-        self._forget = 0 if cut.iteration is None else cut.iteration.update + 1
-        self._cut = None
+        self._discard_from = 0 if point.iteration is None else point.iteration.update + 1
+        self._resume_point = None
 
-    def _kept(self, content: bytes, cut: _Cut) -> int:
-        """Return how many bytes of a file stay: up to what is cut or torn; 0 where nothing that was logged does."""
-        kept = 0
-        for end, record in _records(content):
+    def _size_before(self, content: bytes, point: _ResumePoint) -> int:
+        """Return how many bytes of a file stay: up to the last intact value logged before the run resumes."""
+        size = 0
+        for end, record in _read_records(content):
             try:
                 event = self._event.FromString(record)
-            except self._decode_error:  # a power loss may leave zeros where a record was
+            except self._decode_error:  # a power loss may leave zeros instead of a record
                 break
-            if event.session_log.msg and cut.takes(event.session_log.msg):
+            if event.session_log.msg and point.comes_before(event.session_log.msg):
                 break
             if event.HasField("summary"):
-                kept = end
-        return kept
+                size = end
+        return size
 
     def _files(self) -> list[Path]:
-        """Return the files that are there already, as TensorBoard reads them one after the other."""
+        """Return the existing files in the order in which TensorBoard reads them."""
         names = self._disk.names(self._directory) if self._disk.kind(self._directory) is not None else []
         return [self._directory / name for name in names if name.startswith(_PREFIX) and name.endswith(_SUFFIX)]
 
-    def _begun(self, time_s: int) -> int:
-        """Return a file, open, that is read after those that are there already, even if the clock went back."""
+    def _open_new_file(self, time_s: int) -> int:
+        """Open a new file whose name sorts after the existing ones, even if the clock was set back."""
         make_directories(self._directory, self._disk)
         numbers = [int(path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)) for path in self._files()]
         if not numbers:
-            self._forget = 0  # it listens from the second time on that it is told to forget
+            self._discard_from = 0  # TensorBoard ignores the first discard record that it reads
         number = max([time_s, *(number + 1 for number in numbers)])
         return self._disk.open_to_append(self._directory / f"{_PREFIX}{number:010}{_SUFFIX}")
 
-    def _head(self) -> list[Any]:
-        """Return what a file begins with."""
+    def _header(self) -> list[Any]:
+        """Return the first records of a file."""
         version = self._event(file_version="brain.Event:2")
-        if self._forget is None:
+        if self._discard_from is None:
             return [version]
         start = self._session_log(status=self._session_log.START)
-        return [version, self._event(step=self._forget, session_log=start)]
+        return [version, self._event(step=self._discard_from, session_log=start)]
 
     def _append(self, file: int, content: bytes) -> None:
-        if self._torn:
-            self._disk.truncate(file, self._size)  # behind a torn record nothing is read
-        self._torn = True
-        if (took := self._disk.write(file, content)) < len(content):
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {took} of {len(content)} bytes")
-        self._torn = False
+        if self._is_torn:
+            self._disk.truncate(file, self._size)  # TensorBoard stops reading at a partial record
+        self._is_torn = True
+        if (size := self._disk.write(file, content)) < len(content):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size} of {len(content)} bytes")
+        self._is_torn = False
         self._size += len(content)
-        self._forget = None
+        self._discard_from = None
 
 
-def _records(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield where each whole record of a file ends, and what it holds."""
-    at = 0
-    while at + _FRAME_BYTES <= len(content):
-        (length,) = _LENGTH.unpack_from(content, at)
-        begin, at = at + _LENGTH.size + _CHECKSUM_BYTES, at + _FRAME_BYTES + length
-        if at <= len(content):
-            yield at, content[begin : begin + length]
+def _read_records(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the end position and the content of each whole record in a file."""
+    end = 0
+    while end + _FRAME_BYTES <= len(content):
+        (length,) = _LENGTH.unpack_from(content, end)
+        start, end = end + _LENGTH.size + _CHECKSUM_BYTES, end + _FRAME_BYTES + length
+        if end <= len(content):
+            yield end, content[start : start + length]

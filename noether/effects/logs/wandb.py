@@ -1,4 +1,4 @@
-"""Metrics for Weights & Biases, with or without a network."""
+"""Logging to Weights & Biases, with or without a network."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @final
 class WeightsAndBiases:
-    """Sends scalars and the summary to Weights & Biases; every chart is over `update`, also after a resume.
+    """Sends scalars and the summary to Weights & Biases; the x-axis of every chart is `update`, also after a resume.
 
-    What a run that goes on measures again is there twice, at the same updates: the service takes nothing back.
+    Values that a resumed run measures again appear twice at the same update, because the service cannot delete values.
 
     Args:
-        directory: Where its files go.
-        run_id: Identifies the run there, over all its processes.
+        directory: Where the files of wandb go.
+        run_id: Identifies the run to the service, across all its processes.
         project: Name of the project; None for the default of the service.
         entity: Team or user; None for the default of the service.
-        mode: `online`, `offline` (`wandb sync` sends it later) or `disabled`; None for what `WANDB_MODE` says.
+        mode: `online`, `offline` (`wandb sync` uploads later) or `disabled`; None for the value of `WANDB_MODE`.
 
     Raises:
         ImportError: If wandb is not installed.
@@ -48,53 +48,54 @@ class WeightsAndBiases:
         self._directory = directory
         self._settings = {"id": run_id, "name": run_id, "project": project, "entity": entity, "mode": mode}
         self._run: Any = None
-        self._refused: str | None = None  # the error itself would hold what its frames hold: states, event by event
+        self._start_error: str | None = None  # not the error itself, whose traceback would keep states alive
 
     def resume(self, state: TrainState | None) -> None:
-        """Do nothing: the run is found by its id, and its place by the update that comes with every value."""
+        """Do nothing: wandb finds the run by its id, and every value comes with its update."""
 
     def log_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Send scalars: a handler of `LogScalars`."""
-        at = {"epoch": state.iteration.epoch, "update": state.iteration.update, "sample": state.iteration.sample}
-        self._opened(event).log({**effect.values, **at})
+        counts = {"epoch": state.iteration.epoch, "update": state.iteration.update, "sample": state.iteration.sample}
+        self._started_run(event).log({**effect.values, **counts})
 
     def log_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Do nothing: texts are for the console."""
 
     def set_summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
         """Set entries of the summary: a handler of `SetSummary`."""
-        self._opened(event).summary.update({key: to_plain(value) for key, value in effect.values.items()})
+        self._started_run(event).summary.update({key: to_plain(value) for key, value in effect.values.items()})
 
     def flush(self) -> None:
-        """Do nothing: a process of its own writes what it is sent."""
+        """Do nothing: wandb writes in a separate process."""
 
     def close(self) -> None:
-        """Send what is held back, and end."""
+        """Send buffered values, and end the wandb run."""
         if self._run is not None:
             self._run.finish()
         self._run = None
 
-    def _opened(self, event: Event) -> Any:
-        if self._refused is not None:  # to ask again at every event would hold up training each time
-            raise RuntimeError(self._refused)
+    def _started_run(self, event: Event) -> Any:
+        """Return the wandb run, started if necessary; after a failure it is not tried again, which would be slow."""
+        if self._start_error is not None:
+            raise RuntimeError(self._start_error)
         if self._run is None:
             try:
-                self._run = self._begun(event)
+                self._run = self._start_run(event)
             except Exception as error:
-                self._refused = f"{type(error).__name__}: {error}"
+                self._start_error = f"{type(error).__name__}: {error}"
                 raise
         return self._run
 
-    def _begun(self, event: Event) -> Any:
+    def _start_run(self, event: Event) -> Any:
         self._directory.mkdir(exist_ok=True)
-        # Its console capture would get between the live display and the terminal.
+        # The console capture of wandb would interfere with the live display.
         settings = self._wandb.Settings(console="off")
         run = self._wandb.init(
             **self._settings,
             dir=str(self._directory),
             config=getattr(event.run, "config", None),
             resume="allow",
-            # Where a run is open already, wandb would return that one, and its charts would hold the values of both.
+            # By default wandb returns a run that is open already, and its charts would mix the values of both.
             reinit="default" if self._wandb.run is None else "create_new",
             settings=settings,
         )
