@@ -12,13 +12,13 @@ from rich.table import Table
 from noether.cli.train import handled, resumed_config
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
-from noether.core.callback import label_of
+from noether.core.callback import label_of, listens_to
 from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
 from noether.core.errors import WeightsError
 from noether.core.event import AtEval
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
-from noether.core.tensors.averages import find_weights, memory_of, use_weights
+from noether.core.tensors.stored_weights import find_weights, memory_of, use_weights
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.disk.encoding import to_plain
@@ -47,7 +47,7 @@ def evaluate(
     """
     config = resumed_config(run_dir, settings, allow)
     experiment = build(config, run_id=run_dir.resolve().name, fresh=False)
-    if not experiment.reducer.listens(AtEval):
+    if not listens_to(experiment.reducer, AtEval):
         raise config.error(
             ("callbacks",), "none of them iterates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}"
         )
@@ -63,7 +63,7 @@ def evaluate(
         name = f"{name}.{weights.replace('/', '.')}"
     metrics: dict[str, Any] = {}
     reducer = _with_their_weights(experiment.reducer, state)
-    if not reducer.listens(AtEval):
+    if not listens_to(reducer, AtEval):
         raise CheckpointError(
             f"nothing is left to evaluate: {manifest.tag} holds none of the weights that are asked for"
         )

@@ -1,15 +1,28 @@
-"""What a callback is, and what it may say about itself.
+"""What a callback is, and the attributes with which it describes itself.
 
-A callback is any `(state, event) -> (state, effects)`. A bare function says nothing about itself and is called on every
-event. Base classes and combinators add attributes, all optional, which this file gives their names and defaults.
+A callback is any callable `(state, event) -> (state, effects)`. A bare function is called on every event. These
+attributes are all that a callback may add; each is optional:
+
+| attribute | value | without it |
+|---|---|---|
+| `name` | its name in messages, and of its memory | the name of the function or class |
+| `init` | `state -> {name: memory}`, the memory that it starts with | it has no memory |
+| `gate` | the `Gate` that says when it acts | it acts on every event |
+| `produces` | patterns of the metric keys that it logs | it may log any key |
+| `consumes` | metric keys that must be current when it acts; wrap one in `OptionalKey` if it may be absent | none |
+| `readings` | names of the costly fields of `AfterUpdate` that it reads, listed in `READINGS` | none |
+
+`CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have two private attributes,
+which tell a reducer when it need not call them: `_listens` (see `listens_to`) and `_tracker` (see `tracker_of`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, final
 
-from noether.core.event import AfterUpdate
+from noether.core.errors import raise_problems
+from noether.core.event import AfterUpdate, check_reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +38,9 @@ Effects = tuple["Effect", ...]
 class Callback(Protocol):
     """A pure function of a state and an event.
 
+    It may have the attributes `name`, `init`, `gate`, `produces`, `consumes` and `readings`; see
+    `noether.core.callback`.
+
     Example:
         >>> from noether import AfterEpoch, LogText, TrainState
         >>> def say_epoch(state, event):
@@ -36,89 +52,129 @@ class Callback(Protocol):
     """
 
     def __call__(self, state: TrainState, event: Event, /) -> tuple[TrainState, Effects]:
-        """Return the state after the event, the same object if nothing happened, and what is asked of the outside."""
+        """Return the state after the event (the same object if nothing changed) and the requested effects."""
         ...
+
+
+@final
+class OptionalKey(str):
+    """A metric key in `consumes` that the callback reads only where it is current.
+
+    Nothing has to produce it. If a callback does, that one has to come first.
+
+    Example:
+        >>> OptionalKey("loss/val/total")
+        OptionalKey('loss/val/total')
+        >>> OptionalKey("loss/val/total") == "loss/val/total"
+        True
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"OptionalKey({super().__repr__()})"
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a callback says about itself.
+    """The attributes of a callback, with their defaults filled in.
 
     Args:
-        label: How messages call it.
-        gate: When it acts; None if it acts on whatever it listens to.
-        tracks: Whether it also looks at every update or accumulation step, its gate open or not.
-        produces: Patterns of the metric keys it logs; None if it does not say.
-        consumes: Metric keys that it needs current when it acts.
-        uses: Metric keys that it reads if they are current.
-        keeps: Those it produces that are current at every update, its gate open or not.
-        readings: Fields of `AfterUpdate` that it needs and that cost the loop something, such as `grad_norm`.
+        label: Its name in messages.
+        gate: When it acts; None if it acts on every event that it listens to.
+        produces: Patterns of the metric keys that it logs; None if it may log any.
+        consumes: Metric keys that have to be current when it acts, and each `OptionalKey` that it reads if current.
+        readings: Costly fields of `AfterUpdate` that it reads, such as `grad_norm`.
     """
 
     label: str
     gate: Gate | None
-    tracks: bool
     produces: tuple[str, ...] | None
     consumes: tuple[str, ...]
-    uses: tuple[str, ...]
-    keeps: tuple[str, ...]
     readings: tuple[str, ...]
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The keys of `consumes` that are not optional."""
+        return tuple(key for key in self.consumes if not isinstance(key, OptionalKey))
 
 
 def declaration_of(callback: Callback) -> Declaration:
-    """Return what `callback` says about itself."""
+    """Return the attributes of `callback`, with their defaults filled in."""
     return Declaration(
         label=label_of(callback),
         gate=getattr(callback, "gate", None),
-        tracks=getattr(callback, "tracks", False),
         produces=getattr(callback, "produces", None),
         consumes=getattr(callback, "consumes", ()),
-        uses=getattr(callback, "uses", ()),
-        keeps=getattr(callback, "keeps", ()),
         readings=getattr(callback, "readings", ()),
     )
 
 
+def merge_keys(*keys: str) -> tuple[str, ...]:
+    """Return metric keys without repetition; one that is required and optional is required.
+
+    Example:
+        >>> merge_keys(OptionalKey("a"), "b", "a")
+        ('a', 'b')
+    """
+    merged: dict[str, str] = {}
+    for key in keys:
+        if key not in merged or not isinstance(key, OptionalKey):
+            merged[key] = key
+    return tuple(merged.values())
+
+
+def check_readings(callback: Callback) -> None:
+    """Refuse a callback that declares an unknown reading.
+
+    Raises:
+        SettingsError: If one of its `readings` is not in `READINGS`, naming the nearest one.
+    """
+    declared = declaration_of(callback)
+    raise_problems(check_reading(declared.label, name) for name in declared.readings)
+
+
 def label_of(callback: Callback) -> str:
-    """Return how messages call `callback`."""
+    """Return the name of `callback` in messages."""
     name: Any = getattr(callback, "name", None) or getattr(callback, "__name__", None)
     return str(name or type(callback).__name__)
 
 
-def listens_to(callback: Callback, event_type: type[Event]) -> bool:
-    """Return whether `callback` can do anything on events of this type."""
-    answer = getattr(callback, "listens", None)
-    return True if answer is None else bool(answer(event_type))
-
-
 def init_of(callback: Callback, state: TrainState) -> Mapping[str, Memory]:
-    """Return the memory that `callback` begins with, by name."""
+    """Return the memory that `callback` starts with, by name."""
     init = getattr(callback, "init", None)
     memory: Mapping[str, Memory] = {} if init is None else init(state)
     return memory
 
 
-def idle_of(callback: Callback) -> Callback | None:
-    """Return what is to be called in place of `callback` at updates at which its gate is closed; None for nothing.
+def listens_to(callback: Callback, event_type: type[Event]) -> bool:
+    """Return whether `callback` can do anything on events of this type.
 
-    That is what it names `idle`; without that, all of it if it tracks or has no gate that is read at updates.
+    A loop asks this to leave out costly events, such as `AfterAccumulationStep`.
+
+    Example:
+        >>> from noether import AfterEpoch, AfterTraining, compose, identity, on
+        >>> reducer = compose(on(AfterEpoch)(lambda state, event: (state, ())))
+        >>> listens_to(reducer, AfterEpoch), listens_to(reducer, AfterTraining)
+        (True, False)
     """
+    answer = getattr(callback, "_listens", None)
+    return True if answer is None else bool(answer(event_type))
+
+
+def tracker_of(callback: Callback) -> Callback | None:
+    """Return the part of `callback` that has to see every update, its gate open or closed; None if there is none."""
+    tracker: Callback | None = getattr(callback, "_tracker", None)
+    return tracker
+
+
+def call_while_closed(callback: Callback) -> Callback | None:
+    """Return what to call at an update at which the gate of `callback` is closed; None for nothing."""
     if not listens_to(callback, AfterUpdate):
         return None
-    declared = declaration_of(callback)
-    if declared.gate is None:
-        return callback
-    restless = declared.tracks or AfterUpdate not in declared.gate.parts
-    idle: Callback | None = getattr(callback, "idle", callback if restless else None)
-    return idle
-
-
-def is_due(callback: Callback, event_type: type[Event], state: TrainState) -> bool:
-    """Return whether `callback` would act on an event of this type, the ones that only track aside."""
-    if not listens_to(callback, event_type):
-        return False
-    due = getattr(callback, "due", None)
-    if due is not None:
-        return bool(due(event_type, state))
     gate: Gate | None = getattr(callback, "gate", None)
-    return gate is None or not gate.listens(event_type) or gate.due(event_type, state) is not None
+    if gate is None:
+        return callback
+    tracker = tracker_of(callback)
+    # A gate that is never read at updates says nothing about them.
+    return callback if tracker is None and AfterUpdate not in gate.parts else tracker

@@ -5,8 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
-from noether.core.callback import declaration_of, idle_of, init_of, label_of, listens_to
-from noether.core.event import AfterUpdate, Event
+from noether.core.callback import (
+    call_while_closed,
+    check_readings,
+    declaration_of,
+    init_of,
+    label_of,
+    listens_to,
+    merge_keys,
+    tracker_of,
+)
+from noether.core.errors import raise_problems
+from noether.core.event import AfterUpdate, Event, check_reading
 from noether.core.reducer import Reducer
 from noether.core.schedules.gate import Gate
 from noether.core.schedules.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
@@ -100,6 +110,7 @@ def callback(
     track: Callable[[Memory, AfterUpdate], Memory] | None = None,
     produces: tuple[str, ...] | None = None,
     consumes: tuple[str, ...] = (),
+    readings: tuple[str, ...] = (),
 ) -> Decorator:
     """Return the decorator that gives a function a name, a memory, and declarations.
 
@@ -110,10 +121,12 @@ def callback(
         init: `state -> memory`, what it remembers before it is first called.
         track: `(memory, event) -> memory`, called at every `AfterUpdate` before the function.
         produces: Patterns of the metric keys that it logs; None if it does not say.
-        consumes: Metric keys that it needs current.
+        consumes: Metric keys that have to be current; an `OptionalKey` is read only where it is.
+        readings: Costly fields of `AfterUpdate` that it reads, such as `grad_norm`; see `READINGS`.
 
     Raises:
         TypeError: If `track` is given without `init`.
+        SettingsError: If a reading is unknown.
 
     Example:
         >>> from noether import AfterUpdate, TrainState, callback, every_n_updates, log
@@ -129,7 +142,8 @@ def callback(
     """
     if track is not None and init is None:
         raise TypeError(f"callback {name!r} tracks without a memory: give init=lambda state: ..., what it begins with")
-    return lambda body: Remembering(_inner(body), name, init, track, produces, consumes)
+    raise_problems(check_reading(name, each) for each in readings)
+    return lambda body: Remembering(_inner(body), name, init, track, produces, consumes, readings)
 
 
 @dataclass(frozen=True)
@@ -151,10 +165,6 @@ class _Wrapper:
         return declaration_of(self.callback).gate
 
     @property
-    def tracks(self) -> bool:
-        return declaration_of(self.callback).tracks
-
-    @property
     def produces(self) -> tuple[str, ...] | None:
         return declaration_of(self.callback).produces
 
@@ -163,21 +173,17 @@ class _Wrapper:
         return declaration_of(self.callback).consumes
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        return declaration_of(self.callback).uses
-
-    @property
-    def keeps(self) -> tuple[str, ...]:
-        return declaration_of(self.callback).keeps
-
-    @property
     def readings(self) -> tuple[str, ...]:
         return declaration_of(self.callback).readings
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         return init_of(self.callback, state)
 
-    def listens(self, event_type: type[Event]) -> bool:
+    @property
+    def _tracker(self) -> Callback | None:
+        return None if tracker_of(self.callback) is None else self  # type: ignore[return-value]  # subclasses are callable
+
+    def _listens(self, event_type: type[Event]) -> bool:
         return listens_to(self.callback, event_type)
 
 
@@ -199,8 +205,7 @@ class Gated(_Wrapper):
         """When it acts."""
         return self.opening
 
-    def listens(self, event_type: type[Event]) -> bool:
-        """Return whether the gate can open on events of this type."""
+    def _listens(self, event_type: type[Event]) -> bool:
         return self.opening.listens(event_type) and listens_to(self.callback, event_type)
 
 
@@ -215,8 +220,7 @@ class On(_Wrapper):
         """Return what the callback returns, or the state as it is."""
         return self.callback(state, event) if isinstance(event, self.event_types) else (state, ())
 
-    def listens(self, event_type: type[Event]) -> bool:
-        """Return whether events of this type are among its own."""
+    def _listens(self, event_type: type[Event]) -> bool:
         return issubclass(event_type, self.event_types) and listens_to(self.callback, event_type)
 
 
@@ -242,6 +246,7 @@ class Remembering(_Wrapper):
     track: Callable[[Any, AfterUpdate], Any] | None
     produced: tuple[str, ...] | None
     consumed: tuple[str, ...]
+    read: tuple[str, ...]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return what the callback returns, or the state as it is."""
@@ -257,17 +262,11 @@ class Remembering(_Wrapper):
         return state, ()
 
     @property
-    def idle(self) -> Callback | None:
-        """What is called at an update at which its callback's gate is closed: what tracks."""
-        inner = idle_of(self.callback)
-        if self.track is None:
-            return self if inner is self.callback else inner
-        return self._tracked if inner is None else self
-
-    @property
-    def tracks(self) -> bool:
-        """Whether it looks at every update."""
-        return self.track is not None or super().tracks
+    def _tracker(self) -> Callback | None:
+        if self.track is not None:
+            return self._tracked if call_while_closed(self.callback) is None else self
+        tracker = tracker_of(self.callback)
+        return self if tracker is self.callback else tracker
 
     @property
     def produces(self) -> tuple[str, ...] | None:
@@ -277,16 +276,20 @@ class Remembering(_Wrapper):
     @property
     def consumes(self) -> tuple[str, ...]:
         """Metric keys that it or its callback needs current."""
-        return tuple(dict.fromkeys((*super().consumes, *self.consumed)))
+        return merge_keys(*super().consumes, *self.consumed)
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """Costly fields of `AfterUpdate` that it or its callback reads."""
+        return tuple(dict.fromkeys((*super().readings, *self.read)))
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return the memory that it and its callback begin with."""
         own = {} if self.start is None else {self.name: self.start(state)}
         return {**super().init(state), **own}
 
-    def listens(self, event_type: type[Event]) -> bool:
-        """Return whether its callback listens, or it tracks."""
-        return super().listens(event_type) or (self.track is not None and event_type is AfterUpdate)
+    def _listens(self, event_type: type[Event]) -> bool:
+        return super()._listens(event_type) or (self.track is not None and event_type is AfterUpdate)
 
 
 @final
@@ -319,6 +322,7 @@ def bound(callback: Callback, settings: Mapping[str, Any]) -> Callback:
 
 
 def _inner(callback: Callback) -> Callback:
+    check_readings(callback)
     return callback.nested() if isinstance(callback, Reducer) else callback
 
 
@@ -326,6 +330,7 @@ def _gated(schedule: Schedule, *, at_end: bool) -> Decorator:
     def decorate(callback: Callback) -> Callback:
         if isinstance(callback, Reducer):  # a gate commutes with composition
             return Reducer(tuple(decorate(member) for member in callback.members))
+        check_readings(callback)
         _check_gateable(callback)
         return Gated(callback, Gate(schedule, at_end))
 
@@ -338,7 +343,7 @@ def _check_gateable(callback: Callback) -> None:
             _check_gateable(member)
         return
     declared = declaration_of(callback)
-    if declared.tracks:
+    if tracker_of(callback) is not None:
         raise TypeError(
             f"{declared.label} tracks every update, and behind a gate would see only the due ones: "
             "put @callback(track=...) above the gate, or give it its own interval"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from noether.core.callback import Callback, Declaration, declaration_of, init_of
+from noether.core.callback import Callback, Declaration, OptionalKey, declaration_of, init_of
 from noether.core.errors import NoetherError, suggest
 from noether.core.metrics import keys_overlap
 from noether.core.schedules.coverage import covers
+from noether.core.tensors.stored_weights import names_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -77,14 +78,15 @@ def _shared_keys(callbacks: Sequence[Callback], declared: Sequence[Declaration])
 
 def _unfed(callbacks: Sequence[Callback], declared: Sequence[Declaration], run: Run) -> Iterator[Misfit]:
     for index, (callback, consumer) in enumerate(zip(callbacks, declared, strict=True)):
-        for key in consumer.consumes:
+        for key in consumer.required:
             message = _why_unfed(key, consumer, declared[:index], declared[index + 1 :], run)
             if message:
                 yield Misfit(callback, message)
-        for key in consumer.uses:
-            later = _producers(key, declared[index + 1 :])
+        for key in consumer.consumes:
+            later = _producers(key, declared[index + 1 :]) if isinstance(key, OptionalKey) else []
             if later and not _producers(key, declared[:index]):
-                yield Misfit(callback, f"{consumer.label} uses {key!r}: list it after {later[0].label}")
+                label = later[0].label
+                yield Misfit(callback, f"{consumer.label} consumes '{key}' where it is current: list it after {label}")
 
 
 def _producers(key: str, declared: Sequence[Declaration]) -> list[Declaration]:
@@ -102,7 +104,8 @@ def _why_unfed(
         if later:
             return f"{consumer.label} consumes {key!r}: list it after {later[0].label}, which produces it"
         return None if unsaid else f"{consumer.label} consumes {key!r}, which nobody produces{_known(key, before)}"
-    if unsaid or any(key in p.keeps or covers(p.gate, consumer.gate, run) is not False for p in producers):
+    # Stored weights are memory: their producer keeps them from before training on, whatever its gate.
+    if unsaid or names_weights(key) or any(covers(p.gate, consumer.gate, run) is not False for p in producers):
         return None
     return (
         f"{consumer.label} consumes {key!r} where {producers[0].label} does not produce it: "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
+from noether.core.errors import Problem, suggest
 from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
 
@@ -33,14 +34,17 @@ class Event:
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
-        """Return the event with some of its own fields: for a loop that makes one at every update.
+        """Return the event with these fields, made five times faster than by the constructor.
 
-        Unlike the constructor, it takes any name; setting each field of a frozen dataclass takes five times as long.
+        Raises:
+            TypeError: If there is no such field, naming the nearest; not checked under `python -O`.
 
         Example:
             >>> AfterUpdate.of(samples=4).samples, AfterUpdate.of(samples=4).skipped
             (4, False)
         """
+        if __debug__ and not fields.keys() <= cls.__dataclass_fields__.keys():
+            raise TypeError(_unknown_field(cls, fields))
         event = object.__new__(cls)
         vars(event).update(fields)
         return event
@@ -53,6 +57,12 @@ class Event:
     def forward(self, state: TrainState, batch: Any) -> tuple[Mapping[str, torch.Tensor], Any]:
         """Return `(losses, outputs)` of the model with the weights of `state`, in evaluation mode."""
         return self.run.forward(state, batch)
+
+
+def _unknown_field(event_type: type[Event], fields: Mapping[str, Any]) -> str:
+    known = event_type.__dataclass_fields__
+    name = next(name for name in fields if name not in known)
+    return f"{event_type.__name__} has no field {name!r}; it has {', '.join(known)}{suggest(name, known)}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,6 +133,56 @@ class AfterUpdate(Event):
     forward_s: float | None = None
     backward_s: float | None = None
     optimizer_s: float | None = None
+
+
+class Reading(NamedTuple):
+    """A costly field of `AfterUpdate`: a loop computes it only where a callback declares it in `readings`.
+
+    Args:
+        name: Name of the field.
+        type: Its type, as `AfterUpdate` annotates it.
+        cost: What computing it costs at each update.
+        computed_by: Where it is computed.
+    """
+
+    name: str
+    type: str
+    cost: str
+    computed_by: str
+
+
+_COSTS: Final = {
+    "grad_norm": (
+        "one pass over all gradients, unless they are clipped by it anyway",
+        "the step, before it clips them",
+    ),
+    "finite": ("one operation on the total loss", "the step; with `trainer.nonfinite: skip` or `raise` in any case"),
+    "forward_s": ("one reading of a clock per accumulation step", "the step"),
+    "backward_s": ("one reading of a clock per accumulation step", "the step"),
+    "optimizer_s": ("one reading of a clock", "the step"),
+}
+
+READINGS: Final = {
+    name: Reading(name, str(AfterUpdate.__dataclass_fields__[name].type), *costs) for name, costs in _COSTS.items()
+}
+"""Every reading that a callback can declare, by name."""
+
+
+def check_reading(label: str, name: str) -> Problem | None:
+    """Return the problem of a reading that a callback declares, or None.
+
+    Args:
+        label: Name of the callback.
+        name: The name that it declares.
+
+    Example:
+        >>> print(check_reading("Clip", "gradnorm"))
+        Clip declares the unknown reading 'gradnorm'; readings: grad_norm, finite, ...; did you mean 'grad_norm'?
+    """
+    if name in READINGS:
+        return None
+    known = ", ".join(READINGS)
+    return Problem("", f"{label} declares the unknown reading {name!r}; readings: {known}{suggest(name, READINGS)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

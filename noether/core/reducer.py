@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, final
+from typing import TYPE_CHECKING, Any, Final, final
 
-from noether.core.callback import declaration_of, idle_of, init_of, is_due, label_of, listens_to
+from noether.core.callback import (
+    call_while_closed,
+    check_readings,
+    declaration_of,
+    init_of,
+    label_of,
+    listens_to,
+    merge_keys,
+    tracker_of,
+)
 from noether.core.declarations import check_declarations
 from noether.core.errors import NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
@@ -43,6 +52,7 @@ def compose(*callbacks: Callback) -> Reducer:
 
     Raises:
         TypeError: If one of them cannot be called, or is a class in place of an object.
+        SettingsError: If one of them declares an unknown reading.
 
     Example:
         >>> from noether import AfterUpdate, LogText, TrainState, compose, every_n_updates
@@ -58,6 +68,7 @@ def compose(*callbacks: Callback) -> Reducer:
     for callback in callbacks:
         if isinstance(callback, type) or not callable(callback):
             raise TypeError(f"compose takes callbacks (state, event) -> (state, effects), got {callback!r}")
+        check_readings(callback)
         members.extend(callback.members if isinstance(callback, Reducer) else [callback])
     return Reducer(tuple(member for member in members if member is not identity))
 
@@ -79,11 +90,11 @@ class Reducer:
         self._at_updates: list[tuple[Callback, Callback | None, int | None]] = []
         waiting: list[Schedule] = []
         for member in members:
-            idle, schedule = idle_of(member), _read_at_updates(member)
-            if schedule is None or idle is member or _is_always_due(schedule):
-                self._at_updates.append((member, idle if schedule is None else member, None))
+            closed, schedule = call_while_closed(member), _read_at_updates(member)
+            if schedule is None or closed is member or _is_always_due(schedule):
+                self._at_updates.append((member, closed if schedule is None else member, None))
             else:
-                self._at_updates.append((member, idle, len(waiting)))
+                self._at_updates.append((member, closed, len(waiting)))
                 waiting.append(schedule)
         self._waiting = Waiting(waiting)
         self._idling = self._update_calls(())
@@ -115,17 +126,6 @@ class Reducer:
         """Return the memory that the members begin with, by name."""
         return FrozenDict({name: memory for member in self.members for name, memory in init_of(member, state).items()})
 
-    def listens(self, event_type: type[Event]) -> bool:
-        """Return whether any member can do anything on events of this type."""
-        return bool(self._listeners(event_type))
-
-    def due(self, event_type: type[Event], state: TrainState) -> bool:
-        """Return whether any member would act on an event of this type, so that a loop can skip readings nobody needs.
-
-        Members that only track updates do not count.
-        """
-        return any(is_due(member, event_type, state) for member in self._listeners(event_type))
-
     @property
     def produces(self) -> tuple[str, ...] | None:
         """Patterns of the metric keys that the members log; None if one of them does not say."""
@@ -134,18 +134,14 @@ class Reducer:
 
     @property
     def consumes(self) -> tuple[str, ...]:
-        """Metric keys that a member needs and no member before it produces."""
-        return self._unmet("consumes")
-
-    @property
-    def uses(self) -> tuple[str, ...]:
-        """Metric keys that a member reads if they are current, and no member before it produces."""
-        return self._unmet("uses")
-
-    @property
-    def keeps(self) -> tuple[str, ...]:
-        """Those that the members produce and keep current at every update."""
-        return tuple(key for member in self.members for key in declaration_of(member).keeps)
+        """Metric keys that a member consumes and no member before it produces."""
+        keys: list[str] = []
+        produced: list[str] | None = []  # None once a member does not say: it may produce any
+        for declared in map(declaration_of, self.members):
+            if produced is not None:
+                keys += [k for k in declared.consumes if not any(keys_overlap(p, k) for p in produced)]
+                produced = None if declared.produces is None else [*produced, *declared.produces]
+        return merge_keys(*keys)
 
     @property
     def readings(self) -> tuple[str, ...]:
@@ -153,18 +149,11 @@ class Reducer:
         return tuple(dict.fromkeys(name for member in self.members for name in declaration_of(member).readings))
 
     @property
-    def tracks(self) -> bool:
-        """Whether a member looks at every update, its gate open or not."""
-        return any(declaration_of(member).tracks for member in self.members)
+    def _tracker(self) -> Callback | None:
+        return None if all(tracker_of(member) is None for member in self.members) else self
 
-    def _unmet(self, wish: Literal["consumes", "uses"]) -> tuple[str, ...]:
-        keys: list[str] = []
-        produced: list[str] | None = []  # None once a member does not say: it may produce any
-        for declared in map(declaration_of, self.members):
-            if produced is not None:
-                keys += [k for k in getattr(declared, wish) if not any(keys_overlap(p, k) for p in produced)]
-                produced = None if declared.produces is None else [*produced, *declared.produces]
-        return tuple(dict.fromkeys(keys))
+    def _listens(self, event_type: type[Event]) -> bool:
+        return bool(self._listeners(event_type))
 
     def _listeners(self, event_type: type[Event]) -> tuple[Callback, ...]:
         if event_type not in self._listening:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from noether.core.callback import declaration_of, idle_of, label_of
+from noether.core.callback import OptionalKey, declaration_of, label_of, tracker_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.callbacks.summaries import dataset_lengths
 from noether.core.declarations import DeclarationError
@@ -99,7 +99,7 @@ def producers(own: Sequence[Callback], other: Sequence[Callback]) -> list[Callba
     while True:
         said = [declaration_of(each) for each in (*chosen, *other)]
         produced = [pattern for each in said for pattern in each.produces or ()]
-        missing = {key for each in said for key in each.consumes if not any(keys_overlap(p, key) for p in produced)}
+        missing = {key for each in said for key in each.required if not any(keys_overlap(p, key) for p in produced)}
         more = [each for each in own if _produces(each, missing) and not any(each is held for held in chosen)]
         if not more:
             return chosen
@@ -193,9 +193,9 @@ class _Member:
         self._name = label_of(callback)
 
     @property
-    def idle(self) -> Callback | None:
-        idle = idle_of(self._callback)
-        return None if idle is None else _Member(self._callback, self._asked, idle)
+    def _tracker(self) -> Callback | None:
+        tracker = tracker_of(self._callback)
+        return None if tracker is None else _Member(self._callback, self._asked, tracker)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         try:
@@ -221,10 +221,10 @@ class _Member:
 class _Measured:
     """Stands for a data iterator: measures what was measured, and says about itself what that one says."""
 
-    consumes = ()  # it reads no weights
-
     def __init__(self, iterator: PeriodicDataIteratorCallback, record: _Record) -> None:
         self._iterator, self._record = iterator, record
+        # It reads no weights, so none have to be there.
+        self.consumes = tuple(key for key in iterator.consumes if isinstance(key, OptionalKey))
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         if not isinstance(event, AtEval) and self._iterator.gate.opens(state, event) is None:

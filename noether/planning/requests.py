@@ -19,6 +19,7 @@ from noether.core.event import AfterUpdate, Event
 from noether.core.schedules.forecast import EARLY, Occasions, firings, nth_firing, state_at
 from noether.core.schedules.gate import Gate
 from noether.core.state import Measured
+from noether.core.tensors.stored_weights import names_weights
 from noether.core.tensors.tree import FrozenDict, tensors
 from noether.effects.checkpoints.contents import ModelNamesError, select_weights
 from noether.effects.interpreter import merge_effects
@@ -111,7 +112,7 @@ class Probe:
 
     def _probe_part(self, callback: Callback, part: Occasions) -> ProbeResult:
         count, state = firings(part, self.run).count, self.state
-        reads_metrics = any(not key.startswith("weights/") for key in declaration_of(callback).consumes)
+        reads_metrics = any(not names_weights(key) for key in declaration_of(callback).required)
         seen: list[tuple[Firing, list[SaveCheckpoint]]] = []
         stops = False
         # The callback's memory may make the first firing differ from the next; the last may differ as the run ends.
@@ -126,7 +127,7 @@ class Probe:
     def _state_at(self, firing: Firing, callback: Callback, memory: TrainState, value: float) -> TrainState:
         """Return the state at a firing, in which each metric that the callback consumes has the value."""
         at = state_at(firing, self.run)
-        keys = [key for key in declaration_of(callback).consumes if "*" not in key]
+        keys = [key for key in declaration_of(callback).required if "*" not in key]
         metrics = FrozenDict({key: Measured(value, at.iteration) for key in keys})
         return memory.replace(iteration=at.iteration, previous=at.previous, ended=at.ended, metrics=metrics, stop=None)
 

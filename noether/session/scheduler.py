@@ -52,13 +52,8 @@ class SchedulerMemory:
         """Return where the scheduler begins."""
         return {MEMORY: self._position()}
 
-    def listens(self, event_type: type[Event]) -> bool:
-        """Return whether it does anything on events of this type."""
+    def _listens(self, event_type: type[Event]) -> bool:
         return event_type is AfterUpdate
-
-    def due(self, event_type: type[Event], state: TrainState) -> bool:  # as every callback's
-        """Return that no reading is needed for it."""
-        return False
 
     def restore(self, state: TrainState) -> None:
         """Write the position that a state remembers into the scheduler."""

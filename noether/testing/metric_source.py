@@ -11,6 +11,7 @@ from noether.core.combinators import callback, on
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval
 from noether.core.metrics import keys_overlap, log
 from noether.core.reducer import Reducer, compose, identity
+from noether.core.tensors.stored_weights import names_weights
 
 if TYPE_CHECKING:
     from noether.core.callback import Callback, Effects
@@ -43,10 +44,10 @@ def metric_source(tested: Callback) -> Callback:
     """Return what measures the metrics that a callback consumes and nobody in it produces; `identity` for none."""
     members = tested.members if isinstance(tested, Reducer) else (tested,)
     produced = [pattern for member in members for pattern in declaration_of(member).produces or ()]
-    consumed = dict.fromkeys(key for member in members for key in declaration_of(member).consumes)
+    consumed = dict.fromkeys(key for member in members for key in declaration_of(member).required)
     keys = tuple(key for key in consumed if not any(keys_overlap(pattern, key) for pattern in produced))
     for key in keys:
-        if key.startswith("weights/"):
+        if names_weights(key):
             who = f"{label_of(tested)} consumes {key!r}, which is no metric"
             raise TypeError(f"{who}: compose it with who keeps it, e.g. compose(EMACallback(...), {label_of(tested)})")
 

@@ -80,9 +80,8 @@ def _build_evaluations(config: Config) -> list[EvaluateCallback]:
 
 def _reads(callback: Callback, producer: EvaluateCallback) -> bool:
     """Return whether `callback` reads a metric that `producer` logs."""
-    declared = declaration_of(callback)
-    keys = (*declared.consumes, *declared.uses)
-    return any(keys_overlap(pattern, key) for key in keys for pattern in producer.produces)
+    consumed = declaration_of(callback).consumes
+    return any(keys_overlap(pattern, key) for key in consumed for pattern in producer.produces)
 
 
 def _check_declarations(config: Config, configured: Sequence[ConfiguredCallback], state: TrainState, run: Run) -> None:

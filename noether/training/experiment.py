@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from noether.training.configured_callbacks import ConfiguredCallback
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+_TIMED = frozenset({"forward_s", "backward_s", "optimizer_s"})
 _SAMPLE_LIMIT = 2**63
 """A manifest stores smaller counts only."""
 
@@ -132,7 +133,7 @@ def build(
         nonfinite=config.trainer.nonfinite,
         grad_norm="grad_norm" in reducer.readings,
         finite="finite" in reducer.readings,
-        elapsed_s=time.perf_counter if "forward_s" in reducer.readings else None,
+        elapsed_s=time.perf_counter if _TIMED & set(reducer.readings) else None,
         donate=config.trainer.donate,
     )
     return Experiment(

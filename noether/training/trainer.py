@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
+from noether.core.callback import listens_to
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import (
     AfterAccumulationStep,
@@ -119,7 +120,7 @@ class Trainer:
 
     @cached_property
     def _is_observed(self) -> bool:
-        return self.reducer.listens(AfterAccumulationStep)
+        return listens_to(self.reducer, AfterAccumulationStep)
 
     def _observe(self, state: TrainState, seen: Accumulated) -> TrainState:
         return self._tell(state, AfterAccumulationStep, **vars(seen))

@@ -10,6 +10,7 @@ from examples import all_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from noether.core.callback import listens_to, tracker_of
 from noether.core.callbacks import (
     CheckpointCallback,
     EMACallback,
@@ -112,9 +113,9 @@ def test_where_nothing_is_due_the_state_is_the_same_object(member):
     events = [AfterEpoch(run=RUN), AfterAccumulationStep(run=RUN, samples=4)]
     if type(member) not in {CheckpointCallback, EMACallback, EtaCallback, TrainTimeCallback}:  # act after training
         events.append(AfterTraining(run=RUN))
-    if not member.listens(AtEval):
+    if not listens_to(member, AtEval):
         events.append(AtEval(run=RUN))
-    if not getattr(member, "tracks", False):
+    if tracker_of(member) is None:
         events.append(AfterUpdate(run=RUN, samples=4))
     for event in events:
         after, effects = member(state, event)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from noether.core.callback import declaration_of
 from noether.core.callbacks import EvaluateCallback, NanGuardCallback, ReduceLROnPlateauCallback
 from noether.core.combinators import callback, on
 from noether.core.effect import LogText
@@ -147,7 +148,8 @@ def test_it_acts_at_its_interval_on_a_current_value_only():
         assert member(state, event) == (state, ())
     with pytest.raises(MetricError, match="no metric 'loss/val/total' was measured yet; measured: none"):
         member(state.advance(samples=1).next_epoch(), AfterEpoch())
-    assert (member.produces, member.consumes, member.uses) == ((), (KEY,), ("nonfinite",))
+    assert (member.produces, member.consumes) == ((), (KEY, "nonfinite"))
+    assert declaration_of(member).required == (KEY,)
     assert member.name == "ReduceLROnPlateauCallback/E2/loss/val/total"
     assert member.init(state) == {member.name: {"best": None, "since": 0, "cooling": 0}}
 

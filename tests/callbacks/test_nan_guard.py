@@ -449,7 +449,10 @@ def test_listed_after_who_takes_a_best_it_is_refused(name):
     watcher = consumers("lower")[name]
     with pytest.raises(DeclarationError) as refused:
         compose(measuring(0.0), watcher, guard())(TrainState(), BeforeTraining())
-    assert str(refused.value) == f"{watcher.name} uses 'nonfinite': list it after NanGuardCallback/U2"
+    assert (
+        str(refused.value)
+        == f"{watcher.name} consumes 'nonfinite' where it is current: list it after NanGuardCallback/U2"
+    )
     compose(guard(), measuring(0.0), watcher)(TrainState(), BeforeTraining())
 
 

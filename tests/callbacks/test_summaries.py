@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from noether.core.callback import listens_to
 from noether.core.callbacks import (
     DatasetStatsCallback,
     HyperparamsCallback,
@@ -195,7 +196,7 @@ def test_nothing_is_described_later(callback):
     state = TrainState().advance(samples=4)
     for event in (AfterUpdate(samples=4), AfterEpoch(), AfterTraining(), AtEval()):
         assert callback(state, event) == (state, ())
-        assert not callback.listens(type(event))
+        assert not listens_to(callback, type(event))
     assert callback.produces == ()
 
 

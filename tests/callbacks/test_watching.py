@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from noether.core.callback import declaration_of
 from noether.core.callbacks import BestCheckpointCallback, BestMetricCallback, MetricEarlyStopping
 from noether.core.callbacks.improvement import direction_of, improves
 from noether.core.declarations import DeclarationError
@@ -143,8 +144,8 @@ def test_targets_are_what_they_were_at_the_best():
         b,
         "never/at_best/val/accuracy",
     }
-    assert callback.consumes == ("val/accuracy", "a")
-    assert callback.uses == ("nonfinite", "b", "never")
+    assert set(callback.consumes) == {"val/accuracy", "nonfinite", "a", "b", "never"}
+    assert declaration_of(callback).required == ("val/accuracy", "a")
 
 
 def test_a_target_that_has_to_be_there_is_missed():

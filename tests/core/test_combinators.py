@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from loop_traces import drive, start
 
-from noether.core.callback import declaration_of
+from noether.core.callback import OptionalKey, declaration_of, listens_to, tracker_of
 from noether.core.callbacks import BestMetricCallback, LrCallback, PeriodicCallback, ProgressCallback
 from noether.core.combinators import callback, every_n_epochs, every_n_samples, every_n_updates, on, when
 from noether.core.effect import LogText
@@ -256,10 +256,10 @@ def test_tracking_alone_does_not_call_a_body_that_does_not_listen():
     body = seen(on(AfterTraining))
     state, effects = body(TrainState().advance(samples=4), AfterUpdate(samples=4))
     assert (state.memory("seen"), effects) == (4, ())
-    assert body.listens(AfterUpdate)
-    assert not body.listens(AfterEpoch)
-    assert body.tracks
-    assert not callback("still", init=lambda state: 0)(note).tracks
+    assert listens_to(body, AfterUpdate)
+    assert not listens_to(body, AfterEpoch)
+    assert tracker_of(body) is not None
+    assert tracker_of(callback("still", init=lambda state: 0)(note)) is None
 
 
 def test_tracking_needs_a_memory():
@@ -297,7 +297,15 @@ def test_memory_and_declarations_pass_through_every_adverb():
     assert dict(outer.init(TrainState())) == {"inner": 1, "outer": 2}
     assert (outer.produces, outer.consumes) == ((), ("b", "c"))
     best = BestMetricCallback(every_n_epochs=1, metric_key="val/loss", optional_target_metric_keys=("x",))
-    assert on(AfterEpoch)(best).uses == compose(best).uses == ("nonfinite", "x")
+    assert on(AfterEpoch)(best).consumes == compose(best).consumes == ("val/loss", "nonfinite", "x")
+
+
+def test_a_key_that_one_needs_and_another_may_read_is_required():
+    inner = callback("inner", consumes=(OptionalKey("a"), "b"), produces=())(note)
+    outer = callback("outer", consumes=("a", OptionalKey("b"), OptionalKey("c")))(inner)
+    assert declaration_of(outer).consumes == ("a", "b", "c")
+    assert declaration_of(outer).required == ("a", "b")
+    assert declaration_of(compose(inner, outer)).required == ("a", "b")
 
 
 def test_a_reducer_in_an_adverb_is_called_as_one():

@@ -158,7 +158,13 @@ def test_two_remember_under_one_name():
 def test_what_it_uses_comes_later():
     offline, online = OfflineLossCallback(every_n_epochs=1, dataset_key="val"), OnlineLossCallback(every_n_epochs=1)
     assert misfits(offline, online) == [
-        (0, "OfflineLossCallback/E1/val uses 'loss/online/*/E1': list it after OnlineLossCallback/E1")
+        (
+            0,
+            (
+                "OfflineLossCallback/E1/val consumes 'loss/online/*/E1' where it is current: "
+                "list it after OnlineLossCallback/E1"
+            ),
+        )
     ]
     assert misfits(online, offline) == []
     assert misfits(offline, OnlineLossCallback(every_n_epochs=2)) == []

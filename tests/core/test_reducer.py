@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_traces import drive, fold, gated, several, start, taken_back, told, ungated
 
+from noether.core.callback import listens_to, tracker_of
 from noether.core.callbacks import CallbackBase, PeriodicCallback
 from noether.core.combinators import callback, every_n_epochs, every_n_updates, on, when
 from noether.core.effect import LogText
+from noether.core.errors import SettingsError
 from noether.core.event import (
     EVENTS,
     AfterAccumulationStep,
@@ -183,38 +185,26 @@ def test_a_quiet_window_is_left_and_entered_again():
 def test_who_does_not_listen_does_nothing(members, run):
     reducer = compose(*members)
     for event, before, _, effects in drive(fold(*members), run, accumulation=2):
-        if not reducer.listens(type(event)):
+        if not listens_to(reducer, type(event)):
             assert effects == ()
             assert [m(before, event)[1] for m in members] == [()] * len(members)
 
 
-@few
-@given(several(one=gated, min_size=1), small_runs)
-def test_due_says_when_a_gated_callback_acts(members, run):
-    reducer = compose(*members)
-    for event, before, _, _ in drive(reducer, run):
-        if not isinstance(event, BeforeTraining):
-            expected = any(m.gate.opens(before, event) is not None for m in members)
-            assert reducer.due(type(event), before) == expected
-
-
-def test_due_leaves_out_who_only_tracks():
+def test_a_tracking_callback_listens_to_updates():
     class Tracks(PeriodicCallback):
         def track_after_update_step(self, state, event):
             return state, ()
 
-    reducer = compose(Tracks(every_n_updates=2))
-    first = TrainState().advance(samples=1)
-    assert reducer.listens(AfterUpdate)
-    assert not reducer.due(AfterUpdate, first)
-    assert reducer.due(AfterUpdate, first.advance(samples=1))
-    assert not reducer.listens(AfterEpoch)
-    assert compose(Tracks(every_n_updates=2), note).due(AfterUpdate, first)
+    reducer = compose(Tracks(every_n_epochs=2))
+    assert listens_to(reducer, AfterUpdate)
+    assert tracker_of(reducer) is reducer
+    assert tracker_of(compose(note)) is None
+    assert not listens_to(compose(Tracks(every_n_updates=2)), AfterEpoch)
 
 
 def test_listens_by_kind():
     def heard(member):
-        return {event_type for event_type in EVENTS if compose(member).listens(event_type)}
+        return {event_type for event_type in EVENTS if listens_to(compose(member), event_type)}
 
     assert heard(note) == set(EVENTS)
     assert heard(on(AfterEpoch)(note)) == {AfterEpoch}
@@ -223,7 +213,7 @@ def test_listens_by_kind():
     assert heard(when(EveryNEpochs(1) | EveryNUpdates(1))(note)) == {AfterEpoch, AfterUpdate}
     assert heard(every_n_updates(2)(on(AfterEpoch)(note))) == set()
     assert heard(CallbackBase()) == set()
-    assert compose().listens(AfterUpdate) is False
+    assert listens_to(compose(), AfterUpdate) is False
 
 
 @pytest.mark.parametrize(
@@ -370,8 +360,50 @@ def test_a_member_may_be_any_object_with_a_gate():
         state = state.advance(samples=1)
         asked.append(len(reducer(state, AfterUpdate())[1]))
     assert asked == [0, 0, 1, 0, 0, 1]
-    assert reducer.due(AfterUpdate, state)
-    assert not reducer.due(AfterUpdate, state.advance(samples=1))
+
+
+@pytest.mark.parametrize("wrap", [compose, on(AfterUpdate), every_n_updates(2), callback("outer"), every_n_epochs(1)])
+def test_an_unknown_reading_is_refused_with_the_nearest_name(wrap):
+    def clip(state, event):
+        return state, ()
+
+    clip.readings = ("gradnorm",)
+    message = "clip declares the unknown reading 'gradnorm'; readings: .*; did you mean 'grad_norm'?"
+    with pytest.raises(SettingsError, match=message):
+        wrap(clip)
+
+
+def test_a_known_reading_passes_through_every_decorator():
+    @callback("norm", readings=("grad_norm",))
+    def norm(state, event):
+        return state, ()
+
+    wrapped = [norm, on(AfterUpdate)(norm), every_n_updates(2)(norm), callback("outer")(norm), compose(norm, norm)]
+    assert [each.readings for each in wrapped] == [("grad_norm",)] * len(wrapped)
+    outer = callback("outer", readings=("finite", "grad_norm"))(norm)
+    assert outer.readings == ("grad_norm", "finite")
+    with pytest.raises(SettingsError, match=r"^norm declares the unknown reading 'norm'; readings: "):
+        callback("norm", readings=("norm",))
+
+
+def test_a_class_with_an_unknown_reading_is_refused_where_it_is_defined():
+    message = "^Clip declares the unknown reading 'gradnorm'; .*; did you mean 'grad_norm'?"
+    with pytest.raises(SettingsError, match=message):
+        type("Clip", (CallbackBase,), {"readings": ("gradnorm",)})
+
+    class Clip(PeriodicCallback):
+        reading: str = "grad_norm"
+
+        @property
+        def readings(self):
+            return (self.reading,)
+
+        def periodic_callback(self, state, event, interval):
+            return state, ()
+
+    assert Clip(every_n_updates=1).readings == ("grad_norm",)
+    with pytest.raises(SettingsError, match=message):
+        Clip(every_n_updates=1, reading="gradnorm")
 
 
 def test_effects_come_in_the_order_of_the_members():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from noether.core.callbacks import BestCheckpointCallback, CheckpointCallback, EMACallback
-from noether.core.combinators import on, when
+from noether.core.combinators import callback, on, when
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
@@ -188,13 +188,11 @@ def measuring(draw):
 def promising(inner):
     """Return a saver that asks only where a metric is large."""
 
-    def asks(state, event):
+    def is_large(state, event):
         measured = state.metrics.get("val/accuracy")
-        return inner(state, event) if measured is not None and measured.value > 0.5 else (state, ())
+        return measured is not None and measured.value > 0.5
 
-    asks.gate, asks.listens = getattr(inner, "gate", None), inner.listens
-    asks.consumes = ("val/accuracy",)
-    return asks
+    return callback("promising", consumes=("val/accuracy",))(when(is_large)(inner))
 
 
 def test_a_metric_may_make_one_resumable_together_with_what_is_certain():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, dataclass_transform
 
+from noether.core.errors import raise_problems
 from noether.core.event import (
     AfterAccumulationStep,
     AfterEpoch,
@@ -14,12 +15,14 @@ from noether.core.event import (
     AtEval,
     BeforeTraining,
     Event,
+    check_reading,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
+    from noether.core.errors import Problem
     from noether.core.state import Memory, TrainState
 
 HOOKS: Final[dict[type[Event], str]] = {
@@ -58,6 +61,16 @@ class CallbackBase:
     def __init_subclass__(cls, **options: Any) -> None:  # whatever a metaclass takes
         super().__init_subclass__(**options)
         dataclass(frozen=True, kw_only=True)(cls)
+        readings = vars(cls).get("readings")
+        if isinstance(readings, tuple):  # a property is checked on the instance
+            raise_problems(check_reading(cls.__name__, name) for name in readings)
+
+    def __post_init__(self) -> None:
+        raise_problems(self.problems())
+
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield each problem of the settings; a subclass adds its own after `yield from super().problems()`."""
+        yield from (check_reading(type(self).__name__, name) for name in self.readings)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return what the hook for this type of event returns."""
@@ -116,26 +129,15 @@ class CallbackBase:
 
     @property
     def consumes(self) -> tuple[str, ...]:
-        """Metric keys that it needs current when it acts."""
-        return ()
-
-    @property
-    def uses(self) -> tuple[str, ...]:
-        """Metric keys that it reads if they are current."""
-        return ()
-
-    @property
-    def keeps(self) -> tuple[str, ...]:
-        """Those it produces that are current at every update, whatever its interval."""
+        """Metric keys that have to be current when it acts; an `OptionalKey` is read only where it is current."""
         return ()
 
     @property
     def readings(self) -> tuple[str, ...]:
-        """Fields of `AfterUpdate` that it needs and that cost the loop something, such as `grad_norm`."""
+        """Costly fields of `AfterUpdate` that it reads, such as `grad_norm`; see `READINGS`."""
         return ()
 
-    def listens(self, event_type: type[Event]) -> bool:
-        """Return whether it fills in the hook for events of this type."""
+    def _listens(self, event_type: type[Event]) -> bool:
         return self.fills_in(HOOKS.get(event_type, "__call__"), CallbackBase)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
+from noether.core.callback import OptionalKey, merge_keys
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite
 from noether.core.effect import SetSummary
 from noether.core.iteration import TrainingIteration
@@ -61,13 +62,9 @@ class BestMetricCallback(MetricWatcher):
 
     @property
     def consumes(self) -> tuple[str, ...]:
-        """The metric and the targets that have to be there."""
-        return (self.metric_key, *self.target_metric_keys)
-
-    @property
-    def uses(self) -> tuple[str, ...]:
-        """The targets that need not be there, and whether the update was finite."""
-        return (*super().uses, *self.optional_target_metric_keys)
+        """The metric, the targets, and whether the update was finite, where a callback logs that."""
+        optional = map(OptionalKey, self.optional_target_metric_keys)
+        return merge_keys(*super().consumes, *self.target_metric_keys, *optional)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return no best yet."""

@@ -11,8 +11,8 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, raise_problems, suggest
 from noether.core.tensors import torch_internals
-from noether.core.tensors.averages import memory_of
 from noether.core.tensors.donation import DonatedTree, OwnedStorages
+from noether.core.tensors.stored_weights import memory_of
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
@@ -92,11 +92,6 @@ class EMACallback(PeriodicCallback):
     def produces(self) -> tuple[str, ...]:
         """The averages, for callbacks with `weights`."""
         return tuple(map(memory_of, self._averages))
-
-    @property
-    def keeps(self) -> tuple[str, ...]:
-        """The same: they are current at every update."""
-        return self.produces
 
     @property
     def _averages(self) -> dict[str, float]:

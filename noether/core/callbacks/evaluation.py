@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
+from noether.core.callback import OptionalKey
 from noether.core.callbacks.periodic import Mean, PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metrics import is_current, log, patterns_containing
@@ -103,9 +104,10 @@ class _Evaluation(PeriodicDataIteratorCallback):
         return (*losses, *(self.key(name) for name in (*self._metrics, *outputs)))
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        """The online loss of the same interval, for the difference."""
-        return (f"loss/online/*/{self.interval_name}",) if self._losses else ()
+    def consumes(self) -> tuple[str, ...]:
+        """The weights that it evaluates, and the online loss of the same interval where it is current."""
+        online = (OptionalKey(f"loss/online/*/{self.interval_name}"),) if self._losses else ()
+        return (*super().consumes, *online)
 
 
 @final
@@ -216,9 +218,9 @@ class EvaluateCallback(_Evaluation):
     measures: tuple[str | MetricFunction, ...]
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        """Nothing that has to come before: the trainer chooses its place."""
-        return ()
+    def consumes(self) -> tuple[str, ...]:
+        """The weights that it evaluates. The trainer chooses its place, so nothing optional has to come before."""
+        return tuple(key for key in super().consumes if not isinstance(key, OptionalKey))
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings."""

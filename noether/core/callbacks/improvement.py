@@ -7,6 +7,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
+from noether.core.callback import OptionalKey
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.errors import Problem, check_choice, is_number, suggest
 from noether.core.metrics import is_current
@@ -120,10 +121,5 @@ class MetricWatcher(PeriodicCallback):
 
     @property
     def consumes(self) -> tuple[str, ...]:
-        """The metric that it watches."""
-        return (self.metric_key,)
-
-    @property
-    def uses(self) -> tuple[str, ...]:
-        """Whether the update was finite, where somebody watches over that."""
-        return (NONFINITE,)
+        """The metric that it watches, and whether the update was finite, where a callback logs that."""
+        return (self.metric_key, OptionalKey(NONFINITE))

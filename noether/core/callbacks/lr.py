@@ -54,13 +54,13 @@ class LrCallback(PeriodicCallback):
         return ("optim/lr", "optim/wd", "optim/lr/*", "optim/wd/*")
 
     @cached_property
-    def tracks(self) -> bool:
+    def _tracks(self) -> bool:
         """Whether it has to remember the last update: only that event carries the learning rate."""
         return self.every_n_epochs is not None or self.at_end
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return no learning rates yet, where they have to be remembered."""
-        return {self.name: FrozenDict()} if self.tracks else {}
+        return {self.name: FrozenDict()} if self._tracks else {}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Remember what an epoch's end will log."""

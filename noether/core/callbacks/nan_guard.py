@@ -9,7 +9,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, LogText, SetSummary
 from noether.core.errors import check_choice, check_whole
 from noether.core.metrics import log
-from noether.core.tensors.averages import find_weights, memory_of
+from noether.core.tensors.stored_weights import find_weights, memory_of
 from noether.core.tensors.tree import FrozenDict, clone_tensors, tensors
 
 if TYPE_CHECKING:

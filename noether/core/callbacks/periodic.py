@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.callbacks.base import HOOKS, CallbackBase
-from noether.core.errors import Problem, check_whole, raise_problems, suggest
+from noether.core.errors import Problem, check_whole, suggest
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, Event
 from noether.core.schedules.gate import Gate, Interval
 from noether.core.schedules.schedule import INTERVALS
-from noether.core.tensors.averages import memory_of, use_weights
+from noether.core.tensors.stored_weights import memory_of, use_weights
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -56,11 +56,9 @@ class PeriodicCallback(CallbackBase):
     every_n_samples: int | None = None
     at_end: bool = False
 
-    def __post_init__(self) -> None:
-        raise_problems(self.problems())
-
     def problems(self) -> Iterator[Problem | None]:
         """Yield what is wrong with the settings; a subclass adds its own."""
+        yield from super().problems()
         yield self._idle()
         given = {name: value for name in INTERVALS if (value := getattr(self, name)) is not None}
         names = ", ".join(INTERVALS)
@@ -128,7 +126,7 @@ class PeriodicCallback(CallbackBase):
 
     def after_update(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Track the update, and run if updates or samples are due."""
-        state, tracked = self.track_after_update_step(state, event) if self.tracks else (state, ())
+        state, tracked = self.track_after_update_step(state, event) if self._tracks else (state, ())
         state, effects = self._run_if_due(state, event)
         return state, tracked + effects
 
@@ -145,26 +143,24 @@ class PeriodicCallback(CallbackBase):
         return (state, ()) if interval is None else self.periodic_callback(state, event, interval)
 
     @cached_property
-    def tracks(self) -> bool:
-        """Whether it looks at every update, due or not."""
+    def _tracks(self) -> bool:
+        """Whether it has to see every update, its gate open or closed."""
         return any(self.fills_in(hook, PeriodicCallback) for hook in ("track_after_update_step", "after_update"))
 
     @property
-    def idle(self) -> Callback | None:
-        """What is called at an update at which its gate is closed: what tracks, or all of it with a hook of its own."""
+    def _tracker(self) -> Callback | None:
         if self.fills_in("after_update", PeriodicCallback) or self.fills_in("__call__", PeriodicCallback):
             return self
-        return self.track_after_update_step if self.tracks else None  # type: ignore[return-value]  # only for updates
+        return self.track_after_update_step if self._tracks else None  # type: ignore[return-value]  # only for updates
 
-    def listens(self, event_type: type[Event]) -> bool:
-        """Return whether it can do anything on events of this type."""
+    def _listens(self, event_type: type[Event]) -> bool:
         if event_type is AfterAccumulationStep:
             return self.fills_in("track_after_accumulation_step", PeriodicCallback)
         hook = HOOKS.get(event_type, "__call__")
         return (
             self.fills_in(hook, PeriodicCallback)
             or self.gate.listens(event_type)
-            or (event_type is AfterUpdate and self.tracks)
+            or (event_type is AfterUpdate and self._tracks)
         )
 
 

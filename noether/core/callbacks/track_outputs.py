@@ -89,13 +89,13 @@ class TrackOutputsCallback(PeriodicCallback):
         return tuple(f"{name}/{self.interval_name}" for name in names) if self.log_output else ()
 
     @property
-    def tracks(self) -> bool:
+    def _tracks(self) -> bool:
         """Whether it looks at every update: for a mean, and where the firing's own event carries no outputs."""
         return self.reduce == "mean" or self.every_n_epochs is not None or self.at_end
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return nothing seen yet."""
-        return {self.name: FrozenDict()} if self.tracks else {}
+        return {self.name: FrozenDict()} if self._tracks else {}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Add the update's outputs, or with `last` remember them."""
@@ -109,7 +109,7 @@ class TrackOutputsCallback(PeriodicCallback):
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log and save, and begin anew."""
         seen = FrozenDict()
-        if self.tracks:
+        if self._tracks:
             seen = self.memory(state)
             state = state.remember(self.name, FrozenDict())
         elif isinstance(event, AfterUpdate) and not event.skipped:

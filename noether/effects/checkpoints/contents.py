@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.errors import NoetherError
 from noether.core.state import TrainState
-from noether.core.tensors.averages import use_weights
+from noether.core.tensors.stored_weights import use_weights
 from noether.effects.checkpoints.state_codec import decode_mapping, decode_state, encode_state, error_text
 from noether.effects.disk.encoding import encode_tree
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces

@@ -74,8 +74,7 @@ class StreamedData:
         """Return the place at which the dataset begins."""
         return {MEMORY: self._start}
 
-    def listens(self, event_type: type[Event]) -> bool:  # noqa: ARG002  # as every callback's
-        """Return that it does nothing on any event."""
+    def _listens(self, event_type: type[Event]) -> bool:  # noqa: ARG002  # see `listens_to`
         return False
 
     def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:  # noqa: ARG002  # it never reads ahead

@@ -25,6 +25,11 @@ def memory_of(weights: str) -> str:
     return f"{_PREFIX}{weights}"
 
 
+def names_weights(key: str) -> bool:
+    """Return whether a key in `produces` or `consumes` names stored weights rather than a metric."""
+    return key.startswith(_PREFIX)
+
+
 def find_weights(state: TrainState) -> tuple[str, ...]:
     """Return the names of the weights that callbacks keep in `state`."""
     return tuple(name.removeprefix(_PREFIX) for name in state.callback_states if name.startswith(_PREFIX))
