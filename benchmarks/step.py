@@ -23,8 +23,9 @@ from noether.core.tensors.tree import FrozenDict
 from noether.examples.digits import ConvNet, Digits, cross_entropy
 from noether.testing import same
 from noether.training.data.indexed import TrainingData
+from noether.training.step.accumulation import BackwardResult
 from noether.training.step.optimizer import FunctionalOptimizer
-from noether.training.step.step import Step, _Found
+from noether.training.step.step import Step
 from noether.training.value_schedules import Constant
 
 if TYPE_CHECKING:
@@ -73,14 +74,14 @@ def functional(
 class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thing that is measured
     """The step with `torch.func.grad_and_value` in place of `torch.autograd.grad`."""
 
-    def _gradients(
+    def _run_backward(
         self,
         state: TrainState,
         buffers: Mapping[str, Tensor],
         batch: Any,
         weight: float,
         times: Any,  # noqa: ARG002  # the step that is replaced counts seconds on it
-    ) -> _Found:
+    ) -> BackwardResult:
         trained = {name: state.params[name] for name in self.optimizer.trainable(state.params)}
         arguments, keywords = model_arguments(self.model, batch)
 
@@ -92,7 +93,7 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thi
             return losses["total"] * weight, (dict(losses), outputs, {name: weights[name] for name in buffers})
 
         grads, (_, (losses, outputs, written)) = grad_and_value(total, has_aux=True)(trained)
-        return _Found(grads, FrozenDict(losses), outputs, written)
+        return BackwardResult(grads, FrozenDict(losses), outputs, written)
 
 
 _ROWS: Mapping[str, Callable[[nn.Module, list[Any]], Iterator[Mapping[str, Tensor]]]] = {

@@ -54,6 +54,17 @@ class Event:
         """What data-iterating callbacks iterate, by dataset key."""
         return self.run.data
 
+    def replace(self, **changes: Any) -> Self:
+        """Return the event with some fields changed, such as those that a loop adds to the event of a step.
+
+        Example:
+            >>> AfterUpdate(samples=4).replace(duration_s=0.5).samples
+            4
+        """
+        event = object.__new__(type(self))
+        vars(event).update(vars(self), **changes)
+        return event
+
     def forward(self, state: TrainState, batch: Any) -> tuple[Mapping[str, torch.Tensor], Any]:
         """Return `(losses, outputs)` of the model with the weights of `state`, in evaluation mode."""
         return self.run.forward(state, batch)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from noether.config import Config
     from noether.core.state import TrainState
     from noether.training.experiment import Experiment
-    from noether.training.step.optimizer import FunctionalOptimizer, OptState
+    from noether.training.step.optimizer import FunctionalOptimizer
+    from noether.training.step.optimizer_class import OptState
 
 _KERNEL_SETTINGS: Final = ("fused", "capturable")
 """Settings of optimizers that choose a kernel which the meta device does not have; no size depends on them."""

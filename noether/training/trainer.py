@@ -1,8 +1,7 @@
-"""The trainer: a function over a state that asks what comes next, does it, and tells the callbacks."""
+"""The trainer: a loop that asks the state for the next move, makes it, and dispatches the event to the callbacks."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
@@ -20,6 +19,7 @@ from noether.core.event import (
 )
 from noether.core.loop import Move, dispatch, next_move
 from noether.core.tensors.tree import FrozenDict
+from noether.session.timing import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,38 +31,23 @@ if TYPE_CHECKING:
     from noether.training.data.indexed import TrainingData
     from noether.training.data.streamed import StreamedData
     from noether.training.step.compiled import CompiledStep
-    from noether.training.step.outputs import Accumulated
     from noether.training.step.step import Step
-
-
-@final
-@dataclass(frozen=True)
-class Clock:
-    """Where the loop reads time.
-
-    Args:
-        wall_s: Returns seconds since 1970.
-        elapsed_s: Returns seconds since any moment, never going back.
-    """
-
-    wall_s: Callable[[], float] = time.time
-    elapsed_s: Callable[[], float] = time.perf_counter
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Trains a state. It remembers nothing: where the run is, the state says.
+    """Trains a state. It keeps no position: the state holds it.
 
     Args:
         run: What is fixed for the run.
         step: Makes one update.
-        data: Gives the batches.
+        data: Returns the batches.
         reducer: The callbacks, composed.
-        interpreter: Carries out what they ask for.
-        evaluate_first: Whether an evaluation is dispatched before the first update.
-        interrupted: Asked between events; once it returns True, the state is saved and returned.
-        clock: Where time is read.
+        interpreter: Carries out their effects.
+        evaluate_first: Whether to dispatch an evaluation before the first update of a new run.
+        interrupted: Called between events; once it returns True, the trainer saves the state and returns it.
+        clock: Where the trainer reads time.
     """
 
     run: Run
@@ -76,19 +61,19 @@ class Trainer:
 
     def __call__(self, state: TrainState, *, resumed: bool = False) -> TrainState:
         """Return the state at the end of the run, or where it was interrupted."""
-        state = self._tell(state, BeforeTraining, resumed=resumed)
+        state = self._dispatch(state, BeforeTraining, resumed=resumed)
         if self.evaluate_first and not resumed:
-            state = self._tell(state, AtEval)
+            state = self._dispatch(state, AtEval)
         since_s = self.clock.elapsed_s()
-        try:  # all in one frame: another would hold the tensors of the state that the run began with to its end
+        try:  # all in one frame: another one would keep the tensors of the initial state alive until the end
             while (move := next_move(state, self.run)) is not Move.NOTHING:
                 if self.interrupted():
                     self._save(state)
                     return state
                 if move is Move.END_EPOCH:
-                    state = self._tell(state.next_epoch(), AfterEpoch)
+                    state = self._dispatch(state.next_epoch(), AfterEpoch)
                 elif move is Move.END_TRAINING:
-                    state = self._tell(state.replace(ended=True), AfterTraining)
+                    state = self._dispatch(state.replace(ended=True), AfterTraining)
                 else:
                     state, since_s = self._update(state, since_s)
             return state
@@ -108,23 +93,26 @@ class Trainer:
         waiting_s = self.clock.elapsed_s()
         state, batches = self.data.update(state, last=self._last_update)
         loaded_s = self.clock.elapsed_s()
-        state, outputs = self.step(state, batches, self._observe if self._is_observed else None)
+        state, event = self.step(state, batches, self._observe if self._is_observed else None)
         stepped_s = self.clock.elapsed_s()
-        readings = {
-            **vars(outputs),
-            "duration_s": stepped_s - since_s,
-            "data_s": loaded_s - waiting_s,
-            "step_s": stepped_s - loaded_s,
-        }
-        return self._tell(state.advance(samples=outputs.samples), AfterUpdate, **readings), stepped_s
+        event = event.replace(
+            run=self.run,
+            time_s=self.clock.wall_s(),
+            duration_s=stepped_s - since_s,
+            data_s=loaded_s - waiting_s,
+            step_s=stepped_s - loaded_s,
+        )
+        state = state.advance(samples=event.samples)
+        return dispatch(state, event, self.reducer, self.interpreter), stepped_s
 
     @cached_property
     def _is_observed(self) -> bool:
         return listens_to(self.reducer, AfterAccumulationStep)
 
-    def _observe(self, state: TrainState, seen: Accumulated) -> TrainState:
-        return self._tell(state, AfterAccumulationStep, **vars(seen))
+    def _observe(self, state: TrainState, event: AfterAccumulationStep) -> TrainState:
+        event = event.replace(run=self.run, time_s=self.clock.wall_s())
+        return dispatch(state, event, self.reducer, self.interpreter)
 
-    def _tell(self, state: TrainState, event_type: type[Event], **readings: Any) -> TrainState:
-        event = event_type.of(run=self.run, time_s=self.clock.wall_s(), **readings)
+    def _dispatch(self, state: TrainState, event_type: type[Event], **fields: Any) -> TrainState:
+        event = event_type.of(run=self.run, time_s=self.clock.wall_s(), **fields)
         return dispatch(state, event, self.reducer, self.interpreter)

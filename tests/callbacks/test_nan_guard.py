@@ -34,11 +34,12 @@ from noether.core.tensors.module import forward
 from noether.core.tensors.tree import storages, tensors
 from noether.effects import CheckpointStore
 from noether.effects.interpreter import Interpreter
+from noether.session.timing import Clock
 from noether.testing import same
 from noether.training.data.indexed import EvaluationData, TrainingData, epoch_order
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
-from noether.training.trainer import Clock, Trainer
+from noether.training.trainer import Trainer
 
 NAN, INF = math.nan, math.inf
 FINITE, NONFINITE = AfterUpdate(samples=4), AfterUpdate(samples=4, finite=False)

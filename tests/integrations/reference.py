@@ -23,7 +23,6 @@ from noether.effects import Console, open_run
 from noether.session.timing import Clock
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
-from noether.training.trainer import Clock as OwnClock
 from noether.training.trainer import Trainer
 
 STILL = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0)
@@ -189,7 +188,7 @@ def ours(  # all that differs between frameworks
         data=Listed(updates),
         reducer=reducer or callbacks(),
         interpreter=told,
-        clock=OwnClock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0),
+        clock=Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0),
     )
     return told, trainer(state.replace(opt_state=functional.init(state.params)))
 

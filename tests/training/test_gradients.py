@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noether.training.step.gradients import gradients_of
+from noether.training.step.gradients import compute_gradients
 
 
 class Marked(torch.Tensor):
@@ -23,7 +23,7 @@ def test_they_are_those_of_torch(seed, sizes, data):
     def loss():
         return sum((leaves[index] @ leaves[index]).sin().mean() for index in used).reshape(keep)
 
-    ours, theirs = gradients_of(loss(), leaves), torch.autograd.grad(loss(), leaves, allow_unused=True)
+    ours, theirs = compute_gradients(loss(), leaves), torch.autograd.grad(loss(), leaves, allow_unused=True)
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.equal(a, b) if index in used else (a is None and b is None)
     assert all(leaf.grad is None for leaf in leaves)
@@ -32,12 +32,12 @@ def test_they_are_those_of_torch(seed, sizes, data):
 def test_a_tensor_of_another_class_is_left_to_torch():
     leaf = torch.ones(3, requires_grad=True)
     loss = leaf.sum().as_subclass(Marked)
-    assert torch.equal(gradients_of(loss, [leaf])[0], torch.ones(3))
+    assert torch.equal(compute_gradients(loss, [leaf])[0], torch.ones(3))
 
 
 def test_a_loss_of_several_numbers_is_refused():
     leaf = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"the loss has shape \(3,\) .* take the mean over samples"):
-        gradients_of(leaf * 2, [leaf])
+        compute_gradients(leaf * 2, [leaf])
     with pytest.raises(ValueError, match=r"type torch.complex64; a gradient is that of one real number"):
-        gradients_of(leaf.sum() * 1j, [leaf])
+        compute_gradients(leaf.sum() * 1j, [leaf])

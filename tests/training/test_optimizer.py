@@ -399,11 +399,16 @@ def test_refusals_of_parameters():
 def test_refusals_of_an_update():
     functional, params, opt_state = start(torch.optim.SGD, {"lr": 0.1})
     for grads, memory, settings, message in [
-        ({"a.wait": params["a.weight"]}, opt_state, {}, "gradient 'a.wait' belongs to .*; did you mean 'a.weight'"),
-        ({}, {"state": {"a.wait": {}}}, {}, "optimizer state 'a.wait' belongs to nothing"),
+        (
+            {"a.wait": params["a.weight"]},
+            opt_state,
+            {},
+            "gradient 'a.wait' does not match any .*; did you mean 'a.weight'",
+        ),
+        ({}, {"state": {"a.wait": {}}}, {}, "optimizer state 'a.wait' does not match any"),
         ({}, {"groups": {"defalt": {"k": 1}}}, {}, "optimizer state of the group 'defalt'"),
         ({}, opt_state, {"defalt": {}}, "settings of the group 'defalt' .*; did you mean 'default'"),
-        ({}, opt_state, {"default": {"lrr": 1.0}}, "setting of 'default' 'lrr' belongs"),
+        ({}, opt_state, {"default": {"lrr": 1.0}}, "setting of 'default' 'lrr' does not match"),
     ]:
         with pytest.raises(ValueError, match=message):
             functional.update(grads, memory, params, settings=settings)

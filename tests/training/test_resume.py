@@ -29,12 +29,13 @@ from noether.core.callbacks import (
     ProgressCallback,
 )
 from noether.effects import CheckpointStore
+from noether.session.timing import Clock
 from noether.testing import same
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.streamed import StreamedData
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
-from noether.training.trainer import Clock, Trainer
+from noether.training.trainer import Trainer
 
 STILL = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0)
 

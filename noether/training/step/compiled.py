@@ -15,26 +15,31 @@ from noether.core.tensors.module import add_total
 from noether.core.tensors.torch_internals import compile_graph
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.step import kernels
-from noether.training.step.outputs import outputs_of
-from noether.training.step.owned import OwnedTensors
-from noether.training.step.sums import Sums
+from noether.training.step.accumulation import Accumulation, BackwardResult
+from noether.training.step.gradients import traceable_total_norm
+from noether.training.step.model_tensors import ModelTensors
+from noether.training.step.step import make_event
 from noether.training.value_schedules import Constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from noether.core.event import AfterUpdate
     from noether.core.state import TrainState
-    from noether.training.step.outputs import Accumulated, StepOutputs
-    from noether.training.step.step import Step
+    from noether.training.step.step import Observer, Settings, Step
 
 _LOGGER: Final = logging.getLogger(__name__)
 _WORDS: Final = 60
+"""Words of a compiler's message that the log shows; some take pages."""
+
 _FIXED: Final = ("self._groups", "self._names", "self._places", "self._buffers", "self._trainable")
 """Attributes of a `CompiledUpdate` that never change."""
 
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
-class Updated(NamedTuple):
-    """What a compiled update gives beside the tensors that it writes to."""
+
+class UpdateResult(NamedTuple):
+    """What a compiled update returns beside the tensors that it writes to."""
 
     losses: Mapping[str, Tensor]
     outputs: tuple[Any, ...]
@@ -47,29 +52,29 @@ class Updated(NamedTuple):
 class CompiledUpdate:
     """Writes updates in one compiled graph.
 
-    Every shape of batch is compiled for itself, so that a run that is gone on with computes with the kernels that it
-    had; torch takes up to eight shapes. Results differ from those of the step in the last bits. Random numbers come
-    from the same seed of the update, but the graph draws others than the step, in dropout for example.
+    Each shape of batch has a graph of its own, so that a resumed run computes with the same kernels; torch compiles up
+    to eight shapes. Results differ from those of the step in the last bits. Random numbers come from the same seed, but
+    the graph draws others than the step, in dropout for example.
 
     Args:
-        step: What is compiled.
-        state: Whose params, optimizer memory and buffers are updated; only their names matter.
+        step: The step to compile.
+        state: Gives the names of params, optimizer memory and buffers.
     """
 
     def __init__(self, step: Step, state: TrainState) -> None:
         self._step = step
         params, memory = state.params, state.opt_state.get("state", {})
         self._trainable = step.optimizer.trainable(params)
-        decay = {group: {"weight_decay": schedule(0)} for group, schedule in step.weight_decay.items()}  # it stays
+        decay = {group: {"weight_decay": schedule(0)} for group, schedule in step.weight_decay.items()}  # constant
         members = step.optimizer.members(params).items()
-        self._groups = {group: ({**given, **decay.get(group, {})}, names) for group, (given, names) in members}
+        self._groups = {group: ({**settings, **decay.get(group, {})}, names) for group, (settings, names) in members}
         self._names = tuple(params)
-        self._places = tuple((name, key) for name, kept in memory.items() for key in kept)
+        self._places = tuple((name, key) for name, tensors in memory.items() for key in tensors)
         self._buffers = tuple(state.buffers)
         self._lr = [torch.tensor(torch.nan) for _ in self._groups]
         self._rates: list[float] = []
-        self._seen: set[Any] = set()
-        self._whole: Callable[..., Updated] = compile_graph(self._update, fixed=_FIXED)
+        self._shapes: set[Any] = set()
+        self._graph: Callable[..., UpdateResult] = compile_graph(self._update, fixed=_FIXED)
 
     def __call__(
         self,
@@ -77,83 +82,77 @@ class CompiledUpdate:
         opt_state: Mapping[str, Any],
         buffers: Mapping[str, Tensor],
         batches: Sequence[Any],
-        settings: Mapping[str, Mapping[str, float]],
-    ) -> Updated:
+        settings: Settings,
+    ) -> UpdateResult:
         """Write one update to `params` and `opt_state`.
 
         Args:
             params: Parameters by name.
-            opt_state: What the optimizer remembers, all of it there.
+            opt_state: The optimizer's memory, complete.
             buffers: The model's buffers by name.
             batches: The micro-batches.
-            settings: What holds for this update, by group.
+            settings: Settings of the optimizer for this update, by group.
         """
         calls = [(batch, *model_arguments(self._step.model, batch)) for batch in batches]
         memory = opt_state.get("state", {})
-        # Lists: names would be compared before every update.
-        remembered = [memory[name][key] for name, key in self._places]
+        # Lists: torch would compare the keys of dicts before every update.
+        memory_tensors = [memory[name][key] for name, key in self._places]
         with torch.no_grad():
             self._set_rates([settings[group]["lr"] for group in self._groups])
-            own, held = [params[name] for name in self._names], [buffers[name] for name in self._buffers]
-            return self._whole(own, remembered, held, calls, self._lr)
+            param_tensors = [params[name] for name in self._names]
+            buffer_tensors = [buffers[name] for name in self._buffers]
+            return self._graph(param_tensors, memory_tensors, buffer_tensors, calls, self._lr)
 
     def _set_rates(self, rates: list[float]) -> None:
-        """Set the learning rates: tensors, for a number would be part of the graph, and each be compiled for itself."""
+        """Set the learning rates; they are tensors, for torch would compile a graph for each number."""
         if rates != self._rates:
             for tensor, rate in zip(self._lr, rates, strict=True):
                 tensor.fill_(rate)
             self._rates = rates
 
-    def is_new(self, batches: Sequence[Any]) -> bool:
-        """Return whether it is asked for the first time about batches of these shapes."""
+    def is_new_shape(self, batches: Sequence[Any]) -> bool:
+        """Return whether this is the first call with batches of these shapes."""
         shapes = _shapes(batches)
-        if shapes in self._seen:
+        if shapes in self._shapes:
             return False
-        self._seen.add(shapes)
+        self._shapes.add(shapes)
         return True
 
     def _update(
         self,
-        tensors: list[Tensor],
-        remembered: list[Tensor],
+        param_tensors: list[Tensor],
+        memory_tensors: list[Tensor],
         buffer_tensors: list[Tensor],
-        calls: Sequence[tuple[Any, tuple[Any, ...], dict[str, Any]]],
+        calls: Sequence[_Call],
         lr: list[Tensor],
-    ) -> Updated:
-        params = dict(zip(self._names, tensors, strict=True))
+    ) -> UpdateResult:
+        params = dict(zip(self._names, param_tensors, strict=True))
         buffers: Mapping[str, Tensor] = dict(zip(self._buffers, buffer_tensors, strict=True))
         memory: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._places}
-        for (name, key), tensor in zip(self._places, remembered, strict=True):
+        for (name, key), tensor in zip(self._places, memory_tensors, strict=True):
             memory[name][key] = tensor
         sizes = [batch_size(batch) for batch, _, _ in calls]
-        gradients, total_losses, outputs = Sums(), Sums(), []
+        accumulation = Accumulation()
         for call, size in zip(calls, sizes, strict=True):
             weight = size / sum(sizes)
-            grads, losses, output, buffers = self._gradients(params, buffers, call, weight)
-            gradients.add(grads)
-            total_losses.add(losses if weight == 1 else {name: loss * weight for name, loss in losses.items()})
-            # Copies: what is handed on as it is would be seen as the update leaves it.
-            outputs.append(map_tensors(torch.clone, output))
-        clipped, grad_norm = self._step.clipped(gradients.values)
-        for rate, (given, names) in zip(lr, self._groups.values(), strict=True):
-            written, kept = [params[name] for name in names], [memory.get(name, {}) for name in names]
-            kernels.traced(
+            result = self._run_backward(params, buffers, call, weight)
+            accumulation.add(result, weight)
+            buffers = result.buffers
+        grads, grad_norm = self._step.clip(accumulation.grads, traceable_total_norm)
+        for rate, (settings, names) in zip(lr, self._groups.values(), strict=True):
+            kernels.write_traceable(
                 self._step.optimizer.optimizer,
-                {**given, "lr": rate},
-                written,
-                [grad for name in names if (grad := clipped[name]) is not None],
-                kept,
+                {**settings, "lr": rate},
+                [params[name] for name in names],
+                [grad for name in names if (grad := grads[name]) is not None],
+                [memory.get(name, {}) for name in names],
             )
-        total = total_losses.values["total"]
-        return Updated(total_losses.values, tuple(outputs), buffers, grad_norm, total - total == 0)
+        total = accumulation.losses["total"]
+        return UpdateResult(accumulation.losses, tuple(accumulation.outputs), buffers, grad_norm, total - total == 0)
 
-    def _gradients(
-        self,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        call: tuple[Any, tuple[Any, ...], dict[str, Any]],
-        weight: float,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, dict[str, Tensor]]:
+    def _run_backward(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], call: _Call, weight: float
+    ) -> BackwardResult:
         batch, arguments, keywords = call
 
         def total(trained: dict[str, Tensor]) -> tuple[Tensor, Any]:
@@ -163,99 +162,98 @@ class CompiledUpdate:
                 losses = add_total(self._step.loss(outputs, batch))
             return losses["total"] * weight, (dict(losses), outputs, {name: weights[name] for name in buffers})
 
-        grads, (_, (losses, outputs, written)) = grad_and_value(total, has_aux=True)(
+        grads, (_, (losses, outputs, new_buffers)) = grad_and_value(total, has_aux=True)(
             {name: params[name] for name in self._trainable}
         )
-        return grads, losses, outputs, written
+        # Copies: an output that is a parameter would otherwise show the value after the update.
+        return BackwardResult(grads, losses, map_tensors(torch.clone, outputs), new_buffers)
 
 
 @final
 class CompiledStep:
-    """A step that makes its updates in one compiled graph; where that cannot be, it says why once, and is as it was.
+    """A step that makes its updates in one compiled graph; where it cannot, it warns once and calls the plain step.
 
-    The first update is never compiled, for it is the optimizer's class that makes the first memory. Batches of new
-    shapes are compiled on copies of the state, so that nothing is lost where that fails.
+    The plain step makes the first update, because the optimizer's class makes the first memory. Batches of new shapes
+    are compiled on copies of the state, so that nothing is lost where compilation fails.
 
     Args:
-        eager: The step.
+        eager: The plain step.
     """
 
     def __init__(self, eager: Step) -> None:
         self.eager = eager
-        self._update: CompiledUpdate | None = None
-        self._given_up = False
+        self._compiled: CompiledUpdate | None = None
+        self._is_disabled = False
 
     def __call__(
-        self,
-        state: TrainState,
-        batches: Sequence[Any],
-        observe: Callable[[TrainState, Accumulated], TrainState] | None = None,
-    ) -> tuple[TrainState, StepOutputs]:
-        """Return the state after one update, as `StepDecay` does up to the last bits."""
-        update = None if self._given_up else self._ready(state, batches, observed=observe is not None)
+        self, state: TrainState, batches: Sequence[Any], observe: Observer | None = None
+    ) -> tuple[TrainState, AfterUpdate]:
+        """Return the state after one update and the event, as `Step` does up to the last bits."""
+        eager = self.eager
+        update = None if self._is_disabled else self._find_update(state, batches, observed=observe is not None)
         if update is None:
-            return self.eager(state, batches, observe)
-        settings = self.eager.settings_for(state)
-        if update.is_new(batches) and not self._compiles(update, state, batches, settings):
-            return self.eager(state, batches, observe)
-        self.eager.seed(state)
-        owned = OwnedTensors.of(state, self.eager.model) if self.eager.donate else None
-        if owned is not None:
-            owned.taken_from(state).unshare()
-            params, opt_state = owned.params, owned.opt_state
+            return eager(state, batches, observe)
+        settings = eager.settings_for(state)
+        if update.is_new_shape(batches) and not self._compile(update, state, batches, settings):
+            return eager(state, batches, observe)
+        eager.seed(state)
+        own = ModelTensors.of(state, eager.model) if eager.donate else None
+        if own is None:
+            params, opt_state = _copy(state.params), _copy(state.opt_state)
         else:
-            params, opt_state = thawed(state.params), thawed(state.opt_state)
-        updated = update(params, opt_state, state.buffers, batches, settings)
-        if self.eager.donate:
-            trainable = self.eager.optimizer.trainable(params)
-            owned = owned or OwnedTensors(self.eager.model, trainable, params, opt_state)
-            state = owned.given_to(state, updated.buffers)
+            own.take_from(state)
+            own.unshare()
+            params, opt_state = own.params, own.opt_state
+        result = update(params, opt_state, state.buffers, batches, settings)
+        if eager.donate:
+            own = own or ModelTensors(eager.model, eager.optimizer.trainable(params), params, opt_state)
+            state = own.donate_to(state, result.buffers)
         else:
-            state = state.replace(params=params, opt_state=opt_state, buffers=updated.buffers)
-        sizes = tuple(map(batch_size, batches))
-        readings = {"grad_norm": updated.grad_norm, "finite": updated.finite}
-        outputs = outputs_of(FrozenDict(updated.losses), updated.outputs, sizes, settings, **readings)
-        return state, outputs
+            state = state.replace(params=params, opt_state=opt_state, buffers=result.buffers)
+        samples, losses = tuple(map(batch_size, batches)), FrozenDict(result.losses)
+        readings = {"grad_norm": result.grad_norm, "finite": result.finite}
+        return state, make_event(losses, result.outputs, samples, settings, **readings)
 
-    def _compiles(self, update: CompiledUpdate, state: TrainState, batches: Sequence[Any], settings: Any) -> bool:
-        """Return whether batches of these shapes can be compiled, on copies: the compiler draws random numbers."""
+    def _find_update(self, state: TrainState, batches: Sequence[Any], *, observed: bool) -> CompiledUpdate | None:
+        """Return the compiled update, or None if the plain step has to make the next update."""
+        if self._compiled is not None and not observed and ModelTensors.of(state, self.eager.model) is not None:
+            return self._compiled
+        optimizer = self.eager.optimizer
+        reason = "a callback listens to accumulation steps" if observed else _obstacle(self.eager)
+        trained = {name: state.params[name] for name in optimizer.trainable(state.params)}
+        if reason is None and not optimizer.can_write(trained, state.opt_state, state.params):
+            if not state.opt_state.get("state"):
+                return None  # the first update: the optimizer's class makes the first memory
+            reason = "the optimizer has no memory of a parameter that got no gradient"
+        if reason is None and self._compiled is None:
+            unused = self.eager.find_unused(state, batches[0])
+            # Compiled gradients are zero there, so the optimizer would decay and move the parameter.
+            reason = f"the parameter {unused[0]!r} gets no gradient" if unused else None
+        if reason is not None:
+            self._disable(reason)
+            return None
+        self._compiled = self._compiled or CompiledUpdate(self.eager, state)
+        return self._compiled
+
+    def _compile(self, update: CompiledUpdate, state: TrainState, batches: Sequence[Any], settings: Settings) -> bool:
+        """Return whether batches of these shapes compile, on copies: the compiler draws random numbers."""
         try:
-            update(thawed(state.params), thawed(state.opt_state), state.buffers, batches, settings)
-        except Exception as error:  # noqa: BLE001  # whatever it is: the step itself does it, or says what is wrong
-            self._give_up(str(error))
+            update(_copy(state.params), _copy(state.opt_state), state.buffers, batches, settings)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the plain step makes the update or names the problem
+            self._disable(str(error))
             return False
         return True
 
-    def _ready(self, state: TrainState, batches: Sequence[Any], *, observed: bool) -> CompiledUpdate | None:
-        """Return what makes the next update, or None if the step itself has to."""
-        if self._update is not None and not observed and OwnedTensors.of(state, self.eager.model) is not None:
-            return self._update
-        why = "a callback listens to accumulation steps" if observed else obstacle(self.eager)
-        trained = {name: state.params[name] for name in self.eager.optimizer.trainable(state.params)}
-        if why is None and not self.eager.optimizer.writes(trained, state.opt_state, state.params):
-            if not state.opt_state.get("state"):
-                return None  # not yet: the class makes the first memory
-            why = "the optimizer remembers nothing of a parameter that got no gradient"
-        if why is None and self._update is None:
-            lost = self.eager.without_gradient(state, batches[0])
-            # Torch's compiled gradients are zero there, and zeros decay and move what no gradient leaves as it is.
-            why = f"the parameter {lost[0]!r} gets no gradient" if lost else None
-        if why is not None:
-            self._give_up(why)
-            return None
-        self._update = self._update or CompiledUpdate(self.eager, state)
-        return self._update
-
-    def _give_up(self, why: str) -> None:
-        self._given_up = True
-        said = " ".join(why.split()[:_WORDS])  # a compiler's message goes on for pages
-        _LOGGER.warning("updates are not compiled: %s; training goes on as with trainer.compile: false", said)
+    def _disable(self, reason: str) -> None:
+        self._is_disabled = True
+        short = " ".join(reason.split()[:_WORDS])
+        _LOGGER.warning("updates are not compiled: %s; training continues as with trainer.compile: false", short)
 
 
-def obstacle(step: Step) -> str | None:
+def _obstacle(step: Step) -> str | None:
     """Return why no update of `step` can be compiled as a whole, or None."""
-    if not kernels.known(step.optimizer.optimizer):
-        return f"{step.optimizer.optimizer.__name__} is none of the optimizers whose kernels can be traced"
+    if not kernels.has_kernel(step.optimizer.optimizer):
+        return f"torch.compile can trace Adam, AdamW and SGD, not {step.optimizer.optimizer.__name__}"
     if step.nonfinite != "apply":
         return f"nonfinite: {step.nonfinite} decides in the middle of an update"
     if any(not isinstance(schedule, Constant) for schedule in step.weight_decay.values()):
@@ -263,10 +261,10 @@ def obstacle(step: Step) -> str | None:
     return None
 
 
-def thawed(tree: Any) -> Any:
+def _copy(tree: Any) -> Any:
     """Return a copy of a tree that may be written to."""
     if isinstance(tree, Mapping):
-        return {key: thawed(value) for key, value in tree.items()}
+        return {key: _copy(value) for key, value in tree.items()}
     return tree.clone() if isinstance(tree, Tensor) else tree
 
 

@@ -1,4 +1,4 @@
-"""Gradients of a loss, past the Python that `torch.autograd.grad` goes through, to the same bits."""
+"""Gradients of a loss: computed, measured and clipped."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from noether.core.tensors.torch_internals import run_backward
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from noether.training.step.accumulation import Grads
 
 
-def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def compute_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Return the gradient of `loss` with respect to each of `leaves`, None where it does not depend on it.
 
-    Most of what `torch.autograd.grad` does first is for other calls than this one; of a small network's update it takes
-    a fifteenth. An accelerator has threads of its own, to which torch hands on more than the graph.
+    On the CPU it skips the Python code of `torch.autograd.grad`, which takes a fifteenth of a small network's update;
+    the bits are the same. On an accelerator, torch has to pass more than the graph to threads of its own.
 
     Args:
         loss: One real number.
@@ -28,7 +31,7 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | No
 
     Example:
         >>> weight, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
-        >>> gradients_of(weight.square(), [weight, bias])
+        >>> compute_gradients(weight.square(), [weight, bias])
         (tensor(4.), None)
     """
     if loss.numel() != 1 or loss.is_complex():
@@ -37,10 +40,52 @@ def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | No
             "take the mean over samples"
         )
     if type(loss) is Tensor and loss.is_cpu:
-        found = run_backward(loss, leaves)
+        grads = run_backward(loss, leaves)
     else:
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    # The backward pass of a function of somebody's own may return what requires gradients itself.
-    if True in [grad is not None and grad.requires_grad for grad in found]:
-        return [None if grad is None else grad.detach() for grad in found]
-    return found
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    # The backward pass of a custom autograd function may return a tensor that requires gradients.
+    if True in [grad is not None and grad.requires_grad for grad in grads]:
+        return [None if grad is None else grad.detach() for grad in grads]
+    return grads
+
+
+def dense_values(grad: Tensor) -> Tensor:
+    """Return the values that a gradient stores; torch has no norms of sparse tensors."""
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def total_norm(grads: Mapping[str, Tensor | None]) -> Tensor:
+    """Return the 2-norm of all gradients together."""
+    return get_total_norm([dense_values(grad) for grad in grads.values() if grad is not None])
+
+
+def traceable_total_norm(grads: Mapping[str, Tensor | None]) -> Tensor:
+    """Return `total_norm` up to the last bits; unlike that, `torch.compile` of torch 2.10 can trace it."""
+    norms = [torch.linalg.vector_norm(dense_values(grad)) for grad in grads.values() if grad is not None]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
+def clip_values(grads: Grads, limit: float) -> Grads:
+    """Return gradients with each entry clamped to `[-limit, limit]`."""
+    return {name: None if grad is None else grad.clamp(-limit, limit) for name, grad in grads.items()}
+
+
+def clip_norm(grads: Grads, norm: Tensor, limit: float) -> Grads:
+    """Return gradients scaled down to the total 2-norm `limit`, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        grads: Gradients by name. The result is not in place, for two of them may be one tensor.
+        norm: Their total 2-norm.
+        limit: The largest norm.
+    """
+    factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    # `to`: a factor of higher precision would promote a gradient without dimensions to its dtype.
+    return {name: None if grad is None else (grad * factor).to(grad.dtype) for name, grad in grads.items()}
+
+
+def all_finite(grads: Mapping[str, Tensor | None]) -> Tensor | bool:
+    """Return whether every entry of every gradient is finite."""
+    values = [dense_values(grad) for grad in grads.values() if grad is not None]
+    largest = [torch.linalg.vector_norm(each, torch.inf) for each in values if each.numel()]
+    return torch.stack(largest).isfinite().all() if largest else True

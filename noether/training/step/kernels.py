@@ -1,4 +1,4 @@
-"""Torch's kernels for the optimizers that have one, called past their classes, to the same bits.
+"""torch's kernels of Adam, AdamW and SGD, called without their classes, to the same bits.
 
 An update through the class takes 1.2 to 2.0 times as long as through its kernel: 150 parameters of 8 x 8 and 64 x 64 on
 one CPU thread; fused AdamW and fused SGD gain the most.
@@ -13,164 +13,158 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from noether.core.tensors import torch_internals
+from noether.core.tensors.step_counters import STEP_COUNTER, counts_on_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
     from torch.optim.optimizer import Optimizer
 
+    from noether.training.step.layout import UpdateCopies
+
     Memory = Mapping[str, Mapping[str, Any]]
 
 
-def takes(cls: type[Optimizer], grads: Mapping[str, Tensor], memory: Memory) -> bool:
-    """Return whether there is a kernel that can make an update of `cls` with these gradients and this memory."""
+def has_kernel(cls: type[Optimizer]) -> bool:
+    """Return whether torch has a kernel for `cls`."""
+    return cls in _KERNELS
+
+
+def can_run(cls: type[Optimizer], grads: Mapping[str, Tensor], memory: Memory) -> bool:
+    """Return whether a kernel can make an update of `cls` with these gradients and this memory."""
     if cls not in _KERNELS or any(grad.is_sparse for grad in grads.values()):
         return False
-    return cls is torch.optim.SGD or _remembered(grads, memory)  # of the others, the class makes the first memory
+    return cls is torch.optim.SGD or _has_memory(grads, memory)  # the other classes make the first memory themselves
 
 
-def first_memory(cls: type[Optimizer], given: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
-    """Return what the class remembers of a parameter before its first gradient; as in `torch.optim.Adam.step`.
+def has_all_memory(settings: Iterable[Mapping[str, Any]], grads: Mapping[str, Tensor], memory: Memory) -> bool:
+    """Return whether all memory that a kernel writes to exists already.
 
-    SGD remembers its first gradient, so it has nothing before.
+    Args:
+        settings: Settings of each group.
+        grads: Gradients by name of parameter.
+        memory: Memory by name of parameter.
+    """
+    has_no_memory = not any(each.get("momentum", True) for each in settings)  # SGD without momentum
+    return has_no_memory or _has_memory(grads, memory)
+
+
+def first_memory(cls: type[Optimizer], settings: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
+    """Return the memory that the class makes of a parameter before its first update, as in `torch.optim.Adam.step`.
+
+    SGD has none before: its memory starts as the first gradient.
     """
     if cls is torch.optim.SGD:
         return {}
-    at_hand = given["fused"] or given["capturable"]  # else the counter is on the CPU, wherever the parameter is
-    double = torch.get_default_dtype() == torch.float64 and not given["fused"]
-    means = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if given["amsgrad"] else ()))
-    step = torch.zeros(
-        (), dtype=torch.float64 if double else torch.float32, device=param.device if at_hand else torch.device("cpu")
-    )
-    return {"step": step, **{name: torch.zeros_like(param) for name in means}}
+    device = param.device if counts_on_device(settings) else torch.device("cpu")
+    is_double = torch.get_default_dtype() == torch.float64 and not settings["fused"]
+    step = torch.zeros((), dtype=torch.float64 if is_double else torch.float32, device=device)
+    means = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if settings["amsgrad"] else ()))
+    return {STEP_COUNTER: step, **{name: torch.zeros_like(param) for name in means}}
 
 
-def whole(settings: Iterable[Mapping[str, Any]], grads: Mapping[str, Tensor], memory: Memory) -> bool:
-    """Return whether a kernel finds all the memory that it writes to, and makes none.
-
-    Args:
-        settings: Those of each group.
-        grads: Gradients by name of parameter.
-        memory: What is remembered of each parameter.
-    """
-    forgets = not any(given.get("momentum", True) for given in settings)  # only SGD can
-    return forgets or _remembered(grads, memory)
-
-
-def run(
-    cls: type[Optimizer],
-    groups: Iterable[tuple[Mapping[str, Any], Sequence[str]]],
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
-    memory: dict[str, dict[str, Any]],
-) -> None:
-    """Write one update to `params` and `memory`.
-
-    Args:
-        cls: The class of the optimizer.
-        groups: All settings of each group, and the names of its parameters.
-        params: Parameters by name.
-        grads: Gradients by name of parameter; those without one stay as they are.
-        memory: What is remembered of each parameter.
-    """
-    for given, names in groups:
-        present = [name for name in names if name in grads]
-        kept = [memory.get(name, {}) for name in present]
-        _KERNELS[cls](given, [params[name] for name in present], [grads[name] for name in present], kept)
-        memory |= {name: remembered for name, remembered in zip(present, kept, strict=True) if remembered}
+def step_kernel(cls: type[Optimizer], copies: UpdateCopies, opt_state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Write one update to the copies and return the optimizer's memory, or None where only the class can do it."""
+    # Changed entries of a group are memory that these classes do not make; the class knows what to do with them.
+    if any(opt_state.get("groups", {}).values()) or not can_run(cls, copies.grads, copies.memory):
+        return None
+    memory = copies.memory
+    for group, names in copies.layout.members.items():
+        present = [name for name in names if name in copies.grads]
+        params, grads = [copies.params[name] for name in present], [copies.grads[name] for name in present]
+        memories = [memory.get(name, {}) for name in present]
+        _KERNELS[cls](copies.settings[group], params, grads, memories)
+        memory |= dict(zip(present, memories, strict=True))
+    state = {name: tensors for name, tensors in memory.items() if tensors}
+    return {"state": state, "groups": {group: {} for group in copies.layout.members}}
 
 
-def prepared(
-    cls: type[Optimizer], given: Mapping[str, Any], params: list[Tensor], memory: list[dict[str, Any]]
+def make_writer(
+    cls: type[Optimizer], settings: Mapping[str, Any], params: list[Tensor], memory: list[dict[str, Any]]
 ) -> Callable[[Mapping[str, Any], list[Tensor]], None]:
-    """Return what writes updates to tensors that stay the same, from their gradients and the settings that changed.
+    """Return `write(settings, grads)`, which writes updates to the same tensors each time.
 
     Args:
         cls: The class of the optimizer.
-        given: All settings.
+        settings: All settings; those of a call override them.
         params: Parameters.
-        memory: What is remembered of each of them, all of it.
+        memory: The memory of each of them, complete.
     """
-    if cls is not torch.optim.SGD and given["fused"] and not given["amsgrad"] and _alike(params):
-        return _prepared_adam(given, params, memory)
+    if cls is not torch.optim.SGD and settings["fused"] and not settings["amsgrad"] and _are_alike(params):
+        return _make_fused_adam_writer(settings, params, memory)
 
-    def write(settings: Mapping[str, Any], grads: list[Tensor]) -> None:
-        _KERNELS[cls]({**given, **settings}, params, grads, memory)
+    def write(changes: Mapping[str, Any], grads: list[Tensor]) -> None:
+        _KERNELS[cls]({**settings, **changes}, params, grads, memory)
 
     return write
 
 
-def spares_gradients(cls: type[Optimizer]) -> bool:
-    """Return whether the class is known to write to no gradient."""
-    return cls in _KERNELS and cls is not torch.optim.SGD  # with nesterov, that adds the momentum to them
+def leaves_gradients(cls: type[Optimizer]) -> bool:
+    """Return whether the class is known to write to no gradient; SGD with nesterov adds the momentum to them."""
+    return cls in _KERNELS and cls is not torch.optim.SGD
 
 
-def known(cls: type[Optimizer]) -> bool:
-    """Return whether there is a kernel for `cls`."""
-    return cls in _KERNELS
-
-
-def traced(
+def write_traceable(
     cls: type[Optimizer],
-    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
     params: list[Tensor],
     grads: list[Tensor],
     memory: list[dict[str, Any]],
 ) -> None:
-    """Write one update, in the form that `torch.compile` can trace: settings may be tensors."""
-    _KERNELS[cls]({**given, "fused": False, "foreach": True, "capturable": True}, params, grads, memory)
+    """Write one update in a form that `torch.compile` can trace: settings may be tensors."""
+    _KERNELS[cls]({**settings, "fused": False, "foreach": True, "capturable": True}, params, grads, memory)
 
 
-def _prepared_adam(
-    given: Mapping[str, Any], params: list[Tensor], memory: list[dict[str, Any]]
+def _make_fused_adam_writer(
+    settings: Mapping[str, Any], params: list[Tensor], memory: list[dict[str, Any]]
 ) -> Callable[[Mapping[str, Any], list[Tensor]], None]:
-    """Return what calls the fused kernel as `torch.optim.adam.adam` does, without sorting the tensors each time."""
-    means, squares, steps = ([kept[key] for kept in memory] for key in ("exp_avg", "exp_avg_sq", "step"))
-    kernel = torch_internals.fused_adamw_ if given["decoupled_weight_decay"] else torch_internals.fused_adam_
-    (beta1, beta2), fixed = given["betas"], {name: given[name] for name in _FUSED_SETTINGS}
+    """Return a writer that calls the fused kernel as `torch.optim.adam.adam` does, without sorting the tensors."""
+    means, squares, steps = ([tensors[key] for tensors in memory] for key in ("exp_avg", "exp_avg_sq", STEP_COUNTER))
+    kernel = torch_internals.fused_adamw_ if settings["decoupled_weight_decay"] else torch_internals.fused_adam_
+    (beta1, beta2), fixed = settings["betas"], {name: settings[name] for name in _FUSED_SETTINGS}
 
-    def write(settings: Mapping[str, Any], grads: list[Tensor]) -> None:
+    def write(changes: Mapping[str, Any], grads: list[Tensor]) -> None:
         torch_internals.foreach_add_(steps, 1)
-        kernel(params, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **{**fixed, **settings})
+        kernel(params, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **{**fixed, **changes})
 
     return write
 
 
-def _alike(params: list[Tensor]) -> bool:
-    """Return whether one call of a fused kernel takes all of them."""
+def _are_alike(params: list[Tensor]) -> bool:
+    """Return whether all parameters have one device and dtype, so that one call of a fused kernel takes them."""
     return len({(param.device, param.dtype) for param in params}) == 1
 
 
-def _remembered(grads: Mapping[str, Tensor], memory: Memory) -> bool:
+def _has_memory(grads: Mapping[str, Tensor], memory: Memory) -> bool:
     return all(memory.get(name) for name in grads)
 
 
-def _adam(given: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], memory: list[dict[str, Any]]) -> None:
+def _adam(settings: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], memory: list[dict[str, Any]]) -> None:
     """Write one update of Adam or AdamW to `params` and `memory`; as in `torch.optim.Adam.step`."""
-    beta1, beta2 = given["betas"]
+    beta1, beta2 = settings["betas"]
     adam(
         params,
         grads,
-        [kept["exp_avg"] for kept in memory],
-        [kept["exp_avg_sq"] for kept in memory],
-        [kept["max_exp_avg_sq"] for kept in memory] if given["amsgrad"] else [],
-        [kept["step"] for kept in memory],
+        [tensors["exp_avg"] for tensors in memory],
+        [tensors["exp_avg_sq"] for tensors in memory],
+        [tensors["max_exp_avg_sq"] for tensors in memory] if settings["amsgrad"] else [],
+        [tensors[STEP_COUNTER] for tensors in memory],
         has_complex=any(param.is_complex() for param in params),
         beta1=beta1,
         beta2=beta2,
-        **{name: given[name] for name in _ADAM_SETTINGS},
+        **{name: settings[name] for name in _ADAM_SETTINGS},
     )
 
 
-def _sgd(given: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], memory: list[dict[str, Any]]) -> None:
+def _sgd(settings: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], memory: list[dict[str, Any]]) -> None:
     """Write one update of SGD to `params` and `memory`; as in `torch.optim.SGD.step`."""
-    buffers = [kept.get("momentum_buffer") for kept in memory] if given["momentum"] != 0 else []
-    if given["nesterov"]:
+    buffers = [tensors.get("momentum_buffer") for tensors in memory] if settings["momentum"] != 0 else []
+    if settings["nesterov"]:
         grads = [grad.clone() for grad in grads]  # the foreach kernel adds the momentum to them in place
-    sgd(params, grads, buffers, **{name: given[name] for name in _SGD_SETTINGS})
-    for kept, buffer in zip(memory, buffers, strict=False):
-        kept["momentum_buffer"] = buffer
+    sgd(params, grads, buffers, **{name: settings[name] for name in _SGD_SETTINGS})
+    for tensors, buffer in zip(memory, buffers, strict=False):
+        tensors["momentum_buffer"] = buffer
 
 
 _KERNELS: Final[Mapping[type[Optimizer], Callable[..., None]]] = {

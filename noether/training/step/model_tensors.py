@@ -1,4 +1,4 @@
-"""Tensors that updates write to: a model's own parameters, and its optimizer's memory of them."""
+"""Tensors that updates write to in place: a model's own parameters, and the optimizer's memory of them."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
 
     Writer = Callable[[Mapping[str, Tensor], Mapping[str, Mapping[str, Any]]], None]
 
-_NONE: Final = FrozenDict()
+_NO_BUFFERS: Final = FrozenDict()
 
 
 @final
-class OwnedTensors:
-    """The trained tensors of a state that nobody else has seen yet, which are from then on a model's own parameters.
+class ModelTensors:
+    """Tensors of a donated state that are also the parameters of a model, so that updates can write to them in place.
 
-    What others hold of them is left to them, and copied before it would be written to; see `OwnedStorages`.
+    A tensor that something else holds keeps its value: `OwnedStorages` copies it before an update writes to it.
 
     Args:
         model: Its parameters become the tensors.
         trainable: Names of the parameters that are trained.
-        params: Values of all of them.
-        opt_state: What the optimizer remembers; of each that is trained, all of it tensors.
+        params: Values of all parameters.
+        opt_state: The optimizer's memory; that of each trained parameter is made of tensors only.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> owned = OwnedTensors(model, ["weight"], {"weight": torch.ones(1, 1)}, {})
-        >>> held = owned.params["weight"].detach()
-        >>> owned.unshare()
-        >>> _ = owned.params["weight"].zero_()
-        >>> held, model.weight.data
+        >>> own = ModelTensors(model, ["weight"], {"weight": torch.ones(1, 1)}, {})
+        >>> view = own.params["weight"].detach()
+        >>> own.unshare()
+        >>> _ = own.params["weight"].zero_()
+        >>> view, model.weight.data
         (tensor([[1.]]), tensor([[0.]]))
     """
 
@@ -58,58 +58,57 @@ class OwnedTensors:
         self.opt_state = opt_state
         self.parameters = dict(model.named_parameters())
         self.leaves = {name: self.parameters[name] for name in trainable}
-        self._bindings = [self.parameters[name] for name in self.params]
-        self._buffers = _buffer_places(model)
-        self._owned = OwnedStorages(
+        self._ordered_parameters = [self.parameters[name] for name in self.params]
+        self._buffer_places = _buffer_places(model)
+        self._storages = OwnedStorages(
             [
                 *((self.params, name) for name in trainable),
-                *((kept, key) for kept in opt_state.get("state", {}).values() for key in kept),
+                *((memory, key) for memory in opt_state.get("state", {}).values() for key in memory),
             ],
             shared=len(self.leaves),
         )
-        self._writer: tuple[tuple[str, ...], Writer] | None = None  # what writes the updates of these gradients
+        self._writer: tuple[tuple[str, ...], Writer] | None = None  # names of gradients, and what writes their updates
         self._bind()
 
     @classmethod
     def of(cls, state: TrainState, model: nn.Module) -> Self | None:
-        """Return the tensors of `model` in which params and optimizer memory of `state` lie, or None."""
+        """Return the tensors of `model` that store params and optimizer memory of `state`, or None."""
         if not isinstance(state.params, DonatedTree) or not isinstance(state.opt_state, DonatedTree):
             return None
         owner = state.params.owner
         return owner if isinstance(owner, cls) and owner.model is model and state.opt_state.owner is owner else None
 
-    def place(self, buffers: Mapping[str, Tensor]) -> None:
-        """Have the tensors and copies of `buffers` in the model, which is about to be called."""
-        if not self._bound():
+    def set_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Prepare the model for a call: its parameters are the tensors, its buffers copies of `buffers`."""
+        if not self._is_bound():
             self._bind()
         if buffers:
             copies = {name: buffer.clone() for name, buffer in buffers.items()}
-            for held, key, name in self._buffers:
-                held[key] = copies[name]
+            for place, key, name in self._buffer_places:
+                place[key] = copies[name]
 
-    def placed(self, buffers: Mapping[str, Tensor]) -> FrozenDict:
-        """Return what became of the copies of `buffers`."""
-        if not buffers:
-            return _NONE
-        # Batch norm writes to its copies, another module assigns: in its place is either way what is there now.
-        now = {name: held[key] for held, key, name in self._buffers}
-        return FrozenDict({name: now[name].detach() for name in buffers})
+    def get_buffers(self, names: Mapping[str, Any]) -> FrozenDict:
+        """Return the model's buffers after a call, in the order of `names`."""
+        if not names:
+            return _NO_BUFFERS
+        # Batch norm writes to the copies, other modules assign new tensors: the place holds the current one either way.
+        current = {name: place[key] for place, key, name in self._buffer_places}
+        return FrozenDict({name: current[name].detach() for name in names})
 
     def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
         """Return whether `optimizer` can write an update with these gradients."""
         if self._writer is not None and self._writer[0] == tuple(grads):
             return True not in [grad.is_sparse for grad in grads.values()]
-        return optimizer.writes(grads, self.opt_state, self.params)
+        return optimizer.can_write(grads, self.opt_state, self.params)
 
-    def taken_from(self, state: TrainState) -> Self:
-        """Return the tensors, taken from a state, which cannot be read then.
+    def take_from(self, state: TrainState) -> None:
+        """Take the tensors from a state, which cannot be read afterwards.
 
-        That comes before anything is written, so that whatever goes wrong leaves no state that is half of an update.
+        Call it before anything is written, so that no error leaves a state that is half of an update.
         """
-        for donated in (state.params, state.opt_state):
-            if isinstance(donated, DonatedTree):
-                donated.take()
-        return self
+        for tree in (state.params, state.opt_state):
+            if isinstance(tree, DonatedTree):
+                tree.take()
 
     def write(
         self,
@@ -117,7 +116,7 @@ class OwnedTensors:
         grads: Mapping[str, Tensor],
         settings: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Write an update to the tensors, or to copies of those that others hold."""
+        """Write an update to the tensors; copies replace those that something else holds."""
         self.unshare()
         names = tuple(grads)
         if self._writer is None or self._writer[0] != names:
@@ -125,29 +124,29 @@ class OwnedTensors:
         self._writer[1](grads, settings)
 
     def unshare(self) -> None:
-        """Have copies take the place of tensors that others hold, so that all may be written to."""
-        if not self._bound():  # the count of who holds a tensor takes the model for one of them
+        """Replace tensors that something else holds by copies, so that all may be written to."""
+        if not self._is_bound():  # the number of users of a storage includes the model's parameter
             self._bind()
-        if self._owned.unshare():
+        if self._storages.unshare():
             self._bind()
             self._writer = None
 
-    def given_to(self, state: TrainState, buffers: Mapping[str, Tensor]) -> TrainState:
-        """Return the state whose params and optimizer memory these are, for the next update to take."""
+    def donate_to(self, state: TrainState, buffers: Mapping[str, Tensor]) -> TrainState:
+        """Return the state with these tensors as params and optimizer memory; the next update may take them."""
         return state.replace(
             params=DonatedTree(self.params, self), opt_state=DonatedTree(self.opt_state, self), buffers=buffers
         )
 
     def _bind(self) -> None:
-        for parameter, param in zip(self._bindings, self.params.values(), strict=True):
+        for parameter, param in zip(self._ordered_parameters, self.params.values(), strict=True):
             parameter.data = param
         for leaf in self.leaves.values():
             leaf.requires_grad_()
-        self._addresses = _addresses(self._bindings)
+        self._addresses = _addresses(self._ordered_parameters)
 
-    def _bound(self) -> bool:
+    def _is_bound(self) -> bool:
         """Return whether the model's parameters are still these tensors."""
-        return _addresses(self._bindings) == self._addresses
+        return _addresses(self._ordered_parameters) == self._addresses
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

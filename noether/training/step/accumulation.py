@@ -1,0 +1,69 @@
+"""Results of forward and backward passes, and their sums over the micro-batches of an update."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    Losses = Mapping[str, Tensor]
+    Grads = dict[str, Tensor | None]
+
+
+class BackwardResult(NamedTuple):
+    """Result of the forward and backward pass of one micro-batch.
+
+    Args:
+        grads: Gradient of the weighted total loss by parameter, None where the loss does not depend on it.
+        losses: Mean loss of the micro-batch by name, not weighted.
+        outputs: What the model returned.
+        buffers: The model's buffers after the forward pass.
+    """
+
+    grads: Grads
+    losses: Losses
+    outputs: Any
+    buffers: Mapping[str, Tensor]
+
+
+@final
+class Accumulation:
+    """Sums gradients and losses over micro-batches; a single micro-batch keeps its bits.
+
+    Example:
+        >>> import torch
+        >>> accumulation = Accumulation()
+        >>> for loss, weight in ((1.0, 0.75), (5.0, 0.25)):
+        ...     losses = {"total": torch.tensor(loss)}
+        ...     accumulation.add(BackwardResult({"bias": None}, losses, f"outputs {loss}", {}), weight)
+        >>> accumulation.grads, accumulation.losses, accumulation.outputs
+        ({'bias': None}, {'total': tensor(2.)}, ['outputs 1.0', 'outputs 5.0'])
+    """
+
+    def __init__(self) -> None:
+        self.grads: Grads = {}
+        self.losses: dict[str, Tensor] = {}
+        self.outputs: list[Any] = []
+
+    def add(self, result: BackwardResult, weight: float) -> None:
+        """Add a micro-batch.
+
+        Args:
+            result: Its result; the gradients are weighted already.
+            weight: Its share of the samples of the update.
+        """
+        losses = result.losses if weight == 1 else {name: loss * weight for name, loss in result.losses.items()}
+        self.grads = _add(self.grads, result.grads)
+        self.losses = _add(self.losses, losses)
+        self.outputs.append(result.outputs)
+
+
+def _add(sums: dict[str, Any], terms: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sums with what is not None added; the first terms as they are."""
+    for name, term in terms.items():
+        before = sums.get(name)
+        sums[name] = before if term is None else term if before is None else before + term
+    return sums
