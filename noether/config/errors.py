@@ -99,7 +99,7 @@ def collect_errors(errors: list[Exception], part: str | int | None = None) -> It
 
 
 def raise_together(errors: Sequence[Exception], target: object) -> None:
-    """Raise all errors in the settings of `target` as one; return if there is none."""
+    """Raise all errors in the settings of `target` as one error; return if there are no errors."""
     if errors:
         raise ClassValidationError("settings", errors, target if isinstance(target, type) else type(target))
 

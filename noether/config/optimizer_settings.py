@@ -1,4 +1,4 @@
-"""Settings of the optimizer: which parameters share hyperparameters, and how a hyperparameter moves over a run."""
+"""Settings of the optimizer: parameter groups, and schedules of the learning rate and the weight decay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, final
 
-from noether.core.errors import Problem, check_choice, check_whole, raise_problems
+from noether.core.errors import Problem, check_choice, check_whole, is_number, raise_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,15 +20,16 @@ DEFAULT_GROUP: Final = "default"
 @final
 @dataclass(frozen=True, kw_only=True)
 class ParamGroup:
-    """Parameters that share optimizer settings, chosen by their names.
+    """Settings of a group of parameters, chosen by their names.
 
     Args:
         name: What logs and checkpoints call the group; `default` is the group of all other parameters.
-        match: Patterns as in `fnmatch` (`*` also matches dots); one that matches is enough, and the first group wins.
-        lr: Learning rate of the group, at least 0; None leaves the optimizer's own.
-        weight_decay: Weight decay of the group, at least 0; None leaves the optimizer's own.
-        frozen: Whether the parameters are not trained at all.
-        settings: Any other settings of the optimizer for this group, e.g. `{"betas": (0.9, 0.95)}`.
+        match: Patterns as in `fnmatch` (`*` also matches dots). A parameter is in the first group of which one pattern
+            matches its name.
+        lr: Learning rate of the group, at least 0; None for that of the optimizer.
+        weight_decay: Weight decay of the group, at least 0; None for that of the optimizer.
+        frozen: Whether the parameters are excluded from training.
+        settings: Other settings of the optimizer for this group, e.g. `{"betas": (0.9, 0.95)}`.
 
     Raises:
         SettingsError: If a value is out of range, or a frozen group has optimizer settings.
@@ -38,7 +39,7 @@ class ParamGroup:
         0.0
         >>> ParamGroup(name="backbone", match=("backbone.*",), frozen=True, lr=0.1)
         Traceback (most recent call last):
-        noether.core.errors.SettingsError: frozen: True leaves no use for lr; drop one of them
+        noether.core.errors.SettingsError: frozen: a frozen group is not trained, so lr has no effect; drop one
     """
 
     name: str
@@ -52,7 +53,7 @@ class ParamGroup:
         raise_problems(self._problems())
 
     def overrides(self) -> dict[str, Any]:
-        """Return the settings in which this group differs from the optimizer's own.
+        """Return the settings in which this group differs from the optimizer.
 
         Example:
             >>> ParamGroup(name="head", match=("head.*",), lr=0.1, settings={"eps": 1e-6}).overrides()
@@ -62,36 +63,41 @@ class ParamGroup:
         return {key: value for key, value in named.items() if value is not None} | dict(self.settings)
 
     def _problems(self) -> Iterator[Problem | None]:
-        if not self.name or self.name == DEFAULT_GROUP:
-            yield Problem("name", f"{self.name!r} is taken or empty; {DEFAULT_GROUP!r} holds what no group matches")
-        yield _patterns("match", self.match)
-        yield _number("lr", self.lr)
-        yield _number("weight_decay", self.weight_decay)
+        if not self.name:
+            yield Problem("name", "is empty; logs and checkpoints need a name for the group")
+        if self.name == DEFAULT_GROUP:
+            yield Problem("name", f"{self.name!r} is the name for all parameters that no group matches; choose another")
+        if not self.match or not isinstance(self.match, (tuple, list)):  # text would be read as a list of letters
+            yield Problem("match", f"{self.match!r} is not a list of patterns such as ['*.bias']")
         for key in ("lr", "weight_decay"):
+            if getattr(self, key) is not None:
+                yield check_number(key, getattr(self, key))
             if key in self.settings:
                 yield Problem(f"settings.{key}", f"is a field of the group itself: write {key}: {self.settings[key]}")
         if self.frozen and self.overrides():
-            yield Problem("frozen", f"True leaves no use for {', '.join(self.overrides())}; drop one of them")
+            names = ", ".join(self.overrides())
+            yield Problem("frozen", f"a frozen group is not trained, so {names} has no effect; drop one")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """How a hyperparameter moves from its base value over a run; factors are relative to that base value.
+    """Schedule of a hyperparameter over a run; its factors multiply the base value.
 
     Args:
         kind: `constant`, `linear`, `cosine`, `polynomial` (to `end_factor` at the end of the run) or `step`.
-        warmup_updates: Length of a linear warm-up, in updates; 0 for none.
-        warmup_epochs: The same in epochs; at most one of the two is given.
-        warmup_start_factor: Where the warm-up starts, at least 0; None is 0.
-        end_factor: Where `linear`, `cosine` and `polynomial` end, at least 0; None is 0. Above 1 the value grows.
+        warmup_updates: Length of a linear warm-up in updates; 0 for no warm-up.
+        warmup_epochs: Length of the warm-up in epochs; give at most one of the two.
+        warmup_start_factor: Factor at the start of the warm-up, at least 0; None is 0.
+        end_factor: Factor at the end of `linear`, `cosine` and `polynomial`, at least 0; None is 0. Above 1 the value
+            grows.
         power: Exponent of `polynomial`, above 0; None is 1.
-        milestone_epochs: Epochs after which `step` multiplies by `gamma`, counted from the run's start and increasing.
-        milestone_updates: The same in updates; exactly one of the two is given.
+        milestone_epochs: Increasing epochs, counted from the run's start, after which `step` multiplies by `gamma`.
+        milestone_updates: The same in updates; give exactly one of the two.
         gamma: Factor of `step`, above 0; None is 0.1.
 
     Raises:
-        SettingsError: If a value is out of range or is not a setting of the kind, naming all of them at once.
+        SettingsError: With every value that is out of range or is not a setting of the kind.
 
     Example:
         >>> ScheduleSettings(kind="cosine", warmup_epochs=5, end_factor=0.01).kind
@@ -118,21 +124,19 @@ class ScheduleSettings:
 
     def _value_problems(self) -> Iterator[Problem | None]:
         yield check_choice("kind", self.kind, _SETTINGS_OF_KIND)
-        yield _number("warmup_start_factor", self.warmup_start_factor)
-        yield _number("end_factor", self.end_factor)
-        yield _number("power", self.power, above=True)
-        yield _number("gamma", self.gamma, above=True)
-        yield _increasing("milestone_epochs", self.milestone_epochs)
-        yield _increasing("milestone_updates", self.milestone_updates)
+        for name, above in (("warmup_start_factor", False), ("end_factor", False), ("power", True), ("gamma", True)):
+            if getattr(self, name) is not None:
+                yield check_number(name, getattr(self, name), above=above)
+        yield _check_increasing("milestone_epochs", self.milestone_epochs)
+        yield _check_increasing("milestone_updates", self.milestone_updates)
 
     def _kind_problems(self) -> Iterator[Problem]:
-        own = _SETTINGS_OF_KIND.get(self.kind)
-        if own is None:
+        if self.kind not in _SETTINGS_OF_KIND:
             return
         for name in ("end_factor", "power", "gamma", "milestone_epochs", "milestone_updates"):
-            if name not in own and getattr(self, name) not in (None, ()):
+            if name not in _SETTINGS_OF_KIND[self.kind] and getattr(self, name) not in (None, ()):
                 kinds = " and ".join(kind for kind, names in _SETTINGS_OF_KIND.items() if name in names)
-                yield Problem(name, f"is a setting of {kinds}, and kind is {self.kind}")
+                yield Problem(name, f"is a setting of {kinds}, and kind is {self.kind}; remove it or change kind")
         if self.kind == "step" and bool(self.milestone_epochs) == bool(self.milestone_updates):
             yield Problem("milestone_epochs", "step needs either milestone_epochs or milestone_updates, e.g. [30, 60]")
 
@@ -154,24 +158,19 @@ _SETTINGS_OF_KIND: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def _number(setting: str, value: object, *, above: bool = False) -> Problem | None:
-    """Return the problem of `value` as a finite number of at least 0 (or above it), or None; None is no problem."""
-    if value is None:
+def check_number(setting: str, value: object, *, above: bool = False) -> Problem | None:
+    """Return the problem of `value` as a finite number of at least 0, or above 0, or None.
+
+    Example:
+        >>> print(check_number("lr", float("nan")))
+        lr: nan is not a number of at least 0
+    """
+    if is_number(value) and math.isfinite(value) and (value > 0 if above else value >= 0):
         return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        fits = value > 0 or (value == 0 and not above)
-    else:
-        fits = False
-    return None if fits else Problem(setting, f"{value!r} is not a number {'above 0' if above else 'of at least 0'}")
+    return Problem(setting, f"{value!r} is not a number {'above 0' if above else 'of at least 0'}")
 
 
-def _patterns(setting: str, value: object) -> Problem | None:
-    if value and isinstance(value, (tuple, list)):  # a lone string would be taken for a list of its letters
-        return None
-    return Problem(setting, f"{value!r} is no list of patterns; write for example ['*.bias']")
-
-
-def _increasing(setting: str, value: tuple[int, ...]) -> Problem | None:
+def _check_increasing(setting: str, value: tuple[int, ...]) -> Problem | None:
     if any(check_whole(setting, item) for item in value) or any(late <= early for early, late in pairwise(value)):
         return Problem(setting, f"{value!r} is not an increasing list of whole numbers of at least 1")
     return None

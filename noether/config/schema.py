@@ -1,8 +1,7 @@
-"""The sections of a configuration. Their constructors refuse, all at once, whatever is out of range."""
+"""The sections of a configuration; a constructor reports every value that is out of range at once."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +10,13 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, final
 from noether.config.errors import ConfigError, LocatedProblem, Place, SettingPath
 from noether.config.objects import kinds
 from noether.config.objects.kinds import Kind
-from noether.config.optimizer_settings import ParamGroup, ScheduleSettings  # noqa: TC001 - as above
+from noether.config.optimizer_settings import ParamGroup, ScheduleSettings, check_number
 from noether.config.source import Source  # noqa: TC001 - as above
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest
 from noether.core.schedules.schedule import INTERVALS
 
 ENDS = ("max_epochs", "max_updates", "max_samples")
-"""The settings of `trainer` that say where a run ends; exactly one is given."""
-"""The settings that say when a callback acts."""
+"""Settings of `trainer` that give the end of a run; exactly one is given."""
 
 Model: TypeAlias = Annotated[Kind, kinds.MODEL]
 Dataset: TypeAlias = Annotated[Kind, kinds.DATASET]
@@ -27,19 +25,19 @@ Function: TypeAlias = Annotated[str, kinds.FUNCTION]
 EffectType: TypeAlias = Annotated[str, kinds.EFFECT]
 Metric: TypeAlias = Annotated[str, "metric"]
 
-
-_SEEDS: Final = 2**63
+_SEED_LIMIT: Final = 2**63
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class WandbSettings:
-    """Where Weights & Biases puts a run.
+    """Settings of the log at Weights & Biases.
 
     Args:
         project: Name of the project; None for the default of the service.
         entity: Team or user; None for the default of the service.
-        mode: Whether it is sent at once, kept for `wandb sync`, or neither; None for what `WANDB_MODE` says.
+        mode: `online` sends the log during the run, `offline` keeps it for `wandb sync`, `disabled` writes none; None
+            for the value of `WANDB_MODE`.
     """
 
     project: str | None = None
@@ -50,16 +48,16 @@ class WandbSettings:
 @final
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a run is called, where it goes and what it begins from.
+    """Name, output folder, seed, initial weights and logs of a run.
 
     Args:
-        name: Folder of the runs, below `output`.
-        output: Folder of everything.
-        seed: Seed of parameters, data order, dropout and augmentation; at least 0.
-        init_from: Checkpoint whose weights the run starts with; None for new ones.
-        handlers: Dotted path of a type of effect to that of its handler `(effect, state, event)`.
-        tensorboard: Whether metrics also go to TensorBoard, in the run's folder `tensorboard`.
-        wandb: Where metrics also go at Weights & Biases; None for not there.
+        name: Folder of the runs, under `output`.
+        output: Folder of all output.
+        seed: Seed of parameters, data order, dropout and augmentation; from 0 to 2**63 - 1.
+        init_from: Checkpoint whose weights the run starts with; None for newly initialized weights.
+        handlers: Maps the dotted path of a type of effect to the dotted path of its handler `(effect, state, event)`.
+        tensorboard: Whether to write metrics to TensorBoard too, in the run's folder `tensorboard`.
+        wandb: Settings for logging metrics to Weights & Biases too; None to not use it.
 
     Raises:
         SettingsError: If a value is out of range.
@@ -81,22 +79,34 @@ class RunSettings:
     wandb: WandbSettings | None = None
 
     def __post_init__(self) -> None:
-        raise_problems([_folder("name", self.name), _text("output", self.output), _seed(self.seed)])
+        raise_problems(self._problems())
+
+    def _problems(self) -> Iterator[Problem | None]:
+        if not re.fullmatch(r"[\w.-]+", self.name) or not self.name.strip("."):
+            message = f"{self.name!r} is not the name of a folder; use letters, digits, '.', '_', '-'"
+            yield Problem("name", message)
+        if "\0" in self.output:
+            yield Problem("output", f"{self.output!r} cannot be the name of a file; remove the null character")
+        if not self.output.strip():
+            yield Problem("output", f"{self.output!r} is empty; give a folder such as 'runs'")
+        yield check_whole("seed", self.seed, at_least=0) or (
+            Problem("seed", f"{self.seed} is not below {_SEED_LIMIT}") if self.seed >= _SEED_LIMIT else None
+        )
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """What `trainer.evaluate` measures, and when. In YAML the datasets stand beside the interval.
+    """Metrics that `trainer.evaluate` measures, and their interval. In YAML the datasets are beside the interval.
 
     Args:
-        every_n_epochs: Interval in epochs; exactly one interval is given.
+        every_n_epochs: Interval in epochs; give exactly one interval.
         every_n_updates: Interval in updates.
         every_n_samples: Interval in samples.
-        datasets: For each dataset key `loss`, names of metrics, or dotted paths of functions.
+        datasets: For each dataset key a list of `loss`, names of metrics, or dotted paths of functions.
 
     Raises:
-        SettingsError: If an interval is no whole number, there is not exactly one, or there is nothing to measure.
+        SettingsError: If there is not exactly one interval, it is not a whole number, or no metric is listed.
 
     Example:
         >>> EvaluateSettings(every_n_epochs=1, datasets={"val": ("loss", "accuracy")}).datasets["val"]
@@ -117,22 +127,22 @@ class EvaluateSettings:
             yield Problem("", "names no dataset; expected for example `val: [loss, accuracy]`")
         for key, metrics in self.datasets.items():
             if not metrics:
-                yield Problem(key, "names nothing to measure; expected for example [loss, accuracy]")
+                yield Problem(key, "names no metric; expected for example [loss, accuracy]")
             if len(set(metrics)) < len(metrics):
-                yield Problem(key, f"{list(metrics)} names one twice")
+                yield Problem(key, f"{list(metrics)} names a metric twice; remove one")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """How checkpoints are written. In YAML `asynchronous` is called `async`, which Python has another use for.
+    """How checkpoints are written. In YAML `asynchronous` is called `async`, which is a keyword of Python.
 
     Args:
-        asynchronous: Whether they are written in a thread of their own while training goes on.
-        on_error: What one that cannot be written does: `stop` ends training, `warn` goes on without it.
+        asynchronous: Whether to write them in a background thread during training.
+        on_error: What a failed write does: `stop` ends training, `warn` continues without that checkpoint.
 
     Raises:
-        SettingsError: If a value is none of these.
+        SettingsError: If `on_error` has another value.
 
     Example:
         >>> CheckpointSettings(on_error="ignore")
@@ -153,29 +163,30 @@ class TrainerSettings:
     """How a run is trained, and where it ends.
 
     Args:
-        max_epochs: End in epochs; exactly one end is given.
-        max_updates: End in updates.
-        max_samples: End in samples.
+        max_epochs: End of the run in epochs; give exactly one end.
+        max_updates: End of the run in updates.
+        max_samples: End of the run in samples.
         effective_batch_size: Samples of one update, at least 1.
-        max_batch_size: Samples of one forward pass at most; a larger update is accumulated. None for no limit.
-        eval_batch_size: Samples of one forward pass in evaluation; None for that of training.
+        max_batch_size: Largest number of samples in one forward pass; larger updates accumulate gradients. None for no
+            limit.
+        eval_batch_size: Samples of one forward pass in evaluation; None for the number in training.
         loss: Dotted path of a pure function `(outputs, batch) -> {name: mean over samples}`.
-        evaluate: What is measured during training, and when; None for nothing.
-        evaluate_first: Whether that is measured before the first update, too.
-        device: `cpu`, `cuda`, `cuda:1` and the like, or `auto` for the best there is.
-        precision: Type that the forward pass computes in.
-        nonfinite: What happens to an update whose loss or gradient is not finite.
+        evaluate: Metrics to measure during training, and their interval; None to measure none.
+        evaluate_first: Whether to measure them before the first update too.
+        device: `cpu`, `cuda`, `cuda:1` and the like, or `auto` for the best available.
+        precision: dtype of the forward pass.
+        nonfinite: What to do with an update whose loss or gradient is not finite.
         clip_grad_norm: Largest norm of all gradients together, above 0; None for no clipping.
         clip_grad_value: Largest absolute value of a gradient, above 0; None for no clipping.
-        num_workers: Processes that load data; 0 loads in this one.
-        drop_last: Whether an epoch's last batch is left out if it is short.
+        num_workers: Number of processes that load data; with 0 the training process loads it.
+        drop_last: Whether to leave out the last batch of an epoch if it is short.
         checkpoints: How checkpoints are written.
-        donate: Whether an update may write to the tensors of the state that it is made from: faster, in less memory,
-            and to the same bits. A tensor that a callback keeps is copied first.
-        compile: Whether updates are compiled as a whole by `torch.compile`: faster after some seconds, and the same up
-            to the last bits. Where they cannot be, a warning says why.
-        record: `events` to keep what `noether replay` needs, in `events.jsonl`; every loss is then read from its device
-            at every update. None for nothing.
+        donate: Whether an update may write to the tensors of the state that it starts from: faster, with less memory,
+            and the same bits. A tensor that a callback keeps is copied first.
+        compile: Whether `torch.compile` compiles each update as a whole: faster after some seconds, and equal up to the
+            last bits. If an update cannot be compiled, a warning says why.
+        record: `events` writes what `noether replay` needs to `events.jsonl`, which reads every loss from its device at
+            every update. None writes nothing.
 
     Raises:
         SettingsError: If a value is out of range, or there is not exactly one end.
@@ -218,12 +229,12 @@ class TrainerSettings:
         for name in ("max_batch_size", "eval_batch_size"):
             yield None if getattr(self, name) is None else check_whole(name, getattr(self, name))
         for name in ("clip_grad_norm", "clip_grad_value"):
-            yield None if getattr(self, name) is None else _number(name, getattr(self, name), above=True)
+            yield None if getattr(self, name) is None else check_number(name, getattr(self, name), above=True)
         if self.clip_grad_norm is not None and self.clip_grad_value is not None:
-            yield Problem("clip_grad_value", "clip_grad_norm is given too; give one of them")
+            yield Problem("clip_grad_value", "clip_grad_norm is given too; remove one of them")
         yield check_whole("num_workers", self.num_workers, at_least=0)
         if self.evaluate_first and self.evaluate is None:
-            yield Problem("evaluate_first", "there is nothing to evaluate; give `evaluate`")
+            yield Problem("evaluate_first", "needs the setting `evaluate`, which is missing")
         if not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
             yield Problem("device", f"{self.device!r} is not a device such as 'auto', 'cpu', 'cuda' or 'cuda:1'")
 
@@ -231,15 +242,15 @@ class TrainerSettings:
 @final
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """The optimizer. In YAML the settings of its class stand beside the ones here.
+    """The optimizer. In YAML the settings of its class are written beside the fields.
 
     Args:
-        kind: Subclass of `torch.optim.Optimizer` with its settings, those below aside.
-        lr: Learning rate, at least 0; the one that `schedule` multiplies.
-        weight_decay: Weight decay, at least 0; None for the default of the class.
-        schedule: How the learning rate moves; None for constant.
-        weight_decay_schedule: How the weight decay moves; None for constant.
-        groups: Parameters with values of their own.
+        kind: Subclass of `torch.optim.Optimizer` with its settings, except the fields below.
+        lr: Base learning rate, at least 0, which `schedule` multiplies.
+        weight_decay: Base weight decay, at least 0; None for the default of the class.
+        schedule: Schedule of the learning rate; None for constant.
+        weight_decay_schedule: Schedule of the weight decay; None for constant.
+        groups: Groups of parameters with different settings.
 
     Raises:
         SettingsError: If a value is out of range.
@@ -256,27 +267,27 @@ class OptimizerSettings:
         raise_problems(self._problems())
 
     def _problems(self) -> Iterator[Problem | None]:
-        yield _number("lr", self.lr)
-        yield None if self.weight_decay is None else _number("weight_decay", self.weight_decay)
+        yield check_number("lr", self.lr)
+        yield None if self.weight_decay is None else check_number("weight_decay", self.weight_decay)
         names = [getattr(group, "name", None) for group in self.groups]
         for index, name in enumerate(names):
             if name is not None and name in names[:index]:
-                yield Problem(f"groups.{index}.name", f"{name!r} is the name of an earlier group, too")
+                yield Problem(f"groups.{index}.name", f"{name!r} is the name of an earlier group too; rename one")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole configuration: checked, with every default filled in, and nothing made yet.
+    """A whole configuration, checked and with every default filled in; its model and data are not built yet.
 
     Args:
-        run: What the run is called, where it goes and what it begins from.
+        run: Name, output folder, seed, initial weights and logs of the run.
         model: The model.
-        data: Datasets by key; `train` is the one that is trained on.
+        data: Datasets by key; training uses `train`.
         optimizer: The optimizer.
         trainer: How the run is trained, and where it ends.
-        callbacks: The callbacks, in the order in which they are called.
-        source: The text it comes from, for messages; equality does not look at it.
+        callbacks: The callbacks in the order of their calls.
+        source: The text that it was read from, for messages; equality ignores it.
 
     Raises:
         SettingsError: If sections do not fit together.
@@ -303,13 +314,13 @@ class Config:
 
     def _problems(self) -> Iterator[Problem | None]:
         if "train" not in self.data:
-            yield Problem("data.train", f"is missing; it is what is trained on{suggest('train', self.data)}")
+            yield Problem("data.train", f"is missing; training uses that dataset{suggest('train', self.data)}")
         for index, callback in enumerate(self.callbacks):
-            key = _plain(callback, "settings").get("dataset_key")
+            key = _mapping_in(callback, "settings").get("dataset_key")
             if isinstance(key, str):
                 yield self._unknown_dataset(key, f"callbacks.{index}.dataset_key")
-        evaluate = _plain(self.trainer, "").get("evaluate") or getattr(self.trainer, "evaluate", None)
-        for key in _plain(evaluate, "datasets"):
+        evaluate = _mapping_in(self.trainer, "").get("evaluate") or getattr(self.trainer, "evaluate", None)
+        for key in _mapping_in(evaluate, "datasets"):
             if key not in INTERVALS:
                 yield self._unknown_dataset(key, f"trainer.evaluate.{key}", INTERVALS)
 
@@ -320,12 +331,12 @@ class Config:
         return Problem(setting, f"data has no {key!r}, it has {known}{suggest(key, [*self.data, *also])}")
 
 
-def _plain(section: object, inner: str) -> Mapping[str, Any]:
-    """Return a mapping in a section, or the section itself where it is still as it was written.
+def _mapping_in(section: object, field: str) -> Mapping[str, Any]:
+    """Return the mapping in a field of a section, or the section itself while it is still a mapping from YAML.
 
-    That is so when something else in it was refused; what does not fit together is then said in the same go.
+    It is a mapping if another setting in it is invalid; problems between sections are then reported at the same time.
     """
-    found = section if isinstance(section, Mapping) else getattr(section, inner, None)
+    found = section if isinstance(section, Mapping) else getattr(section, field, None)
     return found if isinstance(found, Mapping) else {}
 
 
@@ -333,34 +344,6 @@ def _exactly_one(settings: object, names: Collection[str]) -> Iterator[Problem |
     given = [name for name in names if getattr(settings, name) is not None]
     yield from (check_whole(name, getattr(settings, name)) for name in given)
     if len(given) != 1:
-        said = (
-            f"{' and '.join(given)} are given"
-            if given
-            else "no interval is given"
-            if names is INTERVALS
-            else "no end is given"
-        )
-        yield Problem(given[-1] if given else "", f"{said}; expected exactly one of {', '.join(names)}")
-
-
-def _number(setting: str, value: Any, *, above: bool = False) -> Problem | None:
-    fits = type(value) in (int, float) and math.isfinite(value) and (value > 0 if above else value >= 0)
-    return None if fits else Problem(setting, f"{value!r} is not a number {'above' if above else 'of at least'} 0")
-
-
-def _seed(value: object) -> Problem | None:
-    if isinstance(value, int) and value >= _SEEDS:
-        return Problem("seed", f"{value} is not below {_SEEDS}")
-    return check_whole("seed", value, at_least=0)
-
-
-def _folder(setting: str, value: str) -> Problem | None:
-    if re.fullmatch(r"[\w.-]+", value) and value.strip("."):
-        return None
-    return Problem(setting, f"{value!r} is not the name of a folder; use letters, digits, '.', '_', '-'")
-
-
-def _text(setting: str, value: str) -> Problem | None:
-    if "\0" in value:
-        return Problem(setting, f"{value!r} cannot be the name of a file")
-    return None if value.strip() else Problem(setting, f"{value!r} is empty")
+        missing = "no interval is given" if names is INTERVALS else "no end is given"
+        count = f"{' and '.join(given)} are given" if given else missing
+        yield Problem(given[-1] if given else "", f"{count}; expected exactly one of {', '.join(names)}")

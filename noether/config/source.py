@@ -1,4 +1,4 @@
-"""YAML text as plain values, each with the place where it was written."""
+"""Reads YAML text as plain values and records the place where each was written."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from noether.config.errors import SettingPath
 
 MAX_NODES = 20_000
-"""Values a document may have once its aliases are written out; a few nested aliases can stand for billions."""
+"""Values that a document may have once its aliases are expanded; a few nested aliases can stand for billions."""
 MAX_LEVELS = 100
-"""How deep they may be nested: far less than what Python's own stack takes of whoever walks them."""
+"""Levels of nesting, far fewer than Python's stack allows a function that recurses into the values."""
 MAX_BYTES = 1 << 20
-"""How large a file may be; who writes one by hand never comes near."""
+"""Size of a file in bytes; no file written by hand comes near it."""
 
-_TOO_MANY = f"has more than {MAX_NODES} values once its aliases are written out"
+_TOO_MANY = f"has more than {MAX_NODES} values once its aliases are expanded"
 _TOO_DEEP = "is nested too deeply"
 _TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True)
 class Source:
-    r"""A configuration as it was written: its values and their places.
+    r"""The values of a YAML document and the places where they were written.
 
     Args:
         file: The file, as the user named it.
-        data: What it says, in plain values: mappings, lists, text, numbers, true, false and null.
-        places: Where each value was written; for the value of a mapping that is the place of its key.
+        data: Its plain values: mappings, lists, text, numbers, true, false and null.
+        places: Place of each value by its path; a value in a mapping has the place of its key.
 
     Example:
         >>> source = parse("trainer:\n  max_epochs: 10\n", "a.yaml").override("trainer.max_epochs=20")
@@ -51,16 +51,16 @@ class Source:
     places: Mapping[SettingPath, Place]
 
     def place(self, path: SettingPath) -> Place:
-        """Return where the value at `path` was written, or else the nearest value around it."""
+        """Return where the value at `path` was written, or the nearest value around it that was written."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, Place(self.file))
 
     def value(self, path: SettingPath) -> Any:
-        """Return the value at `path`, or None where there is none."""
+        """Return the value at `path`, or None if no value is there."""
         value: Any = self.data
         for part in path:
-            value = _inside(value, part)
+            value = _child(value, part)
         return value
 
     def is_overridden(self, path: SettingPath) -> bool:
@@ -74,30 +74,34 @@ class Source:
             setting: `key=value`; the key is dotted, with numbers for list elements, and the value is YAML.
 
         Raises:
-            ConfigError: If there is no `=`, the value does not parse, or the key leads nowhere.
+            ConfigError: If the `=` is missing, the value does not parse, or the key leads into a value that is no
+                mapping or past the end of a list.
         """
         place = Place(f"--set {setting}")
         key, equals, text = setting.partition("=")
-        path = _way(self.data, key.strip().split("."))
+        path = _parse_key(self.data, key.strip().split("."))
         if not equals or "" in path:
             raise ConfigError(
                 [LocatedProblem(place, (), "is not of the form key=value, such as trainer.max_epochs=20")]
             )
         builder = _Builder(lambda _: place)
-        value = _built(text, place, path, builder)
-        kept = {known: where for known, where in self.places.items() if known[: len(path)] != path}
-        around = {path[:length]: place for length in range(1, len(path))}  # what had to be made on the way
-        return replace(self, data=_replaced(self.data, path, value, place), places=around | kept | builder.places)
+        value = _build_value(text, place, path, builder)
+        around = {path[:length]: place for length in range(1, len(path))}  # of mappings that the override creates
+        places = around | self._places_outside(path) | builder.places
+        return replace(self, data=_replace_value(self.data, path, value, place), places=places)
 
     def without(self, path: SettingPath) -> Source:
         """Return the source without the value at `path`, whose last part is a key of a mapping."""
         inner = {key: value for key, value in self.value(path[:-1]).items() if key != path[-1]}
-        kept = {known: where for known, where in self.places.items() if known[: len(path)] != path}
-        return replace(self, data=_replaced(self.data, path[:-1], inner, Place(self.file)), places=kept)
+        data = _replace_value(self.data, path[:-1], inner, Place(self.file))
+        return replace(self, data=data, places=self._places_outside(path))
+
+    def _places_outside(self, path: SettingPath) -> dict[SettingPath, Place]:
+        return {known: place for known, place in self.places.items() if known[: len(path)] != path}
 
 
 def read(path: str | Path) -> Source:
-    """Return what the YAML file at `path` says.
+    """Return the values of the YAML file at `path`.
 
     Raises:
         ConfigError: If the file cannot be read, is too large, is not UTF-8, does not parse, or is not a mapping.
@@ -106,21 +110,21 @@ def read(path: str | Path) -> Source:
         with Path(path).open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise _unreadable(path, f"has more than {MAX_BYTES} bytes, which is no configuration")
+            raise _file_error(path, f"has more than {MAX_BYTES} bytes, too large for a configuration")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        beside = Path(path).parent
-        names = [each.name for each in beside.glob("*.y*ml")] if beside.is_dir() else []
-        raise _unreadable(path, f"no such file{suggest(Path(path).name, names)}") from None
+        folder = Path(path).parent
+        names = [each.name for each in folder.glob("*.y*ml")] if folder.is_dir() else []
+        raise _file_error(path, f"no such file{suggest(Path(path).name, names)}") from None
     except UnicodeDecodeError as error:
-        raise _unreadable(path, f"is not UTF-8 text (byte {error.start})") from None
+        raise _file_error(path, f"is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise _unreadable(path, (error.strerror or str(error)).lower()) from None
+        raise _file_error(path, (error.strerror or str(error)).lower()) from None
     return parse(text, str(path))
 
 
 def parse(text: str, file: str) -> Source:
-    r"""Return what the YAML `text` of `file` says.
+    r"""Return the values of the YAML `text` of `file`.
 
     Numbers, true, false and null are those of YAML 1.2: `1e-3` is a number; `on`, `off`, `yes`, `no` and dates are
     text.
@@ -133,10 +137,10 @@ def parse(text: str, file: str) -> Source:
         {'lr': 0.001, 'mode': 'on'}
     """
     builder = _Builder(lambda node: Place(file, node.start_mark.line + 1))
-    data = _built(text, Place(file), (), builder)
+    data = _build_value(text, Place(file), (), builder)
     if not isinstance(data, dict):
-        shown = "is empty" if data is None else "is not a mapping"
-        raise ConfigError([LocatedProblem(Place(file, 1), (), f"{shown}; expected sections such as `trainer:`")])
+        problem = "is empty" if data is None else "is not a mapping"
+        raise ConfigError([LocatedProblem(Place(file, 1), (), f"{problem}; expected sections such as `trainer:`")])
     return Source(file, data, builder.places)
 
 
@@ -147,16 +151,16 @@ class _Loader(yaml.SafeLoader):
     composed = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Return the next node; in Python each takes a hundred times the room that it has in the text."""
+        """Return the next node; in memory a node takes about a hundred times the space of its text."""
         self.composed += 1
-        if self.composed > 2 * MAX_NODES:  # keys are nodes, too
+        if self.composed > 2 * MAX_NODES:  # keys are nodes too
             raise _TooManyError
         node: yaml.Node | None = super().compose_node(parent, index)
         return node
 
 
 class _TooManyError(NoetherError):
-    """There are more nodes than a document may have."""
+    """The document has too many nodes."""
 
 
 SCALARS: tuple[tuple[str, str, list[str]], ...] = (
@@ -168,7 +172,7 @@ SCALARS: tuple[tuple[str, str, list[str]], ...] = (
         list("-+.0123456789"),
     ),
     (f"{_TAG}null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    (f"{_TAG}merge", r"<<", ["<"]),  # recognised in order to be refused
+    (f"{_TAG}merge", r"<<", ["<"]),  # recognised, to refuse it with a message
 )
 """Tag, pattern and first characters of the scalars of YAML 1.2's core schema (yaml.org/spec/1.2.2, section 10.3.2)."""
 
@@ -178,9 +182,9 @@ for _tag, _pattern, _first in SCALARS:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _RADIX = {"0o": 8, "0x": 16}
 _SCALARS: dict[str, Callable[[str], object]] = {
-    f"{_TAG}str": lambda text: text.encode().decode(),  # half of a surrogate pair is no text
+    f"{_TAG}str": lambda text: text.encode().decode(),  # fails for half of a surrogate pair
     f"{_TAG}bool": lambda text: {"true": True, "false": False}[text.lower()],
-    # By way of decimals, for Python refuses to write out numbers that have too many of them.
+    # Through decimal text, because Python refuses to print an integer with too many decimals.
     f"{_TAG}int": lambda text: int(str(int(text, _RADIX.get(text[:2], 10)))),
     f"{_TAG}float": lambda text: float(re.sub(r"\.(inf|nan)", r"\1", text.lower())),
     f"{_TAG}null": lambda _: None,
@@ -189,7 +193,7 @@ _SCALARS: dict[str, Callable[[str], object]] = {
 
 @dataclass
 class _Builder:
-    """Turns nodes into values, and notes down their places."""
+    """Turns nodes into values and records their places and problems."""
 
     where: Callable[[yaml.Node], Place]
     places: dict[SettingPath, Place] = field(default_factory=dict)
@@ -204,7 +208,7 @@ class _Builder:
         if len(around) > MAX_LEVELS:
             raise ConfigError([LocatedProblem(place, (), _TOO_DEEP)])
         if any(node is each for each in around):
-            return self.problem(node, path, "an alias stands inside of what it stands for")
+            return self.add_problem(node, path, "recursive alias: it is part of the value it refers to")
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
             return self.mapping(node, path, (*around, node))
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
@@ -216,12 +220,12 @@ class _Builder:
         for key_node, value_node in node.value:
             key = key_node.value
             if key_node.tag == f"{_TAG}merge":
-                self.problem(key_node, path, "`<<` is not part of YAML 1.2; write these settings out")
+                self.add_problem(key_node, path, "`<<` is not part of YAML 1.2; write these settings out")
             elif key_node.tag != f"{_TAG}str" or not isinstance(key, str) or _SURROGATE.search(key):
-                self.problem(key_node, path, f"the key {_shown(key_node)} is not text; put it in quotes")
+                self.add_problem(key_node, path, f"the key {_quote(key_node)} is not text; put it in quotes")
             elif key in values:
                 first = self.places[*path, key]
-                self.problem(key_node, (*path, key), f"is given twice, first in line {first.line}")
+                self.add_problem(key_node, (*path, key), f"is given twice, first in line {first.line}")
             else:
                 self.places[*path, key] = self.where(key_node)
                 values[key] = self.value(value_node, (*path, key), around)
@@ -231,25 +235,25 @@ class _Builder:
         convert = _SCALARS.get(node.tag)
         if convert is None or not isinstance(node, yaml.ScalarNode):
             tag = node.tag.replace(_TAG, "!!")
-            return self.problem(node, path, f"the tag {tag} is refused; a configuration is plain values")
+            return self.add_problem(node, path, f"the tag {tag} is refused; a configuration is plain values")
         try:
             return convert(node.value)
         except (ValueError, KeyError):
-            return self.problem(node, path, f"{_shown(node)} does not fit its tag {node.tag.replace(_TAG, '!!')}")
+            return self.add_problem(node, path, f"{_quote(node)} does not fit its tag {node.tag.replace(_TAG, '!!')}")
 
-    def problem(self, node: yaml.Node, path: SettingPath, message: str) -> object:
-        """Note a problem down, and return what stands for the value."""
+    def add_problem(self, node: yaml.Node, path: SettingPath, message: str) -> object:
+        """Record a problem and return None, which takes the place of the value."""
         self.problems.append(LocatedProblem(self.where(node), path, message))
         return None
 
 
-def _shown(node: yaml.Node) -> str:
+def _quote(node: yaml.Node) -> str:
     text = node.value if isinstance(node, yaml.ScalarNode) else "[...]"
-    return repr(text if len(text) <= 40 else f"{text[:40]}...")  # noqa: PLR2004 - a line of an error stays a line
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")  # noqa: PLR2004 - an error stays on one line
 
 
-def _built(text: str, place: Place, path: SettingPath, builder: _Builder) -> object:
-    """Return the value of `text`, or raise everything that is wrong with it."""
+def _build_value(text: str, place: Place, path: SettingPath, builder: _Builder) -> object:
+    """Return the value of `text`, or raise all its problems at once."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else builder.value(node, path)
@@ -259,7 +263,7 @@ def _built(text: str, place: Place, path: SettingPath, builder: _Builder) -> obj
     except _TooManyError:
         raise ConfigError([LocatedProblem(place, (), _TOO_MANY)]) from None
     except yaml.MarkedYAMLError as error:
-        raise ConfigError([_unparsed(error, place)]) from None
+        raise ConfigError([_syntax_problem(error, place)]) from None
     except yaml.reader.ReaderError as error:
         line = None if place.origin.startswith("--set") else text.count("\n", 0, error.position) + 1
         message = f"does not parse: the character {chr(int(error.character))!r} is not allowed"
@@ -269,47 +273,51 @@ def _built(text: str, place: Place, path: SettingPath, builder: _Builder) -> obj
     return value
 
 
-def _unparsed(error: yaml.MarkedYAMLError, place: Place) -> LocatedProblem:
-    said = ", ".join(filter(None, [error.context, error.problem]))
+def _syntax_problem(error: yaml.MarkedYAMLError, place: Place) -> LocatedProblem:
+    reason = ", ".join(filter(None, [error.context, error.problem]))
     mark = error.problem_mark or error.context_mark
     if mark is None or place.origin.startswith("--set"):
-        return LocatedProblem(place, (), f"does not parse: {said}")
-    return LocatedProblem(replace(place, line=mark.line + 1), (), f"column {mark.column + 1}: does not parse: {said}")
+        return LocatedProblem(place, (), f"does not parse: {reason}")
+    return LocatedProblem(replace(place, line=mark.line + 1), (), f"column {mark.column + 1}: does not parse: {reason}")
 
 
-def _way(data: Any, parts: Iterable[str]) -> SettingPath:
-    """Return `parts` as a path into `data`: a number is an index where there is a list, and a key anywhere else."""
-    way: list[str | int] = []
+def _parse_key(data: Any, parts: Iterable[str]) -> SettingPath:
+    """Return `parts` as a path into `data`: a number is an index where a list is, and a key anywhere else."""
+    path: list[str | int] = []
     for part in parts:
         index = int(part) if isinstance(data, list) and part.isdecimal() else part
-        way.append(index)
-        data = _inside(data, index)
-    return tuple(way)
+        path.append(index)
+        data = _child(data, index)
+    return tuple(path)
 
 
-def _inside(data: Any, part: str | int) -> Any:
-    """Return the value at one key or index, or None where there is none."""
+def _child(data: Any, part: str | int) -> Any:
+    """Return the value at one key or index, or None if no value is there."""
     if isinstance(data, dict):
         return data.get(part)
     return data[part] if isinstance(data, list) and isinstance(part, int) and part < len(data) else None
 
 
-def _replaced(data: Any, path: SettingPath, value: object, place: Place, done: SettingPath = ()) -> Any:
-    """Return `data` with the value at `path` replaced; mappings that are missing on the way are made."""
+def _replace_value(data: Any, path: SettingPath, value: object, place: Place, done: SettingPath = ()) -> Any:
+    """Return `data` with the value at `path` replaced, creating the mappings that are missing on the way."""
     if not path:
         return value
     head, rest = path[0], path[1:]
     if isinstance(data, list):
         if head not in range(len(data)):
             raise ConfigError(
-                [LocatedProblem(place, (*done, head), f"there is no such element; the list has {len(data)}")]
+                [
+                    LocatedProblem(
+                        place, (*done, head), f"there is no such element; the list has {len(data)}, numbered from 0"
+                    )
+                ]
             )
-        changed = _replaced(data[int(head)], rest, value, place, (*done, head))
+        changed = _replace_value(data[int(head)], rest, value, place, (*done, head))
         return [changed if index == head else each for index, each in enumerate(data)]
     if data is not None and not isinstance(data, dict):
         raise ConfigError([LocatedProblem(place, done, f"is {data!r}, which has no settings inside")])
     inner = data or {}
-    return inner | {head: _replaced(inner.get(head), rest, value, place, (*done, head))}
+    return inner | {head: _replace_value(inner.get(head), rest, value, place, (*done, head))}
 
 
 def apply_overrides(source: Source, settings: Iterable[str]) -> Source:
@@ -329,5 +337,5 @@ def apply_overrides(source: Source, settings: Iterable[str]) -> Source:
     return source
 
 
-def _unreadable(path: str | Path, message: str) -> ConfigError:
+def _file_error(path: str | Path, message: str) -> ConfigError:
     return ConfigError([LocatedProblem(Place(str(path)), (), message)])

@@ -275,7 +275,7 @@ CASES = {
     ),
     "no train dataset": (
         [("  train:\n", "  trian:\n")],
-        "bad.yaml:8: data.train: is missing; it is what is trained on; did you mean 'trian'?",
+        "bad.yaml:8: data.train: is missing; training uses that dataset; did you mean 'trian'?",
     ),
     "weights that are not there": (
         [("output: out", "output: out\n  init_from: old/checkpoints/last")],
@@ -286,7 +286,7 @@ CASES = {
     ),
     "nothing to evaluate first": (
         [("max_epochs: 2", "max_epochs: 2\n  evaluate_first: true")],
-        "bad.yaml:21: trainer.evaluate_first: there is nothing to evaluate; give `evaluate`",
+        "bad.yaml:21: trainer.evaluate_first: needs the setting `evaluate`, which is missing",
     ),
     "negative number of workers": (
         [("max_epochs: 2", "max_epochs: 2\n  num_workers: -1")],
@@ -345,7 +345,7 @@ def test_bad_configuration(tmp_path, changes, message, command):
         (["trainer.max_epohcs=3"], "trainer.max_epohcs: unknown setting; did you mean 'max_epochs'?"),
         (["trainr.max_epochs=3"], "trainr: unknown setting; did you mean 'trainer'?"),
         (["run.name.first=x"], "run.name: is 'small', which has no settings inside"),
-        (["callbacks.9.every_n_epochs=3"], "callbacks[9]: there is no such element; the list has 6"),
+        (["callbacks.9.every_n_epochs=3"], "callbacks[9]: there is no such element; the list has 6, numbered from 0"),
         (["trainer.max_epochs"], "is not of the form key=value, such as trainer.max_epochs=20"),
         (["trainer.max_epochs=0.5"], "trainer.max_epochs: 0.5 is not a whole number of at least 1"),
         (["trainer.max_epochs=ten"], "trainer.max_epochs: 'ten' is not a whole number of at least 1"),

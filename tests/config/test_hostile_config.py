@@ -105,7 +105,7 @@ def test_a_tag_in_an_override(folder):
     assert "the tag !!python/object/apply:os.mkdir is refused" in said
 
 
-DEEP, MANY = "is nested too deeply", "has more than 20000 values once its aliases are written out"
+DEEP, MANY = "is nested too deeply", "has more than 20000 values once its aliases are expanded"
 BOMBS = {
     "laughs": ("\n".join([f"l0: &l0 [{'x, ' * 9}x]", *(f"l{n}: &l{n} [{f'*l{n - 1}, ' * 9}x]" for n in range(1, 30))]), MANY),
     "laughs in mappings": ("\n".join(["l0: &l0 {a: x, b: x}", *(f"l{n}: &l{n} {{a: *l{n - 1}, b: *l{n - 1}}}" for n in range(1, 60))]), MANY),
@@ -115,9 +115,9 @@ BOMBS = {
     "mappings without end": ("a: " + "{a: " * 100_000, DEEP),
     "blocks without end": ("\n".join(" " * n + "a:" for n in range(1, 1200)), DEEP),
     "lists that end": ("a: " + "[" * 150 + "]" * 150, DEEP),
-    "itself": ("a: &a [*a]", "an alias stands inside of what it stands for"),
-    "itself in a mapping": ("a: &a {b: {c: *a}}", "an alias stands inside of what it stands for"),
-    "more than a file may have": ("# " + "x" * (1 << 20), "has more than 1048576 bytes, which is no configuration"),
+    "itself": ("a: &a [*a]", "recursive alias: it is part of the value it refers to"),
+    "itself in a mapping": ("a: &a {b: {c: *a}}", "recursive alias: it is part of the value it refers to"),
+    "more than a file may have": ("# " + "x" * (1 << 20), "has more than 1048576 bytes, too large for a configuration"),
     "too many digits": (f"a: {'1' * 5000}", "does not fit its tag !!int"),
     "too many hexadecimal digits": (f"a: 0x{'f' * 5000}", "does not fit its tag !!int"),
     "too many octal digits": (f"a: 0o{'7' * 9000}", "does not fit its tag !!int"),

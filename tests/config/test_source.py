@@ -68,7 +68,7 @@ def test_a_float_as_python_writes_it_is_a_float(value):
         ("a: !!int x", "a.yaml:1: a: 'x' does not fit its tag !!int"),
         ("a:\n  1: 2", "a.yaml:2: a: the key '1' is not text; put it in quotes"),
         ("a: &x {b: 1}\nc:\n  <<: *x", "a.yaml:3: c: `<<` is not part of YAML 1.2; write these settings out"),
-        ("a: &x [*x]", "a.yaml:1: a[0]: an alias stands inside of what it stands for"),
+        ("a: &x [*x]", "a.yaml:1: a[0]: recursive alias: it is part of the value it refers to"),
         ("a: *x", "a.yaml:1: column 4: does not parse: found undefined alias 'x'"),
         ("a: " + "[" * 5000, "a.yaml: is nested too deeply"),
     ],
@@ -128,7 +128,7 @@ def test_overrides_that_are_refused_all_at_once():
         "--set a.b: is not of the form key=value, such as trainer.max_epochs=20",
         "--set a..b=1: is not of the form key=value, such as trainer.max_epochs=20",
         "--set a.b.c=1: a.b: is 1, which has no settings inside",
-        "--set l.3=1: l[3]: there is no such element; the list has 1",
-        "--set l.x=1: l.x: there is no such element; the list has 1",
+        "--set l.3=1: l[3]: there is no such element; the list has 1, numbered from 0",
+        "--set l.x=1: l.x: there is no such element; the list has 1, numbered from 0",
         "--set a.b=[1: does not parse: while parsing a flow sequence, expected ',' or ']', but got '<stream end>'",
     ]

@@ -138,7 +138,7 @@ def test_epochs_are_counted_in_updates_from_the_start_of_the_run():
             {"kind": "cosin"},
             "kind: 'cosin' is not one of 'constant', 'linear', 'cosine', 'step', 'polynomial'; did you",
         ),
-        ({"kind": "cosine", "gamma": 0.1}, "gamma: is a setting of step, and kind is cosine"),
+        ({"kind": "cosine", "gamma": 0.1}, "gamma: is a setting of step, and kind is cosine; remove it or change kind"),
         ({"end_factor": 0.1}, "end_factor: is a setting of linear and cosine and polynomial, and kind is constant"),
         ({"kind": "linear", "end_factor": -0.1}, "end_factor: -0.1 is not a number of at least 0"),
         ({"kind": "linear", "end_factor": math.inf}, "end_factor: inf is not a number of at least 0"),
@@ -190,14 +190,14 @@ def test_refused_runs(settings, total, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "default"}, "name: 'default' is taken or empty; 'default' holds what no group matches"),
-        ({"name": ""}, "name: '' is taken or empty"),
-        ({"match": "*.bias"}, "match: '*.bias' is no list of patterns; write for example ['*.bias']"),
-        ({"match": ()}, "match: () is no list of patterns"),
+        ({"name": "default"}, "name: 'default' is the name for all parameters that no group matches; choose another"),
+        ({"name": ""}, "name: is empty; logs and checkpoints need a name for the group"),
+        ({"match": "*.bias"}, "match: '*.bias' is not a list of patterns such as ['*.bias']"),
+        ({"match": ()}, "match: () is not a list of patterns such as ['*.bias']"),
         ({"lr": -0.1}, "lr: -0.1 is not a number of at least 0"),
         ({"weight_decay": "0"}, "weight_decay: '0' is not a number of at least 0"),
         ({"settings": {"lr": 0.1}}, "settings.lr: is a field of the group itself: write lr: 0.1"),
-        ({"frozen": True, "lr": 0.1}, "frozen: True leaves no use for lr; drop one of them"),
+        ({"frozen": True, "lr": 0.1}, "frozen: a frozen group is not trained, so lr has no effect; drop one"),
     ],
 )
 def test_refused_param_groups(settings, message):

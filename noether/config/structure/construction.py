@@ -98,12 +98,10 @@ def arguments(
             elif takes_any and name not in reserved:
                 settings[name] = value[name]
             else:
-                raise _InvalidKeyError(f"unknown setting{_suggest_setting(name, [*known, *beside])}")
+                names = [*known, *beside]
+                hint = suggest(name, names) or f"; known are {', '.join(names) or 'no settings'}"
+                raise _InvalidKeyError(f"unknown setting{hint}")
     return settings, errors
-
-
-def _suggest_setting(name: str, known: Sequence[str]) -> str:
-    return suggest(name, known) or (f"; known are {', '.join(known)}" if known else "; there are none")
 
 
 class _Missing:
