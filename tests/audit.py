@@ -1,4 +1,4 @@
-"""What Python itself tells of what a piece of code does: imports, processes, files, code that is run."""
+"""Python's audit events of a piece of code: imports, processes, files, and executed code."""
 
 import os
 import sys
@@ -18,47 +18,47 @@ CHANGES = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.syml
 OTHERS = {"pickle.find_class", "ctypes.dlopen", "socket.connect", "urllib.Request"}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-_watching: list[list[tuple[str, tuple[object, ...]]]] = []
+_recordings: list[list[tuple[str, tuple[object, ...]]]] = []
 
 
 def _hook(event, args):
-    if _watching:
-        _watching[-1].append((event, args))
+    if _recordings:
+        _recordings[-1].append((event, args))
 
 
-# It can never be taken away again; while nobody watches it does nothing.
+# A hook cannot be removed; it does nothing while no test records.
 sys.addaudithook(_hook)
 
 
 @contextmanager
-def watched():
-    """Give a list that holds `(event, arguments)` of everything that happens inside, once it is left."""
+def record_audit():
+    """Yield a list that receives `(event, arguments)` of every audit event until the context ends."""
     events = []
-    _watching.append(events)
+    _recordings.append(events)
     try:
         yield events
     finally:
-        _watching.pop()
+        _recordings.pop()
 
 
-def dangers(events):
-    """Return those events in which something is started, changed, written, connected or unpickled."""
+def dangerous_events(events):
+    """Return the events that start, change, write, connect or unpickle something."""
     found = [event for event in events if event[0] in PROCESSES | CHANGES | OTHERS]
     return found + [(name, args) for name, args in events if name == "open" and _writes(args)]
 
 
-def opened(events):
-    """Return the files that were opened, by name."""
+def opened_paths(events):
+    """Return the paths of the files that were opened."""
     return {os.fsdecode(args[0]) for name, args in events if name == "open" and not isinstance(args[0], int)}
 
 
-def imported(events):
-    """Return the modules that were not there and were looked for."""
+def imported_modules(events):
+    """Return the modules that were searched for because they were not imported yet."""
     return {args[0] for name, args in events if name == "import"}
 
 
-def ran(events):
-    """Return whether code was run that was none before: an import, an `exec`, an `eval`."""
+def executions(events):
+    """Return the events that compile or execute code: an import, an `exec`, an `eval`."""
     return [event for event in events if event[0] in {"exec", "compile"}]
 
 

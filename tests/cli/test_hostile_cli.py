@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from attrs import evolve
-from audit import dangers, watched
+from audit import dangerous_events, record_audit
 from command import PATIENCE_S, SMALL, invoke, noether, start
 
 from noether.effects.checkpoints.manifest import Manifest, Part
@@ -57,10 +57,10 @@ def forge(run, name, content):
 )
 def test_a_hostile_checkpoint_is_a_line_that_names_it(finished, tmp_path, name, content):
     tags = forge(finished, name, content)
-    with watched() as events:
+    with record_audit() as events:
         evaluated = invoke("eval", "out/small/" + finished.name, cwd=tmp_path, code=1)
         resumed = invoke("train", "--resume", "out/small/" + finished.name, cwd=tmp_path, code=1)
-    assert [event for event, _ in dangers(events) if "pickle" in event or "os.system" in event] == []
+    assert [event for event, _ in dangerous_events(events) if "pickle" in event or "os.system" in event] == []
     assert evaluated.startswith(f"Error: out/small/{finished.name}/checkpoints/")
     assert " does not hold a state: " in evaluated
     first, *reasons = resumed.splitlines()

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from audit import dangers, imported, watched
+from audit import dangerous_events, imported_modules, record_audit
 
 from noether.config import ConfigError, load, load_callbacks
 from noether.config.objects.import_policy import import_path
@@ -49,10 +49,10 @@ def config(folder, **sections):
 
 def refusal(path, *args, **options):
     """Return why a file is refused; nothing may happen on the way, and nothing of the attacker's be imported."""
-    with watched() as events, pytest.raises(ConfigError) as error:
+    with record_audit() as events, pytest.raises(ConfigError) as error:
         load(path, *args, **options)
-    assert dangers(events) == []
-    assert not {name.rpartition(".")[2] for name in imported(events)} & {"evil", "this", "antigravity"}
+    assert dangerous_events(events) == []
+    assert not {name.rpartition(".")[2] for name in imported_modules(events)} & {"evil", "this", "antigravity"}
     assert not Path("executed").exists()
     assert all(line.startswith((path, "--set ")) for line in str(error.value).splitlines())
     return str(error.value)
@@ -383,7 +383,10 @@ def test_a_file_without_end_is_read_as_far_as_a_configuration_goes(folder):
 
 def test_callbacks_for_other_loops_are_judged_alike(folder):
     path = config(folder, callbacks="[{kind: torch.hub.os.system}]")
-    with watched() as events, pytest.raises(ConfigError, match=r"callbacks\[0\].kind: .*'os' is not an allowed prefix"):
+    with (
+        record_audit() as events,
+        pytest.raises(ConfigError, match=r"callbacks\[0\].kind: .*'os' is not an allowed prefix"),
+    ):
         load_callbacks(path)
-    assert dangers(events) == []
+    assert dangerous_events(events) == []
     assert not Path("executed").exists()

@@ -1,4 +1,7 @@
-"""Disks that fail, die or lose power where a test wants it; each is a `call` of `noether.effects.disk.calls.Disk`."""
+"""Simulated faults of a disk: errors, kills and losses of power.
+
+Each is a `call` for `noether.effects.disk.calls.Disk`.
+"""
 
 import errno
 import os
@@ -11,31 +14,31 @@ KINDS = ("kill", "torn", "short", *(f"{error} {how}" for error in ERRORS for how
 
 
 class Killed(BaseException):
-    """The process ended here: no code of its own sees this, as none sees a SIGKILL."""
+    """The process ended here. No code of the library catches it, as none catches a SIGKILL."""
 
 
-def plainly(function, *arguments):
-    """Make a call, but wait for no disk: nobody takes the power away from a test."""
+def call_without_fsync(function, *arguments):
+    """Make a call, except for fsync, which a test without power losses does not need."""
     return None if function is fsync else function(*arguments)
 
 
 class Faults:
-    """Makes calls, and at one of them does something else, once it is armed.
+    """Makes calls, and injects a fault into one of them once it is armed.
 
     Args:
-        call: What makes the calls.
+        call: Makes the calls.
     """
 
-    def __init__(self, call=plainly):
+    def __init__(self, call=call_without_fsync):
         self._call = call
         self.armed = False
 
-    def fail(self, at=None, kind="kill"):
-        """Count calls from now on.
+    def arm(self, at=None, kind="kill"):
+        """Start to count calls, and inject a fault.
 
         Args:
-            at: At which one to fail, counted from 0; None for none.
-            kind: One of `KINDS`. `torn` kills in the middle of a write; `short` takes half of one.
+            at: Index of the call that fails, from 0; None for no fault.
+            kind: One of `KINDS`. `torn` kills in the middle of a write; `short` writes half of the content.
         """
         self._at, self._kind, self._dead = at, kind, False
         self.armed, self.names = True, []
@@ -54,11 +57,11 @@ class Faults:
     def _fail(self, function, *arguments):
         if self._kind in ("torn", "short") and function is os.write:
             file, content = arguments
-            took = self._call(function, file, content[: len(content) // 2])
-        elif self._kind == "short" or function is os.close:  # a close that fails has closed all the same
-            took = self._call(function, *arguments)
+            result = self._call(function, file, content[: len(content) // 2])
+        elif self._kind == "short" or function is os.close:  # a close that fails still closes the file
+            result = self._call(function, *arguments)
         if self._kind == "short":
-            return took
+            return result
         if self._kind in ("kill", "torn"):
             self._dead = True
             raise Killed
@@ -66,8 +69,8 @@ class Faults:
         raise OSError(number, os.strerror(number))
 
 
-def meets(name, kind):
-    """Return whether a call of this name can meet a fault of this kind."""
+def can_meet(name, kind):
+    """Return whether a fault of this kind can occur in a call of this name."""
     return name == "write" or kind not in ("torn", "short")
 
 
@@ -89,35 +92,35 @@ class _Folder:
             self.now[name] = node
 
 
-class Power:
-    """Makes calls on real files, and knows what of them is left when the power goes.
+class PowerLoss:
+    """Makes calls on real files, and tracks which content may survive a loss of power.
 
-    What POSIX promises and nothing beyond: content is there once its file was flushed, and a name once its directory
-    was. Until then a file may hold what it held, part of what was written, or zeros, and each change of a name may be
-    there or not, whatever came after it.
+    It assumes what POSIX promises and no more: content survives after an fsync of its file, and a name after an fsync
+    of its directory. Before that, a file may hold its old content, part of the new one, or zeros; and each change of a
+    name may survive or not, independently of later changes.
 
     Args:
         root: A directory whose content is on the disk.
-        after: Called after every call that changes something.
-        skipped: Judges a path and what is there, `file` or `directory`: whether it is not flushed. For mutants.
+        after_change: Called after every call that changes something.
+        skips_fsync: `(path, kind) -> bool`, with `file` or `directory` as kind: whether a mutant omits this fsync.
     """
 
-    def __init__(self, root, after=lambda: None, skipped=None):
-        self._root, self._after = Path(root), after
-        self._skipped = skipped or (lambda path, kind: False)
-        self._tree = _scanned(self._root)
+    def __init__(self, root, after_change=lambda: None, skips_fsync=None):
+        self._root, self._after_change = Path(root), after_change
+        self._skips_fsync = skips_fsync or (lambda path, kind: False)
+        self._tree = _scan(self._root)
         self._open = {}
 
     def __call__(self, function, *arguments):
-        done = plainly(function, *arguments)
+        result = call_without_fsync(function, *arguments)
         change = self._CHANGES.get(function)
         if change is not None:
-            change(self, done, *arguments)
-            self._after()
-        return done
+            change(self, result, *arguments)
+            self._after_change()
+        return result
 
     def survivors(self, random):
-        """Return one of the trees that a loss of power may leave now: content or None by relative path."""
+        """Return a tree that a loss of power may leave now: content by relative path, None for a directory."""
         found = {}
         _survive(self._tree, Path(), random, found)
         return found
@@ -127,7 +130,7 @@ class Power:
         return dict(_files(self._tree, Path()))
 
     def damage(self, path, content):
-        """Let a file hold something else, as if it had always been so."""
+        """Replace the content of a file, on the disk and in memory."""
         path.write_bytes(content)
         file = self._at(path)
         file.durable = file.now = content
@@ -140,49 +143,49 @@ class Power:
             node = node.now.get(part) if node is not None else None
         return node
 
-    def _opened(self, file, path, flags, mode=0):
+    def _track_open(self, file, path, flags, mode=0):
         if flags & os.O_CREAT and self._at(path) is None:
             self._at(path.parent).set(path.name, _File())
         self._open[file] = (path, self._at(path))
 
-    def _written(self, took, file, content):
-        self._open[file][1].now += bytes(content)[:took]
+    def _track_write(self, size, file, content):
+        self._open[file][1].now += bytes(content)[:size]
 
-    def _truncated(self, _, file, size):
+    def _track_truncate(self, _, file, size):
         self._open[file][1].now = self._open[file][1].now[:size]
 
-    def _flushed(self, _, file):
+    def _track_fsync(self, _, file):
         path, node = self._open[file]
-        if node is None or self._skipped(path, "file" if isinstance(node, _File) else "directory"):
+        if node is None or self._skips_fsync(path, "file" if isinstance(node, _File) else "directory"):
             return
         node.durable = node.now if isinstance(node, _File) else dict(node.now)
         node.pending = []
 
-    def _made(self, _, path, mode=0):
+    def _track_mkdir(self, _, path, mode=0):
         self._at(path.parent).set(path.name, _Folder())
 
-    def _renamed(self, _, path, target):
+    def _track_rename(self, _, path, target):
         node = self._at(path)
         self._at(path.parent).set(path.name, None)
         self._at(target.parent).set(target.name, node)
 
-    def _removed(self, _, path):
+    def _track_remove(self, _, path):
         self._at(path.parent).set(path.name, None)
 
     _CHANGES = {  # noqa: RUF012  # a table
-        os.open: _opened,
-        os.write: _written,
-        os.ftruncate: _truncated,
-        fsync: _flushed,
-        os.mkdir: _made,
-        os.rename: _renamed,
-        os.unlink: _removed,
-        os.rmdir: _removed,
+        os.open: _track_open,
+        os.write: _track_write,
+        os.ftruncate: _track_truncate,
+        fsync: _track_fsync,
+        os.mkdir: _track_mkdir,
+        os.rename: _track_rename,
+        os.unlink: _track_remove,
+        os.rmdir: _track_remove,
     }
 
 
-def restored(survivors, root):
-    """Write what survived into a new directory."""
+def write_tree(survivors, root):
+    """Write the surviving files and directories below a new root."""
     for path, content in survivors.items():
         if content is None:
             (root / path).mkdir(parents=True, exist_ok=True)
@@ -198,10 +201,10 @@ def _files(node, path):
         yield from _files(each, path / name)
 
 
-def _scanned(path):
+def _scan(path):
     if path.is_file():
         return _File(path.read_bytes())
-    return _Folder({each.name: _scanned(each) for each in path.iterdir()})
+    return _Folder({each.name: _scan(each) for each in path.iterdir()})
 
 
 def _survive(node, path, random, found):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import Faults, plainly
+from faults import Faults, call_without_fsync
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_run import opened
+from small_run import open_small_run
 
 from noether import (
     AfterAccumulationStep,
@@ -260,7 +260,7 @@ def test_a_resumed_run_that_saves_before_it_logs_counts_what_is_there(tmp_path):
 def test_a_new_log_whose_name_may_not_be_on_the_disk_is_begun_again(path):
     faults = Faults()
     metrics = metrics_file(path, disk=Disk(faults))
-    faults.fail(4, "EIO once")  # open, read it (open, fstat, close), then the directory
+    faults.arm(4, "EIO once")  # open, read it (open, fstat, close), then the directory
     with pytest.raises(OSError, match="Input/output error"):
         metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
     assert not path.exists()
@@ -275,7 +275,7 @@ def test_a_line_that_is_not_taken_whole_leaves_nothing(path, kind):
     faults = Faults()
     metrics = metrics_file(path, disk=Disk(faults))
     metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
-    faults.fail(0, kind)
+    faults.arm(0, kind)
     with pytest.raises(OSError, match="No space left on device"):
         metrics.write(LogScalars({"x": 2}), at(2), AfterUpdate(samples=4))
     faults.armed = False
@@ -293,7 +293,7 @@ def test_what_a_flush_failed_for_is_written_to_another_file(path, caplog):
             flushed.append(os.fstat(arguments[0]).st_ino)
             if len(flushed) == 2:  # the first is that of the directory
                 raise OSError(errno.EIO, "Input/output error")
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
     metrics = metrics_file(path, disk=Disk(call))
     metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
@@ -408,7 +408,7 @@ def line_of(update, event):
 @given(DOINGS)
 def test_whatever_is_done_the_file_is_the_one_written_a_line_at_a_time(tmp_path_factory, doings):
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
-    disk, expected = Disk(plainly), b""
+    disk, expected = Disk(call_without_fsync), b""
     metrics = metrics_file(path, "r", disk)
     for update, doing in enumerate(doings):
         if isinstance(doing, (AfterUpdate, AfterEpoch)):
@@ -441,9 +441,9 @@ def test_whatever_fails_each_line_is_in_the_file_or_counted_as_lost(tmp_path_fac
     def call(function, *arguments):
         if function is os.write and failing:
             if failing.pop() == "short":
-                return plainly(function, arguments[0], arguments[1][: len(arguments[1]) // 2])
+                return call_without_fsync(function, arguments[0], arguments[1][: len(arguments[1]) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
     metrics = metrics_file(path, disk=Disk(call))
     for update, (time_s, how) in enumerate(doings):
@@ -469,7 +469,7 @@ def test_lines_that_are_not_taken_whole_are_all_lost_and_no_others(path, kind):
     metrics = metrics_file(path, disk=Disk(faults))
     for update, seconds in enumerate((0, 0.1, 0.2)):
         metrics.write(LogScalars({"x": 1}), at(update), update_at(seconds))
-    faults.fail(0, kind)
+    faults.arm(0, kind)
     with pytest.raises(OSError, match="No space left on device"):
         metrics.write(LogScalars({"x": 1}), at(3), AfterEpoch(time_s=BEGIN_S + 0.3))
     faults.armed = False
@@ -505,7 +505,7 @@ def flushing(path):
         if function is fsync and threading.current_thread() is not threading.main_thread():
             begun.set()
             go_on.wait()
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
     metrics = metrics_file(path, disk=Disk(call))
     metrics.write(LogScalars({"x": 0}), at(0), update_at(0))
@@ -523,7 +523,7 @@ def test_a_line_that_waits_does_not_wait_for_a_flush(path, flushing):
 
 
 def test_flushes_in_another_thread_disturb_no_line(path):
-    metrics, done = metrics_file(path, disk=Disk(plainly)), threading.Event()
+    metrics, done = metrics_file(path, disk=Disk(call_without_fsync)), threading.Event()
 
     def flush():
         while not done.is_set():
@@ -556,7 +556,7 @@ def logging(interpreter, updates):
 
 @pytest.mark.parametrize("how", ["closed", "left", "collected", "outlived"])
 def test_nothing_that_waits_is_lost_where_a_run_is_let_go(tmp_path, how):
-    run = opened(tmp_path / "run")
+    run = open_small_run(tmp_path / "run")
     interpreter = run.interpreter
     if how == "outlived":  # by its interpreter
         del run
@@ -604,9 +604,9 @@ def test_a_log_that_fails_where_a_save_hands_it_over_is_told_of_and_counted(tmp_
     def call(function, *arguments):
         if function is os.write and full and b'"time_s"' in bytes(arguments[1]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
-    with opened(tmp_path / "run", Disk(call), asynchronous=asynchronous) as run:
+    with open_small_run(tmp_path / "run", Disk(call), asynchronous=asynchronous) as run:
         logging(run.interpreter, range(1, 5))
         full.append(True)
         run.interpreter([SaveCheckpoint()], at(4), update_at(0.005))
@@ -633,7 +633,7 @@ def test_the_summary_is_read_once(tmp_path):
 
     def call(function, *arguments):
         calls.append(function.__name__)
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
     setting(Summary(path), a=1)
     summary = Summary(path, Disk(call))
@@ -651,7 +651,7 @@ def test_what_could_not_be_written_to_the_summary_is_written_the_next_time(tmp_p
     path, faults = tmp_path / "summary.json", Faults()
     summary = Summary(path, Disk(faults))
     setting(summary, a=1)
-    faults.fail(0, "ENOSPC from then on")
+    faults.arm(0, "ENOSPC from then on")
     with pytest.raises(OSError, match="No space left on device"):
         setting(summary, b=2)
     faults.armed = False
@@ -767,7 +767,7 @@ def test_a_closed_run_knows_nothing_of_its_summary_any_more(tmp_path):
 def test_what_could_not_be_written_to_the_summary_waits_on(tmp_path):
     path, faults = tmp_path / "summary.json", Faults()
     summary = Summary(path, Disk(faults))
-    faults.fail(0, "ENOSPC from then on")
+    faults.arm(0, "ENOSPC from then on")
     with pytest.raises(OSError, match="No space left on device"):
         setting(summary, a=1)
     faults.armed = False

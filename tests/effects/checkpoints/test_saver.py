@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
-from faults import Faults, plainly
-from small_run import at, opened
+from faults import Faults, call_without_fsync
+from small_run import open_small_run, state_after
 from torch import nn
 
 from noether import AfterTraining, AfterUpdate, SaveCheckpoint, TrainState
@@ -35,7 +35,7 @@ def gated(gate):
     def call(function, *arguments):
         if function is os.open and arguments[1] & os.O_EXCL and threading.current_thread() is not main:
             gate.wait()
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
     return Disk(call)
 
@@ -45,20 +45,20 @@ def stored(directory):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, gate, gated):
-    with opened(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
-        run.interpreter([SAVE], at(1), UPDATE)
+    with open_small_run(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
+        run.interpreter([SAVE], state_after(1), UPDATE)
         for update in (2, 3):
-            run.interpreter([], at(update), UPDATE)
+            run.interpreter([], state_after(update), UPDATE)
         assert stored(tmp_path).manifests() == []
         gate.set()
         run.wait()
-        assert same(stored(tmp_path).load(stored(tmp_path).find("latest")), at(1))
+        assert same(stored(tmp_path).load(stored(tmp_path).find("latest")), state_after(1))
 
 
 def test_a_save_that_asks_for_its_turn_waits_for_the_one_before(tmp_path):
-    with opened(tmp_path / "run", asynchronous=True, borrowed=False) as run:
+    with open_small_run(tmp_path / "run", asynchronous=True, borrowed=False) as run:
         for update in (1, 2, 3):
-            run.interpreter([SAVE], at(update), UPDATE)
+            run.interpreter([SAVE], state_after(update), UPDATE)
             saved = [manifest.iteration.update for manifest in stored(tmp_path).manifests()]
             assert saved[: update - 1] == [*range(1, update)]
 
@@ -66,7 +66,7 @@ def test_a_save_that_asks_for_its_turn_waits_for_the_one_before(tmp_path):
 def test_what_is_borrowed_is_saved_as_it_was(tmp_path, gate, gated):
     model = nn.Linear(2, 1)
     kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    with opened(tmp_path / "run", gated, asynchronous=True) as run:
+    with open_small_run(tmp_path / "run", gated, asynchronous=True) as run:
         run.interpreter([SAVE], TrainState.from_module(model).advance(samples=4), UPDATE)
         with torch.no_grad():
             model.weight.zero_()
@@ -75,8 +75,8 @@ def test_what_is_borrowed_is_saved_as_it_was(tmp_path, gate, gated):
 
 
 def test_what_is_never_written_to_is_not_copied(tmp_path, gate, gated):
-    state = at(1).replace(params={"w": torch.ones(4)})
-    with opened(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
+    state = state_after(1).replace(params={"w": torch.ones(4)})
+    with open_small_run(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
         run.interpreter([SAVE], state, UPDATE)
         state.params["w"].zero_()  # what nobody does: had it been copied, this would not be seen
         gate.set()
@@ -86,9 +86,9 @@ def test_what_is_never_written_to_is_not_copied(tmp_path, gate, gated):
 def failing(directory, **settings):
     """Return a run in which the first save, at update 1, fails in the background."""
     faults = Faults()
-    run = opened(directory, Disk(faults), asynchronous=True, borrowed=False, **settings)
-    faults.fail(0, "ENOSPC from then on")
-    run.interpreter([SAVE], at(1), UPDATE)
+    run = open_small_run(directory, Disk(faults), asynchronous=True, borrowed=False, **settings)
+    faults.arm(0, "ENOSPC from then on")
+    run.interpreter([SAVE], state_after(1), UPDATE)
     settle(run)
     faults.armed = False
     return run
@@ -104,8 +104,8 @@ def settle(run):
 def test_a_failure_is_raised_at_the_next_event(tmp_path, effects):
     run = failing(tmp_path / "run")
     with pytest.raises(CheckpointError, match="No space left on device"):
-        run.interpreter(effects, at(2), UPDATE)
-    run.interpreter([SAVE], at(3), UPDATE)  # said once
+        run.interpreter(effects, state_after(2), UPDATE)
+    run.interpreter([SAVE], state_after(3), UPDATE)  # said once
     run.close()
     assert [manifest.iteration.update for manifest in stored(tmp_path).manifests()] == [3]
 
@@ -128,23 +128,23 @@ def test_a_failure_beside_another_error_is_told_and_hides_it_not(tmp_path, caplo
 def test_where_failures_warn_the_run_goes_on(tmp_path, caplog, asynchronous):
     faults = Faults()
     settings = {"asynchronous": asynchronous, "borrowed": False, "on_error": "warn"}
-    with opened(tmp_path / "run", Disk(faults), **settings) as run:
-        faults.fail(0, "EIO from then on")
-        run.interpreter([SAVE], at(1), UPDATE)
+    with open_small_run(tmp_path / "run", Disk(faults), **settings) as run:
+        faults.arm(0, "EIO from then on")
+        run.interpreter([SAVE], state_after(1), UPDATE)
         settle(run)
         faults.armed = False
-        run.interpreter([SAVE], at(2), UPDATE)
+        run.interpreter([SAVE], state_after(2), UPDATE)
     assert caplog.text.count("; training continues without it") == 1
-    assert stored(tmp_path).pointers() == {"latest": str(at(2).iteration)}
+    assert stored(tmp_path).pointers() == {"latest": str(state_after(2).iteration)}
 
 
 def test_what_cannot_be_saved_is_no_failure_of_the_disk(tmp_path):
     """It is a mistake in a callback, and ends the run though failures only warn."""
     with (
         pytest.raises(TypeError, match="seen is a set, which cannot be saved"),
-        opened(tmp_path / "run", asynchronous=True, borrowed=False, on_error="warn") as run,
+        open_small_run(tmp_path / "run", asynchronous=True, borrowed=False, on_error="warn") as run,
     ):
-        run.interpreter([SAVE], at(1).remember("seen", {1}), UPDATE)
+        run.interpreter([SAVE], state_after(1).remember("seen", {1}), UPDATE)
     assert stored(tmp_path).manifests() == []
 
 
@@ -179,7 +179,7 @@ def test_a_failure_that_nobody_waits_for_is_written_to_the_standard_error(tmp_pa
 
 def test_the_saves_of_one_event_do_not_wait_for_each_other(tmp_path, gate, gated):
     effects = [SaveCheckpoint(tag="a"), SaveCheckpoint(tag="b")]
-    with opened(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
-        run.interpreter(effects, at(1), AfterTraining())
+    with open_small_run(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
+        run.interpreter(effects, state_after(1), AfterTraining())
         gate.set()
     assert [manifest.tag for manifest in stored(tmp_path).manifests()] == ["a", "b"]

@@ -5,8 +5,8 @@ import random
 import shutil
 
 import pytest
-from faults import KINDS, Faults, Killed, Power, meets, restored
-from small_run import BEST, CALM, at, opened, train
+from faults import KINDS, Faults, Killed, PowerLoss, can_meet, write_tree
+from small_run import BEST, NO_FSYNC, open_small_run, state_after, train
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint
 from noether.effects import CheckpointError, CheckpointStore, LogError
@@ -27,24 +27,24 @@ def check(directory, acknowledged):
         directory: Of the run.
         acknowledged: The newest update that was reported as saved; 0 for none.
     """
-    found = list_checkpoints(directory / "checkpoints", CALM)
+    found = list_checkpoints(directory / "checkpoints", NO_FSYNC)
     assert (found.damaged, found.broken) == ({}, {})
-    with opened(directory) as run:
+    with open_small_run(directory) as run:
         state = run.resume()
         newest = 0 if state is None else state.iteration.update
         assert newest >= acknowledged
-        assert newest == 0 or same(state, at(newest))
+        assert newest == 0 or same(state, state_after(newest))
         store = run.checkpoints
         for name, since in (("latest", 1), ("best", BEST)):
             if acknowledged >= since:
                 pointed = store.load(store.find(name))
                 assert pointed.iteration.update >= (acknowledged if name == "latest" else BEST)
-                assert same(pointed, at(pointed.iteration.update))
+                assert same(pointed, state_after(pointed.iteration.update))
         lines = (directory / "metrics.jsonl").read_text().splitlines() if newest else []
         lost = max((each.log_lines_lost for each in store.manifests() if each.iteration.update == newest), default=0)
         assert newest - lost <= len(lines) <= newest
         assert list(train(run, [newest + 1])) == [newest + 1]
-        assert store.pointers()["latest"] == str(at(newest + 1).iteration)
+        assert store.pointers()["latest"] == str(state_after(newest + 1).iteration)
     assert not [name for name in (directory / "checkpoints").iterdir() if name.name.startswith(TEMPORARY_PREFIX)]
 
 
@@ -52,7 +52,7 @@ def check(directory, acknowledged):
 def three_saves(tmp_path_factory):
     """A run of three checkpoints, of which a save at update 4 removes one."""
     directory = tmp_path_factory.mktemp("begun") / "run"
-    with opened(directory) as run:
+    with open_small_run(directory) as run:
         assert list(train(run, (1, 2, 3))) == [1, 2, 3]
     return directory
 
@@ -60,9 +60,9 @@ def three_saves(tmp_path_factory):
 def saved_with(directory, *fault):
     """Save twice on a disk with a fault; return the newest update that was reported as saved, and the calls of one."""
     faults, newest, calls = Faults(), 3, []
-    with opened(directory, Disk(faults)) as run:
+    with open_small_run(directory, Disk(faults)) as run:
         run.resume()
-        faults.fail(*fault)
+        faults.arm(*fault)
         try:
             for update in train(run, (4, 5)):
                 newest, calls = update, calls or list(faults.names)
@@ -77,10 +77,10 @@ def saved_with(directory, *fault):
 def test_no_fault_in_any_call_of_a_save_with_a_prune_loses_a_checkpoint(three_saves, tmp_path, kind):
     calm = shutil.copytree(three_saves, tmp_path / "calm" / "run")
     newest, calls = saved_with(calm)
-    assert (newest, (calm / "checkpoints" / str(at(2).iteration)).exists()) == (5, False)
+    assert (newest, (calm / "checkpoints" / str(state_after(2).iteration)).exists()) == (5, False)
     # Eleven kinds of faults, each in all of the calls that it can meet.
     assert len(calls) >= 100
-    met = [number for number, name in enumerate(calls) if meets(name, kind)]
+    met = [number for number, name in enumerate(calls) if can_meet(name, kind)]
     assert len(met) >= 10
     for number in met:
         directory = shutil.copytree(three_saves, tmp_path / str(number) / "run")
@@ -101,14 +101,14 @@ def cut_off(root, samples, skipped=None):
     def lose():
         found.extend((power.survivors(chance), saved) for _ in range(samples))
 
-    power = Power(root, lose, skipped)
+    power = PowerLoss(root, lose, skipped)
     for updates in ((1, 2, 3), (4, 5)):
-        with opened(root / "run", Disk(power)) as run:
+        with open_small_run(root / "run", Disk(power)) as run:
             run.resume()
             for update in train(run, updates, keep=1):
                 saved = update
             # Beyond the last checkpoint: the next process cuts it off.
-            run.interpreter([LogScalars({"loss": 0.0})], at(updates[-1] + 1), AfterUpdate(samples=4))
+            run.interpreter([LogScalars({"loss": 0.0})], state_after(updates[-1] + 1), AfterUpdate(samples=4))
     return found
 
 
@@ -116,7 +116,7 @@ def check_survivors(found, folder):
     for number, (survivors, saved) in enumerate(found):
         root = folder / str(number)
         root.mkdir(parents=True)
-        restored(survivors, root)
+        write_tree(survivors, root)
         check(root / "run", saved)
         shutil.rmtree(root)
 
@@ -133,7 +133,7 @@ def log_and_save(run, updates):
     for update in updates:
         save = [SaveCheckpoint(pointers=("latest",), retention={"c": 1})] if update % 3 == 0 else []
         event = AfterUpdate(samples=4, time_s=1000 + update / 100)
-        run.interpreter([LogScalars({"loss": 1 / update}), *save], at(update), event)
+        run.interpreter([LogScalars({"loss": 1 / update}), *save], state_after(update), event)
         if save:
             yield update
 
@@ -146,9 +146,9 @@ def waiting_cut_off(root, samples):
     def lose():
         found.extend((power.survivors(chance), saved) for _ in range(samples))
 
-    power = Power(root, lose)
+    power = PowerLoss(root, lose)
     for updates in (range(1, 8), range(7, 14)):
-        with opened(root / "run", Disk(power)) as run:
+        with open_small_run(root / "run", Disk(power)) as run:
             run.resume()
             for update in log_and_save(run, updates):
                 saved = update
@@ -160,9 +160,9 @@ def check_waiting(found, folder):
     for number, (survivors, saved) in enumerate(found):
         root = folder / str(number)
         root.mkdir(parents=True)
-        restored(survivors, root)
+        write_tree(survivors, root)
         log = root / "run/metrics.jsonl"
-        with opened(root / "run") as run:
+        with open_small_run(root / "run") as run:
             state = run.resume()
             newest = 0 if state is None else state.iteration.update
             assert newest >= saved
@@ -196,8 +196,8 @@ def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind)
     """Faults in every call of a run in which three lines are handed over by each save."""
     for number in range(1000):
         directory, faults, saved = tmp_path / str(number) / "run", Faults(), 0
-        run = opened(directory, Disk(faults))
-        faults.fail(number, kind)
+        run = open_small_run(directory, Disk(faults))
+        faults.arm(number, kind)
         try:
             for update in log_and_save(run, range(1, 8)):
                 saved = update
@@ -208,7 +208,7 @@ def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind)
         faults.armed = False
         run.close()
         met = number < len(faults.names)
-        with opened(directory) as run:
+        with open_small_run(directory) as run:
             state = run.resume()
             newest = 0 if state is None else state.iteration.update
             assert newest >= saved

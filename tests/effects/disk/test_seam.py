@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import Power
+from faults import PowerLoss
 from safetensors.torch import save_file
-from small_run import at, opened, train
+from small_run import open_small_run, state_after, train
 
 from noether import AfterUpdate, LogText, MeasurePeakMemory, SaveCheckpoint, SaveTensors
 from noether.effects import CheckpointStore
@@ -72,7 +72,7 @@ def found_in(folder):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_run_touches_files_through_the_seam_only(tmp_path, asynchronous):
-    power = Power(tmp_path)
+    power = PowerLoss(tmp_path)
     seam = Seam(power)
     effects = [
         LogText("hello"),
@@ -82,10 +82,10 @@ def test_a_run_touches_files_through_the_seam_only(tmp_path, asynchronous):
     ]
     with others_noted(tmp_path, seam) as others:
         for first in (1, 4):  # the second begins with a resume, and prunes
-            with opened(tmp_path / "run", Disk(seam), asynchronous=asynchronous, borrowed=False) as run:
+            with open_small_run(tmp_path / "run", Disk(seam), asynchronous=asynchronous, borrowed=False) as run:
                 run.resume()
                 assert list(train(run, range(first, first + 3), keep=1)) == [*range(first, first + 3)]
-                run.interpreter(effects, at(first + 2), AfterUpdate(samples=4))
+                run.interpreter(effects, state_after(first + 2), AfterUpdate(samples=4))
         store = CheckpointStore(tmp_path / "run/checkpoints", "run", Disk(seam))
         store.load(store.find("latest"))
     assert others == []
@@ -94,7 +94,7 @@ def test_a_run_touches_files_through_the_seam_only(tmp_path, asynchronous):
 
 
 def test_another_way_would_be_seen(tmp_path):
-    power = Power(tmp_path)
+    power = PowerLoss(tmp_path)
     with others_noted(tmp_path, Seam(power)) as others:
         (tmp_path / "a").mkdir()
         (tmp_path / "a/b").write_text("x")

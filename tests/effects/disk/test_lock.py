@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from faults import plainly
+from faults import call_without_fsync
 
 from noether.effects import LockedError, open_run
 from noether.effects.disk.calls import Disk
@@ -88,7 +88,7 @@ def test_a_full_disk_locks_all_the_same(tmp_path, caplog):
     def call(function, *arguments):
         if function is os.write:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
     lock = RunLock(tmp_path, Disk(call))
     assert "it does not name the process that holds it" in caplog.text
@@ -100,7 +100,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, caplog):
     def call(function, *arguments):
         if function is fcntl.flock:
             raise OSError(errno.ENOLCK, "No locks available")
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
     RunLock(tmp_path, Disk(call)).release()
     assert "cannot be locked (No locks available): make sure that no other process writes there" in caplog.text
@@ -113,7 +113,7 @@ def test_a_lock_whose_file_was_removed_in_between_is_taken_again(tmp_path):
     def call(function, *arguments):
         if function is fcntl.flock and not removed:
             removed.append((tmp_path / ".lock").unlink())
-        return plainly(function, *arguments)
+        return call_without_fsync(function, *arguments)
 
     lock = RunLock(tmp_path, Disk(call))
     assert removed

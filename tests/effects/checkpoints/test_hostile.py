@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from audit import dangers, opened, ran, watched
+from audit import dangerous_events, executions, opened_paths, record_audit
 
 from noether import AfterUpdate, SaveCheckpoint, TrainingIteration, TrainState
 from noether.core.state import Measured
@@ -71,13 +71,13 @@ def forged(folder, honest, files=None, manifest=None):
 
 def refusal(store, name="x"):
     """Return why a checkpoint is refused, by both ways to load it; they may do nothing but read the files in it."""
-    with watched() as events:
+    with record_audit() as events:
         with pytest.raises(CheckpointError) as found:
             store.load(store.find(name))
         with pytest.raises(CheckpointError) as recovered:
             store.recover()
-    assert (dangers(events), ran(events)) == ([], [])
-    assert {Path(each).parent.name for each in opened(events)} <= {"x"}
+    assert (dangerous_events(events), executions(events)) == ([], [])
+    assert {Path(each).parent.name for each in opened_paths(events)} <= {"x"}
     said = str(found.value)
     first, *reasons = str(recovered.value).splitlines()
     assert first.startswith("the run cannot resume from any of the 1 checkpoints")
@@ -95,14 +95,14 @@ class Executed:
 def test_what_would_be_seen(tmp_path, monkeypatch):
     """All the tests here would pass if the watch were blind."""
     monkeypatch.chdir(tmp_path)
-    with watched() as events:
+    with record_audit() as events:
         pickle.loads(pickle.dumps(Executed()))  # noqa: S301  # that is the point
         exec("pass")  # noqa: S102
         (tmp_path / "written").write_text("x")
         (tmp_path / "written").read_text()
-    assert [name for name, _ in dangers(events)] == ["pickle.find_class", "os.mkdir", "open"]
-    assert [name for name, _ in ran(events)] == ["compile", "exec"]
-    assert opened(events) == {str(tmp_path / "written")}
+    assert [name for name, _ in dangerous_events(events)] == ["pickle.find_class", "os.mkdir", "open"]
+    assert [name for name, _ in executions(events)] == ["compile", "exec"]
+    assert opened_paths(events) == {str(tmp_path / "written")}
     assert (tmp_path / "executed").exists()
 
 
@@ -342,10 +342,10 @@ def test_what_reads_like_code_in_a_memory_is_data(tmp_path, monkeypatch):
     state = honest_state().replace(callback_states={"memory": memory, "$dict": {}})
     store = CheckpointStore(tmp_path / "c", "run")
     store.save(SaveCheckpoint(tag="x"), state, AfterUpdate(samples=4))
-    with watched() as events:
+    with record_audit() as events:
         loaded = store.load(store.find("x"))
     assert same(loaded, state)
-    assert (dangers(events), ran(events)) == ([], [])
+    assert (dangerous_events(events), executions(events)) == ([], [])
 
 
 def test_a_tree_that_could_not_be_loaded_is_not_saved(tmp_path):
@@ -510,14 +510,14 @@ def test_pointers_that_lead_nowhere(tmp_path, honest, what):
     forged(tmp_path / "elsewhere", honest)
     store = forged(tmp_path / "c", honest)
     (tmp_path / "c/latest").write_bytes(HOSTILE_POINTERS[what])
-    with watched() as events:
+    with record_audit() as events:
         with pytest.raises(CheckpointError, match=f"^{tmp_path}/c/latest is damaged") as error:
             store.find("latest")
         state, manifest = store.recover()
     assert same(state, honest_state())
     assert manifest.tag == "x"
-    assert (dangers(events), ran(events)) == ([], [])
-    assert all(name.startswith(f"{tmp_path}/c/") for name in opened(events))
+    assert (dangerous_events(events), executions(events)) == ([], [])
+    assert all(name.startswith(f"{tmp_path}/c/") for name in opened_paths(events))
     assert "10 MB" not in what or "bytes are more than the 400 that it may have" in str(error.value)
 
 
@@ -527,9 +527,9 @@ def test_pointers_that_lead_nowhere(tmp_path, honest, what):
 def test_names_that_are_asked_for(tmp_path, honest, name):
     forged(tmp_path / "elsewhere", honest)
     store = forged(tmp_path / "c", honest)
-    with watched() as events, pytest.raises(CheckpointError, match=f"in {tmp_path}/c; there are: x"):
+    with record_audit() as events, pytest.raises(CheckpointError, match=f"in {tmp_path}/c; there are: x"):
         store.find(name)
-    assert all(each.startswith(f"{tmp_path}/c/x/") for each in opened(events))
+    assert all(each.startswith(f"{tmp_path}/c/x/") for each in opened_paths(events))
 
 
 def test_a_directory_full_of_strange_names(tmp_path, honest, caplog):

@@ -482,11 +482,11 @@ def test_of_those_that_can_be_resumed_the_newest_known_to_be_whole_stays(store, 
 def test_a_commit_that_failed_at_its_last_step_is_not_taken_for_one(folder):
     faults = Faults()
     store = CheckpointStore(folder, "run", Disk(faults))
-    faults.fail()
+    faults.arm()
     store.save(SaveCheckpoint(tag="x"), at(1), UPDATE)
     last = len(faults.names) - 2  # the flush of the directory that has the name, and its close
     assert faults.names[last] == "fsync"
-    faults.fail(last, "EIO once")
+    faults.arm(last, "EIO once")
     # Measured on an empty directory, as the first save was.
     other = CheckpointStore(folder.with_name("other"), "run", Disk(faults))
     with pytest.raises(CheckpointError, match=r"could not be written: .*Input/output error"):

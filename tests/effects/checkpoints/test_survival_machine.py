@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from faults import KINDS, Faults, Killed, Power, restored
+from faults import KINDS, Faults, Killed, PowerLoss, write_tree
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from small_run import CALM, at, opened, train
+from small_run import NO_FSYNC, open_small_run, state_after, train
 
 from noether import TrainingIteration
 from noether.effects import CheckpointError, CheckpointStore
@@ -46,14 +46,14 @@ class Survival(RuleBasedStateMachine):
         return self.root / "run/checkpoints"
 
     def begin(self):
-        self.power = Power(self.root)
+        self.power = PowerLoss(self.root)
         self.faults = Faults(call=self.power)
-        self.run = opened(self.root / "run", Disk(self.faults))
+        self.run = open_small_run(self.root / "run", Disk(self.faults))
         state = self.run.resume()
         self.update = 0 if state is None else state.iteration.update
 
     def store(self):
-        return CheckpointStore(self.directory, "run", CALM)
+        return CheckpointStore(self.directory, "run", NO_FSYNC)
 
     def saved(self):
         return {path.name for path in self.directory.glob("E*")}
@@ -67,11 +67,11 @@ class Survival(RuleBasedStateMachine):
     @rule(keep=KEEPS)
     def save_well(self, keep):
         self.save(keep)
-        assert self.last.startswith(str(at(self.update).iteration))
+        assert self.last.startswith(str(state_after(self.update).iteration))
 
     @rule(keep=KEEPS, call=st.integers(0, 140), kind=st.sampled_from(KINDS))
     def save_with_a_fault(self, keep, call, kind):
-        self.faults.fail(call, kind)
+        self.faults.arm(call, kind)
         try:
             self.save(keep)
         except CheckpointError:
@@ -95,7 +95,7 @@ class Survival(RuleBasedStateMachine):
         survivors = self.power.survivors(random.Random(seed))  # noqa: S311  # no secrets
         self.losses += 1
         self.root.mkdir()
-        restored(survivors, self.root)
+        write_tree(survivors, self.root)
         self.resume()
 
     @precondition(lambda self: self.saved() - self.damaged)
@@ -120,7 +120,7 @@ class Survival(RuleBasedStateMachine):
         held = manifests.get(self.last) or newer[-1]
         if held.tag in self.damaged:
             return
-        assert same(self.store().load(held), at(held.iteration.update))
+        assert same(self.store().load(held), state_after(held.iteration.update))
 
     @invariant()
     def the_newest_whole_one_is_found(self):
@@ -129,7 +129,7 @@ class Survival(RuleBasedStateMachine):
         if whole:
             state, manifest = store.recover()
             assert manifest == whole[-1]
-            assert same(state, at(manifest.iteration.update))
+            assert same(state, state_after(manifest.iteration.update))
         elif self.saved():
             with pytest.raises(CheckpointError) as error:
                 store.recover()
