@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measuring import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
 from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, Run, TrainingIteration, TrainState, compose
-from noether.cli.replay import decides
+from noether.cli.replay import has_decision
 from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,
@@ -34,7 +34,8 @@ from noether.core.loop import Move, next_move
 from noether.effects import open_run
 from noether.effects.disk.calls import DISK
 from noether.effects.logs.events import read_events
-from noether.planning.replay import replay, to_line
+from noether.planning.replay import replay
+from noether.training.runs.execution import event_recorder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +70,7 @@ def record(folder: Path, updates: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(updates, generator=generator)
     with open_run(folder / "run") as directory:
-        tell = directory.recording_interpreter(lambda *_: None, to_line(reducer))
+        tell = directory.recording_interpreter(lambda *_: None, event_recorder(reducer))
 
         def told(state: TrainState, event: BeforeTraining | AfterUpdate | AfterEpoch | AfterTraining) -> TrainState:
             state, effects = reducer(state, event)
@@ -105,9 +106,9 @@ def replayed(callbacks: Sequence[Callback], path: Path) -> None:
     Raises:
         click.ClickException: If it did not end, or left somebody out.
     """
-    found = replay(callbacks, partial(read_events, path, DISK), {}, keep=decides)
-    if not found.over or found.left_out:
-        raise click.ClickException(f"the replay is not whole: {found.left_out}")
+    found = replay(callbacks, partial(read_events, path, DISK), {}, select=has_decision)
+    if not found.finished or found.skipped:
+        raise click.ClickException(f"the replay is not whole: {found.skipped}")
 
 
 @click.command(help=__doc__)

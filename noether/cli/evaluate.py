@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint from the command line."""
+"""`noether eval`: evaluates a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from noether.cli.train import handled, resumed_config
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.core.callback import label_of, listens_to
@@ -24,6 +23,8 @@ from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, replace_text
 from noether.training.experiment import build
+from noether.training.runs.resumption import load_run_config
+from noether.training.runs.services import add_handlers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,67 +38,73 @@ if TYPE_CHECKING:
 def evaluate(
     run_dir: Path, checkpoint: str, weights: str | None, settings: Sequence[str], allow: Sequence[str]
 ) -> None:
-    """Print what the data iterators of a run measure at a checkpoint, and keep it in `eval/TAG.json`.
+    """Evaluate a checkpoint with the data iterators of its run; print the metrics and write `eval/TAG.json`.
 
-    With `weights` they evaluate those that a callback kept, such as `ema=0.999`, and it is `eval/TAG.ema=0.999.json`.
+    Args:
+        run_dir: The run directory.
+        checkpoint: Tag of the checkpoint, or a pointer.
+        weights: Averaged weights to evaluate, such as `ema=0.999`: they are in the checkpoint because a callback keeps
+            them, and the file is `eval/TAG.ema=0.999.json`. None for the weights in training.
+        settings: Overrides such as `data.val.split=test`.
+        allow: Further prefixes of modules that `kind` may name.
 
     Raises:
-        ConfigError: If `run_dir` is not a run, or has no such checkpoint, or that no such weights.
-        CheckpointError: If the checkpoint is damaged.
+        ConfigError: If `run_dir` is not the directory of a run, has no such checkpoint, or that has no such weights.
+        CheckpointError: If the checkpoint is damaged, or contains none of the weights that its callbacks evaluate.
     """
-    config = resumed_config(run_dir, settings, allow)
+    config = load_run_config(run_dir, settings, allow)
     experiment = build(config, run_id=run_dir.resolve().name, fresh=False)
     if not listens_to(experiment.reducer, AtEval):
         raise config.error(
-            ("callbacks",), "none of them iterates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}"
+            ("callbacks",), "no callback evaluates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}"
         )
     store = CheckpointStore(run_dir / "checkpoints", experiment.run.run_id)
-    manifest = _found(store, checkpoint)
+    manifest = _find_checkpoint(store, checkpoint)
     state = experiment.to_device(store.load(manifest))
-    if manifest.weights_of is not None:  # they lie in the place of those in training, and are what they are, too
-        kept = {"params": state.params, "buffers": state.buffers}
-        state = state.remember(memory_of(manifest.weights_of), clone_tensors(kept))
+    if manifest.weights_of is not None:  # the checkpoint stores averaged weights as its params: remember them as such
+        averaged = {"params": state.params, "buffers": state.buffers}
+        state = state.remember(memory_of(manifest.weights_of), clone_tensors(averaged))
     name = manifest.tag
     if weights is not None:
-        state = _weighted(state, weights, store)
+        state = _use_weights(state, weights, store)
         name = f"{name}.{weights.replace('/', '.')}"
     metrics: dict[str, Any] = {}
-    reducer = _with_their_weights(experiment.reducer, state)
+    reducer = _drop_without_weights(experiment.reducer, state)
     if not listens_to(reducer, AtEval):
         raise CheckpointError(
-            f"nothing is left to evaluate: {manifest.tag} holds none of the weights that are asked for"
+            f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"
         )
-    dispatch(state, AtEval(run=experiment.run), reducer, handled(config, _collecting(metrics)))
-    _keep(run_dir / "eval" / f"{name}.json", metrics)
-    _show(name, metrics)
+    dispatch(state, AtEval(run=experiment.run), reducer, add_handlers(_collecting_interpreter(metrics), config))
+    _write(run_dir / "eval" / f"{name}.json", metrics)
+    _print(name, metrics)
 
 
-def _found(store: CheckpointStore, checkpoint: str) -> Manifest:
+def _find_checkpoint(store: CheckpointStore, checkpoint: str) -> Manifest:
     try:
         return store.find(checkpoint)
     except CheckpointError as error:
         raise ConfigError([LocatedProblem(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
 
 
-def _with_their_weights(reducer: Reducer, state: TrainState) -> Reducer:
-    """Return the reducer without the callbacks whose weights a checkpoint does not hold, and say so."""
-    there = (None, *find_weights(state))
-    lost = [member for member in reducer.members if getattr(member, "weights", None) not in there]
-    for member in lost:
-        click.echo(f"{label_of(member)} is left out: the checkpoint does not hold its weights")
-    return compose(*(member for member in reducer.members if not any(member is each for each in lost)))
+def _drop_without_weights(reducer: Reducer, state: TrainState) -> Reducer:
+    """Return the reducer without callbacks whose weights the checkpoint does not contain, and print their names."""
+    known = (None, *find_weights(state))
+    dropped = [member for member in reducer.members if getattr(member, "weights", None) not in known]
+    for member in dropped:
+        click.echo(f"{label_of(member)} is skipped: the checkpoint does not contain its weights")
+    return compose(*(member for member in reducer.members if not any(member is each for each in dropped)))
 
 
-def _weighted(state: TrainState, weights: str, store: CheckpointStore) -> TrainState:
+def _use_weights(state: TrainState, weights: str, store: CheckpointStore) -> TrainState:
     try:
         return use_weights(state, weights)
     except WeightsError as error:
         saved = [name for name in store.pointers() if name.endswith(f".{weights.replace('/', '.')}")]
-        instead = f"; evaluate --checkpoint {' or '.join(saved)} without --weights" if saved else ""
-        raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), f"{error}{instead}")]) from error
+        fix = f"; use --checkpoint {' or '.join(saved)} without --weights" if saved else ""
+        raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), f"{error}{fix}")]) from error
 
 
-def _collecting(metrics: dict[str, Any]) -> Interpreter:
+def _collecting_interpreter(metrics: dict[str, Any]) -> Interpreter:
     def collect(effect: LogScalars, _state: object, _event: object) -> None:
         metrics.update({key: to_plain(value) for key, value in effect.values.items()})
 
@@ -105,13 +112,13 @@ def _collecting(metrics: dict[str, Any]) -> Interpreter:
     return Interpreter({LogScalars: [collect], **dict.fromkeys(ignored, ())})
 
 
-def _keep(path: Path, metrics: Mapping[str, Any]) -> None:
+def _write(path: Path, metrics: Mapping[str, Any]) -> None:
     make_directories(path.parent)
     replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    click.echo(f"kept in {path}")
+    click.echo(f"written to {path}")
 
 
-def _show(tag: str, metrics: Mapping[str, Any]) -> None:
+def _print(tag: str, metrics: Mapping[str, Any]) -> None:
     table = Table("metric", "value", title=tag)
     for key, value in metrics.items():
         table.add_row(key, f"{value:.6g}" if isinstance(value, (int, float)) else str(value))

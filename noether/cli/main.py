@@ -1,4 +1,4 @@
-"""`noether`: plan, train, resume, evaluate and check, from a YAML file."""
+"""`noether`: plan, train, resume, evaluate, replay and validate runs of a YAML file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SET = click.option(
     "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a setting, e.g. trainer.max_epochs=20."
 )
 _ALLOW = click.option(
-    "--allow", metavar="PREFIX", multiple=True, help="Let `kind` name modules that begin with PREFIX."
+    "--allow", metavar="PREFIX", multiple=True, help="Allow `kind` to name modules that begin with PREFIX."
 )
 _CONFIG_ERROR = 2
 
@@ -32,9 +32,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--resume", metavar="RUN_DIR", type=click.Path(path_type=Path), help="Go on with the run in RUN_DIR.")
-@click.option("--smoke", is_flag=True, help="One update, one evaluation, one save, in a temporary directory.")
-@click.option("--drop-memory", metavar="NAME", multiple=True, help="With --resume: forget the memory NAME.")
+@click.option("--resume", metavar="RUN_DIR", type=click.Path(path_type=Path), help="Resume the run in RUN_DIR.")
+@click.option("--smoke", is_flag=True, help="Try one update, one evaluation and one save in a temporary directory.")
+@click.option("--drop-memory", metavar="NAME", multiple=True, help="With --resume: drop the memory NAME.")
 @_SET
 @_ALLOW
 def train(  # one parameter per option
@@ -45,38 +45,40 @@ def train(  # one parameter per option
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    """Train what CONFIG describes, or go on with a run."""
+    """Train the run that CONFIG describes, or resume one."""
     if (config is None) == (resume is None):
         raise click.UsageError("give either CONFIG or --resume RUN_DIR")
     if resume is not None and smoke:
-        raise click.UsageError("--smoke tries a CONFIG; it does not go with --resume")
+        raise click.UsageError("--smoke needs CONFIG, not --resume")
     if drop_memory and resume is None:
-        raise click.UsageError("--drop-memory goes with --resume")
-    from noether.cli import train as running
+        raise click.UsageError("--drop-memory needs --resume")
+    from noether.cli import train as commands
 
-    with _refusals():
+    with _errors_as_messages():
         if config is not None and smoke:
-            running.smoke(config, settings, allow)
+            commands.smoke(config, settings, allow)
         elif config is not None:
-            _leave(running.start(config, settings, allow))
+            sys.exit(commands.start(config, settings, allow))
         elif resume is not None:
-            _leave(running.go_on(resume, settings, allow, drop_memory))
+            sys.exit(commands.resume(resume, settings, allow, drop_memory))
 
 
 @main.command("eval")
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--checkpoint", default="latest", show_default=True, metavar="TAG", help="A tag, or a pointer's name.")
-@click.option("--weights", metavar="NAME", help="Whose weights, e.g. ema=0.999; by default those in training.")
+@click.option(
+    "--checkpoint", default="latest", show_default=True, metavar="TAG", help="Tag of a checkpoint, or a pointer."
+)
+@click.option("--weights", metavar="NAME", help="Averaged weights, e.g. ema=0.999, in place of those in training.")
 @_SET
 @_ALLOW
 def evaluate(
     run_dir: Path, checkpoint: str, weights: str | None, settings: tuple[str, ...], allow: tuple[str, ...]
 ) -> None:
-    """Evaluate a checkpoint of the run in RUN_DIR with the data iterators among its callbacks."""
-    from noether.cli import evaluate as evaluating
+    """Evaluate a checkpoint of the run in RUN_DIR with the run's own data iterators."""
+    from noether.cli import evaluate as command
 
-    with _refusals():
-        evaluating.evaluate(run_dir, checkpoint, weights, settings, allow)
+    with _errors_as_messages():
+        command.evaluate(run_dir, checkpoint, weights, settings, allow)
 
 
 @main.command()
@@ -85,10 +87,10 @@ def evaluate(
     "--callbacks",
     metavar="OTHER.yaml",
     type=click.Path(path_type=Path),
-    help="Others than the run's own; those that measure what they consume are kept.",
+    help="Callbacks in place of the run's own; metrics that they consume are taken from the run.",
 )
-@click.option("--at", metavar="U1234", help="Show state and effects at this point, on one counter: E12, U1234 or S800.")
-@click.option("--log", is_flag=True, help="Show what the log would have said, too.")
+@click.option("--at", metavar="U1234", help="Show state and effects at one point: E12, U1234 or S800.")
+@click.option("--log", is_flag=True, help="Also show what would have been logged.")
 @_ALLOW
 def replay(
     run_dir: Path,
@@ -97,11 +99,11 @@ def replay(
     log: bool,  # noqa: FBT001  # click passes it by name
     allow: tuple[str, ...],
 ) -> None:
-    """Tell callbacks the events of the run in RUN_DIR again, and show what they decide. It needs `trainer.record`."""
-    from noether.cli import replay as replaying
+    """Replay the recorded events of the run in RUN_DIR and show what callbacks decide. Needs `trainer.record`."""
+    from noether.cli import replay as command
 
-    with _refusals():
-        replaying.show(run_dir, callbacks, at, allow, log=log)
+    with _errors_as_messages():
+        command.show_replay(run_dir, callbacks, at, allow, log=log)
 
 
 @main.command()
@@ -112,11 +114,11 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
     """Check CONFIG: every setting, the datasets, the model, and that the callbacks fit together."""
     from noether.config import load
 
-    with _refusals():
+    with _errors_as_messages():
         loaded = load(config, settings, allow)
         # These bring torch along; what was refused above did not have to wait for it.
-        from noether.cli.train import check_services
         from noether.training.experiment import build
+        from noether.training.runs.services import check_services
 
         check_services(loaded)
         experiment = build(loaded)
@@ -126,10 +128,12 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--at", metavar="POINT", help="List what fires at one point, e.g. U1000, E2 or S512.")
-@click.option("--between", nargs=2, metavar="START END", help="List what fires after one point and up to another.")
+@click.option("--at", metavar="POINT", help="List the callbacks that fire at one point, e.g. U1000, E2 or S512.")
+@click.option(
+    "--between", nargs=2, metavar="START END", help="List the callbacks that fire after one point and up to another."
+)
 @click.option("--png", metavar="FILE", type=click.Path(path_type=Path), help="Draw the timeline into FILE.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON in place of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @_SET
 @_ALLOW
 def plan(  # one parameter per option
@@ -141,96 +145,64 @@ def plan(  # one parameter per option
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    """Say what a run of CONFIG will do: what fires, is saved and is evaluated. Nothing is trained or written."""
+    """Show when the callbacks of CONFIG fire, what they save and evaluate. Nothing is trained or written."""
     if at is not None and between is not None:
-        raise click.UsageError("--at and --between do not go together")
-    from noether.cli.plan import command as planning
+        raise click.UsageError("give either --at or --between")
+    from noether.cli.plan import command
     from noether.config import load
 
-    with _refusals():
-        planning.check_drawing(png)
-        points = () if at is None and between is None else planning.points(at, between)
-        planning.show(load(config, settings, allow), str(config), points, png, as_json=as_json)
+    with _errors_as_messages():
+        command.check_picture(png)
+        points = command.parse_points(at, between)
+        command.show_plan(load(config, settings, allow), str(config), points, png, as_json=as_json)
 
 
 @main.command()
 @click.argument("kind", required=False)
 @_ALLOW
 def callbacks(kind: str | None, allow: tuple[str, ...]) -> None:
-    """List the known callbacks, or show settings, documentation and YAML of KIND: a name or a dotted path."""
-    from noether.cli import callbacks as describing
+    """List the shipped callbacks, or show settings, documentation and YAML of KIND: a name or a dotted path."""
+    from noether.cli import callbacks as command
 
-    with _refusals():
+    with _errors_as_messages():
         if kind is None:
-            describing.list_kinds()
+            command.list_kinds()
         else:
-            describing.show_kind(kind, allow)
-
-
-def _leave(exit_code: int) -> None:
-    if exit_code:
-        sys.exit(exit_code)
+            command.show_kind(kind, allow)
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn what a user can mend into a message and an exit code; anything else is a bug and keeps its traceback."""
+def _errors_as_messages() -> Iterator[None]:
+    """Show errors that a user can fix as messages with an exit code; other errors are bugs and show tracebacks."""
     from noether.config import ConfigError
 
     try:
-        with _warnings_as_lines():
+        with _config_warnings_as_lines():
             yield
     except ConfigError as error:
         raise _CommandError(error, _CONFIG_ERROR) from error
     except BrokenPipeError:
-        raise  # whoever read the output has enough, as `head` has: click ends without a word
-    except Exception as error:
-        if isinstance(error, _mendable()):
-            raise _CommandError(error, 1) from error
-        raise
-
-
-def _mendable() -> tuple[type[Exception], ...]:
-    """Return what a user can mend, a refused configuration aside. To name it takes torch, so it is asked for last."""
-    from noether.core.declarations import DeclarationError
-    from noether.core.errors import OutputError, WeightsError
-    from noether.core.metrics import MetricError
-    from noether.core.reducer import UnclaimedMemoryError
-    from noether.effects import CheckpointError, LockedError, LogError, UnhandledEffectError
-    from noether.planning.replay import ReplayError
-
-    return (
-        CheckpointError,
-        DeclarationError,
-        FloatingPointError,
-        LockedError,
-        LogError,
-        MetricError,
-        OSError,
-        OutputError,
-        ReplayError,
-        UnclaimedMemoryError,
-        UnhandledEffectError,
-        WeightsError,
-    )
+        raise  # the reader closed the pipe, as `head` does: click exits without a message
+    except (NoetherError, OSError, FloatingPointError) as error:
+        raise _CommandError(error, 1) from error
 
 
 @contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Show what a configuration is warned of as a line on the standard error, each once; other warnings as ever."""
+def _config_warnings_as_lines() -> Iterator[None]:
+    """Show each warning about a configuration once, as a line on the standard error; leave other warnings alone."""
     from noether.config.compatibility import ConfigWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("once", ConfigWarning)
-        others = warnings.showwarning
+        show_other = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
             if issubclass(category, ConfigWarning):
                 click.echo(f"Warning: {message}", err=True)
             else:
-                others(message, category, *place)
+                show_other(message, category, *place)
 
-        warnings.showwarning = show  # type: ignore[assignment]  # Python's own way in, called with these by position
+        warnings.showwarning = show  # type: ignore[assignment]  # Python calls this hook with positional arguments
         yield
 
 
@@ -239,4 +211,4 @@ class _CommandError(NoetherError, click.ClickException):
 
     def __init__(self, error: Exception, exit_code: int) -> None:
         super().__init__(str(error))
-        self.exit_code = exit_code  # type: ignore[misc]  # click declares one for the class and reads the object's
+        self.exit_code = exit_code  # type: ignore[misc]  # click declares it on the class and reads it on the instance

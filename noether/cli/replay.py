@@ -1,4 +1,4 @@
-"""A recorded run, told to callbacks again from the command line."""
+"""`noether replay`: replays a recorded run and prints what its callbacks, or others, decide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from noether.cli.train import resumed_config
 from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.config.loading import replace_callbacks
 from noether.config.serialization import resolve_config
@@ -24,57 +23,66 @@ from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.events import read_events
 from noether.effects.run_logs import EVENTS_FILE
-from noether.planning.replay import ReplayError, beginning, producers, replay
+from noether.planning.replay import ReplayError, initial_state, missing_producers, replay
 from noether.training.configured_callbacks import build_callbacks
+from noether.training.runs.resumption import load_run_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from noether.config import Config
-    from noether.planning.replay import Replayed, ReplayStep
+    from noether.planning.replay import Replay, ReplayStep
 
 
-def show(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[str], *, log: bool) -> None:
-    """Print what callbacks decide in a run that was recorded, or all that there is at one point of it.
+def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[str], *, log: bool) -> None:
+    """Print what callbacks decide in a recorded run or, with `at`, the state and effects at one point.
+
+    Args:
+        run_dir: The run directory.
+        callbacks: A file with other callbacks; None for the run's own.
+        at: A point such as `U1234`; None for the whole run.
+        allow: Further prefixes of modules that `kind` may name.
+        log: Whether to print logged text and metrics, too.
 
     Raises:
-        ConfigError: If `run_dir` is no run, or its callbacks do not fit it.
-        ReplayError: If nothing was recorded, or the point is not in the run.
+        ConfigError: If `run_dir` is not the directory of a run, or the callbacks do not fit it.
+        ReplayError: If nothing was recorded, or the run has no such point.
     """
-    config = resumed_config(run_dir, (), allow)
+    config = load_run_config(run_dir, (), allow)
     other = None if callbacks is None else replace_callbacks(config, callbacks, allow)
-    point = None if at is None else _point(at)
-    replayed = _replayed(run_dir, config, other, partial(decides, log=log) if point is None else partial(_is_at, point))
+    point = None if at is None else _parse_point(at)
+    select = partial(has_decision, log=log) if point is None else partial(_is_at, point)
+    replayed = _replay_run(run_dir, config, other, select)
     if point is not None and not replayed.steps:
-        raise ReplayError(f"--at {at}: the run has no event there; it went to {replayed.state.iteration}")
+        raise ReplayError(f"--at {at}: the run has no event there; it ended at {replayed.state.iteration}")
     console = Console(highlight=False, soft_wrap=True)
     for step in replayed.steps:
         if point is not None:
-            _show_event(console, step)
+            _print_event(console, step)
             continue
-        for line in _decisions(step, log=log):
+        for line in _decision_lines(step, log=log):
             click.echo(line)
-    for name, why in replayed.left_out.items():
-        click.echo(f"left out: {name}, because {why}")
+    for name, why in replayed.skipped.items():
+        click.echo(f"skipped: {name}, because {why}")
     click.echo(_ending(replayed))
 
 
-def _replayed(run_dir: Path, config: Config, other: Config | None, keep: Callable[[ReplayStep], bool]) -> Replayed:
+def _replay_run(run_dir: Path, config: Config, other: Config | None, select: Callable[[ReplayStep], bool]) -> Replay:
     path = run_dir / EVENTS_FILE
     if not path.is_file():
-        right = "train with `trainer.record: events`, or --set trainer.record=events"
-        raise ReplayError(f"{run_dir} holds no {EVENTS_FILE}: nothing was recorded; {right}")
+        fix = "train with `trainer.record: events`, or --set trainer.record=events"
+        raise ReplayError(f"{run_dir} has no {EVENTS_FILE}: nothing was recorded; {fix}")
     recorded, settings = partial(read_events, path, DISK), resolve_config(config)
-    state, run = beginning(recorded(), settings)
+    state, run = initial_state(recorded(), settings)
     placed = build_callbacks(config, state, run)
     if other is not None:
         own = [each.callback for each in placed if each.path[0] == "callbacks"]
-        placed = build_callbacks(other, state, run, producers(own, [kind.build() for kind in other.callbacks]))
-    return replay([each.callback for each in placed], recorded, settings, keep)
+        placed = build_callbacks(other, state, run, missing_producers(own, [kind.build() for kind in other.callbacks]))
+    return replay([each.callback for each in placed], recorded, settings, select)
 
 
-def _point(text: str) -> TrainingIteration:
+def _parse_point(text: str) -> TrainingIteration:
     try:
         return TrainingIteration.parse(text)
     except SettingsError as error:
@@ -82,27 +90,27 @@ def _point(text: str) -> TrainingIteration:
 
 
 def _is_at(point: TrainingIteration, step: ReplayStep) -> bool:
-    """Return whether an event is the one that reached a point, or any that came where all counters are as named."""
+    """Return whether an event reached the point on one counter, or came while all counters are as in the point."""
     if step.state.iteration == point:
         return True
     named = [name for name in COUNTERS if getattr(point, name)]
     return len(named) == 1 and Gate(At(point)).opens(step.before, step.event) is not None
 
 
-def decides(step: ReplayStep, *, log: bool = False) -> bool:
-    """Return whether there is something to tell of an event; with `log` also what is logged."""
+def has_decision(step: ReplayStep, *, log: bool = False) -> bool:
+    """Return whether a callback decided something at an event; with `log`, logging counts as a decision."""
     before, after = step.before, step.state
-    if not step.asked and after.stop is before.stop and after.hyperparams is before.hyperparams:
-        return False  # so it is at nearly all of many events
-    return any(_told(step, log=log))
+    if not step.effects and after.stop is before.stop and after.hyperparams is before.hyperparams:
+        return False  # the fast path: so it is at nearly all events
+    return any(_describe_decisions(step, log=log))
 
 
-def _told(step: ReplayStep, *, log: bool) -> Iterator[tuple[str, str]]:
-    """Yield who decided what at an event; with `log` also what is logged."""
-    for name, effect in step.asked:
+def _describe_decisions(step: ReplayStep, *, log: bool) -> Iterator[tuple[str, str]]:
+    """Yield `(callback, decision)` for each decision at an event; with `log` also logged text and metrics."""
+    for name, effect in step.effects:
         if isinstance(effect, SaveCheckpoint):
-            pointers = f", and {', '.join(effect.pointers)} name{'s'[: len(effect.pointers) == 1]} it"
-            yield name, f"saves {effect.tag or step.state.iteration}{pointers if effect.pointers else ''}"
+            pointers = f" as {', '.join(effect.pointers)}" if effect.pointers else ""
+            yield name, f"saves {effect.tag or step.state.iteration}{pointers}"
         elif log and isinstance(effect, LogText):
             yield name, effect.text
         elif log and isinstance(effect, LogScalars):
@@ -114,35 +122,35 @@ def _told(step: ReplayStep, *, log: bool) -> Iterator[tuple[str, str]]:
             yield "", f"sets {key} to {value}"
 
 
-def _decisions(step: ReplayStep, *, log: bool) -> Iterator[str]:
+def _decision_lines(step: ReplayStep, *, log: bool) -> Iterator[str]:
     where = f"{step.state.iteration!s:<20} {type(step.event).__name__:<14}"
-    for name, what in _told(step, log=log):
-        for line in what.splitlines():
+    for name, decision in _describe_decisions(step, log=log):
+        for line in decision.splitlines():
             yield f"{where} {f'{name}: ' if name else ''}{line}"
 
 
-def _show_event(console: Console, step: ReplayStep) -> None:
-    """Print the state that was settled at an event, and what was asked for."""
+def _print_event(console: Console, step: ReplayStep) -> None:
+    """Print the state after an event, and the effects."""
     console.rule(f"{type(step.event).__name__} {step.state.iteration}")
     table = Table(box=None, show_header=False)
-    shown: dict[str, Any] = {"stop": step.state.stop, "hyperparams": step.state.hyperparams}
+    values: dict[str, Any] = {"stop": step.state.stop, "hyperparams": step.state.hyperparams}
     metrics = {key: f"{to_plain(value)} at {at}" for key, (value, at) in step.state.metrics.items()}
-    for name, tree in {**shown, "metrics": metrics, "memory": step.state.callback_states}.items():
+    for name, tree in {**values, "metrics": metrics, "memory": step.state.callback_states}.items():
         for path, leaf in leaves(tree):
-            table.add_row(name, ".".join(path), _shown(leaf))
+            table.add_row(name, ".".join(path), _format_leaf(leaf))
     console.print(table)
-    for name, effect in step.asked:
-        console.print(f"{name} asks for {effect}", markup=False)
+    for name, effect in step.effects:
+        console.print(f"{name} returns {effect}", markup=False)
 
 
-def _shown(leaf: object) -> str:
+def _format_leaf(leaf: object) -> str:
     if isinstance(leaf, torch.Tensor):
         return f"{leaf.dtype} of shape {tuple(leaf.shape)}" if leaf.is_meta or leaf.ndim else str(leaf.item())
     return str(leaf)
 
 
-def _ending(replayed: Replayed) -> str:
-    if not replayed.over:
+def _ending(replayed: Replay) -> str:
+    if not replayed.finished:
         return f"the record ends at {replayed.state.iteration}, before the end of the run"
     reason = f": {replayed.state.stop}" if replayed.state.stop is not None else ""
     return f"ended at {replayed.state.iteration}{reason}"

@@ -410,8 +410,8 @@ def test_resuming_what_is_not_a_run(tmp_path, run):
     [
         ([], "give either CONFIG or --resume RUN_DIR"),
         (["bad.yaml", "--resume", "out"], "give either CONFIG or --resume RUN_DIR"),
-        (["--resume", "out", "--smoke"], "--smoke tries a CONFIG; it does not go with --resume"),
-        (["bad.yaml", "--drop-memory", "x"], "--drop-memory goes with --resume"),
+        (["--resume", "out", "--smoke"], "--smoke needs CONFIG, not --resume"),
+        (["bad.yaml", "--drop-memory", "x"], "--drop-memory needs --resume"),
     ],
 )
 def test_arguments_that_do_not_go_together(tmp_path, arguments, message):

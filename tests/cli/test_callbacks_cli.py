@@ -74,7 +74,7 @@ def test_another_name_shows_the_same(tmp_path):
     )
     assert "noether.core.callbacks.MetricEarlyStopping  (also MetricEarlyStopper)" in shown
     shown = invoke("callbacks", "BestMetricCallback", cwd=tmp_path)
-    assert "source_metric_key is accepted as an older name of metric_key" in shown
+    assert "source_metric_key is an older name of metric_key" in shown
 
 
 def test_a_class_and_a_function_of_the_users_own_are_shown(tmp_path):
@@ -87,7 +87,7 @@ def test_a_class_and_a_function_of_the_users_own_are_shown(tmp_path):
         "",
         "It speaks where it is due.",
         "",
-        "setting          type           default   what it is",
+        "setting          type           default   description",
     ]
     assert "words            list of text   required  What it says." in shown
     assert "tone             low | high     low       How it says it." in shown

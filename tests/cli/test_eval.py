@@ -25,7 +25,7 @@ def test_eval_agrees_with_what_training_measured(finished, tmp_path, arguments, 
     )
     assert set(measured) == {"loss/val/cross_entropy", "loss/val/total", "val/accuracy"}
     assert measured == {key: then[key] for key in measured}
-    assert output.splitlines()[0] == f"kept in {kept}"
+    assert output.splitlines()[0] == f"written to {kept}"
     assert tag in output
     assert [f"{value:.6g}" in output and key in output for key, value in measured.items()] == [True] * 3
     assert contents(finished).keys() - before.keys() == {(tmp_path / kept).relative_to(finished)}
@@ -79,7 +79,7 @@ def test_eval_needs_something_to_measure(tmp_path):
     run = only_run(tmp_path / "new/small").relative_to(tmp_path)
     output = invoke("eval", run, cwd=tmp_path, code=2)
     assert output == (
-        f"Error: {run}/config.yaml:{_line(tmp_path / run, 'callbacks:')}: callbacks: none of them iterates data; "
+        f"Error: {run}/config.yaml:{_line(tmp_path / run, 'callbacks:')}: callbacks: no callback evaluates data; "
         "add trainer.evaluate: {val: [loss], every_n_epochs: 1}\n"
     )
 

@@ -132,9 +132,9 @@ def test_eval_with_weights_measures_the_average(evaluated, tmp_path):
     plain = json.loads((evaluated / "eval/E2_U76_S2410.json").read_text())
     assert plain["val/accuracy"] == then["val/accuracy"]
     assert plain["loss/val/total"] != average["loss/val/total"]
-    assert f"kept in {run}/eval/E2_U76_S2410.ema=0.9.json" in output
+    assert f"written to {run}/eval/E2_U76_S2410.ema=0.9.json" in output
     output = invoke("eval", run, "--checkpoint", "last.ema=0.9", cwd=tmp_path)
-    assert "OfflineLossCallback/E1/val/ema=0.5 is left out: the checkpoint does not hold its weights" in output
+    assert "OfflineLossCallback/E1/val/ema=0.5 is skipped: the checkpoint does not contain its weights" in output
     measured = json.loads((evaluated / f"eval/{END}.ema=0.9.json").read_text())
     assert set(measured) == {"loss/val/cross_entropy", "loss/val/total", "val/accuracy", "val/accuracy/ema=0.9"}
     assert measured["val/accuracy"] == measured["val/accuracy/ema=0.9"]
@@ -155,7 +155,7 @@ LOST = "no weights 'ema=0.5' are kept; there are: ema=0.9; did you mean 'ema=0.9
         (
             "last.ema=0.9",
             "ema=0.5",
-            f"{LOST}; evaluate --checkpoint last.ema=0.5 without --weights",
+            f"{LOST}; use --checkpoint last.ema=0.5 without --weights",
         ),
     ],
 )
@@ -297,7 +297,7 @@ def test_by_default_a_run_can_go_on(tmp_path):
     invoke("train", "small.yaml", "--set", "trainer.max_updates=40", cwd=tmp_path)
     run = only_run(tmp_path / "out/small").relative_to(tmp_path)
     output = invoke("train", "--resume", run, "--set", "trainer.max_epochs=2", cwd=tmp_path)
-    assert "going on at E1_U40_S1269" in output
+    assert "resuming at E1_U40_S1269" in output
     kept = {path.name for path in (tmp_path / run / "checkpoints").iterdir() if path.is_dir()}
     assert {name for name in kept if ".latest" not in name} == {
         "E1_U38_S1205",

@@ -37,7 +37,9 @@ def test_the_whole_plan_in_a_process_of_its_own(small):
     assert rows[7][:5] == ["together", "3", "3", "to", "4"]
     assert [line.split()[0] for line in timeline.splitlines()[:6]] == [row[0] for row in rows[1:7]]
     assert [line.split() for line in timeline.splitlines()[6:]] == [["E0", "E1", "E2"], ["U0", "U38", "U76"]]
-    assert ending.startswith("checkpoints: 59.4 kB to 79.2 kB at the end, 119 kB at most at any time, in tensors; ")
+    assert ending.startswith(
+        "checkpoints: 59.4 kB to 79.2 kB at the end, 119 kB at most at any time, excluding metadata "
+    )
     assert contents(small) == before
 
 
@@ -229,35 +231,35 @@ def test_more_than_the_disk_has(small, monkeypatch):
     usage = shutil.disk_usage(small)._replace(free=50_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     (warning,) = planned(small)["warnings"]
-    assert warning.startswith("small.yaml:3: run.output: checkpoints take ")
-    assert warning.endswith(f"at most, and {str(small)!r} has 50 kB free; give a place with more, or save less: keep, "
+    assert warning.startswith("small.yaml:3: run.output: checkpoints take up to ")
+    assert warning.endswith(f", but {str(small)!r} has only 50 kB free; choose another folder, or save less: keep, "
                             "save_latest_optim, a longer interval")  # fmt: skip
 
 
-RIGHT = "give a point on one counter, like U1000, E2 or S512"
+FIX = "give a point on one counter, like U1000, E2 or S512"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--at", "X5"], f"--at X5: 'X5' is no point of a run; {RIGHT}"),
-        (["--at", "1000"], f"--at 1000: '1000' is no point of a run; {RIGHT}"),
-        (["--at", "U-1"], f"--at U-1: 'U-1' is no point of a run; {RIGHT}"),
-        (["--at", ""], f"--at : '' is no point of a run; {RIGHT}"),
-        (["--at", "U" + "9" * 5000], f"--at U{'9' * 5000}: 'U{'9' * 5000}' is no point of a run; {RIGHT}"),
-        (["--at", "E1_U38"], f"--at E1_U38: 'E1_U38' names several counters; {RIGHT}"),
-        (["--at", "U0"], "--at U0: nothing is due before the first update; U1 is the first"),
-        (["--at", "U77"], "--at U77: U77 is beyond the end: the run ends at E2_U76_S2410"),
-        (["--at", "E3"], "--at E3: E3 is beyond the end: the run ends at E2_U76_S2410"),
-        (["--at", "S2411"], "--at S2411: S2411 is beyond the end: the run ends at E2_U76_S2410"),
+        (["--at", "X5"], f"--at X5: 'X5' is not a point of a run; {FIX}"),
+        (["--at", "1000"], f"--at 1000: '1000' is not a point of a run; {FIX}"),
+        (["--at", "U-1"], f"--at U-1: 'U-1' is not a point of a run; {FIX}"),
+        (["--at", ""], f"--at : '' is not a point of a run; {FIX}"),
+        (["--at", "U" + "9" * 5000], f"--at U{'9' * 5000}: 'U{'9' * 5000}' is not a point of a run; {FIX}"),
+        (["--at", "E1_U38"], f"--at E1_U38: 'E1_U38' names several counters; {FIX}"),
+        (["--at", "U0"], "--at U0: nothing fires before U1, the first update"),
+        (["--at", "U77"], "--at U77: U77 is after the end of the run at E2_U76_S2410"),
+        (["--at", "E3"], "--at E3: E3 is after the end of the run at E2_U76_S2410"),
+        (["--at", "S2411"], "--at S2411: S2411 is after the end of the run at E2_U76_S2410"),
         (["--between", "E2", "E1"], "--between E2 E1: E2 is not before E1; give the earlier point first"),
         (["--between", "E1", "U38"], "--between E1 U38: E1 is not before U38; give the earlier point first"),
-        (["--between", "E1", "E9"], "--between E1 E9: E9 is beyond the end: the run ends at E2_U76_S2410"),
-        (["--between", "E1", "hi"], f"--between E1 hi: 'hi' is no point of a run; {RIGHT}"),
+        (["--between", "E1", "E9"], "--between E1 E9: E9 is after the end of the run at E2_U76_S2410"),
+        (["--between", "E1", "hi"], f"--between E1 hi: 'hi' is not a point of a run; {FIX}"),
         (["--between", "E1"], "Option '--between' requires 2 arguments."),
-        (["--at", "U1", "--between", "E1", "E2"], "--at and --between do not go together"),
-        (["--png", "nowhere/plan.png"], "--png nowhere/plan.png: there is no folder 'nowhere'; make it first"),
-        (["--png", "."], "--png .: is a folder; give the name of a file in it"),
+        (["--at", "U1", "--between", "E1", "E2"], "give either --at or --between"),
+        (["--png", "nowhere/plan.png"], "--png nowhere/plan.png: the folder 'nowhere' does not exist; create it first"),
+        (["--png", "."], "--png .: is a folder; give the path of a file"),
     ],
 )  # fmt: skip
 def test_bad_arguments(small, arguments, message):
@@ -310,5 +312,5 @@ def test_no_configuration(small):
 def test_a_picture_without_matplotlib(small, monkeypatch):
     monkeypatch.setattr("noether.cli.plan.command.find_spec", lambda name: None)
     said = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small, code=2)
-    assert said.splitlines()[-1] == ("Error: --png: matplotlib is not installed; pip install 'noether[plot]' does that")
+    assert said.splitlines()[-1] == ("Error: --png: matplotlib is not installed; run: pip install 'noether[plot]'")
     assert not (small / "plan.png").exists()

@@ -20,7 +20,7 @@ from noether.effects.disk.encoding import to_plain
 from noether.effects.interpreter import merge_effects
 from noether.effects.logs.events import read_events
 from noether.effects.logs.jsonl import event_name
-from noether.planning.replay import beginning, replay
+from noether.planning.replay import initial_state, replay
 from noether.testing import same
 from noether.training.configured_callbacks import build_callbacks
 
@@ -32,7 +32,7 @@ def replayed(run, callbacks=None):
     if callbacks is not None:
         config = replace_callbacks(config, callbacks)
     recorded = partial(read_events, run / "events.jsonl", DISK)
-    state, fixed = beginning(recorded(), resolve_config(config))
+    state, fixed = initial_state(recorded(), resolve_config(config))
     members = [placed.callback for placed in build_callbacks(config, state, fixed)]
     return replay(members, recorded, resolve_config(config))
 
@@ -40,7 +40,7 @@ def replayed(run, callbacks=None):
 def logged(found):
     """Return what a replay would have written to metrics.jsonl."""
     for step in found.steps:
-        for effect in merge_effects([effect for _, effect in step.asked]):
+        for effect in merge_effects([effect for _, effect in step.effects]):
             if isinstance(effect, LogScalars):
                 values = {key: to_plain(value) for key, value in effect.values.items()}
                 yield {"event": event_name(step.event), "update": step.state.iteration.update, "metrics": values}
@@ -56,14 +56,14 @@ def written(run, without=()):
 
 def saves(found):
     """Return where checkpoints were asked for, and the pointers to them."""
-    asked = [(step, effect) for step in found.steps for _, effect in step.asked if isinstance(effect, SaveCheckpoint)]
+    asked = [(step, effect) for step in found.steps for _, effect in step.effects if isinstance(effect, SaveCheckpoint)]
     return [(str(step.state.iteration), event_name(step.event), effect.pointers) for step, effect in asked]
 
 
 def check_exact(run):
     found = replayed(run)
-    assert found.left_out == {}
-    assert found.over
+    assert found.skipped == {}
+    assert found.finished
     assert list(logged(found)) == list(written(run, without={"peak_memory"}))
     store = CheckpointStore(run / "checkpoints", run.name)
     kept = {(str(each.iteration), each.event) for each in store.manifests()}
@@ -166,9 +166,9 @@ def test_what_reads_params_is_left_out_by_name_with_what_reads_it(paper, tmp_pat
     invoke("train", "norms.yaml", *RECORD, "--set", f"run.output={tmp_path}", cwd=paper)
     run = only_run(tmp_path / "paper")
     output = invoke("replay", run, "--log", cwd=paper)
-    left = [line for line in output.splitlines() if line.startswith("left out: ")]
-    assert left[0] == "left out: WeightNorm/U5, because it logs values of params"
-    assert left[1].startswith("left out: BestMetricCallback/U5/weight_norm, because ")
+    left = [line for line in output.splitlines() if line.startswith("skipped: ")]
+    assert left[0] == "skipped: WeightNorm/U5, because it logs values of params"
+    assert left[1].startswith("skipped: BestMetricCallback/U5/weight_norm, because ")
     assert len(left) == 2
     assert "loss/online/entropy/U1" in output
     assert "saves E3_U45_S180" in output
@@ -204,17 +204,17 @@ def test_a_point_of_the_run_shows_state_and_effects(recorded):
     output = invoke("replay", run, "--at", "U10", cwd=recorded)
     assert output.count("AfterUpdate E0_U10_S320") == 1
     assert "loss/online/total/U5" in output
-    assert "ProgressCallback/U10 asks for LogText(" in output
+    assert "ProgressCallback/U10 returns LogText(" in output
     output = invoke("replay", run, "--at", "E2", cwd=recorded)
     assert [line for line in output.splitlines() if "AfterEpoch E2" in line]
     assert "AfterUpdate" not in output
-    assert "asks for SaveCheckpoint(" in output
+    assert "returns SaveCheckpoint(" in output
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--at", "U1000"), 1, "Error: --at U1000: the run has no event there; it went to E6_U228_S7230"),
+        (("--at", "U1000"), 1, "Error: --at U1000: the run has no event there; it ended at E6_U228_S7230"),
         (("--at", "7"), 2, "--at: '7' is not an iteration like"),
         (("--callbacks", "none.yaml"), 2, "none.yaml"),
         (("--callbacks", "bad.yaml"), 2, "bad.yaml:2: callbacks[0].every_n_epochs: 0 is not a whole number"),
@@ -234,7 +234,7 @@ def test_bad_words_are_messages(recorded, words, code, message):
 def test_a_directory_without_a_record_says_how_to_make_one(finished, tmp_path):
     output = invoke("replay", finished, cwd=tmp_path, code=1)
     assert output == (
-        f"Error: {finished} holds no events.jsonl: nothing was recorded; "
+        f"Error: {finished} has no events.jsonl: nothing was recorded; "
         "train with `trainer.record: events`, or --set trainer.record=events\n"
     )
     assert "is not the directory of a run" in invoke("replay", tmp_path, cwd=tmp_path, code=2)
@@ -250,9 +250,9 @@ def test_damage_is_named_and_a_torn_end_is_none(recorded, tmp_path):
     events.write_text("".join([*whole[:50], "hello\n", *whole[51:]]))
     assert invoke("replay", run, cwd=recorded, code=1) == f"Error: {events}:51: not a recorded event: 'hello\\n'\n"
     events.write_text("".join([*whole[:50], *whole[51:]]))
-    assert "the record goes on at" in invoke("replay", run, cwd=recorded, code=1)
+    assert "the record continues at" in invoke("replay", run, cwd=recorded, code=1)
     events.write_text("")
-    assert invoke("replay", run, cwd=recorded, code=1) == "Error: nothing was recorded of the beginning of the run\n"
+    assert invoke("replay", run, cwd=recorded, code=1) == "Error: the record does not contain the start of the run\n"
 
 
 def test_what_is_not_finite_is_recorded_as_it_is(paper, tmp_path):
@@ -272,8 +272,8 @@ def test_a_record_that_fails_stops_nothing(tmp_path, caplog):
     """Where there is a directory in its place, not a line can be written."""
     with open_run(tmp_path / "run") as run:
         (tmp_path / "run/events.jsonl").mkdir()
-        told = run.recording_interpreter(lambda *_: None, lambda *_: {"event": "x"})
+        told = run.recording(lambda *_: None, lambda *_: {"event": "x"})
         for _ in range(3):
             told((), TrainState(), AfterTraining())
-    assert caplog.text.count("events.jsonl failed and may have lost log entries") == 1
-    assert "events.jsonl failed 3 times in total" in caplog.text
+    assert caplog.text.count("events.jsonl failed, and what it was given is lost") == 1
+    assert "events.jsonl failed 3 times in all" in caplog.text

@@ -19,7 +19,7 @@ def test_one_epoch_and_one_more_are_two(finished, tmp_path):
     assert output.splitlines()[-1] == f"ended at E1_U38_S1205; the run is in {shown(halfway, tmp_path)}"
     assert saved(halfway, *EXACT) != saved(finished, *EXACT)
     output = invoke("train", "--resume", halfway, "--set", "trainer.max_epochs=2", cwd=tmp_path)
-    assert output.splitlines()[0] == "going on at E1_U38_S1205"
+    assert output.splitlines()[0] == "resuming at E1_U38_S1205"
     assert output.splitlines()[-1] == f"ended at E2_U76_S2410; the run is in {halfway}"
     assert saved(halfway, *EXACT) == saved(finished, *EXACT)
     assert timeless(halfway) == timeless(finished)
@@ -35,7 +35,7 @@ def test_a_finished_run_is_left_alone(finished, tmp_path):
     before = contents(finished)
     output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path)
     run = shown(finished, tmp_path)
-    assert output == f"{run} ended at E2_U76_S2410 already; it goes on with --set and a later end\n"
+    assert output == f"{run} already ended at E2_U76_S2410; to continue it, set a later end\n"
     assert contents(finished) == before
 
 
@@ -53,7 +53,7 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     assert ending.startswith("ended at E0_U2_S64: ")
     assert "loss/online/total/U1" in ending
     output = invoke("train", "--resume", run, "--set", "trainer.max_epochs=9", cwd=tmp_path)
-    assert output == f"{run} {ending} already; it goes on with --set and a later end\n"
+    assert output == f"{run} already {ending}; to continue it, set a later end\n"
 
 
 def test_a_run_without_a_checkpoint_begins_anew(finished, tmp_path):
@@ -61,7 +61,7 @@ def test_a_run_without_a_checkpoint_begins_anew(finished, tmp_path):
     shutil.rmtree(finished / "checkpoints")
     output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path)
     run = shown(finished, tmp_path)
-    assert output.splitlines()[0] == f"{run} holds no checkpoint yet: training begins at update 0"
+    assert output.splitlines()[0] == f"{run} has no checkpoint: training starts at update 0"
     assert saved(finished, *EXACT) == expected
     assert timeless(finished) == metrics
 
@@ -78,7 +78,7 @@ def test_weights_alone_are_no_checkpoint_to_resume(finished, tmp_path):
     # The best checkpoint, at the end of the first epoch, is whole.
     changes = ["trainer.max_epochs=2", "callbacks.3.model_names=[]", "callbacks.3.save_optim=true"]
     output = invoke("train", "--resume", run, *(word for change in changes for word in ("--set", change)), cwd=tmp_path)
-    assert output.splitlines()[0] == "going on at E1_U38_S1205"
+    assert output.splitlines()[0] == "resuming at E1_U38_S1205"
     assert saved(run, *EXACT) == expected
 
 
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(finished, tmp_path):
     path.unlink()
     done = noether("train", "--resume", shown(finished, tmp_path), cwd=tmp_path)
     assert done.stderr == f"{shown(path, tmp_path)} is missing; resuming from E2_U76_S2410 without it\n"
-    assert done.stdout.splitlines()[0] == "going on at E2_U76_S2410"
+    assert done.stdout.splitlines()[0] == "resuming at E2_U76_S2410"
     assert pointer(finished, "latest") == "E2_U76_S2410.3"
 
 
@@ -197,7 +197,7 @@ def test_a_run_of_which_every_checkpoint_is_damaged_does_not_begin_anew(finished
     output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path, code=1)
     first, *reasons = output.splitlines()
     assert first == (
-        f"Error: the run cannot resume from any of the {len(reasons)} checkpoints in {shown(checkpoints, tmp_path)}:"
+        f"Error: the run cannot go on from any of the {len(reasons)} checkpoints in {shown(checkpoints, tmp_path)}:"
     )
     assert reasons[0].startswith(f"  {shown(checkpoints, tmp_path)}/E2_U76_S2410.2/state.json is damaged: ")
     assert contents(tmp_path) == before

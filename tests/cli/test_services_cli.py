@@ -41,9 +41,9 @@ def test_a_run_that_was_killed_and_interrupted_has_each_update_once_in_tensorboa
     os.killpg(interrupted.pid, signal.SIGINT)  # as Ctrl-C in a terminal, which reaches every process there
     output, errors = interrupted.communicate()
     assert (interrupted.returncode, errors) == (130, "")
-    assert output.splitlines()[0] == "going on at E0_U15_S60"
+    assert output.splitlines()[0] == "resuming at E0_U15_S60"
     output = invoke("train", "--resume", run, "--set", "run.wandb=null", cwd=tmp_path)
-    assert output.splitlines()[0] == "going on at E2_U34_S136"
+    assert output.splitlines()[0] == "resuming at E2_U34_S136"
     read = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     shown = {tag: [(each.step, each.value) for each in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     logged = {}
@@ -71,5 +71,5 @@ def test_a_service_that_is_not_installed_is_refused_before_a_directory_is_made(
     monkeypatch.setitem(sys.modules, name, None)  # as Python itself marks what cannot be imported
     (tmp_path / "small.yaml").write_text(SMALL.replace("run:\n", f"run:\n  {line}\n"))
     output = invoke("train", "small.yaml", *sets, cwd=tmp_path, code=2)
-    assert output == f"Error: {place}: {name} is not installed; pip install 'noether[{name}]' does that\n"
+    assert output == f"Error: {place}: {name} is not installed; run: pip install 'noether[{name}]'\n"
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]

@@ -58,15 +58,15 @@ def test_a_signal_ends_a_run_that_can_go_on(paper, tmp_path, holding, uncut, num
     run = only_run(tmp_path / "paper")
     assert output.splitlines()[-2:] == [
         f"interrupted at E1_U20_S80; the run is in {run}",
-        f"go on with: noether train --resume {run}",
+        f"resume with: noether train --resume {run}",
     ]
     with pytest.raises(ProcessLookupError):  # nobody is left of it
         os.killpg(process.pid, 0)
     assert json.loads((run / "summary.json").read_text())["ending"] == "interrupted at E1_U20_S80"
     assert [path.name for path in (run / "checkpoints").glob("E*")].count("E1_U20_S80") == 1
-    _, *arguments = shlex.split(output.splitlines()[-1].removeprefix("go on with: "))
+    _, *arguments = shlex.split(output.splitlines()[-1].removeprefix("resume with: "))
     shown = invoke(*arguments, cwd=paper)
-    assert shown.splitlines()[0] == "going on at E1_U20_S80"
+    assert shown.splitlines()[0] == "resuming at E1_U20_S80"
     assert shown.splitlines()[-1] == f"ended at E3_U45_S180; the run is in {run}"
     check_equal(run, uncut)
 
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_at_its_newest_checkpoint(paper, tmp_path, holding,
         file.write('{"event": "after_up')  # as a line that was being written
     (run / "checkpoints/.tmp-E2_U30_S120").mkdir()  # as a checkpoint that was being written
     output = noether("train", "--resume", run, cwd=paper).stdout
-    assert output.splitlines()[0] == "going on at E1_U15_S60"
+    assert output.splitlines()[0] == "resuming at E1_U15_S60"
     check_equal(run, uncut)
     assert not (run / "checkpoints/.tmp-E2_U30_S120").exists()
 
@@ -108,7 +108,7 @@ def test_a_run_killed_before_its_first_save_begins_anew(paper, tmp_path, holding
     run = only_run(tmp_path / "paper")
     assert [line["update"] for line in timeless(run)] in ([1], [1, 2])  # the second may have waited
     output = invoke("train", "--resume", run, cwd=paper)
-    assert output.splitlines()[0] == f"{run} holds no checkpoint yet: training begins at update 0"
+    assert output.splitlines()[0] == f"{run} has no checkpoint: training starts at update 0"
     check_equal(run, uncut)
 
 
@@ -124,4 +124,4 @@ def test_the_hint_says_all_that_is_needed_to_go_on(paper, tmp_path, tmp_path_fac
     output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (143, "")
     run = only_run(tmp_path / "an output/paper").relative_to(tmp_path)
-    assert output.splitlines()[-1] == f"go on with: noether train --resume '{run}' --allow paper"
+    assert output.splitlines()[-1] == f"resume with: noether train --resume '{run}' --allow paper"

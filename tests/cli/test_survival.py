@@ -204,7 +204,7 @@ def test_nothing_is_ordered_by_time(phases, tmp_path, holding):
         cwd=phases, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[0] == "going on at E2_U30_S120"
+    assert done.stdout.splitlines()[0] == "resuming at E2_U30_S120"
     check_equal(old, only_run(phases / "out/paper"))
 
 
@@ -291,7 +291,7 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(phases, tmp_p
     assert "could not be written: [Errno 28] No space left on device: " in found["stderr"].splitlines()[-1]
     assert found["stderr"].splitlines()[-1].endswith("; the checkpoints before it stay")
     assert [name for name in found["saved"] if name.startswith(("E", "."))] == ["E1_U15_S60"]
-    assert found["resumed"][0].splitlines()[0] == "going on at E1_U15_S60"
+    assert found["resumed"][0].splitlines()[0] == "resuming at E1_U15_S60"
     check_equal(run, only_run(phases / "out/paper"))
 
 

@@ -163,7 +163,7 @@ def test_smoke_leaves_nothing_behind(folder, monkeypatch):
     (folder / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
     output = invoke("train", "small.yaml", "--smoke", cwd=folder)
-    assert output.splitlines()[-1] == "small.yaml: one update, one evaluation and one save went well"
+    assert output.splitlines()[-1] == "small.yaml: one update, one evaluation and one save succeeded"
     assert [line.split()[0] for line in output.splitlines() if "val/accuracy" in line] == ["E0_U1_S32"]
     assert contents(folder) == before
     assert list((folder / "tmp").iterdir()) == []

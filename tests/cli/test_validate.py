@@ -17,7 +17,7 @@ def test_the_examples_are_valid(tmp_path, tmp_path_factory, monkeypatch, config,
 
 def test_the_callbacks_of_the_seed_run(tmp_path):
     output = invoke("train", ROOT / "configs/seed.yaml", "--smoke", cwd=tmp_path)
-    assert output.splitlines()[-1] == f"{ROOT / 'configs/seed.yaml'}: one update, one evaluation and one save went well"
+    assert output.splitlines()[-1] == f"{ROOT / 'configs/seed.yaml'}: one update, one evaluation and one save succeeded"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,1 +1,4 @@
-"""`noether plan`: the plan of a run as text, JSON or a picture."""
+"""`noether plan`: prints the plan of a run as text or JSON, or draws it.
+
+A line here may print and write the picture.
+"""

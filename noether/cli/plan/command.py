@@ -1,4 +1,4 @@
-"""`noether plan`: the run before the run."""
+"""`noether plan`: checks its options, makes the plan and prints what was asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from noether.cli.plan.json import counted_json, fired_json, plan_json
-from noether.cli.plan.text import print_counted, print_fired, print_plan, size
+from noether.cli.plan.text import format_bytes, print_counted, print_fired, print_plan
 from noether.core.errors import SettingsError
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.schedules.forecast import events_at, fires, firings
@@ -26,71 +26,71 @@ if TYPE_CHECKING:
     from noether.planning.plan import Plan
 
 Points = tuple[tuple[str, TrainingIteration], ...]
-"""One point for `--at`, two for `--between`, none for the whole plan; each as written, and what it stands for."""
+"""Points of the run as text and parsed: one for `--at`, two for `--between`, none for the whole plan."""
 
 
-def check_drawing(png: Path | None) -> None:
-    """Refuse a picture that could not be drawn, before anything takes time.
+def check_picture(png: Path | None) -> None:
+    """Check that the picture can be written, before the plan takes time.
 
     Raises:
-        UsageError: Saying what is missing.
+        UsageError: If the folder or matplotlib is missing.
     """
     if png is None:
         return
     if not png.parent.is_dir():
-        raise click.UsageError(f"--png {png}: there is no folder {str(png.parent)!r}; make it first")
+        raise click.UsageError(f"--png {png}: the folder {str(png.parent)!r} does not exist; create it first")
     if png.is_dir():
-        raise click.UsageError(f"--png {png}: is a folder; give the name of a file in it")
+        raise click.UsageError(f"--png {png}: is a folder; give the path of a file")
     if find_spec("matplotlib") is None:
-        raise click.UsageError("--png: matplotlib is not installed; pip install 'noether[plot]' does that")
+        raise click.UsageError("--png: matplotlib is not installed; run: pip install 'noether[plot]'")
 
 
-def points(at: str | None, between: tuple[str, str] | None) -> Points:
-    """Return the points that are named on the command line.
+def parse_points(at: str | None, between: tuple[str, str] | None) -> Points:
+    """Return the points in the options `--at` and `--between`.
 
     Raises:
-        UsageError: If one is no point on one counter.
+        UsageError: If a text is not a point on one counter.
     """
     if between is not None:
         return tuple((text, _point(text, f"--between {' '.join(between)}")) for text in between)
     return () if at is None else ((at, _point(at, f"--at {at}")),)
 
 
-def show(config: Config, file: str, asked: Points, png: Path | None, *, as_json: bool) -> None:
-    """Print the plan of a run, or what fires where it is asked for.
+def show_plan(config: Config, file: str, points: Points, png: Path | None, *, as_json: bool) -> None:
+    """Print the plan of a run or, with points, the callbacks that fire there.
 
     Raises:
-        ConfigError: If the configuration is refused.
+        ConfigError: If the configuration is wrong.
         OSError: If the picture cannot be written.
         UsageError: If a point does not lie in the run.
     """
-    with redirect_stdout(sys.stderr):  # what datasets and callbacks of a user's print is no part of the plan
+    with redirect_stdout(sys.stderr):  # datasets and callbacks of the user may print
         plan = make_plan(config)
-    updates = _updates(asked, plan.run)
-    warnings = [str(each) for each in plan.warnings]
-    if not asked:
-        _show_all(plan, file, warnings, as_json=as_json)
+    updates = _updates(points, plan.run)
+    if not points:
+        _show_all(plan, file, as_json=as_json)
     elif len(updates) == 1:
-        _show_at(plan, file, asked[0][0], updates[0], as_json=as_json)
+        _show_at(plan, file, points[0][0], updates[0], as_json=as_json)
     else:
-        _show_between(plan, file, [text for text, _ in asked], updates, as_json=as_json)
+        _show_between(plan, file, [text for text, _ in points], updates, as_json=as_json)
     if png is not None:
-        _draw(plan, png)
+        _draw_picture(plan, png)
 
 
-def _draw(plan: Plan, png: Path) -> None:
-    from noether.cli.plan.picture import draw
+def _draw_picture(plan: Plan, png: Path) -> None:
+    from noether.cli.plan.picture import draw_timeline
 
     try:
-        draw(plan, png)
+        draw_timeline(plan, png)
     except OSError as error:
         raise OSError(f"--png {png}: the picture could not be written: {error.strerror or error}") from error
 
 
-def _show_all(plan: Plan, file: str, warnings: list[str], *, as_json: bool) -> None:
-    place, free = _free(Path(plan.config.run.output))
+def _show_all(plan: Plan, file: str, *, as_json: bool) -> None:
+    place, free = _free_space(Path(plan.config.run.output))
+    warnings = [str(each) for each in plan.warnings]
     if plan.checkpoints.peak_bytes > free:
-        warnings = [*warnings, _too_large(plan, place, free)]
+        warnings.append(_warn_of_disk(plan, place, free))
     if as_json:
         click.echo(plan_json(plan, file, {"path": str(place), "free_bytes": free}, warnings))
     else:
@@ -110,8 +110,8 @@ def _show_at(plan: Plan, file: str, text: str, update: int, *, as_json: bool) ->
 
 def _show_between(plan: Plan, file: str, texts: Sequence[str], updates: Sequence[int], *, as_json: bool) -> None:
     start, end = (plan.run.iteration_after(update) for update in updates)
-    found = [(each, firings(each.occasions, plan.run, start, end)) for each in plan.callbacks]
-    counted = [(each, inside) for each, inside in found if inside.count]
+    all_firings = [(each, firings(each.occasions, plan.run, start, end)) for each in plan.callbacks]
+    counted = [(each, between) for each, between in all_firings if between.count]
     if as_json:
         click.echo(counted_json(counted, file, texts))
     else:
@@ -119,40 +119,40 @@ def _show_between(plan: Plan, file: str, texts: Sequence[str], updates: Sequence
 
 
 def _point(text: str, option: str) -> TrainingIteration:
-    right = "give a point on one counter, like U1000, E2 or S512"
+    fix = "give a point on one counter, like U1000, E2 or S512"
     try:
         point = TrainingIteration.parse(text)
     except SettingsError:
-        raise click.UsageError(f"{option}: {text!r} is no point of a run; {right}") from None
+        raise click.UsageError(f"{option}: {text!r} is not a point of a run; {fix}") from None
     if sum(getattr(point, counter) > 0 for counter in COUNTERS) > 1 or "_" in text:
-        raise click.UsageError(f"{option}: {text!r} names several counters; {right}")
+        raise click.UsageError(f"{option}: {text!r} names several counters; {fix}")
     return point
 
 
-def _updates(asked: Points, run: Run) -> list[int]:
+def _updates(points: Points, run: Run) -> list[int]:
     """Return the number of the update after which each point is reached."""
-    option = f"{'--at' if len(asked) == 1 else '--between'} {' '.join(text for text, _ in asked)}"
-    updates = [max(run.updates_to(name, getattr(point, name)) for name in COUNTERS) for _, point in asked]
-    for (text, _), update in zip(asked, updates, strict=True):
+    option = f"{'--at' if len(points) == 1 else '--between'} {' '.join(text for text, _ in points)}"
+    updates = [max(run.updates_to(name, getattr(point, name)) for name in COUNTERS) for _, point in points]
+    for (text, _), update in zip(points, updates, strict=True):
         if update > run.final.update:
-            raise click.UsageError(f"{option}: {text} is beyond the end: the run ends at {run.final}")
+            raise click.UsageError(f"{option}: {text} is after the end of the run at {run.final}")
     if updates == [0]:
-        raise click.UsageError(f"{option}: nothing is due before the first update; U1 is the first")
-    if len(asked) > 1 and updates[0] >= updates[1]:
-        raise click.UsageError(f"{option}: {asked[0][0]} is not before {asked[1][0]}; give the earlier point first")
+        raise click.UsageError(f"{option}: nothing fires before U1, the first update")
+    if len(points) > 1 and updates[0] >= updates[1]:
+        raise click.UsageError(f"{option}: {points[0][0]} is not before {points[1][0]}; give the earlier point first")
     return updates
 
 
-def _free(output: Path) -> tuple[Path, int]:
-    """Return the nearest folder to where the run will lie, and what is free there."""
+def _free_space(output: Path) -> tuple[Path, int]:
+    """Return the nearest existing folder of the output, and the bytes that are free there."""
     place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
     return place, shutil.disk_usage(place).free
 
 
-def _too_large(plan: Plan, place: Path, free: int) -> str:
+def _warn_of_disk(plan: Plan, place: Path, free: int) -> str:
     message = (
-        f"checkpoints take {size(plan.checkpoints.peak_bytes)} at most, and {str(place)!r} has {size(free)} free; "
-        "give a place with more, or save less: keep, save_latest_optim, a longer interval"
+        f"checkpoints take up to {format_bytes(plan.checkpoints.peak_bytes)}, but {str(place)!r} has only "
+        f"{format_bytes(free)} free; choose another folder, or save less: keep, save_latest_optim, a longer interval"
     )
     (located,) = plan.config.error(("run", "output"), message).problems
     return str(located)

@@ -7,18 +7,19 @@
     updates_per_epoch, samples_per_epoch, effective_batch_size
     params                 {"trainable", "frozen"}: number of parameters
     callbacks              in their order, each
-        name, path         what messages call it, and the setting that describes it, such as "callbacks[2]"
+        name, path         its name in messages, and the setting that describes it, such as "callbacks[2]"
         when               its schedule, such as "E1" or "U100|at_U1"; null without one
         first, last        {"event", "epoch", "update", "sample", "iteration"}; null if it never fires
         firings            how often it fires
-        checkpoints        what would come of it alone, as below; null if it saves nothing
+        checkpoints        forecast for it alone, as below; null if it saves nothing
         evaluations        {"dataset", "weights", "count", "samples"}; null if it iterates no dataset
-    checkpoints            what comes of all together
-        written, kept, written_bytes, kept_bytes     {"at_least", "at_most"}: they differ where a metric decides
+    checkpoints            forecast for all callbacks together
+        written, kept, written_bytes, kept_bytes     {"at_least", "at_most"}: they differ if a metric decides
         each_bytes         bytes of one, for each different size
-        peak_bytes         the most that is on the disk at any time; all bytes are those of tensors, without their names
+        peak_bytes         upper bound of the bytes on the disk at any time
+                           (all bytes are those of tensors, without names)
     evaluations            {"count", "samples"}
-    disk                   {"path", "free_bytes"} of the place where checkpoints will go
+    disk                   {"path", "free_bytes"} of the nearest existing folder of the output
     warnings, notes        lines of text
 
 With `--at` it is `{"config", "at", "fires"}`, each of `fires` `{"name", "path", "at"}` with `at` as `first` above; with
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
 
 
 def plan_json(plan: Plan, file: str, disk: dict[str, Any], warnings: Sequence[str]) -> str:
-    """Return the whole plan."""
+    """Return the whole plan as JSON."""
     run, evaluations = plan.run, plan.evaluations
-    return _text(
+    return _dump(
         config=file,
         end=_iteration(run.final),
         updates_per_epoch=run.updates_per_epoch,
@@ -62,23 +63,23 @@ def plan_json(plan: Plan, file: str, disk: dict[str, Any], warnings: Sequence[st
 
 
 def fired_json(fired: Iterable[tuple[PlannedCallback, Firing]], file: str, where: str) -> str:
-    """Return what fires at one point."""
-    return _text(config=file, at=where, fires=[{**_which(each), "at": _firing(firing)} for each, firing in fired])
+    """Return the callbacks that fire at one point as JSON."""
+    return _dump(config=file, at=where, fires=[{**_identity(each), "at": _firing(firing)} for each, firing in fired])
 
 
 def counted_json(counted: Iterable[tuple[PlannedCallback, Firings]], file: str, where: Sequence[str]) -> str:
-    """Return what fires in a part of the run."""
-    fires = [{**_which(each), **_firings(firings)} for each, firings in counted]
-    return _text(config=file, between=list(where), fires=fires)
+    """Return the callbacks that fire in a part of the run as JSON."""
+    fires = [{**_identity(each), **_firings(firings)} for each, firings in counted]
+    return _dump(config=file, between=list(where), fires=fires)
 
 
-def _text(**content: Any) -> str:
+def _dump(**content: Any) -> str:
     return json.dumps(content, indent=1, allow_nan=False)
 
 
 def _callback(planned: PlannedCallback) -> dict[str, Any]:
     return {
-        **_which(planned),
+        **_identity(planned),
         "when": planned.when,
         **_firings(planned.firings),
         "checkpoints": None if planned.checkpoints is None else _checkpoints(planned.checkpoints),
@@ -86,7 +87,7 @@ def _callback(planned: PlannedCallback) -> dict[str, Any]:
     }
 
 
-def _which(planned: PlannedCallback) -> dict[str, Any]:
+def _identity(planned: PlannedCallback) -> dict[str, Any]:
     return {"name": planned.name, "path": format_path(planned.path)}
 
 
@@ -103,10 +104,10 @@ def _iteration(at: TrainingIteration) -> dict[str, Any]:
     return {"epoch": at.epoch, "update": at.update, "sample": at.sample, "iteration": str(at)}
 
 
-def _checkpoints(made: CheckpointForecast) -> dict[str, Any]:
+def _checkpoints(forecast: CheckpointForecast) -> dict[str, Any]:
     bounds = ("written", "kept", "written_bytes", "kept_bytes")
     return {
-        **{name: getattr(made, name)._asdict() for name in bounds},
-        "each_bytes": list(made.each_bytes),
-        "peak_bytes": made.peak_bytes,
+        **{name: getattr(forecast, name)._asdict() for name in bounds},
+        "each_bytes": list(forecast.each_bytes),
+        "peak_bytes": forecast.peak_bytes,
     }

@@ -1,4 +1,4 @@
-"""The timeline of a plan as a picture."""
+"""The timeline of a plan as a PNG."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _COLUMNS: Final = 1000
 _WIDTH_INCHES: Final = 11.0
 _ROW_INCHES: Final = 0.28
 _AROUND_INCHES: Final = 1.4
-_HEIGHT: Final = 0.7  # of a bar, where the rows are 1 apart
+_HEIGHT: Final = 0.7  # of a bar; rows are 1 apart
 
 
-def draw(plan: Plan, path: Path) -> None:
-    """Write the timeline as a PNG: one row for each callback, a bar wherever it fires."""
+def draw_timeline(plan: Plan, path: Path) -> None:
+    """Write the timeline as a PNG: one row per callback, a bar where it fires."""
     rows = max(1, len(plan.callbacks))
     figure = Figure(figsize=(_WIDTH_INCHES, _AROUND_INCHES + _ROW_INCHES * rows), layout="constrained")
     axes = figure.add_subplot()
@@ -37,30 +37,30 @@ def draw(plan: Plan, path: Path) -> None:
     axes.set_xlim(0, plan.run.final.update)
     axes.set_xlabel("updates")
     axes.grid(axis="x", alpha=0.3)
-    _epochs_above(axes, plan.run)
+    _add_epoch_axis(axes, plan.run)
     figure.savefig(path, format="png", dpi=150)
 
 
 def _bars(planned: PlannedCallback, run: Run) -> Iterator[tuple[float, float]]:
-    """Yield begin and length of each bar; what fires in columns side by side is one."""
-    begin: int | None = None
-    places = edges(run, _COLUMNS)
-    for place, count in zip(places, [*counts(planned.occasions, run, _COLUMNS), 0], strict=True):
-        if count and begin is None:
-            begin = place
-        elif not count and begin is not None:
-            yield begin, place - begin
-            begin = None
+    """Yield start and length of each bar; neighbouring columns in which the callback fires make one bar."""
+    start: int | None = None
+    ends = edges(run, _COLUMNS)
+    for edge, count in zip(ends, [*counts(planned.occasions, run, _COLUMNS), 0], strict=True):
+        if count and start is None:
+            start = edge
+        elif not count and start is not None:
+            yield start, edge - start
+            start = None
 
 
-def _epochs_above(axes: Axes, run: Run) -> None:
+def _add_epoch_axis(axes: Axes, run: Run) -> None:
     length = run.updates_per_epoch
 
-    def epochs_of(updates: Any) -> Any:  # arrays, as matplotlib hands them over
+    def epochs_of(updates: Any) -> Any:  # matplotlib passes arrays
         return updates / length
 
     def updates_of(epochs: Any) -> Any:
         return epochs * length
 
-    above = axes.secondary_xaxis("top", functions=(epochs_of, updates_of))
-    above.set_xlabel("epochs")
+    epochs = axes.secondary_xaxis("top", functions=(epochs_of, updates_of))
+    epochs.set_xlabel("epochs")

@@ -1,4 +1,4 @@
-"""A plan as text: a table, a timeline, and lists of what fires where."""
+"""A plan as text: a table, a timeline, and lists of the firings at points of the run."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ if TYPE_CHECKING:
     from noether.planning.retention_forecast import Bounds, CheckpointForecast
 
 _WIDTH: Final = 144
-"""Of what does not go to a terminal."""
-_ENDLESS: Final = 10_000
-_LEAST: Final = 20
-_SAVING: Final = ("written", "kept", "of each", "in all")
-_READING: Final = ("evaluations", "samples")
+"""Columns of output that does not go to a terminal."""
+_UNLIMITED_WIDTH: Final = 10_000
+_LEAST_COLUMNS: Final = 20
+"""Columns of the names and of the timeline, at least."""
+_SAVE_COLUMNS: Final = ("written", "kept", "of each", "in all")
+_EVALUATION_COLUMNS: Final = ("evaluations", "samples")
 _THOUSAND: Final = 1000
 
 
 def print_plan(plan: Plan, file: str) -> None:
     """Print the whole plan."""
     console, table = _console(), _table(plan)
-    console.print(_facts(plan, file), soft_wrap=True)
-    (console if sys.stdout.isatty() else _wide_enough(table)).print(table)
-    for line in (*_timeline(plan, console), "", *_ending(plan)):
+    console.print(_heading(plan, file), soft_wrap=True)
+    (console if sys.stdout.isatty() else _wide_console(table)).print(table)
+    for line in (*_timeline(plan, console), "", *_footer(plan)):
         console.print(line, soft_wrap=True)
 
 
 def print_fired(fired: Iterable[tuple[PlannedCallback, Firing]], where: str) -> None:
-    """Print what fires at one point, in the order in which it is called."""
-    table = _bare("at", "event", "callback")
+    """Print the callbacks that fire at one point, in their order."""
+    table = _plain_table("at", "event", "callback")
     for planned, firing in fired:
         table.add_row(str(firing), firing.event.__name__, planned.name)
     _print_list(table, f"nothing fires at {where}")
 
 
 def print_counted(counted: Iterable[tuple[PlannedCallback, Firings]], where: str) -> None:
-    """Print what fires in a part of the run, and how often."""
-    table = _bare("callback", "first", "last", "firings", right=("first", "last", "firings"))
+    """Print the callbacks that fire in a part of the run, and how often."""
+    table = _plain_table("callback", "first", "last", "firings", right=("first", "last", "firings"))
     for planned, each in counted:
         table.add_row(planned.name, str(each.first), str(each.last), f"{each.count:,}")
     _print_list(table, f"nothing fires {where}")
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Return a number of bytes as text.
 
     Example:
-        >>> size(999), size(999_999), size(1_508_884), size(2.5e12)
+        >>> format_bytes(999), format_bytes(999_999), format_bytes(1_508_884), format_bytes(2.5e12)
         ('999 B', '1 MB', '1.51 MB', '2.50 TB')
     """
     for unit in ("B", "kB", "MB", "GB"):
@@ -70,28 +71,28 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
 
 
-def _wide_enough(table: Table) -> Console:
-    """Return a console on which the table does not wrap: a file has no width."""
-    endless = Console(width=_ENDLESS, highlight=False, markup=False)
-    return Console(width=max(_WIDTH, endless.measure(table).maximum), highlight=False, markup=False)
+def _wide_console(table: Table) -> Console:
+    """Return a console on which the table does not wrap, for output to a file."""
+    unlimited = Console(width=_UNLIMITED_WIDTH, highlight=False, markup=False)
+    return Console(width=max(_WIDTH, unlimited.measure(table).maximum), highlight=False, markup=False)
 
 
-def _print_list(table: Table, otherwise: str) -> None:
+def _print_list(table: Table, if_empty: str) -> None:
     console = _console()
     if not table.row_count:
-        console.print(otherwise, soft_wrap=True)
+        console.print(if_empty, soft_wrap=True)
     else:
-        (console if sys.stdout.isatty() else _wide_enough(table)).print(table)
+        (console if sys.stdout.isatty() else _wide_console(table)).print(table)
 
 
-def _bare(*columns: str, right: Sequence[str] = ()) -> Table:
+def _plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table
 
 
-def _facts(plan: Plan, file: str) -> str:
+def _heading(plan: Plan, file: str) -> str:
     final, frozen = plan.run.final, f", {plan.frozen_params:,} frozen" if plan.frozen_params else ""
     return (
         f"{file}: {final.epoch:,} epochs, {final.update:,} updates, {final.sample:,} samples; "
@@ -101,51 +102,54 @@ def _facts(plan: Plan, file: str) -> str:
 
 def _table(plan: Plan) -> Table:
     saves = any(each.checkpoints for each in plan.callbacks)
-    reads = bool(plan.evaluations)
-    columns = ("first", "last", "firings", *(_SAVING if saves else ()), *(_READING if reads else ()))
-    table = _bare("callback", *columns, right=columns)
+    evaluates = bool(plan.evaluations)
+    optional = (*(_SAVE_COLUMNS if saves else ()), *(_EVALUATION_COLUMNS if evaluates else ()))
+    columns = ("first", "last", "firings", *optional)
+    table = _plain_table("callback", *columns, right=columns)
     for each in plan.callbacks:
-        table.add_row(each.name, *_when(each.firings), *_cells(each, saves=saves, reads=reads))
-    if saves or reads:
+        table.add_row(each.name, *_firing_cells(each.firings), *_cells(each, saves=saves, evaluates=evaluates))
+    if saves or evaluates:
         table.add_section()
-        table.add_row("together", "", "", "", *_totals(plan, saves=saves, reads=reads))
+        table.add_row("together", "", "", "", *_totals(plan, saves=saves, evaluates=evaluates))
     return table
 
 
-def _when(firings: Firings) -> tuple[str, str, str]:
+def _firing_cells(firings: Firings) -> tuple[str, str, str]:
     first, last = ("" if each is None else str(each) for each in (firings.first, firings.last))
     return first, last, f"{firings.count:,}"
 
 
-def _cells(planned: PlannedCallback, *, saves: bool, reads: bool) -> list[str]:
-    saved = ["", "", "", ""] if planned.checkpoints is None else _saved(planned.checkpoints)
-    read = planned.evaluations
-    return [
-        *(saved if saves else ()),
-        *(() if not reads else ("", "") if read is None else (f"{read.count:,}", f"{read.samples:,}")),
-    ]
+def _cells(planned: PlannedCallback, *, saves: bool, evaluates: bool) -> list[str]:
+    cells: list[str] = []
+    if saves:
+        forecast = planned.checkpoints
+        cells += [""] * len(_SAVE_COLUMNS) if forecast is None else _checkpoint_cells(forecast)
+    if evaluates:
+        own = planned.evaluations
+        cells += [""] * len(_EVALUATION_COLUMNS) if own is None else [f"{own.count:,}", f"{own.samples:,}"]
+    return cells
 
 
-def _totals(plan: Plan, *, saves: bool, reads: bool) -> list[str]:
-    written, kept, _, in_all = _saved(plan.checkpoints)
+def _totals(plan: Plan, *, saves: bool, evaluates: bool) -> list[str]:
+    written, kept, _, in_all = _checkpoint_cells(plan.checkpoints)
     count, samples = (sum(getattr(each, name) for each in plan.evaluations) for name in ("count", "samples"))
-    return [*((written, kept, "", in_all) if saves else ()), *((f"{count:,}", f"{samples:,}") if reads else ())]
+    return [*((written, kept, "", in_all) if saves else ()), *((f"{count:,}", f"{samples:,}") if evaluates else ())]
 
 
-def _saved(made: CheckpointForecast) -> list[str]:
-    each = ", ".join(map(size, made.each_bytes))
-    return [_number(made.written), _number(made.kept), each, _sizes(made.written_bytes)]
+def _checkpoint_cells(forecast: CheckpointForecast) -> list[str]:
+    each = ", ".join(map(format_bytes, forecast.each_bytes))
+    return [_format_count(forecast.written), _format_count(forecast.kept), each, _format_sizes(forecast.written_bytes)]
 
 
-def _number(bounds: Bounds) -> str:
-    return _bounded(bounds, f"{bounds.at_least:,}", f"{bounds.at_most:,}")
+def _format_count(bounds: Bounds) -> str:
+    return _format_bounds(bounds, f"{bounds.at_least:,}", f"{bounds.at_most:,}")
 
 
-def _sizes(bounds: Bounds) -> str:
-    return _bounded(bounds, size(bounds.at_least), size(bounds.at_most))
+def _format_sizes(bounds: Bounds) -> str:
+    return _format_bounds(bounds, format_bytes(bounds.at_least), format_bytes(bounds.at_most))
 
 
-def _bounded(bounds: Bounds, least: str, most: str) -> str:
+def _format_bounds(bounds: Bounds, least: str, most: str) -> str:
     if bounds.at_least == bounds.at_most:
         return most
     return f"{least} to {most}" if bounds.at_least else f"<= {most}"
@@ -155,21 +159,21 @@ def _timeline(plan: Plan, console: Console) -> list[str]:
     """Return the lines of the timeline, as wide as the terminal."""
     marks = PLAIN if console.options.ascii_only else DRAWN
     names = [each.name for each in plan.callbacks]
-    label = min(max(map(len, names), default=0), max(_LEAST, console.width // 3))
-    columns = max(_LEAST, console.width - label - 2)
+    label = min(max(map(len, names), default=0), max(_LEAST_COLUMNS, console.width // 3))
+    columns = max(_LEAST_COLUMNS, console.width - label - 2)
     rows = [row(each.occasions, plan.run, columns, marks) for each in plan.callbacks]
-    lines = [f"{_cut(name, label)}  {drawn}" for name, drawn in zip(names, rows, strict=True)]
+    lines = [f"{_fit(name, label)}  {drawn}" for name, drawn in zip(names, rows, strict=True)]
     return ["", *lines, *(" " * (label + 2) + line for line in scale(plan.run, columns))]
 
 
-def _cut(name: str, length: int) -> str:
+def _fit(name: str, length: int) -> str:
     return name.ljust(length) if len(name) <= length else f"{name[: length - 3]}..."
 
 
-def _ending(plan: Plan) -> list[str]:
-    made = plan.checkpoints
-    held = (
-        f"checkpoints: {_sizes(made.kept_bytes)} at the end, {size(made.peak_bytes)} at most at any time, in tensors; "
-        "their names and what else is remembered come on top, some hundred bytes for each tensor"
+def _footer(plan: Plan) -> list[str]:
+    forecast = plan.checkpoints
+    sizes = (
+        f"checkpoints: {_format_sizes(forecast.kept_bytes)} at the end, "
+        f"{format_bytes(forecast.peak_bytes)} at most at any time, excluding metadata (some hundred bytes per tensor)"
     )
-    return [*([held] if made.written.at_most else []), *(f"note: {note}" for note in plan.notes)]
+    return [*([sizes] if forecast.written.at_most else []), *(f"note: {note}" for note in plan.notes)]

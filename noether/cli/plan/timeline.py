@@ -1,4 +1,4 @@
-"""A run as a row of columns: how often something fires in each, and where the epochs lie."""
+"""A run as a row of columns: number of firings in each, and a scale of epochs and updates."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.core.schedules.forecast import Occasions
 
-_NICE: Final = (1, 2, 5)
+_STEPS: Final = (1, 2, 5)
 _SEPARATION: Final = 10
-"""Columns from one label of a scale to the next, at least."""
+"""Columns from one label of the scale to the next, at least."""
 
 
 class Marks(NamedTuple):
-    """What stands in a column in which nothing, one thing, and several things fire."""
+    """Characters of a column with no firing, one firing and several firings."""
 
     nothing: str
     one: str
@@ -26,18 +26,18 @@ class Marks(NamedTuple):
 
 DRAWN: Final = Marks("·", "│", "█")
 PLAIN: Final = Marks(".", "|", "#")
-"""The same for a terminal that knows no other characters."""
+"""The characters for a terminal without Unicode."""
 
 
 def edges(run: Run, columns: int) -> list[int]:
-    """Return the updates at which columns begin and end, one more than there are columns; none is empty."""
+    """Return the updates at which columns start and end, one more than columns; every column has an update."""
     updates = run.final.update
     count = min(columns, updates)
     return [updates * index // count for index in range(count + 1)]
 
 
 def counts(occasions: Occasions, run: Run, columns: int) -> list[int]:
-    """Return how often it fires in each column; what comes before the first update is in the first one.
+    """Return the number of firings in each column; those before the first update are in the first.
 
     Example:
         >>> from noether import EveryNUpdates, Run, TrainingIteration
@@ -52,16 +52,16 @@ def counts(occasions: Occasions, run: Run, columns: int) -> list[int]:
 
 
 def row(occasions: Occasions, run: Run, columns: int, marks: Marks) -> str:
-    """Return the columns as text."""
+    """Return the columns of one callback as text."""
     return "".join(marks[min(count, 2)] for count in counts(occasions, run, columns))
 
 
 class Tick(NamedTuple):
-    """A place on the scale.
+    """A labelled place on the scale.
 
     Args:
-        update: Where it lies.
-        epoch: The epoch that ends there, or None if the scale is one of updates.
+        update: The update at this place.
+        epoch: The epoch that ends there; None on a scale without epochs.
     """
 
     update: int
@@ -69,17 +69,17 @@ class Tick(NamedTuple):
 
 
 def ticks(run: Run, columns: int) -> list[Tick]:
-    """Return places for labels, so few that they do not touch: ends of epochs or, if there are few, updates."""
+    """Return the ticks, few enough that labels do not touch: ends of epochs or, in a run of one epoch, updates."""
     most = max(1, columns // _SEPARATION)
     if run.final.epoch > 1:
-        step = _nice(run.final.epoch, most)
+        step = _round_step(run.final.epoch, most)
         return [Tick(epoch * run.updates_per_epoch, epoch) for epoch in range(0, run.final.epoch + 1, step)]
-    step = _nice(run.final.update, most)
+    step = _round_step(run.final.update, most)
     return [Tick(update, None) for update in range(0, run.final.update + 1, step)]
 
 
 def scale(run: Run, columns: int) -> list[str]:
-    """Return the lines of the scale: epochs, if there are several, and updates."""
+    """Return the lines of the scale: epochs if there are several, and updates."""
     places = ticks(run, columns)
     width = len(edges(run, columns)) - 1
     epochs = [(_column(tick, run, width), f"E{tick.epoch}") for tick in places if tick.epoch is not None]
@@ -87,23 +87,23 @@ def scale(run: Run, columns: int) -> list[str]:
     return [_line(labels) for labels in (epochs, updates) if labels]
 
 
-def _nice(length: int, most: int) -> int:
-    """Return the least of 1, 2, 5, 10, 20, ... that divides `length` into `most` parts at most."""
+def _round_step(length: int, most: int) -> int:
+    """Return the smallest of 1, 2, 5, 10, 20, ... that divides `length` into at most `most` parts."""
     power = 1
     while True:
-        for factor in _NICE:
+        for factor in _STEPS:
             if length <= factor * power * most:
                 return factor * power
         power *= 10
 
 
 def _column(tick: Tick, run: Run, width: int) -> int:
-    """Return the column in which a tick lies: the one that its update ends or is in."""
+    """Return the column that contains the update of a tick."""
     return max(0, -(-tick.update * width // run.final.update) - 1)
 
 
 def _line(labels: list[tuple[int, str]]) -> str:
-    """Return the labels at their columns, without those to which an earlier one reaches."""
+    """Return the labels at their columns, without labels that would touch an earlier one."""
     line = ""
     for column, label in labels:
         if len(line) < column or not line:

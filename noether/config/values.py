@@ -1,0 +1,61 @@
+"""Plain Python values as the source of a configuration, in place of YAML text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.source import MAX_LEVELS, Source
+
+if TYPE_CHECKING:
+    from noether.config.errors import SettingPath
+
+
+def source_from_values(values: Mapping[str, Any]) -> Source:
+    """Return the source of a configuration that is given as a mapping; its settings have paths, but no file and line.
+
+    Args:
+        values: Sections of mappings, lists, tuples, paths, text, numbers, true, false and None.
+
+    Raises:
+        ConfigError: With the path of every value that YAML could not contain.
+
+    Example:
+        >>> source_from_values({"trainer": {"loss": print}})
+        Traceback (most recent call last):
+        noether.config.errors.ConfigError: trainer.loss: <built-in function print> is not a plain value;
+        write a function or class as its dotted path, such as 'package.module.name'
+    """
+    problems: list[LocatedProblem] = []
+    data = _plain(values, (), problems)
+    if problems:
+        raise ConfigError(problems)
+    return Source("", data, {})
+
+
+def _plain(value: Any, path: SettingPath, problems: list[LocatedProblem]) -> Any:
+    if len(path) > MAX_LEVELS:
+        problems.append(LocatedProblem(Place(""), path[:1], "is nested too deeply"))
+        return None
+    if isinstance(value, Mapping):
+        keys = [key for key in value if not isinstance(key, str)]
+        problems += [
+            LocatedProblem(Place(""), path, f"the key {key!r} is not text; write {str(key)!r}") for key in keys
+        ]
+        return {str(key): _plain(each, (*path, str(key)), problems) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each, (*path, index), problems) for index, each in enumerate(value)]
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    message = (
+        f"{value!r} is not a plain value; write a function or class as its dotted path, such as 'package.module.name'"
+    )
+    problems.append(LocatedProblem(Place(""), path, message))
+    return None
