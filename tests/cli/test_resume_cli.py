@@ -197,7 +197,7 @@ def test_a_run_of_which_every_checkpoint_is_damaged_does_not_begin_anew(finished
     output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path, code=1)
     first, *reasons = output.splitlines()
     assert first == (
-        f"Error: the run cannot go on from any of the {len(reasons)} checkpoints in {shown(checkpoints, tmp_path)}:"
+        f"Error: the run cannot resume from any of the {len(reasons)} checkpoints in {shown(checkpoints, tmp_path)}:"
     )
     assert reasons[0].startswith(f"  {shown(checkpoints, tmp_path)}/E2_U76_S2410.2/state.json is damaged: ")
     assert contents(tmp_path) == before
