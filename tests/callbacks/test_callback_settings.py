@@ -109,7 +109,7 @@ def test_tolerance(tolerance):
 
 def test_a_tolerance_given_twice():
     assert problems(BestCheckpointCallback, every_n_epochs=1, tolerances=(3, 5, 3)) == [
-        "tolerances: [3, 5, 3] names one twice; give each once"
+        "tolerances: [3, 5, 3] has duplicates; give each tolerance once"
     ]
 
 
@@ -154,7 +154,7 @@ def test_nothing_to_save():
         save_latest_optim=False,
     ) == [
         (
-            "nothing is to be saved; set at least one of "
+            "nothing would be saved; set at least one of "
             "save_weights, save_optim, save_latest_weights, save_latest_optim to true"
         )
     ]

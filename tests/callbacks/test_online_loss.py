@@ -105,7 +105,7 @@ def test_nan_of_an_applied_update_is_raised():
         go(callback, [(1, {"total": NAN}, False), (1, {"total": 1.0}, False)])
     assert str(refused.value) == (
         "loss/online/total/U2 is NaN at E0_U2_S2: training has diverged. Lower the learning rate, clip gradients, "
-        "have such updates left out with trainer.nonfinite: skip, or log on with nan: log"
+        "skip such updates with trainer.nonfinite: skip, or continue with nan: log"
     )
 
 

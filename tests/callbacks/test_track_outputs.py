@@ -358,10 +358,10 @@ def test_produces_and_name():
         ({"b": 2.0}, "no 'drift'; it returns 'b'"),
         ({}, "no 'drift'; it returns none"),
         (({"b": 2.0},), "no 'drift'; it returns 'b'"),
-        (None, "nothing; to have outputs tracked, return a dict of them"),
-        ((torch.ones(2),), "a Tensor; to have outputs tracked, return a dict of them"),
-        (([1.0],), "a list; to have outputs tracked, return a dict of them"),
-        (({"drift": 1.0}, torch.ones(2)), "a Tensor; to have outputs tracked, return a dict of them"),
+        (None, "nothing; to track outputs, return a dict"),
+        ((torch.ones(2),), "a Tensor; to track outputs, return a dict"),
+        (([1.0],), "a list; to track outputs, return a dict"),
+        (({"drift": 1.0}, torch.ones(2)), "a Tensor; to track outputs, return a dict"),
     ],
 )
 def test_outputs_that_are_not_there_are_refused(reduce, returned, message):
@@ -378,8 +378,8 @@ def test_a_misspelt_key_is_refused_at_the_first_update_and_not_where_it_is_due()
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, ["nothing is tracked; give keys or patterns"]),
-        ({"keys": ()}, ["nothing is tracked; give keys or patterns"]),
+        ({}, ["no outputs are chosen; give keys or patterns"]),
+        ({"keys": ()}, ["no outputs are chosen; give keys or patterns"]),
         (
             {"keys": ("a",), "reduce": "lst"},
             ["reduce: 'lst' is not one of 'mean', 'last'; did you mean 'last'?"],
@@ -387,15 +387,15 @@ def test_a_misspelt_key_is_refused_at_the_first_update_and_not_where_it_is_due()
         ({"keys": ("a",), "reduce": "sum"}, ["reduce: 'sum' is not one of 'mean', 'last'"]),
         (
             {"patterns": ("a",), "log_output": False},
-            ["log_output and save_output are both false: nothing would come of it"],
+            ["log_output and save_output are both false; set at least one of them to true"],
         ),
         (
             {"every_n_updates": 0, "reduce": "max", "log_output": False},
             [
                 "every_n_updates: 0 is not a whole number of at least 1",
-                "nothing is tracked; give keys or patterns",
+                "no outputs are chosen; give keys or patterns",
                 "reduce: 'max' is not one of 'mean', 'last'",
-                "log_output and save_output are both false: nothing would come of it",
+                "log_output and save_output are both false; set at least one of them to true",
             ],
         ),
     ],

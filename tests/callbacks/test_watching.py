@@ -225,7 +225,7 @@ def test_nan(nan, values, stop):
 
 
 def test_nan_is_raised_on_request():
-    with pytest.raises(FloatingPointError, match=r"^val/accuracy is NaN at E1_U1_S1; to go on, set nan: count$"):
+    with pytest.raises(FloatingPointError, match=r"^val/accuracy is NaN at E1_U1_S1; to continue, set nan: count$"):
         go(watch(MetricEarlyStopping, tolerance=2, nan="raise"), [NAN])
 
 

@@ -96,7 +96,7 @@ def test_a_class_and_a_function_of_the_users_own_are_shown(tmp_path):
     assert "Say it louder." in shown
     assert "text             text           required" in shown
     assert "times            whole number   2" in shown
-    assert "Epochs between runs, >= 1." in shown
+    assert "Epochs between firings, >= 1." in shown
     assert shown.endswith("callbacks:\n  - kind: own.shout\n    text: <text>\n")  # it has its interval
     bare = invoke("callbacks", "own.Bare", cwd=tmp_path)
     assert bare.startswith("own.Bare\n\n\n\n")

@@ -239,7 +239,7 @@ EMA = "noether.core.callbacks.EMACallback"
     [
         (
             f"{{kind: {TRACK}, every_n_updates: 1, keys: [drift]}}",
-            "TrackOutputsCallback/U1/drift: the model returns a Tensor; to have outputs tracked, return a dict of them",
+            "TrackOutputsCallback/U1/drift: the model returns a Tensor; to track outputs, return a dict",
             1,
         ),
         (

@@ -1,4 +1,4 @@
-"""The checkpoint at which a metric was best."""
+"""Saves the checkpoint at which a metric was best."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 class BestCheckpointCallback(MetricWatcher):
     """Saves a checkpoint whenever a metric improves; the pointer `best_model.{metric}` follows it (`/` becomes `.`).
 
-    For each tolerance k the pointer `best_model.{metric}.tolerance={k}` stays where early stopping with that tolerance
-    would have left it. Only what a pointer names is kept.
+    For each tolerance k, the pointer `best_model.{metric}.tolerance={k}` names the best checkpoint that a run with
+    early stopping after k firings would have had. Checkpoints that no pointer names are removed. List this callback
+    after the one that logs the metric.
 
     Args:
-        metric_key: The metric to watch.
-        mode: `higher` or `lower`; left out, it is read from the key.
-        min_delta: By how much a value has to be better to be an improvement, >= 0.
-        tolerances: Firings in a row without improvement, each >= 1 and given once.
-        model_names: Sub-modules whose weights to save, by their name in the model; none stands for all.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        metric_key: The metric to watch, such as `val/accuracy`.
+        mode: Whether `higher` or `lower` is better; None derives it from the key.
+        min_delta: Improvement over the best value that is too small to count, >= 0.
+        tolerances: Numbers of firings in a row without improvement, each >= 1, without duplicates.
+        model_names: Sub-modules whose weights to save, by their name in the model; empty for all.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
         MetricError: If the metric is not current.
@@ -59,16 +60,16 @@ class BestCheckpointCallback(MetricWatcher):
     model_names: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         yield min_delta_problem(self.min_delta)
         yield from (check_whole("tolerances", tolerance) for tolerance in self.tolerances)
         if len(set(self.tolerances)) < len(self.tolerances):
-            yield Problem("tolerances", f"{list(self.tolerances)} names one twice; give each once")
+            yield Problem("tolerances", f"{list(self.tolerances)} has duplicates; give each tolerance once")
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """No metric, but the pointer: two callbacks that move it would remove each other's best."""
+        """The pointer, as no metric: two callbacks that move one pointer would remove each other's checkpoints."""
         return (f"checkpoints/{self.pointer}",)
 
     @property
@@ -77,11 +78,11 @@ class BestCheckpointCallback(MetricWatcher):
         return f"best_model.{self.metric_key.replace('/', '.')}"
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no best yet, and no tolerance exceeded."""
+        """Return a memory without a best value."""
         return {self.name: FrozenDict(best=None, since=0, longest=0)}
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Compare, remember, and ask for a checkpoint at a new best."""
+        """Request a checkpoint if the metric improved."""
         if is_nonfinite(state):
             return state, ()
         value, memory = current(state, self.metric_key), self.memory(state)
@@ -90,7 +91,7 @@ class BestCheckpointCallback(MetricWatcher):
             longest = max(since, memory["longest"])
             return state.remember(self.name, FrozenDict(best=memory["best"], since=since, longest=longest)), ()
         state = state.remember(self.name, FrozenDict(best=value, since=0, longest=memory["longest"]))
-        # A tolerance that the longest wait has reached would have stopped there.
+        # Early stopping would have ended a run whose longest wait reached its tolerance.
         running = [k for k in self.tolerances if memory["longest"] < k]
         pointers = (self.pointer, *(f"{self.pointer}.tolerance={k}" for k in running))
         save = SaveCheckpoint(models=self.model_names, pointers=pointers, retention=FrozenDict({self.name: 0}))

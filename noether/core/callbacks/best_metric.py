@@ -1,4 +1,4 @@
-"""The best value of a metric so far, and what other metrics were at that moment."""
+"""Logs the best value of a metric so far, and other metrics at that moment."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ if TYPE_CHECKING:
 
 @final
 class BestMetricCallback(MetricWatcher):
-    """Logs the best value of a metric so far as `{metric}/best`, and the update it was reached at.
+    """Logs the best value of a metric so far as `{metric}/best`, and its update as `{metric}/best_update`.
+
+    The summary holds the best value and its iteration, such as `E10_U200_S800`. List this callback after the one that
+    logs the metric.
 
     Args:
-        metric_key: The metric to watch.
-        mode: `higher` or `lower`; left out, it is read from the key.
-        target_metric_keys: Metrics that are logged as `{target}/at_best/{metric}` at a new best, and repeated between.
-        optional_target_metric_keys: The same for metrics that need not be there.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        metric_key: The metric to watch, such as `val/accuracy`.
+        mode: Whether `higher` or `lower` is better; None derives it from the key.
+        target_metric_keys: Other metrics whose value at the best is logged as `{target}/at_best/{metric}`.
+        optional_target_metric_keys: The same for metrics that may be absent.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
         MetricError: If the metric or a target is not current.
@@ -67,11 +70,11 @@ class BestMetricCallback(MetricWatcher):
         return merge_keys(*super().consumes, *self.target_metric_keys, *optional)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no best yet."""
+        """Return a memory without a best value."""
         return {self.name: FrozenDict(best=None, at=None, targets=FrozenDict())}
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Compare, remember, and log the best."""
+        """Log the best value so far."""
         value, memory = current(state, self.metric_key), self.memory(state)
         if not is_nonfinite(state) and improves(value, memory["best"], self.direction):
             memory = FrozenDict(best=value, at=str(state.iteration), targets=self._targets(state))

@@ -1,4 +1,4 @@
-"""When to stop before the end."""
+"""Stops training before its configured end."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 class MetricEarlyStopping(MetricWatcher):
     """Stops training when a metric has not improved for a number of firings.
 
+    List this callback after the one that logs the metric. It writes the reason to the console and into `state.stop`.
+
     Args:
-        metric_key: The metric to watch.
-        tolerance: Firings in a row without improvement after which it stops, >= 1.
-        min_delta: By how much a value has to be better to be an improvement, >= 0.
-        mode: `higher` or `lower`; left out, it is read from the key.
-        nan: What a value of NaN does: `count` as no improvement, `stop`, or `raise`.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        metric_key: The metric to watch, such as `val/accuracy`.
+        tolerance: Firings in a row without improvement after which training stops, >= 1.
+        min_delta: Improvement over the best value that is too small to count, >= 0.
+        mode: Whether `higher` or `lower` is better; None derives it from the key.
+        nan: What a value of NaN does: `count` as no improvement, `stop` training, or `raise`.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
         MetricError: If the metric is not current.
@@ -63,7 +65,7 @@ class MetricEarlyStopping(MetricWatcher):
     nan: Literal["count", "stop", "raise"] = "count"
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         yield check_whole("tolerance", self.tolerance)
         yield min_delta_problem(self.min_delta)
@@ -71,26 +73,26 @@ class MetricEarlyStopping(MetricWatcher):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Nothing: it stops."""
+        """Empty: it logs no metric."""
         return ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no best yet."""
+        """Return a memory without a best value."""
         return {self.name: FrozenDict(best=None, since=0)}
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Compare, count, and stop."""
+        """Stop if the metric has not improved for `tolerance` firings."""
         if is_nonfinite(state):
             return state, ()
         value, memory = current(state, self.metric_key), self.memory(state)
         if math.isnan(value) and self.nan == "raise":
-            raise FloatingPointError(f"{self.metric_key} is NaN at {state.iteration}; to go on, set nan: count")
+            raise FloatingPointError(f"{self.metric_key} is NaN at {state.iteration}; to continue, set nan: count")
         if improves(value, memory["best"], self.direction, self.min_delta):
             return state.remember(self.name, FrozenDict(best=value, since=0)), ()
         since = memory["since"] + 1
         state = state.remember(self.name, FrozenDict({**memory, "since": since}))
         reason = self._reason(value, memory["best"], since)
-        # At the end there is nothing left to stop, and a stop would keep a longer run from going on.
+        # After training there is nothing to stop, and a stop in the state would end a later, longer run at once.
         if reason is None or state.stop is not None or interval == "end":
             return state, ()
         return state.stopped(reason), (LogText(f"stopping: {reason}"),)
@@ -109,9 +111,9 @@ class FixedUpdateEarlyStopping(CallbackBase):
     """Stops training at a fixed point, however long the run is configured to be.
 
     Args:
-        stop_at_epoch: Epochs after which it stops, >= 1.
-        stop_at_update: Updates after which it stops, >= 1.
-        stop_at_sample: Samples after which it stops, >= 1; exactly one of the three is given.
+        stop_at_epoch: Epochs after which training stops, >= 1.
+        stop_at_update: Updates after which training stops, >= 1.
+        stop_at_sample: Samples after which training stops, >= 1; give exactly one of the three.
 
     Raises:
         SettingsError: If not exactly one is given, or it is not a whole number >= 1.
@@ -139,34 +141,34 @@ class FixedUpdateEarlyStopping(CallbackBase):
     def _problems(self) -> Iterator[Problem | None]:
         given = [name for name in _STOPS if getattr(self, name) is not None]
         if len(given) != 1:
-            said = f"{' and '.join(given)} are given" if given else "no point is given"
-            yield Problem(given[-1] if given else "", f"{said}; give exactly one of {', '.join(_STOPS)}")
+            found = f"{' and '.join(given)} are given" if given else "no point is given"
+            yield Problem(given[-1] if given else "", f"{found}; give exactly one of {', '.join(_STOPS)}")
         yield from (check_whole(name, getattr(self, name)) for name in given)
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Nothing: it stops."""
+        """Empty: it logs no metric."""
         return ()
 
     @property
     def point(self) -> TrainingIteration:
-        """Where it stops."""
+        """The point at which training stops."""
         counts = {counter: getattr(self, setting) or 0 for setting, counter in _STOPS.items()}
         return TrainingIteration(**counts)
 
     def distinction(self) -> tuple[str, ...]:
-        """Return where it stops."""
+        """Return the setting and its value, such as `stop_at_update=10`."""
         return tuple(f"{name}={value}" for name in _STOPS if (value := getattr(self, name)) is not None)
 
     def after_update(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Stop where updates or samples are reached."""
-        return self._stopped(state)
+        """Stop if the number of updates or samples is reached."""
+        return self._stop_if_reached(state)
 
     def after_epoch(self, state: TrainState, event: AfterEpoch) -> tuple[TrainState, Effects]:
-        """Stop where epochs are reached."""
-        return self._stopped(state)
+        """Stop if the number of epochs is reached."""
+        return self._stop_if_reached(state)
 
-    def _stopped(self, state: TrainState) -> tuple[TrainState, Effects]:
+    def _stop_if_reached(self, state: TrainState) -> tuple[TrainState, Effects]:
         for setting, counter in _STOPS.items():
             point = getattr(self, setting)
             if point is not None and getattr(state.iteration, counter) >= point and state.stop is None:
@@ -179,4 +181,4 @@ _STOPS: Final = {"stop_at_epoch": "epoch", "stop_at_update": "update", "stop_at_
 
 MetricEarlyStopper = MetricEarlyStopping
 FixedEarlyStopper = FixedUpdateEarlyStopping
-"""The names that the class-based framework gives them."""
+"""Aliases for YAML of a class-based framework."""

@@ -43,7 +43,7 @@ class EMACallback(PeriodicCallback):
             `latest.ema=FACTOR`.
         every_n_epochs: Epochs between saves, >= 1.
         every_n_updates: Updates between saves, >= 1.
-        every_n_samples: Samples between saves, >= 1; exactly one of the three is given.
+        every_n_samples: Samples between saves, >= 1; give exactly one of the three.
 
     Raises:
         SettingsError: If a factor is not in (0, 1), or a path leads to no parameter.
@@ -76,7 +76,7 @@ class EMACallback(PeriodicCallback):
     save_latest_weights: bool = False
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         if self.id is not None and not _NAME.fullmatch(self.id):
             yield Problem(
@@ -245,4 +245,4 @@ _COARSE: Final = (torch.float16, torch.bfloat16)
 
 
 EmaCallback = EMACallback
-"""The name that the class-based framework gives it."""
+"""Alias for YAML of a class-based framework."""

@@ -1,4 +1,4 @@
-"""When the next firing and the end are to be expected."""
+"""Shows the expected time of the next firing and of the end."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @final
 class EtaCallback(PeriodicCallback):
-    """Shows counters, pace, and the time to the next firing and to the end, renewed at every update.
+    """Shows counters, update time, and the time to the next firing and to the end; refreshed at every update.
 
-    On a terminal that is a live display. Elsewhere (a pipe, a file, a CI, a batch job) nothing is redrawn: a line is
-    written at each firing. The pace is the mean duration of an update, all that happens between two updates included;
-    the first update, which is slower than the others, is left out. A resumed run goes on with the pace that it had.
+    On a terminal this is a live display. Without one (pipe, file, CI, batch job), a plain line is written at each
+    firing. The update time is a mean in seconds and includes everything between two updates, such as evaluation. The
+    first update is left out because it is slower. A resumed run continues with the mean that it had.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
-        every_n_samples: Samples between firings, >= 1; exactly one of the three is given.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.EtaCallback
@@ -51,62 +51,62 @@ class EtaCallback(PeriodicCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Nothing: it shows."""
+        """Empty: it logs no metric."""
         return ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no durations yet."""
+        """Return a memory without durations."""
         return {self.name: FrozenDict(first_s=0.0, others_s=0.0, updates=0, fired=state.iteration.update)}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Count the duration of the update, and show."""
+        """Add the duration of the update, and refresh the display."""
         memory = self.memory(state)
         duration = "others_s" if memory["updates"] else "first_s"
         counted = {duration: memory[duration] + event.duration_s, "updates": memory["updates"] + 1}
         state = state.remember(self.name, FrozenDict({**memory, **counted}))
-        return state, (self._shown(state, event.run, due=False),)
+        return state, (self._progress(state, event.run, due=False),)
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Begin a new interval, and show."""
-        renewed = FrozenDict({**self.memory(state), "fired": state.iteration.update})
-        state = state.remember(self.name, renewed)
-        return state, (self._shown(state, event.run, due=True),)
+        """Start a new interval, and refresh the display."""
+        memory = FrozenDict({**self.memory(state), "fired": state.iteration.update})
+        state = state.remember(self.name, memory)
+        return state, (self._progress(state, event.run, due=True),)
 
     def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
-        """Show the end, at which a display goes."""
+        """Show the final counters; a live display ends there."""
         state, effects = super().after_training(state, event)
-        return state, effects or (self._shown(state, event.run, due=False),)
+        return state, effects or (self._progress(state, event.run, due=False),)
 
-    def _shown(self, state: TrainState, run: Run, *, due: bool) -> ShowProgress:
+    def _progress(self, state: TrainState, run: Run, *, due: bool) -> ShowProgress:
         memory, final = self.memory(state), run.final
-        pace = _pace_s(memory)
+        done, update_s = state.iteration.update, _mean_update_s(memory)
         fires = self._next_firing(state, run)
         fires = None if state.ended or fires is None or fires > final.update else fires
         return ShowProgress(
             end=final,
             fired=memory["fired"],
             fires=fires,
-            update_s=pace,
-            next_s=None if pace is None or fires is None else pace * (fires - state.iteration.update),
-            left_s=None if pace is None else pace * (0 if state.ended else final.update - state.iteration.update),
+            update_s=update_s,
+            next_s=None if update_s is None or fires is None else update_s * (fires - done),
+            left_s=None if update_s is None else update_s * (0 if state.ended else final.update - done),
             due=due,
         )
 
     def _next_firing(self, state: TrainState, run: Run) -> int | None:
-        """Return the number of updates completed at the next firing."""
+        """Return the number of completed updates at the next firing."""
         following = self.schedule.next_due(state.iteration)
         thresholds = ((name, getattr(following, name)) for name in COUNTERS)
         return min((run.updates_to(name, at) for name, at in thresholds if at is not None), default=None)
 
 
-def _pace_s(memory: Mapping[str, float]) -> float | None:
-    """Return the mean duration of an update: of those after the first, or of the first where it is alone.
+def _mean_update_s(memory: Mapping[str, float]) -> float | None:
+    """Return the mean duration of the updates after the first, or that of the first if there is only one.
 
-    None where the loop does not tell durations.
+    None if the loop reports no durations.
     """
-    pace = memory["others_s"] / (memory["updates"] - 1) if memory["updates"] > 1 else memory["first_s"]
-    return pace or None
+    mean = memory["others_s"] / (memory["updates"] - 1) if memory["updates"] > 1 else memory["first_s"]
+    return mean or None
 
 
 ETA = ETACallback = EtaCallback
-"""The names that the class-based framework gives it."""
+"""Aliases for YAML of a class-based framework."""

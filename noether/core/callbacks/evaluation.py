@@ -122,9 +122,9 @@ class OfflineLossCallback(_Evaluation):
             a part of their name.
         batch_size: Samples in a batch, >= 1; None takes the trainer's.
         weights: Whose weights to evaluate, such as `ema=0.999`.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.OfflineLossCallback
@@ -158,9 +158,9 @@ class MetricCallback(_Evaluation):
             each sample, or the mean over the batch.
         batch_size: Samples in a batch, >= 1; None takes the trainer's.
         weights: Whose weights to evaluate, such as `ema=0.999`.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.MetricCallback
@@ -177,7 +177,7 @@ class MetricCallback(_Evaluation):
     metric: str | MetricFunction
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         yield _metric_problem("metric", self.metric)
 
@@ -199,9 +199,9 @@ class EvaluateCallback(_Evaluation):
         measures: `loss`, or metrics as for `MetricCallback`; at least one, none twice.
         batch_size: Samples in a batch, >= 1; None takes the trainer's.
         weights: Whose weights to evaluate, such as `ema=0.999`.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.EvaluateCallback
@@ -223,7 +223,7 @@ class EvaluateCallback(_Evaluation):
         return tuple(key for key in super().consumes if not isinstance(key, OptionalKey))
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         if not self.measures or len({metric_name(m) for m in self.measures}) < len(self.measures):
             yield Problem(

@@ -1,4 +1,4 @@
-"""How large the gradients are."""
+"""Logs the norm of the gradients."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @final
 class GradNormCallback(PeriodicCallback):
-    """Logs `optim/grad_norm/mean/{interval}` and `optim/grad_norm/max/{interval}` of the updates since the last firing.
+    """Logs the mean and maximum gradient norm since the last firing.
 
-    It is the 2-norm of all gradients together, before it is clipped. The trainer measures it because this callback asks
-    for it; a loop of one's own gives it to `AfterUpdate(grad_norm=...)`. Updates that were skipped as non-finite do not
-    count.
+    The keys are `optim/grad_norm/mean/{interval}` and `optim/grad_norm/max/{interval}`. The norm is the 2-norm of all
+    gradients together, before clipping. The trainer computes it only if this callback is listed; your own loop passes
+    it as `AfterUpdate(grad_norm=...)`. Updates that were skipped because they were not finite do not count.
 
     Args:
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
-        ValueError: If an event does not carry the norm.
+        ValueError: If the loop does not pass the norm.
 
     ```yaml
     - kind: noether.core.callbacks.GradNormCallback
@@ -51,31 +51,31 @@ class GradNormCallback(PeriodicCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Mean and maximum."""
+        """The keys of the mean and the maximum."""
         return (f"optim/grad_norm/mean/{self.interval_name}", f"optim/grad_norm/max/{self.interval_name}")
 
     @property
     def readings(self) -> tuple[str, ...]:
-        """The norm."""
+        """The gradient norm."""
         return ("grad_norm",)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no norms yet."""
+        """Return an empty sum."""
         return {self.name: FrozenDict(sum=0.0, max=0.0, updates=0)}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Count the update's norm, on its device."""
+        """Add the norm of the update, on its device."""
         if event.skipped:
             return state, ()
         if event.grad_norm is None:
-            raise ValueError(f"{self.name}: this loop does not measure it: give AfterUpdate(grad_norm=...)")
+            raise ValueError(f"{self.name}: the loop does not measure it; pass AfterUpdate(grad_norm=...)")
         memory, norm = self.memory(state), torch.as_tensor(event.grad_norm, dtype=torch.float64).detach()
         largest = torch.maximum(norm, torch.as_tensor(memory["max"], dtype=torch.float64, device=norm.device))
-        counted = FrozenDict(sum=memory["sum"] + norm, max=largest, updates=memory["updates"] + 1)
-        return state.remember(self.name, counted), ()
+        memory = FrozenDict(sum=memory["sum"] + norm, max=largest, updates=memory["updates"] + 1)
+        return state.remember(self.name, memory), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Log and begin anew."""
+        """Log mean and maximum, and start a new interval."""
         memory = self.memory(state)
         if not memory["updates"]:
             return state, ()

@@ -104,7 +104,7 @@ class MetricWatcher(PeriodicCallback):
     mode: Mode | None = None
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         yield mode_problem(self.metric_key, self.mode)
 

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay."""
+"""Logs learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 @final
 class LrCallback(PeriodicCallback):
-    """Logs `optim/lr` and `optim/wd` of the last update, at the first update too; with several groups, one key each.
+    """Logs the learning rate `optim/lr` and the weight decay `optim/wd` of the last update.
+
+    It also fires at the first update. With several parameter groups, the keys are `optim/lr/{group}` and
+    `optim/wd/{group}`.
 
     Args:
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.LrCallback
@@ -45,12 +48,12 @@ class LrCallback(PeriodicCallback):
 
     @property
     def schedule(self) -> Schedule:
-        """When it is due: at its interval, and at the first update."""
+        """When it fires: at its interval, and at the first update."""
         return super().schedule | At(TrainingIteration(update=1))
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """The learning rate and weight decay of each group."""
+        """The keys of all groups."""
         return ("optim/lr", "optim/wd", "optim/lr/*", "optim/wd/*")
 
     @cached_property
@@ -59,15 +62,15 @@ class LrCallback(PeriodicCallback):
         return self.every_n_epochs is not None or self.at_end
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no learning rates yet, where they have to be remembered."""
+        """Return an empty memory if the callback has to remember learning rates."""
         return {self.name: FrozenDict()} if self._tracks else {}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Remember what an epoch's end will log."""
+        """Remember the values, for a firing at the end of an epoch or of training."""
         return state.remember(self.name, _by_key(event)), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Log them."""
+        """Log the values of the last update."""
         values = _by_key(event) if isinstance(event, AfterUpdate) else self.memory(state)
         return log(state, event, values) if values else (state, ())
 
@@ -81,4 +84,4 @@ def _by_key(event: AfterUpdate) -> FrozenDict:
 
 
 LR = LrCallback
-"""The name that the class-based framework gives it."""
+"""Alias for YAML of a class-based framework."""

@@ -1,4 +1,4 @@
-"""A lower learning rate where a metric stops improving."""
+"""Reduces the learning rate when a metric stops improving."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 @final
 class ReduceLROnPlateauCallback(MetricWatcher):
-    """Multiplies the learning rate of all later updates by a factor when a metric has stopped improving.
+    """Multiplies the learning rate of all later updates by a factor when a metric stops improving.
 
-    It acts through `state.hyperparams["lr_scale"]`, by which the step multiplies what the schedule says; a loop of
-    one's own writes it into its optimizer after the dispatch, with `state = state.into_module(model, optimizer)`. With
-    `tolerance` one more than its patience, it decides as `torch.optim.lr_scheduler.ReduceLROnPlateau` with absolute
-    threshold does; only an infinite first value counts as a first best here.
+    It changes `state.hyperparams["lr_scale"]`, by which the step multiplies the learning rate of the schedule. If you
+    dispatch events in your own loop, write it into the optimizer afterwards with
+    `state = state.into_module(model, optimizer)`. It decides as `torch.optim.lr_scheduler.ReduceLROnPlateau` with an
+    absolute threshold and a patience of `tolerance - 1`, except that an infinite first value counts as a best value.
 
     Args:
-        metric_key: The metric to watch.
-        tolerance: Firings in a row without improvement after which it reduces, >= 1.
-        factor: What the learning rate is multiplied by, in (0, 1).
-        cooldown: Firings after a reduction during which nothing is counted, >= 0.
-        min_scale: Where `lr_scale` does not go below, in [0, 1].
-        min_delta: By how much a value has to be better to be an improvement, >= 0.
-        mode: `higher` or `lower`; left out, it is read from the key.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        metric_key: The metric to watch, such as `val/accuracy`.
+        tolerance: Firings in a row without improvement after which the learning rate is reduced, >= 1.
+        factor: Factor for the learning rate, in (0, 1).
+        cooldown: Firings after a reduction that do not count as firings without improvement, >= 0.
+        min_scale: Lower bound of `lr_scale`, in [0, 1].
+        min_delta: Improvement over the best value that is too small to count, >= 0.
+        mode: Whether `higher` or `lower` is better; None derives it from the key.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
         MetricError: If the metric is not current.
@@ -69,7 +69,7 @@ class ReduceLROnPlateauCallback(MetricWatcher):
     min_delta: float = 0.0
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         yield check_whole("tolerance", self.tolerance)
         yield check_whole("cooldown", self.cooldown, at_least=0)
@@ -81,15 +81,15 @@ class ReduceLROnPlateauCallback(MetricWatcher):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Nothing: it acts."""
+        """Empty: it logs no metric."""
         return ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no best yet."""
+        """Return a memory without a best value."""
         return {self.name: FrozenDict(best=None, since=0, cooling=0)}
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Compare, count, and reduce."""
+        """Reduce the learning rate if the metric has not improved for `tolerance` firings."""
         if is_nonfinite(state):
             return state, ()
         value, memory = current(state, self.metric_key), self.memory(state)
@@ -98,11 +98,11 @@ class ReduceLROnPlateauCallback(MetricWatcher):
         since = 0 if improved or memory["cooling"] else memory["since"] + 1
         reduces = since >= self.tolerance
         cooling = self.cooldown if reduces else max(0, memory["cooling"] - 1)
-        counted = FrozenDict(best=best, since=0 if reduces else since, cooling=cooling)
-        state = state.remember(self.name, counted)
-        return self._reduced(state, best) if reduces else (state, ())
+        memory = FrozenDict(best=best, since=0 if reduces else since, cooling=cooling)
+        state = state.remember(self.name, memory)
+        return self._reduce(state, best) if reduces else (state, ())
 
-    def _reduced(self, state: TrainState, best: float | None) -> tuple[TrainState, Effects]:
+    def _reduce(self, state: TrainState, best: float | None) -> tuple[TrainState, Effects]:
         before = state.hyperparams["lr_scale"]
         after = max(before * self.factor, self.min_scale)
         if after >= before:

@@ -1,4 +1,4 @@
-"""What happens when updates are not finite."""
+"""Stops training or rolls back when updates are not finite."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 @final
 class NanGuardCallback(PeriodicCallback):
-    """Counts updates that are not finite, and after some in a row stops training or goes back to a snapshot.
+    """Stops training or rolls back to a snapshot after a number of updates in a row that are not finite.
 
-    At every such update it logs `nonfinite`, how many there were in a row, and puts their number in all into the
-    summary. What watches a metric for its best takes none from there, so it is listed after this callback.
+    At every such update it logs their number in a row as `nonfinite`, and writes their total into the summary as
+    `nonfinite/updates`. List callbacks that watch a metric after this one: they ignore its value at such an update.
 
-    A snapshot holds params, buffers and optimizer memory; it is taken before training, and at the interval where the
-    update and all of that is finite. After a rollback counters, metrics and the memory of callbacks go on, so that the
-    next batch is a new one; an average of the weights that is no longer finite begins anew.
+    A snapshot holds params, buffers and optimizer memory. It is taken before training, and at the interval if the
+    update and these tensors are finite. A rollback keeps counters, metrics and the memory of callbacks, so training
+    continues with the next batch. An average of the weights that is not finite restarts from the snapshot.
 
-    What counts is what the step reports: with `trainer.nonfinite: apply` the loss, with `skip` the gradients too, and
-    nothing of such an update is applied. `skip` goes best with this callback. A loop of one's own gives
-    `AfterUpdate(finite=...)`, and writes a rollback into its model and optimizer after the dispatch, with
+    The step decides what is finite: the loss with `trainer.nonfinite: apply`; loss and gradients with `skip`, which
+    also leaves the update out and is the better choice with this callback. If you dispatch events in your own loop,
+    pass `AfterUpdate(finite=...)`, and write a rollback into model and optimizer afterwards with
     `state = state.into_module(model, optimizer)`.
 
     Args:
-        tolerance: Updates in a row that are not finite after which it acts, >= 1.
+        tolerance: Updates in a row that are not finite after which the callback acts, >= 1.
         action: `stop` training, or `rollback` to the snapshot.
-        max_rollbacks: Rollbacks after which it stops in place of another one, >= 1.
+        max_rollbacks: Rollbacks after which training stops instead, >= 1.
         every_n_epochs: Epochs between snapshots, >= 1.
         every_n_updates: Updates between snapshots, >= 1.
-        every_n_samples: Samples between snapshots, >= 1; exactly one of the three is given.
+        every_n_samples: Samples between snapshots, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.NanGuardCallback
@@ -70,7 +70,7 @@ class NanGuardCallback(PeriodicCallback):
     max_rollbacks: int = 10
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         yield check_whole("tolerance", self.tolerance)
         yield check_choice("action", self.action, ("stop", "rollback"))
@@ -78,11 +78,11 @@ class NanGuardCallback(PeriodicCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """How many updates in a row were not finite, where one was not."""
+        """The number of updates in a row that were not finite, logged only at such an update."""
         return (NONFINITE,)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no such update yet, and with `rollback` a snapshot."""
+        """Return counts of zero and, for `rollback`, a snapshot."""
         snapshot = clone_tensors(_weights(state)) if self.action == "rollback" else None
         counts = {"total": 0, "in_row": 0, "rollbacks": 0}
         return {self.name: FrozenDict(**counts, snapshot=snapshot, taken=str(state.iteration))}
@@ -93,59 +93,58 @@ class NanGuardCallback(PeriodicCallback):
         return ("finite",)
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Count, and act."""
+        """Count updates that are not finite, and act if there are too many."""
         memory = self.memory(state)
         if bool(event.finite) and not event.skipped:
-            counted = state if not memory["in_row"] else state.remember(self.name, memory | {"in_row": 0})
-            return counted, ()
+            return (state.remember(self.name, memory | {"in_row": 0}) if memory["in_row"] else state), ()
         memory = memory | {"in_row": memory["in_row"] + 1, "total": memory["total"] + 1}
         state, effects = log(state.remember(self.name, memory), event, {NONFINITE: memory["in_row"]})
-        state, asked = self._acted(state) if memory["in_row"] >= self.tolerance else (state, ())
-        return state, (*effects, SetSummary(FrozenDict({"nonfinite/updates": memory["total"]})), *asked)
+        state, more = self._act(state) if memory["in_row"] >= self.tolerance else (state, ())
+        return state, (*effects, SetSummary(FrozenDict({"nonfinite/updates": memory["total"]})), *more)
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Take a snapshot, where all of it is finite."""
+        """Take a snapshot if all of it is finite."""
         memory = self.memory(state)
-        if self.action != "rollback" or is_nonfinite(state) or not _is_sound(_weights(state), memory["snapshot"]):
+        if self.action != "rollback" or is_nonfinite(state) or not _is_finite(_weights(state), memory["snapshot"]):
             return state, ()
-        taken = memory | {"snapshot": clone_tensors(_weights(state)), "taken": str(state.iteration)}
-        return state.remember(self.name, taken), ()
+        memory = memory | {"snapshot": clone_tensors(_weights(state)), "taken": str(state.iteration)}
+        return state.remember(self.name, memory), ()
 
-    def _acted(self, state: TrainState) -> tuple[TrainState, tuple[Effect, ...]]:
+    def _act(self, state: TrainState) -> tuple[TrainState, tuple[Effect, ...]]:
         if state.stop is not None:
             return state, ()
         memory = self.memory(state)
         reason = f"{memory['in_row']} updates in a row were not finite"
         if self.action == "rollback" and memory["rollbacks"] < self.max_rollbacks:
             text = f"{reason}: back to the weights of {memory['taken']}"
-            counted = memory | {"in_row": 0, "rollbacks": memory["rollbacks"] + 1}
-            return _gone_back(state.remember(self.name, counted), memory["snapshot"]), (LogText(text),)
+            counts = {"in_row": 0, "rollbacks": memory["rollbacks"] + 1}
+            return _roll_back(state.remember(self.name, memory | counts), memory["snapshot"]), (LogText(text),)
         if self.action == "rollback":
             reason = f"{reason}, after {memory['rollbacks']} rollbacks"
         return state.stopped(reason), (LogText(f"stopping: {reason}"),)
 
 
 def _weights(state: TrainState) -> dict[str, Any]:
-    # Without the optimizer's groups: learning rates follow the counters, and those go on.
+    # Without the optimizer's groups: learning rates follow the counters, and a rollback keeps those.
     opt_state = {name: part for name, part in state.opt_state.items() if name != "groups"}
     return {"params": state.params, "buffers": state.buffers, "opt_state": opt_state}
 
 
-def _gone_back(state: TrainState, snapshot: Mapping[str, Any]) -> TrainState:
-    """Return the state with the weights of a snapshot; averages that bad updates destroyed begin anew at them."""
-    back = clone_tensors(snapshot)
-    state = state.replace(**{**back, "opt_state": FrozenDict({**state.opt_state, **back["opt_state"]})})
+def _roll_back(state: TrainState, snapshot: Mapping[str, Any]) -> TrainState:
+    """Return the state with the weights of a snapshot; averages that are not finite restart from them."""
+    restored = clone_tensors(snapshot)
+    state = state.replace(**{**restored, "opt_state": FrozenDict({**state.opt_state, **restored["opt_state"]})})
     for weights in find_weights(state):
-        kept = state.callback_states[memory_of(weights)]
-        if not _is_sound(kept, snapshot):
-            anew = {what: _like(tensors_by_name, snapshot[what]) for what, tensors_by_name in kept.items()}
-            state = state.remember(memory_of(weights), anew)
+        average = state.callback_states[memory_of(weights)]
+        if not _is_finite(average, snapshot):
+            restarted = {part: _copy_like(values, snapshot[part]) for part, values in average.items()}
+            state = state.remember(memory_of(weights), restarted)
     return state
 
 
-def _is_sound(tree: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
-    """Return whether all of `tree` is finite but for what was not in `held` either, such as a mask of infinities."""
-    before = dict(tensors(held))
+def _is_finite(tree: Mapping[str, Any], snapshot: Mapping[str, Any]) -> bool:
+    """Return whether all of `tree` is finite, apart from entries that are not finite in `snapshot` (such as a mask)."""
+    before = dict(tensors(snapshot))
     for path, tensor in tensors(tree):
         finite = tensor.isfinite()
         if path in before and before[path].shape == tensor.shape:
@@ -155,6 +154,6 @@ def _is_sound(tree: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
     return True
 
 
-def _like(kept: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> FrozenDict:
-    """Return copies of the weights that are kept, in the types in which they are kept."""
-    return FrozenDict({name: weights[name].to(tensor.dtype, copy=True) for name, tensor in kept.items()})
+def _copy_like(average: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> FrozenDict:
+    """Return copies of the weights under the names of an average, in its dtypes."""
+    return FrozenDict({name: weights[name].to(tensor.dtype, copy=True) for name, tensor in average.items()})

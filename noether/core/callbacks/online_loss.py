@@ -1,4 +1,4 @@
-"""The training loss as it goes by."""
+"""Logs the training loss, averaged since the last firing."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 class OnlineLossCallback(PeriodicCallback):
     """Logs `loss/online/{name}/{interval}`: the sample-weighted mean of every training loss since the last firing.
 
-    Updates that were skipped as non-finite do not count; a mean over none of them is NaN.
+    The mean covers all accumulation steps and ranks. Updates that were skipped because they were not finite do not
+    count; if all were skipped, the mean is NaN.
 
     Args:
-        nan: What to do where an applied update's loss makes the mean NaN: `raise` or `log`.
-        verbose: Whether the losses are shown on the console, too.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        nan: What to do if the loss of an applied update makes the mean NaN: `raise` or `log`.
+        verbose: Whether to show the losses on the console, too.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
         FloatingPointError: If the mean of applied updates is NaN and `nan` is `raise`.
@@ -54,13 +55,13 @@ class OnlineLossCallback(PeriodicCallback):
     verbose: bool = True
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         yield check_choice("nan", self.nan, ("raise", "log"))
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """One key for each loss."""
+        """The key of every loss."""
         return (f"loss/online/*/{self.interval_name}",)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
@@ -68,44 +69,44 @@ class OnlineLossCallback(PeriodicCallback):
         return {self.name: FrozenDict(sums=FrozenDict(), samples=0)}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Add the update's losses, in double precision and on their device."""
+        """Add the losses of the update, in double precision and on their device."""
         memory = self.memory(state)
         sums, samples = memory["sums"], memory["samples"]
-        # The keys of a skipped update are kept, so that an interval of skipped updates only is logged as NaN.
-        counted = 0 if event.skipped else event.samples
-        added = {name: _sum(sums.get(name), loss, counted) for name, loss in event.losses.items()}
-        return state.remember(self.name, FrozenDict(sums=FrozenDict({**sums, **added}), samples=samples + counted)), ()
+        # A skipped update adds its keys with weight 0: if all updates of an interval are skipped, NaN is logged.
+        weight = 0 if event.skipped else event.samples
+        added = {name: _add(sums.get(name), loss, weight) for name, loss in event.losses.items()}
+        return state.remember(self.name, FrozenDict(sums=FrozenDict({**sums, **added}), samples=samples + weight)), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Log the means and begin anew."""
+        """Log the means, and start a new interval."""
         sums, samples = self.memory(state)["sums"], self.memory(state)["samples"]
-        # Zero samples divide zero sums: NaN, the mean of nothing.
+        # Without samples this is 0 / 0, and so NaN.
         means = {f"loss/online/{name}/{self.interval_name}": total / samples for name, total in sums.items()}
         if samples and self.nan == "raise":
             for key, mean in means.items():
-                _refuse_nan(key, mean, state)
+                _check_not_nan(key, mean, state)
         state = state.remember(self.name, self.init(state)[self.name])
         return log(state, event, means, quiet=not self.verbose) if means else (state, ())
 
 
-def _sum(held: torch.Tensor | None, loss: float | torch.Tensor, samples: int) -> torch.Tensor:
-    """Return `held + loss * samples`, in double precision, on the device of the loss; of no samples it is not read."""
+def _add(total: torch.Tensor | None, loss: float | torch.Tensor, samples: int) -> torch.Tensor:
+    """Return `total + loss * samples` in double precision, on the device of the loss; without samples, `total`."""
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
         loss = loss.detach()
-    if held is None:
+    if total is None:
         device = loss.device if isinstance(loss, torch.Tensor) else None
-        held = torch.zeros((), dtype=torch.float64, device=device)
-    # One call: at every update each call counts. Both have no dimensions, so that the sum is in double precision.
-    return held.add(loss, alpha=samples) if samples else held
+        total = torch.zeros((), dtype=torch.float64, device=device)
+    # A single call, because this runs at every update. Both are 0-dimensional, so the result is in double precision.
+    return total.add(loss, alpha=samples) if samples else total
 
 
-def _refuse_nan(key: str, mean: torch.Tensor, state: TrainState) -> None:
+def _check_not_nan(key: str, mean: torch.Tensor, state: TrainState) -> None:
     if mean.isnan():
         raise FloatingPointError(
             f"{key} is NaN at {state.iteration}: training has diverged. Lower the learning rate, clip gradients, "
-            "have such updates left out with trainer.nonfinite: skip, or log on with nan: log"
+            "skip such updates with trainer.nonfinite: skip, or continue with nan: log"
         )
 
 
 OnlineLoss = OnlineLossCallback
-"""The name that the class-based framework gives it."""
+"""Alias for YAML of a class-based framework."""

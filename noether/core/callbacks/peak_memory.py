@@ -1,4 +1,4 @@
-"""How much memory training takes."""
+"""Logs the peak memory of the device."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 class PeakMemoryCallback(PeriodicCallback):
     """Logs `memory/peak_bytes/{interval}`: the peak memory of the device since the last firing, in bytes.
 
-    On the CPU it is the peak resident memory of the process. The value goes to the logs only: it is a reading of the
-    world, so no callback can consume it.
+    On the CPU it is the peak resident memory of the process since its start. The interpreter measures it after all
+    callbacks have run, so the value is only logged, and no callback can consume it.
 
     Args:
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.PeakMemoryCallback
@@ -39,13 +39,13 @@ class PeakMemoryCallback(PeriodicCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Nothing that a callback could consume."""
+        """Empty: callbacks cannot consume the value."""
         return ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Ask for the measurement."""
+        """Request the measurement."""
         return state, (MeasurePeakMemory(key=f"memory/peak_bytes/{self.interval_name}"),)
 
 
 PeakMemory = PeakMemoryCallback
-"""The name that the class-based framework gives it."""
+"""Alias for YAML of a class-based framework."""

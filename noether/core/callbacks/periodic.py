@@ -34,9 +34,9 @@ class PeriodicCallback(CallbackBase):
     called at every accumulation step and update.
 
     Args:
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
         at_end: Whether to run after training too, unless it was due at the last update or epoch.
 
     Raises:
@@ -211,7 +211,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     weights: str | None = None
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         if self.batch_size is not None:
             yield check_whole("batch_size", self.batch_size)

@@ -1,4 +1,4 @@
-"""How far a run is, and when it will be done."""
+"""Writes the progress of a run, and its expected end."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
 @final
 class ProgressCallback(PeriodicCallback):
-    """Writes a line with the share done, the counters and their ends, and the times taken and to come.
+    """Writes a line with percentage, counters, elapsed time and expected end.
 
-    The first interval is left out of the estimate, for its updates are slower than those to come. All seconds are sums
-    of what the events carry, so a resumed run goes on with the time that it had.
+    In detail: percent done; epoch, update and sample with their ends; milliseconds per update; time since the last line
+    (`last`); total time; remaining time and end in UTC. The estimate leaves out the first interval because its updates
+    are slower. Times are sums of the durations in the events, so a resumed run continues with them.
 
     Args:
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.ProgressCallback
@@ -50,35 +51,36 @@ class ProgressCallback(PeriodicCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Nothing: it writes text."""
+        """Empty: it logs no metric."""
         return ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return times of zero."""
+        """Return times of 0 s."""
         return {
             self.name: FrozenDict(total_s=0.0, since_s=0.0, since_updates=0, steady_s=0.0, steady_updates=0, lines=0)
         }
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Add the update's duration."""
+        """Add the duration of the update."""
         memory = self.memory(state)
-        counted = FrozenDict(
+        memory = FrozenDict(
             memory,
             total_s=memory["total_s"] + event.duration_s,
             since_s=memory["since_s"] + event.duration_s,
             since_updates=memory["since_updates"] + 1,
         )
-        return state.remember(self.name, counted), ()
+        return state.remember(self.name, memory), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Write the line and begin a new interval."""
+        """Write the line, and start a new interval."""
         memory = self.memory(state)
         first = memory["lines"] == 0
         steady_s = memory["steady_s"] + (0.0 if first else memory["since_s"])
         steady_updates = memory["steady_updates"] + (0 if first else memory["since_updates"])
-        left = _left_s(state, event.run, steady_s, steady_updates)
-        text = "  ".join((_counted(state, event.run), _timed(memory), _ahead(left, event.time_s)))
-        renewed = FrozenDict(
+        updates_left = event.run.final.update - state.iteration.update
+        left_s = updates_left * steady_s / steady_updates if steady_updates else None
+        parts = (_format_counters(state, event.run), _format_times(memory), _format_end(left_s, event.time_s))
+        memory = FrozenDict(
             total_s=memory["total_s"],
             since_s=0.0,
             since_updates=0,
@@ -86,36 +88,28 @@ class ProgressCallback(PeriodicCallback):
             steady_updates=steady_updates,
             lines=memory["lines"] + 1,
         )
-        return state.remember(self.name, renewed), (LogText(text),)
+        return state.remember(self.name, memory), (LogText("  ".join(parts)),)
 
 
-def _left_s(state: TrainState, run: Run, steady_s: float, steady_updates: int) -> float | None:
-    """Return the seconds to the run's end at the pace of some updates, or None where there are none yet."""
-    if not steady_updates:
-        return None
-    return (run.final.update - state.iteration.update) * steady_s / steady_updates
-
-
-def _counted(state: TrainState, run: Run) -> str:
-    share = max(
-        getattr(state.iteration, name) / end for name in COUNTERS if (end := getattr(run.end, name))
-    )  # a run that ends at samples may overshoot
-    if not run.end.update and not run.end.sample:  # an epoch is counted only at its end, its updates before
+def _format_counters(state: TrainState, run: Run) -> str:
+    share = max(getattr(state.iteration, name) / end for name in COUNTERS if (end := getattr(run.end, name)))
+    if not run.end.update and not run.end.sample:  # within an epoch, only updates and samples advance
         share = state.iteration.update / run.final.update
     counts = (f"{name} {getattr(state.iteration, name)}/{getattr(run.final, name)}" for name in COUNTERS)
+    # A run that ends at a number of samples may exceed it.
     return "  ".join((f"{min(share, 1.0):6.1%}".replace("%", " %"), *counts))
 
 
-def _timed(memory: Mapping[str, float]) -> str:
-    pace = (
+def _format_times(memory: Mapping[str, float]) -> str:
+    update_time = (
         f"{1000 * memory['since_s'] / memory['since_updates']:.1f} ms/update"
         if memory["since_updates"]
         else "no update"
     )
-    return f"{pace}  last {format_duration(memory['since_s'])}  total {format_duration(memory['total_s'])}"
+    return f"{update_time}  last {format_duration(memory['since_s'])}  total {format_duration(memory['total_s'])}"
 
 
-def _ahead(left_s: float | None, time_s: float) -> str:
+def _format_end(left_s: float | None, time_s: float) -> str:
     if left_s is None:
         return "left unknown"
     end = datetime.fromtimestamp(time_s + left_s, tz=UTC)
@@ -123,4 +117,4 @@ def _ahead(left_s: float | None, time_s: float) -> str:
 
 
 Progress = ProgressCallback
-"""The name that the class-based framework gives it."""
+"""Alias for YAML of a class-based framework."""

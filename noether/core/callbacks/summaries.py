@@ -1,4 +1,4 @@
-"""What is to be known of a run before it begins: the sizes of model and data, and the configuration."""
+"""Writes the sizes of model and data, and the configuration, into the summary before training."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 
-class _Summarizing(CallbackBase):
-    """Before training, puts facts into the summary."""
+class _SummaryCallback(CallbackBase):
+    """Writes facts about the run into the summary before training."""
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Nothing: facts are no metrics."""
+        """Empty: it logs no metric."""
         return ()
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
-        """Return the facts, as text and for the summary."""
+        """Write the facts into the summary and, if they are short, to the console."""
         facts = self.facts(state, event.run)
         if not facts:
             return state, ()
         text = "\n".join(f"{name:<{max(map(len, facts))}}  {value}" for name, value in facts.items())
-        return state, (*((LogText(text),) if self.told else ()), SetSummary(FrozenDict(facts)))
+        return state, (*((LogText(text),) if self.on_console else ()), SetSummary(FrozenDict(facts)))
 
     @property
-    def told(self) -> bool:
-        """Whether the facts are short enough to be written on the console."""
+    def on_console(self) -> bool:
+        """Whether the facts are short enough for the console."""
         return True
 
     def facts(self, state: TrainState, run: Run) -> Mapping[str, Any]:
-        """Return what goes into the summary, by key."""
+        """Return the entries of the summary by key."""
         return {}
 
 
 @final
-class ParamCountCallback(_Summarizing):
-    """Puts the number of parameters into the summary: `params/trainable`, `params/frozen`, and of each sub-module.
+class ParamCountCallback(_SummaryCallback):
+    """Writes the number of trainable and frozen parameters into the summary, before training.
+
+    The keys are `params/trainable` and `params/frozen`, and for each direct sub-module `params/{module}/trainable` and
+    `params/{module}/frozen`.
 
     ```yaml
     - kind: noether.core.callbacks.ParamCountCallback
@@ -73,8 +76,10 @@ class ParamCountCallback(_Summarizing):
 
 
 @final
-class DatasetStatsCallback(_Summarizing):
-    """Puts the number of samples of each dataset into the summary, as `samples/{dataset}`.
+class DatasetStatsCallback(_SummaryCallback):
+    """Writes the number of samples of each dataset into the summary as `samples/{dataset}`, before training.
+
+    A dataset without a length is left out.
 
     ```yaml
     - kind: noether.core.callbacks.DatasetStatsCallback
@@ -94,8 +99,8 @@ class DatasetStatsCallback(_Summarizing):
 
 
 @final
-class HyperparamsCallback(_Summarizing):
-    """Puts the resolved configuration into the summary, as `config`.
+class HyperparamsCallback(_SummaryCallback):
+    """Writes the resolved configuration into the summary as `config`, before training.
 
     ```yaml
     - kind: noether.core.callbacks.HyperparamsCallback
@@ -109,8 +114,8 @@ class HyperparamsCallback(_Summarizing):
     """
 
     @property
-    def told(self) -> bool:
-        """No: a configuration is long, and lies beside the summary."""
+    def on_console(self) -> bool:
+        """False: a configuration is long, and `config.yaml` has it, too."""
         return False
 
     def facts(self, state: TrainState, run: Run) -> Mapping[str, Any]:
@@ -119,7 +124,7 @@ class HyperparamsCallback(_Summarizing):
 
 
 def param_counts(params: Mapping[str, torch.Tensor], frozen: frozenset[str]) -> dict[str, int]:
-    """Return the numbers of trainable and frozen parameters, in all and of each direct sub-module."""
+    """Return the numbers of trainable and frozen parameters, in total and for each direct sub-module."""
     counts = {"params/trainable": 0, "params/frozen": 0}
     for name, tensor in params.items():
         module, _, rest = name.partition(".")
@@ -131,13 +136,13 @@ def param_counts(params: Mapping[str, torch.Tensor], frozen: frozenset[str]) -> 
 
 
 def dataset_lengths(run: Run) -> dict[str, int]:
-    """Return the number of samples of each dataset of a run; one that does not tell its length is left out."""
-    lengths = {key: _samples(data, run) for key, data in run.data.items()}
+    """Return the number of samples of each dataset of a run, without datasets that have no length."""
+    lengths = {key: _count_samples(data, run) for key, data in run.data.items()}
     return {f"samples/{key}": length for key, length in lengths.items() if length is not None}
 
 
-def _samples(data: Any, run: Run) -> int | None:
+def _count_samples(data: Any, run: Run) -> int | None:
     if isinstance(data, (list, tuple)):  # of batches
         return sum(map(run.batch_size, data))
-    sized = getattr(data, "dataset", data)  # a loader's own length is that of its batches
+    sized = getattr(data, "dataset", data)  # the length of a loader is its number of batches
     return len(sized) if hasattr(sized, "__len__") else None

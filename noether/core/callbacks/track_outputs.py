@@ -1,4 +1,4 @@
-"""What the model returns in training, beside the loss."""
+"""Logs and saves outputs of the training step other than the loss."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 @final
 class TrackOutputsCallback(PeriodicCallback):
-    """Logs `{key}/{interval}` for outputs of the training step: entries of the mapping that the model returns.
+    """Logs `{key}/{interval}` for entries of the dict that the model returns in training.
 
-    Over accumulation steps an output is weighted by samples, and one with dimensions is averaged over its entries.
-    Updates that were skipped as non-finite do not count.
+    An output with several entries is averaged over them, and accumulation steps are weighted by their samples. Updates
+    that were skipped because they were not finite do not count.
 
     Args:
-        keys: Outputs to track, by their exact name.
-        patterns: Outputs to track, by a part of their name; keys or patterns are given, or both.
-        reduce: `mean` over all updates since the last firing, or `last`: that of the last update.
-        log_output: Whether to log them.
-        save_output: Whether to save them to `tensors/outputs/`: with `mean` the means, with `last` the outputs of the
-            last update as they are, its accumulation steps joined.
-        verbose: Whether they are shown on the console, too.
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        keys: Exact names of the outputs to track.
+        patterns: Parts of names of outputs to track. Give `keys`, `patterns` or both.
+        reduce: `mean` over all updates since the last firing, or `last` for the last update only.
+        log_output: Whether to log the outputs.
+        save_output: Whether to save the outputs to `tensors/outputs/`: with `mean` their means, with `last` the whole
+            outputs of the last update, concatenated over its accumulation steps.
+        verbose: Whether to show the outputs on the console, too.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
-        OutputError: If the model returns no such output, naming those that it returns, or no mapping.
+        OutputError: If the model returns no dict, or no output of this name; the message lists the outputs.
 
     ```yaml
     - kind: noether.core.callbacks.TrackOutputsCallback
@@ -70,21 +70,21 @@ class TrackOutputsCallback(PeriodicCallback):
     verbose: bool = False
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield what is wrong with the settings."""
+        """Yield the problems of the settings."""
         yield from super().problems()
         if not self.keys and not self.patterns:
-            yield Problem("", "nothing is tracked; give keys or patterns")
+            yield Problem("", "no outputs are chosen; give keys or patterns")
         yield check_choice("reduce", self.reduce, ("mean", "last"))
         if not self.log_output and not self.save_output:
-            yield Problem("", "log_output and save_output are both false: nothing would come of it")
+            yield Problem("", "log_output and save_output are both false; set at least one of them to true")
 
     def distinction(self) -> tuple[str, ...]:
-        """Return interval and what is tracked."""
+        """Return the interval and the chosen outputs."""
         return (*super().distinction(), ",".join((*self.keys, *self.patterns)))
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """A key for each output; of patterns, those with one `/` in their name at most."""
+        """The key of each output; for patterns, of outputs with at most one `/` in their name."""
         names = (*self.keys, *(name for pattern in self.patterns for name in patterns_containing(pattern)))
         return tuple(f"{name}/{self.interval_name}" for name in names) if self.log_output else ()
 
@@ -94,62 +94,62 @@ class TrackOutputsCallback(PeriodicCallback):
         return self.reduce == "mean" or self.every_n_epochs is not None or self.at_end
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return nothing seen yet."""
+        """Return an empty memory if the callback has to remember outputs."""
         return {self.name: FrozenDict()} if self._tracks else {}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Add the update's outputs, or with `last` remember them."""
+        """Add the outputs of the update, or remember them if `reduce` is `last`."""
         if event.skipped:
             return state, ()
-        seen = self._seen(event)
+        outputs = self._reduce(event)
         if self.reduce == "mean":
-            seen = _added(self.memory(state), seen)
-        return state.remember(self.name, seen), ()
+            outputs = _add(self.memory(state), outputs)
+        return state.remember(self.name, outputs), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Log and save, and begin anew."""
-        seen = FrozenDict()
+        """Log and save the outputs, and start a new interval."""
+        outputs = FrozenDict()
         if self._tracks:
-            seen = self.memory(state)
+            outputs = self.memory(state)
             state = state.remember(self.name, FrozenDict())
         elif isinstance(event, AfterUpdate) and not event.skipped:
-            seen = self._seen(event)
-        if not seen:
+            outputs = self._reduce(event)
+        if not outputs:
             return state, ()
-        means = {name: output["sum"] / output["samples"] for name, output in seen.items()}
+        means = {name: output["sum"] / output["samples"] for name, output in outputs.items()}
         effects: tuple[Effect, ...] = ()
         if self.log_output:
             scalars = {f"{name}/{self.interval_name}": mean for name, mean in means.items()}
             state, effects = log(state, event, scalars, quiet=not self.verbose)
         if self.save_output:
-            tensors = {name: output.get("whole", means[name]) for name, output in seen.items()}
+            tensors = {name: output.get("whole", means[name]) for name, output in outputs.items()}
             name = f"outputs/{self.interval_name}/{state.iteration}"
             effects = (*effects, SaveTensors(name=name, tensors=FrozenDict(tensors)))
         return state, effects
 
-    def _seen(self, event: AfterUpdate) -> FrozenDict:
-        """Return by name the sum of an output over its samples, their number, and where it is saved the whole of it."""
-        steps = self._steps(event)
-        samples = event.samples if self.reduce == "mean" else 1  # the last one is as it is
-        seen: dict[str, FrozenDict] = {}
-        for name in self._matching(steps):
+    def _reduce(self, event: AfterUpdate) -> FrozenDict:
+        """Return sum, number of samples and, if it will be saved whole, the tensor of each chosen output, by name."""
+        steps = self._outputs_of_steps(event)
+        samples = event.samples if self.reduce == "mean" else 1
+        reduced: dict[str, FrozenDict] = {}
+        for name in self._chosen_names(steps):
             values = [step[name] for step in steps]
-            seen[name] = FrozenDict(sum=_mean(values, event) * samples, samples=samples)
-            if self.reduce == "last" and self.save_output and _tensor(values[0]).ndim:
-                seen[name] = seen[name] | {"whole": torch.cat(list(map(_tensor, values)))}
-        return FrozenDict(seen)
+            reduced[name] = FrozenDict(sum=_mean(values, event) * samples, samples=samples)
+            if self.reduce == "last" and self.save_output and _to_tensor(values[0]).ndim:
+                reduced[name] = reduced[name] | {"whole": torch.cat(list(map(_to_tensor, values)))}
+        return FrozenDict(reduced)
 
-    def _steps(self, event: AfterUpdate) -> Sequence[Mapping[str, Any]]:
+    def _outputs_of_steps(self, event: AfterUpdate) -> Sequence[Mapping[str, Any]]:
         outputs = event.outputs
         steps = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        odd = [step for step in steps if not isinstance(step, Mapping)]
-        if odd or not steps:
-            said = "nothing" if not steps or odd[0] is None else f"a {type(odd[0]).__name__}"
-            raise OutputError(f"{self.name}: the model returns {said}; to have outputs tracked, return a dict of them")
+        others = [step for step in steps if not isinstance(step, Mapping)]
+        if others or not steps:
+            found = "nothing" if not steps or others[0] is None else f"a {type(others[0]).__name__}"
+            raise OutputError(f"{self.name}: the model returns {found}; to track outputs, return a dict")
         return steps
 
-    def _matching(self, steps: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return the names of the tracked outputs; each accumulation step returns them."""
+    def _chosen_names(self, steps: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the names of the chosen outputs, which every accumulation step must return."""
         names = [n for n in steps[0] if n in self.keys or any(pattern in n for pattern in self.patterns)]
         for name in (*self.keys, *names):
             for outputs in steps:
@@ -160,27 +160,27 @@ class TrackOutputsCallback(PeriodicCallback):
         return names
 
 
-def _added(held: Mapping[str, Any], seen: Mapping[str, Any]) -> FrozenDict:
-    """Return the outputs with those of one more update; an output need not come with every update."""
+def _add(totals: Mapping[str, Any], outputs: Mapping[str, Any]) -> FrozenDict:
+    """Return the totals with the outputs of one more update; an output may be absent from some updates."""
     both = {
-        name: FrozenDict(sum=held[name]["sum"] + new["sum"], samples=held[name]["samples"] + new["samples"])
-        for name, new in seen.items()
-        if name in held
+        name: FrozenDict(sum=totals[name]["sum"] + new["sum"], samples=totals[name]["samples"] + new["samples"])
+        for name, new in outputs.items()
+        if name in totals
     }
-    return FrozenDict({**held, **seen, **both})
+    return FrozenDict({**totals, **outputs, **both})
 
 
 def _mean(values: Sequence[Any], event: AfterUpdate) -> torch.Tensor:
-    """Return the mean of an output over the samples of an update, given by accumulation step."""
+    """Return the mean of an output over the samples of an update, from its values at each accumulation step."""
     sizes = event.accumulated or (1,) * len(values)
-    terms = [_tensor(value).double().mean() * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]
+    terms = [_to_tensor(value).double().mean() * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]
     return torch.stack(terms).sum()
 
 
-def _tensor(value: Any) -> torch.Tensor:
-    exact = torch.float64 if isinstance(value, float) else None
-    return torch.as_tensor(value, dtype=exact).detach()
+def _to_tensor(value: Any) -> torch.Tensor:
+    dtype = torch.float64 if isinstance(value, float) else None
+    return torch.as_tensor(value, dtype=dtype).detach()
 
 
 TrackAdditionalOutputsCallback = TrackOutputsCallback
-"""The name that the class-based framework gives it."""
+"""Alias for YAML of a class-based framework."""

@@ -1,4 +1,4 @@
-"""Where the time of an update goes."""
+"""Logs how long the parts of an update take."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 _PARTS: Final = ("data_s", "step_s", "forward_s", "backward_s", "optimizer_s")
-_NONE: Final = FrozenDict(sum=0.0, max=0.0, updates=0)
+_NO_UPDATES: Final = FrozenDict(sum=0.0, max=0.0, updates=0)
 
 
 @final
 class TrainTimeCallback(PeriodicCallback):
-    """Logs `train_time/{part}/mean/{interval}` and `train_time/{part}/max/{interval}`, in seconds for each update.
+    """Logs the mean and maximum seconds per update of each part of training since the last firing.
 
-    The parts are `data_s` (waiting for data), `step_s`, and of the step `forward_s`, `backward_s` and `optimizer_s`,
-    which the trainer measures because this callback asks for them. After training the totals go into the summary. An
-    accelerator computes on after it was called: there the parts of a step tell how long the calls took.
+    The keys are `train_time/{part}/mean/{interval}` and `train_time/{part}/max/{interval}`. The parts are `data_s`
+    (waiting for data), `step_s`, and within the step `forward_s`, `backward_s` and `optimizer_s`, which the trainer
+    measures only if this callback is listed. After training, the summary holds the totals. An accelerator runs
+    asynchronously: there, the parts of a step measure only how long the calls took.
 
     Args:
-        every_n_epochs: Epochs between runs, >= 1.
-        every_n_updates: Updates between runs, >= 1.
-        every_n_samples: Samples between runs, >= 1; exactly one of the three is given.
+        every_n_epochs: Epochs between firings, >= 1.
+        every_n_updates: Updates between firings, >= 1.
+        every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     ```yaml
     - kind: noether.core.callbacks.TrainTimeCallback
@@ -49,46 +50,46 @@ class TrainTimeCallback(PeriodicCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """Mean and largest of each part."""
+        """The keys of the mean and the maximum of each part."""
         return (f"train_time/*/mean/{self.interval_name}", f"train_time/*/max/{self.interval_name}")
 
     @property
     def readings(self) -> tuple[str, ...]:
-        """The parts of a step."""
+        """The durations of the parts of a step."""
         return ("forward_s", "backward_s", "optimizer_s")
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return no durations yet."""
+        """Return a memory without durations."""
         return {self.name: FrozenDict(parts=FrozenDict(), totals=FrozenDict())}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Add the durations of the update."""
         memory = self.memory(state)
-        took = {part: seconds for part in _PARTS if (seconds := getattr(event, part)) is not None}
-        parts = {part: _counted(memory["parts"].get(part, _NONE), seconds) for part, seconds in took.items()}
-        totals = {part: memory["totals"].get(part, 0.0) + seconds for part, seconds in took.items()}
-        counted = FrozenDict(
-            parts=FrozenDict({**memory["parts"], **parts}),
-            totals=FrozenDict({**memory["totals"], **totals}),
-        )
-        return state.remember(self.name, counted), ()
+        parts, totals = dict(memory["parts"]), dict(memory["totals"])
+        for part in _PARTS:
+            seconds = getattr(event, part)
+            if seconds is not None:
+                old = parts.get(part, _NO_UPDATES)
+                parts[part] = FrozenDict(
+                    sum=old["sum"] + seconds, max=max(old["max"], seconds), updates=old["updates"] + 1
+                )
+                totals[part] = totals.get(part, 0.0) + seconds
+        return state.remember(self.name, FrozenDict(parts=FrozenDict(parts), totals=FrozenDict(totals))), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Log and begin anew."""
+        """Log mean and maximum, and start a new interval."""
         memory = self.memory(state)
         values: dict[str, float] = {}
         for part, seconds in memory["parts"].items():
             values[f"train_time/{part}/mean/{self.interval_name}"] = seconds["sum"] / seconds["updates"]
             values[f"train_time/{part}/max/{self.interval_name}"] = seconds["max"]
-        begun = FrozenDict({**memory, "parts": FrozenDict()})
-        return log(state.remember(self.name, begun), event, values) if values else (state, ())
+        if not values:
+            return state, ()
+        state = state.remember(self.name, FrozenDict({**memory, "parts": FrozenDict()}))
+        return log(state, event, values)
 
     def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
-        """Put the totals into the summary."""
+        """Write the totals into the summary."""
         state, effects = super().after_training(state, event)
         totals = {f"train_time/{part}/total": total for part, total in self.memory(state)["totals"].items()}
         return state, (*effects, SetSummary(FrozenDict(totals))) if totals else effects
-
-
-def _counted(held: Mapping[str, float], seconds: float) -> FrozenDict:
-    return FrozenDict(sum=held["sum"] + seconds, max=max(held["max"], seconds), updates=held["updates"] + 1)
