@@ -33,7 +33,7 @@ class Clip(CallbackBase):
     def init(self, state):
         return {self.name: 0}
 
-    def distinction(self):
+    def name_parts(self):
         return (f"{self.threshold:g}",)
 
     def after_update(self, state, event):
@@ -194,11 +194,9 @@ def test_a_class_whose_hook_is_misspelt_is_refused():
         def process_result(self, state, event, results):
             return state, ()
 
-    with pytest.raises(
-        SettingsError, match="Misspelt does nothing: fill in periodic_callback; did you mean 'periodic_"
-    ):
+    with pytest.raises(SettingsError, match="Misspelt does nothing: define periodic_callback; did you mean 'periodic_"):
         Misspelt(every_n_epochs=1)
     with pytest.raises(
-        SettingsError, match="Empty does nothing: fill in process_results; did you mean 'process_result'"
+        SettingsError, match="Empty does nothing: define process_results; did you mean 'process_result'"
     ):
         Empty(every_n_epochs=1, dataset_key="val")

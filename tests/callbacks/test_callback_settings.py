@@ -82,7 +82,7 @@ def test_settings_are_not_assigned_to_and_name_the_memory(kind):
 @pytest.mark.parametrize("kind", [BestMetricCallback, BestCheckpointCallback, MetricEarlyStopping])
 def test_a_direction_that_cannot_be_told(kind):
     assert problems(kind, every_n_epochs=1, metric_key="val/dice") == [
-        "mode: the key 'val/dice' does not tell whether higher or lower is better; give mode"
+        "mode: the key 'val/dice' does not say whether higher or lower is better; give mode"
     ]
     assert problems(kind, every_n_epochs=1, mode="hihger") == [
         "mode: 'hihger' is not one of 'higher', 'lower'; did you mean 'higher'?"
@@ -168,7 +168,7 @@ def test_keep(keep):
 def test_all_that_is_wrong_is_told_at_once():
     assert problems(MetricEarlyStopping, metric_key="x", tolerance=0, min_delta=-1, nan="?") == [
         f"no interval is set; give exactly one of {NAMES}",
-        "mode: the key 'x' does not tell whether higher or lower is better; give mode",
+        "mode: the key 'x' does not say whether higher or lower is better; give mode",
         f"tolerance: 0 {WHOLE}",
         "min_delta: -1 is not a number of at least 0",
         "nan: '?' is not one of 'count', 'stop', 'raise'",

@@ -150,7 +150,7 @@ def test_a_resumed_run_does_not_average_other_parameters():
     part = EMACallback(every_n_epochs=1, target_factors=(0.5,), model_paths=("head",))
     with pytest.raises(WeightsError, match=r"'weights/ema=0.5' averages other .* --drop-memory weights/ema=0.5"):
         compose(part)(state, BeforeTraining(resumed=True))
-    with pytest.raises(WeightsError, match=r"'weights/ema=0.5' averages other parameters"):
+    with pytest.raises(WeightsError, match=r"'weights/ema=0.5' has other parameters"):
         compose(ema())(begun(part, params=params), BeforeTraining(resumed=True))
 
 
@@ -228,11 +228,11 @@ def test_a_path_to_nothing_is_refused_with_the_nearest():
     with pytest.raises(SettingsError) as refused:
         compose(ema(model_paths=("bdy", "head", "stats", "head.weight")))(begin, BeforeTraining())
     assert [str(problem) for problem in refused.value.problems] == [
-        f"model_paths.0: 'bdy' is no sub-module with parameters; {known}; did you mean 'body'?",
-        f"model_paths.2: 'stats' is no sub-module with parameters; {known}",
-        f"model_paths.3: 'head.weight' is no sub-module with parameters; {known}",
+        f"model_paths.0: 'bdy' names no sub-module with parameters; {known}; did you mean 'body'?",
+        f"model_paths.2: 'stats' names no sub-module with parameters; {known}",
+        f"model_paths.3: 'head.weight' names no sub-module with parameters; {known}",
     ]
-    with pytest.raises(SettingsError, match=r"^model_paths.0: 'a' is no sub-module with .*; the model has none$"):
+    with pytest.raises(SettingsError, match=r"^model_paths.0: 'a' names no sub-module with .*; the model has none$"):
         ema(model_paths=("a",)).init(TrainState(params={"weight": torch.zeros(1)}))
 
 

@@ -186,7 +186,7 @@ def test_batches_of_another_size():
     assert values(callback, Rebatched(torch.zeros(10))) == {"val/count": 1.0}
     assert seen == [4, 4, 2]
     with pytest.raises(
-        TypeError, match="MetricCallback/E1/val/count: batch_size: dataset 'val' cannot be batched anew"
+        TypeError, match="MetricCallback/E1/val/count: batch_size: dataset 'val' has no method `batched"
     ):
         callback(STATE, event([]))
 

@@ -96,7 +96,9 @@ def test_infinity_is_a_norm_like_any_other():
 
 
 def test_an_event_without_the_norm_is_refused():
-    with pytest.raises(ValueError, match=r"^GradNormCallback/U2: .* give AfterUpdate\(grad_norm=...\)$"):
+    with pytest.raises(
+        ValueError, match=r"^GradNormCallback/U2: the loop does not measure it; pass AfterUpdate\(grad_norm=...\)$"
+    ):
         go(GradNormCallback(every_n_updates=2), [(None, False)])
     go(GradNormCallback(every_n_updates=1), [(None, True)])  # nothing is read of an update that was left out
 

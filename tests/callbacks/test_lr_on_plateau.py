@@ -187,7 +187,7 @@ def test_after_updates_that_are_not_finite_nothing_is_counted():
         ({"min_delta": -0.1}, ["min_delta: -0.1 is not a number of at least 0"]),
         (
             {"metric_key": "val/dice"},
-            ["mode: the key 'val/dice' does not tell whether higher or lower is better; give mode"],
+            ["mode: the key 'val/dice' does not say whether higher or lower is better; give mode"],
         ),
         (
             {"every_n_epochs": None, "mode": "min", "tolerance": 0, "cooldown": -1, "factor": 2, "min_scale": 2},

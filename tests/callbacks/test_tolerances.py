@@ -200,7 +200,7 @@ def test_odd_values_of_early_stopping(mode, values, bests, saved, stop, nan, sca
     assert (states[-1].stop == "val/accuracy is NaN") == (nan is not None and nan == first)
     raising = watch(MetricEarlyStopping, mode=mode, tolerance=2, nan="raise")
     if nan is not None and nan == first:
-        with pytest.raises(FloatingPointError, match=rf"^val/accuracy is NaN at E{nan}_U{nan}_S{nan}; to go on"):
+        with pytest.raises(FloatingPointError, match=rf"^val/accuracy is NaN at E{nan}_U{nan}_S{nan}; to continue"):
             each_epoch(values, raising)
     else:
         assert len(each_epoch(values, raising)[0]) == (stop or len(values))

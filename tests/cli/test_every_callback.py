@@ -254,7 +254,7 @@ EMA = "noether.core.callbacks.EMACallback"
         ),
         (
             f"{{kind: {EMA}, every_n_epochs: 1, target_factors: [0.9], model_paths: [heed]}}",
-            f"{PLACE}.model_paths[0]: 'heed' is no sub-module with parameters; {MODULES}; did you mean 'head'?",
+            f"{PLACE}.model_paths[0]: 'heed' names no sub-module with parameters; {MODULES}; did you mean 'head'?",
             2,
         ),
         (

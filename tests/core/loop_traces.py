@@ -164,8 +164,8 @@ class Tally(PeriodicCallback):
 
     tag: int = 0
 
-    def distinction(self):
-        return (*super().distinction(), str(self.tag))
+    def name_parts(self):
+        return (*super().name_parts(), str(self.tag))
 
     def init(self, state):
         return {self.name: {"steps": 0, "updates": 0}}
@@ -188,8 +188,8 @@ class Bell(PeriodicCallback):
 
     tag: int = 0
 
-    def distinction(self):
-        return (*super().distinction(), str(self.tag))
+    def name_parts(self):
+        return (*super().name_parts(), str(self.tag))
 
     def init(self, state):
         return {self.name: 0}

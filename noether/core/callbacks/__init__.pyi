@@ -5,7 +5,7 @@ from noether.core.callbacks.shipped import *
 
 # bases
 from noether.core.callbacks.base import CallbackBase as CallbackBase
-from noether.core.callbacks.periodic import Mean as Mean
+from noether.core.callbacks.dataset_results import Mean as Mean
 from noether.core.callbacks.periodic import PeriodicCallback as PeriodicCallback
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback as PeriodicDataIteratorCallback
 

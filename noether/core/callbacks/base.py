@@ -1,4 +1,4 @@
-"""The base of every callback that is a class: settings are fields, memory is in the state, hooks are pure."""
+"""Base class of callbacks: settings are fields, memory is in the state, and hooks are pure."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ HOOKS: Final[dict[type[Event], str]] = {
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)  # for its own setting; subclasses get theirs below
 class CallbackBase:
-    """A callback that fills in hooks. Every subclass is a frozen keyword-only dataclass without saying so.
+    """Base class of callbacks that are classes; a subclass overrides the hooks of the events that it handles.
 
-    Each hook takes `(state, event)` and returns `(state, effects)`; what a hook does not do is `return state, ()`. A
-    subclass that logs says which keys in `produces`; one that says nothing (None) may produce any.
+    Each hook takes `(state, event)` and returns `(state, effects)`; a hook with nothing to do returns `state, ()`.
+    Every subclass becomes a frozen dataclass with keyword-only fields, its settings, without a decorator. A subclass
+    that logs lists the keys in `produces`; None means any key.
 
     Args:
-        id: Name of the callback's memory, in place of the one made of its kind and settings.
+        id: Name of the callback's memory; None for a name made of its class and settings.
 
     Example:
         >>> from noether import LogText, TrainState
@@ -58,7 +59,7 @@ class CallbackBase:
 
     id: str | None = None
 
-    def __init_subclass__(cls, **options: Any) -> None:  # whatever a metaclass takes
+    def __init_subclass__(cls, **options: Any) -> None:  # options of a metaclass, such as ABCMeta
         super().__init_subclass__(**options)
         dataclass(frozen=True, kw_only=True)(cls)
         readings = vars(cls).get("readings")
@@ -73,7 +74,7 @@ class CallbackBase:
         yield from (check_reading(type(self).__name__, name) for name in self.readings)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return what the hook for this type of event returns."""
+        """Return the result of the hook for this type of event."""
         hook = HOOKS.get(type(event))
         if hook is None:
             return state, ()
@@ -81,50 +82,50 @@ class CallbackBase:
         return after
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
-        """Return what happens before the first update, or before going on where `event.resumed`."""
+        """Handle the start of training, or of its continuation if `event.resumed`."""
         return state, ()
 
     def after_accumulation_step(self, state: TrainState, event: AfterAccumulationStep) -> tuple[TrainState, Effects]:
-        """Return what happens when the gradients of a micro-batch are there; effects are refused here."""
+        """Handle the gradients of a micro-batch; a reducer refuses effects here."""
         return state, ()
 
     def after_update(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Return what happens after an optimizer update."""
+        """Handle an optimizer update."""
         return state, ()
 
     def after_epoch(self, state: TrainState, event: AfterEpoch) -> tuple[TrainState, Effects]:
-        """Return what happens after an epoch."""
+        """Handle the end of an epoch."""
         return state, ()
 
     def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
-        """Return what happens after training."""
+        """Handle the end of training."""
         return state, ()
 
     def at_eval(self, state: TrainState, event: AtEval) -> tuple[TrainState, Effects]:
-        """Return what happens at an evaluation outside of training."""
+        """Handle a standalone evaluation."""
         return state, ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return the memory that the callback begins with, by name; most have one, under `self.name`."""
+        """Return the initial memory of the callback by name; most callbacks have one memory, `self.name`."""
         return {}
 
     @cached_property
     def name(self) -> str:
-        """Name of the memory: `id`, or the kind and what tells two of one kind apart."""
-        return self.id or "/".join((type(self).__name__, *self.distinction()))
+        """Name of the callback in messages, and of its memory: `id`, or the class and `name_parts`."""
+        return self.id or "/".join((type(self).__name__, *self.name_parts()))
 
-    def distinction(self) -> tuple[str, ...]:
-        """Return what tells two callbacks of one kind apart, such as interval and metric key."""
+    def name_parts(self) -> tuple[str, ...]:
+        """Return the settings that distinguish two callbacks of one class, such as interval and metric key."""
         return ()
 
     def memory(self, state: TrainState) -> Memory:
-        """Return what this callback remembers in `state`, or what it begins with where that is missing."""
+        """Return the memory of this callback in `state`, or its initial memory if `state` has none."""
         name = self.name
         return state.callback_states[name] if name in state.callback_states else self.init(state)[name]
 
     @property
     def produces(self) -> tuple[str, ...] | None:
-        """Patterns of the metric keys that it logs; None if it does not say."""
+        """Patterns of the metric keys that it logs; None if it may log any key."""
         return None
 
     @property
@@ -138,9 +139,9 @@ class CallbackBase:
         return ()
 
     def _listens(self, event_type: type[Event]) -> bool:
-        return self.fills_in(HOOKS.get(event_type, "__call__"), CallbackBase)
+        return self.overrides(HOOKS.get(event_type, "__call__"), CallbackBase)
 
     @classmethod
-    def fills_in(cls, hook: str, base: type) -> bool:
-        """Return whether the class defines `hook` itself, rather than having it from `base`."""
+    def overrides(cls, hook: str, base: type) -> bool:
+        """Return whether the class has another `hook` than `base`."""
         return getattr(cls, hook) is not getattr(base, hook)

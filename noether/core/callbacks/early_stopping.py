@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal, final
 from noether.core.callbacks.base import CallbackBase
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import LogText
-from noether.core.errors import Problem, check_choice, check_whole, raise_problems
+from noether.core.errors import Problem, check_choice, check_whole
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import current
 from noether.core.tensors.tree import FrozenDict
@@ -135,10 +135,9 @@ class FixedUpdateEarlyStopping(CallbackBase):
     stop_at_update: int | None = None
     stop_at_sample: int | None = None
 
-    def __post_init__(self) -> None:
-        raise_problems(self._problems())
-
-    def _problems(self) -> Iterator[Problem | None]:
+    def problems(self) -> Iterator[Problem | None]:
+        """Yield the problems of the settings."""
+        yield from super().problems()
         given = [name for name in _STOPS if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"{' and '.join(given)} are given" if given else "no point is given"
@@ -156,7 +155,7 @@ class FixedUpdateEarlyStopping(CallbackBase):
         counts = {counter: getattr(self, setting) or 0 for setting, counter in _STOPS.items()}
         return TrainingIteration(**counts)
 
-    def distinction(self) -> tuple[str, ...]:
+    def name_parts(self) -> tuple[str, ...]:
         """Return the setting and its value, such as `stop_at_update=10`."""
         return tuple(f"{name}={value}" for name in _STOPS if (value := getattr(self, name)) is not None)
 

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights."""
+"""Averages the weights exponentially, and saves the averages."""
 
 from __future__ import annotations
 
@@ -26,27 +26,29 @@ if TYPE_CHECKING:
 
 @final
 class EMACallback(PeriodicCallback):
-    """Keeps exponential moving averages of the weights, current at every update, and saves them.
+    """Keeps exponential moving averages of the weights (EMA), and saves them as checkpoints for inference.
 
-    After each update `average = factor * average + (1 - factor) * params`, from the params before training on, in
-    float32 at least; buffers and whole numbers are copied. Updates that were skipped as non-finite do not count.
-    `weights: ema=0.999` on a callback that iterates data evaluates an average; the weights in training stay as they
-    are. Every checkpoint that can be resumed holds the averages, so they resume exactly; those that this callback saves
-    hold an average in place of the weights, for inference.
+    The averages start as the params before training. After each update
+    `average = factor * average + (1 - factor) * params`, in float32 or more; buffers and integers are copied. Updates
+    that were skipped because they were not finite do not count.
+
+    To evaluate an average, give `weights: ema=0.999` to a callback that iterates data and list it after this one; the
+    weights in training do not change. The averages are part of every resumable checkpoint, so they resume exactly. A
+    checkpoint that this callback saves contains an average in place of the weights.
 
     Args:
-        target_factors: Decays, each in (0, 1) and given once; the closer to 1, the longer the memory.
-        model_paths: Sub-modules to average, by their path in the model; none, or null among them, stands for the whole.
-        save_weights: Whether to save the averages at the interval, and keep them, as checkpoints `TAG.ema=FACTOR`.
-        save_last_weights: Whether to save them after training; the pointer `last.ema=FACTOR` names them.
-        save_latest_weights: Whether to save them at the interval and keep the newest; the pointer is
-            `latest.ema=FACTOR`.
+        target_factors: Decays, each in (0, 1), without duplicates. A decay of 0.999 averages about 1000 updates.
+        model_paths: Sub-modules to average, by their path in the model; empty, or with null in it, for the whole model.
+        save_weights: Whether to save the averages at the interval, as checkpoints `TAG.ema=FACTOR` that are all kept.
+        save_last_weights: Whether to save the averages after training, with the pointer `last.ema=FACTOR`.
+        save_latest_weights: Whether to save the averages at the interval with the pointer `latest.ema=FACTOR`, and to
+            keep the newest ones.
         every_n_epochs: Epochs between saves, >= 1.
         every_n_updates: Updates between saves, >= 1.
         every_n_samples: Samples between saves, >= 1; give exactly one of the three.
 
     Raises:
-        SettingsError: If a factor is not in (0, 1), or a path leads to no parameter.
+        SettingsError: If a factor is not in (0, 1), or a path names no sub-module with parameters.
 
     ```yaml
     - kind: noether.core.callbacks.EMACallback
@@ -79,9 +81,7 @@ class EMACallback(PeriodicCallback):
         """Yield the problems of the settings."""
         yield from super().problems()
         if self.id is not None and not _NAME.fullmatch(self.id):
-            yield Problem(
-                "id", f"{self.id!r} is part of the names of checkpoints; use letters, digits, '_', '.' and '-'"
-            )
+            yield Problem("id", f"{self.id!r} becomes part of checkpoint names; use letters, digits, '_', '.' and '-'")
         if not self.target_factors or len(set(self.target_factors)) < len(self.target_factors):
             yield Problem("target_factors", f"{list(self.target_factors)} is not a list of different factors")
         for index, factor in enumerate(self.target_factors):
@@ -90,7 +90,7 @@ class EMACallback(PeriodicCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """The averages, for callbacks with `weights`."""
+        """The averages, for callbacks with a setting `weights`."""
         return tuple(map(memory_of, self._averages))
 
     @property
@@ -101,30 +101,33 @@ class EMACallback(PeriodicCallback):
         return f"ema={factor}" if self.id is None else f"{self.id}/ema={factor}"
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return averages that are copies of the weights.
+        """Return averages equal to the weights.
 
         Raises:
-            SettingsError: If one of `model_paths` leads to no parameter.
+            SettingsError: If one of `model_paths` names no sub-module with parameters.
         """
-        raise_problems(_lost(path, index, state.params) for index, path in enumerate(self.model_paths))
-        params, buffers = self._chosen(state.params), self._chosen(state.buffers)
+        raise_problems(_path_problem(path, index, state.params) for index, path in enumerate(self.model_paths))
+        params, buffers = self._select(state.params), self._select(state.buffers)
         return {
-            memory_of(name): FrozenDict(params=_begun(params), buffers=clone_tensors(buffers))
+            memory_of(name): FrozenDict(
+                params=FrozenDict({path: _upcast(tensor).clone() for path, tensor in params.items()}),
+                buffers=clone_tensors(buffers),
+            )
             for name in self._averages
         }
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
-        """Refuse averages of other parameters, as a resumed run has them after its `model_paths` were changed.
+        """Check that the averages of a resumed run have the parameters that `model_paths` chooses.
 
         Raises:
-            WeightsError: If so.
+            WeightsError: If `model_paths` was changed since the checkpoint.
         """
         for name in map(memory_of, self._averages):
-            kept = state.callback_states.get(name)
-            if kept is not None and kept["params"].keys() != self._chosen(state.params).keys():
+            average = state.callback_states.get(name)
+            if average is not None and average["params"].keys() != self._select(state.params).keys():
                 raise WeightsError(
-                    f"{name!r} averages other parameters than model_paths of {self.name} says: leave model_paths as it "
-                    f"was, or begin the average anew with --drop-memory {name}"
+                    f"{name!r} has other parameters than model_paths of {self.name} chooses: restore the former "
+                    f"model_paths, or restart the average with --drop-memory {name}"
                 )
         return state, ()
 
@@ -132,30 +135,31 @@ class EMACallback(PeriodicCallback):
         """Move every average towards the weights."""
         if event.skipped:
             return state, ()
-        params, buffers = self._chosen(state.params), self._chosen(state.buffers)
+        params, buffers = self._select(state.params), self._select(state.buffers)
+        move = _move_in_place if isinstance(state.params, DonatedTree) else _move
         for name, factor in self._averages.items():
             memory = state.callback_states.get(memory_of(name))
-            if memory is None:  # called alone, without a reducer that fills in memory
+            if memory is None:  # called without a reducer, which fills in initial memory
                 memory = self.init(state)[memory_of(name)]
-            move = _moved_in_place if isinstance(state.params, DonatedTree) else _moved
-            moved = FrozenDict(params=move(memory["params"], params, 1 - factor), buffers=clone_tensors(buffers))
-            state = state.remember(memory_of(name), moved)
+            average = FrozenDict(params=move(memory["params"], params, 1 - factor), buffers=clone_tensors(buffers))
+            state = state.remember(memory_of(name), average)
         return state, ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Ask for checkpoints of the averages."""
+        """Request checkpoints of the averages."""
         if not (self.save_weights or self.save_latest_weights):
             return state, ()
-        return state, self._saves(state, "latest" if self.save_latest_weights else None, lasting=self.save_weights)
+        pointer = "latest" if self.save_latest_weights else None
+        return state, self._requests(state, pointer, keep_all=self.save_weights)
 
     def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
-        """Ask for the last ones."""
+        """Request the last checkpoints of the averages."""
         state, effects = super().after_training(state, event)
         if not self.save_last_weights:
             return state, effects
-        return state, (*effects, *self._saves(state, "last", lasting=False))
+        return state, (*effects, *self._requests(state, "last", keep_all=False))
 
-    def _saves(self, state: TrainState, pointer: str | None, *, lasting: bool) -> tuple[SaveCheckpoint, ...]:
+    def _requests(self, state: TrainState, pointer: str | None, *, keep_all: bool) -> tuple[SaveCheckpoint, ...]:
         return tuple(
             SaveCheckpoint(
                 tag=f"{state.iteration}.{name.replace('/', '.')}",
@@ -163,7 +167,7 @@ class EMACallback(PeriodicCallback):
                 weights_of=name,
                 models=tuple(path for path in self.model_paths if path is not None) if self._partial else (),
                 pointers=() if pointer is None else (f"{pointer}.{name.replace('/', '.')}",),
-                retention=FrozenDict({memory_of(name): None if lasting else 0}),
+                retention=FrozenDict({memory_of(name): None if keep_all else 0}),
             )
             for name in self._averages
         )
@@ -172,7 +176,8 @@ class EMACallback(PeriodicCallback):
     def _partial(self) -> bool:
         return bool(self.model_paths) and None not in self.model_paths
 
-    def _chosen(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def _select(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of the sub-modules in `model_paths`."""
         if not self._partial:
             return tensors
         return {name: tensor for name, tensor in tensors.items() if _is_below(name, self.model_paths)}
@@ -186,62 +191,57 @@ def _is_below(name: str, paths: Iterable[str | None]) -> bool:
     return any(name.startswith(f"{path}.") for path in paths)
 
 
-def _lost(path: str | None, index: int, params: Mapping[str, torch.Tensor]) -> Problem | None:
+def _path_problem(path: str | None, index: int, params: Mapping[str, torch.Tensor]) -> Problem | None:
     if path is None or any(_is_below(name, [path]) for name in params):
         return None
     modules = dict.fromkeys(
         ".".join(name.split(".")[:depth]) for name in params for depth in range(1, name.count(".") + 1)
     )
     known = f"; the model has {', '.join(modules) or 'none'}{suggest(path, modules)}"
-    return Problem(f"model_paths.{index}", f"{path!r} is no sub-module with parameters{known}")
+    return Problem(f"model_paths.{index}", f"{path!r} names no sub-module with parameters{known}")
 
 
-def _begun(params: Mapping[str, torch.Tensor]) -> FrozenDict:
-    return FrozenDict({name: _precise(tensor).clone() for name, tensor in params.items()})
+def _move(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], weight: float) -> FrozenDict:
+    """Return `averages + weight * (params - averages)`, computed out of place in one call for all tensors."""
+    names = _names_to_average(averages)
+    copies = {name: params[name].clone() for name in averages if name not in names}
+    if not names:
+        return FrozenDict(copies)
+    targets = [_upcast(params[name]) for name in names]
+    results = torch_internals.foreach_lerp([averages[name] for name in names], targets, weight)
+    return FrozenDict({**copies, **dict(zip(names, results, strict=True))})
 
 
-def _moved(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], share: float) -> FrozenDict:
-    """Return the averages moved by `share` of the way to `params`; one call for all, and nothing is written to."""
-    moving = _moving(averages)
-    copied = {name: params[name].clone() for name in averages if name not in moving}
-    if not moving:
-        return FrozenDict(copied)
-    targets = [_precise(params[name]) for name in moving]
-    moved = torch_internals.foreach_lerp([averages[name] for name in moving], targets, share)
-    return FrozenDict({**copied, **dict(zip(moving, moved, strict=True))})
-
-
-def _moved_in_place(
-    averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], share: float
+def _move_in_place(
+    averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], weight: float
 ) -> Mapping[str, torch.Tensor]:
-    """Return what `_moved` does, to the same bits, written to the averages where they are donated."""
+    """Return the result of `_move` bit for bit, written into the averages if they are donated."""
     if isinstance(averages, DonatedTree) and isinstance(averages.owner, OwnedStorages):
         owned, tree = averages.owner, averages.take()
         owned.unshare()
     else:
         tree = {name: tensor.clone() for name, tensor in averages.items()}
         owned = OwnedStorages([(tree, name) for name in tree])
-    moving = _moving(tree)
-    for name in tree.keys() - set(moving):
+    names = _names_to_average(tree)
+    for name in tree.keys() - set(names):
         tree[name].copy_(params[name])
-    if moving:
-        targets = [_precise(params[name]) for name in moving]
-        torch_internals.foreach_lerp_([tree[name] for name in moving], targets, share)
+    if names:
+        targets = [_upcast(params[name]) for name in names]
+        torch_internals.foreach_lerp_([tree[name] for name in names], targets, weight)
     return DonatedTree(tree, owned)
 
 
-def _moving(averages: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return the names of what can be averaged; the others are copied."""
+def _names_to_average(averages: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of the floating-point and complex tensors; the others are copied."""
     return [name for name, tensor in averages.items() if tensor.is_floating_point() or tensor.is_complex()]
 
 
-def _precise(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in a precision in which a small step does not round to none."""
-    return tensor.float() if tensor.dtype in _COARSE else tensor
+def _upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32 if it is in half precision, in which a small step would round to zero."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.\-]+")
-_COARSE: Final = (torch.float16, torch.bfloat16)
 
 
 EmaCallback = EMACallback

@@ -1,4 +1,4 @@
-"""Losses and metrics over a whole dataset, in one pass."""
+"""Logs losses and metrics over a whole dataset, in one pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.callback import OptionalKey
-from noether.core.callbacks.periodic import Mean, PeriodicDataIteratorCallback
+from noether.core.callbacks.dataset_results import Mean
+from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metrics import is_current, log, patterns_containing
 from noether.core.tensors.batch import target_of
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 MetricFunction = Callable[[Any, Any], torch.Tensor]
-"""`(outputs, batch)` -> a value for each sample `(batch,)`, or their mean; pure."""
+"""A pure function `(outputs, batch)` that returns one value per sample, `(batch,)`, or their mean, `()`."""
 
 
 def accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Return for each sample whether the largest output is the target's.
+    """Return for each sample whether the target has the highest score.
 
     Args:
         outputs: Scores `(batch, classes)`.
-        batch: Holds the targets `(batch,)`, whole numbers in `[0, classes)`; see `target_of`.
+        batch: A batch with targets `(batch,)`, whole numbers in `[0, classes)`; see `target_of`.
 
     Returns:
         `(batch,)`, 1.0 or 0.0.
@@ -46,7 +47,7 @@ METRICS: Final[dict[str, MetricFunction]] = {"accuracy": accuracy}
 
 
 class _Evaluation(PeriodicDataIteratorCallback):
-    """Sums losses and metrics over a dataset; subclasses say which."""
+    """Logs means over a dataset; a subclass chooses losses, metrics and outputs."""
 
     @cached_property
     def _losses(self) -> bool:
@@ -63,21 +64,22 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def process_data(
         self, state: TrainState, batch: Any, forward: Callable[..., Any]
     ) -> Mapping[str, torch.Tensor | Mean]:
-        """Return the batch's losses and metrics."""
+        """Return the losses, metrics and outputs of a batch."""
         losses, outputs = forward(state, batch)
         results: dict[str, torch.Tensor | Mean] = {}
         if self._losses:
             results |= {f"loss/{name}": Mean(loss) for name, loss in losses.items()}
         for name, metric in self._metrics.items():
-            results[f"metric/{name}"] = Mean(_function(metric)(outputs, batch))
+            function = METRICS[metric] if isinstance(metric, str) else metric
+            results[f"metric/{name}"] = Mean(function(outputs, batch))
         if self._output_patterns:
-            results |= _matching(outputs, self._output_patterns)
+            results |= _mean_outputs(outputs, self._output_patterns)
         return results
 
     def process_results(
         self, state: TrainState, event: Event, results: Mapping[str, Any]
     ) -> tuple[TrainState, Effects]:
-        """Log the means."""
+        """Log the means, and the differences to the online losses."""
         values: dict[str, Any] = {}
         for result, value in results.items():
             kind, _, name = result.partition("/")
@@ -98,7 +100,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """The keys of its losses and metrics."""
+        """The keys of losses, metrics and outputs."""
         losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._losses else ()
         outputs = (name for pattern in self._output_patterns for name in patterns_containing(pattern))
         return (*losses, *(self.key(name) for name in (*self._metrics, *outputs)))
@@ -114,14 +116,14 @@ class _Evaluation(PeriodicDataIteratorCallback):
 class OfflineLossCallback(_Evaluation):
     """Logs `loss/{dataset}/{name}`: the sample-weighted mean of each loss over a dataset.
 
-    Where the online loss of the same interval is current, `lossdiff/{dataset}/{name}` is the one minus the other.
+    If an `OnlineLossCallback` with the same interval stands before it, it also logs `lossdiff/{dataset}/{name}`, this
+    loss minus the online loss. With `weights: ema=0.999`, the keys end in `/ema=0.999`.
 
     Args:
-        dataset_key: Which dataset to evaluate.
-        output_patterns_to_log: Outputs of the model whose mean is logged beside the losses as `{dataset}/{output}`, by
-            a part of their name.
-        batch_size: Samples in a batch, >= 1; None takes the trainer's.
-        weights: Whose weights to evaluate, such as `ema=0.999`.
+        dataset_key: Name of the dataset to evaluate.
+        output_patterns_to_log: Parts of names of model outputs whose mean is logged, too, as `{dataset}/{output}`.
+        batch_size: Samples per batch, >= 1; None for that of the trainer.
+        weights: Name of the weights to evaluate, such as `ema=0.999`; None for those in training.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
@@ -150,14 +152,17 @@ class OfflineLossCallback(_Evaluation):
 
 @final
 class MetricCallback(_Evaluation):
-    """Logs `{dataset}/{metric}`: the mean of a metric over a dataset, from sums that do not grow with it.
+    """Logs `{dataset}/{metric}`, such as `val/accuracy`: the mean of a metric over a dataset.
+
+    It keeps sums only, so memory does not grow with the dataset. With `weights: ema=0.999`, the key ends in
+    `/ema=0.999`.
 
     Args:
-        dataset_key: Which dataset to evaluate.
-        metric: `accuracy`, or a pure function of outputs and batch (in YAML its dotted path) that returns a value for
-            each sample, or the mean over the batch.
-        batch_size: Samples in a batch, >= 1; None takes the trainer's.
-        weights: Whose weights to evaluate, such as `ema=0.999`.
+        dataset_key: Name of the dataset to evaluate.
+        metric: `accuracy`, or a pure function of outputs and batch (in YAML its dotted path) that returns one value per
+            sample, `(batch,)`, or the mean over the batch, `()`.
+        batch_size: Samples per batch, >= 1; None for that of the trainer.
+        weights: Name of the weights to evaluate, such as `ema=0.999`; None for those in training.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
@@ -185,20 +190,22 @@ class MetricCallback(_Evaluation):
     def _metrics(self) -> Mapping[str, str | MetricFunction]:
         return {metric_name(self.metric): self.metric}
 
-    def distinction(self) -> tuple[str, ...]:
-        """Return interval, dataset and metric."""
-        return (*super().distinction(), metric_name(self.metric))
+    def name_parts(self) -> tuple[str, ...]:
+        """Return the interval, the dataset and the metric."""
+        return (*super().name_parts(), metric_name(self.metric))
 
 
 @final
 class EvaluateCallback(_Evaluation):
-    """Logs losses and metrics over one dataset, in one pass; what `trainer.evaluate` adds.
+    """Logs several losses and metrics over one dataset, in one pass; `trainer.evaluate` adds it.
+
+    The keys are those of `OfflineLossCallback` and `MetricCallback`.
 
     Args:
-        dataset_key: Which dataset to evaluate.
-        measures: `loss`, or metrics as for `MetricCallback`; at least one, none twice.
-        batch_size: Samples in a batch, >= 1; None takes the trainer's.
-        weights: Whose weights to evaluate, such as `ema=0.999`.
+        dataset_key: Name of the dataset to evaluate.
+        measures: `loss`, and metrics as for `MetricCallback`; at least one, without duplicates.
+        batch_size: Samples per batch, >= 1; None for that of the trainer.
+        weights: Name of the weights to evaluate, such as `ema=0.999`; None for those in training.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
@@ -241,12 +248,8 @@ class EvaluateCallback(_Evaluation):
 
 
 def metric_name(metric: str | MetricFunction) -> str:
-    """Return the name that a metric has in keys."""
+    """Return the name of a metric in keys."""
     return metric if isinstance(metric, str) else str(getattr(metric, "__name__", type(metric).__name__))
-
-
-def _function(metric: str | MetricFunction) -> MetricFunction:
-    return METRICS[metric] if isinstance(metric, str) else metric
 
 
 def _metric_problem(setting: str, metric: object) -> Problem | None:
@@ -258,8 +261,8 @@ def _metric_problem(setting: str, metric: object) -> Problem | None:
     )
 
 
-def _matching(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:
-    """Return the mean over the batch of each output with a name that holds one of `patterns`."""
+def _mean_outputs(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:
+    """Return the mean over the batch of each output whose name contains one of `patterns`."""
     if not isinstance(outputs, Mapping):
         raise OutputError(
             f"output_patterns_to_log needs a model that returns a dict; it returns {type(outputs).__name__}"

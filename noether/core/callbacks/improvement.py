@@ -1,4 +1,4 @@
-"""When a metric is better: its direction, and comparisons in which NaN never improves."""
+"""Improvement of a metric: its direction, and comparisons in which NaN never improves."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Mode = Literal["higher", "lower"]
 MODES: Final = ("higher", "lower")
 
 NONFINITE: Final = "nonfinite"
-"""Metric that is current where the update was not finite; `NanGuardCallback` produces it."""
+"""Key of the metric that `NanGuardCallback` logs at an update that is not finite, and only there."""
 
 HIGHER: Final = frozenset({"accuracy", "f1", "auc", "iou", "psnr", "r2"})
 LOWER: Final = frozenset({"loss", "error", "rmse", "mse", "mae", "perplexity"})
 
 
 def direction_of(metric_key: str) -> Mode | None:
-    """Return the direction that the words of a metric key tell, or None if they tell none or both.
+    """Return the direction that the words of a metric key imply; None if they imply neither or both.
 
     Example:
         >>> direction_of("val/accuracy"), direction_of("loss/val/total"), direction_of("val/dice")
@@ -45,13 +45,13 @@ def _words(metric_key: str) -> list[str]:
 
 
 def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
-    """Return what is wrong with `mode`, or with leaving it out for this key."""
+    """Return the problem of `mode`, or of its absence for this key; None if there is none."""
     if mode is not None:
         return check_choice("mode", mode, MODES)
     if direction_of(metric_key) is None:
         like = next(filter(None, (suggest(word, HIGHER | LOWER) for word in _words(metric_key))), "")
         return Problem(
-            "mode", f"the key {metric_key!r} does not tell whether higher or lower is better; give mode{like}"
+            "mode", f"the key {metric_key!r} does not say whether higher or lower is better; give mode{like}"
         )
     return None
 
@@ -71,26 +71,26 @@ def improves(value: float, best: float | None, mode: Mode, min_delta: float = 0.
 
 
 def is_nonfinite(state: TrainState) -> bool:
-    """Return whether the last update was not finite, as far as `NanGuardCallback` watches over that.
+    """Return whether the last update was not finite, according to a `NanGuardCallback` earlier in the list.
 
-    What is measured there says nothing about whether training improves: no best comes of it, and no wait goes on.
+    Callbacks that watch a metric skip such an update: it neither improves the metric nor counts as a wait.
     """
     return is_current(state, NONFINITE)
 
 
 def min_delta_problem(min_delta: object) -> Problem | None:
-    """Return what is wrong with `min_delta`, or None."""
+    """Return the problem of `min_delta`, or None."""
     if is_number(min_delta) and 0 <= min_delta < math.inf:
         return None
     return Problem("min_delta", f"{min_delta!r} is not a number of at least 0")
 
 
 class MetricWatcher(PeriodicCallback):
-    """What the callbacks that watch one metric for improvements have in common.
+    """Base class of callbacks that watch one metric for improvements.
 
     Args:
-        metric_key: The metric to watch.
-        mode: `higher` or `lower`; left out, it is read from the key.
+        metric_key: The metric to watch, such as `val/accuracy`.
+        mode: Whether `higher` or `lower` is better; None derives it from the key.
 
     Example:
         >>> class Watch(MetricWatcher):
@@ -110,14 +110,14 @@ class MetricWatcher(PeriodicCallback):
 
     @cached_property
     def direction(self) -> Mode:
-        """Whether higher or lower is better: `mode`, or what the key tells."""
+        """Whether higher or lower is better: `mode`, or the direction of the key."""
         direction = self.mode or direction_of(self.metric_key)
         assert direction is not None  # noqa: S101  # refused at construction
         return direction
 
-    def distinction(self) -> tuple[str, ...]:
-        """Return interval and metric."""
-        return (*super().distinction(), self.metric_key)
+    def name_parts(self) -> tuple[str, ...]:
+        """Return the interval and the metric."""
+        return (*super().name_parts(), self.metric_key)
 
     @property
     def consumes(self) -> tuple[str, ...]:

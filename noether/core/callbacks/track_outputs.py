@@ -78,9 +78,9 @@ class TrackOutputsCallback(PeriodicCallback):
         if not self.log_output and not self.save_output:
             yield Problem("", "log_output and save_output are both false; set at least one of them to true")
 
-    def distinction(self) -> tuple[str, ...]:
+    def name_parts(self) -> tuple[str, ...]:
         """Return the interval and the chosen outputs."""
-        return (*super().distinction(), ",".join((*self.keys, *self.patterns)))
+        return (*super().name_parts(), ",".join((*self.keys, *self.patterns)))
 
     @property
     def produces(self) -> tuple[str, ...]:
