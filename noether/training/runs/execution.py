@@ -1,0 +1,134 @@
+"""Execution of a run in its directory, the same for new and resumed runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.summaries import dataset_lengths, param_counts
+from noether.core.effect import SetSummary
+from noether.core.event import AfterTraining
+from noether.core.loop import Move, next_move
+from noether.core.tensors.donation import donate
+from noether.core.tensors.tree import FrozenDict
+from noether.effects.logs.events import event_line_builder
+from noether.training.runs.services import add_handlers
+from noether.training.step.compiled import CompiledStep
+from noether.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from noether.core.reducer import Reducer
+    from noether.core.run import Run
+    from noether.core.state import TrainState
+    from noether.effects import Interpreter, RunDirectory
+    from noether.effects.logs.jsonl import ToLine
+    from noether.effects.run_directory import Interpret
+    from noether.training.experiment import Experiment
+    from noether.training.runs.interruption import Interruption
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A run after training.
+
+    Args:
+        directory: The run directory, with checkpoints, logs and `summary.json`.
+        state: The final state.
+        finished: Whether the run reached its end or stopped early; False if a signal interrupted it.
+    """
+
+    directory: Path
+    state: TrainState
+    finished: bool
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of every metric, best values such as `val/accuracy/best` included if a callback logs them."""
+        return {key: float(measured.value) for key, measured in self.state.metrics.items()}
+
+    @property
+    def ending(self) -> str:
+        """Where the run ended and why, such as `ended at E2_U76_S2410`."""
+        if not self.finished:
+            return f"interrupted at {self.state.iteration}"
+        reason = "" if self.state.stop is None else f": {self.state.stop}"
+        return f"ended at {self.state.iteration}{reason}"
+
+
+def execute(
+    experiment: Experiment,
+    directory: RunDirectory,
+    state: TrainState,
+    *,
+    resumed: bool,
+    interruption: Interruption,
+    notify: Callable[[str], None],
+) -> TrainedRun:
+    """Train from `state` to the end of the run, or until it is interrupted.
+
+    Args:
+        experiment: The run.
+        directory: Its open directory.
+        state: Where training begins.
+        resumed: Whether the state is that of a checkpoint.
+        interruption: Receives signals during training.
+        notify: Receives a line for the user at the end.
+    """
+    interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
+    interpret: Interpret = interpreter
+    if experiment.config.trainer.record == "events":
+        interpret = directory.recording_interpreter(interpreter, event_recorder(experiment.reducer))
+    with interruption:
+        facts = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
+        interpreter([SetSummary(FrozenDict(facts))], state, AfterTraining(run=experiment.run))
+        begun = donate(state) if experiment.step.donate else state
+        del state  # the first state would otherwise stay in memory during the whole training
+        end = make_trainer(experiment, interpret, interruption)(begun, resumed=resumed)
+        directory.wait()  # the run ends when its last checkpoint is on the disk
+    finished = next_move(end, experiment.run) is Move.NOTHING
+    run = TrainedRun(directory=directory.path, state=end, finished=finished)
+    write_ending(run, experiment, interpreter)
+    notify(f"{run.ending}; the run is in {directory.path}")
+    return run
+
+
+def make_trainer(
+    experiment: Experiment, interpret: Interpret, interrupted: Callable[[], bool], run: Run | None = None
+) -> Trainer:
+    """Return the trainer of an experiment.
+
+    Args:
+        experiment: The experiment.
+        interpret: Runs the effects.
+        interrupted: Returns whether to stop at the next update.
+        run: Replaces the run of the experiment.
+    """
+    return Trainer(
+        run=run or experiment.run,
+        step=CompiledStep(experiment.step) if experiment.config.trainer.compile else experiment.step,
+        data=experiment.data,
+        reducer=experiment.reducer,
+        interpreter=interpret,
+        evaluate_first=experiment.config.trainer.evaluate_first,
+        interrupted=interrupted,
+    )
+
+
+def write_ending(run: TrainedRun, experiment: Experiment, interpreter: Interpreter) -> None:
+    """Write where the run ended to `summary.json`."""
+    interpreter([SetSummary(FrozenDict(ending=run.ending))], run.state, AfterTraining(run=experiment.run))
+
+
+def event_recorder(reducer: Reducer) -> ToLine:
+    """Return the function that turns each event into a line of `events.jsonl`, for a later replay.
+
+    Args:
+        reducer: The callbacks; the line contains the metrics that its data iterators measured.
+    """
+    iterators = [member for member in reducer.members if isinstance(member, PeriodicDataIteratorCallback)]
+    return event_line_builder([pattern for member in iterators for pattern in member.produces or ()], dataset_lengths)

@@ -1,0 +1,141 @@
+"""Resuming a run from its newest checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from noether.config import ConfigError, load
+from noether.config.changes import refuse_changes
+from noether.config.errors import LocatedProblem, Place
+from noether.config.serialization import dump
+from noether.core.event import BeforeTraining
+from noether.core.loop import Move, next_move
+from noether.core.tensors.tree import FrozenDict
+from noether.effects import CheckpointError
+from noether.effects.disk.files import make_directories, replace_text
+from noether.effects.run_directory import CONFIG_FILE
+from noether.training.experiment import build
+from noether.training.runs.execution import TrainedRun, execute, write_ending
+from noether.training.runs.services import check_services, open_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from noether.config import Config
+    from noether.core.state import TrainState
+    from noether.effects import RunDirectory
+    from noether.training.runs.interruption import Interruption
+
+
+def load_run_config(run_dir: Path, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> Config:
+    """Return the configuration of a run, with the overrides that a resumed run allows.
+
+    Args:
+        run_dir: The run directory.
+        overrides: Settings such as `trainer.max_epochs=20`.
+        allow: Further prefixes of modules that `kind` may name.
+
+    Raises:
+        ConfigError: If `run_dir` is not the directory of a run, or an override changes what a resumed run may not
+            change.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        message = f"is not the directory of a run: it has no {CONFIG_FILE}; give one like runs/NAME/RUN_ID"
+        raise ConfigError([LocatedProblem(Place(str(run_dir)), (), message)])
+    config = load(path, overrides, allow, run_dir)
+    if overrides:
+        refuse_changes(load(path, (), allow, run_dir), config)
+    return config
+
+
+def resume_run(
+    run_dir: Path,
+    overrides: Sequence[str],
+    allow: Sequence[str],
+    drop_memory: Sequence[str],
+    *,
+    interruption: Interruption,
+    notify: Callable[[str], None],
+) -> TrainedRun:
+    """Resume a run from its newest checkpoint, or start it again if it has none.
+
+    Args:
+        run_dir: The run directory; a changed `run.output` moves it first.
+        overrides: Settings such as `trainer.max_epochs=20`.
+        allow: Further prefixes of modules that `kind` may name.
+        drop_memory: Names of memories to drop although no callback claims them.
+        interruption: Receives signals during training.
+        notify: Receives lines for the user.
+
+    Raises:
+        ConfigError: As `load_run_config`, or if a dropped memory does not exist.
+        UnclaimedMemoryError: If the run holds memory that no callback claims and that is not dropped.
+        CheckpointError: If there are checkpoints, and the run can be resumed from none of them.
+    """
+    config = load_run_config(run_dir, overrides, allow)
+    check_services(config)
+    target = _target(run_dir, config, allow)
+    with open_directory(run_dir, config) as directory:
+        state = _load_newest(directory)
+        experiment = build(config, run_id=directory.run_id, fresh=state is None)
+        if state is not None:
+            state = _drop_memory(experiment.to_device(state), drop_memory)
+            # Reducers are pure: this dry run refuses memory that does not fit before anything is written.
+            experiment.reducer(state, BeforeTraining(run=experiment.run, resumed=True))
+            if next_move(state, experiment.run) is Move.NOTHING:
+                ended = TrainedRun(directory=run_dir, state=state, finished=True)
+                write_ending(ended, experiment, directory.interpreter)
+                notify(f"{run_dir} already {ended.ending}; to continue it, set a later end")
+                return ended
+        if target == run_dir:
+            notify(
+                f"{run_dir} has no checkpoint: training starts at update 0"
+                if state is None
+                else f"resuming at {state.iteration}"
+            )
+            if dropped := directory.truncate_logs(state):
+                notify(f"lines of metrics.jsonl after that are dropped and will be written again: {dropped}")
+            replace_text(directory.path / CONFIG_FILE, dump(config))
+            resumed, state = state is not None, state or experiment.state
+            return execute(experiment, directory, state, resumed=resumed, interruption=interruption, notify=notify)
+        make_directories(target.parent)
+        shutil.move(run_dir, target)  # while it is locked
+    notify(f"{run_dir} moved to {target}")
+    replace_text(target / CONFIG_FILE, dump(config))
+    return resume_run(target, (), allow, drop_memory, interruption=interruption, notify=notify)
+
+
+def _target(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:
+    """Return where the run will be: in another place if `run.output` was changed."""
+    before = load(run_dir / CONFIG_FILE, (), allow, run_dir).run.output
+    target = Path(config.run.output) / config.run.name / run_dir.resolve().name
+    if config.run.output == before or target.resolve() == run_dir.resolve():
+        return run_dir
+    if target.exists():
+        raise config.error(("run", "output"), f"{str(target)!r} exists already, so the run cannot move there")
+    return target
+
+
+def _load_newest(directory: RunDirectory) -> TrainState | None:
+    """Return the newest state of a run; if only parts were saved, the error says how to use them."""
+    try:
+        return directory.load()
+    except CheckpointError as error:
+        saved = directory.checkpoints.manifests()
+        if not saved or directory.checkpoints.newest() is not None:
+            raise
+        fix = f"--set run.init_from={directory.path}/checkpoints/{saved[-1].tag}, and save_latest_optim: true"
+        raise CheckpointError(f"{error}\nStart a new run with {fix}") from error
+
+
+def _drop_memory(state: TrainState, names: Sequence[str]) -> TrainState:
+    for name in names:
+        if name not in state.callback_states:
+            known = ", ".join(map(repr, state.callback_states)) or "none"
+            message = f"the run has no such memory; it has {known}"
+            raise ConfigError([LocatedProblem(Place(f"--drop-memory {name}"), (), message)])
+    left = {name: memory for name, memory in state.callback_states.items() if name not in names}
+    return state.replace(callback_states=FrozenDict(left))

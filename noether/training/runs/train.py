@@ -1,0 +1,130 @@
+"""Training from a configuration: `train` for Python, `start_run` for callers that have loaded it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from noether.config.loading import from_source
+from noether.config.serialization import dump
+from noether.config.source import apply_overrides, read
+from noether.config.values import source_from_values
+from noether.effects.disk.files import make_directories, replace_text
+from noether.effects.run_directory import CONFIG_FILE
+from noether.training.experiment import build
+from noether.training.runs.execution import execute
+from noether.training.runs.interruption import Interruption
+from noether.training.runs.resumption import resume_run
+from noether.training.runs.services import check_services, open_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from noether.config import Config
+    from noether.training.runs.execution import TrainedRun
+
+_LOGGER: Final = logging.getLogger(__name__)
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | None = None,
+    *,
+    resume: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    drop_memory: Sequence[str] = (),
+    allow: Sequence[str] = (),
+) -> TrainedRun:
+    """Train a configured run, or resume one; the same as `noether train` on the command line.
+
+    A new run is written to `OUTPUT/NAME/RUN_ID`. Relative paths in the configuration start at the working directory.
+
+    During training the first Ctrl-C (SIGINT) or SIGTERM saves the run after the current update, and `train` returns it
+    with `finished=False`; a second one has its usual effect, such as KeyboardInterrupt. Python delivers signals to the
+    main thread only: in another thread nothing interrupts the run. An error of a callback, the model, the data or the
+    disk is raised as it is, once the logs are written; the run can be resumed from its newest checkpoint.
+
+    Args:
+        config: Path of a YAML file, or the same sections as a dict of plain values. Leave it out to resume a run.
+        resume: Directory of the run to resume, such as `runs/digits/20260102-030405`, in place of `config`.
+        overrides: Settings as after `--set`, such as `trainer.max_epochs=20`.
+        output: Folder of all runs, in place of `run.output`; a resumed run moves there.
+        drop_memory: With `resume`: names of callback memories to drop although no callback claims them.
+        allow: Prefixes of modules that `kind` may name beside noether, torch and modules in the working directory.
+
+    Returns:
+        The run: its directory, final state and last metrics.
+
+    Raises:
+        TypeError: If neither or both of `config` and `resume` are given.
+        ConfigError: If the configuration is wrong, with the path of each wrong setting; no directory is made then.
+        LockedError: If another process trains the run.
+
+    Example:
+        >>> import noether, tempfile
+        >>> digits = {"kind": "noether.examples.digits.Digits", "split": "val"}
+        >>> config = {
+        ...     "run": {"name": "digits"},
+        ...     "model": {"kind": "noether.examples.digits.ConvNet", "width": 2},
+        ...     "data": {"train": digits},
+        ...     "optimizer": {"kind": "torch.optim.SGD", "lr": 0.1},
+        ...     "trainer": {"max_updates": 2, "effective_batch_size": 8,
+        ...                 "loss": "noether.examples.digits.cross_entropy"},
+        ... }
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = train(config, output=folder)
+        >>> run.ending, run.directory.parent.name
+        ('ended at E0_U2_S16', 'digits')
+    """
+    if (config is None) == (resume is None):
+        raise TypeError("give either a config or resume=RUN_DIR")
+    if drop_memory and resume is None:
+        raise TypeError("drop_memory needs resume=RUN_DIR")
+    if output is not None:
+        overrides = [*overrides, f"run.output={json.dumps(str(output))}"]
+    interruption, notify = Interruption(), _LOGGER.info
+    if resume is not None:
+        return resume_run(Path(resume), overrides, allow, drop_memory, interruption=interruption, notify=notify)
+    source = source_from_values(config) if isinstance(config, Mapping) else read(config or "")
+    loaded = from_source(apply_overrides(source, overrides), allow)
+    return start_run(loaded, interruption=interruption, notify=notify)
+
+
+def start_run(config: Config, *, interruption: Interruption, notify: Callable[[str], None]) -> TrainedRun:
+    """Train a configuration in a new run directory.
+
+    Args:
+        config: The configuration.
+        interruption: Receives signals during training.
+        notify: Receives lines for the user.
+
+    Raises:
+        ConfigError: If the configuration is wrong; no directory is made then.
+    """
+    check_services(config)
+    experiment = build(config)
+    path = _make_run_directory(Path(config.run.output) / config.run.name)
+    experiment = replace(experiment, run=experiment.run.replace(run_id=path.name))
+    with open_directory(path, config) as directory:
+        replace_text(directory.path / CONFIG_FILE, dump(config))
+        state = experiment.state
+        return execute(experiment, directory, state, resumed=False, interruption=interruption, notify=notify)
+
+
+def _make_run_directory(folder: Path) -> Path:
+    """Make the directory of a new run and return it; two runs that start in one second get different ones."""
+    make_directories(folder)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in count(1):
+        path = folder / (stamp if number == 1 else f"{stamp}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir()
+            break
+    return path
