@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value
 from benchmarks.measuring import Table, markdown_option, quartiles, show
 from noether import TrainingIteration, TrainState
 from noether.core.tensors.batch import model_arguments
-from noether.core.tensors.module import add_total
+from noether.core.tensors.forward import add_total
 from noether.core.tensors.tree import FrozenDict
 from noether.examples.digits import ConvNet, Digits, cross_entropy
 from noether.testing import same

@@ -35,14 +35,14 @@ from noether.core.reducer import Reducer as Reducer
 from noether.core.reducer import compose as compose
 from noether.core.reducer import identity as identity
 from noether.core.run import Run as Run
+from noether.core.schedules.base import Schedule as Schedule
 from noether.core.schedules.schedule import At as At
 from noether.core.schedules.schedule import EveryNEpochs as EveryNEpochs
 from noether.core.schedules.schedule import EveryNSamples as EveryNSamples
 from noether.core.schedules.schedule import EveryNUpdates as EveryNUpdates
-from noether.core.schedules.schedule import Schedule as Schedule
 from noether.core.state import TrainState as TrainState
 from noether.core.tensors.donation import lease as lease
-from noether.core.tensors.module import forward as forward
+from noether.core.tensors.forward import forward as forward
 from noether.effects.run_directory import open_run as open_run
 from noether.training.runs.train import train as train
 

@@ -18,8 +18,9 @@ from noether.core.callback import (
 from noether.core.errors import raise_problems
 from noether.core.event import AfterUpdate, Event, check_reading
 from noether.core.reducer import Reducer
+from noether.core.schedules.base import Schedule
 from noether.core.schedules.gate import Gate
-from noether.core.schedules.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.schedules.schedule import EveryNEpochs, EveryNSamples, EveryNUpdates
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from noether.core.tensors.tree import FrozenDict
@@ -121,3 +122,13 @@ class ShowProgress(Effect):
     next_s: float | None
     left_s: float | None
     due: bool
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as `h:mm:ss`, whole seconds.
+
+    Example:
+        >>> format_duration(3661.5)
+        '1:01:01'
+    """
+    return str(timedelta(seconds=int(seconds)))

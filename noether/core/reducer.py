@@ -18,16 +18,16 @@ from noether.core.declarations import check_declarations
 from noether.core.errors import NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import keys_overlap
-from noether.core.schedules.schedule import Window
-from noether.core.schedules.waiting import Waiting
+from noether.core.schedules.window import ALWAYS, START, Thresholds
 from noether.core.tensors.tree import FrozenDict, check_memory, freeze, storages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
-    from noether.core.schedules.schedule import Schedule
+    from noether.core.iteration import TrainingIteration
+    from noether.core.schedules.base import Schedule
     from noether.core.state import Memory, TrainState
 
     _Call = tuple[Callback, Callback]  # a member, and what is called in its place
@@ -88,15 +88,15 @@ class Reducer:
         self._acting: dict[type[Event], tuple[_Call, ...]] = {}
         # At updates, in order: a member, what is called of it while it is not due, and its place among those that wait.
         self._at_updates: list[tuple[Callback, Callback | None, int | None]] = []
-        waiting: list[Schedule] = []
+        pending: list[Schedule] = []
         for member in members:
             closed, schedule = call_while_closed(member), _read_at_updates(member)
             if schedule is None or closed is member or _is_always_due(schedule):
                 self._at_updates.append((member, closed if schedule is None else member, None))
             else:
-                self._at_updates.append((member, closed, len(waiting)))
-                waiting.append(schedule)
-        self._waiting = Waiting(waiting)
+                self._at_updates.append((member, closed, len(pending)))
+                pending.append(schedule)
+        self._pending = PendingSchedules(pending)
         self._idling = self._update_calls(())
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
@@ -162,7 +162,7 @@ class Reducer:
 
     def _calls(self, state: TrainState, event_type: type[Event]) -> tuple[_Call, ...]:
         if event_type is AfterUpdate:
-            due = self._waiting.due(state.previous, state.iteration)
+            due = self._pending.due(state.previous, state.iteration)
             return self._update_calls(due) if due else self._idling
         if event_type not in self._acting:
             self._acting[event_type] = tuple((member, member) for member in self._listeners(event_type))
@@ -186,6 +186,49 @@ class Reducer:
         return state.replace(callback_states=FrozenDict({**state.callback_states, **missing}))
 
 
+@final
+class PendingSchedules:
+    """Finds the schedules that may be due at an update without asking each of them.
+
+    It caches the next threshold of each schedule. The answers are a pure function of schedules and iterations, so a
+    state may be taken back to an earlier iteration.
+
+    Args:
+        schedules: Schedules that are read at updates.
+
+    Example:
+        >>> from noether import EveryNUpdates, TrainingIteration
+        >>> pending = PendingSchedules([EveryNUpdates(2), EveryNUpdates(3)])
+        >>> at = TrainingIteration
+        >>> [pending.due(at(update=u - 1), at(update=u)) for u in range(1, 7)]
+        [(), (0,), (1,), (0,), (), (0, 1)]
+    """
+
+    def __init__(self, schedules: Sequence[Schedule]) -> None:
+        self._schedules = schedules
+        self._since = START
+        self._following = [schedule.next_due(START) for schedule in schedules]
+        self._first = _earliest(self._following)
+
+    def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> tuple[int, ...]:
+        """Return the positions of the schedules that may be due at the update from `previous` to `iteration`."""
+        if not previous.reached(self._since):
+            self._following = [schedule.next_due(previous) for schedule in self._schedules]
+            self._since, self._first = previous, _earliest(self._following)
+        if not self._first.reached(iteration):
+            return ()
+        reached = tuple(index for index, each in enumerate(self._following) if each.reached(iteration))
+        for index in reached:
+            self._following[index] = self._schedules[index].next_due(iteration)
+        self._since, self._first = iteration, _earliest(self._following)
+        return reached
+
+
+def _earliest(thresholds: Iterable[Thresholds]) -> Thresholds:
+    counts = zip(*((each.epoch, each.update, each.sample) for each in thresholds), strict=True)
+    return Thresholds(*(min((count for count in each if count is not None), default=None) for each in counts))
+
+
 def _read_at_updates(member: Callback) -> Schedule | None:
     """Return the schedule of a member's gate, as far as it is read at updates."""
     gate = declaration_of(member).gate
@@ -193,7 +236,7 @@ def _read_at_updates(member: Callback) -> Schedule | None:
 
 
 def _is_always_due(schedule: Schedule) -> bool:
-    return any(each.interval == 1 and each.window == Window() for each in schedule.members)
+    return any(each.interval == 1 and each.window == ALWAYS for each in schedule.members)
 
 
 _LOOPS: Final = ("iteration", "previous", "seed", "ended")

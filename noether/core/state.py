@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from noether.core.iteration import TrainingIteration
+from noether.core.tensors.module import (
+    BorrowedOptState,
+    buffers_of,
+    move_beside,
+    params_of,
+    write_optimizer,
+    write_weights,
+)
 from noether.core.tensors.tree import FrozenDict, freeze
 
 if TYPE_CHECKING:
@@ -96,19 +104,20 @@ class TrainState:
             >>> sorted(TrainState.from_module(torch.nn.Linear(2, 1)).params)
             ['bias', 'weight']
         """
-        from noether.core.tensors import module
-
         if saved is not None:
-            module.write_into(saved, model, optimizer)
-        opt_state = _EMPTY if optimizer is None else module.BorrowedOptState(model, optimizer)
+            write_weights(model, saved.params, saved.buffers)
+            if optimizer is not None:
+                lr_scale = float(saved.hyperparams.get("lr_scale", 1.0))
+                write_optimizer(saved.opt_state, model, optimizer, lr_scale=lr_scale)
+        opt_state = _EMPTY if optimizer is None else BorrowedOptState(model, optimizer)
         views: dict[str, Any] = {
-            "params": module.params_of(model),
-            "buffers": module.buffers_of(model),
+            "params": params_of(model),
+            "buffers": buffers_of(model),
             "opt_state": opt_state,
         }
         if saved is None:
             return cls(**views, seed=seed)
-        return cls(**{**vars(saved), **views, "callback_states": module.move_beside(model, saved.callback_states)})
+        return cls(**{**vars(saved), **views, "callback_states": move_beside(model, saved.callback_states)})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
         """Write the state into a live model and optimizer, the learning rates times `hyperparams["lr_scale"]`.

@@ -58,7 +58,8 @@ from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.tensors.module import forward, write_into, write_optimizer
+from noether.core.tensors.forward import forward
+from noether.core.tensors.module import write_optimizer, write_weights
 from noether.core.tensors.tree import map_tensors
 from noether.effects.checkpoints.state_codec import encode_state
 from noether.effects.disk.calls import DISK
@@ -317,7 +318,7 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
     model, optimizer = trainer.model, trainer.create_optimizer()
     if model is None:
         raise ValueError("the trainer has a model_init and no model yet: give Trainer(model=...)")
-    write_into(saved, model, None)
+    write_weights(model, saved.params, saved.buffers)
     write_optimizer(saved.opt_state, model, optimizer, lr_scale=1.0)
     trainer.save_model(str(path))
     torch.save(optimizer.state_dict(), path / "optimizer.pt")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from noether.core.event import Event
     from noether.core.run import Run
-    from noether.core.schedules.schedule import Schedule
+    from noether.core.schedules.base import Schedule
     from noether.planning.requests import SaveRequest
 
 

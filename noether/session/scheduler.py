@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.event import AfterUpdate, Event
-from noether.core.tensors.packing import pack, unpack
-from noether.core.tensors.tree import FrozenDict, freeze
+from noether.core.tensors.tree import FrozenDict, freeze, pack, unpack
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler

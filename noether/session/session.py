@@ -29,7 +29,8 @@ from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tensors.module import add_total, move_beside, write_into
+from noether.core.tensors.forward import add_total
+from noether.core.tensors.module import move_beside, write_weights
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.session.evaluation import beside_training
@@ -189,7 +190,7 @@ class Session:
             saved = self._directory.load()
         if saved is None:
             return False
-        write_into(saved, self._model, None)
+        write_weights(self._model, saved.params, saved.buffers)
         if self._optimizer is not None:
             self._optimizer.load(saved.opt_state)
         self._state, self._remembers = saved, True
@@ -384,7 +385,7 @@ class Session:
         """Write into the live objects what callbacks changed of the state that viewed them."""
         params, buffers, opt_state = (getattr(self._state, n) is not getattr(before, n) for n in _VIEWS)
         if params or buffers:
-            write_into(self._state, self._model, None)
+            write_weights(self._model, self._state.params, self._state.buffers)
         if opt_state and self._optimizer is not None:
             self._optimizer.load(self._state.opt_state)
         self._scale()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from noether.core.iteration import Counter
     from noether.core.run import Run
-    from noether.core.schedules.schedule import Schedule
+    from noether.core.schedules.base import Schedule
 
 _EXAMPLES: Final = 200
 

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.run import Run
-from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
+from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
 from noether.core.state import Measured, TrainState
 from noether.testing.traces import Reading, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from noether.core.schedules.base import Schedule
 
 _LONGEST: Final = 60
 

@@ -18,7 +18,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tensors.module import forward
+from noether.core.tensors.forward import forward
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
 from noether.session.randomness import derive, seed_all

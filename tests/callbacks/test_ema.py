@@ -20,7 +20,7 @@ from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tensors.module import forward
+from noether.core.tensors.forward import forward
 from noether.core.tensors.stored_weights import find_weights, use_weights
 from noether.core.tensors.tree import storages, tensors
 from noether.effects import CheckpointStore, open_run

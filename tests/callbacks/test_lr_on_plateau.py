@@ -19,7 +19,7 @@ from noether.core.metrics import MetricError, log
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tensors.module import forward
+from noether.core.tensors.forward import forward
 from noether.testing import same
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.step.optimizer import FunctionalOptimizer

@@ -30,7 +30,7 @@ from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tensors.module import forward
+from noether.core.tensors.forward import forward
 from noether.core.tensors.tree import storages, tensors
 from noether.effects import CheckpointStore
 from noether.effects.interpreter import Interpreter

@@ -19,13 +19,12 @@ from noether.core.callbacks import (
     OnlineLossCallback,
 )
 from noether.core.combinators import callback, every_n_epochs, on, when
-from noether.core.declarations import DeclarationError, check_declarations
+from noether.core.declarations import DeclarationError, check_declarations, covers
 from noether.core.event import AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import is_current, keys_overlap, log
 from noether.core.reducer import compose, identity
 from noether.core.run import Run
-from noether.core.schedules.coverage import covers
 from noether.core.schedules.gate import Gate
 from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
 from noether.core.state import TrainState

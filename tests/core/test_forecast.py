@@ -13,10 +13,10 @@ from noether.core.combinators import on, when
 from noether.core.event import EVENTS, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
-from noether.core.schedules.counting import multiples_crossing
+from noether.core.schedules.base import Schedule
+from noether.core.schedules.counting import multiples_crossing, multiples_of_any
 from noether.core.schedules.forecast import Firing, Occasions, events_at, fires, firings, nth_firing, occasions_of
-from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Schedule
-from noether.core.schedules.unions import multiples_of_any
+from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
 from noether.testing.strategies import run_lengths, schedules
 
 START = TrainingIteration()

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from noether.core.errors import SettingsError
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
+from noether.core.schedules.base import Union
 from noether.core.schedules.counting import floor_sum
-from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates, Thresholds, Union
+from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
+from noether.core.schedules.window import Thresholds
 from noether.testing.strategies import points, run_lengths, schedules
 
 

@@ -17,7 +17,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
 from noether.core.state import Measured, TrainState
 from noether.core.tensors.batch import model_arguments
-from noether.core.tensors.module import add_total, forward
+from noether.core.tensors.forward import add_total, forward
 from noether.core.tensors.tree import FrozenDict, freeze, leaves, map_leaves, storages, tensors
 from noether.testing import same
 

@@ -25,7 +25,7 @@ from noether import (
     on,
 )
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.schedules.schedule import Thresholds
+from noether.core.schedules.window import Thresholds
 from noether.testing import (
     ImpureError,
     LawError,

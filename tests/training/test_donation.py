@@ -18,7 +18,7 @@ from noether.core.state import TrainState
 from noether.core.tensors import torch_internals
 from noether.core.tensors.donation import DonatedError, DonatedTree, lease
 from noether.core.tensors.donation import donate as given
-from noether.core.tensors.module import forward
+from noether.core.tensors.forward import forward
 from noether.core.tensors.tree import tensors
 from noether.testing import same
 from noether.training.step.optimizer import FunctionalOptimizer

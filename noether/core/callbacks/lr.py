@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from noether.core.callback import Effects
     from noether.core.event import Event
+    from noether.core.schedules.base import Schedule
     from noether.core.schedules.gate import Interval
-    from noether.core.schedules.schedule import Schedule
     from noether.core.state import Memory, TrainState
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from noether.core.callback import Callback, Effects
-    from noether.core.schedules.schedule import Schedule
+    from noether.core.schedules.base import Schedule
     from noether.core.state import TrainState
 
 __all__ = ["Mean", "PeriodicCallback", "PeriodicDataIteratorCallback"]

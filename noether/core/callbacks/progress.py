@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.duration import format_duration
-from noether.core.effect import LogText
+from noether.core.effect import LogText, format_duration
 from noether.core.iteration import COUNTERS
 from noether.core.tensors.tree import FrozenDict
 

@@ -16,7 +16,7 @@ from noether.core.state import TrainState
 if TYPE_CHECKING:
     from noether.core.callback import Declaration
     from noether.core.run import Run
-    from noether.core.schedules.schedule import Schedule
+    from noether.core.schedules.base import Schedule
 
 _START: Final = TrainingIteration()
 EARLY: Final = (BeforeTraining, AtEval)

@@ -11,7 +11,7 @@ from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, Event
 
 if TYPE_CHECKING:
     from noether.core.iteration import TrainingIteration
-    from noether.core.schedules.schedule import Schedule
+    from noether.core.schedules.base import Schedule
     from noether.core.state import TrainState
 
 Interval = Literal["epoch", "update", "sample", "end", "eval"]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SCALARS: Final = (str, int, float, bool, type(None))
+_LIST: Final = "__list__"
 _LEAVES: Final = frozenset({*SCALARS, torch.Tensor})
 
 
@@ -187,3 +188,45 @@ def _check_keys(name: str, tree: Any) -> None:
     if isinstance(tree, (Mapping, list, tuple)):
         for part in tree.values() if isinstance(tree, Mapping) else tree:
             _check_keys(name, part)
+
+
+def pack(where: str, value: Any) -> Any:
+    """Return `value` as a tree that can be in a state; a list becomes `{"__list__": (...)}`, for states hold tuples.
+
+    Args:
+        where: Whose memory it is, for the message.
+        value: Nested dicts, lists and tuples of JSON scalars and tensors; tensors are not copied.
+
+    Raises:
+        TypeError: If something in it cannot be written to a checkpoint.
+
+    Example:
+        >>> pack("the sampler", {"order": [2, 0, 1]})
+        {'order': {'__list__': (2, 0, 1)}}
+    """
+    if isinstance(value, (torch.Tensor, *SCALARS)):
+        return value
+    if isinstance(value, list):
+        return {_LIST: pack(where, tuple(value))}
+    if isinstance(value, tuple):
+        return tuple(pack(f"{where}.{index}", item) for index, item in enumerate(value))
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: pack(f"{where}.{key}", item) for key, item in value.items()}
+    kind = "dict with keys that are not text" if isinstance(value, Mapping) else type(value).__name__
+    raise TypeError(f"{where} is a {kind}, which no checkpoint can hold")
+
+
+def unpack(value: Any) -> Any:
+    """Return a copy of a packed `value` that may be written to: tensors cloned, dicts and lists new.
+
+    Example:
+        >>> unpack({"order": {"__list__": (2, 0, 1)}})
+        {'order': [2, 0, 1]}
+    """
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        return tuple(unpack(item) for item in value)
+    if isinstance(value, Mapping):
+        return list(unpack(value[_LIST])) if _LIST in value else {key: unpack(item) for key, item in value.items()}
+    return value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from noether.core.duration import format_duration
+from noether.core.effect import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

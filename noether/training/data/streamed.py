@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 from torch.utils.data import default_collate
 
-from noether.core.tensors.packing import pack, unpack
-from noether.core.tensors.tree import clone_tensors
+from noether.core.tensors.tree import clone_tensors, pack, unpack
 from noether.session.randomness import derive, seed_all, seed_torch
 from noether.training.data.batching import Batching
 from noether.training.data.indexed import move_batch

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from noether.core.tensors.batch import batch_size, model_arguments
-from noether.core.tensors.module import add_total
+from noether.core.tensors.forward import add_total
 from noether.core.tensors.torch_internals import compile_graph
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.step import kernels

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from noether.config.optimizer_settings import DEFAULT_GROUP, ParamGroup
 from noether.core.errors import Problem, raise_problems
-from noether.core.tensors.packing import unpack
-from noether.core.tensors.tree import SCALARS, clone_tensors
+from noether.core.tensors.tree import SCALARS, clone_tensors, unpack
 from noether.training.step import kernels
 from noether.training.step.layout import Layout, UpdateCopies, assign_groups
 from noether.training.step.optimizer_class import (

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from noether.core.errors import Problem, SettingsError, suggest
-from noether.core.tensors.packing import pack, unpack
 from noether.core.tensors.torch_internals import optimizer_attributes
-from noether.core.tensors.tree import SCALARS, leaves
+from noether.core.tensors.tree import SCALARS, leaves, pack, unpack
 from noether.training.step import kernels
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.tensors.batch import batch_size, model_arguments
 from noether.core.tensors.donation import DonatedTree
-from noether.core.tensors.module import add_total
+from noether.core.tensors.forward import add_total
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session.randomness import derive, seed_torch
