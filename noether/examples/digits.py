@@ -1,4 +1,4 @@
-"""Real handwritten digits, and a small convolutional network that reads them."""
+"""Handwritten digits, and a small convolutional network that classifies them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SPLITS: Final = ("train", "val", "test")
-_LARGEST: Final = 16.0
+_MAX_INTENSITY: Final = 16.0
 
 
 class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Images of handwritten digits, 8 x 8, with their labels.
 
-    The data is described, with its source and licence, in `data/digits.md` beside this file.
+    `data/digits.md` beside this file describes the data, its source and its licence.
 
     Args:
         split: `train` (1,205 images), `val` (296) or `test` (296).
-        shift: Largest shift in pixels, at random, down and right, up and left; 0 leaves the images as they are.
+        shift: Largest random shift in pixels, vertical and horizontal; 0 does not shift the images.
 
     Example:
         >>> image, label = Digits(split="val")[0]
@@ -39,9 +39,9 @@ class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         raise_problems([check_choice("split", split, SPLITS)])
         with files("noether.examples").joinpath("data/digits.npz").open("rb") as file:
             arrays = dict(np.load(file, allow_pickle=False))
-        chosen = arrays["split"] == SPLITS.index(split)
-        self._images = torch.from_numpy(arrays["images"][chosen].astype(np.float32) / _LARGEST).unsqueeze(1)
-        self._labels = torch.from_numpy(arrays["labels"][chosen].astype(np.int64))
+        is_selected = arrays["split"] == SPLITS.index(split)
+        self._images = torch.from_numpy(arrays["images"][is_selected].astype(np.float32) / _MAX_INTENSITY).unsqueeze(1)
+        self._labels = torch.from_numpy(arrays["labels"][is_selected].astype(np.int64))
         self._shift = shift
 
     def __len__(self) -> int:
@@ -51,22 +51,18 @@ class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Return an image `(1, 8, 8)`, float32 in [0, 1], and its label, int64 in [0, 10)."""
         image = self._images[index]
         if self._shift:
-            image = _shifted(image, self._shift)
+            down, right = torch.randint(0, 2 * self._shift + 1, (2,)).tolist()
+            padded = functional.pad(image, (self._shift,) * 4)
+            image = padded[:, down : down + image.shape[1], right : right + image.shape[2]]
         return image, self._labels[index]
 
 
-def _shifted(image: torch.Tensor, largest: int) -> torch.Tensor:
-    down, right = torch.randint(0, 2 * largest + 1, (2,)).tolist()
-    padded = functional.pad(image, (largest, largest, largest, largest))
-    return padded[:, down : down + image.shape[1], right : right + image.shape[2]]
-
-
 class ConvNet(nn.Module):
-    """Two convolutions with batch norm, and a linear layer behind dropout.
+    """Two convolutions with batch norm, dropout and a linear layer.
 
     Args:
         width: Channels of the first convolution; the second has twice as many. >= 1.
-        dropout: Share of features that is dropped in training, in [0, 1).
+        dropout: Fraction of features that is dropped in training, in [0, 1).
 
     Example:
         >>> ConvNet()(torch.zeros(4, 1, 8, 8)).shape
@@ -94,7 +90,7 @@ class ConvNet(nn.Module):
 
 
 def cross_entropy(outputs: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Return the mean cross-entropy of scores `(batch, classes)` and the labels in `batch`.
+    """Return the mean cross-entropy of the scores `(batch, classes)` and the labels in `batch`.
 
     Example:
         >>> cross_entropy(torch.zeros(2, 10), (torch.zeros(2), torch.tensor([1, 2])))

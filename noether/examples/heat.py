@@ -1,4 +1,4 @@
-"""Heat on a torus: exact solutions of the heat equation, and a small network that learns what leads to them."""
+"""Heat equation on a torus: exact solutions, and a small neural operator that learns to predict them."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 SPLITS: Final = ("train", "val", "test")
 SAMPLES: Final = {"train": 1024, "val": 128, "test": 256}
-"""Samples of each split where no other number is asked for."""
+"""Default number of samples of each split."""
 DIFFUSIVITY: Final = 0.01
 """nu in u_t = nu * laplace(u): squared sides of the torus per unit of time."""
 GRADIENT_WEIGHT: Final = 0.1
-"""What the error of the gradient counts in the total loss, that of the field counting 1."""
-_VERSION: Final = 1  # part of the file's name: one more with every change of what is drawn or how it is solved
-_SMALLEST: Final = 4
-_TINY: Final = 1e-8  # keeps the error relative to a field of zeros finite
+"""Weight of the gradient error in the total loss; the weight of the field error is 1."""
+_VERSION: Final = 1  # part of the file name; increase it when the random fields or the solver change
+_MIN_SIZE: Final = 4
+_MIN_NORM: Final = 1e-8  # keeps the error relative to a field of zeros finite
 
 
 class HeatFields(Dataset[dict[str, torch.Tensor]]):
-    """Temperatures on the unit torus, and what they are some time later by u_t = nu * laplace(u).
+    """Temperature fields on the unit torus, and the fields at a later time by u_t = nu * laplace(u).
 
-    The initial fields are drawn from a smooth Gaussian random field of mean 0 and variance 1, the times evenly from
-    [0, 1). They are made once and kept in a cache; a file that is damaged there is made anew. The first samples of a
-    split do not depend on how many are asked for.
+    Initial fields are samples of a smooth Gaussian random field of mean 0 and variance 1; times are uniform in [0, 1).
+    They are generated once and cached; a damaged cache file is generated again. The first samples of a split do not
+    depend on the number of samples.
 
     Args:
-        split: `train`, `val` or `test`; each is drawn with seeds of its own.
-        size: Grid points along a side, >= 4.
-        samples: How many samples, >= 1; None takes 1,024 for `train`, 128 for `val`, 256 for `test`.
-        cache: Directory of the cache; None takes `$XDG_CACHE_HOME/noether/heat`, or `~/.cache/noether/heat`.
+        split: `train`, `val` or `test`; each split has different seeds.
+        size: Grid points per side, >= 4.
+        samples: Number of samples, >= 1; None for 1,024 (`train`), 128 (`val`) or 256 (`test`).
+        cache: Directory of the cache; None for `$XDG_CACHE_HOME/noether/heat`, or `~/.cache/noether/heat`.
 
     Raises:
         SettingsError: If a setting is out of range, or the cache cannot be written.
@@ -70,31 +70,31 @@ class HeatFields(Dataset[dict[str, torch.Tensor]]):
         cache: str | None = None,
     ) -> None:
         count = None if samples is None else check_whole("samples", samples)
-        raise_problems([check_choice("split", split, SPLITS), check_whole("size", size, at_least=_SMALLEST), count])
+        raise_problems([check_choice("split", split, SPLITS), check_whole("size", size, at_least=_MIN_SIZE), count])
         directory = _default_cache() if cache is None else Path(cache).expanduser()
-        arrays = _cached(directory, split, size, SAMPLES[split] if samples is None else samples)
+        arrays = _load_or_generate(directory, split, size, SAMPLES[split] if samples is None else samples)
         self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def __len__(self) -> int:
         return len(self._tensors["time"])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return `initial` and `target`, `(1, size, size)`, and the `time` between, `()` in [0, 1); all float32."""
+        """Return `initial` and `target` `(1, size, size)`, and the `time` between them `()` in [0, 1); all float32."""
         return {name: tensor[index] for name, tensor in self._tensors.items()}
 
 
 def solve(initial: ArrayLike, time: ArrayLike) -> NDArray[np.float64]:
-    """Return what temperatures on the unit torus are after some time, exact up to rounding.
+    """Return the solution of the heat equation on the unit torus after some time, exact up to rounding.
 
-    The Fourier mode of wave vector k, in whole waves per side, decays as exp(-DIFFUSIVITY * |2 pi k|^2 * time): see
+    The Fourier mode of wave vector k, in waves per side, decays as exp(-DIFFUSIVITY * |2 pi k|^2 * time): see
     L. C. Evans, Partial Differential Equations (2nd ed.), section 4.3.1.
 
     Args:
         initial: Temperatures `(..., size, size)` on a regular grid.
-        time: One time for each field `(...)`, or for all of them `()`; >= 0.
+        time: A time per field `(...)`, or one for all fields `()`; >= 0.
 
     Returns:
-        `(..., size, size)`.
+        Temperatures `(..., size, size)`, float64.
 
     Example:
         >>> wave = np.cos(2 * np.pi * np.arange(8) / 8) * np.ones((8, 1))
@@ -114,56 +114,56 @@ def _squared_waves(size: int) -> NDArray[np.float64]:
     return squares
 
 
-def _generated(split: str, size: int, samples: int) -> dict[str, NDArray[np.float32]]:
-    """Return the arrays of a split, with a progress bar where somebody watches."""
+def _generate(split: str, size: int, samples: int) -> dict[str, NDArray[np.float32]]:
+    """Generate the arrays of a split, with a progress bar on a terminal."""
     smoothing = _smoothing(size)
     indices: Iterable[int] = range(samples)
     if sys.stderr.isatty():
         indices = track(indices, f"heat fields ({split})", total=samples, console=Console(stderr=True))
-    # A seed for each sample: what is drawn for one does not depend on how many there are.
-    drawn = [_drawn(smoothing, np.random.default_rng([SPLITS.index(split), index])) for index in indices]
+    # One seed per sample, so that a sample does not depend on the number of samples.
+    drawn = [_draw_sample(smoothing, np.random.default_rng([SPLITS.index(split), index])) for index in indices]
     initial, time, target = (np.array(part, dtype=np.float32) for part in zip(*drawn, strict=True))
     return {"initial": initial[:, None], "time": time, "target": target[:, None]}
 
 
-def _drawn(smoothing: NDArray[np.float64], random: np.random.Generator) -> tuple[Any, Any, Any]:
-    """Return an initial field, a time, and the field then."""
+def _draw_sample(smoothing: NDArray[np.float64], random: np.random.Generator) -> tuple[Any, Any, Any]:
+    """Return a random initial field, a random time, and the field at that time."""
     shape = (len(smoothing), len(smoothing))
     initial = np.fft.irfft2(np.fft.rfft2(random.standard_normal(shape)) * smoothing, s=shape)
-    time = random.random(dtype=np.float32)  # as it is stored, for it to be that of the target
+    time = random.random(dtype=np.float32)  # float32, so that the stored time is exactly that of the target
     return initial, time, solve(initial, time)
 
 
 def _smoothing(size: int) -> NDArray[np.float64]:
-    """Return by what each mode of white noise is multiplied, so that every point keeps variance 1.
+    """Return the factor of each mode of white noise, such that every point keeps variance 1.
 
-    The spectrum is that of a Matern field: (tau^2 + |k|^2)^(-alpha) with tau = 3 and alpha = 4, the root of it here.
+    The spectrum is that of a Matern field: (tau^2 + |k|^2)^(-alpha) with tau = 3 and alpha = 4; the factor is its root.
     """
     decay = (9.0 + _squared_waves(size)) ** -2
-    # Noise is convolved with this kernel: variances add up by the squares of its entries.
+    # The noise is convolved with this kernel, so its variance is multiplied by the squared norm of the kernel.
     kernel = np.fft.irfft2(decay, s=(size, size))
     smoothing: NDArray[np.float64] = decay / np.linalg.norm(kernel)
     return smoothing
 
 
 def _default_cache() -> Path:
-    # The XDG Base Directory Specification has relative paths ignored.
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".cache") / "noether" / "heat"
+    # The XDG Base Directory Specification says to ignore relative paths.
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "noether" / "heat"
 
 
-def _cached(directory: Path, split: str, size: int, samples: int) -> Mapping[str, NDArray[np.float32]]:
-    """Return the arrays in the cache; they are generated if they are not there, whole."""
+def _load_or_generate(directory: Path, split: str, size: int, samples: int) -> Mapping[str, NDArray[np.float32]]:
+    """Return the cached arrays; generate them if the file is missing or damaged."""
     path = directory / f"v{_VERSION}-{split}-{size}x{size}-{samples}.fields"
     arrays = _read(path)
     if arrays is None:
-        arrays = _generated(split, size, samples)
+        arrays = _generate(split, size, samples)
         _write(path, arrays)
     return arrays
 
 
 def _read(path: Path) -> dict[str, NDArray[np.float32]] | None:
-    """Return the arrays in a file, or None if it is not there or not as it was written."""
+    """Return the arrays in a file, or None if it is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -176,17 +176,17 @@ def _read(path: Path) -> dict[str, NDArray[np.float32]] | None:
 
 
 def _write(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a file in one step: its SHA-256, and the arrays as numpy's archive."""
+    """Write a file atomically: a SHA-256 digest, then the arrays as a numpy archive."""
     archive = io.BytesIO()
     np.savez(archive, **arrays)
-    # A name of its own, so that two processes do not write to one file; the later one replaces equal by equal.
+    # A unique name, so that two processes do not write to one file; the later one replaces an equal file.
     temporary = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(hashlib.sha256(archive.getvalue()).digest() + archive.getvalue())
         temporary.replace(path)
     except OSError as error:
-        message = f"{str(path.parent)!r} cannot be written ({error.strerror}); give a directory that can"
+        message = f"{str(path.parent)!r} cannot be written ({error.strerror}); give a writable directory"
         raise SettingsError([Problem("cache", message)]) from error
     finally:
         with suppress(OSError):
@@ -194,13 +194,13 @@ def _write(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 class FourierNet(nn.Module):
-    """A Fourier neural operator: layers that mix the lowest Fourier modes, each conditioned on the time.
+    """A small Fourier neural operator conditioned on the time.
 
     See Z. Li et al., Fourier Neural Operator for Parametric Partial Differential Equations, ICLR 2021.
 
     Args:
-        width: Channels of the layers, >= 1.
-        modes: Lowest modes that a layer mixes, along either direction; in [1, grid points along a side / 2].
+        width: Channels of each layer, >= 1.
+        modes: Number of lowest modes that a layer mixes, per direction; in [1, grid points per side / 2].
         layers: Number of layers, >= 1.
 
     Raises:
@@ -221,11 +221,11 @@ class FourierNet(nn.Module):
         self.head = nn.Conv2d(width, 1, 1)
 
     def forward(self, initial: torch.Tensor, time: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the predicted field, and by how much heat was not conserved.
+        """Return the predicted field, and how much heat was not conserved.
 
         Args:
             initial: Temperatures `(batch, 1, size, size)`.
-            time: When to predict them `(batch,)`, in [0, 1).
+            time: Time of the prediction `(batch,)`, in [0, 1).
 
         Returns:
             `field` `(batch, 1, size, size)`, and `heat_drift` `(batch,)`: the absolute change of the mean temperature,
@@ -242,32 +242,32 @@ class FourierNet(nn.Module):
 
 
 class _FourierLayer(nn.Module):
-    """Adds what a linear map of the lowest modes, scaled by the time, and one of each point give together."""
+    """Residual layer: a linear map of the lowest modes, scaled and shifted by the time, plus a pointwise linear map."""
 
     def __init__(self, width: int, modes: int) -> None:
         super().__init__()
         self._modes = modes
-        # Complex numbers as pairs of real ones: optimizers and checkpoints know no others.
+        # Complex numbers as pairs of real ones, which every optimizer and checkpoint supports.
         self.mixing = nn.Parameter(torch.randn(width, width, 2 * modes, modes, 2) / width)
         self.pointwise = nn.Conv2d(width, width, 1)
         self.clock = nn.Linear(width, 2 * width)
 
     def forward(self, hidden: torch.Tensor, clock: torch.Tensor) -> torch.Tensor:
         scale, shift = self.clock(clock)[:, :, None, None].chunk(2, dim=1)
-        mixed = self._mixed(hidden.float())  # the transforms know no bfloat16
+        mixed = self._mix_modes(hidden.float())  # the transforms do not support bfloat16
         passed: torch.Tensor = hidden + functional.gelu(mixed * (1 + scale) + self.pointwise(hidden) + shift)
         return passed
 
-    def _mixed(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _mix_modes(self, hidden: torch.Tensor) -> torch.Tensor:
         modes, size = self._modes, hidden.shape[-1]
         if 2 * modes > size:
             raise ValueError(f"a grid of {size} x {size} has no {modes} modes; set modes to {size // 2} or less")
-        # Negative waves are the last rows; there are no columns of them, for the field is real.
+        # Negative frequencies are the last rows; a real field has no columns of them.
         spectrum = torch.fft.fft(torch.fft.rfft(hidden)[..., :modes], dim=-2)
         lowest = torch.cat([spectrum[..., :modes, :], spectrum[..., -modes:, :]], dim=-2)
         mixed = torch.einsum("bixy,ioxy->boxy", lowest, torch.view_as_complex(self.mixing))
-        between = mixed.new_zeros(*mixed.shape[:2], size - 2 * modes, modes)
-        rows = torch.cat([mixed[..., :modes, :], between, mixed[..., modes:, :]], dim=-2)
+        zeros = mixed.new_zeros(*mixed.shape[:2], size - 2 * modes, modes)
+        rows = torch.cat([mixed[..., :modes, :], zeros, mixed[..., modes:, :]], dim=-2)
         mixture: torch.Tensor = torch.fft.irfft(torch.fft.ifft(rows, dim=-2), n=size)
         return mixture
 
@@ -275,11 +275,11 @@ class _FourierLayer(nn.Module):
 def losses(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Return the mean relative L2 errors of the field and, times `GRADIENT_WEIGHT`, of its gradient.
 
-    The gradient is taken as differences between neighbours on the torus; the distance between them cancels.
+    The gradient is the differences between neighbours on the torus; the distance between them cancels.
 
     Args:
         outputs: `field` `(batch, 1, size, size)`.
-        batch: `target`, likewise.
+        batch: `target` `(batch, 1, size, size)`.
 
     Returns:
         `field` and `gradient`, `()` each, >= 0; their sum is the total.
@@ -290,16 +290,16 @@ def losses(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor
         {'field': tensor(1.), 'gradient': tensor(0.1000)}
     """
     error, target = outputs["field"] - batch["target"], batch["target"]
-    gradient = _relative(_differences(error), _differences(target))
-    return {"field": _relative(error, target).mean(), "gradient": GRADIENT_WEIGHT * gradient.mean()}
+    gradient = _relative_norm(_differences(error), _differences(target))
+    return {"field": _relative_norm(error, target).mean(), "gradient": GRADIENT_WEIGHT * gradient.mean()}
 
 
 def relative_l2(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return for each sample the L2 norm of its error, divided by that of its target.
+    """Return the relative L2 error of each sample: the norm of its error, divided by the norm of its target.
 
     Args:
         outputs: `field` `(batch, 1, size, size)`.
-        batch: `target`, likewise.
+        batch: `target` `(batch, 1, size, size)`.
 
     Returns:
         `(batch,)`, >= 0.
@@ -309,12 +309,12 @@ def relative_l2(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.T
         >>> relative_l2({"field": 1.5 * target}, {"target": target})
         tensor([0.5000, 0.5000])
     """
-    return _relative(outputs["field"] - batch["target"], batch["target"])
+    return _relative_norm(outputs["field"] - batch["target"], batch["target"])
 
 
-def _relative(error: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    size, scale = (torch.linalg.vector_norm(field, dim=(1, 2, 3)) for field in (error, target))
-    relative: torch.Tensor = size / scale.clamp_min(_TINY)
+def _relative_norm(error: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    error_norm, target_norm = (torch.linalg.vector_norm(field, dim=(1, 2, 3)) for field in (error, target))
+    relative: torch.Tensor = error_norm / target_norm.clamp_min(_MIN_NORM)
     return relative
 
 

@@ -1,4 +1,4 @@
-"""Heat on a torus: laws of the solver, a cache that is never half written, and a network that learns from it."""
+"""Heat equation example: laws of the solver, the cache, the network and its losses."""
 
 import io
 import math
@@ -47,7 +47,7 @@ def test_solving_twice_is_solving_for_the_sum_of_the_times(size, seed, first, se
 
 
 @given(sizes, seeds)
-def test_no_time_changes_nothing(size, seed):
+def test_solving_for_time_zero_changes_nothing(size, seed):
     field = noise(size, seed)
     assert close(solve(field, 0), field)
 
@@ -67,16 +67,16 @@ def test_the_solver_is_linear(size, seed, time, one, other):
 
 
 @given(sizes, seeds, times, st.integers(-12, 12), st.integers(-12, 12))
-def test_the_solver_does_not_know_where_the_torus_begins(size, seed, time, down, right):
+def test_the_solver_commutes_with_shifts(size, seed, time, down, right):
     field, shift = noise(size, seed), {"shift": (down, right), "axis": (0, 1)}
     assert close(solve(np.roll(field, **shift), time), np.roll(solve(field, time), **shift))
 
 
 @given(sizes, seeds)
-def test_each_field_has_its_own_time(size, seed):
-    fields, when = noise(size, seed, 3), [0.0, 0.5, 2.0]
-    alone = [solve(field, time) for field, time in zip(fields, when, strict=True)]
-    assert close(solve(fields, when), alone)
+def test_fields_of_a_batch_are_solved_for_their_times(size, seed):
+    fields, times = noise(size, seed, 3), [0.0, 0.5, 2.0]
+    separately = [solve(field, time) for field, time in zip(fields, times, strict=True)]
+    assert close(solve(fields, times), separately)
 
 
 @pytest.mark.parametrize(("down", "right"), [(1, 0), (0, 2), (3, -2)])
@@ -101,55 +101,55 @@ def equal(left, right):
 
 @pytest.fixture
 def fields(tmp_path):
-    def made(split="val", samples=3, folder="cache", size=SIZE):
+    def make_fields(split="val", samples=3, folder="cache", size=SIZE):
         return HeatFields(split, size=size, samples=samples, cache=str(tmp_path / folder))
 
-    return made
+    return make_fields
 
 
 @pytest.mark.parametrize("size", [7, 8])
 def test_samples_have_the_promised_shapes_and_are_solutions(fields, size):
-    made = fields(samples=5, size=size)
-    assert len(made) == 5
-    held = arrays(made)
-    assert {name: array.shape for name, array in held.items()} == {
+    dataset = fields(samples=5, size=size)
+    assert len(dataset) == 5
+    stacked = arrays(dataset)
+    assert {name: array.shape for name, array in stacked.items()} == {
         "initial": (5, 1, size, size),
         "time": (5,),
         "target": (5, 1, size, size),
     }
-    assert {array.dtype for array in held.values()} == {np.dtype(np.float32)}
-    assert (held["time"] >= 0).all()
-    assert (held["time"] < 1).all()
-    solved = solve(held["initial"][:, 0], held["time"])
-    assert np.allclose(held["target"][:, 0], solved, atol=1e-6)
+    assert {array.dtype for array in stacked.values()} == {np.dtype(np.float32)}
+    assert (stacked["time"] >= 0).all()
+    assert (stacked["time"] < 1).all()
+    solved = solve(stacked["initial"][:, 0], stacked["time"])
+    assert np.allclose(stacked["target"][:, 0], solved, atol=1e-6)
 
 
-def test_initial_fields_have_mean_0_and_variance_1_and_times_are_even(fields):
-    held = arrays(fields("train", samples=2000))
-    assert abs(held["initial"].mean()) < 0.05
-    assert abs(held["initial"].var() - 1) < 0.05
-    assert np.allclose(np.quantile(held["time"], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.05)
+def test_initial_fields_have_mean_0_and_variance_1_and_times_are_uniform(fields):
+    stacked = arrays(fields("train", samples=2000))
+    assert abs(stacked["initial"].mean()) < 0.05
+    assert abs(stacked["initial"].var() - 1) < 0.05
+    assert np.allclose(np.quantile(stacked["time"], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.05)
 
 
-def test_the_library_reads_a_batch_of_them(fields):
+def test_batches_follow_the_conventions_of_the_library(fields):
     batch = default_collate(list(fields()))
     assert batch_size(batch) == 3
     assert set(model_arguments(FourierNet(), batch)[1]) == {"initial", "time"}
     assert target_of(batch) is batch["target"]
 
 
-def test_fields_are_the_same_wherever_they_are_made(fields):
+def test_fields_do_not_depend_on_the_cache_directory(fields):
     assert equal(fields(folder="here"), fields(folder="there"))
     assert not equal(fields("train"), fields("val"))
 
 
-def test_the_first_samples_do_not_depend_on_how_many_there_are(fields):
+def test_the_first_samples_do_not_depend_on_the_number_of_samples(fields):
     few, more = fields(samples=2), fields(samples=5)
     assert equal(few, [more[0], more[1]])
 
 
 @pytest.mark.parametrize(("split", "samples"), heat.SAMPLES.items())
-def test_how_many_samples_a_split_has(tmp_path, split, samples):
+def test_default_number_of_samples(tmp_path, split, samples):
     assert len(HeatFields(split, size=4, cache=str(tmp_path))) == samples
 
 
@@ -162,7 +162,7 @@ def test_how_many_samples_a_split_has(tmp_path, split, samples):
         ({"size": 8.0, "samples": True}, "size: 8.0 is not .*\nsamples: True is not .*"),
     ],
 )
-def test_settings_that_are_refused(tmp_path, settings, message):
+def test_invalid_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(SettingsError, match=message.replace("?", r"\?")):
         HeatFields(**{"split": "val", "cache": str(tmp_path), **settings})
     assert list(tmp_path.iterdir()) == []
@@ -171,17 +171,17 @@ def test_settings_that_are_refused(tmp_path, settings, message):
 # The cache.
 
 
-def the_file(folder):
+def only_file(folder):
     (file,) = folder.iterdir()
     return file
 
 
-def test_fields_are_made_once(fields, tmp_path, monkeypatch):
+def test_fields_are_generated_once(fields, tmp_path, monkeypatch):
     first = fields()
-    written = the_file(tmp_path / "cache").stat()
-    monkeypatch.setattr(heat, "_generated", None)
+    written = only_file(tmp_path / "cache").stat()
+    monkeypatch.setattr(heat, "_generate", None)
     assert equal(fields(), first)
-    again = the_file(tmp_path / "cache").stat()
+    again = only_file(tmp_path / "cache").stat()
     assert (again.st_mtime_ns, again.st_ino) == (written.st_mtime_ns, written.st_ino)
 
 
@@ -199,57 +199,57 @@ def test_fields_are_made_once(fields, tmp_path, monkeypatch):
     ],
     ids=["empty", "digest cut", "half", "last byte lost", "byte added", "digest", "one bit", "zeros"],
 )
-def test_a_damaged_file_is_made_anew(fields, tmp_path, damage):
+def test_a_damaged_file_is_generated_again(fields, tmp_path, damage):
     first = fields()
-    file = the_file(tmp_path / "cache")
+    file = only_file(tmp_path / "cache")
     content = file.read_bytes()
     file.write_bytes(damage(content))
     assert equal(fields(), first)
-    assert the_file(tmp_path / "cache").read_bytes() == content
+    assert only_file(tmp_path / "cache").read_bytes() == content
 
 
 @pytest.mark.parametrize("stage", ["write_bytes", "replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
 def test_an_interrupted_write_leaves_nothing(fields, tmp_path, monkeypatch, stage, error):
-    def cut_short(path, content):
+    def write_partly(path, content):
         if stage == "write_bytes":
             with path.open("wb") as file:
                 file.write(content[:10])
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, stage, cut_short)
+        patched.setattr(Path, stage, write_partly)
         with pytest.raises((SettingsError, KeyboardInterrupt)) as caught:
             fields()
     assert list((tmp_path / "cache").iterdir()) == []
     if isinstance(error, OSError):
-        reason = "cannot be written (No space left on device); give a directory that can"
+        reason = "cannot be written (No space left on device); give a writable directory"
         assert str(caught.value) == f"cache: '{tmp_path / 'cache'}' {reason}"
     assert len(fields()) == 3
 
 
-def test_a_cache_that_is_no_directory_is_refused(fields, tmp_path):
+def test_a_cache_that_is_a_file_is_refused(fields, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(SettingsError, match=r"cache: .* cannot be written"):
         fields()
 
 
-def test_several_at_once_write_one_whole_file(fields, tmp_path):
+def test_concurrent_writers_leave_one_intact_file(fields, tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: fields(samples=20), range(8)))
-    assert all(equal(made[0], other) for other in made)
-    assert heat._read(the_file(tmp_path / "cache")) is not None  # noqa: SLF001  # whole, not made anew
+        datasets = list(pool.map(lambda _: fields(samples=20), range(8)))
+    assert all(equal(datasets[0], other) for other in datasets)
+    assert heat._read(only_file(tmp_path / "cache")) is not None  # noqa: SLF001  # intact
 
 
-def test_the_default_cache_is_where_the_desktop_specification_says(tmp_path, monkeypatch):
+def test_the_default_cache_follows_the_xdg_specification(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     HeatFields("val", size=4, samples=1)
-    assert the_file(tmp_path / "xdg/noether/heat").name == "v1-val-4x4-1.fields"
+    assert only_file(tmp_path / "xdg/noether/heat").name == "v1-val-4x4-1.fields"
     for ignored in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
         HeatFields("val", size=4, samples=1)
-    assert the_file(tmp_path / "home/.cache/noether/heat").name == "v1-val-4x4-1.fields"
+    assert only_file(tmp_path / "home/.cache/noether/heat").name == "v1-val-4x4-1.fields"
 
 
 class Terminal(io.StringIO):
@@ -257,7 +257,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_shown_on_a_terminal_and_nowhere_else(fields, monkeypatch, capsys):
+def test_a_progress_bar_is_shown_only_on_a_terminal(fields, monkeypatch, capsys):
     fields()
     assert capsys.readouterr() == ("", "")
     terminal = Terminal()
@@ -268,7 +268,7 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(fields, monkeypatch, c
         shown = terminal.getvalue()
         fields("test")
     assert "heat fields (test)" in shown
-    assert terminal.getvalue() == shown, "nothing is generated, nothing is shown"
+    assert terminal.getvalue() == shown, "cached fields need no progress bar"
     assert capsys.readouterr() == ("", "")
 
 
@@ -290,7 +290,7 @@ def small_net(seed=0):
     return FourierNet(width=6, modes=3)
 
 
-def test_drift_is_that_of_the_predicted_mean():
+def test_heat_drift_is_the_change_of_the_mean():
     batch, net = random_batch(), small_net()
     outputs = net(batch["initial"], batch["time"])
     predicted, before = outputs["field"].detach().numpy(), batch["initial"].numpy()
@@ -299,14 +299,14 @@ def test_drift_is_that_of_the_predicted_mean():
     assert min(by_hand) > 1e-4, "an untrained network does not conserve heat"
 
 
-def test_samples_of_a_batch_do_not_meet():
+def test_samples_of_a_batch_are_independent():
     batch, net = random_batch(), small_net()
     together = net(batch["initial"], batch["time"])["field"]
     alone = [net(batch["initial"][[i]], batch["time"][[i]])["field"] for i in range(4)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
 
-def test_the_prediction_moves_with_the_torus():
+def test_the_network_commutes_with_shifts():
     batch, net = random_batch(), small_net()
     moved = net(batch["initial"].roll((2, -3), dims=(-2, -1)), batch["time"])["field"]
     assert torch.allclose(moved, net(batch["initial"], batch["time"])["field"].roll((2, -3), dims=(-2, -1)), atol=1e-5)
@@ -316,13 +316,13 @@ def test_parameters_are_real():
     assert {parameter.dtype for parameter in FourierNet().state_dict().values()} == {torch.float32}
 
 
-def test_it_runs_in_bfloat16():
+def test_the_network_runs_in_bfloat16():
     batch = random_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert small_net()(batch["initial"], batch["time"])["field"].isfinite().all()
 
 
-def test_more_modes_than_the_grid_has():
+def test_more_modes_than_the_grid_has_are_refused():
     with pytest.raises(ValueError, match="a grid of 8 x 8 has no 5 modes; set modes to 4 or less"):
         FourierNet(width=2, modes=5)(torch.zeros(1, 1, 8, 8), torch.zeros(1))
     with pytest.raises(SettingsError, match="width: 0 is not"):
@@ -335,12 +335,12 @@ def test_every_parameter_has_a_gradient_of_each_loss():
         gradients = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
         named = dict(zip(dict(net.named_parameters()), gradients, strict=True))
         # A constant has no gradient in space.
-        lost = {name for name, gradient in named.items() if gradient is None or not gradient.any()}
-        assert lost <= {"head.bias"}
+        without_gradient = {name for name, gradient in named.items() if gradient is None or not gradient.any()}
+        assert without_gradient <= {"head.bias"}
     assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
 
 
-def test_losses_and_metric_are_those_of_numpy():
+def test_losses_and_metric_equal_those_computed_with_numpy():
     batch, outputs = random_batch(1), {"field": random_batch(2)["target"]}
     pairs = list(zip(outputs["field"].numpy()[:, 0], batch["target"].numpy()[:, 0], strict=True))
     by_hand = [np.linalg.norm(found - right) / np.linalg.norm(right) for found, right in pairs]
@@ -353,7 +353,7 @@ def test_losses_and_metric_are_those_of_numpy():
     )
 
 
-def test_the_exact_solution_has_no_loss_and_a_target_of_zeros_is_no_nan():
+def test_the_exact_solution_has_zero_loss_and_gradients_are_finite():
     batch = random_batch()
     assert {loss.item() for loss in losses({"field": batch["target"]}, batch).values()} == {0.0}
     for target in (batch["target"], torch.zeros_like(batch["target"])):
@@ -362,7 +362,7 @@ def test_the_exact_solution_has_no_loss_and_a_target_of_zeros_is_no_nan():
         assert field.grad.isfinite().all()
 
 
-def test_a_few_updates_teach_it_something(fields):
+def test_training_reduces_the_error_on_unseen_fields(fields):
     batch, net = default_collate(list(fields("train", samples=32))), small_net()
     unseen = default_collate(list(fields("test", samples=16)))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
@@ -379,7 +379,7 @@ def test_a_few_updates_teach_it_something(fields):
     assert error() < before / 3
 
 
-def test_the_configuration_makes_a_run(tmp_path):
+def test_the_shipped_configuration_makes_an_update(tmp_path):
     small = {"size": 16, "samples": 8, "cache": tmp_path}
     overrides = [f"data.{split}.{name}={value}" for split in heat.SPLITS for name, value in small.items()]
     experiment = build(load(ROOT / "configs/heat.yaml", overrides))
