@@ -1,1 +1,1 @@
-"""Benchmarks: each prints a table of ratios, measured side by side in one process; `python -m benchmarks` runs all."""
+"""Benchmarks: each prints a table of ratios measured in the same rounds; `python -m benchmarks` runs all of them."""

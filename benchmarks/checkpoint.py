@@ -1,11 +1,10 @@
-"""How long does a checkpoint hold up training, and how long until it is safe?
+"""Time until training continues after a checkpoint, and until the checkpoint is on the disk.
 
 Run as `python -m benchmarks.checkpoint`. 25 million parameters with the two moments of Adam are 300 MB. "Blocked" is
-the time until training can go on; "durable" is the time until the checkpoint is on the disk, as far as the row sees to
-that: only rows that say fsync do, and noether, which also hashes what it writes, flushes the directories, and can tell
-later whether a byte has changed. "Durable, training" is the same while the thread of training makes updates of a small
-network. All rows take turns; a ratio is taken within each round, and the table shows medians over rounds with
-quartiles.
+the time until training continues; "durable" is the time until the row considers the checkpoint written. Only the rows
+with fsync and noether wait for the disk; noether also hashes the files, flushes the directories, and can detect later
+whether a byte has changed. "Durable, training" is the same while the training thread makes updates of a small network.
+All rows take turns; a ratio is taken within each round, and the table shows medians over rounds with quartiles.
 
 Goals: blocked for less than 1/20 of what `async_save` blocks, durable within 1.5 times `torch.save` + fsync + sha256.
 """
@@ -27,7 +26,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from benchmarks.measuring import Table, markdown_option, quartiles, show
+from benchmarks.measurement import Table, markdown_option, quartiles, show
 from noether import AfterUpdate, SaveCheckpoint, TrainState
 from noether.core.tensors.tree import tensors
 from noether.effects import open_run
@@ -35,7 +34,7 @@ from noether.effects import open_run
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    Begin = Callable[[TrainState], None]
+    Start = Callable[[TrainState], None]
     Wait = Callable[[], object]
 
 _ASYNC = "distributed.checkpoint.async_save"
@@ -43,14 +42,14 @@ _SAFE = "torch.save + fsync + sha256"
 
 
 class Times(NamedTuple):
-    """What one checkpoint took, in seconds."""
+    """Times of one checkpoint in seconds."""
 
     blocked_s: float
     durable_s: float
 
 
 def make_state(params: int) -> TrainState:
-    """Return a state of about `params` parameters, in square matrices, with the moments of Adam."""
+    """Return a state with about `params` parameters in square matrices, and the moments of Adam."""
     side = min(1000, params)
     names = [f"layers.{index}.weight" for index in range(max(1, params // side**2))]
     generator = torch.Generator().manual_seed(0)
@@ -63,10 +62,10 @@ def make_state(params: int) -> TrainState:
     return TrainState(params=weights, opt_state={"state": memory, "groups": {}}).advance(samples=1)
 
 
-def torch_save(folder: Path, *, fsync: bool = False, sha256: bool = False) -> tuple[Begin, Wait]:
-    """Return how `torch.save` saves into `folder`, and how to wait for it."""
+def torch_save(folder: Path, *, fsync: bool = False, sha256: bool = False) -> tuple[Start, Wait]:
+    """Return functions that save with `torch.save` into `folder`, and wait for it."""
 
-    def begin(state: TrainState) -> None:
+    def start(state: TrainState) -> None:
         with (folder / "checkpoint.pt").open("w+b") as file:
             torch.save(_tree(state), file)
             if fsync:
@@ -76,36 +75,36 @@ def torch_save(folder: Path, *, fsync: bool = False, sha256: bool = False) -> tu
                 file.seek(0)
                 hashlib.file_digest(file, "sha256")
 
-    return begin, lambda: None
+    return start, lambda: None
 
 
-def dcp_save(folder: Path) -> tuple[Begin, Wait]:
-    """Return how `torch.distributed.checkpoint` saves in the thread that asks."""
+def dcp_save(folder: Path) -> tuple[Start, Wait]:
+    """Return functions that save with `torch.distributed.checkpoint` in the calling thread."""
 
-    def begin(state: TrainState) -> None:
+    def start(state: TrainState) -> None:
         dcp.save(_tree(state), checkpoint_id=folder / "dcp", no_dist=True)
 
-    return begin, lambda: None
+    return start, lambda: None
 
 
-def dcp_async_save(folder: Path) -> tuple[Begin, Wait]:
-    """Return how `torch.distributed.checkpoint` saves in a thread of its own."""
+def dcp_async_save(folder: Path) -> tuple[Start, Wait]:
+    """Return functions that save with `torch.distributed.checkpoint` in a background thread, and wait for it."""
     futures: list[Any] = []
 
-    def begin(state: TrainState) -> None:
+    def start(state: TrainState) -> None:
         futures.append(dcp.async_save(_tree(state), checkpoint_id=folder / "dcp", no_dist=True))
 
-    return begin, lambda: futures[-1].result()  # noqa: PLW0108  # there is none yet
+    return start, lambda: futures[-1].result()  # noqa: PLW0108  # the list is still empty
 
 
-def noether(folder: Path, *, asynchronous: bool) -> tuple[Begin, Wait]:
-    """Return how noether saves, in a thread of its own or in the one that asks."""
-    run = open_run(folder / "run", asynchronous=asynchronous, borrowed=False)
+def noether(folder: Path, *, asynchronous: bool) -> tuple[Start, Wait]:
+    """Return functions that save with noether in a background thread or in the calling thread, and wait for it."""
+    directory = open_run(folder / "run", asynchronous=asynchronous, borrowed=False)
     effects, event = [SaveCheckpoint(pointers=("latest",))], AfterUpdate(samples=1)
-    return lambda state: run.interpreter(effects, state, event), run.close
+    return lambda state: directory.interpreter(effects, state, event), directory.close
 
 
-_ROWS: Mapping[str, Callable[[Path], tuple[Begin, Wait]]] = {
+_ROWS: Mapping[str, Callable[[Path], tuple[Start, Wait]]] = {
     "torch.save": torch_save,
     "torch.save + fsync": partial(torch_save, fsync=True),
     _SAFE: partial(torch_save, fsync=True, sha256=True),
@@ -120,14 +119,16 @@ def _tree(state: TrainState) -> dict[str, torch.Tensor]:
     return {**dict(tensors({"params": state.params})), **dict(tensors(state.opt_state))}
 
 
-def timed(row: Callable[[Path], tuple[Begin, Wait]], state: TrainState, folder: Path, *, training: bool) -> Times:
-    """Return what a checkpoint of `state` took, made in an empty folder."""
-    os.sync()  # what others wrote is not to be waited for here
-    with tempfile.TemporaryDirectory(dir=folder) as own, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about what it does without a process group
-        begin, wait = row(Path(own))
+def time_checkpoint(
+    row: Callable[[Path], tuple[Start, Wait]], state: TrainState, folder: Path, *, training: bool
+) -> Times:
+    """Return the times of a checkpoint of `state` in an empty folder."""
+    os.sync()  # so that earlier writes are not waited for here
+    with tempfile.TemporaryDirectory(dir=folder) as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about a missing process group
+        start, wait = row(Path(directory))
         start_s = time.perf_counter()
-        begin(state)
+        start(state)
         blocked_s = time.perf_counter() - start_s
         if training:
             waiting = threading.Thread(target=wait)
@@ -154,26 +155,28 @@ def small_training() -> Callable[[], None]:
 
 
 def measure(state: TrainState, folder: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Return by column and row what was measured in each round: seconds, and ratios within the round."""
+    """Return the seconds of each round, and ratios within the round, by column and row."""
     columns = ("blocked_s", "blocked", "durable_s", "durable", "training")
-    found: dict[str, dict[str, list[float]]] = {column: {name: [] for name in _ROWS} for column in columns}
+    measured: dict[str, dict[str, list[float]]] = {column: {name: [] for name in _ROWS} for column in columns}
     for number in range(rounds + 1):
-        idle = {name: timed(row, state, folder, training=False) for name, row in _ROWS.items()}
-        busy = {name: timed(row, state, folder, training=True) for name, row in _ROWS.items()}
+        idle = {name: time_checkpoint(row, state, folder, training=False) for name, row in _ROWS.items()}
+        busy = {name: time_checkpoint(row, state, folder, training=True) for name, row in _ROWS.items()}
         for name in _ROWS if number else ():  # the first round warms up
-            found["blocked_s"][name].append(busy[name].blocked_s)
-            found["blocked"][name].append(busy[name].blocked_s / busy[_ASYNC].blocked_s)
-            found["durable_s"][name].append(idle[name].durable_s)
-            found["durable"][name].append(idle[name].durable_s / idle[_SAFE].durable_s)
-            found["training"][name].append(busy[name].durable_s / busy[_SAFE].durable_s)
-    return found
+            measured["blocked_s"][name].append(busy[name].blocked_s)
+            measured["blocked"][name].append(busy[name].blocked_s / busy[_ASYNC].blocked_s)
+            measured["durable_s"][name].append(idle[name].durable_s)
+            measured["durable"][name].append(idle[name].durable_s / idle[_SAFE].durable_s)
+            measured["training"][name].append(busy[name].durable_s / busy[_SAFE].durable_s)
+    return measured
 
 
 @click.command(help=__doc__)
 @click.option("--params", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Parameters.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
 @click.option(
-    "--folder", type=click.Path(path_type=Path, exists=True), help="Where to write; by default, for temporary files."
+    "--folder",
+    type=click.Path(path_type=Path, exists=True),
+    help="Where to write; by default, a temporary folder.",
 )
 @markdown_option
 def main(params: int, rounds: int, folder: Path | None, *, markdown: bool) -> None:
@@ -181,10 +184,10 @@ def main(params: int, rounds: int, folder: Path | None, *, markdown: bool) -> No
     torch.set_num_threads(1)
     state = make_state(params)
     size = sum(tensor.nbytes for tensor in _tree(state).values()) / 1e6
-    with tempfile.TemporaryDirectory(dir=folder) as below:
-        found = measure(state, Path(below), rounds)
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        measured = measure(state, Path(root), rounds)
     headings = ("", "blocked, s", "/ async_save", "durable, s", "/ safe torch.save", "durable, training, / safe")
-    rows = [(name, *(quartiles(column[name], 3) for column in found.values())) for name in _ROWS]
+    rows = [(name, *(quartiles(column[name], 3) for column in measured.values())) for name in _ROWS]
     title = f"One checkpoint of {size:.0f} MB; torch {torch.__version__}, one thread"
     show(Table(title, headings, rows), markdown=markdown)
 

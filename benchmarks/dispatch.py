@@ -1,20 +1,20 @@
-"""What does an update cost that is told to many callbacks, when nothing is due and when all are?
+"""Cost of dispatching one update to many callbacks, when none is due and when all are.
 
-Run as `python -m benchmarks.dispatch`. Each row tells one update to 1, 10, 100 and 1,000 callbacks that do nothing, the
-way its library does that after each update: an event of Ignite's engine, the function with which Lightning's loop calls
-its hooks, Keras's `CallbackList.on_train_batch_end`, CLU's periodic actions one after the other. Idle ones have
-intervals that no update here reaches; where the library has no intervals, the callback asks for the remainder itself,
-as its users write it. Firing ones are due at every update.
+Run as `python -m benchmarks.dispatch`. Each row dispatches one update to 1, 10, 100 and 1,000 callbacks that do
+nothing, as its library does after each update: an event of Ignite's engine, the function with which Lightning's loop
+calls its hooks, Keras's `CallbackList.on_train_batch_end`, CLU's periodic actions in a loop. Idle callbacks have
+intervals that no update here reaches; where the library has no intervals, the callback tests the remainder, as its
+users do. Firing callbacks are due at every update.
 
-The unit of the idle rows is one `state.advance`, which every update of noether makes anyway; that of the firing rows,
-taken for each of the callbacks, is one `dataclasses.replace` of the state. All rows take turns in one process; a ratio
-is taken within each round, and the tables show medians over rounds with quartiles.
+The unit of the idle rows is one `state.advance`, which every update of noether makes anyway. The unit of the firing
+rows, per callback, is one `dataclasses.replace` of the state. All rows take turns in one process; a ratio is taken
+within each round, and the tables show medians over rounds with quartiles.
 
 Goals: an idle update takes the same time for 1 and for 1,000 callbacks, within 10 %, and at most half of an advance;
-firing a callback takes at most two replaces, its own work aside.
+firing a callback takes at most two replaces besides the work of the callback.
 
-Both are met: 0.23 of an advance, for 1 callback as for 1,000, and 0.3 to 0.4 replaces. Beside one that is due at every
-update, those that are not are skipped as well.
+Both are met: 0.23 of an advance, for 1 callback as for 1,000, and 0.3 to 0.4 replaces. Callbacks that are not due are
+also skipped when another one is due at every update.
 """
 
 from __future__ import annotations
@@ -29,15 +29,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import torch
 
-from benchmarks.measuring import Table, installed, markdown_option, often, quartiles, ratios, show, take_turns
+from benchmarks.measurement import (
+    Table,
+    available_rows,
+    markdown_option,
+    quartiles,
+    ratios,
+    short_call_row,
+    show,
+    take_turns,
+)
 from noether import AfterUpdate, TrainState, compose
 from noether.core.callbacks.periodic import PeriodicCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    Tell = Callable[[], object]  # tells one update
-    Row = Callable[[Sequence[int]], Tell]  # from the intervals of the callbacks
+    Dispatch = Callable[[], object]  # dispatches one update
+    Row = Callable[[Sequence[int]], Dispatch]  # from the intervals of the callbacks
 
 COUNTS = (1, 10, 100, 1000)
 NEVER = 10**9
@@ -48,21 +57,21 @@ class Nothing(PeriodicCallback):
     """Does nothing when it is due."""
 
     def periodic_callback(self, state: TrainState, event: Any, interval: Any) -> tuple[TrainState, tuple[()]]:  # noqa: ARG002  # a hook
-        """Return the state as it is."""
+        """Return the state unchanged."""
         return state, ()
 
 
-def noether(intervals: Sequence[int]) -> Tell:
-    """Tell an update to periodic callbacks."""
+def noether(intervals: Sequence[int]) -> Dispatch:
+    """Dispatch an update to periodic callbacks."""
     reducer = compose(*(Nothing(every_n_updates=n, id=str(index)) for index, n in enumerate(intervals)))
     return partial(reducer, TrainState().advance(samples=64), AfterUpdate(samples=64))
 
 
-def ignite(intervals: Sequence[int]) -> Tell:
-    """Fire an event of an engine with filtered handlers."""
+def ignite(intervals: Sequence[int]) -> Dispatch:
+    """Fire an event of an Ignite engine with filtered handlers."""
     from ignite.engine import Engine, Events
 
-    engine = Engine(lambda engine, batch: None)  # noqa: ARG005  # what an engine calls
+    engine = Engine(lambda engine, batch: None)  # noqa: ARG005  # called by the engine
     engine.state.iteration = 1
     for n in intervals:
         event = Events.ITERATION_COMPLETED(every=n) if n > 1 else Events.ITERATION_COMPLETED
@@ -70,8 +79,8 @@ def ignite(intervals: Sequence[int]) -> Tell:
     return partial(engine.fire_event, Events.ITERATION_COMPLETED)
 
 
-def lightning(intervals: Sequence[int]) -> Tell:
-    """Call the hook of callbacks of a trainer, through the function with which its loop does."""
+def lightning(intervals: Sequence[int]) -> Dispatch:
+    """Call a hook of Lightning callbacks, through the function that the loop of its trainer uses."""
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.trainer.call import _call_callback_hooks
 
@@ -91,8 +100,8 @@ def lightning(intervals: Sequence[int]) -> Tell:
     return partial(_call_callback_hooks, trainer, "on_train_batch_end", None, None, 0)
 
 
-def keras(intervals: Sequence[int]) -> Tell:
-    """Call the hook of a list of callbacks."""
+def keras(intervals: Sequence[int]) -> Dispatch:
+    """Call a hook of a list of Keras callbacks."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     from keras.callbacks import Callback, CallbackList
 
@@ -108,20 +117,20 @@ def keras(intervals: Sequence[int]) -> Tell:
     return partial(CallbackList([Hook(n) for n in intervals]).on_train_batch_end, 0, {"loss": 0.5})
 
 
-def clu(intervals: Sequence[int]) -> Tell:
-    """Call periodic actions one after the other, as a loop of its users does."""
+def clu(intervals: Sequence[int]) -> Dispatch:
+    """Call periodic actions of CLU one after the other, as its users do."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it imports TensorFlow
     from clu.periodic_actions import PeriodicCallback as Action
 
     actions = [Action(every_steps=n, callback_fn=lambda step, t: None) for n in intervals]  # noqa: ARG005  # a hook
     steps = count(1)
 
-    def tell() -> None:
+    def dispatch() -> None:
         step = next(steps)
         for action in actions:
             action(step)
 
-    return tell
+    return dispatch
 
 
 _BESIDE = "noether, beside one that is due"
@@ -135,8 +144,8 @@ _ROWS: Mapping[str, Row] = {
 }
 
 
-class Told(NamedTuple):
-    """What one row does: for how many callbacks, and whether they fire."""
+class Case(NamedTuple):
+    """One measurement: a row, a number of callbacks, and whether they fire."""
 
     name: str
     callbacks: int
@@ -144,45 +153,45 @@ class Told(NamedTuple):
 
 
 def measure(rows: Mapping[str, Row], rounds: int) -> list[dict[Any, float]]:
-    """Return the seconds of a call of each row, and of the two units, in each round."""
+    """Return the seconds per call of each row and of the two units, in each round."""
     state = TrainState().advance(samples=64)
     turns: dict[Any, Callable[[], float]] = {
-        _ADVANCE: often(partial(state.advance, samples=64)),
-        _REPLACE: often(partial(dataclasses.replace, state)),
+        _ADVANCE: short_call_row(partial(state.advance, samples=64)),
+        _REPLACE: short_call_row(partial(dataclasses.replace, state)),
     }
     for name, row in rows.items():
         for callbacks in COUNTS:
             idle = [NEVER + index for index in range(callbacks)]
-            turns[Told(name, callbacks, firing=False)] = often(row(idle))
-            turns[Told(name, callbacks, firing=True)] = often(row([1] * callbacks))
+            turns[Case(name, callbacks, firing=False)] = short_call_row(row(idle))
+            turns[Case(name, callbacks, firing=True)] = short_call_row(row([1] * callbacks))
     return take_turns(turns, rounds)
 
 
-def idle_table(rows: Mapping[str, Row], found: list[dict[Any, float]], notes: Sequence[str]) -> Table:
-    """Return the table of updates at which nothing is due."""
+def idle_table(rows: Mapping[str, Row], measured: list[dict[Any, float]], notes: Sequence[str]) -> Table:
+    """Return the table of updates at which no callback is due."""
     cells = []
     for name in rows:
-        told = [Told(name, callbacks, firing=False) for callbacks in COUNTS]
-        growth = quartiles(ratios(found, told[-1], told[0]))
-        advances = (quartiles(ratios(found, each, _ADVANCE)) for each in told)
-        cells.append((name, *advances, growth, quartiles([each[told[-1]] * 1e6 for each in found])))
+        cases = [Case(name, callbacks, firing=False) for callbacks in COUNTS]
+        growth = quartiles(ratios(measured, cases[-1], cases[0]))
+        advances = (quartiles(ratios(measured, each, _ADVANCE)) for each in cases)
+        cells.append((name, *advances, growth, quartiles([each[cases[-1]] * 1e6 for each in measured])))
     headings = ("callbacks that are not due", *(f"{n:,}" for n in COUNTS), "1,000 / 1", "us, 1,000")
-    return Table(f"Telling an update / one {_ADVANCE} ({_us(found, _ADVANCE)} us)", headings, cells, notes)
+    return Table(f"Dispatching an update / one {_ADVANCE} ({_us(measured, _ADVANCE)} us)", headings, cells, notes)
 
 
-def firing_table(rows: Mapping[str, Row], found: list[dict[Any, float]]) -> Table:
+def firing_table(rows: Mapping[str, Row], measured: list[dict[Any, float]]) -> Table:
     """Return the table of updates at which every callback is due."""
     cells = []
     for name in (each for each in rows if each != _BESIDE):
-        told = [Told(name, callbacks, firing=True) for callbacks in COUNTS]
-        replaces = (quartiles([ratio / each.callbacks for ratio in ratios(found, each, _REPLACE)]) for each in told)
-        cells.append((name, *replaces, quartiles([each[told[-1]] * 1e6 for each in found], 0)))
+        cases = [Case(name, callbacks, firing=True) for callbacks in COUNTS]
+        replaces = (quartiles([ratio / each.callbacks for ratio in ratios(measured, each, _REPLACE)]) for each in cases)
+        cells.append((name, *replaces, quartiles([each[cases[-1]] * 1e6 for each in measured], 0)))
     headings = ("callbacks that fire", *(f"{n:,}" for n in COUNTS), "us, 1,000")
-    return Table(f"A callback's share / one {_REPLACE} ({_us(found, _REPLACE)} us)", headings, cells)
+    return Table(f"A callback's share / one {_REPLACE} ({_us(measured, _REPLACE)} us)", headings, cells)
 
 
-def _us(found: list[dict[Any, float]], name: str) -> str:
-    return quartiles([each[name] * 1e6 for each in found])
+def _us(measured: list[dict[Any, float]], name: str) -> str:
+    return quartiles([each[name] * 1e6 for each in measured])
 
 
 @click.command(help=__doc__)
@@ -191,8 +200,8 @@ def _us(found: list[dict[Any, float]], name: str) -> str:
 def main(rounds: int, *, markdown: bool) -> None:
     """Measure and print the tables."""
     torch.set_num_threads(1)
-    found, missing = installed({name: partial(row, [1]) for name, row in _ROWS.items()})
-    rows = {name: _ROWS[name] for name in found}
+    available, missing = available_rows({name: partial(row, [1]) for name, row in _ROWS.items()})
+    rows = {name: _ROWS[name] for name in available}
     measured = measure(rows, rounds)
     show(idle_table(rows, measured, missing), firing_table(rows, measured), markdown=markdown)
 

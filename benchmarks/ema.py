@@ -1,13 +1,13 @@
-"""What does an average of the weights cost at every update, beside torch's own?
+"""Cost of a moving average of the weights at every update, compared with torch's.
 
-Run as `python -m benchmarks.ema`. `EMACallback` makes new averages, for those in a state are never written to, unless
-they are donated; `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn` writes to its copy. All move the
-averages in one call, a small network's and those of 25 million parameters. All rows take turns in one process on one
-thread; a ratio is taken within each round, and the table shows medians over rounds with quartiles. They have to end at
-the same averages.
+Run as `python -m benchmarks.ema`. `EMACallback` creates new tensors, because tensors in a state are never written to
+unless they are donated; `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn` updates its copy in place.
+All update the averages in one call, for a small network and one of 25 million parameters. All rows take turns in one
+process on one thread; a ratio is taken within each round, and the table shows medians over rounds with quartiles. All
+rows must end at the same averages.
 
-What is not donated lies in memory that the operating system hands out anew at every update, in 14,600 page faults for
-the large network, which take longer than the arithmetic.
+Averages that are not donated are allocated again at every update. For the large network this causes 14,600 page faults,
+which take longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.measuring import Table, markdown_option, often, quartiles, ratios, show, take_turns
+from benchmarks.measurement import Table, markdown_option, quartiles, ratios, short_call_row, show, take_turns
 from benchmarks.memory import make_model
 from noether import AfterUpdate, BeforeTraining, TrainState, compose
 from noether.core.callbacks import EMACallback
@@ -35,7 +35,7 @@ _DONATED = {"noether, `EMACallback`": False, "noether, donated": True}
 
 
 class Averaging:
-    """A training loop's averages, kept by noether; donated where the loop donates its params."""
+    """Averages updated by noether, in place if the params are donated."""
 
     def __init__(self, model: nn.Module, *, donate: bool = False) -> None:
         self.reducer = compose(EMACallback(every_n_epochs=1, target_factors=(_DECAY,)))
@@ -46,11 +46,11 @@ class Averaging:
         self.event = AfterUpdate(samples=1)
 
     def __call__(self) -> None:
-        """Count one update."""
+        """Dispatch one update."""
         self.state, _ = self.reducer(self.state, self.event)
 
 
-def moved(model: nn.Module) -> None:
+def change_params(model: nn.Module) -> None:
     """Change the parameters, as training does."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,41 +58,45 @@ def moved(model: nn.Module) -> None:
 
 
 def check(model: nn.Module) -> None:
-    """Fail if the two do not keep the same average.
+    """Check that noether and torch compute the same averages.
 
     Raises:
-        click.ClickException: If so.
+        click.ClickException: If they do not.
     """
     ours, theirs = [Averaging(model, donate=donate) for donate in _DONATED.values()], torch_average(model)
     for _ in range(3):
-        moved(model)
+        change_params(model)
         for each in (*ours, partial(theirs.update_parameters, model)):
             each()
-    for kept in (each.state.memory(f"weights/ema={_DECAY}")["params"] for each in ours):
+    for averages in (each.state.memory(f"weights/ema={_DECAY}")["params"] for each in ours):
         for name, parameter in theirs.module.named_parameters():
-            if not torch.allclose(kept[name], parameter):
+            if not torch.allclose(averages[name], parameter):
                 raise click.ClickException(f"the averages of {name!r} differ")
 
 
 def torch_average(model: nn.Module) -> AveragedModel:
-    """Return torch's average, which begins with the weights as they are."""
+    """Return torch's average, which starts at the current weights."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_DECAY))
-    average.update_parameters(model)  # the first only copies
+    average.update_parameters(model)  # the first update only copies
     return average
 
 
 def measure(model: nn.Module, rounds: int) -> list[dict[str, float]]:
-    """Return the seconds that each takes for an update, in each round."""
+    """Return the seconds of one update of each row, in each round."""
     turns: dict[str, Callable[[], float]] = {
-        _TORCH: often(partial(torch_average(model).update_parameters, model)),
-        **{name: often(Averaging(model, donate=donate)) for name, donate in _DONATED.items()},
+        _TORCH: short_call_row(partial(torch_average(model).update_parameters, model)),
+        **{name: short_call_row(Averaging(model, donate=donate)) for name, donate in _DONATED.items()},
     }
     return take_turns(turns, rounds)
 
 
 @click.command(help=__doc__)
 @click.option(
-    "--params", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Of the large network."
+    "--params",
+    default=25_000_000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Size of the large network.",
 )
 @click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
 @markdown_option
@@ -104,9 +108,9 @@ def main(params: int, rounds: int, *, markdown: bool) -> None:
     for size in sizes:
         model = make_model(size)
         check(model)
-        found = measure(model, rounds)
+        measured = measure(model, rounds)
         for name, cells in rows.items():
-            cells += [quartiles([each[name] * 1e6 for each in found], 0), quartiles(ratios(found, name, _TORCH))]
+            cells += [quartiles([each[name] * 1e6 for each in measured], 0), quartiles(ratios(measured, name, _TORCH))]
     headings = ("", *(heading for size in sizes for heading in (f"{size:,} parameters, us", f"/ {_TORCH}")))
     title = f"An exponential moving average at one update; torch {torch.__version__}, one thread"
     show(Table(title, headings, [(name, *cells) for name, cells in rows.items()]), markdown=markdown)

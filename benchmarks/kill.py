@@ -1,8 +1,9 @@
-"""Does a run that is killed again and again end as the one that nobody touched?
+"""Compares a run that is killed and resumed many times with an uninterrupted run.
 
 Run as `python -m benchmarks.kill`. One `noether train` runs to its end. Another is killed with SIGKILL at random
-moments and resumed, as often as is asked, and then runs to its end. Weights, the memories of the optimizer and of every
-callback have to be the same bits, and the logs the same lines but for the time; if they are not, the command fails.
+moments and resumed, `--kills` times, and then runs to its end. Weights and the memory of the optimizer and of every
+callback must be equal bit for bit, and the logs must have the same lines except for the time; otherwise the command
+fails.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import NamedTuple
 
 import click
 
-from benchmarks.measuring import Table, markdown_option, show
+from benchmarks.measurement import Table, markdown_option, show
 
-# Saves follow each other closely, and the network is large for its task, so that many a kill meets a save.
+# Frequent saves of a network that is large for its task, so that many kills happen during a save.
 _CONFIG = """\
 run: {name: killed, output: OUTPUT}
 model: {kind: noether.examples.digits.ConvNet, width: 64, dropout: 0.2}
@@ -51,14 +52,14 @@ callbacks:
   - {kind: noether.core.callbacks.MetricEarlyStopping, every_n_updates: 10, metric_key: val/accuracy, tolerance: 1000}
   - {kind: noether.core.callbacks.CheckpointCallback, every_n_updates: 2, save_weights: true, save_optim: true, keep: 2}
 """
-_EARLY = 0.25  # of the kills meet a process that starts, the others one that has trained on
-_START_S = 4.0
-_LONGEST_S = 0.6
+_EARLY_SHARE = 0.25  # of the kills happen while the process starts, the others after it has trained
+_MAX_START_S = 4.0
+_MAX_TRAINING_S = 0.6
 _WEIGHTS = ("weights.safetensors", "optimizer.safetensors", "state.safetensors")
 
 
 class Kill(NamedTuple):
-    """Where a kill met the run."""
+    """State of the run directory at a kill."""
 
     newest: str
     lines: int
@@ -66,7 +67,7 @@ class Kill(NamedTuple):
 
 
 def train(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Begin `noether train` in a process group of its own."""
+    """Start `noether train` in a new process group."""
     return subprocess.Popen(  # noqa: S603  # our own command line
         [sys.executable, "-m", "noether", "train", *map(str, arguments)],
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
@@ -74,11 +75,11 @@ def train(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finished(process: subprocess.Popen[str]) -> None:
+def wait_for_success(process: subprocess.Popen[str]) -> None:
     """Wait for the end of a run.
 
     Raises:
-        click.ClickException: If it did not end well.
+        click.ClickException: If the run failed.
     """
     output, _ = process.communicate()
     if process.returncode:
@@ -86,21 +87,21 @@ def finished(process: subprocess.Popen[str]) -> None:
 
 
 def only_run(folder: Path, output: str) -> Path | None:
-    """Return the directory of the run below an output folder, once it has begun."""
+    """Return the run directory in an output folder, or None if it does not exist yet."""
     return next((path.parent for path in (folder / output / "killed").glob("*/config.yaml")), None)
 
 
-def killed(process: subprocess.Popen[str], folder: Path, chance: random.Random) -> Kill | None:
-    """Kill a run at a random moment; return where it was, or None if it ended before."""
+def kill_run(process: subprocess.Popen[str], folder: Path, chance: random.Random) -> Kill | None:
+    """Kill a run at a random moment; return its state, or None if it ended before."""
     before = _size(folder)
-    if chance.random() < _EARLY:
-        time.sleep(chance.uniform(0, _START_S))
+    if chance.random() < _EARLY_SHARE:
+        time.sleep(chance.uniform(0, _MAX_START_S))
     else:
         while process.poll() is None and _size(folder) <= before:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, _LONGEST_S))
+        time.sleep(chance.uniform(0, _MAX_TRAINING_S))
     if process.poll() is not None:
-        finished(process)
+        wait_for_success(process)
         return None
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -121,23 +122,23 @@ def _size(folder: Path) -> int:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Return what is not the same in the last checkpoints and the logs of two runs."""
+    """Return the names of what differs between the last checkpoints and the logs of two runs."""
     tags = [(run / "checkpoints/last").read_text().split()[0] for run in (one, other)]
-    held = [run / "checkpoints" / tag for run, tag in zip((one, other), tags, strict=True)]
-    found = [name for name in _WEIGHTS if (held[0] / name).read_bytes() != (held[1] / name).read_bytes()]
-    states = [json.loads((each / "state.json").read_text()) for each in held]
-    found += [f"state.json: {key}" for key in states[0] if states[0][key] != states[1][key]]
-    logs = [[_timeless(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
-    return found + (["metrics.jsonl"] if logs[0] != logs[1] else [])
+    a, b = (run / "checkpoints" / tag for run, tag in zip((one, other), tags, strict=True))
+    differing = [name for name in _WEIGHTS if (a / name).read_bytes() != (b / name).read_bytes()]
+    states = [json.loads((each / "state.json").read_text()) for each in (a, b)]
+    differing += [f"state.json: {key}" for key in states[0] if states[0][key] != states[1][key]]
+    logs = [[_without_time(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
+    return differing + (["metrics.jsonl"] if logs[0] != logs[1] else [])
 
 
-def _timeless(line: str) -> dict[str, object]:
+def _without_time(line: str) -> dict[str, object]:
     return {key: value for key, value in json.loads(line).items() if key not in ("run", "time_s")}
 
 
 @click.command(help=__doc__)
-@click.option("--kills", default=20, show_default=True, type=click.IntRange(min=1), help="How often to kill.")
-@click.option("--seed", default=0, show_default=True, help="Of the moments.")
+@click.option("--kills", default=20, show_default=True, type=click.IntRange(min=1), help="Number of kills.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random moments.")
 @markdown_option
 def main(kills: int, seed: int, *, markdown: bool) -> None:
     """Kill, compare and print the table."""
@@ -148,29 +149,30 @@ def main(kills: int, seed: int, *, markdown: bool) -> None:
             (folder / f"{output}.yaml").write_text(
                 _CONFIG.replace("OUTPUT", output).replace("UPDATES", str(100 + 35 * kills))
             )
-        finished(train(folder, "whole.yaml"))
-        met: list[Kill] = []
+        wait_for_success(train(folder, "whole.yaml"))
+        observed: list[Kill] = []
         arguments: tuple[object, ...] = ("killed.yaml",)
-        while len(met) < kills:
-            kill = killed(train(folder, *arguments), folder, chance)
+        while len(observed) < kills:
+            kill = kill_run(train(folder, *arguments), folder, chance)
             run = only_run(folder, "killed")
             arguments = ("killed.yaml",) if run is None else ("--resume", run)
             if kill is None:
                 break
-            met.append(kill)
-        finished(train(folder, *arguments))
+            observed.append(kill)
+        wait_for_success(train(folder, *arguments))
         whole, run = only_run(folder, "whole"), only_run(folder, "killed")
-        found = differences(whole, run) if whole and run else ["a run is missing"]
+        differing = differences(whole, run) if whole and run else ["a run is missing"]
         saves = len(list((run / "checkpoints").glob("E*"))) if run else 0
     rows = [
-        (str(number), kill.newest, str(kill.lines), "yes" if kill.saving else "") for number, kill in enumerate(met, 1)
+        (str(number), kill.newest, str(kill.lines), "yes" if kill.saving else "")
+        for number, kill in enumerate(observed, 1)
     ]
-    headings = ("kill", "newest checkpoint", "lines logged", "in the middle of a save")
-    show(Table("Where the kills met the run", headings, rows), markdown=markdown)
-    if found:
-        raise click.ClickException(f"after {len(met)} kills these differ: {', '.join(found)}")
-    click.echo(f"after {len(met)} kills, weights, memories and log equal those of the run that nobody touched")
-    click.echo(f"{sum(kill.saving for kill in met)} kills met a save; {saves} checkpoints are left")
+    headings = ("kill", "newest checkpoint", "lines logged", "during a save")
+    show(Table("State of the run at each kill", headings, rows), markdown=markdown)
+    if differing:
+        raise click.ClickException(f"after {len(observed)} kills these differ: {', '.join(differing)}")
+    click.echo(f"after {len(observed)} kills, weights, memory and log equal those of the uninterrupted run")
+    click.echo(f"{sum(kill.saving for kill in observed)} kills happened during a save; {saves} checkpoints remain")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the benchmarks share: rows that take turns, ratios within a round, and a table that is printed or pasted.
+"""Shared by the benchmarks: rows measured in rounds, ratios within a round, and tables for a person or as Markdown.
 
-What else the machine does meets whoever is running. So all rows of a table run in every round, one after the other, a
-ratio is taken of two times of the same round, and a cell shows the median over rounds with the quartiles beside it.
+Other work on the machine affects the row that is running. So all rows of a table run in every round, one after the
+other, ratios compare two times of the same round, and a cell shows the median over rounds with its quartiles.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     Round = Mapping[str, float]
 
-_READING_S = 2e-3  # long beside the microsecond that reading the clock takes
+_MIN_TIMED_S = 2e-3  # long compared with the microsecond that reading the clock takes
 _WIDTH = 150
 
-markdown_option = click.option("--markdown", is_flag=True, help="Print Markdown, to be pasted.")
+markdown_option = click.option("--markdown", is_flag=True, help="Print Markdown.")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Table:
     """Named rows of cells.
 
     Args:
-        title: What is measured, and in which unit.
-        headings: Names of the columns; that of the rows' names is empty.
+        title: The measured quantity and its unit.
+        headings: Names of the columns; the first column, with the names of rows, has an empty heading.
         rows: The name of each row, then its cells.
         notes: Lines below the table.
     """
@@ -43,7 +43,7 @@ class Table:
     notes: Sequence[str] = ()
 
     def print(self, console: Console) -> None:
-        """Print it with lines, for a person."""
+        """Print the table with lines, for a person."""
         table = RichTable(title=self.title)
         for index, heading in enumerate(self.headings):
             table.add_column(heading, justify="right" if index else "left")
@@ -54,7 +54,7 @@ class Table:
             console.print(note)
 
     def markdown(self) -> str:
-        """Return it as Markdown."""
+        """Return the table as Markdown."""
         rule = ["---", *["---:"] * (len(self.headings) - 1)]
         lines = ["| " + " | ".join(cells) + " |" for cells in (self.headings, rule, *self.rows)]
         return "\n".join([f"**{self.title}**", "", *lines, *(line for note in self.notes for line in ("", note)), ""])
@@ -70,55 +70,59 @@ def show(*tables: Table, markdown: bool) -> None:
 
 
 def quartiles(values: Iterable[float], digits: int = 2) -> str:
-    """Return the median, with the lower and the upper quartile beside it where there are several values.
+    """Return the median as text, followed by the lower and upper quartile if there are several values.
 
     Example:
         >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0], digits=1)
         '3.0 (2.0-4.0)'
     """
-    found = list(values)
-    if len(found) == 1:
-        return f"{found[0]:.{digits}f}"
-    low, middle, high = (f"{value:.{digits}f}" for value in quantiles(found, n=4, method="inclusive"))
+    numbers = list(values)
+    if len(numbers) == 1:
+        return f"{numbers[0]:.{digits}f}"
+    low, middle, high = (f"{value:.{digits}f}" for value in quantiles(numbers, n=4, method="inclusive"))
     return f"{middle} ({low}-{high})"
 
 
 def take_turns(rows: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
-    """Return what every row measures in each round; in a first one, not returned, all of them warm up."""
+    """Return the measurements of all rows in each round; a first round, which is not returned, warms up."""
     return [{name: row() for name, row in rows.items()} for _ in range(rounds + 1)][1:]
 
 
-def ratios(found: Sequence[Round], row: str, unit: str) -> list[float]:
+def ratios(measured: Sequence[Round], row: str, unit: str) -> list[float]:
     """Return the ratio of two rows within each round."""
-    return [each[row] / each[unit] for each in found]
+    return [each[row] / each[unit] for each in measured]
 
 
-def installed(rows: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], list[str]]:
-    """Return what makes the rows make, and a line on those whose library is not there."""
-    found, missing = {}, []
+def available_rows(rows: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], list[str]]:
+    """Return the rows that can be made, and a note on those whose library is not installed.
+
+    Args:
+        rows: By name, a function that returns the row.
+    """
+    available, missing = {}, []
     for name, make in rows.items():
         try:
-            found[name] = make()
+            available[name] = make()
         except ImportError as error:
             missing.append(f"{name} ({error})")
-    return found, [f"Left out, for it is not installed: {', '.join(missing)}"] if missing else []
+    return available, [f"Left out because it is not installed: {', '.join(missing)}"] if missing else []
 
 
 def seconds(work: Callable[[], Any], calls: int = 1, clock_s: Callable[[], float] = time.perf_counter) -> float:
-    """Return the seconds that one of some calls takes."""
+    """Return the mean seconds of one call."""
     start_s = clock_s()
     for _ in range(calls):
         work()
     return (clock_s() - start_s) / calls
 
 
-def often(work: Callable[[], Any]) -> Callable[[], float]:
-    """Return a row for `take_turns`: seconds of a call that is too short to be read alone.
+def short_call_row(work: Callable[[], Any]) -> Callable[[], float]:
+    """Return a row for `take_turns` that measures a call too short to be timed alone, in seconds per call.
 
-    They are those that the processor spends on it: over milliseconds, another process makes more of a difference.
+    It counts CPU time, because within milliseconds another process would affect wall-clock time too much.
     """
     work()
     calls = 1
-    while seconds(work, calls, time.thread_time) * calls < _READING_S:
+    while seconds(work, calls, time.thread_time) * calls < _MIN_TIMED_S:
         calls *= 2
     return lambda: seconds(work, calls, time.thread_time)

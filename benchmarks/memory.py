@@ -1,13 +1,13 @@
-"""How much memory does training need at its peak, beside the loop that writes to its parameters?
+"""Peak memory of training, compared with the loop that updates its parameters in place.
 
 Run as `python -m benchmarks.memory`. A network of 25 million parameters, 100 MB, is trained with torch's fused AdamW, a
-few updates in a fresh process for each row. Its largest resident memory, as the operating system counts it, less that
-of a process that only imported everything and made the batch, is what training took. Parameters, gradients and the two
-moments make four times the parameters; who does not write to them holds a second copy of three of those at the end of
-an update.
+few updates in a fresh process for each row. The memory of training is the peak resident memory of the process, as the
+operating system counts it, minus that of a process that only imports everything and creates the batch. Parameters,
+gradients and the two moments take four times the parameters; an update that is not in place holds a second copy of
+three of those at its end.
 
-Goal: donated updates take no more than the mutable loop. It is met where the run begins with tensors that nobody else
-needs, as `noether train` does; else the first update holds a second copy of the parameters, for 1.18 in all.
+Goal: donated updates take no more than the mutable loop. It is met if no other code needs the initial tensors, as in
+`noether train`; otherwise the first update holds a second copy of the parameters, for 1.18 in all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.measuring import Table, markdown_option, quartiles, ratios, show
+from benchmarks.measurement import Table, markdown_option, quartiles, ratios, show
 from noether import TrainState
+from noether.core.tensors.donation import donate
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.value_schedules import Constant
@@ -38,14 +39,14 @@ _DEPTH, _BATCH, _UPDATES, _LR = 6, 16, 4, 1e-3
 _UNIT = "mutable loop"
 
 
-def width_of(params: int) -> int:
-    """Return how wide an MLP of about `params` parameters is."""
+def mlp_width(params: int) -> int:
+    """Return the width of an MLP with about `params` parameters."""
     return max(1, int((params / _DEPTH) ** 0.5))
 
 
 def make_model(params: int) -> nn.Module:
-    """Return an MLP of about `params` parameters."""
-    width = width_of(params)
+    """Return an MLP with about `params` parameters."""
+    width = mlp_width(params)
     return nn.Sequential(*(layer for _ in range(_DEPTH) for layer in (nn.Linear(width, width), nn.ReLU())))
 
 
@@ -55,11 +56,11 @@ def loss(outputs: torch.Tensor, batch: Any) -> dict[str, torch.Tensor]:
 
 
 def nothing(params: int, batch: torch.Tensor) -> None:
-    """Do not train."""
+    """Do not train, to measure the memory without training."""
 
 
 def mutable(params: int, batch: torch.Tensor) -> None:
-    """Train as everybody does."""
+    """Train with the usual PyTorch loop."""
     model = make_model(params)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=True)
     for _ in range(_UPDATES):
@@ -68,14 +69,14 @@ def mutable(params: int, batch: torch.Tensor) -> None:
         optimizer.step()
 
 
-def noether(params: int, batch: torch.Tensor, *, donate: bool) -> None:
+def noether(params: int, batch: torch.Tensor, *, is_donated: bool) -> None:
     """Train with noether's step, from a state that views the model."""
     model = make_model(params)
     optimizer = FunctionalOptimizer(torch.optim.AdamW, {"lr": _LR, "fused": True})
-    step = Step(model=model, loss=loss, optimizer=optimizer, lr={"default": Constant(value=_LR)}, donate=donate)
+    step = Step(model=model, loss=loss, optimizer=optimizer, lr={"default": Constant(value=_LR)}, donate=is_donated)
     state = TrainState.from_module(model)
     state = state.replace(opt_state=optimizer.init(state.params))
-    if donate:
+    if is_donated:
         state = donate(state)
     for _ in range(_UPDATES):
         state, outputs = step(state, [batch])
@@ -85,35 +86,35 @@ def noether(params: int, batch: torch.Tensor, *, donate: bool) -> None:
 _ROWS: Mapping[str, Callable[[int, torch.Tensor], None]] = {
     "no training": nothing,
     _UNIT: mutable,
-    "noether": partial(noether, donate=False),
-    "noether, donated": partial(noether, donate=True),
+    "noether": partial(noether, is_donated=False),
+    "noether, donated": partial(noether, is_donated=True),
 }
 
 
 def peak_mb(row: str, params: int) -> float:
-    """Return the largest resident memory of a fresh process that runs a row.
+    """Return the peak resident memory of a fresh process that runs a row, in MB.
 
     Raises:
-        click.ClickException: If it fails.
+        click.ClickException: If the process fails.
     """
     command = [sys.executable, "-m", "benchmarks.memory", "--params", str(params), "--row", row]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)  # noqa: S603  # ourselves
-    if done.returncode:
-        raise click.ClickException(f"{row!r} failed:\n{done.stderr}")
-    return float(done.stdout)
+    process = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)  # noqa: S603  # this module
+    if process.returncode:
+        raise click.ClickException(f"{row!r} failed:\n{process.stderr}")
+    return float(process.stdout)
 
 
 def run(row: str, params: int) -> None:
-    """Run a row in this process, and print its largest resident memory."""
-    _ROWS[row](params, torch.ones(_BATCH, width_of(params)))
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # it counts bytes there, and thousands of them elsewhere
+    """Run a row in this process, and print its peak resident memory in MB."""
+    _ROWS[row](params, torch.ones(_BATCH, mlp_width(params)))
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes, Linux KB
     click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def table(params: int, rounds: int) -> Table:
-    """Return what the rows take beyond a process that does not train."""
-    found = [{row: peak_mb(row, params) for row in _ROWS} for _ in range(rounds)]  # fresh processes do not warm up
-    extra = [{row: each[row] - each["no training"] for row in _ROWS} for each in found]
+    """Return the table of memory beyond that of a process that does not train."""
+    measured = [{row: peak_mb(row, params) for row in _ROWS} for _ in range(rounds)]  # fresh processes need no warm-up
+    extra = [{row: each[row] - each["no training"] for row in _ROWS} for each in measured]
     trained = [row for row in _ROWS if row != "no training"]
     rows = [(row, quartiles([e[row] for e in extra], 0), quartiles(ratios(extra, row, _UNIT))) for row in trained]
     title = f"Peak memory of training {params:,} parameters, fused AdamW"
@@ -123,7 +124,7 @@ def table(params: int, rounds: int) -> Table:
 @click.command(help=__doc__)
 @click.option("--params", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Parameters.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds measured.")
-@click.option("--row", type=click.Choice([*_ROWS]), hidden=True, help="Run this row, in this process.")
+@click.option("--row", type=click.Choice([*_ROWS]), hidden=True, help="Run this row in this process.")
 @markdown_option
 def main(params: int, rounds: int, row: str | None, *, markdown: bool) -> None:
     """Measure and print the table."""

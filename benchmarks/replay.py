@@ -1,8 +1,8 @@
-"""How long does it take to tell a recorded run to its callbacks again, beside reading its record?
+"""Time of replaying a recorded run to its callbacks, compared with parsing the record.
 
-Run as `python -m benchmarks.replay`. A run of as many updates as are asked for is recorded as the trainer does, with
-callbacks that log, stop, watch a metric and save. It is then replayed, and, in turns with that, its lines are only
-parsed as JSON; the ratio of the two is taken within each round, and the table shows medians with quartiles.
+Run as `python -m benchmarks.replay`. A run is recorded as the trainer does, with callbacks that log, stop, watch a
+metric and save. It is then replayed and, in turns, its lines are only parsed as JSON; the ratio of the two is taken
+within each round, and the table shows medians with quartiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 import torch
 
-from benchmarks.measuring import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
+from benchmarks.measurement import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
 from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, Run, TrainingIteration, TrainState, compose
 from noether.cli.replay import has_decision
 from noether.core.callbacks import (
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
     from noether.core.callback import Callback
 
-_WHEN = {"every_n_updates": 100}
-_WATCH = {**_WHEN, "metric_key": "loss/val/total"}
+_INTERVAL = {"every_n_updates": 100}
+_WATCH = {**_INTERVAL, "metric_key": "loss/val/total"}
 _DECIDING = (
-    LrCallback(**_WHEN),
-    EvaluateCallback(dataset_key="val", measures=("loss",), **_WHEN),
+    LrCallback(**_INTERVAL),
+    EvaluateCallback(dataset_key="val", measures=("loss",), **_INTERVAL),
     BestMetricCallback(**_WATCH),
     BestCheckpointCallback(**_WATCH),
     MetricEarlyStopping(**_WATCH, tolerance=10**9),
@@ -54,13 +54,13 @@ _DECIDING = (
 )
 _ROWS = {
     "callbacks that decide at their intervals": _DECIDING,
-    "and two that look at every update": (ProgressCallback(**_WHEN), OnlineLossCallback(**_WHEN), *_DECIDING),
+    "and two that look at every update": (ProgressCallback(**_INTERVAL), OnlineLossCallback(**_INTERVAL), *_DECIDING),
 }
 _ALL = _ROWS["and two that look at every update"]
 
 
 def record(folder: Path, updates: int) -> Path:
-    """Record a run, and return the file; nothing but the record is written."""
+    """Record the events of a run, and return their file; nothing else is written."""
     reducer = compose(*_ALL)
     run = Run(
         end=TrainingIteration(update=updates), updates_per_epoch=1000, samples_per_epoch=32_000,
@@ -70,23 +70,23 @@ def record(folder: Path, updates: int) -> Path:
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(updates, generator=generator)
     with open_run(folder / "run") as directory:
-        tell = directory.recording_interpreter(lambda *_: None, event_recorder(reducer))
+        record_event = directory.recording_interpreter(lambda *_: None, event_recorder(reducer))
 
-        def told(state: TrainState, event: BeforeTraining | AfterUpdate | AfterEpoch | AfterTraining) -> TrainState:
+        def dispatch(state: TrainState, event: BeforeTraining | AfterUpdate | AfterEpoch | AfterTraining) -> TrainState:
             state, effects = reducer(state, event)
-            tell(effects, state, event)
+            record_event(effects, state, event)
             return state
 
-        state = told(TrainState(params={"w": torch.ones(1000)}), BeforeTraining(run=run))
+        state = dispatch(TrainState(params={"w": torch.ones(1000)}), BeforeTraining(run=run))
         while (move := next_move(state, run)) is not Move.NOTHING:
             if move is Move.UPDATE:
                 loss = {"total": losses[state.iteration.update]}
                 readings = {"samples": 32, "losses": loss, "lr": {"default": 0.1}, "duration_s": 0.01}
-                state = told(state.advance(samples=32), AfterUpdate(run=run, **readings))
+                state = dispatch(state.advance(samples=32), AfterUpdate(run=run, **readings))
             elif move is Move.END_EPOCH:
-                state = told(state.next_epoch(), AfterEpoch(run=run))
+                state = dispatch(state.next_epoch(), AfterEpoch(run=run))
             else:
-                state = told(state.replace(ended=True), AfterTraining(run=run))
+                state = dispatch(state.replace(ended=True), AfterTraining(run=run))
     return folder / "run/events.jsonl"
 
 
@@ -94,25 +94,25 @@ def _loss(state: TrainState) -> torch.Tensor:
     return torch.tensor(1 + math.sin(state.iteration.update) / 2)
 
 
-def parsed(path: Path) -> None:
-    """Parse every line."""
+def parse_lines(path: Path) -> None:
+    """Parse every line as JSON."""
     for line in path.read_bytes().splitlines():
         json.loads(line)
 
 
-def replayed(callbacks: Sequence[Callback], path: Path) -> None:
+def replay_run(callbacks: Sequence[Callback], path: Path) -> None:
     """Replay the run.
 
     Raises:
-        click.ClickException: If it did not end, or left somebody out.
+        click.ClickException: If the replay did not reach the end, or skipped a callback.
     """
-    found = replay(callbacks, partial(read_events, path, DISK), {}, select=has_decision)
-    if not found.finished or found.skipped:
-        raise click.ClickException(f"the replay is not whole: {found.skipped}")
+    replayed = replay(callbacks, partial(read_events, path, DISK), {}, select=has_decision)
+    if not replayed.finished or replayed.skipped:
+        raise click.ClickException(f"the replay is incomplete; skipped callbacks: {replayed.skipped}")
 
 
 @click.command(help=__doc__)
-@click.option("--updates", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Of the run.")
+@click.option("--updates", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Updates of the run.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
 @markdown_option
 def main(updates: int, rounds: int, *, markdown: bool) -> None:
@@ -121,10 +121,12 @@ def main(updates: int, rounds: int, *, markdown: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = record(Path(folder), updates)
         size = path.stat().st_size
-        work = {"parsed": partial(parsed, path)}
-        work |= {name: partial(replayed, callbacks, path) for name, callbacks in _ROWS.items()}
-        found = take_turns({name: partial(seconds, each) for name, each in work.items()}, rounds)
-    rows = [(name, quartiles(each[name] for each in found), quartiles(ratios(found, name, "parsed"))) for name in work]
+        work = {"parsed": partial(parse_lines, path)}
+        work |= {name: partial(replay_run, callbacks, path) for name, callbacks in _ROWS.items()}
+        measured = take_turns({name: partial(seconds, each) for name, each in work.items()}, rounds)
+    rows = [
+        (name, quartiles(each[name] for each in measured), quartiles(ratios(measured, name, "parsed"))) for name in work
+    ]
     title = f"{updates:,} updates, {size / 1e6:.0f} MB of events"
     show(Table(title, ("", "seconds", "/ parsing"), rows), markdown=markdown)
 

@@ -1,13 +1,13 @@
-"""What does a checkpoint cost the thread that trains, the update after it included?
+"""Time that a checkpoint takes from the training thread, including a slower next update.
 
 Run as `python -m benchmarks.saving`. 25 million parameters with the two moments of Adam are 300 MB. The cost of a
-checkpoint is the time of asking for it and making the next update, less that of an update without; whatever is put off
-to the update, such as the copy of what a checkpoint in flight still holds, is in it, and so is what the thread that
-writes takes from the one that trains. The unit is one copy of the 300 MB into memory that is mapped already. All rows
+checkpoint is the time to request it and make the next update, minus the time of a normal update. It includes work
+deferred to the update, such as copying tensors that the checkpoint in progress still needs, and the CPU time that the
+writing thread takes from the training thread. The unit is one copy of the 300 MB into already mapped memory. All rows
 take turns; the table shows medians over rounds with quartiles.
 
-Goals: at most 5 ms for the step that writes to no tensor, and 1.5 copies for the one to which tensors are donated. Both
-are met (2 ms, and 0.95 copies) where the second core is free for the thread that writes.
+Goals: at most 5 ms for the step that writes to no tensor, and 1.5 copies for the donated step. Both are met (2 ms, and
+0.95 copies) if the second core is free for the writing thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from benchmarks.measuring import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
+from benchmarks.measurement import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
 from noether import AfterUpdate, SaveCheckpoint, TrainState
 from noether.effects import open_run
 from noether.training.step.optimizer import FunctionalOptimizer
@@ -43,12 +43,12 @@ def make_model(params: int) -> nn.Module:
 
 
 def squares(outputs: torch.Tensor, _batch: Any) -> dict[str, torch.Tensor]:
-    """Return a loss."""
+    """Return the mean square of the outputs as a loss."""
     return {"square": outputs.square().mean()}
 
 
 def cost_s(update: Callable[[], Any], save: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    """Return the seconds that a save and the update after it take beyond those of an update."""
+    """Return the seconds that a save and the next update take, minus those of a normal update."""
     plain_s = median([seconds(update) for _ in range(_UPDATES)])
     saved_s = seconds(lambda: (save(), update()))
     wait()
@@ -56,24 +56,26 @@ def cost_s(update: Callable[[], Any], save: Callable[[], Any], wait: Callable[[]
 
 
 def noether(model: nn.Module, batch: Any, folder: Path, *, donate: bool) -> Callable[[], float]:
-    """Return a row: noether's step, saved by a thread of its own."""
+    """Return a row: noether's step, saved in a background thread."""
     optimizer = FunctionalOptimizer(torch.optim.AdamW, {"lr": _LR, "fused": True})
     lr = {"default": Constant(value=_LR)}
     step = Step(model=model.train(), loss=squares, optimizer=optimizer, lr=lr, donate=donate)
     state = TrainState.from_module(model)
-    held = [state.replace(opt_state=optimizer.init(state.params))]
-    run = open_run(folder, asynchronous=True, borrowed=False)
+    current = [state.replace(opt_state=optimizer.init(state.params))]
+    directory = open_run(folder, asynchronous=True, borrowed=False)
     effects = [SaveCheckpoint(pointers=("latest",), retention={"benchmark": 0})]
 
     def update() -> None:
-        state, outputs = step(held.pop(), [batch])  # nobody else holds the state: what it consists of can be let go
-        held.append(state.advance(samples=outputs.samples))
+        state, outputs = step(current.pop(), [batch])  # no other reference to the state, so its tensors can be freed
+        current.append(state.advance(samples=outputs.samples))
 
-    return lambda: cost_s(update, lambda: run.interpreter(effects, held[0], AfterUpdate(samples=1)), run.wait)
+    return lambda: cost_s(
+        update, lambda: directory.interpreter(effects, current[0], AfterUpdate(samples=1)), directory.wait
+    )
 
 
 def async_save(model: nn.Module, batch: Any, folder: Path) -> Callable[[], float]:
-    """Return a row: the loop that everybody writes, saved by `torch.distributed.checkpoint` in a thread of its own."""
+    """Return a row: the usual PyTorch loop, saved by `torch.distributed.checkpoint` in a background thread."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=True)
     futures: list[Any] = []
 
@@ -90,7 +92,7 @@ def async_save(model: nn.Module, batch: Any, folder: Path) -> Callable[[], float
 
 
 def copy(params: int) -> Callable[[], float]:
-    """Return a row: as many bytes, copied into memory that is mapped already."""
+    """Return a row: a copy of as many bytes into already mapped memory."""
     source, target = torch.ones(3 * params), torch.zeros(3 * params)
     return lambda: seconds(lambda: target.copy_(source))
 
@@ -99,23 +101,24 @@ def copy(params: int) -> Callable[[], float]:
 @click.option("--params", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Parameters.")
 @click.option("--rounds", default=8, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
 @markdown_option
-def main(params: int, rounds: int, markdown: bool) -> None:  # noqa: FBT001  # click gives it by name
+def main(params: int, rounds: int, markdown: bool) -> None:  # noqa: FBT001  # click passes it by name
     """Measure and print the table."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # of torch, about what it does without a process group
+    warnings.simplefilter("ignore")  # of torch, about a missing process group
     batch = (torch.randn(1, min(1000, params)), None)
-    with tempfile.TemporaryDirectory() as below:
+    with tempfile.TemporaryDirectory() as folder:
         rows = {
             _COPY: copy(params),
-            "distributed.checkpoint.async_save": async_save(make_model(params), batch, Path(below) / "dcp"),
-            "noether": noether(make_model(params), batch, Path(below) / "pure", donate=False),
-            "noether, donated": noether(make_model(params), batch, Path(below) / "donated", donate=True),
+            "distributed.checkpoint.async_save": async_save(make_model(params), batch, Path(folder) / "dcp"),
+            "noether": noether(make_model(params), batch, Path(folder) / "pure", donate=False),
+            "noether, donated": noether(make_model(params), batch, Path(folder) / "donated", donate=True),
         }
-        found = take_turns(rows, rounds)
+        measured = take_turns(rows, rounds)
     cells = [
-        (row, quartiles([1000 * each[row] for each in found], 1), quartiles(ratios(found, row, _COPY))) for row in rows
+        (row, quartiles([1000 * each[row] for each in measured], 1), quartiles(ratios(measured, row, _COPY)))
+        for row in rows
     ]
-    title = f"What a checkpoint of {12 * params / 1e6:.0f} MB costs the thread that trains"
+    title = f"Cost of a checkpoint of {12 * params / 1e6:.0f} MB to the training thread"
     show(Table(title, ("", "ms", "/ one copy"), cells), markdown=markdown)
 
 

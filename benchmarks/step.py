@@ -1,8 +1,8 @@
-"""How long does a functional update take, beside the mutable loop that it equals bit for bit?
+"""Time of a functional update, compared with the mutable loop that it equals bit for bit.
 
 Run as `python -m benchmarks.step`. Every row is the time of an update as a ratio to the mutable loop with torch's
-default AdamW. All rows take turns in one process on one thread, so that what else the machine does meets all of them; a
-ratio is taken within each round, and the table shows the median over rounds, with the quartiles beside it.
+default AdamW. All rows take turns in one process on one thread, so that other work on the machine affects all of them;
+a ratio is taken within each round, and the table shows the median over rounds with quartiles.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad_and_value
 
-from benchmarks.measuring import Table, markdown_option, quartiles, show
+from benchmarks.measurement import Table, markdown_option, quartiles, show
 from noether import TrainingIteration, TrainState
 from noether.core.tensors.batch import model_arguments
 from noether.core.tensors.forward import add_total
@@ -37,12 +37,12 @@ _BATCH = 64
 _LR = 1e-3
 _MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "MLP": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
-    "ConvNet": lambda: ConvNet(dropout=0.0),  # without random numbers, of which the mutable loop would draw others
+    "ConvNet": lambda: ConvNet(dropout=0.0),  # without dropout: its random numbers would differ
 }
 
 
 def mutable(model: nn.Module, batches: list[Any], *, fused: bool | None) -> Iterator[Mapping[str, Tensor]]:
-    """Yield the parameters after each update of the loop that everybody writes."""
+    """Yield the parameters after each update of the usual PyTorch loop."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=fused)
     params = dict(model.named_parameters())
     model.train()
@@ -71,7 +71,7 @@ def functional(
             yield state.params
 
 
-class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thing that is measured
+class StepByFunc(Step):  # type: ignore[misc]  # final; subclassed to replace only what is measured
     """The step with `torch.func.grad_and_value` in place of `torch.autograd.grad`."""
 
     def _run_backward(
@@ -80,13 +80,13 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; here to swap the one thi
         buffers: Mapping[str, Tensor],
         batch: Any,
         weight: float,
-        times: Any,  # noqa: ARG002  # the step that is replaced counts seconds on it
+        times: Any,  # noqa: ARG002  # the original counts seconds on it
     ) -> BackwardResult:
         trained = {name: state.params[name] for name in self.optimizer.trainable(state.params)}
         arguments, keywords = model_arguments(self.model, batch)
 
         def total(inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
-            # Batch norm may write only to what was made in here.
+            # Batch norm may write only to copies made here.
             weights = {**state.params, **inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
             outputs = functional_call(self.model, weights, arguments, keywords)
             losses = add_total(self.loss(outputs, batch))
@@ -113,10 +113,10 @@ _SAME = (
 def measure(
     make_model: Callable[[], nn.Module], batches: list[Any], updates: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Return for each row its time as a ratio to the first row's, of every round.
+    """Return by row the ratio of its time to the first row, in every round.
 
     Raises:
-        RuntimeError: If rows that ought to do the same work do not end at the same parameters.
+        RuntimeError: If rows that must do the same work end at different parameters.
     """
     loops = {}
     for name, loop in _ROWS.items():
@@ -137,7 +137,7 @@ def measure(
     for first, *others in _SAME:
         for other in others:
             if not all(same(params[other][name], param.detach()) for name, param in params[first].items()):
-                raise RuntimeError(f"{other!r} did not do the work of {first!r}: their parameters differ")
+                raise RuntimeError(f"{other!r} did not do the same work as {first!r}: their parameters differ")
     return ratios
 
 

@@ -1,11 +1,10 @@
-"""What does an update cost in a whole training loop with its callbacks, beside the loop that people write by hand?
+"""Cost of an update in a whole training loop with callbacks, compared with a hand-written loop.
 
-Run as `python -m benchmarks.training`. Everybody trains what `configs/seed.yaml` describes, with a small network (an
-MLP) and a medium one (the ConvNet of the digits), on batches made before, and evaluates after each epoch. Two bare
-loops do no more than that; in the third, what the callbacks of that file do is written by hand: a line of progress
-every 10 updates, the learning rate in a file at every update, the best accuracy after each epoch. noether has its own
-callbacks, in its own trainer and run directory; for Ignite and Lightning they are a few lines that write as much,
-called by their hooks.
+Run as `python -m benchmarks.training`. All rows train what `configs/seed.yaml` describes, with a small network (an MLP)
+and a medium one (the ConvNet of the digits), on precomputed batches, and evaluate after each epoch. Two bare loops do
+only that. The third also does by hand what the callbacks of that file do: a line of progress every 10 updates, the
+learning rate in a file at every update, the best accuracy after each epoch. noether uses its callbacks, trainer and run
+directory; for Ignite and Lightning, hooks call a few lines that write as much.
 
 A run is timed from the first batch of its second epoch to the first of its last. All rows take turns in one process on
 one thread; a ratio is taken within each round, and the tables show medians over rounds with quartiles. All rows with
@@ -14,14 +13,13 @@ the same kernel have to end at the same parameters, to the bit; if they do not, 
 Goals for the small network: at most 1.00 of the bare loop with the same fused kernel, less than 0.80 of that with
 torch's default AdamW; compiled, less than 0.40 of that.
 
-They are missed: 1.20, 0.92 and 0.74; beside the loop with its callbacks by hand it is 1.14, and with the evaluation
-alone 1.02 and 0.78. In a profile of the donated row (1,000 samples of the stack a second) 70 % of the time is the
-step's, 11 % the evaluation's, 8 % that of callbacks, 6 % that of the interpreter with its files, 5 % the trainer's. Of
-the 250 us that the step takes alone, 195 us are torch's own calls, where the bare update takes 300 us; of the
-evaluation's 42 us, 28 us. The rest is Python that is spread thin, with no line above 1 %: seeds 9 us, the learning rate
-recorded and logged 26 us, progress 24 us, and states, an event, settings, who holds which tensor. A compiled step takes
-175 us, of them 75 us in its kernels and 25 us in torch's checks that the graph still holds; what is around it stays as
-it is. In an update of 10 ms none of it is seen.
+They are missed: 1.20, 0.92 and 0.74; compared with the loop with callbacks by hand it is 1.14, and with the evaluation
+alone 1.02 and 0.78. In a profile of the donated row (1,000 stack samples per second), the step takes 70 % of the time,
+the evaluation 11 %, callbacks 8 %, the interpreter with its files 6 % and the trainer 5 %. Calls of torch take 195 us
+of the 250 us of a step, where the bare update takes 300 us, and 28 us of the 42 us of the evaluation. The rest is
+Python, with no line above 1 %: seeds 9 us, recording and logging the learning rate 26 us, progress 24 us, and states,
+an event, settings and tensor ownership. A compiled step takes 175 us, of them 75 us in its kernels and 25 us in torch's
+guards; the code around it takes the same time. In an update of 10 ms none of this is visible.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.measuring import Table, installed, markdown_option, quartiles, ratios, show, take_turns
+from benchmarks.measurement import Table, available_rows, markdown_option, quartiles, ratios, show, take_turns
 from noether import TrainingIteration, compose
 from noether.config import load
 from noether.core.callbacks import EvaluateCallback
@@ -67,7 +65,7 @@ _CONFIG = Path(__file__).parents[1] / "configs/seed.yaml"
 
 
 class Network(NamedTuple):
-    """What is trained, and for how many epochs."""
+    """A network and its number of epochs."""
 
     make: Callable[[], nn.Module]
     epochs: int
@@ -75,7 +73,7 @@ class Network(NamedTuple):
 
 _NETWORKS: Mapping[str, Network] = {
     "small": Network(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), 20),
-    # Without random numbers, of which the other loops would draw others.
+    # Without dropout, because the other loops would draw different random numbers.
     "medium": Network(lambda: ConvNet(dropout=0.0), 4),
 }
 _DEFAULT, _FUSED = "bare loop, default AdamW", "bare loop, fused AdamW"
@@ -85,43 +83,43 @@ _STEPS: Mapping[str, Callable[[Step], Step | CompiledStep]] = {
     "noether, donated": lambda step: step,
     "noether, compiled": CompiledStep,
 }
-_OTHER_KERNELS = (_DEFAULT, "noether, compiled")  # they may add in another order
-_TOLERANCE = 0.1  # largest difference, as a share of the way that training went
+_OTHER_KERNELS = (_DEFAULT, "noether, compiled")  # these may add in another order
+_TOLERANCE = 0.1  # largest difference of params, relative to their change in training
 
 
 class Batches:
-    """The same batches in every epoch, for loops of any kind; notes when each epoch begins."""
+    """The same batches in every epoch, for any loop; records when each epoch starts."""
 
     def __init__(self, batches: Sequence[Any], clock_s: Callable[[], float]) -> None:
         self._batches = batches
         self._clock_s = clock_s
-        self._begun_s: list[float] = []
+        self._starts_s: list[float] = []
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
-        self._begun_s.append(self._clock_s())
+        self._starts_s.append(self._clock_s())
         return iter(self._batches)
 
-    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002  # as it is asked
-        """Return the state and the batch of its next update, as noether's trainer asks for it."""
+    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002  # called by the trainer
+        """Return the state and the batch of its next update: the interface of noether's trainer."""
         index = state.iteration.update % len(self._batches)
         if not index:
-            self._begun_s.append(self._clock_s())
+            self._starts_s.append(self._clock_s())
         return state, (self._batches[index],)
 
     def close(self) -> None:
-        """Do nothing: nothing is loaded ahead."""
+        """Do nothing: there is no prefetching."""
 
     def update_s(self) -> float:
-        """Return the seconds of an update, from the second epoch to the last."""
-        _, first_s, *_, last_s = self._begun_s
-        return (last_s - first_s) / (len(self) * (len(self._begun_s) - 2))
+        """Return the mean seconds of an update from the start of the second epoch to the start of the last."""
+        _, first_s, *_, last_s = self._starts_s
+        return (last_s - first_s) / (len(self) * (len(self._starts_s) - 2))
 
 
 class Trained(NamedTuple):
-    """What came of a run."""
+    """Result of a run."""
 
     update_s: float
     params: Mapping[str, Tensor]
@@ -129,15 +127,15 @@ class Trained(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What everybody trains.
+    """The training task of all rows.
 
     Args:
-        experiment: What noether made of the configuration.
-        model: The network with its first weights.
-        batches: Those of an epoch.
-        validation: What is evaluated after each epoch.
-        epochs: How many.
-        clock_s: What they are timed with.
+        experiment: The experiment built from the configuration.
+        model: The network with its initial weights.
+        batches: Batches of an epoch.
+        validation: Batches to evaluate after each epoch.
+        epochs: Number of epochs.
+        clock_s: Returns the time in seconds.
     """
 
     experiment: Experiment
@@ -158,17 +156,17 @@ class Task:
         model = copy.deepcopy(experiment.model)
         return cls(dataclasses.replace(experiment, run=run), model, batches, validation, epochs, clock_s)
 
-    def begun(self) -> Batches:
-        """Return the batches of a run that begins."""
+    def new_batches(self) -> Batches:
+        """Return the batches for one run."""
         return Batches(self.batches, self.clock_s)
 
     def optimizer(self, model: nn.Module, *, fused: bool | None = True) -> torch.optim.Optimizer:
-        """Return the optimizer of the configuration for a model of torch."""
+        """Return the torch optimizer of the configuration."""
         lr = self.experiment.config.optimizer.lr
         return torch.optim.AdamW(model.parameters(), lr=lr, fused=fused)
 
 
-def updated(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+def make_update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
     """Make one update."""
     optimizer.zero_grad()
     functional.cross_entropy(model(batch[0]), batch[1]).backward()
@@ -176,7 +174,7 @@ def updated(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> N
 
 
 @torch.no_grad()
-def evaluated(model: nn.Module, batches: Sequence[Any]) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Sequence[Any]) -> dict[str, float]:
     """Return loss and accuracy of a model."""
     model.eval()
     loss, right, samples = torch.zeros(()), torch.zeros(()), 0
@@ -190,29 +188,29 @@ def evaluated(model: nn.Module, batches: Sequence[Any]) -> dict[str, float]:
 
 
 class SeedCallbacks:
-    """What the callbacks of the configuration do, for loops of others."""
+    """The callbacks of the configuration, written by hand for other loops."""
 
     def __init__(self, folder: Path, updates: int) -> None:
         self._log = (folder / "metrics.jsonl").open("w")
         self._console = (folder / "console.txt").open("w")
-        self._updates, self._begun_s, self._best = updates, time.perf_counter(), 0.0
+        self._updates, self._starts_s, self._best = updates, time.perf_counter(), 0.0
 
     def after_update(self, update: int, lr: float) -> None:
-        """Log the learning rate, and every 10 updates the progress."""
+        """Log the learning rate and, every 10 updates, the progress."""
         self._write(update, {"optim/lr": lr})
         if update % 10 == 0:
-            spent_s = time.perf_counter() - self._begun_s
+            spent_s = time.perf_counter() - self._starts_s
             left_s = spent_s / update * (self._updates - update)
             share = f"{update / self._updates:.1%}  update {update}/{self._updates}"
             print(f"{share}  {1000 * spent_s / update:.1f} ms/update  left {left_s:.0f} s", file=self._console)
 
     def after_evaluation(self, update: int, measured: Mapping[str, float]) -> None:
-        """Log what was measured, and the best of it."""
+        """Log the measured values and the best accuracy."""
         self._best = max(self._best, measured["val/accuracy"])
         self._write(update, {**measured, "val/accuracy/best": self._best})
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Flush and close the files."""
         self._log.close()
         self._console.close()
 
@@ -221,76 +219,76 @@ class SeedCallbacks:
 
 
 def bare(task: Task, *, fused: bool | None) -> Train:
-    """Train with the loop that everybody writes."""
+    """Train with the usual PyTorch loop."""
 
-    def train(folder: Path) -> Trained:  # noqa: ARG001  # it writes nothing
-        model, batches = copy.deepcopy(task.model).train(), task.begun()
+    def train(folder: Path) -> Trained:  # noqa: ARG001  # this loop writes no files
+        model, batches = copy.deepcopy(task.model).train(), task.new_batches()
         optimizer = task.optimizer(model, fused=fused)
         for _ in range(task.epochs):
             for batch in batches:
-                updated(model, optimizer, batch)
-            evaluated(model, task.validation)
+                make_update(model, optimizer, batch)
+            evaluate(model, task.validation)
         return Trained(batches.update_s(), dict(model.named_parameters()))
 
     return train
 
 
 def by_hand(task: Task) -> Train:
-    """Train with that loop, in which what the callbacks do is written by hand."""
+    """Train with the usual PyTorch loop and hand-written callbacks."""
 
     def train(folder: Path) -> Trained:
-        model, batches = copy.deepcopy(task.model).train(), task.begun()
+        model, batches = copy.deepcopy(task.model).train(), task.new_batches()
         optimizer, update = task.optimizer(model), 0
         callbacks = SeedCallbacks(folder, task.epochs * len(batches))
         for _ in range(task.epochs):
             for batch in batches:
-                updated(model, optimizer, batch)
+                make_update(model, optimizer, batch)
                 update += 1
                 callbacks.after_update(update, optimizer.param_groups[0]["lr"])
-            callbacks.after_evaluation(update, evaluated(model, task.validation))
+            callbacks.after_evaluation(update, evaluate(model, task.validation))
         callbacks.close()
         return Trained(batches.update_s(), dict(model.named_parameters()))
 
     return train
 
 
-def noether(task: Task, made: Callable[[Step], Step | CompiledStep], *, callbacks: bool = True) -> Train:
-    """Train with noether's trainer into a run directory, with all callbacks or with the evaluation alone."""
+def noether(task: Task, wrap_step: Callable[[Step], Step | CompiledStep], *, callbacks: bool = True) -> Train:
+    """Train with noether's trainer in a run directory, with all callbacks or only the evaluation."""
     experiment = task.experiment
-    step = made(experiment.step)
+    step = wrap_step(experiment.step)
     members = [placed.callback for placed in experiment.callbacks]
     reducer = compose(*(each for each in members if callbacks or isinstance(each, EvaluateCallback)))
 
     def train(folder: Path) -> Trained:
-        batches = task.begun()
-        # As into a pipe or the log of a job, which is what the console is by default where there is no terminal.
+        batches = task.new_batches()
+        # Redirected, as into a pipe or the log of a job.
         with (folder / "console.txt").open("w") as file, redirect_stdout(file), open_run(folder / "run") as directory:
-            loop = Trainer(
+            trainer = Trainer(
                 run=experiment.run, step=step, data=batches, reducer=reducer, interpreter=directory.interpreter
             )
-            state = loop(experiment.state)
+            state = trainer(experiment.state)
         return Trained(batches.update_s(), dict(state.params))
 
     return train
 
 
 def ignite(task: Task) -> Train:
-    """Train with an engine of Ignite."""
+    """Train with an Ignite engine."""
     from ignite.engine import Engine, Events
 
     def train(folder: Path) -> Trained:
-        model, batches = copy.deepcopy(task.model).train(), task.begun()
+        model, batches = copy.deepcopy(task.model).train(), task.new_batches()
         optimizer = task.optimizer(model)
         callbacks = SeedCallbacks(folder, task.epochs * len(batches))
-        engine = Engine(lambda engine, batch: updated(model, optimizer, batch))  # noqa: ARG005  # what it calls
+        engine = Engine(lambda engine, batch: make_update(model, optimizer, batch))  # noqa: ARG005  # called by the engine
 
         @engine.on(Events.ITERATION_COMPLETED)
         def log(engine: Engine) -> None:
             callbacks.after_update(engine.state.iteration, optimizer.param_groups[0]["lr"])
 
         @engine.on(Events.EPOCH_COMPLETED)
-        def evaluate(engine: Engine) -> None:
-            callbacks.after_evaluation(engine.state.iteration, evaluated(model, task.validation))
+        def evaluate_epoch(engine: Engine) -> None:
+            callbacks.after_evaluation(engine.state.iteration, evaluate(model, task.validation))
 
         engine.run(batches, max_epochs=task.epochs)
         callbacks.close()
@@ -300,7 +298,7 @@ def ignite(task: Task) -> Train:
 
 
 def lightning(task: Task) -> Train:
-    """Train with a trainer of Lightning."""
+    """Train with a Lightning trainer."""
     from lightning.pytorch import Callback, LightningModule
     from lightning.pytorch import Trainer as LightningTrainer
 
@@ -325,10 +323,10 @@ def lightning(task: Task) -> Train:
             self.callbacks.after_update(trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"])
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-            self.callbacks.after_evaluation(trainer.global_step, evaluated(module.model, task.validation))
+            self.callbacks.after_evaluation(trainer.global_step, evaluate(module.model, task.validation))
 
     def train(folder: Path) -> Trained:
-        module, batches = Module(), task.begun()
+        module, batches = Module(), task.new_batches()
         callbacks = SeedCallbacks(folder, task.epochs * len(batches))
         quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         trainer = LightningTrainer(
@@ -343,36 +341,36 @@ def lightning(task: Task) -> Train:
 
 
 def rows(task: Task) -> tuple[dict[str, Train], list[str]]:
-    """Return what trains the task here, and what is said of the rows that are left out."""
-    found = {_DEFAULT: bare(task, fused=None), _FUSED: bare(task, fused=True), _BY_HAND: by_hand(task)}
-    found |= {name: noether(task, made) for name, made in _STEPS.items()}
-    found["noether, donated, evaluation alone"] = noether(task, lambda step: step, callbacks=False)
-    others, absent = installed({"Ignite": partial(ignite, task), "Lightning": partial(lightning, task)})
-    return found | others, absent
+    """Return the rows that can run here, and notes on those that cannot."""
+    trains = {_DEFAULT: bare(task, fused=None), _FUSED: bare(task, fused=True), _BY_HAND: by_hand(task)}
+    trains |= {name: noether(task, wrap_step) for name, wrap_step in _STEPS.items()}
+    trains["noether, donated, evaluation alone"] = noether(task, lambda step: step, callbacks=False)
+    peers, notes = available_rows({"Ignite": partial(ignite, task), "Lightning": partial(lightning, task)})
+    return trains | peers, notes
 
 
 def measure(task: Task, trains: Mapping[str, Train], rounds: int) -> list[dict[str, float]]:
-    """Return the seconds of an update of each row in each round; fail if they do not do the same work."""
+    """Return the seconds of an update of each row in each round; check that all rows did the same work."""
     params: dict[str, Mapping[str, Tensor]] = {}
 
     def update_s(name: str, train: Train) -> float:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Lightning, about loaders that are none of torch's
+            warnings.simplefilter("ignore")  # of Lightning, about loaders that are not from torch
             trained = train(Path(folder))
         params[name] = trained.params
         return trained.update_s
 
-    found = take_turns({name: partial(update_s, name, train) for name, train in trains.items()}, rounds)
+    measured = take_turns({name: partial(update_s, name, train) for name, train in trains.items()}, rounds)
     for name in params:
         _check_same(name, params, task.model.parameters())
-    return found
+    return measured
 
 
 def _check_same(name: str, params: Mapping[str, Mapping[str, Tensor]], start: Iterable[Tensor]) -> None:
     begin, end, other = map(_flat, (start, params[_FUSED].values(), params[name].values()))
     tolerance = _TOLERANCE if name in _OTHER_KERNELS else 0.0
     if (other - end).norm() > tolerance * (end - begin).norm():
-        raise click.ClickException(f"{name!r} did not do the work of {_FUSED!r}: their parameters differ")
+        raise click.ClickException(f"{name!r} did not do the same work as {_FUSED!r}: their parameters differ")
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -380,14 +378,16 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 @click.command(help=__doc__)
-@click.option("--network", "networks", multiple=True, type=click.Choice([*_NETWORKS]), help="By default, all of them.")
+@click.option(
+    "--network", "networks", multiple=True, type=click.Choice([*_NETWORKS]), help="Network to train; by default, all."
+)
 @click.option(
     "--epochs",
     type=click.IntRange(min=3),
     help="Epochs of a run; by default, 20 of the small network, 4 of the medium.",
 )
 @click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
-@click.option("--cpu", is_flag=True, help="Count the processor's seconds: steadier where others use the machine, too.")
+@click.option("--cpu", is_flag=True, help="Measure CPU time: steadier on a shared machine.")
 @markdown_option
 def main(networks: Sequence[str], epochs: int | None, rounds: int, *, cpu: bool, markdown: bool) -> None:
     """Measure and print the tables."""
@@ -397,9 +397,11 @@ def main(networks: Sequence[str], epochs: int | None, rounds: int, *, cpu: bool,
             _NETWORKS[size].make, epochs or _NETWORKS[size].epochs, time.process_time if cpu else time.perf_counter
         )
         trains, missing = rows(task)
-        found = measure(task, trains, rounds)
-        us = {name: quartiles([each[name] * 1e6 for each in found], 0) for name in trains}
-        cells = [(name, us[name], *(quartiles(ratios(found, name, u)) for u in (_DEFAULT, _FUSED))) for name in trains]
+        measured = measure(task, trains, rounds)
+        us = {name: quartiles([each[name] * 1e6 for each in measured], 0) for name in trains}
+        cells = [
+            (name, us[name], *(quartiles(ratios(measured, name, u)) for u in (_DEFAULT, _FUSED))) for name in trains
+        ]
         parameters = sum(parameter.numel() for parameter in task.model.parameters())
         title = f"An update of the {size} network ({parameters:,} parameters, batch 64) in its training loop"
         headings = ("", "us", "/ bare, default AdamW", "/ bare, fused AdamW")
