@@ -1,0 +1,192 @@
+"""The run directory: where effects go, and that nothing buffered is lost."""
+
+import errno
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from faults import call_without_fsync
+from log_files import at, read, update_at
+from small_run import open_small_run
+
+from noether import (
+    AfterEpoch,
+    AfterUpdate,
+    LogScalars,
+    LogText,
+    MeasurePeakMemory,
+    SaveCheckpoint,
+    SaveTensors,
+    SetSummary,
+    TrainState,
+)
+from noether.effects import open_run
+from noether.effects.disk.calls import Disk
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_effect_reaches_its_destination(tmp_path, capsys):
+    run = open_run(tmp_path / "run")
+    state = TrainState(params={"weight": torch.ones(2)}).advance(samples=4)
+    effects = [
+        LogText("hello"),
+        LogScalars({"loss": 0.5}),
+        SetSummary({"best": 1}),
+        MeasurePeakMemory(key="memory"),
+        SaveTensors(name="outputs/first", tensors={"x": torch.arange(3)}),
+        SaveCheckpoint(pointers=("latest",)),
+    ]
+    run.interpreter(effects, state, AfterUpdate(samples=4))
+    run.close()
+    (line,) = read(tmp_path / "run/metrics.jsonl")  # one line per event, with measured and logged values
+    assert line["metrics"].pop("memory") > 1_000_000
+    assert line["metrics"] == {"loss": 0.5}
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"best": 1}
+    assert (tmp_path / "run/tensors/outputs/first.safetensors").is_file()
+    assert (tmp_path / "run/checkpoints/latest").read_text().split()[0] == "E0_U1_S4"
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed] == ["hello", "loss"]
+    assert " memory " in printed[1]
+
+
+def test_a_resumed_run_that_saves_before_it_logs_counts_the_existing_lines(tmp_path):
+    save, update = SaveCheckpoint(pointers=("latest",)), AfterUpdate(samples=4)
+    with open_run(tmp_path / "run") as run:
+        run.interpreter([LogScalars({"x": 1}), save], at(1), update)
+    with open_run(tmp_path / "run") as run:
+        run.resume()
+        run.interpreter([save], at(2), update)
+        newest = run.checkpoints.find("latest")
+    assert (newest.log_lines, newest.log_lines_lost) == (1, 0)
+
+
+def test_only_rank_0_truncates_the_logs(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        run.interpreter([LogScalars({"x": 1}), SaveCheckpoint()], at(1), AfterUpdate(samples=4))
+        run.interpreter([LogScalars({"x": 2})], at(2), AfterUpdate(samples=4))
+        assert open_run(tmp_path / "run", rank=1).resume().iteration.update == 1
+        assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 2]
+
+
+def log_updates(interpreter, updates):
+    for update in updates:
+        interpreter([LogScalars({"x": update})], at(update), update_at(update / 1000))
+
+
+@pytest.mark.parametrize("how", ["closed", "exited", "collected", "outlived"])
+def test_no_buffered_line_is_lost_however_a_run_is_released(tmp_path, how):
+    run = open_small_run(tmp_path / "run")
+    interpreter = run.interpreter
+    if how == "outlived":  # by its interpreter
+        del run
+        gc.collect()
+    log_updates(interpreter, range(5))
+    assert len(read(tmp_path / "run/metrics.jsonl")) == 1
+    if how == "closed":
+        run.close()
+    elif how == "exited":
+        run.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    else:
+        run = None
+        del interpreter
+        gc.collect()
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [*range(5)]
+
+
+SCRIPT = """
+import os, sys
+from noether import AfterUpdate, LogScalars, TrainState
+from noether.effects import open_run
+run = open_run(sys.argv[1])
+for update in range(5):
+    run.interpreter([LogScalars({"x": 1})], TrainState().advance(samples=1), AfterUpdate(samples=1, time_s=1000.0))
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+raise ValueError
+"""
+
+
+def test_no_buffered_line_is_lost_or_duplicated_when_a_process_ends(tmp_path):
+    """By an uncaught error, or as a fork with a copy of the buffer."""
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.stderr.splitlines()[-1] == "ValueError"
+    assert len(read(tmp_path / "run/metrics.jsonl")) == 5
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_log_error_during_a_save_is_reported_and_counted_in_the_manifest(tmp_path, caplog, asynchronous):
+    full = []
+
+    def call(function, *arguments):
+        if function is os.write and full and b'"time_s"' in bytes(arguments[1]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return call_without_fsync(function, *arguments)
+
+    with open_small_run(tmp_path / "run", Disk(call), asynchronous=asynchronous) as run:
+        log_updates(run.interpreter, range(1, 5))
+        full.append(True)
+        run.interpreter([SaveCheckpoint()], at(4), update_at(0.005))
+        run.wait()
+        full.clear()
+        log_updates(run.interpreter, range(5, 7))
+        run.interpreter([SaveCheckpoint()], at(6), update_at(0.007))
+        run.wait()
+        found = [(each.log_lines, each.log_lines_lost) for each in run.checkpoints.manifests()]
+    assert found == [(1, 3), (3, 3)]
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 5, 6]
+    assert caplog.text.count("metrics.jsonl failed and may have lost log entries") == 1
+
+
+@pytest.mark.parametrize("end", ["close", "save", "collect"])
+def test_no_buffered_entry_is_lost_however_a_run_ends(tmp_path, end):
+    run = open_run(tmp_path / "run")
+    for time_s in (1.0, 1.1):
+        run.interpreter((SetSummary({"at": time_s}),), at(1), AfterEpoch(time_s=time_s))
+    if end == "save":
+        run.interpreter((SaveCheckpoint(),), at(1), AfterEpoch(time_s=1.2))
+    elif end == "close":
+        run.close()
+    else:
+        del run
+        gc.collect()
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"at": 1.1}
+
+
+def test_an_event_without_effects_flushes_the_buffers(tmp_path):
+    run = open_run(tmp_path / "run")
+    for update, time_s in enumerate((10.0, 10.5)):
+        run.interpreter((LogScalars({"x": update}), SetSummary({"x": update})), at(update), update_at(time_s))
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0]
+    run.interpreter((), at(2), update_at(10.9))
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0]
+    run.interpreter((), at(3), update_at(11.1))
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0, 1]
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"x": 1}
+    run.close()
+
+
+def test_buffers_are_written_before_another_process_opens_the_run(tmp_path):
+    """Although the interpreter of the released run still exists."""
+    first = open_run(tmp_path / "run")
+    interpreter = first.interpreter
+    for update in (1, 2, 3):
+        interpreter((LogScalars({"x": update}), SetSummary({"x": update})), at(update), update_at(1 + update / 10))
+    del first
+    gc.collect()
+    with open_run(tmp_path / "run") as second:
+        assert second.resume() is None
+        for update in (1, 2):
+            second.interpreter((LogScalars({"y": update}), SetSummary({"x": -1})), at(update), update_at(9 + update))
+    del interpreter
+    gc.collect()
+    assert [line["metrics"] for line in read(tmp_path / "run/metrics.jsonl")] == [{"y": 1}, {"y": 2}]
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"x": -1}
