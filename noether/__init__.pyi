@@ -44,6 +44,7 @@ from noether.core.state import TrainState as TrainState
 from noether.core.tensors.donation import lease as lease
 from noether.core.tensors.forward import forward as forward
 from noether.effects.run_directory import open_run as open_run
+from noether.session.session import Session as Session
 from noether.training.runs.train import train as train
 
 __version__: str

@@ -1,6 +1,6 @@
 """noether's callbacks in the `Trainer` of Hugging Face transformers.
 
-    callback = NoetherCallback(reducer, directory=open_run("runs/mine"))
+    callback = NoetherCallback(callbacks, directory=open_run("runs/mine"))
     trainer = NoetherTrainer(model, args, train_dataset=dataset, callbacks=[callback])
     trainer.train()
 
@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -56,7 +57,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 
 from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration
-from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.tensors.forward import forward
 from noether.core.tensors.module import write_optimizer, write_weights
@@ -65,32 +65,41 @@ from noether.effects.checkpoints.state_codec import encode_state
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
-from noether.integrations.accelerate import lengths
+from noether.integrations.accelerate import epoch_lengths
 from noether.session.scheduler import SchedulerMemory, position
-from noether.session.session import Session, fill_run
+from noether.session.session import Session
+from noether.session.settings import fill_run
+from noether.session.timing import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
     from transformers import TrainerControl, TrainingArguments
 
-    from noether.core.callback import Callback
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects import RunDirectory
 
 FILE: Final = "noether.safetensors"
 """What a run remembers, in a checkpoint of transformers."""
-_NO_RUN: Final = Run()
+_CLOCK: Final = Clock()
+_RUN: Final = Run()
 
 
 @final
 class NoetherCallback(TrainerCallback):
-    """Tells a reducer what happens in a `NoetherTrainer`.
+    """Runs callbacks beside a `NoetherTrainer`.
 
     Args:
-        reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
-        run: What callbacks evaluate, and whatever else cannot be read off the trainer.
-        settings: `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
+        callbacks: One callback, or several in order.
+        directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
+        interpreter: Runs effects; by default that of the directory.
+        data: What callbacks evaluate, by dataset key.
+        seed: Seeds the random numbers of callbacks.
+        clock: Reads the time.
+        run: Further facts about the run, such as `Run(forward=...)` to evaluate another loss than the model's.
 
     Example:
         >>> import tempfile
@@ -111,50 +120,62 @@ class NoetherCallback(TrainerCallback):
         {'train_runtime': ...}
     """
 
-    def __init__(self, reducer: Callback, *, run: Run = _NO_RUN, **settings: Any) -> None:
+    def __init__(
+        self,
+        callbacks: Callback | Sequence[Callback],
+        *,
+        directory: RunDirectory | None = None,
+        interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
+        data: Mapping[str, Iterable[Any]] | None = None,
+        seed: int = 0,
+        clock: Clock = _CLOCK,
+        run: Run = _RUN,
+    ) -> None:
         self.resume_from: Path | None = None
-        """The checkpoint of transformers that `NoetherMixin.train` was told to go on from."""
-        self._reducer, self._run, self._settings = reducer, run, settings
-        self._live: Session | None = None
+        """The checkpoint of transformers from which `NoetherMixin.train` resumes."""
+        self._run = run
+        self._make_session = partial(
+            Session, callbacks, directory=directory, interpreter=interpreter, data=data, seed=seed, clock=clock
+        )
+        self._session: Session | None = None
         self._model: Any = None
         self._parts: list[Tensor] = []
-        self._readings: dict[str, Any] = {}
-        self._steps = 0
+        self._grad_norm: Tensor | None = None
 
     @property
-    def live(self) -> Session:
-        """The run beside the trainer.
+    def session(self) -> Session:
+        """The session beside the trainer.
 
         Raises:
             RuntimeError: If training has not begun.
         """
-        if self._live is None:
-            raise RuntimeError("there is no run before training: call trainer.train() first")
-        return self._live
+        if self._session is None:
+            raise RuntimeError("the session begins with training: call trainer.train() first")
+        return self._session
 
     def batch_arrived(self) -> None:
-        """Be told that a micro-batch is about to be trained on."""
-        self.live.batch_arrived()
+        """Mark the arrival of a micro-batch."""
+        self.session.batch_arrived()
 
     def micro_batch(self, *, loss: Tensor, samples: int, outputs: Any, of: int) -> None:
-        """Be told of a micro-batch whose gradients are there.
+        """Report a micro-batch whose gradients are computed.
 
         Args:
-            loss: What it gives to the loss of the update.
+            loss: Its share of the update's loss.
             samples: Its samples in this process.
             outputs: What the model returned.
             of: Micro-batches of the update.
         """
-        live, mean = self.live, loss * of
+        session, mean = self.session, loss * of
         self._parts.append(loss)
-        live.micro_batch(
-            samples=samples * live.run.world_size,
-            losses={"total": _over_ranks(mean) if live.listens_to_micro_batches else mean},
+        session.micro_batch(
+            {"total": _over_ranks(mean) if session.listens_to_micro_batches else mean},
             outputs=outputs,
+            samples=samples * session.run.world_size,
             of=of,
         )
-        if len(self._parts) == of and "grad_norm" in live.readings:
-            self._readings["grad_norm"] = get_total_norm(_gradients(self._model))
+        if len(self._parts) == of and "grad_norm" in session.readings:
+            self._grad_norm = get_total_norm(_gradients(self._model))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,21 +187,20 @@ class NoetherCallback(TrainerCallback):
             FileNotFoundError: If the checkpoint that is resumed from does not hold what the run remembers.
         """
         self._model, optimizer = kwargs["model"], kwargs["optimizer"]
-        self._parts, self._readings, self._steps = [], {}, 0
-        self._live = live = Session(
-            compose(SchedulerMemory(kwargs["lr_scheduler"]), self._reducer),
+        self._parts, self._grad_norm = [], None
+        self._session = session = self._make_session(
             run=_completed(self._run, self._model, args, state, kwargs["train_dataloader"]),
             model=self._model,
             optimizer=getattr(optimizer, "optimizer", optimizer),  # in the wrapper of accelerate
-            **self._settings,
+            scheduler=kwargs["lr_scheduler"],
         )
         if self.resume_from is not None:
-            live.load_state_dict(_read(self.resume_from))
-        live.load()
-        _check_place(live.state.iteration, state.global_step)
-        live.begin()
-        if live.stop is not None:
-            live.end()
+            session.load_state_dict(_read(self.resume_from))
+        session.load()
+        _check_position(session.state.iteration, state.global_step)
+        session.begin()
+        if session.stop is not None:
+            session.end()
             raise _StoppedError  # transformers would make another update
         return control
 
@@ -201,35 +221,35 @@ class NoetherCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Tell of an update."""
-        total, steps = sum(self._parts[1:], start=self._parts[0]), self.live.steps
-        self.live.update(losses={"total": _over_ranks(total)}, skipped=steps == self._steps, **self._readings)
-        self._parts, self._readings, self._steps = [], {}, steps
+        """Report an update."""
+        session, total = self.session, sum(self._parts[1:], start=self._parts[0])
+        session.update(mean=_over_ranks(total), skipped=not session.steps, grad_norm=self._grad_norm)
+        self._parts, self._grad_norm = [], None
         return self._stopping(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Tell of the end of an epoch, if it is completed."""
-        self.live.end_epoch(cut_short=control.should_training_stop or control.should_epoch_stop)
+        self.session.end_epoch(cut_short=control.should_training_stop or control.should_epoch_stop)
         return self._stopping(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put what the run remembers into the checkpoint that was just written."""
         if state.is_world_process_zero:
-            _write(_checkpoint(args, state.global_step), self.live.state_dict())
+            _write(_checkpoint(args, state.global_step), self.session.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell of the end of training, if the run is at its end."""
-        if self.live.is_over:
-            self.live.end()
+        if self.session.is_over:
+            self.session.end()
         else:
-            self.live.close()
+            self.session.close()
 
     def _stopping(self, control: TrainerControl) -> TrainerControl:
-        control.should_training_stop = control.should_training_stop or self.live.is_over
+        control.should_training_stop = control.should_training_stop or self.session.is_over
         return control
 
 
@@ -273,7 +293,7 @@ class NoetherMixin:
         callbacks = _watching(trainer)
         for callback in callbacks:
             callback.batch_arrived()
-        samples = [callback.live.run.batch_size(inputs) for callback in callbacks]
+        samples = [callback.session.run.batch_size(inputs) for callback in callbacks]
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]  # of the trainer
         outputs, self._outputs = self._outputs, None
         for callback, size in zip(callbacks, samples, strict=True):
@@ -350,7 +370,7 @@ def _completed(run: Run, model: nn.Module, args: TrainingArguments, state: Train
         "end": TrainingIteration(update=state.max_steps),
         # Where the loader has no length, transformers takes the run for one epoch.
         "updates_per_epoch": state.max_steps,
-        **lengths(loader, args.gradient_accumulation_steps, args.world_size),
+        **epoch_lengths(loader, args.gradient_accumulation_steps, args.world_size),
         "forward": _forward_of(model),
     }
     return fill_run(run.replace(rank=args.process_index, world_size=args.world_size), **known)
@@ -387,7 +407,7 @@ def _over_ranks(loss: Tensor) -> Tensor:
     return mean / dist.get_world_size()
 
 
-def _check_place(at: TrainingIteration, update: int) -> None:
+def _check_position(at: TrainingIteration, update: int) -> None:
     if at.update != update:
         raise ValueError(
             f"the run is at {at}, and the trainer at update {update}: go on from a checkpoint of transformers, or make "

@@ -2,81 +2,102 @@
 
 | ignite | noether | with |
 |---|---|---|
-| `STARTED` | `BeforeTraining` | `resumed` if what was attached was loaded, or its directory holds a checkpoint |
+| `STARTED` | `BeforeTraining` | `resumed` if the session was loaded, or its directory holds a checkpoint |
 | `GET_BATCH_COMPLETED` | | the time before it was spent waiting for data |
-| `ITERATION_COMPLETED` | `AfterAccumulationStep`, if anybody listens | losses and outputs from `engine.state.output`, samples from `engine.state.batch` |
+| `ITERATION_COMPLETED` | `AfterAccumulationStep`, if a callback listens | losses and outputs from `engine.state.output`, samples from `engine.state.batch` |
 | the same, once the optimizer has stepped | `AfterUpdate` | sums and sample-weighted means of the iterations since the last update; learning rates of the step |
-| the same, after `accumulation_steps` without a step | `AfterUpdate(skipped=True)` | as when a gradient scaler leaves a step out |
+| the same, after `accumulation` iterations without a step | `AfterUpdate(skipped=True)` | as when a gradient scaler leaves a step out |
 | `EPOCH_COMPLETED` | `AfterEpoch` | |
-| `COMPLETED` | `AfterTraining`, after an `AfterEpoch` that is owed | `terminate()` leaves `EPOCH_COMPLETED` out |
-| `state.stop` | `engine.terminate()` | right after the event at which it was decided |
-| `Checkpoint({"noether": attached, ...})` | `state_dict`, `load_state_dict` | attach first, so that what a handler saves is up to date |
+| `COMPLETED` | `AfterTraining`, after the `AfterEpoch` of a full epoch | `terminate()` leaves `EPOCH_COMPLETED` out |
+| `state.stop` | `engine.terminate()` | right after the event that stopped the run |
+| `Checkpoint({"noether": session, ...})` | `state_dict`, `load_state_dict` | attach before handlers that save, which then see the latest state |
 
-What is different from noether's own trainer:
+Differences from noether's own trainer:
 
-- The step is the user's. One that accumulates with equal weights, as ignite's own does, weighs the samples of a short
+- The step is the user's. A step that accumulates with equal weights, as ignite's does, weights the samples of a short
   micro-batch more; the losses in events are weighted by samples.
-- `AfterAccumulationStep` of an update's last micro-batch comes after the optimizer's step: the engine tells only then.
-- An epoch is made of whole updates: a step that carries gradients over its end is refused there.
-- `grad_norm`, `forward_s`, `backward_s` and `optimizer_s` are not there: all that happens inside of the step.
-- A resume in the middle of an epoch finds its batch again with `DeterministicEngine`; `Engine` reads the epoch from its
-  first batch, so there a noether checkpoint has to be of an epoch's end. Its own checkpoints are taken as they come.
-- A scheduler of the learning rate resumes from noether's checkpoints if it is given to `attach`; one of torch that is not
-  given is refused there. Schedulers beside the learning rate are the user's to save.
+- `AfterAccumulationStep` of an update's last micro-batch comes after the optimizer's step, when the engine reports it.
+- An epoch consists of whole updates: a step that carries gradients over its end is refused there.
+- `grad_norm` is that of the gradients as the optimizer steps, after clipping. `forward_s`, `backward_s` and
+  `optimizer_s` are missing: all three happen inside of the step.
+- `DeterministicEngine` resumes in the middle of an epoch; `Engine` reads an epoch from its first batch, so there a
+  noether checkpoint has to be from the end of an epoch. Checkpoints of ignite are loaded as ignite does it.
+- A scheduler of the learning rate resumes from noether's checkpoints if `attach` was given it; a resume refuses another
+  one of torch. Schedulers of other settings are the user's to save.
 - One process: losses are not gathered over ranks.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import ignite.distributed as idist
 from ignite.engine import DeterministicEngine, Events
 
 from noether.core.iteration import TrainingIteration
-from noether.core.reducer import compose
+from noether.core.run import Run
 from noether.integrations.losses import losses_of
-from noether.session.lengths import lengths_of
-from noether.session.scheduler import SchedulerMemory
+from noether.session.loader import epoch_lengths
 from noether.session.session import Session
+from noether.session.timing import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    import torch
     from ignite.engine import Engine
     from torch import nn
     from torch.optim import Optimizer
 
-    from noether.core.callback import Callback
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+    from noether.effects import RunDirectory
+
+_CLOCK: Final = Clock()
+_RUN: Final = Run()
 
 
-def attach(
+def attach(  # noqa: PLR0913  # every part of a run, by name
     engine: Engine,
-    reducer: Callback,
+    callbacks: Callback | Sequence[Callback],
     *,
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: Any = None,
-    accumulation_steps: int = 1,
     losses: Callable[[Any], Mapping[str, Any]] = losses_of,
-    **settings: Any,
+    accumulation: int = 1,
+    directory: RunDirectory | None = None,
+    interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
+    data: Mapping[str, Iterable[Any]] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    seed: int = 0,
+    precision: torch.dtype | None = None,
+    clock: Clock = _CLOCK,
+    run: Run = _RUN,
 ) -> Session:
-    """Attach callbacks to an engine that trains, and return their run, to be saved beside the engine.
+    """Attach callbacks to an engine that trains, and return their session, to be saved beside the engine.
 
     Args:
         engine: The engine.
-        reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
-        model: The module that holds all parameters that are trained.
+        callbacks: One callback, or several in order.
+        model: The module that holds all trained parameters.
         optimizer: The optimizer that the engine's step uses.
-        scheduler: What sets the learning rate, of torch or of ignite, if anything does: noether's checkpoints then hold
-            its place. If it is stepped after an iteration, attach what does that before.
-        accumulation_steps: Iterations of one update.
-        losses: Mean losses by name in the engine's output; `total` is added as their sum.
-        settings: `run`, `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
+        scheduler: The scheduler of the learning rate, of torch or of ignite; noether's checkpoints then hold its
+            position. If it is stepped after an iteration, attach its handler before.
+        losses: Returns mean losses by name from the engine's output; `total` is added as their sum.
+        accumulation: Iterations of one update.
+        directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
+        interpreter: Runs effects; by default that of the directory.
+        data: What callbacks evaluate, by dataset key.
+        loss: `(outputs, batch) -> {name: mean over samples}`, for evaluations.
+        seed: Seeds the random numbers of callbacks.
+        precision: Autocast dtype of evaluations.
+        clock: Reads the time.
+        run: Further facts about the run.
 
     Raises:
-        ValueError: If there is neither a directory nor an interpreter.
-        KeyError: If a callback iterates data that the run does not have.
+        SessionError: If the parts cannot work together.
 
     Example:
         >>> import torch
@@ -86,115 +107,121 @@ def attach(
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> engine = Engine(supervised_training_step(model, sgd, torch.nn.functional.mse_loss))
         >>> show = lambda effects, state, event: print(state.iteration, *effects) if effects else None
-        >>> run = attach(engine, OnlineLossCallback(every_n_epochs=1), model=model, optimizer=sgd, interpreter=show)
+        >>> losses = OnlineLossCallback(every_n_epochs=1)
+        >>> session = attach(engine, losses, model=model, optimizer=sgd, interpreter=show)
         >>> batch = torch.zeros(4, 2), torch.zeros(4, 1)
         >>> _ = engine.run([batch, batch], max_epochs=1)
         E1_U2_S8 LogScalars(values=FrozenDict({'loss/online/total/E1': tensor(..., dtype=torch.float64)}))
-        >>> run.state.iteration
+        >>> session.state.iteration
         TrainingIteration(epoch=1, update=2, sample=8)
     """
-    memory = None if scheduler is None else SchedulerMemory(scheduler)
-    reducer = reducer if memory is None else compose(memory, reducer)
-    live = Session(reducer, model=model, optimizer=optimizer, **settings)
-    attached = _Attached(live, accumulation_steps, losses, memory, optimizer)
-    engine.add_event_handler(Events.STARTED, attached.begin)
-    engine.add_event_handler(Events.GET_BATCH_COMPLETED, live.batch_arrived)
-    engine.add_event_handler(Events.ITERATION_COMPLETED, attached.iterate)
-    engine.add_event_handler(Events.EPOCH_COMPLETED, attached.end_epoch)
-    engine.add_event_handler(Events.COMPLETED, live.end)
-    return live
+    session = Session(
+        callbacks,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        directory=directory,
+        interpreter=interpreter,
+        data=data,
+        loss=loss,
+        seed=seed,
+        precision=precision,
+        clock=clock,
+        run=run,
+    )
+    has_hidden_scheduler = scheduler is None and any("initial_lr" in group for group in optimizer.param_groups)
+    handlers = _Handlers(session, accumulation, losses, has_hidden_scheduler=has_hidden_scheduler)
+    engine.add_event_handler(Events.STARTED, handlers.begin)
+    engine.add_event_handler(Events.GET_BATCH_COMPLETED, session.batch_arrived)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, handlers.iterate)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, handlers.end_epoch)
+    engine.add_event_handler(Events.COMPLETED, session.end)
+    return session
 
 
-class _Attached:
+class _Handlers:
     """The handlers of one engine."""
 
     def __init__(
         self,
-        live: Session,
-        accumulation_steps: int,
+        session: Session,
+        accumulation: int,
         losses: Callable[[Any], Mapping[str, Any]],
-        scheduler: SchedulerMemory | None,
-        optimizer: Optimizer,
+        *,
+        has_hidden_scheduler: bool,
     ) -> None:
-        self._live, self._steps, self._losses = live, accumulation_steps, losses
-        self._scheduler, self._optimizer = scheduler, optimizer
-        self._seen = 0  # steps of the optimizer at the last update
+        self._session, self._accumulation, self._losses = session, accumulation, losses
+        self._has_hidden_scheduler = has_hidden_scheduler
 
     def begin(self, engine: Engine) -> None:
         if idist.get_world_size() != 1:
             raise ValueError(
                 f"this training has {idist.get_world_size()} processes, and losses are not gathered over them: use one"
             )
-        state, live = engine.state, self._live
-        loaded = live.load()
-        if loaded:
-            self._restore_scheduler()
-        self._take_to(engine, loaded=loaded)
-        lengths: dict[str, Any] = lengths_of(state.dataloader, state.epoch_length, self._steps, live.run.batch_size)
-        live.begin(end=self._end(engine), **lengths)
-        self._seen = live.steps
+        state, session = engine.state, self._session
+        loaded = session.load()
+        if loaded and self._has_hidden_scheduler:
+            raise ValueError(
+                f"the run resumes at {session.state.iteration}, and its checkpoint does not hold the position of the "
+                "scheduler of the learning rate: pass attach(scheduler=...) from the start, or load a checkpoint of "
+                "ignite"
+            )
+        self._move(engine, loaded=loaded)
+        batches, batch_size = state.epoch_length, session.run.batch_size
+        lengths: dict[str, Any] = epoch_lengths(state.dataloader, batches, self._accumulation, batch_size)
+        session.begin(end=self._end(engine), **lengths)
         self._stop(engine)
 
     def iterate(self, engine: Engine) -> None:
-        live, outputs = self._live, engine.state.output
-        samples = live.run.batch_size(engine.state.batch)
-        live.micro_batch(samples=samples, losses=self._losses(outputs), outputs=outputs, of=self._steps)
-        stepped = live.steps > self._seen
-        if stepped or live.pending == self._steps:
-            self._seen = live.steps
-            live.update(skipped=not stepped)
+        session, outputs = self._session, engine.state.output
+        samples = session.run.batch_size(engine.state.batch)
+        session.micro_batch(self._losses(outputs), outputs=outputs, samples=samples, of=self._accumulation)
+        if session.steps or session.pending == self._accumulation:
+            session.update(skipped=not session.steps)
         self._stop(engine)
 
     def end_epoch(self, engine: Engine) -> None:
-        self._live.end_epoch()
+        self._session.end_epoch()
         self._stop(engine)
 
     def _stop(self, engine: Engine) -> None:
-        if self._live.stop is not None:
+        if self._session.stop is not None:
             engine.terminate()
 
     def _end(self, engine: Engine) -> TrainingIteration | None:
-        """Return where the engine ends, counted in updates if it counts iterations; None if nobody knows."""
+        """Return the end of the engine, counted in updates if it counts iterations; None if unknown."""
         state = engine.state
         if state.max_epochs is not None and state.max_iters is None:
             return TrainingIteration(epoch=state.max_epochs)
-        if state.max_iters is None or (state.epoch_length is None and self._steps > 1):
+        if state.max_iters is None or (state.epoch_length is None and self._accumulation > 1):
             return None
         epochs, rest = divmod(state.max_iters, state.epoch_length or state.max_iters + 1)
-        return TrainingIteration(update=epochs * -(-(state.epoch_length or 0) // self._steps) + rest // self._steps)
+        full, rest_updates = epochs * -(-(state.epoch_length or 0) // self._accumulation), rest // self._accumulation
+        return TrainingIteration(update=full + rest_updates)
 
-    def _restore_scheduler(self) -> None:
-        if self._scheduler is not None:
-            self._scheduler.restore(self._live.state)
-        elif any("initial_lr" in group for group in self._optimizer.param_groups):
-            raise ValueError(
-                f"the run goes on at {self._live.state.iteration}, and where the scheduler of its learning rate was "
-                "its checkpoint does not say: give attach(scheduler=...) from the start, or load one of ignite's"
-            )
-
-    def _take_to(self, engine: Engine, *, loaded: bool) -> None:
-        """Have the engine go on where the state is; what it was given itself has to be there already."""
-        at, found, length = self._live.state.iteration, engine.state.iteration, engine.state.epoch_length
-        if found == 0 and at.update == 0:
+    def _move(self, engine: Engine, *, loaded: bool) -> None:
+        """Move a new engine to the iteration of the state; an engine that ignite resumed has to be there already."""
+        at, iteration, length = self._session.state.iteration, engine.state.iteration, engine.state.epoch_length
+        if iteration == 0 and at.update == 0:
             return
         if length is None:
-            raise ValueError(f"the run goes on at {at}, and where that is in an epoch nobody knows: give epoch_length")
-        epoch, updates = divmod(at.update, -(-length // self._steps))  # one whose end is owed is told by `begin`
-        inside = updates * self._steps
-        expected = epoch * length + inside
-        if found != expected and (found or not loaded):
             raise ValueError(
-                f"the engine begins at iteration {found}, and the callbacks remember {at}, which is iteration "
+                f"the run resumes at {at}, whose position in an epoch is unknown: pass run(epoch_length=...)"
+            )
+        # The end of an epoch whose updates are all counted is dispatched by `Session.begin`.
+        epoch, updates = divmod(at.update, -(-length // self._accumulation))
+        into_epoch = updates * self._accumulation
+        expected = epoch * length + into_epoch
+        if iteration != expected and (iteration or not loaded):
+            raise ValueError(
+                f"the engine begins at iteration {iteration}, and the callbacks remember {at}, which is iteration "
                 f"{expected}: load engine and callbacks from one checkpoint, with a larger max_epochs if the run was "
                 "completed, or attach to a new engine for a new run"
             )
-        if found == 0 and inside and self._live.stop is None and not _finds_its_place(engine):
+        skips = isinstance(engine, DeterministicEngine) or engine.state.dataloader is None
+        if iteration == 0 and into_epoch and self._session.stop is None and not skips:
             raise ValueError(
-                f"the run goes on at {at}, {inside} iterations into an epoch that Engine would read from its first "
+                f"the run resumes at {at}, {into_epoch} iterations into an epoch that Engine reads from its first "
                 "batch: use DeterministicEngine, or save at the end of epochs"
             )
         engine.state.iteration, engine.state.epoch = expected, epoch
-
-
-def _finds_its_place(engine: Engine) -> bool:
-    return isinstance(engine, DeterministicEngine) or engine.state.dataloader is None

@@ -1,4 +1,4 @@
-"""noether's callbacks in the `Trainer` of PyTorch Lightning: `Trainer(callbacks=[NoetherCallback(reducer)])`.
+"""noether's callbacks in the `Trainer` of PyTorch Lightning: `Trainer(callbacks=[NoetherCallback(callbacks)])`.
 
 | Lightning | noether | with |
 |---|---|---|
@@ -30,26 +30,34 @@ What is different from noether's own trainer:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, final
 
 from lightning.pytorch import Callback as LightningCallback
 from torch.nn.utils import get_total_norm
 
 from noether.core.iteration import TrainingIteration
-from noether.core.reducer import compose
+from noether.core.run import Run
 from noether.integrations.losses import losses_of
-from noether.session.lengths import lengths_of
-from noether.session.scheduler import SchedulerMemory
+from noether.session.loader import epoch_lengths
 from noether.session.session import Session
+from noether.session.timing import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    import torch
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from noether.core.callback import Callback
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
+    from noether.core.state import TrainState
+    from noether.effects import RunDirectory
+
+_CLOCK: Final = Clock()
+_RUN: Final = Run()
 
 
 @final
@@ -57,9 +65,16 @@ class NoetherCallback(LightningCallback):
     """noether's callbacks as one of Lightning's.
 
     Args:
-        reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
-        losses: Mean losses by name in what `training_step` returned; `total` is added as their sum.
-        settings: `run`, `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
+        callbacks: One callback, or several in order.
+        losses: Returns mean losses by name from what `training_step` returned; `total` is added as their sum.
+        directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
+        interpreter: Runs effects; by default that of the directory.
+        data: What callbacks evaluate, by dataset key.
+        loss: `(outputs, batch) -> {name: mean over samples}`, for evaluations.
+        seed: Seeds the random numbers of callbacks.
+        precision: Autocast dtype of evaluations.
+        clock: Reads the time.
+        run: Further facts about the run.
 
     Example:
         >>> import torch
@@ -70,37 +85,57 @@ class NoetherCallback(LightningCallback):
         >>> off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         >>> trainer = Trainer(accelerator="cpu", max_epochs=9, callbacks=[stop], enable_model_summary=False, **off)
         >>> trainer.fit(BoringModel(), torch.zeros(4, 2, 32), torch.zeros(1, 2, 32))
-        >>> stop.live.state.iteration, stop.live.stop
+        >>> stop.session.state.iteration, stop.session.stop
         (TrainingIteration(epoch=0, update=3, sample=6), 'stop_at_update: 3 is reached')
     """
 
-    def __init__(
-        self, reducer: Callback, *, losses: Callable[[Any], Mapping[str, Any]] = losses_of, **settings: Any
+    def __init__(  # noqa: PLR0913  # every part of a run, by name
+        self,
+        callbacks: Callback | Sequence[Callback],
+        *,
+        losses: Callable[[Any], Mapping[str, Any]] = losses_of,
+        directory: RunDirectory | None = None,
+        interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
+        data: Mapping[str, Iterable[Any]] | None = None,
+        loss: Callable[[Any, Any], Any] | None = None,
+        seed: int = 0,
+        precision: torch.dtype | None = None,
+        clock: Clock = _CLOCK,
+        run: Run = _RUN,
     ) -> None:
         super().__init__()
-        self._reducer, self._losses, self._settings = reducer, losses, settings
-        self.live: Session | None = None
+        self._losses = losses
+        self._make_session = partial(
+            Session,
+            callbacks,
+            directory=directory,
+            interpreter=interpreter,
+            data=data,
+            loss=loss,
+            seed=seed,
+            precision=precision,
+            clock=clock,
+            run=run,
+        )
+        self.session: Session | None = None
         self._saved: dict[str, Any] | None = None
-        self._seen = 0  # steps of the optimizer at the last update
         self._grad_norm: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, or go on from what is remembered, loaded, or in the directory."""
         _check(trainer)
         saved = self.state_dict()  # of a fit before this one: its optimizer is gone
-        schedulers = [SchedulerMemory(each.scheduler) for each in trainer.lr_scheduler_configs[:1]]
-        reducer = compose(*schedulers, self._reducer)
-        self.live = live = Session(reducer, model=pl_module, optimizer=trainer.optimizers[0], **self._settings)
+        scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
+        session = self._make_session(model=pl_module, optimizer=trainer.optimizers[0], scheduler=scheduler)
+        self.session = session
         if saved:
-            live.load_state_dict(saved)
-        loaded = live.load()
+            session.load_state_dict(saved)
+        loaded = session.load()
         if loaded:
-            _check_resumable(trainer, live.state.iteration)
-            for scheduler in schedulers:
-                scheduler.restore(live.state)
-        _take_to(trainer, live.state.iteration, loaded=loaded)
-        live.begin(**_known(trainer, live))
-        self._saved, self._seen = None, 0
+            _check_resumable(trainer, session.state.iteration)
+        _move(trainer, session.state.iteration, loaded=loaded)
+        session.begin(**_known(trainer, session))
+        self._saved = None
         self._stop(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -117,20 +152,19 @@ class NoetherCallback(LightningCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell of the micro-batch, and of the update that it completed."""
-        live, steps = self._running, trainer.accumulate_grad_batches
+        session, steps = self._running, trainer.accumulate_grad_batches
         automatic = pl_module.automatic_optimization
         outputs = _undivided(outputs, steps if automatic else 1) or None
-        left_out = automatic and outputs is None
-        losses = {} if left_out else self._losses(outputs)
-        live.micro_batch(samples=live.run.batch_size(batch), losses=losses, outputs=outputs, of=steps)
-        made, self._seen = live.steps - self._seen, live.steps
+        losses = {} if automatic and outputs is None else self._losses(outputs)
+        session.micro_batch(losses, outputs=outputs, samples=session.run.batch_size(batch), of=steps)
+        made = session.steps
         if made > 1:
             raise ValueError(
                 f"the optimizer made {made} steps in one training_step, and an update is one step: step once per batch"
             )
         last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
-        if made or (automatic and (last or live.pending == steps)):
-            live.update(skipped=not made, grad_norm=self._grad_norm)
+        if made or (automatic and (last or session.pending == steps)):
+            session.update(skipped=not made, grad_norm=self._grad_norm)
             self._grad_norm = None
         self._stop(trainer)
 
@@ -145,14 +179,14 @@ class NoetherCallback(LightningCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let the optimizer go."""
-        if self.live is not None:
-            self.live.close()
+        if self.session is not None:
+            self.session.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the callbacks remember; nothing before they do."""
         if self._saved is not None:
             return self._saved
-        return {} if self.live is None else self.live.state_dict()
+        return {} if self.session is None else self.session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what the callbacks remembered until training begins."""
@@ -160,9 +194,9 @@ class NoetherCallback(LightningCallback):
 
     @property
     def _running(self) -> Session:
-        if self.live is None:
-            raise ValueError("training was not begun: Lightning calls on_train_start before any other hook")
-        return self.live
+        if self.session is None:
+            raise ValueError("training has not begun: Lightning calls on_train_start before any other hook")
+        return self.session
 
     def _stop(self, trainer: Trainer) -> None:
         if self._running.stop is not None:
@@ -181,12 +215,12 @@ def _check(trainer: Trainer) -> None:
         )
 
 
-def _known(trainer: Trainer, live: Session) -> dict[str, Any]:
-    """Return what Lightning tells of the run."""
+def _known(trainer: Trainer, session: Session) -> dict[str, Any]:
+    """Return what Lightning knows about the run."""
     automatic = trainer.lightning_module.automatic_optimization
     batches = int(trainer.num_training_batches) if trainer.num_training_batches != float("inf") else None
     steps = trainer.accumulate_grad_batches
-    lengths = lengths_of(trainer.train_dataloader, batches, steps, live.run.batch_size) if automatic else {}
+    lengths = epoch_lengths(trainer.train_dataloader, batches, steps, session.run.batch_size) if automatic else {}
     return {**lengths, "end": _end(trainer, lengths.get("updates_per_epoch"))}
 
 
@@ -230,8 +264,8 @@ def _updates_per_epoch(trainer: Trainer) -> int:
     return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
 
 
-def _take_to(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> None:
-    """Have Lightning go on where the state is; what it was given itself has to be there already."""
+def _move(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> None:
+    """Move a new trainer to the iteration of the state; one that Lightning resumed has to be there already."""
     if trainer.global_step == at.update:
         return
     if not loaded or trainer.global_step:

@@ -1,4 +1,4 @@
-"""Data that callbacks iterate beside a loop that is not ours, which must not notice."""
+"""Data that callbacks iterate beside training, without a trace in the random numbers of the loop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from noether.core.tensors.tree import map_tensors
+from noether.session.loader import epoch_iterator, generators_of
+from noether.session.randomness import derive, preserve_generators
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -24,55 +26,59 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def beside_training(data: Iterable[Any], model: nn.Module) -> Iterable[Any]:
+def evaluation_data(data: Iterable[Any], model: nn.Module, seed: int, key: str) -> Iterable[Any]:
     """Return `data` for callbacks that iterate it beside training; a list of batches stays one, on the model's device.
 
+    Args:
+        data: Anything that yields batches.
+        model: Its device is that of the batches.
+        seed: The run's seed.
+        key: The dataset key.
+
     Example:
-        >>> beside_training([torch.ones(2)], torch.nn.Linear(2, 1))
+        >>> evaluation_data([torch.ones(2)], torch.nn.Linear(2, 1), seed=0, key="val")
         [tensor([1., 1.])]
     """
     if isinstance(data, (list, tuple)):
         device = device_of(model)
-        return [_on(device, batch) for batch in data]
-    return BesideTraining(data, model)
+        return [_move(device, batch) for batch in data]
+    return EvaluationData(data, model, derive(seed, f"evaluation of {key}"))
 
 
-def _on(device: torch.device, batch: Any) -> Any:
+def _move(device: torch.device, batch: Any) -> Any:
     return batch if device.type == "cpu" else map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 @final
-class BesideTraining:
-    """Batches on the device of a model; reading them leaves torch's generator on the CPU as it was.
+class EvaluationData:
+    """Batches on the device of a model; every pass draws the same random numbers and restores the global generators.
 
-    A loader draws from that generator, be it shuffled or not. In noether's own trainer that does not matter, for there
-    every update is seeded anew; here the loop around would shuffle and drop out otherwise than without callbacks.
+    A loader draws from the global generators, shuffled or not. Without this, callbacks would change the dropout and
+    the data order of the loop around them, and a resumed run would evaluate other batches than the uncut one.
 
     Args:
         data: Anything that yields batches.
         model: The model.
+        seed: Seeds torch, numpy, `random` and the loader's own generators at the start of every pass.
 
     Example:
         >>> from torch.utils.data import DataLoader
-        >>> data = BesideTraining(DataLoader(torch.arange(3.0), batch_size=2), torch.nn.Linear(2, 1))
+        >>> data = EvaluationData(DataLoader(torch.arange(3.0), batch_size=2), torch.nn.Linear(2, 1), seed=0)
         >>> before = torch.get_rng_state()
         >>> list(data), torch.equal(torch.get_rng_state(), before)
         ([tensor([0., 1.]), tensor([2.])], True)
     """
 
-    def __init__(self, data: Iterable[Any], model: nn.Module) -> None:
-        self._data, self._model = data, model
+    def __init__(self, data: Iterable[Any], model: nn.Module, seed: int) -> None:
+        self._data, self._model, self._seed = data, model, seed
 
     @property
     def dataset(self) -> Any:
-        """What the length in samples is that of."""
+        """The dataset of the loader, whose length is a number of samples."""
         return getattr(self._data, "dataset", self._data)
 
     def __iter__(self) -> Iterator[Any]:
-        generator = torch.get_rng_state()
         device = device_of(self._model)
-        try:
-            for batch in self._data:
-                yield _on(device, batch)
-        finally:
-            torch.set_rng_state(generator)
+        with preserve_generators(*generators_of(self._data)):
+            for batch in epoch_iterator(self._data, self._seed, epoch=0):
+                yield _move(device, batch)

@@ -1,61 +1,63 @@
-"""A live optimizer: what it remembers, when it steps, and with which learning rate.
+"""A live optimizer: its memory, its steps, their learning rates, and the gradients that they see.
 
-A framework's schedulers write the learning rate that they think right into the optimizer, over whatever is there. So
-`lr_scale` is multiplied in for the time of one step only, and taken out again: no scheduler ever sees it, and the
-learning rate of every update is what the scheduler says times the scale, as in noether's own trainer.
+Schedulers write learning rates into the optimizer, over any scale that is there. So `lr_scale` is multiplied in for
+one step only and removed after it: a scheduler never sees it, and the learning rate of every update is the scheduler's
+times the scale, as in noether's own trainer.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
+from torch.nn.utils import get_total_norm
+
 from noether.core.tensors.module import BorrowedOptState, write_optimizer
 from noether.core.tensors.tree import FrozenDict
+from noether.session.errors import SessionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 _HOOKS: Final = "_noether_hooks"
 
 
 class LiveOptimizer(Protocol):
-    """What a run asks of an optimizer that is not its own.
+    """An optimizer that a `Session` can stand on.
 
     Args:
-        opt_state: Its memory, as it is whenever it is read.
-        lr_scale: What the learning rate of every later step is multiplied by.
-        steps: How many steps it has made since it was wrapped.
+        lr_scale: Multiplies the learning rate of every later step.
+        measures: Costly readings that it can take from the gradients of a step.
     """
 
     lr_scale: float
+    measures: frozenset[str]
 
     @property
     def opt_state(self) -> Mapping[str, Any]:
-        """Its memory, as it is whenever it is read."""
+        """Its memory, current whenever it is read."""
 
     @property
     def steps(self) -> int:
-        """How many steps it has made since it was wrapped."""
+        """The number of steps since it was wrapped."""
 
     @property
-    def lr(self) -> Mapping[str, float]:
-        """Learning rate of the last step by parameter group, the scale included."""
-
-    @property
-    def weight_decay(self) -> Mapping[str, float]:
-        """Weight decay of the last step by parameter group."""
+    def readings(self) -> Mapping[str, Any]:
+        """Fields of `AfterUpdate` for the last step: `lr`, `weight_decay`, and those that `watch` was asked for."""
 
     def load(self, opt_state: Mapping[str, Any]) -> None:
-        """Write a saved memory into it."""
+        """Write a saved memory into the optimizer."""
 
-    def watch(self) -> None:
-        """Begin to count and scale its steps, once however often it is called."""
+    def watch(self, readings: Collection[str] = ()) -> None:
+        """Start to count and scale steps, and to take `readings`; calling it again is a no-op."""
+
+    def gradients_are_finite(self) -> bool | None:
+        """Return whether the gradients that are there are finite; None if there are none, or nothing tells."""
 
     def release(self) -> None:
-        """Let go of it: what it does from now on is not watched."""
+        """Stop watching the optimizer."""
 
 
 @final
@@ -67,78 +69,92 @@ class TorchOptimizer:
         optimizer: The optimizer.
 
     Raises:
-        ValueError: If it holds a parameter that is not one of `model`.
+        SessionError: If the optimizer holds a parameter that the model does not have.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.5)
         >>> live = TorchOptimizer(model, sgd)
-        >>> live.watch(); live.lr_scale = 0.5
+        >>> live.watch({"finite"}); live.lr_scale = 0.5
         >>> model(torch.ones(1, 2)).sum().backward(); sgd.step()
-        >>> live.steps, dict(live.lr), sgd.param_groups[0]["lr"]
-        (1, {'default': 0.25}, 0.5)
+        >>> live.steps, dict(live.readings["lr"]), sgd.param_groups[0]["lr"], live.readings["finite"]
+        (1, {'default': 0.25}, 0.5, tensor(True))
     """
+
+    measures: frozenset[str] = frozenset({"finite", "grad_norm"})
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         known = set(model.parameters())
         if strange := sum(p not in known for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                f"{strange} parameters of the optimizer are not parameters of the model that the run watches: "
-                "give it the module that holds them all"
+            raise SessionError(
+                f"{strange} parameters of the optimizer are not parameters of the model: pass model= the module that "
+                "holds them all, and make the optimizer once that module is complete"
             )
         self._model, self._optimizer = model, optimizer
         self.lr_scale = 1.0
         self.opt_state: Mapping[str, Any] = BorrowedOptState(model, optimizer)
         self.steps = 0
-        self._readings: Mapping[str, Mapping[str, float]] | None = None
+        self._measures: list[tuple[str, Callable[[list[Tensor]], Tensor]]] = []
+        self._readings: dict[str, Any] | None = None
         self._unscaled: list[Any] | None = None
 
     @property
-    def lr(self) -> Mapping[str, float]:
-        """Learning rate of the last step by parameter group; of the next one before the first."""
-        return (self._readings or self._read())["lr"]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        return self._optimizer.param_groups
 
     @property
-    def weight_decay(self) -> Mapping[str, float]:
-        """Weight decay of the last step by parameter group; empty for an optimizer that has none."""
-        return (self._readings or self._read())["weight_decay"]
+    def readings(self) -> Mapping[str, Any]:
+        """Readings of the last step; before the first, learning rate and weight decay of the next one."""
+        return self._read_rates() if self._readings is None else self._readings
 
     def load(self, opt_state: Mapping[str, Any]) -> None:
-        """Write a saved memory into it, its learning rates without the scale."""
+        """Write a saved memory into the optimizer, its learning rates without the scale."""
         write_optimizer(opt_state, self._model, self._optimizer, lr_scale=1.0)
 
-    def watch(self) -> None:
-        """Register hooks on its steps, in place of those of a run before."""
+    def watch(self, readings: Collection[str] = ()) -> None:
+        """Register hooks on the optimizer's steps, in place of those of an earlier run."""
         self.release()
+        self._measures = [(name, measure) for name, measure in _MEASURES.items() if name in readings]
         optimizer = self._optimizer
         hooks = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
-        setattr(optimizer, _HOOKS, hooks)  # where another run finds them, if an exception ends this one
+        setattr(optimizer, _HOOKS, hooks)  # where a later run finds them if an exception ends this one
+
+    def gradients_are_finite(self) -> bool | None:
+        """Return whether the gradients that are there are finite; None if there are none."""
+        gradients = self._gradients()
+        return bool(_all_finite(gradients)) if gradients else None
 
     def release(self) -> None:
         """Remove the hooks."""
         for hook in getattr(self._optimizer, _HOOKS, ()):
             hook.remove()
 
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self._restore()  # where the step before this one raised
-        self._readings = self._read()
+    def _before(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        self._restore_lr()  # if the step before this one raised
+        self._readings = self._read_rates()
+        closure = arguments[1] if len(arguments) > 1 else keywords.get("closure")
+        if self._measures and closure is None:
+            self._measure()
         self._unscaled = [group["lr"] for group in optimizer.param_groups]
         if self.lr_scale != 1.0:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * self.lr_scale
 
     def _after(self, *_: Any) -> None:
-        self._restore()
+        self._restore_lr()
         self.steps += 1
+        if self._measures and self._measures[0][0] not in (self._readings or {}):
+            self._measure()  # a closure computed the gradients
 
-    def _restore(self) -> None:
+    def _restore_lr(self) -> None:
         if self._unscaled is not None:
             for group, lr in zip(self._optimizer.param_groups, self._unscaled, strict=True):
                 group["lr"] = lr
         self._unscaled = None
 
-    def _read(self) -> Mapping[str, Mapping[str, float]]:
+    def _read_rates(self) -> dict[str, Any]:
         groups = self._optimizer.param_groups
         names = ["default"] if len(groups) == 1 else [str(g.get("name", index)) for index, g in enumerate(groups)]
         named = list(zip(names, groups, strict=True))
@@ -146,3 +162,23 @@ class TorchOptimizer:
             "lr": FrozenDict({name: float(group["lr"] * self.lr_scale) for name, group in named}),
             "weight_decay": FrozenDict({n: float(g["weight_decay"]) for n, g in named if "weight_decay" in g}),
         }
+
+    def _measure(self) -> None:
+        assert self._readings is not None  # noqa: S101  # read as the step begins
+        gradients = self._gradients()
+        self._readings.update((name, measure(gradients)) for name, measure in self._measures)
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients]
+
+
+def _all_finite(gradients: list[Tensor]) -> Tensor:
+    # The largest absolute value is finite only if all are; unlike the 2-norm it does not overflow.
+    return get_total_norm(gradients, float("inf")).isfinite()
+
+
+_MEASURES: Final[Mapping[str, Callable[[list[Tensor]], Tensor]]] = {
+    "finite": _all_finite,
+    "grad_norm": get_total_norm,
+}

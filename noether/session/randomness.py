@@ -1,13 +1,21 @@
-"""Random numbers as a function of what they are for, so that nothing has to be saved or restored."""
+"""Random numbers as a function of their purpose, so that a checkpoint need not hold the state of a generator."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 import struct
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+GENERATORS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+"""Types of generators that an object may hold, beside the global ones."""
 
 
 def derive(seed: int, purpose: str, *counts: int) -> int:
@@ -15,8 +23,8 @@ def derive(seed: int, purpose: str, *counts: int) -> int:
 
     Args:
         seed: The run's seed.
-        purpose: What the numbers are for; different purposes have unrelated seeds.
-        counts: Which of them, such as epoch and index.
+        purpose: Names the use of the numbers; different purposes have unrelated seeds.
+        counts: Index of the use, such as epoch and sample.
 
     Example:
         >>> derive(0, "order", 1) == derive(0, "order", 1), derive(0, "order", 1) == derive(0, "order", 2)
@@ -39,5 +47,59 @@ def seed_torch(seed: int) -> None:
 def seed_all(seed: int) -> None:
     """Seed the generators that an augmentation may use: torch's, numpy's and Python's."""
     seed_torch(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # whoever calls numpy's global functions draws from this one
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # numpy's global functions draw from this generator
     random.seed(seed)
+
+
+def seed_generator(generator: Any, seed: int) -> None:
+    """Seed a generator object, one of `GENERATORS`."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed & 0xFFFFFFFF)
+
+
+@contextmanager
+def preserve_generators(*generators: Any) -> Iterator[None]:
+    """Restore the global generators of torch, numpy and Python, and `generators`, at the end of the block.
+
+    Example:
+        >>> seed_all(0)
+        >>> with preserve_generators():
+        ...     first = torch.rand(1)
+        >>> torch.equal(torch.rand(1), first)
+        True
+    """
+    cpu, numbers, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  # as above
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    states = [_state_of(generator) for generator in generators]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        np.random.set_state(numbers)  # noqa: NPY002  # as above
+        random.setstate(python)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+        for generator, state in zip(generators, states, strict=True):
+            _restore(generator, state)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _restore(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)

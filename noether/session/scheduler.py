@@ -9,8 +9,6 @@ from noether.core.event import AfterUpdate, Event
 from noether.core.tensors.tree import FrozenDict, freeze, pack, unpack
 
 if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LRScheduler
-
     from noether.core.callback import Effects
     from noether.core.state import Memory, TrainState
 
@@ -23,10 +21,10 @@ class SchedulerMemory:
     """A member of a reducer that keeps the position of a live scheduler in the state, so that a checkpoint holds it.
 
     Args:
-        scheduler: It has been stepped by the time an update is told.
+        scheduler: The scheduler, of torch or with a `state_dict` as torch's. Step it before an update is reported.
 
     Raises:
-        TypeError: If its `state_dict` holds what no checkpoint can hold.
+        TypeError: If its `state_dict` contains something that no checkpoint can hold.
 
     Example:
         >>> import torch
@@ -40,15 +38,15 @@ class SchedulerMemory:
 
     produces: tuple[str, ...] = ()
 
-    def __init__(self, scheduler: LRScheduler) -> None:
+    def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return the state that remembers where the scheduler is."""
+        """Return the state that remembers the scheduler's position."""
         return (state.remember(MEMORY, self._position()), ()) if isinstance(event, AfterUpdate) else (state, ())
 
-    def init(self, state: TrainState) -> Mapping[str, Memory]:  # as every callback's
-        """Return where the scheduler begins."""
+    def init(self, state: TrainState) -> Mapping[str, Memory]:  # as for every callback
+        """Return the position at which the scheduler starts."""
         return {MEMORY: self._position()}
 
     def _listens(self, event_type: type[Event]) -> bool:
@@ -59,47 +57,53 @@ class SchedulerMemory:
         if MEMORY in state.callback_states:
             self._scheduler.load_state_dict(self.state_dict(state))
 
+    def is_current(self, state: TrainState) -> bool:
+        """Return whether the scheduler was not stepped since `state` remembered its position."""
+        steps = getattr(self._scheduler, "last_epoch", None)
+        memory = state.callback_states.get(MEMORY, {})
+        return steps is None or memory.get("last_epoch", steps) == steps
+
     def state_dict(self, state: TrainState) -> dict[str, Any]:
         """Return the `state_dict` that the scheduler has at the position that a state remembers."""
-        merged: dict[str, Any] = _merged(self._scheduler.state_dict(), position(state))
+        merged: dict[str, Any] = _merge(self._scheduler.state_dict(), position(state))
         return merged
 
     def _position(self) -> FrozenDict:
-        packed: FrozenDict = freeze(pack("the scheduler", _with_text(self._scheduler.state_dict())))
+        packed: FrozenDict = freeze(pack("the scheduler", _encode_keys(self._scheduler.state_dict())))
         return packed
 
 
 def position(state: TrainState) -> dict[str, Any]:
     """Return the `state_dict` of the scheduler that a state remembers, in plain dicts and lists."""
-    saved: dict[str, Any] = _without_text(unpack(state.memory(MEMORY)))
+    saved: dict[str, Any] = _decode_keys(unpack(state.memory(MEMORY)))
     return saved
 
 
-def _merged(live: Any, saved: Any) -> Any:
-    """Return `saved`, with what is equal in `live` as it is there: torch counts milestones in a class of its own."""
+def _merge(live: Any, saved: Any) -> Any:
+    """Return `saved`, but the objects of `live` where they are equal: torch counts milestones in a class of its own."""
     if type(live) is dict and type(saved) is dict:
-        return live | {key: _merged(live[key], value) if key in live else value for key, value in saved.items()}
+        return live | {key: _merge(live[key], value) if key in live else value for key, value in saved.items()}
     if type(live) is list and type(saved) is list and len(live) == len(saved):
-        return [_merged(*pair) for pair in zip(live, saved, strict=True)]
+        return [_merge(*pair) for pair in zip(live, saved, strict=True)]
     return live if isinstance(live, Mapping) and live == saved else saved
 
 
-def _with_text(value: Any) -> Any:
-    """Return `value` with text for the keys of every mapping: pairs, where they are something else."""
+def _encode_keys(value: Any) -> Any:
+    """Return `value` with text as the keys of every mapping: a mapping with other keys becomes a tuple of pairs."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_with_text(item) for item in value)
+        return type(value)(_encode_keys(item) for item in value)
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
-            return {key: _with_text(item) for key, item in value.items()}
-        return {_ITEMS: tuple((key, _with_text(item)) for key, item in value.items())}
+            return {key: _encode_keys(item) for key, item in value.items()}
+        return {_ITEMS: tuple((key, _encode_keys(item)) for key, item in value.items())}
     return value
 
 
-def _without_text(value: Any) -> Any:
+def _decode_keys(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_text(item) for item in value)
+        return type(value)(_decode_keys(item) for item in value)
     if isinstance(value, dict):
         if _ITEMS in value:
-            return {key: _without_text(item) for key, item in value[_ITEMS]}
-        return {key: _without_text(item) for key, item in value.items()}
+            return {key: _decode_keys(item) for key, item in value[_ITEMS]}
+        return {key: _decode_keys(item) for key, item in value.items()}
     return value

@@ -1,138 +1,161 @@
-"""A run in a loop that is not ours: what happens there is told to the callbacks, and kept as one state.
-
-An adapter hears of micro-batches, updates and epochs from its framework and calls the method of that name. Everything
-else is here, once for all of them: the state, the clock, dispatch, what a callback changed, and resuming.
-
-| the adapter calls | event | with |
-|---|---|---|
-| `load()` | | takes up a saved state, before the loop is taken to its place; `begin` does it if nobody did |
-| `begin()` | `BeforeTraining`, `AfterEpoch` if it is owed | `resumed` where a saved state is gone on with |
-| `batch_arrived()` | | begins the time of the step; the time before it was spent waiting for data |
-| `micro_batch(...)` | `AfterAccumulationStep`, if anybody listens | what was given |
-| `update(...)` | `AfterUpdate` | sums and sample-weighted means of the micro-batches since the last update, learning rates of the optimizer's step |
-| `end_epoch()` | `AfterEpoch`, once all updates of the epoch are counted | |
-| `end()` | `AfterEpoch` if it is owed, `AfterTraining` once | |
-"""  # noqa: E501  # a table
+"""`Session`: noether's callbacks in any training loop, plain or of a framework."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import logging
 from typing import TYPE_CHECKING, Any, Final, final
 
-from torch import Tensor
-
-from noether.core.callback import label_of, listens_to
-from noether.core.errors import suggest
+from noether.core.callback import listens_to
+from noether.core.effect import SaveCheckpoint
+from noether.core.errors import check_whole, raise_problems
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
-from noether.core.tensors.forward import add_total
-from noether.core.tensors.module import move_beside, write_weights
-from noether.core.tensors.tree import FrozenDict
+from noether.core.tensors.module import move_beside
+from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
-from noether.session.evaluation import beside_training
-from noether.session.optimizers import TorchOptimizer
+from noether.session import settings
+from noether.session.errors import SessionError
+from noether.session.live_state import LiveState
+from noether.session.loader import epoch_lengths
+from noether.session.loop import BatchLoop
+from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
+from noether.session.scheduler import SchedulerMemory
+from noether.session.settings import fill_run
 from noether.session.timing import Clock, Stopwatch
-from noether.session.views import Views
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
+    from noether.core.iteration import TrainingIteration
     from noether.effects import RunDirectory
+    from noether.session.losses import ReportedLosses
     from noether.session.optimizers import LiveOptimizer
 
-    Losses = Mapping[str, Tensor | float]
-
-_VIEWS: Final = ("params", "buffers", "opt_state")
 _CLOCK: Final = Clock()
 _RUN: Final = Run()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _MicroBatch:
-    samples: int
-    losses: Losses
-    outputs: Any
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 @final
 class Session:
-    """One run of callbacks beside a live model and its optimizer.
+    """Runs callbacks beside a training loop: dispatches its events, and applies what the callbacks change.
+
+    A plain loop iterates `batches(loader)` and calls `update(losses)` once per update:
+
+    | the loop | event | what the session does |
+    |---|---|---|
+    | `batches(loader)` begins | `BeforeTraining` | loads the newest checkpoint of the directory into model, optimizer and scheduler |
+    | it yields a batch | | seeds torch, numpy and `random` from `(seed, epoch, batch)`; skips batches that are counted |
+    | `micro_batch(losses)` | `AfterAccumulationStep`, if a callback listens | only with `accumulation` |
+    | `update(losses)` | `AfterUpdate` | applies `lr_scale`, params, buffers, optimizer memory; `stop` ends the loop |
+    | the loader ends | `AfterEpoch` | |
+    | the end is reached | `AfterTraining` | waits for checkpoints; `batches` ends |
+
+    A run that is cut at any update and resumed equals the uncut run bit for bit, if the loader yields the same epochs
+    again under the same seeds; where it cannot, a `ResumeWarning` says so at the start. A loop that is left by `break`
+    after `update` saves a checkpoint. A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`,
+    `end_epoch` and `end` itself.
 
     Args:
-        reducer: The callbacks: any one callback, such as `compose(...)` or `load_callbacks(path)`.
-        run: What is fixed for the run; `frozen` and, with a directory, `run_id` are filled in where they are missing.
-            `data` and `forward`, which data-iterating callbacks need, are the user's to give.
-        model: The module that holds all parameters that are trained, on the device where they will be.
-        optimizer: Its optimizer; one that is not torch's as a `LiveOptimizer`.
-        directory: Where the run is kept. If there is a checkpoint in it the run goes on from there.
-        interpreter: What carries effects out; by default that of the directory.
-        seed: What random numbers of callbacks are derived from.
-        clock: Where time is read.
+        callbacks: One callback, or several in order, such as `noether.load_callbacks(path)`.
+        directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
+        interpreter: Runs effects, `(effects, state, event) -> None`; by default that of the directory.
+        model: The module that holds all trained parameters, on its final device.
+        optimizer: Its optimizer; without one no learning rate is scaled and no optimizer memory saved.
+        scheduler: The scheduler of the learning rate, whose position becomes part of every checkpoint. Step it before
+            `update`.
+        data: What callbacks evaluate, by dataset key: anything that yields batches.
+        loss: `(outputs, batch) -> {name: mean over samples}` or one loss, for evaluations.
+        max_epochs: Epochs after which training ends, >= 1.
+        max_updates: Updates after which training ends, >= 1.
+        max_samples: Samples after which training ends, >= 1. At most one of the three; without any a callback ends
+            training, or the loop is left.
+        seed: Seeds the random numbers of the loop and of callbacks.
+        precision: Autocast dtype of evaluations, such as `torch.bfloat16`; training is the loop's.
+        accumulation: Micro-batches of one update, >= 1; an epoch's last update may have fewer.
+        clock: Reads the time.
+        run: Further facts about the run, such as `Run(batch_size=...)` for batches that are not tensors.
 
     Raises:
-        ValueError: If there is neither a directory nor an interpreter, or the optimizer holds other parameters.
-        KeyError: If a callback iterates data that the run does not have.
+        SessionError: If the parts cannot work together.
 
     Example:
         >>> import torch
-        >>> from noether import Run, compose
-        >>> from noether.core.callbacks import OnlineLossCallback
+        >>> from noether.core.callbacks import FixedUpdateEarlyStopping, OnlineLossCallback
         >>> model = torch.nn.Linear(2, 1)
-        >>> live = Session(
-        ...     compose(OnlineLossCallback(every_n_updates=2)),
-        ...     run=Run(updates_per_epoch=2),
-        ...     model=model,
-        ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        ...     interpreter=lambda effects, state, event: print(state.iteration, type(event).__name__, len(effects)),
-        ... )
-        >>> _ = live.begin()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loader = torch.utils.data.DataLoader(torch.ones(12, 2), batch_size=4, shuffle=True)
+        >>> show = lambda effects, state, event: print(state.iteration, type(event).__name__, len(effects))
+        >>> callbacks = [OnlineLossCallback(every_n_epochs=1), FixedUpdateEarlyStopping(stop_at_update=4)]
+        >>> session = Session(callbacks, interpreter=show, model=model, optimizer=optimizer, max_epochs=5)
+        >>> for batch in session.batches(loader):
+        ...     loss = model(batch).square().mean()
+        ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
+        ...     session.update(loss)
         E0_U0_S0 BeforeTraining 0
-        >>> for loss in (0.5, 0.25):
-        ...     live.micro_batch(samples=4, losses={"total": loss})
-        ...     live.update()
         E0_U1_S4 AfterUpdate 0
-        E0_U2_S8 AfterUpdate 1
-        >>> live.end()
-        E1_U2_S8 AfterEpoch 0
-        E1_U2_S8 AfterTraining 0
-    """
+        E0_U2_S8 AfterUpdate 0
+        E0_U3_S12 AfterUpdate 0
+        E1_U3_S12 AfterEpoch 1
+        E1_U4_S16 AfterUpdate 1
+        E1_U4_S16 AfterTraining 0
+        >>> session.stop
+        'stop_at_update: 4 is reached'
+    """  # noqa: E501  # a table
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # every part of a run, by name
         self,
-        reducer: Callback,
+        callbacks: Callback | Sequence[Callback],
         *,
-        run: Run = _RUN,
-        model: nn.Module,
-        optimizer: Optimizer | LiveOptimizer | None = None,
         directory: RunDirectory | None = None,
         interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
+        model: nn.Module,
+        optimizer: Optimizer | LiveOptimizer | None = None,
+        scheduler: Any = None,
+        data: Mapping[str, Iterable[Any]] | None = None,
+        loss: Callable[[Any, Any], Any] | None = None,
+        max_epochs: int | None = None,
+        max_updates: int | None = None,
+        max_samples: int | None = None,
         seed: int = 0,
+        precision: torch.dtype | None = None,
+        accumulation: int = 1,
         clock: Clock = _CLOCK,
+        run: Run = _RUN,
     ) -> None:
-        if interpreter is None and directory is None:
-            raise ValueError("nobody would carry out what the callbacks ask for: give directory=open_run('runs/mine')")
-        self.run = self._given = _completed(run, model, directory)
-        self._reducer = compose(reducer)
-        _check_data(self._reducer.members, self.run)
+        settings.check_directory(directory, interpreter)
+        settings.check_scheduler(scheduler, optimizer)
+        raise_problems([check_whole("accumulation", accumulation), check_whole("seed", seed, at_least=-(2**63))])
+        run = settings.end_of_run(run, max_epochs, max_updates, max_samples)
+        parts = {"model": model, "data": data, "loss": loss, "precision": precision, "directory": directory}
+        self.run = self._given = settings.complete_run(run, seed=seed, **parts)  # type: ignore[arg-type]  # by name
+        self._optimizer = settings.watch_optimizer(model, optimizer)
+        self._scheduler = None if scheduler is None else SchedulerMemory(scheduler)
+        members = callbacks if isinstance(callbacks, (list, tuple)) else (callbacks,)
+        self._reducer = compose(*([] if self._scheduler is None else [self._scheduler]), *members)
+        self.readings = frozenset(self._reducer.readings)
+        """Costly fields of `AfterUpdate` that a callback needs, such as `grad_norm`."""
+        settings.check_data(self._reducer.members, self.run)
+        settings.check_readings(self._reducer.members, self._optimizer)
         self._interpreter = interpreter or directory.interpreter  # type: ignore[union-attr]  # one of them is there
-        self._model, self._views = model, Views(model)
-        self._optimizer = _watched(model, optimizer)
-        self._directory = directory
-        self._clock = clock
+        self._live = LiveState(model, self._optimizer)
+        self._directory, self._accumulation, self._clock = directory, accumulation, clock
+        self.stopwatch = Stopwatch(clock.elapsed_s)
         self._state = TrainState(seed=seed)
         self._remembers = False
-        self._pending: list[_MicroBatch] = []
-        self._settled = self._state  # as it was when the update under way began
-        self._stopwatch = Stopwatch(clock.elapsed_s)
+        self._loop: BatchLoop | None = None
+        self._pending: list[MicroBatch] = []
+        self._settled = self._state  # as it was before the current update began
+        self._steps_before = 0  # of the optimizer, at the last update
 
     @property
     def state(self) -> TrainState:
@@ -141,113 +164,109 @@ class Session:
 
     @property
     def stop(self) -> str | None:
-        """Why a callback asks the loop to stop, or None."""
+        """Why a callback stopped the run, or None."""
         return self._state.stop
 
     @property
     def is_over(self) -> bool:
-        """Whether a callback asks the loop to stop, or the end of the run is reached."""
-        return self._state.stop is not None or self._state.iteration.reached(self.run.end)
+        """Whether a callback stopped the run, or its end is reached."""
+        end = getattr(self.run, "end", None)
+        return self._state.stop is not None or (end is not None and self._state.iteration.reached(end))
 
     @property
     def listens_to_micro_batches(self) -> bool:
-        """Whether any callback wants to hear of micro-batches."""
+        """Whether a callback listens to `AfterAccumulationStep`."""
         return listens_to(self._reducer, AfterAccumulationStep)
 
     @property
-    def readings(self) -> tuple[str, ...]:
-        """Costly fields of `AfterUpdate` that a callback needs, such as `grad_norm`."""
-        return self._reducer.readings
+    def pending(self) -> int:
+        """The number of micro-batches since the last update."""
+        return len(self._pending)
 
     @property
     def steps(self) -> int:
-        """How many steps the optimizer has made since this object watches it."""
-        return 0 if self._optimizer is None else self._optimizer.steps
+        """The number of steps that the optimizer made since the last update."""
+        return 0 if self._optimizer is None else self._optimizer.steps - self._steps_before
 
     @property
-    def pending(self) -> int:
-        """How many micro-batches there were since the last update."""
-        return len(self._pending)
-
-    def load(self, saved: TrainState | None = None) -> bool:
-        """Take up the state to go on from, and tell nobody yet.
-
-        That is `saved`; left out, what this object or `load_state_dict` remembers, else the newest checkpoint in the
-        directory. What is loaded is written into model and optimizer, but for what is remembered: there the framework
-        has done that.
-
-        Args:
-            saved: A loaded state.
-
-        Returns:
-            Whether a state was loaded here, so that the loop has to be taken to `state.iteration`.
+    def is_last_batch(self) -> bool:
+        """Whether the current batch is the last of its epoch, for a scheduler that is stepped once per epoch.
 
         Raises:
-            KeyError: If the model does not have the parameters of the saved state.
-            CheckpointError: If there are checkpoints in the directory, and none that the run can go on from.
+            SessionError: If the loader has no `len()`, and only reading on would tell.
         """
-        if saved is None and self._directory is not None and not self._remembers:
-            saved = self._directory.load()
-        if saved is None:
-            return False
-        write_weights(self._model, saved.params, saved.buffers)
-        if self._optimizer is not None:
-            self._optimizer.load(saved.opt_state)
-        self._state, self._remembers = saved, True
-        return True
+        last = self._running_loop.is_last
+        if last is None:
+            raise SessionError("the loader has no len(), so its last batch is not known: step the scheduler per update")
+        return last
 
-    def begin(self, saved: TrainState | None = None, **known: Any) -> bool:
-        """Tell the callbacks that training begins, or goes on from what `load` takes up if that was not called before.
+    @property
+    def completes_update(self) -> bool:
+        """Whether the current batch completes its update: then call `optimizer.step()` and `update()`."""
+        return self._running_loop.completes_update
 
-        Log lines in the directory beyond the state are dropped, to be written again.
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of the current update, by which the loop divides its losses."""
+        return self._running_loop.accumulation_steps
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches that are left of the run, epoch after epoch; each needs one `update` or `micro_batch`.
 
         Args:
-            saved: A loaded state, as for `load`.
-            known: What the framework knows of the run now, such as `end`, for what was not given; None is not known.
-
-        Returns:
-            What `load` returns.
+            loader: Yields the batches of an epoch each time it is iterated. `set_epoch(epoch)` is called on it and on
+                its samplers where it exists.
 
         Raises:
-            LogError: If the log in the directory is damaged.
+            SessionError: If batches are iterated a second time, or the saved run does not fit the loader.
+            CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
         """
-        self.run = fill_run(self._given, **known)
-        if self._pending:  # an exception ended the loop inside of an update: it goes on before it
-            self._state, self._pending = self._settled, []
-        loaded, resumed = self.load(saved), self._remembers
-        if self._directory is not None:
-            self._directory.truncate_logs(self._state if resumed else None)
-        self._state = self._state.replace(callback_states=move_beside(self._model, self._state.callback_states))
-        self._remembers = True
-        if self._optimizer is not None:
-            self._optimizer.watch()
-        self._scale()
-        self._tell(self._state, BeforeTraining, resumed=resumed)
-        self._end_owed_epoch()  # where the framework saved between an epoch's last update and its end
-        self._stopwatch.read()
-        return loaded
+        if self._loop is not None:
+            raise SessionError(
+                "session.batches(...) yields every epoch, once: write one loop, without `for epoch in ...` around it; "
+                "to resume, make a new Session"
+            )
+        loop = BatchLoop(self, loader, self._accumulation, self._state.seed)
+        settings.check_single_process(self.run)
+        settings.check_scheduler_is_given(self._optimizer, self._scheduler, self._directory)
+        self._reducer = compose(loop, self._reducer)
+        self.load()
+        if self._remembers:
+            loop.check_position(self._state)
+        lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.batch_size)
+        self.begin(**lengths)
+        self._loop = loop
+        return loop.run()
 
-    def batch_arrived(self) -> None:
-        """Begin the time of the step; the time since the last one was spent waiting for data."""
-        self._stopwatch.data_arrived()
-
-    def micro_batch(self, *, samples: int, losses: Losses, outputs: Any = None, of: int = 1) -> None:
-        """Tell of a micro-batch whose gradients are there.
+    def micro_batch(
+        self, losses: ReportedLosses, *, outputs: Any = None, samples: int | None = None, of: int | None = None
+    ) -> None:
+        """Report a micro-batch whose gradients are computed, before the optimizer steps.
 
         Args:
-            samples: Its samples, >= 1.
-            losses: Mean loss by name; `total` is added as their sum. Empty where the framework left it out: an update
-                of nothing else counts as skipped.
-            outputs: What the model returned.
-            of: Micro-batches of this update.
+            losses: Mean loss, or losses by name; `total` is added as their sum. They are detached. Empty if the
+                framework left the micro-batch out: an update of nothing else counts as skipped.
+            outputs: What the model returned, for callbacks that track it.
+            samples: Its samples, >= 1; by default those of the batch that `batches` yielded.
+            of: Micro-batches of this update; by default as `accumulation` says.
+
+        Raises:
+            SessionError: If there is no batch, or it was reported.
         """
+        batch = None if self._loop is None else self._loop.report()
+        if samples is None:
+            if self._loop is None:
+                raise SessionError("outside of session.batches(loader) a batch is not known: pass samples=")
+            samples = self.run.batch_size(batch)
+        if of is None:
+            of = 1 if self._loop is None else self._loop.accumulation_steps
         if not self._pending:
             self._settled = self._state
-        losses = add_total(_detached(losses)) if losses else FrozenDict()
-        self._pending.append(_MicroBatch(samples=samples, losses=losses, outputs=outputs))
-        self._stopwatch.step_made()
+        losses, outputs = named_losses(losses), _detach(outputs)
+        self._pending.append(MicroBatch(samples=samples, losses=losses, outputs=outputs))
+        self.stopwatch.step_made()
         if self.listens_to_micro_batches:
-            self._tell(
+            self._dispatch(
                 self._state,
                 AfterAccumulationStep,
                 losses=losses,
@@ -257,100 +276,241 @@ class Session:
                 accumulation_steps=max(of, len(self._pending)),
             )
 
-    def update(self, *, skipped: bool = False, **readings: Any) -> None:
-        """Tell of the update that the micro-batches since the last one made.
+    def update(  # noqa: PLR0913  # every reading, by name
+        self,
+        losses: ReportedLosses | None = None,
+        *,
+        outputs: Any = None,
+        samples: int | None = None,
+        skipped: bool | None = None,
+        mean: ReportedLosses | None = None,
+        grad_norm: Tensor | float | None = None,
+        finite: Tensor | bool | None = None,
+        forward_s: float | None = None,
+        backward_s: float | None = None,
+        optimizer_s: float | None = None,
+    ) -> None:
+        """Report an update, after `optimizer.step()` and `scheduler.step()`; apply what callbacks change.
 
         Args:
-            skipped: Whether the optimizer left it out.
-            readings: Further fields of `AfterUpdate`, such as `grad_norm`, or `lr` in place of what was seen.
+            losses: As for `micro_batch`, which is called with them; left out if the micro-batches were reported.
+            outputs: Likewise.
+            samples: Likewise.
+            skipped: Whether the optimizer left the update out, as under a `GradScaler`; by default whether it made no
+                step and its gradients are not finite.
+            mean: Losses of the update, in place of the sample-weighted mean over its micro-batches.
+            grad_norm: 2-norm of the gradients, such as `clip_grad_norm_` returns; by default that of the gradients as
+                the optimizer steps, if a callback reads it.
+            finite: Whether losses and gradients are finite; by default looked at if a callback reads it.
+            forward_s: Seconds in forward passes, if the loop measured them.
+            backward_s: Seconds in backward passes, likewise.
+            optimizer_s: Seconds in the optimizer, likewise.
 
         Raises:
-            ValueError: If there was no micro-batch, or the epoch has all its updates and its end was not told.
+            SessionError: If there is no micro-batch, the optimizer made no step, or training is over.
         """
-        if not self._pending:
-            raise ValueError("an update is made of micro-batches: call micro_batch(...) before it")
-        if self._owes_epoch:
-            raise ValueError(
-                f"epoch {self._state.iteration.epoch} goes on after {self._position} updates, which is all that every "
-                "epoch has, as Run(updates_per_epoch=...) says: schedules need epochs of one length"
-            )
+        if losses is not None:
+            self.micro_batch(losses, outputs=outputs, samples=samples)
+        self._check_update()
         pending, self._pending = self._pending, []
-        losses = _weighted_mean(pending)
-        known = {
-            "losses": losses,
-            "outputs": tuple(each.outputs for each in pending),
-            "accumulated": tuple(each.samples for each in pending),
-            "finite": _finite(losses.get("total", math.nan)),
-            "skipped": skipped or not losses,
-            **({} if self._optimizer is None else _rates(self._optimizer)),
-            **self._stopwatch.read(),
+        reported = mean_losses(pending) if mean is None else named_losses(mean)
+        skipped = self._is_skipped(reported) if skipped is None else skipped or not reported
+        rates = {} if self._optimizer is None else self._optimizer.readings
+        if finite is None and "finite" in self.readings:
+            finite = not skipped and is_finite(reported["total"]) & rates.get("finite", True)
+        known: dict[str, Any] = {
+            **rates,
+            "losses": reported,
+            "outputs": tuple([each.outputs for each in pending]),
+            "accumulated": tuple([each.samples for each in pending]),
+            "finite": finite,
+            "skipped": skipped,
+            "forward_s": forward_s,
+            "backward_s": backward_s,
+            "optimizer_s": optimizer_s,
+            **self.stopwatch.read(),
         }
+        if grad_norm is not None or skipped:
+            known["grad_norm"] = grad_norm
+        self._steps_before += self.steps
         samples = sum(each.samples for each in pending)
-        self._tell(self._state.advance(samples=samples), AfterUpdate, samples=samples, **{**known, **readings})
+        self._dispatch(self._state.advance(samples=samples), AfterUpdate, samples=samples, **known)
+
+    def load(self, saved: TrainState | None = None) -> bool:
+        """Take up the state to resume, without an event; `begin` does it if it was not called before.
+
+        That is `saved`; by default the state that this session has or that `load_state_dict` gave it, else the newest
+        checkpoint of the directory. It is written into model, optimizer and scheduler; after `load_state_dict` the
+        framework does that.
+
+        Args:
+            saved: A loaded state.
+
+        Returns:
+            Whether a state was written, so that a framework's loop has to be moved to `state.iteration`.
+
+        Raises:
+            KeyError: If the model does not have the parameters of the saved state.
+            CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
+        """
+        if saved is None and self._directory is not None and not self._remembers:
+            saved = self._directory.load()
+        if saved is None:
+            return False
+        self._live.load(saved)
+        if self._scheduler is not None:
+            self._scheduler.restore(saved)
+        self._state, self._remembers = saved, True
+        return True
+
+    def begin(
+        self,
+        *,
+        end: TrainingIteration | None = None,
+        updates_per_epoch: int | None = None,
+        samples_per_epoch: int | None = None,
+        effective_batch_size: int | None = None,
+    ) -> bool:
+        """Dispatch `BeforeTraining`, and the end of an epoch whose updates are all counted; watch the optimizer.
+
+        Log lines in the directory beyond the state are dropped, to be written again. An argument that is None is
+        unknown, and one that `run=` holds stands.
+
+        Args:
+            end: Where the framework ends.
+            updates_per_epoch: Updates in one epoch.
+            samples_per_epoch: Samples in one epoch.
+            effective_batch_size: Samples of every update but an epoch's last.
+
+        Returns:
+            What `load` returns.
+
+        Raises:
+            LogError: If the log in the directory is damaged.
+        """
+        self.run = fill_run(
+            self._given,
+            end=end,
+            updates_per_epoch=updates_per_epoch,
+            samples_per_epoch=samples_per_epoch,
+            effective_batch_size=effective_batch_size,
+        )
+        if self._pending:  # an exception ended the loop inside of an update
+            self._state, self._pending = self._settled, []
+        loaded, resumed = self.load(), self._remembers
+        if self._directory is not None:
+            self._directory.truncate_logs(self._state if resumed else None)
+        memories = move_beside(self._live.model, self._state.callback_states)
+        self._state = self._state.replace(callback_states=memories)
+        self._remembers = True
+        if self._optimizer is not None:
+            self._optimizer.watch(self.readings)
+            self._steps_before = self._optimizer.steps
+        self._live.apply_lr_scale(self._state)
+        self._dispatch(self._state, BeforeTraining, resumed=resumed)
+        self._end_full_epoch()
+        self.stopwatch.read()
+        return loaded
+
+    def batch_arrived(self) -> None:
+        """Start the time of the step; the time since the last mark was spent waiting for data."""
+        self.stopwatch.data_arrived()
 
     def end_epoch(self, *, cut_short: bool = False) -> None:
-        """Tell of the end of an epoch; nothing where it was told already.
+        """Dispatch `AfterEpoch`; a no-op if that was done for this epoch.
 
         Args:
-            cut_short: Whether the loop left it before its last batch. An epoch that is not completed is not counted,
-                as in noether's own trainer.
+            cut_short: Whether the loop left the epoch before its last batch; then it is not counted.
 
         Raises:
-            ValueError: If it ended with another number of updates than every epoch has.
+            SessionError: If it ended with another number of updates than every epoch has, or inside of an update.
         """
         position, per_epoch = self._position, self._updates_per_epoch
-        if position == 0 and not self._pending:
-            return  # told already, such as by the run that is gone on with
-        if cut_short and not self._owes_epoch:
+        if (position == 0 and not self._pending) or (cut_short and position != per_epoch):
+            return
+        if cut_short and per_epoch is None:
             return
         if self._pending:
-            raise ValueError(
+            raise SessionError(
                 f"epoch {self._state.iteration.epoch} ended with {self.pending} micro-batches that made no update: let "
-                "the optimizer step at the last batch of an epoch, or give epochs a multiple of the accumulation steps"
+                "the optimizer step at the last batch of an epoch, or make the epoch a multiple of the accumulation"
             )
         if per_epoch is not None and position != per_epoch:
-            raise ValueError(
+            raise SessionError(
                 f"epoch {self._state.iteration.epoch} ended after {position} updates, and every epoch has {per_epoch}, "
-                "as Run(updates_per_epoch=...) says: schedules need epochs of one length"
+                "as the length of the loader or Run(updates_per_epoch=...) says: schedules need epochs of one length"
             )
-        self._tell(self._state.next_epoch(), AfterEpoch)
+        self._dispatch(self._state.next_epoch(), AfterEpoch)
 
     def end(self) -> None:
-        """Tell of the end of training, once; return when every checkpoint is written, and let the optimizer go.
+        """Dispatch `AfterTraining`, once; return when every checkpoint is written. The optimizer is watched no longer.
 
         Raises:
             CheckpointError: If the last checkpoint failed.
         """
-        self._end_owed_epoch()
+        self._end_full_epoch()
         if not self._state.ended:
-            self._tell(self._state.replace(ended=True), AfterTraining)
+            self._dispatch(self._state.replace(ended=True), AfterTraining)
         if self._directory is not None:
             self._directory.wait()
         self.close()
 
+    def leave(self, *, is_settled: bool) -> None:
+        """Save a checkpoint of a run that the loop leaves before its end, if the state is one to resume from.
+
+        Args:
+            is_settled: Whether the loop left right after an update, so that the model is as the state says.
+        """
+        at = self._state.iteration
+        if not is_settled:
+            _LOGGER.warning("left inside of update %d: a resumed run continues from its last checkpoint", at.update + 1)
+        elif self._directory is None:
+            _LOGGER.info("left at %s, before the end of the run; without directory= nothing was saved", at)
+        elif not self._state.ended:
+            save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
+            event = AfterUpdate(run=self.run, time_s=self._clock.wall_s())
+            self._directory.interpreter((save,), self._live.view(self._state), event)
+            self._directory.wait()
+            _LOGGER.info("left at %s, before the end of the run; a new session in %s resumes", at, self._directory.path)
+
     def close(self) -> None:
-        """Let the optimizer go: what it does from now on is not watched."""
+        """Stop watching the optimizer."""
         if self._optimizer is not None:
             self._optimizer.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the run remembers beside model and optimizer, for the framework's own checkpoint.
+        """Return what the run remembers beside model and optimizer, for a checkpoint of the framework.
 
-        Inside of an update it is what was remembered before it: its gradients are in no checkpoint.
+        Inside of an update that is the state before it: its gradients are in no checkpoint.
 
         Returns:
-            Plain values and tensors only, which torch reads back with `weights_only=True`.
+            Plain values and tensors, which torch reads back with `weights_only=True`.
         """
         return encode_state(self._settled if self._pending else self._state)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Recall what a run remembered, before `begin`; model and optimizer are the framework's to restore.
+        """Recall what `state_dict` returned, before `begin`; the framework restores model, optimizer and scheduler.
 
         Raises:
-            ValueError: If `saved` is nothing that `state_dict` returns.
+            ValueError: If `state_dict` did not return `saved`.
         """
         self._state = decode_state(saved)
         self._remembers = True
+
+    def check_scheduler_position(self) -> None:
+        """Refuse a scheduler that was stepped after `update`, where no checkpoint sees it.
+
+        Raises:
+            SessionError: If it was.
+        """
+        if self._scheduler is not None and not self._pending and not self._scheduler.is_current(self._state):
+            raise SessionError("the scheduler was stepped after session.update(...): call scheduler.step() before it")
+
+    @property
+    def _running_loop(self) -> BatchLoop:
+        if self._loop is None:
+            raise SessionError("this is known inside of `for batch in session.batches(loader):` only")
+        return self._loop
 
     @property
     def _updates_per_epoch(self) -> int | None:
@@ -358,106 +518,55 @@ class Session:
 
     @property
     def _position(self) -> int | None:
-        """How many updates of the epoch are counted, all of them while its end is owed; None if nobody knows."""
+        """The number of updates counted in this epoch, all of them until its end is dispatched; None if unknown."""
         per_epoch, at = self._updates_per_epoch, self._state.iteration
         return None if per_epoch is None else at.update - at.epoch * per_epoch
 
-    @property
-    def _owes_epoch(self) -> bool:
-        return self._position is not None and self._position == self._updates_per_epoch
+    def _end_full_epoch(self) -> None:
+        """Dispatch the end of an epoch whose updates are all counted, such as one that was saved right before it."""
+        if self._position is not None and self._position == self._updates_per_epoch:
+            self._dispatch(self._state.next_epoch(), AfterEpoch)
 
-    def _end_owed_epoch(self) -> None:
-        if self._owes_epoch:
-            self._tell(self._state.next_epoch(), AfterEpoch)
-
-    def _tell(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
-        event = event_type(run=self.run, time_s=self._clock.wall_s(), **readings)
-        before = self._viewing(state)
-        self._state = dispatch(before, event, self._reducer, self._interpreter)
-        self._write_changed(before)
-
-    def _viewing(self, state: TrainState) -> TrainState:
-        """Return the state with views of the model and optimizer as they are now."""
-        opt_state = FrozenDict() if self._optimizer is None else self._optimizer.opt_state
-        return self._views.of(state.replace(opt_state=opt_state))
-
-    def _write_changed(self, before: TrainState) -> None:
-        """Write into the live objects what callbacks changed of the state that viewed them."""
-        params, buffers, opt_state = (getattr(self._state, n) is not getattr(before, n) for n in _VIEWS)
-        if params or buffers:
-            write_weights(self._model, self._state.params, self._state.buffers)
-        if opt_state and self._optimizer is not None:
-            self._optimizer.load(self._state.opt_state)
-        self._scale()
-
-    def _scale(self) -> None:
-        if self._optimizer is not None:
-            self._optimizer.lr_scale = float(self._state.hyperparams["lr_scale"])
-
-
-def fill_run(run: Run, **known: Any) -> Run:
-    """Return `run` with what an adapter knows in place of what was not given; None is not known.
-
-    Example:
-        >>> from noether import Run
-        >>> run = fill_run(Run(updates_per_epoch=3), updates_per_epoch=5, run_id="a", effective_batch_size=None)
-        >>> run.updates_per_epoch, run.run_id
-        (3, 'a')
-    """
-    return run.replace(**{name: value for name, value in known.items() if value is not None and name not in vars(run)})
-
-
-def _completed(run: Run, model: nn.Module, directory: RunDirectory | None) -> Run:
-    frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
-    run = fill_run(run, frozen=frozen, run_id=None if directory is None else directory.run_id)
-    if "data" not in vars(run):
-        return run
-    return run.replace(data={key: beside_training(data, model) for key, data in run.data.items()})
-
-
-def _check_data(members: tuple[Callback, ...], run: Run) -> None:
-    """Refuse, before training, callbacks that iterate data which is not there."""
-    for member in members:
-        key = getattr(member, "dataset_key", None)
-        if key is None:
-            continue
-        data, _ = getattr(run, "data", {}), run.forward  # the latter says itself what is missing
-        if key not in data:
-            raise KeyError(
-                f"{label_of(member)} iterates {key!r}, and the run has {list(data) or 'no data'}"
-                f"{suggest(key, data)}; give Run(data={{{key!r}: loader}}, forward=noether.forward(model, loss))"
+    def _check_update(self) -> None:
+        if self._loop is not None:
+            self._loop.check_update(self.pending)
+        elif not self._pending:
+            raise SessionError("an update needs micro-batches: call update(losses, samples=...) or micro_batch(...)")
+        if self._position is not None and self._position == self._updates_per_epoch:
+            raise SessionError(
+                f"epoch {self._state.iteration.epoch} continues after {self._position} updates, which is all that "
+                "every epoch has, as the length of the loader or Run(updates_per_epoch=...) says: schedules need "
+                "epochs of one length"
             )
 
+    def _is_skipped(self, losses: Mapping[str, Any]) -> bool:
+        """Return whether the optimizer left the update out.
 
-def _watched(model: nn.Module, optimizer: Optimizer | LiveOptimizer | None) -> LiveOptimizer | None:
-    if optimizer is None or hasattr(optimizer, "opt_state"):
-        return optimizer  # type: ignore[return-value]  # a torch optimizer has no opt_state
-    return TorchOptimizer(model, optimizer)
+        Raises:
+            SessionError: If it made no step, and its gradients do not tell why.
+        """
+        optimizer = self._optimizer
+        if optimizer is None or self.steps or not losses:
+            return not losses
+        finite = optimizer.gradients_are_finite()
+        # A GradScaler leaves out infinite gradients; a loop may have zeroed them since.
+        if finite is False or (finite is None and optimizer.steps):
+            return True
+        raise SessionError(
+            "the optimizer made no step since the last update: call optimizer.step() before session.update(losses); if "
+            "the loop left the step out, session.update(losses, skipped=True)"
+        )
 
-
-def _rates(optimizer: LiveOptimizer) -> dict[str, Any]:
-    return {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
-
-
-def _detached(losses: Losses) -> Any:
-    return {name: loss.detach() if isinstance(loss, Tensor) else loss for name, loss in losses.items()}
-
-
-def _finite(loss: Tensor | float) -> Tensor | bool:
-    return loss.isfinite() if isinstance(loss, Tensor) else math.isfinite(loss)
-
-
-def _weighted_mean(pending: list[_MicroBatch]) -> Losses:
-    """Return the sample-weighted mean of each loss over the micro-batches that have it, as noether's step sums it."""
-    names = dict.fromkeys(name for each in pending for name in each.losses)
-    return FrozenDict(
-        {name: _mean([(m.losses[name], m.samples) for m in pending if name in m.losses]) for name in names}
-    )
+    def _dispatch(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
+        event = event_type(run=self.run, time_s=self._clock.wall_s(), **readings)
+        before = self._live.view(state)
+        self._state = dispatch(before, event, self._reducer, self._interpreter)
+        self._live.write_changes(before, self._state)
 
 
-def _mean(weighted: list[tuple[Any, int]]) -> Any:
-    if len(weighted) == 1:  # as it is: multiplying it by one keeps a number, not always its type
-        return weighted[0][0]
-    samples = sum(weight for _, weight in weighted)
-    first, *others = (loss * (weight / samples) for loss, weight in weighted)
-    return sum(others, start=first)
+def _detach(outputs: Any) -> Any:
+    return None if outputs is None else map_tensors(_detach_tensor, outputs)
+
+
+def _detach_tensor(tensor: Tensor) -> Tensor:
+    return tensor.detach()

@@ -1,4 +1,4 @@
-"""Where an adapter reads time, and how it splits the time of an update."""
+"""The clock of a loop, and the split of an update's time into waiting and stepping."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Clock:
-    """Where time is read.
+    """Reads the time.
 
     Args:
         wall_s: Returns seconds since 1970.
-        elapsed_s: Returns seconds since any moment, never going back.
+        elapsed_s: Returns seconds since any moment; never decreases.
     """
 
     wall_s: Callable[[], float] = time.time
@@ -29,7 +29,7 @@ class Stopwatch:
     """The seconds of one update: all of them, those spent waiting for data, and those spent in steps.
 
     Args:
-        elapsed_s: Where seconds are read.
+        elapsed_s: Returns seconds.
 
     Example:
         >>> seconds = iter([0.0, 1.0, 5.0, 5.5])
@@ -44,17 +44,21 @@ class Stopwatch:
         self._data_s: float | None = None
         self._step_s: float | None = None
 
+    def wait_begins(self) -> None:
+        """Start to count the time as waiting for data; without this it counts from the last mark."""
+        self._marked_s = self._elapsed_s()
+
     def data_arrived(self) -> None:
         """Count the time since the last mark as waiting for data."""
         self._data_s = (self._data_s or 0.0) + self._lap_s()
 
     def step_made(self) -> None:
-        """Count the time since the last mark as spent in the step, if it is known when the data was there."""
+        """Count the time since the last mark as spent in the step, if the arrival of its data was marked."""
         if self._data_s is not None:
             self._step_s = (self._step_s or 0.0) + self._lap_s()
 
     def read(self) -> dict[str, float | None]:
-        """Return the seconds of the update that ends here, None where nobody marked them, and begin the next."""
+        """Return the seconds of the update that ends here, None where they were not marked, and start the next."""
         now_s = self._elapsed_s()
         read = {"duration_s": now_s - self._began_s, "data_s": self._data_s, "step_s": self._step_s}
         self._began_s = self._marked_s = now_s

@@ -117,7 +117,9 @@ class Told:
 
 
 class Kept:
-    """A callback that keeps every event it is told; not pure, and so only for a test."""
+    """A callback that collects every event; not pure, and so only for a test."""
+
+    readings = ("finite",)
 
     def __init__(self):
         self.events = []

@@ -8,7 +8,7 @@ from reference import LR, STILL, Kept, Told, batches, callbacks, loss, model, ou
 
 from noether import AfterUpdate, TrainingIteration, compose
 from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
-from noether.integrations.accelerate import AcceleratedRun
+from noether.integrations.accelerate import AcceleratedSession
 from noether.testing import assert_same
 
 SIZE = 2
@@ -29,7 +29,7 @@ def made(steps=1, *, samples=POINTS, reducer=None, directory=None, shuffle=False
     loader = torch.utils.data.DataLoader(samples, batch_size=SIZE, shuffle=shuffle)
     network, optimizer, scheduler, loader = accelerator.prepare(network, optimizer, scheduler, loader)
     told = Told(directory.interpreter) if directory else Told()
-    watched = AcceleratedRun(
+    watched = AcceleratedSession(
         reducer or callbacks(),
         accelerator=accelerator,
         model=network,
@@ -54,7 +54,7 @@ def trained(accelerator, network, optimizer, scheduler, loader, watched, told, *
             scheduler.step()
             optimizer.zero_grad()
         watched.update()
-        if cut is not None and watched.live.state.iteration.update == cut:
+        if cut is not None and watched.session.state.iteration.update == cut:
             break
     return told
 
@@ -86,7 +86,7 @@ def test_a_short_last_group_makes_a_smaller_update_and_its_losses_are_what_they_
 @pytest.fixture(scope="module")
 def uncut():
     parts = made(2, shuffle=True)
-    return trained(*parts), weights(parts[1]), parts[5].live.state.callback_states
+    return trained(*parts), weights(parts[1]), parts[5].session.state.callback_states
 
 
 @pytest.mark.parametrize("after", [1, 3, 4])
@@ -105,7 +105,7 @@ def test_resumes_from_a_checkpoint_of_accelerate(after, uncut, tmp_path):
 
 def assert_resumed(parts, uncut):
     assert_same(weights(parts[1]), uncut[1])
-    assert_same(parts[5].live.state.callback_states, uncut[2])
+    assert_same(parts[5].session.state.callback_states, uncut[2])
 
 
 @pytest.mark.parametrize("after", [3, 4])
@@ -136,7 +136,7 @@ def test_an_update_that_is_told_before_the_optimizer_steps_is_refused():
     batch = next(watched.batches(loader))
     with accelerator.accumulate(network):
         watched.backward(loss(network(batch[0]), batch))
-    with pytest.raises(RuntimeError, match=r"after optimizer.step()"):
+    with pytest.raises(ValueError, match=r"after optimizer.step()"):
         watched.update()
 
 

@@ -117,7 +117,7 @@ def test_tells_what_the_own_trainer_tells(uncut):
     assert state.hyperparams["lr_scale"] < 1  # a callback lowered it, and no scheduler wrote over it
     assert_same(told.lines, expected.lines)
     assert_same(weights(trainer.model), weights(state))
-    memories = dict(callback.live.state.callback_states)
+    memories = dict(callback.session.state.callback_states)
     del memories["lr_scheduler"]  # the trainer's, for checkpoints of noether
     assert_same(memories, dict(state.callback_states))
 
@@ -132,8 +132,8 @@ def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
     assert begun.split("_")[1] == f"U{after}"
     assert_same(told.history, uncut[0].after(begun))
     assert_same(weights(trainer.model), weights(uncut[2].model))
-    assert_same(callback.live.state.callback_states, uncut[1].live.state.callback_states)
-    assert_same(callback.live.state.metrics, uncut[1].live.state.metrics)
+    assert_same(callback.session.state.callback_states, uncut[1].session.state.callback_states)
+    assert_same(callback.session.state.metrics, uncut[1].session.state.metrics)
 
 
 @pytest.mark.parametrize("after", [3, 5])
@@ -148,7 +148,7 @@ def test_resumes_from_a_checkpoint_of_noether(after, uncut, tmp_path):
     assert begun.split("_")[1] == f"U{after}"
     assert_same(told.history, uncut[0].after(begun))
     assert_same(weights(trainer.model), weights(uncut[2].model))
-    assert_same(callback.live.state.callback_states, uncut[1].live.state.callback_states)
+    assert_same(callback.session.state.callback_states, uncut[1].session.state.callback_states)
 
 
 def test_early_stopping_stops_the_trainer_and_it_stays_stopped(tmp_path):

@@ -60,7 +60,7 @@ def engine_on(network, adam, told, steps=1, length=5, *, reducer=None, kind=Engi
         reducer or callbacks(),
         model=network,
         optimizer=adam,
-        accumulation_steps=steps,
+        accumulation=steps,
         losses=lambda outputs: outputs,
         run=run(network),
         directory=directory,
@@ -105,11 +105,11 @@ def test_the_engines_own_accumulation_is_told_as_updates_of_its_micro_batches():
     adam = optimizer(network)
     step = supervised_training_step(network, adam, nn.functional.cross_entropy, gradient_accumulation_steps=2)
     engine = Engine(step)
-    attach(engine, hear, model=network, optimizer=adam, accumulation_steps=2, interpreter=Told())
+    attach(engine, hear, model=network, optimizer=adam, accumulation=2, interpreter=Told())
     engine.run(batches(points(28), 8), max_epochs=1)
     assert heard == [(16, (8, 8)), (12, (8, 4))]
     engine = Engine(step)
-    attach(engine, hear, model=network, optimizer=adam, accumulation_steps=2, interpreter=Told())
+    attach(engine, hear, model=network, optimizer=adam, accumulation=2, interpreter=Told())
     with pytest.raises(ValueError, match="epoch 0 ended with 1 micro-batches that made no update"):
         engine.run(batches(points(24), 8), max_epochs=1)
 
@@ -286,7 +286,7 @@ def test_a_scheduler_resumes_from_noethers_checkpoints(of_ignite, tmp_path):
 
 
 def test_a_scheduler_whose_place_nobody_knows_is_refused(tmp_path):
-    for cut, error, message in ((6, CutError, "gone"), (0, ValueError, r"give attach\(scheduler=...\) from the start")):
+    for cut, error, message in ((6, CutError, "gone"), (0, ValueError, r"pass attach\(scheduler=...\) from the start")):
         with silent(tmp_path / "run") as directory:
             engine = scheduled(model(), directory, directory.interpreter, given=False, cut=cut)
             with pytest.raises(error, match=message):

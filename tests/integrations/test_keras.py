@@ -58,7 +58,7 @@ class Cut(keras.callbacks.Callback):
         self.after, self.callback = after, callback
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.callback.live.state.iteration.update == self.after:
+        if self.callback.session.state.iteration.update == self.after:
             self.model.stop_training = True
 
 
@@ -111,14 +111,14 @@ def test_tells_what_the_own_trainer_tells():
     assert state.hyperparams["lr_scale"] < 1
     assert_same(told.lines, expected.lines)
     assert_same(weights(KerasModule(model)), weights(state))
-    assert_same(callback.live.state.callback_states, state.callback_states)
+    assert_same(callback.session.state.callback_states, state.callback_states)
 
 
 def test_accumulates_as_the_own_trainer_does():
     model = classifier(sgd(steps=2))
     told, callback = theirs(model, samples=points(8), reducer=reducer_of_updates())
     expected, state = own(points(8), steps=2, reducer=reducer_of_updates())
-    assert str(callback.live.state.iteration) == "E3_U6_S24"
+    assert str(callback.session.state.iteration) == "E3_U6_S24"
     assert_same(told.lines, expected.lines)
     assert_same(weights(KerasModule(model)), weights(state))
 
@@ -154,7 +154,7 @@ def assert_resumed(told, callback, model, uncut):
     expected, whole, trained = uncut
     assert_same(told.history, expected.after(told.lines[0][1]))
     assert_same(weights(KerasModule(model)), trained)
-    assert_same(callback.live.state.callback_states, whole.live.state.callback_states)
+    assert_same(callback.session.state.callback_states, whole.session.state.callback_states)
 
 
 def dropping():
@@ -202,7 +202,7 @@ def test_resumes_from_a_model_that_keras_saved(uncut, tmp_path):
     model = classifier()
     before, callback = theirs(model, cut=5)
     model.save(tmp_path / "model.keras")
-    remembered = callback.live.state_dict()
+    remembered = callback.session.state_dict()
     loaded = keras.models.load_model(tmp_path / "model.keras")
     told, callback = theirs(loaded, remembered=remembered)
     assert_same([*before.history, *told.history], uncut[0].history)
@@ -268,9 +268,9 @@ def test_evaluation_takes_the_weights_of_the_state_and_leaves_the_model_as_it_is
     before = weights(module)
     state = KerasModule(classifier(regularizer="l2"))
     zeros = {name: torch.zeros_like(value) for name, value in state.named_parameters()}
-    live = theirs(model, epochs=1)[1].live
+    session = theirs(model, epochs=1)[1].session
     trained = weights(module)
-    losses, outputs = module.evaluate(live.state.replace(params=zeros), VAL[0])
+    losses, outputs = module.evaluate(session.state.replace(params=zeros), VAL[0])
     assert outputs.abs().max() == 0
     assert float(losses["total"]) == pytest.approx(0.6931472)
     assert_same(weights(module), trained)
@@ -303,8 +303,8 @@ def test_names_do_not_depend_on_what_was_built_before_or_loaded(tmp_path):
 
 def test_the_memory_of_an_optimizer_is_that_of_its_params():
     _, callback = theirs(classifier(), epochs=1)
-    memory = callback.live.state.opt_state
-    assert memory["state"].keys() == callback.live.state.params.keys()
+    memory = callback.session.state.opt_state
+    assert memory["state"].keys() == callback.session.state.params.keys()
     assert set(memory["state"]["dense.kernel"]) == {"momentum", "velocity"}
     assert set(memory["groups"]) == {"iteration", "learning_rate"}
 

@@ -411,11 +411,11 @@ def test_an_exception_lets_the_optimizer_go(tmp_path):
     noether = noether_in(module, Told())
     with pytest.raises(CutError):
         fit(module, loader(points(36)), noether, CutAt(3), root=tmp_path)
-    steps = noether.live.steps
-    noether.live._optimizer._optimizer.step()  # noqa: SLF001  # Lightning's trainer is gone
-    assert noether.live.steps == steps
+    steps = noether.session.steps
+    noether.session._optimizer._optimizer.step()  # noqa: SLF001  # Lightning's trainer is gone
+    assert noether.session.steps == steps
 
 
 def test_what_nobody_would_carry_out_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="give directory=open_run"):
+    with pytest.raises(ValueError, match=r"pass directory=noether\.open_run"):
         fit(Module(), loader(points(8)), NoetherCallback(compose(), run=Run()), root=tmp_path)

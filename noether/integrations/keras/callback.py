@@ -32,7 +32,7 @@ What is different from noether's own trainer:
   callback, in place of `initial_epoch`.
 - `shuffle=True` and dropout of torch modules draw from torch's global generator, which is in no checkpoint: a resume is
   exact where the order of data is a function of the epoch. Seeds of Keras' own dropout are buffers, and are saved.
-- What Keras saves itself (`model.save`, `BackupAndRestore`) holds weights and optimizer. `callback.live.state_dict()` is
+- What Keras saves itself (`model.save`, `BackupAndRestore`) holds weights and optimizer. `callback.session.state_dict()` is
   what the run remembers beside them; a new callback takes it as `remembered=`.
 - An update that a `LossScaleOptimizer` leaves out is not told from others. `grad_norm` is not there.
 - A model with `jit_compile=True` is refused: nobody could listen inside of what is compiled.
@@ -40,37 +40,47 @@ What is different from noether's own trainer:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
-
-from torch import Tensor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
-from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.core.tensors.tree import FrozenDict
 from noether.integrations.keras.backend import keras
 from noether.integrations.keras.module import KerasModule
 from noether.integrations.keras.optimizer import KerasOptimizer
-from noether.session.session import Session, fill_run
+from noether.session.session import Session
+from noether.session.settings import fill_run
+from noether.session.timing import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from noether.core.callback import Callback
+    from torch import Tensor
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects import RunDirectory
 
-_NO_RUN = Run()
-_NOTHING: Mapping[str, Any] = FrozenDict()
+_CLOCK: Final = Clock()
+_RUN: Final = Run()
+_NOTHING: Final[Mapping[str, Any]] = FrozenDict()
 
 
 @final
 class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras is untyped
-    """Tells noether's callbacks what happens in `model.fit`.
+    """Runs noether's callbacks beside `model.fit`.
 
     Args:
-        reducer: Any one callback, such as `compose(...)` or `load_callbacks(path)`.
-        run: What callbacks evaluate, `data` as batches of tensors, and what Keras does not tell.
-        remembered: What `live.state_dict()` returned, to go on with a model that Keras itself has loaded.
-        settings: `directory`, `interpreter`, `seed` and `format_duration`, as for `Session`.
+        callbacks: One callback, or several in order.
+        remembered: What `session.state_dict()` returned, to resume with a model that Keras itself has loaded.
+        directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
+        interpreter: Runs effects; by default that of the directory.
+        data: What callbacks evaluate, by dataset key, as batches of tensors.
+        seed: Seeds the random numbers of callbacks.
+        clock: Reads the time.
+        run: Further facts about the run, which Keras does not know.
 
     Example:
         >>> import torch
@@ -85,25 +95,37 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     """
 
     def __init__(
-        self, reducer: Callback, *, run: Run = _NO_RUN, remembered: Mapping[str, Any] = _NOTHING, **settings: Any
+        self,
+        callbacks: Callback | Sequence[Callback],
+        *,
+        remembered: Mapping[str, Any] = _NOTHING,
+        directory: RunDirectory | None = None,
+        interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
+        data: Mapping[str, Iterable[Any]] | None = None,
+        seed: int = 0,
+        clock: Clock = _CLOCK,
+        run: Run = _RUN,
     ) -> None:
         super().__init__()
-        self._reducer, self._run, self._remembered, self._settings = reducer, run, remembered, settings
-        self._live: Session | None = None
+        self._run, self._remembered = run, remembered
+        self._make_session = partial(
+            Session, callbacks, directory=directory, interpreter=interpreter, data=data, seed=seed, clock=clock
+        )
+        self._session: Session | None = None
         self._optimizer: KerasOptimizer | None = None
         self._losses: list[Tensor] = []
         self._awaits_loss = False
 
     @property
-    def live(self) -> Session:
-        """The run beside the model.
+    def session(self) -> Session:
+        """The session beside the model.
 
         Raises:
             RuntimeError: If training has not begun.
         """
-        if self._live is None:
-            raise RuntimeError("there is no run before training: call model.fit(..., callbacks=[callback]) first")
-        return self._live
+        if self._session is None:
+            raise RuntimeError("the session begins with training: call model.fit(..., callbacks=[callback]) first")
+        return self._session
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Begin the run, or go on with it.
@@ -115,27 +137,27 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         """
         if self.model.jit_compile:
             raise ValueError("nobody can listen inside of a compiled step: call model.compile(..., jit_compile=False)")
-        live, optimizer = self._watched()
+        session, optimizer = self._watched()
         if not optimizer.belongs_to(self.model):
             raise ValueError(
                 "this callback watches another model or optimizer: give a new NoetherCallback, to go on with the run "
-                "NoetherCallback(..., remembered=callback.live.state_dict())"
+                "NoetherCallback(..., remembered=callback.session.state_dict())"
             )
         self._losses = []
         updates = _updates(self.params["steps"], optimizer.accumulation_steps)
         end = TrainingIteration(epoch=self.params["epochs"])
-        live.load()
+        session.load()
         optimizer.check_whole()
-        _check_place(live.state, fill_run(live.run, end=end, updates_per_epoch=updates), updates)
-        live.begin(end=end, updates_per_epoch=updates)
+        _check_position(session.state, fill_run(session.run, end=end, updates_per_epoch=updates), updates)
+        session.begin(end=end, updates_per_epoch=updates)
         self._listen()
         # As keras.callbacks.BackupAndRestore does; past the last epoch there is nothing to do.
-        epoch = self.params["epochs"] if self.live.is_over else live.state.iteration.epoch
+        epoch = self.params["epochs"] if session.is_over else session.state.iteration.epoch
         self.model._initial_epoch = epoch or None  # noqa: SLF001
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Take the time, and scale the learning rate."""
-        self.live.batch_arrived()
+        self.session.batch_arrived()
         self._watched()[1].batch_begins()
         self._awaits_loss = True
 
@@ -145,48 +167,43 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         Raises:
             TypeError: If the model does not call `compute_loss`.
         """
-        live, optimizer = self._watched()
+        session, optimizer = self._watched()
         optimizer.batch_ended()
         if self._awaits_loss:
             raise TypeError(
                 f"train_step of {self.model.name} does not call self.compute_loss(...), so what its loss was nobody "
                 "knows: have it do so, and override compute_loss for a loss of its own"
             )
-        if live.pending == optimizer.accumulation_steps:
+        if session.pending == optimizer.accumulation_steps:
             losses, self._losses = self._losses, []
             optimizer.steps += 1
-            live.update(losses={"total": sum(losses[1:], start=losses[0]) / len(losses)})
+            session.update(mean=sum(losses[1:], start=losses[0]) / len(losses))
         self._stop()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Tell of the end of an epoch, if it is completed."""
-        self.live.end_epoch(cut_short=self.model.stop_training)
+        self.session.end_epoch(cut_short=self.model.stop_training)
         self._stop()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Tell of the end of training, if the run is at its end."""
         self.model._initial_epoch = None  # noqa: SLF001  # or another call would begin there
         self.model.__dict__.pop("compute_loss", None)
-        if self.live.is_over:
-            self.live.end()
+        if self.session.is_over:
+            self.session.end()
         else:
-            self.live.close()
+            self.session.close()
 
     def _watched(self) -> tuple[Session, KerasOptimizer]:
         """Return the run and the optimizer, made when the model is first there."""
-        if self._live is None or self._optimizer is None:
+        if self._session is None or self._optimizer is None:
             module = KerasModule(self.model)
             self._optimizer = KerasOptimizer(module)
-            self._live = Session(
-                self._reducer,
-                run=fill_run(self._run, forward=module.evaluate),
-                model=module,
-                optimizer=self._optimizer,
-                **self._settings,
-            )
+            run = fill_run(self._run, forward=module.evaluate)
+            self._session = self._make_session(run=run, model=module, optimizer=self._optimizer)
             if self._remembered:
-                self._live.load_state_dict(self._remembered)
-        return self._live, self._optimizer
+                self._session.load_state_dict(self._remembered)
+        return self._session, self._optimizer
 
     def _listen(self) -> None:
         """Override `compute_loss` on the model object."""
@@ -203,17 +220,13 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self.model.compute_loss = compute_loss
 
     def _micro_batch(self, loss: Tensor, inputs: Any, outputs: Any) -> None:
-        live, optimizer = self._watched()
+        session, optimizer = self._watched()
         self._losses.append(loss)
-        live.micro_batch(
-            samples=live.run.batch_size(inputs),
-            losses={"total": loss},
-            outputs=map_tensors(Tensor.detach, outputs),
-            of=optimizer.accumulation_steps,
-        )
+        samples = session.run.batch_size(inputs)
+        session.micro_batch(loss, outputs=outputs, samples=samples, of=optimizer.accumulation_steps)
 
     def _stop(self) -> None:
-        if self.live.is_over:
+        if self.session.is_over:
             self.model.stop_training = True
 
 
@@ -229,7 +242,7 @@ def _updates(batches: int | None, accumulated: int) -> int | None:
     return batches // accumulated
 
 
-def _check_place(state: TrainState, run: Run, updates: int | None) -> None:
+def _check_position(state: TrainState, run: Run, updates: int | None) -> None:
     """Refuse other batches than those that are left of the epoch."""
     at, per_epoch = state.iteration, getattr(run, "updates_per_epoch", None)
     if updates is None or per_epoch is None or state.stop is not None or at.reached(run.end):

@@ -10,6 +10,8 @@ import torch
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from noether.integrations.keras.module import KerasModule
 
 
@@ -35,16 +37,17 @@ class KerasOptimizer:
         if not self._optimizer.built:
             self._optimizer.build(model.trainable_variables)
         self.lr_scale = 1.0
+        self.measures: frozenset[str] = frozenset()
         self.opt_state: Mapping[str, Any] = _BorrowedOptState(self)
         self.steps = 0
-        self.lr: Mapping[str, float] = FrozenDict()
+        self._lr: Mapping[str, float] = FrozenDict()
         self._unscaled: Any = None
 
     @property
-    def weight_decay(self) -> Mapping[str, float]:
-        """Weight decay; empty for an optimizer that has none."""
+    def readings(self) -> Mapping[str, Any]:
+        """Learning rate of the last step and weight decay; the latter is empty for an optimizer that has none."""
         decay = self._inner.weight_decay
-        return FrozenDict() if decay is None else FrozenDict(default=float(decay))
+        return {"lr": self._lr, "weight_decay": FrozenDict() if decay is None else FrozenDict(default=float(decay))}
 
     @property
     def accumulation_steps(self) -> int:
@@ -73,7 +76,7 @@ class KerasOptimizer:
         self.batch_ended()  # where the batch before this one raised
         inner = self._inner
         rate = float(inner.learning_rate)
-        self.lr = FrozenDict(default=rate * self.lr_scale)
+        self._lr = FrozenDict(default=rate * self.lr_scale)
         if self.lr_scale != 1.0:
             # A schedule can only be put back as what it is, and Keras gives out nothing but its value.
             self._unscaled = (rate, inner._learning_rate)  # noqa: SLF001
@@ -106,8 +109,12 @@ class KerasOptimizer:
             if live[key].value.data_ptr() != tensor.data_ptr():
                 live[key].value.copy_(tensor)
 
-    def watch(self) -> None:
-        """Do nothing: the callback tells of every batch."""
+    def watch(self, readings: Collection[str] = ()) -> None:
+        """Do nothing: the callback reports every batch."""
+
+    def gradients_are_finite(self) -> bool | None:
+        """Return None: Keras does not show the gradients."""
+        return None
 
     def release(self) -> None:
         """Put the learning rate back."""

@@ -1,4 +1,4 @@
-"""A run in a loop that is not ours, driven by hand."""
+"""A session whose events a framework dispatches, here by hand."""
 
 import io
 
@@ -22,7 +22,7 @@ from noether import (
 from noether.config import load_callbacks
 from noether.core.callbacks import DatasetStatsCallback, MetricCallback, OnlineLossCallback, TrainTimeCallback
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
-from noether.session.evaluation import BesideTraining
+from noether.session.evaluation import EvaluationData
 from noether.session.optimizers import TorchOptimizer
 from noether.session.session import Session
 from noether.session.timing import Clock
@@ -31,7 +31,7 @@ from noether.testing import assert_same, effects_of
 EPOCHS = 4
 
 
-def lived(network, adam, told, micro, steps, directory=None):
+def new_session(network, adam, told, micro, steps, directory=None):
     updates = grouped(micro, steps)
     samples = [sum(len(x) for x, _ in update) for update in updates]
     fixed = run(
@@ -45,32 +45,32 @@ def lived(network, adam, told, micro, steps, directory=None):
     return Session(callbacks(), **given, clock=STILL)
 
 
-def one_update(live, network, adam, micro):
+def one_update(session, network, adam, micro):
     """Accumulate as noether's step does: each loss weighted by its share of the samples."""
     adam.zero_grad()
     total = sum(len(x) for x, _ in micro)
     for x, y in micro:
         loss = nn.functional.cross_entropy(network(x), y)
         (loss * (len(x) / total) if len(x) < total else loss).backward()
-        live.micro_batch(samples=len(x), losses={"ce": loss}, of=len(micro))
+        session.micro_batch({"ce": loss}, samples=len(x), of=len(micro))
     adam.step()
-    live.update()
+    session.update()
 
 
-def train(live, network, adam, micro, steps, scheduler=None, until=10**9):
+def train(session, network, adam, micro, steps, scheduler=None, until=10**9):
     """Go on from wherever the run is; the loop is as a framework's would be."""
     updates = grouped(micro, steps)
-    while live.stop is None and live.state.iteration.epoch < EPOCHS:
-        for update in updates[live.state.iteration.update % len(updates) :]:
-            one_update(live, network, adam, update)
+    while session.stop is None and session.state.iteration.epoch < EPOCHS:
+        for update in updates[session.state.iteration.update % len(updates) :]:
+            one_update(session, network, adam, update)
             if scheduler is not None:
                 scheduler.step()
-            if live.stop is not None or live.state.iteration.update >= until:
+            if session.stop is not None or session.state.iteration.update >= until:
                 break
-        if live.state.iteration.update >= until:
+        if session.state.iteration.update >= until:
             return
-        live.end_epoch(cut_short=live.stop is not None)
-    live.end()
+        session.end_epoch(cut_short=session.stop is not None)
+    session.end()
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -79,12 +79,12 @@ def test_it_tells_what_the_trainer_tells(steps):
     expected, state = ours(micro, steps=steps, epoch=EPOCHS)
     network, told = model(), Told()
     adam = optimizer(network)
-    live = lived(network, adam, told, micro, steps)
-    live.begin()
-    train(live, network, adam, micro, steps)
+    session = new_session(network, adam, told, micro, steps)
+    session.begin()
+    train(session, network, adam, micro, steps)
     assert_same(told.lines, expected.lines)
     assert_same(weights(network), weights(state))
-    assert_same(live.state.callback_states, state.callback_states)
+    assert_same(session.state.callback_states, state.callback_states)
     assert any(name == "AfterTraining" for name, *_ in told.lines)
 
 
@@ -96,15 +96,15 @@ def test_a_scale_survives_the_schedulers_of_the_loop(make):
     micro = batches(points(36), 8)
     network, told = model(), Told()
     adam = optimizer(network)
-    scheduler, live = make(adam), lived(network, adam, told, micro, 2)
+    scheduler, session = make(adam), new_session(network, adam, told, micro, 2)
     reference = make(torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=LR))
     rates = []
     for _ in range(12):
         rates.append(reference.get_last_lr()[0])
         reference.optimizer.step()
         reference.step()
-    live.begin()
-    train(live, network, adam, micro, 2, scheduler=scheduler)
+    session.begin()
+    train(session, network, adam, micro, 2, scheduler=scheduler)
     expected, state = ours(micro, steps=2, lr=rates.__getitem__, epoch=EPOCHS)
     assert state.hyperparams["lr_scale"] < 1
     assert_same(told.lines, expected.lines)
@@ -126,27 +126,27 @@ def test_a_frameworks_checkpoint_resumes_the_callbacks(until, tmp_path):
     network = model()
     adam = optimizer(network)
     with silent(tmp_path / "run") as directory:
-        live = lived(network, adam, Told(directory.interpreter), micro, 2, directory=directory)
-        live.begin()
-        train(live, network, adam, micro, 2, until=until)
-        content = {"model": network.state_dict(), "adam": adam.state_dict(), "noether": live.state_dict()}
+        session = new_session(network, adam, Told(directory.interpreter), micro, 2, directory=directory)
+        session.begin()
+        train(session, network, adam, micro, 2, until=until)
+        content = {"model": network.state_dict(), "adam": adam.state_dict(), "noether": session.state_dict()}
         content = saved_and_read(content)
-        live.end_epoch(cut_short=True)
-        one_update(live, network, adam, micro[:2])  # lost
+        session.end_epoch(cut_short=True)
+        one_update(session, network, adam, micro[:2])  # lost
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     network = model()
     adam = optimizer(network)
     with silent(tmp_path / "run") as directory:
         told = Told(directory.interpreter)
-        live = lived(network, adam, told, micro, 2, directory=directory)
+        session = new_session(network, adam, told, micro, 2, directory=directory)
         network.load_state_dict(content["model"])
         adam.load_state_dict(content["adam"])
-        live.load_state_dict(content["noether"])
-        live.begin()
+        session.load_state_dict(content["noether"])
+        session.begin()
         kept = (tmp_path / "run" / "metrics.jsonl").read_text()
         assert lines.startswith(kept)
         assert len(kept) < len(lines)
-        train(live, network, adam, micro, 2)
+        train(session, network, adam, micro, 2)
     at = told.lines[0][1]
     assert_same(told.history, expected.after(at))
     assert_same(weights(network), weights(state))
@@ -161,9 +161,9 @@ def test_a_checkpoint_of_noether_resumes_loop_and_callbacks(until, asynchronous,
         adam = optimizer(network)
         with silent(tmp_path / "run", asynchronous=asynchronous) as directory:
             told = Told(directory.interpreter)
-            live = lived(network, adam, told, micro, 2, directory=directory)
-            live.begin()
-            train(live, network, adam, micro, 2, until=end)
+            session = new_session(network, adam, told, micro, 2, directory=directory)
+            session.begin()
+            train(session, network, adam, micro, 2, until=end)
     assert_same(told.history, expected.after(told.lines[0][1]))
     assert_same(weights(network), weights(state))
 
@@ -175,14 +175,14 @@ def test_inside_of_an_update_a_checkpoint_is_of_what_was_before_it():
         return state.remember("heard", state.memory("heard") + 1), ()
 
     network = model()
-    live = Session(hear, run=Run(), model=network, interpreter=Told())
-    live.begin()
-    before = live.state_dict()
-    live.micro_batch(samples=4, losses={"ce": 1.0}, of=2)
-    assert live.state.memory("heard") == 1
-    assert_same(live.state_dict(), before)
-    live.begin()  # after an exception there
-    assert (live.state.memory("heard"), live.pending) == (0, 0)
+    session = Session(hear, run=Run(), model=network, interpreter=Told())
+    session.begin()
+    before = session.state_dict()
+    session.micro_batch({"ce": 1.0}, samples=4, of=2)
+    assert session.state.memory("heard") == 1
+    assert_same(session.state_dict(), before)
+    session.begin()  # after an exception there
+    assert (session.state.memory("heard"), session.pending) == (0, 0)
 
 
 def test_what_a_callback_changes_is_written_into_the_model():
@@ -191,22 +191,22 @@ def test_what_a_callback_changes_is_written_into_the_model():
         return state.replace(params={name: p * 0.5 for name, p in state.params.items()}), ()
 
     network = nn.Linear(2, 1)
-    live = Session(halve, run=Run(), model=network, interpreter=Told())
-    live.begin()
+    session = Session(halve, run=Run(), model=network, interpreter=Told())
+    session.begin()
     before = weights(network)
-    live.micro_batch(samples=1, losses={"mse": 0.0})
-    live.update()
+    session.micro_batch({"mse": 0.0}, samples=1)
+    session.update()
     assert_same(weights(network), {name: w * 0.5 for name, w in before.items()})
-    assert live.state.params["weight"].data_ptr() != network.weight.data_ptr()
+    assert session.state.params["weight"].data_ptr() != network.weight.data_ptr()
 
 
 def test_an_update_without_a_loss_was_skipped():
     heard = []
     hear = on(AfterUpdate)(lambda state, event: (heard.append((event.skipped, event.samples)), (state, ()))[1])
-    live = Session(hear, run=Run(), model=model(), interpreter=Told())
-    live.begin()
-    live.micro_batch(samples=4, losses={})
-    live.update()
+    session = Session(hear, run=Run(), model=model(), interpreter=Told())
+    session.begin()
+    session.micro_batch({}, samples=4)
+    session.update()
     assert heard == [(True, 4)]
 
 
@@ -215,11 +215,11 @@ def test_seconds_are_split_into_waiting_and_stepping():
     network, told = model(), Told()
     clock = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: float(next(seconds)))
     times = TrainTimeCallback(every_n_updates=1)
-    live = Session(times, run=Run(), model=network, interpreter=told, clock=clock)
-    live.begin()
-    live.batch_arrived()
-    live.micro_batch(samples=1, losses={"ce": 1.0})
-    live.update()
+    session = Session(times, run=Run(), model=network, interpreter=told, clock=clock)
+    session.begin()
+    session.batch_arrived()
+    session.micro_batch({"ce": 1.0}, samples=1)
+    session.update()
     (effects,) = [effects for name, _, effects in told.lines if name == "AfterUpdate"]
     values = {key: float(value) for key, value in effects[0].values.items()}
     assert set(values.values()) == {1.0}
@@ -227,7 +227,7 @@ def test_seconds_are_split_into_waiting_and_stepping():
 
 def test_evaluating_leaves_the_generator_as_it_was():
     data = torch.utils.data.DataLoader(torch.arange(8.0), batch_size=2, shuffle=True)
-    beside = BesideTraining(data, nn.Linear(1, 1))
+    beside = EvaluationData(data, nn.Linear(1, 1), seed=0)
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -250,12 +250,12 @@ def test_a_step_that_raised_leaves_no_scale_behind():
         with pytest.raises(ZeroDivisionError):
             sgd.step(closure)
     sgd.step()
-    assert (sgd.param_groups[0]["lr"], live.lr["default"], live.steps) == (1.0, 0.5, 1)
+    assert (sgd.param_groups[0]["lr"], live.readings["lr"]["default"], live.steps) == (1.0, 0.5, 1)
     again = TorchOptimizer(network, sgd)  # of a new run: the hooks of the old one are gone
     again.watch()
     again.lr_scale = 0.5
     sgd.step()
-    assert (again.lr["default"], live.steps, again.steps) == (0.5, 1, 1)
+    assert (again.readings["lr"]["default"], live.steps, again.steps) == (0.5, 1, 1)
     again.release()
     sgd.step()
     assert again.steps == 1
@@ -265,55 +265,57 @@ def test_several_groups_have_their_names():
     network = nn.Linear(1, 1)
     groups = [{"params": [network.weight], "lr": 0.1, "name": "weights"}, {"params": [network.bias], "lr": 0.2}]
     live = TorchOptimizer(network, torch.optim.SGD(groups, lr=1.0))
-    assert (dict(live.lr), dict(live.weight_decay)) == ({"weights": 0.1, "1": 0.2}, {"weights": 0.0, "1": 0.0})
+    assert live.readings == {"lr": {"weights": 0.1, "1": 0.2}, "weight_decay": {"weights": 0.0, "1": 0.0}}
 
 
 def test_refusals_say_what_would_be_right(tmp_path):
     network = model()
     given = {"model": network, "interpreter": Told()}
-    with pytest.raises(ValueError, match=r"give directory=open_run"):
+    with pytest.raises(ValueError, match=r"pass directory=noether.open_run"):
         Session(compose(), run=Run(), model=network)
     with pytest.raises(ValueError, match=r"2 parameters of the optimizer are not"):
         Session(compose(), run=Run(), optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()), **given)
     metric = MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
-    with pytest.raises(AttributeError, match="forward"):
+    with pytest.raises(ValueError, match=r"iterates 'val', and the run has no data; pass data=\{'val': loader\}"):
         Session(metric, run=Run(), **given)
-    with pytest.raises(KeyError, match=r"iterates 'val', and the run has \['vals'\]; did you mean 'vals'"):
+    with pytest.raises(ValueError, match=r"no loss to evaluate it with: pass loss="):
+        Session(metric, data={"val": []}, **given)
+    with pytest.raises(ValueError, match=r"iterates 'val', and the run has \['vals'\]; did you mean 'vals'"):
         Session(metric, run=run(network).replace(data={"vals": []}), **given)
-    live = Session(OnlineLossCallback(every_n_epochs=1), run=Run(updates_per_epoch=2), **given)
-    with pytest.raises(ValueError, match="call micro_batch"):
-        live.update()
-    live.begin()
-    live.micro_batch(samples=1, losses={"ce": 1.0})
+    session = Session(OnlineLossCallback(every_n_epochs=1), run=Run(updates_per_epoch=2), **given)
+    with pytest.raises(ValueError, match="update needs micro-batches"):
+        session.update()
+    session.begin()
+    session.micro_batch({"ce": 1.0}, samples=1)
     with pytest.raises(ValueError, match="1 micro-batches that made no update"):
-        live.end_epoch()
-    live.update()
+        session.end_epoch()
+    session.update()
     with pytest.raises(ValueError, match="ended after 1 updates, and every epoch has 2"):
-        live.end_epoch()
+        session.end_epoch()
     for _ in range(2):
-        live.micro_batch(samples=1, losses={"ce": 1.0})
-        if live.state.iteration.update == 2:
-            with pytest.raises(ValueError, match="epoch 0 goes on after 2 updates, which is all"):
-                live.update()
+        session.micro_batch({"ce": 1.0}, samples=1)
+        if session.state.iteration.update == 2:
+            with pytest.raises(ValueError, match="epoch 0 continues after 2 updates, which is all"):
+                session.update()
         else:
-            live.update()
-    with pytest.raises(ValueError, match="not what a run remembered"):
-        live.load_state_dict({"epoch": 3})
+            session.update()
+    with pytest.raises(ValueError, match="not a saved state"):
+        session.load_state_dict({"epoch": 3})
 
 
 def test_an_epoch_that_was_cut_short_is_not_counted_and_one_that_is_owed_is():
     told = Told()
-    live = Session(compose(), run=Run(updates_per_epoch=2), model=model(), interpreter=told)
-    live.begin()
+    session = Session(compose(), run=Run(updates_per_epoch=2), model=model(), interpreter=told)
+    session.begin()
     for _ in range(2):
-        live.micro_batch(samples=1, losses={"ce": 1.0})
-        live.update()
-    live.end_epoch(cut_short=True)
-    live.micro_batch(samples=1, losses={"ce": 1.0})
-    live.update()
-    live.end_epoch(cut_short=True)
-    live.end()
-    live.end()
+        session.micro_batch({"ce": 1.0}, samples=1)
+        session.update()
+    session.end_epoch(cut_short=True)
+    session.micro_batch({"ce": 1.0}, samples=1)
+    session.update()
+    session.end_epoch(cut_short=True)
+    session.end()
+    session.end()
     names = [(name, at) for name, at, _ in told.lines]
     assert names == [
         ("BeforeTraining", "E0_U0_S0"), ("AfterUpdate", "E0_U1_S1"), ("AfterUpdate", "E0_U2_S2"),
@@ -338,12 +340,14 @@ callbacks:
     for reducer in (load_callbacks(tmp_path / "callbacks.yaml"), written):
         network = model()
         told.append(Told())
-        live = Session(reducer, run=run(network, updates_per_epoch=2), model=network, interpreter=told[-1], clock=STILL)
-        live.begin()
+        session = Session(
+            reducer, run=run(network, updates_per_epoch=2), model=network, interpreter=told[-1], clock=STILL
+        )
+        session.begin()
         for _ in range(2):
-            live.micro_batch(samples=1, losses={"ce": 1.0})
-            live.update()
-        live.end()
+            session.micro_batch({"ce": 1.0}, samples=1)
+            session.update()
+        session.end()
     assert_same(told[0].lines, told[1].lines)
     assert len(told[0].lines[-2][2]) == 1
 
@@ -352,8 +356,8 @@ def test_the_lengths_of_datasets_are_those_of_samples():
     network = model()
     loader = torch.utils.data.DataLoader(torch.arange(7.0), batch_size=2)
     data = {"list": batches(points(20), 8), "loader": loader}
-    live = Session(DatasetStatsCallback(), run=Run(data=data), model=network, interpreter=(told := Told()))
-    live.begin()
+    session = Session(DatasetStatsCallback(), run=Run(data=data), model=network, interpreter=(told := Told()))
+    session.begin()
     (effect,) = effects_of([line[2] for line in told.lines], SetSummary)
     assert dict(effect.values) == {"samples/list": 20, "samples/loader": 7}
 
@@ -362,12 +366,12 @@ def test_a_parameter_that_was_given_other_memory_is_seen():
     seen = []
     see = on(AfterUpdate)(lambda state, event: (seen.append(float(state.params["weight"])), (state, ()))[1])
     network = nn.Linear(1, 1)
-    live = Session(see, run=Run(), model=network, interpreter=Told())
-    live.begin()
+    session = Session(see, run=Run(), model=network, interpreter=Told())
+    session.begin()
     for value in (1.0, 2.0):
         network.weight.data = torch.full((1, 1), value)
-        live.micro_batch(samples=1, losses={"ce": 1.0})
-        live.update()
+        session.micro_batch({"ce": 1.0}, samples=1)
+        session.update()
     assert seen == [1.0, 2.0]
 
 

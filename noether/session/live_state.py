@@ -1,0 +1,91 @@
+"""The state of a run whose model and optimizer are live objects: views of them, and the way back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from noether.core.tensors.module import buffers_of, params_of, write_weights
+from noether.core.tensors.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from noether.core.state import TrainState
+    from noether.session.optimizers import LiveOptimizer
+
+_NO_MEMORY = FrozenDict()
+
+
+@final
+class LiveState:
+    """Makes states that view a live model and optimizer, and writes into these what callbacks changed of a state.
+
+    Writes in place show through a view. A module may also assign a buffer, and weight averaging may give a parameter
+    other memory: the views are made again only then, since checking takes a fraction of the time of making them.
+
+    Args:
+        model: The model; its parameters and buffers keep their names.
+        optimizer: Its optimizer, if the run watches one.
+
+    Example:
+        >>> from noether import TrainState
+        >>> import torch
+        >>> model = torch.nn.BatchNorm1d(2)
+        >>> live = LiveState(model, None)
+        >>> before = live.view(TrainState()).buffers
+        >>> model.running_mean = torch.ones(2)
+        >>> before["running_mean"], live.view(TrainState()).buffers["running_mean"]
+        (tensor([0., 0.]), tensor([1., 1.]))
+    """
+
+    def __init__(self, model: nn.Module, optimizer: LiveOptimizer | None) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._parameters: list[Tensor] = []
+        self._owners: list[tuple[nn.Module, str, Tensor]] = []
+        self._make_views()
+
+    def view(self, state: TrainState) -> TrainState:
+        """Return `state` with the model's params and buffers and the optimizer's memory, as they are now."""
+        if self._is_stale():
+            self._make_views()
+        opt_state = _NO_MEMORY if self.optimizer is None else self.optimizer.opt_state
+        return state.replace(params=self._params, buffers=self._buffers, opt_state=opt_state)
+
+    def load(self, saved: TrainState) -> None:
+        """Write all of a saved state into model and optimizer.
+
+        Raises:
+            KeyError: If the model does not have the parameters and buffers of the state.
+        """
+        write_weights(self.model, saved.params, saved.buffers)
+        if self.optimizer is not None:
+            self.optimizer.load(saved.opt_state)
+        self.apply_lr_scale(saved)
+
+    def write_changes(self, before: TrainState, after: TrainState) -> None:
+        """Write into model and optimizer what callbacks changed between a state that viewed them and `after`."""
+        if after.params is not before.params or after.buffers is not before.buffers:
+            write_weights(self.model, after.params, after.buffers)
+        if after.opt_state is not before.opt_state and self.optimizer is not None:
+            self.optimizer.load(after.opt_state)
+        self.apply_lr_scale(after)
+
+    def apply_lr_scale(self, state: TrainState) -> None:
+        """Have the optimizer multiply the learning rate of every later step by the scale in `state`."""
+        if self.optimizer is not None:
+            self.optimizer.lr_scale = float(state.hyperparams["lr_scale"])
+
+    def _make_views(self) -> None:
+        self._params, self._buffers = params_of(self.model), buffers_of(self.model)
+        self._parameters = list(self.model.parameters())
+        self._owners = [
+            (module, name, buffer)
+            for module in self.model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    def _is_stale(self) -> bool:
+        return any(
+            parameter.data_ptr() != view.data_ptr()
+            for parameter, view in zip(self._parameters, self._params.values(), strict=True)
+        ) or any(getattr(module, name) is not buffer for module, name, buffer in self._owners)

@@ -1,0 +1,244 @@
+"""The batches of a whole run: epoch after epoch, from the saved position on, in an order that a resume finds again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Final, final
+
+from noether.core.event import AfterEpoch, AfterUpdate, Event
+from noether.core.tensors.tree import FrozenDict
+from noether.session.errors import SessionError
+from noether.session.loader import (
+    batches_per_epoch,
+    epoch_iterator,
+    hidden_state,
+    warn_about_changes,
+    warn_if_unrepeatable,
+)
+from noether.session.randomness import derive, seed_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.state import Memory, TrainState
+    from noether.session.session import Session
+
+MEMORY: Final = "session"
+_NO_BATCH: Final[Any] = object()
+_SLOW_S: Final = 10.0
+_LOGGER: Final = logging.getLogger(__name__)
+
+
+@final
+class BatchLoop:
+    """Yields the batches of a run, and knows the place of each in its epoch and update.
+
+    It is also a member of the reducer: it remembers how many batches of the epoch are counted, so that a run that is
+    resumed in the middle of an epoch continues with the next one, whatever the lengths of epochs.
+
+    Args:
+        session: Dispatches the events.
+        loader: Yields the batches of an epoch, each time it is iterated.
+        accumulation: Micro-batches of an update.
+        seed: The run's seed.
+    """
+
+    produces: tuple[str, ...] = ()
+
+    def __init__(self, session: Session, loader: Any, accumulation: int, seed: int) -> None:
+        warn_if_unrepeatable(loader)
+        self.length = batches_per_epoch(loader)
+        self._session, self._loader, self._accumulation, self._seed = session, loader, accumulation, seed
+        self._batch: Any = _NO_BATCH
+        self._drawn = 0  # batches of this epoch, the current one included
+        self._is_last: bool | None = None  # None if unknown
+        self._is_reported = True
+
+    @property
+    def is_last(self) -> bool | None:
+        """Whether the current batch is the last of its epoch; None if only reading on would tell."""
+        return self._is_last
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of the current update: fewer in the last update of an epoch that is not a multiple."""
+        if self.length is None:
+            return self._accumulation
+        first = (self._drawn - 1) // self._accumulation * self._accumulation
+        return min(self._accumulation, self.length - first)
+
+    @property
+    def completes_update(self) -> bool:
+        """Whether the current batch is the last micro-batch of its update."""
+        return self._drawn % self._accumulation == 0 or bool(self._is_last)
+
+    def report(self) -> Any:
+        """Return the current batch, once.
+
+        Raises:
+            SessionError: If there is none, or its losses were reported.
+        """
+        if self._batch is _NO_BATCH:
+            raise SessionError(
+                "there is no batch to report: call update(losses) inside of `for batch in session.batches(loader):`"
+            )
+        if self._is_reported:
+            raise SessionError(
+                "the losses of this batch were reported before: call session.update(losses) once per batch; with "
+                "accumulation=, call session.micro_batch(losses) once per batch and session.update() without losses"
+            )
+        self._is_reported = True
+        return self._batch
+
+    def check_update(self, micro_batches: int) -> None:
+        """Refuse an update that does not end with the current batch.
+
+        Raises:
+            SessionError: If there was no micro-batch, or one is missing.
+        """
+        if micro_batches == 0 and self._is_reported:
+            raise SessionError("session.update(...) was called twice: call it once per update")
+        if micro_batches == 0:
+            raise SessionError("update() does not know the losses of the batch: call session.update(losses)")
+        if not self.completes_update:
+            raise SessionError(
+                f"the update has {micro_batches} of accumulation={self._accumulation} micro-batches: call "
+                "session.micro_batch(losses) for each, and optimizer.step() and session.update() only "
+                "`if session.completes_update:`"
+            )
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return the state that remembers the batches counted in this epoch."""
+        if isinstance(event, AfterUpdate):
+            return state.remember(MEMORY, FrozenDict(batches=self._drawn)), ()
+        return (state.remember(MEMORY, FrozenDict(batches=0)), ()) if isinstance(event, AfterEpoch) else (state, ())
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as for every callback
+        """Return that no batch is counted."""
+        return {MEMORY: FrozenDict(batches=0)}
+
+    def _listens(self, event_type: type[Event]) -> bool:
+        return event_type in {AfterUpdate, AfterEpoch}
+
+    def check_position(self, state: TrainState) -> None:
+        """Refuse a saved run that was made with other epochs.
+
+        Raises:
+            SessionError: If the position in the epoch is not one of this loader.
+        """
+        at, counted = state.iteration, _counted(state)
+        if MEMORY not in state.callback_states and at.update:
+            raise SessionError(
+                f"the saved run is at {at}, and no session.batches(...) made it: resume it where it was made"
+            )
+        if self.length is None:
+            return
+        updates = at.update - at.epoch * -(-self.length // self._accumulation)
+        if updates != -(-counted // self._accumulation) or counted > self.length:
+            raise SessionError(
+                f"the saved run is at {at}, {counted} batches into its epoch, which does not fit epochs of "
+                f"{self.length} batches with accumulation={self._accumulation}: pass the loader and accumulation= it "
+                "was begun with, or begin a new run in a new directory"
+            )
+
+    def run(self) -> Iterator[Any]:
+        """Yield the batches that are left of the run, and dispatch the ends of epochs and of training."""
+        session = self._session
+        try:
+            while not session.is_over:
+                yield from self._epoch(session.state)
+                session.end_epoch(cut_short=session.is_over)
+        except GeneratorExit:
+            session.leave(is_settled=self._is_reported and not session.pending)
+            raise
+        finally:
+            self._batch = _NO_BATCH
+            session.close()
+        session.end()
+
+    def _epoch(self, state: TrainState) -> Iterator[Any]:
+        """Yield the batches that are left of an epoch, while the run is not over."""
+        session, epoch, counted = self._session, state.iteration.epoch, _counted(state)
+        hidden, start_s = hidden_state(self._loader), time.perf_counter()
+        self._drawn = 0
+        for batch, is_last in self._draw(epoch_iterator(self._loader, self._seed, epoch), epoch):
+            self._drawn += 1
+            self._is_last = is_last
+            if self._drawn <= counted:
+                if self._drawn == counted:
+                    _log_skipped(counted, epoch, time.perf_counter() - start_s)
+                    session.stopwatch.read()
+                continue
+            self._batch, self._is_reported = batch, False
+            seed_all(derive(self._seed, "step", epoch, self._drawn))
+            session.batch_arrived()
+            yield batch
+            self._check_complete()
+            if session.is_over and not session.pending:
+                return
+        if self._drawn < max(counted, 1):
+            raise SessionError(
+                f"the loader yielded {self._drawn} batches in epoch {epoch}, where {max(counted, 1)} or more are "
+                "needed: pass an iterable that yields the same epochs each time it is iterated, not an iterator"
+            )
+        warn_about_changes(hidden, hidden_state(self._loader))
+
+    def _draw(self, iterator: Iterator[Any], epoch: int) -> Iterator[tuple[Any, bool | None]]:
+        """Yield each batch, and whether it is the last of the epoch."""
+        batches = self._draw_seeded(iterator, epoch)
+        if self.length is not None or self._accumulation == 1:
+            for index, batch in enumerate(batches, 1):
+                yield batch, None if self.length is None else index == self.length
+            return
+        # An update that is cut short by the end of the epoch has to be completed by its last micro-batch.
+        batch = next(batches, _NO_BATCH)
+        while batch is not _NO_BATCH:
+            following = next(batches, _NO_BATCH)
+            yield batch, following is _NO_BATCH
+            batch = following
+
+    def _draw_seeded(self, iterator: Iterator[Any], epoch: int) -> Iterator[Any]:
+        # A loader without workers draws its augmentations in this process, and a sampler its order.
+        index = 0
+        while True:
+            self._session.stopwatch.wait_begins()
+            seed_all(derive(self._seed, "batch", epoch, index))
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            index += 1
+            yield batch
+
+    def _check_complete(self) -> None:
+        """Refuse to yield the next batch before the loop reported all of this one."""
+        if not self._is_reported:
+            raise SessionError(
+                "the last batch was not reported: call session.update(losses) for every batch, after optimizer.step(); "
+                "for a batch that the loop leaves out, session.update(losses, skipped=True)"
+            )
+        if self._session.pending and self.completes_update:
+            raise SessionError(
+                "all micro-batches of the update were reported, and the update was not: call optimizer.step() and then "
+                "session.update() `if session.completes_update:`"
+            )
+        self._session.check_scheduler_position()
+
+
+def _counted(state: TrainState) -> int:
+    """Return how many batches of the epoch a state counts."""
+    return int(state.callback_states[MEMORY]["batches"]) if MEMORY in state.callback_states else 0
+
+
+def _log_skipped(batches: int, epoch: int, duration_s: float) -> None:
+    level = logging.WARNING if duration_s > _SLOW_S else logging.INFO
+    _LOGGER.log(
+        level,
+        "skipped the %d batches of epoch %d that the saved run counts, in %.1f s; a checkpoint at the end of an epoch "
+        "needs none",
+        batches,
+        epoch,
+        duration_s,
+    )

@@ -1,0 +1,100 @@
+"""Losses as a loop reports them: named, detached, and averaged over the micro-batches of an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from noether.core.tensors.forward import add_total
+from noether.core.tensors.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Losses = Mapping[str, Tensor | float]
+ReportedLosses = Tensor | float | Losses
+"""One loss, or several by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One reported micro-batch.
+
+    Args:
+        samples: Samples in it, >= 1.
+        losses: Mean losses by name, with `total`; empty if its step was left out.
+        outputs: What the model returned for it.
+    """
+
+    samples: int
+    losses: Losses
+    outputs: Any
+
+
+def named_losses(losses: ReportedLosses) -> Losses:
+    """Return detached losses by name, with their sum as `total`; a single loss is the total.
+
+    Args:
+        losses: One mean loss, or several by name; each a number or a tensor with one element.
+
+    Raises:
+        TypeError: If a loss is neither.
+        ValueError: If one is called `total` beside others.
+
+    Example:
+        >>> named_losses({"mse": 0.5, "l1": 0.25})
+        FrozenDict({'mse': 0.5, 'l1': 0.25, 'total': 0.75})
+        >>> named_losses(0.5)
+        FrozenDict({'total': 0.5})
+    """
+    if not isinstance(losses, Mapping):
+        losses = {"total": losses}
+    return add_total({name: _detach(name, loss) for name, loss in losses.items()}) if losses else FrozenDict()
+
+
+def _detach(name: str, loss: Any) -> Any:
+    if isinstance(loss, Tensor):
+        if loss.dim() == 0:
+            return loss.detach()
+        if loss.numel() == 1:
+            return loss.detach().reshape(())
+        raise TypeError(f"loss {name!r} has shape {tuple(loss.shape)}: report its mean over samples, loss.mean()")
+    if isinstance(loss, (int, float)):
+        return loss
+    raise TypeError(
+        f"loss {name!r} is of type {type(loss).__name__}: report a number, a tensor with one element, or a dict of "
+        "these"
+    )
+
+
+def is_finite(loss: Tensor | float) -> Tensor | bool:
+    """Return whether a loss is finite, on its device."""
+    return loss.isfinite() if isinstance(loss, Tensor) else math.isfinite(loss)
+
+
+def mean_losses(micro_batches: Sequence[MicroBatch]) -> Losses:
+    """Return the mean of each loss over the micro-batches that have it, weighted by samples as noether's step does it.
+
+    Example:
+        >>> mean_losses([MicroBatch(samples=3, losses={"total": 1.0}, outputs=None),
+        ...     MicroBatch(samples=1, losses={"total": 5.0}, outputs=None)])
+        FrozenDict({'total': 2.0})
+    """
+    if len(micro_batches) == 1:
+        return micro_batches[0].losses
+    names = dict.fromkeys(name for each in micro_batches for name in each.losses)
+    return FrozenDict(
+        {name: _mean([(m.losses[name], m.samples) for m in micro_batches if name in m.losses]) for name in names}
+    )
+
+
+def _mean(weighted: list[tuple[Any, int]]) -> Any:
+    if len(weighted) == 1:  # unchanged: multiplication by one keeps a number, but not always its type
+        return weighted[0][0]
+    samples = sum(weight for _, weight in weighted)
+    first, *others = (loss * (weight / samples) for loss, weight in weighted)
+    return sum(others, start=first)

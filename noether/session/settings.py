@@ -1,0 +1,200 @@
+"""The settings of a `Session`: what a run is made of, and refusals of what cannot work, before training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from noether.core.callback import label_of
+from noether.core.errors import check_whole, raise_problems, suggest
+from noether.core.iteration import TrainingIteration
+from noether.core.tensors.forward import forward
+from noether.session.errors import SessionError
+from noether.session.evaluation import evaluation_data
+from noether.session.optimizers import TorchOptimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from noether.core.callback import Callback
+    from noether.core.run import Run
+    from noether.effects import RunDirectory
+    from noether.session.optimizers import LiveOptimizer
+
+
+def end_of_run(run: Run, max_epochs: int | None, max_updates: int | None, max_samples: int | None) -> Run:
+    """Return `run` with the end that the user gave, if any.
+
+    Raises:
+        SessionError: If there are two ends.
+        SettingsError: If one is not a whole number >= 1.
+    """
+    ends = {"max_epochs": max_epochs, "max_updates": max_updates, "max_samples": max_samples}
+    given = {name: count for name, count in ends.items() if count is not None}
+    raise_problems(check_whole(name, count) for name, count in given.items())
+    names = [*given, *(["run=Run(end=...)"] if "end" in vars(run) else [])]
+    if len(names) > 1:
+        raise SessionError(f"{' and '.join(names)} are given, and a run has one end: keep one of them")
+    counters = {name.removeprefix("max_").removesuffix("s"): count for name, count in given.items()}
+    return run.replace(end=TrainingIteration(**counters)) if given else run
+
+
+def complete_run(
+    run: Run,
+    *,
+    model: nn.Module,
+    data: Mapping[str, Iterable[Any]] | None,
+    loss: Callable[[Any, Any], Any] | None,
+    precision: torch.dtype | None,
+    directory: RunDirectory | None,
+    seed: int,
+) -> Run:
+    """Return `run` with its data, forward, frozen params and run id, as far as they are known.
+
+    Raises:
+        SessionError: If the run has data or a forward already, and a second one is given.
+    """
+    if data is not None and "data" in vars(run):
+        raise SessionError("data= and run=Run(data=...) are given: keep one of them")
+    if loss is not None and "forward" in vars(run):
+        raise SessionError("loss= and run=Run(forward=...) are given: keep one of them")
+    frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    predict = None if loss is None else forward(model, _NamedLosses(loss), precision=precision)
+    run_id = None if directory is None else directory.run_id
+    run = fill_run(run, data=data, forward=predict, frozen=frozen, run_id=run_id)
+    if "data" not in vars(run):
+        return run
+    return run.replace(data={key: evaluation_data(each, model, seed, key) for key, each in run.data.items()})
+
+
+class _NamedLosses:
+    """A loss function that may return one loss, as one that returns named losses."""
+
+    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
+        self._loss = loss
+
+    def __call__(self, outputs: Any, batch: Any) -> Mapping[str, Tensor]:
+        losses = self._loss(outputs, batch)
+        return {"total": losses} if isinstance(losses, Tensor) else losses
+
+
+def fill_run(run: Run, **known: Any) -> Run:
+    """Return `run` with the fields that an adapter knows where the user gave none; None stands for unknown.
+
+    Example:
+        >>> from noether import Run
+        >>> run = fill_run(Run(updates_per_epoch=3), updates_per_epoch=5, run_id="a", effective_batch_size=None)
+        >>> run.updates_per_epoch, run.run_id
+        (3, 'a')
+    """
+    return run.replace(**{name: value for name, value in known.items() if value is not None and name not in vars(run)})
+
+
+def watch_optimizer(model: nn.Module, optimizer: Optimizer | LiveOptimizer | None) -> LiveOptimizer | None:
+    """Return `optimizer` as one that a session can watch.
+
+    Raises:
+        SessionError: If it holds a parameter that the model does not have.
+    """
+    if optimizer is None or hasattr(optimizer, "opt_state"):
+        return optimizer  # type: ignore[return-value]  # a torch optimizer has no opt_state
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise SessionError(f"optimizer= takes an optimizer of torch.optim, got {type(optimizer).__name__}")
+    return TorchOptimizer(model, optimizer)
+
+
+def check_scheduler(scheduler: Any, optimizer: Any) -> None:
+    """Refuse a scheduler that changes another optimizer.
+
+    Raises:
+        SessionError: If it does.
+    """
+    theirs = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+    groups = getattr(optimizer, "param_groups", None)
+    if scheduler is not None and not hasattr(scheduler, "state_dict"):
+        raise SessionError(f"scheduler= takes a scheduler with state_dict(), got {type(scheduler).__name__}")
+    if theirs is not None and groups is not None and theirs is not groups:
+        raise SessionError("the scheduler changes another optimizer: pass the one that it was made for as optimizer=")
+
+
+def check_directory(directory: Any, interpreter: Any) -> None:
+    """Refuse a session whose effects nothing would carry out.
+
+    Raises:
+        SessionError: If there is neither a directory nor an interpreter.
+    """
+    if directory is None and interpreter is None:
+        raise SessionError(
+            "no interpreter to run effects: pass directory=noether.open_run('runs/mine'), or interpreter="
+        )
+    if directory is not None and not hasattr(directory, "interpreter"):
+        raise SessionError(f"directory= takes an open run: pass directory=noether.open_run({str(directory)!r})")
+
+
+def check_data(members: tuple[Callback, ...], run: Run) -> None:
+    """Refuse callbacks that iterate data which is not there.
+
+    Raises:
+        SessionError: If the run has no such dataset, or no loss to evaluate it with.
+    """
+    for member in members:
+        key = getattr(member, "dataset_key", None)
+        if key is None:
+            continue
+        data = getattr(run, "data", {})
+        if key not in data:
+            raise SessionError(
+                f"{label_of(member)} iterates {key!r}, and the run has {list(data) or 'no data'}"
+                f"{suggest(key, data)}; pass data={{{key!r}: loader}} and loss="
+            )
+        if "forward" not in vars(run):
+            raise SessionError(
+                f"{label_of(member)} iterates {key!r}, and the session has no loss to evaluate it with: pass loss=, "
+                "a function (outputs, batch) -> {name: mean over samples}"
+            )
+
+
+def check_readings(members: tuple[Callback, ...], optimizer: LiveOptimizer | None) -> None:
+    """Refuse callbacks that read what this loop cannot measure.
+
+    Raises:
+        SessionError: If one does.
+    """
+    for member in members:
+        reads = "grad_norm" in getattr(member, "readings", ())
+        if reads and (optimizer is None or "grad_norm" not in optimizer.measures):
+            fix = "pass optimizer=" if optimizer is None else "drop the callback"
+            raise SessionError(f"{label_of(member)} reads grad_norm, which this loop does not measure: {fix}")
+
+
+def check_single_process(run: Run) -> None:
+    """Refuse a plain loop on several processes, whose losses nothing would gather.
+
+    Raises:
+        SessionError: If `torch.distributed` runs several.
+    """
+    if run.world_size == 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise SessionError(
+            f"this training has {dist.get_world_size()} processes, and session.batches gathers no losses over them: "
+            "use noether.integrations.accelerate.AcceleratedSession"
+        )
+
+
+def check_scheduler_is_given(optimizer: Any, scheduler: Any, directory: Any) -> None:
+    """Refuse a loop with a scheduler of which the session does not know.
+
+    Raises:
+        SessionError: If there is one, and a directory to resume from.
+    """
+    groups = getattr(optimizer, "param_groups", ())
+    if scheduler is None and directory is not None and any("initial_lr" in group for group in groups):
+        raise SessionError(
+            "a scheduler changes the learning rates of the optimizer, and a resumed run would begin it at its start: "
+            "pass scheduler= to the session"
+        )
