@@ -68,7 +68,7 @@ def _shared_names(callbacks: Sequence[Callback], state: TrainState) -> Iterator[
         last = [callback for other, callback in names if other == name][-1]
         yield Misfit(
             last,
-            f"{counted[name]} callbacks remember under the name {name!r}; give this one an id or a name of its own",
+            f"{counted[name]} callbacks have a memory named {name!r}; give this one another id or name",
         )
 
 
@@ -106,7 +106,7 @@ def _why_unfed(
         later = _producers(key, after)
         if later:
             return f"{consumer.label} consumes {key!r}: list it after {later[0].label}, which produces it"
-        return None if unsaid else f"{consumer.label} consumes {key!r}, which nobody produces{_known(key, before)}"
+        return None if unsaid else f"{consumer.label} consumes {key!r}, which no callback produces{_known(key, before)}"
     # Stored weights are memory: their producer keeps them from before training on, whatever its gate.
     if unsaid or names_weights(key) or any(covers(p.gate, consumer.gate, run) is not False for p in producers):
         return None

@@ -166,7 +166,7 @@ class TrainState:
             return self.callback_states[name]
         except KeyError:
             known = ", ".join(map(repr, self.callback_states)) or "none"
-            raise KeyError(f"no callback remembers under the name {name!r}; memories: {known}") from None
+            raise KeyError(f"no memory is named {name!r}; memories: {known}") from None
 
     def remember(self, name: str, memory: Memory) -> Self:
         """Return the state in which the callback `name` remembers `memory`; the same state if it is the same object.
@@ -179,11 +179,11 @@ class TrainState:
             return self
         return self.replace(callback_states=FrozenDict({**self.callback_states, name: freeze(memory)}))
 
-    def stopped(self, reason: str) -> Self:
+    def request_stop(self, reason: str) -> Self:
         """Return the state that asks the loop to stop; the first reason stays.
 
         Example:
-            >>> TrainState().stopped("plateau").stopped("late").stop
+            >>> TrainState().request_stop("plateau").request_stop("late").stop
             'plateau'
         """
         return self if self.stop is not None else self.replace(stop=reason)

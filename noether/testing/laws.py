@@ -175,7 +175,7 @@ def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples:
         >>> from noether import AfterUpdate, on
         >>> @on(AfterUpdate)
         ... def impatient(state, event):
-        ...     return (state.stopped("slow") if event.duration_s > 1 else state), ()
+        ...     return (state.request_stop("slow") if event.duration_s > 1 else state), ()
         >>> check_rank_agreement(impatient)
         Traceback (most recent call last):
         noether.testing.counterexamples.LawError: impatient does not decide the same on every rank...

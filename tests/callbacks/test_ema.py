@@ -423,7 +423,7 @@ def test_two_of_the_same_factor_without_ids_are_refused():
     with pytest.raises(DeclarationError) as refused:
         compose(ema(0.5), ema(0.9, 0.5))(TrainState(params=PARAMS), BeforeTraining())
     assert str(refused.value).splitlines()[0] == (
-        "2 callbacks remember under the name 'weights/ema=0.5'; give this one an id or a name of its own"
+        "2 callbacks have a memory named 'weights/ema=0.5'; give this one another id or name"
     )
     compose(ema(0.5), ema(0.9))(TrainState(params=PARAMS), BeforeTraining())
 
@@ -466,7 +466,7 @@ def misfit(*callbacks):
 
 
 def test_weights_that_nobody_keeps_are_refused_before_training_with_the_nearest():
-    wanted = "MetricCallback/E1/val/ema=0.99/error consumes 'weights/ema=0.99', which nobody produces; "
+    wanted = "MetricCallback/E1/val/ema=0.99/error consumes 'weights/ema=0.99', which no callback produces; "
     assert misfit(ema(0.9, 0.5), metric("ema=0.99")) == (
         f"{wanted}produced before it: weights/ema=0.9, weights/ema=0.5; did you mean 'weights/ema=0.9'?"
     )

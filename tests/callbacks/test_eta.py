@@ -259,7 +259,7 @@ def test_after_an_early_stop_nothing_is_left():
     eta, state = EtaCallback(every_n_updates=3), TrainState()
     for _ in range(2):
         state, _ = eta(state.advance(samples=4), AfterUpdate(run=run, samples=4, duration_s=1.0))
-    _, (shown,) = eta(state.stopped("enough").replace(ended=True), AfterTraining(run=run))
+    _, (shown,) = eta(state.request_stop("enough").replace(ended=True), AfterTraining(run=run))
     assert (shown.fires, shown.next_s, shown.left_s) == (None, None, 0.0)
 
 

@@ -161,7 +161,7 @@ def test_learning_rates_follow_the_counters_and_do_not_go_back():
 
 
 def test_the_first_reason_to_stop_stays():
-    state, _ = go(guard(), began(guard()).stopped("mine"), (0.0, NONFINITE), (0.0, NONFINITE))
+    state, _ = go(guard(), began(guard()).request_stop("mine"), (0.0, NONFINITE), (0.0, NONFINITE))
     assert state.stop == "mine"
 
 

@@ -232,7 +232,7 @@ def test_nan_is_raised_on_request():
 def test_the_first_reason_to_stop_stays():
     callback = watch(MetricEarlyStopping, tolerance=1)
     state, _ = go(callback, [0.5])
-    state, _ = log(state.advance(samples=1).next_epoch().stopped("mine"), AfterEpoch(), {"val/accuracy": 0.1})
+    state, _ = log(state.advance(samples=1).next_epoch().request_stop("mine"), AfterEpoch(), {"val/accuracy": 0.1})
     assert callback(state, AfterEpoch())[0].stop == "mine"
 
 

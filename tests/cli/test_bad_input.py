@@ -203,8 +203,8 @@ CASES = {
     "two memories of one name": (
         [(METRIC, METRIC + entry("ProgressCallback"))],
         (
-            "bad.yaml:32: callbacks[3]: 2 callbacks remember under the name 'ProgressCallback/U10'; "
-            "give this one an id or a name of its own"
+            "bad.yaml:32: callbacks[3]: 2 callbacks have a memory named 'ProgressCallback/U10'; "
+            "give this one another id or name"
         ),
     ),
     "batch larger than the dataset": (

@@ -229,7 +229,7 @@ def test_where_nobody_watches_the_terminal_nothing_is_redrawn(tmp_path, variable
 TRACK = "noether.core.callbacks.TrackOutputsCallback"
 LOSS = "noether.core.callbacks.OfflineLossCallback"
 PLACE = "bad.yaml:24: callbacks[0]"
-NOBODY = "which nobody produces; produced before it: nothing"
+NOBODY = "which no callback produces; produced before it: nothing"
 MODULES = "the model has features, features.0, features.1, features.3, features.4, head, head.1"
 EMA = "noether.core.callbacks.EMACallback"
 

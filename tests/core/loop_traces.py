@@ -137,7 +137,7 @@ def counts(tag):
 def stops(tag):
     def stop(state, event):
         if isinstance(event, AfterUpdate) and state.iteration.update >= 5 + tag:
-            return state.stopped(f"stop {tag}"), ()
+            return state.request_stop(f"stop {tag}"), ()
         return state, ()
 
     return stop

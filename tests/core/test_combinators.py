@@ -76,7 +76,7 @@ def test_at_end_fires_after_training_unless_it_was_due_there():
 
 def test_at_end_of_a_run_that_stops_in_an_epoch():
     def stop(state, event):
-        return state.stopped("enough"), ()
+        return state.request_stop("enough"), ()
 
     stopping = when(At(TrainingIteration(update=4)))(stop)
     assert lines(compose(stopping, every_n_epochs(1, at_end=True)(note)), RUN) == [

@@ -65,7 +65,7 @@ def test_nobody_produces_it():
         (
             0,
             (
-                "BestMetricCallback/E1/val/acuracy consumes 'val/acuracy', which nobody produces; "
+                "BestMetricCallback/E1/val/acuracy consumes 'val/acuracy', which no callback produces; "
                 "produced before it: nothing"
             ),
         )
@@ -74,7 +74,7 @@ def test_nobody_produces_it():
         (
             1,
             (
-                "BestMetricCallback/E1/val/acuracy consumes 'val/acuracy', which nobody produces; "
+                "BestMetricCallback/E1/val/acuracy consumes 'val/acuracy', which no callback produces; "
                 "produced before it: val/accuracy; did you mean 'val/accuracy'?"
             ),
         )
@@ -145,12 +145,12 @@ def test_two_produce_one_key():
 
 
 def test_two_remember_under_one_name():
-    message = "3 callbacks remember under the name 'a'; give this one an id or a name of its own"
+    message = "3 callbacks have a memory named 'a'; give this one another id or name"
     members = [callback("a", init=lambda state: 0)(lambda state, event: (state, ())) for _ in range(3)]
     assert misfits(*members) == [(2, message)]
     assert misfits(best(every_n_epochs=1, id="b"), stopping(every_n_epochs=1, id="b"), metric(every_n_epochs=1))[0] == (
         1,
-        "2 callbacks remember under the name 'b'; give this one an id or a name of its own",
+        "2 callbacks have a memory named 'b'; give this one another id or name",
     )
 
 
@@ -191,7 +191,7 @@ def test_a_function_that_says_nothing_may_produce_anything():
 def test_a_reducer_checks_before_the_first_update_only():
     reducer = compose(best(every_n_epochs=1))
     for resumed in (False, True):
-        with pytest.raises(DeclarationError, match="which nobody produces"):
+        with pytest.raises(DeclarationError, match="which no callback produces"):
             reducer(TrainState(), BeforeTraining(resumed=resumed))
     state = TrainState().advance(samples=1)
     assert reducer(state, AfterUpdate()) == (state, ())
@@ -201,7 +201,7 @@ def test_a_nested_reducer_is_checked_as_one():
     produce = callback("produce", produces=("x",))(identity)
     consume = callback("consume", consumes=("x", "y"), produces=())(identity)
     inside = on(AfterTraining)(compose(produce, consume))
-    assert misfits(inside) == [(0, "Reducer consumes 'y', which nobody produces; produced before it: nothing")]
+    assert misfits(inside) == [(0, "Reducer consumes 'y', which no callback produces; produced before it: nothing")]
 
 
 # ------------------------------------------------------------------------------------------------ coverage

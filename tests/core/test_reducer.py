@@ -315,7 +315,7 @@ def test_memory_that_cannot_be_written_down_is_refused(memory, message):
 
 def test_a_resumed_run_is_not_changed_before_training():
     def change(state, event):
-        return state.stopped("now"), ()
+        return state.request_stop("now"), ()
 
     def ask(state, event):
         return log(state, event, {"x": 1.0})
@@ -413,7 +413,7 @@ def test_effects_come_in_the_order_of_the_members():
 
 def test_a_later_member_sees_what_an_earlier_one_did():
     def stop(state, event):
-        return state.stopped("first"), ()
+        return state.request_stop("first"), ()
 
     def tell(state, event):
         return state, (LogText(str(state.stop)),)

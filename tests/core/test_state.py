@@ -144,9 +144,9 @@ def test_memory():
     assert remembered.remember("b", 1).memory("a") is remembered.memory("a")
     with pytest.raises(TypeError):
         remembered.memory("a")["x"][1]["y"] = 3
-    with pytest.raises(KeyError, match="no callback remembers under the name 'a'; memories: none"):
+    with pytest.raises(KeyError, match="no memory is named 'a'; memories: none"):
         state.memory("a")
-    with pytest.raises(KeyError, match="no callback remembers under the name 'c'; memories: 'a'"):
+    with pytest.raises(KeyError, match="no memory is named 'c'; memories: 'a'"):
         remembered.memory("c")
 
 
@@ -158,9 +158,9 @@ def test_none_is_a_memory():
 
 
 def test_the_first_reason_to_stop_stays():
-    assert TrainState().stopped("a").stopped("b").stop == "a"
-    stopped = TrainState().stopped("")
-    assert stopped.stopped("b") is stopped
+    assert TrainState().request_stop("a").request_stop("b").stop == "a"
+    stopped = TrainState().request_stop("")
+    assert stopped.request_stop("b") is stopped
 
 
 def test_a_state_can_be_copied_and_sent():

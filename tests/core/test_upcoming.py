@@ -58,7 +58,7 @@ def callbacks(schedule, stop_at, n):
 
     @when(At(TrainingIteration(update=stop_at)))
     def stop(state, event):
-        return state.stopped("there"), (LogText("stop"),)
+        return state.request_stop("there"), (LogText("stop"),)
 
     def tell(state, event):
         return state, (LogText(f"{state.iteration} {state.stop} {dict(state.callback_states)}"),)

@@ -379,5 +379,5 @@ def test_memory_of_every_kind_is_recalled():
     state = TrainState(hyperparams={"lr_scale": 0.5}, seed=3)
     state = state.remember("tree", {"at": (1, 2.5, None), "nan": float("inf"), "t": torch.ones(2), "$x": {}})
     state, _ = log(state.advance(samples=4), AfterUpdate(samples=4), {"a": torch.tensor(1.0), "b": 2})
-    state = state.next_epoch().stopped("enough").replace(ended=True)
+    state = state.next_epoch().request_stop("enough").replace(ended=True)
     assert_same(decode_state(saved_and_read(encode_state(state))), state)

@@ -139,7 +139,7 @@ def folds(state, event):
 @every_n_epochs(1)
 def gives_up(state, event):
     """Stops after three epochs."""
-    return (state.stopped("enough") if state.iteration.epoch == 3 else state), ()
+    return (state.request_stop("enough") if state.iteration.epoch == 3 else state), ()
 
 
 def reads(state, event):

@@ -126,7 +126,7 @@ def tells_metrics(state, event):
 
 @on(AfterUpdate)
 def stops_when_slow(state, event):
-    return (state.stopped("slow") if event.duration_s > 0.5 else state), ()
+    return (state.request_stop("slow") if event.duration_s > 0.5 else state), ()
 
 
 @on(AfterUpdate)
@@ -141,7 +141,7 @@ def logs_on_the_first_rank(state, event):
 
 @on(AfterAccumulationStep)
 def stops_at_a_loss_of_its_own(state, event):
-    return (state.stopped("low") if event.losses["total"] > 0.1 else state), ()
+    return (state.request_stop("low") if event.losses["total"] > 0.1 else state), ()
 
 
 class Depends:

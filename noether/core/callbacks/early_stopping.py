@@ -95,7 +95,7 @@ class MetricEarlyStopping(MetricWatcher):
         # After training there is nothing to stop, and a stop in the state would end a later, longer run at once.
         if reason is None or state.stop is not None or interval == "end":
             return state, ()
-        return state.stopped(reason), (LogText(f"stopping: {reason}"),)
+        return state.request_stop(reason), (LogText(f"stopping: {reason}"),)
 
     def _reason(self, value: float, best: float | None, since: int) -> str | None:
         if math.isnan(value) and self.nan == "stop":
@@ -172,7 +172,7 @@ class FixedUpdateEarlyStopping(CallbackBase):
             point = getattr(self, setting)
             if point is not None and getattr(state.iteration, counter) >= point and state.stop is None:
                 reason = f"{setting}: {point} is reached"
-                return state.stopped(reason), (LogText(f"stopping: {reason}"),)
+                return state.request_stop(reason), (LogText(f"stopping: {reason}"),)
         return state, ()
 
 

@@ -121,7 +121,7 @@ class NanGuardCallback(PeriodicCallback):
             return _roll_back(state.remember(self.name, memory | counts), memory["snapshot"]), (LogText(text),)
         if self.action == "rollback":
             reason = f"{reason}, after {memory['rollbacks']} rollbacks"
-        return state.stopped(reason), (LogText(f"stopping: {reason}"),)
+        return state.request_stop(reason), (LogText(f"stopping: {reason}"),)
 
 
 def _weights(state: TrainState) -> dict[str, Any]:
