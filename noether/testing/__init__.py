@@ -1,6 +1,7 @@
-"""Property tests for callbacks and schedules: laws, one call each, and what they are made of.
+"""Property tests for callbacks and schedules: one call for each law, and the runs and comparisons they are made of.
 
-It needs hypothesis: `pip install 'noether[testing]'`. Strategies are in `noether.testing.strategies`.
+A line here may touch whatever its test needs: temporary files, clocks and generators that it watches. Needs hypothesis:
+`pip install 'noether[testing]'`. Strategies are in `noether.testing.strategies`.
 """
 
 from noether.testing.comparison import assert_same, differences, same

@@ -1,4 +1,4 @@
-"""Equality of values that hold tensors, and in what two of them differ."""
+"""Equality of values that contain tensors, and the differences between two of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SHOWN: Final = 10
+_MOST_SHOWN: Final = 10
 
 
 def same(a: Any, b: Any) -> bool:  # any two values
@@ -33,23 +33,23 @@ def assert_same(found: Any, expected: Any) -> None:
     """Raise unless two values are the `same`.
 
     Raises:
-        AssertionError: With a line for each of the first differences.
+        AssertionError: With the path, the found and the expected value of each of the first ten differences.
 
     Example:
         >>> from noether import LogScalars, LogText
         >>> assert_same([LogText("a"), LogScalars({"x": 1.0})], [LogText("a"), LogScalars({"x": 2.0})])
         Traceback (most recent call last):
-        AssertionError: what was found is not what was expected:
+        AssertionError: the values differ:
           [1].values['x']: found 1.0, expected 2.0
     """
-    told = [f"  {path}: found {one}, expected {other}" for path, one, other in differences(found, expected)]
-    if told:
-        more = [f"  and {len(told) - _SHOWN} more"] if len(told) > _SHOWN else []
-        raise AssertionError("\n".join(["what was found is not what was expected:", *told[:_SHOWN], *more]))
+    lines = [f"  {path}: found {one}, expected {other}" for path, one, other in differences(found, expected)]
+    if lines:
+        more = [f"  and {len(lines) - _MOST_SHOWN} more"] if len(lines) > _MOST_SHOWN else []
+        raise AssertionError("\n".join(["the values differ:", *lines[:_MOST_SHOWN], *more]))
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield where two values differ: the path there, and what each of them has, as text.
+    """Yield the path of each difference between two values, and the text of both values there.
 
     Example:
         >>> from noether import TrainState
@@ -58,37 +58,32 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, str, str]
     """
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if not _same_tensor(a, b):
-            yield path or "the value", *_tensors_shown(a, b)
+            yield path or "the value", *_describe_tensors(a, b)
     elif isinstance(a, Mapping) and isinstance(b, Mapping):
-        yield from _in_parts(dict(a), dict(b), path)
+        yield from _part_differences(dict(a), dict(b), path)
     elif type(a) is not type(b):
         yield path or "the value", repr(a), repr(b)
     elif isinstance(a, (list, tuple)):
-        yield from _in_parts(dict(enumerate(a)), dict(enumerate(b)), path)
+        yield from _part_differences(dict(enumerate(a)), dict(enumerate(b)), path)
     elif dataclasses.is_dataclass(a) and not isinstance(a, type):
         for each in dataclasses.fields(a):
             yield from differences(getattr(a, each.name), getattr(b, each.name), f"{path}.{each.name}")
-    elif not _same_leaf(a, b):
+    elif not (_same_float(a, b) if isinstance(a, float) else a == b):
         yield path or "the value", repr(a), repr(b)
 
 
-def _in_parts(a: Mapping[Any, Any], b: Mapping[Any, Any], path: str) -> Iterator[tuple[str, str, str]]:
+def _part_differences(a: Mapping[Any, Any], b: Mapping[Any, Any], path: str) -> Iterator[tuple[str, str, str]]:
     for key in [*a, *(key for key in b if key not in a)]:
-        inside = f"{path}[{key!r}]"
+        part = f"{path}[{key!r}]"
         if key in a and key in b:
-            yield from differences(a[key], b[key], inside)
+            yield from differences(a[key], b[key], part)
         else:
-            yield inside, _shown(a, key), _shown(b, key)
+            one, other = (repr(values[key]) if key in values else "nothing" for values in (a, b))
+            yield part, one, other
 
 
-def _shown(values: Mapping[Any, Any], key: Any) -> str:
-    return repr(values[key]) if key in values else "nothing"
-
-
-def _same_leaf(a: Any, b: Any) -> bool:
-    if isinstance(a, float):
-        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
-    return bool(a == b)
+def _same_float(a: float, b: float) -> bool:
+    return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -100,13 +95,13 @@ def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((equal | (a.isnan() & b.isnan())).all())
 
 
-def _tensors_shown(a: torch.Tensor, b: torch.Tensor) -> tuple[str, str]:
-    if a.numel() <= _SHOWN and b.numel() <= _SHOWN:
+def _describe_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[str, str]:
+    if a.numel() <= _MOST_SHOWN and b.numel() <= _MOST_SHOWN:
         return repr(a), repr(b)
     one, other = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (a, b))
     if one != other:
         return one, other
-    apart = (a != b).flatten()
-    first = int(apart.nonzero()[0]) if apart.any() else 0
+    unequal = (a != b).flatten()
+    first = int(unequal.nonzero()[0]) if unequal.any() else 0
     values = (each.flatten()[first].item() for each in (a, b))
     return tuple(f"{one} with {value!r} at {first}" for value in values)  # type: ignore[return-value]  # two

@@ -1,4 +1,4 @@
-"""How a law is put to the test: many examples, and of those that break it the simplest one is told."""
+"""Tries a law on many random examples and reports the simplest one that breaks it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class LawError(NoetherError, AssertionError):
     """A callback or a schedule does not obey a law."""
 
 
-def assert_law(law: Callable[..., object], *drawn: SearchStrategy[Any], examples: int) -> None:
-    """Return if `law` raises for none of the examples that are drawn.
+def assert_law(law: Callable[..., object], *strategies: SearchStrategy[Any], examples: int) -> None:
+    """Raise the error of the simplest example for which `law` raises; return if it holds for every example.
 
     Args:
-        law: Called with one value of each strategy; raises where it does not hold.
-        drawn: What it is about.
-        examples: How many to try at most, >= 1.
+        law: Called with one value from each strategy; raises if they break it.
+        strategies: Strategies of its arguments.
+        examples: Largest number of examples to try, >= 1.
 
     Raises:
-        Exception: What `law` raises for the simplest example that was found.
+        Exception: The error of `law` for the simplest example found.
     """
 
     @settings(
@@ -40,12 +40,12 @@ def assert_law(law: Callable[..., object], *drawn: SearchStrategy[Any], examples
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    @given(tuples(*drawn))
-    def prove(values: tuple[Any, ...]) -> None:
+    @given(tuples(*strategies))
+    def try_examples(values: tuple[Any, ...]) -> None:
         law(*values)
 
     try:
-        prove()
+        try_examples()
     except Flaky as error:
-        # Whoever remembers outside of the state does otherwise when the same run is tried again.
+        # A callback that keeps memory outside of the state behaves differently when the same run is tried again.
         raise next((each for each in getattr(error, "exceptions", ()) if isinstance(each, LawError)), error) from None

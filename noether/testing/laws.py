@@ -1,4 +1,4 @@
-"""The laws of callbacks, one call each; what breaks one is shown in the simplest run in which it does."""
+"""The laws of callbacks, one call each; an error shows the simplest run that breaks the law."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _UNFLUSHED: Final = Disk(lambda function, *arguments: None if function is fsync 
 
 
 def check_resumable(callback: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
-    """Return if a run that is cut anywhere, saved, read back and continued equals the run that is not cut.
+    """Raise unless a run that is cut anywhere, saved, loaded and resumed equals the uncut run.
 
-    The state goes through the store that checkpoints go through, up to three times in a run. Metrics that the callback
-    consumes and does not produce are measured for it, NaN and infinities among them.
+    The checkpoint store saves and loads the state at up to three cuts of a run. A source provides the metrics that the
+    callback consumes and does not produce, NaN and infinities among them.
 
     Args:
-        callback: Any callback; what consumes something else than metrics, such as averaged weights, is composed with
-            who produces it.
-        traces: The runs to try; None for all kinds, `runs(finite=True)` where a callback refuses NaN.
-        examples: How many runs to try, >= 1.
+        callback: Any callback. If it consumes anything but metrics, such as averaged weights, compose it with the
+            callback that produces them.
+        traces: The runs to try; None for all kinds, `runs(finite=True)` for a callback that refuses NaN.
+        examples: Largest number of runs to try, >= 1.
 
     Raises:
-        LawError: With the simplest run that goes on otherwise, and the first difference.
+        LawError: With the simplest run that differs after a resume, and the first difference.
 
     Example:
         >>> from noether import LogText, every_n_updates
@@ -57,41 +57,46 @@ def check_resumable(callback: Callback, *, traces: Traces = None, examples: int 
         ...     return state, (LogText(f"update {len(seen)}"),)
         >>> check_resumable(forgetful)
         Traceback (most recent call last):
-        noether.testing.counterexamples.LawError: forgetful does not go on after a resume as it would have...
+        noether.testing.counterexamples.LawError: forgetful does not resume exactly...
     """
     complete = add_metric_source(callback)
+    uninterrupted = runs(interrupted=False) if traces is None else traces.map(Trace.without_interruptions)
 
     def law(trace: Trace, places: tuple[int, ...]) -> None:
+        # Each part of the run has a fresh copy of the callback, so that memory outside of the state is lost at a cut.
         uncut = drive(copy.deepcopy(complete), trace)
-        between = [i for i, event in enumerate(uncut.events) if not isinstance(event, AfterAccumulationStep)]
-        # What the callback holds on to outside of the state is as lost as in a new process.
-        states, done = uncut.states, 0
-        for cut in (between[place] for place in places if place < len(between)):
-            state = _stored(callback, states[cut - done], uncut.events[cut])
+        cuttable = [i for i, event in enumerate(uncut.events) if not isinstance(event, AfterAccumulationStep)]
+        states, start = uncut.states, 0
+        for cut in (cuttable[place] for place in places if place < len(cuttable)):
+            state = _save_and_load(callback, states[cut - start], uncut.events[cut])
             resumed = drive(copy.deepcopy(complete), trace, state, resumed=True)
-            what = f"does not go on after a resume as it would have without one: cut after {_at(uncut, cut)}"
-            _compare(callback, what, resumed.since(1), uncut.since(cut + 1), trace)
-            states, done = resumed.states, cut
+            violation = (
+                f"does not resume exactly; keep all memory in the state, with state.remember(...): cut after "
+                f"{_event_text(uncut, cut)}, the resumed run differs from the uncut one"
+            )
+            _compare_runs(callback, violation, resumed.since(1), uncut.since(cut + 1), trace)
+            states, start = resumed.states, cut
 
-    assert_law(law, _uninterrupted(traces), cuts(), examples=examples)
+    assert_law(law, uninterrupted, cuts(), examples=examples)
 
 
 def check_composition(
     a: Callback, b: Callback, c: Callback, *, traces: Traces = None, examples: int = _EXAMPLES
 ) -> None:
-    """Return if it does not matter how three callbacks are bracketed, and `identity` changes nothing.
+    """Raise unless composition is associative for three callbacks and `identity` is neutral.
 
-    For callbacks, `compose` makes that true; it breaks where one depends on how often or from where it is called.
+    `compose` guarantees it for pure callbacks; a callback that depends on how often it is called, or on its caller,
+    breaks it.
 
     Args:
-        a: Called first.
-        b: Called next.
-        c: Called last.
+        a: The first callback.
+        b: The second callback.
+        c: The third callback.
         traces: The runs to try; None for all kinds.
-        examples: How many runs to try, >= 1.
+        examples: Largest number of runs to try, >= 1.
 
     Raises:
-        LawError: With the simplest run in which two bracketings differ, and the first difference.
+        LawError: With the simplest run in which two groupings differ, and the first difference.
 
     Example:
         >>> from noether import log, on
@@ -101,33 +106,33 @@ def check_composition(
         >>> check_composition(logging("a"), logging("b"), logging("c"), examples=20)
     """
     metrics = metric_source(compose(a, b, c))
-    bracketings = {
+    groupings = {
         "compose(compose(a, b), c)": compose(metrics, compose(compose(a, b), c)),
         "compose(a, compose(b, c))": compose(metrics, compose(a, compose(b, c))),
         "compose(identity, a, b, c, identity)": compose(metrics, identity, a, b, c, identity),
     }
-    plain = compose(metrics, a, b, c)
+    flat = compose(metrics, a, b, c)
 
     def law(trace: Trace) -> None:
-        expected = drive(plain, trace)
-        for text, bracketed in bracketings.items():
-            what = f"composed as {text} do something else than as compose(a, b, c)"
-            _compare(compose(a, b, c), what, drive(bracketed, trace), expected, trace)
+        expected = drive(flat, trace)
+        for text, grouped in groupings.items():
+            violation = f"behave differently as {text} than as compose(a, b, c)"
+            _compare_runs(compose(a, b, c), violation, drive(grouped, trace), expected, trace)
 
     assert_law(law, runs() if traces is None else traces, examples=examples)
 
 
 def check_independent(a: Callback, b: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
-    """Return if it does not matter in which order two callbacks are listed.
+    """Raise unless two callbacks give the same states and effects in either order.
 
     Args:
-        a: One.
-        b: The other.
+        a: One callback.
+        b: The other callback.
         traces: The runs to try; None for all kinds.
-        examples: How many runs to try, >= 1.
+        examples: Largest number of runs to try, >= 1.
 
     Raises:
-        LawError: With the simplest run in which the order matters, and the first difference.
+        LawError: With the simplest run in which their order matters, and the first difference.
 
     Example:
         >>> from noether import on
@@ -144,32 +149,32 @@ def check_independent(a: Callback, b: Callback, *, traces: Traces = None, exampl
         noether.testing.counterexamples.LawError: scale and scale depend on their order...
     """
     metrics = metric_source(compose(a, b))
-    one, other = compose(metrics, a, b), compose(metrics, b, a)
+    listed, swapped = compose(metrics, a, b), compose(metrics, b, a)
 
     def law(trace: Trace) -> None:
-        expected, found = drive(one, trace), drive(other, trace)
-        alike = tuple(map(_in_order_of, found.effects, expected.effects))
-        what = "depend on their order: with the second one first"
-        _compare(compose(a, b), what, found._replace(effects=alike), expected, trace)
+        expected, found = drive(listed, trace), drive(swapped, trace)
+        reordered = found._replace(effects=tuple(map(_match_order, found.effects, expected.effects)))
+        violation = "depend on their order: the run differs with the second one first"
+        _compare_runs(compose(a, b), violation, reordered, expected, trace)
 
     assert_law(law, runs() if traces is None else traces, examples=examples)
 
 
 def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
-    """Return if every process of a distributed run decides the same.
+    """Raise unless every rank of a distributed run makes the same decisions.
 
-    What differs between them is what each measures by itself: the losses and outputs of its own accumulation steps, and
-    durations. What a callback decides is where it stops, what it sets (params, buffers, hyperparams), which metrics it
-    has measured where, and which checkpoints it asks for; processes that disagree on that wait for each other forever,
-    or train different models.
+    The ranks differ in their durations and in the losses and outputs of their accumulation steps. Decisions of a
+    callback are: where it stops, the params, buffers and hyperparams that it sets, which metrics it measured at which
+    iteration, and which checkpoints it requests. Ranks that disagree on one wait for each other forever, or train
+    different models.
 
     Args:
         callback: Any callback.
         traces: The runs to try; None for all kinds.
-        examples: How many runs to try, >= 1.
+        examples: Largest number of runs to try, >= 1.
 
     Raises:
-        LawError: With the simplest run in which two processes disagree, and the first difference.
+        LawError: With the simplest run in which two ranks disagree, and the first difference.
 
     Example:
         >>> from noether import AfterUpdate, on
@@ -178,27 +183,30 @@ def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples:
         ...     return (state.request_stop("slow") if event.duration_s > 1 else state), ()
         >>> check_rank_agreement(impatient)
         Traceback (most recent call last):
-        noether.testing.counterexamples.LawError: impatient does not decide the same on every rank...
+        noether.testing.counterexamples.LawError: impatient makes different decisions on different ranks...
     """
     complete = add_metric_source(callback)
+    violation = "makes different decisions on different ranks; decide from values that all ranks share: rank 1 differs"
 
     def law(trace: Trace) -> None:
-        ranks = [drive(complete, trace.on_rank(rank)) for rank in (0, 1)]
-        first, second = (
-            DrivenRun(each.events, tuple(map(_decided, each.states)), tuple(map(_saves, each.effects)))
-            for each in ranks
-        )
-        _compare(callback, "does not decide the same on every rank: on rank 1", second, first, trace)
+        first, second = (_decisions(drive(complete, trace.on_rank(rank))) for rank in (0, 1))
+        _compare_runs(callback, violation, second, first, trace)
 
     assert_law(law, runs() if traces is None else traces, examples=examples)
 
 
-def _uninterrupted(traces: Traces) -> SearchStrategy[Trace]:
-    return runs(interrupted=False) if traces is None else traces.map(lambda trace: trace.without_interruptions())
+def _decisions(run: DrivenRun) -> DrivenRun:
+    """Return a run with only those parts of its states and effects on which ranks have to agree."""
+    states = []
+    for state in run.states:
+        measured = {key: metric._replace(value=0.0) for key, metric in state.metrics.items()}
+        states.append(state.replace(metrics=measured, callback_states={}))
+    saves = (tuple(each for each in effects if isinstance(each, SaveCheckpoint)) for effects in run.effects)
+    return DrivenRun(run.events, tuple(states), tuple(saves))
 
 
-def _stored(callback: Callback, state: TrainState, event: Event) -> TrainState:
-    """Return a state as it is read back from a checkpoint."""
+def _save_and_load(callback: Callback, state: TrainState, event: Event) -> TrainState:
+    """Return a state as the checkpoint store loads it back."""
     with tempfile.TemporaryDirectory() as directory:
         store = CheckpointStore(Path(directory), "law", _UNFLUSHED)
         try:
@@ -207,51 +215,46 @@ def _stored(callback: Callback, state: TrainState, event: Event) -> TrainState:
             raise LawError(f"{label_of(callback)} leaves a state that cannot be saved: {error}") from error
         loaded = store.load(store.find("cut"))
     for path, found, expected in differences(loaded, state):
-        raise LawError(f"{label_of(callback)}: state{path} is read back as {found}, and was {expected}")
+        raise LawError(f"{label_of(callback)}: state{path} was saved as {expected}, but loads as {found}")
     return loaded
 
 
-def _compare(callback: Callback, what: str, found: DrivenRun, expected: DrivenRun, trace: Trace) -> None:
-    """Raise at the first event at which two runs differ."""
-    who = " and ".join(map(label_of, getattr(callback, "members", (callback,))))
-    for number, steps in enumerate(zip(found.events, expected.events, strict=False)):
-        if type(steps[0]) is not type(steps[1]):
-            raise LawError(_told(who, what, f"the run goes on otherwise than at {_at(expected, number)}", trace))
-        parts = (("state", found.states, expected.states), ("effects", found.effects, expected.effects))
-        for name, ours, theirs in parts:
-            for path, one, other in differences(ours[number], theirs[number]):
-                raise LawError(
-                    _told(who, what, f"at {_at(expected, number)}, {name}{path} is {one}, not {other}", trace)
-                )
+def _compare_runs(callback: Callback, violation: str, found: DrivenRun, expected: DrivenRun, trace: Trace) -> None:
+    """Raise a LawError with the first difference between two runs, if there is one."""
+    difference = _first_difference(found, expected)
+    if difference is not None:
+        labels = " and ".join(map(label_of, getattr(callback, "members", (callback,))))
+        raise LawError(f"{labels} {violation}\n  {difference}\n  in {trace}")
+
+
+def _first_difference(found: DrivenRun, expected: DrivenRun) -> str | None:
+    """Return where two runs first differ, with what was found and expected there, or None."""
+    for number in range(min(len(found.events), len(expected.events))):
+        place = _event_text(expected, number)
+        if type(found.events[number]) is not type(expected.events[number]):
+            return f"at {place}: the event is {_event_text(found, number)}"
+        for name, ours, theirs in (
+            ("state", found.states[number], expected.states[number]),
+            ("effects", found.effects[number], expected.effects[number]),
+        ):
+            for path, one, other in differences(ours, theirs):
+                return f"at {place}: {name}{path} is {one}, expected {other}"
     if len(found.events) != len(expected.events):
-        raise LawError(_told(who, what, f"it has {len(found.events)} events, not {len(expected.events)}", trace))
+        return f"the run has {len(found.events)} events, expected {len(expected.events)}"
+    return None
 
 
-def _told(who: str, what: str, where: str, trace: Trace) -> str:
-    return f"{who} {what}, {where}\n  in {trace}"
-
-
-def _at(driven: DrivenRun, number: int) -> str:
+def _event_text(driven: DrivenRun, number: int) -> str:
     return f"{type(driven.events[number]).__name__} {driven.states[number].iteration}"
 
 
-def _in_order_of(effects: Effects, others: Effects) -> Effects:
-    """Return effects in the order in which others ask for the same, as far as they do."""
-    left = list(effects)
+def _match_order(effects: Effects, others: Effects) -> Effects:
+    """Return `effects` sorted as their equals in `others`; effects without an equal come last."""
+    unmatched = list(effects)
     ordered: list[Effect] = []
     for other in others:
-        match = next((each for each in left if same(each, other)), None)
+        match = next((each for each in unmatched if same(each, other)), None)
         if match is not None:
-            left = [each for each in left if each is not match]
+            unmatched = [each for each in unmatched if each is not match]
             ordered.append(match)
-    return (*ordered, *left)
-
-
-def _decided(state: TrainState) -> TrainState:
-    """Return the state with nothing in it but what processes have to agree on."""
-    measured = {key: metric._replace(value=0.0) for key, metric in state.metrics.items()}
-    return state.replace(metrics=measured, callback_states={})
-
-
-def _saves(effects: Effects) -> Effects:
-    return tuple(effect for effect in effects if isinstance(effect, SaveCheckpoint))
+    return (*ordered, *unmatched)

@@ -1,4 +1,4 @@
-"""Metrics for a callback that consumes some: whoever tests it need not bring the one that measures them."""
+"""A source of metrics for tested callbacks, so that a test needs no callback that measures them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _MEASURED: Final = (AfterUpdate, AfterEpoch, AfterTraining, AtEval)
 
 
 def add_metric_source(tested: Callback) -> Reducer:
-    """Return a callback behind one that measures the metrics that it consumes and nobody in it produces.
+    """Return a callback composed with a source of the metrics that it consumes and does not produce.
 
     Raises:
-        TypeError: If it consumes what is no metric.
+        TypeError: If it consumes stored weights instead of a metric.
 
     Example:
         >>> from noether import TrainState
@@ -41,25 +41,32 @@ def add_metric_source(tested: Callback) -> Reducer:
 
 
 def metric_source(tested: Callback) -> Callback:
-    """Return what measures the metrics that a callback consumes and nobody in it produces; `identity` for none."""
+    """Return a callback that logs the metrics that `tested` consumes and does not produce; `identity` if none.
+
+    Raises:
+        TypeError: If `tested` consumes stored weights instead of a metric.
+    """
     members = tested.members if isinstance(tested, Reducer) else (tested,)
     produced = [pattern for member in members for pattern in declaration_of(member).produces or ()]
     consumed = dict.fromkeys(key for member in members for key in declaration_of(member).required)
     keys = tuple(key for key in consumed if not any(keys_overlap(pattern, key) for pattern in produced))
     for key in keys:
         if names_weights(key):
-            who = f"{label_of(tested)} consumes {key!r}, which is no metric"
-            raise TypeError(f"{who}: compose it with who keeps it, e.g. compose(EMACallback(...), {label_of(tested)})")
+            label = label_of(tested)
+            raise TypeError(
+                f"{label} consumes {key!r}, which is no metric: test it together with the callback that stores these "
+                f"weights, e.g. compose(EMACallback(...), {label})"
+            )
 
     @callback("measured", produces=keys)
     @on(*_MEASURED)
     def measure(state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        return log(state, event, {key: _value(key, state, event) for key in keys})
+        return log(state, event, {key: _pseudo_random_value(key, state, event) for key in keys})
 
     return measure if keys else identity
 
 
-def _value(key: str, state: TrainState, event: Event) -> float:
-    """Return a number that looks like chance and is a function of where the run is."""
+def _pseudo_random_value(key: str, state: TrainState, event: Event) -> float:
+    """Return a value that looks random but is a function of the key, the seed, the event and the iteration."""
     text = f"{key} {state.seed} {type(event).__name__} {state.iteration}"
     return _VALUES[zlib.crc32(text.encode()) % len(_VALUES)]

@@ -1,4 +1,4 @@
-"""Whether a callback is a pure function: its result depends on its arguments only, and nothing else is touched."""
+"""Checks that a callback is a pure function: its result depends on its arguments only, and it changes nothing else."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ _EXAMPLES: Final = 30
 
 
 class ImpureError(LawError):
-    """A callback did what a pure function does not."""
+    """A callback is not a pure function."""
 
 
 def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = None, examples: int = _EXAMPLES) -> None:
-    """Return if `callback` is a pure function: called twice it gives the same, and it touches nothing else.
+    """Raise unless `callback` is a pure function: two calls return the same, and nothing else changes.
 
-    Metrics that it consumes and does not produce are measured for it.
+    A source provides the metrics that it consumes and does not produce.
 
     Args:
-        callback: Any callback; of a reducer each member is watched by itself.
+        callback: Any callback; the members of a reducer are checked one by one.
         traces: The runs to try; None for all kinds.
-        examples: How many runs to try, >= 1.
+        examples: Largest number of runs to try, >= 1.
 
     Raises:
-        ImpureError: If two results differ, the state, the event or the callback itself was written to, or a call opened
-            a file, a socket or a process, read a clock, or drew from the global random generators.
+        ImpureError: If two results differ, if the callback writes to the state, the event or itself, or if a call opens
+            a file, a socket or a process, reads a clock, or draws from a global random generator.
 
     Example:
         >>> from noether import AfterEpoch, LogText, on
@@ -67,19 +67,19 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
         ...     return state, (LogText(f"it is {time.time()}"),)
         >>> check_pure(dated)
         Traceback (most recent call last):
-        noether.testing.purity.ImpureError: dated reads the clock: time.time(); the time arrives on the event, as ...
+        noether.testing.purity.ImpureError: dated reads the clock: time.time(); take the time from the event: ...
     """
 
     def law(trace: Trace) -> None:
-        # A callback that writes to itself is written to in every example.
+        # A copy, because a callback that writes to itself would carry its writes into the next example.
         members = add_metric_source(copy.deepcopy(callback)).members
-        drive(compose(*map(_Watched, members)), trace)
+        drive(compose(*map(_PurityChecked, members)), trace)
 
     assert_law(law, runs() if traces is None else traces, examples=examples)
 
 
 def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-    """Return what `callback` returns, after calling it twice and watching the second call.
+    """Return the result of `callback` after calling it twice and watching the second call.
 
     Args:
         callback: Any callback.
@@ -87,32 +87,32 @@ def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[Tr
         event: The event to call it with.
 
     Raises:
-        ImpureError: As `check_pure`.
+        ImpureError: As for `check_pure`.
 
     Example:
         >>> from noether import AfterEpoch, TrainState, log
         >>> call_purely(lambda state, event: log(state, event, {"x": torch.rand(())}), TrainState(), AfterEpoch())
         Traceback (most recent call last):
-        noether.testing.purity.ImpureError: <lambda> draws from a global random generator; derive a generator ...
+        noether.testing.purity.ImpureError: <lambda> draws from a global random generator; make a generator from ...
     """
     name = label_of(callback)
-    given = (_fields(state), _fields(event))
-    held, written, settings = copy.deepcopy(given[0]), _writes(given), _settings(callback)
-    first = callback(state, event)  # what it imports on its first call reads files, and is nothing to hold against it
-    with _watching(name, sys.modules.get(getattr(inspect.unwrap(callback), "__module__", ""))):
+    fields = (_fields(state), _fields(event))
+    state_before, writes, attributes = copy.deepcopy(fields[0]), _write_counts(fields), _attribute_ids(callback)
+    first = callback(state, event)  # may read files to import modules, so only the second call is watched
+    with _watch(name, sys.modules.get(getattr(inspect.unwrap(callback), "__module__", ""))):
         second = callback(state, event)
-    if _writes(given) != written or not same(given[0], held):
-        raise ImpureError(f"{name} writes to what it is given; return a new state: state.replace(...)")
-    if _settings(callback) != settings:
-        memory = "settings are fields, and memory is in the state: state.remember(...)"
-        raise ImpureError(f"{name} writes to itself; {memory}")
+    if _write_counts(fields) != writes or not same(fields[0], state_before):
+        raise ImpureError(f"{name} writes to its arguments; return a new state: state.replace(...)")
+    if _attribute_ids(callback) != attributes:
+        raise ImpureError(f"{name} assigns to itself; keep memory in the state: state.remember(...)")
     if not same(first, second):
-        raise ImpureError(f"{name} returns something else when it is called again: it remembers outside of the state")
+        cause = "it keeps memory outside of the state, which belongs into state.remember(...)"
+        raise ImpureError(f"{name} returns another result when called again with the same arguments: {cause}")
     return second
 
 
-class _Watched:
-    """A callback of which every call is watched; whatever it says about itself, it says."""
+class _PurityChecked:
+    """Calls a callback with `call_purely`; its declarations are those of the callback."""
 
     def __init__(self, callback: Callback) -> None:
         self._callback = callback
@@ -124,57 +124,61 @@ class _Watched:
         return getattr(self._callback, name)
 
 
-def _settings(callback: Callback) -> dict[str, int]:
-    """Return which object each attribute is; what a property keeps once it is computed is none of them."""
-    kept = {name for name, value in inspect.getmembers_static(type(callback)) if isinstance(value, cached_property)}
-    return {name: id(value) for name, value in getattr(callback, "__dict__", {}).items() if name not in kept}
+def _attribute_ids(callback: Callback) -> dict[str, int]:
+    """Return the id of each attribute's object, without the values of cached properties."""
+    cached = {name for name, value in inspect.getmembers_static(type(callback)) if isinstance(value, cached_property)}
+    return {name: id(value) for name, value in getattr(callback, "__dict__", {}).items() if name not in cached}
 
 
 def _fields(value: TrainState | Event) -> dict[str, Any]:
     return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
 
 
-def _writes(tree: Any) -> dict[str, int]:
+def _write_counts(tree: Any) -> dict[str, int]:
     """Return how often each tensor was written to, as torch counts it."""
     found = dict(tensors(tree))
     return dict(zip(found, write_counts(found.values()), strict=True))
 
 
 @contextmanager
-def _watching(name: str, module: ModuleType | None) -> Iterator[None]:
-    drawn = _generators()
-    with _clocks_refused(name, module), _world_refused(name):
+def _watch(name: str, module: ModuleType | None) -> Iterator[None]:
+    """Raise if the body, a call of the callback `name`, reads a clock, does I/O or draws a random number."""
+    before = _generator_states()
+    with _refuse_clocks(name, module), _refuse_io(name):
         yield
-    if not same(_generators(), drawn):
-        raise ImpureError(f"{name} draws from a global random generator; derive a generator of its own from state.seed")
+    if not same(_generator_states(), before):
+        hint = "make a generator from the seed: torch.Generator().manual_seed(state.seed)"
+        raise ImpureError(f"{name} draws from a global random generator; {hint}")
 
 
-def _generators() -> tuple[Any, ...]:
-    legacy = np.random.get_state()  # noqa: NPY002  # the global generator is what is watched
+def _generator_states() -> tuple[Any, ...]:
+    legacy = np.random.get_state()  # noqa: NPY002  # the global generator is the one to watch
     return random.getstate(), tuple(map(str, legacy)), torch.get_rng_state()
 
 
-_TOUCHES: Final = ("open", "socket.", "subprocess.", "os.", "shutil.", "tempfile.", "urllib.", "sqlite3.")
-_watched: list[tuple[str, int]] = []  # by name, and in which thread: others may do what they like
-_hooked: list[bool] = []
+_IO_EVENTS: Final = ("open", "socket.", "subprocess.", "os.", "shutil.", "tempfile.", "urllib.", "sqlite3.")
+"""Beginnings of the names of audit events (docs.python.org/3/library/audit_events.html)."""
+_watches: list[tuple[str, int]] = []  # name of the callback and id of its thread; other threads may do I/O
+_hooks: list[Callable[..., None]] = []
 
 
 @contextmanager
-def _world_refused(name: str) -> Iterator[None]:
-    if not _hooked:  # a hook cannot be taken away again
-        sys.addaudithook(_refuse_touch)
-        _hooked.append(True)
-    _watched.append((name, threading.get_ident()))
+def _refuse_io(name: str) -> Iterator[None]:
+    """Raise if the body does I/O."""
+    if not _hooks:  # once, because Python cannot remove an audit hook
+        sys.addaudithook(_audit)
+        _hooks.append(_audit)
+    _watches.append((name, threading.get_ident()))
     try:
         yield
     finally:
-        _watched.pop()
+        _watches.pop()
 
 
-def _refuse_touch(event: str, arguments: tuple[Any, ...]) -> None:
-    name, thread = _watched[-1] if _watched else ("", 0)
-    if thread == threading.get_ident() and event.startswith(_TOUCHES):
-        raise ImpureError(f"{name} touches the world: {event}{arguments[:1]}; ask for an effect instead")
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    name, thread = _watches[-1] if _watches else ("", 0)
+    if thread == threading.get_ident() and event.startswith(_IO_EVENTS):
+        raise ImpureError(f"{name} does I/O: {event}{arguments[:1]}; return an effect instead")
 
 
 _CLOCKS: Final = (
@@ -184,26 +188,26 @@ _CLOCKS: Final = (
 
 
 @contextmanager
-def _clocks_refused(name: str, module: ModuleType | None) -> Iterator[None]:
-    """Replace the clocks, in `time` and where the callback's module imported them by name, by ones that refuse."""
+def _refuse_clocks(name: str, module: ModuleType | None) -> Iterator[None]:
+    """Replace the clocks, in `time` and where the callback's module imported them by name, by functions that raise."""
 
-    def refusing(clock: str) -> Callable[..., Never]:
+    def refuse_clock(clock: str) -> Callable[..., Never]:
         def refuse(*_: object, **__: object) -> Never:
-            raise ImpureError(f"{name} reads the clock: {clock}(); the time arrives on the event, as event.time_s")
+            raise ImpureError(f"{name} reads the clock: {clock}(); take the time from the event: event.time_s")
 
         return refuse
 
     dates = type(
-        "datetime", (dt.datetime,), {each: refusing(f"datetime.{each}") for each in ("now", "utcnow", "today")}
+        "datetime", (dt.datetime,), {each: refuse_clock(f"datetime.{each}") for each in ("now", "utcnow", "today")}
     )
-    stand_ins: dict[int, Any] = {id(getattr(time, clock)): refusing(f"time.{clock}") for clock in _CLOCKS}
+    stand_ins: dict[int, Any] = {id(getattr(time, clock)): refuse_clock(f"time.{clock}") for clock in _CLOCKS}
     stand_ins[id(dt.datetime)] = dates
     places = [time, dt, *([] if module is None else [module])]
-    held = [(place, key, value) for place in places for key, value in vars(place).items() if id(value) in stand_ins]
+    clocks = [(place, key, value) for place in places for key, value in vars(place).items() if id(value) in stand_ins]
     try:
-        for place, key, value in held:
+        for place, key, value in clocks:
             setattr(place, key, stand_ins[id(value)])
         yield
     finally:
-        for place, key, value in held:
+        for place, key, value in clocks:
             setattr(place, key, value)

@@ -1,8 +1,8 @@
-"""The laws of schedules: their closed forms against a run that is walked event by event."""
+"""The laws of schedules: their closed forms agree with a walk through the events of a run."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hypothesis import strategies as st
 
@@ -21,14 +21,14 @@ _EXAMPLES: Final = 200
 
 
 def check_schedule(schedule: Schedule, *, examples: int = _EXAMPLES) -> None:
-    """Return if what a schedule says of a run without walking it is what a walk finds.
+    """Raise unless the closed forms of a schedule agree with a walk through the events of a run.
 
-    `count` is the number of firings, and additive over adjoining parts of a run; nothing is due before `next_due`; and
-    whether samples or updates are due does not depend on how they were split into batches.
+    `count` equals the number of firings and is additive over adjoining parts of a run; the schedule is not due before
+    `next_due`; and whether it is due at a sample does not depend on how samples are split into batches.
 
     Args:
         schedule: Any schedule.
-        examples: How many runs to try for each law, >= 1.
+        examples: Largest number of runs to try for each law, >= 1.
 
     Raises:
         LawError: With the simplest run that breaks a law.
@@ -57,68 +57,65 @@ def run_starts() -> st.SearchStrategy[TrainingIteration]:
     return st.builds(lambda u, s: TrainingIteration(0, u, u + s), st.integers(0, 40), st.integers(0, 40))
 
 
-def walked(run: Run) -> Iterator[tuple[tuple[Counter, ...], TrainingIteration, TrainingIteration]]:
-    """Yield the counters that each event of a run reads, and the iterations before and at it."""
+def walk_events(run: Run) -> Iterator[tuple[tuple[Counter, ...], TrainingIteration, TrainingIteration]]:
+    """Yield for each event of a run the counters that a schedule reads there, and the iterations before and at it."""
     for update in range(run.final.update):
         previous, after = run.iteration_after(update), run.iteration_after(update + 1)
-        seen = TrainingIteration(previous.epoch, after.update, after.sample)
-        yield ("update", "sample"), previous, seen
+        yield ("update", "sample"), previous, TrainingIteration(previous.epoch, after.update, after.sample)
         if after.epoch > previous.epoch:
             yield ("epoch",), previous, after
 
 
-def _fires(schedule: Schedule, counters: tuple[Counter, ...], before: TrainingIteration, at: TrainingIteration) -> bool:
-    part = schedule.reading(*counters)
-    return part is not None and part.due(before, at)
-
-
 def _check_count(schedule: Schedule, run: Run, places: list[int]) -> None:
+    """Check that `count` equals the number of firings, and that the counts of two parts add up to it."""
     a, b, c = (run.iteration_after(min(place, run.final.update)) for place in places)
-    fired = [at for counters, before, at in walked(run) if _fires(schedule, counters, before, at)]
-    inside = [at for at in fired if at != a and at.reached(a) and c.reached(at)]
-    counted = schedule.count(a, c, run)
-    if counted != len(inside):
-        raise LawError(_told(schedule, f"counts {counted} firings from {a} to {c}, and fires {len(inside)} times", run))
+    fired = [
+        at
+        for counters, before, at in walk_events(run)
+        if (part := schedule.reading(*counters)) is not None and part.due(before, at)
+    ]
+    firings = sum(at != a and at.reached(a) and c.reached(at) for at in fired)
+    count = schedule.count(a, c, run)
+    if count != firings:
+        raise _law_error(schedule, f"counts {count} firings from {a} to {c}, but fires {firings} times", run)
     parts = schedule.count(a, b, run) + schedule.count(b, c, run)
-    if parts != counted:
-        raise LawError(_told(schedule, f"counts {counted} firings from {a} to {c}, and by way of {b} {parts}", run))
+    if parts != count:
+        raise _law_error(schedule, f"counts {count} firings from {a} to {c}, but {parts} if split at {b}", run)
 
 
 def _check_next_due(schedule: Schedule, run: Run) -> None:
-    for counters, before, at in walked(run):
+    """Check that no event before `next_due` is due."""
+    for counters, before, at in walk_events(run):
         part = schedule.reading(*counters)
         if part is not None and part.due(before, at) and not part.next_due(before).reached(at):
-            raise LawError(_told(schedule, f"is due at {at}, before its next_due after {before}", run))
+            raise _law_error(schedule, f"is due at {at}, before its next_due({before})", run)
 
 
 def _check_batches(schedule: Schedule, start: TrainingIteration, sizes: tuple[int, ...]) -> None:
-    """Check that a batch is due if one of its samples alone is."""
+    """Check that a batch is due exactly if one of its samples alone is."""
     part = schedule.reading("sample")
-    if part is None or any(_limits_others(member.window) for member in part.members):
+    if part is None:
         return
+    windows: list[Any] = [member.window for member in part.members]
+    limits = [point for window in windows for point in (window.start, window.until)]
+    if any(point.epoch or point.update for point in limits):
+        return  # other batches have other updates and epochs, which limit the schedule at other samples
     before = start
     for size in sizes:
         after = before.advance(samples=size)
-        singly = [
-            sample
+        sample_due = any(
+            part.due(TrainingIteration(0, before.update, sample), TrainingIteration(0, after.update, sample + 1))
             for sample in range(before.sample, after.sample)
-            if part.due(TrainingIteration(0, before.update, sample), TrainingIteration(0, after.update, sample + 1))
-        ]
-        if part.due(before, after) != bool(singly):
-            due = "is" if not singly else "is not"
-            raise LawError(f"{_name(schedule)} {due} due for a batch from {before} to {after}, unlike its samples")
+        )
+        if part.due(before, after) != sample_due:
+            batch, samples = ("is not", "one of its samples is") if sample_due else ("is", "none of its samples is")
+            raise LawError(f"{_name(schedule)} {batch} due for the batch from {before} to {after}, but {samples}")
         before = after
 
 
-def _limits_others(window: object) -> bool:
-    """Return whether a window is limited by updates or epochs, which are other for other batches."""
-    start, until = window.start, window.until  # type: ignore[attr-defined]  # a Window
-    return bool(start.epoch or start.update or until.epoch or until.update)
-
-
-def _told(schedule: Schedule, what: str, run: Run) -> str:
-    shape = f"{run.samples_per_epoch} samples an epoch in batches of {run.effective_batch_size}"
-    return f"{_name(schedule)} {what}, in a run to {run.end} of {shape}"
+def _law_error(schedule: Schedule, violation: str, run: Run) -> LawError:
+    shape = f"{run.samples_per_epoch} samples per epoch in batches of {run.effective_batch_size}"
+    return LawError(f"{_name(schedule)} {violation}, in a run to {run.end} with {shape}")
 
 
 def _name(schedule: Schedule) -> str:

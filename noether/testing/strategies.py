@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what schedules and callbacks are functions of."""
+"""Hypothesis strategies for runs, traces, states, schedules and their parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LONGEST: Final = 60
 
 @st.composite
 def run_lengths(draw: Callable[..., Any], max_epochs: int = 6) -> Run:
-    """Runs of a few epochs, most with a short last batch; they say where they end, and nothing else.
+    """Runs of a few epochs, most of them with a short last batch; only their end and sizes are set.
 
     Example:
         >>> from hypothesis import find
@@ -45,13 +45,12 @@ def run_lengths(draw: Callable[..., Any], max_epochs: int = 6) -> Run:
 def runs(*, max_epochs: int = 3, finite: bool = False, interrupted: bool = True) -> st.SearchStrategy[Trace]:
     """Traces of runs as a real loop emits them: accumulation, short last batches, epochs, interruptions.
 
-    Every dataset key names a dataset of a few batches, and there is a forward for the params of the trace, with two
-    classes.
+    Every dataset key names a dataset of a few batches. The forward uses the params of the trace and has two classes.
 
     Args:
-        max_epochs: Epochs at most, >= 1.
+        max_epochs: Largest number of epochs, >= 1.
         finite: Whether all losses are finite.
-        interrupted: Whether processes may end in between.
+        interrupted: Whether a process may end before the run does.
 
     Example:
         >>> from hypothesis import find
@@ -72,7 +71,7 @@ def _runs(draw: Callable[..., Any], max_epochs: int, finite: bool, interrupted: 
         effective_batch_size=min(batch, length),
         run_id="trace",
         config={},
-        data=_EveryDataset(),
+        data=_AnyDataset(),
         forward=_forward,
         frozen=frozenset(),
     )
@@ -83,7 +82,7 @@ def _runs(draw: Callable[..., Any], max_epochs: int, finite: bool, interrupted: 
 
 
 def losses(*, finite: bool = False) -> st.SearchStrategy[float]:
-    """Losses as they are measured: small numbers, now and then large ones, NaN or an infinity.
+    """Losses of a real run: small numbers, sometimes large ones, NaN or an infinity.
 
     Args:
         finite: Whether to leave out NaN and the infinities.
@@ -98,7 +97,7 @@ def losses(*, finite: bool = False) -> st.SearchStrategy[float]:
 
 
 def cuts(length: int = 12) -> st.SearchStrategy[tuple[int, ...]]:
-    """Where to cut a run of `length` events: up to three places, in order.
+    """Up to three places, in order, at which to cut a run of `length` events.
 
     Example:
         >>> from hypothesis import find
@@ -109,7 +108,7 @@ def cuts(length: int = 12) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def batch_sizes(largest: int = 12) -> st.SearchStrategy[tuple[int, ...]]:
-    """Sizes of the batches that some samples came in, each at least 1.
+    """Batch sizes, each at least 1.
 
     Example:
         >>> from hypothesis import find
@@ -120,7 +119,7 @@ def batch_sizes(largest: int = 12) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def iterations(largest: int = _LONGEST) -> st.SearchStrategy[TrainingIteration]:
-    """Iterations at which a run may be: an update has a sample at least, and an epoch an update.
+    """Iterations that a run can reach: an update has at least one sample, and an epoch at least one update.
 
     Example:
         >>> from hypothesis import find
@@ -133,7 +132,7 @@ def iterations(largest: int = _LONGEST) -> st.SearchStrategy[TrainingIteration]:
 
 @st.composite
 def states(draw: Callable[..., Any]) -> TrainState:
-    """States in the middle of a run, with params, metrics, and callbacks that remember.
+    """States in the middle of a run, with params, metrics and memories of callbacks.
 
     Example:
         >>> from hypothesis import find
@@ -145,12 +144,14 @@ def states(draw: Callable[..., Any]) -> TrainState:
     state = state.advance(samples=draw(st.integers(1, 8)))
     measured = draw(st.dictionaries(st.sampled_from(("loss/val/total", "val/accuracy")), losses()))
     metrics = {key: Measured(value, state.iteration) for key, value in measured.items()}
-    memories = draw(st.dictionaries(st.sampled_from(("one", "other")), _memories()))
+    leaf = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), losses(), st.just(torch.tensor([2.0, -0.0])))
+    memory = st.recursive(leaf, lambda inner: st.dictionaries(st.sampled_from("ab"), inner, max_size=2), max_leaves=4)
+    memories = draw(st.dictionaries(st.sampled_from(("one", "other")), memory))
     return state.replace(metrics=metrics, callback_states=memories)
 
 
 def points(largest: int = _LONGEST) -> st.SearchStrategy[TrainingIteration]:
-    """Points on one counter, not at the start."""
+    """Points on one counter, after the start."""
     return st.builds(
         lambda counter, value: TrainingIteration(**{counter: value}), st.sampled_from(COUNTERS), st.integers(1, largest)
     )
@@ -166,15 +167,10 @@ def schedules(largest: int = 40) -> st.SearchStrategy[Schedule]:
     """
     n = st.integers(1, largest)
     single = st.one_of(st.builds(EveryNEpochs, n), st.builds(EveryNUpdates, n), st.builds(EveryNSamples, n))
-    return st.recursive(st.one_of(single, _at(largest)), _limited, max_leaves=4)
+    return st.recursive(st.one_of(single, _at(largest)), _compound_schedules, max_leaves=4)
 
 
 _DURATIONS: Final = st.sampled_from((0.25, 0.5, 1.0, 64.0))
-
-
-def _memories() -> st.SearchStrategy[Any]:
-    leaf = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), losses(), st.just(torch.tensor([2.0, -0.0])))
-    return st.recursive(leaf, lambda inner: st.dictionaries(st.sampled_from("ab"), inner, max_size=2), max_leaves=4)
 
 
 def _at(largest: int) -> st.SearchStrategy[Schedule]:
@@ -186,7 +182,7 @@ def _at(largest: int) -> st.SearchStrategy[Schedule]:
     )
 
 
-def _limited(schedules: st.SearchStrategy[Schedule]) -> st.SearchStrategy[Schedule]:
+def _compound_schedules(schedules: st.SearchStrategy[Schedule]) -> st.SearchStrategy[Schedule]:
     return st.one_of(
         st.builds(lambda a, b: a | b, schedules, schedules),
         st.builds(lambda schedule, point: schedule.starting(point), schedules, points()),
@@ -195,8 +191,8 @@ def _limited(schedules: st.SearchStrategy[Schedule]) -> st.SearchStrategy[Schedu
 
 
 @final
-class _EveryDataset(Mapping[str, Any]):
-    """Datasets by any key: a callback that is tested may iterate whatever it is set to."""
+class _AnyDataset(Mapping[str, Any]):
+    """Has a dataset under every key, because a tested callback may iterate any."""
 
     def __getitem__(self, key: str) -> Any:
         return _BATCHES

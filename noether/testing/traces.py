@@ -1,4 +1,4 @@
-"""Runs without a model: what a loop would tell its callbacks, as data, and callbacks driven through it."""
+"""Runs without a model: the events of a loop as data, and the result of driving callbacks through them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.run import Run
 
-    Tell = Callable[[TrainState, Event], TrainState]
+    Dispatch = Callable[[TrainState, Event], TrainState]
 
-_Asked = TypeVar("_Asked", bound="Effect")
+_EffectType = TypeVar("_EffectType", bound="Effect")
 
 
 @final
 @dataclass(frozen=True)
 class Reading:
-    """What a loop reads at one update.
+    """Losses and duration of one update.
 
     Args:
-        losses: Mean loss of each accumulation step; an update has as many steps, but no more than samples.
-        duration_s: Seconds since the update before.
+        losses: Mean loss of each accumulation step. An update has as many steps, but at most one for each sample.
+        duration_s: Seconds since the previous update.
     """
 
     losses: tuple[float, ...] = (1.0,)
@@ -44,14 +44,14 @@ class Reading:
 @final
 @dataclass(frozen=True)
 class Trace:
-    """A run, told before it happens: its shape, what is read at each update, and where one process follows another.
+    """A run as data: its shape, the readings of each update, and where a process ends and another resumes.
 
     Args:
-        run: Gives the end and where epochs and batches lie.
-        readings: One for each update; the last is repeated where the run has more.
-        interruptions: After how many updates and ends of epochs, together, a process ends; the next one begins with
-            `BeforeTraining(resumed=True)`.
-        seed: Of the state at the beginning.
+        run: Gives the end of the run and the sizes of its epochs and batches.
+        readings: One for each update; the last one is repeated if the run has more updates.
+        interruptions: Numbers of updates and ends of epochs, counted together, after which a process ends; the next
+            process starts with `BeforeTraining(resumed=True)`.
+        seed: Seed of the state at the start.
 
     Example:
         >>> from noether import Run, TrainingIteration
@@ -68,53 +68,53 @@ class Trace:
 
     def __str__(self) -> str:
         run = self.run
-        shape = f"a run to {run.end}, {run.samples_per_epoch} samples an epoch in batches of {run.effective_batch_size}"
-        # Those of one update are joined by +; the last ones are repeated.
+        sizes = f"{run.samples_per_epoch} samples per epoch in batches of {run.effective_batch_size}"
+        # A + joins the losses of one update.
         losses = ", ".join("+".join(map(str, each.losses)) for each in self.readings)
         cut = f", interrupted after {', '.join(map(str, self.interruptions))}" if self.interruptions else ""
-        return f"{shape}, losses {losses}, seed {self.seed}{cut}"
+        return f"a run to {run.end}, {sizes}, losses {losses}, seed {self.seed}{cut}"
 
     def start(self) -> TrainState:
-        """Return the state at the beginning: params `w` and `b`, a buffer, and an optimizer's memory."""
+        """Return the state at the start: params `w` and `b`, a buffer, and the state of an optimizer."""
         params = {"w": torch.tensor([1.0, -2.0]), "b": torch.tensor(0.5)}
-        memory = {name: {"exp_avg": torch.zeros_like(param)} for name, param in params.items()}
-        opt_state = {"state": memory, "groups": {}}
+        moments = {name: {"exp_avg": torch.zeros_like(param)} for name, param in params.items()}
+        opt_state = {"state": moments, "groups": {}}
         return TrainState(params=params, buffers={"seen": torch.tensor(0)}, opt_state=opt_state, seed=self.seed)
 
     def without_interruptions(self) -> Trace:
-        """Return the run in one process."""
+        """Return the trace of the same run in one process."""
         return replace(self, interruptions=())
 
     def on_rank(self, rank: int) -> Trace:
-        """Return the run as another process of it sees it: with losses, outputs and durations of its own."""
+        """Return the trace that one of two ranks sees; losses, outputs and durations differ between the ranks."""
         readings = tuple(replace(each, duration_s=each.duration_s + rank) for each in self.readings)
         return replace(self, run=self.run.replace(rank=rank, world_size=2), readings=readings)
 
     def reading(self, update: int) -> Reading:
-        """Return what is read at the update of this index."""
+        """Return the reading of the update with this index."""
         return self.readings[min(update, len(self.readings) - 1)]
 
 
 class DrivenRun(NamedTuple):
-    """What came of a run, with one entry for each event, in order."""
+    """Result of driving a callback through a run, with one entry for each event, in order."""
 
     events: tuple[Event, ...]
     states: tuple[TrainState, ...]
     effects: tuple[Effects, ...]
 
     def since(self, number: int) -> DrivenRun:
-        """Return what came from the event of index `number` on."""
+        """Return the part from the event with index `number` on."""
         return DrivenRun(self.events[number:], self.states[number:], self.effects[number:])
 
 
 def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, resumed: bool = False) -> DrivenRun:
-    """Return what a callback makes of a run: its events, the state that was settled at each, and what was asked for.
+    """Return the events of a run, and the settled state and the effects that a callback returns at each.
 
     Args:
         callback: Any callback, most often the result of `compose`.
         trace: The run.
-        state: Where it begins; None for the trace's own beginning.
-        resumed: Whether it goes on there.
+        state: The state to start from; None for `trace.start()`.
+        resumed: Whether the run resumes from that state.
 
     Example:
         >>> from noether import LogText, Run, TrainingIteration, every_n_updates
@@ -126,26 +126,29 @@ def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, 
         ['E0_U2_S6', 'E1_U4_S12']
     """
     reducer, run = compose(callback), trace.run  # a reducer fills in the memory that is missing
-    told: list[tuple[Event, TrainState, Effects]] = []
+    driven: list[tuple[Event, TrainState, Effects]] = []
 
-    def tell(state: TrainState, event: Event) -> TrainState:
+    def dispatch(state: TrainState, event: Event) -> TrainState:
         state, effects = reducer(state, event)
-        told.append((event, state, effects))
+        driven.append((event, state, effects))
         return state
 
-    state = tell(trace.start() if state is None else state, BeforeTraining(run=run, resumed=resumed))
+    state = dispatch(trace.start() if state is None else state, BeforeTraining(run=run, resumed=resumed))
     while (move := next_move(state, run)) is not Move.NOTHING:
         if move is Move.END_TRAINING:
-            state = tell(state.replace(ended=True), AfterTraining(run=run))
+            state = dispatch(state.replace(ended=True), AfterTraining(run=run))
             continue
-        state = tell(state.next_epoch(), AfterEpoch(run=run)) if move is Move.END_EPOCH else _update(state, trace, tell)
+        if move is Move.END_EPOCH:
+            state = dispatch(state.next_epoch(), AfterEpoch(run=run))
+        else:
+            state = _update(state, trace, dispatch)
         if state.iteration.update + state.iteration.epoch in trace.interruptions:
-            state = tell(state, BeforeTraining(run=run, resumed=True))
-    events, states, effects = zip(*told, strict=True)
+            state = dispatch(state, BeforeTraining(run=run, resumed=True))
+    events, states, effects = zip(*driven, strict=True)
     return DrivenRun(events, states, effects)
 
 
-def effects_of(stream: DrivenRun | Iterable[Effects], kind: type[_Asked]) -> list[_Asked]:
+def effects_of(stream: DrivenRun | Iterable[Effects], kind: type[_EffectType]) -> list[_EffectType]:
     """Return the effects of one type in a stream of them, in order.
 
     Example:
@@ -153,31 +156,31 @@ def effects_of(stream: DrivenRun | Iterable[Effects], kind: type[_Asked]) -> lis
         >>> effects_of([(LogText("a"),), (), (LogScalars({"x": 1}), LogText("b"))], LogText)
         [LogText(text='a'), LogText(text='b')]
     """
-    asked = stream.effects if isinstance(stream, DrivenRun) else stream
-    return [effect for effects in asked for effect in effects if isinstance(effect, kind)]
+    sequence = stream.effects if isinstance(stream, DrivenRun) else stream
+    return [effect for effects in sequence for effect in effects if isinstance(effect, kind)]
 
 
-def _update(state: TrainState, trace: Trace, tell: Tell) -> TrainState:
-    """Return the state after one update, a function of all that an update may depend on."""
+def _update(state: TrainState, trace: Trace, dispatch: Dispatch) -> TrainState:
+    """Return the state after one update, which depends on the params, the losses and the hyperparams."""
     run, update = trace.run, state.iteration.update
     reading = trace.reading(update)
     sizes = _sizes(run.iteration_after(update + 1).sample - run.iteration_after(update).sample, reading)
-    own = run.rank / 8  # what a process measures on its own part of the batch
-    outputs = tuple({"drift": state.params["w"].abs() + own, "scale": step + own} for step in range(len(sizes)))
+    offset = run.rank / 8  # each rank measures its own part of the batch
+    outputs = tuple({"drift": state.params["w"].abs() + offset, "scale": step + offset} for step in range(len(sizes)))
     for step, (samples, loss) in enumerate(zip(sizes, reading.losses, strict=False)):
         seen = AfterAccumulationStep(
-            run=run, losses={"total": torch.tensor(loss + own)}, outputs=outputs[step], samples=samples,
+            run=run, losses={"total": torch.tensor(loss + offset)}, outputs=outputs[step], samples=samples,
             accumulation_step=step, accumulation_steps=len(sizes),
         )  # fmt: skip
-        state = tell(state, seen)
+        state = dispatch(state, seen)
     loss = sum(loss * size for loss, size in zip(reading.losses, sizes, strict=False)) / sum(sizes)
     lr = {"default": 0.1 * state.hyperparams["lr_scale"]}
     event = AfterUpdate(
-        run=run, time_s=1e9 + update + own, samples=sum(sizes), losses={"total": torch.tensor(loss)}, lr=lr,
+        run=run, time_s=1e9 + update + offset, samples=sum(sizes), losses={"total": torch.tensor(loss)}, lr=lr,
         outputs=outputs, accumulated=sizes, weight_decay={"default": 0.01}, grad_norm=torch.tensor(abs(loss)),
         finite=torch.tensor(math.isfinite(loss)), **_durations(reading.duration_s),
     )  # fmt: skip
-    return tell(_stepped(state, loss).advance(samples=sum(sizes)), event)
+    return dispatch(_optimizer_step(state, loss).advance(samples=sum(sizes)), event)
 
 
 def _durations(duration_s: float) -> dict[str, Any]:
@@ -191,7 +194,7 @@ def _sizes(samples: int, reading: Reading) -> tuple[int, ...]:
     return tuple(samples // steps + (step < samples % steps) for step in range(steps))
 
 
-def _stepped(state: TrainState, loss: float) -> TrainState:
+def _optimizer_step(state: TrainState, loss: float) -> TrainState:
     gradient = torch.tensor(loss if math.isfinite(loss) else math.nan).tanh()
     scale = 0.1 * state.hyperparams["lr_scale"]
     memory = {name: {"exp_avg": 0.5 * gradient.expand_as(param)} for name, param in state.params.items()}

@@ -1,4 +1,4 @@
-"""Traces emit what a real loop emits; what is driven through them is what is said of it."""
+"""Traces emit the events of the trainer, and comparisons report every difference."""
 
 import math
 
@@ -29,12 +29,12 @@ from noether.training.trainer import Trainer
 
 
 def real_events(length, batch, micro, epochs):
-    """Return the events of the trainer on a real model, with the states that they are dispatched at."""
-    told = []
+    """Return the run of the trainer on a real model, and the name, iteration and samples of each event."""
+    events = []
 
     @on(*{type(event) for event in drive(compose(), Trace(RUN)).events}, AfterAccumulationStep)
-    def tell(state, event):
-        told.append((type(event).__name__, str(state.iteration), getattr(event, "samples", None)))
+    def record(state, event):
+        events.append((type(event).__name__, str(state.iteration), getattr(event, "samples", None)))
         return state, ()
 
     data = TrainingData([(torch.ones(1), torch.ones(1))] * length, seed=0, effective_batch_size=batch,
@@ -49,15 +49,15 @@ def real_events(length, batch, micro, epochs):
     )  # fmt: skip
     step = Step(model=model, loss=lambda outputs, batch: {"l": (outputs - batch[1]).square().mean()},
                 optimizer=optimizer, lr={"default": lambda update: 0.1}, weight_decay={})  # fmt: skip
-    Trainer(run=run, step=step, data=data, reducer=compose(tell), interpreter=lambda *_: None)(state)
-    return run, told
+    Trainer(run=run, step=step, data=data, reducer=compose(record), interpreter=lambda *_: None)(state)
+    return run, events
 
 
 RUN = Run(end=TrainingIteration(epoch=1), updates_per_epoch=1, samples_per_epoch=1, effective_batch_size=1)
 
 
 @pytest.mark.parametrize(("length", "batch", "micro", "epochs"), [(5, 2, None, 2), (7, 4, 2, 1), (6, 6, 3, 3)])
-def test_a_trace_emits_what_the_trainer_emits(length, batch, micro, epochs):
+def test_a_trace_emits_the_events_of_the_trainer(length, batch, micro, epochs):
     run, expected = real_events(length, batch, micro, epochs)
     steps = 1 if micro is None else math.ceil(batch / micro)
     # A short last batch has fewer steps.
@@ -92,10 +92,10 @@ def test_samples_are_counted_and_losses_weighted(trace):
             mean = sum(float(step.losses["total"]) * step.samples for step in steps) / event.samples
             assert float(event.losses["total"]) == pytest.approx(mean, rel=1e-5, nan_ok=True) or not math.isfinite(mean)
             steps = []
-    begins = [event for event in driven.events if isinstance(event, BeforeTraining)]
-    assert [event.resumed for event in begins] == [False] + [True] * (len(begins) - 1)
+    starts = [event for event in driven.events if isinstance(event, BeforeTraining)]
+    assert [event.resumed for event in starts] == [False] + [True] * (len(starts) - 1)
     places = range(1, trace.run.final.update + trace.run.end.epoch + 1)
-    assert len(begins) - 1 == len(set(trace.interruptions) & set(places))
+    assert len(starts) - 1 == len(set(trace.interruptions) & set(places))
 
 
 @settings(max_examples=30)
@@ -106,13 +106,13 @@ def test_finite_runs_are_finite(trace):
 
 
 @given(iterations())
-def test_iterations_are_those_of_a_run(iteration):
+def test_iterations_can_be_reached_by_a_run(iteration):
     assert iteration.epoch <= iteration.update <= iteration.sample
 
 
 @settings(max_examples=50)
 @given(states(), states())
-def test_what_differs_is_told_and_what_is_the_same_is_not(one, other):
+def test_differences_are_reported_exactly_where_values_differ(one, other):
     assert same(one, one)
     assert same(one, other) == (list(differences(one, other)) == [])
     for path, found, expected in differences(one, other):
@@ -120,13 +120,13 @@ def test_what_differs_is_told_and_what_is_the_same_is_not(one, other):
         assert path.startswith(".")
 
 
-def test_a_difference_says_where_and_what():
+def test_a_difference_has_its_path_and_both_values():
     plan = [LogText("a"), LogScalars({"x": torch.tensor(1.0), "y": 0.0}), SetSummary({"n": 1})]
     other = [LogText("a"), LogScalars({"x": torch.tensor(2.0), "z": 0.0})]
     with pytest.raises(AssertionError) as error:
         assert_same(plan, other)
     assert str(error.value).splitlines() == [
-        "what was found is not what was expected:",
+        "the values differ:",
         "  [1].values['x']: found tensor(1.), expected tensor(2.)",
         "  [1].values['y']: found 0.0, expected nothing",
         "  [1].values['z']: found nothing, expected 0.0",
@@ -135,7 +135,7 @@ def test_a_difference_says_where_and_what():
     assert_same(plan, list(plan))
 
 
-def test_large_tensors_are_told_by_their_first_difference():
+def test_large_tensors_show_their_first_difference():
     one, other = torch.zeros(20), torch.zeros(20)
     other[7] = 3
     assert list(differences({"w": one}, {"w": other})) == [
@@ -152,12 +152,12 @@ def test_many_differences_are_counted():
 
 
 @given(losses(), losses())
-def test_numbers_are_the_same_to_the_last_bit(a, b):
+def test_floats_are_compared_to_the_last_bit(a, b):
     assert same(a, b) == (repr(a) == repr(b))
     assert same(a, a)
     assert not same(0.0, -0.0)
 
 
 def test_effects_are_filtered_in_order():
-    asked = ((LogText("a"), SetSummary({})), (), (LogText("b"),))
-    assert effects_of(asked, LogText) == [LogText("a"), LogText("b")]
+    effects = ((LogText("a"), SetSummary({})), (), (LogText("b"),))
+    assert effects_of(effects, LogText) == [LogText("a"), LogText("b")]
