@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
-import torch
-
+from noether.core.tensors.module import device_of
 from noether.core.tensors.tree import map_tensors
 from noether.session.loader import epoch_iterator, generators_of
 from noether.session.randomness import derive, preserve_generators
@@ -13,17 +12,8 @@ from noether.session.randomness import derive, preserve_generators
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    import torch
     from torch import nn
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter of `model`, the CPU if it has none.
-
-    Example:
-        >>> device_of(torch.nn.Linear(2, 1))
-        device(type='cpu')
-    """
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def evaluation_data(data: Iterable[Any], model: nn.Module, seed: int, key: str) -> Iterable[Any]:
@@ -40,7 +30,7 @@ def evaluation_data(data: Iterable[Any], model: nn.Module, seed: int, key: str) 
         [tensor([1., 1.])]
     """
     if isinstance(data, (list, tuple)):
-        device = device_of(model)
+        device = device_of(model.parameters())
         return [_move(device, batch) for batch in data]
     return EvaluationData(data, model, derive(seed, f"evaluation of {key}"))
 
@@ -78,7 +68,7 @@ class EvaluationData:
         return getattr(self._data, "dataset", self._data)
 
     def __iter__(self) -> Iterator[Any]:
-        device = device_of(self._model)
+        device = device_of(self._model.parameters())
         with preserve_generators(*generators_of(self._data)):
             for batch in epoch_iterator(self._data, self._seed, epoch=0):
                 yield _move(device, batch)

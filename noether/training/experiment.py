@@ -19,6 +19,8 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.forward import forward
+from noether.core.tensors.module import device_of
+from noether.core.tensors.step_counters import counts_on_device
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
 from noether.session.randomness import derive, seed_all
@@ -29,7 +31,7 @@ from noether.training.error_locations import locate_errors
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.value_schedules import ValueSchedule, value_schedule
-from noether.training.weights import check_weights, device_of, to_device, with_weights
+from noether.training.weights import check_weights, load_weights, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -79,8 +81,8 @@ class Experiment:
         """
         check_weights(self.state, state)
         groups = self.step.optimizer.group_settings(self.state.params).values()
-        fused = any(settings.get("fused") or settings.get("capturable") for settings in groups)
-        return to_device(state, device_of(self.state), fused=fused)
+        device = device_of(self.state.params.values())
+        return to_device(state, device, counts_on_device=any(map(counts_on_device, groups)))
 
 
 def build(
@@ -248,7 +250,7 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> TrainSta
         return state
     path = Path(config.run.init_from)
     try:
-        return with_weights(state, path)
+        return load_weights(state, path)
     except CheckpointError as error:
         message = f"{str(path)!r}: {error}; give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
         raise config.error(("run", "init_from"), message) from error

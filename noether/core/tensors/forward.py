@@ -12,6 +12,7 @@ import torch
 from torch.func import functional_call
 
 from noether.core.tensors.batch import model_arguments
+from noether.core.tensors.module import device_of
 from noether.core.tensors.tree import FrozenDict, map_tensors
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Forward:
         with torch.no_grad():
             if self._precision is None:
                 return self._evaluated(self._own, state, batch)
-            with torch.autocast(_device_type(self._model), dtype=self._precision):
+            with torch.autocast(device_of(self._model.parameters()).type, dtype=self._precision):
                 return self._evaluated(self._own, state, batch)
 
     @contextmanager
@@ -81,7 +82,7 @@ class Forward:
                 module.training = True
 
     def _autocasts(self) -> bool:
-        device_type = _device_type(self._model)
+        device_type = device_of(self._model.parameters()).type
         known = torch.amp.is_autocast_available(device_type)
         return self._precision is not None or (known and torch.is_autocast_enabled(device_type))
 
@@ -101,10 +102,6 @@ class Forward:
         if not weights:  # the model's own, so that it can be called as it is, in less time
             return self._model(*arguments, **keywords)
         return functional_call(self._model, weights, arguments, keywords)
-
-
-def _device_type(model: nn.Module) -> str:
-    return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
 def _are(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from noether.core.tensors.step_counters import counts_on_device, move_memory
 from noether.core.tensors.tree import FrozenDict, freeze, move_to_device, tensors, unpack
 
 if TYPE_CHECKING:
@@ -24,10 +25,20 @@ def buffers_of(model: nn.Module) -> FrozenDict:
     return FrozenDict(dict(model.named_buffers()))
 
 
+def device_of(tensors: Iterable[Tensor]) -> torch.device:
+    """Return the device of the first of `tensors`, the CPU if there is none.
+
+    Example:
+        >>> device_of(torch.nn.Linear(2, 1).parameters())
+        device(type='cpu')
+    """
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 def move_beside(model: nn.Module, tree: Any) -> Any:
     """Return `tree` with its tensors on the device of `model`; the same object where they are."""
-    device = next((parameter.device for parameter in model.parameters()), None)
-    if device is None or all(tensor.device == device for _, tensor in tensors(tree)):
+    device = device_of(model.parameters())
+    if all(tensor.device == device for _, tensor in tensors(tree)):
         return tree
     return move_to_device(device, tree)
 
@@ -97,24 +108,17 @@ def _write_tensors(what: str, live: Mapping[str, Tensor], saved: Mapping[str, Te
 
 def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str, Any]) -> None:
     parameters = dict(model.named_parameters())
+    on_device = any(map(counts_on_device, optimizer.param_groups))
     optimizer.state.clear()  # a parameter that has no memory in the state keeps none
     for name, memory in opt_state.get("state", {}).items():
-        optimizer.state[parameters[name]] = _placed(unpack(memory), parameters[name].device, optimizer)
+        parameter = parameters[name]
+        optimizer.state[parameter] = move_memory(unpack(memory), parameter.device, on_device=on_device)
     groups = opt_state.get("groups", ())
     if isinstance(groups, Mapping):  # a functional optimizer keeps them by name, in the same order
         groups = tuple(groups.values())
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.pop("lr_scale", None)  # the saved learning rate is scaled as the saved group says
         group.update(unpack(saved))
-
-
-def _placed(memory: dict[str, Any], device: torch.device, optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's memory of a parameter where torch keeps it: on its device, most counters of steps aside."""
-    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    return {
-        key: value.to(device) if isinstance(value, torch.Tensor) and (fused or key != "step") else value
-        for key, value in memory.items()
-    }
 
 
 def _scale_lr(optimizer: Optimizer, scale: float) -> None:

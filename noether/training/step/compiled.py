@@ -144,7 +144,7 @@ class CompiledUpdate:
                 self._step.optimizer.optimizer,
                 {**settings, "lr": rate},
                 [params[name] for name in names],
-                [grad for name in names if (grad := grads[name]) is not None],
+                [grad for grad in map(grads.get, names) if grad is not None],
                 [memory.get(name, {}) for name in names],
             )
         total = accumulation.losses["total"]
