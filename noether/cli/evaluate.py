@@ -75,8 +75,11 @@ def evaluate(
             f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"
         )
     dispatch(state, AtEval(run=experiment.run), reducer, add_handlers(_collecting_interpreter(metrics), config))
-    _write(run_dir / "eval" / f"{name}.json", metrics)
-    _print(name, metrics)
+    path = run_dir / "eval" / f"{name}.json"
+    make_directories(path.parent)
+    replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    click.echo(f"written to {path}")
+    _print_metrics(name, metrics)
 
 
 def _find_checkpoint(store: CheckpointStore, checkpoint: str) -> Manifest:
@@ -112,13 +115,7 @@ def _collecting_interpreter(metrics: dict[str, Any]) -> Interpreter:
     return Interpreter({LogScalars: [collect], **dict.fromkeys(ignored, ())})
 
 
-def _write(path: Path, metrics: Mapping[str, Any]) -> None:
-    make_directories(path.parent)
-    replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    click.echo(f"written to {path}")
-
-
-def _print(tag: str, metrics: Mapping[str, Any]) -> None:
+def _print_metrics(tag: str, metrics: Mapping[str, Any]) -> None:
     table = Table("metric", "value", title=tag)
     for key, value in metrics.items():
         table.add_row(key, f"{value:.6g}" if isinstance(value, (int, float)) else str(value))

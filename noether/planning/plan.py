@@ -68,7 +68,7 @@ def make_plan(config: Config) -> Plan:
     """
     experiment, updated, notes = build_on_meta(config)
     callbacks = list(_split_composed(experiment.callbacks))
-    run = _cut_at_fixed_stop(experiment.run, [placed.callback for placed in callbacks])
+    run = _run_until_fixed_stop(experiment.run, [placed.callback for placed in callbacks])
     probe = Probe(state=updated, initial=experiment.state, run=run)
     planned = tuple(plan_callback(each, probe, evaluate_first=config.trainer.evaluate_first) for each in callbacks)
     counts = param_counts(experiment.state.params, run.frozen)
@@ -91,10 +91,10 @@ def _split_composed(callbacks: Iterable[ConfiguredCallback]) -> Iterator[Configu
         yield from (ConfiguredCallback(member, placed.path) for member in members)
 
 
-def _cut_at_fixed_stop(run: Run, callbacks: Iterable[Callback]) -> Run:
-    """Return the run with the earliest of its end and the points at which callbacks stop it."""
+def _run_until_fixed_stop(run: Run, callbacks: Iterable[Callback]) -> Run:
+    """Return the run with an earlier end if a callback stops it at a fixed point."""
     points = [run.end, *(each.point for each in callbacks if isinstance(each, FixedUpdateEarlyStopping))]
-    return min((run.replace(end=point) for point in points), key=lambda cut: cut.final.update)
+    return min((run.replace(end=point) for point in points), key=lambda run: run.final.update)
 
 
 def _notes(config: Config, planned: Sequence[PlannedCallback]) -> Iterator[str]:

@@ -210,7 +210,7 @@ class _Member:
 
 
 class _RecordedIterator:
-    """Replaces a data iterator: logs the recorded measurements in place of its own."""
+    """Replaces a data iterator and logs the recorded measurements."""
 
     def __init__(self, iterator: PeriodicDataIteratorCallback, record: _Record) -> None:
         self._iterator, self._record = iterator, record
@@ -259,9 +259,8 @@ def _events(record: _Record) -> Iterator[tuple[TrainState, Event]]:
         state, following = record.state, record.following
         if following is not None and following.kind in _UNCOUNTED_EVENTS:
             taken = record.take()
-            if (
-                next_move(state, record.run) is not Move.NOTHING
-            ):  # a resumed process; this run would have been resumed, too
+            # Where the recorded run was resumed, this run would have been, too, unless it has ended.
+            if next_move(state, record.run) is not Move.NOTHING:
                 yield _with_recorded_shapes(state, taken), _make_event(taken, record.run)
             continue
         move = next_move(state, record.run)

@@ -106,7 +106,7 @@ class Probe:
             ModelNamesError: If it requests weights of sub-modules that do not exist.
             WeightsError: If it requests weights that no callback keeps.
         """
-        results = [self._probe_part(callback, part) for part in _split_by_event(occasions)]
+        results = [self._probe_part(callback, part) for part in _parts_by_event(occasions)]
         requests = tuple(request for result in results for request in result.requests)
         return ProbeResult(requests, any(result.stops for result in results))
 
@@ -164,7 +164,7 @@ class Probe:
         return sizes
 
 
-def _split_by_event(occasions: Occasions) -> Iterator[Occasions]:
+def _parts_by_event(occasions: Occasions) -> Iterator[Occasions]:
     """Yield the occasions of each kind of event separately."""
     for kind in occasions.once:
         yield Occasions(None, (kind,))

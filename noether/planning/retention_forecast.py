@@ -1,7 +1,7 @@
 """Forecast of the checkpoints that a run writes, keeps and has on the disk at once, without walking the run.
 
 A checkpoint stays because of a retention rule: a callback keeps the newest k that it requested, a pointer names the
-newest that it was set to, or it is the newest that the run can be resumed from. Bisection finds the update at which the
+newest that it was set to, or it is the newest that the run can resume from. Bisection finds the update at which the
 newest k of a rule begin. All later ones stay and are counted in closed form; only the checkpoints of that update itself
 are looked at one by one.
 """
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 from noether.core.event import AfterTraining
 from noether.core.schedules.forecast import Occasions, events_at, fires, firings
+from noether.effects.checkpoints.contents import requested_files
+from noether.effects.checkpoints.retention import is_kept, is_resumable
 from noether.planning.checkpoint_counts import (
     CheckpointTotal,
     count_checkpoints,
@@ -26,7 +28,6 @@ from noether.planning.checkpoint_counts import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from noether.core.effect import SaveCheckpoint
     from noether.core.run import Run
     from noether.planning.requests import SaveRequest
 
@@ -131,7 +132,7 @@ class _RetentionRule:
     def keeps(self, making: Sequence[SaveRequest], newer: int) -> bool:
         """Return whether the rule keeps the checkpoint that these requests make, after which it counts `newer` ones."""
         return self.counts(making) and any(
-            (keep is None or newer < keep) and any(request in requests for request in making)
+            is_kept(newer + 1, keep) and any(request in requests for request in making)
             for keep, requests in self.limits.items()
         )
 
@@ -160,14 +161,14 @@ def _retention_rules(requests: Sequence[SaveRequest]) -> Iterator[_RetentionRule
         yield _RetentionRule((weights, optimizer), {1: resumable})
 
 
-def is_resumable(save: SaveCheckpoint) -> bool:
-    """Return whether a run could be resumed from the checkpoint."""
-    return save.weights and save.optimizer and not save.models and save.weights_of is None
+def _is_resumable(request: SaveRequest) -> bool:
+    save = request.save
+    return is_resumable(requested_files(save), save.models, save.weights_of)
 
 
 def _may_be_resumable(request: SaveRequest, requests: Iterable[SaveRequest]) -> bool:
-    """Return whether a run can be resumed from a checkpoint of the request, alone or with others of the same event."""
-    if is_resumable(request.save):
+    """Return whether a run can resume from a checkpoint of the request, alone or with others of the same event."""
+    if _is_resumable(request):
         return True
     same_slot = [other for other in requests if other.slot == request.slot]
     with_weights = any(other.save.weights for other in same_slot)
@@ -232,7 +233,7 @@ def _most_kept_by_metrics(requests: Sequence[SaveRequest], run: Run) -> int:
     limits = {owner: keep or 0 for request in others for owner, keep in request.save.retention.items()}
     # A resumable checkpoint that a pointer names is counted with the pointer.
     resumable = any(
-        _may_be_resumable(request, requests) and not (is_resumable(request.save) and request.save.pointers)
+        _may_be_resumable(request, requests) and not (_is_resumable(request) and request.save.pointers)
         for request in others
     )
     forever_count, other_count = (

@@ -1,4 +1,4 @@
-"""The command line as a person uses it, and what a run leaves on the disk."""
+"""Runs the command line for tests, and reads the files of a run."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from noether.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
-# One thread: beside another busy process two spin for each other, and these models then train ten times slower.
+# One thread: two of them wait for each other on a busy machine, and these models then train ten times slower.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 SMALL = """\
@@ -87,7 +87,7 @@ callbacks:
 """
 
 MODULE = '''\
-"""A module of the user's, with one of everything that a configuration can name."""
+"""A user's module with one object of each kind that a configuration can name."""
 
 import os
 import signal
@@ -163,7 +163,7 @@ class Bell(PeriodicCallback):
 
 
 class Hold(PeriodicCallback):
-    """Waits at an update for a signal to be caught; then for another one, if it is told so. For tests of signals."""
+    """Waits at an update until a signal is caught; with HOLD_ON it then waits for a second one."""
 
     def periodic_callback(self, state, event, interval):
         if os.environ.get("HOLD_AT") == str(state.iteration.update):
@@ -178,12 +178,30 @@ class Hold(PeriodicCallback):
 '''
 
 
+EVALUATE = "  evaluate:\n    val: [loss, accuracy]\n    every_n_epochs: 1\n"
+METRIC = """\
+  - kind: noether.core.callbacks.MetricCallback
+    every_n_epochs: 1
+    dataset_key: val
+    metric: accuracy
+"""
+BEST_METRIC = "  - kind: noether.core.callbacks.BestMetricCallback\n"
+# `SMALL` with a MetricCallback in place of `trainer.evaluate`.
+WITH_METRIC = SMALL.replace(EVALUATE, "").replace(BEST_METRIC, METRIC + BEST_METRIC)
+EXACT = ("weights.safetensors", "optimizer.safetensors")
+
+
+def set_options(changes):
+    """Return the arguments that override settings such as `trainer.max_epochs=2`."""
+    return [word for change in changes for word in ("--set", change)]
+
+
 def command(*argv):
     return [sys.executable, "-m", "noether", *map(str, argv)]
 
 
 def noether(*argv, cwd, code=0):
-    """Run the real command line in a process of its own; return what it wrote."""
+    """Run the real command line in a separate process; return the finished process."""
     done = subprocess.run(
         command(*argv), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )
@@ -192,7 +210,7 @@ def noether(*argv, cwd, code=0):
 
 
 def invoke(*argv, cwd, code=0):
-    """Run the command line in this process and return its output; an exception that it would not catch is raised."""
+    """Run the command line in this process and return its output; raise exceptions that it does not handle."""
     modules, path, threads = set(sys.modules), list(sys.path), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -201,7 +219,7 @@ def invoke(*argv, cwd, code=0):
     finally:
         torch.set_num_threads(threads)
         sys.path[:] = path
-        for name in set(sys.modules) - modules:  # the next working directory may have a module of the same name
+        for name in set(sys.modules) - modules:  # another working directory may have a module of the same name
             if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(cwd)):
                 del sys.modules[name]
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -211,7 +229,7 @@ def invoke(*argv, cwd, code=0):
 
 
 def start(*argv, cwd, **environment):
-    """Start the real command line in a session of its own."""
+    """Start the real command line in a separate process group; return the process."""
     return subprocess.Popen(
         command(*argv),
         cwd=cwd,
@@ -223,8 +241,8 @@ def start(*argv, cwd, **environment):
     )
 
 
-def until(condition, process):
-    """Wait until `condition()` holds, while the process lives."""
+def wait_until(condition, process):
+    """Wait until `condition()` is true; fail if the process ends before."""
     end = time.monotonic() + PATIENCE_S
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
@@ -244,7 +262,7 @@ def lines(run):
 
 
 def timeless(run):
-    """Return the lines of metrics.jsonl without the name of the run and the readings of clocks."""
+    """Return the lines of metrics.jsonl without run id and time."""
     return [{key: value for key, value in line.items() if key not in ("run", "time_s")} for line in lines(run)]
 
 
@@ -256,9 +274,15 @@ def weights(run, name="latest"):
     return load_file(run / "checkpoints" / pointer(run, name) / "weights.safetensors")
 
 
-def saved(run, *files):
-    """Return the bytes of files of the last checkpoint."""
+def last_files(run, *files):
+    """Return the bytes of files in the last checkpoint."""
     return [(run / "checkpoints" / pointer(run, "last") / file).read_bytes() for file in files]
+
+
+def check_equal(run, uncut):
+    """Check that two runs have the same last weights, optimizer and log."""
+    assert last_files(run, *EXACT) == last_files(uncut, *EXACT)
+    assert timeless(run) == timeless(uncut)
 
 
 def contents(folder):

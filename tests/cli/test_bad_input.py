@@ -1,51 +1,9 @@
 """Bad input: the whole message, exit code 2, and nothing written."""
 
 import pytest
-from command import contents, invoke, noether
+from command import METRIC, WITH_METRIC, contents, invoke, noether, set_options
 
-CONFIG = """\
-run:
-  name: small
-  output: out
-model:
-  kind: noether.examples.digits.ConvNet
-  width: 4
-  dropout: 0.2
-data:
-  train:
-    kind: noether.examples.digits.Digits
-    split: train
-    shift: 1
-  val:
-    kind: noether.examples.digits.Digits
-    split: val
-optimizer:
-  kind: torch.optim.AdamW
-  lr: 2e-3
-trainer:
-  max_epochs: 2
-  effective_batch_size: 32
-  loss: noether.examples.digits.cross_entropy
-callbacks:
-  - kind: noether.core.callbacks.ProgressCallback
-    every_n_updates: 10
-  - kind: noether.core.callbacks.OnlineLossCallback
-    every_n_updates: 5
-  - kind: noether.core.callbacks.MetricCallback
-    every_n_epochs: 1
-    dataset_key: val
-    metric: accuracy
-  - kind: noether.core.callbacks.BestMetricCallback
-    every_n_epochs: 1
-    metric_key: val/accuracy
-  - kind: noether.core.callbacks.CheckpointCallback
-    every_n_epochs: 1
-    save_weights: true
-    save_optim: true
-  - kind: noether.core.callbacks.BestCheckpointCallback
-    every_n_epochs: 1
-    metric_key: val/accuracy
-"""
+CONFIG = WITH_METRIC
 
 BUILT_IN = "noether.core.callbacks"
 MODEL_CLASS = "noether.examples.digits.ConvNet"
@@ -60,7 +18,7 @@ def entry(name):
     return CONFIG[start : end if end > 0 else None]
 
 
-METRIC, BEST = entry("MetricCallback"), entry("BestMetricCallback")
+BEST = entry("BestMetricCallback")
 ONE_INTERVAL = "exactly one of every_n_epochs, every_n_updates, every_n_samples"
 NOT_WHOLE = "bad.yaml:25: callbacks[0].every_n_updates: {} is not a whole number of at least 1"
 CALLBACK = "a callback: a subclass of CallbackBase, or a function (state, event) -> (state, effects)"
@@ -362,16 +320,16 @@ def test_bad_configuration(tmp_path, changes, message, command):
 def test_bad_override(tmp_path, settings, message):
     write(tmp_path)
     before = contents(tmp_path)
-    output = invoke("train", "bad.yaml", *(w for each in settings for w in ("--set", each)), cwd=tmp_path, code=2)
+    output = invoke("train", "bad.yaml", *set_options(settings), cwd=tmp_path, code=2)
     reason = output.partition("used here: ")[2].partition("; write 'auto'")[0]
     assert output == f"Error: --set {settings[0]}: {message.format(reason=reason)}\n"
     assert contents(tmp_path) == before
 
 
-def test_bad_overrides_are_said_with_what_is_bad_in_the_file(tmp_path):
+def test_bad_overrides_are_reported_with_problems_of_the_file(tmp_path):
     write(tmp_path, [("width: 4", "widht: 4")])
     settings = ["trainer.max_epochs=0", "runn.seed=1", "trainer.max_updates=3"]
-    output = invoke("train", "bad.yaml", *(w for each in settings for w in ("--set", each)), cwd=tmp_path, code=2)
+    output = invoke("train", "bad.yaml", *set_options(settings), cwd=tmp_path, code=2)
     assert output == (
         "Error: bad.yaml:6: model.widht: unknown setting; did you mean 'width'?\n"
         "--set trainer.max_epochs=0: trainer.max_epochs: 0 is not a whole number of at least 1\n"
@@ -391,17 +349,17 @@ def test_a_file_that_cannot_be_read(tmp_path, command):
         ".": "is a directory",
         "binary.yaml": "is not UTF-8 text (byte 5)",
     }
-    said = {name: invoke(command, name, cwd=tmp_path, code=2) for name in expected}
-    assert said == {name: f"Error: {name}: {message}\n" for name, message in expected.items()}
+    output = {name: invoke(command, name, cwd=tmp_path, code=2) for name in expected}
+    assert output == {name: f"Error: {name}: {message}\n" for name, message in expected.items()}
 
 
 @pytest.mark.parametrize("run", ["nowhere", ".", "bad.yaml"])
-def test_resuming_what_is_not_a_run(tmp_path, run):
+def test_resume_refuses_a_directory_without_a_run(tmp_path, run):
     write(tmp_path)
     before = contents(tmp_path)
     output = invoke("train", "--resume", run, cwd=tmp_path, code=2)
-    right = "is not the directory of a run: it has no config.yaml; give one like runs/NAME/RUN_ID"
-    assert output == f"Error: {run}: {right}\n"
+    message = "is not the directory of a run: it has no config.yaml; give one like runs/NAME/RUN_ID"
+    assert output == f"Error: {run}: {message}\n"
     assert contents(tmp_path) == before
 
 
@@ -414,7 +372,7 @@ def test_resuming_what_is_not_a_run(tmp_path, run):
         (["bad.yaml", "--drop-memory", "x"], "--drop-memory needs --resume"),
     ],
 )
-def test_arguments_that_do_not_go_together(tmp_path, arguments, message):
+def test_incompatible_arguments_are_refused(tmp_path, arguments, message):
     write(tmp_path)
     before = contents(tmp_path)
     output = invoke("train", *arguments, cwd=tmp_path, code=2)
@@ -422,7 +380,7 @@ def test_arguments_that_do_not_go_together(tmp_path, arguments, message):
     assert contents(tmp_path) == before
 
 
-def test_an_output_that_cannot_be_written_to(tmp_path):
+def test_unwritable_output(tmp_path):
     write(tmp_path)
     (tmp_path / "out").write_text("a file")
     output = invoke("train", "bad.yaml", cwd=tmp_path, code=1)

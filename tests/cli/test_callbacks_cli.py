@@ -1,4 +1,4 @@
-"""`noether callbacks`: what there is, and what is to be said of each."""
+"""`noether callbacks`: the list of callbacks, and the description of each."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from noether.core.callbacks import PeriodicCallback
 
 
 class Speak(PeriodicCallback):
-    """Says something, again and again.
+    """Logs words.
 
-    It speaks where it is due.
+    It logs them at each firing.
 
     Args:
-        words: What it says.
-        tone: How it says
-            it.
+        words: The logged words.
+        tone: The tone of
+            the words.
     """
 
     words: tuple[str, ...]
@@ -39,12 +39,12 @@ class Bare(PeriodicCallback):
 
 @every_n_epochs(1)
 def shout(state, event, *, text: str, times: int = 2):
-    """Say it louder."""
+    """Log a text several times."""
     return state, (LogText(text * times),)
 '''
 
 
-def test_every_kind_is_listed_on_one_line(tmp_path):
+def test_each_callback_is_listed_on_one_line(tmp_path):
     listed = invoke("callbacks", cwd=tmp_path).splitlines()
     for kind in known_kinds():
         (line,) = (line for line in listed if line.split()[:1] == [kind])
@@ -53,19 +53,19 @@ def test_every_kind_is_listed_on_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("kind", known_kinds())
-def test_a_kind_is_shown_with_settings_documentation_and_yaml_that_is_valid(tmp_path, kind):
+def test_a_callback_is_described_with_settings_documentation_and_valid_yaml(tmp_path, kind):
     shown = invoke("callbacks", kind, cwd=tmp_path)
-    said = describe(kind)
+    description = describe(kind)
     assert shown.startswith(f"noether.core.callbacks.{kind}")
-    assert all(f"\n{setting.name} " in shown for setting in said.settings)
-    assert f"\n\n{said.text}\n\n" in shown
-    assert all(word not in said.text for word in ("Args:", "Raises:", "Example:", "```"))
+    assert all(f"\n{setting.name} " in shown for setting in description.settings)
+    assert f"\n\n{description.text}\n\n" in shown
+    assert all(word not in description.text for word in ("Args:", "Raises:", "Example:", "```"))
     (tmp_path / "shown.yaml").write_text("callbacks:\n" + shown.partition("\ncallbacks:\n")[2])
     (member, *_) = load_callbacks(tmp_path / "shown.yaml").members
     assert type(member).__name__ == kind
 
 
-def test_another_name_shows_the_same(tmp_path):
+def test_an_alias_is_described_like_the_callback(tmp_path):
     shown = invoke("callbacks", "MetricEarlyStopper", cwd=tmp_path)
     assert shown == invoke(
         "callbacks", "noether.core.callbacks.early_stopping.MetricEarlyStopping", cwd=tmp_path
@@ -77,27 +77,27 @@ def test_another_name_shows_the_same(tmp_path):
     assert "source_metric_key is an older name of metric_key" in shown
 
 
-def test_a_class_and_a_function_of_the_users_own_are_shown(tmp_path):
+def test_classes_and_functions_of_users_are_described(tmp_path):
     (tmp_path / "own.py").write_text(MINE)
     shown = invoke("callbacks", "own.Speak", cwd=tmp_path)
     assert [line.rstrip() for line in shown.splitlines()][:7] == [
         "own.Speak",
         "",
-        "Says something, again and again.",
+        "Logs words.",
         "",
-        "It speaks where it is due.",
+        "It logs them at each firing.",
         "",
         "setting          type           default   description",
     ]
-    assert "words            list of text   required  What it says." in shown
-    assert "tone             low | high     low       How it says it." in shown
+    assert "words            list of text   required  The logged words." in shown
+    assert "tone             low | high     low       The tone of the words." in shown
     assert shown.endswith("callbacks:\n  - kind: own.Speak\n    every_n_epochs: 1\n    words: <list of text>\n")
     shown = invoke("callbacks", "own.shout", cwd=tmp_path)
-    assert "Say it louder." in shown
+    assert "Log a text several times." in shown
     assert "text             text           required" in shown
     assert "times            whole number   2" in shown
     assert "Epochs between firings, >= 1." in shown
-    assert shown.endswith("callbacks:\n  - kind: own.shout\n    text: <text>\n")  # it has its interval
+    assert shown.endswith("callbacks:\n  - kind: own.shout\n    text: <text>\n")  # the decorator sets its interval
     bare = invoke("callbacks", "own.Bare", cwd=tmp_path)
     assert bare.startswith("own.Bare\n\n\n\n")
     assert "list of whole number, text" in bare
@@ -118,6 +118,6 @@ ROOT = "noether.core.callbacks"
         ("", f"'{ROOT}.' is not a dotted path such as 'package.module.name'"),
     ],
 )
-def test_what_is_no_callback_is_refused(tmp_path, kind, message):
+def test_other_objects_than_callbacks_are_refused(tmp_path, kind, message):
     assert invoke("callbacks", kind, cwd=tmp_path, code=2) == f"Error: noether callbacks: {message}\n"
     assert list(Path(tmp_path).iterdir()) == []

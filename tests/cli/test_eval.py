@@ -1,4 +1,4 @@
-"""`noether eval`: a checkpoint measured again."""
+"""`noether eval`: evaluates a checkpoint of a run."""
 
 import json
 
@@ -14,37 +14,37 @@ from command import SMALL, contents, invoke, lines, only_run
         (("--checkpoint", "best_model.val.accuracy"), "E2_U76_S2410"),
     ],
 )
-def test_eval_agrees_with_what_training_measured(finished, tmp_path, arguments, tag):
-    before = contents(finished)
-    output = invoke("eval", finished.relative_to(tmp_path), *arguments, cwd=tmp_path)
-    kept = finished.relative_to(tmp_path) / f"eval/{tag}.json"
-    measured = json.loads((tmp_path / kept).read_text())
+def test_eval_equals_the_measurements_in_training(finished_run, tmp_path, arguments, tag):
+    before = contents(finished_run)
+    output = invoke("eval", finished_run.relative_to(tmp_path), *arguments, cwd=tmp_path)
+    file = finished_run.relative_to(tmp_path) / f"eval/{tag}.json"
+    measured = json.loads((tmp_path / file).read_text())
     update = int(tag.split("_")[1].removeprefix("U"))
-    then = next(
-        line["metrics"] for line in lines(finished) if line["event"] == "after_epoch" and line["update"] == update
+    logged = next(
+        line["metrics"] for line in lines(finished_run) if line["event"] == "after_epoch" and line["update"] == update
     )
     assert set(measured) == {"loss/val/cross_entropy", "loss/val/total", "val/accuracy"}
-    assert measured == {key: then[key] for key in measured}
-    assert output.splitlines()[0] == f"written to {kept}"
+    assert measured == {key: logged[key] for key in measured}
+    assert output.splitlines()[0] == f"written to {file}"
     assert tag in output
     assert [f"{value:.6g}" in output and key in output for key, value in measured.items()] == [True] * 3
-    assert contents(finished).keys() - before.keys() == {(tmp_path / kept).relative_to(finished)}
+    assert contents(finished_run).keys() - before.keys() == {(tmp_path / file).relative_to(finished_run)}
 
 
-def test_eval_again_replaces_what_it_measured(finished, tmp_path):
-    (finished / "eval").mkdir()
-    (finished / "eval/E1_U38_S1205.json").write_text("{}")
-    invoke("eval", finished, "--checkpoint", "E1_U38_S1205", cwd=tmp_path)
-    assert json.loads((finished / "eval/E1_U38_S1205.json").read_text())["val/accuracy"] > 0
+def test_a_second_eval_replaces_the_file(finished_run, tmp_path):
+    (finished_run / "eval").mkdir()
+    (finished_run / "eval/E1_U38_S1205.json").write_text("{}")
+    invoke("eval", finished_run, "--checkpoint", "E1_U38_S1205", cwd=tmp_path)
+    assert json.loads((finished_run / "eval/E1_U38_S1205.json").read_text())["val/accuracy"] > 0
 
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [("latst", "; did you mean 'latest'?"), ("E1_U38_S1206", "; did you mean 'E1_U38_S1205'?"), ("?", "")],
 )
-def test_eval_names_the_checkpoints_there_are(finished, tmp_path, name, nearest):
+def test_eval_names_the_existing_checkpoints(finished_run, tmp_path, name, nearest):
     before = contents(tmp_path)
-    run = finished.relative_to(tmp_path)
+    run = finished_run.relative_to(tmp_path)
     output = invoke("eval", run, "--checkpoint", name, cwd=tmp_path, code=2)
     known = output.partition("there are: ")[2].removesuffix(f"{nearest}\n")
     tags = {"E1_U38_S1205", "E2_U76_S2410", "E2_U76_S2410.2"}
@@ -55,24 +55,24 @@ def test_eval_names_the_checkpoints_there_are(finished, tmp_path, name, nearest)
     assert contents(tmp_path) == before
 
 
-def test_eval_refuses_what_is_not_a_run(tmp_path):
-    right = "is not the directory of a run: it has no config.yaml; give one like runs/NAME/RUN_ID"
-    assert invoke("eval", "nowhere", cwd=tmp_path, code=2) == f"Error: nowhere: {right}\n"
-    assert invoke("eval", ".", cwd=tmp_path, code=2) == f"Error: .: {right}\n"
+def test_eval_refuses_a_directory_without_a_run(tmp_path):
+    message = "is not the directory of a run: it has no config.yaml; give one like runs/NAME/RUN_ID"
+    assert invoke("eval", "nowhere", cwd=tmp_path, code=2) == f"Error: nowhere: {message}\n"
+    assert invoke("eval", ".", cwd=tmp_path, code=2) == f"Error: .: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eval_refuses_a_damaged_checkpoint(finished, tmp_path):
-    path = finished.relative_to(tmp_path) / "checkpoints/E1_U38_S1205/weights.safetensors"
+def test_eval_refuses_a_damaged_checkpoint(finished_run, tmp_path):
+    path = finished_run.relative_to(tmp_path) / "checkpoints/E1_U38_S1205/weights.safetensors"
     content = bytearray((tmp_path / path).read_bytes())
     content[-1] ^= 1
     (tmp_path / path).write_bytes(content)
     output = invoke("eval", path.parents[2], "--checkpoint", "E1_U38_S1205", cwd=tmp_path, code=1)
     assert output == f"Error: {path} is damaged: its content is not what was written\n"
-    assert not (finished / "eval").exists()
+    assert not (finished_run / "eval").exists()
 
 
-def test_eval_needs_something_to_measure(tmp_path):
+def test_eval_needs_a_data_iterator(tmp_path):
     (tmp_path / "small.yaml").write_text(SMALL)
     invoke("train", "small.yaml", "--set", "callbacks=[]", "--set", "trainer.max_updates=1", "--set", "run.output=new",
            "--set", "trainer.evaluate=null", cwd=tmp_path)  # fmt: skip

@@ -47,21 +47,21 @@ WARNED = (
 END = "E2_U95_S3018"
 
 
-def test_no_callback_is_missing():
-    lacking = {name for name in SHIPPED if f"{name}," not in CALLBACKS and f"{name}}}" not in CALLBACKS}
-    # `trainer.evaluate` adds the first; the model of this run returns no dict for the second.
-    assert lacking == {"EvaluateCallback", "TrackOutputsCallback"}, "add an entry to CALLBACKS in this file"
+def test_every_shipped_callback_is_configured():
+    missing = {name for name in SHIPPED if f"{name}," not in CALLBACKS and f"{name}}}" not in CALLBACKS}
+    # `trainer.evaluate` adds the first; the second needs a model that returns a dict.
+    assert missing == {"EvaluateCallback", "TrackOutputsCallback"}, "add an entry to CALLBACKS in this file"
 
 
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory):
-    """Folder and process of a finished run with every callback, its output in a pipe; nobody writes to it."""
+    """Folder and process of a finished run with every callback, its output in a pipe; no test writes to it."""
     folder = tmp_path_factory.mktemp("everything")
     (folder / "all.yaml").write_text(EVERYTHING)
     return folder, noether("train", "all.yaml", cwd=folder)
 
 
-def test_in_a_pipe_nothing_is_redrawn_and_the_log_is_lines(everything):
+def test_output_in_a_pipe_is_plain_lines(everything):
     _, done = everything
     assert done.stderr == WARNED  # once
     assert not re.search(r"[\x1b\r]", done.stdout)
@@ -108,40 +108,39 @@ def test_averages_are_saved_and_evaluated(everything, tmp_path):
     kept = load_file(run / "checkpoints" / f"{END}.ema=0.9" / "weights.safetensors")
     state = load_file(run / "checkpoints" / pointer(run, "last") / "state.safetensors")
     for name, tensor in kept.items():
-        what = "buffers" if "running" in name or "num_batches" in name else "params"
-        assert same(tensor, state[f"callback_states.weights/ema=0.9.{what}.{name}"])
-        assert same(tensor, weights(run, "last")[name]) == (what == "buffers")
+        section = "buffers" if "running" in name or "num_batches" in name else "params"
+        assert same(tensor, state[f"callback_states.weights/ema=0.9.{section}.{name}"])
+        assert same(tensor, weights(run, "last")[name]) == (section == "buffers")
 
 
 @pytest.fixture
-def evaluated(everything, tmp_path):
-    """A copy of the finished run, in a working directory of its own."""
-
+def run_copy(everything, tmp_path):
+    """A copy of the finished run, in a separate working directory."""
     shutil.copytree(everything[0], tmp_path, dirs_exist_ok=True)
     return only_run(tmp_path / "out/small")
 
 
-def test_eval_with_weights_measures_the_average(evaluated, tmp_path):
-    before = contents(evaluated)
-    run = evaluated.relative_to(tmp_path)
+def test_eval_with_weights_measures_the_average(run_copy, tmp_path):
+    before = contents(run_copy)
+    run = run_copy.relative_to(tmp_path)
     output = invoke("eval", run, "--checkpoint", "E2_U76_S2410", "--weights", "ema=0.9", cwd=tmp_path)
-    average = json.loads((evaluated / "eval/E2_U76_S2410.ema=0.9.json").read_text())
-    then = next(line["metrics"] for line in lines(evaluated) if line["event"] == "after_epoch" and line["epoch"] == 2)
-    assert average["val/accuracy"] == then["val/accuracy/ema=0.9"] == average["val/accuracy/ema=0.9"]
+    average = json.loads((run_copy / "eval/E2_U76_S2410.ema=0.9.json").read_text())
+    epoch = next(line["metrics"] for line in lines(run_copy) if line["event"] == "after_epoch" and line["epoch"] == 2)
+    assert average["val/accuracy"] == epoch["val/accuracy/ema=0.9"] == average["val/accuracy/ema=0.9"]
     invoke("eval", run, "--checkpoint", "E2_U76_S2410", cwd=tmp_path)
-    plain = json.loads((evaluated / "eval/E2_U76_S2410.json").read_text())
-    assert plain["val/accuracy"] == then["val/accuracy"]
+    plain = json.loads((run_copy / "eval/E2_U76_S2410.json").read_text())
+    assert plain["val/accuracy"] == epoch["val/accuracy"]
     assert plain["loss/val/total"] != average["loss/val/total"]
     assert f"written to {run}/eval/E2_U76_S2410.ema=0.9.json" in output
     output = invoke("eval", run, "--checkpoint", "last.ema=0.9", cwd=tmp_path)
     assert "OfflineLossCallback/E1/val/ema=0.5 is skipped: the checkpoint does not contain its weights" in output
-    measured = json.loads((evaluated / f"eval/{END}.ema=0.9.json").read_text())
+    measured = json.loads((run_copy / f"eval/{END}.ema=0.9.json").read_text())
     assert set(measured) == {"loss/val/cross_entropy", "loss/val/total", "val/accuracy", "val/accuracy/ema=0.9"}
     assert measured["val/accuracy"] == measured["val/accuracy/ema=0.9"]
     invoke("eval", run, "--checkpoint", "last", "--weights", "ema=0.9", cwd=tmp_path)
-    same_average = json.loads((evaluated / f"eval/{pointer(evaluated, 'last')}.ema=0.9.json").read_text())
+    same_average = json.loads((run_copy / f"eval/{pointer(run_copy, 'last')}.ema=0.9.json").read_text())
     assert {key: measured[key] for key in measured} == {key: same_average[key] for key in measured}
-    after = contents(evaluated)
+    after = contents(run_copy)
     assert {path: after[path] for path in before} == before
 
 
@@ -159,13 +158,13 @@ LOST = "no weights 'ema=0.5' are kept; there are: ema=0.9; did you mean 'ema=0.9
         ),
     ],
 )
-def test_weights_that_are_not_kept_are_refused(evaluated, tmp_path, checkpoint, name, message):
-    run = evaluated.relative_to(tmp_path)
+def test_weights_that_are_not_kept_are_refused(run_copy, tmp_path, checkpoint, name, message):
+    run = run_copy.relative_to(tmp_path)
     output = invoke("eval", run, "--checkpoint", checkpoint, "--weights", name, cwd=tmp_path, code=2)
     assert output.splitlines()[-1] == f"Error: --weights {name}: {message}"
 
 
-def test_a_run_resumed_in_the_middle_ends_as_the_uncut_one(everything, tmp_path):
+def test_a_run_resumed_in_the_middle_equals_the_uncut_run(everything, tmp_path):
     (tmp_path / "all.yaml").write_text(EVERYTHING)
     invoke("train", "all.yaml", "--set", "trainer.max_updates=50", cwd=tmp_path)
     run = only_run(tmp_path / "out/small").relative_to(tmp_path)
@@ -189,7 +188,7 @@ def read_all(descriptor):
         parts.append(part)
 
 
-def on_a_terminal(*argv, cwd, **environment):
+def run_on_terminal(*argv, cwd, **environment):
     """Run the real command line on a pseudo terminal of 150 columns, and return what it wrote there."""
     ours, theirs = pty.openpty()
     settings = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "150", "LINES": "40", **environment}
@@ -203,9 +202,9 @@ def on_a_terminal(*argv, cwd, **environment):
     return written
 
 
-def test_on_a_terminal_progress_is_live_and_then_gone(tmp_path):
+def test_on_a_terminal_the_progress_bar_is_live_and_then_removed(tmp_path):
     (tmp_path / "all.yaml").write_text(EVERYTHING)
-    written = on_a_terminal("train", "all.yaml", cwd=tmp_path)
+    written = run_on_terminal("train", "all.yaml", cwd=tmp_path)
     assert "\x1b[?25l" in written
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")  # the cursor is back
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
@@ -218,10 +217,10 @@ def test_on_a_terminal_progress_is_live_and_then_gone(tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["CI", "SLURM_JOB_ID"])
-def test_where_nobody_watches_the_terminal_nothing_is_redrawn(tmp_path, variable):
+def test_without_a_viewer_nothing_is_redrawn(tmp_path, variable):
     (tmp_path / "all.yaml").write_text(EVERYTHING)
     smaller = ("--set", "callbacks.20.stop_at_sample=700")
-    written = on_a_terminal("train", "all.yaml", *smaller, cwd=tmp_path, **{variable: "1"})
+    written = run_on_terminal("train", "all.yaml", *smaller, cwd=tmp_path, **{variable: "1"})
     assert "\x1b[?25l" not in written
     assert " end in " in written
 
@@ -229,7 +228,7 @@ def test_where_nobody_watches_the_terminal_nothing_is_redrawn(tmp_path, variable
 TRACK = "noether.core.callbacks.TrackOutputsCallback"
 LOSS = "noether.core.callbacks.OfflineLossCallback"
 PLACE = "bad.yaml:24: callbacks[0]"
-NOBODY = "which no callback produces; produced before it: nothing"
+NO_PRODUCER = "which no callback produces; produced before it: nothing"
 MODULES = "the model has features, features.0, features.1, features.3, features.4, head, head.1"
 EMA = "noether.core.callbacks.EMACallback"
 
@@ -249,7 +248,7 @@ EMA = "noether.core.callbacks.EMACallback"
         ),
         (
             f"{{kind: {LOSS}, every_n_epochs: 1, dataset_key: val, weights: ema=0.9}}",
-            f"{PLACE}: OfflineLossCallback/E1/val/ema=0.9 consumes 'weights/ema=0.9', {NOBODY}",
+            f"{PLACE}: OfflineLossCallback/E1/val/ema=0.9 consumes 'weights/ema=0.9', {NO_PRODUCER}",
             2,
         ),
         (
@@ -264,7 +263,7 @@ EMA = "noether.core.callbacks.EMACallback"
         ),
     ],
 )
-def test_what_a_callback_cannot_use_is_a_message(tmp_path, entry, message, code):
+def test_an_unusable_setting_of_a_callback_is_a_message(tmp_path, entry, message, code):
     text = SMALL.partition("callbacks:\n")[0].partition("  evaluate:\n")[0] + f"callbacks:\n  - {entry}\n"
     (tmp_path / "bad.yaml").write_text(text.replace("max_epochs: 2", "max_epochs: 1"))
     output = invoke("train", "bad.yaml", cwd=tmp_path, code=code)
@@ -272,7 +271,7 @@ def test_what_a_callback_cannot_use_is_a_message(tmp_path, entry, message, code)
     assert (tmp_path / "out").exists() == (code == 1)
 
 
-def test_a_run_of_which_only_weights_were_saved_keeps_its_log(tmp_path):
+def test_a_run_with_saved_weights_only_cannot_be_resumed_and_keeps_its_log(tmp_path):
     save = "noether.core.callbacks.CheckpointCallback, every_n_epochs: 1, save_latest_optim: false"
     text = SMALL.partition("callbacks:\n")[0] + f"callbacks:\n  - {{kind: {save}}}\n"
     (tmp_path / "small.yaml").write_text(text)
@@ -280,17 +279,17 @@ def test_a_run_of_which_only_weights_were_saved_keeps_its_log(tmp_path):
     run = only_run(tmp_path / "out/small").relative_to(tmp_path)
     before = contents(tmp_path)
     output = invoke("train", "--resume", run, "--set", "trainer.max_epochs=2", cwd=tmp_path, code=1)
-    lacking = "does not hold weights, optimizer and state of the whole model"
+    reason = "does not hold weights, optimizer and state of the whole model"
     assert output == (
         f"Error: the run cannot resume from any of the 2 checkpoints in {run}/checkpoints:\n"
-        f"  {run}/checkpoints/E1_U38_S1205 {lacking}\n"
-        f"  {run}/checkpoints/E1_U40_S1269 {lacking}\n"
-        f"Begin a new run with --set run.init_from={run}/checkpoints/E1_U40_S1269, and save_latest_optim: true\n"
+        f"  {run}/checkpoints/E1_U38_S1205 {reason}\n"
+        f"  {run}/checkpoints/E1_U40_S1269 {reason}\n"
+        f"Start a new run with --set run.init_from={run}/checkpoints/E1_U40_S1269, and save_latest_optim: true\n"
     )
     assert contents(tmp_path) == before
 
 
-def test_by_default_a_run_can_go_on(tmp_path):
+def test_default_checkpoints_can_be_resumed(tmp_path):
     save = "noether.core.callbacks.CheckpointCallback, every_n_epochs: 1"
     text = SMALL.partition("callbacks:\n")[0] + f"callbacks:\n  - {{kind: {save}}}\n"
     (tmp_path / "small.yaml").write_text(text)

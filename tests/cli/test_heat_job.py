@@ -1,4 +1,4 @@
-"""The second job through the real command line: it learns, keeps what the tolerances say, and evaluates averages."""
+"""`configs/heat.yaml` through the real command line: it learns, saves the best, and evaluates averages."""
 
 import json
 
@@ -10,11 +10,11 @@ EPOCHS = 3  # of 20: enough to see that it learns
 
 @pytest.fixture(scope="session")
 def heat(tmp_path_factory):
-    """Folder of a shortened run of `configs/heat.yaml`, its fields cached beside it."""
+    """Folder of a shortened run of `configs/heat.yaml`, its dataset cached beside it."""
     folder = tmp_path_factory.mktemp("heat")
     caches = [f"--set=data.{split}.cache={folder / 'cache'}" for split in ("train", "val", "test")]
     done = noether("train", ROOT / "configs/heat.yaml", *caches, f"--set=trainer.max_epochs={EPOCHS}", cwd=folder)
-    assert done.stderr == ""  # no progress bar where nobody watches
+    assert done.stderr == ""  # no progress bar without a terminal
     return folder
 
 
@@ -28,7 +28,7 @@ def test_the_error_on_the_test_set_is_below_five_percent(heat):
     assert average["test/relative_l2"] == measured["test/relative_l2/ema=0.99"]
 
 
-def test_outputs_averages_and_the_best_are_logged(heat):
+def test_outputs_averages_and_best_values_are_logged(heat):
     run = only_run(heat / "runs/heat")
     epochs = [line["metrics"] for line in lines(run) if line["event"] == "after_epoch"]
     assert len(epochs) == EPOCHS
@@ -41,13 +41,13 @@ def test_outputs_averages_and_the_best_are_logged(heat):
     assert pointer(run, best) == pointer(run, f"{best}.tolerance=2") == pointer(run, f"{best}.tolerance=4")
 
 
-def test_the_fields_are_made_once(heat):
-    def kept():
+def test_the_dataset_is_generated_once(heat):
+    def modification_times():
         return {path.name: path.stat().st_mtime_ns for path in (heat / "cache").iterdir()}
 
-    before = kept()
+    before = modification_times()
     assert len(before) == 3
     assert all(not name.startswith(".") for name in before)
     caches = [f"--set=data.{split}.cache={heat / 'cache'}" for split in ("train", "val", "test")]
-    invoke("validate", ROOT / "configs/heat.yaml", *caches, cwd=heat)  # which makes the datasets again
-    assert kept() == before
+    invoke("validate", ROOT / "configs/heat.yaml", *caches, cwd=heat)  # builds the datasets again
+    assert modification_times() == before

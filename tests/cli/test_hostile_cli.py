@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - a payload stays in one piece
-"""The command line on runs and configurations that somebody made to do harm: a message and an exit code."""
+"""The command line refuses runs and configurations that were made to do harm, with a message and an exit code."""
 
 import hashlib
 import io
@@ -16,20 +16,20 @@ from noether.effects.checkpoints.manifest import Manifest, Part
 
 
 class Executed:
-    """Whoever unpickles it makes a directory."""
+    """Creates a directory when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
 
-def by_torch():
+def torch_file():
     content = io.BytesIO()
     torch.save({"w": Executed()}, content)
     return content.getvalue()
 
 
 def forge(run, name, content):
-    """Put something else in the place of one file of every checkpoint, and make sizes, hashes and pointers right."""
+    """Replace one file of every checkpoint, and correct sizes, hashes and pointers."""
     checkpoints = run / "checkpoints"
     tags = {path.parent.name for path in checkpoints.glob("*/MANIFEST.json")}
     pointers = [path for path in checkpoints.iterdir() if path.is_file()]
@@ -48,20 +48,20 @@ def forge(run, name, content):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("weights.safetensors", by_torch()),
+        ("weights.safetensors", torch_file()),
         ("state.json", b'{"a":' * 100_000),
         ("state.json", pickle.dumps(Executed())),
         ("optimizer.safetensors", (2**63).to_bytes(8, "little")),
     ],
     ids=["torch", "deep", "pickle", "header"],
 )
-def test_a_hostile_checkpoint_is_a_line_that_names_it(finished, tmp_path, name, content):
-    tags = forge(finished, name, content)
+def test_a_hostile_checkpoint_is_named_in_one_line(finished_run, tmp_path, name, content):
+    tags = forge(finished_run, name, content)
     with record_audit() as events:
-        evaluated = invoke("eval", "out/small/" + finished.name, cwd=tmp_path, code=1)
-        resumed = invoke("train", "--resume", "out/small/" + finished.name, cwd=tmp_path, code=1)
+        evaluated = invoke("eval", "out/small/" + finished_run.name, cwd=tmp_path, code=1)
+        resumed = invoke("train", "--resume", "out/small/" + finished_run.name, cwd=tmp_path, code=1)
     assert [event for event, _ in dangerous_events(events) if "pickle" in event or "os.system" in event] == []
-    assert evaluated.startswith(f"Error: out/small/{finished.name}/checkpoints/")
+    assert evaluated.startswith(f"Error: out/small/{finished_run.name}/checkpoints/")
     assert " does not hold a state: " in evaluated
     first, *reasons = resumed.splitlines()
     assert first.startswith(f"Error: the run cannot resume from any of the {len(tags)} checkpoints in ")
@@ -70,9 +70,9 @@ def test_a_hostile_checkpoint_is_a_line_that_names_it(finished, tmp_path, name, 
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_hostile_run_in_processes_of_their_own(finished, tmp_path):
-    run = f"out/small/{finished.name}"
-    forge(finished, "weights.safetensors", by_torch())
+def test_a_hostile_run_in_separate_processes(finished_run, tmp_path):
+    run = f"out/small/{finished_run.name}"
+    forge(finished_run, "weights.safetensors", torch_file())
     for process in [start(*argv, cwd=tmp_path) for argv in (["eval", run], ["train", "--resume", run])]:
         output, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 1
@@ -82,7 +82,7 @@ def test_a_hostile_run_in_processes_of_their_own(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("noether.examples.digits.ConvNet", "!!python/object/apply:os.mkdir [executed]", "the tag !!python/object/apply:os.mkdir is refused"),
         ("noether.examples.digits.ConvNet", "os.system", "'os' is not an allowed prefix"),
@@ -94,16 +94,16 @@ def test_a_hostile_run_in_processes_of_their_own(finished, tmp_path):
         ("output: out", 'output: "\\ud800"', "does not fit its tag !!str"),
     ],
 )  # fmt: skip
-def test_a_hostile_configuration_is_a_line_that_names_it(tmp_path, old, new, said):
+def test_a_hostile_configuration_is_named_in_one_line(tmp_path, old, new, message):
     (tmp_path / "hostile.yaml").write_text(SMALL.replace(old, new, 1))
     for command in ("train", "validate"):
         output = invoke(command, "hostile.yaml", cwd=tmp_path, code=2)
         assert output.startswith("Error: hostile.yaml:")
-        assert said in output
+        assert message in output
     assert [path.name for path in tmp_path.iterdir()] == ["hostile.yaml"]
 
 
-def test_a_hostile_configuration_in_a_process_of_its_own(tmp_path):
+def test_a_hostile_configuration_in_a_separate_process(tmp_path):
     text = SMALL.replace("noether.examples.digits.ConvNet", "torch.fx.graph_module.reduce_graph_module", 1)
     code = 'import_block: "import os; os.mkdir(\'executed\')\\n"\n  body: {_code: "def forward(self): pass"}'
     (tmp_path / "hostile.yaml").write_text(text.replace("width: 4\n  dropout: 0.2", code))
@@ -116,16 +116,16 @@ def test_a_hostile_configuration_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("command", [["eval"], ["train", "--resume"]], ids=["eval", "resume"])
-def test_a_hostile_configuration_in_a_run(finished, tmp_path, command):
-    path = finished / "config.yaml"
+def test_a_hostile_configuration_in_a_run(finished_run, tmp_path, command):
+    path = finished_run / "config.yaml"
     path.write_text(path.read_text().replace("noether.examples.digits.ConvNet", "!!python/name:os.system"))
-    output = invoke(*command, f"out/small/{finished.name}", cwd=tmp_path, code=2)
-    assert output.startswith(f"Error: out/small/{finished.name}/config.yaml:")
+    output = invoke(*command, f"out/small/{finished_run.name}", cwd=tmp_path, code=2)
+    assert output.startswith(f"Error: out/small/{finished_run.name}/config.yaml:")
     assert "the tag !!python/name:os.system is refused" in output
 
 
-def test_a_configuration_in_a_run_that_would_never_end(finished, tmp_path):
-    (finished / "config.yaml").unlink()
-    os.mkfifo(finished / "config.yaml")
-    output = invoke("eval", f"out/small/{finished.name}", cwd=tmp_path, code=2)
+def test_a_named_pipe_as_configuration_does_not_block(finished_run, tmp_path):
+    (finished_run / "config.yaml").unlink()
+    os.mkfifo(finished_run / "config.yaml")
+    output = invoke("eval", f"out/small/{finished_run.name}", cwd=tmp_path, code=2)
     assert "is not the directory of a run" in output

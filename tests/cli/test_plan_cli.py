@@ -1,4 +1,4 @@
-"""`noether plan` through the real command line: what it prints, what it warns of, and bad input."""
+"""`noether plan` through the real command line: its output, its warnings and bad input."""
 
 import json
 import shutil
@@ -14,15 +14,15 @@ def small(tmp_path):
     return tmp_path
 
 
-def planned(folder, *argv, config="small.yaml"):
-    """Return what `--json` prints on the standard output; its warnings are on the standard error, too."""
-    output = invoke("plan", config, "--json", *argv, cwd=folder).replace("saving\n", "")  # what SAVER prints
+def plan_json(folder, *argv, config="small.yaml"):
+    """Return the output of `--json`; check that the warnings are on the standard error, too."""
+    output = invoke("plan", config, "--json", *argv, cwd=folder).replace("saving\n", "")  # SAVER prints this
     plan, end = json.JSONDecoder(parse_constant=pytest.fail).raw_decode(output)
     assert output[end:].strip().splitlines() == [f"Warning: {warning}" for warning in plan.get("warnings", [])]
     return plan
 
 
-def test_the_whole_plan_in_a_process_of_its_own(small):
+def test_the_whole_plan_in_a_separate_process(small):
     before = contents(small)
     done = noether("plan", "small.yaml", cwd=small)
     assert done.stderr == ""
@@ -44,7 +44,7 @@ def test_the_whole_plan_in_a_process_of_its_own(small):
 
 
 def test_json_has_stable_keys(small):
-    plan = planned(small)
+    plan = plan_json(small)
     assert list(plan) == ["config", "end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size", "params",
                           "callbacks", "checkpoints", "evaluations", "disk", "warnings", "notes"]  # fmt: skip
     assert plan["end"] == {"epoch": 2, "update": 76, "sample": 2410, "iteration": "E2_U76_S2410"}
@@ -69,7 +69,7 @@ def test_what_fires_at_a_point(small):
         ["U10", "AfterUpdate", "OnlineLossCallback/U5"],
     ]
     assert invoke("plan", "small.yaml", "--at", "U7", cwd=small) == "nothing fires at U7\n"
-    fires = planned(small, "--at", "E2")["fires"]
+    fires = plan_json(small, "--at", "E2")["fires"]
     assert [(each["name"], each["at"]["event"]) for each in fires] == [
         ("EvaluateCallback/E1/val", "AfterEpoch"),
         ("BestMetricCallback/E1/val/accuracy", "AfterEpoch"),
@@ -77,34 +77,34 @@ def test_what_fires_at_a_point(small):
         ("BestCheckpointCallback/E1/val/accuracy", "AfterEpoch"),
         ("CheckpointCallback/E1", "AfterTraining"),
     ]
-    assert planned(small, "--at", "S160") == {**planned(small, "--at", "U5"), "at": "S160"}
+    assert plan_json(small, "--at", "S160") == {**plan_json(small, "--at", "U5"), "at": "S160"}
 
 
 def test_what_fires_between_two_points(small):
-    fires = planned(small, "--between", "E1", "U60")["fires"]
+    fires = plan_json(small, "--between", "E1", "U60")["fires"]
     assert [(each["name"], each["firings"], each["first"]["update"], each["last"]["update"]) for each in fires] == [
         ("ProgressCallback/U10", 3, 40, 60),
         ("OnlineLossCallback/U5", 5, 40, 60),
     ]
-    said = invoke("plan", "small.yaml", "--between", "E1", "U60", cwd=small)
-    assert said.splitlines()[2].split() == ["OnlineLossCallback/U5", "U40", "U60", "5"]
-    said = invoke("plan", "small.yaml", "--between", "U1", "U4", cwd=small)
-    assert said == "nothing fires after U1 and up to U4\n"
-    everything = planned(small, "--between", "U0", "E2")["fires"]
-    assert sum(each["firings"] for each in everything) == sum(each["firings"] for each in planned(small)["callbacks"])
+    output = invoke("plan", "small.yaml", "--between", "E1", "U60", cwd=small)
+    assert output.splitlines()[2].split() == ["OnlineLossCallback/U5", "U40", "U60", "5"]
+    output = invoke("plan", "small.yaml", "--between", "U1", "U4", cwd=small)
+    assert output == "nothing fires after U1 and up to U4\n"
+    everything = plan_json(small, "--between", "U0", "E2")["fires"]
+    assert sum(each["firings"] for each in everything) == sum(each["firings"] for each in plan_json(small)["callbacks"])
 
 
 def test_a_picture(small):
     pytest.importorskip("matplotlib")
-    said = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small)
-    assert said == invoke("plan", "small.yaml", cwd=small)
+    output = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small)
+    assert output == invoke("plan", "small.yaml", cwd=small)
     first = (small / "plan.png").read_bytes()
     assert first.startswith(b"\x89PNG\r\n")
     invoke("plan", "small.yaml", "--png", "plan.png", "--set", "callbacks.0.every_n_updates=30", cwd=small)
     assert (small / "plan.png").read_bytes() != first
 
 
-def test_a_terminal_that_knows_few_characters(small):
+def test_a_terminal_without_unicode(small):
     process = start("plan", "small.yaml", cwd=small, PYTHONIOENCODING="ascii")
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
@@ -113,10 +113,10 @@ def test_a_terminal_that_knows_few_characters(small):
 
 
 @pytest.mark.parametrize("name", ["digits", "heat", "seed"])
-def test_the_configurations_that_come_along(name, tmp_path):
+def test_the_example_configurations(name, tmp_path):
     cache = [word for key in ("train", "val", "test") for word in ("--set", f"data.{key}.samples=64")]
     where = [word for key in ("train", "val", "test") for word in ("--set", f"data.{key}.cache=cache")]
-    plan = planned(tmp_path, *(cache + where if name == "heat" else ()), config=ROOT / f"configs/{name}.yaml")
+    plan = plan_json(tmp_path, *(cache + where if name == "heat" else ()), config=ROOT / f"configs/{name}.yaml")
     assert all(each["firings"] for each in plan["callbacks"])
     unsaved = "callbacks: no callback saves the weights; add noether.core.callbacks.CheckpointCallback"
     assert [warning.partition(": ")[2] for warning in plan["warnings"]] == [unsaved] * (name == "seed")
@@ -126,16 +126,16 @@ SAVING = SMALL[SMALL.index("  - kind: noether.core.callbacks.CheckpointCallback"
 BEST = SAVING[SAVING.index("  - kind: noether.core.callbacks.BestCheckpointCallback") :]
 END = "the run ends at E2_U76_S2410"
 
-# What is changed in SMALL, and what is then warned of.
+# Changes of SMALL, and the warning that they cause.
 WARNED = {
-    "an interval that never comes": (
+    "an interval longer than the run": (
         [("every_n_updates: 10", "every_n_updates: 100")],
         (
             ":28: callbacks[0].every_n_updates: the run does not reach 100, so ProgressCallback/U100 never fires: "
             f"{END}; write at most 76, or at_end: true"
         ),
     ),
-    "an evaluation that never comes": (
+    "an evaluation interval longer than the run": (
         [
             ("    every_n_epochs: 1\ncallbacks", "    every_n_updates: 99\ncallbacks"),
             ("    every_n_epochs: 1\n    metric_key", "    every_n_updates: 99\n    metric_key"),
@@ -160,28 +160,28 @@ WARNED = {
             f"end: {END}; write at most 2"
         ),
     ),
-    "an end that only a metric saves": (
+    "last weights saved only if a metric is good": (
         [(SAVING, BEST)],
         (
             ":34: callbacks[3]: a metric decides whether weights are saved, so the last ones may be lost; "
             "add noether.core.callbacks.CheckpointCallback"
         ),
     ),
-    "an end that nobody saves": (
+    "last weights not saved": (
         [(SAVING, "  - kind: saver.save\n    every_n_updates: 30\n")],
         (
             ":34: callbacks[3]: save saves last at E1_U60_S1909; the 16 updates up to the end at E2_U76_S2410 are "
             "lost; write at_end: true, or add noether.core.callbacks.CheckpointCallback"
         ),
     ),
-    "a beginning that is saved, and nothing after it": (
+    "only the initial weights saved": (
         [(SAVING, "  - kind: saver.begin\n")],
         (
             ":34: callbacks[3]: begin saves last at E0_U0_S0; the 76 updates up to the end at E2_U76_S2410 are "
             "lost; write at_end: true, or add noether.core.callbacks.CheckpointCallback"
         ),
     ),
-    "names of modules that are not there": (
+    "unknown model_names": (
         [("save_optim: true\n", "save_optim: false\n    save_latest_optim: false\n    model_names: [haed]\n")],
         (
             ":39: callbacks[3].model_names: CheckpointCallback/E1 requests a checkpoint that cannot be saved: "
@@ -195,30 +195,30 @@ from noether import BeforeTraining, SaveCheckpoint, on
 
 @on(BeforeTraining)
 def begin(state, event):
-    """Save what training begins with."""
+    """Save the initial state."""
     return state, (SaveCheckpoint(),)
 
 
 def save(state, event):
-    """Save, and chatter."""
+    """Save and print."""
     print("saving")
     return state, (SaveCheckpoint(),)
 '''
 
 
 @pytest.mark.parametrize(("changes", "message"), WARNED.values(), ids=WARNED)
-def test_what_will_bite_is_warned_of(small, changes, message):
+def test_likely_mistakes_are_warned_of(small, changes, message):
     text = SMALL
     for old, new in changes:
         assert old in text
         text = text.replace(old, new, 1)
     (small / "small.yaml").write_text(text)
     (small / "saver.py").write_text(SAVER)
-    plan = planned(small)
+    plan = plan_json(small)
     assert any(warning.startswith(f"small.yaml{message}") for warning in plan["warnings"]), plan["warnings"]
 
 
-def test_what_others_print_is_no_part_of_the_plan(small):
+def test_output_of_callbacks_is_not_part_of_the_plan(small):
     text = SMALL.replace(BEST, BEST + "  - kind: saver.save\n    every_n_updates: 30\n")
     (small / "small.yaml").write_text(text)
     (small / "saver.py").write_text(SAVER)
@@ -227,10 +227,10 @@ def test_what_others_print_is_no_part_of_the_plan(small):
     assert set(done.stderr.splitlines()) == {"saving"}
 
 
-def test_more_than_the_disk_has(small, monkeypatch):
+def test_checkpoints_larger_than_the_free_space_are_warned_of(small, monkeypatch):
     usage = shutil.disk_usage(small)._replace(free=50_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    (warning,) = planned(small)["warnings"]
+    (warning,) = plan_json(small)["warnings"]
     assert warning.startswith("small.yaml:3: run.output: checkpoints take up to ")
     assert warning.endswith(f", but {str(small)!r} has only 50 kB free; choose another folder, or save less: keep, "
                             "save_latest_optim, a longer interval")  # fmt: skip
@@ -269,48 +269,48 @@ def test_bad_arguments(small, arguments, message):
     assert contents(small) == before
 
 
-def test_a_picture_that_cannot_be_written(small):
+def test_a_picture_on_a_full_disk(small):
     pytest.importorskip("matplotlib")
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no device that is always full")
-    said = invoke("plan", "small.yaml", "--png", full, cwd=small, code=1)
-    assert said.splitlines()[-1] == (
+    output = invoke("plan", "small.yaml", "--png", full, cwd=small, code=1)
+    assert output.splitlines()[-1] == (
         "Error: --png /dev/full: the picture could not be written: No space left on device"
     )
 
 
-def test_nothing_to_plan(small):
+def test_a_plan_without_callbacks(small):
     pytest.importorskip("matplotlib")
     emptied = ["--set", "callbacks=[]", "--set", "trainer.evaluate=null"]
-    said = invoke("plan", "small.yaml", *emptied, "--png", "plan.png", cwd=small)
-    (warning,) = (line for line in said.splitlines() if "Warning" in line)
+    output = invoke("plan", "small.yaml", *emptied, "--png", "plan.png", cwd=small)
+    (warning,) = (line for line in output.splitlines() if "Warning" in line)
     assert warning.startswith("Warning: --set callbacks=[]: callbacks: no callback saves the weights; add ")
     assert (small / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_no_checkpoint_could_count(small):
-    said = invoke("plan", "small.yaml", "--set", f"trainer.max_epochs={10**21}", cwd=small, code=2)
-    assert said == (
+def test_a_run_with_more_samples_than_a_checkpoint_can_count(small):
+    output = invoke("plan", "small.yaml", "--set", f"trainer.max_epochs={10**21}", cwd=small, code=2)
+    assert output == (
         f"Error: --set trainer.max_epochs={10**21}: trainer.max_epochs: {10**21} is beyond what a checkpoint can "
         f"count, {2**63 - 1:,} samples\n"
     )
     longest = (2**63 - 1) // 1205
-    plan = planned(small, "--set", f"trainer.max_epochs={longest}", "--set", "callbacks.3.keep=5")
+    plan = plan_json(small, "--set", f"trainer.max_epochs={longest}", "--set", "callbacks.3.keep=5")
     assert plan["end"]["epoch"] == plan["callbacks"][3]["firings"] == longest
     assert plan["checkpoints"]["kept"] == {"at_least": 5, "at_most": 6}
 
 
 def test_no_configuration(small):
     assert invoke("plan", cwd=small, code=2).splitlines()[-1] == "Error: Missing argument 'CONFIG'."
-    said = invoke("plan", "smal.yaml", cwd=small, code=2)
-    assert said == "Error: smal.yaml: no such file; did you mean 'small.yaml'?\n"
-    said = invoke("plan", "small.yaml", "--set", "trainer.max_epohcs=3", cwd=small, code=2)
-    assert said.startswith("Error: --set trainer.max_epohcs=3: trainer.max_epohcs: unknown setting; did you mean")
+    output = invoke("plan", "smal.yaml", cwd=small, code=2)
+    assert output == "Error: smal.yaml: no such file; did you mean 'small.yaml'?\n"
+    output = invoke("plan", "small.yaml", "--set", "trainer.max_epohcs=3", cwd=small, code=2)
+    assert output.startswith("Error: --set trainer.max_epohcs=3: trainer.max_epohcs: unknown setting; did you mean")
 
 
 def test_a_picture_without_matplotlib(small, monkeypatch):
     monkeypatch.setattr("noether.cli.plan.command.find_spec", lambda name: None)
-    said = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small, code=2)
-    assert said.splitlines()[-1] == ("Error: --png: matplotlib is not installed; run: pip install 'noether[plot]'")
+    output = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small, code=2)
+    assert output.splitlines()[-1] == ("Error: --png: matplotlib is not installed; run: pip install 'noether[plot]'")
     assert not (small / "plan.png").exists()

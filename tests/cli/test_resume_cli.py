@@ -1,42 +1,52 @@
-"""`noether train --resume`: a run that goes on equals the run that was never cut."""
+"""`noether train --resume`: a resumed run equals the uncut run."""
 
 import json
 import shutil
 
 import pytest
-from command import SMALL, contents, invoke, lines, noether, only_run, pointer, saved, timeless
+from command import (
+    EXACT,
+    SMALL,
+    contents,
+    invoke,
+    last_files,
+    lines,
+    noether,
+    only_run,
+    pointer,
+    set_options,
+    timeless,
+)
 
-EXACT = ("weights.safetensors", "optimizer.safetensors")
 
-
-def shown(run, folder):
+def relative(run, folder):
     return str(run.relative_to(folder))
 
 
-def test_one_epoch_and_one_more_are_two(finished, tmp_path):
+def test_one_epoch_and_a_resumed_one_equal_two(finished_run, tmp_path):
     output = invoke("train", "small.yaml", "--set", "trainer.max_epochs=1", "--set", "run.output=half", cwd=tmp_path)
     halfway = only_run(tmp_path / "half/small")
-    assert output.splitlines()[-1] == f"ended at E1_U38_S1205; the run is in {shown(halfway, tmp_path)}"
-    assert saved(halfway, *EXACT) != saved(finished, *EXACT)
+    assert output.splitlines()[-1] == f"ended at E1_U38_S1205; the run is in {relative(halfway, tmp_path)}"
+    assert last_files(halfway, *EXACT) != last_files(finished_run, *EXACT)
     output = invoke("train", "--resume", halfway, "--set", "trainer.max_epochs=2", cwd=tmp_path)
     assert output.splitlines()[0] == "resuming at E1_U38_S1205"
     assert output.splitlines()[-1] == f"ended at E2_U76_S2410; the run is in {halfway}"
-    assert saved(halfway, *EXACT) == saved(finished, *EXACT)
-    assert timeless(halfway) == timeless(finished)
+    assert last_files(halfway, *EXACT) == last_files(finished_run, *EXACT)
+    assert timeless(halfway) == timeless(finished_run)
     assert "max_epochs: 2" in (halfway / "config.yaml").read_text()
     summary = json.loads((halfway / "summary.json").read_text())
-    assert summary == json.loads((finished / "summary.json").read_text())
+    assert summary == json.loads((finished_run / "summary.json").read_text())
     manifest = json.loads((halfway / "checkpoints" / pointer(halfway, "last") / "MANIFEST.json").read_text())
     assert (manifest["segment"], manifest["parent"]) == (2, "E1_U38_S1205.2")
     assert manifest["run_id"] == halfway.name
 
 
-def test_a_finished_run_is_left_alone(finished, tmp_path):
-    before = contents(finished)
-    output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path)
-    run = shown(finished, tmp_path)
+def test_a_finished_run_is_not_changed(finished_run, tmp_path):
+    before = contents(finished_run)
+    output = invoke("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path)
+    run = relative(finished_run, tmp_path)
     assert output == f"{run} already ended at E2_U76_S2410; to continue it, set a later end\n"
-    assert contents(finished) == before
+    assert contents(finished_run) == before
 
 
 def test_a_run_that_stopped_early_stays_stopped(tmp_path):
@@ -56,30 +66,30 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     assert output == f"{run} already {ending}; to continue it, set a later end\n"
 
 
-def test_a_run_without_a_checkpoint_begins_anew(finished, tmp_path):
-    expected, metrics = saved(finished, *EXACT), timeless(finished)
-    shutil.rmtree(finished / "checkpoints")
-    output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path)
-    run = shown(finished, tmp_path)
+def test_a_run_without_a_checkpoint_starts_again(finished_run, tmp_path):
+    expected, metrics = last_files(finished_run, *EXACT), timeless(finished_run)
+    shutil.rmtree(finished_run / "checkpoints")
+    output = invoke("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path)
+    run = relative(finished_run, tmp_path)
     assert output.splitlines()[0] == f"{run} has no checkpoint: training starts at update 0"
-    assert saved(finished, *EXACT) == expected
-    assert timeless(finished) == metrics
+    assert last_files(finished_run, *EXACT) == expected
+    assert timeless(finished_run) == metrics
 
 
-def test_weights_alone_are_no_checkpoint_to_resume(finished, tmp_path):
-    """The newest whole one is taken."""
-    expected = saved(finished, *EXACT)
+def test_checkpoints_with_weights_only_are_not_resumed_from(finished_run, tmp_path):
+    """The run resumes from the newest checkpoint with weights, optimizer and state."""
+    expected = last_files(finished_run, *EXACT)
     save = "noether.core.callbacks.CheckpointCallback, every_n_updates: 10, save_latest_optim: false"
     changes = [f"callbacks.3={{kind: {save}, model_names: [head]}}", "run.output=new", "trainer.max_updates=40"]
-    invoke("train", "small.yaml", *(word for change in changes for word in ("--set", change)), cwd=tmp_path)
+    invoke("train", "small.yaml", *set_options(changes), cwd=tmp_path)
     run = only_run(tmp_path / "new/small")
     newest = json.loads((run / "checkpoints" / pointer(run, "latest") / "MANIFEST.json").read_text())
     assert (newest["iteration"], newest["models"]) == ("E1_U40_S1269", ["head"])
-    # The best checkpoint, at the end of the first epoch, is whole.
+    # The best checkpoint, at the end of the first epoch, is complete.
     changes = ["trainer.max_epochs=2", "callbacks.3.model_names=[]", "callbacks.3.save_optim=true"]
-    output = invoke("train", "--resume", run, *(word for change in changes for word in ("--set", change)), cwd=tmp_path)
+    output = invoke("train", "--resume", run, *set_options(changes), cwd=tmp_path)
     assert output.splitlines()[0] == "resuming at E1_U38_S1205"
-    assert saved(run, *EXACT) == expected
+    assert last_files(run, *EXACT) == expected
 
 
 @pytest.mark.parametrize(
@@ -99,19 +109,18 @@ def test_weights_alone_are_no_checkpoint_to_resume(finished, tmp_path):
         ),
     ],
 )
-def test_a_change_that_matters_is_refused_by_name(finished, tmp_path, changes, message):
+def test_forbidden_changes_are_refused_by_name(finished_run, tmp_path, changes, message):
     before = contents(tmp_path)
     refused = [change for change in changes if change.split("=")[0] in message]
     expected = "\n".join(
         f"--set {change}: {line} in a resumed run" for change, line in zip(refused, message.splitlines(), strict=True)
     )
-    sets = [word for change in changes for word in ("--set", change)]
-    output = invoke("train", "--resume", shown(finished, tmp_path), *sets, cwd=tmp_path, code=2)
+    output = invoke("train", "--resume", relative(finished_run, tmp_path), *set_options(changes), cwd=tmp_path, code=2)
     assert output == f"Error: {expected}\n"
     assert contents(tmp_path) == before
 
 
-def test_what_may_change_in_a_run(finished, tmp_path):
+def test_allowed_changes_of_a_resumed_run(finished_run, tmp_path):
     online = "{kind: noether.core.callbacks.OnlineLossCallback, every_n_updates: 5}"
     more = "{kind: noether.core.callbacks.LrCallback, every_n_updates: 1}"
     best = "{kind: noether.core.callbacks.BestMetricCallback, every_n_epochs: 1, metric_key: val/accuracy}"
@@ -124,20 +133,19 @@ def test_what_may_change_in_a_run(finished, tmp_path):
         "trainer.num_workers=1",
         "run.output=elsewhere",
     ]
-    sets = [word for change in changes for word in ("--set", change)]
-    output = invoke("train", "--resume", shown(finished, tmp_path), *sets, cwd=tmp_path)
+    output = invoke("train", "--resume", relative(finished_run, tmp_path), *set_options(changes), cwd=tmp_path)
     moved = only_run(tmp_path / "elsewhere/small")
-    assert output.splitlines()[-1] == f"ended at E2_U78_S2474; the run is in {shown(moved, tmp_path)}"
+    assert output.splitlines()[-1] == f"ended at E2_U78_S2474; the run is in {relative(moved, tmp_path)}"
     assert [line["update"] for line in lines(moved) if "optim/lr" in line["metrics"]] == [77, 78]
-    assert not finished.exists()
+    assert not finished_run.exists()
 
 
 CHANGED = ("--set", "trainer.max_epochs=3", "--set", "callbacks.1.every_n_updates=10")
 
 
-def test_memory_that_nobody_claims_is_named(finished, tmp_path):
+def test_unclaimed_memory_is_named(finished_run, tmp_path):
     before = contents(tmp_path)
-    output = invoke("train", "--resume", shown(finished, tmp_path), *CHANGED, cwd=tmp_path, code=1)
+    output = invoke("train", "--resume", relative(finished_run, tmp_path), *CHANGED, cwd=tmp_path, code=1)
     assert output == (
         "Error: the saved run holds the memory of 'OnlineLossCallback/U5', which no callback claims; did you mean "
         "'OnlineLossCallback/U10'? Give a callback that id, or accept the loss with "
@@ -146,18 +154,18 @@ def test_memory_that_nobody_claims_is_named(finished, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_drop_memory_accepts_the_loss(finished, tmp_path):
-    run = shown(finished, tmp_path)
+def test_drop_memory_drops_unclaimed_memory(finished_run, tmp_path):
+    run = relative(finished_run, tmp_path)
     output = invoke("train", "--resume", run, *CHANGED, "--drop-memory", "OnlineLossCallback/U5", cwd=tmp_path)
     assert output.splitlines()[-1] == f"ended at E3_U114_S3615; the run is in {run}"
-    state = json.loads((finished / "checkpoints" / pointer(finished, "last") / "state.json").read_text())
+    state = json.loads((finished_run / "checkpoints" / pointer(finished_run, "last") / "state.json").read_text())
     assert "OnlineLossCallback/U10" in state["callback_states"]
     assert "OnlineLossCallback/U5" not in state["callback_states"]
-    assert json.loads(json.dumps(lines(finished)[-1]))["epoch"] == 3
+    assert json.loads(json.dumps(lines(finished_run)[-1]))["epoch"] == 3
 
 
-def test_drop_memory_of_what_is_not_there(finished, tmp_path):
-    run = shown(finished, tmp_path)
+def test_drop_memory_refuses_unknown_names(finished_run, tmp_path):
+    run = relative(finished_run, tmp_path)
     output = invoke("train", "--resume", run, "--drop-memory", "OnlineLossCallback/U6", cwd=tmp_path, code=2)
     names = ["ProgressCallback/U10", "OnlineLossCallback/U5", "BestMetricCallback/E1/val/accuracy"]
     names += ["BestCheckpointCallback/E1/val/accuracy"]
@@ -166,11 +174,11 @@ def test_drop_memory_of_what_is_not_there(finished, tmp_path):
     )
 
 
-def test_a_run_goes_on_without_what_it_was_initialized_from(finished, tmp_path):
-    source = finished / "checkpoints/last"
+def test_a_resumed_run_ignores_init_from(finished_run, tmp_path):
+    source = finished_run / "checkpoints/last"
     changes = [f"run.init_from={source}", "run.output=new", "trainer.max_updates=1"]
-    invoke("train", "small.yaml", *(word for change in changes for word in ("--set", change)), cwd=tmp_path)
-    shutil.rmtree(finished)
+    invoke("train", "small.yaml", *set_options(changes), cwd=tmp_path)
+    shutil.rmtree(finished_run)
     run = only_run(tmp_path / "new/small")
     output = invoke("train", "--resume", run, "--set", "trainer.max_updates=2", cwd=tmp_path)
     assert output.splitlines()[-1] == f"ended at E0_U2_S64; the run is in {run}"
@@ -180,43 +188,45 @@ def test_a_run_goes_on_without_what_it_was_initialized_from(finished, tmp_path):
     assert f"run.init_from: '{source}': no checkpoint 'last' in {source.parent}; there are: none; give" in output
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(finished, tmp_path):
-    path = finished / "checkpoints/E2_U76_S2410.2/optimizer.safetensors"
+def test_a_damaged_checkpoint_is_named_and_skipped(finished_run, tmp_path):
+    path = finished_run / "checkpoints/E2_U76_S2410.2/optimizer.safetensors"
     path.unlink()
-    done = noether("train", "--resume", shown(finished, tmp_path), cwd=tmp_path)
-    assert done.stderr == f"{shown(path, tmp_path)} is missing; resuming from E2_U76_S2410 without it\n"
+    done = noether("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path)
+    assert done.stderr == f"{relative(path, tmp_path)} is missing; resuming from E2_U76_S2410 without it\n"
     assert done.stdout.splitlines()[0] == "resuming at E2_U76_S2410"
-    assert pointer(finished, "latest") == "E2_U76_S2410.3"
+    assert pointer(finished_run, "latest") == "E2_U76_S2410.3"
 
 
-def test_a_run_of_which_every_checkpoint_is_damaged_does_not_begin_anew(finished, tmp_path):
-    checkpoints = finished / "checkpoints"
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(finished_run, tmp_path):
+    checkpoints = finished_run / "checkpoints"
     for path in checkpoints.glob("*/state.json"):
         path.write_bytes(path.read_bytes().replace(b"0", b"1"))
     before = contents(tmp_path)
-    output = invoke("train", "--resume", shown(finished, tmp_path), cwd=tmp_path, code=1)
+    output = invoke("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path, code=1)
     first, *reasons = output.splitlines()
     assert first == (
-        f"Error: the run cannot resume from any of the {len(reasons)} checkpoints in {shown(checkpoints, tmp_path)}:"
+        f"Error: the run cannot resume from any of the {len(reasons)} checkpoints in {relative(checkpoints, tmp_path)}:"
     )
-    assert reasons[0].startswith(f"  {shown(checkpoints, tmp_path)}/E2_U76_S2410.2/state.json is damaged: ")
+    assert reasons[0].startswith(f"  {relative(checkpoints, tmp_path)}/E2_U76_S2410.2/state.json is damaged: ")
     assert contents(tmp_path) == before
 
 
-def test_a_refused_resume_changes_nothing(finished, tmp_path):
-    with (finished / "metrics.jsonl").open("a") as file:
+def test_a_refused_resume_changes_nothing(finished_run, tmp_path):
+    with (finished_run / "metrics.jsonl").open("a") as file:
         file.write('{"event": "after_update", "epoch": 9, "update": 99, "sample": 999, "time_s": 0, "metrics": {}}\n')
-    before = contents(finished)
-    invoke("train", "--resume", finished, "--set", "trainer.max_epochs=3", "--drop-memory", "x", cwd=tmp_path, code=2)
-    assert contents(finished) == before
+    before = contents(finished_run)
+    invoke(
+        "train", "--resume", finished_run, "--set", "trainer.max_epochs=3", "--drop-memory", "x", cwd=tmp_path, code=2
+    )
+    assert contents(finished_run) == before
 
 
-def test_a_changed_output_moves_the_run(finished, tmp_path):
+def test_a_changed_output_moves_the_run(finished_run, tmp_path):
     arguments = ("--set", "run.output=there", "--set", "trainer.max_epochs=3")
-    output = invoke("train", "--resume", shown(finished, tmp_path), *arguments, cwd=tmp_path)
+    output = invoke("train", "--resume", relative(finished_run, tmp_path), *arguments, cwd=tmp_path)
     moved = only_run(tmp_path / "there/small")
-    assert moved.name == finished.name
-    assert f"{shown(finished, tmp_path)} moved to {shown(moved, tmp_path)}" in output.splitlines()
-    assert not finished.exists()
+    assert moved.name == finished_run.name
+    assert f"{relative(finished_run, tmp_path)} moved to {relative(moved, tmp_path)}" in output.splitlines()
+    assert not finished_run.exists()
     assert pointer(moved, "last").startswith("E3_")
     assert "output: there" in (moved / "config.yaml").read_text()

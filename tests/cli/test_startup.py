@@ -1,4 +1,4 @@
-"""What needs no torch starts without it: seen in what a fresh process imports, never on a clock."""
+"""Commands that need no torch do not import it; tested by the imports of a fresh process, not by time."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ from command import PATIENCE_S, ROOT
 
 from noether.cli.main import main
 
-# As the installed script does; `-m` would change the name by which a shell asks for completions.
+# As the installed script does; `-m` would change the name that shell completion uses.
 START = "from noether.cli.main import main; main(prog_name='noether')"
 REPORTED = "import time:"
 
 
-def started(*argv, cwd, code=0, **environment):
-    """Run the command line in a process of its own; return the modules that it imported, and what it wrote."""
+def run_and_list_imports(*argv, cwd, code=0, **environment):
+    """Run the command line in a separate process; return the modules that it imported, and its output."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", START, *map(str, argv)],
         cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
@@ -23,8 +23,8 @@ def started(*argv, cwd, code=0, **environment):
     assert done.returncode == code, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     modules = {line.rpartition("|")[2].strip() for line in lines if line.startswith(REPORTED)}
-    said = [line for line in lines if not line.startswith(REPORTED)]
-    return modules, "\n".join([*done.stdout.splitlines(), *said])
+    errors = [line for line in lines if not line.startswith(REPORTED)]
+    return modules, "\n".join([*done.stdout.splitlines(), *errors])
 
 
 def assert_light(modules):
@@ -36,14 +36,14 @@ def assert_light(modules):
     "argv", [("--help",), ("--version",), *((name, "--help") for name in sorted(main.commands))], ids=" ".join
 )
 def test_help_needs_no_torch(tmp_path, argv):
-    modules, said = started(*argv, cwd=tmp_path)
-    assert said.startswith("noether, version" if argv == ("--version",) else "Usage: noether")
+    modules, output = run_and_list_imports(*argv, cwd=tmp_path)
+    assert output.startswith("noether, version" if argv == ("--version",) else "Usage: noether")
     assert_light(modules)
     assert "noether.config" not in modules
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (("no-such-command",), "No such command"),
         (("validate",), "Missing argument 'CONFIG'"),
@@ -51,9 +51,9 @@ def test_help_needs_no_torch(tmp_path, argv):
         (("plan", "a.yaml", "--at", "E1", "--between", "E1", "E2"), "give either --at or --between"),
     ],
 )
-def test_usage_needs_no_torch(tmp_path, argv, said):
-    modules, text = started(*argv, cwd=tmp_path, code=2)
-    assert said in text
+def test_usage_needs_no_torch(tmp_path, argv, message):
+    modules, output = run_and_list_imports(*argv, cwd=tmp_path, code=2)
+    assert message in output
     assert_light(modules)
 
 
@@ -61,20 +61,20 @@ def test_usage_needs_no_torch(tmp_path, argv, said):
     ("words", "found"), [("noether va", "validate"), ("noether validate --se", "--set"), ("noether plan --p", "--png")]
 )
 def test_completion_needs_no_torch(tmp_path, words, found):
-    asked = {"_NOETHER_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    modules, said = started(cwd=tmp_path, **asked)
-    assert said == f"plain,{found}"
+    environment = {"_NOETHER_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    modules, output = run_and_list_imports(cwd=tmp_path, **environment)
+    assert output == f"plain,{found}"
     assert_light(modules)
 
 
-def test_the_script_of_completion_needs_no_torch(tmp_path):
-    modules, said = started(cwd=tmp_path, _NOETHER_COMPLETE="zsh_source")
-    assert "#compdef noether" in said
+def test_the_completion_script_needs_no_torch(tmp_path):
+    modules, output = run_and_list_imports(cwd=tmp_path, _NOETHER_COMPLETE="zsh_source")
+    assert "#compdef noether" in output
     assert_light(modules)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("run: [", "does not parse"),
         ("a: 1\na: 2\n", "is given twice"),
@@ -90,31 +90,31 @@ def test_the_script_of_completion_needs_no_torch(tmp_path):
         ("trainer: {loss: no_such_module.loss}\n", "there is no module 'no_such_module'"),
     ],
 )
-def test_what_no_class_is_needed_to_refuse_needs_no_torch(tmp_path, text, said):
+def test_mistakes_outside_of_classes_are_found_without_torch(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
-    modules, text = started("validate", "bad.yaml", cwd=tmp_path, code=2)
-    assert said in text
+    modules, output = run_and_list_imports("validate", "bad.yaml", cwd=tmp_path, code=2)
+    assert message in output
     assert_light(modules)
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [(("missing.yaml",), "no such file"), ((".",), "is a directory"), (("a.yaml", "--set", "x"), "form key=value")],
 )
-def test_what_cannot_be_read_needs_no_torch(tmp_path, argv, said):
+def test_unreadable_files_are_found_without_torch(tmp_path, argv, message):
     (tmp_path / "a.yaml").write_text("run: {}\n")
-    modules, text = started("validate", *argv, cwd=tmp_path, code=2)
-    assert said in text
+    modules, output = run_and_list_imports("validate", *argv, cwd=tmp_path, code=2)
+    assert message in output
     assert_light(modules)
 
 
 def test_a_valid_configuration_needs_torch(tmp_path):
-    modules, said = started("validate", ROOT / "configs/digits.yaml", cwd=tmp_path)
-    assert "is valid" in said
+    modules, output = run_and_list_imports("validate", ROOT / "configs/digits.yaml", cwd=tmp_path)
+    assert "is valid" in output
     assert {"torch", "noether.core.state", "noether.training.runs.services"} <= modules
 
 
-def test_the_commands_are_imported_without_the_compiler_that_comes_with_an_optimizer():
+def test_importing_the_commands_does_not_import_the_compiler():
     rooms = "callbacks, evaluate, plan, replay, train"
     code = f"from noether.cli import {rooms}; import noether.cli.plan.command; import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

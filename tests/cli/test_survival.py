@@ -1,4 +1,4 @@
-"""Whatever ends or hinders a run in a real process, what was saved is there, and the run goes on to the same bits."""
+"""Runs in real processes survive signals, kills and full disks: their checkpoints resume to the same bits."""
 
 import json
 import os
@@ -9,26 +9,26 @@ import sys
 import pytest
 from command import (
     ENVIRONMENT,
+    EXACT,
     PAPER,
     PATIENCE_S,
     ROOT,
+    check_equal,
     contents,
     invoke,
+    last_files,
     noether,
     only_run,
     pointer,
-    saved,
     start,
     timeless,
-    until,
+    wait_until,
 )
 
 from noether.effects import CheckpointStore
 
-EXACT = ("weights.safetensors", "optimizer.safetensors")
-
 PHASES = '''\
-"""Callbacks that hold still in one phase of training, until a signal was caught or a file says to go on."""
+"""Callbacks that wait in one phase of training until a signal is caught or a file lets them continue."""
 
 import os
 import signal
@@ -76,7 +76,7 @@ def agreement(outputs, batch):
 
 @pytest.fixture(scope="module")
 def phases(paper, tmp_path_factory):
-    """A working directory with a module whose callbacks hold still, and a finished run of it."""
+    """A working directory with the module `PHASES` and a finished run of it."""
     folder = tmp_path_factory.mktemp("phases")
     shutil.copy(paper / "paper.py", folder)
     (folder / "phases.py").write_text(PHASES)
@@ -90,28 +90,23 @@ def phases(paper, tmp_path_factory):
 
 @pytest.fixture
 def holding(phases, tmp_path):
-    """Start a run that holds still in a phase; return its process once it does."""
+    """Start a run that waits in a phase; return its process once it waits."""
     started = []
 
-    def begin(at, *arguments):
+    def start_holding(at, *arguments):
         words = ("train", "phases.yaml", "--set", f"run.output={tmp_path}", *arguments)
         process = start(*words, cwd=phases, HOLD_AT=at, HOLD_IN=tmp_path)
         started.append(process)
-        until((tmp_path / f"holding {at}").exists, process)
+        wait_until((tmp_path / f"holding {at}").exists, process)
         return process
 
-    yield begin
+    yield start_holding
     for process in started:
         process.kill()
         process.communicate()
 
 
-def check_equal(run, uncut):
-    assert saved(run, *EXACT) == saved(uncut, *EXACT)
-    assert timeless(run) == timeless(uncut)
-
-
-def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not():
+def test_a_run_killed_at_random_moments_equals_the_uncut_run():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.kill", "--kills", "5"],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
@@ -121,7 +116,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not():
 
 
 @pytest.mark.parametrize("phase", ["begin", "update 20", "evaluation", "epoch 2"])
-def test_a_signal_in_any_phase_leaves_a_run_that_goes_on(phases, tmp_path, holding, phase):
+def test_a_run_interrupted_in_any_phase_can_be_resumed(phases, tmp_path, holding, phase):
     process = holding(phase)
     process.terminate()
     output, errors = process.communicate(timeout=PATIENCE_S)
@@ -133,7 +128,7 @@ def test_a_signal_in_any_phase_leaves_a_run_that_goes_on(phases, tmp_path, holdi
     check_equal(run, only_run(phases / "out/paper"))
 
 
-def test_a_signal_while_training_ends_lets_it_end(phases, tmp_path, holding):
+def test_a_signal_at_the_end_of_training_lets_it_end(phases, tmp_path, holding):
     process = holding("end")
     process.terminate()
     output, errors = process.communicate(timeout=PATIENCE_S)
@@ -142,8 +137,8 @@ def test_a_signal_while_training_ends_lets_it_end(phases, tmp_path, holding):
     check_equal(only_run(tmp_path / "paper"), only_run(phases / "out/paper"))
 
 
-def test_a_signal_in_the_middle_of_a_save_waits_for_it(phases, tmp_path):
-    """A network of 64 MB takes long enough to write that the signal comes while it is."""
+def test_a_signal_during_a_save_waits_for_the_save(phases, tmp_path):
+    """A network of 64 MB is written long enough for the signal to come during the save."""
     wide = ("--set", "model.width=1000000", "--set", "trainer.max_updates=6")
     every = (
         (phases / "phases.yaml")
@@ -152,7 +147,7 @@ def test_a_signal_in_the_middle_of_a_save_waits_for_it(phases, tmp_path):
     )
     (phases / "wide.yaml").write_text(every)
     process = start("train", "wide.yaml", "--set", f"run.output={tmp_path}", *wide, cwd=phases)
-    until(lambda: list(tmp_path.glob("paper/*/checkpoints/.tmp-*")), process)
+    wait_until(lambda: list(tmp_path.glob("paper/*/checkpoints/.tmp-*")), process)
     process.terminate()
     output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode in (0, 143), errors) == (True, ""), output
@@ -164,8 +159,8 @@ def test_a_signal_in_the_middle_of_a_save_waits_for_it(phases, tmp_path):
     assert state.iteration.update >= 5
 
 
-def test_a_second_process_is_refused_and_a_reader_is_not(phases, tmp_path, holding):
-    # Saved by the thread that trains: another might still write while the run holds still.
+def test_a_second_writer_is_refused_but_a_reader_is_not(phases, tmp_path, holding):
+    # The training thread saves: another thread might still write while the run waits.
     process = holding("update 40", "--set", "trainer.checkpoints.async=false")
     run = only_run(tmp_path / "paper")
     before = contents(run)
@@ -179,7 +174,7 @@ def test_a_second_process_is_refused_and_a_reader_is_not(phases, tmp_path, holdi
     check_equal(run, only_run(phases / "out/paper"))
 
 
-def test_a_run_whose_process_was_killed_is_free_at_once_though_its_workers_live(phases, tmp_path, holding):
+def test_the_lock_of_a_killed_process_is_free_while_its_workers_live(phases, tmp_path, holding):
     process = holding("update 20", "--set", "trainer.num_workers=2")
     process.kill()
     run = only_run(tmp_path / "paper")
@@ -188,9 +183,9 @@ def test_a_run_whose_process_was_killed_is_free_at_once_though_its_workers_live(
     check_equal(run, only_run(phases / "out/paper"))
 
 
-def test_nothing_is_ordered_by_time(phases, tmp_path, holding):
-    """The clock was set back: the newest checkpoint has the oldest files, and the next run an older name."""
-    process = holding("update 40", "--set", "trainer.checkpoints.async=false")  # all of them are there
+def test_checkpoints_are_not_ordered_by_time(phases, tmp_path, holding):
+    """After the clock was set back, the newest checkpoint has the oldest files and the run an older name."""
+    process = holding("update 40", "--set", "trainer.checkpoints.async=false")  # so that all checkpoints are complete
     process.kill()
     process.communicate()
     run = only_run(tmp_path / "paper")
@@ -209,7 +204,7 @@ def test_nothing_is_ordered_by_time(phases, tmp_path, holding):
 
 
 FULL = '''\
-"""Trains on a file system of four megabytes that is full from update 20 on, until update 35 or the end."""
+"""Trains on a file system of four megabytes that is full from update 20 to update 35."""
 
 import json
 import os
@@ -239,26 +234,26 @@ def train(*arguments, at=""):
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def held(process, phase):
+def wait_for(process, phase):
     while not (disk.parent / f"holding {phase}").exists() and process.poll() is None:
         time.sleep(0.01)
 
 
-def go(phase):
+def release(phase):
     (disk.parent / f"go {phase}").touch()
 
 
-# Saved by the thread that trains: another might still write while the run holds still, and there is room again.
+# The training thread saves: another thread might still write while the run waits, and find room.
 checkpoints = [f"trainer.checkpoints.on_error={on_error}", "trainer.checkpoints.async=false"]
 settings = [f"run.output={disk}", *checkpoints]
 words = [word for each in settings for word in ("--set", each)]
 process = train("phases.yaml", *words, at="update 20,update 35")
-held(process, "update 20")
+wait_for(process, "update 20")
 fill()
-go("update 20")
-held(process, "update 35")
+release("update 20")
+wait_for(process, "update 35")
 filler.unlink()
-go("update 35")
+release("update 35")
 stdout, stderr = process.communicate()
 run = next((disk / "paper").iterdir())
 found = {"code": process.returncode, "stderr": stderr, "saved": sorted(os.listdir(run / "checkpoints"))}
@@ -271,10 +266,10 @@ print(json.dumps(found))
 _OWN_MOUNTS = ("unshare", "--user", "--map-root-user", "--mount")
 
 
-def on_a_full_disk(phases, tmp_path, on_error):
-    """Return what a run did on a disk that was full for a while, and a copy of its directory."""
+def run_on_full_disk(phases, tmp_path, on_error):
+    """Run on a disk that is full for a while; return the results and a copy of the run directory."""
     if subprocess.run([*_OWN_MOUNTS, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no file systems can be mounted here; the same faults are injected in tests/effects")
+        pytest.skip("this system does not let users mount file systems; tests/effects injects the same faults")
     (tmp_path / "disk").mkdir()
     (tmp_path / "full.py").write_text(FULL)
     done = subprocess.run(
@@ -285,8 +280,8 @@ def on_a_full_disk(phases, tmp_path, on_error):
     return json.loads(done.stdout), tmp_path / "kept"
 
 
-def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(phases, tmp_path):
-    found, run = on_a_full_disk(phases, tmp_path, "stop")
+def test_on_a_full_disk_the_run_stops_and_can_be_resumed_later(phases, tmp_path):
+    found, run = run_on_full_disk(phases, tmp_path, "stop")
     assert found["code"] == 1
     assert "could not be written: [Errno 28] No space left on device: " in found["stderr"].splitlines()[-1]
     assert found["stderr"].splitlines()[-1].endswith("; the checkpoints before it stay")
@@ -295,19 +290,19 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(phases, tmp_p
     check_equal(run, only_run(phases / "out/paper"))
 
 
-def test_a_run_on_a_full_disk_that_warns_goes_on_and_counts_what_it_lost(phases, tmp_path):
-    found, run = on_a_full_disk(phases, tmp_path, "warn")
+def test_on_a_full_disk_with_warn_training_continues_and_counts_losses(phases, tmp_path):
+    found, run = run_on_full_disk(phases, tmp_path, "warn")
     assert found["code"] == 0, found["stderr"]
-    told = found["stderr"].splitlines()
-    assert sum("metrics.jsonl failed and may have lost log entries" in line for line in told) == 1
-    assert sum("; training continues without it" in line for line in told) == 1
+    messages = found["stderr"].splitlines()
+    assert sum("metrics.jsonl failed and may have lost log entries" in line for line in messages) == 1
+    assert sum("; training continues without it" in line for line in messages) == 1
     assert [name for name in found["saved"] if name.startswith(("E", "."))] == [
         "E1_U15_S60",
         "E3_U45_S180",
         "E3_U45_S180.2",
     ]
     uncut = only_run(phases / "out/paper")
-    assert saved(run, *EXACT) == saved(uncut, *EXACT)
+    assert last_files(run, *EXACT) == last_files(uncut, *EXACT)
     manifest = json.loads((run / "checkpoints/E3_U45_S180/MANIFEST.json").read_text())
     assert manifest["log_lines_lost"] > 0
     assert manifest["log_lines"] + manifest["log_lines_lost"] == len(timeless(uncut))

@@ -1,4 +1,4 @@
-"""The laws of the timeline: nothing that fires is lost, and labels stand where they belong."""
+"""Laws of the timeline: each firing is in one column, and labels are at their updates."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,11 +24,11 @@ def test_every_firing_is_in_one_column(schedule, kinds, run, width):
 
 
 @given(run_lengths(max_epochs=40), st.integers(20, 90))
-def test_labels_stand_at_the_columns_of_their_updates(run, width):
+def test_labels_are_at_the_columns_of_their_updates(run, width):
     places, lines = edges(run, width), scale(run, width)
     labels = {tick.update: f"U{tick.update}" for tick in ticks(run, width)}
     for update, label in labels.items():
         column = next((i for i in range(len(places) - 1) if places[i] < update <= places[i + 1]), 0)
-        if lines[-1].find(label, column) != column:  # only where another one is in its way
+        if lines[-1].find(label, column) != column:  # only if an earlier label is in its place
             assert lines[-1][max(0, column - 1)].strip()
     assert lines[-1].startswith("U0")

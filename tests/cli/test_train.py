@@ -1,4 +1,4 @@
-"""`noether train`: what a run writes, and what a configuration can make of it."""
+"""`noether train`: the files of a run, and the settings that change it."""
 
 import json
 import subprocess
@@ -21,6 +21,7 @@ from command import (
     noether,
     only_run,
     pointer,
+    set_options,
     start,
     weights,
 )
@@ -30,8 +31,8 @@ from noether.testing import same
 
 
 @pytest.fixture(scope="module")
-def run(trained):
-    return only_run(trained[0] / "out/small")
+def run(trained_small):
+    return only_run(trained_small[0] / "out/small")
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_the_directory_of_a_run(run):
     ])  # fmt: skip
 
 
-def test_the_last_save_is_of_the_ended_run(run):
+def test_the_last_checkpoint_is_of_the_ended_run(run):
     assert pointer(run, "last") == pointer(run, "latest") == "E2_U76_S2410.2"
     manifest = json.loads((run / "checkpoints/E2_U76_S2410.2/MANIFEST.json").read_text())
     assert (manifest["event"], manifest["segment"], manifest["parent"]) == ("AfterTraining", 1, None)
@@ -62,13 +63,13 @@ def test_the_last_save_is_of_the_ended_run(run):
     assert json.loads((run / "checkpoints/E2_U76_S2410/state.json").read_text())["ended"] is False
 
 
-def test_the_configuration_is_kept_as_resolved(run, trained):
-    assert load(run / "config.yaml") == load(trained[0] / "small.yaml")
+def test_the_configuration_is_kept_as_resolved(run, trained_small):
+    assert load(run / "config.yaml") == load(trained_small[0] / "small.yaml")
     assert load(run / "config.yaml").optimizer.kind.settings["betas"] == (0.9, 0.999)
     assert "nonfinite: apply" in (run / "config.yaml").read_text()
 
 
-def test_a_line_of_metrics_for_every_event_that_logged(run):
+def test_each_event_that_logs_has_one_line_of_metrics(run):
     written = lines(run)
     updates = [line for line in written if line["event"] == "after_update"]
     epochs = [line for line in written if line["event"] == "after_epoch"]
@@ -110,22 +111,17 @@ def test_the_summary(run):
     }
 
 
-def test_what_a_person_sees(trained, run):
-    shown = trained[1].stdout.splitlines()
-    assert trained[1].stderr == ""
-    assert shown[-1] == f"ended at E2_U76_S2410; the run is in {run.relative_to(trained[0])}"
-    assert sum(" % " in line and "update 10/76" in line for line in shown) == 1
-    assert [line.split()[0] for line in shown if "val/accuracy/best " in line] == ["E1_U38_S1205", "E2_U76_S2410"]
+def test_the_output(trained_small, run):
+    output = trained_small[1].stdout.splitlines()
+    assert trained_small[1].stderr == ""
+    assert output[-1] == f"ended at E2_U76_S2410; the run is in {run.relative_to(trained_small[0])}"
+    assert sum(" % " in line and "update 10/76" in line for line in output) == 1
+    assert [line.split()[0] for line in output if "val/accuracy/best " in line] == ["E1_U38_S1205", "E2_U76_S2410"]
 
 
 def test_set_changes_any_setting(folder):
-    sets = {"trainer.max_updates": 3, "model.width": 2, "callbacks.1.every_n_updates": 1, "run.output": "elsewhere"}
-    invoke(
-        "train",
-        "small.yaml",
-        *(word for key, value in sets.items() for word in ("--set", f"{key}={value}")),
-        cwd=folder,
-    )
+    changes = ["trainer.max_updates=3", "model.width=2", "callbacks.1.every_n_updates=1", "run.output=elsewhere"]
+    invoke("train", "small.yaml", *set_options(changes), cwd=folder)
     run = only_run(folder / "elsewhere/small")
     assert [line["update"] for line in lines(run)] == [1, 2, 3]
     assert weights(run)["features.0.weight"].shape == (2, 1, 3, 3)
@@ -133,7 +129,7 @@ def test_set_changes_any_setting(folder):
     assert not (folder / "out").exists()
 
 
-def test_two_runs_of_one_second_have_two_directories(folder, monkeypatch):
+def test_two_runs_started_in_one_second_have_two_directories(folder, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "20260102-030405")
     for _ in range(2):
         invoke("train", "small.yaml", "--set", "trainer.max_updates=1", cwd=folder)
@@ -145,15 +141,15 @@ def test_two_runs_of_one_second_have_two_directories(folder, monkeypatch):
     assert [manifest["run_id"] for manifest in manifests] == runs
 
 
-def test_a_seed_is_the_whole_run(folder):
+def test_a_seed_determines_the_run(folder):
     for seed in (0, 0, 1):
         invoke("train", "small.yaml", "--set", "trainer.max_updates=3", "--set", f"run.seed={seed}", cwd=folder)
-    first, again, other = (weights(run) for run in sorted((folder / "out/small").iterdir(), key=_begun))
+    first, again, other = (weights(run) for run in sorted((folder / "out/small").iterdir(), key=_start_order))
     assert same(first, again)
     assert not same(first, other)
 
 
-def _begun(run):
+def _start_order(run):
     stamp, _, number = run.name.removeprefix("20").replace("-", "", 1).partition("-")
     return stamp, int(number or 1)
 
@@ -169,7 +165,7 @@ def test_smoke_leaves_nothing_behind(folder, monkeypatch):
     assert list((folder / "tmp").iterdir()) == []
 
 
-def test_smoke_finds_what_only_running_shows(folder):
+def test_smoke_finds_errors_that_only_training_shows(folder):
     (folder / "paper.py").write_text(MODULE.replace('state.params["0.weight"]', 'state.params["nowhere"]'))
     with pytest.raises(KeyError, match="nowhere"):
         invoke("train", "paper.yaml", "--smoke", "--set", "callbacks.0.every_n_updates=1", cwd=folder)
@@ -183,15 +179,15 @@ def test_evaluate_first(folder):
     assert {"loss/val/total", "val/accuracy"} <= set(first["metrics"])
 
 
-def test_init_from_starts_with_the_weights_of_another_run(finished, tmp_path):
-    source = finished / "checkpoints/best_model.val.accuracy"
+def test_init_from_starts_with_the_weights_of_another_run(finished_run, tmp_path):
+    source = finished_run / "checkpoints/best_model.val.accuracy"
     changes = [f"run.init_from={source}", "run.output=new", "trainer.max_updates=1", "trainer.evaluate_first=true"]
     changes += ["optimizer.lr=0", "optimizer.weight_decay=0"]
-    invoke("train", "small.yaml", *(word for change in changes for word in ("--set", change)), cwd=tmp_path)
+    invoke("train", "small.yaml", *set_options(changes), cwd=tmp_path)
     run = only_run(tmp_path / "new/small")
-    measured = lines(finished)[-1]["metrics"]
+    measured = lines(finished_run)[-1]["metrics"]
     assert lines(run)[0]["metrics"] == {key: measured[key] for key in lines(run)[0]["metrics"]}
-    ours, theirs = weights(run), weights(finished, "best_model.val.accuracy")
+    ours, theirs = weights(run), weights(finished_run, "best_model.val.accuracy")
     assert all(same(ours[name], theirs[name]) for name in theirs if "num_batches" not in name and "running" not in name)
     assert ours["features.1.num_batches_tracked"] == theirs["features.1.num_batches_tracked"] + 1
     assert json.loads((run / "checkpoints/E0_U1_S32/state.json").read_text())["iteration"] == "E0_U1_S32"
@@ -207,8 +203,8 @@ def test_init_from_starts_with_the_weights_of_another_run(finished, tmp_path):
         ("{kind: torch.nn.Linear, in_features: 8, out_features: 10}", "the checkpoint has no 'bias' among its params"),
     ],
 )
-def test_init_from_refuses_weights_of_another_model(finished, tmp_path, model, why):
-    source = finished / "checkpoints/last"
+def test_init_from_refuses_weights_of_another_model(finished_run, tmp_path, model, why):
+    source = finished_run / "checkpoints/last"
     changes = ["--set", f"run.init_from={source}", "--set", "run.output=new", "--set", f"model={model}"]
     output = invoke("train", "small.yaml", *changes, cwd=tmp_path, code=2)
     right = "give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
@@ -229,14 +225,14 @@ def test_nonfinite_raise_ends_the_run_with_a_message(folder):
 
 def test_nonfinite_skip_leaves_the_weights(folder):
     changes = ["trainer.nonfinite=skip", "trainer.loss=paper.broken_loss", "trainer.max_updates=2"]
-    invoke("train", "paper.yaml", *(word for change in changes for word in ("--set", change)), cwd=folder)
+    invoke("train", "paper.yaml", *set_options(changes), cwd=folder)
     run = only_run(folder / "out/paper")
     assert [line["metrics"]["loss/online/total/U1"] for line in lines(run)] == ["NaN", "NaN"]
     assert weights(run)["1.num_batches_tracked"] == 0
 
 
-def test_a_module_of_the_users_by_the_installed_script(folder):
-    """The script does not see the working directory by itself, as `python -m` does."""
+def test_the_installed_script_finds_modules_in_the_working_directory(folder):
+    """Unlike `python -m`, the script does not find the working directory by itself."""
     script = Path(sysconfig.get_path("scripts")) / "noether"
     settings = ["--set", "trainer.max_epochs=2", "--set", "callbacks.1.every_n_epochs=1"]
     done = subprocess.run(
@@ -260,7 +256,7 @@ def test_a_module_of_the_users_by_the_installed_script(folder):
     assert (folder / "rings.txt").read_text().splitlines()[2:] == ["AtEval 2: ding "]
 
 
-def test_an_effect_that_nobody_handles_is_named(folder):
+def test_an_effect_without_a_handler_is_named(folder):
     output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=1)
     handled = "LogText, LogScalars, SetSummary, SaveTensors, ShowProgress, SaveCheckpoint, MeasurePeakMemory"
     assert output.splitlines()[-1] == (
@@ -276,12 +272,12 @@ def test_the_digits_are_learned(tmp_path):
     assert max(line["metrics"].get("val/accuracy", 0) for line in lines(run)) >= 0.985
 
 
-def test_whoever_has_read_enough_ends_no_run(folder):
-    """As `noether train ... | head` does, which closes the pipe after some lines."""
+def test_a_closed_output_pipe_does_not_end_the_run(folder):
+    """As in `noether train ... | head`, which closes the pipe after some lines."""
     with start("train", "small.yaml", cwd=folder) as process:
         assert process.stdout.readline().startswith("E0_U0_S0")
         process.stdout.close()
-        told = process.stderr.read()
-    assert told.count("console failed and may have lost log entries; training continues") == 1
-    assert "Error" not in told.replace("BrokenPipeError", "")
+        errors = process.stderr.read()
+    assert errors.count("console failed and may have lost log entries; training continues") == 1
+    assert "Error" not in errors.replace("BrokenPipeError", "")
     assert json.loads((only_run(folder / "out/small") / "summary.json").read_text())["ending"].startswith("ended at E2")

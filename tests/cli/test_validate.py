@@ -1,4 +1,4 @@
-"""`noether validate`: says what a run would be, and writes nothing."""
+"""`noether validate`: checks a configuration and writes nothing."""
 
 import pytest
 from command import ROOT, SMALL, contents, invoke
@@ -15,7 +15,7 @@ def test_the_examples_are_valid(tmp_path, tmp_path_factory, monkeypatch, config,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_callbacks_of_the_seed_run(tmp_path):
+def test_the_seed_configuration_passes_the_smoke_test(tmp_path):
     output = invoke("train", ROOT / "configs/seed.yaml", "--smoke", cwd=tmp_path)
     assert output.splitlines()[-1] == f"{ROOT / 'configs/seed.yaml'}: one update, one evaluation and one save succeeded"
     assert list(tmp_path.iterdir()) == []

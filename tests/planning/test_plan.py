@@ -1,4 +1,4 @@
-"""The plan of a configuration against what its run really did, and against what a plan may not do."""
+"""The plan of a configuration equals its run; a plan reads, writes and computes little."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ from noether.planning.plan import make_plan
 ROOT = Path(__file__).parents[2]
 
 MODULE = '''\
-"""Callbacks of a user's that ask for checkpoints, and a model with what only the CPU can make."""
+"""A user's callbacks that request checkpoints, and a model that may need values of tensors."""
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ class Stream(torch.utils.data.IterableDataset):
         return 30
 
     def __iter__(self):
-        raise AssertionError("a plan reads no stream")
+        raise AssertionError("a plan must not read a stream")
 
     def state_dict(self):
         return {"at": torch.zeros(2)}
@@ -62,7 +62,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 class Endless(torch.utils.data.IterableDataset):
     def __iter__(self):
-        raise AssertionError("it is refused before")
+        raise AssertionError("must be refused before it is read")
 
 
 class Lazy(nn.Module):
@@ -92,7 +92,7 @@ def right(outputs, batch):
 
 
 def named(state, event):
-    """Saves under a tag of its own."""
+    """Saves under a custom tag."""
     return state, (SaveCheckpoint(tag=f"mine.{state.iteration}", optimizer=False, models=("head",)),)
 
 
@@ -102,7 +102,7 @@ def begin(state, event):
 
 
 def every_second(state, event):
-    """Saves at every second epoch, which only its epochs tell."""
+    """Saves at every second epoch, without a schedule."""
     return state, (SaveCheckpoint(retention=FrozenDict(second=None)),) if state.iteration.epoch % 2 == 0 else ()
 
 
@@ -112,7 +112,7 @@ def every_tenth(state, event):
 
 
 def tagged(state, event):
-    """Saves under names of its own, which only the numbers in them tell apart."""
+    """Saves under tags that differ only by a count."""
     return state, (SaveCheckpoint(tag=f"epoch-{state.iteration.epoch:03d}", retention=FrozenDict(tagged=2)),)
 
 
@@ -131,7 +131,7 @@ def poor(state, event):
 
 
 def folds(state, event):
-    """Saves under the same names again and again; they hold numbers that are no counts."""
+    """Saves under the same tags again and again; their numbers are not counts."""
     names = [f"fold{n}" for n in (1, 2, 3)]
     return state, tuple(SaveCheckpoint(tag=name, retention=FrozenDict({name: 1})) for name in names)
 
@@ -143,7 +143,7 @@ def gives_up(state, event):
 
 
 def reads(state, event):
-    """Reads what a parameter is."""
+    """Reads the value of a parameter."""
     if state.params["head.weight"].sum().item() > 0:
         return state, (SaveCheckpoint(),)
     return state, ()
@@ -200,7 +200,7 @@ callbacks:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with the module in it, which is forgotten afterwards."""
+    """A working directory with the module in it; the import is undone afterwards."""
     (tmp_path / "mine.py").write_text(MODULE)
     path = list(sys.path)
     monkeypatch.chdir(tmp_path)
@@ -210,7 +210,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def tensor_bytes(checkpoint):
-    """Return the bytes of the tensors of a checkpoint, measurements in its memory aside: single numbers."""
+    """Return the bytes of the tensors of a checkpoint, without numbers that are measured in training."""
     files = {path.name: load_file(path) for path in checkpoint.glob("*.safetensors")}
     measured = [name for name in files.get("state.safetensors", {}) if not name.startswith("callback_states.weights/")]
     assert all(files["state.safetensors"].pop(name).ndim == 0 for name in measured)
@@ -218,30 +218,30 @@ def tensor_bytes(checkpoint):
 
 
 class Disk:
-    """What lies in the directory of checkpoints, looked at after each commit and each removal."""
+    """The checkpoints on the disk, recorded after each commit and each removal."""
 
     def __init__(self, monkeypatch):
         self.written, self.kept, self.peak = [], {}, 0
         commit, prune = Writer.commit, Writer.prune
 
-        def committed(writer, manifest):
+        def commit_and_record(writer, manifest):
             commit(writer, manifest)
             self.kept[manifest.tag] = tensor_bytes(writer._directory / manifest.tag)  # noqa: SLF001  # where it lies
             self.written.append(self.kept[manifest.tag])
             self.peak = max(self.peak, sum(self.kept.values()))
 
-        def pruned(writer, tags):
+        def prune_and_record(writer, tags):
             tags = list(tags)
             prune(writer, tags)
             for tag in tags:
                 del self.kept[tag]
 
-        monkeypatch.setattr(Writer, "commit", committed)
-        monkeypatch.setattr(Writer, "prune", pruned)
+        monkeypatch.setattr(Writer, "commit", commit_and_record)
+        monkeypatch.setattr(Writer, "prune", prune_and_record)
 
 
-def trained(config, settings, monkeypatch):
-    """Train what a configuration describes, and return its directory and what its disk saw."""
+def train(config, settings, monkeypatch):
+    """Train a configuration; return the run directory and the record of its disk."""
     disk = Disk(monkeypatch)
     with contextlib.redirect_stdout(None):
         assert start(Path(config), settings, ()) == 0
@@ -250,8 +250,8 @@ def trained(config, settings, monkeypatch):
     return directory, disk
 
 
-def logged(directory, patterns):
-    """Return the events at which a metric that one of the patterns matches was logged."""
+def logged_events(directory, patterns):
+    """Return the events at which a metric that matches one of the patterns was logged."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [
         ("".join(map(str.capitalize, line["event"].split("_"))), line["epoch"], line["update"], line["sample"])
@@ -261,7 +261,7 @@ def logged(directory, patterns):
 
 
 def check_firings(plan, directory):
-    """Assert that what logs did so at exactly the events that the plan names."""
+    """Check that the callbacks logged at exactly the planned events; return the number of checked callbacks."""
     checked = 0
     for each in plan.callbacks:
         patterns = declaration_of(each.callback).produces or ()
@@ -269,30 +269,30 @@ def check_firings(plan, directory):
         if not patterns:
             continue
         planned = [nth_firing(each.occasions, n, plan.run) for n in range(1, each.firings.count + 1)]
-        real = logged(directory, patterns)
+        real = logged_events(directory, patterns)
         assert [(p.event.__name__, p.iteration.epoch, p.iteration.update, p.iteration.sample) for p in planned] == real
         checked += 1
     return checked
 
 
 def check_saves(plan, disk):
-    """Assert that what was written and kept is what the plan says, exactly where no metric decides."""
-    made = plan.checkpoints
-    for bounds, real in ((made.written, len(disk.written)), (made.written_bytes, sum(disk.written)),
-                         (made.kept, len(disk.kept)), (made.kept_bytes, sum(disk.kept.values()))):  # fmt: skip
+    """Check that the written and kept checkpoints are within the bounds of the forecast."""
+    forecast = plan.checkpoints
+    for bounds, real in ((forecast.written, len(disk.written)), (forecast.written_bytes, sum(disk.written)),
+                         (forecast.kept, len(disk.kept)), (forecast.kept_bytes, sum(disk.kept.values()))):  # fmt: skip
         assert bounds.at_least <= real <= bounds.at_most
-    assert disk.peak <= made.peak_bytes
+    assert disk.peak <= forecast.peak_bytes
 
 
 def check_exactly(plan, disk):
-    """Assert that what was written and kept is what the plan says."""
-    made = plan.checkpoints
-    assert (made.written, made.written_bytes) == ((len(disk.written),) * 2, (sum(disk.written),) * 2)
-    assert (made.kept, made.kept_bytes) == ((len(disk.kept),) * 2, (sum(disk.kept.values()),) * 2)
-    assert disk.peak <= made.peak_bytes
+    """Check that the written and kept checkpoints equal the forecast."""
+    forecast = plan.checkpoints
+    assert (forecast.written, forecast.written_bytes) == ((len(disk.written),) * 2, (sum(disk.written),) * 2)
+    assert (forecast.kept, forecast.kept_bytes) == ((len(disk.kept),) * 2, (sum(disk.kept.values()),) * 2)
+    assert disk.peak <= forecast.peak_bytes
 
 
-def end_of(directory):
+def ending_of(directory):
     return json.loads((directory / "summary.json").read_text())["ending"]
 
 
@@ -304,36 +304,36 @@ SHORT = {
 }  # fmt: skip
 
 
-def test_every_configuration_is_compared():
+def test_every_example_configuration_is_tested():
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == set(SHORT)
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_a_plan_is_what_the_run_really_did(name, folder, monkeypatch):
+def test_the_plan_equals_the_run(name, folder, monkeypatch):
     config = ROOT / f"configs/{name}.yaml"
     settings = [*SHORT[name], *(["data.train.cache=.", "data.val.cache=.", "data.test.cache=."] * (name == "heat"))]
-    directory, disk = trained(config, settings, monkeypatch)
+    directory, disk = train(config, settings, monkeypatch)
     plan = make_plan(load(config, settings))
-    assert end_of(directory) == f"ended at {plan.run.final}"
+    assert ending_of(directory) == f"ended at {plan.run.final}"
     assert check_firings(plan, directory) >= 3
     check_saves(plan, disk)
 
 
-def test_a_plan_holds_up_to_where_a_metric_stops_the_run(folder, monkeypatch):
+def test_the_plan_is_valid_up_to_an_early_stop(folder, monkeypatch):
     config = ROOT / "configs/digits.yaml"
     settings = ["trainer.max_epochs=9", "model.width=4", "trainer.effective_batch_size=256", "callbacks.8.min_delta=1",
                 "callbacks.8.tolerance=3", "callbacks.6.every_n_epochs=2"]  # fmt: skip
-    directory, disk = trained(config, settings, monkeypatch)
-    assert end_of(directory).startswith("ended at E4_U")
+    directory, disk = train(config, settings, monkeypatch)
+    assert ending_of(directory).startswith("ended at E4_U")
     assert any("may stop the run early" in note for note in make_plan(load(config, settings)).notes)
     plan = make_plan(load(config, [*settings, "trainer.max_epochs=4"]))
     assert check_firings(plan, directory) >= 3
     check_saves(plan, disk)
 
 
-def test_everything_that_saves(folder, monkeypatch):
+def test_the_plan_of_all_savers_together(folder, monkeypatch):
     Path("saving.yaml").write_text(SAVING)
-    directory, disk = trained("saving.yaml", [], monkeypatch)
+    directory, disk = train("saving.yaml", [], monkeypatch)
     plan = make_plan(load("saving.yaml"))
     assert check_firings(plan, directory) == 3
     check_saves(plan, disk)
@@ -343,15 +343,15 @@ def test_everything_that_saves(folder, monkeypatch):
     assert (first.evaluations.count, first.evaluations.samples) == (8, 8 * 7)
 
 
-def test_without_a_metric_nothing_is_a_bound(folder, monkeypatch):
+def test_without_metrics_the_plan_is_exact(folder, monkeypatch):
     lines = [line for line in SAVING.splitlines() if "BestCheckpoint" not in line and "tolerances" not in line]
     Path("saving.yaml").write_text("\n".join(lines))
-    _, disk = trained("saving.yaml", [], monkeypatch)
+    _, disk = train("saving.yaml", [], monkeypatch)
     check_exactly(make_plan(load("saving.yaml")), disk)
 
 
-def only(callbacks, *, more="", ends="max_epochs: 7"):
-    """Write a configuration with these callbacks, and return its plan."""
+def write_and_plan(callbacks, *, more="", ends="max_epochs: 7"):
+    """Write a configuration with these callbacks to only.yaml, and return its plan."""
     text = SAVING[: SAVING.index("callbacks:")].replace("max_epochs: 7", ends).replace("width: 4", f"width: 4{more}")
     Path("only.yaml").write_text("\n".join([text + "callbacks:", *(f"  - {{{each}}}" for each in callbacks), ""]))
     return make_plan(load("only.yaml"))
@@ -360,66 +360,66 @@ def only(callbacks, *, more="", ends="max_epochs: 7"):
 SAVER = "kind: noether.core.callbacks.CheckpointCallback, every_n_epochs: 1, save_optim: true"
 
 
-def test_what_only_now_and_then_saves_is_a_bound(folder):
-    plan = only(["kind: mine.every_second, every_n_epochs: 1", SAVER])
+def test_occasional_saves_are_bounded(folder):
+    plan = write_and_plan(["kind: mine.every_second, every_n_epochs: 1", SAVER])
     assert plan.callbacks[0].checkpoints.written == (0, 7)
     assert plan.notes == ()
 
 
-def test_what_saves_at_every_tenth_is_a_bound(folder):
-    plan = only(["kind: mine.every_tenth, every_n_epochs: 1", SAVER], ends="max_epochs: 99")
+def test_saves_at_every_tenth_firing_are_bounded(folder):
+    plan = write_and_plan(["kind: mine.every_tenth, every_n_epochs: 1", SAVER], ends="max_epochs: 99")
     assert plan.callbacks[0].checkpoints.written == (0, 99)
 
 
-def test_what_saves_where_a_metric_is_large_or_small_is_a_bound(folder):
-    plan = only(["kind: mine.promising", "kind: mine.poor", SAVER])
+def test_saves_that_depend_on_a_metric_are_bounded(folder):
+    plan = write_and_plan(["kind: mine.promising", "kind: mine.poor", SAVER])
     assert [each.checkpoints.written for each in plan.callbacks[1:3]] == [(0, 7), (0, 1)]
 
 
-def test_names_that_numbers_tell_apart_are_known_exactly(folder, monkeypatch):
-    plan = only(["kind: mine.tagged, every_n_epochs: 1, at_end: true", SAVER])
-    _, disk = trained("only.yaml", [], monkeypatch)
+def test_tags_with_counts_are_forecast_exactly(folder, monkeypatch):
+    plan = write_and_plan(["kind: mine.tagged, every_n_epochs: 1, at_end: true", SAVER])
+    _, disk = train("only.yaml", [], monkeypatch)
     assert plan.callbacks[0].checkpoints.kept == (2, 2)
     check_exactly(plan, disk)
 
 
-def test_names_with_numbers_that_are_no_counts_are_known_exactly(folder, monkeypatch):
-    plan = only(["kind: mine.folds, every_n_updates: 1", SAVER], ends="max_updates: 9")
-    _, disk = trained("only.yaml", [], monkeypatch)
+def test_tags_with_other_numbers_are_forecast_exactly(folder, monkeypatch):
+    plan = write_and_plan(["kind: mine.folds, every_n_updates: 1", SAVER], ends="max_updates: 9")
+    _, disk = train("only.yaml", [], monkeypatch)
     assert plan.callbacks[0].checkpoints.written == (27, 27)
     check_exactly(plan, disk)
 
 
-def test_whom_a_plan_did_not_ask_everywhere_it_names(folder):
+def test_callbacks_that_were_not_tried_at_every_firing_are_named(folder):
     callbacks = ["kind: mine.tagged, every_n_epochs: 1", "kind: mine.named, every_n_epochs: 2", SAVER]
-    assert only(callbacks, ends="max_epochs: 13").notes == ()
-    (note,) = only(callbacks, ends="max_epochs: 14").notes
+    assert write_and_plan(callbacks, ends="max_epochs: 13").notes == ()
+    (note,) = write_and_plan(callbacks, ends="max_epochs: 14").notes
     assert note == (
         "tagged: only the first 12 firings and the last were tried; "
         "checkpoints that are requested only in between are not counted"
     )
 
 
-def test_what_reads_outputs_is_asked(folder, monkeypatch):
-    plan = only(["kind: mine.SavesOutputs, every_n_updates: 9", SAVER])
-    _, disk = trained("only.yaml", [], monkeypatch)
+def test_a_callback_that_reads_outputs_is_probed(folder, monkeypatch):
+    plan = write_and_plan(["kind: mine.SavesOutputs, every_n_updates: 9", SAVER])
+    _, disk = train("only.yaml", [], monkeypatch)
     assert plan.notes == ()
     assert plan.callbacks[0].checkpoints.written == (6, 6)
     check_exactly(plan, disk)
 
 
-def test_who_may_stop_the_run_is_named(folder):
+def test_callbacks_that_may_stop_the_run_are_named(folder):
     guard = "kind: noether.core.callbacks.NanGuardCallback, every_n_epochs: 1, tolerance: 2"
-    notes = only(["kind: mine.gives_up", guard, SAVER]).notes
+    notes = write_and_plan(["kind: mine.gives_up", guard, SAVER]).notes
     assert notes == tuple(
         f"{name} may stop the run early; the plan is valid up to that point"
         for name in ("gives_up", "NanGuardCallback/E1")
     )
-    assert only(["kind: mine.gives_up", SAVER], ends="max_epochs: 3").notes == ()  # that is the end
+    assert write_and_plan(["kind: mine.gives_up", SAVER], ends="max_epochs: 3").notes == ()  # the end of the run
 
 
-def test_what_reads_values_is_left_out_and_named(folder):
-    plan = only(["kind: mine.reads, every_n_epochs: 1", SAVER])
+def test_a_callback_that_reads_values_of_params_is_named(folder):
+    plan = write_and_plan(["kind: mine.reads, every_n_epochs: 1", SAVER])
     (note,) = plan.notes
     assert note.startswith(
         "checkpoints of reads are not counted: it cannot be called before training: RuntimeError: Tensor.item()"
@@ -427,24 +427,24 @@ def test_what_reads_values_is_left_out_and_named(folder):
     assert plan.checkpoints.written == (8, 8)
 
 
-def test_what_returns_no_pair_is_left_out_and_named(folder):
-    (note,) = only(["kind: mine.forgets, every_n_epochs: 1", SAVER]).notes
+def test_a_callback_that_returns_no_pair_is_named(folder):
+    (note,) = write_and_plan(["kind: mine.forgets, every_n_epochs: 1", SAVER]).notes
     assert note.startswith(
         "checkpoints of forgets are not counted: it cannot be called before training: TypeError: cannot unpack"
     )
 
 
-def test_what_iterates_by_itself_is_asked_with_one_sample(folder):
-    plan = only(["kind: mine.Confusion, every_n_epochs: 2, dataset_key: val", SAVER])
+def test_a_callback_that_iterates_data_is_probed_with_one_sample(folder):
+    plan = write_and_plan(["kind: mine.Confusion, every_n_epochs: 2, dataset_key: val", SAVER])
     assert plan.notes == ()
     assert plan.callbacks[0].evaluations.samples == 3 * 7
 
 
-def test_a_model_that_needs_values_is_made_on_the_cpu(folder):
-    plan = only([SAVER], more=", valued: true")
+def test_a_model_that_needs_values_is_built_on_the_cpu(folder):
+    plan = write_and_plan([SAVER], more=", valued: true")
     (note,) = plan.notes
     assert note.startswith("mine.Net was built on the CPU: it needs values of tensors (RuntimeError")
-    assert plan.checkpoints == only([SAVER], more="").checkpoints
+    assert plan.checkpoints == write_and_plan([SAVER], more="").checkpoints
 
 
 @pytest.mark.parametrize(
@@ -453,17 +453,17 @@ def test_a_model_that_needs_values_is_made_on_the_cpu(folder):
 def test_the_optimizers_memory_is_counted(optimizer, folder, monkeypatch):
     text = SAVING.replace("AdamW, lr: 0.05", optimizer)
     Path("only.yaml").write_text(text[: text.index("callbacks:")] + f"callbacks: [{{{SAVER}}}]\n")
-    _, disk = trained("only.yaml", ["trainer.max_epochs=1"], monkeypatch)
+    _, disk = train("only.yaml", ["trainer.max_epochs=1"], monkeypatch)
     assert make_plan(load("only.yaml")).checkpoints.each_bytes == (disk.written[0],)
 
 
-def test_a_fixed_stop_is_the_end(folder, monkeypatch):
+def test_the_plan_ends_at_a_fixed_stop(folder, monkeypatch):
     callbacks = [SAVER, "kind: noether.core.callbacks.FixedUpdateEarlyStopping, stop_at_sample: 50",
                  "kind: noether.core.callbacks.FixedUpdateEarlyStopping, stop_at_epoch: 3",
                  "kind: noether.core.callbacks.OnlineLossCallback, every_n_updates: 3"]  # fmt: skip
-    plan = only(callbacks)
-    directory, disk = trained("only.yaml", [], monkeypatch)
-    assert end_of(directory) == f"ended at {plan.run.final}: stop_at_sample: 50 is reached"
+    plan = write_and_plan(callbacks)
+    directory, disk = train("only.yaml", [], monkeypatch)
+    assert ending_of(directory) == f"ended at {plan.run.final}: stop_at_sample: 50 is reached"
     check_firings(plan, directory)
     check_saves(plan, disk)
     assert [each.firings.count for each in plan.callbacks[1:3]] == [1, 0]
@@ -474,21 +474,21 @@ def test_a_fixed_stop_is_the_end(folder, monkeypatch):
     )
 
 
-def test_a_fixed_stop_among_callbacks_of_one_section_is_the_end(folder, monkeypatch):
-    plan = only(["kind: mine.both", SAVER])
-    directory, disk = trained("only.yaml", [], monkeypatch)
-    assert end_of(directory) == f"ended at {plan.run.final}: stop_at_epoch: 2 is reached"
+def test_the_plan_ends_at_a_fixed_stop_inside_a_composed_callback(folder, monkeypatch):
+    plan = write_and_plan(["kind: mine.both", SAVER])
+    directory, disk = train("only.yaml", [], monkeypatch)
+    assert ending_of(directory) == f"ended at {plan.run.final}: stop_at_epoch: 2 is reached"
     assert [each.path for each in plan.callbacks[:2]] == [("callbacks", 0)] * 2
     check_exactly(plan, disk)
 
 
-def test_a_stream_is_planned_unread(folder):
-    plan = only([SAVER])
+def test_a_stream_is_not_read(folder):
+    plan = write_and_plan([SAVER])
     text = Path("only.yaml").read_text().replace("kind: mine.Points, length: 30", "kind: mine.Stream")
     Path("only.yaml").write_text(text)
     streamed = make_plan(load("only.yaml"))
     assert streamed.run.final == plan.run.final
-    assert streamed.checkpoints.each_bytes == (plan.checkpoints.each_bytes[0] + 8,)  # its place
+    assert streamed.checkpoints.each_bytes == (plan.checkpoints.each_bytes[0] + 8,)  # its position
 
 
 @pytest.mark.parametrize(
@@ -498,8 +498,8 @@ def test_a_stream_is_planned_unread(folder):
         ("model: {kind: mine.Lazy}", "only.yaml:2: model: Attempted to use an uninitialized parameter"),
     ],
 )
-def test_what_training_could_not_begin_with_is_refused(kind, message, folder):
-    only([SAVER])
+def test_configurations_that_cannot_be_trained_are_refused(kind, message, folder):
+    write_and_plan([SAVER])
     old = {"val": "val: {kind: mine.Points, length: 7}", "model": "model: {kind: mine.Net, width: 4}"}[
         kind.split(":")[0]
     ]
@@ -523,55 +523,55 @@ def test_a_billion_epochs_are_planned_like_ten(name, folder, monkeypatch):
         if name == "heat"
         else []
     )
-    looks = itertools.count()
-    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
+    calls = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(calls))
 
-    def looked_at(epochs):
-        begun = next(looks)
+    def count_calls(epochs):
+        before = next(calls)
         plan = make_plan(load(config, [*settings, f"trainer.max_epochs={epochs}"]))
         assert plan.run.final.epoch == epochs
-        return next(looks) - begun
+        return next(calls) - before
 
-    # Bisection looks once more for each time that the run is twice as long.
-    assert looked_at(10**9) <= (10**9).bit_length() * looked_at(10)
+    # Bisection takes one more step when the run is twice as long.
+    assert count_calls(10**9) <= (10**9).bit_length() * count_calls(10)
 
 
-def test_two_who_save_at_intervals_that_hardly_ever_meet_are_planned_without_a_walk(folder, monkeypatch):
-    looks = itertools.count()
-    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
+def test_intervals_that_rarely_meet_are_planned_without_walking_the_run(folder, monkeypatch):
+    calls = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(calls))
     callbacks = [
         "kind: noether.core.callbacks.CheckpointCallback, every_n_updates: 997, id: updates",
         "kind: noether.core.callbacks.CheckpointCallback, every_n_samples: 9973, id: samples",
     ]
 
-    def looked_at(epochs):
-        begun = next(looks)
-        assert only(callbacks, ends=f"max_epochs: {epochs}").checkpoints.written.at_least > epochs // 200
-        return next(looks) - begun
+    def count_calls(epochs):
+        before = next(calls)
+        assert write_and_plan(callbacks, ends=f"max_epochs: {epochs}").checkpoints.written.at_least > epochs // 200
+        return next(calls) - before
 
-    # Bisection looks once more for each time that the run is twice as long; a walk would look 10,000 times as often.
-    assert looked_at(10**9) <= 3 * looked_at(10**5)
-
-
-def test_a_million_that_stay_are_planned_like_two(folder, monkeypatch):
-    looks = itertools.count()
-    monkeypatch.setattr(Run, "iteration_after", _counting(looks))
-
-    def looked_at(keep):
-        begun = next(looks)
-        made = only([f"{SAVER}, keep: {keep}"], ends=f"max_epochs: {10**9}").checkpoints
-        assert (made.written, made.kept) == ((10**9 + 1,) * 2, (keep,) * 2)
-        assert made.kept_bytes == (keep * made.each_bytes[0],) * 2
-        return next(looks) - begun
-
-    assert looked_at(10**6) <= 1.1 * looked_at(2)
+    # Bisection takes one more step when the run is twice as long; walking the run would take 10,000 times as many.
+    assert count_calls(10**9) <= 3 * count_calls(10**5)
 
 
-def _counting(looks):
+def test_keeping_a_million_is_planned_like_keeping_two(folder, monkeypatch):
+    calls = itertools.count()
+    monkeypatch.setattr(Run, "iteration_after", _counting(calls))
+
+    def count_calls(keep):
+        before = next(calls)
+        forecast = write_and_plan([f"{SAVER}, keep: {keep}"], ends=f"max_epochs: {10**9}").checkpoints
+        assert (forecast.written, forecast.kept) == ((10**9 + 1,) * 2, (keep,) * 2)
+        assert forecast.kept_bytes == (keep * forecast.each_bytes[0],) * 2
+        return next(calls) - before
+
+    assert count_calls(10**6) <= 1.1 * count_calls(2)
+
+
+def _counting(calls):
     function = Run.iteration_after
 
-    def counted(run, update):
-        next(looks)
+    def count_and_call(run, update):
+        next(calls)
         return function(run, update)
 
-    return counted
+    return count_and_call
