@@ -131,8 +131,8 @@ CASES = {
     "unknown metric key": (
         [("metric_key: val/accuracy", "metric_key: vall/accuracy")],
         (
-            "bad.yaml:32: callbacks[3]: BestMetricCallback/E1/vall/accuracy consumes 'vall/accuracy', which nobody "
-            "produces; produced before it: loss/online/*/U5, val/accuracy; did you mean 'val/accuracy'?"
+            "bad.yaml:32: callbacks[3]: BestMetricCallback/E1/vall/accuracy consumes 'vall/accuracy', which no "
+            "callback produces; produced before it: loss/online/*/U5, val/accuracy; did you mean 'val/accuracy'?"
         ),
     ),
     "consumer before its producer": (
