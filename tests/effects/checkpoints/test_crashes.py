@@ -1,4 +1,4 @@
-"""Whatever happens in the middle of a save, no checkpoint that was reported as saved is ever lost, and all goes on."""
+"""Faults, kills and losses of power during a save never lose a checkpoint that was reported as saved."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from small_run import BEST, NO_FSYNC, open_small_run, state_after, train
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint
 from noether.effects import CheckpointError, CheckpointStore, LogError
-from noether.effects.checkpoints import writer as writing
+from noether.effects.checkpoints import writer
 from noether.effects.checkpoints.listing import list_checkpoints
 from noether.effects.disk.calls import Disk
 from noether.effects.disk.files import TEMPORARY_PREFIX, remove_tree, write_new_file
@@ -20,15 +20,15 @@ from noether.effects.run_logs import RunLogs
 from noether.testing import same
 
 
-def check(directory, acknowledged):
-    """Check what is in a directory after whatever happened, and that a run goes on there.
+def check_recovery(directory, acknowledged):
+    """Check the directory of a run after a crash, and that the run can resume and save there.
 
     Args:
-        directory: Of the run.
+        directory: The directory of the run.
         acknowledged: The newest update that was reported as saved; 0 for none.
     """
-    found = list_checkpoints(directory / "checkpoints", NO_FSYNC)
-    assert (found.damaged, found.broken) == ({}, {})
+    listing = list_checkpoints(directory / "checkpoints", NO_FSYNC)
+    assert (listing.damaged, listing.broken) == ({}, {})
     with open_small_run(directory) as run:
         state = run.resume()
         newest = 0 if state is None else state.iteration.update
@@ -37,9 +37,9 @@ def check(directory, acknowledged):
         store = run.checkpoints
         for name, since in (("latest", 1), ("best", BEST)):
             if acknowledged >= since:
-                pointed = store.load(store.find(name))
-                assert pointed.iteration.update >= (acknowledged if name == "latest" else BEST)
-                assert same(pointed, state_after(pointed.iteration.update))
+                target = store.load(store.find(name))
+                assert target.iteration.update >= (acknowledged if name == "latest" else BEST)
+                assert same(target, state_after(target.iteration.update))
         lines = (directory / "metrics.jsonl").read_text().splitlines() if newest else []
         lost = max((each.log_lines_lost for each in store.manifests() if each.iteration.update == newest), default=0)
         assert newest - lost <= len(lines) <= newest
@@ -50,15 +50,15 @@ def check(directory, acknowledged):
 
 @pytest.fixture(scope="module")
 def three_saves(tmp_path_factory):
-    """A run of three checkpoints, of which a save at update 4 removes one."""
-    directory = tmp_path_factory.mktemp("begun") / "run"
+    """A run with three checkpoints, one of which a save at update 4 removes."""
+    directory = tmp_path_factory.mktemp("three") / "run"
     with open_small_run(directory) as run:
         assert list(train(run, (1, 2, 3))) == [1, 2, 3]
     return directory
 
 
-def saved_with(directory, *fault):
-    """Save twice on a disk with a fault; return the newest update that was reported as saved, and the calls of one."""
+def save_with_fault(directory, *fault):
+    """Save twice on a disk with a fault; return the newest update reported as saved, and the calls of one save."""
     faults, newest, calls = Faults(), 3, []
     with open_small_run(directory, Disk(faults)) as run:
         run.resume()
@@ -74,62 +74,67 @@ def saved_with(directory, *fault):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_fault_in_any_call_of_a_save_with_a_prune_loses_a_checkpoint(three_saves, tmp_path, kind):
-    calm = shutil.copytree(three_saves, tmp_path / "calm" / "run")
-    newest, calls = saved_with(calm)
-    assert (newest, (calm / "checkpoints" / str(state_after(2).iteration)).exists()) == (5, False)
-    # Eleven kinds of faults, each in all of the calls that it can meet.
+def test_no_fault_in_a_call_of_a_save_loses_a_checkpoint(three_saves, tmp_path, kind):
+    faultless = shutil.copytree(three_saves, tmp_path / "faultless" / "run")
+    newest, calls = save_with_fault(faultless)
+    assert (newest, (faultless / "checkpoints" / str(state_after(2).iteration)).exists()) == (5, False)
+    # Eleven kinds of faults, each in every call in which it can occur.
     assert len(calls) >= 100
-    met = [number for number, name in enumerate(calls) if can_meet(name, kind)]
-    assert len(met) >= 10
-    for number in met:
+    faulty = [number for number, name in enumerate(calls) if can_meet(name, kind)]
+    assert len(faulty) >= 10
+    for number in faulty:
         directory = shutil.copytree(three_saves, tmp_path / str(number) / "run")
-        newest, _ = saved_with(directory, number, kind)
-        check(directory, newest)
+        newest, _ = save_with_fault(directory, number, kind)
+        check_recovery(directory, newest)
         shutil.rmtree(directory)
 
 
-def cut_off(root, samples, skipped=None):
+def lose_power(root, samples, skips_fsync=None):
     """Train in two processes; return what a loss of power after each of their calls may leave.
 
+    Args:
+        root: Where to train.
+        samples: How many possible outcomes to draw after each call.
+        skips_fsync: Which fsyncs a mutant omits.
+
     Returns:
-        Pairs of what survived, by path below `root`, and the newest update that had been reported as saved.
+        Pairs of the surviving files, by path below `root`, and the newest update that had been reported as saved.
     """
     root.mkdir()
-    chance, found, saved = random.Random(0), [], 0  # noqa: S311  # no secrets
+    chance, outcomes, saved = random.Random(0), [], 0  # noqa: S311  # no secrets
 
     def lose():
-        found.extend((power.survivors(chance), saved) for _ in range(samples))
+        outcomes.extend((power.survivors(chance), saved) for _ in range(samples))
 
-    power = PowerLoss(root, lose, skipped)
+    power = PowerLoss(root, lose, skips_fsync)
     for updates in ((1, 2, 3), (4, 5)):
         with open_small_run(root / "run", Disk(power)) as run:
             run.resume()
             for update in train(run, updates, keep=1):
                 saved = update
-            # Beyond the last checkpoint: the next process cuts it off.
+            # Beyond the last checkpoint: the next process removes this line.
             run.interpreter([LogScalars({"loss": 0.0})], state_after(updates[-1] + 1), AfterUpdate(samples=4))
-    return found
+    return outcomes
 
 
-def check_survivors(found, folder):
-    for number, (survivors, saved) in enumerate(found):
+def check_outcomes(outcomes, folder):
+    for number, (survivors, saved) in enumerate(outcomes):
         root = folder / str(number)
         root.mkdir(parents=True)
         write_tree(survivors, root)
-        check(root / "run", saved)
+        check_recovery(root / "run", saved)
         shutil.rmtree(root)
 
 
-def test_a_loss_of_power_at_any_moment_loses_nothing_that_was_saved(tmp_path):
-    found = cut_off(tmp_path / "root", 6)
-    different = {(tuple(survivors.items()), saved) for survivors, saved in found}
+def test_no_loss_of_power_loses_a_saved_checkpoint(tmp_path):
+    outcomes = lose_power(tmp_path / "root", 6)
+    different = {(tuple(survivors.items()), saved) for survivors, saved in outcomes}
     assert len(different) >= 1000
-    check_survivors([(dict(survivors), saved) for survivors, saved in different], tmp_path)
+    check_outcomes([(dict(survivors), saved) for survivors, saved in different], tmp_path)
 
 
 def log_and_save(run, updates):
-    """Log at each of `updates` within one second, save at every third; yield each update that is reported as saved."""
+    """Log at each of `updates` within one second, and save at every third; yield each update reported as saved."""
     for update in updates:
         save = [SaveCheckpoint(pointers=("latest",), retention={"c": 1})] if update % 3 == 0 else []
         event = AfterUpdate(samples=4, time_s=1000 + update / 100)
@@ -138,13 +143,13 @@ def log_and_save(run, updates):
             yield update
 
 
-def waiting_cut_off(root, samples):
-    """Do as `cut_off` while lines wait, four of which are beyond the last save."""
+def lose_power_with_buffered_lines(root, samples):
+    """Do as `lose_power` while the log buffers lines, four of which are beyond the last save."""
     root.mkdir()
-    chance, found, saved = random.Random(0), [], 0  # noqa: S311  # no secrets
+    chance, outcomes, saved = random.Random(0), [], 0  # noqa: S311  # no secrets
 
     def lose():
-        found.extend((power.survivors(chance), saved) for _ in range(samples))
+        outcomes.extend((power.survivors(chance), saved) for _ in range(samples))
 
     power = PowerLoss(root, lose)
     for updates in (range(1, 8), range(7, 14)):
@@ -152,12 +157,12 @@ def waiting_cut_off(root, samples):
             run.resume()
             for update in log_and_save(run, updates):
                 saved = update
-    return found
+    return outcomes
 
 
-def check_waiting(found, folder):
-    """Check that a run goes on with the lines up to its state, and none that was saved is missing or there twice."""
-    for number, (survivors, saved) in enumerate(found):
+def check_lines(outcomes, folder):
+    """Check that a resumed run has each line up to its state exactly once."""
+    for number, (survivors, saved) in enumerate(outcomes):
         root = folder / str(number)
         root.mkdir(parents=True)
         write_tree(survivors, root)
@@ -176,24 +181,24 @@ def updates_in(log):
     return [json.loads(line)["update"] for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def test_a_loss_of_power_while_lines_wait_loses_none_that_was_saved(tmp_path):
-    found = waiting_cut_off(tmp_path / "root", 3)
-    different = {(tuple(survivors.items()), saved) for survivors, saved in found}
+def test_no_loss_of_power_loses_a_buffered_line_of_a_checkpoint(tmp_path):
+    outcomes = lose_power_with_buffered_lines(tmp_path / "root", 3)
+    different = {(tuple(survivors.items()), saved) for survivors, saved in outcomes}
     assert len(different) >= 200
-    check_waiting([(dict(survivors), saved) for survivors, saved in different], tmp_path)
+    check_lines([(dict(survivors), saved) for survivors, saved in different], tmp_path)
 
 
-def test_a_save_that_leaves_lines_waiting_is_caught(tmp_path, monkeypatch):
+def test_a_save_without_a_flush_of_the_logs_is_caught(tmp_path, monkeypatch):
     with monkeypatch.context() as mutated:
         mutated.setattr(RunLogs, "flush_files", lambda self: None)
-        found = waiting_cut_off(tmp_path / "root", 3)
+        outcomes = lose_power_with_buffered_lines(tmp_path / "root", 3)
     with pytest.raises(AssertionError):
-        check_waiting(found, tmp_path)
+        check_lines(outcomes, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind):
-    """Faults in every call of a run in which three lines are handed over by each save."""
+def test_no_fault_loses_a_buffered_line_without_counting_it(tmp_path, kind):
+    """Faults in every call of a run in which each save flushes three lines."""
     for number in range(1000):
         directory, faults, saved = tmp_path / str(number) / "run", Faults(), 0
         run = open_small_run(directory, Disk(faults))
@@ -207,7 +212,7 @@ def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind)
             discard_all_buffers()  # a process that ended has no memory
         faults.armed = False
         run.close()
-        met = number < len(faults.names)
+        reached = number < len(faults.names)
         with open_small_run(directory) as run:
             state = run.resume()
             newest = 0 if state is None else state.iteration.update
@@ -217,7 +222,7 @@ def test_no_fault_while_lines_wait_loses_one_that_is_not_counted(tmp_path, kind)
             assert found == sorted(set(found))
             assert len(found) + lost >= newest
         shutil.rmtree(directory.parent)
-        if not met:
+        if not reached:
             break
     assert number >= 50
 
@@ -253,26 +258,26 @@ def save_in_order(*order):
     return save_out_of_order
 
 
-def pruned_in_place(self, tags):
+def prune_in_place(self, tags):
     for tag in tags:
         remove_tree(self._directory / tag, self._disk)
 
 
-def replaced_in_place(path, text, disk):
+def replace_in_place(path, text, disk):
     if disk.kind(path) is not None:
         disk.remove(path)
     write_new_file(path, [text.encode()], disk)
     disk.fsync_directory(path.parent)
 
 
-# By name: what is replaced (where, what, by what), and what is not flushed.
+# By name: arguments of `monkeypatch.setattr`, and which fsyncs are omitted.
 MUTANTS = {
-    "no file is flushed": ((), lambda path, kind: kind == "file"),
-    "the directory is not flushed": (
+    "no fsync of files": ((), lambda path, kind: kind == "file"),
+    "no fsync of the directory": (
         (),
         lambda path, kind: path.name.startswith(TEMPORARY_PREFIX) and kind == "directory",
     ),
-    "the parent is not flushed": ((), lambda path, kind: path.name == "checkpoints"),
+    "no fsync of the parent": ((), lambda path, kind: path.name == "checkpoints"),
     "pointers before the commit": (
         (CheckpointStore, "save", save_in_order("_write", "_move_pointers", "_commit", "_prune")),
         None,
@@ -282,20 +287,20 @@ MUTANTS = {
         (CheckpointStore, "save", save_in_order("_write", "_commit", "_prune", "_move_pointers")),
         None,
     ),
-    "written in place": ((writing.Writer, "_temporary", lambda self, tag: self._directory / tag), None),
-    "pruned in place": ((writing.Writer, "prune", pruned_in_place), None),
-    "pointers replaced in place": ((writing, "replace_text", replaced_in_place), None),
-    "the log is not flushed": ((LinesFile, "fsync", lambda self, counts: counts), None),
+    "written in place": ((writer.Writer, "_temporary", lambda self, tag: self._directory / tag), None),
+    "pruned in place": ((writer.Writer, "prune", prune_in_place), None),
+    "pointers replaced in place": ((writer, "replace_text", replace_in_place), None),
+    "no fsync of the log": ((LinesFile, "fsync", lambda self, counts: counts), None),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_of_the_protocol_is_caught(tmp_path, monkeypatch, mutant):
-    change, skipped = MUTANTS[mutant]
+    change, skips_fsync = MUTANTS[mutant]
     with monkeypatch.context() as mutated:
         if change:
             mutated.setattr(*change)
-        found = cut_off(tmp_path / "root", 2, skipped)
-    check(tmp_path / "root" / "run", 5)  # while nothing happens, it does as it should
+        outcomes = lose_power(tmp_path / "root", 2, skips_fsync)
+    check_recovery(tmp_path / "root" / "run", 5)  # without a loss of power, the mutant works
     with pytest.raises((AssertionError, CheckpointError, LogError)):
-        check_survivors(found, tmp_path)
+        check_outcomes(outcomes, tmp_path)

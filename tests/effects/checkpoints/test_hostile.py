@@ -1,4 +1,4 @@
-"""A checkpoint that somebody made to do harm: consistent to the last hash, and still only data, or refused."""
+"""Malicious checkpoints with valid hashes: they are refused, or loaded as data only."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ def honest_state():
 
 @pytest.fixture(scope="module", autouse=True)
 def honest(tmp_path_factory):
-    """The files of a checkpoint that was honestly saved; loaded once, so that all code that this needs is there."""
+    """The files of a valid checkpoint; it is loaded once, so that later loads import nothing."""
     folder = tmp_path_factory.mktemp("honest")
     store = CheckpointStore(folder, "run")
     store.save(SaveCheckpoint(tag="x"), honest_state(), AfterUpdate(samples=4))
@@ -44,8 +44,8 @@ def honest(tmp_path_factory):
     return {path.name: path.read_bytes() for path in (folder / "x").iterdir()}
 
 
-def signed(content):
-    """Return a manifest with its own hash, as whoever means harm would compute it, too."""
+def sign(content):
+    """Return the text of a manifest with its hash, which an attacker can compute as well."""
 
     def text(of):
         return json.dumps(of, indent=1) + "\n"
@@ -54,15 +54,15 @@ def signed(content):
     return text({**unsigned, "sha256": hashlib.sha256(text(unsigned).encode()).hexdigest()})
 
 
-def forged(folder, honest, files=None, manifest=None):
-    """Write a checkpoint `x` with other files, whose sizes and hashes are right, and with another manifest."""
+def forge(folder, honest, files=None, manifest=None):
+    """Write a checkpoint `x` with changed files or a changed manifest, and with the right sizes and hashes."""
     changed = {name: content for name, content in {**honest, **(files or {})}.items() if content is not None}
     content = json.loads(changed.pop("MANIFEST.json"))
     hashes = {
         name: {"size_bytes": len(each), "sha256": hashlib.sha256(each).hexdigest()} for name, each in changed.items()
     }
     content["parts"] = hashes
-    text = manifest(content) if manifest else signed(content)
+    text = manifest(content) if manifest else sign(content)
     (folder / "x").mkdir(parents=True)
     for name, each in {**changed, "MANIFEST.json": text.encode() if isinstance(text, str) else text}.items():
         (folder / "x" / name).write_bytes(each)
@@ -70,33 +70,33 @@ def forged(folder, honest, files=None, manifest=None):
 
 
 def refusal(store, name="x"):
-    """Return why a checkpoint is refused, by both ways to load it; they may do nothing but read the files in it."""
+    """Return why `load` and `recover` refuse a checkpoint; check that they only read its files."""
     with record_audit() as events:
-        with pytest.raises(CheckpointError) as found:
+        with pytest.raises(CheckpointError) as load_error:
             store.load(store.find(name))
-        with pytest.raises(CheckpointError) as recovered:
+        with pytest.raises(CheckpointError) as recover_error:
             store.recover()
     assert (dangerous_events(events), executions(events)) == ([], [])
     assert {Path(each).parent.name for each in opened_paths(events)} <= {"x"}
-    said = str(found.value)
-    first, *reasons = str(recovered.value).splitlines()
+    message = str(load_error.value)
+    first, *reasons = str(recover_error.value).splitlines()
     assert first.startswith("the run cannot resume from any of the 1 checkpoints")
-    assert [reason.strip().partition(": ")[0] for reason in reasons] == [said.partition(": ")[0]]
-    return said
+    assert [reason.strip().partition(": ")[0] for reason in reasons] == [message.partition(": ")[0]]
+    return message
 
 
 class Executed:
-    """Whoever unpickles it makes a file."""
+    """Creates a directory when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
 
-def test_what_would_be_seen(tmp_path, monkeypatch):
-    """All the tests here would pass if the watch were blind."""
+def test_the_audit_detects_harm(tmp_path, monkeypatch):
+    """Without this, the tests here would pass if the audit saw nothing."""
     monkeypatch.chdir(tmp_path)
     with record_audit() as events:
-        pickle.loads(pickle.dumps(Executed()))  # noqa: S301  # that is the point
+        pickle.loads(pickle.dumps(Executed()))  # noqa: S301  # the test needs it
         exec("pass")  # noqa: S102
         (tmp_path / "written").write_text("x")
         (tmp_path / "written").read_text()
@@ -106,7 +106,7 @@ def test_what_would_be_seen(tmp_path, monkeypatch):
     assert (tmp_path / "executed").exists()
 
 
-def by_torch():
+def torch_file():
     content = io.BytesIO()
     torch.save({"w": Executed()}, content)
     return content.getvalue()
@@ -120,7 +120,7 @@ def facts(**changes):
 
 
 def tensors(w=W, known=None, *, content=bytes(36), metadata=None, header=None, length=None):
-    """Return a file of tensors with one thing in it that is not as it should be."""
+    """Return a file of tensors with one thing wrong."""
     known = facts() if known is None else known
     metadata = {"noether": known if isinstance(known, str) else json.dumps(known)} if metadata is None else metadata
     text = json.dumps({"__metadata__": metadata, "w": w}).encode() if header is None else header
@@ -129,7 +129,7 @@ def tensors(w=W, known=None, *, content=bytes(36), metadata=None, header=None, l
 
 
 HOSTILE_TENSORS = {
-    "a file of torch": by_torch(),
+    "a file of torch": torch_file(),
     "a pickle": pickle.dumps(Executed()),
     "nothing": b"",
     "half a length": b"\0\0\0",
@@ -137,7 +137,7 @@ HOSTILE_TENSORS = {
     "a header of 2**64 - 1 bytes": tensors(length=2**64 - 1),
     "a header longer than the file": tensors(length=4096),
     "a header of no bytes": tensors(length=0),
-    "a header that is no JSON": tensors(header=b"import os"),
+    "a header that is not JSON": tensors(header=b"import os"),
     "a header nested deeply": tensors(header=b'{"w":' * DEEP),
     "a header of lists": tensors(header=b"[" * DEEP),
     "offsets beyond the file": tensors({**W, "shape": [6, 3], "data_offsets": [0, 72]}),
@@ -161,16 +161,16 @@ HOSTILE_TENSORS = {
     "a stride of 0": tensors(known=facts(strides={"w": [0, 8]})),
     "huge strides": tensors(known=facts(strides={"w": [2**62, 2**62]})),
     "strides beyond 64 bits": tensors(known=facts(strides={"w": [HUGE, 1]})),
-    # They lie in the right number of elements, and the elements upon each other: read back, other values than written.
+    # They fit the number of elements, but elements overlap, so other values would be read than were written.
     "overlapping strides": tensors(known=facts(strides={"w": [2, 2]})),
-    "strides that are no numbers": tensors(known=facts(strides={"w": ["1", "3"]})),
-    "strides that are no whole numbers": tensors(known=facts(strides={"w": [1.0, 3.0]})),
+    "strides that are text": tensors(known=facts(strides={"w": ["1", "3"]})),
+    "strides that are fractions": tensors(known=facts(strides={"w": [1.0, 3.0]})),
     "strides of something else": tensors(known=facts(strides={"v": [1, 3]})),
     "strides that are a list": tensors(known=facts(strides=[1])),
     "strides of another dimension": tensors(known=facts(strides={"w": [1, 3, 9]})),
     "facts that are a list": tensors(known=[]),
     "facts that are null": tensors(known="null"),
-    "facts that are no JSON": tensors(known="__import__('os').mkdir('executed')"),
+    "facts that are not JSON": tensors(known="__import__('os').mkdir('executed')"),
     "facts nested deeply": tensors(known="[" * DEEP),
     "facts that are a number": tensors(metadata={"noether": 3}),
     "no facts": tensors(metadata={}),
@@ -189,25 +189,25 @@ HOSTILE_WEIGHTS = {
 
 
 @pytest.mark.parametrize("what", HOSTILE_TENSORS | HOSTILE_WEIGHTS)
-def test_weights_that_are_none(tmp_path, monkeypatch, honest, what):
+def test_hostile_weights_are_refused(tmp_path, monkeypatch, honest, what):
     monkeypatch.chdir(tmp_path)
-    store = forged(tmp_path / "c", honest, {WEIGHTS: (HOSTILE_TENSORS | HOSTILE_WEIGHTS)[what]})
-    said = refusal(store)
-    assert said.startswith(f"{tmp_path}/c/x does not hold a state: ")
-    assert f" {WEIGHTS}: " in said
-    assert "\n" not in said
+    store = forge(tmp_path / "c", honest, {WEIGHTS: (HOSTILE_TENSORS | HOSTILE_WEIGHTS)[what]})
+    message = refusal(store)
+    assert message.startswith(f"{tmp_path}/c/x does not hold a state: ")
+    assert f" {WEIGHTS}: " in message
+    assert "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 @pytest.mark.parametrize("what", HOSTILE_TENSORS)
 @pytest.mark.parametrize("name", [OPTIMIZER, MEMORY])
-def test_tensors_beside_the_state_that_are_none(tmp_path, honest, name, what):
-    assert f" {name}: " in refusal(forged(tmp_path, honest, {name: HOSTILE_TENSORS[what]}))
+def test_hostile_tensors_of_the_state_are_refused(tmp_path, honest, name, what):
+    assert f" {name}: " in refusal(forge(tmp_path, honest, {name: HOSTILE_TENSORS[what]}))
 
 
-def test_the_forger_can_forge(tmp_path, honest):
-    """All of the above are refused for the one thing that is wrong with them, and not because they are forged."""
-    store = forged(tmp_path, honest, {WEIGHTS: tensors(known=facts(strides={"w": [1, 3]}))})
+def test_valid_forgery_is_loaded(tmp_path, honest):
+    """The others are refused for the one thing that is wrong with them, not because they are forged."""
+    store = forge(tmp_path, honest, {WEIGHTS: tensors(known=facts(strides={"w": [1, 3]}))})
     assert same(store.load(store.find("x")), honest_state().replace(params={"w": torch.zeros(3, 3)}))
 
 
@@ -215,46 +215,46 @@ def state_text(honest, **changes):
     return json.dumps(json.loads(honest[STATE]) | changes, indent=1).encode()
 
 
-def replaced(honest, old, new):
+def replace_text(honest, old, new):
     text = honest[STATE].decode()
     assert text.count(old) == 1
     return text.replace(old, new).encode()
 
 
 TREES = ["hyperparams", "metrics", "callback_states", "opt_state"]
-NO_TREE = {
+HOSTILE_TREES = {
     "null": None,
     "a number": 3,
     "text": "os.system",
     "a list": [1],
     "a tuple": {"$tuple": []},
     "a list inside": {"a": [1]},
-    "an entry that nobody knows": {"a": {"$kind": "os.system"}},
-    "another one": {"a": {"$reduce": {"$tuple": ["os.system", "mkdir executed"]}}},
+    "an unknown entry": {"a": {"$kind": "os.system"}},
+    "another unknown entry": {"a": {"$reduce": {"$tuple": ["os.system", "mkdir executed"]}}},
     "an entry beside others": {"a": {"$tuple": [], "$dict": {}}},
     "an entry behind others": {"a": {"b": 1, "$tensor": "ema"}},
-    "a tensor that is not there": {"a": {"$tensor": "../../weights"}},
+    "a missing tensor": {"a": {"$tensor": "../../weights"}},
     "a tensor of the other file": {"a": {"$tensor": "w"}},
     "a tensor whose name is a list": {"a": {"$tensor": []}},
     "a tensor whose name is null": {"a": {"$tensor": None}},
     "a tuple that is text": {"a": {"$tuple": "ab"}},
     "a tuple that is a mapping": {"a": {"$tuple": {"a": 1}}},
     "a mapping that is a list": {"a": {"$dict": [["a", 1]]}},
-    "a mapping for which there was no need": {"a": {"$dict": {"b": 1}}},
-    "a number that is none": {"a": {"$number": "__import__('os')"}},
+    "an unnecessary mapping entry": {"a": {"$dict": {"b": 1}}},
+    "an invalid number": {"a": {"$number": "__import__('os')"}},
     "a number whose name is a list": {"a": {"$number": []}},
 }
 
 
-@pytest.mark.parametrize("what", NO_TREE)
+@pytest.mark.parametrize("what", HOSTILE_TREES)
 @pytest.mark.parametrize("tree", TREES)
-def test_trees_that_nobody_wrote(tmp_path, honest, tree, what):
-    said = refusal(forged(tmp_path, honest, {STATE: state_text(honest, **{tree: NO_TREE[what]})}))
-    assert said.startswith(f"{tmp_path}/x does not hold a state: ")
-    assert f" {STATE}: " in said
+def test_hostile_trees_are_refused(tmp_path, honest, tree, what):
+    message = refusal(forge(tmp_path, honest, {STATE: state_text(honest, **{tree: HOSTILE_TREES[what]})}))
+    assert message.startswith(f"{tmp_path}/x does not hold a state: ")
+    assert f" {STATE}: " in message
 
 
-def nested(levels, opening='{"a": ', closing="}"):
+def nest(levels, opening='{"a": ', closing="}"):
     return opening * levels + "1" + closing * levels
 
 
@@ -265,69 +265,71 @@ HOSTILE_STATES = {
     "null": lambda honest: b"null",
     "not UTF-8": lambda honest: honest[STATE].replace(b"loss", b"lo\xffs"),
     "another encoding": lambda honest: honest[STATE].decode().encode("utf-16"),
-    "a mark before it": lambda honest: b"\xef\xbb\xbf" + honest[STATE],
+    "a byte order mark": lambda honest: b"\xef\xbb\xbf" + honest[STATE],
     "other spaces": lambda honest: json.dumps(json.loads(honest[STATE])).encode(),
-    "a line more": lambda honest: honest[STATE] + b"\n",
-    "a document more": lambda honest: honest[STATE] * 2,
-    "another key": lambda honest: state_text(honest, kind="os.system"),
+    "an extra line": lambda honest: honest[STATE] + b"\n",
+    "an extra document": lambda honest: honest[STATE] * 2,
+    "an extra key": lambda honest: state_text(honest, kind="os.system"),
     "a class": lambda honest: state_text(honest, **{"py/object": "os.system"}),
-    "how to make it": lambda honest: state_text(honest, __reduce__=["os.system", ["mkdir executed"]]),
-    "a key less": lambda honest: replaced(honest, ' "seed": 0,\n', ""),
-    "a key twice": lambda honest: replaced(honest, '"seed": 0', '"seed": 0,\n "seed": 1'),
-    "a key twice inside": lambda honest: replaced(honest, '"lr_scale": 1.0', '"lr_scale": 1.0,\n  "lr_scale": 2.0'),
-    "a NaN": lambda honest: replaced(honest, '"lr_scale": 1.0', '"lr_scale": NaN'),
-    "an infinity": lambda honest: replaced(honest, '"lr_scale": 1.0', '"lr_scale": -Infinity'),
-    "a number that is one": lambda honest: replaced(honest, '"lr_scale": 1.0', '"lr_scale": 1e999'),
+    "a __reduce__ entry": lambda honest: state_text(honest, __reduce__=["os.system", ["mkdir executed"]]),
+    "a missing key": lambda honest: replace_text(honest, ' "seed": 0,\n', ""),
+    "a repeated key": lambda honest: replace_text(honest, '"seed": 0', '"seed": 0,\n "seed": 1'),
+    "a repeated nested key": lambda honest: replace_text(
+        honest, '"lr_scale": 1.0', '"lr_scale": 1.0,\n  "lr_scale": 2.0'
+    ),
+    "a NaN": lambda honest: replace_text(honest, '"lr_scale": 1.0', '"lr_scale": NaN'),
+    "an infinity": lambda honest: replace_text(honest, '"lr_scale": 1.0', '"lr_scale": -Infinity'),
+    "a number that overflows": lambda honest: replace_text(honest, '"lr_scale": 1.0', '"lr_scale": 1e999'),
     "a seed that is text": lambda honest: state_text(honest, seed="5"),
     "a seed that is code": lambda honest: state_text(honest, seed="__import__('os').mkdir('executed')"),
-    "a seed that is no whole number": lambda honest: state_text(honest, seed=5.7),
+    "a seed that is a fraction": lambda honest: state_text(honest, seed=5.7),
     "a seed that is true": lambda honest: state_text(honest, seed=True),
-    "a seed that is NaN": lambda honest: replaced(honest, '"seed": 0', '"seed": NaN'),
-    "a seed that no generator takes": lambda honest: state_text(honest, seed=2**63),
+    "a seed that is NaN": lambda honest: replace_text(honest, '"seed": 0', '"seed": NaN'),
+    "a seed beyond 64 bits": lambda honest: state_text(honest, seed=2**63),
     "a huge seed": lambda honest: state_text(honest, seed=HUGE),
-    "a seed of too many digits": lambda honest: replaced(honest, '"seed": 0', f'"seed": {"7" * 5000}'),
+    "a seed of too many digits": lambda honest: replace_text(honest, '"seed": 0', f'"seed": {"7" * 5000}'),
     "an end that is text": lambda honest: state_text(honest, ended="no"),
     "an end that is null": lambda honest: state_text(honest, ended=None),
     "a reason that is a list": lambda honest: state_text(honest, stop=[]),
     "a reason that is a number": lambda honest: state_text(honest, stop=5),
-    "an iteration that is none": lambda honest: state_text(honest, iteration="os.system"),
+    "an iteration that is code": lambda honest: state_text(honest, iteration="os.system"),
     "an iteration that is a number": lambda honest: state_text(honest, iteration=3),
     "an iteration of too many digits": lambda honest: state_text(honest, iteration="U" + "9" * 5000),
     "the iteration of another checkpoint": lambda honest: state_text(honest, iteration="E0_U4_S16"),
-    "an iteration before that is none": lambda honest: state_text(honest, previous=None),
+    "a previous iteration that is null": lambda honest: state_text(honest, previous=None),
     "a metric without iteration": lambda honest: state_text(honest, metrics={"loss": 0.5}),
-    "a metric of no iteration": lambda honest: state_text(honest, metrics={"loss": {"$tuple": [0.5, "x"]}}),
-    "lists without end": lambda honest: b"[" * DEEP,
-    "mappings without end": lambda honest: replaced(honest, '"at": {', f'"deep": {nested(DEEP)}, "at": {{'),
-    # Python's own stack would take the first of these while it is loaded, and not while it is used or saved again.
-    "mappings nested deeply": lambda honest: state_text(honest, callback_states=json.loads(nested(300))),
+    "a metric with an invalid iteration": lambda honest: state_text(honest, metrics={"loss": {"$tuple": [0.5, "x"]}}),
+    "endless lists": lambda honest: b"[" * DEEP,
+    "endless mappings": lambda honest: replace_text(honest, '"at": {', f'"deep": {nest(DEEP)}, "at": {{'),
+    # Python's stack would suffice to load the first of these, but not to use or save it.
+    "mappings nested deeply": lambda honest: state_text(honest, callback_states=json.loads(nest(300))),
     "tuples nested deeply": lambda honest: state_text(
-        honest, callback_states={"a": json.loads(nested(200, '{"$tuple": [', "]}"))}
+        honest, callback_states={"a": json.loads(nest(200, '{"$tuple": [', "]}"))}
     ),
 }
 
 
 @pytest.mark.parametrize("what", HOSTILE_STATES)
-def test_states_that_are_none(tmp_path, monkeypatch, honest, what):
+def test_hostile_states_are_refused(tmp_path, monkeypatch, honest, what):
     monkeypatch.chdir(tmp_path)
-    said = refusal(forged(tmp_path / "c", honest, {STATE: HOSTILE_STATES[what](honest)}))
-    assert said.startswith(f"{tmp_path}/c/x does not hold a state: ")
-    assert f" {STATE}: " in said
-    assert len(said) < 1000 + len(str(tmp_path))  # a line of an error stays a line
+    message = refusal(forge(tmp_path / "c", honest, {STATE: HOSTILE_STATES[what](honest)}))
+    assert message.startswith(f"{tmp_path}/c/x does not hold a state: ")
+    assert f" {STATE}: " in message
+    assert len(message) < 1000 + len(str(tmp_path))  # the message stays one line
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 @pytest.mark.parametrize("name", [OPTIMIZER, MEMORY])
-def test_tensors_that_the_state_names_and_nobody_wrote(tmp_path, honest, name):
-    assert "there is no tensor " in refusal(forged(tmp_path, honest, {name: None}))
+def test_missing_tensors_of_the_state_are_refused(tmp_path, honest, name):
+    assert "there is no tensor " in refusal(forge(tmp_path, honest, {name: None}))
 
 
-def test_files_of_one_checkpoint_exchanged_with_their_hashes(tmp_path, honest):
+def test_swapped_files_with_their_hashes_are_refused(tmp_path, honest):
     swapped = {WEIGHTS: honest[OPTIMIZER], OPTIMIZER: honest[WEIGHTS]}
-    assert f" {STATE}: ValueError: there is no tensor 'state.w.exp_avg'" in refusal(forged(tmp_path, honest, swapped))
+    assert f" {STATE}: ValueError: there is no tensor 'state.w.exp_avg'" in refusal(forge(tmp_path, honest, swapped))
 
 
-def test_what_reads_like_code_in_a_memory_is_data(tmp_path, monkeypatch):
+def test_memory_that_looks_like_code_stays_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     memory = {
         "kind": "os.system",
@@ -348,7 +350,7 @@ def test_what_reads_like_code_in_a_memory_is_data(tmp_path, monkeypatch):
     assert (dangerous_events(events), executions(events)) == ([], [])
 
 
-def test_a_tree_that_could_not_be_loaded_is_not_saved(tmp_path):
+def test_tree_that_could_not_be_loaded_is_not_saved(tmp_path):
     memory = "x"
     for _ in range(101):
         memory = (memory,)
@@ -362,21 +364,21 @@ def test_a_tree_that_could_not_be_loaded_is_not_saved(tmp_path):
 
 
 def with_part(name, **changes):
-    """Return what makes a manifest that lists one more file, or one file otherwise."""
+    """Return a function that makes a manifest with one more file, or with one changed file."""
 
     def manifest(content):
         part = {"size_bytes": 5, "sha256": "0" * 64} | content["parts"].get(name, {}) | changes
-        return signed({**content, "parts": {**content["parts"], name: part}})
+        return sign({**content, "parts": {**content["parts"], name: part}})
 
     return manifest
 
 
-def with_(**changes):
-    return lambda content: signed({**content, **changes})
+def edit(**changes):
+    return lambda content: sign({**content, **changes})
 
 
-def raw(old, new):
-    return lambda content: signed(content).replace(old, new, 1)
+def with_text(old, new):
+    return lambda content: sign(content).replace(old, new, 1)
 
 
 HOSTILE_MANIFESTS = {
@@ -397,79 +399,79 @@ HOSTILE_MANIFESTS = {
         for text in ("", "0" * 63, "0" * 65, "A" * 64, "0" * 63 + "\n", "g" * 64, "\u0660" * 64, None, 3, [])
     },
     **{
-        f"the tag {tag!r:.20}": with_(tag=tag)
+        f"the tag {tag!r:.20}": edit(tag=tag)
         for tag in ("../x", "/x", "x/", "..", ".", "", ".tmp-x", "x\n", "x\0", "y", "x" * 300, "\u0445", None, 3, ["x"])
     },
-    **{f"the parent {tag!r}": with_(parent=tag) for tag in ("../x", "", "a/b", 3, ["x"])},
-    **{f"the format {number!r:.20}": with_(format=number) for number in (0, -1, 3, HUGE, True, "2", 2.0, None, [2])},
-    **{f"the segment {number!r:.20}": with_(segment=number) for number in (-1, HUGE, True, "1", 1.5, None)},
-    **{f"the number {number!r:.20}": with_(number=number) for number in (-1, HUGE, False, "1", None)},
-    **{f"{number!r:.20} lines of the log": with_(log_lines=number) for number in (-1, HUGE, "1", [])},
+    **{f"the parent {tag!r}": edit(parent=tag) for tag in ("../x", "", "a/b", 3, ["x"])},
+    **{f"the format {number!r:.20}": edit(format=number) for number in (0, -1, 3, HUGE, True, "2", 2.0, None, [2])},
+    **{f"the segment {number!r:.20}": edit(segment=number) for number in (-1, HUGE, True, "1", 1.5, None)},
+    **{f"the number {number!r:.20}": edit(number=number) for number in (-1, HUGE, False, "1", None)},
+    **{f"{number!r:.20} lines of the log": edit(log_lines=number) for number in (-1, HUGE, "1", [])},
     **{
-        f"the iteration {text!r:.20}": with_(iteration=text)
+        f"the iteration {text!r:.20}": edit(iteration=text)
         for text in ("os.system", "U-1", "U1.5", "U" + "9" * 5000, "U" + "9" * 400, "U\u0663", 3, None, [])
     },
-    "files that are a list": with_(parts=[]),
-    "files that are text": with_(parts="weights.safetensors"),
-    "a file that is text": lambda content: signed({**content, "parts": {WEIGHTS: "x"}}),
+    "files that are a list": edit(parts=[]),
+    "files that are text": edit(parts="weights.safetensors"),
+    "a file that is text": lambda content: sign({**content, "parts": {WEIGHTS: "x"}}),
     "a file with code": with_part(WEIGHTS, kind="os.system"),
-    "models that are text": with_(models="ab"),
-    "a retention that is a list": with_(retention=[["a", 1]]),
-    "a retention that is text": with_(retention={"a": "1"}),
-    "a key more": with_(kind="os.system"),
-    "a class": with_(**{"py/object": "os.system"}),
-    "how to make it": with_(__reduce__=["os.system", ["mkdir executed"]]),
-    "a key less": lambda content: signed({key: value for key, value in content.items() if key != "event"}),
+    "models that are text": edit(models="ab"),
+    "a retention that is a list": edit(retention=[["a", 1]]),
+    "a retention that is text": edit(retention={"a": "1"}),
+    "an extra key": edit(kind="os.system"),
+    "a class": edit(**{"py/object": "os.system"}),
+    "a __reduce__ entry": edit(__reduce__=["os.system", ["mkdir executed"]]),
+    "a missing key": lambda content: sign({key: value for key, value in content.items() if key != "event"}),
     "no hash": lambda content: json.dumps({k: v for k, v in content.items() if k != "sha256"}, indent=1) + "\n",
-    "another hash": raw('"sha256": "', '"sha256": "0'),
-    # In Python true is 1, and 1 is the format without a hash.
+    "another hash": with_text('"sha256": "', '"sha256": "0'),
+    # In Python, True equals 1, the format without a hash.
     "a format that is true": lambda content: json.dumps(
         {key: content[key] for key in content if key != "sha256" and "log_lines" not in key} | {"format": True}
     ),
-    "a key twice": raw('"tag": "x"', '"tag": "y",\n "tag": "x"'),
-    "a key twice, the other way": raw('"tag": "x"', '"tag": "x",\n "tag": "../x"'),
-    "a comment": raw("{", "{ // "),
-    "a NaN": raw('"number": 1', '"number": NaN'),
-    "too many digits": raw('"number": 1', f'"number": {"1" * 5000}'),
-    "other spaces": lambda content: json.dumps(json.loads(signed(content))),
-    "a mark before it": lambda content: "\ufeff" + signed(content),
-    "another encoding": lambda content: signed(content).encode("utf-16"),
-    "not UTF-8": lambda content: signed(content).encode().replace(b"AfterUpdate", b"After\xff"),
+    "a repeated key": with_text('"tag": "x"', '"tag": "y",\n "tag": "x"'),
+    "a repeated key, in the other order": with_text('"tag": "x"', '"tag": "x",\n "tag": "../x"'),
+    "a comment": with_text("{", "{ // "),
+    "a NaN": with_text('"number": 1', '"number": NaN'),
+    "too many digits": with_text('"number": 1', f'"number": {"1" * 5000}'),
+    "other spaces": lambda content: json.dumps(json.loads(sign(content))),
+    "a byte order mark": lambda content: "\ufeff" + sign(content),
+    "another encoding": lambda content: sign(content).encode("utf-16"),
+    "not UTF-8": lambda content: sign(content).encode().replace(b"AfterUpdate", b"After\xff"),
     "a pickle": lambda content: pickle.dumps(Executed()),
     "a list": lambda content: "[]",
     "text": lambda content: '"x"',
-    "lists without end": lambda content: "[" * DEEP,
-    "mappings without end": lambda content: '{"tag":' * DEEP,
-    "a mapping nested deeply": with_(retention=json.loads(nested(300))),
+    "endless lists": lambda content: "[" * DEEP,
+    "endless mappings": lambda content: '{"tag":' * DEEP,
+    "a mapping nested deeply": edit(retention=json.loads(nest(300))),
     "nothing": lambda content: "",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", HOSTILE_MANIFESTS)
-def test_manifests_that_are_none(tmp_path, monkeypatch, honest, what):
+def test_hostile_manifests_are_refused(tmp_path, monkeypatch, honest, what):
     monkeypatch.chdir(tmp_path)
-    said = refusal(forged(tmp_path / "c", honest, manifest=HOSTILE_MANIFESTS[what]))
-    assert said.startswith(f"{tmp_path}/c/x/MANIFEST.json is damaged: ")
-    assert "\x1b" not in said  # what a terminal would obey
+    message = refusal(forge(tmp_path / "c", honest, manifest=HOSTILE_MANIFESTS[what]))
+    assert message.startswith(f"{tmp_path}/c/x/MANIFEST.json is damaged: ")
+    assert "\x1b" not in message  # an escape sequence, which a terminal obeys
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 @pytest.mark.parametrize("size", [0, 35, 2**60, 2**63 - 1])
-def test_a_size_that_is_not_that_of_the_file(tmp_path, honest, size):
-    store = forged(tmp_path, honest, manifest=with_part(WEIGHTS, size_bytes=size))
+def test_wrong_size_in_the_manifest_is_refused(tmp_path, honest, size):
+    store = forge(tmp_path, honest, manifest=with_part(WEIGHTS, size_bytes=size))
     assert refusal(store).startswith(f"{tmp_path}/x/{WEIGHTS} is damaged")
 
 
-def test_a_manifest_that_would_not_fit_into_memory(tmp_path, honest):
-    store = forged(tmp_path, honest)
+def test_huge_manifest_is_refused(tmp_path, honest):
+    store = forge(tmp_path, honest)
     os.truncate(tmp_path / "x/MANIFEST.json", 1 << 40)
     assert refusal(store).startswith(f"{tmp_path}/x/MANIFEST.json is damaged, or cannot be read: 1099511627776 bytes")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, STATE, "MANIFEST.json"])
 @pytest.mark.parametrize("what", ["link", "absolute link", "pipe"])
-def test_files_that_are_none_although_their_hashes_are_right(tmp_path, honest, name, what):
-    store = forged(tmp_path / "c", honest)
+def test_links_and_pipes_with_the_right_content_are_refused(tmp_path, honest, name, what):
+    store = forge(tmp_path / "c", honest)
     path = tmp_path / "c/x" / name
     path.rename(tmp_path / "secret")
     if what == "pipe":
@@ -479,20 +481,20 @@ def test_files_that_are_none_although_their_hashes_are_right(tmp_path, honest, n
     assert str(path) in refusal(store)
 
 
-def test_a_checkpoint_elsewhere(tmp_path, honest):
-    forged(tmp_path / "elsewhere", honest)
+def test_link_to_a_checkpoint_elsewhere_is_refused(tmp_path, honest):
+    forge(tmp_path / "elsewhere", honest)
     (tmp_path / "c").mkdir()
     (tmp_path / "c/x").symlink_to("../elsewhere/x")
     assert f"{tmp_path}/c/x is damaged: it is a link" in refusal(CheckpointStore(tmp_path / "c", "run"))
 
 
 HOSTILE_POINTERS = {
-    "a way up": b"../elsewhere/x",
-    "an absolute way": b"/etc/passwd",
-    "a way to itself": b"./x",
+    "a parent path": b"../elsewhere/x",
+    "an absolute path": b"/etc/passwd",
+    "a relative path": b"./x",
     "a name with a NUL": b"x\0",
     "a name with a line": b"x\n",
-    "a name and nothing": b"x ",
+    "a name and a space": b"x ",
     "a name and another hash": b"x " + b"0" * 64 + b"\n",
     "a pointer": b"latest",
     "nothing": b"",
@@ -506,9 +508,9 @@ HOSTILE_POINTERS = {
 
 
 @pytest.mark.parametrize("what", HOSTILE_POINTERS)
-def test_pointers_that_lead_nowhere(tmp_path, honest, what):
-    forged(tmp_path / "elsewhere", honest)
-    store = forged(tmp_path / "c", honest)
+def test_hostile_pointers_are_refused(tmp_path, honest, what):
+    forge(tmp_path / "elsewhere", honest)
+    store = forge(tmp_path / "c", honest)
     (tmp_path / "c/latest").write_bytes(HOSTILE_POINTERS[what])
     with record_audit() as events:
         with pytest.raises(CheckpointError, match=f"^{tmp_path}/c/latest is damaged") as error:
@@ -524,16 +526,16 @@ def test_pointers_that_lead_nowhere(tmp_path, honest, what):
 @pytest.mark.parametrize(
     "name", ["../elsewhere/x", "/etc/passwd", "x/../x", "x/", "./x", "x\0", "..", ".", "", "x" * 5000]
 )
-def test_names_that_are_asked_for(tmp_path, honest, name):
-    forged(tmp_path / "elsewhere", honest)
-    store = forged(tmp_path / "c", honest)
+def test_hostile_names_are_not_found(tmp_path, honest, name):
+    forge(tmp_path / "elsewhere", honest)
+    store = forge(tmp_path / "c", honest)
     with record_audit() as events, pytest.raises(CheckpointError, match=f"in {tmp_path}/c; there are: x"):
         store.find(name)
     assert all(each.startswith(f"{tmp_path}/c/x/") for each in opened_paths(events))
 
 
-def test_a_directory_full_of_strange_names(tmp_path, honest, caplog):
-    store = forged(tmp_path, honest)
+def test_strange_names_in_the_directory_are_skipped(tmp_path, honest, caplog):
+    store = forge(tmp_path, honest)
     for name in (b"a b", b"\xff\xfe", b"-rf", b"$(reboot)", b"x\n", b"\x1b[2J", b"y" * 255):
         (tmp_path / os.fsdecode(name)).mkdir()
         (tmp_path / os.fsdecode(name) / "MANIFEST.json").write_bytes(b"{}")
@@ -542,7 +544,7 @@ def test_a_directory_full_of_strange_names(tmp_path, honest, caplog):
     assert manifest.tag == "x"
     assert same(state, honest_state())
     assert len(caplog.messages) > 7
-    assert all(each.isprintable() for each in caplog.messages)  # nothing that a terminal obeys
+    assert all(each.isprintable() for each in caplog.messages)  # no escape sequences, which a terminal obeys
 
 
 LIMITED = """
@@ -564,7 +566,7 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where the size of a process can be limited and read")
-def test_what_is_large_does_not_fill_the_memory(tmp_path, honest):
+def test_huge_files_do_not_fill_the_memory(tmp_path, honest):
     store = tmp_path / "c"
     bombs = {
         "header": {WEIGHTS: tensors(header=b'{"w":' * 19_900_000)},
@@ -572,25 +574,25 @@ def test_what_is_large_does_not_fill_the_memory(tmp_path, honest):
         "state": {STATE: b'{"a":' * 4_000_000},
     }
     for name, files in bombs.items():
-        forged(tmp_path / name, honest, files, with_(tag=name))
+        forge(tmp_path / name, honest, files, edit(tag=name))
         store.mkdir(exist_ok=True)
         (tmp_path / name / "x").rename(store / name)
-    forged(
+    forge(
         tmp_path / "sparse",
         honest,
         manifest=lambda content: with_part(WEIGHTS, size_bytes=1 << 40)({**content, "tag": "sparse"}),
     )
     (tmp_path / "sparse/x").rename(store / "sparse")
-    os.truncate(store / "sparse" / WEIGHTS, 1 << 40)  # of holes, which take no room on the disk
+    os.truncate(store / "sparse" / WEIGHTS, 1 << 40)  # a sparse file, which takes no space on the disk
     (tmp_path / "wide.yaml").write_text(f"a: [{'1,' * 500_000}]")
     (tmp_path / "sparse.yaml").touch()
     os.truncate(tmp_path / "sparse.yaml", 1 << 40)
     names = [*bombs, "sparse", "wide.yaml", "sparse.yaml"]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", LIMITED, *names], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    told = done.stdout.splitlines()
-    assert len(told) == len(names)
-    for name, line in zip(names, told, strict=True):
+    assert (process.returncode, process.stderr) == (0, "")
+    messages = process.stdout.splitlines()
+    assert len(messages) == len(names)
+    for name, line in zip(names, messages, strict=True):
         assert line.startswith(name if name.endswith(".yaml") else f"c/{name}"), line

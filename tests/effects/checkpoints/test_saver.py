@@ -1,4 +1,4 @@
-"""Saves in the background: training goes on, nothing is copied that need not be, and no failure goes unheard."""
+"""Background saves: training continues, nothing is copied needlessly, and every failure is reported."""
 
 import os
 import subprocess
@@ -22,14 +22,14 @@ UPDATE = AfterUpdate(samples=4)
 
 @pytest.fixture
 def gate():
-    """What every new file waits for in the thread of a save."""
+    """The event for which a background save waits before it creates a file."""
     gate = threading.Event()
     yield gate
     gate.set()
 
 
 @pytest.fixture
-def gated(gate):
+def gated_disk(gate):
     main = threading.current_thread()
 
     def call(function, *arguments):
@@ -40,115 +40,115 @@ def gated(gate):
     return Disk(call)
 
 
-def stored(directory):
+def open_store(directory):
     return CheckpointStore(directory / "run/checkpoints", "run")
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, gate, gated):
-    with open_small_run(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
+def test_training_continues_during_a_background_save(tmp_path, gate, gated_disk):
+    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as run:
         run.interpreter([SAVE], state_after(1), UPDATE)
         for update in (2, 3):
             run.interpreter([], state_after(update), UPDATE)
-        assert stored(tmp_path).manifests() == []
+        assert open_store(tmp_path).manifests() == []
         gate.set()
         run.wait()
-        assert same(stored(tmp_path).load(stored(tmp_path).find("latest")), state_after(1))
+        assert same(open_store(tmp_path).load(open_store(tmp_path).find("latest")), state_after(1))
 
 
-def test_a_save_that_asks_for_its_turn_waits_for_the_one_before(tmp_path):
+def test_a_save_waits_for_the_save_of_the_event_before(tmp_path):
     with open_small_run(tmp_path / "run", asynchronous=True, borrowed=False) as run:
         for update in (1, 2, 3):
             run.interpreter([SAVE], state_after(update), UPDATE)
-            saved = [manifest.iteration.update for manifest in stored(tmp_path).manifests()]
+            saved = [manifest.iteration.update for manifest in open_store(tmp_path).manifests()]
             assert saved[: update - 1] == [*range(1, update)]
 
 
-def test_what_is_borrowed_is_saved_as_it_was(tmp_path, gate, gated):
+def test_borrowed_state_is_saved_as_it_was_at_the_request(tmp_path, gate, gated_disk):
     model = nn.Linear(2, 1)
-    kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    with open_small_run(tmp_path / "run", gated, asynchronous=True) as run:
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True) as run:
         run.interpreter([SAVE], TrainState.from_module(model).advance(samples=4), UPDATE)
         with torch.no_grad():
             model.weight.zero_()
         gate.set()
-    assert same(dict(stored(tmp_path).load(stored(tmp_path).find("latest")).params), kept)
+    assert same(dict(open_store(tmp_path).load(open_store(tmp_path).find("latest")).params), before)
 
 
-def test_what_is_never_written_to_is_not_copied(tmp_path, gate, gated):
+def test_immutable_state_is_not_copied(tmp_path, gate, gated_disk):
     state = state_after(1).replace(params={"w": torch.ones(4)})
-    with open_small_run(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
+    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as run:
         run.interpreter([SAVE], state, UPDATE)
-        state.params["w"].zero_()  # what nobody does: had it been copied, this would not be seen
+        state.params["w"].zero_()  # breaks the rule that states are immutable, to show that the save made no copy
         gate.set()
-    assert same(dict(stored(tmp_path).load(stored(tmp_path).find("latest")).params), {"w": torch.zeros(4)})
+    assert same(dict(open_store(tmp_path).load(open_store(tmp_path).find("latest")).params), {"w": torch.zeros(4)})
 
 
-def failing(directory, **settings):
-    """Return a run in which the first save, at update 1, fails in the background."""
+def run_with_failed_save(directory, **settings):
+    """Return a run whose first save, at update 1, failed in the background."""
     faults = Faults()
     run = open_small_run(directory, Disk(faults), asynchronous=True, borrowed=False, **settings)
     faults.arm(0, "ENOSPC from then on")
     run.interpreter([SAVE], state_after(1), UPDATE)
-    settle(run)
+    wait_quietly(run)
     faults.armed = False
     return run
 
 
-def settle(run):
-    """Wait for a save as nobody else does: without hearing how it went."""
-    for future in run._saver._running:  # noqa: SLF001  # nobody else may wait and not hear
+def wait_quietly(run):
+    """Wait for background saves without raising their errors."""
+    for future in run._saver._running:  # noqa: SLF001  # the public way to wait raises
         future.exception()
 
 
 @pytest.mark.parametrize("effects", [[], [SAVE]])
-def test_a_failure_is_raised_at_the_next_event(tmp_path, effects):
-    run = failing(tmp_path / "run")
+def test_failure_is_raised_at_the_next_event(tmp_path, effects):
+    run = run_with_failed_save(tmp_path / "run")
     with pytest.raises(CheckpointError, match="No space left on device"):
         run.interpreter(effects, state_after(2), UPDATE)
-    run.interpreter([SAVE], state_after(3), UPDATE)  # said once
+    run.interpreter([SAVE], state_after(3), UPDATE)  # raised only once
     run.close()
-    assert [manifest.iteration.update for manifest in stored(tmp_path).manifests()] == [3]
+    assert [manifest.iteration.update for manifest in open_store(tmp_path).manifests()] == [3]
 
 
 @pytest.mark.parametrize("end", ["wait", "close"])
-def test_a_failure_is_raised_at_the_end(tmp_path, end):
-    run = failing(tmp_path / "run")
+def test_failure_is_raised_at_the_end(tmp_path, end):
+    run = run_with_failed_save(tmp_path / "run")
     with pytest.raises(CheckpointError, match="No space left on device"):
         getattr(run, end)()
     run.close()
 
 
-def test_a_failure_beside_another_error_is_told_and_hides_it_not(tmp_path, caplog):
-    with pytest.raises(ZeroDivisionError), failing(tmp_path / "run"):
+def test_failure_is_logged_if_another_error_is_raised(tmp_path, caplog):
+    with pytest.raises(ZeroDivisionError), run_with_failed_save(tmp_path / "run"):
         raise ZeroDivisionError
     assert "No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_where_failures_warn_the_run_goes_on(tmp_path, caplog, asynchronous):
+def test_run_continues_if_failures_only_warn(tmp_path, caplog, asynchronous):
     faults = Faults()
     settings = {"asynchronous": asynchronous, "borrowed": False, "on_error": "warn"}
     with open_small_run(tmp_path / "run", Disk(faults), **settings) as run:
         faults.arm(0, "EIO from then on")
         run.interpreter([SAVE], state_after(1), UPDATE)
-        settle(run)
+        wait_quietly(run)
         faults.armed = False
         run.interpreter([SAVE], state_after(2), UPDATE)
     assert caplog.text.count("; training continues without it") == 1
-    assert stored(tmp_path).pointers() == {"latest": str(state_after(2).iteration)}
+    assert open_store(tmp_path).pointers() == {"latest": str(state_after(2).iteration)}
 
 
-def test_what_cannot_be_saved_is_no_failure_of_the_disk(tmp_path):
-    """It is a mistake in a callback, and ends the run though failures only warn."""
+def test_unsavable_memory_ends_the_run_even_if_failures_warn(tmp_path):
+    """It is a bug in a callback, not a failure of the disk."""
     with (
         pytest.raises(TypeError, match="seen is a set, which cannot be saved"),
         open_small_run(tmp_path / "run", asynchronous=True, borrowed=False, on_error="warn") as run,
     ):
         run.interpreter([SAVE], state_after(1).remember("seen", {1}), UPDATE)
-    assert stored(tmp_path).manifests() == []
+    assert open_store(tmp_path).manifests() == []
 
 
-ABANDONED = """\
+NEVER_CLOSED = """\
 import sys, torch
 from noether import AfterUpdate, SaveCheckpoint, TrainState
 from noether.effects import open_run
@@ -159,27 +159,27 @@ run.interpreter([SaveCheckpoint(tag=sys.argv[2], pointers=("latest",))], state, 
 """
 
 
-def abandoned(directory, tag):
+def train_without_close(directory, tag):
     return subprocess.run(
-        [sys.executable, "-c", ABANDONED, directory, tag], capture_output=True, text=True, check=False, timeout=240
+        [sys.executable, "-c", NEVER_CLOSED, directory, tag], capture_output=True, text=True, check=False, timeout=240
     )
 
 
-def test_no_process_ends_before_its_last_save(tmp_path):
-    done = abandoned(tmp_path / "run", "whole")
-    assert (done.returncode, done.stderr) == (0, "")
-    store = stored(tmp_path)
+def test_process_waits_for_its_last_save_at_exit(tmp_path):
+    process = train_without_close(tmp_path / "run", "whole")
+    assert (process.returncode, process.stderr) == (0, "")
+    store = open_store(tmp_path)
     assert store.load(store.find("latest")).params["w"].sum() == 8_000_000
 
 
-def test_a_failure_that_nobody_waits_for_is_written_to_the_standard_error(tmp_path):
-    done = abandoned(tmp_path / "run", "no/name")
-    assert "tag 'no/name': a name is made of up to 200 letters, digits and '_.=-'" in done.stderr
+def test_failure_at_exit_is_written_to_standard_error(tmp_path):
+    process = train_without_close(tmp_path / "run", "no/name")
+    assert "tag 'no/name': a name is made of up to 200 letters, digits and '_.=-'" in process.stderr
 
 
-def test_the_saves_of_one_event_do_not_wait_for_each_other(tmp_path, gate, gated):
+def test_saves_of_one_event_do_not_wait_for_each_other(tmp_path, gate, gated_disk):
     effects = [SaveCheckpoint(tag="a"), SaveCheckpoint(tag="b")]
-    with open_small_run(tmp_path / "run", gated, asynchronous=True, borrowed=False) as run:
+    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as run:
         run.interpreter(effects, state_after(1), AfterTraining())
         gate.set()
-    assert [manifest.tag for manifest in stored(tmp_path).manifests()] == ["a", "b"]
+    assert [manifest.tag for manifest in open_store(tmp_path).manifests()] == ["a", "b"]

@@ -1,4 +1,4 @@
-"""The checkpoint store: what was saved comes back as it was, and nothing that is kept is ever lost."""
+"""The checkpoint store: states are saved and loaded bit for bit, and retention never removes a kept checkpoint."""
 
 import contextlib
 import errno
@@ -34,17 +34,17 @@ def folder(tmp_path):
     return tmp_path / "checkpoints"
 
 
-def opened(folder):
-    """Return the store as a process opens it: a new segment."""
+def open_store(folder):
+    """Return the store as a new process opens it: with a new segment."""
     return CheckpointStore(folder, "run")
 
 
 @pytest.fixture
 def store(folder):
-    return opened(folder)
+    return open_store(folder)
 
 
-def at(update, epoch=0, **fields):
+def state_at(update, epoch=0, **fields):
     return TrainState(
         iteration=TrainingIteration(epoch=epoch, update=update, sample=4 * update),
         params={"body.weight": torch.full((2,), float(update)), "head.weight": torch.ones(1)},
@@ -75,7 +75,7 @@ FULL = TrainState(
 )
 
 
-def test_a_state_comes_back_as_it_was(store):
+def test_round_trip_keeps_a_state(store):
     store.save(SaveCheckpoint(), FULL, UPDATE)
     loaded = store.load(store.find("E1_U7_S28"))
     assert same(loaded, FULL)
@@ -100,7 +100,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
         max_leaves=6,
     ),
 )
-def test_any_tensors_and_any_memory_come_back(tmp_path_factory, specs, memory):
+def test_round_trip_keeps_any_tensors_and_memory(tmp_path_factory, specs, memory):
     params = {}
     for name, (dtype, shape, turned) in specs.items():
         tensor = (torch.arange(torch.Size(shape).numel()) % 2).reshape(shape).to(dtype)
@@ -111,7 +111,7 @@ def test_any_tensors_and_any_memory_come_back(tmp_path_factory, specs, memory):
     assert same(store.load(store.find("x")), state)
 
 
-def test_equal_states_are_equal_files(tmp_path):
+def test_equal_states_give_equal_files(tmp_path):
     for name in ("one", "two"):
         CheckpointStore(tmp_path / name, "run").save(SaveCheckpoint(), FULL, UPDATE)
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("*/*")} for name in ("one", "two"))
@@ -125,33 +125,35 @@ def test_equal_states_are_equal_files(tmp_path):
     }
 
 
-def test_tied_weights_and_views_come_back(store, folder):
+def test_round_trip_keeps_tied_weights_and_views(store, folder):
     storage = torch.arange(10.0)
-    state = at(1).replace(params={"a": storage, "b": storage, "tail": storage[6:], "turned": storage.view(2, 5).T})
+    state = state_at(1).replace(
+        params={"a": storage, "b": storage, "tail": storage[6:], "turned": storage.view(2, 5).T}
+    )
     store.save(SaveCheckpoint(), state, UPDATE)
     assert same(store.load(store.find("E0_U1_S4")).params, state.params)
     assert (folder / "E0_U1_S4/weights.safetensors").stat().st_size < 2000
 
 
-def test_a_module_with_tied_weights_is_written_back(tmp_path):
-    def made():
+def test_a_module_with_tied_weights_is_restored(tmp_path):
+    def make_model():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         model[1].weight = model[0].weight
         return model
 
-    model = made()
+    model = make_model()
     with torch.no_grad():
         model[0].weight.mul_(2)
     run = open_run(tmp_path)
     run.interpreter([SaveCheckpoint()], TrainState.from_module(model).advance(samples=1), UPDATE)
-    fresh = made()
+    fresh = make_model()
     open_run(tmp_path).resume().into_module(fresh)
     assert torch.equal(fresh[1].weight, model[0].weight)
     assert fresh[1].weight is fresh[0].weight
 
 
-def test_state_json_is_strict(store, folder):
+def test_state_json_is_strict_json(store, folder):
     store.save(SaveCheckpoint(), FULL, UPDATE)
     text = (folder / "E1_U7_S28/state.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["metrics"]["val/x"] == {
@@ -168,8 +170,8 @@ def test_state_json_is_strict(store, folder):
         (SaveCheckpoint(models=("head",)), {"weights.safetensors", "state.json"}, False),
     ],
 )
-def test_a_checkpoint_holds_what_was_asked_and_says_whether_it_can_be_resumed(store, effect, files, resumable, folder):
-    store.save(effect, at(1), UPDATE)
+def test_checkpoint_has_the_requested_files_and_knows_if_it_is_resumable(store, effect, files, resumable, folder):
+    store.save(effect, state_at(1), UPDATE)
     (manifest,) = store.manifests()
     assert set(manifest.parts) == files
     assert {path.name for path in (folder / manifest.tag).iterdir()} == {*files, "MANIFEST.json"}
@@ -177,22 +179,22 @@ def test_a_checkpoint_holds_what_was_asked_and_says_whether_it_can_be_resumed(st
     assert (store.newest() == manifest) == resumable
 
 
-def test_only_the_weights_of_the_models_are_saved(store):
-    store.save(SaveCheckpoint(models=("body",)), at(1), UPDATE)
+def test_model_names_limit_the_saved_weights(store):
+    store.save(SaveCheckpoint(models=("body",)), state_at(1), UPDATE)
     loaded = store.load(store.find("E0_U1_S4"))
     assert (set(loaded.params), set(loaded.buffers)) == ({"body.weight"}, {"body.mean"})
     with pytest.raises(CheckpointError) as error:
-        store.save(SaveCheckpoint(models=("bod",)), at(2), UPDATE)
+        store.save(SaveCheckpoint(models=("bod",)), state_at(2), UPDATE)
     assert str(error.value) == "model_names: no weights below bod; there are: body.weight, head.weight"
     assert tags(store) == ["E0_U1_S4"]
 
 
 def test_a_checkpoint_is_never_replaced(store, folder):
-    store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
+    store.save(SaveCheckpoint(pointers=("latest",)), state_at(1), UPDATE)
     before = {path: path.read_bytes() for path in (folder / "E0_U1_S4").iterdir()}
-    other = at(1).replace(params={"body.weight": torch.zeros(2)})
-    opened(folder).save(SaveCheckpoint(pointers=("latest",)), other, UPDATE)
-    opened(folder).save(SaveCheckpoint(pointers=("latest",)), other, UPDATE)
+    other = state_at(1).replace(params={"body.weight": torch.zeros(2)})
+    open_store(folder).save(SaveCheckpoint(pointers=("latest",)), other, UPDATE)
+    open_store(folder).save(SaveCheckpoint(pointers=("latest",)), other, UPDATE)
     assert {path: path.read_bytes() for path in before} == before
     assert tags(store) == ["E0_U1_S4", "E0_U1_S4.2", "E0_U1_S4.3"]
     assert store.pointers() == {"latest": "E0_U1_S4.3"}
@@ -205,66 +207,66 @@ def test_a_checkpoint_is_never_replaced(store, folder):
         (SaveCheckpoint(), SaveCheckpoint(), 1),
         (SaveCheckpoint(), SaveCheckpoint(optimizer=False), 1),
         (SaveCheckpoint(optimizer=False), SaveCheckpoint(), 2),
-        # What holds a part of the model holds nothing that is asked of the whole.
+        # A checkpoint of a part of the model does not satisfy a request for the whole model.
         (SaveCheckpoint(models=("head",)), SaveCheckpoint(), 2),
         (SaveCheckpoint(), SaveCheckpoint(models=("head",)), 2),
     ],
 )
-def test_one_event_saves_once_what_it_holds_already(store, first, second, saved):
-    store.save(first, at(1), UPDATE)
-    store.save(second, at(1), UPDATE)
+def test_one_event_does_not_save_the_same_content_twice(store, first, second, saved):
+    store.save(first, state_at(1), UPDATE)
+    store.save(second, state_at(1), UPDATE)
     assert len(tags(store)) == saved
 
 
 def test_another_event_at_the_same_iteration_saves_again(store):
-    store.save(SaveCheckpoint(), at(1, epoch=1), AfterEpoch())
-    store.save(SaveCheckpoint(), at(1, epoch=1, ended=True), AfterTraining())
+    store.save(SaveCheckpoint(), state_at(1, epoch=1), AfterEpoch())
+    store.save(SaveCheckpoint(), state_at(1, epoch=1, ended=True), AfterTraining())
     assert tags(store) == ["E1_U1_S4", "E1_U1_S4.2"]
     assert store.load(store.newest()).ended
 
 
-def test_the_newest_is_of_the_newest_segment(store, folder):
-    store.save(SaveCheckpoint(), at(9), UPDATE)
-    second = opened(folder)
-    second.save(SaveCheckpoint(), at(2), UPDATE)
-    second.save(SaveCheckpoint(optimizer=False), at(3), UPDATE)
+def test_newest_is_of_the_newest_segment(store, folder):
+    store.save(SaveCheckpoint(), state_at(9), UPDATE)
+    second = open_store(folder)
+    second.save(SaveCheckpoint(), state_at(2), UPDATE)
+    second.save(SaveCheckpoint(optimizer=False), state_at(3), UPDATE)
     assert store.newest().tag == "E0_U2_S8"
 
 
 def test_newest_compares_numbers_not_text(store, folder):
     for update in (9, 10, 100):
-        store.save(SaveCheckpoint(), at(update), UPDATE)
+        store.save(SaveCheckpoint(), state_at(update), UPDATE)
     for _ in range(11):
-        store = opened(folder)
-        store.save(SaveCheckpoint(), at(100), UPDATE)
+        store = open_store(folder)
+        store.save(SaveCheckpoint(), state_at(100), UPDATE)
     assert store.newest().tag == "E0_U100_S400.12"
 
 
-def test_a_resumed_segment_names_its_parent_and_keeps_it(store, folder):
-    store.save(SaveCheckpoint(retention={"c": 1}), at(1), UPDATE)
-    second = opened(folder)
+def test_resumed_segment_names_and_keeps_its_parent(store, folder):
+    store.save(SaveCheckpoint(retention={"c": 1}), state_at(1), UPDATE)
+    second = open_store(folder)
     second.resume(second.newest())
     for update in (2, 3):
-        second.save(SaveCheckpoint(retention={"c": 1}), at(update), UPDATE)
+        second.save(SaveCheckpoint(retention={"c": 1}), state_at(update), UPDATE)
     assert tags(store) == ["E0_U1_S4", "E0_U3_S12"]
     assert [manifest.parent for manifest in store.manifests()] == [None, "E0_U1_S4"]
 
 
-def test_pointers_are_found_and_keep_what_they_name(store):
-    store.save(SaveCheckpoint(pointers=("best",), retention={"b": 0}), at(1), UPDATE)
-    store.save(SaveCheckpoint(retention={"c": 1}), at(2), UPDATE)
-    store.save(SaveCheckpoint(retention={"c": 1}), at(3), UPDATE)
+def test_a_pointer_keeps_its_checkpoint(store):
+    store.save(SaveCheckpoint(pointers=("best",), retention={"b": 0}), state_at(1), UPDATE)
+    store.save(SaveCheckpoint(retention={"c": 1}), state_at(2), UPDATE)
+    store.save(SaveCheckpoint(retention={"c": 1}), state_at(3), UPDATE)
     assert tags(store) == ["E0_U1_S4", "E0_U3_S12"]
     assert store.find("best") == store.find("E0_U1_S4")
-    store.save(SaveCheckpoint(pointers=("best",), retention={"b": 0}), at(4), UPDATE)
+    store.save(SaveCheckpoint(pointers=("best",), retention={"b": 0}), state_at(4), UPDATE)
     assert tags(store) == ["E0_U3_S12", "E0_U4_S16"]
 
 
-def test_what_is_not_there_is_named_with_what_is(store, folder):
+def test_error_for_an_unknown_name_lists_the_known_ones(store, folder):
     with pytest.raises(CheckpointError) as error:
         store.find("latest")
     assert str(error.value) == f"no checkpoint 'latest' in {folder}; there are: none"
-    store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
+    store.save(SaveCheckpoint(pointers=("latest",)), state_at(1), UPDATE)
     with pytest.raises(CheckpointError) as error:
         store.find("lates")
     assert str(error.value).endswith("; there are: latest, E0_U1_S4; did you mean 'latest'?")
@@ -273,14 +275,14 @@ def test_what_is_not_there_is_named_with_what_is(store, folder):
 @pytest.mark.parametrize(
     "effect", [SaveCheckpoint(tag="a/b"), SaveCheckpoint(tag=".x"), SaveCheckpoint(pointers=("a b",))]
 )
-def test_names_that_are_no_names_of_files_are_refused(store, effect):
+def test_invalid_names_are_refused(store, effect):
     with pytest.raises(CheckpointError, match=r"a name is made of up to 200 letters, digits and '_\.=-'"):
-        store.save(effect, at(1), UPDATE)
+        store.save(effect, state_at(1), UPDATE)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "state.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "short", "changed"])
-def test_damage_is_detected_and_its_file_named(store, name, damage, folder):
+def test_error_names_the_damaged_file(store, name, damage, folder):
     store.save(SaveCheckpoint(), FULL, UPDATE)
     path = folder / "E1_U7_S28" / name
     content = path.read_bytes()
@@ -290,44 +292,44 @@ def test_damage_is_detected_and_its_file_named(store, name, damage, folder):
         path.write_bytes(content[:-1] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError) as error:
         store.load(store.find("E1_U7_S28"))
-    said = "is missing" if damage == "missing" else "is damaged: its content is not what was written"
-    assert str(error.value) == f"{path} {said}"
+    reason = "is missing" if damage == "missing" else "is damaged: its content is not what was written"
+    assert str(error.value) == f"{path} {reason}"
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"tag": 3}', "\x00"])
-def test_a_damaged_manifest_is_named(store, content, folder):
-    store.save(SaveCheckpoint(), at(1), UPDATE)
+def test_error_names_the_damaged_manifest(store, content, folder):
+    store.save(SaveCheckpoint(), state_at(1), UPDATE)
     path = folder / "E0_U1_S4/MANIFEST.json"
     path.write_text(content)
     with pytest.raises(CheckpointError, match=f"^{path} is damaged: "):
         store.find("E0_U1_S4")
 
 
-def test_what_a_crash_left_half_written_is_no_checkpoint(store, folder):
-    store.save(SaveCheckpoint(), at(1), UPDATE)
-    whole = folder / "E0_U1_S4"
-    half = whole.with_name(".tmp-E0_U2_S8")
-    half.mkdir()
-    for path in whole.iterdir():
-        (half / path.name).write_bytes(path.read_bytes()[:5])
-    (whole.parent / ".tmp-latest").write_text("E0_U9")
-    later = opened(folder)
+def test_partly_written_checkpoint_of_a_crash_is_ignored(store, folder):
+    store.save(SaveCheckpoint(), state_at(1), UPDATE)
+    complete = folder / "E0_U1_S4"
+    partial = complete.with_name(".tmp-E0_U2_S8")
+    partial.mkdir()
+    for path in complete.iterdir():
+        (partial / path.name).write_bytes(path.read_bytes()[:5])
+    (complete.parent / ".tmp-latest").write_text("E0_U9")
+    later = open_store(folder)
     assert (tags(later), later.pointers()) == (["E0_U1_S4"], {})
-    later.save(SaveCheckpoint(pointers=("latest",)), at(2), UPDATE)
-    assert same(later.load(later.find("latest")).params, at(2).params)
-    assert not half.exists()
+    later.save(SaveCheckpoint(pointers=("latest",)), state_at(2), UPDATE)
+    assert same(later.load(later.find("latest")).params, state_at(2).params)
+    assert not partial.exists()
 
 
-def test_a_failed_save_leaves_no_checkpoint_and_no_pointer(store):
-    store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
-    broken = at(2).replace(opt_state={"state": {1, 2}})
+def test_failed_save_adds_no_checkpoint_and_moves_no_pointer(store):
+    store.save(SaveCheckpoint(pointers=("latest",)), state_at(1), UPDATE)
+    broken = state_at(2).replace(opt_state={"state": {1, 2}})
     with pytest.raises(TypeError, match="state is a set, which cannot be saved"):
         store.save(SaveCheckpoint(pointers=("latest",)), broken, UPDATE)
     assert (tags(store), store.pointers()) == (["E0_U1_S4"], {"latest": "E0_U1_S4"})
 
 
-def test_manifests_are_json_and_come_back(store, folder):
-    store.save(SaveCheckpoint(models=("head",), retention={"a": None, "b": 2}), at(3, epoch=1), AfterEpoch())
+def test_round_trip_keeps_a_manifest(store, folder):
+    store.save(SaveCheckpoint(models=("head",), retention={"a": None, "b": 2}), state_at(3, epoch=1), AfterEpoch())
     text = (folder / "E1_U3_S12/MANIFEST.json").read_text()
     manifest = Manifest.loads(text)
     assert (manifest.iteration, manifest.event, manifest.models) == (
@@ -340,14 +342,14 @@ def test_manifests_are_json_and_come_back(store, folder):
     assert json.loads(text)["format"] == 2
 
 
-WHOLE = dict.fromkeys(["weights.safetensors", "state.json"], Part(size_bytes=0, sha256=""))
+RESUMABLE = dict.fromkeys(["weights.safetensors", "state.json"], Part(size_bytes=0, sha256=""))
 OWNERS = st.sampled_from(["checkpoint", "best", "ema"])
 KEEPS = st.sampled_from([None, 0, 1, 2, 3])
 
 
 @st.composite
 def histories(draw):
-    """All checkpoints of a run in their order, the pointers, those known to be whole, and the parent."""
+    """Draw all checkpoints of a run oldest first, the pointers, the tags known to be intact, and the parent."""
     manifests = []
     segment = update = 1
     for number in range(draw(st.integers(0, 8))):
@@ -356,29 +358,29 @@ def histories(draw):
         manifests.append(
             Manifest(
                 tag=f"T.{number + 2}", number=number + 2, run_id="r", segment=segment, parent=None,
-                event="AfterUpdate", parts=draw(st.sampled_from([{}, WHOLE])),
+                event="AfterUpdate", parts=draw(st.sampled_from([{}, RESUMABLE])),
                 iteration=TrainingIteration(update=update),
                 retention=draw(st.dictionaries(OWNERS, KEEPS, max_size=2)),
             )
         )  # fmt: skip
     names = st.sampled_from([manifest.tag for manifest in manifests] or ["gone"])
     pointers = draw(st.dictionaries(st.sampled_from(["latest", "best"]), names))
-    whole = draw(st.sets(names))
-    return manifests, pointers, whole, draw(st.one_of(st.none(), names))
+    intact = draw(st.sets(names))
+    return manifests, pointers, intact, draw(st.one_of(st.none(), names))
 
 
 @UNTIMED
 @given(histories(), st.randoms())
-def test_the_plan_of_what_goes(history, random):
-    manifests, pointers, whole, parent = history
-    gone = select_prunable(random.sample(manifests, len(manifests)), pointers, whole, parent)
-    kept = [manifest for manifest in manifests if manifest.tag not in gone]
-    assert gone == [manifest.tag for manifest in manifests if manifest not in kept]
+def test_retention_follows_its_rules(history, random):
+    manifests, pointers, intact, parent = history
+    prunable = select_prunable(random.sample(manifests, len(manifests)), pointers, intact, parent)
+    kept = [manifest for manifest in manifests if manifest.tag not in prunable]
+    assert prunable == [manifest.tag for manifest in manifests if manifest not in kept]
     resumable = [each.tag for each in manifests if each.resumable]
-    while len(resumable) > 1 and whole & set(resumable[1:]):  # none is older than the newest that is known to be whole
+    while len(resumable) > 1 and intact & set(resumable[1:]):  # drop those older than the newest intact one
         del resumable[0]
     protected = {*pointers.values(), parent, *resumable}
-    assert not protected & set(gone)
+    assert not protected & set(prunable)
     for owner in ("checkpoint", "best", "ema"):
         own = [manifest for manifest in manifests if owner in manifest.retention]
         for age, manifest in enumerate(reversed(own), 1):
@@ -395,36 +397,36 @@ def test_the_plan_of_what_goes(history, random):
 
 @UNTIMED
 @given(histories())
-def test_removing_what_goes_leaves_nothing_more_to_go(history):
-    manifests, pointers, whole, parent = history
-    gone = select_prunable(manifests, pointers, whole, parent)
-    left = [manifest for manifest in manifests if manifest.tag not in gone]
+def test_pruning_again_removes_nothing(history):
+    manifests, pointers, intact, parent = history
+    prunable = select_prunable(manifests, pointers, intact, parent)
+    rest = [manifest for manifest in manifests if manifest.tag not in prunable]
     keeps = {keep for manifest in manifests for keep in manifest.retention.values()}
-    if len(keeps) <= 1:  # an owner that changes its mind may keep more or less of the same checkpoints
-        assert select_prunable(left, pointers, whole, parent) == []
-    assert [manifest.tag for manifest in manifests if manifest.tag in gone] == list(gone)
+    if len(keeps) <= 1:  # otherwise an owner changed how many it keeps
+        assert select_prunable(rest, pointers, intact, parent) == []
+    assert [manifest.tag for manifest in manifests if manifest.tag in prunable] == list(prunable)
 
 
-def test_a_save_that_the_disk_refuses_says_so_and_harms_no_other(store):
-    store.save(SaveCheckpoint(), at(1), UPDATE)
-    wide = at(2).replace(params={"weight": torch.ones(100_000)})
+def test_save_on_a_full_disk_fails_and_harms_no_other_checkpoint(store):
+    store.save(SaveCheckpoint(), state_at(1), UPDATE)
+    wide = state_at(2).replace(params={"weight": torch.ones(100_000)})
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))  # files of this process can grow no further
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))  # limits the size of files of this process
     try:
         with pytest.raises(CheckpointError, match=r"could not be written: .*File too large: '.*/weights.safetensors'"):
             store.save(SaveCheckpoint(), wide, UPDATE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-    assert tags(store) == [str(at(1).iteration)]
+    assert tags(store) == [str(state_at(1).iteration)]
     store.save(SaveCheckpoint(), wide, UPDATE)
     assert same(store.load(store.newest()).params, wide.params)
 
 
-def test_the_order_in_memory_comes_back(store):
+def test_round_trip_keeps_strides(store):
     conv = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     turned = torch.arange(6.0).reshape(2, 3).t()
     part = torch.arange(10.0)[::2]
-    state = at(1).replace(params={"conv": conv}, opt_state={"turned": turned, "part": part})
+    state = state_at(1).replace(params={"conv": conv}, opt_state={"turned": turned, "part": part})
     store.save(SaveCheckpoint(), state, UPDATE)
     loaded = store.load(store.newest())
     assert loaded.params["conv"].stride() == conv.stride() != conv.contiguous().stride()
@@ -432,141 +434,144 @@ def test_the_order_in_memory_comes_back(store):
     assert same((loaded.params, loaded.opt_state), (state.params, state.opt_state))
 
 
-def test_a_checkpoint_that_holds_files_of_others_is_not_removed(store, folder, caplog):
+def test_checkpoint_with_foreign_files_is_not_removed(store, folder, caplog):
     keep = SaveCheckpoint(retention={"c": 1})
-    store.save(keep, at(1), UPDATE)
+    store.save(keep, state_at(1), UPDATE)
     (folder / "E0_U1_S4/notes.txt").write_text("the good one")
-    store.save(keep, at(2), UPDATE)
-    store.save(keep, at(3), UPDATE)
+    store.save(keep, state_at(2), UPDATE)
+    store.save(keep, state_at(3), UPDATE)
     assert (folder / "E0_U1_S4/notes.txt").read_text() == "the good one"
     assert tags(store) == ["E0_U1_S4", "E0_U3_S12"]
     assert "checkpoints that retention would remove stay in" in caplog.text
     assert "E0_U1_S4/notes.txt would be lost" in caplog.text
 
 
-def test_nothing_that_is_not_ours_is_removed(store, folder):
+def test_foreign_files_are_not_removed(store, folder):
     folder.mkdir()
     (folder / "mine").mkdir()
     (folder / "mine/weights.pt").write_text("x")
     (folder / "README").write_text("x")
     for update in (1, 2):
-        store.save(SaveCheckpoint(retention={"c": 1}), at(update), UPDATE)
+        store.save(SaveCheckpoint(retention={"c": 1}), state_at(update), UPDATE)
     assert {path.name for path in folder.iterdir()} >= {"mine", "README"}
     assert (folder / "mine/weights.pt").exists()
 
 
-def test_what_a_broken_pointer_named_is_not_removed(store, folder, caplog):
+def test_nothing_is_removed_while_a_pointer_is_broken(store, folder, caplog):
     best = SaveCheckpoint(pointers=("best",), retention={"b": 0})
-    store.save(best, at(1), UPDATE)
+    store.save(best, state_at(1), UPDATE)
     (folder / "best").write_text("E0_U1")
-    store.save(SaveCheckpoint(retention={"c": 1}), at(2), UPDATE)
+    store.save(SaveCheckpoint(retention={"c": 1}), state_at(2), UPDATE)
     assert tags(store) == ["E0_U1_S4", "E0_U2_S8"]
     assert f"{folder / 'best'} is damaged, or not a pointer" in caplog.text
-    store.save(best, at(3), UPDATE)  # which sets it anew
+    store.save(best, state_at(3), UPDATE)  # sets the broken pointer again
     assert tags(store) == ["E0_U2_S8", "E0_U3_S12"]
 
 
-def test_of_those_that_can_be_resumed_the_newest_known_to_be_whole_stays(store, folder):
-    """Saves of weights alone do not remove what the run can go on from, be it that nobody looked into it."""
+def test_newest_resumable_checkpoint_known_to_be_intact_stays(store, folder):
+    """Saves of weights alone do not remove an older resumable checkpoint while the newer one is not verified."""
     for update in (1, 2):
-        store.save(SaveCheckpoint(retention={"c": None}), at(update), UPDATE)
+        store.save(SaveCheckpoint(retention={"c": None}), state_at(update), UPDATE)
     damaged = folder / "E0_U2_S8/weights.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
-    later = opened(folder)
+    later = open_store(folder)
     for update in (3, 4, 5):
-        later.save(SaveCheckpoint(optimizer=False, retention={"c": 1}), at(update), UPDATE)
+        later.save(SaveCheckpoint(optimizer=False, retention={"c": 1}), state_at(update), UPDATE)
     assert "E0_U1_S4" in tags(later)
     assert later.recover()[1].tag == "E0_U1_S4"
 
 
-def test_a_commit_that_failed_at_its_last_step_is_not_taken_for_one(folder):
+def test_commit_that_failed_at_its_last_call_does_not_count(folder):
     faults = Faults()
     store = CheckpointStore(folder, "run", Disk(faults))
     faults.arm()
-    store.save(SaveCheckpoint(tag="x"), at(1), UPDATE)
-    last = len(faults.names) - 2  # the flush of the directory that has the name, and its close
+    store.save(SaveCheckpoint(tag="x"), state_at(1), UPDATE)
+    last = len(faults.names) - 2  # the fsync of the directory that contains the name, and its close
     assert faults.names[last] == "fsync"
     faults.arm(last, "EIO once")
-    # Measured on an empty directory, as the first save was.
+    # In an empty directory, so that the calls are those counted above.
     other = CheckpointStore(folder.with_name("other"), "run", Disk(faults))
     with pytest.raises(CheckpointError, match=r"could not be written: .*Input/output error"):
-        other.save(SaveCheckpoint(tag="x"), at(1), UPDATE)
+        other.save(SaveCheckpoint(tag="x"), state_at(1), UPDATE)
     assert [manifest.tag for manifest in other.manifests()] == ["x"]
-    other.save(SaveCheckpoint(tag="x", pointers=("p",)), at(1), UPDATE)
+    other.save(SaveCheckpoint(tag="x", pointers=("p",)), state_at(1), UPDATE)
     assert other.pointers() == {"p": "x.2"}
 
 
-def test_no_file_is_flushed_again_after_a_flush_that_failed(tmp_path):
-    """The system forgets what it could not write: a second flush of the same file says that all is well."""
+def test_no_file_gets_a_second_fsync_after_a_failed_one(tmp_path):
+    """The operating system drops what it could not write, so a second fsync of the file reports success."""
     effect = SaveCheckpoint(pointers=("latest",))
 
-    def flushes(directory, failing):
-        flushed, kept = [], []
+    def record_fsyncs(directory, failing):
+        synced, open_files = [], []
 
         def call(function, *arguments):
             if function is not fsync:
                 return function(*arguments)
             status = os.fstat(arguments[0])
-            kept.append(os.dup(arguments[0]))  # so that its number is not given to another
-            flushed.append((status.st_ino, stat.S_ISREG(status.st_mode)))
-            if len(flushed) - 1 == failing:
+            open_files.append(os.dup(arguments[0]))  # so that its inode is not used again
+            synced.append((status.st_ino, stat.S_ISREG(status.st_mode)))
+            if len(synced) - 1 == failing:
                 raise OSError(errno.EIO, "Input/output error")
             return None
 
         store = CheckpointStore(directory, "run", Disk(call))
         for update in (1, 2, 3):
             with contextlib.suppress(CheckpointError):
-                store.save(effect, at(update), UPDATE)
-        for file in kept:
+                store.save(effect, state_at(update), UPDATE)
+        for file in open_files:
             os.close(file)
-        return flushed
+        return synced
 
-    for failing in range(len(flushes(tmp_path / "calm", None)) // 3):
-        flushed = flushes(tmp_path / str(failing), failing)
-        number, regular = flushed[failing]
-        assert not regular or flushed.count((number, regular)) == 1
+    for failing in range(len(record_fsyncs(tmp_path / "faultless", None)) // 3):
+        synced = record_fsyncs(tmp_path / str(failing), failing)
+        number, regular = synced[failing]
+        assert not regular or synced.count((number, regular)) == 1
     assert failing > 5
 
 
 @pytest.mark.parametrize("failing", ["x", "latest"])
-def test_a_step_that_fails_cancels_those_that_depend_on_it(folder, failing):
+def test_failed_step_cancels_later_steps(folder, failing):
     def call(function, *arguments):
         if function is os.rename and arguments[1].name == failing:
             raise OSError(errno.EIO, "Input/output error")
         return function(*arguments)
 
-    opened(folder).save(SaveCheckpoint(pointers=("latest",), retention={"c": 1}), at(1), UPDATE)
+    open_store(folder).save(SaveCheckpoint(pointers=("latest",), retention={"c": 1}), state_at(1), UPDATE)
     store = CheckpointStore(folder, "run", Disk(call))
     with pytest.raises(CheckpointError) as error:
-        store.save(SaveCheckpoint(tag="x", pointers=("latest",), retention={"c": 1}), at(2), UPDATE)
-    what = {"x": f"checkpoint {folder / 'x'} could not be written", "latest": f"the pointer {folder / 'latest'} could"}
-    assert str(error.value).startswith(what[failing])
-    # Neither was the pointer moved without the checkpoint, nor what it still names removed.
+        store.save(SaveCheckpoint(tag="x", pointers=("latest",), retention={"c": 1}), state_at(2), UPDATE)
+    messages = {
+        "x": f"checkpoint {folder / 'x'} could not be written",
+        "latest": f"the pointer {folder / 'latest'} could",
+    }
+    assert str(error.value).startswith(messages[failing])
+    # The pointer did not move without its checkpoint, and the checkpoint that it names stays.
     assert store.pointers() == {"latest": "E0_U1_S4"}
-    assert same(store.load(store.find("latest")).params, at(1).params)
+    assert same(store.load(store.find("latest")).params, state_at(1).params)
     assert ("x" in tags(store)) == (failing == "latest")
 
 
-def test_a_pointer_without_its_checkpoint_is_no_beginning(store, folder):
-    """Somebody removed the checkpoints: to begin anew in silence would write over what their run was."""
-    store.save(SaveCheckpoint(pointers=("latest",)), at(1), UPDATE)
+def test_recovery_fails_if_the_checkpoint_of_a_pointer_was_removed(store, folder):
+    """A silent start from the beginning would overwrite the rest of the run."""
+    store.save(SaveCheckpoint(pointers=("latest",)), state_at(1), UPDATE)
     shutil.rmtree(folder / "E0_U1_S4")
     with pytest.raises(CheckpointError, match="latest names E0_U1_S4, which does not exist"):
-        opened(folder).recover()
+        open_store(folder).recover()
 
 
 @pytest.mark.parametrize("name", ["MANIFEST.json", "weights.safetensors"])
-def test_what_may_not_be_read_is_not_taken_for_damaged(store, folder, name):
-    """As when another user trained before: to go on from an older one would leave the newer ones behind."""
+def test_recovery_fails_if_a_checkpoint_is_not_readable(store, folder, name):
+    """It may be intact, for example if another user wrote it; resuming from an older one would lose its progress."""
     for update in (1, 2):
-        store.save(SaveCheckpoint(), at(update), UPDATE)
-    refused = folder / "E0_U2_S8" / name
+        store.save(SaveCheckpoint(), state_at(update), UPDATE)
+    unreadable = folder / "E0_U2_S8" / name
 
     def call(function, *arguments):
-        if function is os.open and arguments[0] == refused:
+        if function is os.open and arguments[0] == unreadable:
             raise OSError(errno.EACCES, "Permission denied")
         return function(*arguments)
 
     with pytest.raises(CheckpointError) as error:
         CheckpointStore(folder, "run", Disk(call)).recover()
-    assert str(error.value) == f"{refused} cannot be read: Permission denied; make it readable, then resume"
+    assert str(error.value) == f"{unreadable} cannot be read: Permission denied; make it readable, then resume"

@@ -1,4 +1,4 @@
-"""A run to which everything happens, in any order: the last checkpoint that was reported as saved can be read."""
+"""Random sequences of saves, faults, kills, damage and resumes: the last saved checkpoint can always be read."""
 
 import random
 import shutil
@@ -22,16 +22,16 @@ KEEPS = st.sampled_from((1, 1, 2))
 
 
 class Survival(RuleBasedStateMachine):
-    """Save, point, prune, crash, corrupt, resume."""
+    """A run under saves, faults, losses of power, damage and resumes."""
 
     def __init__(self):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.losses = 0
-        self.last = None  # tag that was last reported as saved
+        self.last = None  # tag of the checkpoint last reported as saved
         self.damaged = set()
         self.root.mkdir()
-        self.begin()
+        self.open_and_resume()
 
     def teardown(self):
         self.run.close()
@@ -45,7 +45,7 @@ class Survival(RuleBasedStateMachine):
     def directory(self):
         return self.root / "run/checkpoints"
 
-    def begin(self):
+    def open_and_resume(self):
         self.power = PowerLoss(self.root)
         self.faults = Faults(call=self.power)
         self.run = open_small_run(self.root / "run", Disk(self.faults))
@@ -55,17 +55,17 @@ class Survival(RuleBasedStateMachine):
     def store(self):
         return CheckpointStore(self.directory, "run", NO_FSYNC)
 
-    def saved(self):
+    def tags_on_disk(self):
         return {path.name for path in self.directory.glob("E*")}
 
     def save(self, keep):
         for update in train(self.run, [self.update + 1], keep):
             self.update = update
             self.last = self.store().pointers()["latest"]
-            self.damaged &= self.saved()  # what was pruned may come again
+            self.damaged &= self.tags_on_disk()  # the tag of a pruned checkpoint can be used again
 
     @rule(keep=KEEPS)
-    def save_well(self, keep):
+    def save_without_fault(self, keep):
         self.save(keep)
         assert self.last.startswith(str(state_after(self.update).iteration))
 
@@ -84,10 +84,10 @@ class Survival(RuleBasedStateMachine):
     @rule()
     def resume(self):
         self.run.close()
-        if self.saved() and self.saved() <= self.damaged:
-            shutil.rmtree(self.directory)  # as a person would, whom the error tells that there is none to go on from
+        if self.tags_on_disk() and self.tags_on_disk() <= self.damaged:
+            shutil.rmtree(self.directory)  # as a user would after the error that the run cannot resume
             self.damaged, self.last = set(), None
-        self.begin()
+        self.open_and_resume()
 
     @rule(seed=SEEDS)
     def lose_power(self, seed):
@@ -98,11 +98,11 @@ class Survival(RuleBasedStateMachine):
         write_tree(survivors, self.root)
         self.resume()
 
-    @precondition(lambda self: self.saved() - self.damaged)
+    @precondition(lambda self: self.tags_on_disk() - self.damaged)
     @rule(seed=SEEDS)
     def corrupt(self, seed):
         choice = random.Random(seed)  # noqa: S311  # no secrets
-        tag = choice.choice(sorted(self.saved() - self.damaged))
+        tag = choice.choice(sorted(self.tags_on_disk() - self.damaged))
         path = choice.choice(sorted((self.directory / tag).iterdir()))
         content = bytearray(path.read_bytes())
         content[choice.randrange(len(content))] ^= 1 << choice.randrange(8)
@@ -110,30 +110,30 @@ class Survival(RuleBasedStateMachine):
         self.damaged.add(tag)
 
     @invariant()
-    def what_was_saved_can_be_read(self):
+    def last_saved_checkpoint_can_be_read(self):
         if self.last is None or self.last in self.damaged:
             return
         manifests = {manifest.tag: manifest for manifest in self.store().manifests()}
-        # A save that was killed while it pruned was not reported, and is on the disk all the same.
+        # A save that was killed while it pruned was not reported as saved, but is on the disk.
         update = TrainingIteration.parse(self.last.split(".")[0]).update
         newer = [each for each in manifests.values() if each.iteration.update > update]
-        held = manifests.get(self.last) or newer[-1]
-        if held.tag in self.damaged:
+        manifest = manifests.get(self.last) or newer[-1]
+        if manifest.tag in self.damaged:
             return
-        assert same(self.store().load(held), state_after(held.iteration.update))
+        assert same(self.store().load(manifest), state_after(manifest.iteration.update))
 
     @invariant()
-    def the_newest_whole_one_is_found(self):
+    def newest_intact_checkpoint_is_found(self):
         store = self.store()
-        whole = [manifest for manifest in store.manifests() if manifest.tag not in self.damaged]
-        if whole:
+        intact = [manifest for manifest in store.manifests() if manifest.tag not in self.damaged]
+        if intact:
             state, manifest = store.recover()
-            assert manifest == whole[-1]
+            assert manifest == intact[-1]
             assert same(state, state_after(manifest.iteration.update))
-        elif self.saved():
+        elif self.tags_on_disk():
             with pytest.raises(CheckpointError) as error:
                 store.recover()
-            assert all(f"{self.directory / tag}" in str(error.value) for tag in self.saved())
+            assert all(f"{self.directory / tag}" in str(error.value) for tag in self.tags_on_disk())
         else:
             assert store.recover() is None
 

@@ -1,4 +1,4 @@
-"""Trees on disk: strict JSON beside tensors, read back as they were."""
+"""Encoding of trees: strict JSON beside tensors, read back bit for bit."""
 
 import json
 import math
@@ -37,65 +37,66 @@ TREES = st.recursive(
 )
 
 
-def refuse(constant):
+def fail_on_constant(constant):
     raise AssertionError(f"{constant} is not JSON")
 
 
-def written(tree):
-    """Return the tree as it comes back from the disk: strict JSON beside a safetensors file."""
+def round_trip(tree):
+    """Return the tree after it was written as strict JSON beside a safetensors file, and read back."""
     tensors = {}
     text = json.dumps(encode_tree(tree, tensors))
     return decode_tree(
-        json.loads(text, parse_constant=refuse), load(save({name: tensor.clone() for name, tensor in tensors.items()}))
+        json.loads(text, parse_constant=fail_on_constant),
+        load(save({name: tensor.clone() for name, tensor in tensors.items()})),
     )
 
 
 @UNTIMED
 @given(TREES)
-def test_a_tree_comes_back_as_it_was(tree):
-    assert same(written(tree), freeze(tree))
+def test_round_trip_keeps_a_tree(tree):
+    assert same(round_trip(tree), freeze(tree))
 
 
 @UNTIMED
 @given(TREES)
-def test_what_comes_back_cannot_be_written_to(tree):
-    def frozen(value):
+def test_decoded_trees_are_immutable(tree):
+    def is_immutable(value):
         if isinstance(value, dict):
-            return isinstance(value, FrozenDict) and all(map(frozen, value.values()))
-        return not isinstance(value, list) and (not isinstance(value, tuple) or all(map(frozen, value)))
+            return isinstance(value, FrozenDict) and all(map(is_immutable, value.values()))
+        return not isinstance(value, list) and (not isinstance(value, tuple) or all(map(is_immutable, value)))
 
-    assert frozen(written(tree))
+    assert is_immutable(round_trip(tree))
 
 
-def test_paths_that_read_alike_keep_their_own_tensors():
+def test_paths_with_equal_text_keep_separate_tensors():
     tree = {"a.b": torch.tensor(1), "a": {"b": torch.tensor(2)}, "a.b_": torch.tensor(3)}
-    assert same(written(tree), freeze(tree))
+    assert same(round_trip(tree), freeze(tree))
 
 
-def test_the_order_of_keys_is_kept():
-    assert list(written({"b": 1, "a": 2, "$c": 3})) == ["b", "a", "$c"]
+def test_round_trip_keeps_the_order_of_keys():
+    assert list(round_trip({"b": 1, "a": 2, "$c": 3})) == ["b", "a", "$c"]
 
 
-def test_the_names_of_tensors_are_their_paths():
+def test_tensors_are_named_by_their_paths():
     tensors = {}
     encode_tree({"ema": {"weight": torch.ones(1), "steps": (torch.zeros(1), 3)}}, tensors, "callback_states")
     assert list(tensors) == ["callback_states.ema.weight", "callback_states.ema.steps.0"]
 
 
-def test_what_cannot_be_saved_is_named():
+def test_error_names_the_value_that_cannot_be_saved():
     with pytest.raises(TypeError, match=r"^ema\.decay is a set, which cannot be saved$"):
         encode_tree({"ema": {"decay": {1}}}, {})
 
 
 @pytest.mark.parametrize("value", [{"$list": [1]}, {"$tuple": [], "$dict": {}}])
-def test_what_was_never_written_is_refused(value):
+def test_values_that_the_encoder_never_makes_are_refused(value):
     with pytest.raises(ValueError, match="unknown entry"):
         decode_tree(value, {})
 
 
 @UNTIMED
 @given(st.floats())
-def test_a_number_is_strict_json(value):
-    shown = json.loads(json.dumps(json_number(value)), parse_constant=refuse)
+def test_json_number_is_strict_json(value):
+    shown = json.loads(json.dumps(json_number(value)), parse_constant=fail_on_constant)
     assert same(float(shown), value)
     assert isinstance(shown, str) == (not math.isfinite(value))

@@ -1,4 +1,4 @@
-"""One process at a time writes into the directory of a run."""
+"""The lock of a run directory: one process at a time, free after a crash, not inherited by a fork."""
 
 import errno
 import fcntl
@@ -27,39 +27,39 @@ except LockedError as error:
 """
 
 
-def refused(directory):
-    """Return what another process is told that wants the lock of a directory; nothing where it gets it."""
-    done = subprocess.run(
+def lock_elsewhere(directory):
+    """Take the lock in another process; return the message of its error, empty if it gets the lock."""
+    process = subprocess.run(
         [sys.executable, "-c", TAKE, directory], capture_output=True, text=True, check=False, timeout=240
     )
-    assert done.returncode == bool(done.stderr)
-    return done.stderr.strip()
+    assert process.returncode == bool(process.stderr)
+    return process.stderr.strip()
 
 
-def test_another_process_is_refused_and_told_who_has_it(tmp_path):
+def test_error_in_another_process_names_the_holder(tmp_path):
     lock = RunLock(tmp_path)
-    said = refused(tmp_path)
-    assert said.startswith(f"{tmp_path} is in use by process {os.getpid()} on ")
-    assert said.endswith("; wait for it to end, or stop it")
+    message = lock_elsewhere(tmp_path)
+    assert message.startswith(f"{tmp_path} is in use by process {os.getpid()} on ")
+    assert message.endswith("; wait for it to end, or stop it")
     lock.release()
-    assert refused(tmp_path) == ""
+    assert lock_elsewhere(tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_objects_of_one_process_share_it_and_the_last_lets_go(tmp_path):
+def test_objects_in_one_process_share_the_lock(tmp_path):
     one, other = RunLock(tmp_path), RunLock(tmp_path / "." / "")
     one.release()
-    assert refused(tmp_path)
+    assert lock_elsewhere(tmp_path)
     other.release()
-    assert not refused(tmp_path)
+    assert not lock_elsewhere(tmp_path)
 
 
-def test_what_nobody_holds_any_more_is_free(tmp_path):
+def test_garbage_collected_run_is_free(tmp_path):
     open_run(tmp_path / "run")
-    assert not refused(tmp_path / "run")
+    assert not lock_elsewhere(tmp_path / "run")
 
 
-def test_a_lock_file_that_a_dead_process_left_locks_nothing(tmp_path):
+def test_lock_file_of_a_dead_process_does_not_lock(tmp_path):
     (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere", "command": "noether train"}')
     lock = RunLock(tmp_path)
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
@@ -67,7 +67,7 @@ def test_a_lock_file_that_a_dead_process_left_locks_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}', "\x00" * 5000])
-def test_a_holder_that_does_not_say_who_it_is_still_has_it(tmp_path, content):
+def test_unnamed_holder_keeps_the_lock(tmp_path, content):
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(content)
@@ -76,7 +76,7 @@ def test_a_holder_that_does_not_say_who_it_is_still_has_it(tmp_path, content):
             RunLock(tmp_path)
 
 
-def test_a_link_in_its_place_is_not_followed(tmp_path):
+def test_link_in_place_of_the_lock_file_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("x")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
@@ -84,7 +84,7 @@ def test_a_link_in_its_place_is_not_followed(tmp_path):
     assert (tmp_path / "precious").read_text() == "x"
 
 
-def test_a_full_disk_locks_all_the_same(tmp_path, caplog):
+def test_full_disk_can_be_locked(tmp_path, caplog):
     def call(function, *arguments):
         if function is os.write:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -92,11 +92,11 @@ def test_a_full_disk_locks_all_the_same(tmp_path, caplog):
 
     lock = RunLock(tmp_path, Disk(call))
     assert "it does not name the process that holds it" in caplog.text
-    assert "is in use by another process" in refused(tmp_path)
+    assert "is in use by another process" in lock_elsewhere(tmp_path)
     lock.release()
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path, caplog):
+def test_file_system_without_locks_gives_a_warning(tmp_path, caplog):
     def call(function, *arguments):
         if function is fcntl.flock:
             raise OSError(errno.ENOLCK, "No locks available")
@@ -106,8 +106,8 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, caplog):
     assert "cannot be locked (No locks available): make sure that no other process writes there" in caplog.text
 
 
-def test_a_lock_whose_file_was_removed_in_between_is_taken_again(tmp_path):
-    """The holder removes the file and lets go; who opened it before would hold a lock of nothing."""
+def test_lock_is_taken_again_if_its_file_was_removed_meanwhile(tmp_path):
+    """The previous holder removes the file before it closes it, so a process may lock a file without a name."""
     removed = []
 
     def call(function, *arguments):
@@ -117,20 +117,20 @@ def test_a_lock_whose_file_was_removed_in_between_is_taken_again(tmp_path):
 
     lock = RunLock(tmp_path, Disk(call))
     assert removed
-    assert refused(tmp_path)
+    assert lock_elsewhere(tmp_path)
     lock.release()
 
 
-# Python 3.12 says so of every fork; the workers that load data are forked, too.
+# Python 3.12 warns at every fork; data loading workers are forked, too.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_worker_that_lives_on_holds_nothing(tmp_path):
+def test_forked_worker_that_outlives_the_run_holds_no_lock(tmp_path):
     lock = RunLock(tmp_path)
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     worker = context.Process(target=theirs.recv)
     worker.start()
     lock.release()
-    assert not refused(tmp_path)
+    assert not lock_elsewhere(tmp_path)
     ours.send("end")
     worker.join()
     assert worker.exitcode == 0

@@ -1,4 +1,4 @@
-"""There is one way to the disk, and the tests of crashes see all of it."""
+"""All file access of a run goes through `Disk`, so the crash tests see all of it."""
 
 import contextlib
 import sys
@@ -17,39 +17,39 @@ from noether.effects.disk.calls import Disk
 
 FILES = ("open", "os.", "shutil.", "tempfile.", "pathlib.", "glob.", "mmap.", "fcntl.")
 
-_watched = []  # functions that are told of what this process asks of files; a hook cannot be taken away again
+_watchers = []  # functions called with every audit event about files; the hook itself cannot be removed
 
 
 def _hook(event, arguments):
-    if _watched and event.startswith(FILES):
-        _watched[-1](event, arguments)
+    if _watchers and event.startswith(FILES):
+        _watchers[-1](event, arguments)
 
 
 sys.addaudithook(_hook)
 
 
 class Seam:
-    """Makes calls, and tells whether one is being made in this thread."""
+    """Makes calls, and knows whether this thread is inside one."""
 
     def __init__(self, call):
         self._call = call
-        self._here = threading.local()
+        self._thread = threading.local()
 
     def __call__(self, function, *arguments):
-        self._here.inside = True
+        self._thread.inside = True
         try:
             return self._call(function, *arguments)
         finally:
-            self._here.inside = False
+            self._thread.inside = False
 
     @property
     def inside(self):
-        return getattr(self._here, "inside", False)
+        return getattr(self._thread, "inside", False)
 
 
 @contextlib.contextmanager
-def others_noted(folder, seam):
-    """Yield a list of what is asked of files below a folder, or of open ones, but not through the seam."""
+def record_other_access(folder, seam):
+    """Yield a list of the audit events about files below a folder, or open files, outside of the seam."""
     found = []
 
     def watch(event, arguments):
@@ -58,20 +58,20 @@ def others_noted(folder, seam):
         if not seam.inside and (any(path.startswith(str(folder)) for path in paths) or by_number):
             found.append((event, arguments))
 
-    _watched.append(watch)
+    _watchers.append(watch)
     try:
         yield found
     finally:
-        _watched.pop()
+        _watchers.pop()
 
 
-def found_in(folder):
+def read_all(folder):
     """Return the content of all files below a folder, by relative path."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_run_touches_files_through_the_seam_only(tmp_path, asynchronous):
+def test_a_run_accesses_files_through_the_seam_only(tmp_path, asynchronous):
     power = PowerLoss(tmp_path)
     seam = Seam(power)
     effects = [
@@ -80,8 +80,8 @@ def test_a_run_touches_files_through_the_seam_only(tmp_path, asynchronous):
         SaveTensors(name="outputs/first", tensors={"x": torch.arange(3)}),
         SaveCheckpoint(tag="extra"),
     ]
-    with others_noted(tmp_path, seam) as others:
-        for first in (1, 4):  # the second begins with a resume, and prunes
+    with record_other_access(tmp_path, seam) as others:
+        for first in (1, 4):  # the second resumes first, and prunes
             with open_small_run(tmp_path / "run", Disk(seam), asynchronous=asynchronous, borrowed=False) as run:
                 run.resume()
                 assert list(train(run, range(first, first + 3), keep=1)) == [*range(first, first + 3)]
@@ -89,17 +89,17 @@ def test_a_run_touches_files_through_the_seam_only(tmp_path, asynchronous):
         store = CheckpointStore(tmp_path / "run/checkpoints", "run", Disk(seam))
         store.load(store.find("latest"))
     assert others == []
-    # Audit hooks do not see what compiled code opens. What came through the seam is all that there is.
-    assert power.content() == found_in(tmp_path) != {}
+    # Audit hooks do not see files that compiled code opens, but those would add content.
+    assert power.content() == read_all(tmp_path) != {}
 
 
-def test_another_way_would_be_seen(tmp_path):
+def test_access_outside_of_the_seam_is_detected(tmp_path):
     power = PowerLoss(tmp_path)
-    with others_noted(tmp_path, Seam(power)) as others:
+    with record_other_access(tmp_path, Seam(power)) as others:
         (tmp_path / "a").mkdir()
         (tmp_path / "a/b").write_text("x")
         (tmp_path / "a/b").rename(tmp_path / "a/d")
     assert [event for event, _ in others] == ["os.mkdir", "open", "os.rename"]
-    with others_noted(tmp_path, Seam(power)) as others:
+    with record_other_access(tmp_path, Seam(power)) as others:
         save_file({"x": torch.ones(1)}, tmp_path / "a/c")
-    assert power.content() != found_in(tmp_path)
+    assert power.content() != read_all(tmp_path)
