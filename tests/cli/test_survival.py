@@ -284,7 +284,7 @@ def test_on_a_full_disk_the_run_stops_and_can_be_resumed_later(phases, tmp_path)
     found, run = run_on_full_disk(phases, tmp_path, "stop")
     assert found["code"] == 1
     assert "could not be written: [Errno 28] No space left on device: " in found["stderr"].splitlines()[-1]
-    assert found["stderr"].splitlines()[-1].endswith("; the checkpoints before it stay")
+    assert found["stderr"].splitlines()[-1].endswith("; earlier checkpoints are intact")
     assert [name for name in found["saved"] if name.startswith(("E", "."))] == ["E1_U15_S60"]
     assert found["resumed"][0].splitlines()[0] == "resuming at E1_U15_S60"
     check_equal(run, only_run(phases / "out/paper"))

@@ -139,7 +139,7 @@ def _decode_state_file(
     if b"".join(_state_files(state)[STATE]) != text:
         raise ValueError("its content is not what was written")
     if state.iteration != iteration:
-        raise ValueError(f"it is of {state.iteration}, in a checkpoint of {iteration}")
+        raise ValueError(f"it is the state of {state.iteration}, but the manifest says {iteration}")
     return state
 
 
@@ -151,5 +151,5 @@ def _split_weights(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
     weights = {kind: {name: tensors[name] for name in facts["order"][kind]} for kind in _WEIGHT_KINDS}
     names = {kind: list(each) for kind, each in weights.items()}
     if names != facts["order"] or {name for each in names.values() for name in each} != set(tensors):
-        raise ValueError("its tensors are not those of its order")
+        raise ValueError("its tensors do not match the stored order")
     return weights

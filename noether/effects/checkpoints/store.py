@@ -163,40 +163,39 @@ class CheckpointStore:
         unreadable = [str(error) for error in listing.damaged.values() if isinstance(error, UnreadableError)]
         if unreadable:
             raise UnreadableError("\n".join(unreadable))
-        recovered, load_errors = self._resume_newest(listing)
-        damaged = [*listing.damaged.values(), *load_errors]
-        if recovered is not None:
-            for error in (*damaged, *listing.broken.values()):
-                _LOGGER.warning("%s; resuming from %s without it", error, recovered[1].tag)
-            return recovered
-        partial = [
-            f"{self._directory / each.tag} does not hold weights, optimizer and state of the whole model"
-            for each in listing.manifests
-            if not each.resumable
-        ]
-        lost = [error for error in listing.broken.values() if isinstance(error, MissingTargetError)]
-        reasons = [*map(str, damaged), *partial, *map(str, lost)]
-        if reasons:
-            total = len(damaged) + len(partial)
-            headline = f"the run cannot resume from any of the {total} checkpoints in {self._directory}:"
-            raise CheckpointError("\n  ".join([headline, *reasons]))
+        damaged = list(listing.damaged.values())
+        for manifest in reversed(listing.manifests):
+            if not manifest.resumable:
+                continue
+            try:
+                state = self.resume(manifest)
+            except UnreadableError:
+                raise
+            except CheckpointError as error:
+                damaged.append(error)
+            else:
+                for skipped in (*damaged, *listing.broken.values()):
+                    _LOGGER.warning("%s; resuming from %s without it", skipped, manifest.tag)
+                return state, manifest
+        self._refuse_to_start_over(listing, damaged)
         return None
 
     def _list(self) -> Listing:
         return list_checkpoints(self._directory, self._disk)
 
-    def _resume_newest(self, listing: Listing) -> tuple[tuple[TrainState, Manifest] | None, list[CheckpointError]]:
-        """Return the newest checkpoint that loads, or None, and the errors of newer ones that do not."""
-        errors: list[CheckpointError] = []
-        for manifest in reversed(listing.manifests):
-            if manifest.resumable:
-                try:
-                    return (self.resume(manifest), manifest), errors
-                except UnreadableError:
-                    raise
-                except CheckpointError as error:
-                    errors.append(error)
-        return None, errors
+    def _refuse_to_start_over(self, listing: Listing, damaged: list[CheckpointError]) -> None:
+        """Raise the reasons why the run can resume from none of its checkpoints; do nothing if it has none."""
+        partial = [
+            f"{self._directory / each.tag} does not hold weights, optimizer and state of the whole model"
+            for each in listing.manifests
+            if not each.resumable
+        ]
+        removed = [error for error in listing.broken.values() if isinstance(error, MissingTargetError)]
+        reasons = [*map(str, damaged), *partial, *map(str, removed)]
+        if reasons:
+            total = len(damaged) + len(partial)
+            headline = f"the run cannot resume from any of the {total} checkpoints in {self._directory}:"
+            raise CheckpointError("\n  ".join([headline, *reasons]))
 
     def _find_saved(
         self, listing: Listing, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event
@@ -295,7 +294,7 @@ class CheckpointStore:
         except OSError as error:
             with suppress(OSError):  # the next save removes them
                 self._writer.remove_leftovers()
-            raise CheckpointError(f"{failure}: {error}; the checkpoints before it stay") from error
+            raise CheckpointError(f"{failure}: {error}; earlier checkpoints are intact") from error
 
     def _read_verified(self, tag: str, name: str, part: Part) -> bytes:
         """Return the content of a file of a checkpoint after comparing it with its size and hash in the manifest."""
@@ -313,4 +312,7 @@ class CheckpointStore:
 
 def _check_name(role: str, name: str) -> None:
     if not NAME.fullmatch(name):
-        raise CheckpointError(f"{role} {name!r}: a name is made of up to 200 letters, digits and '_.=-'")
+        raise CheckpointError(
+            f"{role} {name!r} is not a valid name: use up to 200 letters, digits and '_.=-', and start with a letter, "
+            "a digit or '_'"
+        )
