@@ -1,8 +1,8 @@
 """The lock of a run directory: one process at a time writes there.
 
-The package filelock (4.3.1 was tried) also holds under fork, but it cannot replace this module: it opens the lock file
-itself, past `Disk`, where fault tests cannot reach it; it fails on file systems without locks, where training has to
-continue with a warning; it leaves the file behind; and it neither stores nor names the holder.
+The package filelock (4.3.1 was tried) also survives forks and crashes, but cannot replace this module. It opens the
+lock file itself, past `Disk`, where fault tests cannot reach it; it raises where a file system has no locks (`ENOLCK`),
+and training has to continue there with a warning; it does not name the holder; and it leaves the file behind.
 """
 
 from __future__ import annotations

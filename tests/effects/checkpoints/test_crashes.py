@@ -304,3 +304,11 @@ def test_a_mutant_of_the_protocol_is_caught(tmp_path, monkeypatch, mutant):
     check_recovery(tmp_path / "root" / "run", 5)  # without a loss of power, the mutant works
     with pytest.raises((AssertionError, CheckpointError, LogError)):
         check_outcomes(outcomes, tmp_path)
+
+
+def test_deferred_steps_in_the_right_order_are_safe(tmp_path, monkeypatch):
+    """The mutants of the order are caught for their order, not because their steps are deferred."""
+    with monkeypatch.context() as mutated:
+        mutated.setattr(CheckpointStore, "save", save_in_order(*STEPS))
+        outcomes = lose_power(tmp_path / "root", 2)
+    check_outcomes(outcomes, tmp_path)
