@@ -1,4 +1,4 @@
-"""The interpreter: a table from effect type to handlers."""
+"""Interpreter: handlers by effect type, ranks, and measured effects."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ def recorder(calls, name="handler"):
     return lambda effect, state, event: calls.append((name, effect, state, event))
 
 
-def test_handlers_are_called_in_their_order_with_effect_state_and_event():
+def test_handlers_are_called_in_order_with_effect_state_and_event():
     calls, state, event = [], TrainState(), AfterTraining()
     interpreter = Interpreter({Ring: [recorder(calls, "first")]}).with_handlers(Ring, recorder(calls, "second"))
     interpreter([Ring(1), Ring(2)], state, event)
@@ -43,7 +43,7 @@ def test_handlers_are_called_in_their_order_with_effect_state_and_event():
     assert all(call[2] is state and call[3] is event for call in calls)
 
 
-def test_handling_returns_a_new_interpreter():
+def test_with_handlers_returns_a_new_interpreter():
     calls = []
     interpreter = Interpreter({})
     interpreter.with_handlers(Ring, recorder(calls))
@@ -52,7 +52,7 @@ def test_handling_returns_a_new_interpreter():
     assert calls == []
 
 
-def test_an_effect_that_nobody_handles_is_named_with_the_nearest_and_nothing_is_done():
+def test_an_effect_without_a_handler_is_an_error_that_suggests_a_name():
     calls = []
 
     class LogScalar(Effect):
@@ -68,12 +68,12 @@ def test_an_effect_that_nobody_handles_is_named_with_the_nearest_and_nothing_is_
     assert calls == []
 
 
-def test_an_effect_may_have_no_handler_at_all():
+def test_an_empty_list_of_handlers_ignores_the_effect():
     Interpreter({Ring: []})([Ring(1)], TrainState(), AfterTraining())
 
 
 @pytest.mark.parametrize(("rank", "written"), [(0, True), (1, False)])
-def test_only_the_first_rank_writes(tmp_path, rank, written):
+def test_only_rank_0_writes(tmp_path, rank, written):
     run = open_run(tmp_path, rank=rank)
     state = TrainState(params={"weight": torch.ones(2)}).advance(samples=1)
     effects = [
@@ -88,13 +88,13 @@ def test_only_the_first_rank_writes(tmp_path, rank, written):
     assert found == ({"metrics.jsonl", "summary.json", "checkpoints", "tensors"} if written else set())
 
 
-def test_every_rank_refuses_what_nobody_handles():
+def test_every_rank_refuses_an_effect_without_a_handler():
     with pytest.raises(LookupError, match="Ring"):
         Interpreter({})([Ring(1)], TrainState(), AfterTraining(run=Run(rank=1, world_size=2)))
 
 
 def test_logs_are_written_before_the_checkpoint_of_the_event(tmp_path):
-    """So a checkpoint is never ahead of the logs, which a resume cuts back to it."""
+    """A checkpoint is never ahead of the logs, which a resume truncates to it."""
     run, seen = open_run(tmp_path), []
     interpreter = run.interpreter.with_handlers(
         SaveCheckpoint, lambda *_: seen.append((tmp_path / "metrics.jsonl").read_text())
@@ -103,13 +103,13 @@ def test_logs_are_written_before_the_checkpoint_of_the_event(tmp_path):
     assert '"a": 1' in seen[0]
 
 
-def test_a_request_that_stands_alone_reaches_its_handlers_as_it_is():
+def test_a_single_effect_reaches_its_handlers_unchanged():
     calls, effect = [], LogScalars({"a": 1, "b": 0.5}, frozenset({"b"}))
     Interpreter({LogScalars: [recorder(calls), recorder(calls)]})((effect,), TrainState(), AfterTraining())
     assert [call[1] is effect for call in calls] == [True, True]
 
 
-def test_tensors_are_read_for_the_handlers_of_scalars():
+def test_handlers_of_scalars_receive_numbers():
     calls, effect = [], LogScalars({"a": torch.tensor(1), "b": torch.tensor(0.5), "c": 2}, frozenset({"b"}))
     Interpreter({LogScalars: [recorder(calls)]})([effect], TrainState(), AfterTraining())
     ((_, read, *_),) = calls
@@ -120,8 +120,8 @@ def test_tensors_are_read_for_the_handlers_of_scalars():
 # ------------------------------------------------------------------------------------------------ measured effects
 
 
-def measured(calls):
-    """Return a measure of rings, which counts how often it was called."""
+def measure_rings(calls):
+    """Return measures with one for rings, which returns the number of its calls."""
 
     def measure(effect, state, event):
         calls.append((effect, state, event))
@@ -130,9 +130,9 @@ def measured(calls):
     return {Ring: measure}
 
 
-def test_what_is_measured_is_logged_in_the_line_of_its_event():
+def test_measured_values_are_logged_in_the_line_of_their_event():
     calls, logged, state, event = [], [], TrainState(), AfterTraining()
-    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls))
+    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measure_rings(calls))
     interpreter([Ring(3), LogScalars({"loss": torch.tensor(0.5)}, frozenset({"loss"})), Ring(4)], state, event)
     ((_, line, *_),) = logged
     assert line.values == {"rings/3": 1.0, "loss": 0.5, "rings/4": 2.0}
@@ -141,15 +141,15 @@ def test_what_is_measured_is_logged_in_the_line_of_its_event():
     assert all(call[1] is state and call[2] is event for call in calls)
 
 
-def test_what_is_measured_is_logged_where_nothing_else_is():
+def test_measured_values_are_logged_at_an_event_without_other_logs():
     logged = []
-    Interpreter({LogScalars: [recorder(logged)]}, measured([]))([Ring(3)], TrainState(), AfterTraining())
+    Interpreter({LogScalars: [recorder(logged)]}, measure_rings([]))([Ring(3)], TrainState(), AfterTraining())
     assert [line.values for _, line, *_ in logged] == [{"rings/3": 1.0}]
 
 
-def test_measures_are_kept_by_handling():
+def test_with_handlers_keeps_the_measures():
     calls, logged = [], []
-    first = Interpreter({LogScalars: [recorder(logged)]}, measured(calls))
+    first = Interpreter({LogScalars: [recorder(logged)]}, measure_rings(calls))
     second = first.with_handlers(LogText, recorder([])).with_handlers(LogScalars, recorder(logged, "another"))
     second([Ring(3), LogText("hello")], TrainState(), AfterTraining())
     assert [(name, line.values) for name, line, *_ in logged] == [
@@ -159,9 +159,11 @@ def test_measures_are_kept_by_handling():
     assert len(calls) == 1
 
 
-def test_who_handles_what_is_measured_is_called_too():
+def test_a_handler_of_a_measured_effect_is_called_too():
     calls, logged, rings, event = [], [], [], AfterTraining()
-    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls)).with_handlers(Ring, recorder(rings))
+    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measure_rings(calls)).with_handlers(
+        Ring, recorder(rings)
+    )
     interpreter([Ring(3)], TrainState(), event)
     assert [effect for _, effect, *_ in rings] == [Ring(3)]
     assert [line.values for _, line, *_ in logged] == [{"rings/3": 1.0}]
@@ -169,24 +171,24 @@ def test_who_handles_what_is_measured_is_called_too():
 
 def test_nothing_is_measured_on_another_rank():
     calls, logged = [], []
-    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measured(calls))
+    interpreter = Interpreter({LogScalars: [recorder(logged)]}, measure_rings(calls))
     interpreter([Ring(3)], TrainState(), AfterTraining(run=Run(rank=1, world_size=2)))
     assert calls == logged == []
 
 
-def test_nothing_is_measured_where_an_effect_of_the_event_is_refused():
+def test_nothing_is_measured_if_another_effect_has_no_handler():
     calls = []
-    interpreter = Interpreter({LogScalars: []}, measured(calls))
+    interpreter = Interpreter({LogScalars: []}, measure_rings(calls))
     with pytest.raises(LookupError, match="no handler for the effect LogText"):
         interpreter([Ring(3), LogText("hello")], TrainState(), AfterTraining())
     assert calls == []
 
 
-def test_measured_effects_are_among_those_that_are_handled():
+def test_the_error_lists_measured_effects_as_handled():
     class Rong(Effect):
         pass
 
-    interpreter = Interpreter({LogScalars: []}, measured([]))
+    interpreter = Interpreter({LogScalars: []}, measure_rings([]))
     with pytest.raises(LookupError) as error:
         interpreter([Rong()], TrainState(), AfterTraining())
     assert str(error.value) == (
@@ -197,7 +199,7 @@ def test_measured_effects_are_among_those_that_are_handled():
         Interpreter({})([Rong()], TrainState(), AfterTraining())
 
 
-def test_a_run_measures_memory_into_the_line_of_the_event(tmp_path):
+def test_a_run_logs_peak_memory_in_the_line_of_the_event(tmp_path):
     seen = []
     interpreter = open_run(tmp_path).interpreter.with_handlers(LogScalars, recorder(seen))
     interpreter([MeasurePeakMemory(key="memory/E1"), LogScalars({"a": 1})], TrainState(), AfterTraining())
@@ -206,7 +208,7 @@ def test_a_run_measures_memory_into_the_line_of_the_event(tmp_path):
     assert line.values["a"] == 1
 
 
-def test_what_is_measured_needs_somebody_who_logs_it():
+def test_a_measure_requires_a_handler_of_scalars():
     interpreter = Interpreter({}, measures={MeasurePeakMemory: lambda effect, state, event: {effect.key: 1}})
     with pytest.raises(UnhandledEffectError, match="no handler for the effect LogScalars"):
         interpreter([MeasurePeakMemory()], TrainState(), AfterTraining())

@@ -1,4 +1,4 @@
-"""The requests of one event, merged: nothing is lost, nothing is asked twice."""
+"""Merging the effects of one event: no request is lost or duplicated."""
 
 from dataclasses import dataclass
 
@@ -53,15 +53,15 @@ def of(kind, effects):
     return [effect for effect in effects if isinstance(effect, kind)]
 
 
-def united(kind, effects):
+def united_values(kind, effects):
     values = {}
     for effect in of(kind, effects):
         values |= effect.values
     return values
 
 
-def wanted(saves):
-    """Return what is to be in a checkpoint: the parts of the model (None is all of it), and whether the rest is."""
+def requested_content(saves):
+    """Return the requested content of a checkpoint: parts of the model (None for all), and whether the optimizer."""
     models = [save.models for save in saves if save.weights]
     parts = None if () in models else {name for each in models for name in each}
     return parts, any(save.optimizer for save in saves)
@@ -75,63 +75,63 @@ def test_merging_again_changes_nothing(effects):
 
 @UNTIMED
 @given(EFFECTS, EFFECTS)
-def test_parts_may_be_merged_first(first, second):
+def test_merging_is_associative(first, second):
     assert merge_effects([*merge_effects(first), *merge_effects(second)]) == merge_effects([*first, *second])
 
 
 @UNTIMED
 @given(EFFECTS)
-def test_scalars_become_one_line_and_the_later_value_wins(effects):
+def test_scalars_are_united_and_the_later_value_wins(effects):
     for kind in (LogScalars, SetSummary):
         merged = of(kind, merge_effects(effects))
         assert len(merged) == min(1, len(of(kind, effects)))
-        assert united(kind, merged) == united(kind, effects)
+        assert united_values(kind, merged) == united_values(kind, effects)
 
 
 @settings(UNTIMED, max_examples=300)
 @given(st.lists(SAVES, max_size=4))
-def test_one_checkpoint_of_a_tag_holds_all_that_is_asked(effects):
+def test_checkpoints_of_one_tag_are_united_without_loss(effects):
     saves, merged = of(SaveCheckpoint, effects), of(SaveCheckpoint, merge_effects(effects))
     assert [save.tag for save in merged] == list(dict.fromkeys(save.tag for save in saves))
     for save in merged:
-        asked = [each for each in saves if each.tag == save.tag]
-        assert wanted([save]) == wanted(asked)
-        assert set(save.pointers) == {name for each in asked for name in each.pointers}
+        requests = [each for each in saves if each.tag == save.tag]
+        assert requested_content([save]) == requested_content(requests)
+        assert set(save.pointers) == {name for each in requests for name in each.pointers}
         assert len(set(save.pointers)) == len(save.pointers)
-        assert set(save.retention) == {name for each in asked for name in each.retention}
+        assert set(save.retention) == {name for each in requests for name in each.retention}
 
 
 @UNTIMED
 @given(EFFECTS)
-def test_everything_else_is_carried_out_as_asked_and_saves_come_last(effects):
+def test_other_effects_stay_unchanged_and_checkpoints_come_last(effects):
     merged = merge_effects(effects)
     assert of((LogText, Ring), merged) == of((LogText, Ring), effects)
     saves = [isinstance(effect, SaveCheckpoint) for effect in merged]
     assert saves == sorted(saves)
 
 
-def test_of_two_wishes_of_one_owner_the_longer_is_kept():
-    def kept(*numbers):
+def test_the_longer_retention_of_one_owner_wins():
+    def merged_retention(*numbers):
         (merged,) = merge_effects([SaveCheckpoint(retention={"who": number, "other": 3}) for number in numbers])
         return merged.retention["who"], merged.retention["other"]
 
-    assert kept(0, None) == kept(None, 0) == (None, 3)
-    assert kept(2, 5) == kept(5, 2) == (5, 3)
+    assert merged_retention(0, None) == merged_retention(None, 0) == (None, 3)
+    assert merged_retention(2, 5) == merged_retention(5, 2) == (5, 3)
 
 
 @UNTIMED
 @given(st.lists(st.tuples(SCALARS, st.frozensets(st.sampled_from("abcz"))), max_size=5))
-def test_a_key_is_quiet_if_who_gives_its_value_says_so(given_effects):
+def test_a_key_is_quiet_if_the_effect_with_its_last_value_says_so(given_effects):
     effects = [LogScalars(values, quiet) for values, quiet in given_effects]
     last = {key: effect for effect in effects for key in effect.values}
     for merged in of(LogScalars, merge_effects(effects)):
         assert merged.values == {key: effect.values[key] for key, effect in last.items()}
-        quiet = merged.quiet & merged.values.keys()  # a request that stands alone may name others, too
+        quiet = merged.quiet & merged.values.keys()  # a single effect may name other keys, too
         assert quiet == {key for key, effect in last.items() if key in effect.quiet}
         assert merge_effects([merged]) == (merged,)
 
 
-def test_quiet_and_then_loud_is_loud_and_the_other_way_round_quiet():
+def test_the_later_effect_decides_whether_a_key_is_quiet():
     quiet, loud = LogScalars({"a": 1, "b": 2}, frozenset({"a", "b"})), LogScalars({"a": 3})
     (merged,) = merge_effects([quiet, loud])
     assert (merged.values, merged.quiet) == ({"a": 3, "b": 2}, {"b"})
@@ -139,7 +139,7 @@ def test_quiet_and_then_loud_is_loud_and_the_other_way_round_quiet():
     assert (merged.values, merged.quiet) == ({"a": 1, "b": 2}, {"a", "b"})
 
 
-def test_tensors_of_one_name_are_one_file_and_the_later_value_wins():
+def test_tensors_of_one_name_are_united_and_the_later_value_wins():
     x, y, z = torch.ones(1), torch.ones(2), torch.ones(3)
     effects = [
         SaveTensors(name="outputs/U1", tensors={"x": x, "y": y}),
@@ -150,10 +150,10 @@ def test_tensors_of_one_name_are_one_file_and_the_later_value_wins():
     assert (one.name, other.name) == ("outputs/U1", "outputs/E1")
     assert {name: id(tensor) for name, tensor in one.tensors.items()} == {"x": id(x), "y": id(z), "z": id(z)}
     assert list(other.tensors) == ["x"]
-    assert set(effects[0].tensors) == {"x", "y"}  # a request is not written to
+    assert set(effects[0].tensors) == {"x", "y"}  # effects are not modified
 
 
-def test_progress_is_shown_once_and_as_it_was_last_and_due_first_of_all():
+def test_one_progress_remains_the_last_that_is_due_or_else_the_last():
     def progress(*, fired, due):
         return ShowProgress(
             end=TrainingIteration(update=8), fired=fired, fires=8, update_s=0.5, next_s=1.0, left_s=1.0, due=due
@@ -162,13 +162,13 @@ def test_progress_is_shown_once_and_as_it_was_last_and_due_first_of_all():
     first, last = progress(fired=0, due=False), progress(fired=6, due=False)
     merged = merge_effects([first, LogScalars({"a": 1}), last, LogText("hello")])
     assert merged == (LogText("hello"), last, LogScalars({"a": 1}))
-    # elsewhere than on a terminal only what is due is written
+    # without a terminal only progress that is due is written
     due, another = progress(fired=1, due=True), progress(fired=2, due=True)
     assert of(ShowProgress, merge_effects([first, due, last])) == [due]
     assert of(ShowProgress, merge_effects([due, first, another, last])) == [another]
 
 
-def test_one_tag_with_different_weights_is_a_checkpoint_for_each():
+def test_one_tag_with_different_weights_stays_several_checkpoints():
     of_average = {"tag": "best", "weights_of": "ema=0.9", "optimizer": False}
     effects = [
         SaveCheckpoint(tag="best", pointers=("last",)),
