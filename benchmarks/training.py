@@ -102,7 +102,7 @@ class Batches:
         self._starts_s.append(self._clock_s())
         return iter(self._batches)
 
-    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002  # called by the trainer
+    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002  # called by the trainer
         """Return the state and the batch of its next update: the interface of noether's trainer."""
         index = state.iteration.update % len(self._batches)
         if not index:

@@ -1,1 +1,5 @@
-"""The trainer: a loop over a state, and what it is put together from."""
+"""noether's trainer: a loop over one state variable, and what a configuration builds for it.
+
+A line in here may touch the clock, the data iterator, the state variable, the step and the interpreter; files only
+through the interpreter.
+"""

@@ -91,7 +91,7 @@ class Trainer:
     def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, float]:
         """Return the state after one update, and the time at which it was completed."""
         waiting_s = self.clock.elapsed_s()
-        state, batches = self.data.update(state, last=self._last_update)
+        state, batches = self.data.next_batches(state, last=self._last_update)
         loaded_s = self.clock.elapsed_s()
         state, event = self.step(state, batches, self._observe if self._is_observed else None)
         stepped_s = self.clock.elapsed_s()

@@ -138,7 +138,7 @@ class Listed:
     def __init__(self, updates):
         self._updates = updates
 
-    def update(self, state, last):
+    def next_batches(self, state, last):
         return state, self._updates[state.iteration.update % len(self._updates)]
 
     def close(self):

@@ -1,1 +1,5 @@
-"""Batches as a function of where the run is."""
+"""Batches as a function of the position of the run, so that a resumed run reads what the uncut run would read.
+
+`batches` has the arithmetic, `indexed` reads datasets by index, `streamed` reads them in order. A line in here may
+touch the dataset, the seeds and, for a stream, the state.
+"""

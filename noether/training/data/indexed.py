@@ -1,4 +1,7 @@
-"""Batches as a function of where the run is: order of `(seed, epoch)`, augmentation of `(seed, epoch, index)`."""
+"""Batches of datasets that are read by index.
+
+The order is a function of `(seed, epoch)`, the augmentation of a sample one of `(seed, epoch, index)`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from noether.core.tensors.tree import map_tensors
 from noether.session.randomness import derive, seed_all, seed_torch
-from noether.training.data.batching import Batching
+from noether.training.data.batches import Batching, move_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,7 +30,12 @@ class _Sized(Protocol):
 
 
 def epoch_order(seed: int, epoch: int, samples: int) -> list[int]:
-    """Return the order in which epoch `epoch`, counted from 0, reads its samples.
+    """Return the indices of the samples in the order in which an epoch reads them.
+
+    Args:
+        seed: The run's seed.
+        epoch: The epoch, counted from 0.
+        samples: Number of samples.
 
     Example:
         >>> epoch_order(0, 0, 4) == epoch_order(0, 0, 4), sorted(epoch_order(0, 1, 4))
@@ -41,19 +48,19 @@ def epoch_order(seed: int, epoch: int, samples: int) -> list[int]:
 
 @final
 class TrainingData:
-    """The training set in batches. It keeps no position: `batches` is asked for the batch at an iteration.
+    """The training set in batches. It keeps no position: the iteration says which batch comes next.
 
     Args:
-        dataset: With `__len__` and `__getitem__`; if it has `collate`, that makes batches of lists of samples.
+        dataset: It has `__len__` and `__getitem__`; if it has `collate`, that makes a batch from a list of samples.
         seed: The run's seed.
         effective_batch_size: Samples of an update, <= the length of the dataset.
-        max_batch_size: Samples of a micro-batch at most, or None for no limit.
-        drop_last: Whether the last batch of an epoch is left out if it is short.
-        num_workers: Processes that load; 0 loads in this one. What is loaded does not depend on it.
-        device: Where batches are moved to.
+        max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
+        drop_last: Whether to leave out the last update of an epoch if it is short.
+        num_workers: Processes that load samples; 0 loads in this one. The batches do not depend on it.
+        device: Device of the batches.
 
     Raises:
-        TypeError: If the dataset has no length.
+        TypeError: If the dataset cannot be read by index.
         ValueError: If it is shorter than a batch.
 
     Example:
@@ -83,43 +90,41 @@ class TrainingData:
         self._num_workers = num_workers
         self._device = torch.device(device)
         self._expected: int | None = None
-        self._loading: Iterator[Any] = iter(())
+        self._prefetching: Iterator[Any] = iter(())
 
     def batch(self, iteration: TrainingIteration, *, last: int | None = None) -> tuple[Any, ...]:
         """Return the micro-batches of the update that comes after `iteration`.
 
-        Asked in order it loads ahead; asked for another place it begins loading there.
+        Sequential calls prefetch; a jump restarts prefetching at the new position.
 
         Args:
             iteration: What is completed.
-            last: Number of the last update that will be asked for; nothing is loaded ahead of it.
+            last: Number of the last update of the run; nothing beyond it is prefetched.
         """
         if iteration.update != self._expected:
-            self._loading = iter(self._loader(iteration.update, last))
-        self._expected = None  # should a sample fail to load, the next call begins anew
+            sampler = _MicroBatchSampler(self, iteration.update, last)
+            self._prefetching = iter(_make_loader(self._dataset, self._seed, sampler, self._num_workers, self._device))
+        self._expected = None  # if a sample fails to load, the next call restarts prefetching
         parts = len(self.batching.parts(iteration.update))
-        batches = tuple(move_batch(next(self._loading), self._device) for _ in range(parts))
+        batches = tuple(move_batch(next(self._prefetching), self._device) for _ in range(parts))
         self._expected = iteration.update + 1
         return batches
 
-    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:
-        """Return the state as it is, and the micro-batches of its next update."""
+    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:
+        """Return the state as it is and the micro-batches of its next update; arguments as for `batch`."""
         return state, self.batch(state.iteration, last=last)
 
     def close(self) -> None:
-        """Stop loading ahead."""
-        self._loading, self._expected = iter(()), None
-
-    def _loader(self, start: int, last: int | None) -> DataLoader[Any]:
-        return _loader(self._dataset, self._seed, _Batches(self, start, last), self._num_workers, self._device)
+        """Stop prefetching."""
+        self._prefetching, self._expected = iter(()), None
 
     def micro_batches(self, start: int, last: int | None) -> Iterator[list[tuple[int, int]]]:
-        """Yield `(epoch, index)` of the samples of each micro-batch after `start` updates, and up to `last`."""
-        update, order, ordered = start, list[int](), -1
+        """Yield `(epoch, index)` of the samples of each micro-batch, after `start` updates and up to `last`."""
+        update, order, order_epoch = start, list[int](), -1
         while last is None or update < last:
             epoch = update // self.batching.updates_per_epoch
-            if epoch != ordered:
-                order, ordered = epoch_order(self._seed, epoch, self.batching.length), epoch
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(self._seed, epoch, self.batching.length), epoch
             for part in self.batching.parts(update):
                 yield [(epoch, index) for index in order[part]]
             update += 1
@@ -127,14 +132,18 @@ class TrainingData:
 
 @final
 class EvaluationData:
-    """A dataset in order, in batches; what data-iterating callbacks iterate.
+    """A dataset in order, in batches; data-iterating callbacks iterate it.
 
     Args:
-        dataset: With `__len__` and `__getitem__`; if it has `collate`, that makes batches of lists of samples.
-        seed: The run's seed; a sample is augmented, if the dataset does that, as in epoch 0.
+        dataset: It has `__len__` and `__getitem__`; if it has `collate`, that makes a batch from a list of samples.
+        seed: The run's seed; a dataset that augments draws the random numbers of epoch 0.
         batch_size: Samples of a batch, >= 1.
-        num_workers: Processes that load.
-        device: Where batches are moved to.
+        num_workers: Processes that load samples.
+        device: Device of the batches.
+
+    Raises:
+        TypeError: If the dataset cannot be read by index.
+        ValueError: If it has no samples.
 
     Example:
         >>> [len(batch) for batch in EvaluationData(torch.arange(5), seed=0, batch_size=2)]
@@ -159,8 +168,10 @@ class EvaluationData:
     def __iter__(self) -> Iterator[Any]:
         starts = range(0, self._length, self._batch_size)
         indices = [[(0, i) for i in range(at, min(at + self._batch_size, self._length))] for at in starts]
-        for index, batch in enumerate(_loader(self._dataset, self._seed, indices, self._num_workers, self._device)):
-            # A model may draw in evaluation too; what it draws does not depend on who loaded the batch.
+        for index, batch in enumerate(
+            _make_loader(self._dataset, self._seed, indices, self._num_workers, self._device)
+        ):
+            # A model may draw random numbers in evaluation; they do not depend on which process loaded the batch.
             seed_torch(derive(self._seed, "evaluation", index))
             yield move_batch(batch, self._device)
 
@@ -175,8 +186,8 @@ class EvaluationData:
         )
 
 
-class _Batches(Sampler[list[tuple[int, int]]]):
-    """The micro-batches from one update on, as torch's loader wants them."""
+class _MicroBatchSampler(Sampler[list[tuple[int, int]]]):
+    """The micro-batches from one update on, as a batch sampler of torch's loader."""
 
     def __init__(self, data: TrainingData, start: int, last: int | None) -> None:
         self._data, self._start, self._last = data, start, last
@@ -185,8 +196,8 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         return self._data.micro_batches(self._start, self._last)
 
 
-class _Seeded(Dataset[Any]):
-    """A dataset read by `(epoch, index)`, its random numbers seeded before each sample."""
+class _SeededDataset(Dataset[Any]):
+    """A dataset read by `(epoch, index)`; it seeds the random numbers before each sample."""
 
     def __init__(self, dataset: _Sized, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
@@ -197,42 +208,36 @@ class _Seeded(Dataset[Any]):
         return self._dataset[index]
 
 
-def _loader(
+def _make_loader(
     dataset: Any, seed: int, batches: Sequence[Any] | Sampler[Any], num_workers: int, device: torch.device
 ) -> DataLoader[Any]:
     return DataLoader(
-        _Seeded(dataset, seed),
+        _SeededDataset(dataset, seed),
         batch_sampler=cast("Sampler[list[Any]]", batches),
         num_workers=num_workers,
         collate_fn=getattr(dataset, "collate", None),
         pin_memory=device.type == "cuda",
-        worker_init_fn=_outlive_one_signal,
-        # One of its own: the loader would otherwise draw from the generator that the step uses.
+        worker_init_fn=_ignore_first_signal,
+        # Without a generator, the loader would draw from the one that the step uses.
         generator=torch.Generator().manual_seed(_GENERATOR_SEED),
     )
 
 
-def _outlive_one_signal(worker: int) -> None:  # noqa: ARG001  # torch gives each its number
-    """Let a worker live on when a signal to the whole process group asks the run to save and leave."""
+def _ignore_first_signal(worker: int) -> None:  # noqa: ARG001  # torch passes its number
+    """Ignore the first SIGINT or SIGTERM in a worker: a signal to the process group asks the run to save first."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ignore_once)
 
 
-def _ignore_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # a signal handler takes both
+def _ignore_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the signature of a signal handler
     signal.signal(number, signal.SIG_DFL)
 
 
 def _length(dataset: Any) -> int:
+    """Return the length of a dataset, refusing one that cannot be read by index."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
-            f"{type(dataset).__name__} cannot be read by index, so a resume could not find its place: "
+            f"{type(dataset).__name__} cannot be read by index, so a resumed run could not find its position: "
             "give a dataset with __len__ and __getitem__, or an IterableDataset with state_dict and load_state_dict"
         )
     return len(dataset)
-
-
-def move_batch(batch: Any, device: torch.device) -> Any:
-    """Return a batch on `device`."""
-    if device.type == "cpu":
-        return batch
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)

@@ -1,4 +1,4 @@
-"""Training data that can only be read in order: its place is in the state, as a memory like any other."""
+"""Batches of datasets that can only be read in order: the position of the dataset is memory in the state."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
-from torch.utils.data import default_collate
 
 from noether.core.tensors.tree import clone_tensors, pack, unpack
 from noether.session.randomness import derive, seed_all, seed_torch
-from noether.training.data.batching import Batching
-from noether.training.data.indexed import move_batch
+from noether.training.data.batches import Batching, collate, move_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,22 +23,22 @@ MEMORY: Final = "data/train"
 
 @final
 class StreamedData:
-    """An `IterableDataset` in batches; what `TrainingData` is for datasets that are read by index.
+    """An `IterableDataset` in batches; `TrainingData` does the same for datasets that are read by index.
 
-    The dataset says where it is with `state_dict()` and goes on from there with `load_state_dict()` and a new
-    iterator; after the last sample of an epoch that is the beginning of the next. It is a member of the reducer, so
-    that its memory is filled in before training and claimed on resume.
+    `dataset.state_dict()` returns its position; `load_state_dict()` and a new iterator continue from there. After the
+    last sample of an epoch, the position is the start of the next one. The object is a callback of the reducer, which
+    fills in its memory before training and finds it claimed on resume.
 
     Args:
-        dataset: With `__len__` (samples of an epoch), `state_dict` and `load_state_dict`.
-        seed: The run's seed; the random numbers of a sample are those of its place in its epoch.
+        dataset: It has `__len__` (samples of an epoch), `state_dict` and `load_state_dict`.
+        seed: The run's seed; the random numbers of a sample are a function of its position in its epoch.
         effective_batch_size: Samples of an update, <= the length of the dataset.
-        max_batch_size: Samples of a micro-batch at most, or None for no limit.
-        drop_last: Whether the last batch of an epoch is left out if it is short.
-        device: Where batches are moved to.
+        max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
+        drop_last: Whether to leave out the last update of an epoch if it is short.
+        device: Device of the batches.
 
     Raises:
-        TypeError: If the dataset cannot say how long it is, or where.
+        TypeError: If the dataset has no length or no `state_dict`.
         ValueError: If it is shorter than a batch.
     """
 
@@ -61,42 +59,43 @@ class StreamedData:
         self._dataset = dataset
         self._seed = seed
         self._device = torch.device(device)
-        self._start = _place(dataset)
+        self._start = _position(dataset)
         self._reading: Iterator[Any] = iter(())
-        self._left_at: Memory = None
+        self._position: Memory = None
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:  # noqa: ARG002  # a callback takes both
         """Return the state as it is."""
         return state, ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as every callback's
-        """Return the place at which the dataset begins."""
+        """Return the position at which the dataset starts."""
         return {MEMORY: self._start}
 
     def _listens(self, event_type: type[Event]) -> bool:  # noqa: ARG002  # see `listens_to`
         return False
 
-    def update(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:  # noqa: ARG002  # it never reads ahead
-        """Return the state that knows the new place, and the micro-batches of its next update."""
+    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:  # noqa: ARG002  # a stream is not prefetched
+        """Return the state with the new position, and the micro-batches of its next update."""
         parts = self.batching.parts(state.iteration.update)
-        self._go_to(state.memory(MEMORY), parts[0].start)
+        self._move_to(state.memory(MEMORY), parts[0].start)
         samples = [[self._sample(state.iteration.epoch, i) for i in range(part.start, part.stop)] for part in parts]
         if parts[-1].stop == self.batching.samples_per_epoch:
-            for index in range(parts[-1].stop, self.batching.length):  # what drop_last leaves out
+            for index in range(parts[-1].stop, self.batching.length):  # samples that drop_last leaves out
                 self._sample(state.iteration.epoch, index)
-        state = state.remember(MEMORY, _place(self._dataset))
-        self._left_at = state.memory(MEMORY)
-        return state, tuple(move_batch(_collated(self._dataset, part), self._device) for part in samples)
+        state = state.remember(MEMORY, _position(self._dataset))
+        self._position = state.memory(MEMORY)
+        return state, tuple(move_batch(collate(self._dataset, part), self._device) for part in samples)
 
     def close(self) -> None:
-        """Let go of the iterator."""
-        self._reading, self._left_at = iter(()), None
+        """Release the iterator."""
+        self._reading, self._position = iter(()), None
 
-    def _go_to(self, place: Memory, position: int) -> None:
-        # The memory that was left there last is the same object, as long as nobody took the state elsewhere.
-        if place is not self._left_at:
-            self._dataset.load_state_dict(unpack(place))
-        if place is not self._left_at or position == 0:
+    def _move_to(self, position: Memory, sample: int) -> None:
+        """Move the dataset to a position, at which `sample` samples of the epoch are read."""
+        is_there = position is self._position  # the very object of the last call, unless the state is another one
+        if not is_there:
+            self._dataset.load_state_dict(unpack(position))
+        if not is_there or sample == 0:
             self._reading = iter(self._dataset)
 
     def _sample(self, epoch: int, index: int) -> Any:
@@ -106,19 +105,19 @@ class StreamedData:
         except StopIteration:
             name = type(self._dataset).__name__
             raise ValueError(
-                f"{name} ended after {index} samples of an epoch; its length says {self.batching.length}"
+                f"{name} ended after {index} samples of an epoch, but its __len__ is {self.batching.length}"
             ) from None
 
 
 @final
 class StreamedEvaluationData:
-    """An `IterableDataset` from its beginning, in batches; what `EvaluationData` is for datasets read by index.
+    """An `IterableDataset` from its start, in batches; `EvaluationData` does the same for datasets read by index.
 
     Args:
-        dataset: With `__len__`.
-        seed: The run's seed; the random numbers of a sample are those of its place in epoch 0.
+        dataset: It has `__len__`.
+        seed: The run's seed; the random numbers of a sample are a function of its position in epoch 0.
         batch_size: Samples of a batch, >= 1.
-        device: Where batches are moved to.
+        device: Device of the batches.
 
     Raises:
         TypeError: If the dataset does not say how many samples it has.
@@ -142,7 +141,7 @@ class StreamedEvaluationData:
             if not samples:
                 return
             seed_torch(derive(self._seed, "evaluation", index))
-            yield move_batch(_collated(self._dataset, samples), self._device)
+            yield move_batch(collate(self._dataset, samples), self._device)
 
     def batched(self, batch_size: int) -> StreamedEvaluationData:
         """Return the same data in batches of another size."""
@@ -158,20 +157,15 @@ class StreamedEvaluationData:
                 return
 
 
-def _collated(dataset: Any, samples: list[Any]) -> Any:
-    return getattr(dataset, "collate", default_collate)(samples)
-
-
-def _place(dataset: Any) -> Memory:
-    place = pack("state_dict of the training set", dataset.state_dict())
-    # A dataset may go on writing to the tensors that it hands out.
-    return clone_tensors(place)
+def _position(dataset: Any) -> Memory:
+    """Return a copy of the position of a dataset, which may write to the tensors that it returns."""
+    return clone_tensors(pack("state_dict of the training set", dataset.state_dict()))
 
 
 def _check_stream(dataset: Any) -> None:
     missing = [name for name in ("__len__", "state_dict", "load_state_dict") if not hasattr(dataset, name)]
     if missing:
         raise TypeError(
-            f"{type(dataset).__name__} has no {', '.join(missing)}, so a resume could not find its place: an "
+            f"{type(dataset).__name__} has no {', '.join(missing)}, so a resumed run could not find its position: an "
             "IterableDataset needs __len__ (samples of an epoch), state_dict and load_state_dict"
         )

@@ -1,23 +1,29 @@
-"""How an epoch is cut into updates, and an update into micro-batches."""
+"""How an epoch is split into updates and an update into micro-batches, and what is done to every batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, Any, final
+
+from torch.utils.data import default_collate
 
 from noether.core.errors import check_whole, raise_problems
+from noether.core.tensors.tree import map_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 
 @final
 @dataclass(frozen=True)
 class Batching:
-    """The arithmetic of batches.
+    """Sizes of epochs, updates and micro-batches.
 
     Args:
         length: Samples in the training set, >= 1.
         effective_batch_size: Samples of an update, in [1, length].
-        max_batch_size: Samples of a micro-batch at most, or None for no limit.
-        drop_last: Whether the last batch of an epoch is left out if it is short.
+        max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
+        drop_last: Whether to leave out the last update of an epoch if it is short.
 
     Raises:
         SettingsError: If a size is not a whole number >= 1.
@@ -56,7 +62,7 @@ class Batching:
         return self.updates_per_epoch * self.effective_batch_size if self.drop_last else self.length
 
     def parts(self, update: int) -> list[slice]:
-        """Return where in the order of its epoch the micro-batches of an update lie.
+        """Return the slices of the epoch's order that are the micro-batches of an update.
 
         Args:
             update: Number of updates completed before it.
@@ -65,3 +71,15 @@ class Batching:
         end = min(begin + self.effective_batch_size, self.samples_per_epoch)
         size = self.max_batch_size or self.effective_batch_size
         return [slice(at, min(at + size, end)) for at in range(begin, end, size)]
+
+
+def collate(dataset: Any, samples: list[Any]) -> Any:
+    """Return a batch of samples, made by the dataset's own `collate` if it has one."""
+    return getattr(dataset, "collate", default_collate)(samples)
+
+
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """Return a batch on `device`."""
+    if device.type == "cpu":
+        return batch
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
