@@ -1,4 +1,4 @@
-"""What is to be said of a kind of callback: its settings, its documentation, its YAML."""
+"""Descriptions of callbacks from their docstrings and signatures: settings, documentation, YAML."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _WORDS: dict[object, str] = {int: "whole number", float: "number", str: "text", 
 @final
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a kind.
+    """One setting of a callback.
 
     Args:
         name: Its name.
-        type: What it is, in words.
-        default: How its default is written in YAML; None where it is required.
-        text: What it is for, as far as that is documented.
+        type: Its type in words, such as `list of number`.
+        default: Its default in YAML; None if it is required.
+        text: Its documentation; empty if there is none.
     """
 
     name: str
@@ -44,16 +44,16 @@ class Setting:
 @final
 @dataclass(frozen=True)
 class Description:
-    """What is to be said of a kind.
+    """The description of a callback.
 
     Args:
         kind: Its dotted path.
         aliases: Its other names.
-        summary: One line.
-        text: Its documentation, the parts below aside.
-        settings: Its settings: the required ones, its own, then those that it inherits.
-        renamed: The names that YAML may give them, too.
-        yaml: An entry of `callbacks`.
+        summary: The first sentence of its documentation.
+        text: Its documentation without the sections that the other fields contain.
+        settings: Required settings, then optional ones; within each group its own before inherited ones.
+        renamed: New name of a setting by an older name that YAML may use.
+        yaml: An example entry of `callbacks`.
     """
 
     kind: str
@@ -77,27 +77,27 @@ def known_kinds() -> dict[str, tuple[str, ...]]:
 
 
 def describe(kind: str, allow: Sequence[str] = ()) -> Description:
-    """Return what is to be said of a kind of callback.
+    """Return the description of a callback.
 
     Args:
-        kind: A name of one of noether's callbacks, or a dotted path.
-        allow: Prefixes of modules that the path may begin with, beside those always allowed.
+        kind: The name of a callback of noether, or a dotted path.
+        allow: Prefixes of modules that the path may begin with, in addition to those that are always allowed.
 
     Raises:
         InvalidValueError: If there is no such callback.
 
     Example:
         >>> describe("ReduceLROnPlateauCallback").settings[2]
-        Setting(name='factor', type='number', default='0.1', text='What the learning rate is multiplied by, in (0, 1).')
+        Setting(name='factor', type='number', default='0.1', text='Factor for the learning rate, in (0, 1).')
     """
     path = kind if "." in kind else f"{PREFIX}.{kind}"
     target = resolve(path, CALLBACK, allow)
     aliases = known_kinds().get(getattr(target, "__name__", ""), ()) if path.startswith(f"{PREFIX}.") else ()
     if path.removeprefix(f"{PREFIX}.") in aliases:
         path = f"{PREFIX}.{target.__name__}"
-    documented = _documentation(target if isinstance(target, type) else inspect.unwrap(target))
+    doc = _docstring(target if isinstance(target, type) else inspect.unwrap(target))
     settings = _settings(target)
-    text = _without_parts(documented)
+    text = re.sub(r"\n{3,}", "\n\n", _SECTION.sub("", _YAML.sub("", doc))).strip()
     return Description(
         kind=path,
         aliases=aliases,
@@ -105,68 +105,63 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
         text=text,
         settings=settings,
         renamed=translation_of(target).renamed,
-        yaml=_yaml(path, documented, settings, gated=_is_gated(target)),
+        yaml=_example(path, target, doc, settings),
     )
 
 
 def _settings(target: Any) -> tuple[Setting, ...]:
-    """Return the settings of a class with those of its own first, then those that it inherits; or of a function."""
+    """Return the settings of a class or a function: required before optional, own before inherited."""
     if not isinstance(target, type):
-        texts = _inherited_texts(PeriodicCallback) | _argument_texts(_documentation(inspect.unwrap(target)))
+        texts = _inherited_texts(PeriodicCallback) | _argument_texts(_docstring(inspect.unwrap(target)))
         return tuple(_setting(each, texts) for each in parameters(FunctionCallbackFactory(target)).values())
-    known, found = parameters(target), dict[str, Setting]()
+    known, settings = parameters(target), dict[str, Setting]()
     texts = _inherited_texts(target)
     for owner in target.__mro__:
-        own = [name for name in vars(owner).get("__annotations__", {}) if name in known and name not in found]
-        found |= {name: _setting(known[name], texts) for name in own}
-    return tuple(sorted(found.values(), key=lambda setting: setting.default is not None))  # what is required first
-
-
-def _is_gated(target: Any) -> bool:
-    """Return whether a function has an interval already."""
-    return not isinstance(target, type) and declaration_of(target).gate is not None
+        own = [name for name in vars(owner).get("__annotations__", {}) if name in known and name not in settings]
+        settings |= {name: _setting(known[name], texts) for name in own}
+    return tuple(sorted(settings.values(), key=lambda setting: setting.default is not None))
 
 
 def _inherited_texts(target: type) -> dict[str, str]:
-    return {
-        name: text for each in reversed(target.__mro__) for name, text in _argument_texts(_documentation(each)).items()
-    }
+    """Return the documentation of each setting of a class and its base classes, by name."""
+    return {name: text for each in reversed(target.__mro__) for name, text in _argument_texts(_docstring(each)).items()}
 
 
-def _documentation(target: object) -> str:
-    # `inspect.getdoc` would return what is inherited, and a dataclass without documentation has its signature there.
-    written = (vars(target).get("__doc__") if isinstance(target, type) else target.__doc__) or ""
-    return "" if written.startswith(f"{getattr(target, '__name__', '')}(") else inspect.cleandoc(written)
+def _docstring(target: object) -> str:
+    """Return the docstring of an object without those of its base classes, which `inspect.getdoc` would add."""
+    doc = (vars(target).get("__doc__") if isinstance(target, type) else target.__doc__) or ""
+    # A dataclass without a docstring gets its signature as one.
+    return "" if doc.startswith(f"{getattr(target, '__name__', '')}(") else inspect.cleandoc(doc)
 
 
 def _setting(parameter: inspect.Parameter, texts: dict[str, str]) -> Setting:
-    default = None if parameter.default is parameter.empty else _in_yaml(parameter.default)
-    return Setting(parameter.name, in_words(parameter.annotation), default, texts.get(parameter.name, ""))
+    default = None if parameter.default is parameter.empty else _to_yaml(parameter.default)
+    return Setting(parameter.name, type_in_words(parameter.annotation), default, texts.get(parameter.name, ""))
 
 
-def in_words(annotation: Any) -> str:
-    """Return a type as the reader of a YAML file knows it.
+def type_in_words(annotation: Any) -> str:
+    """Return the name of a type for readers of YAML.
 
     Example:
-        >>> in_words(tuple[float, ...]), in_words(typing.Literal["mean", "last"]), in_words(int | None)
+        >>> type_in_words(tuple[float, ...]), type_in_words(typing.Literal["mean", "last"]), type_in_words(int | None)
         ('list of number', 'mean | last', 'whole number')
     """
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(in_words(each) for each in inside if each is not type(None)))
+        return " or ".join(dict.fromkeys(type_in_words(each) for each in inside if each is not type(None)))
     if origin is typing.Literal:
         return " | ".join(map(str, inside))
     if origin in (tuple, list, Sequence):
-        return f"list of {', '.join(in_words(each) for each in inside if each is not Ellipsis)}"
+        return f"list of {', '.join(type_in_words(each) for each in inside if each is not Ellipsis)}"
     if origin is Callable:
         return "dotted path of a function"
     return _WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
-def _in_yaml(default: object) -> str:
+def _to_yaml(default: object) -> str:
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
-    return f"[{', '.join(map(_in_yaml, default))}]" if isinstance(default, (tuple, list)) else str(default)
+    return f"[{', '.join(map(_to_yaml, default))}]" if isinstance(default, (tuple, list)) else str(default)
 
 
 _YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -174,22 +169,20 @@ _SECTION = re.compile(r"^(Args|Raises|Returns|Example):\n((?:[ ]+.*\n?|\n)*)", r
 _ARGUMENT = re.compile(r"^(\w+): (.*(?:\n[ ]+.*)*)", re.MULTILINE)
 
 
-def _argument_texts(documented: str) -> dict[str, str]:
-    """Return what the documentation says of each argument."""
-    section = next((body for title, body in _SECTION.findall(documented) if title == "Args"), "")
+def _argument_texts(doc: str) -> dict[str, str]:
+    """Return the documentation of each argument in a docstring, by name."""
+    section = next((body for title, body in _SECTION.findall(doc) if title == "Args"), "")
     return {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(textwrap.dedent(section))}
 
 
-def _without_parts(documented: str) -> str:
-    return re.sub(r"\n{3,}", "\n\n", _SECTION.sub("", _YAML.sub("", documented))).strip()
-
-
-def _yaml(path: str, documented: str, settings: Sequence[Setting], *, gated: bool) -> str:
-    """Return the YAML in the documentation, or else an entry with the settings that are required."""
-    written = _YAML.search(documented)
-    if written:
-        return written[1].rstrip()
-    takes = not gated and any(each.name == "every_n_epochs" for each in settings)
-    interval = ["every_n_epochs: 1"] if takes else []
+def _example(path: str, target: Any, doc: str, settings: Sequence[Setting]) -> str:
+    """Return the YAML in a docstring, or else an entry with the required settings."""
+    example = _YAML.search(doc)
+    if example:
+        return example[1].rstrip()
+    # A function that a decorator has given an interval takes no other.
+    has_interval = not isinstance(target, type) and declaration_of(target).gate is not None
+    takes_interval = not has_interval and any(each.name == "every_n_epochs" for each in settings)
+    interval = ["every_n_epochs: 1"] if takes_interval else []
     required = [f"{each.name}: <{each.type}>" for each in settings if each.default is None]
     return "\n  ".join((f"- kind: {path}", *interval, *required))

@@ -1,4 +1,4 @@
-"""Callbacks under the path that the class-based framework gives them; they live in `noether.core.callbacks`."""
+"""Paths of callbacks in YAML of a class-based framework; the callbacks are in `noether.core.callbacks`."""
 
 from noether.core.callbacks.evaluation import OfflineLossCallback
 
