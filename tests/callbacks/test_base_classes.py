@@ -1,6 +1,6 @@
-"""What a user writes: a subclass of each of the three bases."""
+"""Subclasses of the three base classes, as a user writes them."""
 
-# a hook takes a state and an event, whether or not it needs both
+# a hook takes a state and an event even if it needs only one
 
 import dataclasses
 
@@ -49,7 +49,7 @@ class Clip(CallbackBase):
 
 
 class Samples(PeriodicCallback):
-    """Logs the samples since it was last due."""
+    """Logs the samples since the last firing."""
 
     unit: str = "samples"
 
@@ -69,7 +69,7 @@ class Samples(PeriodicCallback):
 
 
 class Spread(PeriodicDataIteratorCallback):
-    """Logs the difference of the largest and smallest output on a dataset."""
+    """Logs the difference between the largest and the smallest output on a dataset."""
 
     def process_data(self, state, batch, forward):
         return {"outputs": forward(state, batch)[1]}
@@ -83,7 +83,7 @@ class Spread(PeriodicDataIteratorCallback):
         return (self.key("spread"),)
 
 
-def test_a_subclass_of_the_first_base():
+def test_a_subclass_of_callback_base():
     callback = Clip(threshold=1.0)
     assert callback == Clip(threshold=1.0, factor=0.5)
     assert callback.name == "Clip/1"
@@ -99,7 +99,7 @@ def test_a_subclass_of_the_first_base():
     assert callback(state, AfterEpoch()) == (state, ())
 
 
-def test_a_subclass_is_a_frozen_dataclass_of_keywords():
+def test_a_subclass_is_a_frozen_dataclass_with_keyword_only_fields():
     assert [field.name for field in dataclasses.fields(Clip)] == ["id", "threshold", "factor"]
     with pytest.raises(TypeError, match="positional"):
         Clip(1.0)
@@ -111,13 +111,13 @@ def test_a_subclass_is_a_frozen_dataclass_of_keywords():
     assert hash(Clip(threshold=1.0)) == hash(Clip(threshold=1.0))
 
 
-def test_called_alone_it_begins_with_its_own_memory():
+def test_a_callback_called_without_a_reducer_uses_its_initial_memory():
     after, _ = Clip(threshold=1.0)(TrainState().advance(samples=4), AfterUpdate(losses={"total": 2.0}))
     assert after.memory("Clip/1") == 1
 
 
 @pytest.mark.parametrize("event_type", EVENTS)
-def test_each_event_has_its_hook(event_type):
+def test_each_event_type_has_its_own_hook(event_type):
     hook = HOOKS[event_type]
     kind = type("Hook", (CallbackBase,), {hook: lambda self, state, event: (state, (LogText(type(event).__name__),))})
     callback, state = kind(), TrainState()
@@ -127,13 +127,13 @@ def test_each_event_has_its_hook(event_type):
     assert [e for e in EVENTS if listens_to(type("Sub", (kind,), {})(), e)] == [event_type]
 
 
-def test_a_subclass_of_the_periodic_base():
-    callback, state, asked = Samples(every_n_updates=2), TrainState(), []
+def test_a_subclass_of_periodic_callback():
+    callback, state, requests = Samples(every_n_updates=2), TrainState(), []
     for samples in (4, 4, 1, 4):
         state, effects = callback(state.advance(samples=samples), AfterUpdate(samples=samples))
-        asked.append(effects)
+        requests.append(effects)
     tracked = LogText("tracked")
-    assert asked == [
+    assert requests == [
         (tracked,),
         (tracked, LogScalars({"samples/update": 8})),
         (tracked,),
@@ -153,7 +153,7 @@ def test_a_subclass_of_the_periodic_base():
         ({"every_n_updates": 1}, AtEval, None),
     ],
 )
-def test_the_interval_says_why(settings, event_type, expected):
+def test_the_interval_argument_says_why_the_callback_fired(settings, event_type, expected):
     state = TrainState().advance(samples=4)
     state = state if event_type is AfterUpdate else state.next_epoch()
     _, effects = Samples(**settings)(state, event_type())
@@ -161,14 +161,14 @@ def test_the_interval_says_why(settings, event_type, expected):
     assert logged == ([] if expected is None else [expected])
 
 
-def test_settings_of_a_subclass_are_refused_with_those_of_its_base():
+def test_problems_of_subclass_and_base_class_are_reported_together():
     with pytest.raises(SettingsError) as refused:
         Samples(unit="")
     assert [problem.setting for problem in refused.value.problems] == ["", "unit"]
     assert str(refused.value).endswith("\nunit: '' is not a name")
 
 
-def test_a_subclass_of_the_iterating_base():
+def test_a_subclass_of_periodic_data_iterator_callback():
     batches = [torch.tensor([1.0, 5.0]), torch.tensor([3.0])]
     run = Run(data={"val": batches}, forward=lambda state, batch: ({}, batch * state.params["w"]))
     callback = Spread(every_n_epochs=1, dataset_key="val")
@@ -185,7 +185,7 @@ def test_a_subclass_of_the_iterating_base():
         Spread(every_n_epochs=1)
 
 
-def test_a_class_whose_hook_is_misspelt_is_refused():
+def test_a_class_with_a_misspelt_hook_is_refused():
     class Misspelt(PeriodicCallback):
         def periodic_calback(self, state, event, interval):
             return state, ()

@@ -1,4 +1,4 @@
-"""What holds for every callback that is shipped: it is pure, still where nothing is due, and remembers over a save."""
+"""Laws of every shipped callback: it is pure, returns the same state when it does not fire, and resumes exactly."""
 
 import math
 import tempfile
@@ -43,8 +43,8 @@ RUN = Run(end=TrainingIteration(epoch=3), updates_per_epoch=3, samples_per_epoch
           data={"val": VAL}, forward=forward, config={"seed": 0}, frozen=frozenset())  # fmt: skip
 
 
-def updated(state, run):
-    """Return the state and the event after one more update, a function of the state and nothing else."""
+def next_update(state, run):
+    """Return the state and the event after one more update, computed from the state alone."""
     update = state.iteration.update
     size = run.iteration_after(update + 1).sample - state.iteration.sample
     finite = update not in {1, 5}
@@ -61,24 +61,24 @@ def updated(state, run):
     return after.advance(samples=size), event
 
 
-def go_on(reducer, state, run=RUN):
-    """Yield `(event, state before, state after, effects)` of every event that is left of a run."""
+def continue_run(reducer, state, run=RUN):
+    """Yield `(event, state before, state after, effects)` of every remaining event of a run."""
     while (move := next_move(state, run)) is not Move.NOTHING:
         if move is Move.END_EPOCH:
             state, event = state.next_epoch(), AfterEpoch(run=run, time_s=5.0)
         elif move is Move.END_TRAINING:
             state, event = state.replace(ended=True), AfterTraining(run=run, time_s=6.0)
         else:
-            state, event = updated(state, run)
+            state, event = next_update(state, run)
         after, effects = reducer(state, event)
         yield event, state, after, effects
         state = after
 
 
-def began(reducer):
+def start(reducer):
     opt_state = {"state": {"w": {"step": torch.tensor(0.0)}}, "groups": ()}
-    begin = TrainState(params={"w": torch.tensor(3.0)}, buffers={"seen": torch.tensor(2)}, opt_state=opt_state)
-    return reducer(begin, BeforeTraining(run=RUN))[0]
+    initial = TrainState(params={"w": torch.tensor(3.0)}, buffers={"seen": torch.tensor(2)}, opt_state=opt_state)
+    return reducer(initial, BeforeTraining(run=RUN))[0]
 
 
 @pytest.mark.parametrize("at_end", [False, True])
@@ -89,29 +89,34 @@ def test_every_callback_is_a_pure_function(interval, n, at_end):
     members = all_examples(interval, n, at_end=at_end)
     reducer = compose(*members)
     acted = set()
-    begin = began(reducer)
-    acted |= {type(member) for member in members if call_purely(member, begin, BeforeTraining(run=RUN))[1]}
-    for event, state, after, effects in list(go_on(reducer, begin)):
-        asked = ()
+    initial = start(reducer)
+    acted |= {type(member) for member in members if call_purely(member, initial, BeforeTraining(run=RUN))[1]}
+    for event, state, after, effects in list(continue_run(reducer, initial)):
+        requests = ()
         for member in members:
             state, more = call_purely(member, state, event)  # noqa: PLW2901  # a fold, as the reducer's
-            asked += more
+            requests += more
             if more:
                 acted.add(type(member))
-        assert same((state, asked), (after, effects))
-    at_eval = compose(*members)(began(reducer), AtEval(run=RUN))[1]
+        assert same((state, requests), (after, effects))
+    at_eval = compose(*members)(start(reducer), AtEval(run=RUN))[1]
     assert {key for effect in at_eval for key in effect.values} == {
         "loss/val/total", "val/error", "val/error/ema=0.5", "loss/val/total/ema=0.9",
     }  # fmt: skip
-    silent = {MetricEarlyStopping, ReduceLROnPlateauCallback}  # may find nothing to say
+    silent = {MetricEarlyStopping, ReduceLROnPlateauCallback}  # they write text only when they act
     assert acted | silent == {type(member) for member in members}
 
 
 @pytest.mark.parametrize("member", all_examples("every_n_updates", 3, at_end=False), ids=lambda member: member.name)
-def test_where_nothing_is_due_the_state_is_the_same_object(member):
+def test_a_callback_that_does_not_fire_returns_the_same_state(member):
     state = TrainState(params={"w": torch.tensor(1.0)}).advance(samples=4).advance(samples=4)
     events = [AfterEpoch(run=RUN), AfterAccumulationStep(run=RUN, samples=4)]
-    if type(member) not in {CheckpointCallback, EMACallback, EtaCallback, TrainTimeCallback}:  # act after training
+    if type(member) not in {
+        CheckpointCallback,
+        EMACallback,
+        EtaCallback,
+        TrainTimeCallback,
+    }:
         events.append(AfterTraining(run=RUN))
     if not listens_to(member, AtEval):
         events.append(AtEval(run=RUN))
@@ -123,8 +128,8 @@ def test_where_nothing_is_due_the_state_is_the_same_object(member):
         assert effects == ()
 
 
-def through_the_store(state, event):
-    """Return a state as it is read back from a checkpoint on disk."""
+def save_and_load(state, event):
+    """Return a state after saving it to disk and loading it."""
     with tempfile.TemporaryDirectory() as directory:
         store = CheckpointStore(Path(directory), "law")
         store.save(SaveCheckpoint(tag="cut"), state, event)
@@ -133,36 +138,36 @@ def through_the_store(state, event):
 
 @settings(max_examples=40)
 @given(st.sampled_from(list(INTERVALS)), st.integers(1, 8), st.booleans(), st.integers(0, 15))
-def test_a_run_goes_on_from_the_store_at_any_event(interval, n, at_end, cut):
+def test_a_run_resumed_from_the_store_at_any_event_equals_the_uncut_run(interval, n, at_end, cut):
     def reducer():
         return compose(*all_examples(interval, n, at_end=at_end))
 
     first = reducer()
-    state = began(first)
-    uncut = [state, *(after for _, _, after, _ in go_on(first, state))]
-    effects = [effects for *_, effects in go_on(reducer(), state)]
+    state = start(first)
+    uncut = [state, *(after for _, _, after, _ in continue_run(first, state))]
+    effects = [effects for *_, effects in continue_run(reducer(), state)]
     cut = min(cut, len(uncut) - 1)
     for name, memory in uncut[cut].callback_states.items():
         check_memory(name, memory)
-    loaded = through_the_store(uncut[cut], AfterUpdate())
+    loaded = save_and_load(uncut[cut], AfterUpdate())
     assert same(loaded, uncut[cut])
     second = reducer()
     resumed, _ = second(loaded, BeforeTraining(run=RUN, resumed=True))
     assert resumed is loaded
-    rest = list(go_on(second, resumed))
+    rest = list(continue_run(second, resumed))
     assert same([after for _, _, after, _ in rest], uncut[cut + 1 :])
-    assert same([asked for *_, asked in rest], effects[cut:])
+    assert same([requests for *_, requests in rest], effects[cut:])
 
 
 @settings(max_examples=30)
 @given(st.sampled_from(list(INTERVALS)), st.integers(1, 8), st.integers(0, 12), st.data())
-def test_every_memory_alone_survives_a_cut(interval, n, cut, data):
-    """A callback by itself, with those that it consumes: what it asks for after a cut is what it would have asked."""
+def test_a_single_callback_resumed_at_any_event_does_the_same(interval, n, cut, data):
+    """A single callback, with those whose metrics it reads, requests the same after a cut."""
     members = all_examples(interval, n, at_end=True)
     chosen = data.draw(st.sampled_from(members))
     alone = [m for m in members if m is chosen or isinstance(m, (EMACallback, EvaluateCallback))]
-    events = list(go_on(compose(*alone), began(compose(*alone))))
+    events = list(continue_run(compose(*alone), start(compose(*alone))))
     cut = min(cut, len(events) - 1)
     event, before, after, effects = events[cut]
-    loaded = through_the_store(before, event)
+    loaded = save_and_load(before, event)
     assert same(compose(*alone)(loaded, event), (after, effects))

@@ -1,4 +1,4 @@
-"""Every setting that is refused, with its whole message."""
+"""Invalid settings, each with its whole message."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_two_intervals(kind):
 @KINDS
 @pytest.mark.parametrize("interval", INTERVALS)
 @pytest.mark.parametrize("n", [0, -1, 2.7, 2.0, True, False, "3"])
-def test_an_interval_that_is_no_whole_number(kind, interval, n):
+def test_an_interval_that_is_not_a_whole_number(kind, interval, n):
     assert problems(kind, **{interval: n}) == [f"{interval}: {n!r} {WHOLE}"]
 
 
@@ -65,7 +65,7 @@ def test_an_unknown_setting(kind):
 
 
 @KINDS
-def test_settings_are_not_assigned_to_and_name_the_memory(kind):
+def test_settings_are_frozen_and_name_the_memory(kind):
     callback = kind(**REQUIRED[kind], every_n_updates=100)
     with pytest.raises(AttributeError, match="cannot assign to field 'every_n_updates'"):
         callback.every_n_updates = 3
@@ -80,7 +80,7 @@ def test_settings_are_not_assigned_to_and_name_the_memory(kind):
 
 
 @pytest.mark.parametrize("kind", [BestMetricCallback, BestCheckpointCallback, MetricEarlyStopping])
-def test_a_direction_that_cannot_be_told(kind):
+def test_a_key_without_a_direction_requires_mode(kind):
     assert problems(kind, every_n_epochs=1, metric_key="val/dice") == [
         "mode: the key 'val/dice' does not say whether higher or lower is better; give mode"
     ]
@@ -107,7 +107,7 @@ def test_tolerance(tolerance):
     ]
 
 
-def test_a_tolerance_given_twice():
+def test_a_duplicate_tolerance():
     assert problems(BestCheckpointCallback, every_n_epochs=1, tolerances=(3, 5, 3)) == [
         "tolerances: [3, 5, 3] has duplicates; give each tolerance once"
     ]
@@ -165,7 +165,7 @@ def test_keep(keep):
     assert problems(CheckpointCallback, every_n_epochs=1, keep=keep) == [f"keep: {keep!r} {WHOLE}"]
 
 
-def test_all_that_is_wrong_is_told_at_once():
+def test_all_problems_are_reported_at_once():
     assert problems(MetricEarlyStopping, metric_key="x", tolerance=0, min_delta=-1, nan="?") == [
         f"no interval is set; give exactly one of {NAMES}",
         "mode: the key 'x' does not say whether higher or lower is better; give mode",

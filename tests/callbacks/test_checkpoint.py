@@ -1,4 +1,4 @@
-"""Checkpoints at an interval: what is asked for, and what is said before."""
+"""`CheckpointCallback`: its requests, and its forecast before training."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ STATE = TrainState().advance(samples=4).next_epoch()
 WRITTEN = "{} checkpoints of {} MB will be written, {} of them kept"
 
 
-def asked(**settings):
+def requests(**settings):
     return CheckpointCallback(every_n_epochs=1, id="c", **settings)(STATE, AfterEpoch(run=RUN))[1]
 
 
@@ -50,18 +50,18 @@ def save(*, weights, optimizer, keep, pointers=("latest",), models=()):
         ({"save_optim": True, "model_names": ("a",)}, save(weights=True, optimizer=True, keep=None)),
     ],
 )
-def test_what_is_asked_for(settings, expected):
-    assert asked(**settings) == expected
+def test_requests_for_each_combination_of_settings(settings, expected):
+    assert requests(**settings) == expected
 
 
-def test_after_training_it_is_asked_for_whether_due_or_not():
+def test_after_training_a_checkpoint_is_always_requested():
     callback = CheckpointCallback(every_n_epochs=1, id="c", save_latest_optim=False)
     expected = save(weights=True, optimizer=False, keep=None, pointers=("latest", "last"))
     for state in (STATE, STATE.advance(samples=4)):
         assert callback(state, AfterTraining(run=RUN)) == (state, expected)
 
 
-def test_between_its_intervals_it_keeps_still():
+def test_between_firings_nothing_is_requested():
     callback = CheckpointCallback(every_n_updates=2, save_weights=True)
     state = TrainState().advance(samples=4)
     assert callback(state, AfterUpdate(run=RUN)) == (state, ())
@@ -95,7 +95,7 @@ def test_between_its_intervals_it_keeps_still():
         ),
     ],
 )
-def test_what_is_said_before_training(settings, state, text):
+def test_the_forecast_before_training(settings, state, text):
     weights = torch.zeros(500_000)
     state = state.replace(params={"w": weights[:250_000]}, buffers={"b": weights[250_000:]},
                           opt_state={"state": {"w": {"m": torch.zeros(500_000, dtype=torch.float64)}}})  # fmt: skip
@@ -104,7 +104,7 @@ def test_what_is_said_before_training(settings, state, text):
     assert callback(state, BeforeTraining(run=RUN, resumed=True)) == (state, (LogText(text),))
 
 
-def test_nothing_is_said_of_a_run_without_an_end():
+def test_a_run_without_an_end_has_no_forecast():
     state = TrainState()
     assert CheckpointCallback(every_n_epochs=1, save_weights=True)(state, BeforeTraining()) == (state, ())
 
@@ -114,9 +114,9 @@ def test_nothing_is_said_of_a_run_without_an_end():
     st.sampled_from(["every_n_epochs", "every_n_updates", "every_n_samples"]),
     st.integers(1, 20),
 )
-def test_the_number_that_is_said_is_the_number_that_is_asked_for(run, interval, n):
+def test_the_forecast_number_equals_the_number_of_requests(run, interval, n):
     callback = CheckpointCallback(**{interval: n}, id="c", save_optim=True)
-    (said,) = callback(TrainState(), BeforeTraining(run=run))[1]
+    (forecast,) = callback(TrainState(), BeforeTraining(run=run))[1]
     state, saves = TrainState(), 0
     for update in range(1, run.final.update + 1):
         after = run.iteration_after(update)
@@ -126,17 +126,17 @@ def test_the_number_that_is_said_is_the_number_that_is_asked_for(run, interval, 
             state = state.next_epoch()
             saves += len(callback(state, AfterEpoch(run=run))[1])
     saves += len(callback(state, AfterTraining(run=run))[1])
-    assert said.text.startswith(f"c: {saves} checkpoints of ")
+    assert forecast.text.startswith(f"c: {saves} checkpoints of ")
 
 
-def test_by_default_the_newest_can_be_resumed_and_the_weights_of_the_others_stay():
-    lasting, newest = asked(model_names=("a",))
+def test_by_default_the_newest_is_resumable_and_older_ones_keep_weights():
+    lasting, newest = requests(model_names=("a",))
     assert (lasting.weights, lasting.optimizer, lasting.models, lasting.pointers) == (True, False, ("a",), ())
     assert (newest.weights, newest.optimizer, newest.models, newest.pointers) == (True, True, (), ("latest",))
 
 
-def test_what_is_kept_and_what_only_the_newest_holds_are_two_checkpoints():
-    lasting, newest = asked(save_weights=True, save_latest_optim=True, keep=3)
+def test_a_newest_checkpoint_with_more_parts_is_a_second_checkpoint():
+    lasting, newest = requests(save_weights=True, save_latest_optim=True, keep=3)
     assert (lasting.weights, lasting.optimizer, lasting.pointers, lasting.retention) == (True, False, (), {"c": 3})
     assert (newest.weights, newest.optimizer, newest.pointers) == (True, True, ("latest",))
     assert newest.retention == {"c/latest": 0}

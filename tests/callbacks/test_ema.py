@@ -1,4 +1,4 @@
-"""Averages of the weights: what they are, who evaluates them, what is saved of them, and that they resume exactly."""
+"""`EMACallback`: the averages, their evaluation, their checkpoints, and exact resume."""
 
 import math
 
@@ -38,32 +38,32 @@ def ema(*factors, **settings):
     return EMACallback(**{"every_n_epochs": 1, "target_factors": factors or (0.5,), **settings})
 
 
-def begun(callback, **fields):
+def start(callback, **fields):
     state = TrainState(**fields)
     return state.replace(callback_states=callback.init(state))
 
 
-def updated(callback, state, event=UPDATE, **fields):
-    """Return the state after one more update that left `fields`."""
+def update_once(callback, state, event=UPDATE, **fields):
+    """Return the state after one more update that changes `fields`."""
     return callback(state.replace(**fields).advance(samples=4), event)[0]
 
 
-def kept(state, weights="ema=0.5"):
+def average_of(state, weights="ema=0.5"):
     return state.memory(f"weights/{weights}")
 
 
-# ------------------------------------------------------------------------------------------------ the average
+# --- the average
 
 
-def test_two_updates_by_hand():
-    state = begun(ema(0.5, 0.75), params={"w": torch.tensor([0.0, 8.0])}, buffers={"n": torch.tensor(1)})
+def test_two_updates_computed_by_hand():
+    state = start(ema(0.5, 0.75), params={"w": torch.tensor([0.0, 8.0])}, buffers={"n": torch.tensor(1)})
     for value, count in [(4.0, 2), (8.0, 3)]:
         params, buffers = {"w": torch.tensor([value, 8.0])}, {"n": torch.tensor(count)}
-        state = updated(ema(0.5, 0.75), state, params=params, buffers=buffers)
+        state = update_once(ema(0.5, 0.75), state, params=params, buffers=buffers)
     half = {"params": {"w": torch.tensor([5.0, 8.0])}, "buffers": {"n": torch.tensor(3)}}
-    assert same(kept(state), half)
+    assert same(average_of(state), half)
     quarter = {"params": {"w": torch.tensor([2.75, 8.0])}, "buffers": {"n": torch.tensor(3)}}
-    assert same(kept(state, "ema=0.75"), quarter)
+    assert same(average_of(state, "ema=0.75"), quarter)
     assert find_weights(state) == ("ema=0.5", "ema=0.75")
 
 
@@ -74,14 +74,14 @@ def test_the_closed_form_over_a_thousand_updates(dtype, rtol, center):
     normal = torch.randn(updates + 1, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     params = (center + normal).to(dtype)
     callback = ema(*factors)
-    state = begun(callback, params={"w": params[0]})
+    state = start(callback, params={"w": params[0]})
     for param in params[1:]:
-        state = updated(callback, state, params={"w": param})
+        state = update_once(callback, state, params={"w": param})
     for factor in factors:
         shares = [factor**updates, *((1 - factor) * factor ** (updates - k) for k in range(1, updates + 1))]
         assert math.isclose(sum(shares), 1.0)
         expected = torch.tensor(shares, dtype=torch.float64) @ params.double()
-        average = kept(state, f"ema={factor}")["params"]["w"]
+        average = average_of(state, f"ema={factor}")["params"]["w"]
         assert average.dtype == dtype
         assert (average.double() - expected).norm() <= rtol * expected.norm()
 
@@ -94,8 +94,8 @@ def network():
 
 
 @torch.no_grad()
-def shaken(model, generator):
-    """Write new random numbers into a model, its buffers included."""
+def randomize(model, generator):
+    """Write random numbers into the params and buffers of a model."""
     for tensor in (*model.parameters(), *model.buffers()):
         whole = torch.randint(100, tensor.shape, generator=generator)
         tensor.copy_(torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else whole)
@@ -103,86 +103,86 @@ def shaken(model, generator):
 
 @settings(max_examples=25)
 @given(st.floats(0.01, 0.999), st.integers(0, 12), st.integers(0, 2**31), FLOATS)
-def test_it_is_the_average_that_torch_keeps(factor, updates, seed, dtype):
-    """Bit for bit, on a state that views a live model."""
+def test_the_average_equals_that_of_torch(factor, updates, seed, dtype):
+    """Bit for bit, with a state that views a live model."""
     generator, model, callback = torch.Generator().manual_seed(seed), network().to(dtype), ema(factor)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(factor))
-    shaken(model, generator)
-    theirs.update_parameters(model)  # the first only copies
-    state = begun(callback, **vars_of(TrainState.from_module(model)))
+    randomize(model, generator)
+    theirs.update_parameters(model)  # the first call only copies
+    state = start(callback, **tensors_of(TrainState.from_module(model)))
     for _ in range(updates):
-        shaken(model, generator)
+        randomize(model, generator)
         theirs.update_parameters(model)
-        state = updated(callback, state)
-    ours = kept(state, f"ema={factor}")
+        state = update_once(callback, state)
+    ours = average_of(state, f"ema={factor}")
     assert same(ours["params"], {name: p.detach() for name, p in theirs.module.named_parameters()})
     assert same(ours["buffers"], dict(theirs.module.named_buffers()))
 
 
-def vars_of(state):
+def tensors_of(state):
     return {"params": state.params, "buffers": state.buffers}
 
 
-def test_params_of_several_types_are_averaged_in_float32_at_least_and_whole_numbers_copied():
+def test_params_are_averaged_in_float32_or_more_and_integers_are_copied():
     types = (torch.float64, torch.float32, torch.bfloat16, torch.complex64)
     callback, whole = ema(0.75), {"int64": torch.tensor([3]), "bool": torch.tensor(True)}
-    state = begun(callback, params={str(dtype): torch.zeros(2, dtype=dtype) for dtype in types} | whole)
+    state = start(callback, params={str(dtype): torch.zeros(2, dtype=dtype) for dtype in types} | whole)
     later = {"int64": torch.tensor([5]), "bool": torch.tensor(False)}
-    state = updated(callback, state, params={str(dtype): torch.ones(2, dtype=dtype) for dtype in types} | later)
+    state = update_once(callback, state, params={str(dtype): torch.ones(2, dtype=dtype) for dtype in types} | later)
     averages = {str(dtype): torch.full((2,), 0.25, dtype=dtype) for dtype in types} | later
     precise = averages | {str(torch.bfloat16): torch.full((2,), 0.25)}
-    assert same(kept(state, "ema=0.75")["params"], precise)
+    assert same(average_of(state, "ema=0.75")["params"], precise)
     assert same(use_weights(state, "ema=0.75").params, averages)
 
 
-def test_an_average_of_a_coarse_type_moves():
+def test_an_average_of_half_precision_params_moves():
     callback = ema(0.999)
-    state = begun(callback, params={"w": torch.tensor(1.0, dtype=torch.bfloat16)})
+    state = start(callback, params={"w": torch.tensor(1.0, dtype=torch.bfloat16)})
     for _ in range(1000):
-        state = updated(callback, state, params={"w": torch.tensor(2.0, dtype=torch.bfloat16)})
-    assert kept(state, "ema=0.999")["params"]["w"].item() == pytest.approx(2 - 0.999**1000, rel=1e-5)
+        state = update_once(callback, state, params={"w": torch.tensor(2.0, dtype=torch.bfloat16)})
+    assert average_of(state, "ema=0.999")["params"]["w"].item() == pytest.approx(2 - 0.999**1000, rel=1e-5)
     assert use_weights(state, "ema=0.999").params["w"].dtype == torch.bfloat16
 
 
-def test_a_resumed_run_does_not_average_other_parameters():
+def test_a_resumed_run_with_other_model_paths_is_refused():
     params = {"body.w": torch.ones(2), "head.w": torch.ones(2)}
-    state = begun(ema(), params=params)
+    state = start(ema(), params=params)
     part = EMACallback(every_n_epochs=1, target_factors=(0.5,), model_paths=("head",))
-    with pytest.raises(WeightsError, match=r"'weights/ema=0.5' averages other .* --drop-memory weights/ema=0.5"):
+    with pytest.raises(WeightsError, match=r"'weights/ema=0.5' has other .* --drop-memory weights/ema=0.5"):
         compose(part)(state, BeforeTraining(resumed=True))
     with pytest.raises(WeightsError, match=r"'weights/ema=0.5' has other parameters"):
-        compose(ema())(begun(part, params=params), BeforeTraining(resumed=True))
+        compose(ema())(start(part, params=params), BeforeTraining(resumed=True))
 
 
-def test_updates_that_were_skipped_do_not_count():
-    state = begun(ema(), params={"w": torch.tensor(2.0)})
+def test_skipped_updates_do_not_count():
+    state = start(ema(), params={"w": torch.tensor(2.0)})
     skipped = AfterUpdate(samples=4, finite=False, skipped=True)
     moved = state.replace(params={"w": torch.tensor(4.0)}).advance(samples=4)
     assert ema()(moved, skipped) == (moved, ())
     applied = AfterUpdate(samples=4, finite=False)
-    assert kept(updated(ema(), state, applied, params={"w": torch.tensor(4.0)}))["params"]["w"] == 3.0
+    assert average_of(update_once(ema(), state, applied, params={"w": torch.tensor(4.0)}))["params"]["w"] == 3.0
 
 
-def test_nothing_is_shared_and_no_tensor_is_written_to():
+def test_averages_share_no_storage_and_are_never_written_to():
     callback = ema(0.5, 0.9)
     params = {"w": torch.ones(3), "v": torch.zeros(())}
     buffers = {"mean": torch.ones(3), "count": torch.tensor(7)}
-    state = begun(callback, params=params, buffers=buffers)
+    state = start(callback, params=params, buffers=buffers)
     seen = []
     for update in range(3):
-        weights = storages(vars_of(state))
-        memories = [storages(kept(state, weights)) for weights in ("ema=0.5", "ema=0.9")]
+        weights = storages(tensors_of(state))
+        memories = [storages(average_of(state, weights)) for weights in ("ema=0.5", "ema=0.9")]
         assert len(weights.union(*memories)) == len(weights) + sum(map(len, memories))
         held = tensors((state.params, state.buffers, state.callback_states))
         seen += [(tensor, tensor.clone()) for _, tensor in held]
         new = {"params": {"w": torch.full((3,), float(update)), "v": torch.ones(())}, "buffers": buffers}
-        state = updated(callback, state, **new)
+        state = update_once(callback, state, **new)
     for tensor, content in seen:
-        assert tensor._version == 0  # noqa: SLF001  # torch's count of writes in place
+        assert tensor._version == 0  # noqa: SLF001  # the number of writes in place
         assert torch.equal(tensor, content)
 
 
-# ------------------------------------------------------------------------------------------------ sub-modules
+# --- sub-modules
 
 PARAMS = {name: torch.zeros(1) for name in ("body.a.weight", "body.b.weight", "body2.weight", "head.weight")}
 BUFFERS = {"body.a.count": torch.tensor(0), "head.mean": torch.zeros(1)}
@@ -201,10 +201,10 @@ COUNTED = {"body.a.count": torch.tensor(5), "head.mean": torch.ones(1)}
         ((None,), tuple(PARAMS), tuple(BUFFERS)),
     ],
 )
-def test_sub_modules_are_averaged_and_mixed_with_the_weights_in_training(paths, params, buffers):
+def test_averages_of_sub_modules_are_combined_with_the_weights_in_training(paths, params, buffers):
     callback = ema(0.75, model_paths=paths)
-    state = updated(callback, begun(callback, params=PARAMS, buffers=BUFFERS), params=LATER, buffers=COUNTED)
-    average = kept(state, "ema=0.75")
+    state = update_once(callback, start(callback, params=PARAMS, buffers=BUFFERS), params=LATER, buffers=COUNTED)
+    average = average_of(state, "ema=0.75")
     assert (tuple(average["params"]), tuple(average["buffers"])) == (params, buffers)
     mixed = use_weights(state, "ema=0.75")
     assert {name: param.item() for name, param in mixed.params.items()} == {
@@ -215,18 +215,18 @@ def test_sub_modules_are_averaged_and_mixed_with_the_weights_in_training(paths, 
     assert (state.params, mixed.iteration) == (LATER, state.iteration)
 
 
-def test_buffers_that_are_kept_take_the_place_of_those_in_training():
+def test_buffers_of_an_average_replace_those_in_training():
     state = TrainState(params=PARAMS, buffers=BUFFERS)
     state = state.remember("weights/mine", {"params": {}, "buffers": {"head.mean": torch.full((1,), 7.0)}})
     assert same(use_weights(state, "mine").buffers, {**BUFFERS, "head.mean": torch.full((1,), 7.0)})
     assert same(use_weights(state, "mine").params, PARAMS)
 
 
-def test_a_path_to_nothing_is_refused_with_the_nearest():
+def test_a_path_without_parameters_is_refused_with_the_nearest_path():
     known = "the model has body, body.a, body.b, body2, head"
-    begin = TrainState(params=PARAMS, buffers={**BUFFERS, "stats.mean": torch.zeros(1)})
+    initial = TrainState(params=PARAMS, buffers={**BUFFERS, "stats.mean": torch.zeros(1)})
     with pytest.raises(SettingsError) as refused:
-        compose(ema(model_paths=("bdy", "head", "stats", "head.weight")))(begin, BeforeTraining())
+        compose(ema(model_paths=("bdy", "head", "stats", "head.weight")))(initial, BeforeTraining())
     assert [str(problem) for problem in refused.value.problems] == [
         f"model_paths.0: 'bdy' names no sub-module with parameters; {known}; did you mean 'body'?",
         f"model_paths.2: 'stats' names no sub-module with parameters; {known}",
@@ -236,8 +236,8 @@ def test_a_path_to_nothing_is_refused_with_the_nearest():
         ema(model_paths=("a",)).init(TrainState(params={"weight": torch.zeros(1)}))
 
 
-def test_weights_that_are_not_kept_are_named_with_those_that_are():
-    state = begun(ema(0.9, 0.99), params={"w": torch.zeros(1)})
+def test_unknown_weights_are_refused_with_the_known_ones():
+    state = start(ema(0.9, 0.99), params={"w": torch.zeros(1)})
     with pytest.raises(WeightsError) as error:
         use_weights(state, "ema=0.999")
     assert str(error.value) == (
@@ -245,7 +245,7 @@ def test_weights_that_are_not_kept_are_named_with_those_that_are():
     )
 
 
-# ------------------------------------------------------------------------------------------------ what is asked for
+# --- requests
 
 
 def save(factor, *, keep, pointer=None, models=()):
@@ -293,19 +293,19 @@ def save(factor, *, keep, pointer=None, models=()):
         ),
     ],
 )
-def test_what_is_asked_for(given, at_interval, after_training):
+def test_requests_for_each_combination_of_settings(given, at_interval, after_training):
     callback = ema(**given)
-    state = updated(callback, begun(callback, params=PARAMS, buffers=BUFFERS)).next_epoch()
+    state = update_once(callback, start(callback, params=PARAMS, buffers=BUFFERS)).next_epoch()
     assert callback(state, AfterEpoch()) == (state, tuple(at_interval))
     assert callback(state, AfterTraining()) == (state, tuple(after_training))
     later = state.advance(samples=4)
     assert callback(later, AtEval()) == (later, ())
-    assert callback(begun(callback, params=PARAMS), BeforeTraining())[1] == ()
+    assert callback(start(callback, params=PARAMS), BeforeTraining())[1] == ()
 
 
-def test_between_its_intervals_it_moves_and_keeps_still():
+def test_between_firings_the_average_moves_and_nothing_is_requested():
     callback = ema(every_n_epochs=None, every_n_updates=2)
-    state, effects = callback(begun(callback, params=PARAMS).advance(samples=4), UPDATE)
+    state, effects = callback(start(callback, params=PARAMS).advance(samples=4), UPDATE)
     assert effects == ()
     state, effects = callback(state.advance(samples=4), UPDATE)
     assert [effect.tag for effect in effects] == ["E0_U2_S8.ema=0.5"]
@@ -313,24 +313,24 @@ def test_between_its_intervals_it_moves_and_keeps_still():
     assert callback(after, AfterEpoch()) == (after, ())
 
 
-def test_at_the_end_its_interval_is_due_on_request():
+def test_at_end_fires_after_training():
     callback = ema(every_n_epochs=7, at_end=True, save_last_weights=False)
-    state = begun(callback, params=PARAMS).advance(samples=4).next_epoch()
+    state = start(callback, params=PARAMS).advance(samples=4).next_epoch()
     assert callback(state, AfterTraining())[1] == (save(0.5, keep=None),)
 
 
-# ------------------------------------------------------------------------------------------------ on disk
+# --- on disk
 
 
-def opened(directory):
+def open_store(directory):
     store = CheckpointStore(directory, "run")
     ignored = [lambda *_: None]
     return store, Interpreter({SaveCheckpoint: [store.save], LogScalars: ignored, LogText: ignored})
 
 
-def trained(callback, directory, epochs=3, state=None):
-    """Run `epochs` of two updates, in which the weights are the number of the update, and save for real."""
-    store, interpreter = opened(directory)
+def train(callback, directory, epochs=3, state=None):
+    """Run `epochs` of two updates, whose number becomes the weights, and save to disk."""
+    store, interpreter = open_store(directory)
     reducer = compose(callback, CheckpointCallback(every_n_epochs=1, save_weights=True, save_optim=True))
     if state is None:
         zeros = {"body.w": torch.zeros(2), "head.w": torch.zeros(1)}
@@ -350,66 +350,66 @@ def averages_in(store):
     return [manifest.tag for manifest in store.manifests() if manifest.weights_of]
 
 
-def test_a_saved_average_is_read_back_and_cannot_be_resumed_from(tmp_path):
-    state, store = trained(ema(0.5, 0.9), tmp_path)
+def test_a_saved_average_loads_and_cannot_be_resumed(tmp_path):
+    state, store = train(ema(0.5, 0.9), tmp_path)
     for weights in ("ema=0.5", "ema=0.9"):
         saved = store.find(f"last.{weights}")
         assert (saved.weights_of, saved.resumable, set(saved.parts)) == (weights, False, {"weights.safetensors"})
         loaded = store.load(saved)
-        assert same(vars_of(loaded), dict(kept(state, weights)))
+        assert same(tensors_of(loaded), dict(average_of(state, weights)))
         assert (loaded.iteration, loaded.callback_states) == (state.iteration, {})
-    assert store.find("last.ema=0.5").tag == "E3_U6_S24.ema=0.5.2"  # at the same iteration AfterEpoch saved too
+    assert store.find("last.ema=0.5").tag == "E3_U6_S24.ema=0.5.2"  # AfterEpoch saved at the same iteration, too
     newest = store.newest()
     assert (newest.weights_of, newest.resumable) == (None, True)
-    assert same(store.load(newest), state)  # with the averages in it
+    assert same(store.load(newest), state)  # the averages included
 
 
-def test_where_only_averages_are_saved_there_is_nothing_to_resume_from(tmp_path):
-    store, interpreter = opened(tmp_path)
-    state = begun(ema(0.5, 0.9), params=PARAMS).advance(samples=4)
+def test_a_run_that_saved_only_averages_cannot_be_resumed(tmp_path):
+    store, interpreter = open_store(tmp_path)
+    state = start(ema(0.5, 0.9), params=PARAMS).advance(samples=4)
     dispatch(state, AfterTraining(), ema(0.5, 0.9), interpreter)
     assert sorted(averages_in(store)) == ["E0_U1_S4.ema=0.5", "E0_U1_S4.ema=0.9"]
-    # Not even with the optimizer's memory: that belongs to other weights.
+    # Even with the optimizer's memory, because that belongs to other weights.
     store.save(SaveCheckpoint(tag="whole", weights_of="ema=0.5"), state, UPDATE)
     assert set(store.find("whole").parts) == {"weights.safetensors", "state.json", "state.safetensors"}
     assert store.newest() is None
 
 
-def test_each_interval_keeps_the_average_of_its_time(tmp_path):
-    _, store = trained(ema(0.5), tmp_path, epochs=2)
+def test_each_firing_saves_the_average_at_that_time(tmp_path):
+    _, store = train(ema(0.5), tmp_path, epochs=2)
     found = {tag: store.load(store.find(tag)).params["head.w"].item() for tag in averages_in(store)}
-    # 0.5 * (0.5 * 0 + 0.5 * 1) + 0.5 * 2, and two updates on
+    # 0.5 * (0.5 * 0 + 0.5 * 1) + 0.5 * 2, and two updates later
     assert found == {"E1_U2_S8.ema=0.5": 1.25, "E2_U4_S16.ema=0.5": 3.0625, "E2_U4_S16.ema=0.5.2": 3.0625}
     assert store.pointers() == {"latest": "E2_U4_S16.2", "last": "E2_U4_S16.2", "last.ema=0.5": "E2_U4_S16.ema=0.5.2"}
 
 
-def test_of_latest_weights_only_the_newest_are_kept(tmp_path):
+def test_only_the_newest_of_the_latest_weights_are_kept(tmp_path):
     settings = {"save_weights": False, "save_latest_weights": True}
-    state, store = trained(ema(0.5, **settings), tmp_path)
+    state, store = train(ema(0.5, **settings), tmp_path)
     assert store.pointers()["latest.ema=0.5"] == "E3_U6_S24.ema=0.5"
     assert sorted(averages_in(store)) == ["E3_U6_S24.ema=0.5", "E3_U6_S24.ema=0.5.2"]
-    # A run that goes on takes both pointers with it.
-    _, store = trained(ema(0.5, **settings), tmp_path, epochs=1, state=state.replace(ended=False))
+    # An extended run moves both pointers.
+    _, store = train(ema(0.5, **settings), tmp_path, epochs=1, state=state.replace(ended=False))
     assert sorted(averages_in(store)) == ["E4_U8_S32.ema=0.5", "E4_U8_S32.ema=0.5.2"]
 
 
-def test_nothing_but_the_last_is_saved_on_request(tmp_path):
-    _, store = trained(ema(0.5, save_weights=False), tmp_path)
+def test_only_the_last_average_can_be_saved(tmp_path):
+    _, store = train(ema(0.5, save_weights=False), tmp_path)
     assert averages_in(store) == ["E3_U6_S24.ema=0.5"]
     assert store.pointers()["last.ema=0.5"] == "E3_U6_S24.ema=0.5"
 
 
-def test_of_a_sub_module_only_its_weights_are_saved(tmp_path):
-    state, store = trained(ema(0.5, model_paths=("body",)), tmp_path)
+def test_only_the_weights_of_the_chosen_sub_module_are_saved(tmp_path):
+    state, store = train(ema(0.5, model_paths=("body",)), tmp_path)
     loaded = store.load(store.find("last.ema=0.5"))
-    assert same(vars_of(loaded), dict(kept(state)))
+    assert same(tensors_of(loaded), dict(average_of(state)))
     assert (list(loaded.params), list(loaded.buffers)) == (["body.w"], ["body.n"])
 
 
-# ------------------------------------------------------------------------------------------------ two of a kind
+# --- two callbacks with one factor
 
 
-def test_two_of_the_same_factor_are_told_apart_by_their_ids():
+def test_two_callbacks_with_one_factor_differ_by_id():
     whole, body = ema(0.5, id="whole"), ema(0.5, id="body", model_paths=("body",))
     state, _ = compose(whole, body)(TrainState(params=PARAMS), BeforeTraining())
     assert set(state.callback_states) == {"weights/whole/ema=0.5", "weights/body/ema=0.5"}
@@ -419,7 +419,7 @@ def test_two_of_the_same_factor_are_told_apart_by_their_ids():
     assert (whole.produces, body.produces) == (("weights/whole/ema=0.5",), ("weights/body/ema=0.5",))
 
 
-def test_two_of_the_same_factor_without_ids_are_refused():
+def test_two_callbacks_with_one_factor_and_no_id_are_refused():
     with pytest.raises(DeclarationError) as refused:
         compose(ema(0.5), ema(0.9, 0.5))(TrainState(params=PARAMS), BeforeTraining())
     assert str(refused.value).splitlines()[0] == (
@@ -428,15 +428,15 @@ def test_two_of_the_same_factor_without_ids_are_refused():
     compose(ema(0.5), ema(0.9))(TrainState(params=PARAMS), BeforeTraining())
 
 
-# ------------------------------------------------------------------------------------------------ who evaluates it
+# --- evaluation
 
 
 def error(outputs, batch):
     return (outputs - batch[1]).abs()
 
 
-def scaled(state, batch):
-    """A model that scales its input and adds a buffer."""
+def scale_model(state, batch):
+    """A forward that scales the input and adds a buffer."""
     return {}, batch[0] * state.params["w"] + state.buffers["shift"]
 
 
@@ -445,11 +445,11 @@ def metric(weights="ema=0.9", **settings):
     return MetricCallback(**{"every_n_epochs": 1, **wanted, **settings})
 
 
-def test_an_average_is_evaluated_and_the_weights_in_training_stay_as_they_are():
-    run = Run(data={"val": [(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))]}, forward=scaled)
+def test_evaluating_an_average_does_not_change_the_weights_in_training():
+    run = Run(data={"val": [(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))]}, forward=scale_model)
     reducer = compose(ema(0.75), metric("ema=0.75"), metric(weights=None))
-    begin = TrainState(params={"w": torch.tensor(0.0)}, buffers={"shift": torch.tensor(0.0)})
-    state, _ = reducer(begin, BeforeTraining(run=run))
+    initial = TrainState(params={"w": torch.tensor(0.0)}, buffers={"shift": torch.tensor(0.0)})
+    state, _ = reducer(initial, BeforeTraining(run=run))
     state = state.replace(params={"w": torch.tensor(4.0)}, buffers={"shift": torch.tensor(1.0)})
     state, _ = reducer(state.advance(samples=4), AfterUpdate(samples=4, run=run))
     after, effects = reducer(state.next_epoch(), AfterEpoch(run=run))
@@ -465,7 +465,7 @@ def misfit(*callbacks):
     return str(refused.value)
 
 
-def test_weights_that_nobody_keeps_are_refused_before_training_with_the_nearest():
+def test_weights_without_a_producer_are_refused_before_training():
     wanted = "MetricCallback/E1/val/ema=0.99/error consumes 'weights/ema=0.99', which no callback produces; "
     assert misfit(ema(0.9, 0.5), metric("ema=0.99")) == (
         f"{wanted}produced before it: weights/ema=0.9, weights/ema=0.5; did you mean 'weights/ema=0.9'?"
@@ -473,7 +473,7 @@ def test_weights_that_nobody_keeps_are_refused_before_training_with_the_nearest(
     assert misfit(metric("ema=0.99")) == f"{wanted}produced before it: nothing"
 
 
-def test_a_consumer_that_is_listed_before_it_is_refused():
+def test_a_consumer_listed_before_the_producer_is_refused():
     assert misfit(metric(), ema(0.9)) == (
         "MetricCallback/E1/val/ema=0.9/error consumes 'weights/ema=0.9': "
         "list it after EMACallback/E1, which produces it"
@@ -483,22 +483,22 @@ def test_a_consumer_that_is_listed_before_it_is_refused():
 @pytest.mark.parametrize(
     "interval", [{"every_n_epochs": 1}, {"every_n_epochs": None, "every_n_samples": 3}, {"at_end": True}]
 )
-def test_it_is_current_whatever_its_interval(interval):
+def test_an_average_is_current_at_every_update(interval):
     callback = ema(0.9, every_n_epochs=10)
     assert callback.produces == ("weights/ema=0.9",)
     reducer = compose(callback, metric(**interval))
     assert set(reducer(TrainState(params=PARAMS), BeforeTraining())[0].callback_states) == {"weights/ema=0.9"}
 
 
-def test_a_first_evaluation_before_any_update_finds_the_weights():
-    run = Run(data={"val": [(torch.tensor([1.0]), torch.tensor([0.0]))]}, forward=scaled)
+def test_an_evaluation_before_the_first_update_uses_the_initial_weights():
+    run = Run(data={"val": [(torch.tensor([1.0]), torch.tensor([0.0]))]}, forward=scale_model)
     reducer = compose(ema(0.9), metric())
-    begin = TrainState(params={"w": torch.tensor(3.0)}, buffers={"shift": torch.tensor(0.0)})
-    state, _ = reducer(begin, BeforeTraining(run=run))
+    initial = TrainState(params={"w": torch.tensor(3.0)}, buffers={"shift": torch.tensor(0.0)})
+    state, _ = reducer(initial, BeforeTraining(run=run))
     assert reducer(state, AtEval(run=run))[1][0].values == {"val/error/ema=0.9": 3.0}
 
 
-# ------------------------------------------------------------------------------------------------ settings
+# --- settings
 
 BETWEEN = "is not a number between 0 and 1, both excluded"
 
@@ -529,13 +529,13 @@ BETWEEN = "is not a number between 0 and 1, both excluded"
         ),
     ],
 )
-def test_settings_that_are_refused(given, problems):
+def test_invalid_settings_are_refused(given, problems):
     with pytest.raises(SettingsError) as refused:
         ema(**given)
     assert [str(problem) for problem in refused.value.problems] == problems
 
 
-# ------------------------------------------------------------------------------------------------ resume
+# --- resume
 
 
 class Points(Dataset):
@@ -556,13 +556,13 @@ def entropy(outputs, batch):
     return {"entropy": nn.functional.cross_entropy(outputs, batch[1])}
 
 
-class Cut(Exception):  # noqa: N818  # it is no error
-    """The process dies."""
+class Cut(Exception):  # noqa: N818  # not an error
+    """The process is killed."""
 
 
 def trainer(directory, dies_at=None):
-    """Return the trainer, state and store of a process that dies before it carries out what event `dies_at` asks."""
-    store, interpreter = opened(directory)
+    """Return trainer, state and store of a process that is killed before the effects of event `dies_at`."""
+    store, interpreter = open_store(directory)
     data = TrainingData(Points(), seed=0, effective_batch_size=2)
     optimizer = FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
     step = Step(model=make_model(), loss=entropy, optimizer=optimizer, lr={"default": lambda _: 0.1})
@@ -590,7 +590,7 @@ def trainer(directory, dies_at=None):
     return Trainer(run=run, step=step, data=data, reducer=reducer, interpreter=dying), state, store
 
 
-def with_cuts(directory, cuts):
+def run_with_cuts(directory, cuts):
     for dies_at in (*cuts, None):
         train, state, store = trainer(directory, dies_at)
         newest = store.newest()
@@ -603,31 +603,31 @@ def with_cuts(directory, cuts):
     raise AssertionError("the last process does not die")
 
 
-def on_disk(store):
-    """Return the weights of each average by where it was taken, and by the pointers that name it."""
+def averages_on_disk(store):
+    """Return the weights of each saved average by its iteration, and by the pointers that name it."""
     saved = {f"{m.iteration} {m.weights_of}": m for m in store.manifests() if m.weights_of}
     pointed = {name: store.find(name) for name in store.pointers() if "ema" in name}
-    return {name: vars_of(store.load(manifest)) for name, manifest in (saved | pointed).items()}
+    return {name: tensors_of(store.load(manifest)) for name, manifest in (saved | pointed).items()}
 
 
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory):
-    state, store = with_cuts(tmp_path_factory.mktemp("uncut"), [])
-    return state, on_disk(store)
+    state, store = run_with_cuts(tmp_path_factory.mktemp("uncut"), [])
+    return state, averages_on_disk(store)
 
 
 @settings(max_examples=12)
 @given(st.lists(st.integers(2, 17), max_size=2))
 def test_a_run_cut_anywhere_equals_the_uncut_run(uncut, tmp_path_factory, cuts):
     expected, averages = uncut
-    state, store = with_cuts(tmp_path_factory.mktemp("cut"), cuts)
+    state, store = run_with_cuts(tmp_path_factory.mktemp("cut"), cuts)
     assert set(state.callback_states) == {"weights/first/ema=0.5", "weights/first/ema=0.9", "weights/ema=0.8"}
     assert same(state, expected)
-    assert same(on_disk(store), averages)
-    assert not same(kept(state, "ema=0.8")["params"], state.params)
+    assert same(averages_on_disk(store), averages)
+    assert not same(average_of(state, "ema=0.8")["params"], state.params)
 
 
-def test_what_is_to_be_kept_at_the_end_stays_when_the_run_goes_on(tmp_path):
+def test_a_kept_average_of_the_end_survives_when_the_run_is_extended(tmp_path):
     run = open_run(tmp_path)
     reducer = compose(EMACallback(every_n_epochs=10, target_factors=(0.5,), at_end=True))
     state = dispatch(TrainState(params={"w": torch.ones(2)}), BeforeTraining(), reducer, run.interpreter)
@@ -636,12 +636,12 @@ def test_what_is_to_be_kept_at_the_end_stays_when_the_run_goes_on(tmp_path):
         state = dispatch(state, AfterTraining(), reducer, run.interpreter)
     run.close()
     tags = [manifest.tag for manifest in run.checkpoints.manifests()]
-    assert tags == ["E0_U1_S1.ema=0.5", "E0_U2_S2.ema=0.5"]  # asked for to be kept, and as the last
+    assert tags == ["E0_U1_S1.ema=0.5", "E0_U2_S2.ema=0.5"]  # one kept, one the last
 
 
-def test_two_saves_of_one_tag_are_in_the_order_in_which_they_were_made(tmp_path):
+def test_two_saves_with_one_tag_keep_their_order(tmp_path):
     store = CheckpointStore(tmp_path, "order")
-    state = begun(ema(0.999), params={"w": torch.ones(2)}).advance(samples=4)
+    state = start(ema(0.999), params={"w": torch.ones(2)}).advance(samples=4)
     for event in (AfterUpdate(), AfterEpoch(), AfterTraining()):
         store.save(SaveCheckpoint(tag="T.ema=0.999", optimizer=False, weights_of="ema=0.999"), state, event)
     assert [(each.tag, each.number) for each in store.manifests()] == [

@@ -1,4 +1,4 @@
-"""When the next firing and the end are expected: times worked out by hand, and firings that come where it said."""
+"""`EtaCallback`: times computed by hand, and firings at the announced updates."""
 
 import pytest
 from hypothesis import given
@@ -22,7 +22,7 @@ RUN = Run(end=TrainingIteration(epoch=2), updates_per_epoch=4, samples_per_epoch
 
 
 def events(reducer, run=RUN, seconds=lambda update: 1.0, state=None):
-    """Yield `(event, state, effects)` of every event from `state` to the run's end."""
+    """Yield `(event, state, effects)` of every event from `state` to the end of the run."""
     resumed = state is not None
     state, _ = reducer(state if resumed else TrainState(), BeforeTraining(run=run, resumed=resumed))
     while (move := next_move(state, run)) is not Move.NOTHING:
@@ -39,7 +39,7 @@ def events(reducer, run=RUN, seconds=lambda update: 1.0, state=None):
 
 
 def table(callback, **settings):
-    """Return what is shown at each event as `(event, update, fired, fires, pace, next, left, due)`."""
+    """Return the progress shown at each event as `(event, update, fired, fires, mean, next, left, due)`."""
     return [
         (type(event).__name__.removeprefix("After"), state.iteration.update,
          e.fired, e.fires, e.update_s, e.next_s, e.left_s, e.due)
@@ -49,21 +49,21 @@ def table(callback, **settings):
 
 
 def slow_first(update):
-    """Ten seconds for the first update; then 1, 2, 3, ... seconds, of which the mean is half of the update's number."""
+    """Return 10 s for the first update, then 1, 2, 3, ... s, whose mean is half of the number of the update."""
     return 10.0 if update == 1 else update - 1.0
 
 
-def test_updates_by_hand():
+def test_updates_computed_by_hand():
     assert table(EtaCallback(every_n_updates=3), seconds=slow_first) == [
-        # the only pace that is known is that of the first update
+        # only the first update is known
         ("Update", 1, 0, 3, 10.0, 20.0, 70.0, False),
-        # from now on it is left out
+        # from here on, the first update is left out
         ("Update", 2, 0, 3, 1.0, 1.0, 6.0, False),
         ("Update", 3, 0, 6, 1.5, 4.5, 7.5, False),
         ("Update", 3, 3, 6, 1.5, 4.5, 7.5, True),
         ("Update", 4, 3, 6, 2.0, 4.0, 8.0, False),
         ("Update", 5, 3, 6, 2.5, 2.5, 7.5, False),
-        # the next would be at the ninth of eight updates
+        # the next firing would be after the end
         ("Update", 6, 3, None, 3.0, None, 6.0, False),
         ("Update", 6, 6, None, 3.0, None, 6.0, True),
         ("Update", 7, 6, None, 3.5, None, 3.5, False),
@@ -72,12 +72,12 @@ def test_updates_by_hand():
     ]
 
 
-def test_epochs_by_hand():
+def test_epochs_computed_by_hand():
     assert table(EtaCallback(every_n_epochs=1), seconds=slow_first) == [
         ("Update", 1, 0, 4, 10.0, 30.0, 70.0, False),
         ("Update", 2, 0, 4, 1.0, 2.0, 6.0, False),
         ("Update", 3, 0, 4, 1.5, 1.5, 7.5, False),
-        # the end of the epoch is owed: it fires at this very update
+        # the event AfterEpoch is still to come: it fires at this update
         ("Update", 4, 0, 4, 2.0, 0.0, 8.0, False),
         ("Epoch", 4, 4, 8, 2.0, 8.0, 8.0, True),
         ("Update", 5, 4, 8, 2.5, 7.5, 7.5, False),
@@ -89,7 +89,7 @@ def test_epochs_by_hand():
     ]
 
 
-def test_samples_by_hand_with_a_short_last_batch():
+def test_samples_with_a_short_last_batch_computed_by_hand():
     # after each update: 4, 8, 12, 15, 19, 23, 27, 30 samples
     assert table(EtaCallback(every_n_samples=15), seconds=slow_first) == [
         ("Update", 1, 0, 4, 10.0, 30.0, 70.0, False),
@@ -106,7 +106,7 @@ def test_samples_by_hand_with_a_short_last_batch():
     ]
 
 
-def test_samples_that_no_update_ends_at():
+def test_an_interval_in_samples_that_no_update_ends_at():
     shown = table(EtaCallback(every_n_samples=10))
     assert [(update, fires) for event, update, _, fires, *_, due in shown if event == "Update" and not due] == [
         (1, 3), (2, 3), (3, 6), (4, 6), (5, 6), (6, 8), (7, 8), (8, None),
@@ -133,7 +133,7 @@ def test_the_end_is_that_of_the_counter_that_ends_the_run(end, final, left_s):
     assert (last.end, last.left_s) == (final, 0.0)
 
 
-def test_a_firing_beyond_the_end_is_none():
+def test_a_firing_beyond_the_end_is_not_shown():
     for interval, n in (("every_n_updates", 9), ("every_n_epochs", 3), ("every_n_samples", 31)):
         shown = table(EtaCallback(**{interval: n}))
         assert {(fired, fires, next_s, due) for _, _, fired, fires, _, next_s, _, due in shown} == {
@@ -141,50 +141,50 @@ def test_a_firing_beyond_the_end_is_none():
         }
 
 
-def test_without_a_duration_there_is_no_time_to_anything():
+def test_without_an_update_no_times_are_shown():
     callback, state = EtaCallback(every_n_epochs=1), TrainState().advance(samples=4)
-    _, (shown,) = callback(state.next_epoch(), AfterEpoch(run=RUN))  # of a loop that tells it of no update
+    _, (shown,) = callback(state.next_epoch(), AfterEpoch(run=RUN))  # of a loop without `AfterUpdate`
     assert shown == ShowProgress(
         end=TrainingIteration(2, 8, 30), fired=1, fires=8, update_s=None, next_s=None, left_s=None, due=True
     )
 
 
-def test_a_loop_that_tells_no_durations_has_no_times():
+def test_a_loop_without_durations_shows_no_times():
     shown = table(EtaCallback(every_n_updates=4), seconds=lambda update: 0.0)
-    assert {times for *_, pace, next_s, left_s, _ in shown for times in (pace, next_s, left_s)} == {None}
+    assert {times for *_, mean, next_s, left_s, _ in shown for times in (mean, next_s, left_s)} == {None}
     assert [(update, fired, fires) for event, update, fired, fires, *_, due in shown if due] == [
         (4, 4, 8),
         (8, 8, None),
     ]
 
 
-def test_an_evaluation_shows_nothing():
+def test_a_standalone_evaluation_shows_nothing():
     state = TrainState().advance(samples=4)
     assert EtaCallback(every_n_updates=1)(state, AtEval(run=RUN)) == (state, ())
 
 
-def test_after_training_it_is_shown_once_more_so_that_a_display_can_go():
+def test_after_training_progress_is_shown_once_more_to_end_the_display():
     state = TrainState().advance(samples=4)
     _, (shown,) = EtaCallback(every_n_updates=3)(state, AfterTraining(run=RUN))
     assert not shown.due
     _, (shown,) = EtaCallback(every_n_updates=3, at_end=True)(state, AfterTraining(run=RUN))
     assert shown.due
-    state = state.advance(samples=4).advance(samples=4)  # it was due at the last update
+    state = state.advance(samples=4).advance(samples=4)  # the interval ends at the last update
     _, (shown,) = EtaCallback(every_n_updates=3, at_end=True)(state, AfterTraining(run=RUN))
     assert not shown.due
 
 
-def test_two_runs_side_by_side_do_not_share_a_pace():
+def test_two_runs_side_by_side_do_not_share_a_mean():
     eta = EtaCallback(every_n_updates=1)
-    begin = TrainState()
-    slow, _ = eta(begin.advance(samples=4), AfterUpdate(run=RUN, duration_s=8.0))
-    _, (quick, _) = eta(begin.advance(samples=4), AfterUpdate(run=RUN, duration_s=0.5))
+    initial = TrainState()
+    slow, _ = eta(initial.advance(samples=4), AfterUpdate(run=RUN, duration_s=8.0))
+    _, (quick, _) = eta(initial.advance(samples=4), AfterUpdate(run=RUN, duration_s=0.5))
     assert quick.update_s == 0.5
     _, (shown, _) = eta(slow.advance(samples=4), AfterUpdate(run=RUN, duration_s=4.0))
     assert shown.update_s == 4.0
 
 
-def test_it_produces_no_metric_and_needs_no_costly_reading():
+def test_it_logs_no_metric_and_declares_no_reading():
     eta = EtaCallback(every_n_samples=512)
     assert (eta.produces, eta.readings, eta.name) == ((), (), "EtaCallback/S512")
     assert ETA is ETACallback is EtaCallback
@@ -199,14 +199,14 @@ ETAS = st.builds(
 
 
 @st.composite
-def ending_anywhere(draw):
-    """Runs that end with an epoch, or after some updates or samples."""
+def runs_of_any_length(draw):
+    """Draw runs that end with an epoch, an update or a sample."""
     run = draw(run_lengths(max_epochs=4))
     return run.replace(end=draw(st.one_of(st.just(run.end), points(30).filter(lambda point: point.epoch < 5))))
 
 
-@given(ending_anywhere(), ETAS)
-def test_it_fires_where_it_said(run, eta):
+@given(runs_of_any_length(), ETAS)
+def test_it_fires_at_the_announced_update(run, eta):
     trace = list(events(compose(eta), run=run))
     shown = [(type(event), state.iteration.update, effects) for event, state, effects in trace]
     firings = [
@@ -217,12 +217,12 @@ def test_it_fires_where_it_said(run, eta):
         assert {effect.fires for effect in effects} <= {next(later, None)}
 
 
-@given(ending_anywhere(), ETAS)
-def test_it_tells_where_it_fired_and_is_due_there_only(run, eta):
+@given(runs_of_any_length(), ETAS)
+def test_due_is_true_only_where_it_fires(run, eta):
     last = 0
     for event, state, effects in events(compose(eta), run=run):
         fires = eta.gate.opens(state, event) is not None
-        # shown at every update, and after training, at which a display goes; and where it fires
+        # shown at every update, after training (which ends the display), and at every firing
         always = isinstance(event, AfterUpdate) or (isinstance(event, AfterTraining) and not fires)
         assert [effect.due for effect in effects] == [False] * always + [True] * fires
         for effect in effects:
@@ -230,21 +230,21 @@ def test_it_tells_where_it_fired_and_is_due_there_only(run, eta):
             assert effect.fired == last
 
 
-@given(ending_anywhere(), ETAS, st.lists(st.integers(1, 64), min_size=1, max_size=8))
-def test_left_is_to_the_end_and_next_to_the_firing_at_the_mean_pace_of_all_but_the_first(run, eta, eighths):
+@given(runs_of_any_length(), ETAS, st.lists(st.integers(1, 64), min_size=1, max_size=8))
+def test_times_are_computed_from_the_mean_of_all_updates_but_the_first(run, eta, eighths):
     # sums of eighths of a second are exact
     took = [eighths[update % len(eighths)] / 8 for update in range(run.final.update + 1)]
     for _, state, effects in events(compose(eta), run=run, seconds=took.__getitem__):
         update = state.iteration.update
-        pace = sum(took[2 : update + 1]) / (update - 1) if update > 1 else took[1]
+        mean = sum(took[2 : update + 1]) / (update - 1) if update > 1 else took[1]
         for effect in effects:
             assert effect.end == run.final
-            assert (effect.update_s, effect.left_s) == (pace, pace * (run.final.update - update))
-            assert effect.next_s == (None if effect.fires is None else pace * (effect.fires - update))
+            assert (effect.update_s, effect.left_s) == (mean, mean * (run.final.update - update))
+            assert effect.next_s == (None if effect.fires is None else mean * (effect.fires - update))
 
 
-@given(ending_anywhere(), ETAS, st.integers(0, 40))
-def test_a_cut_in_between_changes_nothing(run, eta, cut):
+@given(runs_of_any_length(), ETAS, st.integers(0, 40))
+def test_a_resumed_run_shows_the_same(run, eta, cut):
     uncut = list(events(compose(eta), run=run, seconds=slow_first))
     cut = min(cut, len(uncut) - 1)
     _, kept, _ = uncut[cut]
@@ -254,7 +254,7 @@ def test_a_cut_in_between_changes_nothing(run, eta, cut):
     assert same([state for _, state, _ in rest], [state for _, state, _ in uncut[cut + 1 :]])
 
 
-def test_after_an_early_stop_nothing_is_left():
+def test_after_an_early_stop_no_time_is_left():
     run = Run(end=TrainingIteration(update=8), updates_per_epoch=4, samples_per_epoch=16, effective_batch_size=4)
     eta, state = EtaCallback(every_n_updates=3), TrainState()
     for _ in range(2):
@@ -263,7 +263,7 @@ def test_after_an_early_stop_nothing_is_left():
     assert (shown.fires, shown.next_s, shown.left_s) == (None, None, 0.0)
 
 
-def test_a_loop_that_tells_no_durations_gets_no_estimate():
+def test_a_loop_without_durations_gets_no_estimate():
     run = Run(end=TrainingIteration(update=8), updates_per_epoch=4, samples_per_epoch=16, effective_batch_size=4)
     eta, state = EtaCallback(every_n_updates=3), TrainState()
     for _ in range(2):
@@ -271,6 +271,6 @@ def test_a_loop_that_tells_no_durations_gets_no_estimate():
         assert (shown.update_s, shown.next_s, shown.left_s) == (None, None, None)
 
 
-def test_a_run_without_an_end_is_asked_for_it():
+def test_a_run_without_an_end_is_refused():
     with pytest.raises(AttributeError, match="this run was not given 'end'"):
         EtaCallback(every_n_updates=3)(TrainState().advance(samples=4), AfterUpdate(samples=4))

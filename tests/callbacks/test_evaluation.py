@@ -1,4 +1,4 @@
-"""Losses and metrics over a dataset are those of its samples, however it is cut into batches."""
+"""Callbacks that evaluate: losses and metrics over a dataset do not depend on its batches."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ STATE = TrainState(params={"w": torch.tensor(2.0)}).advance(samples=4).next_epoc
 
 
 def squares(state, batch):
-    """A model that scales its input; its loss is the mean of squares."""
+    """A forward that scales the input; the loss is the mean of squares."""
     outputs = batch[0] * state.params["w"]
     return {"mse": (outputs - batch[1]).square().mean(), "total": (outputs - batch[1]).square().mean()}, outputs
 
@@ -50,7 +50,7 @@ def values(callback, *arguments, state=STATE, **keywords):
     return effect.values
 
 
-def cut(x, y, sizes):
+def split(x, y, sizes):
     return list(zip(torch.from_numpy(x).split(sizes), torch.from_numpy(y).split(sizes), strict=True))
 
 
@@ -58,11 +58,11 @@ SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
 
 @given(SIZES, st.integers(0, 2**31))
-def test_means_over_unequal_batches_are_those_of_numpy(sizes, seed):
+def test_means_over_unequal_batches_equal_those_of_numpy(sizes, seed):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(2, sum(sizes)))
     logged = values(
-        EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", error, mean_error)), cut(x, y, sizes)
+        EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", error, mean_error)), split(x, y, sizes)
     )
     assert set(logged) == {"loss/val/mse", "loss/val/total", "val/error", "val/mean_error"}
     np.testing.assert_allclose(logged["loss/val/mse"].item(), np.square(2 * x - y).mean(), rtol=1e-12)
@@ -71,15 +71,15 @@ def test_means_over_unequal_batches_are_those_of_numpy(sizes, seed):
 
 
 @given(SIZES, st.integers(0, 2**31))
-def test_accuracy_is_the_share_of_samples_that_are_right(sizes, seed):
+def test_accuracy_is_the_share_of_correct_samples(sizes, seed):
     rng = np.random.default_rng(seed)
     scores, targets = rng.normal(size=(sum(sizes), 4)), rng.integers(0, 4, size=sum(sizes))
     logged = values(MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy"),
-                    cut(scores, targets, sizes), lambda state, batch: ({}, batch[0]))  # fmt: skip
+                    split(scores, targets, sizes), lambda state, batch: ({}, batch[0]))  # fmt: skip
     np.testing.assert_allclose(logged["val/accuracy"].item(), (scores.argmax(1) == targets).mean(), rtol=1e-12)
 
 
-def test_accuracy_of_a_batch_of_names():
+def test_accuracy_of_a_batch_that_is_a_dict():
     scores, labels = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([1, 1, 0])
     batch = {"image": scores, "label": labels}
     logged = values(MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy"), [batch],
@@ -87,13 +87,13 @@ def test_accuracy_of_a_batch_of_names():
     assert logged["val/accuracy"].item() == 2 / 3
 
 
-def test_a_target_is_missed():
+def test_a_batch_without_target_is_refused():
     with pytest.raises(ValueError, match=r"the batch has no target: make it \(inputs, target\), or a dict with one of"):
         values(MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy"), [torch.zeros(2, 2)],
                lambda state, batch: ({}, batch))  # fmt: skip
 
 
-def test_one_batch_by_hand():
+def test_one_batch_computed_by_hand():
     batches = [
         (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 5.0, 7.0])),
         (torch.tensor([0.0]), torch.tensor([2.0])),
@@ -104,14 +104,16 @@ def test_one_batch_by_hand():
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2,), (1, 3)])
-def test_a_metric_that_is_neither_a_value_for_each_nor_a_mean_is_refused(shape):
-    def odd(outputs, batch):
+def test_a_metric_with_another_shape_is_refused(shape):
+    def shapeless(outputs, batch):
         return torch.zeros(shape)
 
-    with pytest.raises(ValueError, match="metric/odd") as refused:
-        values(MetricCallback(every_n_epochs=1, dataset_key="val", metric=odd), [(torch.zeros(3), torch.zeros(3))])
+    with pytest.raises(ValueError, match="metric/shapeless") as refused:
+        values(
+            MetricCallback(every_n_epochs=1, dataset_key="val", metric=shapeless), [(torch.zeros(3), torch.zeros(3))]
+        )
     right = "return one value for each sample, (batch,), or their mean, ()"
-    assert str(refused.value) == f"'metric/odd' has shape {shape} for 3 samples; {right}"
+    assert str(refused.value) == f"'metric/shapeless' has shape {shape} for 3 samples; {right}"
 
 
 def test_difference_to_the_online_loss_of_the_same_interval():
@@ -124,16 +126,16 @@ def test_difference_to_the_online_loss_of_the_same_interval():
         "lossdiff/val/mse": 0.25,
         "loss/val/total": 1.0,
     }
-    later = state.advance(samples=2).next_epoch()  # the online loss is not current any more
+    later = state.advance(samples=2).next_epoch()  # the online loss is no longer current
     assert set(values(offline, batches, state=later)) == {"loss/val/mse", "loss/val/total"}
 
 
-def averages(w):
+def stored_average(w):
     return {"weights/ema=0.9": {"params": {"w": torch.tensor(w)}, "buffers": {}}}
 
 
-def test_weights_of_an_average_are_evaluated_and_named():
-    state = STATE.replace(callback_states=averages(3.0))
+def test_the_weights_of_an_average_are_evaluated_and_appear_in_the_key():
+    state = STATE.replace(callback_states=stored_average(3.0))
     batches = [(torch.tensor([1.0]), torch.tensor([1.0]))]
     both = EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", error), weights="ema=0.9")
     assert values(both, batches, state=state) == {
@@ -146,21 +148,21 @@ def test_weights_of_an_average_are_evaluated_and_named():
     assert set(both.produces) == {"loss/val/*/ema=0.9", "lossdiff/val/*/ema=0.9", "val/error/ema=0.9"}
 
 
-def test_weights_that_are_not_there_are_refused():
+def test_unknown_weights_are_refused():
     callback = MetricCallback(every_n_epochs=1, dataset_key="val", metric=error, weights="ema=0.99")
     with pytest.raises(WeightsError, match=r"no weights 'ema=0.99' are kept; there are: none"):
         callback(STATE, event([]))
     with pytest.raises(WeightsError, match=r"there are: ema=0.9\b"):
-        callback(STATE.replace(callback_states=averages(1.0)), event([]))
+        callback(STATE.replace(callback_states=stored_average(1.0)), event([]))
 
 
-def test_an_unknown_dataset_is_refused_with_the_nearest():
+def test_an_unknown_dataset_is_refused_with_the_nearest_name():
     callback = MetricCallback(every_n_epochs=1, dataset_key="vall", metric=error)
     with pytest.raises(KeyError, match=r"no dataset 'vall'; datasets: 'val'; did you mean 'val'?"):
         callback(STATE, event([]))
 
 
-def test_evaluation_outside_of_training_whatever_the_interval():
+def test_a_standalone_evaluation_fires_at_any_interval():
     callback = MetricCallback(every_n_epochs=7, dataset_key="val", metric=error)
     batches = [(torch.tensor([1.0]), torch.tensor([1.0]))]
     assert callback(STATE, event(batches)) == (STATE, ())
@@ -175,7 +177,7 @@ class Rebatched:
         return [(part, part) for part in self.tensor.split(n)]
 
 
-def test_batches_of_another_size():
+def test_another_batch_size():
     seen = []
 
     def count(outputs, batch):
@@ -213,11 +215,11 @@ def test_results_are_summed_or_concatenated_in_order():
     assert collected["float"].item() == 2.0 + 2.0 + 8.0
 
 
-def test_samples_are_counted_as_the_run_says():
+def test_samples_are_counted_by_the_batch_size_of_the_run():
     assert results([torch.tensor([3, 1])], batch_size=lambda batch: 5)["samples"] == 5
 
 
-def test_samples_is_no_name_of_a_result():
+def test_a_result_named_samples_is_refused():
     class Samples(PeriodicDataIteratorCallback):
         def process_data(self, state, batch, forward):
             return {"samples": batch.sum()}
@@ -226,7 +228,7 @@ def test_samples_is_no_name_of_a_result():
         Samples(every_n_epochs=1, dataset_key="val")(STATE, event([torch.zeros(1)]))
 
 
-def test_losses_are_weighted_by_the_size_that_the_run_gives():
+def test_losses_are_weighted_by_the_batch_size_of_the_run():
     def forward(state, batch):
         return {"total": batch["x"].mean()}, None
 
@@ -239,7 +241,7 @@ def test_losses_are_weighted_by_the_size_that_the_run_gives():
     assert logged["loss/val/total"].item() == 3.0
 
 
-def test_two_of_a_kind_are_told_apart():
+def test_callbacks_with_different_settings_have_different_names():
     a = MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
     names = {dataclasses.replace(a, **change).name for change in ({}, {"dataset_key": "test"}, {"metric": error},
              {"weights": "ema=0.9"}, {"every_n_epochs": 2}, {"id": "mine"})}  # fmt: skip
@@ -254,7 +256,7 @@ def test_two_of_a_kind_are_told_apart():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float16, torch.float32])
-def test_means_of_any_type_are_taken_in_double_precision(dtype):
+def test_means_of_any_dtype_are_in_double_precision(dtype):
     def third(outputs, batch):
         return torch.tensor(1 if batch[0].sum() > 0 else 0, dtype=dtype)
 

@@ -19,7 +19,7 @@ from noether.testing import (
     check_resumable,
 )
 
-# The callbacks that stop do so earlier here: the runs of the laws are short.
+# Callbacks that stop training do so earlier here, because the runs of the laws are short.
 SOONER = {"MetricEarlyStopping": {"tolerance": 2}, "FixedUpdateEarlyStopping": {"stop_at_update": 4}}
 AVERAGES = EMACallback(target_factors=(0.5, 0.9), save_latest_weights=True, every_n_updates=2, at_end=True)
 

@@ -1,4 +1,4 @@
-"""Stopping at a fixed point, however long the run is configured to be."""
+"""`FixedUpdateEarlyStopping`: training stops at a fixed point of a longer run."""
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ from noether.testing.strategies import run_lengths
 
 
 def drive(reducer, run, state=None):
-    """Return the state after each event of a run as the loop goes, from `state` on."""
+    """Return the state after each event of a run that starts at `state`."""
     state, _ = reducer(TrainState() if state is None else state, BeforeTraining(run=run, resumed=state is not None))
     seen = [state]
     while (move := next_move(state, run)) is not Move.NOTHING:
@@ -32,21 +32,25 @@ def drive(reducer, run, state=None):
     return seen
 
 
-def begun(epoch=0, update=0, sample=0):
+def state_at(epoch=0, update=0, sample=0):
     return TrainState(iteration=TrainingIteration(epoch, update, sample))
 
 
 @pytest.mark.parametrize(
     ("point", "before", "after"),
     [
-        ({"stop_at_update": 3}, begun(update=2, sample=8), begun(update=3, sample=12)),
-        ({"stop_at_update": 1}, begun(), begun(update=1, sample=4)),
-        ({"stop_at_sample": 12}, begun(update=2, sample=8), begun(update=3, sample=12)),
-        ({"stop_at_sample": 10}, begun(update=2, sample=8), begun(update=3, sample=12)),  # the batch goes beyond it
-        ({"stop_at_sample": 9}, begun(update=2, sample=8), begun(update=3, sample=12)),
+        ({"stop_at_update": 3}, state_at(update=2, sample=8), state_at(update=3, sample=12)),
+        ({"stop_at_update": 1}, state_at(), state_at(update=1, sample=4)),
+        ({"stop_at_sample": 12}, state_at(update=2, sample=8), state_at(update=3, sample=12)),
+        (
+            {"stop_at_sample": 10},
+            state_at(update=2, sample=8),
+            state_at(update=3, sample=12),
+        ),  # crossed
+        ({"stop_at_sample": 9}, state_at(update=2, sample=8), state_at(update=3, sample=12)),
     ],
 )
-def test_it_stops_after_the_update_that_reaches_it(point, before, after):
+def test_training_stops_after_the_update_that_reaches_the_point(point, before, after):
     stopping = FixedUpdateEarlyStopping(**point)
     assert stopping(before, AfterUpdate(samples=4)) == (before, ())
     ((name, value),) = point.items()
@@ -58,9 +62,9 @@ def test_it_stops_after_the_update_that_reaches_it(point, before, after):
     assert state.replace(stop=None).iteration == after.iteration
 
 
-def test_it_stops_after_the_epoch_that_reaches_it():
+def test_training_stops_after_the_epoch_that_reaches_the_point():
     stopping = FixedUpdateEarlyStopping(stop_at_epoch=2)
-    filled = begun(epoch=1, update=4, sample=16)
+    filled = state_at(epoch=1, update=4, sample=16)
     assert stopping(filled, AfterUpdate(samples=4)) == (filled, ())
     state, effects = stopping(filled.next_epoch(), AfterEpoch())
     assert (state.stop, effects) == ("stop_at_epoch: 2 is reached", (LogText("stopping: stop_at_epoch: 2 is reached"),))
@@ -70,7 +74,7 @@ def test_it_stops_after_the_epoch_that_reaches_it():
 def test_it_stops_once_and_keeps_the_first_reason(point):
     stopping = FixedUpdateEarlyStopping(**point)
     for reason in (None, "mine"):
-        state = begun(epoch=2, update=2, sample=8).replace(stop=reason)
+        state = state_at(epoch=2, update=2, sample=8).replace(stop=reason)
         once, effects = stopping(state, AfterEpoch())
         assert once.stop == (reason or next(f"{name}: {n} is reached" for name, n in point.items()))
         assert len(effects) == (reason is None)
@@ -78,14 +82,14 @@ def test_it_stops_once_and_keeps_the_first_reason(point):
         assert stopping(once.next_epoch(), AfterEpoch())[1] == ()
 
 
-def test_on_other_events_it_keeps_still():
-    stopping, state = FixedUpdateEarlyStopping(stop_at_update=1), begun(update=4)
+def test_other_events_change_nothing():
+    stopping, state = FixedUpdateEarlyStopping(stop_at_update=1), state_at(update=4)
     for event in (BeforeTraining(), BeforeTraining(resumed=True), AfterTraining(), AtEval()):
         assert stopping(state, event) == (state, ())
     assert (stopping.produces, stopping.init(state)) == ((), {})
 
 
-def test_two_of_a_kind_are_told_apart():
+def test_callbacks_with_different_points_have_different_names():
     names = [FixedUpdateEarlyStopping(**point).name for point in ({"stop_at_epoch": 2}, {"stop_at_update": 2})]
     assert names == ["FixedUpdateEarlyStopping/stop_at_epoch=2", "FixedUpdateEarlyStopping/stop_at_update=2"]
 
@@ -115,7 +119,7 @@ ONE = "give exactly one of stop_at_epoch, stop_at_update, stop_at_sample"
         ),
     ],
 )
-def test_settings_that_are_refused(given, problems):
+def test_invalid_settings_are_refused(given, problems):
     with pytest.raises(SettingsError) as refused:
         FixedUpdateEarlyStopping(**given)
     assert [str(problem) for problem in refused.value.problems] == problems
@@ -125,7 +129,7 @@ COUNTERS = st.sampled_from(["epoch", "update", "sample"])
 
 
 @given(run_lengths(), COUNTERS, st.integers(1, 200))
-def test_a_run_stops_at_the_first_iteration_that_reaches_it(run, counter, point):
+def test_a_run_stops_at_the_first_iteration_that_reaches_the_point(run, counter, point):
     uncut = [state.iteration for state in drive(compose(), run)]
     expected = next((at for at in uncut if getattr(at, counter) >= point), None)
     states = drive(compose(FixedUpdateEarlyStopping(**{f"stop_at_{counter}": point})), run)
@@ -134,12 +138,12 @@ def test_a_run_stops_at_the_first_iteration_that_reaches_it(run, counter, point)
     last = states[-1]
     assert last.ended
     assert last.iteration.update == (run.final if expected is None else expected).update
-    # The epoch that the last update fills is ended before training is.
+    # If the last update completes an epoch, `AfterEpoch` comes before `AfterTraining`.
     assert last.iteration == run.iteration_after(last.iteration.update)
 
 
 @given(run_lengths(), COUNTERS, st.integers(1, 60), st.integers(0, 60))
-def test_a_run_that_is_resumed_stops_where_it_would_have(run, counter, point, cut):
+def test_a_resumed_run_stops_at_the_same_point(run, counter, point, cut):
     stopping = FixedUpdateEarlyStopping(**{f"stop_at_{counter}": point})
     states = drive(compose(stopping), run)
     cut = min(cut, len(states) - 1)

@@ -1,4 +1,4 @@
-"""How large the gradients are: over updates against numpy, and in the step against torch's own measure."""
+"""`GradNormCallback`: intervals compared with numpy, and the norm of the step with that of torch."""
 
 import copy
 import math
@@ -26,26 +26,26 @@ NORMS = st.floats(0, 1e6)
 
 def go(callback, updates, state=None):
     """Return the state after `(norm, skipped)` updates, and the values logged at each."""
-    state, told = state or TrainState(), []
+    state, logs = state or TrainState(), []
     for norm, skipped in updates:
         event = AfterUpdate(samples=4, grad_norm=norm, skipped=skipped)
         state, effects = callback(state.advance(samples=4), event)
-        told.append([dict(effect.values) for effect in effects])
-    return state, told
+        logs.append([dict(effect.values) for effect in effects])
+    return state, logs
 
 
-def numbers(told):
-    return [[{key: float(value) for key, value in values.items()} for values in each] for each in told]
+def numbers(logs):
+    return [[{key: float(value) for key, value in values.items()} for values in each] for each in logs]
 
 
 @given(st.lists(st.tuples(NORMS, st.booleans()), min_size=1, max_size=20), st.integers(1, 5), st.booleans())
-def test_mean_and_maximum_over_every_interval(updates, n, as_tensors):
+def test_mean_and_maximum_of_every_interval(updates, n, as_tensors):
     made = [(torch.tensor(norm, dtype=torch.float64) if as_tensors else norm, skipped) for norm, skipped in updates]
-    _, told = go(GradNormCallback(every_n_updates=n), made)
+    _, logs = go(GradNormCallback(every_n_updates=n), made)
     applied = []
-    for update, ((norm, skipped), logged) in enumerate(zip(updates, told, strict=True), 1):
+    for update, ((norm, skipped), logged) in enumerate(zip(updates, logs, strict=True), 1):
         applied += [] if skipped else [norm]
-        if update % n or not applied:  # of skipped updates only, there is nothing to say
+        if update % n or not applied:  # an interval of only skipped updates logs nothing
             assert logged == []
             continue
         (values,) = logged
@@ -57,18 +57,18 @@ def test_mean_and_maximum_over_every_interval(updates, n, as_tensors):
 
 
 @given(st.lists(st.tuples(NORMS, st.booleans()), max_size=15), st.integers(1, 5), st.integers(0, 15))
-def test_a_resumed_run_goes_on_with_the_norms_that_it_had(updates, n, cut):
-    uncut, told = go(GradNormCallback(every_n_updates=n), updates)
+def test_a_resumed_run_continues_with_its_norms(updates, n, cut):
+    uncut, logs = go(GradNormCallback(every_n_updates=n), updates)
     state, first = go(GradNormCallback(every_n_updates=n), updates[:cut])
     state, rest = go(GradNormCallback(every_n_updates=n), updates[cut:], state)
-    assert same(first + rest, told)
+    assert same(first + rest, logs)
     assert same(state, uncut)
 
 
-def test_an_epoch_and_the_end():
+def test_firings_at_an_epoch_and_at_the_end():
     callback = GradNormCallback(every_n_epochs=1, at_end=True)
-    state, told = go(callback, [(3.0, False), (1.0, False)])
-    assert told == [[], []]
+    state, logs = go(callback, [(3.0, False), (1.0, False)])
+    assert logs == [[], []]
     state, effects = callback(state.next_epoch(), AfterEpoch())
     assert effects[0].values == {"optim/grad_norm/mean/E1": 2.0, "optim/grad_norm/max/E1": 3.0}
     assert callback(state, AfterTraining()) == (state, ())
@@ -78,21 +78,21 @@ def test_an_epoch_and_the_end():
 
 
 def test_skipped_updates_do_not_count():
-    _, told = go(GradNormCallback(every_n_updates=3), [(math.inf, True), (2.0, False), (NAN, True)])
-    assert numbers(told)[-1] == [{"optim/grad_norm/mean/U3": 2.0, "optim/grad_norm/max/U3": 2.0}]
+    _, logs = go(GradNormCallback(every_n_updates=3), [(math.inf, True), (2.0, False), (NAN, True)])
+    assert numbers(logs)[-1] == [{"optim/grad_norm/mean/U3": 2.0, "optim/grad_norm/max/U3": 2.0}]
 
 
-def test_nan_of_an_applied_update_is_told_and_forgotten_with_its_interval():
-    _, told = go(GradNormCallback(every_n_updates=2), [(NAN, False), (1.0, False), (2.0, False), (NAN, False),
+def test_nan_of_an_applied_update_is_logged_in_its_interval_only():
+    _, logs = go(GradNormCallback(every_n_updates=2), [(NAN, False), (1.0, False), (2.0, False), (NAN, False),
                                                        (3.0, False), (5.0, False)])  # fmt: skip
     of_nan = {"optim/grad_norm/mean/U2": NAN, "optim/grad_norm/max/U2": NAN}
-    assert same(numbers(told)[1::2], [[of_nan], [of_nan], [{"optim/grad_norm/mean/U2": 4.0,
+    assert same(numbers(logs)[1::2], [[of_nan], [of_nan], [{"optim/grad_norm/mean/U2": 4.0,
                                                             "optim/grad_norm/max/U2": 5.0}]])  # fmt: skip
 
 
-def test_infinity_is_a_norm_like_any_other():
-    _, told = go(GradNormCallback(every_n_updates=2), [(math.inf, False), (1.0, False)])
-    assert set(numbers(told)[-1][0].values()) == {math.inf}
+def test_an_infinite_norm_is_logged():
+    _, logs = go(GradNormCallback(every_n_updates=2), [(math.inf, False), (1.0, False)])
+    assert set(numbers(logs)[-1][0].values()) == {math.inf}
 
 
 def test_an_event_without_the_norm_is_refused():
@@ -100,30 +100,30 @@ def test_an_event_without_the_norm_is_refused():
         ValueError, match=r"^GradNormCallback/U2: the loop does not measure it; pass AfterUpdate\(grad_norm=...\)$"
     ):
         go(GradNormCallback(every_n_updates=2), [(None, False)])
-    go(GradNormCallback(every_n_updates=1), [(None, True)])  # nothing is read of an update that was left out
+    go(GradNormCallback(every_n_updates=1), [(None, True)])  # a skipped update needs no norm
 
 
-def test_single_precision_norms_are_summed_in_double_and_not_held_with_their_graph():
+def test_single_precision_norms_are_summed_in_double_without_their_graph():
     norms = [torch.tensor(1e8), torch.tensor(1.0)] * 50
-    _, told = go(GradNormCallback(every_n_updates=100), [(norm, False) for norm in norms])
-    assert told[-1][0]["optim/grad_norm/mean/U100"].item() == 50000000.5
+    _, logs = go(GradNormCallback(every_n_updates=100), [(norm, False) for norm in norms])
+    assert logs[-1][0]["optim/grad_norm/mean/U100"].item() == 50000000.5
     state, _ = go(GradNormCallback(every_n_updates=2), [(torch.ones((), requires_grad=True) * 2, False)])
     memory = state.memory("GradNormCallback/U2")
     assert not memory["sum"].requires_grad
     assert not memory["max"].requires_grad
 
 
-def test_the_trainer_is_asked_for_the_norm():
+def test_the_callback_declares_the_reading():
     callback = GradNormCallback(every_n_samples=512)
     assert callback.readings == compose(callback).readings == ("grad_norm",)
     assert callback.produces == ("optim/grad_norm/mean/S512", "optim/grad_norm/max/S512")
 
 
-# ------------------------------------------------------------------------------------------------ the real step
+# --- the real step
 
 
 class Partly(nn.Module):
-    """A frozen parameter, one that no output depends on, one without dimensions, and the rest."""
+    """A model with a frozen parameter, an unused one, a 0-dimensional one, and others."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ class Partly(nn.Module):
         return self.head(self.body(x).tanh()) * self.scale
 
 
-def squared(outputs, batch):
+def squares(outputs, batch):
     return {"mse": (outputs - batch[1]).square().mean()}
 
 
@@ -154,16 +154,16 @@ def make_step(model, **settings):
     optimizer = FunctionalOptimizer(torch.optim.SGD, {"lr": 0.5, "momentum": 0.9}, (), frozen)
     state = TrainState.from_module(copy.deepcopy(model), seed=1)
     state = state.replace(opt_state=optimizer.init(state.params))
-    return Step(model=model, loss=squared, optimizer=optimizer, lr={"default": Constant(value=0.5)}, **settings), state
+    return Step(model=model, loss=squares, optimizer=optimizer, lr={"default": Constant(value=0.5)}, **settings), state
 
 
 def torch_norm(model, params, batches):
-    """Return what torch measures of the gradients of the mutable loop, on a copy of the model."""
+    """Return the norm that torch measures in a mutable loop, on a copy of the model."""
     model = copy.deepcopy(model)
     model.load_state_dict({**model.state_dict(), **params})
     samples = sum(len(x) for x, _ in batches)
     for batch in batches:
-        loss = squared(model(batch[0]), batch)["mse"]
+        loss = squares(model(batch[0]), batch)["mse"]
         (loss if len(batches) == 1 else loss * (len(batch[0]) / samples)).backward()
     return clip_grad_norm_(model.parameters(), math.inf)
 
@@ -181,7 +181,7 @@ CLIPS = [
 
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
 @pytest.mark.parametrize("sizes", [(6,), (4, 1, 3)], ids=["whole", "accumulated"])
-def test_the_step_measures_what_torch_does_before_clipping(clip, sizes):
+def test_the_step_measures_the_norm_of_torch_before_clipping(clip, sizes):
     model = make_model()
     step, state = make_step(model, grad_norm=True, **clip)
     for update in range(5):
@@ -203,12 +203,12 @@ def test_measuring_does_not_change_the_update(clip, sizes):
         (ours, measured), (theirs, unmeasured) = measuring(ours, batches), plain(theirs, batches)
         assert same(ours, theirs)
         assert same(measured.losses, unmeasured.losses)
-        # without clipping by norm nobody else needs it
+        # without clipping by norm, only the callback needs it
         assert (unmeasured.grad_norm is None) == ("clip_grad_norm" not in clip)
         ours, theirs = (state.advance(samples=measured.samples) for state in (ours, theirs))
 
 
-def test_the_norms_of_a_step_go_through_the_callback():
+def test_the_callback_logs_the_norms_of_a_step():
     model, callback = make_model(), GradNormCallback(every_n_updates=3)
     step, state = make_step(model, grad_norm="grad_norm" in compose(callback).readings)
     norms = []

@@ -1,4 +1,4 @@
-"""A lower learning rate where a metric stops improving: when, by how much, and that the step heeds it."""
+"""`ReduceLROnPlateauCallback`: when it reduces, by how much, and that the step uses the scale."""
 
 import math
 
@@ -38,16 +38,16 @@ def reduce(**settings):
 
 def go(member, values, state=None):
     """Return the state, and `lr_scale` and the effects after each epoch with one of `values`."""
-    state, scales, told = state or TrainState(), [], []
+    state, scales, requests = state or TrainState(), [], []
     for value in values:
         state, _ = log(state.advance(samples=1).next_epoch(), AfterEpoch(), {KEY: value})
         state, effects = member(state, AfterEpoch())
         scales.append(state.hyperparams["lr_scale"])
-        told.append(effects)
-    return state, scales, told
+        requests.append(effects)
+    return state, scales, requests
 
 
-# ------------------------------------------------------------------------------------------------ when
+# --- when
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def go(member, values, state=None):
         ({"tolerance": 1}, [0.5, 0.6, 0.6, 0.4], [1, 0.5, 0.25, 0.25]),
         ({"tolerance": 1, "cooldown": 1}, [0.5] * 6, [1, 0.5, 0.5, 0.25, 0.25, 0.125]),
         ({"cooldown": 2}, [0.5] * 8, [1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25]),
-        # A best within the cooldown is a best.
+        # An improvement during the cooldown counts.
         ({"tolerance": 1, "cooldown": 1}, [0.5, 0.5, 0.4, 0.45], [1, 0.5, 0.5, 0.25]),
         ({"min_delta": 0.25}, [1.0, 0.75, 0.74, 0.5, 0.495], [1, 1, 1, 1, 0.5]),
         ({"mode": "higher"}, [0.5, 0.6, 0.6, 0.6], [1, 1, 1, 0.5]),
@@ -70,29 +70,31 @@ def go(member, values, state=None):
         ({}, [NAN, NAN, NAN, 0.5, NAN], [1, 0.5, 0.5, 0.5, 0.5]),
     ],
 )
-def test_by_hand(given, values, scales):
+def test_scales_computed_by_hand(given, values, scales):
     assert go(reduce(**given), values)[1] == scales
 
 
-def test_what_is_said():
-    _, _, told = go(reduce(min_scale=0.2), [NAN, NAN, 0.123456789, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
-    assert [effects for effects in told if effects] == [
+def test_a_reduction_is_reported():
+    _, _, requests = go(reduce(min_scale=0.2), [NAN, NAN, 0.123456789, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    assert [effects for effects in requests if effects] == [
         (LogText("learning rate times 0.5: loss/val/total has not been a number for 2 firings"),),
         (LogText("learning rate times 0.5: loss/val/total has not been lower than 0.123457 for 2 firings"),),
         (LogText("learning rate times 0.8: loss/val/total has not been lower than 0.123457 for 2 firings"),),
-    ]  # at the least scale nothing more is said
-    _, _, told = go(reduce(mode="higher", tolerance=1), [0.5, 0.5])
-    assert told[1] == (LogText("learning rate times 0.5: loss/val/total has not been higher than 0.5 for 1 firings"),)
+    ]  # at min_scale nothing more is reported
+    _, _, requests = go(reduce(mode="higher", tolerance=1), [0.5, 0.5])
+    assert requests[1] == (
+        LogText("learning rate times 0.5: loss/val/total has not been higher than 0.5 for 1 firings"),
+    )
 
 
-def test_a_scale_that_is_lower_already_stays():
+def test_a_scale_below_min_scale_is_not_changed():
     state = TrainState(hyperparams={"lr_scale": 0.1, "other": 3})
-    after, scales, told = go(reduce(tolerance=1, min_scale=0.2), [0.5, 0.5], state)
-    assert (scales, told) == ([0.1, 0.1], [(), ()])
+    after, scales, requests = go(reduce(tolerance=1, min_scale=0.2), [0.5, 0.5], state)
+    assert (scales, requests) == ([0.1, 0.1], [(), ()])
     assert after.hyperparams is state.hyperparams
 
 
-def test_other_hyperparams_stay():
+def test_other_hyperparams_are_not_changed():
     after, _, _ = go(reduce(tolerance=1), [0.5, 0.5], TrainState(hyperparams={"lr_scale": 0.1, "other": 3}))
     assert after.hyperparams == {"lr_scale": 0.05, "other": 3}
 
@@ -113,10 +115,10 @@ VALUES = st.lists(st.one_of(st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.5, NAN, INF, 
         }
     ),
 )
-def test_it_decides_as_torch_does(values, mode, given):
-    # The worst infinity is where torch begins, so it is no improvement there: no run has it for its best.
+def test_it_decides_as_the_scheduler_of_torch(values, mode, given):
+    # torch starts from the worst infinity, which is thus no improvement there; no run here starts with it.
     values = [value for value in values if value != (INF if mode == "lower" else -INF)]
-    base = 0.25  # a power of two: it changes no bit of what it is multiplied by
+    base = 0.25  # a power of two: multiplying by it is exact
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=base)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, mode={"lower": "min", "higher": "max"}[mode], threshold_mode="abs", threshold=given["min_delta"],
@@ -132,16 +134,16 @@ def test_it_decides_as_torch_does(values, mode, given):
 
 
 @given(VALUES, st.integers(0, 30), st.integers(0, 3))
-def test_it_goes_on_with_all_that_it_knew(values, cut, cooldown):
+def test_a_resumed_run_decides_the_same(values, cut, cooldown):
     member = reduce(cooldown=cooldown)
-    state, scales, told = go(member, values)
-    half, first, said = go(member, values[:cut])
+    state, scales, requests = go(member, values)
+    half, first, early = go(member, values[:cut])
     end, rest, more = go(member, values[cut:], half)
-    assert (first + rest, said + more) == (scales, told)
+    assert (first + rest, early + more) == (scales, requests)
     assert (end.callback_states, end.hyperparams) == (state.callback_states, state.hyperparams)
 
 
-def test_it_acts_at_its_interval_on_a_current_value_only():
+def test_it_acts_only_at_its_interval_on_a_current_value():
     member = reduce(every_n_epochs=2)
     state = TrainState().advance(samples=1).next_epoch()
     for event in (AfterUpdate(samples=1), AfterEpoch(), AfterTraining(), AtEval()):
@@ -154,7 +156,7 @@ def test_it_acts_at_its_interval_on_a_current_value_only():
     assert member.init(state) == {member.name: {"best": None, "since": 0, "cooling": 0}}
 
 
-def test_after_updates_that_are_not_finite_nothing_is_counted():
+def test_updates_that_are_not_finite_do_not_count():
     guard = NanGuardCallback(every_n_epochs=1, tolerance=9)
     measure = callback("measure", produces=(KEY,))(on(AfterEpoch)(lambda s, e: log(s, e, {KEY: -INF})))
     reducer = compose(guard, measure, reduce())
@@ -165,7 +167,7 @@ def test_after_updates_that_are_not_finite_nothing_is_counted():
         assert state.hyperparams["lr_scale"] == scale
 
 
-# ------------------------------------------------------------------------------------------------ settings
+# --- settings
 
 
 @pytest.mark.parametrize(
@@ -202,18 +204,18 @@ def test_after_updates_that_are_not_finite_nothing_is_counted():
         ),
     ],
 )
-def test_settings_that_are_refused(given, problems):
+def test_invalid_settings_are_refused(given, problems):
     with pytest.raises(SettingsError) as refused:
         reduce(**given)
     assert [str(problem) for problem in refused.value.problems] == problems
 
 
 @pytest.mark.parametrize("given", [{"min_scale": 0}, {"min_scale": 1}, {"cooldown": 0}, {"factor": 0.999}])
-def test_settings_at_their_limits(given):
+def test_settings_at_the_limits_of_their_ranges(given):
     assert go(reduce(**given), [0.5])[1] == [1.0]
 
 
-# ------------------------------------------------------------------------------------------------ the step heeds it
+# --- the step uses the scale
 
 BATCH = (torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0], [0.0]]))
 
@@ -227,22 +229,22 @@ def make_model():
     return nn.Linear(2, 1)
 
 
-def stepping(lr):
+def constant_lr(lr):
     optimizer = FunctionalOptimizer(torch.optim.SGD, {"lr": lr, "momentum": 0.9})
     step = Step(model=make_model(), loss=squares, optimizer=optimizer, lr={"default": lambda _: lr})
     state = TrainState.from_module(make_model())
     return step, state.replace(opt_state=optimizer.init(state.params))
 
 
-def test_the_step_uses_the_scaled_rate():
-    step, state = stepping(0.1)
+def test_the_step_uses_the_scaled_learning_rate():
+    step, state = constant_lr(0.1)
     plain, outputs = step(state, [BATCH])
     assert dict(outputs.lr) == {"default": 0.1}
     reduced, _, _ = go(reduce(tolerance=1), [0.5, 0.5], state)
     after, outputs = step(reduced, [BATCH])
     assert dict(outputs.lr) == {"default": 0.05}
-    again, begin = stepping(0.05)
-    seeded = begin.replace(iteration=reduced.iteration)
+    again, initial = constant_lr(0.05)
+    seeded = initial.replace(iteration=reduced.iteration)
     assert same(after.params, again(seeded, [BATCH])[0].params)
     assert not same(after.params, plain.params)
 
@@ -255,8 +257,8 @@ class Points(torch.utils.data.Dataset):
         return torch.tensor([float(index), 1.0]), torch.tensor([float(index % 2)])
 
 
-def test_in_training_every_later_update_uses_it():
-    """Nothing improves by so much: each epoch but the first halves the rate of the updates after it."""
+def test_in_training_every_later_update_uses_the_scale():
+    """No loss improves by min_delta, so each epoch but the first halves the learning rate of later updates."""
     rates = []
 
     @callback("watch", produces=())
@@ -265,7 +267,7 @@ def test_in_training_every_later_update_uses_it():
         rates.append(event.lr["default"])
         return state, ()
 
-    step, state = stepping(0.01)
+    step, state = constant_lr(0.01)
     run = Run(
         end=TrainingIteration(epoch=4), updates_per_epoch=2, samples_per_epoch=4, effective_batch_size=2,
         data={"val": EvaluationData(Points(), seed=0, batch_size=4)}, forward=forward(make_model(), squares),
@@ -277,7 +279,7 @@ def test_in_training_every_later_update_uses_it():
     assert rates == [0.01, 0.01, 0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025]
 
 
-def test_a_live_optimizer_is_given_it():
+def test_into_module_writes_the_scale_into_a_live_optimizer():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     state, _, _ = go(reduce(tolerance=1), [0.5, 0.5, 0.5], TrainState.from_module(model, optimizer))

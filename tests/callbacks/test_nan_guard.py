@@ -1,4 +1,4 @@
-"""What happens when updates are not finite: counting, stopping, going back, and what everybody else makes of it."""
+"""`NanGuardCallback`: counting, stopping, rollback, and callbacks that watch a metric after it."""
 
 import math
 
@@ -55,7 +55,7 @@ def rollback(**settings):
 
 
 def weights(value, momentum=None):
-    """Return params, a buffer, a count and optimizer memory that all tell `value`."""
+    """Return params, a buffer, a count and optimizer memory, all with `value`."""
     memory = {"momentum_buffer": torch.tensor(value if momentum is None else momentum), "betas": (0.9, 0.99)}
     return {
         "params": {"w": torch.tensor([value, 0.0])},
@@ -68,40 +68,40 @@ def weights_of(state):
     return {name: getattr(state, name) for name in ("params", "buffers", "opt_state")}
 
 
-def held(value):
-    """Return what a snapshot of `weights(value)` holds: all but the optimizer's groups."""
+def snapshot_of(value):
+    """Return the snapshot of `weights(value)`: everything but the optimizer's groups."""
     whole = weights(value)
     return {**whole, "opt_state": {"state": whole["opt_state"]["state"]}}
 
 
-def began(member, value=0.0):
+def start(member, value=0.0):
     return compose(member)(TrainState(**weights(value)), BeforeTraining())[0]
 
 
 def go(member, state, *updates):
     """Return the state and the effects of each update, given by the value of its weights, or by that and its event."""
-    told = []
+    requests = []
     for update in updates:
         value, event = update if isinstance(update, tuple) else (update, FINITE)
         state, effects = member(state.replace(**weights(value)).advance(samples=4), event)
-        told.append(tuple(effect for effect in effects if not isinstance(effect, SetSummary)))
-    return state, told
+        requests.append(tuple(effect for effect in effects if not isinstance(effect, SetSummary)))
+    return state, requests
 
 
 def nonfinite(in_row):
     return LogScalars({"nonfinite": in_row})
 
 
-# ------------------------------------------------------------------------------------------------ counting
+# --- counting
 
 
-def test_stopping_by_hand():
+def test_stopping_computed_by_hand():
     updates = [(0.1, NONFINITE), 0.2, (0.3, SKIPPED), (0.4, NONFINITE)]
-    state, told = go(guard(), began(guard()), *updates)
+    state, requests = go(guard(), start(guard()), *updates)
     reason = "2 updates in a row were not finite"
-    assert told == [(nonfinite(1),), (), (nonfinite(1),), (nonfinite(2), LogText(f"stopping: {reason}"))]
+    assert requests == [(nonfinite(1),), (), (nonfinite(1),), (nonfinite(2), LogText(f"stopping: {reason}"))]
     assert state.stop == reason
-    assert same(weights_of(state), weights_of(TrainState(**weights(0.4))))  # stopping leaves them as they are
+    assert same(weights_of(state), weights_of(TrainState(**weights(0.4))))  # stopping does not change them
     assert state.metrics["nonfinite"] == (2, TrainingIteration(update=4, sample=16))
 
 
@@ -109,30 +109,30 @@ def test_stopping_by_hand():
 def test_only_updates_in_a_row_count(tolerance):
     member = guard(tolerance=tolerance)
     almost = [*[(0.0, NONFINITE)] * (tolerance - 1), 0.0] * 3
-    state, _ = go(member, began(member), *almost)
+    state, _ = go(member, start(member), *almost)
     assert (state.stop, state.memory(member.name)["in_row"]) == (None, 0)
-    state, told = go(member, state, *[(0.0, NONFINITE)] * tolerance)
+    state, requests = go(member, state, *[(0.0, NONFINITE)] * tolerance)
     assert state.stop == f"{tolerance} updates in a row were not finite"
-    assert [effects[0] for effects in told] == [nonfinite(n) for n in range(1, tolerance + 1)]
+    assert [effects[0] for effects in requests] == [nonfinite(n) for n in range(1, tolerance + 1)]
 
 
 @pytest.mark.parametrize(
     "event",
     [NONFINITE, SKIPPED, AfterUpdate(samples=4, skipped=True), AfterUpdate(samples=4, finite=torch.tensor(False))],
 )
-def test_what_counts(event):
-    state, told = go(guard(), began(guard()), (0.0, event))
-    assert (told, state.memory(guard().name)["in_row"]) == ([(nonfinite(1),)], 1)
+def test_which_updates_count(event):
+    state, requests = go(guard(), start(guard()), (0.0, event))
+    assert (requests, state.memory(guard().name)["in_row"]) == ([(nonfinite(1),)], 1)
 
 
 @pytest.mark.parametrize("finite", [True, torch.tensor(True)])
-def test_a_finite_update_after_none_that_was_not_leaves_the_state_as_it_is(finite):
-    state = began(guard()).advance(samples=4)
+def test_a_finite_update_after_finite_ones_returns_the_same_state(finite):
+    state = start(guard()).advance(samples=4)
     assert guard()(state, AfterUpdate(samples=4, finite=finite)) == (state, ())
 
 
-def test_all_of_them_are_counted_in_the_summary():
-    member, state = guard(tolerance=9), began(guard(tolerance=9))
+def test_the_summary_has_the_total():
+    member, state = guard(tolerance=9), start(guard(tolerance=9))
     totals = []
     for event in (NONFINITE, FINITE, SKIPPED, SKIPPED):
         state, effects = member(state.advance(samples=4), event)
@@ -140,7 +140,7 @@ def test_all_of_them_are_counted_in_the_summary():
     assert totals == [{"nonfinite/updates": 1}, {"nonfinite/updates": 2}, {"nonfinite/updates": 3}]
 
 
-def test_a_mask_of_infinities_among_the_buffers_keeps_no_snapshot_from_being_taken():
+def test_a_buffer_of_infinities_does_not_prevent_a_snapshot():
     member = rollback(tolerance=1, every_n_updates=1)
     mask = {"mask": torch.tensor([0.0, -INF]), "mean": torch.tensor(1.0)}
     state = compose(member)(TrainState(buffers=mask), BeforeTraining())[0]
@@ -150,25 +150,25 @@ def test_a_mask_of_infinities_among_the_buffers_keeps_no_snapshot_from_being_tak
     assert spoilt.memory(member.name)["taken"] == "E0_U1_S4"
 
 
-def test_learning_rates_follow_the_counters_and_do_not_go_back():
+def test_a_rollback_does_not_change_learning_rates():
     member = rollback(tolerance=1, every_n_updates=1)
     groups = ({"default": {"lr": 0.1}}, {"default": {"lr": 0.05}})
-    begin = {"state": {"w": {"m": torch.tensor(1.0)}}, "groups": groups[0]}
-    state = compose(member)(TrainState(opt_state=begin), BeforeTraining())[0]
+    opt_state = {"state": {"w": {"m": torch.tensor(1.0)}}, "groups": groups[0]}
+    state = compose(member)(TrainState(opt_state=opt_state), BeforeTraining())[0]
     later = {"state": {"w": {"m": torch.tensor(NAN)}}, "groups": groups[1]}
     state, _ = member(state.replace(opt_state=later).advance(samples=4), NONFINITE)
-    assert same(state.opt_state, {"state": begin["state"], "groups": groups[1]})
+    assert same(state.opt_state, {"state": opt_state["state"], "groups": groups[1]})
 
 
 def test_the_first_reason_to_stop_stays():
-    state, _ = go(guard(), began(guard()).request_stop("mine"), (0.0, NONFINITE), (0.0, NONFINITE))
+    state, _ = go(guard(), start(guard()).request_stop("mine"), (0.0, NONFINITE), (0.0, NONFINITE))
     assert state.stop == "mine"
 
 
 @given(st.lists(st.booleans(), max_size=20), st.integers(1, 4))
-def test_it_stops_where_a_row_is_long_enough(finite, tolerance):
+def test_it_stops_after_tolerance_updates_in_a_row(finite, tolerance):
     member = guard(tolerance=tolerance)
-    state, row, expected = began(member), 0, None
+    state, row, expected = start(member), 0, None
     for update, is_finite in enumerate(finite, start=1):
         row = 0 if is_finite else row + 1
         expected = update if row == tolerance and expected is None else expected
@@ -197,26 +197,26 @@ def test_it_stops_where_a_row_is_long_enough(finite, tolerance):
         ),
     ],
 )
-def test_settings_that_are_refused(given, problems):
+def test_invalid_settings_are_refused(given, problems):
     with pytest.raises(SettingsError) as refused:
         guard(**given)
     assert [str(problem) for problem in refused.value.problems] == problems
 
 
-# ------------------------------------------------------------------------------------------------ going back
+# --- rollback
 
 
-def test_going_back_by_hand():
+def test_a_rollback_computed_by_hand():
     member = rollback()
-    state, told = go(member, began(member, 9.0), 1.0, 2.0, 3.0, (NAN, NONFINITE))
-    assert told[-1] == (nonfinite(1),)
+    state, requests = go(member, start(member, 9.0), 1.0, 2.0, 3.0, (NAN, NONFINITE))
+    assert requests[-1] == (nonfinite(1),)
     assert math.isnan(state.params["w"][0])  # not yet
     state = state.remember("other", 7).replace(hyperparams={"lr_scale": 0.5})
-    state, told = go(member, state, (NAN, NONFINITE))
+    state, requests = go(member, state, (NAN, NONFINITE))
     text = "2 updates in a row were not finite: back to the weights of E0_U2_S8"
-    assert told == [(nonfinite(2), LogText(text))]
+    assert requests == [(nonfinite(2), LogText(text))]
     assert same(weights_of(state), weights_of(TrainState(**weights(2.0))))
-    # All else goes on.
+    # Everything else continues.
     assert (str(state.iteration), str(state.previous), state.stop) == ("E0_U5_S20", "E0_U4_S16", None)
     assert (state.memory("other"), dict(state.hyperparams)) == (7, {"lr_scale": 0.5})
     assert state.metrics["nonfinite"] == (2, state.iteration)
@@ -224,28 +224,28 @@ def test_going_back_by_hand():
     assert (memory["in_row"], memory["rollbacks"]) == (0, 1)
 
 
-def test_before_the_first_interval_it_goes_back_to_the_beginning():
+def test_before_the_first_firing_it_rolls_back_to_the_start():
     member = rollback(every_n_updates=100, tolerance=1)
-    state, told = go(member, began(member, 9.0), 1.0, 2.0, (INF, NONFINITE))
-    assert told[-1][1] == LogText("1 updates in a row were not finite: back to the weights of E0_U0_S0")
+    state, requests = go(member, start(member, 9.0), 1.0, 2.0, (INF, NONFINITE))
+    assert requests[-1][1] == LogText("1 updates in a row were not finite: back to the weights of E0_U0_S0")
     assert same(weights_of(state), weights_of(TrainState(**weights(9.0))))
 
 
 @pytest.mark.parametrize("broken", ["params", "buffers", "opt_state"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_a_snapshot_is_taken_only_where_all_of_it_is_finite(broken, value):
+def test_a_snapshot_is_taken_only_if_all_of_it_is_finite(broken, value):
     member = rollback(tolerance=1)
-    state, _ = go(member, began(member), 1.0, 2.0, 3.0)
+    state, _ = go(member, start(member), 1.0, 2.0, 3.0)
     spoilt = state.replace(**{**weights(4.0), broken: weights(value)[broken]}).advance(samples=4)
-    after, effects = member(spoilt, FINITE)  # the loss told nothing yet
+    after, effects = member(spoilt, FINITE)  # the loss is still finite
     assert (after, effects) == (spoilt, ())
-    assert same(after.memory(member.name)["snapshot"], held(2.0))
+    assert same(after.memory(member.name)["snapshot"], snapshot_of(2.0))
     whole, _ = member(state.replace(**weights(4.0)).advance(samples=4), FINITE)
-    assert same(whole.memory(member.name)["snapshot"], held(4.0))
+    assert same(whole.memory(member.name)["snapshot"], snapshot_of(4.0))
     assert whole.memory(member.name)["taken"] == "E0_U4_S16"
 
 
-def test_weights_of_complex_numbers_are_looked_at_too():
+def test_complex_weights_are_checked_too():
     member = rollback(tolerance=1, every_n_updates=1)
     state = compose(member)(TrainState(params={"w": torch.tensor(1 + 1j)}), BeforeTraining())[0]
     broken = state.replace(params={"w": torch.tensor(complex(NAN, 0))}).advance(samples=4)
@@ -254,29 +254,29 @@ def test_weights_of_complex_numbers_are_looked_at_too():
     assert same(state.params["w"], torch.tensor(1 + 1j))
 
 
-def test_going_back_where_a_snapshot_is_due_takes_none_and_says_where_the_weights_are_from():
+def test_a_rollback_at_a_firing_takes_no_snapshot_and_names_the_source():
     member = rollback(tolerance=1, every_n_updates=2)
-    state, told = go(member, began(member), 1.0, 2.0, 3.0, (NAN, NONFINITE), (NAN, NONFINITE))
-    assert [effect.text for effects in told for effect in effects if isinstance(effect, LogText)] == [
+    state, requests = go(member, start(member), 1.0, 2.0, 3.0, (NAN, NONFINITE), (NAN, NONFINITE))
+    assert [effect.text for effects in requests for effect in effects if isinstance(effect, LogText)] == [
         "1 updates in a row were not finite: back to the weights of E0_U2_S8"
     ] * 2
     assert same(state.params["w"], torch.tensor([2.0, 0.0]))
 
 
-def test_no_snapshot_is_taken_within_a_row_that_is_not_finite():
+def test_no_snapshot_is_taken_while_updates_are_not_finite():
     member = rollback(tolerance=3)
-    state, _ = go(member, began(member), 1.0, 2.0, 3.0, (4.0, NONFINITE))
+    state, _ = go(member, start(member), 1.0, 2.0, 3.0, (4.0, NONFINITE))
     assert state.memory(member.name)["taken"] == "E0_U2_S8"
     epochs = rollback(every_n_updates=None, every_n_epochs=1, tolerance=3)
-    state, _ = go(epochs, began(epochs), 1.0, (2.0, NONFINITE))
+    state, _ = go(epochs, start(epochs), 1.0, (2.0, NONFINITE))
     ended = state.next_epoch()
     assert epochs(ended, AfterEpoch()) == (ended, ())
     state, _ = go(epochs, state, 3.0)
     assert epochs(state.next_epoch(), AfterEpoch())[0].memory(epochs.name)["taken"] == "E1_U3_S12"
 
 
-def test_who_only_stops_takes_no_snapshots():
-    state, _ = go(guard(), began(guard()), 1.0, 2.0)
+def test_action_stop_takes_no_snapshots():
+    state, _ = go(guard(), start(guard()), 1.0, 2.0)
     assert state.memory(guard().name) == {
         "total": 0, "in_row": 0, "rollbacks": 0, "snapshot": None, "taken": "E0_U0_S0",
     }  # fmt: skip
@@ -284,32 +284,32 @@ def test_who_only_stops_takes_no_snapshots():
 
 def test_snapshot_and_weights_share_no_storage():
     member = rollback(tolerance=1)
-    state, _ = go(member, began(member), 1.0, 2.0)
+    state, _ = go(member, start(member), 1.0, 2.0)
     snapshot = state.memory(member.name)["snapshot"]
     assert not storages(snapshot) & storages(weights_of(state))
     state, _ = go(member, state, (NAN, NONFINITE))
-    assert same(snapshot, held(2.0))
+    assert same(snapshot, snapshot_of(2.0))
     assert not storages(state.memory(member.name)) & storages(weights_of(state))
-    # Whoever writes to a live model destroys nothing: the next rollback finds the same.
+    # Writing to the live model does not change the snapshot: the next rollback restores the same.
     state.params["w"].fill_(NAN)
     state, _ = go(member, state, (NAN, NONFINITE))
     assert same(weights_of(state), weights_of(TrainState(**weights(2.0))))
     assert [tensor._version for _, tensor in tensors(snapshot)] == [0] * 4  # noqa: SLF001  # torch's count of writes
 
 
-def test_after_so_many_rollbacks_it_stops():
+def test_it_stops_after_max_rollbacks():
     member = rollback(tolerance=1, max_rollbacks=2)
-    state, told = go(member, began(member), 1.0, 2.0, *[(NAN, NONFINITE), 3.0] * 2)
-    assert [len(effects) for effects in told] == [0, 0, 2, 0, 2, 0]
+    state, requests = go(member, start(member), 1.0, 2.0, *[(NAN, NONFINITE), 3.0] * 2)
+    assert [len(effects) for effects in requests] == [0, 0, 2, 0, 2, 0]
     assert (state.stop, state.memory(member.name)["rollbacks"]) == (None, 2)
-    state, told = go(member, state, (NAN, NONFINITE))
+    state, requests = go(member, state, (NAN, NONFINITE))
     reason = "1 updates in a row were not finite, after 2 rollbacks"
-    assert (state.stop, told) == (reason, [(nonfinite(1), LogText(f"stopping: {reason}"))])
+    assert (state.stop, requests) == (reason, [(nonfinite(1), LogText(f"stopping: {reason}"))])
     assert math.isnan(state.params["w"][0])
 
 
 class Loop:
-    """A loop of one's own around a live model: the state is written back where a rollback changed it."""
+    """A user's loop around a live model, which gets the state back after a rollback."""
 
     def __init__(self, member):
         self.model = nn.Linear(2, 1)
@@ -327,7 +327,7 @@ class Loop:
         self.state = self.state.into_module(self.model, self.optimizer)
 
 
-def test_a_live_model_goes_back_too():
+def test_a_live_model_rolls_back_too():
     torch.manual_seed(0)
     loop = Loop(rollback(tolerance=1))
     for _ in range(3):
@@ -345,24 +345,24 @@ def test_a_live_model_goes_back_too():
     assert not same(loop.state.params, taken["params"])
 
 
-# ------------------------------------------------------------------------------------------------ averages
+# --- averages
 
 
 @pytest.mark.parametrize("guarded_first", [True, False])
 @pytest.mark.parametrize(
     ("second", "average"),
     [
-        # Destroyed, it begins anew at the snapshot.
+        # An average that is not finite restarts from the snapshot.
         ((NAN, NONFINITE), 2.0),
-        # What was skipped changed nothing: from 0, 1, 2 and 6 it was at 3.625, and goes on from there.
+        # Skipped updates do not change it: 0, 1, 2 and 6 gave 3.625, and it continues from there.
         ((6.0, SKIPPED), 3.625),
     ],
 )
-def test_an_average_begins_anew_only_if_it_is_not_finite(second, average, guarded_first):
+def test_an_average_restarts_only_if_it_is_not_finite(second, average, guarded_first):
     member, ema = rollback(), EMACallback(every_n_updates=100, target_factors=(0.5,))
     first = (6.0, SKIPPED) if second[1] is SKIPPED else (NAN, NONFINITE)
     both = compose(member, ema) if guarded_first else compose(ema, member)
-    state, _ = go(both, began(both), 1.0, 2.0, 6.0, first, second)
+    state, _ = go(both, start(both), 1.0, 2.0, 6.0, first, second)
     assert same(weights_of(state), weights_of(TrainState(**weights(2.0))))
     kept = state.memory("weights/ema=0.5")
     assert same(kept["params"], {"w": torch.tensor([average, 0.0])})
@@ -370,8 +370,8 @@ def test_an_average_begins_anew_only_if_it_is_not_finite(second, average, guarde
     assert not storages(kept) & storages((weights_of(state), state.memory(member.name)))
 
 
-def test_averages_are_looked_at_one_by_one():
-    """One of a sub-module that stayed finite goes on, while that of the whole begins anew."""
+def test_each_average_is_checked_separately():
+    """The average of a finite sub-module continues, and the average of the whole model restarts."""
     member = rollback(tolerance=1)
     head = EMACallback(every_n_updates=100, target_factors=(0.5,), id="head", model_paths=("head",))
     whole = EMACallback(every_n_updates=100, target_factors=(0.5,))
@@ -383,7 +383,7 @@ def test_averages_are_looked_at_one_by_one():
     assert same(state.memory("weights/ema=0.5")["params"], {"head.w": torch.tensor(4.0), "body.w": torch.tensor(1.0)})
 
 
-# ------------------------------------------------------------------------------------------------ who takes a best
+# --- metric watchers
 
 KEY = "loss/val/total"
 
@@ -405,7 +405,7 @@ def measuring(value):
 @pytest.mark.parametrize(("mode", "better"), [("lower", -INF), ("lower", 0.25), ("higher", INF), ("higher", 0.75)])
 @pytest.mark.parametrize("bad", [NONFINITE, SKIPPED])
 @pytest.mark.parametrize("action", ["stop", "rollback"])
-def test_no_best_is_taken_from_an_update_that_was_not_finite(mode, better, bad, action):
+def test_an_update_that_is_not_finite_gives_no_best_value(mode, better, bad, action):
     watchers = consumers(mode)
     member = guard(tolerance=2, action=action)
 
@@ -413,11 +413,11 @@ def test_no_best_is_taken_from_an_update_that_was_not_finite(mode, better, bad, 
         reducer = compose(member, measuring(value), *watchers.values())
         return reducer(state.replace(**weights(1.0)).advance(samples=4), event)
 
-    state = began(compose(member, measuring(0.0), *watchers.values()))
+    state = start(compose(member, measuring(0.0), *watchers.values()))
     state, _ = update(state, 0.5, FINITE)
     best = {name: state.memory(watcher.name)["best"] for name, watcher in watchers.items()}
     assert best == dict.fromkeys(watchers, 0.5)
-    for _ in range(2):  # the second makes it act, and the weights of a rollback are not those that were measured
+    for _ in range(2):  # it acts at the second, whose rollback restores weights that were not measured
         state, effects = update(state, better, bad)
         assert {name: state.memory(watcher.name)["best"] for name, watcher in watchers.items()} == best
         assert not any(isinstance(effect, SaveCheckpoint) for effect in effects)
@@ -431,12 +431,12 @@ def test_no_best_is_taken_from_an_update_that_was_not_finite(mode, better, bad, 
 
 
 @pytest.mark.parametrize(("mode", "better"), [("lower", -INF), ("higher", INF)])
-def test_nor_at_the_end_of_an_epoch_whose_last_update_was_not_finite(mode, better):
+def test_an_epoch_whose_last_update_is_not_finite_gives_no_best_value(mode, better):
     watchers = consumers(mode, every_n_epochs=1)
     reducer = compose(guard(), callback("measure", produces=(KEY,))(
         lambda state, event: log(state, event, {KEY: better}) if isinstance(event, AfterEpoch) else (state, ())
     ), *watchers.values())  # fmt: skip
-    state, _ = go(reducer, began(reducer), 1.0, (1.0, NONFINITE))
+    state, _ = go(reducer, start(reducer), 1.0, (1.0, NONFINITE))
     state, effects = reducer(state.next_epoch(), AfterEpoch())
     assert {state.memory(watcher.name)["best"] for watcher in watchers.values()} == {None}
     assert effects == (LogScalars({KEY: better}),)
@@ -446,7 +446,7 @@ def test_nor_at_the_end_of_an_epoch_whose_last_update_was_not_finite(mode, bette
 
 
 @pytest.mark.parametrize("name", ["metric", "checkpoint", "stopping", "plateau"])
-def test_listed_after_who_takes_a_best_it_is_refused(name):
+def test_a_guard_listed_after_a_metric_watcher_is_refused(name):
     watcher = consumers("lower")[name]
     with pytest.raises(DeclarationError) as refused:
         compose(measuring(0.0), watcher, guard())(TrainState(), BeforeTraining())
@@ -457,14 +457,14 @@ def test_listed_after_who_takes_a_best_it_is_refused(name):
     compose(guard(), measuring(0.0), watcher)(TrainState(), BeforeTraining())
 
 
-# ------------------------------------------------------------------------------------------------ in real training
+# --- in the trainer
 
 STILL = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0)
 LENGTH, BATCH, EPOCHS = 12, 2, 4
 
 
 class Points(Dataset):
-    """Points with their number; a third of them hold what no network can learn from, on request."""
+    """Points with their index; with `spoilt`, a third of them are NaN or huge."""
 
     def __init__(self, *, spoilt):
         self._inputs = torch.randn(LENGTH, 3, generator=torch.Generator().manual_seed(1))
@@ -489,16 +489,16 @@ def squares(outputs, batch):
 
 
 def exploding_lr(position):
-    """A learning rate that is a slip of the keyboard at one update."""
+    """A learning rate that is absurdly high at one update."""
     return 1e30 if position == 10 else 0.05
 
 
-class Cut(Exception):  # noqa: N818  # it is no error
-    """The process dies."""
+class Cut(Exception):  # noqa: N818  # not an error
+    """The process is killed."""
 
 
 class Process:
-    """One process of a run: what it was asked for, and the batches that it trained on."""
+    """One process of a run, with its requests and the batches that it trained on."""
 
     def __init__(self, directory, nonfinite, dies_at=None):
         self.store = CheckpointStore(directory, "run")
@@ -537,13 +537,13 @@ class Process:
         )  # fmt: skip
         state = TrainState.from_module(make_model())
         state = state.replace(opt_state=optimizer.init(state.params))
-        return Trainer(run=run, step=step, data=data, reducer=reducer, interpreter=self._carry_out, clock=STILL), state
+        return Trainer(run=run, step=step, data=data, reducer=reducer, interpreter=self._interpret, clock=STILL), state
 
     def _loss(self, outputs, batch):
         self.batches.append(batch[2].tolist())
         return squares(outputs, batch)
 
-    def _carry_out(self, effects, state, event):
+    def _interpret(self, effects, state, event):
         self._events += 1
         if self._events == self._dies_at:
             raise Cut
@@ -562,14 +562,14 @@ def uncut(request, tmp_path_factory):
     return request.param, process.train(), process
 
 
-def went_back(process):
-    """Return the update of each rollback and what was said there."""
-    said = [(at, effect.text) for _, at, effect in process.stream if isinstance(effect, LogText)]
-    return [(TrainingIteration.parse(at).update, text) for at, text in said if "not finite" in text]
+def rollbacks_of(process):
+    """Return the update and the text of each rollback."""
+    texts = [(at, effect.text) for _, at, effect in process.stream if isinstance(effect, LogText)]
+    return [(TrainingIteration.parse(at).update, text) for at, text in texts if "not finite" in text]
 
 
-def pairs_of_spoilt_batches():
-    """Return the updates at which a second spoilt batch in a row was seen."""
+def second_spoilt_updates():
+    """Return the updates of each second spoilt batch in a row."""
     row, updates = 0, []
     for update, batch in enumerate(EXPECTED_BATCHES, start=1):
         row = row + 1 if any(index % 3 == 0 for index in batch) else 0
@@ -578,22 +578,22 @@ def pairs_of_spoilt_batches():
     return updates
 
 
-def test_training_ends_finite_after_going_back(uncut):
+def test_training_ends_finite_after_rollbacks(uncut):
     nonfinite, state, process = uncut
     assert all(tensor.isfinite().all() for _, tensor in tensors((weights_of(state), state.callback_states)))
     assert (state.stop, str(state.iteration)) == (None, f"E{EPOCHS}_U24_S48")
-    back = went_back(process)
+    back = rollbacks_of(process)
     if nonfinite == "apply":  # update 11 leaves weights of 1e30, whose loss is infinite at 12 and NaN at 13
         assert back == [(13, "2 updates in a row were not finite: back to the weights of E1_U9_S18")]
     else:
-        assert [update for update, _ in back] == pairs_of_spoilt_batches()
+        assert [update for update, _ in back] == second_spoilt_updates()
         assert len(back) >= 2
     assert state.memory(rollback(every_n_updates=3).name)["rollbacks"] == len(back)
 
 
-def test_the_batch_after_going_back_is_a_new_one(uncut):
+def test_training_continues_with_the_next_batch_after_a_rollback(uncut):
     _, _, process = uncut
-    assert went_back(process)
+    assert rollbacks_of(process)
     assert process.batches == EXPECTED_BATCHES
 
 

@@ -1,4 +1,4 @@
-"""The online loss is the sample-weighted mean of what went by."""
+"""`OnlineLossCallback`: the sample-weighted mean of the losses since the last firing."""
 
 import math
 
@@ -20,25 +20,25 @@ LOSSES = st.floats(-1e3, 1e3)
 
 def go(callback, updates, state=None):
     """Return the state after `(samples, losses, skipped)` updates, and the values logged at each."""
-    state, told = state or TrainState(), []
+    state, logs = state or TrainState(), []
     for samples, losses, skipped in updates:
         state = state.advance(samples=samples)
         state, effects = callback(state, AfterUpdate(samples=samples, losses=losses, skipped=skipped))
-        told.append([effect.values for effect in effects])
-    return state, told
+        logs.append([effect.values for effect in effects])
+    return state, logs
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), LOSSES, st.booleans()), min_size=1, max_size=20), st.integers(1, 5),
        st.booleans())  # fmt: skip
-def test_it_is_the_weighted_mean_over_every_interval(updates, n, as_tensors):
+def test_the_weighted_mean_of_every_interval(updates, n, as_tensors):
     made = [(s, {"total": torch.tensor(x, dtype=torch.float64) if as_tensors else x}, skip) for s, x, skip in updates]
-    _, told = go(OnlineLossCallback(every_n_updates=n), made)
+    _, logs = go(OnlineLossCallback(every_n_updates=n), made)
     for end in range(1, len(updates) + 1):
         if end % n:
-            assert told[end - 1] == []
+            assert logs[end - 1] == []
             continue
         sizes, losses, skipped = (np.array(column) for column in zip(*updates[end - n : end], strict=True))
-        (values,) = told[end - 1]
+        (values,) = logs[end - 1]
         assert list(values) == [f"loss/online/total/U{n}"]
         applied = ~skipped
         expected = np.average(losses[applied], weights=sizes[applied]) if applied.any() else NAN
@@ -46,10 +46,10 @@ def test_it_is_the_weighted_mean_over_every_interval(updates, n, as_tensors):
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), LOSSES), min_size=1, max_size=20), st.integers(1, 100))
-def test_it_is_the_mean_over_samples_too(updates, n):
-    _, told = go(OnlineLossCallback(every_n_samples=n), [(s, {"a": x}, False) for s, x in updates])
+def test_the_mean_of_an_interval_in_samples(updates, n):
+    _, logs = go(OnlineLossCallback(every_n_samples=n), [(s, {"a": x}, False) for s, x in updates])
     since, sample = [], 0
-    for (size, loss), values in zip(updates, told, strict=True):
+    for (size, loss), values in zip(updates, logs, strict=True):
         since.append((size, loss))
         crossed = (sample + size) // n > sample // n
         sample += size
@@ -63,23 +63,23 @@ def test_it_is_the_mean_over_samples_too(updates, n):
 
 def test_single_precision_losses_are_summed_in_double():
     losses = [torch.tensor(1e8), torch.tensor(1.0)] * 50
-    _, told = go(OnlineLossCallback(every_n_updates=100), [(1, {"total": loss}, False) for loss in losses])
-    value = told[-1][0]["loss/online/total/U100"]
+    _, logs = go(OnlineLossCallback(every_n_updates=100), [(1, {"total": loss}, False) for loss in losses])
+    value = logs[-1][0]["loss/online/total/U100"]
     assert value.dtype == torch.float64
     assert value.item() == 50000000.5
 
 
-def test_a_loss_that_still_has_its_graph_is_not_held():
+def test_the_graph_of_a_loss_is_not_kept():
     loss = torch.ones((), requires_grad=True) * 2
     state, _ = go(OnlineLossCallback(every_n_updates=2), [(1, {"total": loss}, False)])
     kept = state.memory("OnlineLossCallback/U2")["sums"]["total"]
     assert not kept.requires_grad
 
 
-def test_an_epoch_and_the_end():
+def test_firings_at_an_epoch_and_at_the_end():
     callback = OnlineLossCallback(every_n_epochs=1, at_end=True)
-    state, told = go(callback, [(3, {"total": 1.0}, False), (1, {"total": 5.0}, False)])
-    assert told == [[], []]
+    state, logs = go(callback, [(3, {"total": 1.0}, False), (1, {"total": 5.0}, False)])
+    assert logs == [[], []]
     state, effects = callback(state.next_epoch(), AfterEpoch())
     assert effects[0].values == {"loss/online/total/E1": 2.0}
     assert callback(state, AfterTraining()) == (state, ())
@@ -89,11 +89,11 @@ def test_an_epoch_and_the_end():
 
 
 def test_every_named_loss_has_a_key():
-    _, told = go(OnlineLossCallback(every_n_updates=1), [(2, {"total": 3.0, "ce": 1.0, "l2": 2.0}, False)])
-    assert told[0][0] == {"loss/online/total/U1": 3.0, "loss/online/ce/U1": 1.0, "loss/online/l2/U1": 2.0}
+    _, logs = go(OnlineLossCallback(every_n_updates=1), [(2, {"total": 3.0, "ce": 1.0, "l2": 2.0}, False)])
+    assert logs[0][0] == {"loss/online/total/U1": 3.0, "loss/online/ce/U1": 1.0, "loss/online/l2/U1": 2.0}
 
 
-def test_nothing_is_logged_where_nothing_was_seen():
+def test_nothing_is_logged_without_an_update():
     callback, state = OnlineLossCallback(every_n_epochs=1), TrainState().next_epoch()
     assert callback(state, AfterEpoch())[1] == ()
     assert callback(state, AtEval()) == (state, ())
@@ -109,28 +109,28 @@ def test_nan_of_an_applied_update_is_raised():
     )
 
 
-def test_nan_of_an_applied_update_is_logged_on_request():
-    _, told = go(
+def test_nan_of_an_applied_update_is_logged_with_nan_log():
+    _, logs = go(
         OnlineLossCallback(every_n_updates=1, nan="log"), [(1, {"total": NAN}, False), (1, {"total": 1.0}, False)]
     )
-    assert same([values[0]["loss/online/total/U1"].item() for values in told], [NAN, 1.0])
+    assert same([values[0]["loss/online/total/U1"].item() for values in logs], [NAN, 1.0])
 
 
 def test_nan_of_a_skipped_update_does_not_count():
     updates = [(4, {"total": NAN}, True), (2, {"total": 3.0}, False), (8, {"total": math.inf}, True)]
-    _, told = go(OnlineLossCallback(every_n_updates=3), updates)
-    assert told[-1][0]["loss/online/total/U3"].item() == 3.0
+    _, logs = go(OnlineLossCallback(every_n_updates=3), updates)
+    assert logs[-1][0]["loss/online/total/U3"].item() == 3.0
 
 
-def test_an_interval_of_skipped_updates_only_is_nan_and_no_error():
-    _, told = go(OnlineLossCallback(every_n_updates=2), [(4, {"total": NAN}, True)] * 2)
-    assert math.isnan(told[-1][0]["loss/online/total/U2"].item())
+def test_an_interval_of_only_skipped_updates_is_nan_without_an_error():
+    _, logs = go(OnlineLossCallback(every_n_updates=2), [(4, {"total": NAN}, True)] * 2)
+    assert math.isnan(logs[-1][0]["loss/online/total/U2"].item())
 
 
-def test_infinity_is_a_mean_like_any_other():
-    _, told = go(OnlineLossCallback(every_n_updates=1), [(4, {"total": math.inf}, False)])
-    assert told[0][0]["loss/online/total/U1"].item() == math.inf
+def test_an_infinite_mean_is_logged():
+    _, logs = go(OnlineLossCallback(every_n_updates=1), [(4, {"total": math.inf}, False)])
+    assert logs[0][0]["loss/online/total/U1"].item() == math.inf
 
 
-def test_the_name_of_the_class_based_framework():
+def test_the_alias():
     assert OnlineLoss is OnlineLossCallback

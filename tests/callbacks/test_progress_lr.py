@@ -1,4 +1,4 @@
-"""Progress and learning rate: what is said, worked out by hand."""
+"""`ProgressCallback` and `LrCallback`: lines and values computed by hand."""
 
 import pytest
 
@@ -16,31 +16,31 @@ RUN = Run(end=TrainingIteration(epoch=2), updates_per_epoch=4, samples_per_epoch
 
 
 def go(callback, seconds, *, run=RUN, state=None, **readings):
-    """Return the state after updates of so many seconds, and all that was asked; epochs are ended where they end."""
-    state, asked = state or TrainState(), []
+    """Return the state after updates of these durations, and all requests; an epoch ends after its last update."""
+    state, requests = state or TrainState(), []
     for duration_s in seconds:
         after = run.iteration_after(state.iteration.update + 1)
         state = state.advance(samples=after.sample - state.iteration.sample)
         event = AfterUpdate(run=run, samples=1, duration_s=duration_s, time_s=0.0, **readings)
         state, effects = callback(state, event)
-        asked += effects
+        requests += effects
         if after.epoch > state.iteration.epoch:
             state, effects = callback(state.next_epoch(), AfterEpoch(run=run, time_s=0.0))
-            asked += effects
-    return state, asked
+            requests += effects
+    return state, requests
 
 
-def test_progress_by_hand():
-    _, asked = go(ProgressCallback(every_n_updates=2), [10.0, 2.0, 0.5, 1.5, 1.0, 3.0])
-    assert [effect.text for effect in asked] == [
-        # the first interval is slower than those to come: it is left out of the estimate
+def test_progress_computed_by_hand():
+    _, requests = go(ProgressCallback(every_n_updates=2), [10.0, 2.0, 0.5, 1.5, 1.0, 3.0])
+    assert [effect.text for effect in requests] == [
+        # the estimate leaves out the first interval, which is slower
         " 25.0 %  epoch 0/2  update 2/8  sample 8/30  6000.0 ms/update  last 0:00:12  total 0:00:12  left unknown",
-        # 2 s in 2 updates, 4 updates to go
+        # 2 s in 2 updates, 4 updates left
         (
             " 50.0 %  epoch 0/2  update 4/8  sample 15/30  1000.0 ms/update  last 0:00:02  total 0:00:14  "
             "left 0:00:04  ends 1970-01-01 00:00:04 UTC"
         ),
-        # 6 s in 4 updates, 2 updates to go
+        # 6 s in 4 updates, 2 updates left
         (
             " 75.0 %  epoch 1/2  update 6/8  sample 23/30  2000.0 ms/update  last 0:00:04  total 0:00:18  "
             "left 0:00:03  ends 1970-01-01 00:00:03 UTC"
@@ -50,10 +50,10 @@ def test_progress_by_hand():
 
 def test_progress_at_epochs_and_at_the_end_of_training():
     callback = ProgressCallback(every_n_epochs=2, at_end=True)
-    state, asked = go(callback, [3600.0] * 5)
-    assert asked == []
-    state, asked = callback(state, AfterTraining(run=RUN))
-    assert asked == (
+    state, requests = go(callback, [3600.0] * 5)
+    assert requests == []
+    state, requests = callback(state, AfterTraining(run=RUN))
+    assert requests == (
         LogText(
             " 62.5 %  epoch 1/2  update 5/8  sample 19/30  3600000.0 ms/update  "
             "last 5:00:00  total 5:00:00  left unknown"
@@ -61,12 +61,12 @@ def test_progress_at_epochs_and_at_the_end_of_training():
     )
 
 
-def test_progress_after_an_epoch_whose_updates_were_told():
+def test_progress_at_an_epoch_whose_updates_had_a_line_already():
     callback = ProgressCallback(every_n_updates=4)
     state, _ = go(callback, [1.0] * 4)
     again = ProgressCallback(every_n_epochs=1, id=callback.name)
-    _, asked = again(state, AfterEpoch(run=RUN))
-    assert "  no update  last 0:00:00  total 0:00:04  left unknown" in asked[0].text
+    _, requests = again(state, AfterEpoch(run=RUN))
+    assert "  no update  last 0:00:00  total 0:00:04  left unknown" in requests[0].text
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,19 @@ def test_progress_after_an_epoch_whose_updates_were_told():
         (TrainingIteration(update=2), "100.0 %"),
     ],
 )
-def test_the_share_done_is_of_the_counter_that_ends_the_run(end, share):
-    _, asked = go(ProgressCallback(every_n_updates=2), [1.0, 1.0], run=RUN.replace(end=end))
-    assert asked[0].text.startswith(f"{share}  epoch 0/")
+def test_the_percentage_follows_the_counter_that_ends_the_run(end, share):
+    _, requests = go(ProgressCallback(every_n_updates=2), [1.0, 1.0], run=RUN.replace(end=end))
+    assert requests[0].text.startswith(f"{share}  epoch 0/")
 
 
-def test_progress_ends_when_the_clock_says():
+def test_the_expected_end_is_computed_from_the_time_of_the_event():
     state, _ = go(ProgressCallback(every_n_updates=1), [1.0])
     state = state.advance(samples=4)
-    _, asked = ProgressCallback(every_n_updates=1)(state, AfterUpdate(run=RUN, duration_s=100.0, time_s=86_400.0))
-    assert asked[0].text.endswith("left 0:10:00  ends 1970-01-02 00:10:00 UTC")
+    _, requests = ProgressCallback(every_n_updates=1)(state, AfterUpdate(run=RUN, duration_s=100.0, time_s=86_400.0))
+    assert requests[0].text.endswith("left 0:10:00  ends 1970-01-02 00:10:00 UTC")
 
 
-def test_a_resumed_progress_goes_on_with_the_time_that_it_had():
+def test_a_resumed_run_continues_with_its_times():
     uncut, cut = ProgressCallback(every_n_updates=2), ProgressCallback(every_n_updates=2)
     seconds = [5.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     expected_state, expected = go(uncut, seconds)
@@ -104,11 +104,11 @@ def test_a_resumed_progress_goes_on_with_the_time_that_it_had():
     assert state.memory("ProgressCallback/U2") == expected_state.memory("ProgressCallback/U2")
 
 
-def test_the_names_of_the_class_based_framework():
+def test_the_aliases():
     assert (Progress, LR) == (ProgressCallback, LrCallback)
 
 
-# ------------------------------------------------------------------------------------------------ learning rate
+# --- learning rate
 
 
 def lr(callback, updates, **readings):
@@ -117,10 +117,10 @@ def lr(callback, updates, **readings):
 
 
 def test_lr_at_its_interval_and_at_the_first_update():
-    state, asked = go(LrCallback(every_n_updates=3), [0.0] * 7, lr={"default": 0.1}, weight_decay={"default": 0.0})
-    assert asked == [LogScalars({"optim/lr": 0.1, "optim/wd": 0.0})] * 3
+    state, requests = go(LrCallback(every_n_updates=3), [0.0] * 7, lr={"default": 0.1}, weight_decay={"default": 0.0})
+    assert requests == [LogScalars({"optim/lr": 0.1, "optim/wd": 0.0})] * 3
     assert state.metrics["optim/lr"].iteration.update == 6
-    assert dict(state.callback_states) == {}  # the event carries all it needs
+    assert dict(state.callback_states) == {}  # the event has all values
 
 
 def test_lr_of_several_groups_has_a_key_for_each():
@@ -131,11 +131,11 @@ def test_lr_of_several_groups_has_a_key_for_each():
 
 
 def test_lr_at_epochs_is_that_of_the_last_update():
-    callback, state, told = LrCallback(every_n_epochs=1), TrainState(), []
+    callback, state, rates = LrCallback(every_n_epochs=1), TrainState(), []
     for update in range(1, 9):
-        state, asked = go(callback, [0.0], state=state, lr={"default": update / 10})
-        told += [(update, effect.values["optim/lr"]) for effect in asked]
-    assert told == [(1, 0.1), (4, 0.4), (8, 0.8)]
+        state, requests = go(callback, [0.0], state=state, lr={"default": update / 10})
+        rates += [(update, effect.values["optim/lr"]) for effect in requests]
+    assert rates == [(1, 0.1), (4, 0.4), (8, 0.8)]
 
 
 def test_lr_at_the_end_is_that_of_the_last_update():
@@ -146,7 +146,7 @@ def test_lr_at_the_end_is_that_of_the_last_update():
     assert callback(state, AfterTraining(run=RUN)) == (state, ())
 
 
-def test_lr_says_nothing_where_no_update_has_been():
+def test_lr_logs_nothing_without_an_update():
     state = TrainState()
     assert LrCallback(every_n_epochs=1, at_end=True)(state, AfterTraining()) == (state, ())
     assert LrCallback(every_n_updates=1)(state, AtEval()) == (state, ())

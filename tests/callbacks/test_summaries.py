@@ -1,4 +1,4 @@
-"""What is known before training, and the peak memory that is asked for."""
+"""Callbacks that describe the run before training, and `PeakMemoryCallback`."""
 
 import json
 
@@ -25,8 +25,8 @@ DESCRIBING = (ParamCountCallback(), DatasetStatsCallback(), HyperparamsCallback(
 RUN = Run(config={"seed": 0}, data={"val": [torch.zeros(4, 2)]}, frozen=frozenset())
 
 
-def described(callback, run=RUN, state=None):
-    """Return the text and the summary of a callback that describes, both or one of them."""
+def describe_run(callback, run=RUN, state=None):
+    """Return the console text and the summary of a callback, or None for either."""
     state = TrainState() if state is None else state
     after, effects = callback(state, BeforeTraining(run=run))
     assert after is state
@@ -41,10 +41,10 @@ def make_model():
     return nn.Sequential(nn.ModuleDict({"body": body, "head": nn.Linear(4, 2, bias=False)}))
 
 
-# ------------------------------------------------------------------------------------------------ parameters
+# --- parameters
 
 
-def test_parameters_are_counted_in_all_and_by_direct_sub_module():
+def test_parameters_are_counted_in_total_and_by_direct_sub_module():
     params = {
         "scale": torch.zeros(()),
         "body.0.weight": torch.zeros(4, 3),
@@ -53,7 +53,7 @@ def test_parameters_are_counted_in_all_and_by_direct_sub_module():
         "head.weight": torch.zeros(2, 4),
     }
     frozen = frozenset({"scale", "body.0.weight", "body.0.bias"})
-    texts, summary = described(ParamCountCallback(), Run(frozen=frozen), TrainState(params=params))
+    texts, summary = describe_run(ParamCountCallback(), Run(frozen=frozen), TrainState(params=params))
     assert summary == {
         "params/trainable": 12,
         "params/frozen": 17,
@@ -75,7 +75,7 @@ def test_parameters_are_counted_in_all_and_by_direct_sub_module():
 
 def test_the_parameters_of_a_module_are_counted_and_its_buffers_are_not():
     model = make_model()
-    _, summary = described(ParamCountCallback(), RUN, TrainState.from_module(model))
+    _, summary = describe_run(ParamCountCallback(), RUN, TrainState.from_module(model))
     assert summary["params/trainable"] == sum(param.numel() for param in model.parameters()) == 32
     assert summary["params/0/trainable"] == 32
     assert summary["params/frozen"] == summary["params/0/frozen"] == 0
@@ -84,21 +84,21 @@ def test_the_parameters_of_a_module_are_counted_and_its_buffers_are_not():
 def test_a_shared_parameter_is_counted_once():
     model = nn.ModuleDict({"one": nn.Linear(3, 3, bias=False), "two": nn.Linear(3, 3, bias=False)})
     model["two"].weight = model["one"].weight
-    _, summary = described(ParamCountCallback(), RUN, TrainState.from_module(model))
+    _, summary = describe_run(ParamCountCallback(), RUN, TrainState.from_module(model))
     assert summary == {
         "params/trainable": 9, "params/frozen": 0, "params/one/trainable": 9, "params/one/frozen": 0,
     }  # fmt: skip
 
 
-def test_a_run_without_parameters_has_none():
-    assert described(ParamCountCallback())[1] == {"params/trainable": 0, "params/frozen": 0}
+def test_a_run_without_parameters():
+    assert describe_run(ParamCountCallback())[1] == {"params/trainable": 0, "params/frozen": 0}
 
 
-# ------------------------------------------------------------------------------------------------ datasets
+# --- datasets
 
 
 class Sized:
-    """A dataset that knows its number of samples; it need not be read for that."""
+    """A dataset with a length that refuses to be iterated."""
 
     def __len__(self):
         return 1000
@@ -119,7 +119,7 @@ def test_the_lengths_of_datasets():
         "sized": Sized(),
         "dataset": points,
     }
-    texts, summary = described(DatasetStatsCallback(), Run(data=data))
+    texts, summary = describe_run(DatasetStatsCallback(), Run(data=data))
     assert summary == {
         "samples/batches": 7,
         "samples/pair": 6,
@@ -134,38 +134,38 @@ def test_the_lengths_of_datasets():
 
 
 class Stream(IterableDataset):
-    """A dataset that does not know its number of samples."""
+    """A dataset without a length."""
 
     def __iter__(self):
         raise AssertionError("it was read")
 
 
-def test_a_dataset_that_does_not_tell_its_length_is_left_out():
+def test_a_dataset_without_length_is_left_out():
     data = {"stream": Stream(), "loader": DataLoader(Stream(), batch_size=4), "batches": [torch.zeros(4, 2)]}
-    assert described(DatasetStatsCallback(), Run(data=data))[1] == {"samples/batches": 4}
+    assert describe_run(DatasetStatsCallback(), Run(data=data))[1] == {"samples/batches": 4}
 
 
 @pytest.mark.parametrize("data", [{}, {"stream": Stream()}])
-def test_where_there_is_nothing_to_tell_nothing_is_told(data):
+def test_without_facts_there_are_no_effects(data):
     assert DatasetStatsCallback()(TrainState(), BeforeTraining(run=Run(data=data)))[1] == ()
 
 
-def test_batches_are_measured_as_the_run_says():
+def test_batches_are_counted_by_the_batch_size_of_the_run():
     run = Run(data={"words": [["a", "b"], ["c"]]}, batch_size=len)
-    assert described(DatasetStatsCallback(), run)[1] == {"samples/words": 3}
+    assert describe_run(DatasetStatsCallback(), run)[1] == {"samples/words": 3}
 
 
-# ------------------------------------------------------------------------------------------------ configuration
+# --- configuration
 
 
-def test_the_configuration_goes_into_the_summary_and_not_onto_the_console():
+def test_the_configuration_is_in_the_summary_and_not_on_the_console():
     config = {"optimizer": {"kind": "torch.optim.AdamW", "lr": 0.1}, "callbacks": [{"kind": "a"}, {"kind": "b"}]}
-    texts, summary = described(HyperparamsCallback(), Run(config=config))
+    texts, summary = describe_run(HyperparamsCallback(), Run(config=config))
     assert texts == []
     assert json.loads(json.dumps(summary)) == {"config": config}
 
 
-# ------------------------------------------------------------------------------------------------ all of them
+# --- all of them
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_the_configuration_goes_into_the_summary_and_not_onto_the_console():
         (ParamCountCallback(), Run(data={}, config={}), "frozen"),
     ],
 )
-def test_a_field_that_the_run_was_not_given_is_named(callback, run, name):
+def test_a_missing_field_of_the_run_is_named(callback, run, name):
     with pytest.raises(AttributeError) as refused:
         callback(TrainState(), BeforeTraining(run=run))
     assert str(refused.value) == f"this run was not given {name!r}: build it as Run({name}=..., ...)"
@@ -184,7 +184,7 @@ def test_a_field_that_the_run_was_not_given_is_named(callback, run, name):
 
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("callback", DESCRIBING, ids=lambda callback: callback.name)
-def test_the_state_is_left_as_it_is_and_the_facts_told_again_after_a_resume(callback, resumed):
+def test_the_state_does_not_change_and_a_resumed_run_repeats_the_facts(callback, resumed):
     state = TrainState(params={"weight": torch.zeros(3)}).advance(samples=4)
     after, effects = compose(callback)(state, BeforeTraining(run=RUN, resumed=resumed))
     assert after is state
@@ -192,7 +192,7 @@ def test_the_state_is_left_as_it_is_and_the_facts_told_again_after_a_resume(call
 
 
 @pytest.mark.parametrize("callback", DESCRIBING, ids=lambda callback: callback.name)
-def test_nothing_is_described_later(callback):
+def test_later_events_do_nothing(callback):
     state = TrainState().advance(samples=4)
     for event in (AfterUpdate(samples=4), AfterEpoch(), AfterTraining(), AtEval()):
         assert callback(state, event) == (state, ())
@@ -200,27 +200,27 @@ def test_nothing_is_described_later(callback):
     assert callback.produces == ()
 
 
-# ------------------------------------------------------------------------------------------------ peak memory
+# --- peak memory
 
 
-def test_peak_memory_is_asked_for_at_its_interval_with_a_key_of_its_own():
+def test_peak_memory_is_requested_at_its_interval_under_its_key():
     reducer = compose(
         PeakMemoryCallback(every_n_updates=2),
         PeakMemoryCallback(every_n_samples=12),
         PeakMemoryCallback(every_n_epochs=1, at_end=True),
     )
-    state, asked = TrainState(), []
+    state, requests = TrainState(), []
     for _ in range(4):
         state, effects = reducer(state.advance(samples=4), AfterUpdate(samples=4))
-        asked.append([effect.key for effect in effects])
-    assert asked == [[], ["memory/peak_bytes/U2"], ["memory/peak_bytes/S12"], ["memory/peak_bytes/U2"]]
+        requests.append([effect.key for effect in effects])
+    assert requests == [[], ["memory/peak_bytes/U2"], ["memory/peak_bytes/S12"], ["memory/peak_bytes/U2"]]
     assert reducer(state, AfterTraining()) == (state, (MeasurePeakMemory(key="memory/peak_bytes/E1"),))
     state = state.next_epoch()
     assert reducer(state, AfterEpoch()) == (state, (MeasurePeakMemory(key="memory/peak_bytes/E1"),))
     assert reducer(state, AfterTraining()) == (state, ())
 
 
-def test_peak_memory_is_a_reading_that_no_callback_can_consume():
+def test_no_callback_can_consume_peak_memory():
     callback = PeakMemoryCallback(every_n_updates=1)
     assert callback.produces == ()
     state, _ = callback(TrainState().advance(samples=4), AfterUpdate(samples=4))

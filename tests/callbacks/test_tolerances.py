@@ -1,4 +1,4 @@
-"""A tolerance keeps what early stopping would have kept, on disk too; and odd values in all who watch a metric."""
+"""Tolerances keep the checkpoints of early stopping; NaN and infinity in callbacks that watch a metric."""
 
 import math
 
@@ -29,17 +29,17 @@ NAN, INF = math.nan, math.inf
 KEY, BEST = "val/accuracy", "best_model.val.accuracy"
 
 
-def measuring(values):
-    """Return the callback that measures one of `values` after each epoch."""
+def log_values(values):
+    """Return a callback that logs the next of `values` after each epoch."""
     return callback("measure", produces=(KEY,))(
         on(AfterEpoch)(lambda state, event: log(state, event, {KEY: values[state.iteration.epoch - 1]}))
     )
 
 
-def trained(values, interpreter, *members):
-    """Return the state after a run with an epoch of one update for each value, which heeds what stops it."""
+def train(values, interpreter, *members):
+    """Return the state after a run with an epoch of one update for each value, which ends at `state.stop`."""
     run = Run(end=TrainingIteration(epoch=len(values)), updates_per_epoch=1)
-    reducer = compose(measuring(values), *members)
+    reducer = compose(log_values(values), *members)
     state = dispatch(TrainState(params={"w": torch.zeros(1)}), BeforeTraining(run=run), reducer, interpreter)
     while (move := next_move(state, run)) is not Move.NOTHING:
         if move is Move.UPDATE:
@@ -58,19 +58,19 @@ def watch(kind, **settings):
 
 
 def best_of_a_run(values, *members, **settings):
-    """Return where a run with `members` has its best checkpoint at its end, or None."""
+    """Return the update of the best checkpoint at the end of a run with `members`, or None."""
     pointers = {}
 
     def interpreter(effects, state, event):
         saves = [effect for effect in effects if isinstance(effect, SaveCheckpoint)]
         pointers.update({pointer: str(state.iteration) for save in saves for pointer in save.pointers})
 
-    trained(values, interpreter, *members, watch(BestCheckpointCallback, **settings))
+    train(values, interpreter, *members, watch(BestCheckpointCallback, **settings))
     return pointers.get(BEST)
 
 
-def saving(store):
-    """Return what carries out the saves, for real, and writes no logs."""
+def saving_interpreter(store):
+    """Return an interpreter that saves to disk and writes no logs."""
     ignored = [lambda *_: None]
     return Interpreter({SaveCheckpoint: [store.save], LogScalars: ignored, LogText: ignored})
 
@@ -78,12 +78,12 @@ def saving(store):
 ANY = st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.5, 1.0, NAN, INF, -INF]), min_size=1, max_size=14)
 
 
-def climbing(waits):
-    """Return values that improve after each of so many that do not, in either direction."""
+def values_with_waits(waits):
+    """Return values with an improvement after each number of waits."""
     return [value for best, wait in enumerate(waits) for value in (float(best), *[NAN] * wait)]
 
 
-CLIMBING = st.lists(st.integers(0, 5), min_size=1, max_size=5).map(climbing)
+CLIMBING = st.lists(st.integers(0, 5), min_size=1, max_size=5).map(values_with_waits)
 FALLING = CLIMBING.map(lambda values: [-value for value in values])
 VALUES = st.one_of(ANY, CLIMBING, FALLING)
 MODES = st.sampled_from(["higher", "lower"])
@@ -91,26 +91,26 @@ MODES = st.sampled_from(["higher", "lower"])
 
 @settings(max_examples=60)
 @given(VALUES, st.lists(st.integers(1, 5), unique=True, max_size=4), MODES, st.sampled_from([0.0, 0.1, 0.5]))
-def test_a_tolerance_leaves_what_early_stopping_would_have_left(tmp_path_factory, values, tolerances, mode, min_delta):
+def test_a_tolerance_keeps_the_checkpoint_of_early_stopping(tmp_path_factory, values, tolerances, mode, min_delta):
     improving = {"mode": mode, "min_delta": min_delta}
     store = CheckpointStore(tmp_path_factory.mktemp("run"), "run")
-    trained(values, saving(store), watch(BestCheckpointCallback, tolerances=tuple(tolerances), **improving))
+    train(values, saving_interpreter(store), watch(BestCheckpointCallback, tolerances=tuple(tolerances), **improving))
     expected = {BEST: best_of_a_run(values, **improving)}
     for tolerance in tolerances:
         stopping = watch(MetricEarlyStopping, tolerance=tolerance, **improving)
         expected[f"{BEST}.tolerance={tolerance}"] = best_of_a_run(values, stopping, **improving)
     pointers = {name: tag for name, tag in expected.items() if tag is not None}
     assert store.pointers() == pointers
-    # Those are on disk and no others, each with the weights of its time.
+    # Only these checkpoints are on disk, each with the weights of its time.
     assert {manifest.tag for manifest in store.manifests()} == set(pointers.values())
     for manifest in store.manifests():
         assert store.load(manifest).params["w"].item() == manifest.iteration.epoch
 
 
-def test_tolerances_by_hand(tmp_path):
+def test_tolerances_computed_by_hand(tmp_path):
     store = CheckpointStore(tmp_path, "run")
     values = [0.5, NAN, 0.6, 0.6, 0.4, 0.7, -INF, 0.7, 0.1, 0.8]
-    trained(values, saving(store), watch(BestCheckpointCallback, tolerances=(1, 2, 3, 4)))
+    train(values, saving_interpreter(store), watch(BestCheckpointCallback, tolerances=(1, 2, 3, 4)))
     assert store.pointers() == {
         BEST: "E10_U10_S10",
         f"{BEST}.tolerance=1": "E1_U1_S1",
@@ -121,10 +121,10 @@ def test_tolerances_by_hand(tmp_path):
     assert [manifest.tag for manifest in store.manifests()] == ["E1_U1_S1", "E3_U3_S3", "E6_U6_S6", "E10_U10_S10"]
 
 
-def test_who_would_have_stopped_does_not_begin_again(tmp_path):
+def test_a_tolerance_that_was_exceeded_stays_exceeded(tmp_path):
     store = CheckpointStore(tmp_path, "run")
     values = [0.1, 0.0, 0.0, 0.0, 0.2, 0.0, 0.3, 0.4]
-    trained(values, saving(store), watch(BestCheckpointCallback, tolerances=(2, 3, 4)))
+    train(values, saving_interpreter(store), watch(BestCheckpointCallback, tolerances=(2, 3, 4)))
     assert store.pointers() == {
         BEST: "E8_U8_S8",
         f"{BEST}.tolerance=2": "E1_U1_S1",
@@ -134,7 +134,7 @@ def test_who_would_have_stopped_does_not_begin_again(tmp_path):
     assert [manifest.tag for manifest in store.manifests()] == ["E1_U1_S1", "E8_U8_S8"]
 
 
-# ------------------------------------------------------------------------------------------------ odd values
+# --- NaN and infinity
 
 # In order: the best after each value; the epochs at which a checkpoint is saved; with a tolerance of 2 the epoch at
 # which it stops, counting NaN; the epoch of the first NaN; and, with a factor of a half, the scale after each value.
@@ -157,41 +157,41 @@ TABLE = [
     ("lower", [0.5, INF, NAN, -INF], [0.5, 0.5, 0.5, -INF], [1, 4], 3, 3, [1, 1, 0.5, 0.5]),
     ("lower", [NAN, INF, NAN, 0.5], [None, INF, INF, 0.5], [2, 4], None, 1, [1, 1, 1, 1]),
 ]
-ODD = pytest.mark.parametrize(("mode", "values", "bests", "saved", "stop", "nan", "scales"), TABLE)
+CASES = pytest.mark.parametrize(("mode", "values", "bests", "saved", "stop", "nan", "scales"), TABLE)
 
 
 def each_epoch(values, member):
-    """Return the state and the effects of `member` after each epoch, up to where it stops."""
-    states, told = [], []
+    """Return the state and the requests of `member` after each epoch, until it stops."""
+    states, requests = [], []
 
     def look(state, event):
         if not isinstance(event, AfterEpoch):
             return state, ()
         after, effects = member(state, event)
         states.append(after)
-        told.append(effects)
+        requests.append(effects)
         return after, effects
 
-    trained(values, lambda *_: None, look)
-    return states, told
+    train(values, lambda *_: None, look)
+    return states, requests
 
 
-@ODD
-def test_odd_values_of_a_best_metric(mode, values, bests, saved, stop, nan, scales):
-    _, told = each_epoch(values, watch(BestMetricCallback, mode=mode))
-    assert [effects[0].values[f"{KEY}/best"] if effects else None for effects in told] == bests
-    reached = [effects[0].values[f"{KEY}/best_update"] if effects else None for effects in told]
+@CASES
+def test_nan_and_infinity_in_a_best_metric(mode, values, bests, saved, stop, nan, scales):
+    _, requests = each_epoch(values, watch(BestMetricCallback, mode=mode))
+    assert [effects[0].values[f"{KEY}/best"] if effects else None for effects in requests] == bests
+    reached = [effects[0].values[f"{KEY}/best_update"] if effects else None for effects in requests]
     assert list(dict.fromkeys(update for update in reached if update is not None)) == saved
 
 
-@ODD
-def test_odd_values_of_a_best_checkpoint(mode, values, bests, saved, stop, nan, scales):
-    _, told = each_epoch(values, watch(BestCheckpointCallback, mode=mode))
-    assert [epoch for epoch, effects in enumerate(told, start=1) if effects] == saved
+@CASES
+def test_nan_and_infinity_in_a_best_checkpoint(mode, values, bests, saved, stop, nan, scales):
+    _, requests = each_epoch(values, watch(BestCheckpointCallback, mode=mode))
+    assert [epoch for epoch, effects in enumerate(requests, start=1) if effects] == saved
 
 
-@ODD
-def test_odd_values_of_early_stopping(mode, values, bests, saved, stop, nan, scales):
+@CASES
+def test_nan_and_infinity_in_early_stopping(mode, values, bests, saved, stop, nan, scales):
     states, _ = each_epoch(values, watch(MetricEarlyStopping, mode=mode, tolerance=2))
     assert (len(states), states[-1].stop is None) == (stop or len(values), stop is None)
     states, _ = each_epoch(values, watch(MetricEarlyStopping, mode=mode, tolerance=2, nan="stop"))
@@ -206,7 +206,7 @@ def test_odd_values_of_early_stopping(mode, values, bests, saved, stop, nan, sca
         assert len(each_epoch(values, raising)[0]) == (stop or len(values))
 
 
-@ODD
-def test_odd_values_of_a_plateau(mode, values, bests, saved, stop, nan, scales):
+@CASES
+def test_nan_and_infinity_in_a_plateau(mode, values, bests, saved, stop, nan, scales):
     states, _ = each_epoch(values, watch(ReduceLROnPlateauCallback, mode=mode, tolerance=2, factor=0.5))
     assert [state.hyperparams["lr_scale"] for state in states] == scales

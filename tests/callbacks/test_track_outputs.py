@@ -1,4 +1,4 @@
-"""Outputs of the model in training: which are tracked, what is made of them, and what is refused."""
+"""`TrackOutputsCallback`: chosen outputs, their means, their files, and refused outputs."""
 
 import math
 
@@ -28,21 +28,21 @@ VALUES = st.floats(-1e3, 1e3)
 
 
 def go(callback, updates, state=None):
-    """Return the state after updates with those readings, and what was asked at each."""
-    state, asked = state or TrainState(), []
+    """Return the state after updates with these readings, and the requests at each."""
+    state, requests = state or TrainState(), []
     for readings in updates:
         event = AfterUpdate(**{"samples": 4, **readings})
         state, effects = callback(state.advance(samples=event.samples), event)
-        asked.append(effects)
-    return state, asked
+        requests.append(effects)
+    return state, requests
 
 
 def outputs(**named):
     return {"outputs": named}
 
 
-def logged(effects):
-    """Return the logged values as numbers, of the effects of one event."""
+def logged_values(effects):
+    """Return the values that the effects of one event log, as numbers."""
     return {
         key: float(value)
         for effect in effects
@@ -51,13 +51,13 @@ def logged(effects):
     }
 
 
-def saved(effects):
-    """Return the name and the tensors of the one effect that saves."""
+def saved_tensors(effects):
+    """Return the name and the tensors of the only effect that saves."""
     (effect,) = (effect for effect in effects if isinstance(effect, SaveTensors))
     return effect.name, {name: tensor.tolist() for name, tensor in effect.tensors.items()}
 
 
-# ------------------------------------------------------------------------------------------------ which outputs
+# --- which outputs
 
 NAMED = {"residual": 1.0, "attention_in": 2.0, "attention_out": 3.0, "residual_norm": 4.0}
 
@@ -74,57 +74,57 @@ NAMED = {"residual": 1.0, "attention_in": 2.0, "attention_out": 3.0, "residual_n
     ],
 )
 @pytest.mark.parametrize("reduce", ["mean", "last"])
-def test_keys_are_whole_names_and_patterns_parts_of_them(settings, expected, reduce):
+def test_keys_match_whole_names_and_patterns_parts_of_names(settings, expected, reduce):
     _, (effects,) = go(TrackOutputsCallback(every_n_updates=1, reduce=reduce, **settings), [outputs(**NAMED)])
-    assert logged(effects) == {f"{name}/U1": NAMED[name] for name in expected}
+    assert logged_values(effects) == {f"{name}/U1": NAMED[name] for name in expected}
 
 
-def test_what_is_not_tracked_may_be_anything():
+def test_other_outputs_may_have_any_type():
     _, (effects,) = go(
         TrackOutputsCallback(every_n_updates=1, keys=("loss",)), [outputs(loss=2.0, field="a text", more={"x": None})]
     )
-    assert logged(effects) == {"loss/U1": 2.0}
+    assert logged_values(effects) == {"loss/U1": 2.0}
 
 
-# ------------------------------------------------------------------------------------------------ means
+# --- means
 
 
 @st.composite
-def an_update(draw):
-    """One update: samples and outputs of each accumulation step, and whether it was skipped."""
+def random_updates(draw):
+    """Draw an update: samples and outputs of each accumulation step, and whether it is skipped."""
     sizes = draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
     steps = [draw(st.lists(VALUES, min_size=size, max_size=size)) for size in sizes]
     return sizes, steps, draw(st.booleans())
 
 
 def event_of(sizes, steps, skipped, *, per_sample):
-    """Return the readings of an update whose output is a value for each sample, or their mean."""
+    """Return the readings of an update whose output is one value per sample, or their mean."""
     values = [torch.tensor(step, dtype=torch.float64) for step in steps]
     made = tuple({"drift": value if per_sample else value.mean()} for value in values)
     return {"samples": sum(sizes), "accumulated": tuple(sizes), "outputs": made, "skipped": skipped}
 
 
-@given(st.lists(an_update(), min_size=1, max_size=12), st.integers(1, 4), st.booleans())
-def test_the_mean_is_over_all_samples_whatever_the_accumulation(updates, n, per_sample):
+@given(st.lists(random_updates(), min_size=1, max_size=12), st.integers(1, 4), st.booleans())
+def test_the_mean_does_not_depend_on_accumulation(updates, n, per_sample):
     made = [event_of(*update, per_sample=per_sample) for update in updates]
-    _, asked = go(TrackOutputsCallback(every_n_updates=n, keys=("drift",)), made)
+    _, requests = go(TrackOutputsCallback(every_n_updates=n, keys=("drift",)), made)
     seen = []
-    for update, ((_, steps, skipped), effects) in enumerate(zip(updates, asked, strict=True), 1):
+    for update, ((_, steps, skipped), effects) in enumerate(zip(updates, requests, strict=True), 1):
         seen += [] if skipped else [value for step in steps for value in step]
-        if update % n or not seen:  # of skipped updates only, there is nothing to say
+        if update % n or not seen:  # an interval of only skipped updates logs nothing
             assert effects == ()
             continue
-        assert list(logged(effects)) == [f"drift/U{n}"]
-        np.testing.assert_allclose(logged(effects)[f"drift/U{n}"], np.mean(seen), rtol=1e-10, atol=1e-10)
+        assert list(logged_values(effects)) == [f"drift/U{n}"]
+        np.testing.assert_allclose(logged_values(effects)[f"drift/U{n}"], np.mean(seen), rtol=1e-10, atol=1e-10)
         seen = []
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), VALUES), min_size=1, max_size=15), st.integers(1, 80))
-def test_the_mean_over_an_interval_in_samples_weights_updates_by_theirs(updates, n):
+def test_the_mean_of_an_interval_in_samples_weights_updates_by_samples(updates, n):
     made = [{"samples": size, **outputs(drift=torch.tensor(value, dtype=torch.float64))} for size, value in updates]
-    _, asked = go(TrackOutputsCallback(every_n_samples=n, keys=("drift",)), made)
+    _, requests = go(TrackOutputsCallback(every_n_samples=n, keys=("drift",)), made)
     since, sample = [], 0
-    for (size, value), effects in zip(updates, asked, strict=True):
+    for (size, value), effects in zip(updates, requests, strict=True):
         since.append((size, value))
         crossed = (sample + size) // n > sample // n
         sample += size
@@ -132,11 +132,11 @@ def test_the_mean_over_an_interval_in_samples_weights_updates_by_theirs(updates,
         if crossed:
             sizes, values = zip(*since, strict=True)
             expected = np.average(values, weights=sizes)
-            np.testing.assert_allclose(logged(effects)[f"drift/S{n}"], expected, rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(logged_values(effects)[f"drift/S{n}"], expected, rtol=1e-10, atol=1e-10)
             since = []
 
 
-def test_the_mean_by_hand():
+def test_the_mean_computed_by_hand():
     step = {"samples": 4, "accumulated": (3, 1)}
     _, (first, second) = go(
         TrackOutputsCallback(every_n_updates=2, keys=("drift", "steps")),
@@ -147,20 +147,20 @@ def test_the_mean_by_hand():
     )
     # drift: (2 * 3 + 6 * 1) / 4 = 3, and (3 * 4 + 8 * 12) / 16; steps: 2.5, and (2.5 * 4 + 1 * 12) / 16
     assert first == ()
-    assert logged(second) == {"drift/U2": 6.75, "steps/U2": 1.375}
+    assert logged_values(second) == {"drift/U2": 6.75, "steps/U2": 1.375}
 
 
-def test_without_the_sizes_of_accumulation_steps_they_weigh_the_same():
+def test_accumulation_steps_without_sizes_have_equal_weights():
     _, (effects,) = go(
         TrackOutputsCallback(every_n_updates=1, keys=("drift",)), [{"outputs": [{"drift": 1.0}, {"drift": 4.0}]}]
     )
-    assert logged(effects) == {"drift/U1": 2.5}
+    assert logged_values(effects) == {"drift/U1": 2.5}
 
 
-def test_single_precision_outputs_are_summed_in_double_and_not_held_with_their_graph():
+def test_single_precision_outputs_are_summed_in_double_without_their_graph():
     values = [torch.tensor(1e8), torch.tensor(1.0)] * 50
-    _, asked = go(TrackOutputsCallback(every_n_updates=100, keys=("a",)), [outputs(a=value) for value in values])
-    assert logged(asked[-1]) == {"a/U100": 50000000.5}
+    _, requests = go(TrackOutputsCallback(every_n_updates=100, keys=("a",)), [outputs(a=value) for value in values])
+    assert logged_values(requests[-1]) == {"a/U100": 50000000.5}
     graph = torch.ones((), requires_grad=True) * 2
     for reduce in ("mean", "last"):
         callback = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce=reduce)
@@ -172,126 +172,126 @@ def test_single_precision_outputs_are_summed_in_double_and_not_held_with_their_g
 
 def test_skipped_updates_do_not_count():
     updates = [{**outputs(a=NAN), "skipped": True}, outputs(a=2.0), {"outputs": None, "skipped": True}]
-    _, asked = go(TrackOutputsCallback(every_n_updates=3, keys=("a",)), updates)
-    assert logged(asked[-1]) == {"a/U3": 2.0}
+    _, requests = go(TrackOutputsCallback(every_n_updates=3, keys=("a",)), updates)
+    assert logged_values(requests[-1]) == {"a/U3": 2.0}
     state, _ = go(TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last"), updates)
     _, effects = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last")(state.next_epoch(), AfterEpoch())
-    assert logged(effects) == {"a/E1": 2.0}
+    assert logged_values(effects) == {"a/E1": 2.0}
 
 
 @pytest.mark.parametrize("reduce", ["mean", "last"])
 @pytest.mark.parametrize("at_end", [False, True])
-def test_an_interval_of_skipped_updates_only_says_nothing(reduce, at_end):
+def test_an_interval_of_only_skipped_updates_logs_nothing(reduce, at_end):
     callback = TrackOutputsCallback(every_n_updates=2, keys=("a",), reduce=reduce, at_end=at_end, save_output=True)
     skipped = {**outputs(a=NAN), "skipped": True}
-    _, asked = go(callback, [skipped, outputs(a=1.0), skipped, skipped, outputs(a=2.0), outputs(a=4.0)])
-    assert asked[3] == ()
-    assert logged(asked[5]) == {"a/U2": 3.0 if reduce == "mean" else 4.0}
+    _, requests = go(callback, [skipped, outputs(a=1.0), skipped, skipped, outputs(a=2.0), outputs(a=4.0)])
+    assert requests[3] == ()
+    assert logged_values(requests[5]) == {"a/U2": 3.0 if reduce == "mean" else 4.0}
 
 
-def test_nan_of_an_applied_update_is_told_and_forgotten_with_its_interval():
-    _, asked = go(TrackOutputsCallback(every_n_updates=2, keys=("a",)), [outputs(a=a) for a in (NAN, 1.0, 2.0, 3.0)])
-    assert same([logged(effects) for effects in asked[1::2]], [{"a/U2": NAN}, {"a/U2": 2.5}])
+def test_nan_of_an_applied_update_is_logged_in_its_interval_only():
+    _, requests = go(TrackOutputsCallback(every_n_updates=2, keys=("a",)), [outputs(a=a) for a in (NAN, 1.0, 2.0, 3.0)])
+    assert same([logged_values(effects) for effects in requests[1::2]], [{"a/U2": NAN}, {"a/U2": 2.5}])
 
 
 @given(st.lists(VALUES, min_size=1, max_size=12), st.integers(1, 4), st.sampled_from(["mean", "last"]),
        st.integers(0, 12))  # fmt: skip
-def test_a_resumed_run_goes_on_with_what_it_had_seen(values, n, reduce, cut):
+def test_a_resumed_run_continues_with_its_outputs(values, n, reduce, cut):
     def fresh():
         return TrackOutputsCallback(every_n_updates=n, keys=("a",), reduce=reduce, at_end=True)
 
     updates = [outputs(a=value) for value in values]
-    uncut, asked = go(fresh(), updates)
+    uncut, requests = go(fresh(), updates)
     state, first = go(fresh(), updates[:cut])
     state, rest = go(fresh(), updates[cut:], state)
-    assert same(first + rest, asked)
+    assert same(first + rest, requests)
     assert same(state, uncut)
     assert same(fresh()(state, AfterTraining()), fresh()(uncut, AfterTraining()))
 
 
-# ------------------------------------------------------------------------------------------------ the last update
+# --- the last update
 
 
-def test_last_is_that_of_the_update_at_which_it_fires():
+def test_last_is_the_output_of_the_update_at_the_firing():
     callback = TrackOutputsCallback(every_n_updates=2, keys=("a",), reduce="last")
-    state, asked = go(callback, [outputs(a=torch.tensor([a, a + 1.0])) for a in (1.0, 2.0, 3.0, 4.0)])
-    assert [logged(effects) for effects in asked] == [{}, {"a/U2": 2.5}, {}, {"a/U2": 4.5}]
-    assert dict(state.callback_states) == {}  # the event carries all it needs
+    state, requests = go(callback, [outputs(a=torch.tensor([a, a + 1.0])) for a in (1.0, 2.0, 3.0, 4.0)])
+    assert [logged_values(effects) for effects in requests] == [{}, {"a/U2": 2.5}, {}, {"a/U2": 4.5}]
+    assert dict(state.callback_states) == {}  # the event has all values
 
 
 def test_last_is_weighted_over_accumulation_steps():
     step = {"samples": 4, "accumulated": (3, 1), "outputs": ({"a": 1.0}, {"a": 5.0})}
     _, (effects,) = go(TrackOutputsCallback(every_n_updates=1, keys=("a",), reduce="last"), [step])
-    assert logged(effects) == {"a/U1": 2.0}
+    assert logged_values(effects) == {"a/U1": 2.0}
 
 
 @pytest.mark.parametrize(("reduce", "at_epoch", "at_end"), [("mean", 2.0, 7.0), ("last", 3.0, 9.0)])
-def test_an_epoch_and_the_end(reduce, at_epoch, at_end):
+def test_firings_at_an_epoch_and_at_the_end(reduce, at_epoch, at_end):
     callback = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce=reduce, at_end=True)
-    state, asked = go(callback, [outputs(a=1.0), outputs(a=3.0)])
-    assert asked == [(), ()]
+    state, requests = go(callback, [outputs(a=1.0), outputs(a=3.0)])
+    assert requests == [(), ()]
     state, effects = callback(state.next_epoch(), AfterEpoch())
-    assert logged(effects) == {"a/E1": at_epoch}
+    assert logged_values(effects) == {"a/E1": at_epoch}
     assert callback(state, AfterTraining()) == (state, ())
     state, _ = go(callback, [outputs(a=5.0), outputs(a=9.0)], state)
-    assert logged(callback(state, AfterTraining())[1]) == {"a/E1": at_end}
+    assert logged_values(callback(state, AfterTraining())[1]) == {"a/E1": at_end}
 
 
 @pytest.mark.parametrize(("reduce", "expected"), [("mean", 6.0), ("last", 7.0)])
-def test_the_end_of_an_interval_in_updates(reduce, expected):
+def test_at_end_with_an_interval_in_updates(reduce, expected):
     callback = TrackOutputsCallback(every_n_updates=3, keys=("a",), reduce=reduce, at_end=True)
     state, _ = go(callback, [outputs(a=a) for a in (1.0, 2.0, 3.0, 5.0, 7.0)])
-    assert logged(callback(state, AfterTraining())[1]) == {"a/U3": expected}
+    assert logged_values(callback(state, AfterTraining())[1]) == {"a/U3": expected}
 
 
 @pytest.mark.parametrize("reduce", ["mean", "last"])
-def test_nothing_is_said_where_no_update_has_been(reduce):
+def test_nothing_is_logged_without_an_update(reduce):
     callback, state = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce=reduce, at_end=True), TrainState()
     assert callback(state.next_epoch(), AfterEpoch())[1] == ()
     assert callback(state, AfterTraining())[1] == ()
     assert callback(state, AtEval()) == (state, ())
 
 
-# ------------------------------------------------------------------------------------------------ logged and saved
+# --- logged and saved
 
 
 @pytest.mark.parametrize(("verbose", "quiet"), [(False, {"a/U1", "b/U1"}), (True, set())])
-def test_verbose_shows_them_on_the_console_too(verbose, quiet):
+def test_verbose_shows_outputs_on_the_console_too(verbose, quiet):
     callback = TrackOutputsCallback(every_n_updates=1, keys=("a", "b"), verbose=verbose)
     state, ((effect,),) = go(callback, [outputs(a=1.0, b=2.0)])
     assert effect.quiet == quiet
-    assert logged([effect]) == {"a/U1": 1.0, "b/U1": 2.0}
-    assert state.metrics["a/U1"].value == 1.0  # other callbacks can read it either way
+    assert logged_values([effect]) == {"a/U1": 1.0, "b/U1": 2.0}
+    assert state.metrics["a/U1"].value == 1.0  # other callbacks can read it in both cases
 
 
 def test_means_are_saved():
     callback = TrackOutputsCallback(every_n_updates=2, keys=("a",), patterns=("b",), save_output=True)
     step = {"samples": 8, "outputs": {"a": torch.tensor([1.0, 2.0]), "b0": 5.0}}
     _, (_, effects) = go(callback, [step, step])
-    assert logged(effects) == {"a/U2": 1.5, "b0/U2": 5.0}
-    assert saved(effects) == ("outputs/U2/E0_U2_S16", {"a": 1.5, "b0": 5.0})
+    assert logged_values(effects) == {"a/U2": 1.5, "b0/U2": 5.0}
+    assert saved_tensors(effects) == ("outputs/U2/E0_U2_S16", {"a": 1.5, "b0": 5.0})
 
 
-def test_last_outputs_are_saved_as_they_are_with_their_accumulation_steps_joined():
+def test_last_outputs_are_saved_whole_with_accumulation_steps_concatenated():
     callback = TrackOutputsCallback(every_n_updates=1, keys=("a", "b"), reduce="last", save_output=True)
     steps = (
         {"a": torch.tensor([[1, 2], [3, 4], [5, 6]]), "b": 1.0},
         {"a": torch.tensor([[7, 8]]), "b": 3.0},
     )
     _, (effects,) = go(callback, [{"samples": 4, "accumulated": (3, 1), "outputs": steps}])
-    assert saved(effects) == ("outputs/U1/E0_U1_S4", {"a": [[1, 2], [3, 4], [5, 6], [7, 8]], "b": 1.5})
+    assert saved_tensors(effects) == ("outputs/U1/E0_U1_S4", {"a": [[1, 2], [3, 4], [5, 6], [7, 8]], "b": 1.5})
     assert effects[1].tensors["a"].dtype == torch.int64
-    assert logged(effects) == {"a/U1": 4.5, "b/U1": 1.5}
+    assert logged_values(effects) == {"a/U1": 4.5, "b/U1": 1.5}
 
 
-def test_what_is_saved_at_an_epoch_is_named_after_it():
+def test_outputs_saved_at_an_epoch_are_named_after_it():
     callback = TrackOutputsCallback(every_n_epochs=1, keys=("a",), reduce="last", save_output=True)
     state, _ = go(callback, [outputs(a=torch.tensor([1.0, 2.0]))] * 2)
     _, effects = callback(state.next_epoch(), AfterEpoch())
-    assert saved(effects) == ("outputs/E1/E1_U2_S8", {"a": [1.0, 2.0]})
+    assert saved_tensors(effects) == ("outputs/E1/E1_U2_S8", {"a": [1.0, 2.0]})
 
 
-def test_what_is_saved_need_not_be_logged():
+def test_saved_outputs_need_not_be_logged():
     callback = TrackOutputsCallback(every_n_updates=1, keys=("a",), log_output=False, save_output=True)
     state, (effects,) = go(callback, [outputs(a=1.0)])
     assert [type(effect) for effect in effects] == [SaveTensors]
@@ -299,23 +299,23 @@ def test_what_is_saved_need_not_be_logged():
     assert callback.produces == ()
 
 
-# ------------------------------------------------------------------------------------------------ several of them
+# --- several callbacks
 
 
-def test_two_at_one_interval_track_different_keys():
+def test_two_callbacks_with_one_interval_track_different_keys():
     reducer = compose(
         TrackOutputsCallback(every_n_updates=2, keys=("a",), save_output=True),
         TrackOutputsCallback(every_n_updates=2, keys=("b",), save_output=True),
         TrackOutputsCallback(every_n_updates=1, keys=("b",), reduce="last"),
     )
     state, _ = reducer(TrainState(), BeforeTraining())
-    _, asked = go(reducer, [outputs(a=1.0, b=10.0), outputs(a=3.0, b=30.0)], state)
-    effects = merge_effects(asked[-1])
-    assert logged(effects) == {"a/U2": 2.0, "b/U2": 20.0, "b/U1": 30.0}
-    assert saved(effects) == ("outputs/U2/E0_U2_S8", {"a": 2.0, "b": 20.0})
+    _, requests = go(reducer, [outputs(a=1.0, b=10.0), outputs(a=3.0, b=30.0)], state)
+    effects = merge_effects(requests[-1])
+    assert logged_values(effects) == {"a/U2": 2.0, "b/U2": 20.0, "b/U1": 30.0}
+    assert saved_tensors(effects) == ("outputs/U2/E0_U2_S8", {"a": 2.0, "b": 20.0})
 
 
-def test_what_two_save_at_one_interval_is_one_file(tmp_path):
+def test_two_callbacks_with_one_interval_save_into_one_file(tmp_path):
     run = open_run(tmp_path)
     reducer = compose(*(TrackOutputsCallback(every_n_updates=1, keys=(key,), save_output=True) for key in "ab"))
     state, (effects,) = go(reducer, [outputs(a=1.0, b=2.0)])
@@ -324,7 +324,7 @@ def test_what_two_save_at_one_interval_is_one_file(tmp_path):
     assert same(kept, {"a": torch.tensor(1.0).double(), "b": torch.tensor(2.0).double()})
 
 
-def test_two_that_would_log_one_key_are_refused():
+def test_two_callbacks_that_log_one_key_are_refused():
     reducer = compose(
         TrackOutputsCallback(every_n_updates=1, keys=("drift",)),
         TrackOutputsCallback(every_n_updates=1, patterns=("rif",)),
@@ -347,7 +347,7 @@ def test_produces_and_name():
     assert TrackAdditionalOutputsCallback is TrackOutputsCallback
 
 
-# ------------------------------------------------------------------------------------------------ refused
+# --- refusals
 
 
 @pytest.mark.parametrize("reduce", ["mean", "last"])
@@ -364,13 +364,13 @@ def test_produces_and_name():
         (({"drift": 1.0}, torch.ones(2)), "a Tensor; to track outputs, return a dict"),
     ],
 )
-def test_outputs_that_are_not_there_are_refused(reduce, returned, message):
+def test_missing_outputs_are_refused(reduce, returned, message):
     with pytest.raises(OutputError) as refused:
         go(TrackOutputsCallback(every_n_updates=1, keys=("drift",), reduce=reduce), [{"outputs": returned}])
     assert str(refused.value) == f"TrackOutputsCallback/U1/drift: the model returns {message}"
 
 
-def test_a_misspelt_key_is_refused_at_the_first_update_and_not_where_it_is_due():
+def test_a_misspelt_key_is_refused_at_the_first_update():
     with pytest.raises(OutputError, match=r"returns no 'drfit'; it returns 'drift'; did you mean 'drift'\?$"):
         go(TrackOutputsCallback(every_n_epochs=10, keys=("drfit",)), [outputs(drift=1.0)])
 
@@ -400,34 +400,34 @@ def test_a_misspelt_key_is_refused_at_the_first_update_and_not_where_it_is_due()
         ),
     ],
 )
-def test_settings_are_refused_all_at_once(settings, expected):
+def test_all_problems_of_the_settings_are_reported_at_once(settings, expected):
     with pytest.raises(SettingsError) as refused:
         TrackOutputsCallback(**{"every_n_updates": 1, **settings})
     assert [str(problem) for problem in refused.value.problems] == expected
     assert str(refused.value) == "\n".join(expected)
 
 
-def test_an_output_that_comes_with_some_updates_only_is_a_mean_over_those():
+def test_an_output_of_some_updates_is_averaged_over_those():
     callback = TrackOutputsCallback(every_n_updates=3, patterns=("a",))
-    _, asked = go(callback, [outputs(a=1.0), outputs(b=7.0), outputs(a=2.0, ba=5.0)])
-    assert logged(asked[-1]) == {"a/U3": 1.5, "ba/U3": 5.0}
+    _, requests = go(callback, [outputs(a=1.0), outputs(b=7.0), outputs(a=2.0, ba=5.0)])
+    assert logged_values(requests[-1]) == {"a/U3": 1.5, "ba/U3": 5.0}
 
 
 def test_a_pattern_that_matches_nothing_logs_nothing():
-    _, asked = go(TrackOutputsCallback(every_n_updates=1, patterns=("a",)), [outputs(b=1.0)])
-    assert asked == [()]
+    _, requests = go(TrackOutputsCallback(every_n_updates=1, patterns=("a",)), [outputs(b=1.0)])
+    assert requests == [()]
 
 
-def test_every_accumulation_step_returns_what_is_tracked():
+def test_an_output_missing_from_an_accumulation_step_is_refused():
     callback = TrackOutputsCallback(every_n_updates=1, patterns=("a",))
     with pytest.raises(OutputError, match="the model returns no 'a'; it returns 'b'"):
         go(callback, [{"outputs": ({"a": 1.0}, {"b": 1.0}), "accumulated": (2, 2)}])
 
 
 @given(VALUES)
-def test_a_number_of_python_is_told_to_the_last_bit(value):
+def test_a_python_number_is_logged_exactly(value):
     for reduce in ("mean", "last"):
-        _, asked = go(
+        _, requests = go(
             TrackOutputsCallback(every_n_updates=1, keys=("a",), reduce=reduce), [{"samples": 1, **outputs(a=value)}]
         )
-        assert logged(asked[0]) == {"a/U1": value}
+        assert logged_values(requests[0]) == {"a/U1": value}

@@ -1,4 +1,4 @@
-"""Where the time of an update goes: means, maxima and totals, worked out by hand."""
+"""`TrainTimeCallback`: means, maxima and totals computed by hand."""
 
 import pytest
 from hypothesis import given
@@ -12,21 +12,21 @@ from noether.core.state import TrainState
 
 
 def go(callback, updates, state=None):
-    """Return the state after updates with those readings, and what was asked at each."""
-    state, asked = state or TrainState(), []
+    """Return the state after updates with these readings, and the requests at each."""
+    state, requests = state or TrainState(), []
     for readings in updates:
         state, effects = callback(state.advance(samples=4), AfterUpdate(samples=4, **readings))
-        asked.append(effects)
-    return state, asked
+        requests.append(effects)
+    return state, requests
 
 
-def test_mean_and_max_by_hand():
+def test_mean_and_max_computed_by_hand():
     updates = [
         {"data_s": 0.5, "step_s": 2.0, "forward_s": 0.25, "backward_s": 1.5, "optimizer_s": 0.125},
         {"data_s": 0.25, "step_s": 1.0, "forward_s": 0.75, "backward_s": 0.5, "optimizer_s": 0.125},
         {"data_s": 0.0, "step_s": 4.0, "forward_s": 2.0, "backward_s": 1.0, "optimizer_s": 1.0},
     ]
-    state, asked = go(TrainTimeCallback(every_n_updates=2), updates)
+    state, requests = go(TrainTimeCallback(every_n_updates=2), updates)
     expected = {
         "train_time/data_s/mean/U2": 0.375,
         "train_time/data_s/max/U2": 0.5,
@@ -39,17 +39,17 @@ def test_mean_and_max_by_hand():
         "train_time/optimizer_s/mean/U2": 0.125,
         "train_time/optimizer_s/max/U2": 0.125,
     }
-    assert asked == [(), (LogScalars(expected),), ()]
+    assert requests == [(), (LogScalars(expected),), ()]
     assert {key: measured.value for key, measured in state.metrics.items()} == expected
 
 
-def test_a_new_interval_begins_anew():
-    _, asked = go(TrainTimeCallback(every_n_updates=2), [{"data_s": seconds} for seconds in (9.0, 9.0, 1.0, 0.5)])
-    assert asked[-1][0].values["train_time/data_s/mean/U2"] == 0.75
-    assert asked[-1][0].values["train_time/data_s/max/U2"] == 1.0
+def test_each_interval_starts_empty():
+    _, requests = go(TrainTimeCallback(every_n_updates=2), [{"data_s": seconds} for seconds in (9.0, 9.0, 1.0, 0.5)])
+    assert requests[-1][0].values["train_time/data_s/mean/U2"] == 0.75
+    assert requests[-1][0].values["train_time/data_s/max/U2"] == 1.0
 
 
-def test_parts_that_the_loop_does_not_tell_are_left_out():
+def test_parts_that_the_loop_does_not_measure_are_left_out():
     updates = [{"data_s": 0.5, "step_s": 1.0, "forward_s": None, "backward_s": 0.25}]
     state, ((logged,),) = go(TrainTimeCallback(every_n_updates=1), updates)
     assert set(logged.values) == {
@@ -61,32 +61,32 @@ def test_parts_that_the_loop_does_not_tell_are_left_out():
     )
 
 
-def test_a_loop_that_tells_nothing_has_nothing_logged():
-    state, asked = go(TrainTimeCallback(every_n_updates=1), [{}, {}])
-    assert asked == [(), ()]
+def test_a_loop_that_measures_nothing_logs_nothing():
+    state, requests = go(TrainTimeCallback(every_n_updates=1), [{}, {}])
+    assert requests == [(), ()]
     assert TrainTimeCallback(every_n_updates=1)(state, AfterTraining())[1] == ()
 
 
-def test_an_update_that_was_skipped_took_its_time_too():
+def test_a_skipped_update_counts():
     _, (_, (logged,)) = go(TrainTimeCallback(every_n_updates=2), [{"data_s": 1.0}, {"data_s": 3.0, "skipped": True}])
     assert logged.values["train_time/data_s/mean/U2"] == 2.0
 
 
 @pytest.mark.parametrize("every", [1, 2, 100])
-def test_totals_are_of_the_whole_run_whatever_the_interval(every):
+def test_totals_cover_the_whole_run_at_any_interval(every):
     state, _ = go(TrainTimeCallback(every_n_updates=every), [{"data_s": 0.5, "step_s": 2.0}] * 3)
     after, effects = TrainTimeCallback(every_n_updates=every)(state, AfterTraining())
     assert after is state
     assert effects == (SetSummary({"train_time/data_s/total": 1.5, "train_time/step_s/total": 6.0}),)
 
 
-def test_an_epoch_and_the_end():
+def test_firings_at_an_epoch_and_at_the_end():
     callback = TrainTimeCallback(every_n_epochs=1, at_end=True)
-    state, asked = go(callback, [{"data_s": 1.0}, {"data_s": 2.0}])
-    assert asked == [(), ()]
+    state, requests = go(callback, [{"data_s": 1.0}, {"data_s": 2.0}])
+    assert requests == [(), ()]
     state, (logged,) = callback(state.next_epoch(), AfterEpoch())
     assert logged.values["train_time/data_s/mean/E1"] == 1.5
-    _, (totals,) = callback(state, AfterTraining())  # the interval was due at the epoch
+    _, (totals,) = callback(state, AfterTraining())  # the interval ended with the epoch
     assert totals.values["train_time/data_s/total"] == 3.0
     state, _ = go(callback, [{"data_s": 5.0}], state)
     _, (logged, totals) = callback(state, AfterTraining())
@@ -94,7 +94,7 @@ def test_an_epoch_and_the_end():
     assert totals.values["train_time/data_s/total"] == 8.0
 
 
-def test_nothing_is_said_where_no_update_has_been():
+def test_nothing_is_logged_without_an_update():
     callback, state = TrainTimeCallback(every_n_epochs=1, at_end=True), TrainState()
     assert callback(state.next_epoch(), AfterEpoch())[1] == ()
     assert callback(state, AfterTraining()) == (state, ())
@@ -104,16 +104,16 @@ EIGHTHS = st.integers(0, 1000).map(lambda eighths: eighths / 8)  # their sums ar
 
 
 @given(st.lists(st.tuples(EIGHTHS, EIGHTHS), min_size=1, max_size=15), st.integers(1, 5), st.integers(0, 15))
-def test_a_resumed_run_goes_on_with_the_times_that_it_had(times, n, cut):
+def test_a_resumed_run_continues_with_its_times(times, n, cut):
     updates = [{"data_s": data_s, "forward_s": forward_s} for data_s, forward_s in times]
-    uncut, asked = go(TrainTimeCallback(every_n_updates=n), updates)
+    uncut, requests = go(TrainTimeCallback(every_n_updates=n), updates)
     state, first = go(TrainTimeCallback(every_n_updates=n), updates[:cut])
     state, _ = compose(TrainTimeCallback(every_n_updates=n))(state, BeforeTraining(resumed=cut > 0))
     state, rest = go(TrainTimeCallback(every_n_updates=n), updates[cut:], state)
-    assert first + rest == asked
+    assert first + rest == requests
     for end in range(n, len(updates) + 1, n):
         interval = [data_s for data_s, _ in times[end - n : end]]
-        (logged,) = asked[end - 1]
+        (logged,) = requests[end - 1]
         assert logged.values[f"train_time/data_s/mean/U{n}"] == sum(interval) / n
         assert logged.values[f"train_time/data_s/max/U{n}"] == max(interval)
     _, (totals,) = TrainTimeCallback(every_n_updates=n)(state, AfterTraining())
@@ -121,15 +121,15 @@ def test_a_resumed_run_goes_on_with_the_times_that_it_had(times, n, cut):
     assert totals == TrainTimeCallback(every_n_updates=n)(uncut, AfterTraining())[1][0]
 
 
-def test_the_trainer_is_asked_for_the_parts_of_a_step():
+def test_the_callback_declares_the_parts_of_a_step():
     callback = TrainTimeCallback(every_n_epochs=5)
     assert callback.readings == ("forward_s", "backward_s", "optimizer_s")
     assert compose(callback).readings == callback.readings
     assert callback.produces == ("train_time/*/mean/E5", "train_time/*/max/E5")
 
 
-def test_a_part_that_is_told_at_some_updates_only_is_a_mean_over_those():
+def test_a_part_measured_at_some_updates_is_averaged_over_those():
     callback = TrainTimeCallback(every_n_updates=3)
-    _, asked = go(callback, [{"data_s": 1.0, "forward_s": 2.0}, {"data_s": 2.0}, {"data_s": 3.0}])
-    values = asked[-1][0].values
+    _, requests = go(callback, [{"data_s": 1.0, "forward_s": 2.0}, {"data_s": 2.0}, {"data_s": 3.0}])
+    values = requests[-1][0].values
     assert (values["train_time/data_s/mean/U3"], values["train_time/forward_s/mean/U3"]) == (2.0, 2.0)

@@ -27,18 +27,18 @@ def watch(kind, key="val/accuracy", **settings):
 
 
 def go(callback, values, state=None, key="val/accuracy"):
-    """Return the state and the effects of each epoch with one of `values`, as a loop that heeds `stop` has them."""
-    state, told = state or TrainState(), []
+    """Return the state and the requests of each epoch with one of `values`, until `state.stop`."""
+    state, requests = state or TrainState(), []
     for value in values:
         if state.stop is not None:
             break
         state, _ = log(state.advance(samples=1).next_epoch(), AfterEpoch(), {key: value})
         state, effects = callback(state, AfterEpoch())
-        told.append(effects)
-    return state, told
+        requests.append(effects)
+    return state, requests
 
 
-# ------------------------------------------------------------------------------------------------ better
+# --- better
 
 
 @pytest.mark.parametrize(
@@ -96,29 +96,29 @@ def test_direction_of_a_key(key, direction):
 
 def test_mode_wins_over_the_key():
     assert watch(BestMetricCallback, mode="lower").direction == "lower"
-    _, told = go(watch(BestMetricCallback, mode="lower"), [0.5, 0.25])
-    assert told[-1][0].values["val/accuracy/best"] == 0.25
+    _, requests = go(watch(BestMetricCallback, mode="lower"), [0.5, 0.25])
+    assert requests[-1][0].values["val/accuracy/best"] == 0.25
 
 
-# ------------------------------------------------------------------------------------------------ best metric
+# --- best metric
 
 
-def test_best_metric_by_hand():
-    state, told = go(watch(BestMetricCallback), [0.5, 0.75, 0.75, 0.25])
-    logged = [effects[0] for effects in told]
+def test_best_metric_computed_by_hand():
+    state, requests = go(watch(BestMetricCallback), [0.5, 0.75, 0.75, 0.25])
+    logged = [effects[0] for effects in requests]
     assert logged == [
         LogScalars({"val/accuracy/best": best, "val/accuracy/best_update": update})
         for best, update in [(0.5, 1), (0.75, 2), (0.75, 2), (0.75, 2)]
     ]
-    assert told[-1][1] == SetSummary({"val/accuracy/best": 0.75, "val/accuracy/best_at": "E2_U2_S2"})
+    assert requests[-1][1] == SetSummary({"val/accuracy/best": 0.75, "val/accuracy/best_at": "E2_U2_S2"})
     assert state.memory("BestMetricCallback/E1/val/accuracy") == {"best": 0.75, "at": "E2_U2_S2", "targets": {}}
     assert state.metrics["val/accuracy/best"].iteration == state.iteration
 
 
 @given(VALUES, MODES)
 def test_best_is_the_first_extreme_of_the_numbers(values, mode):
-    _, told = go(watch(BestMetricCallback, mode=mode), values)
-    for end, effects in enumerate(told, start=1):
+    _, requests = go(watch(BestMetricCallback, mode=mode), values)
+    for end, effects in enumerate(requests, start=1):
         numbers = [value for value in values[:end] if not math.isnan(value)]
         if not numbers:
             assert effects == ()
@@ -127,16 +127,16 @@ def test_best_is_the_first_extreme_of_the_numbers(values, mode):
         assert effects[0].values == {"val/accuracy/best": best, "val/accuracy/best_update": values.index(best) + 1}
 
 
-def test_targets_are_what_they_were_at_the_best():
+def test_targets_have_their_values_at_the_best():
     callback = watch(BestMetricCallback, target_metric_keys=("a",), optional_target_metric_keys=("b", "never"))
-    state, told = TrainState(), []
+    state, targets = TrainState(), []
     for accuracy, a, b in [(0.5, 1.0, None), (0.75, 2.0, 20.0), (0.25, 3.0, 30.0), (1.0, 4.0, None)]:
         measured = {"val/accuracy": accuracy, "a": a} | ({} if b is None else {"b": b})
         state, _ = log(state.advance(samples=1).next_epoch(), AfterEpoch(), measured)
         state, effects = callback(state, AfterEpoch())
-        told.append({key: value for key, value in effects[0].values.items() if "at_best" in key})
+        targets.append({key: value for key, value in effects[0].values.items() if "at_best" in key})
     a, b = "a/at_best/val/accuracy", "b/at_best/val/accuracy"
-    assert told == [{a: 1.0}, {a: 2.0, b: 20.0}, {a: 2.0, b: 20.0}, {a: 4.0}]
+    assert targets == [{a: 1.0}, {a: 2.0, b: 20.0}, {a: 2.0, b: 20.0}, {a: 4.0}]
     assert set(callback.produces) == {
         "val/accuracy/best",
         "val/accuracy/best_update",
@@ -148,7 +148,7 @@ def test_targets_are_what_they_were_at_the_best():
     assert declaration_of(callback).required == ("val/accuracy", "a")
 
 
-def test_a_target_that_has_to_be_there_is_missed():
+def test_a_missing_target_is_refused():
     with pytest.raises(MetricError, match="no metric 'a' was measured yet"):
         go(watch(BestMetricCallback, target_metric_keys=("a",)), [0.5])
 
@@ -174,20 +174,20 @@ def test_a_tensor_is_remembered_as_a_number(callback):
     assert (best, type(best)) == (0.5, float)
 
 
-# ------------------------------------------------------------------------------------------------ early stopping
+# --- early stopping
 
 
-def test_stopping_by_hand():
+def test_stopping_computed_by_hand():
     callback = watch(MetricEarlyStopping, tolerance=2)
-    state, told = go(callback, [0.5, 0.4, 0.6, 0.6, 0.5, 0.9])
+    state, requests = go(callback, [0.5, 0.4, 0.6, 0.6, 0.5, 0.9])
     reason = "val/accuracy has not been higher than 0.6 for 2 of 2 firings"
-    assert told == [(), (), (), (), (LogText(f"stopping: {reason}"),)]
+    assert requests == [(), (), (), (), (LogText(f"stopping: {reason}"),)]
     assert (state.stop, state.iteration.epoch) == (reason, 5)
     assert state.memory(callback.name) == {"best": 0.6, "since": 2}
 
 
-def stopped_at(values, tolerance, mode="higher", min_delta=0.0, nan="count"):
-    """Return the index of the value at which stopping is due, or None: patience, written down naively."""
+def index_of_stop(values, tolerance, mode="higher", min_delta=0.0, nan="count"):
+    """Return the index of the value at which training stops, or None: a naive implementation of patience."""
     best, waited = None, 0
     for index, value in enumerate(values):
         if math.isnan(value) and nan == "stop":
@@ -204,7 +204,7 @@ def stopped_at(values, tolerance, mode="higher", min_delta=0.0, nan="count"):
 def test_stopping_is_patience(values, tolerance, mode, min_delta, nan):
     callback = watch(MetricEarlyStopping, tolerance=tolerance, mode=mode, min_delta=min_delta, nan=nan)
     state, _ = go(callback, values)
-    expected = stopped_at(values, tolerance, mode, min_delta, nan)
+    expected = index_of_stop(values, tolerance, mode, min_delta, nan)
     assert (state.stop is not None) == (expected is not None)
     assert state.iteration.epoch == (len(values) if expected is None else expected + 1)
 
@@ -224,7 +224,7 @@ def test_nan(nan, values, stop):
     assert go(watch(MetricEarlyStopping, tolerance=2, nan=nan), values)[0].stop == stop
 
 
-def test_nan_is_raised_on_request():
+def test_nan_is_raised_with_nan_raise():
     with pytest.raises(FloatingPointError, match=r"^val/accuracy is NaN at E1_U1_S1; to continue, set nan: count$"):
         go(watch(MetricEarlyStopping, tolerance=2, nan="raise"), [NAN])
 
@@ -236,28 +236,28 @@ def test_the_first_reason_to_stop_stays():
     assert callback(state, AfterEpoch())[0].stop == "mine"
 
 
-# ------------------------------------------------------------------------------------------------ best checkpoint
+# --- best checkpoint
 
 
-def test_best_checkpoint_by_hand():
+def test_best_checkpoint_computed_by_hand():
     callback = watch(BestCheckpointCallback, model_names=("encoder",))
-    _, told = go(callback, [0.5, 0.75, 0.75, NAN, 1.0])
+    _, requests = go(callback, [0.5, 0.75, 0.75, NAN, 1.0])
     save = SaveCheckpoint(
         models=("encoder",),
         pointers=("best_model.val.accuracy",),
         retention={"BestCheckpointCallback/E1/val/accuracy": 0},
     )
-    assert told == [(save,), (save,), (), (), (save,)]
+    assert requests == [(save,), (save,), (), (), (save,)]
     assert callback.produces == ("checkpoints/best_model.val.accuracy",)
 
 
 @given(VALUES, st.lists(st.integers(1, 6), unique=True, max_size=4), MODES, st.sampled_from([0.0, 0.1, 0.5]))
-def test_a_tolerance_keeps_what_early_stopping_would_have_kept(values, tolerances, mode, min_delta):
-    """Each pointer is where the best model of a run with that early stopping would be."""
+def test_a_tolerance_keeps_the_checkpoint_of_early_stopping(values, tolerances, mode, min_delta):
+    """Each pointer names the best checkpoint of a run with that early stopping."""
     settings = {"mode": mode, "min_delta": min_delta}
-    _, told = go(watch(BestCheckpointCallback, tolerances=tuple(tolerances), **settings), values)
+    _, requests = go(watch(BestCheckpointCallback, tolerances=tuple(tolerances), **settings), values)
     pointed = {
-        pointer: epoch for epoch, saves in enumerate(told, start=1) for save in saves for pointer in save.pointers
+        pointer: epoch for epoch, saves in enumerate(requests, start=1) for save in saves for pointer in save.pointers
     }
     for tolerance in tolerances:
         stopping = watch(MetricEarlyStopping, tolerance=tolerance, **settings)
@@ -268,7 +268,7 @@ def test_a_tolerance_keeps_what_early_stopping_would_have_kept(values, tolerance
 
 
 @given(VALUES, MODES, st.integers(0, 25))
-def test_watching_resumes_with_all_that_it_knew(values, mode, cut):
+def test_a_resumed_run_watches_as_the_uncut_run(values, mode, cut):
     for kind, settings in [(BestCheckpointCallback, {"tolerances": (1, 3)}), (BestMetricCallback, {}),
                            (MetricEarlyStopping, {"tolerance": 4})]:  # fmt: skip
         state, whole = go(watch(kind, mode=mode, **settings), values)
@@ -278,7 +278,7 @@ def test_watching_resumes_with_all_that_it_knew(values, mode, cut):
         assert (end.callback_states, end.stop) == (state.callback_states, state.stop)
 
 
-def test_at_the_end_it_fires_unless_it_was_due():
+def test_at_end_fires_unless_the_last_epoch_did():
     callback = watch(BestCheckpointCallback, at_end=True)
     state, _ = go(callback, [0.5])
     assert callback(state, AfterTraining()) == (state, ())
@@ -291,10 +291,10 @@ def test_at_the_end_of_training_there_is_nothing_to_stop(at_end):
     stopping = MetricEarlyStopping(every_n_epochs=5, metric_key="val/accuracy", tolerance=1, at_end=at_end)
     state, _ = log(TrainState().advance(samples=4), AfterTraining(), {"val/accuracy": math.nan})
     state, effects = stopping(state.replace(ended=True), AfterTraining())
-    assert (state.stop, effects) == (None, ())  # a longer run can go on
+    assert (state.stop, effects) == (None, ())  # a longer run can continue
 
 
-def test_two_that_would_move_one_pointer_are_refused():
+def test_two_callbacks_that_move_one_pointer_are_refused():
     best = {"metric_key": "val/accuracy"}
     pair = compose(BestCheckpointCallback(every_n_epochs=1, **best), BestCheckpointCallback(every_n_epochs=2, **best))
     with pytest.raises(DeclarationError, match=r"both produce 'checkpoints/best_model.val.accuracy'; drop one"):
