@@ -67,7 +67,7 @@ number = 3
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    """A working directory with a module of the user's in it."""
+    """A working directory that contains a module of the user, `shop`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("shop.py").write_text(SHOP)
@@ -104,7 +104,7 @@ callbacks:
 
 @pytest.fixture
 def digits(shop):
-    """A configuration that is right, as a function that changes lines of it and says what is wrong then."""
+    """A function that replaces text in a valid configuration and returns the lines of the error, if any."""
     from noether.config import ConfigError, load
 
     def problems(*changes, overrides=()):

@@ -1,4 +1,4 @@
-"""YAML that was written for the class-based framework keeps working, and callbacks of the user's own stand beside."""
+"""Callbacks in YAML written for the class-based framework, and callbacks of the user, load."""
 
 import sys
 import warnings
@@ -101,14 +101,14 @@ WITHOUT_MEANING = [
 ]
 
 
-def loaded(text, name="older.yaml"):
+def load_members(text, name="older.yaml"):
     Path(name).write_text(text)
     return load_callbacks(name).members
 
 
 def test_a_list_of_the_class_based_framework_is_read_with_all_its_settings(shop):
     with pytest.warns(ConfigWarning) as warned:
-        members = loaded(OLDER)
+        members = load_members(OLDER)
     assert [str(each.message) for each in warned] == WITHOUT_MEANING
     each_epoch = {"every_n_epochs": 1}
     assert members == (
@@ -132,9 +132,9 @@ def test_a_list_of_the_class_based_framework_is_read_with_all_its_settings(shop)
     assert len({member.name for member in members}) == len(members)  # no memory needs an `id`
 
 
-def test_a_setting_that_is_done_in_another_way_is_refused_with_that_way(shop):
+def test_a_replaced_setting_is_refused_with_what_to_write(shop):
     with pytest.raises(ConfigError) as refused:
-        loaded(
+        load_members(
             "callbacks:\n"
             "  - kind: noether.core.callbacks.EmaCallback\n"
             "    every_n_epochs: 1\n"
@@ -147,9 +147,9 @@ def test_a_setting_that_is_done_in_another_way_is_refused_with_that_way(shop):
     )
 
 
-def test_both_names_of_a_setting_are_refused(shop):
+def test_a_setting_under_both_of_its_names_is_refused(shop):
     with pytest.raises(ConfigError) as refused:
-        loaded(
+        load_members(
             "callbacks:\n"
             "  - kind: noether.core.callbacks.BestMetricCallback\n"
             "    every_n_epochs: 1\n"
@@ -161,7 +161,7 @@ def test_both_names_of_a_setting_are_refused(shop):
     )
 
 
-def test_what_was_resolved_warns_no_more(shop, digits):
+def test_a_resolved_configuration_loads_without_warnings(shop, digits):
     old = "{kind: noether.core.callbacks.LrCallback, every_n_updates: 5, batch_size: 3}"
     with pytest.warns(ConfigWarning, match="digits.yaml:21: callbacks.2..batch_size: has no meaning for LrCallback"):
         assert digits(("    name: only a label\n", f"  - {old}\n")) == []
@@ -219,8 +219,8 @@ def texts(member, state, event):
     return [effect.text for effect in member(state, event)[1]]
 
 
-def test_a_class_and_functions_of_the_users_own_are_named_by_their_path(mine):
-    members = loaded("""\
+def test_callbacks_of_the_user_are_named_by_their_path(mine):
+    members = load_members("""\
 callbacks:
   - {kind: mine.Speak, every_n_updates: 1, words: [go, on]}
   - {kind: mine.shout, every_n_epochs: 1, text: hey}
@@ -259,31 +259,31 @@ callbacks:
 )
 def test_their_settings_are_checked_against_their_signature(mine, entry, message):
     with pytest.raises(ConfigError) as refused:
-        loaded(f"callbacks:\n  - {entry}\n")
+        load_members(f"callbacks:\n  - {entry}\n")
     assert str(refused.value) == f"older.yaml:2: callbacks[0].{message}"
 
 
-def test_a_function_that_has_a_schedule_takes_no_other(mine):
+def test_a_function_with_a_schedule_refuses_an_interval(mine):
     with pytest.raises(ConfigError, match=r"every_second already has a schedule: unite the two with \| or drop one"):
-        loaded("callbacks:\n  - {kind: mine.every_second, every_n_updates: 1}\n")
+        load_members("callbacks:\n  - {kind: mine.every_second, every_n_updates: 1}\n")
 
 
-def test_an_interval_beside_what_acts_once_is_left_out_with_a_warning(shop):
+def test_an_interval_of_a_callback_that_acts_once_is_ignored_with_a_warning(shop):
     kinds = ("FixedEarlyStopper", "ParamCountCallback", "DatasetStatsCallback", "HyperparamsCallback")
     entries = [f"  - {{kind: noether.core.callbacks.{kind}, every_n_epochs: 1}}\n" for kind in kinds]
     entries[0] = entries[0].replace("every_n_epochs: 1", "every_n_epochs: 1, stop_at_epoch: 3")
     with pytest.warns(ConfigWarning) as warned:
-        members = loaded("callbacks:\n" + "".join(entries))
+        members = load_members("callbacks:\n" + "".join(entries))
     assert [str(each.message).partition(": ")[2].partition(" has")[0] for each in warned] == [
         f"callbacks[{index}].every_n_epochs:" for index in range(4)
     ]
     assert len(members) == 4
 
 
-def test_what_is_null_is_left_out_without_a_word(shop):
+def test_null_settings_are_left_out_without_warning(shop):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (member,) = loaded("""\
+        (member,) = load_members("""\
 callbacks:
   - kind: noether.core.callbacks.EmaCallback
     every_n_epochs: 1
@@ -292,7 +292,7 @@ callbacks:
     batch_size: null
     model_paths: null
 """)
-        (best,) = loaded("""\
+        (best,) = load_members("""\
 callbacks:
   - kind: noether.core.callbacks.BestCheckpointCallback
     every_n_epochs: 1
@@ -333,10 +333,10 @@ def own(shop):
     sys.modules.pop("own", None)
 
 
-def test_a_setting_of_a_class_of_the_users_own_has_its_meaning(own):
+def test_a_class_of_the_user_may_have_a_setting_ignored_elsewhere(own):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (member,) = loaded("callbacks:\n  - {kind: own.Sample, every_n_updates: 1, batch_size: 8}\n")
+        (member,) = load_members("callbacks:\n  - {kind: own.Sample, every_n_updates: 1, batch_size: 8}\n")
     assert member.batch_size == 8
 
 
@@ -344,14 +344,14 @@ def test_a_setting_without_effect_is_ignored_for_a_class_of_the_users_own_too(mi
     with pytest.warns(
         ConfigWarning, match="batch_size: has no meaning for Speak and is left out: it iterates no dataset"
     ):
-        (member,) = loaded("callbacks:\n  - {kind: mine.Speak, every_n_updates: 1, words: [a], batch_size: 8}\n")
+        (member,) = load_members("callbacks:\n  - {kind: mine.Speak, every_n_updates: 1, words: [a], batch_size: 8}\n")
     assert member.words == ("a",)
 
 
-def test_a_setting_may_have_any_name_but_that_of_the_interval(own):
+def test_a_setting_may_have_any_name_but_that_of_an_interval(own):
     with pytest.raises(ConfigError, match="settings: 'a' is not a whole number"):
-        loaded("callbacks:\n  - {kind: own.named, settings: a}\n")
+        load_members("callbacks:\n  - {kind: own.named, settings: a}\n")
     with pytest.raises(
         ConfigError, match="at_end of the function would hide its interval at_end; rename that parameter"
     ):
-        loaded("callbacks:\n  - {kind: own.clashing, at_end: a}\n")
+        load_members("callbacks:\n  - {kind: own.clashing, at_end: a}\n")

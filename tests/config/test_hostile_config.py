@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - a payload stays in one piece
-"""A configuration that somebody made to do harm: nothing in it is executed, and it is refused with its place."""
+"""A malicious configuration is refused with its place, and no code in it runs."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ class Net(torch.nn.Module):
         super().__init__()
 """
 
-# The settings that name something, each with something else that stands in its place; `{}` is the payload.
+# A valid configuration; a test replaces one of its sections by a payload.
 BASE = {
     "top": "",
     "run": "{name: hostile}",
@@ -48,7 +48,7 @@ def config(folder, **sections):
 
 
 def refusal(path, *args, **options):
-    """Return why a file is refused; nothing may happen on the way, and nothing of the attacker's be imported."""
+    """Return the message that refuses a file; loading it may have no effect and import no module of the attacker."""
     with record_audit() as events, pytest.raises(ConfigError) as error:
         load(path, *args, **options)
     assert dangerous_events(events) == []
@@ -58,7 +58,7 @@ def refusal(path, *args, **options):
     return str(error.value)
 
 
-def test_what_is_not_hostile_is_loaded(folder):
+def test_the_harmless_configuration_loads(folder):
     assert load(config(folder)).model.path == "shop.Net"
 
 
@@ -88,21 +88,23 @@ TAGS = [
 @pytest.mark.parametrize(
     "place", ["run: {name: x, output: %s }", "model: {kind: %s }", "callbacks: [%s ]", "x: {? %s : 1}"]
 )
-def test_tags_make_nothing(folder, tag, place):
+def test_a_tag_constructs_no_object(folder, tag, place):
     section, _, text = place.partition(": ")
-    said = refusal(config(folder, **{section: text % tag}))
-    assert any(each in said for each in ("the tag !", "does not fit its tag !!", "is not text", "`<<` is not part of"))
+    message = refusal(config(folder, **{section: text % tag}))
+    assert any(
+        each in message for each in ("the tag !", "does not fit its tag !!", "is not text", "`<<` is not part of")
+    )
 
 
-def test_tags_under_another_name(folder):
+def test_a_tag_behind_a_tag_directive_is_refused(folder):
     top = "%TAG !y! tag:yaml.org,2002:python/object/apply:\n---\n"
-    said = refusal(config(folder, top=top, model="!y!os.mkdir [executed]"))
-    assert "model: the tag !!python/object/apply:os.mkdir is refused" in said
+    message = refusal(config(folder, top=top, model="!y!os.mkdir [executed]"))
+    assert "model: the tag !!python/object/apply:os.mkdir is refused" in message
 
 
-def test_a_tag_in_an_override(folder):
-    said = refusal(config(folder), ["model=!!python/object/apply:os.mkdir [executed]"])
-    assert "the tag !!python/object/apply:os.mkdir is refused" in said
+def test_a_tag_in_an_override_is_refused(folder):
+    message = refusal(config(folder), ["model=!!python/object/apply:os.mkdir [executed]"])
+    assert "the tag !!python/object/apply:os.mkdir is refused" in message
 
 
 DEEP, MANY = "is nested too deeply", "has more than 20000 values once its aliases are expanded"
@@ -139,13 +141,13 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("what", BOMBS)
-def test_bombs(folder, what):
-    text, said = BOMBS[what]
+def test_a_document_that_exhausts_resources_is_refused(folder, what):
+    text, reason = BOMBS[what]
     path = folder / "hostile/bomb.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    told = refusal(str(path))
-    assert said in told
-    assert len(told) < 500 + len(str(folder))  # what is large is not told at length
+    message = refusal(str(path))
+    assert reason in message
+    assert len(message) < 500 + len(str(folder))  # a message quotes only the start of a large value
 
 
 ROLES = {
@@ -155,11 +157,11 @@ ROLES = {
     "a loss": "trainer: {max_epochs: 1, effective_batch_size: 4, loss: %s}",
     "a metric": "trainer: {max_epochs: 1, effective_batch_size: 4, loss: shop.loss, evaluate: {val: [%s], every_n_epochs: 1}}",
     "a callback": "callbacks: [{kind: %s, every_n_epochs: 1}]",
-    "a setting that is called": "callbacks: [{kind: shop.Watch, every_n_epochs: 1, tolerance: 1, metric: %s}]",
+    "a setting that is a function": "callbacks: [{kind: shop.Watch, every_n_epochs: 1, tolerance: 1, metric: %s}]",
     "an effect": "run: {name: x, handlers: {%s: shop.loss}}",
     "a handler": "run: {name: x, handlers: {noether.core.effect.LogText: %s}}",
 }
-NOBODY = [
+FORBIDDEN = [
     "os.system",
     "posix.system",
     "subprocess.Popen",
@@ -179,7 +181,7 @@ NOBODY = [
     "torch.sys.exit",
     "torch.importlib.import_module",
     "torch.hub.os.system",
-    "torch.hub.urlopen",  # what a library only hands on
+    "torch.hub.urlopen",  # torch only re-exports it
     "torch.hub.ZipFile",
     "torch.utils.cpp_extension.subprocess.run",
     "torch.nn.modules.module.torch.os.system",
@@ -212,25 +214,25 @@ NOBODY = [
 ]
 
 
-# Each path in two places, and some of them in all: they are walked in one and the same way.
+# Each path in two roles and every sixth in all roles, because one function walks the paths of all roles.
 @pytest.mark.parametrize(
     ("role", "path"),
-    [(role, path) for role in ROLES for path in (NOBODY if role in ("a model", "a loss") else NOBODY[::6])],
+    [(role, path) for role in ROLES for path in (FORBIDDEN if role in ("a model", "a loss") else FORBIDDEN[::6])],
     ids=lambda value: value[:40],
 )
-def test_kinds_that_nobody_may_name(folder, role, path):
+def test_a_forbidden_path_is_refused_in_every_role(folder, role, path):
     section, _, text = ROLES[role].partition(": ")
     assert refusal(config(folder, **{section: text % path}))
 
 
 @pytest.mark.parametrize("kind", ["[os.system]", "{kind: os.system}", "null", "3", "true", "[]"])
 @pytest.mark.parametrize("role", ROLES)
-def test_kinds_that_are_no_text(folder, role, kind):
+def test_a_kind_that_is_not_text_is_refused(folder, role, kind):
     section, _, text = ROLES[role].partition(": ")
     assert refusal(config(folder, **{section: text % kind}))
 
 
-NOT_THAT = {
+OTHER_ROLES = {
     "a model": [
         "torch.load",
         "torch.save",
@@ -261,8 +263,8 @@ NOT_THAT = {
 }
 
 
-@pytest.mark.parametrize(("role", "path"), [(role, path) for role, paths in NOT_THAT.items() for path in paths])
-def test_kinds_that_are_something_else(folder, role, path):
+@pytest.mark.parametrize(("role", "path"), [(role, path) for role, paths in OTHER_ROLES.items() for path in paths])
+def test_a_kind_that_fits_another_role_is_refused(folder, role, path):
     section, _, text = ROLES[role].partition(": ")
     assert (
         f"expected {'a function' if role == 'a loss' else 'a type of effect' if role == 'an effect' else role}"
@@ -281,7 +283,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("what", CODE)
-def test_a_model_of_code_that_the_file_itself_holds(folder, what):
+def test_a_model_made_from_code_in_the_file_is_refused(folder, what):
     assert "model.kind: " in refusal(config(folder, model=CODE[what]))
 
 
@@ -292,7 +294,7 @@ PIPES = {
 
 
 @pytest.mark.parametrize("what", PIPES)
-def test_data_made_by_a_function_that_the_file_names(folder, what):
+def test_a_dataset_that_runs_a_named_function_is_refused(folder, what):
     assert "data.train.datapipe: " in refusal(config(folder, data=f"{{train: {PIPES[what]}}}"))
 
 
@@ -308,59 +310,61 @@ def test_data_made_by_a_function_that_the_file_names(folder, what):
         ("model", "{kind: os.system, ALLOWED: [os]}"),
     ],
 )
-def test_a_file_allows_itself_nothing(folder, section, text):
+def test_a_file_cannot_allow_its_own_imports(folder, section, text):
     assert refusal(config(folder, **{section: text}))
 
 
-def test_what_whoever_runs_it_allows_is_allowed_until_the_run_is_made(folder):
+def test_a_prefix_that_the_user_allows_is_imported(folder):
     path = config(folder, trainer=BASE["trainer"].replace("shop.loss", "torch.hub.urlopen"))
     assert "'urllib' is not an allowed prefix" in refusal(path)
     assert import_path(load(path, allow=["urllib"]).trainer.loss).__module__ == "urllib.request"
 
 
-def test_what_is_allowed_is_not_what_only_begins_like_it(folder):
+def test_an_allowed_prefix_ends_at_a_dot(folder):
     (folder / "hostile/torchevil.py").write_text(EVIL)
     assert "there is no module 'torchevil'" in refusal(config(folder, model="{kind: torchevil.Net}"))
-    said = refusal(config(folder, model="{kind: os.system}"), allow=("o", "os.path", "osx"))
-    assert "'os' is not an allowed prefix" in said
+    message = refusal(config(folder, model="{kind: os.system}"), allow=("o", "os.path", "osx"))
+    assert "'os' is not an allowed prefix" in message
 
 
-@pytest.mark.parametrize("way", ["below", "a package", "inside", "a link to it", "a package of the user's with a link"])
-def test_no_module_of_a_run_is_imported_wherever_the_run_lies(folder, monkeypatch, way):
+@pytest.mark.parametrize(
+    "layout", ["below", "a package", "inside", "a link to it", "a package of the user's with a link"]
+)
+def test_no_module_of_a_run_is_imported_wherever_the_run_lies(folder, monkeypatch, layout):
     run = folder / "hostile"
     kind = "hostile.evil.Net"
-    if way in ("a package", "a package of the user's with a link"):
+    if layout in ("a package", "a package of the user's with a link"):
         (run / "__init__.py").touch()
-    if way == "inside":  # as `cd RUN_DIR; noether train --resume .` has it
+    if layout == "inside":  # as after `cd RUN_DIR; noether train --resume .`
         monkeypatch.chdir(run)
         kind = "evil.Net"
         (run / "shop.py").write_text((folder / "shop.py").read_text())
-    elif way == "a link to it":
+    elif layout == "a link to it":
         (folder / "linked").symlink_to("hostile")
         kind = "linked.evil.Net"
-    elif way == "a package of the user's with a link":
+    elif layout == "a package of the user's with a link":
         (folder / "linked").mkdir()
         (folder / "linked/__init__.py").touch()
         (folder / "linked/inner").symlink_to("../hostile")
         kind = "linked.inner.evil.Net"
     path = config(folder, model=f"{{kind: {kind}}}")
     head = kind.partition(".")[0]
-    said = refusal(path, run_dir=run)
+    message = refusal(path, run_dir=run)
     assert (
         f"model.kind: '{kind}' is in {run}, the directory of the run itself; to import it, add --allow {head} on the command line"
-        in said
+        in message
     )
-    # It is that directory that makes the difference: nowhere else, and if whoever runs it says so, it is imported.
+    # Only `run_dir` makes the difference: with the module allowed, it is imported.
     assert load(path, allow=(head, "shop"), run_dir=run).model.path == kind
     assert Path("executed").exists()
 
 
-def test_a_module_beside_any_other_file_is_the_users_own(folder):
+def test_a_module_outside_of_the_run_directory_is_imported(folder):
     assert load(config(folder, model="{kind: hostile.evil.Net}")).model.path == "hostile.evil.Net"
     assert load(config(folder, model="{kind: shop.Net}"), run_dir=folder / "hostile").model.path == "shop.Net"
 
 
-def test_names_of_files_that_are_none(folder):
+def test_invalid_names_of_files_are_refused(folder):
     assert "cannot be the name of a file" in refusal(config(folder, run='{name: x, output: "a\\0b"}'))
     for name in ("../x", "/x", "", ".", "..", "a/b", "a\\\\b", "a\\0b", "a\\nb"):
         assert "is not the name of a folder" in refusal(config(folder, run=f'{{name: "{name}"}}'))
@@ -376,12 +380,12 @@ def test_files_that_cannot_be_read(folder, what):
     assert refusal(str(path))
 
 
-def test_a_file_without_end_is_read_as_far_as_a_configuration_goes(folder):
+def test_an_endless_file_is_read_up_to_the_size_limit(folder):
     (folder / "hostile/x.yaml").symlink_to("/dev/zero")
     assert "has more than 1048576 bytes" in refusal(str(folder / "hostile/x.yaml"))
 
 
-def test_callbacks_for_other_loops_are_judged_alike(folder):
+def test_callbacks_for_other_loops_are_refused_alike(folder):
     path = config(folder, callbacks="[{kind: torch.hub.os.system}]")
     with (
         record_audit() as events,

@@ -36,7 +36,7 @@ def refusal(path, role, allow=()):
         ("shop.say", CALLBACK),
     ],
 )
-def test_what_fits(path, role):
+def test_an_object_that_fits_its_role_resolves(path, role):
     assert resolve(path, role) is import_path(path)
 
 
@@ -63,11 +63,11 @@ def test_what_fits(path, role):
         ("shop.Digits", FUNCTION, "'shop.Digits' is a dataset class, expected a function: a callable that is not a class"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit(path, role, message):
+def test_an_object_that_does_not_fit_is_refused(path, role, message):
     assert refusal(path, role) == message
 
 
-def test_nothing_is_imported_that_is_not_allowed():
+def test_a_forbidden_module_is_not_imported():
     sys.modules.pop("this", None)
     refusal("this.s", FUNCTION)
     assert "this" not in sys.modules
@@ -78,7 +78,7 @@ def test_a_prefix_can_be_allowed():
     assert "'math' is not an allowed prefix" in refusal("math.hypot", FUNCTION, ("mathematics",))
 
 
-def test_a_library_in_the_working_directory_is_not_the_users(monkeypatch):
+def test_a_library_installed_in_the_working_directory_needs_allow(monkeypatch):
     folder = Path("venv/lib/site-packages")
     folder.mkdir(parents=True)
     (folder / "lurking.py").write_text("raise SystemExit('executed')")
@@ -87,7 +87,7 @@ def test_a_library_in_the_working_directory_is_not_the_users(monkeypatch):
     assert refusal("lurking.run", FUNCTION).startswith("'lurking.run': 'lurking' is not an allowed prefix")
 
 
-def test_a_module_that_cannot_be_imported():
+def test_a_module_that_fails_to_import_is_refused_with_the_error():
     Path("broken.py").write_text("import nothing_like_this")
     Path("ends.py").write_text("raise SystemExit(3)")
     assert refusal("broken.f", FUNCTION) == (
@@ -96,7 +96,7 @@ def test_a_module_that_cannot_be_imported():
     assert refusal("ends.f", FUNCTION) == "'ends.f': importing 'ends' failed: SystemExit: 3"
 
 
-def test_a_kind_is_made_when_it_is_asked_for():
+def test_build_constructs_the_object():
     assert Kind("torch.nn.Linear", torch.nn.Linear, {"out_features": 2}).build(3).weight.shape == (2, 3)
 
 

@@ -15,7 +15,7 @@ ENDS = "expected exactly one of max_epochs, max_updates, max_samples"
 INTERVALS = "expected exactly one of every_n_epochs, every_n_updates, every_n_samples"
 
 
-def test_a_right_configuration(digits):
+def test_a_valid_configuration_loads(digits):
     assert digits() == []
     config = load("digits.yaml")
     assert config.optimizer.lr == 1e-3
@@ -94,7 +94,7 @@ EVALUATE = "evaluate: {val: [loss, accuracy], every_n_epochs: 1}"
         ("run: {name: digits}", "source: x", ["1: run: is missing", "1: source: unknown setting"]),
     ],
 )  # fmt: skip
-def test_whole_messages(digits, old, new, message):
+def test_a_problem_is_reported_with_line_setting_and_fix(digits, old, new, message):
     found = digits((old, new))
     # The list of all known settings is shown in full once.
     assert [line.split("; known are")[0] if "known are" not in "".join(message) else line for line in found] == [
@@ -102,7 +102,7 @@ def test_whole_messages(digits, old, new, message):
     ]
 
 
-def test_problems_of_all_sections_are_said_at_once_in_the_order_of_lines(digits):
+def test_problems_of_all_sections_are_reported_at_once_in_line_order(digits):
     found = digits(
         ("name: digits", "sed: 1, name: digits"),
         ("train: {kind: shop.Digits", "train: {kind: shop.Digit"),
@@ -122,7 +122,7 @@ def test_problems_of_all_sections_are_said_at_once_in_the_order_of_lines(digits)
     ]
 
 
-def test_an_end_that_is_set_replaces_the_end_of_the_file(digits):
+def test_an_overriding_end_replaces_the_end_of_the_file(digits):
     assert digits(overrides=["trainer.max_updates=7"]) == []
     config = load("digits.yaml", ["trainer.max_updates=7"])
     assert (config.trainer.max_epochs, config.trainer.max_updates) == (None, 7)
@@ -130,7 +130,7 @@ def test_an_end_that_is_set_replaces_the_end_of_the_file(digits):
     assert both == [f"--set trainer.max_samples=7: trainer.max_samples: max_updates and max_samples are given; {ENDS}"]
 
 
-def test_what_is_resolved_has_its_sections_in_order_and_its_defaults(digits):
+def test_a_resolved_configuration_has_ordered_sections_and_defaults(digits):
     digits()
     plain = resolve_config(load("digits.yaml"))
     assert list(plain) == ["run", "model", "data", "optimizer", "trainer", "callbacks"]
@@ -156,7 +156,7 @@ AWKWARD = st.text(min_size=1) | st.sampled_from(
     size=st.none() | st.integers(),
     function=st.booleans(),
 )  # fmt: skip
-def test_what_is_dumped_loads_as_an_equal_configuration(digits, **drawn):
+def test_a_dumped_configuration_loads_as_an_equal_one(digits, **drawn):
     from noether.config.loading import from_source
     from noether.config.source import parse
 
@@ -177,7 +177,7 @@ def test_what_is_dumped_loads_as_an_equal_configuration(digits, **drawn):
     assert changed_settings(config, again) == ()
 
 
-def test_what_may_change_in_a_resumed_run(digits):
+def test_settings_that_a_resumed_run_may_change(digits):
     digits()
     old = load("digits.yaml")
     new = load(
@@ -197,7 +197,7 @@ def test_what_may_change_in_a_resumed_run(digits):
     )
 
 
-def test_what_may_not_change_is_named_at_once(digits):
+def test_forbidden_changes_are_reported_at_once(digits):
     digits()
     old = load("digits.yaml")
     new = load("digits.yaml", ["trainer.max_epochs=9", "run.seed=3", "optimizer.lr=0.1", "trainer.clip_grad_norm=1"])
@@ -211,7 +211,7 @@ def test_what_may_not_change_is_named_at_once(digits):
 
 
 @pytest.mark.usefixtures("shop")
-def test_callbacks_alone():
+def test_load_callbacks_reads_only_the_callbacks():
     Path("callbacks.yaml").write_text("callbacks:\n  - {kind: shop.say, every_n_updates: 2}\n  - {kind: shop.say}\n")
     reducer = load_callbacks("callbacks.yaml")
     assert callable(reducer)
@@ -228,13 +228,13 @@ def test_callbacks_alone():
     assert str(caught.value) == "callbacks.yaml:1: has no list of `callbacks`; did you mean 'callback'?"
 
 
-def test_an_error_can_be_placed_later(digits):
+def test_error_has_the_place_of_a_setting(digits):
     digits()
     config = load("digits.yaml")
     assert str(config.error(("callbacks", 0), "does not fit")) == "digits.yaml:17: callbacks[0]: does not fit"
 
 
-def test_sections_can_be_made_in_python():
+def test_sections_can_be_constructed_in_python():
     assert RunSettings(name="digits") == RunSettings(name="digits", output="runs", seed=0)
 
 
@@ -271,3 +271,67 @@ def test_a_callback_is_constructed_once(digits, monkeypatch):
     constructed.clear()
     load_callbacks("digits.yaml")
     assert constructed == [3]
+
+
+READINGS = """
+from dataclasses import dataclass
+
+from noether.core.callbacks import PeriodicCallback
+
+
+class OfProperty(PeriodicCallback):
+    reading: str = "grad_nrom"
+
+    @property
+    def readings(self):
+        return (self.reading,)
+
+    def periodic_callback(self, state, event, interval):
+        return state, ()
+
+
+@dataclass(frozen=True)
+class OfPlainClass:
+    readings: tuple[str, ...] = ("grad_nrom",)
+
+    def __call__(self, state, event):
+        return state, ()
+
+
+def of_function(state, event):
+    return state, ()
+
+
+of_function.readings = ("grad_nrom",)
+"""
+
+READINGS_OF_CLASS = """
+from noether.core.callbacks import PeriodicCallback
+
+
+class OfClass(PeriodicCallback):
+    readings = ("grad_nrom",)
+
+    def periodic_callback(self, state, event, interval):
+        return state, ()
+"""
+
+
+@pytest.mark.parametrize(
+    ("entry", "place"),
+    [
+        ("kind: unknown_readings.OfProperty, every_n_updates: 1", "callbacks[1]"),
+        ("kind: unknown_readings.OfPlainClass", "callbacks[1]"),
+        ("kind: unknown_readings.of_function", "callbacks[1]"),
+        ("kind: unknown_reading_of_class.OfClass, every_n_updates: 1", "callbacks[1].kind"),
+    ],
+)
+def test_an_unknown_reading_is_refused_with_file_and_line(digits, monkeypatch, entry, place):
+    Path("unknown_readings.py").write_text(READINGS)
+    Path("unknown_reading_of_class.py").write_text(READINGS_OF_CLASS)
+    for module in ("unknown_readings", "unknown_reading_of_class"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    (message,) = digits(("  - kind: shop.say\n    name: only a label\n", f"  - {{{entry}}}\n"))
+    assert message.startswith(f"digits.yaml:20: {place}: ")
+    assert "declares the unknown reading 'grad_nrom'" in message
+    assert message.endswith("; did you mean 'grad_norm'?")

@@ -73,15 +73,15 @@ def test_a_float_as_python_writes_it_is_a_float(value):
         ("a: " + "[" * 5000, "a.yaml: is nested too deeply"),
     ],
 )  # fmt: skip
-def test_text_that_is_refused(text, message):
+def test_invalid_text_is_refused(text, message):
     assert refusal(text) == message
 
 
-def test_all_problems_of_a_text_are_said_at_once():
+def test_all_problems_of_a_text_are_reported_at_once():
     assert len(refusal("a: 1\na: 2\nb: !x 1\n3: 4").splitlines()) == 3
 
 
-def test_nested_aliases_cannot_blow_up():
+def test_nested_aliases_cannot_exhaust_memory():
     levels = "\n".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 9))
     assert f"more than {MAX_NODES} values" in refusal(f"l0: &l0 [x, x]\n{levels}")
 
@@ -92,7 +92,7 @@ def test_an_alias_is_the_value_at_its_own_path():
     assert source.place(("c",)).line == 2
 
 
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+def test_unreadable_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits.yaml").write_bytes(b"a: \xff")
     messages = []
@@ -107,12 +107,12 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     ]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfa: 1")
     assert read(tmp_path / "a.yaml").data == {"a": 1}
 
 
-def test_override_replaces_one_value_and_says_where_it_is_from():
+def test_an_override_replaces_one_value_and_its_place():
     source = parse("a: {b: 1, c: 2}\nl:\n  - x: 1\n  - x: 2", "a.yaml")
     changed = apply_overrides(source, ["a.b=1e-3", "l.1.x={y: [1]}", "new.deep=true"])
     assert changed.data == {"a": {"b": 1e-3, "c": 2}, "l": [{"x": 1}, {"x": {"y": [1]}}], "new": {"deep": True}}
@@ -121,7 +121,7 @@ def test_override_replaces_one_value_and_says_where_it_is_from():
     assert source.data["a"]["b"] == 1
 
 
-def test_overrides_that_are_refused_all_at_once():
+def test_invalid_overrides_are_refused_at_once():
     with pytest.raises(ConfigError) as caught:
         apply_overrides(parse("a: {b: 1}\nl: [1]", "a.yaml"), ["a.b", "a..b=1", "a.b.c=1", "l.3=1", "l.x=1", "a.b=[1"])
     assert str(caught.value).splitlines() == [

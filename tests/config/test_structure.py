@@ -46,7 +46,7 @@ PLAIN = [0, 1, -3, 2.0, 2.7, True, False, "3", "", "true", None, [], [1], {}, {"
 
 @pytest.mark.parametrize("value", PLAIN)
 @pytest.mark.parametrize("kind", [int, float, str, bool, list[int], dict[str, int]])
-def test_nothing_is_coerced(value, kind):
+def test_no_value_is_converted(value, kind):
     origin = getattr(kind, "__origin__", kind)
     fits = type(value) is origin or (kind is float and type(value) is int)
     try:
@@ -86,7 +86,7 @@ def test_containers(value, kind, made):
     assert make_converter().structure(value, kind) == made
 
 
-def test_whole_messages_of_values_that_do_not_fit():
+def test_messages_of_values_that_do_not_fit():
     @dataclass(frozen=True)
     class All:
         a: int | None
@@ -115,7 +115,7 @@ def test_whole_messages_of_values_that_do_not_fit():
     ]
 
 
-def test_everything_wrong_is_said_at_once_with_its_line():
+def test_every_problem_is_reported_at_once_with_its_line():
     text = "inner:\n  size: 0\n  mod: lower\ncount: two\nrate: fast\nnames:\n  a: 1\n  b: x\nname: x\n"
     assert problems(text, Outer) == [
         "a.yaml:2: inner.size: 0 is not a whole number of at least 1",
@@ -127,7 +127,7 @@ def test_everything_wrong_is_said_at_once_with_its_line():
     ]
 
 
-def test_missing_beside_out_of_range():
+def test_missing_and_out_of_range_settings_are_reported_together():
     assert problems("count: 0\ninner: {}", Outer) == [
         "a.yaml:1: count: 0 is not a whole number of at least 1",
         "a.yaml:2: inner.size: is missing",
@@ -138,7 +138,7 @@ def test_missing_beside_out_of_range():
     ]
 
 
-def test_what_a_constructor_raises_is_a_problem_of_the_object():
+def test_an_error_of_a_constructor_is_a_problem_of_the_object():
     @dataclass(frozen=True)
     class Picky:
         a: int
@@ -149,7 +149,7 @@ def test_what_a_constructor_raises_is_a_problem_of_the_object():
     assert problems("a: 1", Picky) == ["a.yaml:1: KeyError: 'inside'"]
 
 
-def test_a_signature_is_enough():
+def test_settings_are_checked_by_signature_alone():
     def make(
         width: int,
         loose,
@@ -171,7 +171,7 @@ def test_a_signature_is_enough():
     ]
 
 
-def test_a_function_that_takes_anything_is_given_anything():
+def test_a_function_with_keyword_arguments_accepts_any_setting():
     def make(width: int = 1, **others):
         return width, others
 
