@@ -127,14 +127,16 @@ def hidden_state(loader: Any) -> dict[str, Any]:
     }
 
 
-def warn_about_changes(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Warn about hidden state of a loader that an epoch changed."""
-    if changed := [name for name, value in after.items() if before.get(name, value) != value]:
+def warn_about_changes(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Warn about hidden state of a loader that an epoch changed; return whether there is any."""
+    changed = [name for name, value in after.items() if before.get(name, value) != value]
+    if changed:
         _warn(
             f"an epoch changed {', '.join(changed)}, which no checkpoint has, so a resumed run may see another order: "
             "let the order depend on set_epoch(epoch), which is called before each epoch, or on torch's global "
             "generator"
         )
+    return bool(changed)
 
 
 def _warn(message: str) -> None:

@@ -55,6 +55,7 @@ class BatchLoop:
         self._drawn = 0  # batches of this epoch, the current one included
         self._is_last: bool | None = None  # None if unknown
         self._is_reported = True
+        self._hidden: dict[str, Any] | None = hidden_state(loader)  # None once the user was warned
 
     @property
     def is_last(self) -> bool | None:
@@ -112,12 +113,15 @@ class BatchLoop:
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the state that remembers the batches counted in this epoch."""
         if isinstance(event, AfterUpdate):
-            return state.remember(MEMORY, FrozenDict(batches=self._drawn)), ()
-        return (state.remember(MEMORY, FrozenDict(batches=0)), ()) if isinstance(event, AfterEpoch) else (state, ())
+            return state.remember(MEMORY, self._memory(self._drawn)), ()
+        return (state.remember(MEMORY, self._memory(0)), ()) if isinstance(event, AfterEpoch) else (state, ())
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as for every callback
         """Return that no batch is counted."""
-        return {MEMORY: FrozenDict(batches=0)}
+        return {MEMORY: self._memory(0)}
+
+    def _memory(self, batches: int) -> Memory:
+        return FrozenDict(batches=batches, of=self.length, accumulation=self._accumulation)
 
     def _listens(self, event_type: type[Event]) -> bool:
         return event_type in {AfterUpdate, AfterEpoch}
@@ -128,19 +132,17 @@ class BatchLoop:
         Raises:
             SessionError: If the position in the epoch is not one of this loader.
         """
-        at, counted = state.iteration, _counted(state)
-        if MEMORY not in state.callback_states and at.update:
+        at, counted, memory = state.iteration, _counted(state), state.callback_states.get(MEMORY)
+        if memory is None:
             raise SessionError(
                 f"the saved run is at {at}, and no session.batches(...) made it: resume it where it was made"
             )
-        if self.length is None:
-            return
-        updates = at.update - at.epoch * -(-self.length // self._accumulation)
-        if updates != -(-counted // self._accumulation) or counted > self.length:
+        saved = (memory["of"], memory["accumulation"])
+        if saved != (self.length, self._accumulation):
             raise SessionError(
-                f"the saved run is at {at}, {counted} batches into its epoch, which does not fit epochs of "
-                f"{self.length} batches with accumulation={self._accumulation}: pass the loader and accumulation= it "
-                "was begun with, or begin a new run in a new directory"
+                f"the saved run is at {at}, {counted} batches into an epoch of {memory['of']} batches with "
+                f"accumulation={memory['accumulation']}, and this loop has {self.length} batches with "
+                f"accumulation={self._accumulation}: pass what the run was begun with, or begin one in a new directory"
             )
 
     def run(self) -> Iterator[Any]:
@@ -161,7 +163,7 @@ class BatchLoop:
     def _epoch(self, state: TrainState) -> Iterator[Any]:
         """Yield the batches that are left of an epoch, while the run is not over."""
         session, epoch, counted = self._session, state.iteration.epoch, _counted(state)
-        hidden, start_s = hidden_state(self._loader), time.perf_counter()
+        start_s = time.perf_counter()
         self._drawn = 0
         for batch, is_last in self._draw(epoch_iterator(self._loader, self._seed, epoch), epoch):
             self._drawn += 1
@@ -183,7 +185,9 @@ class BatchLoop:
                 f"the loader yielded {self._drawn} batches in epoch {epoch}, where {max(counted, 1)} or more are "
                 "needed: pass an iterable that yields the same epochs each time it is iterated, not an iterator"
             )
-        warn_about_changes(hidden, hidden_state(self._loader))
+        if self._hidden is not None:
+            hidden = hidden_state(self._loader)
+            self._hidden = None if warn_about_changes(self._hidden, hidden) else hidden
 
     def _draw(self, iterator: Iterator[Any], epoch: int) -> Iterator[tuple[Any, bool | None]]:
         """Yield each batch, and whether it is the last of the epoch."""
