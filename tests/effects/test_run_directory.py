@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_effect_reaches_its_destination(tmp_path, capsys):
-    run = open_run(tmp_path / "run")
+    directory = open_run(tmp_path / "run")
     state = TrainState(params={"weight": torch.ones(2)}).advance(samples=4)
     effects = [
         LogText("hello"),
@@ -42,8 +42,8 @@ def test_every_effect_reaches_its_destination(tmp_path, capsys):
         SaveTensors(name="outputs/first", tensors={"x": torch.arange(3)}),
         SaveCheckpoint(pointers=("latest",)),
     ]
-    run.interpreter(effects, state, AfterUpdate(samples=4))
-    run.close()
+    directory.interpreter(effects, state, AfterUpdate(samples=4))
+    directory.close()
     (line,) = read(tmp_path / "run/metrics.jsonl")  # one line per event, with measured and logged values
     assert line["metrics"].pop("memory") > 1_000_000
     assert line["metrics"] == {"loss": 0.5}
@@ -57,19 +57,19 @@ def test_every_effect_reaches_its_destination(tmp_path, capsys):
 
 def test_a_resumed_run_that_saves_before_it_logs_counts_the_existing_lines(tmp_path):
     save, update = SaveCheckpoint(pointers=("latest",)), AfterUpdate(samples=4)
-    with open_run(tmp_path / "run") as run:
-        run.interpreter([LogScalars({"x": 1}), save], at(1), update)
-    with open_run(tmp_path / "run") as run:
-        run.resume()
-        run.interpreter([save], at(2), update)
-        newest = run.checkpoints.find("latest")
+    with open_run(tmp_path / "run") as directory:
+        directory.interpreter([LogScalars({"x": 1}), save], at(1), update)
+    with open_run(tmp_path / "run") as directory:
+        directory.resume()
+        directory.interpreter([save], at(2), update)
+        newest = directory.checkpoints.find("latest")
     assert (newest.log_lines, newest.log_lines_lost) == (1, 0)
 
 
 def test_only_rank_0_truncates_the_logs(tmp_path):
-    with open_run(tmp_path / "run") as run:
-        run.interpreter([LogScalars({"x": 1}), SaveCheckpoint()], at(1), AfterUpdate(samples=4))
-        run.interpreter([LogScalars({"x": 2})], at(2), AfterUpdate(samples=4))
+    with open_run(tmp_path / "run") as directory:
+        directory.interpreter([LogScalars({"x": 1}), SaveCheckpoint()], at(1), AfterUpdate(samples=4))
+        directory.interpreter([LogScalars({"x": 2})], at(2), AfterUpdate(samples=4))
         assert open_run(tmp_path / "run", rank=1).resume().iteration.update == 1
         assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 2]
 
@@ -81,19 +81,19 @@ def log_updates(interpreter, updates):
 
 @pytest.mark.parametrize("how", ["closed", "exited", "collected", "outlived"])
 def test_no_buffered_line_is_lost_however_a_run_is_released(tmp_path, how):
-    run = open_small_run(tmp_path / "run")
-    interpreter = run.interpreter
+    directory = open_small_run(tmp_path / "run")
+    interpreter = directory.interpreter
     if how == "outlived":  # by its interpreter
-        del run
+        del directory
         gc.collect()
     log_updates(interpreter, range(5))
     assert len(read(tmp_path / "run/metrics.jsonl")) == 1
     if how == "closed":
-        run.close()
+        directory.close()
     elif how == "exited":
-        run.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        directory.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     else:
-        run = None
+        directory = None
         del interpreter
         gc.collect()
     assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [*range(5)]
@@ -131,47 +131,47 @@ def test_a_log_error_during_a_save_is_reported_and_counted_in_the_manifest(tmp_p
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return call_without_fsync(function, *arguments)
 
-    with open_small_run(tmp_path / "run", Disk(call), asynchronous=asynchronous) as run:
-        log_updates(run.interpreter, range(1, 5))
+    with open_small_run(tmp_path / "run", Disk(call), asynchronous=asynchronous) as directory:
+        log_updates(directory.interpreter, range(1, 5))
         full.append(True)
-        run.interpreter([SaveCheckpoint()], at(4), update_at(0.005))
-        run.wait()
+        directory.interpreter([SaveCheckpoint()], at(4), update_at(0.005))
+        directory.wait()
         full.clear()
-        log_updates(run.interpreter, range(5, 7))
-        run.interpreter([SaveCheckpoint()], at(6), update_at(0.007))
-        run.wait()
-        found = [(each.log_lines, each.log_lines_lost) for each in run.checkpoints.manifests()]
-    assert found == [(1, 3), (3, 3)]
+        log_updates(directory.interpreter, range(5, 7))
+        directory.interpreter([SaveCheckpoint()], at(6), update_at(0.007))
+        directory.wait()
+        counts = [(each.log_lines, each.log_lines_lost) for each in directory.checkpoints.manifests()]
+    assert counts == [(1, 3), (3, 3)]
     assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 5, 6]
     assert caplog.text.count("metrics.jsonl failed and may have lost log entries") == 1
 
 
 @pytest.mark.parametrize("end", ["close", "save", "collect"])
 def test_no_buffered_entry_is_lost_however_a_run_ends(tmp_path, end):
-    run = open_run(tmp_path / "run")
+    directory = open_run(tmp_path / "run")
     for time_s in (1.0, 1.1):
-        run.interpreter((SetSummary({"at": time_s}),), at(1), AfterEpoch(time_s=time_s))
+        directory.interpreter((SetSummary({"at": time_s}),), at(1), AfterEpoch(time_s=time_s))
     if end == "save":
-        run.interpreter((SaveCheckpoint(),), at(1), AfterEpoch(time_s=1.2))
+        directory.interpreter((SaveCheckpoint(),), at(1), AfterEpoch(time_s=1.2))
     elif end == "close":
-        run.close()
+        directory.close()
     else:
-        del run
+        del directory
         gc.collect()
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"at": 1.1}
 
 
 def test_an_event_without_effects_flushes_the_buffers(tmp_path):
-    run = open_run(tmp_path / "run")
+    directory = open_run(tmp_path / "run")
     for update, time_s in enumerate((10.0, 10.5)):
-        run.interpreter((LogScalars({"x": update}), SetSummary({"x": update})), at(update), update_at(time_s))
+        directory.interpreter((LogScalars({"x": update}), SetSummary({"x": update})), at(update), update_at(time_s))
     assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0]
-    run.interpreter((), at(2), update_at(10.9))
+    directory.interpreter((), at(2), update_at(10.9))
     assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0]
-    run.interpreter((), at(3), update_at(11.1))
+    directory.interpreter((), at(3), update_at(11.1))
     assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [0, 1]
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"x": 1}
-    run.close()
+    directory.close()
 
 
 def test_buffers_are_written_before_another_process_opens_the_run(tmp_path):

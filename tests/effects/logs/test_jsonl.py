@@ -1,4 +1,4 @@
-"""JSON Lines files: buffered, truncated on resume, and every line on the disk or counted as lost."""
+"""JSON Lines files: lines are buffered, and each is on the disk or counted as lost."""
 
 import errno
 import gc
@@ -24,7 +24,6 @@ from noether import (
     AfterUpdate,
     LogScalars,
 )
-from noether.effects import LogError
 from noether.effects.disk.calls import Disk, fsync
 from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.jsonl import LinesFile, LogCount, event_name, metrics_file
@@ -63,129 +62,14 @@ def test_nan_and_infinities_are_written_as_strings(path):
     assert read(path)[0]["metrics"] == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.1}
 
 
-def write_all(path, *lines):
-    metrics = metrics_file(path)
-    for state, event in lines:
-        metrics.write(LogScalars({"x": state.iteration.update}), state, event)
-
-
-def test_truncate_removes_lines_that_a_resumed_run_logs_again(path):
-    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in range(1, 6)))
-    assert metrics_file(path).truncate(at(3)) == 2
-    assert [line["update"] for line in read(path)] == [1, 2, 3]
-    assert metrics_file(path).truncate(at(3)) == 0
-
-
-def test_truncate_removes_the_end_of_an_epoch_that_had_not_ended(path):
-    update = (at(3), AfterUpdate(samples=4))
-    write_all(path, update, (at(3, epoch=1), AfterEpoch()))
-    intact = path.read_text()
-    assert metrics_file(path).truncate(at(3, epoch=1)) == 0
-    assert path.read_text() == intact
-    assert metrics_file(path).truncate(at(3)) == 1
-    assert [line["event"] for line in read(path)] == ["after_update"]
-
-
-def test_truncate_removes_the_end_of_training_unless_the_state_has_ended(path):
-    lines = [(at(3, epoch=1), AfterEpoch()), (at(3, epoch=1), AfterTraining())]
-    write_all(path, *lines)
-    assert metrics_file(path).truncate(at(3, epoch=1, ended=True)) == 0
-    assert metrics_file(path).truncate(at(3, epoch=1)) == 1
-    assert [line["event"] for line in read(path)] == ["after_epoch"]
-    # An earlier end stays, if the run was then extended.
-    write_all(path, lines[1], (at(4, epoch=1), AfterUpdate(samples=4)))
-    assert metrics_file(path).truncate(at(4, epoch=1)) == 0
-
-
-def test_truncate_removes_all_lines_for_a_new_run(path):
-    write_all(path, (at(0), AfterUpdate(samples=4)), (at(1), AfterUpdate(samples=4)))
-    assert metrics_file(path).truncate(None) == 2
-    assert path.read_text() == ""
-
-
-@pytest.mark.parametrize("torn", ['{"event": "after', "{", "\x00\x00", "[]\n", '{"event": "after_update"}\n'])
-def test_truncate_removes_a_partial_last_line(path, torn):
-    write_all(path, (at(1), AfterUpdate(samples=4)))
-    intact = path.read_text()
-    path.write_text(intact + torn)
-    assert metrics_file(path).truncate(at(9)) == 1
-    assert path.read_text() == intact
-
-
-def test_truncate_removes_a_last_line_without_line_end(path):
-    write_all(path, (at(1), AfterUpdate(samples=4)), (at(2), AfterUpdate(samples=4)))
-    path.write_text(path.read_text().rstrip("\n"))
-    metrics_file(path).truncate(at(2))
-    write_all(path, (at(3), AfterUpdate(samples=4)))
-    assert [line["update"] for line in read(path)] == [1, 3]
-
-
-def test_a_foreign_line_is_reported_with_its_number(path):
-    write_all(path, (at(1), AfterUpdate(samples=4)))
-    path.write_text("hello\n" + path.read_text())
-    before = path.read_text()
-    with pytest.raises(LogError) as error:
-        metrics_file(path).truncate(at(1))
-    assert str(error.value) == f"{path}:1: not a log line: 'hello\\n'; remove this line, and resume again"
-    assert path.read_text() == before
-
-
-@UNTIMED
-@given(written=st.integers(1, 8), cut_at=st.integers(0, 8), torn=st.integers(0, 60))
-def test_a_log_truncated_anywhere_and_continued_equals_the_uncut_log(tmp_path_factory, written, cut_at, torn):
-    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
-    events = [(at(update), AfterUpdate(samples=4)) for update in range(1, 10)]
-    write_all(path, *events)
-    intact = path.read_text()
-    path.unlink()
-    write_all(path, *events[:written])
-    last_start = path.read_text()[:-1].rfind("\n") + 1
-    kept = min(cut_at, written - 1)  # the last line may be partial, so the state is older
-    path.write_text(path.read_text()[: last_start + torn])
-    metrics_file(path).truncate(at(kept))
-    write_all(path, *events[kept:])
-    assert path.read_text() == intact
-
-
-def test_truncate_without_a_file_is_a_no_op(path):
-    assert metrics_file(path).truncate(at(1)) == 0
-    assert not path.exists()
-
-
 def test_to_plain_does_not_change_json_scalars():
     assert [to_plain(value) for value in (None, "x", True, 3)] == [None, "x", True, 3]
-
-
-def test_a_damaged_line_that_was_saved_is_an_error_and_not_a_partial_line(path):
-    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2)))
-    damaged = path.read_text()[:-9] + "\n"
-    path.write_text(damaged)
-    with pytest.raises(LogError, match=f"^{path}:2: not a log line: "):
-        metrics_file(path).truncate(at(2), LogCount(2))
-    assert path.read_text() == damaged
-    assert metrics_file(path).truncate(at(2), LogCount(1, lost=1)) == 1
-
-
-def test_missing_saved_lines_are_reported_and_counted_as_lost(path, caplog):
-    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 3)))
-    metrics = metrics_file(path)
-    assert metrics.truncate(at(3), LogCount(4, lost=2)) == 0
-    assert f"{path} misses 2 of its 4 saved lines" in caplog.text
-    assert metrics.fsync(metrics.counts) == LogCount(2, lost=4)
-
-
-def test_lines_counted_as_lost_that_are_found_are_no_longer_counted_as_lost(path):
-    """As after a failed fsync without a power loss."""
-    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2, 3)))
-    metrics = metrics_file(path)
-    assert metrics.truncate(at(3), LogCount(1, lost=2)) == 0
-    assert metrics.fsync(metrics.counts) == LogCount(3, lost=0)
 
 
 def test_a_new_file_whose_directory_entry_may_be_lost_is_created_again(path):
     faults = Faults()
     metrics = metrics_file(path, disk=Disk(faults))
-    faults.arm(4, "EIO once")  # open, read it (open, fstat, close), then the directory
+    faults.arm(4, "EIO once")  # the fifth call: open, read (open, fstat, close), flush the directory
     with pytest.raises(OSError, match="Input/output error"):
         metrics.write(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4))
     assert not path.exists()
@@ -231,7 +115,7 @@ def test_after_a_failed_fsync_the_lines_are_written_to_another_file(path, caplog
     assert caplog.text.count("could not be flushed to the disk") == 1
 
 
-def counts(path, *events):
+def line_counts(path, *events):
     """Write a line per event; return the number of lines in the file after each event."""
     metrics, numbers = metrics_file(path), []
     for update, event in enumerate(events, 1):
@@ -241,32 +125,32 @@ def counts(path, *events):
 
 
 def test_lines_of_updates_are_flushed_once_a_second(path):
-    assert counts(path, *map(update_at, (0, 0.5, 0.99, 1.0, 1.5, 2.5))) == [1, 1, 1, 4, 4, 6]
+    assert line_counts(path, *map(update_at, (0, 0.5, 0.99, 1.0, 1.5, 2.5))) == [1, 1, 1, 4, 4, 6]
 
 
 def test_a_line_long_after_the_last_flush_is_flushed_at_once(path):
-    assert counts(path, *map(update_at, (0, 60, 120))) == [1, 2, 3]
+    assert line_counts(path, *map(update_at, (0, 60, 120))) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("seconds", [-0.5, -100, 1e9])
 def test_a_changed_clock_flushes_at_once(path, seconds):
-    assert counts(path, update_at(0), update_at(0.1), update_at(seconds)) == [1, 1, 3]
+    assert line_counts(path, update_at(0), update_at(0.1), update_at(seconds)) == [1, 1, 3]
 
 
 def test_events_without_a_time_flush_at_once(path):
-    assert counts(path, *(AfterUpdate(samples=4) for _ in range(3))) == [1, 2, 3]
+    assert line_counts(path, *(AfterUpdate(samples=4) for _ in range(3))) == [1, 2, 3]
 
 
 def test_any_other_event_flushes_the_buffer(path):
     step = AfterAccumulationStep(time_s=BEGIN_S + 0.3)
     for event in (AfterEpoch(time_s=BEGIN_S + 0.3), AfterTraining(time_s=BEGIN_S + 0.3), step):
-        assert counts(path, update_at(0), update_at(0.1), update_at(0.2), event) == [1, 1, 1, 4]
+        assert line_counts(path, update_at(0), update_at(0.1), update_at(0.2), event) == [1, 1, 1, 4]
         path.unlink()
 
 
 def test_the_buffer_holds_at_most_a_thousand_lines(path):
-    found = counts(path, *(update_at(number / 1e6) for number in range(2002)))
-    assert {after for before, after in pairwise(found) if before != after} == {1001, 2001}
+    numbers = line_counts(path, *(update_at(number / 1e6) for number in range(2002)))
+    assert {after for before, after in pairwise(numbers) if before != after} == {1001, 2001}
 
 
 def test_buffered_lines_hold_no_tensors(path):
@@ -308,7 +192,7 @@ ACTIONS = st.lists(
 
 
 def line_of(update, event):
-    """Return the line of an event as unbuffered."""
+    """Return the line of an event as an unbuffered write gives it."""
     place = {"event": event_name(event), "epoch": 0, "update": update, "sample": 4 * update, "time_s": event.time_s}
     return (json.dumps({"run": "r", **place, "metrics": {"x": update / 3}}, allow_nan=False) + "\n").encode()
 
@@ -334,9 +218,9 @@ def test_any_sequence_of_calls_gives_the_same_file_as_unbuffered_writes(tmp_path
             assert metrics.counts == LogCount(expected.count(b"\n"))
             assert (path.read_bytes() if path.exists() else b"") == expected
             assert action == "flush" or metrics.fsync(metrics.counts) == metrics.counts
-        there = path.read_bytes() if path.exists() else b""
-        assert expected.startswith(there)
-        assert there.endswith(b"\n") or not there
+        content = path.read_bytes() if path.exists() else b""
+        assert expected.startswith(content)
+        assert content.endswith(b"\n") or not content
     metrics.close()
     assert (path.read_bytes() if path.exists() else b"") == expected
 
@@ -370,10 +254,10 @@ def test_every_line_is_in_the_file_or_counted_as_lost_after_any_faults(tmp_path_
     lines, lost = metrics.counts
     assert lines + lost == len(actions)
     metrics.write(LogScalars({"x": -1}), at(len(actions)), AfterTraining())  # removes a partial line first
-    found = [line["update"] for line in read(path)]
-    assert found == sorted(set(found))
-    assert len(found) == lines + 1
-    assert not {update for update, (_, fault) in enumerate(actions) if fault == "no JSON"} & set(found)
+    updates = [line["update"] for line in read(path)]
+    assert updates == sorted(set(updates))
+    assert len(updates) == lines + 1
+    assert not {update for update, (_, fault) in enumerate(actions) if fault == "no JSON"} & set(updates)
 
 
 @pytest.mark.parametrize("kind", ["short", "ENOSPC once"])
@@ -452,11 +336,3 @@ def test_flushes_in_another_thread_lose_no_line(path):
     metrics.flush()
     assert metrics.counts == LogCount(3000)
     assert [line["update"] for line in read(path)] == [*range(3000)]
-
-
-def test_truncate_applies_to_buffered_lines(path):
-    metrics = metrics_file(path)
-    for update in range(6):
-        metrics.write(LogScalars({"x": 1}), at(update), update_at(update / 10))
-    assert metrics.truncate(at(3)) == 2
-    assert [line["update"] for line in read(path)] == [0, 1, 2, 3]
