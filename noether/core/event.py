@@ -57,10 +57,15 @@ class Event:
     def replace(self, **changes: Any) -> Self:
         """Return the event with some fields changed, such as those that a loop adds to the event of a step.
 
+        Raises:
+            TypeError: As for `of`.
+
         Example:
             >>> AfterUpdate(samples=4).replace(duration_s=0.5).samples
             4
         """
+        if __debug__ and not changes.keys() <= self.__dataclass_fields__.keys():
+            raise TypeError(_unknown_field(type(self), changes))
         event = object.__new__(type(self))
         vars(event).update(vars(self), **changes)
         return event

@@ -1,13 +1,12 @@
 """Learning rate and weight decay as pure functions of the number of completed updates.
 
 A value schedule is a frozen dataclass called with a position, the number of updates completed so far: update u uses
-`schedule(u - 1)`. Every schedule holds its first value exactly at position 0 and its last value exactly at the
-position `updates` and after; the last update of such a run, which comes one position earlier, uses the value next to
-the last, as with torch's schedulers, timm, optax and Hugging Face. Nothing is accumulated, so any position can be
-asked for in any order, and a resumed run has nothing to restore.
+`schedule(u - 1)`. Every schedule has its first value exactly at position 0 and its last value exactly at the position
+`updates` and after. The last update of a run comes one position earlier and uses the value before the last, as with
+torch's schedulers, timm, optax and Hugging Face. Nothing accumulates, so positions may come in any order and a resumed
+run has nothing to restore.
 
-They are called value schedules to tell them from the schedules in `noether.core.schedules`, which say when a callback
-fires.
+The schedules in `noether.core.schedules` are different: they say when a callback fires.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ def value_schedule(
 ) -> ValueSchedule:
     """Return the schedule that `settings` describe for a hyperparameter with the base value `base`.
 
-    A warm-up comes out of the run: the schedule behind it has `total_updates` minus the warm-up left. Milestones
-    count from the start of the run, warm-up included, as in Goyal et al. 2017.
+    A warm-up is part of the run: the schedule after it takes `total_updates` minus the warm-up. Milestones count from
+    the start of the run, warm-up included, as in Goyal et al. 2017.
 
     Args:
-        base: The hyperparameter's own value, which the factors in `settings` multiply.
+        base: The value that the factors in `settings` multiply.
         settings: Kind, warm-up and end of the schedule.
         total_updates: Number of updates of the whole run, at least 1.
-        updates_per_epoch: Number of updates of one epoch, at least 1; translates settings in epochs.
+        updates_per_epoch: Number of updates of one epoch, at least 1; converts settings in epochs.
 
     Raises:
-        SettingsError: If a count is not at least 1, the warm-up leaves a decay no update, or a milestone lies in it.
+        SettingsError: If a count is not at least 1, the warm-up takes all updates, or a milestone lies in the warm-up.
 
     Example:
         >>> from noether.config.optimizer_settings import ScheduleSettings
@@ -71,7 +70,7 @@ class Constant:
 
     value: float
 
-    def __call__(self, position: int) -> float:  # noqa: ARG002  # every value schedule is asked by position
+    def __call__(self, position: int) -> float:  # noqa: ARG002  # the signature of a value schedule
         """Return the value at `position`."""
         return self.value
 
@@ -79,7 +78,7 @@ class Constant:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """From `start` to `end` on a line; torch's `LinearLR`.
+    """Linear from `start` to `end`; torch's `LinearLR`.
 
     Args:
         start: Value at position 0.
@@ -97,7 +96,7 @@ class Linear:
 
     def __call__(self, position: int) -> float:
         """Return the value at `position`."""
-        return _between(self.end, self.start, _left(position, self.updates))
+        return _interpolate(self.end, self.start, _share_left(position, self.updates))
 
 
 @final
@@ -124,8 +123,8 @@ class Cosine:
 
     def __call__(self, position: int) -> float:
         """Return the value at `position`."""
-        done = 1.0 - _left(position, self.updates)
-        return _between(self.end, self.start, 0.5 * (1.0 + math.cos(math.pi * done)))
+        done = 1.0 - _share_left(position, self.updates)
+        return _interpolate(self.end, self.start, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
 @final
@@ -151,7 +150,7 @@ class Polynomial:
 
     def __call__(self, position: int) -> float:
         """Return the value at `position`."""
-        return _between(self.end, self.start, _left(position, self.updates) ** self.power)
+        return _interpolate(self.end, self.start, _share_left(position, self.updates) ** self.power)
 
 
 @final
@@ -181,7 +180,7 @@ class StepDecay:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Warmup:
-    """A line from `start` to the first value of another schedule, which follows; torch's `SequentialLR`.
+    """Linear from `start` to the first value of another schedule, then that schedule; torch's `SequentialLR`.
 
     Gradual warm-up as in Goyal et al., "Accurate, Large Minibatch SGD", 2017, section 2.2. With `start` 0 the first
     update uses the value 0, as with Hugging Face's, timm's and optax's warm-ups.
@@ -216,12 +215,15 @@ def _after_warmup(
         milestones = settings.milestone_updates or tuple(e * updates_per_epoch for e in settings.milestone_epochs)
         if milestones[0] <= warmup:
             setting = "milestone_updates" if settings.milestone_updates else "milestone_epochs"
-            raise_problems([Problem(setting, f"the first, at update {milestones[0]}, lies in the warm-up of {warmup}")])
+            message = f"the first one, at update {milestones[0]}, lies in the warm-up of {warmup} updates"
+            raise_problems([Problem(setting, message)])
         return StepDecay(start=base, milestones=tuple(m - warmup for m in milestones), gamma=_or(settings.gamma, 0.1))
     updates = total_updates - warmup
     if updates < 1:
         setting = "warmup_epochs" if settings.warmup_epochs else "warmup_updates"
-        raise_problems([Problem(setting, f"{warmup} of {total_updates} updates leave none for {settings.kind}")])
+        raise_problems(
+            [Problem(setting, f"a warm-up of {warmup} updates leaves none of {total_updates} for {settings.kind}")]
+        )
     end = base * _or(settings.end_factor, 0.0)
     if settings.kind == "linear":
         return Linear(start=base, end=end, updates=updates)
@@ -234,11 +236,11 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _left(position: int, updates: int) -> float:
-    """Return the share of `updates` that is left at `position`: 1 at its start, 0 at its end and after."""
+def _share_left(position: int, updates: int) -> float:
+    """Return the share of `updates` that remains at `position`: 1 at the start, 0 at the end and after."""
     return max(0, updates - position) / updates
 
 
-def _between(low: float, high: float, share: float) -> float:
-    # Two products, where the usual `low + (high - low) * share` misses `high` by a rounding at share 1.
+def _interpolate(low: float, high: float, share: float) -> float:
+    # Two products, because `low + (high - low) * share` rounds to a value other than `high` at share 1.
     return low * (1.0 - share) + high * share

@@ -1,4 +1,4 @@
-"""Batches as a function of where the run is, whoever loads them and wherever one begins."""
+"""Batches are a function of the iteration, whatever the number of workers and wherever loading starts."""
 
 import multiprocessing
 import random

@@ -54,7 +54,7 @@ CONFIG = """
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def make_experiment(tmp_path, monkeypatch):
     (tmp_path / "drawn.py").write_text(textwrap.dedent(MODULE))
     (tmp_path / "drawn.yaml").write_text(textwrap.dedent(CONFIG))
     monkeypatch.chdir(tmp_path)
@@ -69,26 +69,26 @@ def made(tmp_path, monkeypatch):
     return make
 
 
-def test_a_dataset_that_draws_in_its_constructor_draws_the_same_again(made):
-    first, second = made(), made()
+def test_a_dataset_that_draws_in_its_constructor_draws_the_same_again(make_experiment):
+    first, second = make_experiment(), make_experiment()
     assert same(list(first.run.data["train"]), list(second.run.data["train"]))
     assert not same(list(first.run.data["train"]), list(first.run.data["val"]))
     assert same(first.state.params, second.state.params)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_model_that_draws_in_evaluation_draws_the_same_for_any_workers(made, workers):
-    alone, other = made(), made(f"trainer.num_workers={workers}")
+def test_a_model_that_draws_in_evaluation_draws_the_same_for_any_workers(make_experiment, workers):
+    alone, other = make_experiment(), make_experiment(f"trainer.num_workers={workers}")
     measured = [each.reducer(each.state, AtEval(run=each.run))[0].metrics for each in (alone, other, other)]
     assert same(measured[0], measured[1])
     assert same(measured[1], measured[2])
 
 
-def test_an_evaluation_comes_before_those_who_use_it_if_it_is_there(made):
-    names = [type(member).__name__ for member in made().reducer.members]
+def test_an_evaluation_comes_before_those_who_use_it_if_it_is_there(make_experiment):
+    names = [type(member).__name__ for member in make_experiment().reducer.members]
     assert names == ["OnlineLossCallback", "EvaluateCallback", "BestMetricCallback"]
 
 
-def test_a_seed_that_no_generator_takes_is_refused(made):
+def test_a_seed_that_no_generator_takes_is_refused(make_experiment):
     with pytest.raises(ConfigError, match=r"run.seed: 99999999999999999999 is not below 9223372036854775808"):
-        made("run.seed=99999999999999999999")
+        make_experiment("run.seed=99999999999999999999")

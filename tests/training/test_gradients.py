@@ -1,4 +1,4 @@
-"""Gradients are those of torch, to the bit."""
+"""Gradients equal those of `torch.autograd.grad`, bit for bit."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from noether.training.step.gradients import compute_gradients
 
 
 class Marked(torch.Tensor):
-    """A tensor of a class of its own, which torch asks what to do."""
+    """A subclass, to which torch passes each call."""
 
 
 @given(seed=st.integers(0, 2**31), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4), data=st.data())
 @settings(deadline=None)
-def test_they_are_those_of_torch(seed, sizes, data):
+def test_gradients_have_the_bits_of_torch(seed, sizes, data):
     torch.manual_seed(seed)
     leaves = [torch.randn(size, size, requires_grad=True) for size in sizes]
     used = data.draw(st.sets(st.sampled_from(range(len(leaves))), min_size=1))
@@ -29,7 +29,7 @@ def test_they_are_those_of_torch(seed, sizes, data):
     assert all(leaf.grad is None for leaf in leaves)
 
 
-def test_a_tensor_of_another_class_is_left_to_torch():
+def test_torch_differentiates_a_tensor_subclass():
     leaf = torch.ones(3, requires_grad=True)
     loss = leaf.sum().as_subclass(Marked)
     assert torch.equal(compute_gradients(loss, [leaf])[0], torch.ones(3))

@@ -154,10 +154,10 @@ def tensors_in(tree):
             yield from tensors_in(item)
 
 
-def unlisted(tree):
+def with_lists(tree):
     """Return packed memory with its lists as lists, as the class keeps them."""
     if isinstance(tree, dict):
-        return list(tree["__list__"]) if "__list__" in tree else {key: unlisted(value) for key, value in tree.items()}
+        return list(tree["__list__"]) if "__list__" in tree else {key: with_lists(value) for key, value in tree.items()}
     return tree
 
 
@@ -176,7 +176,7 @@ def test_bits_are_those_of_the_class(cls, settings):
     params, opt_state = run_functional(functional, params, opt_state, range(UPDATES))
     expected, state, _ = run_mutable(cls, settings)
     assert_same(params, expected)
-    assert_same(unlisted(opt_state["state"]), state)
+    assert_same(with_lists(opt_state["state"]), state)
 
 
 @pytest.mark.parametrize(("cls", "settings"), VARIANTS)

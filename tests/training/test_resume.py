@@ -179,7 +179,7 @@ def uncut(case):
 
 
 def with_cuts(case, cuts, directory):
-    """Run in sessions that die; each goes on from the newest save in the real store, or begins anew."""
+    """Run in sessions that die; each resumes from the newest save in the real store, or starts from the beginning."""
     stream = []
     for dies_at, saves_at in [*cuts, (None, None)]:
         store = CheckpointStore(directory, "law")
@@ -222,7 +222,7 @@ def cases(draw, workers=0):
     }
 
 
-def normalized(case):
+def without_single_samples(case):
     """No micro-batch of one sample: batch norm cannot train on it."""
     micro = case["micro"]
     sizes = [case["batch"]] + ([] if case["drop_last"] else [case["length"] % case["batch"] or case["batch"]])
@@ -234,7 +234,7 @@ cut_points = st.lists(st.tuples(st.integers(2, 12), st.integers(1, 12)), max_siz
 
 
 def check(case, cuts, directory):
-    case = normalized(case)
+    case = without_single_samples(case)
     expected_state, expected_stream = uncut(case)
     state, stream = with_cuts(case, cuts, directory)
     for name in ("iteration", "previous", "params", "buffers", "opt_state", "hyperparams", "metrics"):

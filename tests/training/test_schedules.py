@@ -172,11 +172,15 @@ def test_all_problems_are_told_at_once():
 @pytest.mark.parametrize(
     ("settings", "total", "message"),
     [
-        ({"kind": "cosine", "warmup_updates": 10}, 10, "warmup_updates: 10 of 10 updates leave none for cosine"),
+        (
+            {"kind": "cosine", "warmup_updates": 10},
+            10,
+            "warmup_updates: a warm-up of 10 updates leaves none of 10 for cosine",
+        ),
         (
             {"kind": "step", "milestone_epochs": (2,), "warmup_updates": 20},
             50,
-            "milestone_epochs: the first, at update 20, lies",
+            "milestone_epochs: the first one, at update 20, lies",
         ),
         ({}, 0, "total_updates: 0 is not a whole number of at least 1"),
     ],

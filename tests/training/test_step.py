@@ -213,7 +213,7 @@ def size_of(batch):
     return len(next(iter(batch.values())) if isinstance(batch, dict) else batch[0])
 
 
-def called(model, batch):
+def call_model(model, batch):
     return model(batch["points"], batch["scale"]) if isinstance(batch, dict) else model(batch[0])
 
 
@@ -249,7 +249,7 @@ def mutable_loop(case, updates=UPDATES):
         for batch in batches:
             share = size_of(batch) / samples
             with nullcontext() if precision is None else torch.autocast("cpu", dtype=precision):
-                outputs = called(model, batch)
+                outputs = call_model(model, batch)
                 losses = case.loss(outputs, batch)
                 total = sum(losses.values())
             (total * share).backward()
@@ -267,17 +267,17 @@ def mutable_loop(case, updates=UPDATES):
             "grad_norm": norm,
             "lr": {name: group["lr"] for name, group in zip(names, optimizer.param_groups, strict=True)},
             "outputs": tuple(returned),
-            "params": copied(dict(model.named_parameters())),
-            "buffers": copied(dict(model.named_buffers())),
+            "params": clone_values(dict(model.named_parameters())),
+            "buffers": clone_values(dict(model.named_buffers())),
             "opt_state": {
-                name: copied(optimizer.state[param])
+                name: clone_values(optimizer.state[param])
                 for name, param in model.named_parameters()
                 if param in optimizer.state
             },
         }
 
 
-def copied(tree):
+def clone_values(tree):
     return {name: leaf.detach().clone() for name, leaf in tree.items()}
 
 
@@ -379,7 +379,7 @@ def test_unused_parameter_has_no_gradient_in_some_updates_only():
 # Accumulation
 
 
-def split(batch, sizes):
+def split_batch(batch, sizes):
     return list(zip(*(part.split(sizes) for part in batch), strict=True))
 
 
@@ -394,7 +394,7 @@ def test_accumulation_is_the_mean_over_samples(sizes, index):
     step, state = make_step(case)
     batch = make_batch(index, sum(sizes), torch.float64)
     whole, at_once = step(state, [batch])
-    parts, accumulated = step(state, split(batch, sizes))
+    parts, accumulated = step(state, split_batch(batch, sizes))
     assert accumulated.samples == at_once.samples == sum(sizes)
     assert accumulated.losses.keys() == at_once.losses.keys() == {"entropy", "size", "total"}
     for ours, theirs in ((accumulated.losses, at_once.losses), (parts.params, whole.params)):
@@ -562,7 +562,7 @@ def test_outputs_carry_lr_and_weight_decay_of_each_group():
     assert outputs.grad_norm is None
 
 
-# What is not finite
+# Nonfinite losses and gradients
 
 
 class Root(nn.Module):

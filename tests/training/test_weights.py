@@ -1,4 +1,4 @@
-"""Loaded states on another device; torch's `meta` stands for the accelerator, for it knows devices but needs none."""
+"""Loaded states on another device; torch's `meta` device stands for the accelerator."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.weights import to_device
 
 
-def trained():
+def trained_state():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     state = TrainState.from_module(model)
     adam = FunctionalOptimizer(torch.optim.AdamW, {"lr": 0.1})
@@ -18,8 +18,8 @@ def trained():
     return state.replace(params=params, opt_state=opt_state, metrics=metrics).remember("sum", {"of": torch.ones(2)})
 
 
-def test_everything_moves_but_the_counters_of_steps():
-    state = to_device(trained(), torch.device("meta"))
+def test_all_tensors_move_except_step_counters():
+    state = to_device(trained_state(), torch.device("meta"))
     assert {param.device.type for param in state.params.values()} == {"meta"}
     assert state.buffers["1.running_mean"].device.type == "meta"
     assert state.memory("sum")["of"].device.type == "meta"
@@ -30,6 +30,6 @@ def test_everything_moves_but_the_counters_of_steps():
     assert memory["step"].device.type == "cpu"
 
 
-def test_on_the_cpu_it_is_the_same_state():
-    state = trained()
+def test_on_the_cpu_the_state_is_the_same_object():
+    state = trained_state()
     assert to_device(state, torch.device("cpu")) is state

@@ -52,7 +52,7 @@ class UpdateResult(NamedTuple):
 class CompiledUpdate:
     """Writes updates in one compiled graph.
 
-    Each shape of batch has a graph of its own, so that a resumed run computes with the same kernels; torch compiles up
+    Each shape of batch has a separate graph, so that a resumed run computes with the same kernels; torch compiles up
     to eight shapes. Results differ from those of the step in the last bits. Random numbers come from the same seed, but
     the graph draws others than the step, in dropout for example.
 

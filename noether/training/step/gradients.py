@@ -20,7 +20,7 @@ def compute_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor
     """Return the gradient of `loss` with respect to each of `leaves`, None where it does not depend on it.
 
     On the CPU it skips the Python code of `torch.autograd.grad`, which takes a fifteenth of a small network's update;
-    the bits are the same. On an accelerator, torch has to pass more than the graph to threads of its own.
+    the bits are the same. On an accelerator, torch has to pass more than the graph to its device threads.
 
     Args:
         loss: One real number.

@@ -81,7 +81,7 @@ def assign_groups(
     Raises:
         SettingsError: If a pattern matches no parameter or no parameter is trained.
     """
-    raise_problems(list(_unmatched(names, groups, frozen)))
+    raise_problems(list(_find_unmatched(names, groups, frozen)))
     group_of = {name: _group_of(name, groups, frozen) for name in names}
     order = [*(group.name for group in groups if not group.frozen), DEFAULT_GROUP]
     members = {group: tuple(name for name in names if group_of[name] == group) for group in order}
@@ -101,7 +101,7 @@ def _group_of(name: str, groups: Sequence[ParamGroup], frozen: frozenset[str]) -
     return DEFAULT_GROUP
 
 
-def _unmatched(names: Sequence[str], groups: Sequence[ParamGroup], frozen: frozenset[str]) -> Iterator[Problem]:
+def _find_unmatched(names: Sequence[str], groups: Sequence[ParamGroup], frozen: frozenset[str]) -> Iterator[Problem]:
     for group in groups:
         for pattern in group.match:
             if not any(fnmatchcase(name, pattern) for name in names):
