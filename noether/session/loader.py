@@ -140,7 +140,7 @@ def warn_about_changes(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, ResumeWarning, stacklevel=4)
+    warnings.warn(message, ResumeWarning, stacklevel=5)
 
 
 def _parts(loader: Any) -> list[Any]:

@@ -226,9 +226,10 @@ class Session:
                 "session.batches(...) yields every epoch, once: write one loop, without `for epoch in ...` around it; "
                 "to resume, make a new Session"
             )
-        loop = BatchLoop(self, loader, self._accumulation, self._state.seed)
         settings.check_single_process(self.run)
+        settings.check_epochs(loader, self.run)
         settings.check_scheduler_is_given(self._optimizer, self._scheduler, self._directory)
+        loop = BatchLoop(self, loader, self._accumulation, self._state.seed)
         self._reducer = compose(loop, self._reducer)
         self.load()
         if self._remembers:

@@ -198,3 +198,17 @@ def check_scheduler_is_given(optimizer: Any, scheduler: Any, directory: Any) -> 
             "a scheduler changes the learning rates of the optimizer, and a resumed run would begin it at its start: "
             "pass scheduler= to the session"
         )
+
+
+def check_epochs(loader: Any, run: Run) -> None:
+    """Refuse several epochs of an iterator.
+
+    Raises:
+        SessionError: If the run has more epochs than the loader can yield.
+    """
+    epochs = run.end.epoch if "end" in vars(run) else 0
+    if epochs > 1 and hasattr(loader, "__next__"):
+        raise SessionError(
+            f"the loader is an iterator, which yields one epoch, and max_epochs is {epochs}: pass an iterable, such as "
+            "a DataLoader, a list, or an object whose __iter__ returns a new iterator"
+        )

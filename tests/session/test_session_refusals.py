@@ -1,0 +1,214 @@
+"""A session says what to write where it cannot work."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import noether
+from noether import Run, Session, TrainingIteration
+from noether.session.errors import SessionError
+from noether.testing import assert_same
+
+BATCHES = [torch.ones(4, 2)] * 3
+MODEL = nn.Linear(2, 1)
+
+
+def ignore(effects, state, event):
+    pass
+
+
+def make(callbacks=(), **settings):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"model": model, "optimizer": optimizer, "interpreter": ignore, "max_epochs": 2, **settings}
+    return Session(list(callbacks), **settings), model, optimizer
+
+
+def other_scheduler():
+    return torch.optim.lr_scheduler.StepLR(torch.optim.SGD(MODEL.parameters(), lr=0.1), 1)
+
+
+def run(session, body):
+    iterate(session.batches(BATCHES), body)
+
+
+def iterate(batches, body):
+    for batch in batches:
+        body(batch)
+
+
+EVALUATE = noether.OfflineLossCallback(every_n_epochs=1, dataset_key="val")
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"interpreter": None}, r"no interpreter to run effects: pass directory=noether\.open_run\('runs/mine'\)"),
+    ({"directory": "runs/mine"}, r"pass directory=noether\.open_run\('runs/mine'\)"),
+    ({"max_updates": 3}, "max_epochs and max_updates are given, and a run has one end: keep one of them"),
+    ({"run": Run(end=TrainingIteration(epoch=1))}, r"max_epochs and run=Run\(end=\.\.\.\) are given"),
+    ({"max_epochs": 0}, "max_epochs: 0 is not a whole number of at least 1"),
+    ({"accumulation": 0}, "accumulation: 0 is not a whole number of at least 1"),
+    ({"callbacks": [EVALUATE]}, r"iterates 'val', and the run has no data; pass data=\{'val': loader\} and loss="),
+    ({"callbacks": [EVALUATE], "data": {"vall": []}}, "did you mean 'vall'"),
+    ({"callbacks": [EVALUATE], "data": {"val": []}}, "no loss to evaluate it with: pass loss="),
+    ({"data": {}, "run": Run(data={})}, r"data= and run=Run\(data=\.\.\.\) are given"),
+    ({"loss": len, "run": Run(forward=len)}, r"loss= and run=Run\(forward=\.\.\.\) are given"),
+    ({"optimizer": torch.optim.SGD(MODEL.parameters(), lr=0.1)}, "2 parameters of the optimizer are not parameters of"),
+    ({"optimizer": 3}, r"takes an optimizer of torch\.optim, got int"),
+    ({"scheduler": 3}, r"takes a scheduler with state_dict\(\), got int"),
+    ({"scheduler": other_scheduler()}, "the scheduler changes another optimizer"),
+    ({"callbacks": [noether.GradNormCallback(every_n_updates=1)], "optimizer": None}, "reads grad_norm, .* optimizer="),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_at_construction(settings, message):
+    with pytest.raises((SessionError, noether.NoetherError), match=message):
+        make(**settings)
+
+
+def test_every_refusal_is_an_error_of_noether():
+    assert issubclass(SessionError, noether.NoetherError)
+    assert issubclass(SessionError, ValueError)
+
+
+def forget_step(session, model, optimizer, batch):
+    model(batch).mean().backward()
+    session.update(model(batch).mean())
+
+
+def update_twice(session, model, optimizer, batch):
+    model(batch).mean().backward()
+    optimizer.step()
+    session.update(0.5)
+    session.update(0.5)
+
+
+def update_twice_without_losses(session, model, optimizer, batch):
+    optimizer.step()
+    session.update(0.5)
+    session.update()
+
+
+def forget_losses(session, model, optimizer, batch):
+    optimizer.step()
+    session.update()
+
+
+def report_a_vector(session, model, optimizer, batch):
+    session.update(model(batch))
+
+
+def report_text(session, model, optimizer, batch):
+    session.update({"mse": "0.5"})
+
+
+def report_a_total(session, model, optimizer, batch):
+    session.update({"mse": 0.5, "total": 0.5})
+
+
+def forget_update(session, model, optimizer, batch):
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("loop", "message"), [
+    (forget_step, r"made no step since the last update: call optimizer\.step\(\) before session\.update\(losses\)"),
+    (update_twice, r"were reported before: call session\.update\(losses\) once per batch"),
+    (update_twice_without_losses, r"update\(\.\.\.\) was called twice: call it once per update"),
+    (forget_losses, r"does not know the losses of the batch: call session\.update\(losses\)"),
+    (report_a_vector, r"loss 'total' has shape \(4, 1\): report its mean over samples, loss\.mean\(\)"),
+    (report_text, "loss 'mse' is of type str: report a number"),
+    (report_a_total, "'total'"),
+    (forget_update, r"the last batch was not reported: call session\.update\(losses\) for every batch"),
+])  # fmt: skip
+def test_a_mistake_in_the_loop_says_what_to_write(loop, message):
+    session, model, optimizer = make()
+    with pytest.raises((ValueError, TypeError), match=message):
+        run(session, lambda batch: loop(session, model, optimizer, batch))
+
+
+def test_a_session_is_iterated_once():
+    session, _, optimizer = make()
+    run(session, lambda batch: (optimizer.step(), session.update(0.5)))
+    with pytest.raises(ValueError, match=r"yields every epoch, once: write one loop, without `for epoch in \.\.\.`"):
+        session.batches(BATCHES)
+    with pytest.raises(ValueError, match="there is no batch to report"):
+        session.update(0.5)
+    with pytest.raises(ValueError, match="pass samples="):
+        make()[0].update(0.5)
+    with pytest.raises(ValueError, match=r"inside of `for batch in session\.batches\(loader\):`"):
+        _ = make()[0].completes_update
+
+
+def test_accumulation_says_when_to_update():
+    session, _, optimizer = make(accumulation=2)
+    with pytest.raises(ValueError, match=r"has 1 of accumulation=2 micro-batches: .* `if session\.completes_update:`"):
+        run(session, lambda batch: (optimizer.step(), session.update(0.5)))
+    session, _, _ = make(accumulation=2)
+    with pytest.raises(ValueError, match=r"and the update was not: call optimizer\.step\(\) and then"):
+        run(session, lambda batch: session.micro_batch(0.5))
+
+
+def test_a_scheduler_that_is_stepped_too_late_is_named():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    session, *_ = make(model=model, optimizer=optimizer, scheduler=scheduler)
+    with pytest.raises(ValueError, match=r"stepped after session\.update\(\.\.\.\): call scheduler\.step\(\) before"):
+        run(session, lambda batch: (optimizer.step(), session.update(0.5), scheduler.step()))
+
+
+def test_a_scheduler_of_which_the_session_does_not_know_is_refused(tmp_path):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with noether.open_run(tmp_path / "run") as directory:
+        session, *_ = make(model=model, optimizer=optimizer, directory=directory)
+        with pytest.raises(ValueError, match="pass scheduler= to the session"):
+            session.batches(BATCHES)
+
+
+def test_an_iterator_yields_one_epoch():
+    with pytest.raises(ValueError, match="which yields one epoch, and max_epochs is 2: pass an iterable"):
+        make()[0].batches(iter(BATCHES))
+    session, _, optimizer = make(max_epochs=None, max_updates=4)
+    with pytest.warns(noether.session.errors.ResumeWarning):
+        batches = session.batches(iter(BATCHES))
+    with pytest.raises(ValueError, match="yielded 0 batches in epoch 1"):
+        iterate(batches, lambda batch: (optimizer.step(), session.update(0.5)))
+
+
+def test_a_loop_that_is_left_inside_of_an_update_says_so(caplog, tmp_path):
+    session, _, _ = make()
+    for _ in session.batches(BATCHES):
+        break
+    assert "left inside of update 1: a resumed run continues from its last checkpoint" in caplog.text
+    with caplog.at_level(logging.INFO), noether.open_run(tmp_path / "run") as directory:
+        session, _, optimizer = make(directory=directory, interpreter=None)
+        for _ in session.batches(BATCHES):
+            optimizer.step()
+            session.update(0.5)
+            break
+    assert "left at E0_U1_S4, before the end of the run; a new session in" in caplog.text
+
+
+def test_a_left_loop_scales_no_later_step():
+    session, _, optimizer = make()
+    for _ in session.batches(BATCHES):
+        optimizer.step()
+        session.update(0.5)
+        break
+    optimizer.step()
+    assert session.steps == 0
+
+
+def test_losses_are_detached():
+    kept = []
+    note = noether.on(noether.AfterUpdate)(lambda state, event: (kept.append(event.losses), (state, ()))[1])
+    session, model, optimizer = make([note])
+    for batch in session.batches(BATCHES):
+        losses = {"mse": model(batch).square().mean(), "l1": model(batch).abs().mean()}
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        session.update(losses)
+    assert not any(loss.requires_grad for losses in kept for loss in losses.values())
+    assert_same(kept[0]["total"], kept[0]["mse"] + kept[0]["l1"])
