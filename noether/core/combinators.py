@@ -1,4 +1,4 @@
-"""Adverbs for callbacks: when a function is called, and what it remembers. Each is a decorator."""
+"""Decorators for callbacks: when to call a function, and what memory it has."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def every_n_epochs(n: int, *, at_end: bool = False) -> Decorator:
 
     Args:
         n: Epochs between calls, >= 1.
-        at_end: Whether to call it after training too, unless it was due at the last update or epoch.
+        at_end: Whether to also call it after training, unless it was due at the last update or epoch.
 
     Raises:
         SettingsError: If `n` is not a whole number >= 1.
@@ -52,17 +52,17 @@ def every_n_epochs(n: int, *, at_end: bool = False) -> Decorator:
         >>> say(TrainState().next_epoch().next_epoch(), AfterEpoch())[1]
         (LogText(text='epoch 2'),)
     """
-    return _gated(EveryNEpochs(n), at_end=at_end)
+    return _gate_decorator(EveryNEpochs(n), at_end=at_end)
 
 
 def every_n_updates(n: int, *, at_end: bool = False) -> Decorator:
     """Return the decorator that calls a callback after every n-th update; see `every_n_epochs`."""
-    return _gated(EveryNUpdates(n), at_end=at_end)
+    return _gate_decorator(EveryNUpdates(n), at_end=at_end)
 
 
 def every_n_samples(n: int, *, at_end: bool = False) -> Decorator:
     """Return the decorator that calls a callback after every update that crosses a multiple of n samples."""
-    return _gated(EveryNSamples(n), at_end=at_end)
+    return _gate_decorator(EveryNSamples(n), at_end=at_end)
 
 
 def on(*event_types: type[Event]) -> Decorator:
@@ -78,15 +78,15 @@ def on(*event_types: type[Event]) -> Decorator:
     if not given or not all(isinstance(each, type) and issubclass(each, Event) for each in given):
         shown = ", ".join(map(repr, given)) or "nothing"
         raise TypeError(f"on takes types of events, like on(AfterEpoch); got {shown}")
-    return lambda callback: On(_inner(callback), event_types)
+    return lambda callback: On(_prepare(callback), event_types)
 
 
 def when(condition: Schedule | Callable[[TrainState, Event], bool], *, at_end: bool = False) -> Decorator:
-    """Return the decorator that calls a callback where a schedule is due, or where `condition(state, event)` holds.
+    """Return the decorator that calls a callback when a schedule is due, or when `condition(state, event)` is true.
 
     Args:
         condition: A schedule, or a pure predicate.
-        at_end: As for `every_n_epochs`; for a schedule only.
+        at_end: As for `every_n_epochs`; only with a schedule.
 
     Raises:
         TypeError: If `at_end` is given with a predicate.
@@ -98,10 +98,10 @@ def when(condition: Schedule | Callable[[TrainState, Event], bool], *, at_end: b
         (LogText(text='first'),)
     """
     if isinstance(condition, Schedule):
-        return _gated(condition, at_end=at_end)
+        return _gate_decorator(condition, at_end=at_end)
     if at_end:
-        raise TypeError("at_end goes with a schedule; a predicate sees AfterTraining itself")
-    return lambda callback: When(_inner(callback), condition)
+        raise TypeError("at_end needs a schedule; a predicate can test for AfterTraining itself")
+    return lambda callback: When(_prepare(callback), condition)
 
 
 def callback(
@@ -115,13 +115,13 @@ def callback(
 ) -> Decorator:
     """Return the decorator that gives a function a name, a memory, and declarations.
 
-    It goes outside of a gate: `track` runs at every update, and the function only where its gate opens.
+    Put it above a gate: `track` is called at every update, the function only when its gate opens.
 
     Args:
         name: Name of the memory and of the callback in messages.
-        init: `state -> memory`, what it remembers before it is first called.
+        init: `state -> memory`, the memory that it starts with.
         track: `(memory, event) -> memory`, called at every `AfterUpdate` before the function.
-        produces: Patterns of the metric keys that it logs; None if it does not say.
+        produces: Patterns of the metric keys that it logs; None if it may log any.
         consumes: Metric keys that have to be current; an `OptionalKey` is read only where it is.
         readings: Costly fields of `AfterUpdate` that it reads, such as `grad_norm`; see `READINGS`.
 
@@ -142,14 +142,14 @@ def callback(
         8
     """
     if track is not None and init is None:
-        raise TypeError(f"callback {name!r} tracks without a memory: give init=lambda state: ..., what it begins with")
+        raise TypeError(f"callback {name!r} has track but no memory: add init=lambda state: ..., its first memory")
     raise_problems(check_reading(name, each) for each in readings)
-    return lambda body: Remembering(_inner(body), name, init, track, produces, consumes, readings)
+    return lambda body: Remembering(_prepare(body), name, init, track, produces, consumes, readings)
 
 
 @dataclass(frozen=True)
 class _Wrapper:
-    """A callback around another, which hands on what that one says about itself."""
+    """A callback around another one, with the attributes of that one."""
 
     callback: Callback
 
@@ -191,12 +191,12 @@ class _Wrapper:
 @final
 @dataclass(frozen=True)
 class Gated(_Wrapper):
-    """Calls its callback where its gate is open."""
+    """Calls its callback when its gate is open."""
 
     opening: Gate
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return what the callback returns, or the state as it is."""
+        """Return the result of the callback, or the state unchanged."""
         if self.opening.opens(state, event) is None:
             return state, ()
         return self.callback(state, event)
@@ -213,12 +213,12 @@ class Gated(_Wrapper):
 @final
 @dataclass(frozen=True)
 class On(_Wrapper):
-    """Calls its callback on events of some types."""
+    """Calls its callback on events of the given types."""
 
     event_types: tuple[type[Event], ...]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return what the callback returns, or the state as it is."""
+        """Return the result of the callback, or the state unchanged."""
         return self.callback(state, event) if isinstance(event, self.event_types) else (state, ())
 
     def _listens(self, event_type: type[Event]) -> bool:
@@ -228,19 +228,19 @@ class On(_Wrapper):
 @final
 @dataclass(frozen=True)
 class When(_Wrapper):
-    """Calls its callback where a predicate holds."""
+    """Calls its callback when a predicate is true."""
 
     predicate: Callable[[TrainState, Event], bool]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return what the callback returns, or the state as it is."""
+        """Return the result of the callback, or the state unchanged."""
         return self.callback(state, event) if self.predicate(state, event) else (state, ())
 
 
 @final
 @dataclass(frozen=True)
 class Remembering(_Wrapper):
-    """Gives its callback a name, a memory and declarations."""
+    """Gives its callback a name, memory and declarations."""
 
     name: str
     start: Callable[[TrainState], Any] | None
@@ -250,12 +250,12 @@ class Remembering(_Wrapper):
     read: tuple[str, ...]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return what the callback returns, or the state as it is."""
-        state, _ = self._tracked(state, event)
-        # Tracking makes it listen where its callback does not.
+        """Return the result of the callback, or the state unchanged."""
+        state, _ = self._track_update(state, event)
+        # It listens to updates in order to track, even if its callback does not.
         return self.callback(state, event) if listens_to(self.callback, type(event)) else (state, ())
 
-    def _tracked(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+    def _track_update(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         if self.start is not None and self.name not in state.callback_states:
             state = state.remember(self.name, self.start(state))
         if self.track is not None and isinstance(event, AfterUpdate):
@@ -265,18 +265,18 @@ class Remembering(_Wrapper):
     @property
     def _tracker(self) -> Callback | None:
         if self.track is not None:
-            return self._tracked if call_while_closed(self.callback) is None else self
+            return self._track_update if call_while_closed(self.callback) is None else self
         tracker = tracker_of(self.callback)
         return self if tracker is self.callback else tracker
 
     @property
     def produces(self) -> tuple[str, ...] | None:
-        """Patterns of the metric keys that it logs: those given, or what its callback says."""
+        """Patterns of the metric keys that it logs: those given, or those of its callback."""
         return super().produces if self.produced is None else self.produced
 
     @property
     def consumes(self) -> tuple[str, ...]:
-        """Metric keys that it or its callback needs current."""
+        """Metric keys that it or its callback consumes."""
         return merge_keys(*super().consumes, *self.consumed)
 
     @property
@@ -285,7 +285,7 @@ class Remembering(_Wrapper):
         return tuple(dict.fromkeys((*super().readings, *self.read)))
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return the memory that it and its callback begin with."""
+        """Return the memory that it and its callback start with."""
         own = {} if self.start is None else {self.name: self.start(state)}
         return {**super().init(state), **own}
 
@@ -301,33 +301,33 @@ class Bound(_Wrapper):
     settings: Mapping[str, Any]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return what the function returns."""
+        """Return the result of the function."""
         function: Callable[..., tuple[TrainState, Effects]] = self.callback
         return function(state, event, **self.settings)
 
 
 def bound(callback: Callback, settings: Mapping[str, Any]) -> Callback:
-    """Return `callback` with settings for the function inside of its decorators.
+    """Return `callback` with settings bound to the function inside its decorators.
 
     Example:
         >>> from noether import AfterEpoch, LogText, TrainState, every_n_epochs
         >>> @every_n_epochs(1)
         ... def greet(state, event, *, greeting="hello"):
         ...     return state, (LogText(greeting),)
-        >>> bound(greet, {"greeting": "go on"})(TrainState().next_epoch(), AfterEpoch())[1]
-        (LogText(text='go on'),)
+        >>> bound(greet, {"greeting": "hi"})(TrainState().next_epoch(), AfterEpoch())[1]
+        (LogText(text='hi'),)
     """
     if isinstance(callback, _Wrapper):
         return replace(callback, callback=bound(callback.callback, settings))
     return Bound(callback, FrozenDict(settings))
 
 
-def _inner(callback: Callback) -> Callback:
+def _prepare(callback: Callback) -> Callback:
     check_readings(callback)
-    return callback.nested() if isinstance(callback, Reducer) else callback
+    return callback.without_checks() if isinstance(callback, Reducer) else callback
 
 
-def _gated(schedule: Schedule, *, at_end: bool) -> Decorator:
+def _gate_decorator(schedule: Schedule, *, at_end: bool) -> Decorator:
     def decorate(callback: Callback) -> Callback:
         if isinstance(callback, Reducer):  # a gate commutes with composition
             return Reducer(tuple(decorate(member) for member in callback.members))
@@ -346,10 +346,10 @@ def _check_gateable(callback: Callback) -> None:
     declared = declaration_of(callback)
     if tracker_of(callback) is not None:
         raise TypeError(
-            f"{declared.label} tracks every update, and behind a gate would see only the due ones: "
-            "put @callback(track=...) above the gate, or give it its own interval"
+            f"{declared.label} tracks every update, but behind this gate it would miss some: "
+            "put @callback(track=...) above the gate, or give it an interval"
         )
     if declared.gate is not None:
-        raise TypeError(f"{declared.label} already has a schedule: unite the two with | or drop one")
-    if isinstance(callback, _Wrapper):  # around a reducer it has no gate of its own
+        raise TypeError(f"{declared.label} already has a schedule: unite both with | or remove one")
+    if isinstance(callback, _Wrapper):  # a wrapper around a reducer has no gate itself
         _check_gateable(callback.callback)

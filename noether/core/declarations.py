@@ -1,4 +1,4 @@
-"""Whether callbacks fit together: every consumer finds its metric, measured before it and where it is due."""
+"""Checks that callbacks fit together: every consumed metric is produced before its consumer, and when it is due."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Misfit:
-    """What is wrong with one callback among the others."""
+    """Why one callback does not fit the others."""
 
     callback: Callback
     message: str
 
 
 class DeclarationError(NoetherError, ValueError):
-    """Callbacks do not fit together; `misfits` holds every reason."""
+    """Callbacks do not fit together; `misfits` lists every reason."""
 
     def __init__(self, misfits: Sequence[Misfit]) -> None:
         self.misfits = tuple(misfits)
@@ -40,28 +40,28 @@ class DeclarationError(NoetherError, ValueError):
 
 
 def check_declarations(callbacks: Sequence[Callback], state: TrainState, run: Run) -> None:
-    """Refuse callbacks that do not fit together.
+    """Raise an error if callbacks do not fit together.
 
     Args:
         callbacks: In the order in which they are called.
-        state: What their memory begins from.
-        run: Where the epochs lie, as far as it is known.
+        state: The state that their memory is initialized from.
+        run: The run; its sizes of epochs and batches are used if they are known.
 
     Raises:
-        DeclarationError: If two callbacks remember under one name or produce one key, or if what one consumes is
-            produced by nobody, by a later one, or not where it is due.
+        DeclarationError: If two callbacks have a memory of the same name or produce the same key, or if no callback
+            produces a consumed key, only a later one does, or it is not current when the consumer is due.
     """
     declared = [declaration_of(callback) for callback in callbacks]
     misfits = [
-        *_shared_names(callbacks, state),
-        *_shared_keys(callbacks, declared),
-        *_unfed(callbacks, declared, run),
+        *_duplicate_names(callbacks, state),
+        *_duplicate_keys(callbacks, declared),
+        *_missing_metrics(callbacks, declared, run),
     ]
     if misfits:
         raise DeclarationError(misfits)
 
 
-def _shared_names(callbacks: Sequence[Callback], state: TrainState) -> Iterator[Misfit]:
+def _duplicate_names(callbacks: Sequence[Callback], state: TrainState) -> Iterator[Misfit]:
     names = [(name, callback) for callback in callbacks for name in init_of(callback, state)]
     counted = Multiset(name for name, _ in names)
     for name in (name for name, times in counted.items() if times > 1):
@@ -72,17 +72,17 @@ def _shared_names(callbacks: Sequence[Callback], state: TrainState) -> Iterator[
         )
 
 
-def _shared_keys(callbacks: Sequence[Callback], declared: Sequence[Declaration]) -> Iterator[Misfit]:
+def _duplicate_keys(callbacks: Sequence[Callback], declared: Sequence[Declaration]) -> Iterator[Misfit]:
     for (_, first), (callback, second) in combinations(zip(callbacks, declared, strict=True), 2):
         for key in second.produces or ():
             if any(keys_overlap(key, other) for other in first.produces or ()):
-                yield Misfit(callback, f"{second.label} and {first.label} both produce {key!r}; drop one")
+                yield Misfit(callback, f"{second.label} and {first.label} both produce {key!r}; remove one")
 
 
-def _unfed(callbacks: Sequence[Callback], declared: Sequence[Declaration], run: Run) -> Iterator[Misfit]:
+def _missing_metrics(callbacks: Sequence[Callback], declared: Sequence[Declaration], run: Run) -> Iterator[Misfit]:
     for index, (callback, consumer) in enumerate(zip(callbacks, declared, strict=True)):
         for key in consumer.required:
-            message = _why_unfed(key, consumer, declared[:index], declared[index + 1 :], run)
+            message = _why_missing(key, consumer, declared[:index], declared[index + 1 :], run)
             if message:
                 yield Misfit(callback, message)
         for key in consumer.consumes:
@@ -96,19 +96,23 @@ def _producers(key: str, declared: Sequence[Declaration]) -> list[Declaration]:
     return [d for d in declared if any(keys_overlap(pattern, key) for pattern in d.produces or ())]
 
 
-def _why_unfed(
+def _why_missing(
     key: str, consumer: Declaration, before: Sequence[Declaration], after: Sequence[Declaration], run: Run
 ) -> str | None:
-    # A callback that does not say what it produces may produce anything: then the first firing decides.
-    unsaid = any(d.produces is None for d in before)
+    # A callback that declares no `produces` may log any key; then the first firing shows whether the metric is current.
+    undeclared = any(d.produces is None for d in before)
     producers = _producers(key, before)
     if not producers:
         later = _producers(key, after)
         if later:
             return f"{consumer.label} consumes {key!r}: list it after {later[0].label}, which produces it"
-        return None if unsaid else f"{consumer.label} consumes {key!r}, which no callback produces{_known(key, before)}"
-    # Stored weights are memory: their producer keeps them from before training on, whatever its gate.
-    if unsaid or names_weights(key) or any(covers(p.gate, consumer.gate, run) is not False for p in producers):
+        return (
+            None
+            if undeclared
+            else f"{consumer.label} consumes {key!r}, which no callback produces{_produced_before(key, before)}"
+        )
+    # Stored weights are memory: they are always current, whatever the gate of their producer.
+    if undeclared or names_weights(key) or any(covers(p.gate, consumer.gate, run) is not False for p in producers):
         return None
     return (
         f"{consumer.label} consumes {key!r} where {producers[0].label} does not produce it: "
@@ -116,7 +120,7 @@ def _why_unfed(
     )
 
 
-def _known(key: str, declared: Sequence[Declaration]) -> str:
+def _produced_before(key: str, declared: Sequence[Declaration]) -> str:
     keys = [pattern for d in declared for pattern in d.produces or ()]
     return f"; produced before it: {', '.join(keys) or 'nothing'}{suggest(key, keys)}"
 
@@ -129,12 +133,12 @@ def _when(declaration: Declaration) -> str:
 
 
 def covers(producer: Gate | None, consumer: Gate | None, run: Run) -> bool | None:
-    """Return whether a value of `producer` is current wherever `consumer` is open; None if that cannot be told.
+    """Return whether a value of `producer` is current whenever `consumer` opens; None if arithmetic cannot decide it.
 
     Args:
-        producer: Gate of who measures; None stands for every event.
-        consumer: Gate of who reads, at or after that event; None stands for an unknown one.
-        run: Where the epochs lie, as far as it is known.
+        producer: Gate of the callback that measures; None if it measures at every event.
+        consumer: Gate of the callback that reads the value; None if unknown.
+        run: The run; its sizes of epochs and batches are used if they are known.
 
     Example:
         >>> from noether.core.schedules.gate import Gate
@@ -151,17 +155,17 @@ def covers(producer: Gate | None, consumer: Gate | None, run: Run) -> bool | Non
         return None
     if consumer.at_end and not producer.at_end:
         return False
-    answers = [_covered(member, producer.schedule.members, run) for member in consumer.schedule.members]
+    answers = [_is_covered(member, producer.schedule.members, run) for member in consumer.schedule.members]
     if False in answers:
         return False
     return None if None in answers else True
 
 
-def _covered(consumer: OneCounter, producers: tuple[OneCounter, ...], run: Run) -> bool | None:
+def _is_covered(consumer: OneCounter, producers: tuple[OneCounter, ...], run: Run) -> bool | None:
     answers = [_one_covers(producer, consumer, run) for producer in producers]
     if True in answers:
         return True
-    # Two that each cover a part may cover the whole together: with several, only a yes is certain.
+    # Several producers may cover the consumer together, so with several only True is certain.
     return False if answers == [False] else None
 
 
@@ -169,41 +173,41 @@ def _one_covers(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | 
     if producer == consumer:
         return True
     if producer.counter == "epoch" and consumer.counter != "epoch":
-        return False  # measured only after the last update of the epoch was looked at
-    if producer.window != ALWAYS and (producer.window != consumer.window or _seen_apart(producer, consumer)):
+        return False  # it measures after the consumer has read at the last update of the epoch
+    if producer.window != ALWAYS and (producer.window != consumer.window or _opens_too_late(producer, consumer)):
         return None
     if isinstance(producer, At) or isinstance(consumer, At):
         return None
-    ours, theirs = producer.threshold_after(0), consumer.threshold_after(0)
-    if ours is None or theirs is None:
+    produced, consumed = producer.threshold_after(0), consumer.threshold_after(0)
+    if produced is None or consumed is None:
         return None
-    if ours == 1 or (producer.counter == consumer.counter and theirs % ours == 0):
+    if produced == 1 or (producer.counter == consumer.counter and consumed % produced == 0):
         return True
-    return _unlike(producer, consumer, run)
+    return _covers_otherwise(producer, consumer, run)
 
 
-def _unlike(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | None:
-    """Return the answer for thresholds of one counter that are no multiples of the other's, or of two counters."""
-    ours, theirs = producer.threshold_after(0), consumer.threshold_after(0)
-    assert ours is not None and theirs is not None  # noqa: S101, PT018  # multiples never end
+def _covers_otherwise(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | None:
+    """Return the answer if the consumer's thresholds are no multiples of the producer's, or on another counter."""
+    produced, consumed = producer.threshold_after(0), consumer.threshold_after(0)
+    assert produced is not None and consumed is not None  # noqa: S101, PT018  # every multiple has a next one
     covered: bool | None = None
     if (producer.counter, consumer.counter) == ("update", "epoch") and hasattr(run, "updates_per_epoch"):
-        covered = theirs * run.updates_per_epoch % ours == 0
+        covered = consumed * run.updates_per_epoch % produced == 0
     elif producer.counter == consumer.counter == "sample":
-        covered = _first_sample_covered(producer, theirs, run)
+        covered = _covers_first_sample(producer, consumed, run)
     elif producer.counter == consumer.counter:
         covered = False
-    # Its window may leave out what is not covered.
+    # The consumer's window may exclude the uncovered events.
     return None if covered is False and consumer.window != ALWAYS else covered
 
 
-def _seen_apart(producer: OneCounter, consumer: OneCounter) -> bool:
-    """Return whether a window that begins at an epoch is still shut where the producer looks, at the last update."""
+def _opens_too_late(producer: OneCounter, consumer: OneCounter) -> bool:
+    """Return whether a window that starts at an epoch is still closed for the producer, at the epoch's last update."""
     return producer.window.start.epoch > 0 and producer.counter != consumer.counter == "epoch"
 
 
-def _first_sample_covered(producer: OneCounter, sample: int, run: Run) -> bool | None:
-    """Return False if nothing is measured where `sample` is crossed; a batch may cross multiples of both."""
+def _covers_first_sample(producer: OneCounter, sample: int, run: Run) -> bool | None:
+    """Return False if the producer is not due at the update that crosses `sample`, else None."""
     if not all(hasattr(run, name) for name in ("updates_per_epoch", "samples_per_epoch", "effective_batch_size")):
         return None
     update = run.updates_until(sample)

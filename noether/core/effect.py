@@ -1,4 +1,4 @@
-"""What is asked of the outside: requests as data. Nothing here does anything."""
+"""Effects: requests to the outside world, as data. An interpreter runs them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effect:
-    """A request. Users add types of their own and register a handler for them with the interpreter."""
+    """A request. To add one, subclass this and register a handler with the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LogScalars(Effect):
 
     Args:
         values: Number or 0-dimensional tensor by metric key; a tensor is read only when it is written.
-        quiet: Keys that are left out on the console.
+        quiet: Keys that the console leaves out.
     """
 
     values: Mapping[str, float | torch.Tensor]
@@ -43,7 +43,7 @@ class LogText(Effect):
 
 @dataclass(frozen=True)
 class SetSummary(Effect):
-    """Set entries of the run's summary, the later value winning.
+    """Set entries of the run's summary; a later value replaces an earlier one.
 
     Args:
         values: JSON value or 0-dimensional tensor by key.
@@ -57,15 +57,15 @@ class SaveCheckpoint(Effect):
     """Save the state under `tag` as a new checkpoint. Requests of one event for the same tag are merged.
 
     Args:
-        tag: Name of the checkpoint; None stands for the iteration of the state.
+        tag: Name of the checkpoint; None for the iteration of the state.
         weights: Whether to save params and buffers.
-        optimizer: Whether to save the optimizer's memory and the rest of the state, which together with the weights is
-            what a resume needs.
-        weights_of: Whose weights to save, such as `ema=0.999`; None stands for those in training.
-        models: Names of sub-modules; only their weights are saved. Empty means all.
+        optimizer: Whether to save the optimizer's memory and the rest of the state; a resume needs them and the
+            weights.
+        weights_of: Which stored weights to save, such as `ema=0.999`; None for the weights in training.
+        models: Names of sub-modules whose weights are saved; empty for all.
         pointers: Names that point to this checkpoint from now on, such as `latest`.
-        retention: By name of who asks, how many of its newest checkpoints stay; None stands for all of them. A
-            checkpoint goes when nobody who asked for it still keeps it and no pointer names it.
+        retention: Number of newest checkpoints to keep for each requester, by its name; None keeps all. The store
+            deletes a checkpoint once no requester keeps it and no pointer names it.
     """
 
     tag: str | None = None
@@ -92,7 +92,7 @@ class SaveTensors(Effect):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurePeakMemory(Effect):
-    """Log the peak memory since the last request for `key`. It goes to the logs only: no callback can consume it.
+    """Log the peak memory since the last request for `key`. Only logs receive it: no callback can consume it.
 
     Args:
         key: Metric key, in bytes.
@@ -103,13 +103,13 @@ class MeasurePeakMemory(Effect):
 
 @dataclass(frozen=True, kw_only=True)
 class ShowProgress(Effect):
-    """Show how far the run is: a live display on a terminal; elsewhere a line where `due`, and else nothing.
+    """Show the progress of the run: as a live display on a terminal, elsewhere as a line if `due`.
 
     Args:
         end: The run's last iteration.
         fired: Updates completed at the last firing of the callback whose interval is shown.
         fires: Updates completed at its next firing; None if it does not fire again.
-        update_s: Mean seconds of an update, or None where it is not known yet.
+        update_s: Mean seconds of an update; None if not known yet.
         next_s: Seconds to the next firing, or None.
         left_s: Seconds to the end, or None.
         due: Whether the interval is due now.

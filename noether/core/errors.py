@@ -1,4 +1,7 @@
-"""What is wrong with a setting, as data: the same refusal reads well in Python and, with file and line, in YAML."""
+"""The base of noether's exceptions, and problems of settings as data.
+
+A `Problem` is raised in Python as a `SettingsError`; for a YAML file, file and line are added to it.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ class NoetherError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One refused setting.
+    """Why one setting is refused.
 
     Args:
-        setting: Name of the setting, dotted where it is nested; empty when it is about the whole object.
-        message: The value, and what would be right.
+        setting: Name of the setting, dotted if nested; empty if the problem concerns the whole object.
+        message: The value, and what to write instead.
 
     Example:
         >>> print(Problem("tolerance", "0 is not a whole number of at least 1"))
@@ -46,7 +49,7 @@ class Problem:
 
 
 class SettingsError(NoetherError, ValueError):
-    """Settings were refused; `problems` holds every one of them.
+    """One or more settings are invalid; `problems` lists each of them.
 
     Example:
         >>> raise SettingsError([Problem("keep", "-1 is not a whole number of at least 1")])
@@ -60,15 +63,15 @@ class SettingsError(NoetherError, ValueError):
 
 
 class OutputError(NoetherError, LookupError):
-    """The model does not return what a callback reads."""
+    """The model does not return an output that a callback reads."""
 
 
 class WeightsError(NoetherError, LookupError):
-    """Weights were asked for that no callback keeps."""
+    """A callback or command names weights that no callback stores."""
 
 
 def raise_problems(problems: Iterable[Problem | None]) -> None:
-    """Raise every problem there is at once; return when there is none.
+    """Raise all problems as one error; do nothing if every entry is None.
 
     Raises:
         SettingsError: If any of `problems` is not None.
@@ -79,7 +82,7 @@ def raise_problems(problems: Iterable[Problem | None]) -> None:
 
 
 def check_whole(setting: str, value: object, *, at_least: int = 1) -> Problem | None:
-    """Return the problem of `value` as a whole number, or None; True and 2.0 are not whole numbers.
+    """Return the problem if `value` is not a whole number, else None; True and 2.0 are not whole numbers.
 
     Example:
         >>> print(check_whole("every_n_epochs", 2.7))
@@ -92,7 +95,7 @@ def check_whole(setting: str, value: object, *, at_least: int = 1) -> Problem | 
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether `value` is a number; true and false are none.
+    """Return whether `value` is an int or a float; True and False are not numbers.
 
     Example:
         >>> is_number(0.5), is_number(True), is_number("0.5")
@@ -102,7 +105,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def check_choice(setting: str, value: object, choices: Iterable[str]) -> Problem | None:
-    """Return the problem of `value` as one of `choices`, with the nearest of them, or None.
+    """Return the problem if `value` is not one of `choices`, naming the nearest choice, else None.
 
     Example:
         >>> print(check_choice("mode", "hihger", ["higher", "lower"]))
@@ -115,7 +118,7 @@ def check_choice(setting: str, value: object, choices: Iterable[str]) -> Problem
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest known name, or nothing.
+    """Return `; did you mean 'x'?` with the nearest known name, or an empty string if none is near.
 
     Example:
         >>> suggest("toleranse", ["tolerance", "mode"])

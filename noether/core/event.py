@@ -1,4 +1,4 @@
-"""What happened: facts about a run, with every reading that a callback needs already inside."""
+"""Events: facts about a run, with all their readings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Event:
     """A fact about a run.
 
     Args:
-        run: What is fixed for the whole run.
-        time_s: Wall-clock time in seconds since 1970, read by the loop. It may go into effects, never into the state.
+        run: The constants of the run.
+        time_s: Wall-clock time in seconds since 1970, as the loop read it. It may enter effects, never the state.
     """
 
     run: Run = _NO_RUN
@@ -51,7 +51,7 @@ class Event:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """What data-iterating callbacks iterate, by dataset key."""
+        """The datasets for data-iterating callbacks, by key."""
         return self.run.data
 
     def replace(self, **changes: Any) -> Self:
@@ -86,7 +86,7 @@ class BeforeTraining(Event):
     """Training is about to begin.
 
     Args:
-        resumed: Whether it goes on from a saved state; then the state changes only by memory that was missing.
+        resumed: Whether the run resumes from a saved state; then only missing memory may be added to the state.
     """
 
     resumed: bool = False
@@ -94,11 +94,11 @@ class BeforeTraining(Event):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AfterAccumulationStep(Event):
-    """The gradients of one micro-batch are there; the optimizer has not stepped. Logging or saving here is an error.
+    """The gradients of one micro-batch are computed; the optimizer has not stepped. Logging or saving here is an error.
 
     Args:
         losses: Mean loss of the micro-batch by name, each 0-dimensional.
-        outputs: What the model returned for it.
+        outputs: The model's output for it.
         samples: Samples in the micro-batch, >= 1.
         accumulation_step: Index of the micro-batch in its update, `0 <= accumulation_step < accumulation_steps`.
         accumulation_steps: Micro-batches of this update, >= 1.
@@ -118,20 +118,20 @@ class AfterUpdate(Event):
     Args:
         samples: Samples of the update, over accumulation steps and ranks, >= 1.
         losses: Sample-weighted mean loss by name over accumulation steps and ranks, each 0-dimensional.
-        outputs: What the model returned, one entry per accumulation step.
+        outputs: The model's outputs, one entry per accumulation step.
         accumulated: Samples of each accumulation step, one entry for each of `outputs`.
         lr: Learning rate of the update by parameter group.
         weight_decay: Weight decay of the update by parameter group.
-        grad_norm: 2-norm of the gradients before they are clipped, where the step measured it.
-        finite: Whether losses and gradients were finite, as far as `trainer.nonfinite` has the step look; None where it
-            did not look, for no callback names it among its `readings`.
-        skipped: Whether the update was left out as non-finite; callbacks that average do not count it.
+        grad_norm: 2-norm of the gradients before clipping; None if the step did not measure it.
+        finite: Whether the losses (with `trainer.nonfinite: skip` or `raise` also the gradients) were finite; None if
+            the step did not check.
+        skipped: Whether the update was skipped as non-finite; callbacks that average leave it out.
         duration_s: Seconds since the previous update ended, or since training began; callbacks included.
-        data_s: Seconds of it spent waiting for data; None where the loop does not tell.
-        step_s: Seconds of it spent in the step; likewise.
-        forward_s: Seconds of that in forward passes, losses included; None where the step does not tell.
-        backward_s: Seconds in backward passes; likewise.
-        optimizer_s: Seconds in the optimizer, clipping included; likewise.
+        data_s: Seconds of `duration_s` spent waiting for data; None if the loop does not measure it.
+        step_s: Seconds of `duration_s` spent in the step, likewise.
+        forward_s: Seconds of `step_s` in forward passes and losses; None if the step does not measure it.
+        backward_s: Seconds in backward passes, likewise.
+        optimizer_s: Seconds in the optimizer, clipping included, likewise.
     """
 
     samples: int = 0
@@ -208,12 +208,12 @@ class AfterEpoch(Event):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AfterTraining(Event):
-    """Training is over: its end was reached, or `state.stop` gives the reason."""
+    """Training is over: the run reached its end, or `state.stop` gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AtEval(Event):
-    """An evaluation outside of training was asked for: data iterators run, whatever their schedule."""
+    """Standalone evaluation: data-iterating callbacks run, whatever their schedule."""
 
 
 EVENTS: Final = (BeforeTraining, AfterAccumulationStep, AfterUpdate, AfterEpoch, AfterTraining, AtEval)

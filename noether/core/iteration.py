@@ -1,4 +1,4 @@
-"""How far a run has come: counts of what is completed."""
+"""The position of a run: counts of completed epochs, updates and samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Counter = Literal["epoch", "update", "sample"]
 COUNTERS: Final[tuple[Counter, ...]] = get_args(Counter)
 LETTERS: Final[dict[Counter, str]] = {"epoch": "E", "update": "U", "sample": "S"}
 
-# Python reads no more digits at a time.
+# Python converts at most 4300 digits to an int.
 _TEXT: Final = re.compile(
     r"(?:E(?P<epoch>\d{1,4300}))?_?(?:U(?P<update>\d{1,4300}))?_?(?:S(?P<sample>\d{1,4300}))?", re.ASCII
 )
@@ -20,10 +20,9 @@ _TEXT: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class TrainingIteration:
-    """Counts of the epochs, updates and samples that are completed.
+    """Counts of completed epochs, updates and samples.
 
-    It is also how a point of a run is named: `TrainingIteration(update=1000)` is where 1,000 updates are done, whatever
-    the epoch.
+    It also names a point of a run: `TrainingIteration(update=1000)` is the point after 1,000 updates, in any epoch.
 
     Args:
         epoch: Completed epochs, >= 0.
@@ -45,7 +44,7 @@ class TrainingIteration:
     sample: int = 0
 
     def __post_init__(self) -> None:
-        # One test keeps the common case cheap: this runs at every update.
+        # This runs at every update, so one test covers the common case.
         whole_numbers = type(self.epoch) is type(self.update) is type(self.sample) is int
         if not (whole_numbers and self.epoch >= 0 and self.update >= 0 and self.sample >= 0):
             raise_problems(check_whole(name, getattr(self, name), at_least=0) for name in COUNTERS)
@@ -55,13 +54,13 @@ class TrainingIteration:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the iteration that `text` names; the inverse of `str`, and counters may be left out.
+        """Return the iteration that `text` names: the inverse of `str`, except that counters may be left out.
 
         Args:
             text: Like `E10_U200_S800`, or a point on one counter like `U1000`.
 
         Raises:
-            SettingsError: If `text` is neither.
+            SettingsError: If `text` has another form.
 
         Example:
             >>> TrainingIteration.parse("U1000")

@@ -1,4 +1,4 @@
-"""The two functions that a loop is made of: send one event through the callbacks, and ask what comes next."""
+"""The two functions of a training loop: dispatch an event to the callbacks, and find the next move."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def dispatch(
     reducer: Callback,
     interpreter: Callable[[Effects, TrainState, Event], None],
 ) -> TrainState:
-    """Return the state that the callbacks settled on, after what they asked for was done.
+    """Send an event through the callbacks, run the effects that they request, and return the new state.
 
     Args:
         state: The state at the event.
-        event: What happened.
+        event: The event.
         reducer: Any callback, most often the result of `compose`.
-        interpreter: Carries the effects out, on the settled state.
+        interpreter: Runs the effects, on the new state.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState, dispatch, on
@@ -40,7 +40,7 @@ def dispatch(
 
 
 class Move(Enum):
-    """What a loop does next."""
+    """The next step of a loop."""
 
     UPDATE = "update"
     END_EPOCH = "end_epoch"
@@ -49,15 +49,15 @@ class Move(Enum):
 
 
 def next_move(state: TrainState, run: Run) -> Move:
-    """Return what a loop does next with `state`.
+    """Return the next step of a loop from `state`.
 
     Args:
-        state: Where the run is.
+        state: The current state.
         run: Gives `end` and `updates_per_epoch`.
 
     Returns:
-        `NOTHING` once the run has ended, `END_EPOCH` while the end of a completed epoch is owed, `END_TRAINING` at the
-        run's end or when the state asks to stop, else `UPDATE`: the batch at position
+        `NOTHING` once the run has ended; `END_EPOCH` if all batches of the epoch are counted and the epoch is not;
+        `END_TRAINING` at the run's end or if the state asks to stop; else `UPDATE`, with the batch at position
         `update - epoch * updates_per_epoch` of the epoch.
 
     Example:

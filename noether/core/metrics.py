@@ -1,4 +1,4 @@
-"""Metrics: the last value of each key, and whether it is current."""
+"""Metrics: logging, the last value of each key, and whether it is current."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 class MetricError(NoetherError, LookupError):
-    """A metric was asked for that is not there or not current."""
+    """A callback reads a metric that was never measured or is not current."""
 
 
 def log(
     state: TrainState, event: Event, values: Mapping[str, torch.Tensor | SupportsFloat], *, quiet: bool = False
 ) -> tuple[TrainState, tuple[Effect, ...]]:
-    """Return the state that records `values` as metrics, and the effect that logs them.
+    """Record `values` as metrics, and return the new state with the effect that logs them.
 
-    On a resumed `BeforeTraining` they are only logged: a resume leaves the state as it is.
+    On a resumed `BeforeTraining` they are only logged, because a resume does not change the state.
 
     Args:
         state: The state at the event.
         event: The event at which they were measured.
         values: Number or 0-dimensional tensor by metric key.
-        quiet: Whether they are left out on the console.
+        quiet: Whether the console leaves them out.
 
     Raises:
         ValueError: If a tensor is not 0-dimensional.
@@ -60,7 +60,7 @@ _NUMBERS: Final = frozenset({float, int})
 
 
 def _number(key: str, value: torch.Tensor | SupportsFloat) -> torch.Tensor | float:
-    """Return what is logged: whatever else is a number, numpy's among them, becomes one that can be saved."""
+    """Return a value in a type that can be saved: numpy scalars and the like become floats."""
     if isinstance(value, (float, int)):
         return value
     if getattr(value, "ndim", 0):
@@ -75,15 +75,15 @@ def _number(key: str, value: torch.Tensor | SupportsFloat) -> torch.Tensor | flo
 
 
 def is_current(state: TrainState, key: str) -> bool:
-    """Return whether `key` was measured at the update of `state`, whatever the epoch."""
+    """Return whether `key` was measured at the update of `state`; the epoch may have been counted since."""
     return key in state.metrics and state.metrics[key].iteration.update == state.iteration.update
 
 
 def current(state: TrainState, key: str) -> float:
-    """Return the value of a metric that was measured at this very update.
+    """Return the value of a metric that was measured at the current update.
 
     Raises:
-        MetricError: If there is none, naming the keys that exist, or if it is older, naming its age.
+        MetricError: If the metric was never measured (the message lists those that were) or is older (with its age).
 
     Example:
         >>> from noether import TrainState
@@ -106,7 +106,7 @@ def current(state: TrainState, key: str) -> float:
 
 
 def keys_overlap(pattern: str, key: str) -> bool:
-    """Return whether a key pattern and a key, or two patterns, have a key in common; `*` stays within one `/` part.
+    """Return whether a pattern and a key, or two patterns, can match the same key; `*` does not match a `/`.
 
     Example:
         >>> keys_overlap("loss/val/*", "loss/val/total"), keys_overlap("loss/val/*", "loss/val/total/ema=0.9")
@@ -119,7 +119,7 @@ def keys_overlap(pattern: str, key: str) -> bool:
 
 
 def patterns_containing(part: str) -> tuple[str, ...]:
-    """Return the patterns of names that hold `part`, in which there is one `/` at most.
+    """Return the key patterns for names that contain `part` and at most one `/`.
 
     Example:
         >>> patterns_containing("loss")
@@ -129,7 +129,7 @@ def patterns_containing(part: str) -> tuple[str, ...]:
 
 
 def _meet(a: str, b: str) -> bool:
-    """Return whether a text is matched by both of two patterns, in which `*` stands for any text."""
+    """Return whether some text matches both patterns, in which `*` stands for any text."""
     if not a or not b:
         return set(a + b) <= {"*"}
     if a[0] == "*":

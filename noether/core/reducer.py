@@ -1,4 +1,4 @@
-"""Callbacks composed into one callback: a fold over them, in order, that collects what they ask for."""
+"""Callbacks composed into one: each is called in order, and their effects are collected."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ if TYPE_CHECKING:
     from noether.core.schedules.base import Schedule
     from noether.core.state import Memory, TrainState
 
-    _Call = tuple[Callback, Callback]  # a member, and what is called in its place
+    _Call = tuple[Callback, Callback]  # a member, and the callable to call for it
 
 
 class UnclaimedMemoryError(NoetherError, LookupError):
-    """A saved run holds the memory of a callback that is not there."""
+    """A saved run contains the memory of a callback that the resumed run does not have."""
 
 
 def identity(state: TrainState, event: Event) -> tuple[TrainState, Effects]:  # noqa: ARG001  # a callback takes both
-    """Return the state as it is and ask for nothing: the unit of `compose`."""
+    """Return the state unchanged and no effects: the unit of `compose`."""
     return state, ()
 
 
 def compose(*callbacks: Callback) -> Reducer:
-    """Return the callback that calls `callbacks` in order, each on the state that the one before it left.
+    """Return the callback that calls `callbacks` in order, each with the state that the previous one returned.
 
-    It nests, and composition is associative: `compose(a, compose(b, c))` does what `compose(compose(a, b), c)` does.
+    Reducers nest, and composition is associative: `compose(a, compose(b, c))` equals `compose(compose(a, b), c)`.
 
     Args:
-        callbacks: Any callbacks, other reducers among them; a bare function is called on every event.
+        callbacks: Any callbacks, reducers included; a bare function is called on every event.
 
     Raises:
-        TypeError: If one of them cannot be called, or is a class in place of an object.
+        TypeError: If one of them is not callable, or is a class instead of an instance.
         SettingsError: If one of them declares an unknown reading.
 
     Example:
@@ -77,8 +77,8 @@ def compose(*callbacks: Callback) -> Reducer:
 class Reducer:
     """The callback that `compose` returns.
 
-    On `BeforeTraining` it checks that its members fit together and fills in the memory that is missing. A member that
-    changes what only the loop may change is refused by name.
+    On `BeforeTraining` it checks the declarations of its members and fills in missing memory. It raises an error if a
+    member changes a field of the state that only the loop may change.
     """
 
     def __init__(self, members: tuple[Callback, ...], *, outermost: bool = True) -> None:
@@ -86,57 +86,57 @@ class Reducer:
         self._outermost = outermost
         self._listening: dict[type[Event], tuple[Callback, ...]] = {}
         self._acting: dict[type[Event], tuple[_Call, ...]] = {}
-        # At updates, in order: a member, what is called of it while it is not due, and its place among those that wait.
+        # For updates, in order: a member, the callable to call while it is not due, and its index in `_pending`.
         self._at_updates: list[tuple[Callback, Callback | None, int | None]] = []
         pending: list[Schedule] = []
         for member in members:
-            closed, schedule = call_while_closed(member), _read_at_updates(member)
+            closed, schedule = call_while_closed(member), _schedule_at_updates(member)
             if schedule is None or closed is member or _is_always_due(schedule):
                 self._at_updates.append((member, closed if schedule is None else member, None))
             else:
                 self._at_updates.append((member, closed, len(pending)))
                 pending.append(schedule)
         self._pending = PendingSchedules(pending)
-        self._idling = self._update_calls(())
+        self._quiet_calls = self._update_calls(())
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return the state after every member has had its say, and all that they ask for, in their order."""
+        """Return the state after all members, and their effects in the same order."""
         if isinstance(event, BeforeTraining) and self._outermost:
             state = self._prepare(state, event)
         effects: Effects = ()
         for member, call in self._calls(state, type(event)):
-            after, asked = call(state, event)
+            after, requested = call(state, event)
             if after is not state:
                 _check_change(member, state, after, event)
                 state = after
-            if asked:
-                effects += asked
+            if requested:
+                effects += requested
         if effects and isinstance(event, AfterAccumulationStep):
-            raise ValueError(f"nothing can be logged or saved after an accumulation step; {effects[0]!r} was asked for")
+            raise ValueError(f"{effects[0]!r} was requested after an accumulation step; log and save after an update")
         return state, effects
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(label_of, self.members))})"
 
-    def nested(self) -> Reducer:
-        """Return the reducer as a part of another callback, which then checks and fills in memory for it."""
+    def without_checks(self) -> Reducer:
+        """Return the reducer without the checks and the filling in of memory, which the outer reducer then does."""
         return Reducer(self.members, outermost=False)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return the memory that the members begin with, by name."""
+        """Return the memory that the members start with, by name."""
         return FrozenDict({name: memory for member in self.members for name, memory in init_of(member, state).items()})
 
     @property
     def produces(self) -> tuple[str, ...] | None:
-        """Patterns of the metric keys that the members log; None if one of them does not say."""
-        said = [declaration_of(member).produces for member in self.members]
-        return None if None in said else tuple(key for keys in said for key in keys or ())
+        """Patterns of the metric keys that the members log; None if one of them may log any."""
+        produced = [declaration_of(member).produces for member in self.members]
+        return None if None in produced else tuple(key for keys in produced for key in keys or ())
 
     @property
     def consumes(self) -> tuple[str, ...]:
         """Metric keys that a member consumes and no member before it produces."""
         keys: list[str] = []
-        produced: list[str] | None = []  # None once a member does not say: it may produce any
+        produced: list[str] | None = []  # None after a member that may produce any key
         for declared in map(declaration_of, self.members):
             if produced is not None:
                 keys += [k for k in declared.consumes if not any(keys_overlap(p, k) for p in produced)]
@@ -145,7 +145,7 @@ class Reducer:
 
     @property
     def readings(self) -> tuple[str, ...]:
-        """Costly fields of `AfterUpdate` that a member needs; a loop need not read the others."""
+        """Costly fields of `AfterUpdate` that a member reads; a loop need not compute the others."""
         return tuple(dict.fromkeys(name for member in self.members for name in declaration_of(member).readings))
 
     @property
@@ -163,15 +163,15 @@ class Reducer:
     def _calls(self, state: TrainState, event_type: type[Event]) -> tuple[_Call, ...]:
         if event_type is AfterUpdate:
             due = self._pending.due(state.previous, state.iteration)
-            return self._update_calls(due) if due else self._idling
+            return self._update_calls(due) if due else self._quiet_calls
         if event_type not in self._acting:
             self._acting[event_type] = tuple((member, member) for member in self._listeners(event_type))
         return self._acting[event_type]
 
     def _update_calls(self, due: Iterable[int]) -> tuple[_Call, ...]:
-        """Return what is called at an update at which the members at some places may be due."""
+        """Return the calls at an update; `due` are the indices in `_pending` of the members that may be due."""
         due = frozenset(due)
-        calls = ((member, member if place in due else idle) for member, idle, place in self._at_updates)
+        calls = ((member, member if index in due else closed) for member, closed, index in self._at_updates)
         return tuple((member, call) for member, call in calls if call is not None)
 
     def _prepare(self, state: TrainState, event: BeforeTraining) -> TrainState:
@@ -229,8 +229,8 @@ def _earliest(thresholds: Iterable[Thresholds]) -> Thresholds:
     return Thresholds(*(min((count for count in each if count is not None), default=None) for each in counts))
 
 
-def _read_at_updates(member: Callback) -> Schedule | None:
-    """Return the schedule of a member's gate, as far as it is read at updates."""
+def _schedule_at_updates(member: Callback) -> Schedule | None:
+    """Return the part of a member's schedule that its gate reads at updates."""
     gate = declaration_of(member).gate
     return None if gate is None else gate.parts.get(AfterUpdate)
 
@@ -239,7 +239,7 @@ def _is_always_due(schedule: Schedule) -> bool:
     return any(each.interval == 1 and each.window == ALWAYS for each in schedule.members)
 
 
-_LOOPS: Final = ("iteration", "previous", "seed", "ended")
+_LOOP_FIELDS: Final = ("iteration", "previous", "seed", "ended")
 """Fields of a state that only the loop may change."""
 
 
@@ -250,11 +250,11 @@ def _check_change(member: Callback, before: TrainState, after: TrainState, event
         or after.seed is not before.seed
         or after.ended is not before.ended
     ):
-        name = next(each for each in _LOOPS if getattr(after, each) is not getattr(before, each))
+        name = next(each for each in _LOOP_FIELDS if getattr(after, each) is not getattr(before, each))
         raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")
     if isinstance(event, BeforeTraining) and event.resumed:
         raise ValueError(
-            f"{label_of(member)} changed the state of a resumed run before training; it may ask for effects"
+            f"{label_of(member)} changed the state in a resumed BeforeTraining; it may only return effects"
         )
 
 
@@ -262,14 +262,14 @@ def _check_claimed(state: TrainState, initial: Mapping[str, Any]) -> None:
     for name in state.callback_states:
         if name not in initial:
             raise UnclaimedMemoryError(
-                f"the saved run holds the memory of {name!r}, which no callback claims{suggest(name, initial) or '.'} "
-                f"Give a callback that id, or accept the loss with --drop-memory {name}"
+                f"the saved run contains memory of {name!r}, which no callback claims{suggest(name, initial) or '.'} "
+                f"Give a callback that id, or drop the memory with --drop-memory {name}"
             )
 
 
 def _check_new_memory(missing: Mapping[str, Any], state: TrainState) -> None:
-    theirs = storages((state.params, state.buffers, state.opt_state))
+    model = storages((state.params, state.buffers, state.opt_state))
     for name, memory in missing.items():
         check_memory(name, memory)
-        if storages(memory) & theirs:
+        if storages(memory) & model:
             raise ValueError(f"memory {name!r} shares storage with the params, buffers or opt_state: clone the tensors")

@@ -1,4 +1,4 @@
-"""What is fixed for a whole run, and the arithmetic of where its epochs lie."""
+"""The constants of a run, and the arithmetic of its epochs."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_GIVEN: Final[Any] = object()
-_UNSHOWN: Final = ("data", "forward", "frozen")  # too long for a message
+_UNSHOWN: Final = ("data", "forward", "frozen")  # too long to print
 
 
-def _optional() -> Any:  # stands for a value of the field's type
-    # A factory leaves no class attribute behind, so that reading a field that was not given reaches `__getattr__`.
+def _optional() -> Any:  # a value of the field's type
+    # A default would be a class attribute; with a factory, reading a field that was not given calls `__getattr__`.
     return field(default_factory=lambda: _NOT_GIVEN)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Run:
-    """What is fixed for a whole run; every event carries it as `event.run`.
+    """The constants of a run; every event carries them as `event.run`.
 
-    Every field may be left out; reading one that was not given is an error that names it.
+    Every field may be left out. Reading one that was not given raises an error that names it.
 
     Args:
-        end: Where the run ends, a point on one counter such as `TrainingIteration(epoch=10)`.
+        end: The end of the run, a point on one counter such as `TrainingIteration(epoch=10)`.
         updates_per_epoch: Optimizer updates in one epoch, >= 1.
         samples_per_epoch: Training samples in one epoch, >= 1.
-        effective_batch_size: Samples of every update but an epoch's last, >= 1.
+        effective_batch_size: Samples of every update, >= 1; the last one of an epoch may have fewer.
         run_id: Name of this run, unique among the runs of one output directory.
         rank: Index of this process, `0 <= rank < world_size`.
         world_size: Number of processes.
         config: The resolved configuration as plain values.
-        data: What a data-iterating callback iterates, by dataset key: anything that yields batches.
-        forward: `(state, batch) -> (losses, outputs)` in evaluation mode, without gradients.
-        frozen: Names of the params that the optimizer leaves as they are.
+        data: Datasets for data-iterating callbacks by key; each is an iterable of batches.
+        forward: `(state, batch) -> (losses, outputs)`, in evaluation mode and without gradients.
+        frozen: Names of the params that the optimizer does not update.
         batch_size: `batch -> number of samples`; by default the first dimension of the first tensor.
 
     Example:
@@ -73,7 +73,7 @@ class Run:
 
         def __getattr__(self, name: str) -> Any:
             own = getattr(type(self), name, None)
-            if isinstance(own, property):  # it failed for a field that it reads, which is what there is to say
+            if isinstance(own, property):  # it failed on a missing field: read it again for that error
                 return own.fget(self)
             if name in {f.name for f in fields(self)}:
                 raise AttributeError(f"this run was not given {name!r}: build it as Run({name}=..., ...)")
@@ -91,7 +91,7 @@ class Run:
         return type(self)(**{**vars(self), **changes})
 
     def iteration_after(self, update: int) -> TrainingIteration:
-        """Return the iteration once `update` updates, and the epochs that they fill, are completed."""
+        """Return the iteration after `update` updates, with every epoch that they fill counted."""
         epoch, rest = divmod(update, self.updates_per_epoch)
         sample = epoch * self.samples_per_epoch
         if rest:
@@ -116,5 +116,5 @@ class Run:
 
     @property
     def final(self) -> TrainingIteration:
-        """The last iteration of a run that nothing stops early."""
+        """The last iteration of the run, unless a callback stops it early."""
         return self.iteration_after(max(self.updates_to(name, getattr(self.end, name)) for name in COUNTERS))

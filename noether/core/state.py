@@ -1,4 +1,4 @@
-"""Everything that a run remembers, in one immutable value."""
+"""The state of a run: one immutable value with everything that the run remembers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Memory = Any
-"""What one callback remembers: a tree of JSON scalars, tuples, dicts and tensors."""
+"""The memory of one callback: a tree of JSON scalars, tuples, dicts and tensors."""
 
 
 class Measured(NamedTuple):
@@ -42,20 +42,20 @@ _START: Final = TrainingIteration()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainState:
-    """What a run remembers. Every method returns a new state; nothing writes to one.
+    """Everything that a run remembers. Every method returns a new state; none writes to this one.
 
     Args:
-        iteration: What is completed.
+        iteration: Counts of completed epochs, updates and samples.
         previous: The iteration before the last update; schedules compare the two.
         params: The model's parameters by name.
         buffers: The model's buffers by name.
         opt_state: The optimizer's memory.
-        hyperparams: What a callback may set; `lr_scale` multiplies the learning rate of every later update.
+        hyperparams: Values that a callback may set; `lr_scale` multiplies the learning rate of every later update.
         metrics: The last value of each metric and where it was measured.
         callback_states: Each callback's memory by name.
         stop: The first reason to stop, or None.
         ended: Whether `AfterTraining` has been dispatched since the last update.
-        seed: What every random number of the run is derived from.
+        seed: The seed of all random numbers of the run.
 
     Example:
         >>> state = TrainState().advance(samples=4)
@@ -77,7 +77,7 @@ class TrainState:
 
     def __post_init__(self) -> None:
         if dict in map(type, vars(self).values()):
-            vars(self).update(_frozen(vars(self)))
+            vars(self).update(_freeze_fields(vars(self)))
 
     @classmethod
     def from_module(
@@ -88,13 +88,13 @@ class TrainState:
         saved: TrainState | None = None,
         seed: int = 0,
     ) -> Self:
-        """Return a state that views a live model and optimizer: it is borrowed, and changes as they do.
+        """Return a state that views a live model and optimizer; it changes when they do.
 
         Args:
-            model: Gives params and buffers.
-            optimizer: Gives the optimizer's memory, read whenever the state is saved.
-            saved: A loaded state to go on from; it is written into the model and optimizer first.
-            seed: What random numbers are derived from.
+            model: The model, whose params and buffers the state views.
+            optimizer: The optimizer; its memory is read whenever the state is saved.
+            saved: A loaded state to resume; it is written into the model and optimizer first.
+            seed: The seed of all random numbers of the run; `saved` has its own.
 
         Raises:
             KeyError: If the model does not have the parameters and buffers of `saved`.
@@ -120,12 +120,10 @@ class TrainState:
         return cls(**{**vars(saved), **views, "callback_states": move_beside(model, saved.callback_states)})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
-        """Write the state into a live model and optimizer, the learning rates times `hyperparams["lr_scale"]`.
+        """Write the state into a live model and optimizer, and return the state that views them.
 
-        For after loading a checkpoint, or after a dispatch that changed params or hyperparams.
-
-        Returns:
-            The state that views them.
+        Call it after loading a checkpoint, or after a dispatch that changed params or hyperparams. Learning rates are
+        multiplied by `hyperparams["lr_scale"]`, once.
 
         Raises:
             KeyError: If the model does not have the parameters and buffers of the state.
@@ -138,29 +136,29 @@ class TrainState:
         Raises:
             TypeError: If the state has no such field.
         """
-        # `dataclasses.replace` sets every field anew and takes ten times as long; each update needs it several times.
+        # Every update calls this several times; `dataclasses.replace` sets each field and takes ten times as long.
         state = object.__new__(type(self))
         fields = vars(state)
         fields.update(vars(self))
-        fields.update(_frozen(changes) if dict in map(type, changes.values()) else changes)
+        fields.update(_freeze_fields(changes) if dict in map(type, changes.values()) else changes)
         if len(fields) != len(_NAMES):
             unknown = next(name for name in fields if name not in _NAMES)
             raise TypeError(f"a state has no field {unknown!r}; it has {', '.join(_NAMES)}")
         return state
 
     def advance(self, *, samples: int) -> Self:
-        """Return the state after one more update of `samples` samples; a run that goes on has not ended."""
+        """Return the state after one more update of `samples` samples, with `ended` reset."""
         return self.replace(iteration=self.iteration.advance(samples=samples), previous=self.iteration, ended=False)
 
     def next_epoch(self) -> Self:
-        """Return the state after the end of its epoch; `previous` stays, so `AfterEpoch` still sees the last update."""
+        """Return the state after the end of its epoch; `previous` is kept for `AfterEpoch`."""
         return self.replace(iteration=self.iteration.next_epoch())
 
     def memory(self, name: str) -> Memory:
         """Return the memory of the callback `name`.
 
         Raises:
-            KeyError: If there is none, naming those that exist.
+            KeyError: If the callback has no memory; the message lists those that have.
         """
         try:
             return self.callback_states[name]
@@ -169,7 +167,7 @@ class TrainState:
             raise KeyError(f"no memory is named {name!r}; memories: {known}") from None
 
     def remember(self, name: str, memory: Memory) -> Self:
-        """Return the state in which the callback `name` remembers `memory`; the same state if it is the same object.
+        """Return the state with the memory of the callback `name` set; the same state if it already is this object.
 
         Example:
             >>> TrainState().remember("count", 3).memory("count")
@@ -180,7 +178,7 @@ class TrainState:
         return self.replace(callback_states=FrozenDict({**self.callback_states, name: freeze(memory)}))
 
     def request_stop(self, reason: str) -> Self:
-        """Return the state that asks the loop to stop; the first reason stays.
+        """Return the state that asks the loop to stop; an earlier reason is kept.
 
         Example:
             >>> TrainState().request_stop("plateau").request_stop("late").stop
@@ -189,14 +187,13 @@ class TrainState:
         return self if self.stop is not None else self.replace(stop=reason)
 
 
-def _frozen(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return fields with those that are plain dicts frozen."""
-    # Memories are trees; the others are flat, or the optimizer's, which is its own and large.
-    return {name: freeze(v) if name == "callback_states" else _flat(v) for name, v in fields.items()}
-
-
-def _flat(value: Any) -> Any:
-    return FrozenDict(value) if type(value) is dict else value
+def _freeze_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with plain dicts frozen."""
+    frozen = {name: FrozenDict(value) if type(value) is dict else value for name, value in fields.items()}
+    # Only callback memory is frozen as a tree: the others are flat, or optimizer memory, which is large.
+    if "callback_states" in fields:
+        frozen["callback_states"] = freeze(fields["callback_states"])
+    return frozen
 
 
 _NAMES: Final = tuple(each.name for each in dataclasses.fields(TrainState))

@@ -241,7 +241,7 @@ def test_unknown_weights_are_refused_with_the_known_ones():
     with pytest.raises(WeightsError) as error:
         use_weights(state, "ema=0.999")
     assert str(error.value) == (
-        "no weights 'ema=0.999' are kept; there are: ema=0.9, ema=0.99; did you mean 'ema=0.99'?"
+        "no weights 'ema=0.999' are stored; stored: ema=0.9, ema=0.99; did you mean 'ema=0.99'?"
     )
 
 

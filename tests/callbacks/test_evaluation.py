@@ -150,9 +150,9 @@ def test_the_weights_of_an_average_are_evaluated_and_appear_in_the_key():
 
 def test_unknown_weights_are_refused():
     callback = MetricCallback(every_n_epochs=1, dataset_key="val", metric=error, weights="ema=0.99")
-    with pytest.raises(WeightsError, match=r"no weights 'ema=0.99' are kept; there are: none"):
+    with pytest.raises(WeightsError, match=r"no weights 'ema=0.99' are stored; stored: none"):
         callback(STATE, event([]))
-    with pytest.raises(WeightsError, match=r"there are: ema=0.9\b"):
+    with pytest.raises(WeightsError, match=r"stored: ema=0.9\b"):
         callback(STATE.replace(callback_states=stored_average(1.0)), event([]))
 
 

@@ -332,7 +332,7 @@ def test_two_callbacks_that_log_one_key_are_refused():
     with pytest.raises(DeclarationError) as refused:
         reducer(TrainState(), BeforeTraining())
     assert str(refused.value) == (
-        "TrackOutputsCallback/U1/rif and TrackOutputsCallback/U1/drift both produce '*rif*/U1'; drop one"
+        "TrackOutputsCallback/U1/rif and TrackOutputsCallback/U1/drift both produce '*rif*/U1'; remove one"
     )
 
 

@@ -297,5 +297,5 @@ def test_at_the_end_of_training_there_is_nothing_to_stop(at_end):
 def test_two_callbacks_that_move_one_pointer_are_refused():
     best = {"metric_key": "val/accuracy"}
     pair = compose(BestCheckpointCallback(every_n_epochs=1, **best), BestCheckpointCallback(every_n_epochs=2, **best))
-    with pytest.raises(DeclarationError, match=r"both produce 'checkpoints/best_model.val.accuracy'; drop one"):
+    with pytest.raises(DeclarationError, match=r"both produce 'checkpoints/best_model.val.accuracy'; remove one"):
         pair(TrainState(), BeforeTraining())

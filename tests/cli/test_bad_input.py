@@ -155,7 +155,7 @@ CASES = {
         [(METRIC, METRIC + METRIC.replace("epochs: 1", "epochs: 2"))],
         (
             "bad.yaml:32: callbacks[3]: MetricCallback/E2/val/accuracy and MetricCallback/E1/val/accuracy both produce "
-            "'val/accuracy'; drop one"
+            "'val/accuracy'; remove one"
         ),
     ),
     "two memories of one name": (

@@ -144,13 +144,13 @@ def test_eval_with_weights_measures_the_average(run_copy, tmp_path):
     assert {path: after[path] for path in before} == before
 
 
-LOST = "no weights 'ema=0.5' are kept; there are: ema=0.9; did you mean 'ema=0.9'?"
+LOST = "no weights 'ema=0.5' are stored; stored: ema=0.9; did you mean 'ema=0.9'?"
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "name", "message"),
     [
-        ("latest", "ema=0.99", "no weights 'ema=0.99' are kept; there are: ema=0.9, ema=0.5; did you mean 'ema=0.9'?"),
+        ("latest", "ema=0.99", "no weights 'ema=0.99' are stored; stored: ema=0.9, ema=0.5; did you mean 'ema=0.9'?"),
         (
             "last.ema=0.9",
             "ema=0.5",

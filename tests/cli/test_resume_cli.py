@@ -147,8 +147,8 @@ def test_unclaimed_memory_is_named(finished_run, tmp_path):
     before = contents(tmp_path)
     output = invoke("train", "--resume", relative(finished_run, tmp_path), *CHANGED, cwd=tmp_path, code=1)
     assert output == (
-        "Error: the saved run holds the memory of 'OnlineLossCallback/U5', which no callback claims; did you mean "
-        "'OnlineLossCallback/U10'? Give a callback that id, or accept the loss with "
+        "Error: the saved run contains memory of 'OnlineLossCallback/U5', which no callback claims; did you mean "
+        "'OnlineLossCallback/U10'? Give a callback that id, or drop the memory with "
         "--drop-memory OnlineLossCallback/U5\n"
     )
     assert contents(tmp_path) == before

@@ -264,7 +264,7 @@ def test_their_settings_are_checked_against_their_signature(mine, entry, message
 
 
 def test_a_function_with_a_schedule_refuses_an_interval(mine):
-    with pytest.raises(ConfigError, match=r"every_second already has a schedule: unite the two with \| or drop one"):
+    with pytest.raises(ConfigError, match=r"every_second already has a schedule: unite both with \| or remove one"):
         load_members("callbacks:\n  - {kind: mine.every_second, every_n_updates: 1}\n")
 
 

@@ -133,7 +133,7 @@ def test_a_predicate_is_asked_on_every_event():
 
 
 def test_at_end_does_not_go_with_a_predicate():
-    with pytest.raises(TypeError, match=r"^at_end goes with a schedule; a predicate sees AfterTraining itself$"):
+    with pytest.raises(TypeError, match=r"^at_end needs a schedule; a predicate can test for AfterTraining itself$"):
         when(lambda state, event: True, at_end=True)
 
 
@@ -177,10 +177,10 @@ def tracking(body):
     return callback("mean", init=lambda state: 0, track=lambda memory, event: memory)(body)
 
 
-SCHEDULED = "already has a schedule: unite the two with | or drop one"
+SCHEDULED = "already has a schedule: unite both with | or remove one"
 TRACKING = (
-    "tracks every update, and behind a gate would see only the due ones: "
-    "put @callback(track=...) above the gate, or give it its own interval"
+    "tracks every update, but behind this gate it would miss some: "
+    "put @callback(track=...) above the gate, or give it an interval"
 )
 
 
@@ -263,7 +263,7 @@ def test_tracking_alone_does_not_call_a_body_that_does_not_listen():
 
 
 def test_tracking_needs_a_memory():
-    message = r"^callback 'x' tracks without a memory: give init=lambda state: ..., what it begins with$"
+    message = r"^callback 'x' has track but no memory: add init=lambda state: ..., its first memory$"
     with pytest.raises(TypeError, match=message):
         callback("x", track=lambda memory, event: memory)
 

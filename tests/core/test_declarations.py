@@ -134,12 +134,12 @@ def test_both_at_the_end():
 
 
 def test_two_produce_one_key():
-    message = "EvaluateCallback/E1/val and MetricCallback/E1/val/accuracy both produce 'val/accuracy'; drop one"
+    message = "EvaluateCallback/E1/val and MetricCallback/E1/val/accuracy both produce 'val/accuracy'; remove one"
     both = EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("accuracy",))
     assert misfits(metric(every_n_epochs=1), both) == [(1, message)]
     star = callback("star", produces=("val/*",))(identity)
     assert misfits(metric(every_n_epochs=1), star) == [
-        (1, "star and MetricCallback/E1/val/accuracy both produce 'val/*'; drop one")
+        (1, "star and MetricCallback/E1/val/accuracy both produce 'val/*'; remove one")
     ]
     assert misfits(OnlineLossCallback(every_n_epochs=1), OnlineLossCallback(every_n_epochs=2)) == []
 

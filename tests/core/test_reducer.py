@@ -229,7 +229,7 @@ def test_only_the_loop_moves_a_run(name, value):
 
 
 def test_nothing_is_asked_after_an_accumulation_step():
-    message = r"^nothing can be logged or saved after an accumulation step; LogText\(text='E0_U0_S0'\) was asked for$"
+    message = r"^LogText\(text='E0_U0_S0'\) was requested after an accumulation step; log and save after an update$"
     with pytest.raises(ValueError, match=message):
         compose(note)(TrainState(), AfterAccumulationStep())
 
@@ -270,8 +270,8 @@ def test_memory_that_nobody_claims_is_refused_on_resume():
     with pytest.raises(LookupError) as refused:
         reducer(saved, BeforeTraining(resumed=True))
     assert str(refused.value) == (
-        "the saved run holds the memory of 'Progress/U10', which no callback claims; did you mean 'Progress/U20'? "
-        "Give a callback that id, or accept the loss with --drop-memory Progress/U10"
+        "the saved run contains memory of 'Progress/U10', which no callback claims; did you mean 'Progress/U20'? "
+        "Give a callback that id, or drop the memory with --drop-memory Progress/U10"
     )
     with pytest.raises(LookupError, match=r"which no callback claims\. Give a callback that id"):
         compose()(saved, BeforeTraining(resumed=True))
@@ -320,7 +320,9 @@ def test_a_resumed_run_is_not_changed_before_training():
     def ask(state, event):
         return log(state, event, {"x": 1.0})
 
-    with pytest.raises(ValueError, match=r"^change changed the state of a resumed run before training; it may ask for"):
+    with pytest.raises(
+        ValueError, match=r"^change changed the state in a resumed BeforeTraining; it may only return effects"
+    ):
         compose(change)(TrainState(), BeforeTraining(resumed=True))
     assert compose(change)(TrainState(), BeforeTraining())[0].stop == "now"
     state = TrainState()

@@ -215,7 +215,7 @@ def test_a_donated_state_says_so_when_it_is_read(step):
         lambda: len(state.params),
         lambda: step(state, [make_batch(0)]),
     ):
-        with pytest.raises(DonatedError, match=r"the update after it wrote to its tensors.*noether.lease\(state\)"):
+        with pytest.raises(DonatedError, match=r"the next update overwrote its tensors.*noether.lease\(state\)"):
             read()
     assert "donated" in repr(state.params)
 

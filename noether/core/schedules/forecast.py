@@ -1,4 +1,4 @@
-"""The run before the run: which events something happens at, from schedules alone and without walking the run."""
+"""Forecasts: at which events of a run a callback fires, from its schedule and without walking the run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 _START: Final = TrainingIteration()
 EARLY: Final = (BeforeTraining, AtEval)
-"""The events that come before the first update, in their order."""
+"""The events before the first update, in order."""
 
 
 @final
 @dataclass(frozen=True)
 class Firing:
-    """One event at which something happens.
+    """One event at which a callback fires.
 
     Args:
         event: Type of the event.
-        iteration: What is completed there; after an update, the epoch that it fills is not counted yet.
+        iteration: The iteration of the state there; at an update, the epoch that it fills is not counted yet.
     """
 
     event: type[Event]
@@ -48,12 +48,12 @@ _NAMES: Final[dict[type[Event], str]] = {BeforeTraining: "start", AtEval: "start
 @final
 @dataclass(frozen=True)
 class Firings:
-    """All events at which something happens in a part of a run.
+    """The firings of a callback in a part of a run.
 
     Args:
-        first: The first of them, or None if there is none.
-        last: The last of them, likewise.
-        count: How many there are.
+        first: The first firing, or None if the callback does not fire.
+        last: The last firing, likewise.
+        count: Number of firings.
     """
 
     first: Firing | None
@@ -64,11 +64,12 @@ class Firings:
 @final
 @dataclass(frozen=True)
 class Occasions:
-    """When something happens: where a schedule is due, and at events that come once in a run.
+    """When a callback fires: when a schedule is due, and at events that come once in a run.
 
     Args:
-        schedule: Where it is due, updates and samples read after an update and epochs after an epoch.
-        once: `BeforeTraining`, `AtEval` (before the first update) and `AfterTraining`, as far as they are among them.
+        schedule: The schedule, read as a `Gate` does; None if it fires at single events only.
+        once: The events among `BeforeTraining`, `AtEval` (before the first update) and `AfterTraining` at which it
+            fires.
 
     Example:
         >>> from noether.core.run import Run
@@ -84,12 +85,12 @@ class Occasions:
 
 
 def occasions_of(declared: Declaration, listened: tuple[type[Event], ...], run: Run) -> Occasions:
-    """Return when a callback acts: where its gate opens; without one, at every event that it listens to.
+    """Return when a callback fires: when its gate opens; without a gate, at every event that it listens to.
 
     Args:
-        declared: What it says about itself.
+        declared: The declaration of the callback.
         listened: The types of events that it listens to.
-        run: The run, which says whether a gate with `at_end` opens there.
+        run: The run, whose end decides whether a gate with `at_end` opens after training.
     """
     if declared.gate is not None:
         return Occasions(declared.gate.schedule, (AfterTraining,) if _opens_at_end(declared.gate, run) else ())
@@ -100,7 +101,7 @@ def occasions_of(declared: Declaration, listened: tuple[type[Event], ...], run: 
 
 
 def state_at(firing: Firing, run: Run) -> TrainState:
-    """Return the state at an event, as far as counters tell: what gates read."""
+    """Return a state with the counters at an event, which is all that a gate reads."""
     update = firing.iteration.update
     previous = run.iteration_after(update - 1) if update else _START
     return TrainState(iteration=firing.iteration, previous=previous, ended=firing.event is AfterTraining)
@@ -109,13 +110,13 @@ def state_at(firing: Firing, run: Run) -> TrainState:
 def firings(
     occasions: Occasions, run: Run, start: TrainingIteration | None = None, end: TrainingIteration | None = None
 ) -> Firings:
-    """Return the firings in a part of a run, in a time that does not grow with its length.
+    """Return the firings in a part of a run; the time does not grow with its length.
 
     Args:
-        occasions: When it happens.
-        run: The run; nothing stops it early.
-        start: Where the part begins, itself not counted; None for the very beginning.
-        end: Where it ends, itself counted; None for the end of the run.
+        occasions: When the callback fires.
+        run: The run, not stopped early.
+        start: The part starts after this iteration; None for the start of the run, early events included.
+        end: The part ends with this iteration; None for the end of the run.
     """
     before = 0 if start is None else count_until(occasions, start, run)
     through = count_until(occasions, run.final if end is None else end, run)
@@ -126,7 +127,7 @@ def firings(
 
 
 def count_until(occasions: Occasions, iteration: TrainingIteration, run: Run) -> int:
-    """Return the number of firings up to an iteration between two updates, all at that update included.
+    """Return the number of firings up to an iteration, including all events after its last update.
 
     Example:
         >>> from noether.core.run import Run
@@ -136,11 +137,11 @@ def count_until(occasions: Occasions, iteration: TrainingIteration, run: Run) ->
     """
     early = sum(kind in occasions.once for kind in EARLY)
     over = AfterTraining in occasions.once and iteration.update >= run.final.update
-    return early + _scheduled(occasions, iteration, run) + over
+    return early + _count_scheduled(occasions, iteration, run) + over
 
 
 def events_at(update: int, run: Run) -> tuple[Firing, ...]:
-    """Return the events after the update of this number, that of the epoch's end and the run's if they come with it.
+    """Return the events after an update: its own, and the ends of the epoch and of the run if they follow it.
 
     Example:
         >>> from noether.core.run import Run
@@ -157,23 +158,23 @@ def events_at(update: int, run: Run) -> tuple[Firing, ...]:
 
 
 def fires(occasions: Occasions, at: Firing, run: Run) -> bool:
-    """Return whether it happens at an event of the run."""
+    """Return whether a callback fires at an event of the run."""
     gate = None if occasions.schedule is None else Gate(occasions.schedule)
     return at.event in occasions.once or (gate is not None and gate.due(at.event, state_at(at, run)) is not None)
 
 
 def nth_firing(occasions: Occasions, n: int, run: Run) -> Firing:
-    """Return the n-th firing, 1 being the first.
+    """Return the n-th firing, starting at 1.
 
-    Found by bisection: how many there are up to an update is known in closed form, and never falls.
+    It is found by bisection: the number of firings up to an update has a closed form and never falls.
 
     Raises:
-        ValueError: If there are not so many.
+        ValueError: If the callback fires less often.
     """
     early = [kind for kind in EARLY if kind in occasions.once]
     if 1 <= n <= len(early):
         return Firing(early[n - 1], _START)
-    total = _scheduled(occasions, run.final, run)
+    total = _count_scheduled(occasions, run.final, run)
     if len(early) < n <= len(early) + total and occasions.schedule is not None:
         return _nth_scheduled(occasions.schedule, n - len(early), run)
     if AfterTraining not in occasions.once or n != len(early) + total + 1:
@@ -186,11 +187,11 @@ def _nth_scheduled(schedule: Schedule, n: int, run: Run) -> Firing:
         return schedule.count(_START, run.iteration_after(update), run)
 
     update = bisect_left(range(run.final.update + 1), n, key=until)
-    there = [at for at in events_at(update, run) if fires(Occasions(schedule), at, run)]
-    return there[n - until(update - 1) - 1]
+    firings_there = [at for at in events_at(update, run) if fires(Occasions(schedule), at, run)]
+    return firings_there[n - until(update - 1) - 1]
 
 
-def _scheduled(occasions: Occasions, iteration: TrainingIteration, run: Run) -> int:
+def _count_scheduled(occasions: Occasions, iteration: TrainingIteration, run: Run) -> int:
     return 0 if occasions.schedule is None else occasions.schedule.count(_START, iteration, run)
 
 

@@ -1,4 +1,4 @@
-"""When a gated callback acts: a schedule, read on the event that its counters move on."""
+"""Gates: a schedule that is read at the events that move its counters."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 Interval = Literal["epoch", "update", "sample", "end", "eval"]
-"""Why a periodic callback runs: the counter that was due, the end of training, or an evaluation outside of training."""
+"""Why a periodic callback runs: the counter that was due, the end of training, or standalone evaluation."""
 
-_MOVES: Final = {AfterUpdate: ("update", "sample"), AfterEpoch: ("epoch",)}
+_COUNTERS_AT: Final = {AfterUpdate: ("update", "sample"), AfterEpoch: ("epoch",)}
 
 
 @final
 @dataclass(frozen=True)
 class Gate:
-    """Opens where `schedule` is due; with `at_end` also after training, unless the schedule was due there.
+    """Opens when `schedule` is due; with `at_end` also after training, unless the schedule was due there.
 
     Args:
-        schedule: When it opens. Updates and samples are read on `AfterUpdate`, epochs on `AfterEpoch`.
-        at_end: Whether it opens on `AfterTraining` if nothing was due at the last update and epoch.
+        schedule: When it opens. `AfterUpdate` reads updates and samples, `AfterEpoch` reads epochs.
+        at_end: Whether it opens on `AfterTraining` if the schedule was not due at the last update and epoch.
 
     Example:
         >>> from noether.core.schedules.schedule import EveryNUpdates
@@ -42,7 +42,7 @@ class Gate:
     at_end: bool = False
 
     def opens(self, state: TrainState, event: Event) -> Interval | None:
-        """Return why the gate is open for `event`, or None if it is closed."""
+        """Return why the gate opens for `event`, or None if it stays closed."""
         return self.due(type(event), state)
 
     def due(self, event_type: type[Event], state: TrainState) -> Interval | None:
@@ -56,17 +56,17 @@ class Gate:
         return None
 
     def _was_due(self, state: TrainState) -> bool:
-        # At the last update, the epoch that it may have filled was not counted yet.
+        # At the last update, the epoch that it filled was not counted yet.
         at_update = dataclasses.replace(state.iteration, epoch=state.previous.epoch)
-        seen: dict[type[Event], TrainingIteration] = {AfterUpdate: at_update, AfterEpoch: state.iteration}
-        return any(part.due(state.previous, seen[event_type]) for event_type, part in self.parts.items())
+        read: dict[type[Event], TrainingIteration] = {AfterUpdate: at_update, AfterEpoch: state.iteration}
+        return any(part.due(state.previous, read[event_type]) for event_type, part in self.parts.items())
 
     @cached_property
     def parts(self) -> dict[type[Event], Schedule]:
-        """What of the schedule is read on which event."""
-        parts = {event_type: self.schedule.reading(*counters) for event_type, counters in _MOVES.items()}  # type: ignore[arg-type]  # counters
+        """The part of the schedule that each event reads."""
+        parts = {event_type: self.schedule.reading(*counters) for event_type, counters in _COUNTERS_AT.items()}  # type: ignore[arg-type]  # counters
         return {event_type: part for event_type, part in parts.items() if part is not None}
 
     def listens(self, event_type: type[Event]) -> bool:
-        """Return whether it can open on events of this type."""
+        """Return whether the gate can open on events of this type."""
         return event_type in self.parts or (self.at_end and event_type is AfterTraining)

@@ -1,4 +1,4 @@
-"""How a batch is read: its size, what of it the model takes, and what the outputs are compared with."""
+"""Reads a batch: its size, the inputs of the model, and the target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def batch_size(batch: Any) -> int:
     """Return the number of samples in `batch`: the first dimension of its first tensor.
 
     Raises:
-        ValueError: If there is no tensor with a dimension in it.
+        ValueError: If `batch` contains no tensor with a dimension.
 
     Example:
         >>> import torch
@@ -31,7 +31,7 @@ def batch_size(batch: Any) -> int:
     size = _first_dimension(batch)
     if size is None:
         raise ValueError(
-            "the batch holds no tensor with a dimension: give Run(batch_size=...), a function of the batch"
+            "the batch contains no tensor with a dimension: pass Run(batch_size=...), a function of the batch"
         )
     return size
 
@@ -39,7 +39,7 @@ def batch_size(batch: Any) -> int:
 def _first_dimension(batch: Any) -> int | None:
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.ndim else None
-    # Tuples first: to ask whether something is a Mapping takes longer, and this is asked at every update.
+    # Tuples first: testing for a Mapping takes longer, and this runs at every update.
     parts = batch if isinstance(batch, (tuple, list)) else batch.values() if isinstance(batch, Mapping) else ()
     for part in parts:
         size = _first_dimension(part)
@@ -49,10 +49,10 @@ def _first_dimension(batch: Any) -> int | None:
 
 
 def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that `model` takes of `batch`.
+    """Return the positional and keyword arguments for calling `model` on `batch`.
 
-    A tuple or list is `(inputs, *targets)`: the model takes the first. Of a mapping the model takes the entries that
-    its `forward` names. A tensor is taken as it is.
+    A tuple or list is `(inputs, *targets)`: the model gets the first entry. From a mapping the model gets the entries
+    that its `forward` names. A tensor is passed unchanged.
 
     Example:
         >>> import torch
@@ -64,27 +64,27 @@ def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
     if isinstance(batch, torch.Tensor) or not isinstance(batch, Mapping):
         return (batch,), {}
     function = getattr(model.forward, "__func__", None)
-    names = _named_by(model.forward) if function is None else _named_by_method(function)
+    names = _parameter_names(model.forward) if function is None else _method_parameters(function)
     return (), dict(batch) if names is None else {name: batch[name] for name in names if name in batch}
 
 
-@lru_cache  # to read a signature takes as long as to call a small model; a method's function keeps no model alive
-def _named_by_method(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    names = _named_by(function)
+@lru_cache  # reading a signature is as slow as a small model; the key is a function, which keeps no model alive
+def _method_parameters(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    names = _parameter_names(function)
     return None if names is None else names[1:]
 
 
-def _named_by(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Return the names of the parameters of a function, or None if it takes any."""
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Return the names of a function's parameters, or None if it accepts any keyword."""
     parameters = inspect.signature(function).parameters.values()
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else tuple(p.name for p in parameters)
 
 
 def target_of(batch: Any) -> torch.Tensor:
-    """Return what the outputs are compared with: the second entry of a tuple, or an entry with a usual name.
+    """Return the target of a batch: the second entry of a tuple, or an entry with a usual name.
 
     Raises:
-        ValueError: If `batch` holds no such entry.
+        ValueError: If `batch` has no such entry.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Donation: tensors that the next update may write to, in a mapping that cannot be read any more then."""
+"""Donation: mappings of tensors that the next update may overwrite, after which they cannot be read."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 class DonatedError(NoetherError, RuntimeError):
-    """What is read was donated: an update wrote to it."""
+    """A donated tree is read after an update overwrote its tensors."""
 
 
 @final
 class DonatedTree(Mapping[str, Any]):
-    """A tree that whoever makes the next one from it may write to, as JAX donates buffers.
+    """A tree whose tensors the next update may overwrite, as JAX donates buffers.
 
-    Reading gives views. While anybody holds one, the memory is shared, and who would write to it copies it first: so a
-    tensor that was read keeps its value, however long. Once the tree was taken, reading it is an error.
+    Reading returns views. While a view is alive, the update copies the tensor before it writes, so a tensor that was
+    read keeps its value. After `take`, reading raises an error.
 
     Args:
         tree: Nested mappings of tensors and scalars.
-        owner: Who may take it without copying; whatever that writes to.
+        owner: The object that may take the tree without copying.
 
     Example:
         >>> params = DonatedTree({"weight": torch.ones(2)})
@@ -39,65 +39,65 @@ class DonatedTree(Mapping[str, Any]):
         >>> tree = params.take()
         >>> params["weight"]
         Traceback (most recent call last):
-        noether.core.tensors.donation.DonatedError: this state was donated: the update after it wrote to its tensors.
-        Read the state that came of the update, or keep this one with `noether.lease(state)` before
+        noether.core.tensors.donation.DonatedError: this state was donated: the next update overwrote its tensors.
+        Read the state that the update returned, or keep this one with `noether.lease(state)` before the update
     """
 
     __slots__ = ("_tree", "owner")
     is_value = True
-    """It is never written to by those who read it."""
+    """`freeze` leaves it unchanged: readers cannot write to it."""
 
     def __init__(self, tree: Mapping[str, Any], owner: object = None) -> None:
         self._tree: Mapping[str, Any] | None = tree
         self.owner = owner
 
     def take(self) -> Mapping[str, Any]:
-        """Return the tree itself, which may then be written to; it cannot be read here any more.
+        """Return the tree for writing; it cannot be read here afterwards.
 
         Raises:
-            DonatedError: If it was taken before.
+            DonatedError: If the tree was taken before.
         """
-        tree, self._tree = self._held(), None
+        tree, self._tree = self._readable_tree(), None
         return tree
 
     def __getitem__(self, key: str) -> Any:
-        return map_leaves(_view, self._held()[key])
+        return map_leaves(_view, self._readable_tree()[key])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held())
+        return iter(self._readable_tree())
 
     def __len__(self) -> int:
-        return len(self._held())
+        return len(self._readable_tree())
 
     def __or__(self, other: Mapping[str, Any]) -> FrozenDict:
         return FrozenDict({**self, **other})
 
     def __repr__(self) -> str:
-        return "DonatedTree(donated)" if self._tree is None else f"Donatable({dict(self)})"
+        return "DonatedTree(donated)" if self._tree is None else f"DonatedTree({dict(self)})"
 
     def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
-        return FrozenDict, (dict(self),)  # a copy is nobody's to write to
+        return FrozenDict, (dict(self),)  # a copy is not donated
 
-    def _held(self) -> Mapping[str, Any]:
+    def _readable_tree(self) -> Mapping[str, Any]:
         if self._tree is None:
             raise DonatedError(
-                "this state was donated: the update after it wrote to its tensors. Read the state that came of the "
-                "update, or keep this one with `noether.lease(state)` before"
+                "this state was donated: the next update overwrote its tensors. Read the state that the update "
+                "returned, or keep this one with `noether.lease(state)` before the update"
             )
         return self._tree
 
 
 @final
 class OwnedStorages:
-    """Tensors that are written to where they are, and known to be nobody else's then.
+    """Tensors that are written in place, after a check that nothing else uses their storage.
 
-    Torch counts the users of a tensor's memory. So what anybody else holds, be it a checkpoint in flight, a metric or a
-    view of a view, is seen, and left to them: a copy takes its place before it would be written to. What was left is
-    kept, and once nobody else holds it the next copy is written to it: memory that is mapped is filled in less time.
+    Torch counts the users of a storage. A tensor that something else still uses, such as a checkpoint in flight, a
+    metric or a view of a view, is left to it, and a copy takes its place before the write. The tensor left behind is
+    reused for the next copy once its other users are gone, because mapped memory is filled faster.
 
     Args:
-        places: Dicts and the keys in them at which the tensors are.
-        shared: How many of the first of them are the data of a parameter, too.
+        places: The dict and the key of each tensor.
+        shared: Number of tensors, from the first on, that are also the data of a parameter.
 
     Example:
         >>> tree = {"weight": torch.ones(1)}
@@ -112,35 +112,35 @@ class OwnedStorages:
 
     def __init__(self, places: Sequence[tuple[dict[str, Any], str]], shared: int = 0) -> None:
         self._places = places
-        self._left: dict[int, torch.Tensor] = {}
-        self._alone = [_OF_ONE_TENSOR + (index < shared) for index in range(len(places))]
-        self._look()
+        self._left_behind: dict[int, torch.Tensor] = {}
+        self._unshared_counts = [_OF_ONE_TENSOR + (index < shared) for index in range(len(places))]
+        self._read_storages()
 
-    def _look(self) -> None:
-        self._held = [kept[key].untyped_storage() for kept, key in self._places]
-        self._handles = [storage_handle(storage) for storage in self._held]
+    def _read_storages(self) -> None:
+        self._storages = [tree[key].untyped_storage() for tree, key in self._places]
+        self._handles = [storage_handle(storage) for storage in self._storages]
 
     def unshare(self) -> bool:
-        """Have copies take the place of tensors that others hold, and return whether there were any."""
+        """Replace each tensor with other users by a copy, and return whether there was one."""
         users = list(map(storage_use_count, self._handles))
-        if users == self._alone:
+        if users == self._unshared_counts:
             return False
-        for index, (now, alone) in enumerate(zip(users, self._alone, strict=True)):
-            if now != alone:
+        for index, (count, unshared) in enumerate(zip(users, self._unshared_counts, strict=True)):
+            if count != unshared:
                 self._replace(index)
-        self._look()
+        self._read_storages()
         return True
 
     def _replace(self, index: int) -> None:
-        kept, key = self._places[index]
-        left, held = self._left.pop(index, None), kept[key]
-        if left is None or _is_held(left.untyped_storage()):
-            left = torch.empty_like(held)
-        kept[key], self._left[index] = left.copy_(held), held
+        tree, key = self._places[index]
+        target, shared = self._left_behind.pop(index, None), tree[key]
+        if target is None or _has_other_users(target.untyped_storage()):
+            target = torch.empty_like(shared)
+        tree[key], self._left_behind[index] = target.copy_(shared), shared
 
 
 def donate(state: TrainState) -> TrainState:
-    """Return the state whose params and optimizer memory an update may take: nobody else needs their values.
+    """Return the state with params and optimizer memory donated, so that an update may overwrite them.
 
     Example:
         >>> from noether import TrainState
@@ -152,7 +152,9 @@ def donate(state: TrainState) -> TrainState:
 
 
 def lease(state: TrainState) -> TrainState:
-    """Return the state such that no update writes to its tensors, as long as it is held; nothing is copied for that.
+    """Return the state with views in place of donated trees: no update overwrites its tensors while it is alive.
+
+    Nothing is copied until an update has to write.
 
     Example:
         >>> from noether import TrainState
@@ -163,21 +165,21 @@ def lease(state: TrainState) -> TrainState:
         tensor([1., 1.])
     """
     trees = {name: getattr(state, name) for name in ("params", "buffers", "opt_state", "callback_states")}
-    return state.replace(**{name: _leased(tree) for name, tree in trees.items()})
+    return state.replace(**{name: _view_donated(tree) for name, tree in trees.items()})
 
 
-def _leased(tree: Any) -> Any:
-    """Return `tree` with what is donatable replaced by views; the same object where there is nothing."""
+def _view_donated(tree: Any) -> Any:
+    """Return `tree` with donated trees replaced by views; the same object if it contains none."""
     if isinstance(tree, DonatedTree):
         return FrozenDict(tree)
     if isinstance(tree, FrozenDict):
-        leased = {key: _leased(value) for key, value in tree.items()}
+        leased = {key: _view_donated(value) for key, value in tree.items()}
         return FrozenDict(leased) if any(leased[key] is not tree[key] for key in tree) else tree
     return tree
 
 
-def _is_held(storage: torch.UntypedStorage) -> bool:
-    """Return whether a storage that one tensor is known to have is somebody else's, too."""
+def _has_other_users(storage: torch.UntypedStorage) -> bool:
+    """Return whether a storage has other users than the one tensor that is known to use it."""
     return storage_use_count(storage_handle(storage)) > _OF_ONE_TENSOR
 
 

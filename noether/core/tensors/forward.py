@@ -24,12 +24,12 @@ Losses = Mapping[str, "Tensor"]
 
 
 def forward(model: nn.Module, loss: Callable[[Any, Any], Losses], *, precision: torch.dtype | None = None) -> Forward:
-    """Return a forward that calls `model` with the weights of a state, in evaluation mode and without gradients.
+    """Return a function that calls `model` with the weights of a state, in evaluation mode and without gradients.
 
     Args:
-        model: Gives the architecture; its own weights and its mode are left as they are, unless it changes them itself.
+        model: The architecture; its weights and its mode are left unchanged, unless it changes them itself.
         loss: `(outputs, batch) -> {name: mean over samples}`, pure.
-        precision: Autocast type of model and loss, or None.
+        precision: Autocast dtype of model and loss, or None.
 
     Returns:
         `(state, batch) -> (losses, outputs)`, where `losses["total"]` is the sum of the named losses.
@@ -54,73 +54,73 @@ class Forward:
         self._model = model
         self._loss = loss
         self._precision = precision
-        self._own: Mapping[str, Tensor] | None = None  # the model's parameters, during an evaluation
+        self._model_params: Mapping[str, Tensor] | None = None  # during an evaluation
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
         """Return losses and outputs of a batch."""
-        if self._own is None or self._model.training:  # whoever loads the data may have trained it meanwhile
+        if self._model_params is None or self._model.training:  # loading the batch may have changed the mode
             with self.evaluating():
                 return self(state, batch)
         with torch.no_grad():
             if self._precision is None:
-                return self._evaluated(self._own, state, batch)
+                return self._evaluate(self._model_params, state, batch)
             with torch.autocast(device_of(self._model.parameters()).type, dtype=self._precision):
-                return self._evaluated(self._own, state, batch)
+                return self._evaluate(self._model_params, state, batch)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Leave the model in evaluation mode until the end: of many batches, each need not change it there and back."""
-        trained = [module for module in self._model.modules() if module.training]
+        """Hold the model in evaluation mode, so that its mode changes once and not for each batch."""
+        training = [module for module in self._model.modules() if module.training]
         self._model.eval()
-        # None of them under autocast: it remembers what it made of a parameter, whatever is written to that.
-        self._own = {} if self._autocasts() else dict(self._model.named_parameters())
+        # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.
+        self._model_params = {} if self._autocasts() else dict(self._model.named_parameters())
         try:
             yield
         finally:
-            self._own = None
-            for module in trained:
+            self._model_params = None
+            for module in training:
                 module.training = True
 
     def _autocasts(self) -> bool:
         device_type = device_of(self._model.parameters()).type
-        known = torch.amp.is_autocast_available(device_type)
-        return self._precision is not None or (known and torch.is_autocast_enabled(device_type))
+        available = torch.amp.is_autocast_available(device_type)
+        return self._precision is not None or (available and torch.is_autocast_enabled(device_type))
 
-    def _evaluated(self, own: Mapping[str, Tensor], state: TrainState, batch: Any) -> tuple[Losses, Any]:
-        outputs = self._outputs(own, state, batch)
+    def _evaluate(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> tuple[Losses, Any]:
+        outputs = self._call_model(model_params, state, batch)
         losses = add_total(self._loss(outputs, batch))
-        # What is a parameter as it is would be seen as the next update leaves it.
+        # Detached, as a returned parameter would change with the next update.
         detached = FrozenDict({name: loss.detach() for name, loss in losses.items()})
         return detached, map_tensors(torch.Tensor.detach, outputs)
 
-    def _outputs(self, own: Mapping[str, Tensor], state: TrainState, batch: Any) -> Any:
+    def _call_model(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> Any:
         arguments, keywords = model_arguments(self._model, batch)
-        # Copies of the buffers: a module may write to its own even in evaluation mode.
+        # Copies, as a module may write to its buffers even in evaluation mode.
         weights = {name: buffer.clone() for name, buffer in state.buffers.items()}
-        if not _are(own, state.params):
+        if not _are_same(model_params, state.params):
             weights |= state.params
-        if not weights:  # the model's own, so that it can be called as it is, in less time
+        if not weights:  # calling the model directly is faster
             return self._model(*arguments, **keywords)
         return functional_call(self._model, weights, arguments, keywords)
 
 
-def _are(own: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
-    """Return whether the parameters of a model are `params`."""
+def _are_same(model_params: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
+    """Return whether `params` view the parameters of the model."""
     try:
-        return len(own) == len(params) and all(
-            name in own and own[name].is_set_to(param) for name, param in params.items()
+        return len(model_params) == len(params) and all(
+            name in model_params and model_params[name].is_set_to(param) for name, param in params.items()
         )
-    except NotImplementedError:  # torch cannot tell of sparse tensors, and of those without memory
+    except NotImplementedError:  # torch cannot compare sparse and meta tensors
         return False
 
 
 def add_total(losses: Losses) -> Losses:
-    """Return named losses with their sum as `total`.
+    """Return named losses together with their sum, named `total`.
 
     Raises:
-        ValueError: If there is none, or one is called `total` beside others.
+        ValueError: If `losses` is empty, or one of several is named `total`.
     """
     if not losses or ("total" in losses and len(losses) > 1):
-        raise ValueError(f"a loss function returns named losses, 'total' not among them; got {list(losses)}")
+        raise ValueError(f"a loss function must return named losses, 'total' not among them; got {list(losses)}")
     total = reduce(add, losses.values())
     return FrozenDict({**losses, "total": total})

@@ -1,4 +1,4 @@
-"""Between a live model with its optimizer and a state: views of them, and the way back."""
+"""Views of a live model and its optimizer, and writing values back into them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def params_of(model: nn.Module) -> FrozenDict:
-    """Return the parameters of `model` by name; they share its memory."""
+    """Return the parameters of `model` by name; the tensors share its memory."""
     return FrozenDict({name: parameter.detach() for name, parameter in model.named_parameters()})
 
 
 def buffers_of(model: nn.Module) -> FrozenDict:
-    """Return the buffers of `model` by name; they share its memory."""
+    """Return the buffers of `model` by name; the tensors share its memory."""
     return FrozenDict(dict(model.named_buffers()))
 
 
@@ -36,7 +36,7 @@ def device_of(tensors: Iterable[Tensor]) -> torch.device:
 
 
 def move_beside(model: nn.Module, tree: Any) -> Any:
-    """Return `tree` with its tensors on the device of `model`; the same object where they are."""
+    """Return `tree` with its tensors on the device of `model`; the same object if they already are."""
     device = device_of(model.parameters())
     if all(tensor.device == device for _, tensor in tensors(tree)):
         return tree
@@ -44,7 +44,7 @@ def move_beside(model: nn.Module, tree: Any) -> Any:
 
 
 class BorrowedOptState(Mapping[str, Any]):
-    """The memory of a live optimizer, by parameter name, as it is whenever it is read."""
+    """The memory of a live optimizer by parameter name, read from the optimizer at each access."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -56,7 +56,7 @@ class BorrowedOptState(Mapping[str, Any]):
         return FrozenDict(state=FrozenDict(state), groups=freeze(groups))
 
     def views(self, optimizer: Optimizer) -> bool:
-        """Return whether it is the memory of this very optimizer."""
+        """Return whether this is the memory of `optimizer` itself."""
         return self._optimizer is optimizer
 
     def __getitem__(self, key: str) -> Any:
@@ -82,13 +82,13 @@ def write_weights(model: nn.Module, params: Mapping[str, Tensor], buffers: Mappi
 
 @torch.no_grad()
 def write_optimizer(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, *, lr_scale: float) -> None:
-    """Write the memory of an optimizer into a live one, and multiply its learning rates by `lr_scale`, once.
+    """Write saved memory into a live optimizer, and scale its learning rates; calling it twice scales once.
 
     Args:
-        opt_state: The memory; empty, or that of `optimizer` itself, for what it has.
-        model: Gives the parameters by name.
+        opt_state: The saved memory; if empty or a view of `optimizer`, its memory is left unchanged.
+        model: The model, which names the parameters.
         optimizer: The live optimizer.
-        lr_scale: The scale that its learning rates have afterwards.
+        lr_scale: The scale of its learning rates afterwards.
     """
     borrowed = isinstance(opt_state, BorrowedOptState) and opt_state.views(optimizer)
     if len(opt_state) and not borrowed:
@@ -96,11 +96,11 @@ def write_optimizer(opt_state: Mapping[str, Any], model: nn.Module, optimizer: O
     _scale_lr(optimizer, lr_scale)
 
 
-def _write_tensors(what: str, live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    odd = sorted(live.keys() ^ saved.keys())
-    if odd:
-        where = "the state" if odd[0] in live else "the model"
-        raise KeyError(f"{what} {odd[0]!r} is not in {where}: the state was made from another model")
+def _write_tensors(kind: str, live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    unmatched = sorted(live.keys() ^ saved.keys())
+    if unmatched:
+        where = "the state" if unmatched[0] in live else "the model"
+        raise KeyError(f"{kind} {unmatched[0]!r} is not in {where}: the state belongs to another model")
     for name, tensor in saved.items():
         if live[name].data_ptr() != tensor.data_ptr():
             live[name].copy_(tensor)
@@ -109,20 +109,20 @@ def _write_tensors(what: str, live: Mapping[str, Tensor], saved: Mapping[str, Te
 def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str, Any]) -> None:
     parameters = dict(model.named_parameters())
     on_device = any(map(counts_on_device, optimizer.param_groups))
-    optimizer.state.clear()  # a parameter that has no memory in the state keeps none
+    optimizer.state.clear()  # a parameter without memory in the state loses the memory that it has
     for name, memory in opt_state.get("state", {}).items():
         parameter = parameters[name]
         optimizer.state[parameter] = move_memory(unpack(memory), parameter.device, on_device=on_device)
     groups = opt_state.get("groups", ())
-    if isinstance(groups, Mapping):  # a functional optimizer keeps them by name, in the same order
+    if isinstance(groups, Mapping):  # a functional optimizer stores them by name, in the same order
         groups = tuple(groups.values())
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group.pop("lr_scale", None)  # the saved learning rate is scaled as the saved group says
+        group.pop("lr_scale", None)  # the saved group says how its learning rate is scaled
         group.update(unpack(saved))
 
 
 def _scale_lr(optimizer: Optimizer, scale: float) -> None:
-    # The group remembers the scale that its learning rate has, so that writing twice scales once.
+    # The group stores the scale of its learning rate, so writing twice scales once.
     for group in optimizer.param_groups:
         applied = group.get("lr_scale", 1.0)
         if applied != scale:

@@ -1,4 +1,4 @@
-"""Weights that a callback keeps beside those in training, such as an average of them."""
+"""Weights that a callback stores beside those in training, such as an average."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PREFIX: Final = "weights/"
 
 
 def memory_of(weights: str) -> str:
-    """Return the name of the memory that holds `weights`; it is a tree of `params` and `buffers` by name.
+    """Return the name of the memory that stores `weights`: a tree of `params` and `buffers` by name.
 
     Example:
         >>> memory_of("ema=0.999")
@@ -31,15 +31,15 @@ def names_weights(key: str) -> bool:
 
 
 def find_weights(state: TrainState) -> tuple[str, ...]:
-    """Return the names of the weights that callbacks keep in `state`."""
+    """Return the names of the weights that callbacks store in `state`."""
     return tuple(name.removeprefix(_PREFIX) for name in state.callback_states if name.startswith(_PREFIX))
 
 
 def use_weights(state: TrainState, weights: str) -> TrainState:
-    """Return the state with `weights` in place of those in training, as far as they go: they may be of a sub-module.
+    """Return the state with its params and buffers replaced by `weights`, which may cover a sub-module only.
 
     Raises:
-        WeightsError: If no callback keeps such weights, naming those that are kept.
+        WeightsError: If no callback stores these weights; the message lists those that are stored.
 
     Example:
         >>> from noether import TrainState
@@ -53,12 +53,12 @@ def use_weights(state: TrainState, weights: str) -> TrainState:
     if name not in state.callback_states:
         known = find_weights(state)
         raise WeightsError(
-            f"no weights {weights!r} are kept; there are: {', '.join(known) or 'none'}{suggest(weights, known)}"
+            f"no weights {weights!r} are stored; stored: {', '.join(known) or 'none'}{suggest(weights, known)}"
         )
-    both = {what: _filled(getattr(state, what), kept) for what, kept in state.callback_states[name].items()}
-    return state.replace(**both)
+    stored = state.callback_states[name]
+    return state.replace(**{field: _overwrite(getattr(state, field), new) for field, new in stored.items()})
 
 
-def _filled(tensors: Mapping[str, Any], kept: Mapping[str, Any]) -> FrozenDict:
-    """Return `tensors` with those that are kept in their place, in the type that the model computes with."""
-    return FrozenDict({**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in kept.items()}})
+def _overwrite(tensors: Mapping[str, Any], new: Mapping[str, Any]) -> FrozenDict:
+    """Return `tensors` with the new ones in their place, in the dtype of the model."""
+    return FrozenDict({**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in new.items()}})

@@ -1,4 +1,4 @@
-"""Trees are values: mappings that cannot be written to, and pure functions over nested mappings and tuples."""
+"""Immutable trees: frozen mappings, and pure functions on nested mappings, tuples and lists."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LEAVES: Final = frozenset({*SCALARS, torch.Tensor})
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that is never written to after it is made; `|` returns a new one.
+    """An immutable dict; `|` returns a new one.
 
-    It is a dict, so whatever reads dicts (`torch.func.functional_call`, `json`, `==`) reads it as fast as one.
+    It is a dict, so code that reads dicts (`torch.func.functional_call`, `json`, `==`) reads it at full speed.
 
     Example:
         >>> params = FrozenDict(weight=1)
@@ -37,7 +37,7 @@ class FrozenDict(dict[str, Any]):
 
     __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
 
-    def __or__(self, other: Mapping[str, Any]) -> FrozenDict:  # type: ignore[override]  # dict's own returns a dict
+    def __or__(self, other: Mapping[str, Any]) -> FrozenDict:  # type: ignore[override]  # dict returns a dict
         return FrozenDict({**self, **other})
 
     def __hash__(self) -> int:  # type: ignore[override]  # dict has none; equal dicts have equal keys
@@ -50,19 +50,19 @@ class FrozenDict(dict[str, Any]):
         return FrozenDict, (dict(self),)
 
 
-def freeze(tree: Any) -> Any:  # any leaf is passed on
-    """Return `tree` with its mappings frozen and its lists as tuples; the same object if nothing had to change.
+def freeze(tree: Any) -> Any:
+    """Return `tree` with mappings frozen and lists as tuples; the same object if nothing changes.
 
     Example:
         >>> freeze({"a": [1, {"b": 2}]})
         FrozenDict({'a': (1, FrozenDict({'b': 2}))})
     """
-    if type(tree) in _LEAVES:  # most of what there is; to ask whether it is a mapping takes longer
+    if type(tree) in _LEAVES:  # most values; testing for a Mapping takes longer
         return tree
-    if isinstance(tree, (dict, Mapping)):  # a dict is a Mapping, and faster to tell
+    if isinstance(tree, (dict, Mapping)):  # testing for a dict is faster
         if getattr(tree, "is_value", False):
             return tree
-        # Most memories are flat. What has to change is not copied before it is found: each update freezes several.
+        # Fast path, as each update freezes several memories: most are flat, and only changed entries are copied.
         flat = _LEAVES.issuperset(map(type, tree.values()))
         changed = {} if flat else {key: new for key, old in tree.items() if (new := freeze(old)) is not old}
         return tree if not changed and isinstance(tree, FrozenDict) else FrozenDict({**tree, **changed})
@@ -133,9 +133,9 @@ def move_to_device(device: torch.device, tree: Any) -> Any:
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Return a user's batch or outputs with `function` applied to every tensor, every container of the type it has.
+    """Return a batch or outputs with `function` applied to every tensor; containers keep their types.
 
-    Looked into are mappings, lists, tuples, named tuples and dataclasses; anything else is handed on as it is.
+    Mappings, lists, tuples, named tuples and dataclasses are searched; any other value is returned unchanged.
 
     Example:
         >>> map_tensors(lambda tensor: tensor + 1, [torch.tensor(1), {"name": "x"}])
@@ -144,11 +144,11 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     if isinstance(value, torch.Tensor):
         return function(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        held = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
-        return dataclasses.replace(value, **{name: map_tensors(function, item) for name, item in held.items()})
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+        return dataclasses.replace(value, **{name: map_tensors(function, item) for name, item in fields.items()})
     if isinstance(value, Mapping):
         items = {key: map_tensors(function, item) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]  # as mappings are made
+        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]  # mappings are constructed from a dict
     if isinstance(value, tuple) and hasattr(value, "_make"):
         return value._make(map_tensors(function, item) for item in value)
     if isinstance(value, (list, tuple)):
@@ -157,16 +157,16 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 
 def storages(tree: Any) -> set[int]:
-    """Return the addresses of the memory that the tensors of `tree` live in; those that hold nothing have none."""
-    held = (tensor for _, tensor in tensors(tree) if tensor.numel() and not tensor.is_meta)
-    return {tensor.untyped_storage().data_ptr() for tensor in held}
+    """Return the addresses of the storages of the tensors in `tree`; empty and meta tensors are left out."""
+    allocated = (tensor for _, tensor in tensors(tree) if tensor.numel() and not tensor.is_meta)
+    return {tensor.untyped_storage().data_ptr() for tensor in allocated}
 
 
 def check_memory(name: str, memory: Any) -> None:
-    """Refuse memory that could not be written to disk and read back as it is.
+    """Raise an error if memory cannot be saved and loaded unchanged.
 
     Raises:
-        TypeError: If a leaf is no JSON scalar or tensor, or a key is no string.
+        TypeError: If a leaf is not a JSON scalar or a tensor, or a key is not a string.
 
     Example:
         >>> check_memory("ema", {"decay": {1, 2}})
@@ -191,14 +191,14 @@ def _check_keys(name: str, tree: Any) -> None:
 
 
 def pack(where: str, value: Any) -> Any:
-    """Return `value` as a tree that can be in a state; a list becomes `{"__list__": (...)}`, for states hold tuples.
+    """Return `value` as a tree for a state; a list becomes `{"__list__": (...)}`, as states contain tuples only.
 
     Args:
-        where: Whose memory it is, for the message.
-        value: Nested dicts, lists and tuples of JSON scalars and tensors; tensors are not copied.
+        where: Name of the owner, for the message.
+        value: Nested dicts, lists and tuples of JSON scalars and tensors; the tensors are not copied.
 
     Raises:
-        TypeError: If something in it cannot be written to a checkpoint.
+        TypeError: If a checkpoint cannot contain a value in it.
 
     Example:
         >>> pack("the sampler", {"order": [2, 0, 1]})
@@ -213,11 +213,11 @@ def pack(where: str, value: Any) -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: pack(f"{where}.{key}", item) for key, item in value.items()}
     kind = "dict with keys that are not text" if isinstance(value, Mapping) else type(value).__name__
-    raise TypeError(f"{where} is a {kind}, which no checkpoint can hold")
+    raise TypeError(f"{where} is a {kind}, which a checkpoint cannot contain")
 
 
 def unpack(value: Any) -> Any:
-    """Return a copy of a packed `value` that may be written to: tensors cloned, dicts and lists new.
+    """Return a writable copy of a packed `value`: tensors cloned, dicts and lists new.
 
     Example:
         >>> unpack({"order": {"__list__": (2, 0, 1)}})
