@@ -4,40 +4,40 @@
     trainer = NoetherTrainer(model, args, train_dataset=dataset, callbacks=[callback])
     trainer.train()
 
-The callbacks of transformers are not told what the loss of a step was, nor how many samples it had. The documented
-place to learn it is a subclass that overrides `training_step` and `compute_loss`: `NoetherMixin` does that, for any
-trainer, as in `class MyTrainer(NoetherMixin, SFTTrainer): ...`; `NoetherTrainer` is `Trainer` with it. Under a trainer
-that does not report its losses the callback refuses the first update.
+transformers does not pass the loss of a step or its number of samples to callbacks. The documented way to get them is a
+subclass that overrides `training_step` and `compute_loss`: `NoetherMixin` does that for any trainer, as in
+`class MyTrainer(NoetherMixin, SFTTrainer): ...`; `NoetherTrainer` is `Trainer` with it. With a trainer that does not
+report its losses, the callback refuses the first update.
 
 | transformers | noether | with |
 |---|---|---|
-| `on_train_begin` | `BeforeTraining`, after it an `AfterEpoch` that is owed | `resumed` after `resume_from_checkpoint` |
-| `training_step` begins | | the time before it was spent waiting for data |
-| `training_step`, its backward done | `AfterAccumulationStep`, if anybody listens | losses, outputs, samples; before the optimizer steps |
-| `on_step_end` | `AfterUpdate` | losses, outputs, samples, learning rates of the step, `grad_norm` before clipping if anybody reads it |
-| the same, where a gradient scaler left the step out | `AfterUpdate(skipped=True)` | |
-| `on_epoch_end` | `AfterEpoch` | once all updates of the epoch are counted |
+| `on_train_begin` | `BeforeTraining`, then a missing `AfterEpoch` | `resumed` after `resume_from_checkpoint` |
+| `training_step` starts | | ends the wait for data |
+| `training_step`, after backward | `AfterAccumulationStep`, if a callback handles it | losses, outputs, samples; before the optimizer steps |
+| `on_step_end` | `AfterUpdate` | losses, outputs, samples, learning rates of the step, `grad_norm` before clipping if a callback reads it |
+| the same, if a gradient scaler skipped the step | `AfterUpdate(skipped=True)` | |
+| `on_epoch_end` | `AfterEpoch` | if all updates of the epoch are counted |
 | `on_save`, `resume_from_checkpoint` | `state_dict`, `load_state_dict` | in the checkpoints of transformers, as `noether.safetensors` |
-| `on_train_end` | `AfterTraining` | at the end of the run, or where `state.stop` gives a reason |
-| `state.stop` | `control.should_training_stop` | right after the event; a run that was stopped makes no update when it is resumed |
+| `on_train_end` | `AfterTraining` | at the end of the run, or if `state.stop` gives a reason |
+| `state.stop` | `control.should_training_stop` | right after the event; a stopped run makes no update when it is resumed |
 
-What is different from noether's own trainer:
+Differences from noether's trainer:
 
-- `losses` has one entry, `total`: what the trainer went backward from, with label smoothing and `compute_loss_func`.
-  Of an update it is the sum of what its micro-batches gave to it. Where the loss is a mean over each micro-batch,
-  transformers divides by their number and not by their samples: it is their plain mean, a short last one included.
-- What stops transformers for reasons of its own is no end of the run: it can go on, and `AfterTraining` is not told.
+- `losses` has one entry, `total`: the loss of the trainer's backward, with label smoothing and `compute_loss_func`. For
+  an update it is the sum of the shares of its micro-batches. If the loss is a mean over each micro-batch, transformers
+  divides by their number and not by their samples: the sum is their plain mean, including a short last one.
+- If transformers stops for another reason, the run has not ended: it can resume, and `AfterTraining` is not dispatched.
 - The learning rate is the scheduler's times `hyperparams["lr_scale"]`; transformers logs the scheduler's.
-- Transformers cuts a run by `max_steps`, and so `run.end` is a number of updates.
-- An evaluation by the trainer (`eval_strategy`) is its own affair. Callbacks evaluate `Run(data={...})`, with the loss
-  of the model; `Run(forward=...)` takes another.
-- The order of data is a function of `args.data_seed` and the epoch. Dropout draws from torch's generator, whose place
-  is in the checkpoints of transformers and not in those of noether.
-- On several processes every one has batches of one size, as accelerate makes them by default: samples are counted as
-  those of this process times their number, repeated ones at the end of an epoch included.
-- With a gradient scaler `grad_norm` is that of scaled gradients. `forward_s`, `backward_s`, `optimizer_s` are not there.
-- What FSDP or DeepSpeed shard is not supported, for no process has all of it; nor is a hyperparameter search, whose
-  trials save elsewhere.
+- transformers ends a run by `max_steps`, so `run.end` is a number of updates.
+- An evaluation by the trainer (`eval_strategy`) dispatches no event. Callbacks evaluate `Run(data={...})` with the loss
+  of the model, or with `Run(forward=...)`.
+- The order of data is a function of `args.data_seed` and the epoch. Dropout draws from torch's generator, whose state is
+  in the checkpoints of transformers and not in those of noether.
+- Several processes must have batches of the same size, as accelerate makes them by default: samples are counted as
+  those of this process times the number of processes, including samples repeated at the end of an epoch.
+- With a gradient scaler, `grad_norm` is that of scaled gradients. `forward_s`, `backward_s`, `optimizer_s` are missing.
+- Models sharded by FSDP or DeepSpeed are not supported, because no process has the whole model; nor is a hyperparameter
+  search, whose trials save elsewhere.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     from noether.effects import RunDirectory
 
 FILE: Final = "noether.safetensors"
-"""What a run remembers, in a checkpoint of transformers."""
+"""File with the state of the run in a checkpoint of transformers."""
 _CLOCK: Final = Clock()
 _RUN: Final = Run()
 
@@ -96,10 +96,10 @@ class NoetherCallback(TrainerCallback):
         callbacks: One callback, or several in order.
         directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
         interpreter: Runs effects; by default that of the directory.
-        data: What callbacks evaluate, by dataset key.
-        seed: Seeds the random numbers of callbacks.
+        data: Batches by dataset key, for callbacks that evaluate.
+        seed: Seed of the random numbers of callbacks.
         clock: Reads the time.
-        run: Further facts about the run, such as `Run(forward=...)` to evaluate another loss than the model's.
+        run: More facts about the run, such as `Run(forward=...)` to evaluate a loss other than the model's.
 
     Example:
         >>> import tempfile
@@ -147,10 +147,10 @@ class NoetherCallback(TrainerCallback):
         """The session beside the trainer.
 
         Raises:
-            RuntimeError: If training has not begun.
+            RuntimeError: If training has not started.
         """
         if self._session is None:
-            raise RuntimeError("the session begins with training: call trainer.train() first")
+            raise RuntimeError("the session starts with training: call trainer.train() first")
         return self._session
 
     def batch_arrived(self) -> None:
@@ -163,7 +163,7 @@ class NoetherCallback(TrainerCallback):
         Args:
             loss: Its share of the update's loss.
             samples: Its samples in this process.
-            outputs: What the model returned.
+            outputs: Outputs of the model.
             of: Micro-batches of the update.
         """
         session, mean = self.session, loss * of
@@ -180,18 +180,18 @@ class NoetherCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Begin the run, or go on with it.
+        """Start or resume the run.
 
         Raises:
-            ValueError: If the run in the directory is not where the trainer is.
-            FileNotFoundError: If the checkpoint that is resumed from does not hold what the run remembers.
+            ValueError: If the run in the directory and the trainer are at different updates.
+            FileNotFoundError: If the checkpoint to resume from does not contain the state of the run.
         """
         self._model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._parts, self._grad_norm = [], None
         self._session = session = self._make_session(
-            run=_completed(self._run, self._model, args, state, kwargs["train_dataloader"]),
+            run=_fill_run(self._run, self._model, args, state, kwargs["train_dataloader"]),
             model=self._model,
-            optimizer=getattr(optimizer, "optimizer", optimizer),  # in the wrapper of accelerate
+            optimizer=getattr(optimizer, "optimizer", optimizer),  # inside of the wrapper of accelerate
             scheduler=kwargs["lr_scheduler"],
         )
         if self.resume_from is not None:
@@ -201,21 +201,21 @@ class NoetherCallback(TrainerCallback):
         session.begin()
         if session.stop is not None:
             session.end()
-            raise _StoppedError  # transformers would make another update
+            raise _StoppedError  # otherwise transformers would make another update
         return control
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse a trainer that does not report its losses, before anything is applied.
+        """Refuse a trainer that does not report its losses, before the first step of the optimizer.
 
         Raises:
-            TypeError: If it does not.
+            TypeError: If no loss was reported.
         """
         if not self._parts:
             raise TypeError(
-                "this trainer does not report its losses: use NoetherTrainer in place of Trainer, or, with a class of "
-                "your own, class MyTrainer(NoetherMixin, YourTrainer): ..."
+                "this trainer does not report its losses: use NoetherTrainer in place of Trainer, or, for another "
+                "trainer, class MyTrainer(NoetherMixin, OtherTrainer): ..."
             )
 
     def on_step_end(
@@ -225,38 +225,38 @@ class NoetherCallback(TrainerCallback):
         session, total = self.session, sum(self._parts[1:], start=self._parts[0])
         session.update(mean=_over_ranks(total), skipped=not session.steps, grad_norm=self._grad_norm)
         self._parts, self._grad_norm = [], None
-        return self._stopping(control)
+        return self._apply_stop(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Tell of the end of an epoch, if it is completed."""
+        """Dispatch `AfterEpoch` if the epoch is completed."""
         self.session.end_epoch(cut_short=control.should_training_stop or control.should_epoch_stop)
-        return self._stopping(control)
+        return self._apply_stop(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put what the run remembers into the checkpoint that was just written."""
+        """Add the state of the run to the checkpoint that was just written."""
         if state.is_world_process_zero:
             _write(_checkpoint(args, state.global_step), self.session.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell of the end of training, if the run is at its end."""
+        """Dispatch `AfterTraining` if the run is at its end."""
         if self.session.is_over:
             self.session.end()
         else:
             self.session.close()
 
-    def _stopping(self, control: TrainerControl) -> TrainerControl:
+    def _apply_stop(self, control: TrainerControl) -> TrainerControl:
         control.should_training_stop = control.should_training_stop or self.session.is_over
         return control
 
 
 class NoetherMixin:
-    """A trainer that tells each `NoetherCallback` among its callbacks what transformers does not.
+    """Reports losses, outputs and samples to each `NoetherCallback` among the callbacks of a trainer.
 
-    Put it before the trainer: `class MyTrainer(NoetherMixin, SFTTrainer): ...`
+    List it before the trainer: `class MyTrainer(NoetherMixin, SFTTrainer): ...`
     """
 
     _outputs: Any = None
@@ -267,18 +267,18 @@ class NoetherMixin:
         *args: Any,
         **kwargs: Any,
     ) -> TrainOutput:
-        """Train, or go on from a checkpoint of transformers; a run that was stopped stays so.
+        """Train, or resume from a checkpoint of transformers; a stopped run stays stopped.
 
         Args:
-            resume_from_checkpoint: The checkpoint; True stands for the newest.
+            resume_from_checkpoint: The checkpoint; True for the newest.
             args: As for the trainer.
-            kwargs: Likewise.
+            kwargs: As for the trainer.
         """
         trainer: Any = self
         path = resume_from_checkpoint
         if path is True:
             path = get_last_checkpoint(trainer.args.output_dir) or True  # type: ignore[no-untyped-call]  # transformers'
-        for callback in _watching(trainer):
+        for callback in _noether_callbacks(trainer):
             callback.resume_from = Path(path) if isinstance(path, (str, Path)) else None
         try:
             output: TrainOutput = super().train(path, *args, **kwargs)  # type: ignore[misc]  # of the trainer beside it
@@ -290,7 +290,7 @@ class NoetherMixin:
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a micro-batch, after its backward."""
         trainer: Any = self
-        callbacks = _watching(trainer)
+        callbacks = _noether_callbacks(trainer)
         for callback in callbacks:
             callback.batch_arrived()
         samples = [callback.session.run.batch_size(inputs) for callback in callbacks]
@@ -309,7 +309,7 @@ class NoetherMixin:
         return_outputs: bool = False,  # noqa: FBT001, FBT002  # as in transformers
         **kwargs: Any,
     ) -> Any:
-        """Return the loss, with the outputs if they are asked for."""
+        """Return the loss, with the outputs if `return_outputs`."""
         trainer: Any = super()
         loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
@@ -318,17 +318,17 @@ class NoetherMixin:
 
 
 class NoetherTrainer(NoetherMixin, Trainer):  # type: ignore[misc]  # transformers leaves it untyped
-    """The `Trainer` of transformers, which tells a `NoetherCallback` its losses."""
+    """The `Trainer` of transformers, reporting its losses to each `NoetherCallback`."""
 
 
 def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
-    """Write a state as a checkpoint of transformers, and return its path, to resume from.
+    """Write a state as a checkpoint of transformers and return its path, to resume from it.
 
-    It goes below `args.output_dir`, under the name that transformers gives a checkpoint after as many updates.
+    The path is in `args.output_dir`, with the name that transformers gives a checkpoint after the same updates.
 
     Args:
         saved: A state that a `NoetherCallback` saved, such as `open_run("runs/mine").load()`.
-        trainer: A new trainer for the same model; its model and optimizer take on the weights and memory.
+        trainer: A new trainer for the same model; the weights and the optimizer state are written into it.
 
     Raises:
         KeyError: If the model does not have the weights of the state.
@@ -342,10 +342,11 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
     write_optimizer(saved.opt_state, model, optimizer, lr_scale=1.0)
     trainer.save_model(str(path))
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
-    given = trainer.lr_scheduler  # None where the trainer makes one of its own when it trains
-    torch.save(position(saved) if given is None else SchedulerMemory(given).state_dict(saved), path / "scheduler.pt")
+    scheduler = trainer.lr_scheduler  # None if the trainer creates it in `train`
+    scheduler_state = position(saved) if scheduler is None else SchedulerMemory(scheduler).state_dict(saved)
+    torch.save(scheduler_state, path / "scheduler.pt")
     state = TrainerState(global_step=saved.iteration.update, train_batch_size=trainer.args.train_batch_size)
-    # What transformers compares with its arguments, to warn where they differ.
+    # transformers compares these with its arguments and warns if they differ.
     state.compute_steps(trainer.args, trainer.args.max_steps)  # type: ignore[no-untyped-call]  # transformers'
     state.save_to_json(str(path / "trainer_state.json"))
     _write(path, encode_state(saved))
@@ -353,22 +354,22 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
 
 
 class _StoppedError(NoetherError):
-    """The run that is gone on with was stopped."""
+    """The run to resume was stopped."""
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
     return [each.grad for each in model.parameters() if each.grad is not None]
 
 
-def _watching(trainer: Any) -> list[NoetherCallback]:
+def _noether_callbacks(trainer: Any) -> list[NoetherCallback]:
     return [each for each in trainer.callback_handler.callbacks if isinstance(each, NoetherCallback)]
 
 
-def _completed(run: Run, model: nn.Module, args: TrainingArguments, state: TrainerState, loader: Any) -> Run:
-    """Return `run` with what can be read off the trainer."""
+def _fill_run(run: Run, model: nn.Module, args: TrainingArguments, state: TrainerState, loader: Any) -> Run:
+    """Return `run` with the facts that the trainer knows."""
     known = {
         "end": TrainingIteration(update=state.max_steps),
-        # Where the loader has no length, transformers takes the run for one epoch.
+        # If the loader has no length, transformers treats the run as one epoch.
         "updates_per_epoch": state.max_steps,
         **epoch_lengths(loader, args.gradient_accumulation_steps, args.world_size),
         "forward": _forward_of(model),
@@ -390,7 +391,7 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
 
 
 def _without_loss(outputs: Any) -> Any:
-    """Return what a model returned beside the loss, one thing as it is: the predictions of transformers."""
+    """Return the outputs of a model without the loss, and a single one bare, as transformers does for predictions."""
     if isinstance(outputs, Mapping):
         outputs = {name: value for name, value in outputs.items() if name != "loss"}
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
@@ -410,9 +411,9 @@ def _over_ranks(loss: Tensor) -> Tensor:
 def _check_position(at: TrainingIteration, update: int) -> None:
     if at.update != update:
         raise ValueError(
-            f"the run is at {at}, and the trainer at update {update}: go on from a checkpoint of transformers, or make "
-            "one, trainer.train(resume_from_checkpoint=to_checkpoint(directory.load(), trainer)); a new run needs a "
-            "new directory"
+            f"the run is at {at}, and the trainer at update {update}: resume from a checkpoint of transformers, or "
+            "make one: trainer.train(resume_from_checkpoint=to_checkpoint(directory.load(), trainer)); a new run needs "
+            "a new directory"
         )
 
 
@@ -429,8 +430,8 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / FILE
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: the checkpoint was written without NoetherCallback, and does not hold what the run "
-            "remembers; train without the callback, or from a checkpoint that it wrote"
+            f"{path} is missing: the checkpoint was written without NoetherCallback and has no state of the run; train "
+            "without the callback, or resume from a checkpoint that it wrote"
         )
     tensors, facts = read_tensors(path.read_bytes())
     return {"state": facts["state"], "tensors": tensors}

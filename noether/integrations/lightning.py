@@ -2,30 +2,31 @@
 
 | Lightning | noether | with |
 |---|---|---|
-| `on_train_start` | `BeforeTraining` | `resumed` if Lightning's checkpoint held the callbacks, or the directory holds a checkpoint |
-| `on_train_batch_start` | | the time before it was spent waiting for data |
-| `on_before_optimizer_step` | | `grad_norm`, before gradients are clipped, if anybody reads it |
-| `on_train_batch_end` | `AfterAccumulationStep`, if anybody listens | losses and outputs of what `training_step` returned, samples of the batch |
-| the same, once the optimizer has stepped | `AfterUpdate` | sums and sample-weighted means of the batches since the last update; learning rates of the step |
-| the same, where the step was left out | `AfterUpdate(skipped=True)` | `training_step` returned None, or a gradient scaler found infinities |
+| `on_train_start` | `BeforeTraining` | `resumed` if Lightning's checkpoint has the callbacks' state, or the directory has a checkpoint |
+| `on_train_batch_start` | | ends the wait for data |
+| `on_before_optimizer_step` | | `grad_norm` before gradient clipping, if a callback reads it |
+| `on_train_batch_end` | `AfterAccumulationStep`, if a callback handles it | losses and outputs from the result of `training_step`, samples of the batch |
+| the same, after a step of the optimizer | `AfterUpdate` | sums and sample-weighted means of the batches since the last update; learning rates of the step |
+| the same, if the step was skipped | `AfterUpdate(skipped=True)` | `training_step` returned None, or a gradient scaler found infinities |
 | `on_train_epoch_end` | `AfterEpoch` | not for an epoch that `should_stop` or `max_steps` cut short |
-| `on_train_end` | `AfterTraining` | `state.stop` if a callback stopped the run; whatever else stops Lightning is an end, too |
-| `state.stop` | `trainer.should_stop = True` | right after the event; Lightning goes on until `min_epochs` and `min_steps` |
+| `on_train_end` | `AfterTraining` | `state.stop` if a callback stopped the run; any other stop of Lightning ends the run too |
+| `state.stop` | `trainer.should_stop = True` | right after the event; Lightning continues until `min_epochs` and `min_steps` |
 | `state_dict`, `load_state_dict` | the same | in Lightning's checkpoints, which `weights_only=True` reads |
-| sanity check, validation, test, predict | | nothing: callbacks evaluate what `Run(data=...)` gives them |
-| `on_exception` | | nothing is told; what is saved stays saved, and the optimizer is let go |
+| sanity check, validation, test, predict | | no event: callbacks evaluate the datasets of `Run(data=...)` |
+| `on_exception` | | no event: checkpoints are kept, and the optimizer is released |
 
-What is different from noether's own trainer:
+Differences from noether's trainer:
 
-- Lightning divides every loss by `accumulate_grad_batches`: a short last micro-batch weighs as much as a full one, and an
-  update with fewer micro-batches is smaller. The losses in events are weighted by samples. Lightning hands on the
-  divided loss; multiplied again it is exact where the number is a power of two, and else up to its last bit.
-- `AfterAccumulationStep` of an update's last micro-batch comes after the optimizer's step: Lightning tells only then.
-- `forward_s`, `backward_s` and `optimizer_s` are not there. Callbacks evaluate in the precision of the parameters.
-- Resumed in the middle of an epoch, Lightning reads its loader from the first batch unless the loader has `state_dict`
-  and `load_state_dict`; with those, its own checkpoints resume exactly. A noether checkpoint holds no loader, so it has
-  to be of an epoch's end; and where one scheduler is that does not look at metrics. Else go on from Lightning's own.
-- One process and one optimizer: losses are not gathered over ranks.
+- Lightning divides every loss by `accumulate_grad_batches`: a short last micro-batch has the weight of a full one, and an
+  update with fewer micro-batches is smaller. The losses in events are weighted by samples. They are the divided loss of
+  Lightning multiplied again, which is exact if the number is a power of two, and otherwise exact up to the last bit.
+- `AfterAccumulationStep` of the last micro-batch comes after the optimizer's step, because Lightning has no earlier hook.
+- `forward_s`, `backward_s` and `optimizer_s` are missing. Callbacks evaluate in the precision of the parameters.
+- When Lightning resumes within an epoch, it reads its loader from the first batch, unless the loader has `state_dict` and
+  `load_state_dict`; with those, Lightning's checkpoints resume exactly. A noether checkpoint does not contain the
+  loader, so it has to be from the end of an epoch; and it contains one scheduler, which must not depend on metrics. In
+  other cases resume from a checkpoint of Lightning.
+- Only one process and one optimizer: losses are not gathered over ranks.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -62,16 +63,16 @@ _RUN: Final = Run()
 
 @final
 class NoetherCallback(LightningCallback):
-    """noether's callbacks as one of Lightning's.
+    """Runs noether's callbacks in Lightning's `Trainer`.
 
     Args:
         callbacks: One callback, or several in order.
-        losses: Returns mean losses by name from what `training_step` returned; `total` is added as their sum.
+        losses: Returns mean losses by name from the result of `training_step`; their sum is added as `total`.
         directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
         interpreter: Runs effects; by default that of the directory.
-        data: What callbacks evaluate, by dataset key.
+        data: Batches by dataset key, for callbacks that evaluate.
         loss: `(outputs, batch) -> {name: mean over samples}`, for evaluations.
-        seed: Seeds the random numbers of callbacks.
+        seed: Seed of the random numbers of callbacks.
         precision: Autocast dtype of evaluations.
         clock: Reads the time.
         run: Further facts about the run.
@@ -122,9 +123,9 @@ class NoetherCallback(LightningCallback):
         self._grad_norm: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on from what is remembered, loaded, or in the directory."""
+        """Start the run, or resume it from an earlier fit, Lightning's checkpoint, or the directory."""
         _check(trainer)
-        saved = self.state_dict()  # of a fit before this one: its optimizer is gone
+        saved = self.state_dict()  # of an earlier fit, whose optimizer no longer exists
         scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
         session = self._make_session(model=pl_module, optimizer=trainer.optimizers[0], scheduler=scheduler)
         self.session = session
@@ -133,17 +134,17 @@ class NoetherCallback(LightningCallback):
         loaded = session.load()
         if loaded:
             _check_resumable(trainer, session.state.iteration)
-        _move(trainer, session.state.iteration, loaded=loaded)
-        session.begin(**_known(trainer, session))
+        _move_trainer(trainer, session.state.iteration, loaded=loaded)
+        session.begin(**_run_facts(trainer, session))
         self._saved = None
         self._stop(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin the time of a step."""
+        """Record the time at which the batch arrived."""
         self._running.batch_arrived()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure gradients, if anybody reads their norm."""
+        """Measure the norm of the gradients, if a callback reads it."""
         if "grad_norm" in self._running.readings:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._grad_norm = get_total_norm(grads)
@@ -151,10 +152,12 @@ class NoetherCallback(LightningCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tell of the micro-batch, and of the update that it completed."""
+        """Dispatch the events of the micro-batch and of the update that it completes."""
         session, steps = self._running, trainer.accumulate_grad_batches
         automatic = pl_module.automatic_optimization
-        outputs = _undivided(outputs, steps if automatic else 1) or None
+        if outputs and automatic and steps > 1:  # Lightning divided the loss by the steps
+            outputs = {**outputs, "loss": outputs["loss"] * steps}
+        outputs = outputs or None
         losses = {} if automatic and outputs is None else self._losses(outputs)
         session.micro_batch(losses, outputs=outputs, samples=session.run.batch_size(batch), of=steps)
         made = session.steps
@@ -169,33 +172,33 @@ class NoetherCallback(LightningCallback):
         self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell of the end of the epoch, if all of its batches were there."""
+        """Dispatch `AfterEpoch`, if the epoch had all of its batches."""
         self._running.end_epoch(cut_short=trainer.should_stop or trainer.global_step == trainer.max_steps)
         self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell of the end of training."""
+        """Dispatch `AfterTraining`."""
         self._running.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let the optimizer go."""
+        """Release the optimizer."""
         if self.session is not None:
             self.session.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the callbacks remember; nothing before they do."""
+        """Return the state of the callbacks; empty before training."""
         if self._saved is not None:
             return self._saved
         return {} if self.session is None else self.session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what the callbacks remembered until training begins."""
+        """Keep the state of the callbacks until training starts."""
         self._saved = state_dict
 
     @property
     def _running(self) -> Session:
         if self.session is None:
-            raise ValueError("training has not begun: Lightning calls on_train_start before any other hook")
+            raise ValueError("training has not started: Lightning calls on_train_start before any other hook")
         return self.session
 
     def _stop(self, trainer: Trainer) -> None:
@@ -215,8 +218,8 @@ def _check(trainer: Trainer) -> None:
         )
 
 
-def _known(trainer: Trainer, session: Session) -> dict[str, Any]:
-    """Return what Lightning knows about the run."""
+def _run_facts(trainer: Trainer, session: Session) -> dict[str, Any]:
+    """Return the end of the run and the lengths of its epochs, as far as Lightning knows them."""
     automatic = trainer.lightning_module.automatic_optimization
     batches = int(trainer.num_training_batches) if trainer.num_training_batches != float("inf") else None
     steps = trainer.accumulate_grad_batches
@@ -225,7 +228,7 @@ def _known(trainer: Trainer, session: Session) -> dict[str, Any]:
 
 
 def _end(trainer: Trainer, updates_per_epoch: int | None) -> TrainingIteration | None:
-    """Return the first end that is reached, or None if there is none."""
+    """Return the end that the run reaches first, or None if it has no end."""
     epochs, updates = trainer.max_epochs, trainer.max_steps
     if epochs is None or epochs < 0:
         return None if updates < 0 else TrainingIteration(update=updates)
@@ -234,28 +237,19 @@ def _end(trainer: Trainer, updates_per_epoch: int | None) -> TrainingIteration |
     return TrainingIteration(update=updates)
 
 
-def _undivided(outputs: Any, steps: int) -> Any:
-    """Return what `training_step` returned with the loss as it was before Lightning divided it."""
-    if not outputs or steps == 1:
-        return outputs
-    return {**outputs, "loss": outputs["loss"] * steps}
-
-
 def _check_resumable(trainer: Trainer, at: TrainingIteration) -> None:
-    """Refuse to go on from a noether checkpoint that does not hold all that Lightning would need."""
-    configs, instead = (
-        trainer.lr_scheduler_configs,
-        "go on from one of Lightning's checkpoints, with fit(ckpt_path=...)",
-    )
+    """Refuse to resume from a noether checkpoint that lacks a part that Lightning needs."""
+    configs = trainer.lr_scheduler_configs
+    instead = "resume from a checkpoint of Lightning, with fit(ckpt_path=...)"
     if len(configs) > 1 or any(each.reduce_on_plateau for each in configs):
         raise ValueError(
-            f"the run goes on at {at}, and a noether checkpoint holds where one scheduler was that does not look at "
+            f"the run resumes at {at}, but a noether checkpoint contains one scheduler that does not depend on "
             f"metrics, not {[type(each.scheduler).__name__ for each in configs]}: {instead}"
         )
     batches = trainer.num_training_batches
     if batches == float("inf") or at.update % _updates_per_epoch(trainer):
         raise ValueError(
-            f"the run goes on at {at}, inside of an epoch that Lightning would read from its first batch: save at the "
+            f"the run resumes at {at}, inside of an epoch that Lightning would read from its first batch: save at the "
             f"end of epochs, or {instead} and a loader that has state_dict"
         )
 
@@ -264,19 +258,19 @@ def _updates_per_epoch(trainer: Trainer) -> int:
     return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
 
 
-def _move(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> None:
-    """Move a new trainer to the iteration of the state; one that Lightning resumed has to be there already."""
+def _move_trainer(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> None:
+    """Move a new trainer to the iteration of the state; a trainer that Lightning resumed must be there already."""
     if trainer.global_step == at.update:
         return
     if not loaded or trainer.global_step:
         raise ValueError(
-            f"Lightning begins at step {trainer.global_step}, and the callbacks remember {at}: give fit(ckpt_path=...) "
-            "a checkpoint that was saved with them, or make a new NoetherCallback for a new run"
+            f"Lightning starts at step {trainer.global_step}, but the callbacks are at {at}: pass fit(ckpt_path=...) "
+            "a checkpoint that was saved with them, or create a new NoetherCallback for a new run"
         )
-    loop, epoch = trainer.fit_loop, at.update // _updates_per_epoch(trainer)  # one whose end is owed is told by `begin`
+    loop, epoch = trainer.fit_loop, at.update // _updates_per_epoch(trainer)  # `begin` dispatches a missing AfterEpoch
     automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
         vars(epochs).update(ready=epoch, started=epoch, processed=epoch, completed=epoch)
     for steps in (automatic.optim_progress.optimizer.step.total, manual.optim_step_progress.total):
         vars(steps).update(ready=at.update, completed=at.update)
-    loop.epoch_loop._batches_that_stepped = at.update  # noqa: SLF001  # what Lightning's loggers count by
+    loop.epoch_loop._batches_that_stepped = at.update  # noqa: SLF001  # Lightning's loggers count by it

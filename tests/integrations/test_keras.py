@@ -312,7 +312,7 @@ def test_the_memory_of_an_optimizer_is_that_of_its_params():
 def test_another_optimizer_is_refused(tmp_path):
     with silent(tmp_path) as directory:
         theirs(classifier(), directory=directory, cut=5)
-    with silent(tmp_path) as directory, pytest.raises(KeyError, match="give the optimizer it was"):
+    with silent(tmp_path) as directory, pytest.raises(KeyError, match="the optimizer that the state was saved with"):
         theirs(classifier(sgd()), directory=directory)
 
 

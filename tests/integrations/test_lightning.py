@@ -277,7 +277,7 @@ class OnPlateau(Module):
 
 @pytest.mark.parametrize(("kind", "cut", "message"), [
     (Module, 7, "E1_U7_S56, inside of an epoch that Lightning would read from its first batch"),
-    (OnPlateau, 8, r"E2_U8_S64, and a noether checkpoint holds .*, not \['ReduceLROnPlateau'\]"),
+    (OnPlateau, 8, r"E2_U8_S64, but a noether checkpoint contains .*, not \['ReduceLROnPlateau'\]"),
 ])  # fmt: skip
 def test_what_a_noether_checkpoint_cannot_resume_is_refused(kind, cut, message, tmp_path):
     for error, told in ((CutError, None), (ValueError, message)):
@@ -300,7 +300,7 @@ def test_a_refusal_drops_no_line_of_the_log(tmp_path):
         module = Module()
         noether = noether_in(module, directory.interpreter, directory=directory)
         noether.load_state_dict(early)
-        with pytest.raises(ValueError, match=r"begins at step 0, and the callbacks remember E1_U4_S32"):
+        with pytest.raises(ValueError, match=r"starts at step 0, but the callbacks are at E1_U4_S32"):
             fit(module, loader(points(32)), noether, root=tmp_path)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
 
@@ -309,7 +309,7 @@ def test_callbacks_and_trainer_have_to_be_of_one_run(tmp_path):
     module, told = Module(), Told()
     noether = noether_in(module, told, reducer=OnlineLossCallback(every_n_epochs=1))
     fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=1)
-    with pytest.raises(ValueError, match=r"begins at step 0, and the callbacks remember E1_U4_S32"):
+    with pytest.raises(ValueError, match=r"starts at step 0, but the callbacks are at E1_U4_S32"):
         fit(module, loader(points(32)), noether, root=tmp_path)
 
 

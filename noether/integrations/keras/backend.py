@@ -1,4 +1,4 @@
-"""Keras, with torch as its backend."""
+"""Imports Keras with torch as its backend."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 
-def _on_torch() -> Any:
-    # Keras chooses its backend when it is first imported; whoever imports it here first, and chose none, gets torch.
+def _import_keras() -> Any:
+    # Keras chooses its backend at its first import; if that is here and no backend is set, it is torch.
     os.environ.setdefault("KERAS_BACKEND", "torch")
-    import keras  # type: ignore[import-untyped]  # it has no types
+    import keras  # type: ignore[import-untyped]  # Keras is untyped
 
     check_backend(keras.backend.backend())
     return keras
@@ -19,7 +19,7 @@ def check_backend(name: str) -> None:
     """Refuse a backend that is not torch.
 
     Raises:
-        ImportError: If it is another one.
+        ImportError: If it is another backend.
 
     Example:
         >>> check_backend("jax")
@@ -34,4 +34,4 @@ def check_backend(name: str) -> None:
         )
 
 
-keras = _on_torch()
+keras = _import_keras()

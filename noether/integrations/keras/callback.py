@@ -1,41 +1,41 @@
 """noether's callbacks in `model.fit` of Keras 3, with torch as its backend.
 
-The logs that Keras gives to `on_train_batch_end` are means since the epoch began. The loss of the batch itself is what
-`model.compute_loss` returns, a method that Keras documents for overriding: while `fit` runs, the callback overrides it
-on the model object, and listens. Names of params and buffers are in `noether.integrations.keras.module`.
+The logs that Keras passes to `on_train_batch_end` are means since the start of the epoch. The loss of one batch is the
+result of `model.compute_loss`, a method that Keras documents for overriding: during `fit` the callback overrides it on
+the model object and reads its result. `noether.integrations.keras.module` describes the names of params and buffers.
 
 | Keras | noether | with |
 |---|---|---|
-| `on_train_begin` | `BeforeTraining`, after it an `AfterEpoch` that is owed | `resumed` if its directory holds a checkpoint |
-| `on_train_batch_begin` | | the time before it was spent waiting for data; `lr_scale` is multiplied into the learning rate |
-| `model.compute_loss` in training | `AfterAccumulationStep`, if anybody listens | everything; but the gradients are not there yet |
-| `on_train_batch_end` | | the learning rate is what it was |
+| `on_train_begin` | `BeforeTraining`, then a missing `AfterEpoch` | `resumed` if its directory has a checkpoint |
+| `on_train_batch_begin` | | ends the wait for data; multiplies the learning rate by `lr_scale` |
+| `model.compute_loss` in training | `AfterAccumulationStep`, if a callback handles it | all its fields; no gradients are computed yet |
+| `on_train_batch_end` | | restores the learning rate |
 | the same, once for each update | `AfterUpdate` | losses, outputs, samples, learning rate, weight decay, `duration_s`, `data_s`, `step_s` |
-| `on_epoch_end` | `AfterEpoch` | once all updates of the epoch are counted |
-| `on_train_end` | `AfterTraining` | at the end of the run, or where `state.stop` gives a reason |
-| `state.stop` | `model.stop_training` | right after the event at which it was decided |
+| `on_epoch_end` | `AfterEpoch` | if all updates of the epoch are counted |
+| `on_train_end` | `AfterTraining` | at the end of the run, or if `state.stop` gives a reason |
+| `state.stop` | `model.stop_training` | right after the event that set it |
 
-What is different from noether's own trainer:
+Differences from noether's trainer:
 
-- `losses` has one entry, `total`: the loss with all that Keras adds to it, such as regularization.
-- With `gradient_accumulation_steps` Keras takes the plain mean over batches, whatever their sizes, and so does the loss
-  of an update. It carries gradients over the end of an epoch: there is no short last group, and an epoch whose batches
-  are not a multiple of these steps is refused.
-- A learning rate is a number of 32 bits: 0.1 is logged as 0.10000000149011612.
-- Keras does not tell how many samples an epoch has: give `Run(samples_per_epoch=..., effective_batch_size=...)` where a
-  callback asks for it, as `ProgressCallback` does.
-- `epochs` of `fit` is where the run ends, whatever was trained before: a run of three epochs is not made longer by another
-  call with three, but by one with six.
-- `fit` begins with the first batch of an epoch. A run that was cut in the middle of one goes on in two calls: with the
-  batches that are left and `epochs` one more than the epochs that are completed, then with all; give
-  `Run(end=..., updates_per_epoch=...)` then, for neither call tells them. The epoch to begin with is set by the
-  callback, in place of `initial_epoch`.
-- `shuffle=True` and dropout of torch modules draw from torch's global generator, which is in no checkpoint: a resume is
-  exact where the order of data is a function of the epoch. Seeds of Keras' own dropout are buffers, and are saved.
-- What Keras saves itself (`model.save`, `BackupAndRestore`) holds weights and optimizer. `callback.session.state_dict()` is
-  what the run remembers beside them; a new callback takes it as `remembered=`.
-- An update that a `LossScaleOptimizer` leaves out is not told from others. `grad_norm` is not there.
-- A model with `jit_compile=True` is refused: nobody could listen inside of what is compiled.
+- `losses` has one entry, `total`: the loss with all terms that Keras adds, such as regularization.
+- With `gradient_accumulation_steps` Keras takes the plain mean over batches of any size, and so does the loss of an
+  update. Keras carries gradients over the end of an epoch, without a short last group, so an epoch whose number of
+  batches is not a multiple of these steps is refused.
+- A learning rate is a 32-bit float: 0.1 is logged as 0.10000000149011612.
+- Keras does not give the number of samples of an epoch: pass `Run(samples_per_epoch=..., effective_batch_size=...)` if a
+  callback needs it, as `ProgressCallback` does.
+- `epochs` of `fit` is the end of the run, counted from its start: to train a run of three epochs for three more, call
+  `fit` with six.
+- `fit` starts with the first batch of an epoch. To resume a run that was cut within an epoch, call it twice: with the
+  remaining batches and `epochs` one more than the completed epochs, then with all batches. Pass
+  `Run(end=..., updates_per_epoch=...)` then, because neither call gives them. The callback sets the epoch to start with,
+  instead of `initial_epoch`.
+- `shuffle=True` and dropout of torch modules draw from torch's global generator, which no checkpoint contains: a resume
+  is exact if the order of data is a function of the epoch. Seeds of Keras' dropout are buffers and are saved.
+- Files that Keras saves (`model.save`, `BackupAndRestore`) contain weights and optimizer. `callback.session.state_dict()`
+  contains the rest of the run; pass it to a new callback as `remembered=`.
+- An update that a `LossScaleOptimizer` skips counts as any other. `grad_norm` is missing.
+- A model with `jit_compile=True` is refused, because no callback can run inside of a compiled step.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
     Args:
         callbacks: One callback, or several in order.
-        remembered: What `session.state_dict()` returned, to resume with a model that Keras itself has loaded.
+        remembered: Result of `session.state_dict()`, to resume with a model that Keras loaded.
         directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
         interpreter: Runs effects; by default that of the directory.
-        data: What callbacks evaluate, by dataset key, as batches of tensors.
-        seed: Seeds the random numbers of callbacks.
+        data: Batches of tensors by dataset key, for callbacks that evaluate.
+        seed: Seed of the random numbers of callbacks.
         clock: Reads the time.
-        run: Further facts about the run, which Keras does not know.
+        run: Facts about the run that Keras does not know.
 
     Example:
         >>> import torch
@@ -121,58 +121,60 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         """The session beside the model.
 
         Raises:
-            RuntimeError: If training has not begun.
+            RuntimeError: If training has not started.
         """
         if self._session is None:
-            raise RuntimeError("the session begins with training: call model.fit(..., callbacks=[callback]) first")
+            raise RuntimeError("the session starts with training: call model.fit(..., callbacks=[callback]) first")
         return self._session
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Begin the run, or go on with it.
+        """Start or resume the run.
 
         Raises:
-            ValueError: If the model is compiled with `jit_compile=True`, or is not the one of before; if the batches of
-                an epoch do not make whole updates, or are not those that are left of it; or if the optimizer is in the
-                middle of an update.
+            ValueError: If the model is compiled with `jit_compile=True` or is not the model of an earlier call; if the
+                batches of an epoch do not make whole updates, or are not its remaining batches; or if the optimizer has
+                accumulated the gradients of only a part of an update.
         """
         if self.model.jit_compile:
-            raise ValueError("nobody can listen inside of a compiled step: call model.compile(..., jit_compile=False)")
-        session, optimizer = self._watched()
+            raise ValueError(
+                "callbacks cannot run inside of a compiled step: call model.compile(..., jit_compile=False)"
+            )
+        session, optimizer = self._session_and_optimizer()
         if not optimizer.belongs_to(self.model):
             raise ValueError(
-                "this callback watches another model or optimizer: give a new NoetherCallback, to go on with the run "
-                "NoetherCallback(..., remembered=callback.session.state_dict())"
+                "this callback belongs to another model or optimizer: pass a new NoetherCallback; to resume the run, "
+                "pass NoetherCallback(..., remembered=callback.session.state_dict())"
             )
         self._losses = []
-        updates = _updates(self.params["steps"], optimizer.accumulation_steps)
+        updates = _count_updates(self.params["steps"], optimizer.accumulation_steps)
         end = TrainingIteration(epoch=self.params["epochs"])
         session.load()
         optimizer.check_whole()
         _check_position(session.state, fill_run(session.run, end=end, updates_per_epoch=updates), updates)
         session.begin(end=end, updates_per_epoch=updates)
-        self._listen()
-        # As keras.callbacks.BackupAndRestore does; past the last epoch there is nothing to do.
+        self._override_compute_loss()
+        # As keras.callbacks.BackupAndRestore does; after the last epoch nothing is left to train.
         epoch = self.params["epochs"] if session.is_over else session.state.iteration.epoch
         self.model._initial_epoch = epoch or None  # noqa: SLF001
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Take the time, and scale the learning rate."""
+        """Record the time and scale the learning rate."""
         self.session.batch_arrived()
-        self._watched()[1].batch_begins()
+        self._session_and_optimizer()[1].batch_begins()
         self._awaits_loss = True
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Tell of an update.
+        """Dispatch `AfterUpdate` after the last batch of an update.
 
         Raises:
             TypeError: If the model does not call `compute_loss`.
         """
-        session, optimizer = self._watched()
+        session, optimizer = self._session_and_optimizer()
         optimizer.batch_ended()
         if self._awaits_loss:
             raise TypeError(
-                f"train_step of {self.model.name} does not call self.compute_loss(...), so what its loss was nobody "
-                "knows: have it do so, and override compute_loss for a loss of its own"
+                f"train_step of {self.model.name} does not call self.compute_loss(...), so its loss is unknown: call "
+                "it there, and override compute_loss for a custom loss"
             )
         if session.pending == optimizer.accumulation_steps:
             losses, self._losses = self._losses, []
@@ -181,21 +183,21 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self._stop()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Tell of the end of an epoch, if it is completed."""
+        """Dispatch `AfterEpoch` if the epoch is completed."""
         self.session.end_epoch(cut_short=self.model.stop_training)
         self._stop()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Tell of the end of training, if the run is at its end."""
-        self.model._initial_epoch = None  # noqa: SLF001  # or another call would begin there
+        """Dispatch `AfterTraining` if the run is at its end."""
+        self.model._initial_epoch = None  # noqa: SLF001  # otherwise another call would start there
         self.model.__dict__.pop("compute_loss", None)
         if self.session.is_over:
             self.session.end()
         else:
             self.session.close()
 
-    def _watched(self) -> tuple[Session, KerasOptimizer]:
-        """Return the run and the optimizer, made when the model is first there."""
+    def _session_and_optimizer(self) -> tuple[Session, KerasOptimizer]:
+        """Return the session and the optimizer, created at the first call because Keras sets the model late."""
         if self._session is None or self._optimizer is None:
             module = KerasModule(self.model)
             self._optimizer = KerasOptimizer(module)
@@ -205,14 +207,14 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
                 self._session.load_state_dict(self._remembered)
         return self._session, self._optimizer
 
-    def _listen(self) -> None:
+    def _override_compute_loss(self) -> None:
         """Override `compute_loss` on the model object."""
-        self.model.__dict__.pop("compute_loss", None)  # of a call that an exception ended
+        self.model.__dict__.pop("compute_loss", None)  # left by a call that raised
         compute = self.model.compute_loss
 
         def compute_loss(x: Any = None, y: Any = None, y_pred: Any = None, *others: Any, **options: Any) -> Any:
             loss = compute(x, y, y_pred, *others, **options)
-            if self._awaits_loss:  # and not that of an evaluation
+            if self._awaits_loss:  # the loss of an evaluation is ignored
                 self._awaits_loss = False
                 self._micro_batch(loss.detach(), x, y_pred)
             return loss
@@ -220,7 +222,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self.model.compute_loss = compute_loss
 
     def _micro_batch(self, loss: Tensor, inputs: Any, outputs: Any) -> None:
-        session, optimizer = self._watched()
+        session, optimizer = self._session_and_optimizer()
         self._losses.append(loss)
         samples = session.run.batch_size(inputs)
         session.micro_batch(loss, outputs=outputs, samples=samples, of=optimizer.accumulation_steps)
@@ -230,20 +232,20 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             self.model.stop_training = True
 
 
-def _updates(batches: int | None, accumulated: int) -> int | None:
-    """Return how many updates so many batches make, None where nobody knows."""
+def _count_updates(batches: int | None, steps: int) -> int | None:
+    """Return the number of updates in `batches` batches of `steps` each, or None if that of batches is unknown."""
     if batches is None:
         return None
-    if batches % accumulated:
+    if batches % steps:
         raise ValueError(
-            f"an epoch of {batches} batches is not made of whole updates of {accumulated}, and Keras would carry "
-            "gradients over its end: choose gradient_accumulation_steps or batch_size so that it is"
+            f"an epoch of {batches} batches is not made of whole updates of {steps} batches, and Keras would carry "
+            f"gradients over its end: choose gradient_accumulation_steps or batch_size so that {batches} is a multiple"
         )
-    return batches // accumulated
+    return batches // steps
 
 
 def _check_position(state: TrainState, run: Run, updates: int | None) -> None:
-    """Refuse other batches than those that are left of the epoch."""
+    """Refuse batches other than the remaining ones of the epoch."""
     at, per_epoch = state.iteration, getattr(run, "updates_per_epoch", None)
     if updates is None or per_epoch is None or state.stop is not None or at.reached(run.end):
         return
@@ -251,7 +253,7 @@ def _check_position(state: TrainState, run: Run, updates: int | None) -> None:
     if left != updates:
         epochs = at.update // per_epoch + 1
         raise ValueError(
-            f"the run goes on at {at}, where {left} of {per_epoch} updates are left of the epoch, and fit was given "
-            f"{updates}: give it the batches that are left with epochs={epochs}, then all of them, and "
+            f"the run resumes at {at}, where {left} of {per_epoch} updates are left of the epoch, but fit received "
+            f"{updates}: call fit with the remaining batches and epochs={epochs}, then with all batches, and pass "
             "Run(end=..., updates_per_epoch=...)"
         )
