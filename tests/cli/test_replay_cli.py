@@ -146,7 +146,7 @@ def test_other_callbacks_consume_the_recorded_measurements(recorded_folder, tmp_
     """A file of consumers only: they read the measurements of the run's own data iterators."""
     (tmp_path / "patience.yaml").write_text(
         "callbacks:\n  - kind: noether.core.callbacks.MetricEarlyStopping\n    every_n_epochs: 1\n"
-        "    metric_key: val/accuracy\n    mode: lower\n    tolerance: 1\n"
+        "    metric_key: val/accuracy\n    mode: lower\n    min_delta: 2\n    tolerance: 1\n"
     )
     (tmp_path / "small.yaml").write_text(WITH_METRIC)
     invoke("train", "small.yaml", *RECORD, "--set", "trainer.max_epochs=3", cwd=tmp_path)
@@ -277,7 +277,7 @@ def test_a_failing_record_does_not_stop_training(tmp_path, caplog):
     """A directory in place of the file makes every write fail."""
     with open_run(tmp_path / "run") as run:
         (tmp_path / "run/events.jsonl").mkdir()
-        interpret = run.recording(lambda *_: None, lambda *_: {"event": "x"})
+        interpret = run.recording_interpreter(lambda *_: None, lambda *_: {"event": "x"})
         for _ in range(3):
             interpret((), TrainState(), AfterTraining())
     assert caplog.text.count("events.jsonl failed, and what it was given is lost") == 1

@@ -162,12 +162,9 @@ def _timeline(plan: Plan, console: Console) -> list[str]:
     label = min(max(map(len, names), default=0), max(_LEAST_COLUMNS, console.width // 3))
     columns = max(_LEAST_COLUMNS, console.width - label - 2)
     rows = [row(each.occasions, plan.run, columns, marks) for each in plan.callbacks]
-    lines = [f"{_fit(name, label)}  {drawn}" for name, drawn in zip(names, rows, strict=True)]
+    labels = [name.ljust(label) if len(name) <= label else f"{name[: label - 3]}..." for name in names]
+    lines = [f"{name}  {drawn}" for name, drawn in zip(labels, rows, strict=True)]
     return ["", *lines, *(" " * (label + 2) + line for line in scale(plan.run, columns))]
-
-
-def _fit(name: str, length: int) -> str:
-    return name.ljust(length) if len(name) <= length else f"{name[: length - 3]}..."
 
 
 def _footer(plan: Plan) -> list[str]:
