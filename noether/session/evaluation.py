@@ -26,6 +26,7 @@ def evaluation_data(data: Iterable[Any], model: nn.Module, seed: int, key: str) 
         key: The dataset key.
 
     Example:
+        >>> import torch
         >>> evaluation_data([torch.ones(2)], torch.nn.Linear(2, 1), seed=0, key="val")
         [tensor([1., 1.])]
     """
@@ -52,6 +53,7 @@ class EvaluationData:
         seed: Seeds torch, numpy, `random` and the loader's own generators at the start of every pass.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import DataLoader
         >>> data = EvaluationData(DataLoader(torch.arange(3.0), batch_size=2), torch.nn.Linear(2, 1), seed=0)
         >>> before = torch.get_rng_state()

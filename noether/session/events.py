@@ -1,0 +1,295 @@
+"""The events of a session, as a framework's loop dispatches them one by one."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from noether.core.callback import listens_to
+from noether.core.effect import SaveCheckpoint
+from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.loop import dispatch
+from noether.core.state import TrainState
+from noether.core.tensors.module import move_beside
+from noether.core.tensors.tree import FrozenDict
+from noether.effects.checkpoints.state_codec import decode_state, encode_state
+from noether.session.errors import SessionError
+from noether.session.settings import fill_run
+from noether.session.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.event import Event
+    from noether.core.iteration import TrainingIteration
+    from noether.core.reducer import Reducer
+    from noether.core.run import Run
+    from noether.effects import RunDirectory
+    from noether.session.live_state import LiveState
+    from noether.session.losses import MicroBatch
+    from noether.session.scheduler import SchedulerMemory
+    from noether.session.timing import Clock
+
+_LOGGER: Final = logging.getLogger(__name__)
+
+
+class SessionEvents:
+    """Holds the state of a run beside live objects, and dispatches its events; `Session` reports the updates.
+
+    Args:
+        run: What is fixed for the run.
+        reducer: The callbacks, composed.
+        live: The model and the optimizer.
+        scheduler: The scheduler's memory, if the run has one.
+        interpreter: Runs effects.
+        directory: The run on disk, if there is one.
+        seed: The run's seed.
+        clock: Reads the time.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: Run,
+        reducer: Reducer,
+        live: LiveState,
+        scheduler: SchedulerMemory | None,
+        interpreter: Callable[[Effects, TrainState, Event], None],
+        directory: RunDirectory | None,
+        seed: int,
+        clock: Clock,
+    ) -> None:
+        self.run = self._given = run
+        self.readings = frozenset(reducer.readings)
+        """Costly fields of `AfterUpdate` that a callback needs, such as `grad_norm`."""
+        self.stopwatch = Stopwatch(clock.elapsed_s)
+        self._reducer, self._live, self._optimizer, self._scheduler = reducer, live, live.optimizer, scheduler
+        self._interpreter, self._directory, self._clock = interpreter, directory, clock
+        self._state = TrainState(seed=seed)
+        self._remembers = False
+        self._pending: list[MicroBatch] = []
+        self._settled = self._state  # as it was before the current update began
+        self._steps_before = 0  # of the optimizer, at the last update
+
+    @property
+    def state(self) -> TrainState:
+        """The state; it views the live model and optimizer."""
+        return self._state
+
+    @property
+    def stop(self) -> str | None:
+        """Why a callback stopped the run, or None."""
+        return self._state.stop
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a callback stopped the run, or its end is reached."""
+        end = getattr(self.run, "end", None)
+        return self._state.stop is not None or (end is not None and self._state.iteration.reached(end))
+
+    @property
+    def listens_to_micro_batches(self) -> bool:
+        """Whether a callback listens to `AfterAccumulationStep`."""
+        return listens_to(self._reducer, AfterAccumulationStep)
+
+    @property
+    def pending(self) -> int:
+        """The number of micro-batches since the last update."""
+        return len(self._pending)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that the optimizer made since the last update."""
+        return 0 if self._optimizer is None else self._optimizer.steps - self._steps_before
+
+    def load(self, saved: TrainState | None = None) -> bool:
+        """Take up the state to resume, without an event; `begin` does it if it was not called before.
+
+        That is `saved`; by default the state that this session has or that `load_state_dict` gave it, else the newest
+        checkpoint of the directory. It is written into model, optimizer and scheduler; after `load_state_dict` the
+        framework does that.
+
+        Args:
+            saved: A loaded state.
+
+        Returns:
+            Whether a state was written, so that a framework's loop has to be moved to `state.iteration`.
+
+        Raises:
+            KeyError: If the model does not have the parameters of the saved state.
+            CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
+        """
+        if saved is None and self._directory is not None and not self._remembers:
+            saved = self._directory.load()
+        if saved is None:
+            return False
+        self._live.load(saved)
+        if self._scheduler is not None:
+            self._scheduler.restore(saved)
+        self._state, self._remembers = saved, True
+        return True
+
+    def begin(
+        self,
+        *,
+        end: TrainingIteration | None = None,
+        updates_per_epoch: int | None = None,
+        samples_per_epoch: int | None = None,
+        effective_batch_size: int | None = None,
+    ) -> bool:
+        """Dispatch `BeforeTraining`, and the end of an epoch whose updates are all counted; watch the optimizer.
+
+        Log lines in the directory beyond the state are dropped, to be written again. An argument that is None is
+        unknown, and one that `run=` holds stands.
+
+        Args:
+            end: Where the framework ends.
+            updates_per_epoch: Updates in one epoch.
+            samples_per_epoch: Samples in one epoch.
+            effective_batch_size: Samples of every update but an epoch's last.
+
+        Returns:
+            What `load` returns.
+
+        Raises:
+            LogError: If the log in the directory is damaged.
+        """
+        self.run = fill_run(
+            self._given,
+            end=end,
+            updates_per_epoch=updates_per_epoch,
+            samples_per_epoch=samples_per_epoch,
+            effective_batch_size=effective_batch_size,
+        )
+        if self._pending:  # an exception ended the loop inside of an update
+            self._state, self._pending = self._settled, []
+        loaded, resumed = self.load(), self._remembers
+        if self._directory is not None:
+            self._directory.truncate_logs(self._state if resumed else None)
+        memories = move_beside(self._live.model, self._state.callback_states)
+        self._state = self._state.replace(callback_states=memories)
+        self._remembers = True
+        if self._optimizer is not None:
+            self._optimizer.watch(self.readings)
+            self._steps_before = self._optimizer.steps
+        self._live.apply_lr_scale(self._state)
+        self._dispatch(self._state, BeforeTraining, resumed=resumed)
+        self._end_full_epoch()
+        self.stopwatch.read()
+        return loaded
+
+    def batch_arrived(self) -> None:
+        """Start the time of the step; the time since the last mark was spent waiting for data."""
+        self.stopwatch.data_arrived()
+
+    def end_epoch(self, *, cut_short: bool = False) -> None:
+        """Dispatch `AfterEpoch`; a no-op if that was done for this epoch.
+
+        Args:
+            cut_short: Whether the loop left the epoch before its last batch; then it is not counted.
+
+        Raises:
+            SessionError: If it ended with another number of updates than every epoch has, or inside of an update.
+        """
+        position, per_epoch = self._position, self._updates_per_epoch
+        if (position == 0 and not self._pending) or (cut_short and position != per_epoch):
+            return
+        if cut_short and per_epoch is None:
+            return
+        if self._pending:
+            raise SessionError(
+                f"epoch {self._state.iteration.epoch} ended with {self.pending} micro-batches that made no update: let "
+                "the optimizer step at the last batch of an epoch, or make the epoch a multiple of the accumulation"
+            )
+        if per_epoch is not None and position != per_epoch:
+            raise SessionError(
+                f"epoch {self._state.iteration.epoch} ended after {position} updates, and every epoch has {per_epoch}, "
+                "as the length of the loader or Run(updates_per_epoch=...) says: schedules need epochs of one length"
+            )
+        self._dispatch(self._state.next_epoch(), AfterEpoch)
+
+    def end(self) -> None:
+        """Dispatch `AfterTraining`, once; return when every checkpoint is written. The optimizer is watched no longer.
+
+        Raises:
+            CheckpointError: If the last checkpoint failed.
+        """
+        self._end_full_epoch()
+        if not self._state.ended:
+            self._dispatch(self._state.replace(ended=True), AfterTraining)
+        if self._directory is not None:
+            self._directory.wait()
+        self.close()
+
+    def leave(self, *, is_settled: bool) -> None:
+        """Save a checkpoint of a run that the loop leaves before its end, if the state is one to resume from.
+
+        Args:
+            is_settled: Whether the loop left right after an update, so that the model is as the state says.
+        """
+        at = self._state.iteration
+        if not is_settled:
+            _LOGGER.warning("left inside of update %d: a resumed run continues from its last checkpoint", at.update + 1)
+        elif self._directory is None:
+            _LOGGER.info("left at %s, before the end of the run; without directory= nothing was saved", at)
+        elif not self._state.ended:
+            save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
+            event = AfterUpdate(run=self.run, time_s=self._clock.wall_s())
+            self._directory.interpreter((save,), self._live.view(self._state), event)
+            self._directory.wait()
+            _LOGGER.info("left at %s, before the end of the run; a new session in %s resumes", at, self._directory.path)
+
+    def close(self) -> None:
+        """Stop watching the optimizer."""
+        if self._optimizer is not None:
+            self._optimizer.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the run remembers beside model and optimizer, for a checkpoint of the framework.
+
+        Inside of an update that is the state before it: its gradients are in no checkpoint.
+
+        Returns:
+            Plain values and tensors, which torch reads back with `weights_only=True`.
+        """
+        return encode_state(self._settled if self._pending else self._state)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Recall what `state_dict` returned, before `begin`; the framework restores model, optimizer and scheduler.
+
+        Raises:
+            ValueError: If `state_dict` did not return `saved`.
+        """
+        self._state = decode_state(saved)
+        self._remembers = True
+
+    def check_scheduler_position(self) -> None:
+        """Refuse a scheduler that was stepped after `update`, where no checkpoint sees it.
+
+        Raises:
+            SessionError: If it was.
+        """
+        if self._scheduler is not None and not self._pending and not self._scheduler.is_current(self._state):
+            raise SessionError("the scheduler was stepped after session.update(...): call scheduler.step() before it")
+
+    @property
+    def _updates_per_epoch(self) -> int | None:
+        return getattr(self.run, "updates_per_epoch", None)
+
+    @property
+    def _position(self) -> int | None:
+        """The number of updates counted in this epoch, all of them until its end is dispatched; None if unknown."""
+        per_epoch, at = self._updates_per_epoch, self._state.iteration
+        return None if per_epoch is None else at.update - at.epoch * per_epoch
+
+    def _end_full_epoch(self) -> None:
+        """Dispatch the end of an epoch whose updates are all counted, such as one that was saved right before it."""
+        if self._position is not None and self._position == self._updates_per_epoch:
+            self._dispatch(self._state.next_epoch(), AfterEpoch)
+
+    def _dispatch(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
+        event = event_type.of(run=self.run, time_s=self._clock.wall_s(), **readings)
+        before = self._live.view(state)
+        self._state = dispatch(before, event, self._reducer, self._interpreter)
+        self._live.write_changes(before, self._state)
