@@ -163,7 +163,7 @@ def listens_to(callback: Callback, event_type: type[Event]) -> bool:
 
 
 def tracker_of(callback: Callback) -> Callback | None:
-    """Return the part of `callback` that has to see every update, its gate open or closed; None if there is none."""
+    """Return the part of `callback` that has to see every update, its gate open or closed, or None."""
     tracker: Callback | None = getattr(callback, "_tracker", None)
     return tracker
 

@@ -1,4 +1,4 @@
-"""A loop without a model: the states and events of a run, as a real loop brings them about; and random callbacks."""
+"""A loop without a model, which drives callbacks through the events of a run; and strategies for callbacks."""
 
 import math
 from dataclasses import replace
@@ -65,13 +65,13 @@ def drive(reducer, run, state=None, *, resumed=False, accumulation=1):
             state = tell(state, AfterUpdate(run=run, **readings))
 
 
-def told(trace):
-    """Return what a trace says, without its events: comparable by `same`."""
+def outcomes(trace):
+    """Return the event names, states and effects of a trace; compare them with `same`."""
     return [(type(event).__name__, after, effects) for event, _, after, effects in trace]
 
 
 def fold(*members):
-    """Return what `compose` means, written down naively."""
+    """Return the naive fold that `compose` must equal."""
 
     def call(state, event):
         if isinstance(event, BeforeTraining):
@@ -89,12 +89,12 @@ def fold(*members):
 
 
 def quiet(event):
-    """Return whether an event is one at which effects are refused, or a change of the state is."""
+    """Return whether the reducer refuses effects or changes of the state at an event."""
     return isinstance(event, AfterAccumulationStep) or (isinstance(event, BeforeTraining) and event.resumed)
 
 
 def says(tag):
-    """Ask for a line that tells all that earlier callbacks may have changed, so that order shows."""
+    """Log a line with everything that earlier callbacks may have changed, so that their order shows."""
 
     def say(state, event):
         if isinstance(event, AfterAccumulationStep):
@@ -144,7 +144,7 @@ def stops(tag):
 
 
 def sums(tag, schedule):
-    """Remember at every update, act where the schedule is due."""
+    """Sum at every update, log when the schedule is due."""
 
     @callback(f"sum/{tag}", init=lambda state: {"samples": 0, "loss": torch.zeros(())}, track=_add)
     @when(schedule)
@@ -160,7 +160,7 @@ def _add(memory, event):
 
 
 class Tally(PeriodicCallback):
-    """Counts accumulation steps and updates; tells and forgets them where it is due."""
+    """Counts accumulation steps and updates; logs and resets the counts when it is due."""
 
     tag: int = 0
 
@@ -184,7 +184,7 @@ class Tally(PeriodicCallback):
 
 
 class Bell(PeriodicCallback):
-    """Remembers how often it was due; does nothing at other times."""
+    """Counts how often it is due."""
 
     tag: int = 0
 
@@ -208,8 +208,8 @@ def periodic(draw, tag, kinds=(Tally, Bell)):
 
 
 @st.composite
-def ungated(draw, tag):
-    """One callback that has no schedule and does not track."""
+def plain_callback(draw, tag):
+    """A callback without schedule and tracking."""
     made = draw(st.sampled_from((*PLAIN, stops)))(tag)
     events = draw(st.lists(st.sampled_from((BeforeTraining, AfterUpdate, AfterEpoch, AfterTraining, AtEval)),
                            max_size=3, unique=True))  # fmt: skip
@@ -217,8 +217,8 @@ def ungated(draw, tag):
 
 
 @st.composite
-def gated(draw, tag):
-    """One callback that acts only where its schedule is due."""
+def gated_callback(draw, tag):
+    """A callback that acts only when its schedule is due."""
     if draw(st.booleans()):
         return draw(periodic(tag, kinds=(Bell,)))
     made = draw(st.sampled_from(PLAIN))(tag)
@@ -227,22 +227,22 @@ def gated(draw, tag):
 
 @st.composite
 def anything(draw, tag):
-    kind = draw(st.sampled_from(("ungated", "gated", "periodic", "sums", "nothing", "predicate")))
+    kind = draw(st.sampled_from(("plain", "gated", "periodic", "sums", "nothing", "predicate")))
     if kind == "sums":
         return sums(tag, draw(schedules(12)))
     if kind == "nothing":
         return draw(st.sampled_from((identity, lambda state, event: (state, ()))))
     if kind == "predicate":
         return when(lambda state, event: state.iteration.update % 3 == tag % 3)(draw(st.sampled_from(PLAIN))(tag))
-    return draw({"ungated": ungated, "gated": gated, "periodic": periodic}[kind](tag))
+    return draw({"plain": plain_callback, "gated": gated_callback, "periodic": periodic}[kind](tag))
 
 
 @st.composite
 def several(draw, one=anything, min_size=0, max_size=5):
-    """Lists of callbacks, each with names and keys of its own."""
+    """Lists of callbacks with distinct names and keys."""
     return [draw(one(tag)) for tag in range(draw(st.integers(min_size, max_size)))]
 
 
 def taken_back(state, previous, iteration):
-    """Return `state` as if it stood at another update."""
+    """Return `state` moved to another update."""
     return replace(state, previous=previous, iteration=iteration)

@@ -1,4 +1,4 @@
-"""Every adverb, as a decorator and as a function; and what it refuses."""
+"""Every decorator, also called as a function; and what it refuses."""
 
 import pytest
 from hypothesis import given, settings
@@ -85,7 +85,7 @@ def test_at_end_of_a_run_that_stops_in_an_epoch():
     ]
 
 
-def test_at_end_looks_at_what_was_seen_when_the_last_update_was_due():
+def test_at_end_reads_the_last_update_without_its_epoch():
     """At the last update its epoch was not counted yet, so a window that begins there never opened."""
     one_epoch = RUN.replace(end=TrainingIteration(epoch=1))
     late = EveryNUpdates(1).starting(TrainingIteration(epoch=1))
@@ -125,7 +125,7 @@ def test_when_takes_a_predicate():
     assert declaration_of(decorated).gate is None
 
 
-def test_a_predicate_is_asked_on_every_event():
+def test_a_predicate_is_called_on_every_event():
     asked = []
     when(lambda state, event: asked.append(type(event)) or False)(note)(TrainState(), AtEval())
     compose(when(lambda state, event: asked.append(type(event)) or False)(note))(TrainState(), AfterAccumulationStep())
@@ -205,13 +205,13 @@ TRACKING = (
     ],
 )
 @pytest.mark.parametrize("gate", [every_n_updates(2), every_n_epochs(2), when(EveryNSamples(2))])
-def test_what_has_a_schedule_or_tracks_is_not_gated(inner, message, gate):
+def test_a_callback_with_a_schedule_or_tracking_cannot_be_gated(inner, message, gate):
     with pytest.raises(TypeError) as refused:
         gate(inner)
     assert str(refused.value) == message
 
 
-def test_what_has_a_schedule_may_be_limited_by_a_predicate_or_an_event():
+def test_a_scheduled_callback_can_be_limited_by_a_predicate_or_event():
     scheduled = every_n_updates(2)(note)
     assert lines(when(lambda state, event: state.iteration.update > 2)(scheduled), RUN) == [
         "AfterUpdate E1_U4_S14",
@@ -220,7 +220,7 @@ def test_what_has_a_schedule_may_be_limited_by_a_predicate_or_an_event():
     assert lines(on(AfterEpoch)(scheduled), RUN) == []
 
 
-def seen(gate):
+def samples_seen(gate):
     @callback("seen", init=lambda state: 0, track=lambda memory, event: memory + event.samples, produces=("seen",))
     @gate
     def tell(state, event):
@@ -241,19 +241,19 @@ def seen(gate):
     ],
 )
 def test_tracking_sees_every_update_outside_of_a_gate(gate, expected):
-    told = [effect.values["seen"] for *_, effects in drive(compose(seen(gate)), RUN) for effect in effects]
-    assert told == expected
+    logged = [effect.values["seen"] for *_, effects in drive(compose(samples_seen(gate)), RUN) for effect in effects]
+    assert logged == expected
 
 
 def test_tracking_runs_before_the_body():
-    body = seen(every_n_updates(1))
+    body = samples_seen(every_n_updates(1))
     state, effects = body(TrainState().advance(samples=4), AfterUpdate(samples=4))
     assert effects[0].values == {"seen": 4}
     assert state.memory("seen") == 4
 
 
 def test_tracking_alone_does_not_call_a_body_that_does_not_listen():
-    body = seen(on(AfterTraining))
+    body = samples_seen(on(AfterTraining))
     state, effects = body(TrainState().advance(samples=4), AfterUpdate(samples=4))
     assert (state.memory("seen"), effects) == (4, ())
     assert listens_to(body, AfterUpdate)
@@ -278,7 +278,7 @@ def test_a_callback_fills_in_its_own_memory_when_called_alone():
     assert dict(count.init(start())) == {"count": 1}
 
 
-def test_memory_and_declarations_pass_through_every_adverb():
+def test_memory_and_declarations_pass_through_every_decorator():
     inner = callback("inner", init=lambda state: 1, produces=("a",), consumes=("b",))(note)
     wrapped = [
         inner,
@@ -308,7 +308,7 @@ def test_a_key_that_one_needs_and_another_may_read_is_required():
     assert declaration_of(compose(inner, outer)).required == ("a", "b")
 
 
-def test_a_reducer_in_an_adverb_is_called_as_one():
+def test_a_decorated_reducer_calls_all_its_members():
     both = compose(note, callback("count", init=lambda state: 0)(note))
     assert lines(every_n_updates(5)(both), RUN) == ["AfterUpdate E1_U5_S18"] * 2
     assert lines(on(AfterTraining)(both), RUN) == ["AfterTraining E2_U6_S20"] * 2
@@ -318,7 +318,7 @@ def test_a_reducer_in_an_adverb_is_called_as_one():
     assert lines(callback("named")(on(AfterTraining)(both)), RUN) == ["AfterTraining E2_U6_S20"] * 2
 
 
-def test_a_consumer_is_fed_by_a_producer_in_the_same_adverb():
+def test_a_producer_and_its_consumer_can_be_decorated_together():
     produce = callback("produce", produces=("val/accuracy",))(lambda s, e: log(s, e, {"val/accuracy": 0.5}))
     best = BestMetricCallback(every_n_epochs=1, metric_key="val/accuracy")
     reducer = compose(on(AfterEpoch)(compose(produce, best)))

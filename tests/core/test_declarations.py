@@ -1,4 +1,4 @@
-"""What does not fit together is refused before the first update; what is due where, against runs that are walked."""
+"""Callbacks that do not fit together are refused before the first update; coverage is tested against walked runs."""
 
 import re
 from itertools import product
@@ -32,7 +32,7 @@ from noether.testing.strategies import run_lengths, schedules
 
 
 def misfits(*callbacks, run=None):
-    """Return the place and the message of each that does not fit."""
+    """Return the index and the message of each misfit."""
     try:
         check_declarations(callbacks, TrainState(), run or Run())
     except DeclarationError as error:
@@ -52,7 +52,7 @@ def stopping(**settings):
     return MetricEarlyStopping(**{"metric_key": "val/accuracy", "tolerance": 2, **settings})
 
 
-def test_what_fits():
+def test_fitting_callbacks_are_accepted():
     fitting = (OnlineLossCallback(every_n_epochs=1), metric(every_n_epochs=1), best(every_n_epochs=2),
                OfflineLossCallback(dataset_key="val", every_n_epochs=1), stopping(every_n_epochs=1),
                BestCheckpointCallback(metric_key="loss/val/total", every_n_epochs=3))  # fmt: skip
@@ -60,7 +60,7 @@ def test_what_fits():
     assert misfits() == []
 
 
-def test_nobody_produces_it():
+def test_a_metric_without_producer_is_refused():
     assert misfits(best(every_n_epochs=1, metric_key="val/acuracy", mode="higher"), metric(every_n_epochs=1)) == [
         (
             0,
@@ -81,7 +81,7 @@ def test_nobody_produces_it():
     ]
 
 
-def test_its_producer_comes_later():
+def test_a_consumer_before_its_producer_is_refused():
     assert misfits(best(every_n_epochs=1), metric(every_n_epochs=1)) == [
         (
             0,
@@ -93,7 +93,7 @@ def test_its_producer_comes_later():
     ]
 
 
-def test_it_is_due_where_its_producer_is_not():
+def test_a_consumer_due_without_its_producer_is_refused():
     assert misfits(metric(every_n_epochs=2), best(every_n_epochs=1)) == [
         (
             1,
@@ -129,11 +129,11 @@ def test_it_is_due_where_its_producer_is_not():
     )
 
 
-def test_both_at_the_end():
+def test_producer_and_consumer_at_the_end_fit():
     assert misfits(metric(every_n_epochs=1, at_end=True), stopping(every_n_epochs=1, at_end=True)) == []
 
 
-def test_two_produce_one_key():
+def test_two_producers_of_one_key_are_refused():
     message = "EvaluateCallback/E1/val and MetricCallback/E1/val/accuracy both produce 'val/accuracy'; remove one"
     both = EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("accuracy",))
     assert misfits(metric(every_n_epochs=1), both) == [(1, message)]
@@ -144,7 +144,7 @@ def test_two_produce_one_key():
     assert misfits(OnlineLossCallback(every_n_epochs=1), OnlineLossCallback(every_n_epochs=2)) == []
 
 
-def test_two_remember_under_one_name():
+def test_two_memories_of_one_name_are_refused():
     message = "3 callbacks have a memory named 'a'; give this one another id or name"
     members = [callback("a", init=lambda state: 0)(lambda state, event: (state, ())) for _ in range(3)]
     assert misfits(*members) == [(2, message)]
@@ -154,7 +154,7 @@ def test_two_remember_under_one_name():
     )
 
 
-def test_what_it_uses_comes_later():
+def test_a_reader_of_an_optional_key_comes_after_its_producer():
     offline, online = OfflineLossCallback(every_n_epochs=1, dataset_key="val"), OnlineLossCallback(every_n_epochs=1)
     assert misfits(offline, online) == [
         (
@@ -170,7 +170,7 @@ def test_what_it_uses_comes_later():
     assert misfits(offline) == []
 
 
-def test_every_reason_is_told_at_once():
+def test_all_misfits_are_reported_together():
     callbacks = (best(every_n_epochs=1), stopping(every_n_epochs=1), metric(every_n_epochs=1), metric(every_n_epochs=2))
     assert [index for index, _ in misfits(*callbacks)] == [3, 0, 1]
     with pytest.raises(DeclarationError) as refused:
@@ -178,7 +178,7 @@ def test_every_reason_is_told_at_once():
     assert str(refused.value) == "\n".join(message for _, message in misfits(*callbacks))
 
 
-def test_a_function_that_says_nothing_may_produce_anything():
+def test_a_function_without_declarations_may_produce_any_key():
     def bare(state, event):
         return state, ()
 
@@ -209,7 +209,7 @@ def test_a_nested_reducer_is_checked_as_one():
 INTERVALS = st.one_of(*(st.builds(kind, st.integers(1, 9)) for kind in (EveryNEpochs, EveryNUpdates, EveryNSamples)))
 
 
-def uncovered(producer, consumer, run):
+def uncovered_events(producer, consumer, run):
     """Return the events of `run` at which the consumer is open and the producer's value is not current."""
 
     def produce(state, event):
@@ -222,7 +222,7 @@ def uncovered(producer, consumer, run):
     ]
 
 
-def opened(gate, run):
+def open_events(gate, run):
     return [event for event, before, _, _ in drive(identity, run) if gate.opens(before, event)]
 
 
@@ -230,15 +230,17 @@ def agrees(producer, consumer, run, long):
     """Check the answer for a run against walking it; a no shows in a run that is long enough, if it shows anything."""
     answer = covers(producer, consumer, run)
     if answer is True:
-        assert uncovered(producer, consumer, run) == []
+        assert uncovered_events(producer, consumer, run) == []
     if answer is False:
-        never = any(not opened(Gate(member), long) for member in consumer.schedule.members)  # a window may shut it out
-        assert uncovered(producer, consumer, long) or never
+        never = any(
+            not open_events(Gate(member), long) for member in consumer.schedule.members
+        )  # a window may shut it out
+        assert uncovered_events(producer, consumer, long) or never
 
 
 @settings(max_examples=100, deadline=None)
 @given(INTERVALS, INTERVALS, run_lengths(max_epochs=3), st.booleans())
-def test_answers_for_intervals_are_what_a_walk_shows(ours, theirs, run, at_end):
+def test_coverage_of_intervals_agrees_with_walking_the_run(ours, theirs, run, at_end):
     long = run.replace(end=TrainingIteration(epoch=74))  # beyond the least common multiple of any two
     agrees(Gate(ours, at_end), Gate(theirs, at_end), run, long)
     assert covers(Gate(ours), Gate(ours), run) is True
@@ -246,16 +248,16 @@ def test_answers_for_intervals_are_what_a_walk_shows(ours, theirs, run, at_end):
 
 @settings(max_examples=150, deadline=None)
 @given(schedules(6), schedules(6), st.booleans(), st.booleans(), run_lengths(max_epochs=3), st.data())
-def test_answers_for_any_schedule_are_what_a_walk_shows(ours, theirs, at_end, reads_at_end, run, data):
+def test_coverage_of_any_schedule_agrees_with_walking_the_run(ours, theirs, at_end, reads_at_end, run, data):
     theirs = data.draw(st.sampled_from((theirs, ours, ours | theirs)))
     consumer = Gate(theirs, reads_at_end)
-    # The rule that who reads at the end needs a producer at the end has a test of its own.
+    # A consumer at the end needs a producer at the end, which another test checks.
     agrees(Gate(ours, at_end or reads_at_end), consumer, run, run.replace(end=TrainingIteration(epoch=31)))
 
 
 @settings(max_examples=150, deadline=None)
 @given(INTERVALS, INTERVALS, run_lengths(max_epochs=1))
-def test_intervals_are_left_open_only_where_samples_are_counted(ours, theirs, run):
+def test_coverage_of_intervals_is_undecided_only_for_samples(ours, theirs, run):
     answer = covers(Gate(ours), Gate(theirs), run)
     if "sample" not in {ours.counter, theirs.counter}:
         assert answer is not None
@@ -278,11 +280,11 @@ def test_intervals_are_left_open_only_where_samples_are_counted(ours, theirs, ru
         (EveryNUpdates(2) | EveryNUpdates(3), EveryNUpdates(5)),  # several may cover it together
     ],
 )
-def test_what_arithmetic_leaves_open(ours, theirs):
+def test_undecided_coverage(ours, theirs):
     assert covers(Gate(ours), Gate(theirs), Run()) is None
 
 
-def test_who_acts_on_every_event_covers_all_and_an_unknown_gate_is_left_open():
+def test_coverage_without_a_gate():
     gate = Gate(EveryNUpdates(2))
     assert covers(None, gate, Run()) is True
     assert covers(None, None, Run()) is True
@@ -295,7 +297,7 @@ def test_a_batch_that_crosses_several_multiples_is_no_misfit():
     producer, consumer = Gate(EveryNSamples(4)), Gate(EveryNSamples(6))
     assert covers(producer, consumer, long) is None
     assert covers(producer, consumer, short) is False
-    assert uncovered(producer, consumer, long.replace(end=TrainingIteration(epoch=3))) == []
+    assert uncovered_events(producer, consumer, long.replace(end=TrainingIteration(epoch=3))) == []
 
 
 def test_a_consumer_at_the_end_needs_a_producer_at_the_end():
@@ -303,8 +305,8 @@ def test_a_consumer_at_the_end_needs_a_producer_at_the_end():
     producer, consumer = Gate(EveryNUpdates(1)), Gate(EveryNUpdates(1), at_end=True)
     assert covers(producer, consumer, Run()) is False
     none = Run(end=TrainingIteration(), updates_per_epoch=1, samples_per_epoch=1, effective_batch_size=1)
-    assert len(uncovered(producer, consumer, none)) == 1
-    assert uncovered(Gate(EveryNUpdates(1), at_end=True), consumer, none) == []
+    assert len(uncovered_events(producer, consumer, none)) == 1
+    assert uncovered_events(Gate(EveryNUpdates(1), at_end=True), consumer, none) == []
 
 
 def test_a_window_that_begins_with_an_epoch_opens_later_for_updates():
@@ -312,7 +314,7 @@ def test_a_window_that_begins_with_an_epoch_opens_later_for_updates():
     producer, consumer = Gate(EveryNUpdates(1).starting(late)), Gate(EveryNEpochs(1).starting(late))
     run = Run(end=late, updates_per_epoch=2, samples_per_epoch=2, effective_batch_size=1)
     assert covers(producer, consumer, run) is None
-    assert len(uncovered(producer, consumer, run)) == 1
+    assert len(uncovered_events(producer, consumer, run)) == 1
 
 
 # ------------------------------------------------------------------------------------------------ key patterns
@@ -351,7 +353,7 @@ def test_patterns(pattern, key, expected):
     assert keys_overlap(pattern, key) is expected
 
 
-def test_lr_twice_is_one_key_twice():
+def test_two_lr_callbacks_produce_the_same_keys():
     assert [index for index, _ in misfits(LrCallback(every_n_epochs=1), LrCallback(every_n_updates=9))] == [1] * 4
 
 

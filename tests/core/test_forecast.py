@@ -1,4 +1,4 @@
-"""The laws of forecasts, each against the run walked event by event; and how little they look at."""
+"""Forecasts agree with runs that are walked event by event, and make few calls."""
 
 import dataclasses
 from math import lcm
@@ -22,7 +22,7 @@ from noether.testing.strategies import run_lengths, schedules
 START = TrainingIteration()
 
 
-def walked(callback, run):
+def walk_firings(callback, run):
     """Return the events at which a real loop calls the inside of `callback`."""
     seen = []
 
@@ -51,7 +51,7 @@ def ends(draw):
 
 @given(schedules(), st.booleans(), ends())
 def test_firings_of_a_gate_are_those_of_the_run(schedule, at_end, run):
-    seen, when_due = walked(when(schedule, at_end=at_end), run), occasions(when(schedule, at_end=at_end), run)
+    seen, when_due = walk_firings(when(schedule, at_end=at_end), run), occasions(when(schedule, at_end=at_end), run)
     found = firings(when_due, run)
     assert found.count == len(seen)
     assert (found.first, found.last) == ((seen[0], seen[-1]) if seen else (None, None))
@@ -62,7 +62,7 @@ def test_firings_of_a_gate_are_those_of_the_run(schedule, at_end, run):
 
 @given(schedules(), st.booleans(), ends(), st.data())
 def test_firings_in_a_part_of_the_run(schedule, at_end, run, data):
-    seen, when_due = walked(when(schedule, at_end=at_end), run), occasions(when(schedule, at_end=at_end), run)
+    seen, when_due = walk_firings(when(schedule, at_end=at_end), run), occasions(when(schedule, at_end=at_end), run)
     low, high = sorted(data.draw(st.tuples(*[st.integers(0, run.final.update)] * 2)))
     inside = [firing for firing in seen if low < firing.iteration.update <= high]
     found = firings(when_due, run, run.iteration_after(low), run.iteration_after(high))
@@ -72,15 +72,15 @@ def test_firings_in_a_part_of_the_run(schedule, at_end, run, data):
 
 @given(schedules(), st.booleans(), ends())
 def test_firings_at_an_update(schedule, at_end, run):
-    seen, when_due = walked(when(schedule, at_end=at_end), run), occasions(when(schedule, at_end=at_end), run)
+    seen, when_due = walk_firings(when(schedule, at_end=at_end), run), occasions(when(schedule, at_end=at_end), run)
     for update in range(1, run.final.update + 1):
         there = tuple(firing for firing in seen if firing.iteration.update == update)
         assert tuple(at for at in events_at(update, run) if fires(when_due, at, run)) == there
 
 
 @given(st.sets(st.sampled_from((BeforeTraining, AfterUpdate, AfterEpoch, AfterTraining)), min_size=1), ends())
-def test_what_has_no_gate_fires_at_every_event_it_listens_to(kinds, run):
-    seen, when_due = walked(on(*kinds), run), occasions(on(*kinds), run)
+def test_a_callback_without_gate_fires_at_every_event_it_listens_to(kinds, run):
+    seen, when_due = walk_firings(on(*kinds), run), occasions(on(*kinds), run)
     assert [nth_firing(when_due, n, run) for n in range(1, firings(when_due, run).count + 1)] == seen
 
 
@@ -90,7 +90,7 @@ def test_multiples_of_any(numbers, limit):
 
 
 @given(st.integers(1, 12), st.integers(1, 40), run_lengths(), st.integers(0, 200))
-def test_updates_that_are_looked_at_and_cross_a_multiple(step, n, run, updates):
+def test_multiples_crossing_agrees_with_a_walk(step, n, run, updates):
     samples = [run.iteration_after(update).sample for update in range(updates + 1)]
     crossing = [u for u in range(step, updates + 1, step) if samples[u] // n > samples[u - 1] // n]
     assert multiples_crossing(step, n, updates, run) == len(crossing)
@@ -154,7 +154,7 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("samples", [32, 31])
 @pytest.mark.parametrize("schedule", EVERYTHING.values(), ids=EVERYTHING)
-def test_a_billion_updates_are_asked_as_little_as_a_thousand(schedule, samples, monkeypatch):
+def test_a_billion_updates_take_as_few_calls_as_a_thousand(schedule, samples, monkeypatch):
     looks = Looks()
     looks.watch(monkeypatch)
 

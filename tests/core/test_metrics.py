@@ -19,14 +19,14 @@ SECOND = TrainState().advance(samples=4).advance(samples=4)
 
 
 @pytest.mark.parametrize("event", [AfterUpdate(), AfterEpoch(), AtEval(), BeforeTraining()])
-def test_log_records_and_asks(event):
+def test_log_records_the_metrics_and_returns_the_effect(event):
     state, effects = log(SECOND, event, {"a": 1.5, "b": 2})
     assert effects == (LogScalars({"a": 1.5, "b": 2}),)
     assert dict(state.metrics) == {"a": Measured(1.5, SECOND.iteration), "b": Measured(2, SECOND.iteration)}
     assert dict(SECOND.metrics) == {}
 
 
-def test_log_keeps_what_else_was_measured():
+def test_log_keeps_other_metrics():
     state, _ = log(SECOND, AfterUpdate(), {"a": 1.0, "b": 2.0})
     later = state.advance(samples=4)
     state, _ = log(later, AfterUpdate(), {"b": 3.0})
@@ -46,7 +46,7 @@ def test_only_single_numbers_are_logged(value):
         log(SECOND, AfterUpdate(), {"a": value})
 
 
-def test_a_tensor_is_handed_on_as_it_is():
+def test_a_tensor_is_logged_unchanged():
     value = torch.tensor(2.0)
     state, effects = log(SECOND, AfterUpdate(), {"a": value})
     assert effects[0].values["a"] is value
@@ -55,7 +55,7 @@ def test_a_tensor_is_handed_on_as_it_is():
     assert type(current(state, "a")) is float
 
 
-def test_a_metric_is_current_at_its_update_whatever_the_epoch():
+def test_a_metric_is_current_at_its_update_before_and_after_the_epoch():
     state, _ = log(SECOND, AfterUpdate(), {"a": 1.0})
     assert is_current(state, "a")
     assert current(state.next_epoch(), "a") == 1.0
@@ -106,6 +106,6 @@ def test_odd_numbers_are_metrics_too(value):
 
 
 @pytest.mark.parametrize("value", ["abc", None])
-def test_what_is_no_number_is_refused_by_key(value):
+def test_a_value_that_is_not_a_number_is_refused_by_key(value):
     with pytest.raises(TypeError, match=f"metric 'k' is {value!r}; log a number"):
         log(TrainState(), AfterUpdate(samples=1), {"k": value})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loop_traces import drive, fold, gated, several, start, taken_back, told, ungated
+from loop_traces import drive, fold, gated_callback, outcomes, plain_callback, several, start, taken_back
 
 from noether.core.callback import listens_to, tracker_of
 from noether.core.callbacks import CallbackBase, PeriodicCallback
@@ -45,38 +45,38 @@ def note(state, event):
     return state, (LogText(str(state.iteration)),)
 
 
-def nested(members, draw):
+def random_brackets(members, draw):
     """Return `compose` of `members`, in random brackets."""
     if len(members) < 2:
         return compose(*members)
     cut = draw(st.integers(0, len(members)))
     if cut in {0, len(members)}:
         return compose(*members)
-    return compose(nested(members[:cut], draw), nested(members[cut:], draw))
+    return compose(random_brackets(members[:cut], draw), random_brackets(members[cut:], draw))
 
 
 @few
 @given(several(), small_runs, accumulations, st.data())
-def test_brackets_do_not_matter(members, run, accumulation, data):
-    naive = told(drive(fold(*members), run, accumulation=accumulation))
-    reducer = nested(members, data.draw)
-    assert same(told(drive(reducer, run, accumulation=accumulation)), naive)
+def test_composition_is_associative(members, run, accumulation, data):
+    naive = outcomes(drive(fold(*members), run, accumulation=accumulation))
+    reducer = random_brackets(members, data.draw)
+    assert same(outcomes(drive(reducer, run, accumulation=accumulation)), naive)
 
 
 @few
 @given(several(max_size=3), small_runs, accumulations)
 def test_identity_is_the_unit(members, run, accumulation):
-    alone = told(drive(compose(*members), run, accumulation=accumulation))
+    alone = outcomes(drive(compose(*members), run, accumulation=accumulation))
     for units in [(identity, *members), (*members, identity), (compose(), *members, compose())]:
-        assert same(told(drive(compose(*units), run, accumulation=accumulation)), alone)
+        assert same(outcomes(drive(compose(*units), run, accumulation=accumulation)), alone)
 
 
 @few
-@given(several(one=ungated, min_size=1, max_size=4), schedules(12), st.booleans(), small_runs, accumulations)
+@given(several(one=plain_callback, min_size=1, max_size=4), schedules(12), st.booleans(), small_runs, accumulations)
 def test_gating_commutes_with_composition(members, schedule, at_end, run, accumulation):
     gate = when(schedule, at_end=at_end)
-    outside = told(drive(compose(gate(compose(*members))), run, accumulation=accumulation))
-    inside = told(drive(compose(*map(gate, members)), run, accumulation=accumulation))
+    outside = outcomes(drive(compose(gate(compose(*members))), run, accumulation=accumulation))
+    inside = outcomes(drive(compose(*map(gate, members)), run, accumulation=accumulation))
     assert same(outside, inside)
 
 
@@ -107,7 +107,7 @@ def values(state):
 
 
 @few
-@given(several(one=gated, min_size=1), small_runs)
+@given(several(one=gated_callback, min_size=1), small_runs)
 def test_where_no_gate_opens_the_state_is_the_same_object(members, run):
     reducer = compose(*members)
     for event, before, after, effects in drive(reducer, run):
@@ -119,7 +119,7 @@ def test_where_no_gate_opens_the_state_is_the_same_object(members, run):
 
 
 @given(st.sampled_from(EVENTS))
-def test_what_does_nothing_returns_its_state(event_type):
+def test_a_callback_that_does_nothing_returns_its_state(event_type):
     nothing = compose(identity, lambda state, event: (state, ()), compose(), CallbackBase())
     state = start().advance(samples=4)
     assert nothing(state, event_type()) == (state, ())
@@ -144,7 +144,7 @@ def test_the_quiet_window_never_hides_a_firing(members, run, data):
 
 
 @settings(max_examples=50, deadline=None)
-@given(several(one=gated, min_size=1, max_size=4), st.data())
+@given(several(one=gated_callback, min_size=1, max_size=4), st.data())
 def test_the_quiet_window_holds_for_counters_that_move_apart(members, data):
     reducer, naive = compose(*members), fold(*members)
     count = st.integers(0, 14)
@@ -156,7 +156,7 @@ def test_the_quiet_window_holds_for_counters_that_move_apart(members, data):
         assert same(reducer(at, AfterUpdate()), naive(at, AfterUpdate()))
 
 
-def test_a_hook_that_a_subclass_fills_in_runs_at_every_update_however_quiet():
+def test_an_overridden_update_hook_runs_at_every_update():
     class Every(PeriodicCallback):
         def after_update(self, state, event):
             return state, (LogText("update"),)
@@ -182,7 +182,7 @@ def test_a_quiet_window_is_left_and_entered_again():
 
 @few
 @given(several(min_size=1), small_runs)
-def test_who_does_not_listen_does_nothing(members, run):
+def test_a_reducer_that_does_not_listen_does_nothing(members, run):
     reducer = compose(*members)
     for event, before, _, effects in drive(fold(*members), run, accumulation=2):
         if not listens_to(reducer, type(event)):
@@ -202,7 +202,7 @@ def test_a_tracking_callback_listens_to_updates():
     assert not listens_to(compose(Tracks(every_n_updates=2)), AfterEpoch)
 
 
-def test_listens_by_kind():
+def test_listens_to_by_kind_of_callback():
     def heard(member):
         return {event_type for event_type in EVENTS if listens_to(compose(member), event_type)}
 
@@ -220,7 +220,7 @@ def test_listens_by_kind():
     ("name", "value"),
     [("iteration", TrainingIteration(9)), ("previous", TrainingIteration(9)), ("seed", 99), ("ended", True)],
 )
-def test_only_the_loop_moves_a_run(name, value):
+def test_only_the_loop_may_change_its_fields(name, value):
     def meddle(state, event):
         return state.replace(**{name: value}), ()
 
@@ -228,7 +228,7 @@ def test_only_the_loop_moves_a_run(name, value):
         compose(note, meddle)(TrainState().advance(samples=1), AfterUpdate())
 
 
-def test_nothing_is_asked_after_an_accumulation_step():
+def test_effects_after_an_accumulation_step_are_refused():
     message = r"^LogText\(text='E0_U0_S0'\) was requested after an accumulation step; log and save after an update$"
     with pytest.raises(ValueError, match=message):
         compose(note)(TrainState(), AfterAccumulationStep())
@@ -245,7 +245,7 @@ def remembering(name, memory):
     return callback(name, init=lambda state: memory)(identity)
 
 
-def test_memory_that_is_missing_is_filled_in_before_training():
+def test_missing_memory_is_filled_in_before_training():
     reducer = compose(remembering("a", {"x": [1, 2]}), compose(remembering("b", None)))
     state, effects = reducer(TrainState(callback_states={"b": 5}), BeforeTraining())
     assert (dict(state.callback_states), effects) == ({"a": {"x": (1, 2)}, "b": 5}, ())
@@ -264,7 +264,7 @@ def test_memory_is_filled_in_once_for_nested_reducers():
     assert len(calls) == outer_calls  # only the outermost asked
 
 
-def test_memory_that_nobody_claims_is_refused_on_resume():
+def test_unclaimed_memory_is_refused_on_resume():
     saved = TrainState(callback_states={"Progress/U10": 1})
     reducer = compose(remembering("Progress/U20", 0))
     with pytest.raises(LookupError) as refused:
@@ -278,7 +278,7 @@ def test_memory_that_nobody_claims_is_refused_on_resume():
     assert reducer(saved, BeforeTraining())[0].memory("Progress/U10") == 1  # a new run may begin from any state
 
 
-def test_memory_that_was_missing_is_filled_in_on_resume():
+def test_missing_memory_is_filled_in_on_resume():
     state, _ = compose(remembering("new", 3))(TrainState(), BeforeTraining(resumed=True))
     assert state.memory("new") == 3
 
@@ -307,13 +307,13 @@ def test_memory_that_shares_storage_with_the_model_is_refused(field, view):
         ({"a": ({None: 2},)}, "memory 'm': the key None is a NoneType; keys are str"),
     ],
 )
-def test_memory_that_cannot_be_written_down_is_refused(memory, message):
+def test_memory_that_cannot_be_saved_is_refused(memory, message):
     with pytest.raises(TypeError) as refused:
         compose(remembering("m", memory))(TrainState(), BeforeTraining())
     assert str(refused.value).startswith(message)
 
 
-def test_a_resumed_run_is_not_changed_before_training():
+def test_a_resumed_state_cannot_change_before_training():
     def change(state, event):
         return state.request_stop("now"), ()
 
@@ -332,12 +332,12 @@ def test_a_resumed_run_is_not_changed_before_training():
 
 
 @pytest.mark.parametrize("wrong", [None, 3, PeriodicCallback, "noether.core.callbacks.LrCallback"])
-def test_what_is_no_callback_is_refused(wrong):
+def test_compose_refuses_other_objects(wrong):
     with pytest.raises(TypeError, match="compose takes callbacks"):
         compose(identity, wrong)
 
 
-def test_a_reducer_says_what_its_members_say():
+def test_a_reducer_has_the_declarations_of_its_members():
     first = callback("first", produces=("a", "b/*"))(identity)
     second = callback("second", produces=(), consumes=("a", "b/x", "c"))(identity)
     assert compose(first, second).produces == ("a", "b/*")
@@ -413,7 +413,7 @@ def test_effects_come_in_the_order_of_the_members():
     assert [effect.text for effect in reducer(TrainState(), AtEval())[1]] == ["a", "b", "c", "d"]
 
 
-def test_a_later_member_sees_what_an_earlier_one_did():
+def test_a_later_member_sees_the_changes_of_an_earlier_one():
     def stop(state, event):
         return state.request_stop("first"), ()
 

@@ -27,14 +27,14 @@ def test_a_field_that_was_not_given_is_named_when_read(name):
     assert getattr(Run(**{name: None}), name) is None
 
 
-def test_a_name_that_is_no_field_is_refused():
+def test_an_unknown_field_is_refused():
     with pytest.raises(AttributeError, match=r"^Run has no field 'epochs'$"):
         _ = Run().epochs
     with pytest.raises(TypeError, match="epochs"):
         Run(epochs=3)
 
 
-def test_what_has_a_usual_value_need_not_be_given():
+def test_fields_with_defaults():
     assert (Run().rank, Run().world_size) == (0, 1)
     assert Run().batch_size({"x": torch.zeros(5, 2)}) == 5
 
@@ -107,7 +107,7 @@ def test_the_last_iteration_is_the_first_that_reaches_the_end(run, counter, coun
     assert not run.iteration_after(run.final.update - 1).reached(run.end)
 
 
-def test_what_is_worked_out_of_a_field_that_was_not_given_names_that_field():
+def test_a_property_names_the_missing_field_that_it_needs():
     with pytest.raises(AttributeError, match="this run was not given 'end'"):
         _ = Run(updates_per_epoch=1).final
     with pytest.raises(AttributeError, match="this run was not given 'updates_per_epoch'"):

@@ -37,7 +37,7 @@ def firings(schedule, run):
     return fired
 
 
-def between(start, end, iterations):
+def firings_between(start, end, iterations):
     return [i for i in iterations if i != start and i.reached(start) and end.reached(i)]
 
 
@@ -46,7 +46,7 @@ def test_count_is_what_walking_the_run_counts(schedule, run, data):
     boundaries = [run.iteration_after(u) for u in range(run.final.update + 1)]
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, run.final.update)] * 2)))
     counted = schedule.count(boundaries[start], boundaries[end], run)
-    assert counted == len(between(boundaries[start], boundaries[end], firings(schedule, run)))
+    assert counted == len(firings_between(boundaries[start], boundaries[end], firings(schedule, run)))
 
 
 @given(schedules(), run_lengths(), st.data())
@@ -180,7 +180,7 @@ def test_iteration_round_trips_through_text(epoch, update, sample):
 
 
 @pytest.mark.parametrize("text", ["", "U", "10", "S1_U2", "E1U2", "E1_", "_U2", "E-1", "E1_U2_S3_", "E٣", "E01"])
-def test_text_that_is_no_iteration_is_refused(text):
+def test_invalid_text_is_refused(text):
     with pytest.raises(SettingsError, match="is not an iteration like"):
         TrainingIteration.parse(text)
 

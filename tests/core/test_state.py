@@ -1,4 +1,4 @@
-"""The state is a value: it cannot be written to; and it goes into a live model and out of it without loss."""
+"""The state is immutable, and is written into a live model and read from it without loss."""
 
 import copy
 import dataclasses
@@ -86,7 +86,7 @@ def test_freezing_is_done_once_and_leaves_the_leaves(tree):
     assert same(map_leaves(lambda leaf: leaf, tree), frozen)
 
 
-def test_trees_tell_their_tensors_and_storages():
+def test_tensors_and_storages_of_a_tree():
     weight = torch.zeros(4)
     tree = {"a": (1, weight), "b": {"c": weight[2:], "empty": torch.zeros(0)}}
     assert [name for name, _ in tensors(tree)] == ["a.1", "b.c", "b.empty"]
@@ -108,7 +108,7 @@ def test_no_field_of_a_state_is_assigned_to(field):
 
 
 @pytest.mark.parametrize("field", ["params", "buffers", "opt_state", "hyperparams", "metrics", "callback_states"])
-def test_no_mapping_of_a_state_is_written_to_and_the_one_given_is_not_kept(field):
+def test_mappings_of_a_state_are_frozen_copies(field):
     given = {"a": 1}
     state = TrainState(**{field: given})
     given["a"] = 2
@@ -226,7 +226,7 @@ def contents(model, optimizer):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_restored_state_goes_on_bit_for_bit(name, scale):
+def test_a_restored_state_trains_on_bit_for_bit(name, scale):
     model = Net()
     optimizer = OPTIMIZERS[name](model)
     train(model, optimizer, 3)
@@ -247,7 +247,7 @@ def test_a_restored_state_goes_on_bit_for_bit(name, scale):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_used_model_is_taken_back(name):
+def test_into_module_resets_a_trained_model(name):
     """What the optimizer remembered meanwhile, and the scale its learning rates had, are gone."""
     model = Net()
     optimizer = OPTIMIZERS[name](model)
@@ -279,7 +279,7 @@ def test_the_scale_is_applied_once():
     assert [group["lr"] for group in fresh.param_groups] == [0.02, 0.001]
 
 
-def test_a_borrowed_state_changes_as_the_model_does():
+def test_a_state_from_a_module_changes_with_the_model():
     model = Net()
     optimizer = OPTIMIZERS["momentum"](model)
     state = TrainState.from_module(model, optimizer)
@@ -384,7 +384,7 @@ class Square(torch.nn.Module):
         return x @ self.weight
 
 
-def test_a_view_of_a_models_own_memory_is_not_taken_for_the_parameter():
+def test_a_view_of_a_parameter_is_not_mistaken_for_it():
     model, batch = Square(), (torch.eye(2), torch.zeros(2, 2))
     predict, state = forward(model, mse), TrainState.from_module(model)
     assert torch.equal(predict(state, batch)[1], model.weight)
@@ -409,13 +409,13 @@ def test_an_evaluation_changes_the_mode_once_and_back_even_if_it_fails():
     assert model.training
 
 
-def test_a_model_that_is_trained_during_an_evaluation_is_evaluated_as_before():
+def test_a_model_put_into_training_mode_during_an_evaluation():
     model, batch = torch.nn.Dropout(0.5), (torch.ones(100, 1), torch.zeros(100, 1))
     predict, state = forward(model, mse), TrainState()
     with predict.evaluating():
         for _ in range(3):
             assert torch.equal(predict(state, batch)[1], batch[0])
-            model.train()  # as whoever makes the next batch may do
+            model.train()  # as loading the next batch may do
     assert model.training
 
 
@@ -426,7 +426,7 @@ class Returning(torch.nn.Linear):
         return {"out": super().forward(x), "bias": self.bias}
 
 
-def test_what_forward_returns_is_no_parameter():
+def test_forward_returns_no_parameter():
     model = Returning(2, 1)
     state = TrainState.from_module(model)
     predict = forward(model, lambda outputs, _: {"bias": outputs["bias"].sum(), "own": outputs["bias"][0]})
@@ -436,7 +436,7 @@ def test_what_forward_returns_is_no_parameter():
         assert tensor is not model.bias
 
 
-def test_a_module_that_was_replaced_is_not_taken_for_that_of_the_state():
+def test_a_replaced_module_is_not_mistaken_for_that_of_the_state():
     model, batch = torch.nn.Sequential(torch.nn.Linear(2, 1)), (torch.ones(3, 2), torch.zeros(3, 1))
     state, predict = TrainState.from_module(model), forward(model, mse)
     expected = predict(state, batch)[1]
@@ -444,7 +444,7 @@ def test_a_module_that_was_replaced_is_not_taken_for_that_of_the_state():
     assert torch.equal(predict(state, batch)[1], expected)
 
 
-def test_autocast_around_evaluations_remembers_no_weights():
+def test_autocast_around_evaluations_caches_no_weights():
     model, batch = Square(), (torch.eye(2), torch.zeros(2, 2))
     predict, state = forward(model, mse), TrainState.from_module(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -480,7 +480,7 @@ def plain(image):
 
 
 @pytest.mark.parametrize("batch", [{"image": 1, "label": 2, "self": 3}, {"mask": 1, "image": 2}])
-def test_a_model_is_given_of_a_mapping_what_it_names(batch):
+def test_a_model_gets_the_entries_that_its_forward_names(batch):
     wrapped = Taking()
     wrapped.forward = plain
     for _ in range(2):  # the signature is read once
@@ -490,7 +490,7 @@ def test_a_model_is_given_of_a_mapping_what_it_names(batch):
         assert model_arguments(wrapped, batch) == ((), {"image": batch["image"]})
 
 
-def test_what_is_known_of_a_signature_keeps_no_model_alive():
+def test_the_cache_of_signatures_keeps_no_model_alive():
     model = Taking()
     model.forward = partial(plain)
     model.forward.__dict__["model"] = model

@@ -73,7 +73,7 @@ class Schedule(ABC):
         return count_firings(self.members, start, end, run)
 
     def reading(self, *counters: Counter) -> Schedule | None:
-        """Return the part of the schedule that reads one of `counters`, or None if there is none."""
+        """Return the part of the schedule that reads one of `counters`, or None."""
         members = tuple(member for member in self.members if member.counter in counters)
         if not members:
             return None

@@ -26,7 +26,7 @@ def buffers_of(model: nn.Module) -> FrozenDict:
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:
-    """Return the device of the first of `tensors`, the CPU if there is none.
+    """Return the device of the first of `tensors`; the CPU if it is empty.
 
     Example:
         >>> device_of(torch.nn.Linear(2, 1).parameters())

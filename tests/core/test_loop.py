@@ -1,4 +1,4 @@
-"""What comes next: a loop of a few lines, cut at random and resumed from random saves, is the uncut run."""
+"""`next_move`: a loop of a few lines, cut and resumed at random, equals the uncut run."""
 
 import hypothesis.strategies as st
 import pytest
@@ -19,11 +19,11 @@ from noether.testing import same
 from noether.testing.strategies import run_lengths, schedules
 
 
-def begin(reducer, run, state, *, resumed):
+def start_run(reducer, run, state, *, resumed):
     return reducer(state, BeforeTraining(run=run, resumed=resumed))[0]
 
 
-def go_on(reducer, run, state):
+def run_to_end(reducer, run, state):
     """Yield `(state, event name, effects)` of every event that is left."""
     while (move := next_move(state, run)) is not Move.NOTHING:
         if move is Move.END_EPOCH:
@@ -77,47 +77,47 @@ def ended_runs(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(ended_runs(), schedules(12), st.integers(1, 40), st.integers(1, 20), st.data())
-def test_a_run_cut_anywhere_is_the_uncut_run(run, schedule, stop_at, n, data):
+def test_a_run_resumed_anywhere_equals_the_uncut_run(run, schedule, stop_at, n, data):
     def fresh():
         return callbacks(schedule, stop_at, n)
 
     first = TrainState(params={"w": 1.0})
     reducer = fresh()
-    state = begin(reducer, run, first, resumed=False)
-    uncut = [state, *go_on(reducer, run, state)]
+    state = start_run(reducer, run, first, resumed=False)
+    uncut = [state, *run_to_end(reducer, run, state)]
 
     saved = [(state, ())]  # every state that was ever on disk, and the events that led to it
     for _ in range(data.draw(st.integers(1, 4))):
         loaded, history = saved[data.draw(st.integers(0, len(saved) - 1))]
         reducer = fresh()
-        state = begin(reducer, run, loaded, resumed=True)
+        state = start_run(reducer, run, loaded, resumed=True)
         assert state is loaded
         events = data.draw(st.integers(0, 12))
-        for told, _ in zip(go_on(reducer, run, state), range(events), strict=False):
+        for told, _ in zip(run_to_end(reducer, run, state), range(events), strict=False):
             history = (*history, told)
             saved.append((told[0], history))
     loaded, history = saved[data.draw(st.integers(0, len(saved) - 1))]
-    rest = go_on(fresh(), run, begin(fresh(), run, loaded, resumed=True))
+    rest = run_to_end(fresh(), run, start_run(fresh(), run, loaded, resumed=True))
     assert same([*history, *rest], uncut[1:])
 
 
 @settings(max_examples=60, deadline=None)
 @given(ended_runs(), st.integers(1, 6))
-def test_a_run_that_is_made_longer_goes_on_as_the_long_run(run, more):
+def test_an_extended_run_equals_the_long_run(run, more):
     longer = run.replace(end=TrainingIteration(update=run.final.update + more))
 
     def tell(state, event):
         return state, (LogText(f"{type(event).__name__} {state.iteration}"),)
 
-    short = list(go_on(tell, run, TrainState(params={"w": 1.0})))
-    rest = list(go_on(tell, longer, short[-1][0]))
-    assert same(short[:-1] + rest, list(go_on(tell, longer, TrainState(params={"w": 1.0}))))
+    short = list(run_to_end(tell, run, TrainState(params={"w": 1.0})))
+    rest = list(run_to_end(tell, longer, short[-1][0]))
+    assert same(short[:-1] + rest, list(run_to_end(tell, longer, TrainState(params={"w": 1.0}))))
 
 
 @settings(max_examples=60, deadline=None)
 @given(ended_runs())
-def test_a_run_ends_where_it_says_and_once(run):
-    told = list(go_on(lambda state, event: (state, ()), run, TrainState(params={"w": 1.0})))
+def test_a_run_ends_once_and_at_its_end(run):
+    told = list(run_to_end(lambda state, event: (state, ()), run, TrainState(params={"w": 1.0})))
     state = told[-1][0]
     names = [name for _, name, _ in told]
     assert state.iteration == run.final
@@ -125,7 +125,7 @@ def test_a_run_ends_where_it_says_and_once(run):
     assert names[-1] == "AfterTraining"
     assert names.count("AfterUpdate") == run.final.update
     assert names.count("AfterEpoch") == run.final.epoch
-    assert list(go_on(lambda state, event: (state, ()), run, state)) == []
+    assert list(run_to_end(lambda state, event: (state, ()), run, state)) == []
 
 
 RUN = Run(end=TrainingIteration(epoch=2), updates_per_epoch=2, samples_per_epoch=4, effective_batch_size=2)
@@ -154,7 +154,7 @@ def test_moves(state, move):
 
 
 @pytest.mark.parametrize("missing", ["end", "updates_per_epoch"])
-def test_it_says_what_it_needs_of_the_run(missing):
+def test_next_move_names_the_missing_field_of_the_run(missing):
     given = {"end": TrainingIteration(epoch=2), "updates_per_epoch": 2}
     del given[missing]
     with pytest.raises(AttributeError, match=f"this run was not given '{missing}'"):
