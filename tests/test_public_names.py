@@ -94,18 +94,19 @@ def test_an_unknown_name_is_refused_with_the_nearest(name, hint):
         exec(f"from noether import {name}")  # noqa: S102
 
 
-def loaded_by(code):
+def imported_modules(code):
     command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_what_needs_no_torch_is_imported_without_it():
     assert (
-        loaded_by("import noether, noether.core.callbacks.registry") & {"torch", "numpy", "noether.core.state"} == set()
+        imported_modules("import noether, noether.core.callbacks.registry") & {"torch", "numpy", "noether.core.state"}
+        == set()
     )
-    assert "torch" not in loaded_by("from noether import EveryNEpochs, TrainingIteration, next_move")
+    assert "torch" not in imported_modules("from noether import EveryNEpochs, TrainingIteration, next_move")
 
 
 def test_a_star_brings_every_name():
-    modules = loaded_by("from noether import *; TrainState, log, when")
+    modules = imported_modules("from noether import *; TrainState, log, when")
     assert {export.module for export in PUBLIC.values()} <= modules

@@ -32,7 +32,7 @@ class Setting:
         name: Its name.
         type: Its type in words, such as `list of number`.
         default: Its default in YAML; None if it is required.
-        text: Its documentation; empty if there is none.
+        text: Its documentation, or an empty text.
     """
 
     name: str

@@ -22,7 +22,7 @@ class Export(NamedTuple):
     Args:
         name: The name.
         module: The module that defines it.
-        heading: The last comment of one word above it in the stub; empty if there is none.
+        heading: The last comment of one word above it in the stub, or an empty text.
     """
 
     name: str

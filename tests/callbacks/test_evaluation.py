@@ -50,7 +50,7 @@ def values(callback, *arguments, state=STATE, **keywords):
     return effect.values
 
 
-def split(x, y, sizes):
+def make_batches(x, y, sizes):
     return list(zip(torch.from_numpy(x).split(sizes), torch.from_numpy(y).split(sizes), strict=True))
 
 
@@ -62,7 +62,8 @@ def test_means_over_unequal_batches_equal_those_of_numpy(sizes, seed):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(2, sum(sizes)))
     logged = values(
-        EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", error, mean_error)), split(x, y, sizes)
+        EvaluateCallback(every_n_epochs=1, dataset_key="val", measures=("loss", error, mean_error)),
+        make_batches(x, y, sizes),
     )
     assert set(logged) == {"loss/val/mse", "loss/val/total", "val/error", "val/mean_error"}
     np.testing.assert_allclose(logged["loss/val/mse"].item(), np.square(2 * x - y).mean(), rtol=1e-12)
@@ -75,7 +76,7 @@ def test_accuracy_is_the_share_of_correct_samples(sizes, seed):
     rng = np.random.default_rng(seed)
     scores, targets = rng.normal(size=(sum(sizes), 4)), rng.integers(0, 4, size=sum(sizes))
     logged = values(MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy"),
-                    split(scores, targets, sizes), lambda state, batch: ({}, batch[0]))  # fmt: skip
+                    make_batches(scores, targets, sizes), lambda state, batch: ({}, batch[0]))  # fmt: skip
     np.testing.assert_allclose(logged["val/accuracy"].item(), (scores.argmax(1) == targets).mean(), rtol=1e-12)
 
 

@@ -55,7 +55,7 @@ class DatasetResults:
             if name == "samples":
                 raise ValueError("process_data returned a result named 'samples', which is the number of samples")
             if isinstance(value, Mean):
-                _add(self._means, name, *_weighted(name, value.of_batch, samples))
+                _add(self._means, name, *_term_and_factor(name, value.of_batch, samples))
             elif value.ndim:
                 self._parts.setdefault(name, []).append(value)
             else:
@@ -68,7 +68,7 @@ class DatasetResults:
         return FrozenDict({**self._sums, **means, **parts, "samples": self._samples})
 
 
-def _weighted(name: str, of_batch: torch.Tensor, samples: int) -> tuple[torch.Tensor, int]:
+def _term_and_factor(name: str, of_batch: torch.Tensor, samples: int) -> tuple[torch.Tensor, int]:
     """Return a tensor and a factor whose product is the sum over the samples of a batch."""
     if not of_batch.ndim:
         return of_batch if of_batch.is_floating_point() else of_batch.double(), samples

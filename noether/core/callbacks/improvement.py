@@ -45,7 +45,7 @@ def _words(metric_key: str) -> list[str]:
 
 
 def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
-    """Return the problem of `mode`, or of its absence for this key; None if there is none."""
+    """Return the problem of `mode`, or of its absence for this key, or None."""
     if mode is not None:
         return check_choice("mode", mode, MODES)
     if direction_of(metric_key) is None:
