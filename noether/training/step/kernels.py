@@ -91,7 +91,8 @@ def make_writer(
         params: Parameters.
         memory: The memory of each of them, complete.
     """
-    if cls is not torch.optim.SGD and settings["fused"] and not settings["amsgrad"] and _are_alike(params):
+    takes_one_call = len({(param.device, param.dtype) for param in params}) == 1
+    if cls is not torch.optim.SGD and settings["fused"] and not settings["amsgrad"] and takes_one_call:
         return _make_fused_adam_writer(settings, params, memory)
 
     def write(changes: Mapping[str, Any], grads: list[Tensor]) -> None:
@@ -129,11 +130,6 @@ def _make_fused_adam_writer(
         kernel(params, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **{**fixed, **changes})
 
     return write
-
-
-def _are_alike(params: list[Tensor]) -> bool:
-    """Return whether all parameters have one device and dtype, so that one call of a fused kernel takes them."""
-    return len({(param.device, param.dtype) for param in params}) == 1
 
 
 def _has_memory(grads: Mapping[str, Tensor], memory: Memory) -> bool:
