@@ -84,9 +84,6 @@ class _KindHooks:
 
     def callback(self, value: object) -> Kind:
         """Return a callback, constructed now so that its constructor judges the settings."""
-        # Imported here, because it imports torch and most problems of a configuration show without it.
-        from noether.core.callback import check_readings
-
         path, target, written = self.read_entry(value, CALLBACK)
         if isinstance(target, type):
             written, ignored = translate_settings(target, written)
@@ -97,6 +94,9 @@ class _KindHooks:
         if "name" not in parameters(target):
             written.pop("name", None)  # a label for the reader
         instance, settings = construct_with_settings(self.converter, target, written)
+        # Imported here, because it imports torch and an invalid entry is refused without it.
+        from noether.core.callback import check_readings
+
         check_readings(instance)  # `CallbackBase` checked its own; a plain class or function is checked here
         return Kind(path, target, settings, instance)
 
