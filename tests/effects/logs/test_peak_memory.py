@@ -95,7 +95,7 @@ def test_the_device_of_the_params_is_measured(device_peaks):
 
 def test_on_the_cpu_the_peak_of_the_process_is_measured():
     before = peak_memory_bytes(torch.device("cpu"))
-    held = torch.ones(8_000_000, dtype=torch.float64)
+    tensor = torch.ones(8_000_000, dtype=torch.float64)
     after = peak_memory_bytes(torch.device("cpu"))
     assert after >= before
-    assert after >= held.nbytes
+    assert after >= tensor.nbytes
