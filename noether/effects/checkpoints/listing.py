@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
-
-from attrs import frozen
 
 from noether.core.errors import NoetherError
 from noether.effects.checkpoints.contents import FILES
@@ -44,7 +43,7 @@ class MissingTargetError(CheckpointError):
     """A pointer names a checkpoint that does not exist."""
 
 
-@frozen
+@dataclass(frozen=True)
 class CheckpointEntry:
     """One checkpoint in a directory.
 
@@ -59,7 +58,7 @@ class CheckpointEntry:
     error: CheckpointError | None
 
 
-@frozen
+@dataclass(frozen=True)
 class PointerEntry:
     """One pointer in a directory.
 
@@ -74,7 +73,7 @@ class PointerEntry:
     error: CheckpointError | None
 
 
-@frozen
+@dataclass(frozen=True)
 class Listing:
     """The checkpoints and pointers in a directory."""
 

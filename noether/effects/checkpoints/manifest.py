@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from typing import Any, Final
-
-from attrs import field, frozen
 
 from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotation
@@ -28,7 +27,7 @@ class ManifestError(NoetherError, ValueError):
     """A manifest does not have the content that was written."""
 
 
-@frozen(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """Size and SHA-256, in hexadecimal, of one file of a checkpoint."""
 
@@ -36,7 +35,7 @@ class Part:
     sha256: str
 
 
-@frozen(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Description of one checkpoint.
 
@@ -70,7 +69,7 @@ class Manifest:
     retention: dict[str, int | None]
     log_lines: int | None = None
     log_lines_lost: int = 0
-    format: int = field(default=FORMAT)
+    format: int = FORMAT
 
     @property
     def order(self) -> tuple[int, int, int, int]:

@@ -6,9 +6,9 @@ The checkpoint store and the checkpoints of other frameworks both use it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from attrs import frozen
 from cattrs import transform_error
 from cattrs.errors import BaseValidationError
 from cattrs.preconf.json import make_converter
@@ -30,7 +30,7 @@ CONVERTER.register_unstructure_hook(TrainingIteration, str)
 CONVERTER.register_structure_hook(TrainingIteration, lambda text, _: TrainingIteration.parse(text))
 
 
-@frozen(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Values:
     """The JSON values of a state; the encoded trees name tensors that lie beside them."""
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Final
-
-from attrs import evolve
 
 from noether.core.errors import suggest
 from noether.effects.checkpoints.contents import (
@@ -242,7 +241,7 @@ class CheckpointStore:
         with self._report_disk_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
             written = self._writer.write(draft, files)
             log = fsync_logs()
-        return evolve(written, log_lines=log.lines, log_lines_lost=log.lost)
+        return replace(written, log_lines=log.lines, log_lines_lost=log.lost)
 
     def _commit(self, saved: Manifest) -> None:
         with self._report_disk_errors(f"checkpoint {self._directory / saved.tag} could not be written"):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, final
-
-from attrs import evolve
 
 from noether.effects.checkpoints.contents import FILES
 from noether.effects.checkpoints.listing import pointer_text
@@ -46,7 +45,7 @@ class Writer:
         self._disk.make_directory(temporary)
         written = {name: write_new_file(temporary / name, pieces, self._disk) for name, pieces in files.items()}
         parts = {name: Part(size_bytes=each.size_bytes, sha256=each.sha256) for name, each in written.items()}
-        return evolve(draft, parts=parts)
+        return replace(draft, parts=parts)
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and rename the temporary directory to the tag; the checkpoint is saved on return."""
