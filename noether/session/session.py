@@ -196,6 +196,7 @@ class Session(SessionEvents):
         if self._remembers:
             loop.check_position(self._state)
         lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.batch_size)
+        settings.check_lengths(self._reducer.members, settings.fill_run(self.run, **lengths))
         self.begin(**lengths)
         self._loop = loop
         return loop.run()

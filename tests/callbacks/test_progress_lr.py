@@ -92,6 +92,13 @@ def test_the_expected_end_is_computed_from_the_time_of_the_event():
     assert requests[0].text.endswith("left 0:10:00  ends 1970-01-02 00:10:00 UTC")
 
 
+def test_a_run_of_unknown_length_has_no_percentage():
+    run = Run(end=TrainingIteration(epoch=2))
+    event = AfterUpdate(run=run, samples=4, duration_s=2.0)
+    _, effects = ProgressCallback(every_n_updates=1)(TrainState().advance(samples=4), event)
+    assert effects[0].text == "epoch 0  update 1  sample 4  2000.0 ms/update  last 0:00:02  total 0:00:02"
+
+
 def test_a_resumed_run_continues_with_its_times():
     uncut, cut = ProgressCallback(every_n_updates=2), ProgressCallback(every_n_updates=2)
     seconds = [5.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from noether.core.callback import Effects
     from noether.core.event import AfterUpdate, Event
+    from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
@@ -26,7 +27,8 @@ class ProgressCallback(PeriodicCallback):
 
     In detail: percent done; epoch, update and sample with their ends; milliseconds per update; time since the last line
     (`last`); total time; remaining time and end in UTC. The estimate leaves out the first interval because its updates
-    are slower. Times are sums of the durations in the events, so a resumed run continues with them.
+    are slower. Times are sums of the durations in the events, so a resumed run continues with them. If the end of the
+    run or the length of its epochs is unknown, the line has neither percentage nor expected end.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -76,9 +78,12 @@ class ProgressCallback(PeriodicCallback):
         first = memory["lines"] == 0
         steady_s = memory["steady_s"] + (0.0 if first else memory["since_s"])
         steady_updates = memory["steady_updates"] + (0 if first else memory["since_updates"])
-        updates_left = event.run.final.update - state.iteration.update
-        left_s = updates_left * steady_s / steady_updates if steady_updates else None
-        parts = (_format_counters(state, event.run), _format_times(memory), _format_end(left_s, event.time_s))
+        final = getattr(event.run, "final", None)  # None if the run was not given all that it is computed from
+        parts = [_format_counters(state, event.run, final), _format_times(memory)]
+        if final is not None:
+            updates_left = final.update - state.iteration.update
+            left_s = updates_left * steady_s / steady_updates if steady_updates else None
+            parts.append(_format_end(left_s, event.time_s))
         memory = FrozenDict(
             total_s=memory["total_s"],
             since_s=0.0,
@@ -90,11 +95,13 @@ class ProgressCallback(PeriodicCallback):
         return state.remember(self.name, memory), (LogText("  ".join(parts)),)
 
 
-def _format_counters(state: TrainState, run: Run) -> str:
+def _format_counters(state: TrainState, run: Run, final: TrainingIteration | None) -> str:
+    if final is None:
+        return "  ".join(f"{name} {getattr(state.iteration, name)}" for name in COUNTERS)
     share = max(getattr(state.iteration, name) / end for name in COUNTERS if (end := getattr(run.end, name)))
     if not run.end.update and not run.end.sample:  # within an epoch, only updates and samples advance
-        share = state.iteration.update / run.final.update
-    counts = (f"{name} {getattr(state.iteration, name)}/{getattr(run.final, name)}" for name in COUNTERS)
+        share = state.iteration.update / final.update
+    counts = (f"{name} {getattr(state.iteration, name)}/{getattr(final, name)}" for name in COUNTERS)
     # A run that ends at a number of samples may exceed it.
     return "  ".join((f"{min(share, 1.0):6.1%}".replace("%", " %"), *counts))
 
