@@ -414,7 +414,9 @@ def test_refusals_of_an_update():
             functional.update(grads, memory, params, settings=settings)
 
 
-def test_memory_that_no_checkpoint_can_hold_is_refused():
+def test_memory_that_a_checkpoint_cannot_contain_is_refused():
     functional, params, opt_state = start(Unsavable, {})
-    with pytest.raises(TypeError, match=r"optimizer\.state\.a\.weight\.seen is a set, which no checkpoint"):
+    with pytest.raises(
+        TypeError, match=r"optimizer\.state\.a\.weight\.seen is a set, which a checkpoint cannot contain"
+    ):
         functional.update({}, opt_state, params)
