@@ -76,12 +76,12 @@ def test_the_aliases_are_those_of_published_yaml():
     assert set(ALIASES) == {alias for aliases in ALIASES_OF.values() for alias in aliases}
 
 
-def test_the_readme_lists_every_callback_under_its_category():
+def test_the_readme_shows_callbacks_under_their_category():
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", README.read_text(), re.MULTILINE))
     for category in CATEGORIES:
-        listed = re.findall(r"`(\w+)`", rows[category])
-        names = [name for name, export in SHIPPED.items() if export.heading == category]
-        assert listed == names, f"the row {category!r} of the README's table of callbacks"
+        shown = re.findall(r"`(\w+)`", rows[category])
+        assert shown, f"the README's table of callbacks shows none of {category!r}"
+        assert [SHIPPED[name].heading for name in shown] == [category] * len(shown)
 
 
 def test_an_unknown_name_suggests_the_nearest():
