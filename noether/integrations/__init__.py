@@ -1,4 +1,4 @@
-"""The same callbacks in loops that are not ours; each module is imported by whoever uses its framework.
+"""noether's callbacks in the loops of other frameworks; each module imports one of them, and stands on `Session`.
 
-`noether.config.load_callbacks` reads the list of a YAML file as one callback, which every adapter takes.
+Code here may touch its framework, and what `noether.session` may. `noether.load_callbacks` reads callbacks from YAML.
 """

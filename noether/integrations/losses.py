@@ -1,4 +1,4 @@
-"""Where the losses are in what a framework's step returned."""
+"""Losses in the output of a framework's step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def losses_of(outputs: Any) -> Mapping[str, Any]:
-    """Return the losses in what a step returned: a number, a 0-dimensional tensor, or the entry `loss` of a mapping.
+    """Return the losses in the output of a step: a number, a 0-dimensional tensor, or the entry `loss` of a mapping.
 
     Raises:
-        TypeError: If it is none of these.
+        TypeError: If the output is something else.
 
     Example:
         >>> losses_of(0.5), losses_of({"loss": 0.5, "accuracy": 1.0})
@@ -23,10 +23,10 @@ def losses_of(outputs: Any) -> Mapping[str, Any]:
         return {"total": loss.reshape(()) if isinstance(loss, torch.Tensor) else float(loss)}
     if outputs is None:
         raise TypeError(
-            "the step returned nothing, and callbacks are told its loss: return it, alone or as 'loss' of a dict"
+            "the step returned nothing, and callbacks need its loss: return the loss, alone or as 'loss' of a dict"
         )
-    kind = f"a mapping with {list(outputs)}" if isinstance(outputs, Mapping) else f"of type {type(outputs).__name__}"
+    kind = f"a mapping with {list(outputs)}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
     raise TypeError(
-        f"what the step returned is {kind}, and where its loss is nobody knows: return the loss or a mapping with "
-        "'loss', or give losses=, a function of it such as lambda outputs: {'mse': outputs[0]}"
+        f"the step returned {kind}, in which no loss was found: return the loss or a mapping with 'loss', or pass "
+        "losses=, a function of the output such as lambda outputs: {'mse': outputs[0]}"
     )

@@ -79,7 +79,7 @@ class BatchLoop:
         """Return the current batch, once.
 
         Raises:
-            SessionError: If there is none, or its losses were reported.
+            SessionError: If there is no batch, or it was reported before.
         """
         if self._batch is _NO_BATCH:
             raise SessionError(
@@ -132,7 +132,7 @@ class BatchLoop:
         Raises:
             SessionError: If the position in the epoch is not one of this loader.
         """
-        at, counted, memory = state.iteration, _counted(state), state.callback_states.get(MEMORY)
+        at, counted, memory = state.iteration, _batches_counted_in(state), state.callback_states.get(MEMORY)
         if memory is None:
             raise SessionError(
                 f"the saved run is at {at}, and no session.batches(...) made it: resume it where it was made"
@@ -162,7 +162,7 @@ class BatchLoop:
 
     def _epoch(self, state: TrainState) -> Iterator[Any]:
         """Yield the batches that are left of an epoch, while the run is not over."""
-        session, epoch, counted = self._session, state.iteration.epoch, _counted(state)
+        session, epoch, counted = self._session, state.iteration.epoch, _batches_counted_in(state)
         start_s = time.perf_counter()
         self._drawn = 0
         for batch, is_last in self._draw(epoch_iterator(self._loader, self._seed, epoch), epoch):
@@ -231,7 +231,7 @@ class BatchLoop:
         self._session.check_scheduler_position()
 
 
-def _counted(state: TrainState) -> int:
+def _batches_counted_in(state: TrainState) -> int:
     """Return how many batches of the epoch a state counts."""
     return int(state.callback_states[MEMORY]["batches"]) if MEMORY in state.callback_states else 0
 

@@ -54,7 +54,7 @@ class LiveOptimizer(Protocol):
         """Start to count and scale steps, and to take `readings`; calling it again is a no-op."""
 
     def gradients_are_finite(self) -> bool | None:
-        """Return whether the gradients that are there are finite; None if there are none, or nothing tells."""
+        """Return whether the current gradients are finite; None without gradients, or without access to them."""
 
     def release(self) -> None:
         """Stop watching the optimizer."""
@@ -122,7 +122,7 @@ class TorchOptimizer:
         setattr(optimizer, _HOOKS, hooks)  # where a later run finds them if an exception ends this one
 
     def gradients_are_finite(self) -> bool | None:
-        """Return whether the gradients that are there are finite; None if there are none."""
+        """Return whether the current gradients are finite; None without gradients."""
         gradients = self._gradients()
         return bool(_all_finite(gradients)) if gradients else None
 

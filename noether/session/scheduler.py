@@ -80,7 +80,7 @@ def position(state: TrainState) -> dict[str, Any]:
 
 
 def _merge(live: Any, saved: Any) -> Any:
-    """Return `saved`, but the objects of `live` where they are equal: torch counts milestones in a class of its own."""
+    """Return `saved`, but the objects of `live` where they are equal: torch keeps milestones in a `Counter`."""
     if type(live) is dict and type(saved) is dict:
         return live | {key: _merge(live[key], value) if key in live else value for key, value in saved.items()}
     if type(live) is list and type(saved) is list and len(live) == len(saved):

@@ -225,7 +225,9 @@ class Session(SessionEvents):
             of = 1 if self._loop is None else self._loop.accumulation_steps
         if not self._pending:
             self._settled = self._state
-        losses, outputs = named_losses(losses), _detach(outputs)
+        losses = named_losses(losses)
+        if outputs is not None:
+            outputs = map_tensors(_detach, outputs)
         self._pending.append(MicroBatch(samples=samples, losses=losses, outputs=outputs))
         self.stopwatch.step_made()
         if self.listens_to_micro_batches:
@@ -336,9 +338,5 @@ class Session(SessionEvents):
         )
 
 
-def _detach(outputs: Any) -> Any:
-    return None if outputs is None else map_tensors(_detach_tensor, outputs)
-
-
-def _detach_tensor(tensor: Tensor) -> Tensor:
+def _detach(tensor: Tensor) -> Tensor:
     return tensor.detach()

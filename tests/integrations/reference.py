@@ -1,4 +1,4 @@
-"""One small run with everything on, as noether's own trainer makes it: what other loops are compared with."""
+"""A small run with every feature in noether's own trainer, the reference for the loops of frameworks."""
 
 import io
 
@@ -91,12 +91,12 @@ def run(model, criterion=loss, **fields):
     return Run(data={"val": VAL}, forward=forward(model, criterion), **fields)
 
 
-def silent(path, **settings):
+def open_silent(path, **settings):
     return open_run(path, Console(RichConsole(file=io.StringIO())), **settings)
 
 
-class Told:
-    """An interpreter that writes down what it is told, and hands it on."""
+class Recorder:
+    """An interpreter that records every call, and then calls another."""
 
     def __init__(self, then=lambda *_: None):
         self.lines, self._then = [], then
@@ -106,7 +106,7 @@ class Told:
         self._then(effects, state, event)
 
     def after(self, iteration):
-        """What was told after an iteration, `BeforeTraining` apart."""
+        """Return the calls after an iteration, without `BeforeTraining`."""
         names = [line[1] for line in self.lines]
         start = len(names) - names[::-1].index(iteration) if iteration in names else 0
         return [line for line in self.lines[start:] if line[0] != "BeforeTraining"]
@@ -116,7 +116,7 @@ class Told:
         return [line for line in self.lines if line[0] != "BeforeTraining"]
 
 
-class Kept:
+class EventCollector:
     """A callback that collects every event; not pure, and so only for a test."""
 
     readings = ("finite",)
@@ -145,15 +145,15 @@ class Listed:
         pass
 
 
-def grouped(micro, steps):
+def group_batches(micro, steps):
     return [micro[at : at + steps] for at in range(0, len(micro), steps)]
 
 
-def no_decay(update):
+def zero_decay(update):
     return 0.0
 
 
-def ours(  # all that differs between frameworks
+def reference_run(  # all that differs between frameworks
     micro,
     *,
     steps=1,
@@ -162,11 +162,11 @@ def ours(  # all that differs between frameworks
     network=None,
     criterion=loss,
     kind=torch.optim.Adam,
-    decay=no_decay,
+    decay=zero_decay,
     **end,
 ):
-    """Return what was told in noether's own trainer, and the state at its end; without `decay` no optimizer has one."""
-    network, told, updates = (network or model()).train(), Told(), grouped(micro, steps)
+    """Return the recorder of a run in noether's own trainer, and its final state; `decay=None` sets no weight decay."""
+    network, recorder, updates = (network or model()).train(), Recorder(), group_batches(micro, steps)
     functional = FunctionalOptimizer(kind, {"lr": LR})
     samples = [sum(len(x) for x, _ in update) for update in updates]
     fixed = run(
@@ -189,14 +189,14 @@ def ours(  # all that differs between frameworks
         ),
         data=Listed(updates),
         reducer=reducer or callbacks(),
-        interpreter=told,
+        interpreter=recorder,
         clock=Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0),
     )
-    return told, trainer(state.replace(opt_state=functional.init(state.params)))
+    return recorder, trainer(state.replace(opt_state=functional.init(state.params)))
 
 
 def weights(state_or_model):
-    """Return params and buffers by name, whoever holds them."""
+    """Return params and buffers of a state or a model by name."""
     if isinstance(state_or_model, nn.Module):
         state_or_model = TrainState.from_module(state_or_model)
     return {name: t.clone() for name, t in {**state_or_model.params, **state_or_model.buffers}.items()}

@@ -4,7 +4,21 @@ import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, debug_launcher
 from accelerate.state import AcceleratorState, GradientState
-from reference import LR, STILL, Kept, Told, batches, callbacks, loss, model, ours, points, run, silent, weights
+from reference import (
+    LR,
+    STILL,
+    EventCollector,
+    Recorder,
+    batches,
+    callbacks,
+    loss,
+    model,
+    open_silent,
+    points,
+    reference_run,
+    run,
+    weights,
+)
 
 from noether import AfterUpdate, TrainingIteration, compose
 from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
@@ -16,8 +30,8 @@ EPOCHS = 3
 POINTS = points(12)
 
 
-def made(steps=1, *, samples=POINTS, reducer=None, directory=None, shuffle=False):
-    """Return all that a loop needs, prepared, and what is told in it."""
+def make_parts(steps=1, *, samples=POINTS, reducer=None, directory=None, shuffle=False):
+    """Return the prepared parts of a loop, and the recorder of its effects."""
     accelerator = Accelerator(
         cpu=True,
         gradient_accumulation_steps=steps,
@@ -28,7 +42,7 @@ def made(steps=1, *, samples=POINTS, reducer=None, directory=None, shuffle=False
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
     loader = torch.utils.data.DataLoader(samples, batch_size=SIZE, shuffle=shuffle)
     network, optimizer, scheduler, loader = accelerator.prepare(network, optimizer, scheduler, loader)
-    told = Told(directory.interpreter) if directory else Told()
+    recorder = Recorder(directory.interpreter) if directory else Recorder()
     watched = AcceleratedSession(
         reducer or callbacks(),
         accelerator=accelerator,
@@ -37,15 +51,15 @@ def made(steps=1, *, samples=POINTS, reducer=None, directory=None, shuffle=False
         scheduler=scheduler,
         run=run(accelerator.unwrap_model(network), end=TrainingIteration(epoch=EPOCHS)),
         directory=directory,
-        interpreter=told,
+        interpreter=recorder,
         clock=STILL,
     )
     accelerator.register_for_checkpointing(watched)
-    return accelerator, network, optimizer, scheduler, loader, watched, told
+    return accelerator, network, optimizer, scheduler, loader, watched, recorder
 
 
-def trained(accelerator, network, optimizer, scheduler, loader, watched, told, *, cut=None):
-    """Train as everybody does, and return what was told; a cut is a number of updates."""
+def train(accelerator, network, optimizer, scheduler, loader, watched, recorder, *, cut=None):
+    """Train in a usual loop, and return the recorder; `cut` is a number of updates."""
     network.train()
     for batch in watched.batches(loader):
         with accelerator.accumulate(network):
@@ -56,7 +70,7 @@ def trained(accelerator, network, optimizer, scheduler, loader, watched, told, *
         watched.update()
         if cut is not None and watched.session.state.iteration.update == cut:
             break
-    return told
+    return recorder
 
 
 def halving(update):
@@ -64,20 +78,20 @@ def halving(update):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_tells_what_the_own_trainer_tells(steps):
-    parts = made(steps)
-    told = trained(*parts)
-    expected, state = ours(batches(POINTS, SIZE), steps=steps, lr=halving, epoch=EPOCHS)
+def test_events_and_weights_equal_those_of_the_trainer(steps):
+    parts = make_parts(steps)
+    recorder = train(*parts)
+    expected, state = reference_run(batches(POINTS, SIZE), steps=steps, lr=halving, epoch=EPOCHS)
     assert state.hyperparams["lr_scale"] < 1
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(parts[1]), weights(state))
 
 
 def test_a_short_last_group_makes_a_smaller_update_and_its_losses_are_what_they_are():
-    kept = Kept()
-    trained(*made(2, samples=points(10), reducer=compose(kept)))
-    expected = Kept()
-    ours(batches(points(10), SIZE), steps=2, lr=halving, epoch=EPOCHS, reducer=compose(expected))
+    kept = EventCollector()
+    train(*make_parts(2, samples=points(10), reducer=compose(kept)))
+    expected = EventCollector()
+    reference_run(batches(points(10), SIZE), steps=2, lr=halving, epoch=EPOCHS, reducer=compose(expected))
     first, others = kept.of(AfterUpdate)[:3], expected.of(AfterUpdate)[:3]
     assert [event.accumulated for event in first] == [event.accumulated for event in others] == [(2, 2), (2, 2), (2,)]
     assert_same([event.losses for event in first], [event.losses for event in others])  # of before the update
@@ -85,21 +99,21 @@ def test_a_short_last_group_makes_a_smaller_update_and_its_losses_are_what_they_
 
 @pytest.fixture(scope="module")
 def uncut():
-    parts = made(2, shuffle=True)
-    return trained(*parts), weights(parts[1]), parts[5].session.state.callback_states
+    parts = make_parts(2, shuffle=True)
+    return train(*parts), weights(parts[1]), parts[5].session.state.callback_states
 
 
 @pytest.mark.parametrize("after", [1, 3, 4])
 def test_resumes_from_a_checkpoint_of_accelerate(after, uncut, tmp_path):
-    parts = made(2, shuffle=True)
-    before = trained(*parts, cut=after)
+    parts = make_parts(2, shuffle=True)
+    before = train(*parts, cut=after)
     assert before.lines[-1][0] == "AfterUpdate"
     parts[0].save_state(tmp_path)
-    parts = made(2, shuffle=True)
+    parts = make_parts(2, shuffle=True)
     parts[0].load_state(tmp_path)
-    told = trained(*parts)
-    assert told.lines[0][:2] == ("BeforeTraining", before.lines[-1][1])
-    assert_same([*before.history, *told.history], uncut[0].history)
+    recorder = train(*parts)
+    assert recorder.lines[0][:2] == ("BeforeTraining", before.lines[-1][1])
+    assert_same([*before.history, *recorder.history], uncut[0].history)
     assert_resumed(parts, uncut)
 
 
@@ -110,29 +124,29 @@ def assert_resumed(parts, uncut):
 
 @pytest.mark.parametrize("after", [3, 4])
 def test_resumes_from_a_checkpoint_of_noether(after, uncut, tmp_path):
-    with silent(tmp_path) as directory:
-        before = trained(*made(2, directory=directory, shuffle=True), cut=after)
-    with silent(tmp_path) as directory:
-        parts = made(2, directory=directory, shuffle=True)
-        told = trained(*parts)
-    assert told.lines[0][:2] == ("BeforeTraining", before.lines[-1][1])
-    assert_same([*before.history, *told.history], uncut[0].history)
+    with open_silent(tmp_path) as directory:
+        before = train(*make_parts(2, directory=directory, shuffle=True), cut=after)
+    with open_silent(tmp_path) as directory:
+        parts = make_parts(2, directory=directory, shuffle=True)
+        recorder = train(*parts)
+    assert recorder.lines[0][:2] == ("BeforeTraining", before.lines[-1][1])
+    assert_same([*before.history, *recorder.history], uncut[0].history)
     assert_resumed(parts, uncut)
 
 
 def test_early_stopping_ends_the_batches_and_they_stay_ended(tmp_path):
     reducer = callbacks(FixedUpdateEarlyStopping(stop_at_update=4))
-    expected, _ = ours(batches(POINTS, SIZE), steps=2, lr=halving, epoch=EPOCHS, reducer=reducer)
-    with silent(tmp_path) as directory:
-        told = trained(*made(2, reducer=reducer, directory=directory))
-    assert_same(told.lines, expected.lines)
-    with silent(tmp_path) as directory:
-        again = trained(*made(2, reducer=reducer, directory=directory))
+    expected, _ = reference_run(batches(POINTS, SIZE), steps=2, lr=halving, epoch=EPOCHS, reducer=reducer)
+    with open_silent(tmp_path) as directory:
+        recorder = train(*make_parts(2, reducer=reducer, directory=directory))
+    assert_same(recorder.lines, expected.lines)
+    with open_silent(tmp_path) as directory:
+        again = train(*make_parts(2, reducer=reducer, directory=directory))
     assert [line[0] for line in again.lines] == ["BeforeTraining"]
 
 
-def test_an_update_that_is_told_before_the_optimizer_steps_is_refused():
-    accelerator, network, _, _, loader, watched, _ = made()
+def test_an_update_before_the_optimizer_steps_is_refused():
+    accelerator, network, _, _, loader, watched, _ = make_parts()
     batch = next(watched.batches(loader))
     with accelerator.accumulate(network):
         watched.backward(loss(network(batch[0]), batch))
@@ -141,8 +155,8 @@ def test_an_update_that_is_told_before_the_optimizer_steps_is_refused():
 
 
 def test_gradients_are_measured_before_they_are_clipped():
-    kept = Kept()
-    accelerator, network, optimizer, _, loader, watched, _ = made(
+    kept = EventCollector()
+    accelerator, network, optimizer, _, loader, watched, _ = make_parts(
         reducer=compose(GradNormCallback(every_n_updates=1), kept)
     )
     clipped = []
@@ -161,16 +175,16 @@ def on_two_processes():
     # What this process was forked from had an accelerator, which is one for all.
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  # as accelerate's own tests do
     GradientState._reset_state()  # noqa: SLF001  # likewise
-    kept, reducer = Kept(), compose(OnlineLossCallback(every_n_updates=1))
-    parts = made(samples=POINTS[:8], reducer=compose(reducer, kept))
-    accelerator, told = parts[0], trained(*parts)
+    kept, reducer = EventCollector(), compose(OnlineLossCallback(every_n_updates=1))
+    parts = make_parts(samples=POINTS[:8], reducer=compose(reducer, kept))
+    accelerator, recorder = parts[0], train(*parts)
     updates = kept.of(AfterUpdate)
     assert [event.samples for event in updates] == [2 * SIZE] * 2 * EPOCHS
     assert updates[0].run.samples_per_epoch == 8
     assert updates[0].run.rank == accelerator.process_index
     losses = torch.stack([event.losses["ce"] for event in updates])
     assert_same(*accelerator.gather(losses).chunk(2))  # both have the mean over both
-    assert told.lines[-1][1] == "E3_U6_S24"
+    assert recorder.lines[-1][1] == "E3_U6_S24"
 
 
 # Newer versions of Python warn of every fork of a process with threads.

@@ -4,7 +4,20 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
-from reference import LR, STILL, Kept, Model, Told, batches, callbacks, ours, points, run, silent, weights
+from reference import (
+    LR,
+    STILL,
+    EventCollector,
+    Model,
+    Recorder,
+    batches,
+    callbacks,
+    open_silent,
+    points,
+    reference_run,
+    run,
+    weights,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -44,7 +57,7 @@ def classifier():
         return Classifier()
 
 
-def collated(samples):
+def collate(samples):
     return {"x": torch.stack([x for x, _ in samples]), "labels": torch.stack([y for _, y in samples])}
 
 
@@ -76,24 +89,24 @@ class Cut(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
-def theirs(path, *more, reducer=None, resume=None, directory=None, kind=NoetherTrainer, samples=POINTS, **settings):
-    """Return what was told in a trainer of transformers, the callback and the trainer, after it has trained."""
+def train_hf(path, *more, reducer=None, resume=None, directory=None, kind=NoetherTrainer, samples=POINTS, **settings):
+    """Train with transformers; return the recorder, the callback and the trainer."""
     network = classifier()
-    told = Told(directory.interpreter) if directory else Told()
+    recorder = Recorder(directory.interpreter) if directory else Recorder()
     callback = NoetherCallback(
-        reducer or callbacks(), run=run(network, criterion), interpreter=told, directory=directory, clock=STILL
+        reducer or callbacks(), run=run(network, criterion), interpreter=recorder, directory=directory, clock=STILL
     )
     trainer = kind(
         network,
         arguments(path, **settings),
         train_dataset=samples,
         eval_dataset=POINTS[:3],
-        data_collator=collated,
+        data_collator=collate,
         optimizers=(torch.optim.Adam(network.parameters(), lr=LR), None),
         callbacks=[callback, *more],
     )
     trainer.train(resume_from_checkpoint=resume(trainer) if callable(resume) else resume)
-    return told, callback, trainer
+    return recorder, callback, trainer
 
 
 def linear(update):
@@ -101,21 +114,21 @@ def linear(update):
     return LR * max(0.0, (9 - update) / 9)
 
 
-def own(**settings):
-    return ours(MICRO, steps=2, lr=linear, network=classifier(), criterion=criterion, epoch=3, **settings)
+def train_own(**settings):
+    return reference_run(MICRO, steps=2, lr=linear, network=classifier(), criterion=criterion, epoch=3, **settings)
 
 
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory):
-    return theirs(tmp_path_factory.mktemp("uncut"))
+    return train_hf(tmp_path_factory.mktemp("uncut"))
 
 
-def test_tells_what_the_own_trainer_tells(uncut):
-    told, callback, trainer = uncut
-    expected, state = own()
-    assert told.lines[-1][1] == END
+def test_events_and_weights_equal_those_of_the_trainer(uncut):
+    recorder, callback, trainer = uncut
+    expected, state = train_own()
+    assert recorder.lines[-1][1] == END
     assert state.hyperparams["lr_scale"] < 1  # a callback lowered it, and no scheduler wrote over it
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(trainer.model), weights(state))
     memories = dict(callback.session.state.callback_states)
     del memories["lr_scheduler"]  # the trainer's, for checkpoints of noether
@@ -124,13 +137,13 @@ def test_tells_what_the_own_trainer_tells(uncut):
 
 @pytest.mark.parametrize("after", [1, 3, 5])
 def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
-    before, *_ = theirs(tmp_path, Cut(after))
+    before, *_ = train_hf(tmp_path, Cut(after))
     assert_same(before.lines, uncut[0].lines[: len(before.lines)])
     assert before.lines[-1][0] != "AfterTraining"
-    told, callback, trainer = theirs(tmp_path, resume=True)
-    begun = told.lines[0][1]
+    recorder, callback, trainer = train_hf(tmp_path, resume=True)
+    begun = recorder.lines[0][1]
     assert begun.split("_")[1] == f"U{after}"
-    assert_same(told.history, uncut[0].after(begun))
+    assert_same(recorder.history, uncut[0].after(begun))
     assert_same(weights(trainer.model), weights(uncut[2].model))
     assert_same(callback.session.state.callback_states, uncut[1].session.state.callback_states)
     assert_same(callback.session.state.metrics, uncut[1].session.state.metrics)
@@ -138,53 +151,56 @@ def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
 
 @pytest.mark.parametrize("after", [3, 5])
 def test_resumes_from_a_checkpoint_of_noether(after, uncut, tmp_path):
-    with silent(tmp_path / "run") as directory:
-        theirs(tmp_path, Cut(after), directory=directory)
-    with silent(tmp_path / "run") as directory:
-        told, callback, trainer = theirs(
+    with open_silent(tmp_path / "run") as directory:
+        train_hf(tmp_path, Cut(after), directory=directory)
+    with open_silent(tmp_path / "run") as directory:
+        recorder, callback, trainer = train_hf(
             tmp_path / "again", directory=directory, resume=lambda trainer: to_checkpoint(directory.load(), trainer)
         )
-    begun = told.lines[0][1]
+    begun = recorder.lines[0][1]
     assert begun.split("_")[1] == f"U{after}"
-    assert_same(told.history, uncut[0].after(begun))
+    assert_same(recorder.history, uncut[0].after(begun))
     assert_same(weights(trainer.model), weights(uncut[2].model))
     assert_same(callback.session.state.callback_states, uncut[1].session.state.callback_states)
 
 
 def test_early_stopping_stops_the_trainer_and_it_stays_stopped(tmp_path):
     reducer = callbacks(FixedUpdateEarlyStopping(stop_at_update=4))
-    expected, state = own(reducer=reducer)
-    told, _, trainer = theirs(tmp_path, reducer=reducer, save_strategy="steps", save_steps=1)
+    expected, state = train_own(reducer=reducer)
+    recorder, _, trainer = train_hf(tmp_path, reducer=reducer, save_strategy="steps", save_steps=1)
     assert trainer.state.global_step == 4
-    assert_same(told.lines, expected.lines)
-    again, _, trainer = theirs(tmp_path, reducer=reducer, resume=True)
+    assert_same(recorder.lines, expected.lines)
+    again, _, trainer = train_hf(tmp_path, reducer=reducer, resume=True)
     assert [line[0] for line in again.lines] == ["BeforeTraining", "AfterTraining"]
     assert_same(weights(trainer.model), weights(state))
 
 
 def test_a_trainer_that_does_not_report_its_losses_is_refused(tmp_path):
     with pytest.raises(TypeError, match="use NoetherTrainer"):
-        theirs(tmp_path, kind=Trainer)
+        train_hf(tmp_path, kind=Trainer)
 
 
 def test_a_run_that_is_elsewhere_is_refused(tmp_path):
-    with silent(tmp_path / "run") as directory:
-        theirs(tmp_path, Cut(2), directory=directory)
-    with silent(tmp_path / "run") as directory, pytest.raises(ValueError, match=r"is at E0_U2_S8, and .* update 0"):
-        theirs(tmp_path, directory=directory)
+    with open_silent(tmp_path / "run") as directory:
+        train_hf(tmp_path, Cut(2), directory=directory)
+    with (
+        open_silent(tmp_path / "run") as directory,
+        pytest.raises(ValueError, match=r"is at E0_U2_S8, and .* update 0"),
+    ):
+        train_hf(tmp_path, directory=directory)
 
 
 def test_a_checkpoint_without_memory_is_refused(tmp_path):
-    theirs(tmp_path, Cut(2))
+    train_hf(tmp_path, Cut(2))
     (tmp_path / "checkpoint-2" / "noether.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="written without NoetherCallback"):
-        theirs(tmp_path, resume=True)
+        train_hf(tmp_path, resume=True)
 
 
-def test_every_micro_batch_is_told_with_the_params_that_made_its_losses(tmp_path):
-    expected, kept = Kept(), Kept()
-    own(reducer=compose(expected))
-    theirs(tmp_path, reducer=compose(kept))
+def test_every_micro_batch_has_an_event_with_its_losses_and_outputs(tmp_path):
+    expected, kept = EventCollector(), EventCollector()
+    train_own(reducer=compose(expected))
+    train_hf(tmp_path, reducer=compose(kept))
     for kind, names in (
         (AfterAccumulationStep, ("losses", "outputs", "samples", "accumulation_step", "accumulation_steps")),
         (AfterUpdate, ("losses", "outputs", "samples", "accumulated", "lr", "weight_decay", "finite", "skipped")),
@@ -197,34 +213,34 @@ def test_every_micro_batch_is_told_with_the_params_that_made_its_losses(tmp_path
                 assert_same(seen, {name: getattr(other, name) for name in names})
 
 
-def test_an_evaluation_by_the_trainer_is_its_own_affair(uncut, tmp_path):
-    told, _, trainer = theirs(tmp_path, eval_strategy="steps", eval_steps=2)
+def test_an_evaluation_by_the_trainer_changes_nothing(uncut, tmp_path):
+    recorder, _, trainer = train_hf(tmp_path, eval_strategy="steps", eval_steps=2)
     assert any("eval_loss" in line for line in trainer.state.log_history)
-    assert_same(told.lines, uncut[0].lines)
+    assert_same(recorder.lines, uncut[0].lines)
     assert_same(weights(trainer.model), weights(uncut[2].model))
 
 
 def test_gradients_are_measured_before_they_are_clipped(tmp_path):
-    kept = Kept()
-    theirs(tmp_path / "clipped", reducer=compose(GradNormCallback(every_n_updates=1), kept), max_grad_norm=1e-3)
+    kept = EventCollector()
+    train_hf(tmp_path / "clipped", reducer=compose(GradNormCallback(every_n_updates=1), kept), max_grad_norm=1e-3)
     norms = [float(event.grad_norm) for event in kept.of(AfterUpdate)]
     assert min(norms) > 1e-3
 
 
 def test_a_run_of_some_updates_ends_inside_of_an_epoch(tmp_path):
-    expected, _ = own_of_updates(5)
-    told, *_ = theirs(tmp_path, num_train_epochs=7, max_steps=5, lr_scheduler_type="constant")
-    assert_same(told.lines, expected.lines)
-    assert [line[:2] for line in told.lines[-2:]] == [("AfterUpdate", "E1_U5_S18"), ("AfterTraining", "E1_U5_S18")]
+    expected, _ = train_own_updates(5)
+    recorder, *_ = train_hf(tmp_path, num_train_epochs=7, max_steps=5, lr_scheduler_type="constant")
+    assert_same(recorder.lines, expected.lines)
+    assert [line[:2] for line in recorder.lines[-2:]] == [("AfterUpdate", "E1_U5_S18"), ("AfterTraining", "E1_U5_S18")]
 
 
-def own_of_updates(count):
-    return ours(MICRO, steps=2, network=classifier(), criterion=criterion, update=count)
+def train_own_updates(count):
+    return reference_run(MICRO, steps=2, network=classifier(), criterion=criterion, update=count)
 
 
 def test_losses_of_unequal_micro_batches_are_what_transformers_goes_backward_from(tmp_path):
-    kept = Kept()
-    *_, trainer = theirs(
+    kept = EventCollector()
+    *_, trainer = train_hf(
         tmp_path,
         reducer=compose(kept),
         per_device_train_batch_size=4,
@@ -253,12 +269,12 @@ def sentences():
     return [{"input_ids": row, "labels": row.where(torch.arange(6) < 2 + i % 5, -100)} for i, row in enumerate(drawn)]
 
 
-def trained_on_language(path, *more, resume=None, directory=None, dropout=0.1, **settings):
-    """Return what was told and the trainer, which makes its optimizer itself, with two groups of parameters."""
-    told = Told(directory.interpreter) if directory else Told()
+def train_language_model(path, *more, resume=None, directory=None, dropout=0.1, **settings):
+    """Return the recorder and the trainer, which makes an optimizer with two parameter groups."""
+    recorder = Recorder(directory.interpreter) if directory else Recorder()
     save = CheckpointCallback(every_n_updates=1, save_weights=True, save_optim=True)
     reducer = compose(OnlineLossCallback(every_n_updates=1), LrCallback(every_n_updates=1), save)
-    callback = NoetherCallback(reducer, interpreter=told, directory=directory, clock=STILL)
+    callback = NoetherCallback(reducer, interpreter=recorder, directory=directory, clock=STILL)
     logged = {"logging_strategy": "steps", "logging_steps": 1, "train_sampling_strategy": "random"}
     trainer = NoetherTrainer(
         language_model(dropout),
@@ -267,13 +283,13 @@ def trained_on_language(path, *more, resume=None, directory=None, dropout=0.1, *
         callbacks=[callback, *more],
     )
     trainer.train(resume_from_checkpoint=resume(trainer) if callable(resume) else resume)
-    return told, trainer
+    return recorder, trainer
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_weighted_by_tokens_or_smoothed_are_those_that_transformers_logs(smoothing, tmp_path):
-    told, trainer = trained_on_language(tmp_path, label_smoothing_factor=smoothing)
-    logged = [e.values for _, _, effects in told.lines for e in effects if isinstance(e, LogScalars)]
+    recorder, trainer = train_language_model(tmp_path, label_smoothing_factor=smoothing)
+    logged = [e.values for _, _, effects in recorder.lines for e in effects if isinstance(e, LogScalars)]
     losses = [float(values["loss/online/total/U1"]) for values in logged if "loss/online/total/U1" in values]
     history = [line for line in trainer.state.log_history if "loss" in line]
     assert losses == pytest.approx([line["loss"] for line in history])
@@ -284,35 +300,35 @@ def test_losses_weighted_by_tokens_or_smoothed_are_those_that_transformers_logs(
 
 
 def test_dropout_and_shuffling_resume_from_a_checkpoint_of_transformers(tmp_path):
-    expected, whole = trained_on_language(tmp_path / "uncut")
-    before, _ = trained_on_language(tmp_path, Cut(4))
-    after, resumed = trained_on_language(tmp_path, resume=True)
+    expected, whole = train_language_model(tmp_path / "uncut")
+    before, _ = train_language_model(tmp_path, Cut(4))
+    after, resumed = train_language_model(tmp_path, resume=True)
     assert_same([*before.lines, *after.history], expected.lines)
     assert_same(weights(resumed.model), weights(whole.model))
 
 
 def test_a_trainers_own_optimizer_and_tied_weights_resume_from_a_checkpoint_of_noether(tmp_path):
-    expected, whole = trained_on_language(tmp_path / "uncut", dropout=0.0)
-    with silent(tmp_path / "run") as directory:
-        trained_on_language(tmp_path / "cut", Cut(4), dropout=0.0, directory=directory)
-    with silent(tmp_path / "run") as directory:
-        told, resumed = trained_on_language(
+    expected, whole = train_language_model(tmp_path / "uncut", dropout=0.0)
+    with open_silent(tmp_path / "run") as directory:
+        train_language_model(tmp_path / "cut", Cut(4), dropout=0.0, directory=directory)
+    with open_silent(tmp_path / "run") as directory:
+        recorder, resumed = train_language_model(
             tmp_path / "again",
             dropout=0.0,
             directory=directory,
             resume=lambda trainer: to_checkpoint(directory.load(), trainer),
         )
-    assert told.lines[0][1].split("_")[1] == "U4"
-    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert recorder.lines[0][1].split("_")[1] == "U4"
+    assert_same(recorder.history, expected.after(recorder.lines[0][1]))
     assert_same(weights(resumed.model), weights(whole.model))
 
 
-def on_two_processes(path):
+def train_on_two_processes(path):
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  # of the process this was forked from
     GradientState._reset_state()  # noqa: SLF001  # likewise
-    kept, online = Kept(), OnlineLossCallback(every_n_updates=1)
-    *_, trainer = theirs(
+    kept, online = EventCollector(), OnlineLossCallback(every_n_updates=1)
+    *_, trainer = train_hf(
         path, reducer=compose(online, kept), samples=points(8), logging_strategy="steps", logging_steps=1
     )
     updates = kept.of(AfterUpdate)
@@ -329,4 +345,4 @@ def on_two_processes(path):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_samples_are_summed_and_losses_averaged_over_processes(monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # accelerate warns where it has to choose
-    debug_launcher(on_two_processes, (tmp_path,), num_processes=2)
+    debug_launcher(train_on_two_processes, (tmp_path,), num_processes=2)

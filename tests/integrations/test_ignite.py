@@ -10,15 +10,15 @@ from ignite.handlers import Checkpoint, DiskSaver, LRScheduler
 from reference import (
     LR,
     STILL,
-    Told,
+    Recorder,
     batches,
     callbacks,
     model,
+    open_silent,
     optimizer,
-    ours,
     points,
+    reference_run,
     run,
-    silent,
     weights,
 )
 from torch import nn
@@ -32,8 +32,8 @@ from noether.testing import assert_same
 EPOCHS = 4
 
 
-def accumulating(network, adam, steps, length):
-    """A user's step: accumulation weighted by samples as noether's is, with a step at an epoch's last batch."""
+def accumulating_step(network, adam, steps, length):
+    """Return a step that weights losses by samples as noether does, and steps at the last batch of an epoch."""
     sizes = []
 
     def step(engine, batch):
@@ -53,8 +53,8 @@ def accumulating(network, adam, steps, length):
     return step
 
 
-def engine_on(network, adam, told, steps=1, length=5, *, reducer=None, kind=Engine, directory=None):
-    engine = kind(accumulating(network, adam, steps, length))
+def make_engine(network, adam, recorder, steps=1, length=5, *, reducer=None, kind=Engine, directory=None):
+    engine = kind(accumulating_step(network, adam, steps, length))
     live = attach(
         engine,
         reducer or callbacks(),
@@ -64,64 +64,64 @@ def engine_on(network, adam, told, steps=1, length=5, *, reducer=None, kind=Engi
         losses=lambda outputs: outputs,
         run=run(network),
         directory=directory,
-        interpreter=told,
+        interpreter=recorder,
         clock=STILL,
     )
     return engine, live
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_it_tells_what_the_trainer_tells(steps):
+def test_events_and_weights_equal_those_of_the_trainer(steps):
     micro = batches(points(36), 8)  # five, the last of four samples: the last update has one micro-batch
-    expected, state = ours(micro, steps=steps, epoch=EPOCHS)
-    network, told = model(), Told()
-    engine, live = engine_on(network, optimizer(network), told, steps)
+    expected, state = reference_run(micro, steps=steps, epoch=EPOCHS)
+    network, recorder = model(), Recorder()
+    engine, live = make_engine(network, optimizer(network), recorder, steps)
     engine.run(micro, max_epochs=EPOCHS)
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(network), weights(state))
     assert_same(live.state.callback_states, state.callback_states)
     assert state.hyperparams["lr_scale"] < 1
 
 
-def test_ignites_own_step_and_loader_tell_what_the_trainer_tells():
+def test_the_supervised_step_of_ignite_equals_the_trainer():
     samples = points(36)
-    expected, state = ours(batches(samples, 8), epoch=EPOCHS)
-    network, told = model(), Told()
+    expected, state = reference_run(batches(samples, 8), epoch=EPOCHS)
+    network, recorder = model(), Recorder()
     adam = optimizer(network)
     engine = Engine(
         supervised_training_step(network, adam, nn.functional.cross_entropy, output_transform=lambda *o: o[3])
     )
-    given = {"model": network, "optimizer": adam, "run": run(network), "interpreter": told, "clock": STILL}
+    given = {"model": network, "optimizer": adam, "run": run(network), "interpreter": recorder, "clock": STILL}
     attach(engine, callbacks(), losses=lambda output: {"ce": output}, **given)
     engine.run(DataLoader(samples, batch_size=8), max_epochs=EPOCHS)
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(network), weights(state))
 
 
-def test_the_engines_own_accumulation_is_told_as_updates_of_its_micro_batches():
+def test_the_accumulation_of_ignite_makes_updates_of_micro_batches():
     heard = []
     hear = on(AfterUpdate)(lambda state, event: (heard.append((event.samples, event.accumulated)), (state, ()))[1])
     network = model()
     adam = optimizer(network)
     step = supervised_training_step(network, adam, nn.functional.cross_entropy, gradient_accumulation_steps=2)
     engine = Engine(step)
-    attach(engine, hear, model=network, optimizer=adam, accumulation=2, interpreter=Told())
+    attach(engine, hear, model=network, optimizer=adam, accumulation=2, interpreter=Recorder())
     engine.run(batches(points(28), 8), max_epochs=1)
     assert heard == [(16, (8, 8)), (12, (8, 4))]
     engine = Engine(step)
-    attach(engine, hear, model=network, optimizer=adam, accumulation=2, interpreter=Told())
+    attach(engine, hear, model=network, optimizer=adam, accumulation=2, interpreter=Recorder())
     with pytest.raises(ValueError, match="epoch 0 ended with 1 micro-batches that made no update"):
         engine.run(batches(points(24), 8), max_epochs=1)
 
 
 @pytest.mark.parametrize(("output", "message"), [
-    ((0.5, 0.25), "of type tuple, .* give losses="), ({"ce": 0.5}, r"a mapping with \['ce'\], .* give losses="),
-    (None, "returned nothing, and callbacks are told its loss"),
+    ((0.5, 0.25), "returned a tuple, .* pass losses="), ({"ce": 0.5}, r"a mapping with \['ce'\], .* pass losses="),
+    (None, "returned nothing, and callbacks need its loss"),
 ])  # fmt: skip
-def test_losses_in_what_is_not_understood_are_asked_for(output, message):
+def test_losses_that_cannot_be_found_are_refused_with_the_fix(output, message):
     network = model()
     engine = Engine(lambda engine, batch: output)
-    attach(engine, compose(), model=network, optimizer=optimizer(network), interpreter=Told())
+    attach(engine, compose(), model=network, optimizer=optimizer(network), interpreter=Recorder())
     with pytest.raises(TypeError, match=message):
         engine.run(batches(points(8), 8))
 
@@ -138,7 +138,7 @@ def test_a_step_that_a_gradient_scaler_left_out_is_a_skipped_update():
         return 1.0
 
     engine = Engine(step)
-    attach(engine, hear, model=network, optimizer=adam, interpreter=Told())
+    attach(engine, hear, model=network, optimizer=adam, interpreter=Recorder())
     engine.run(batches(points(36), 8))
     assert heard == [(False, 8), (False, 8), (True, 8), (True, 8), (False, 4)]
 
@@ -147,53 +147,53 @@ def test_a_step_that_a_gradient_scaler_left_out_is_a_skipped_update():
 def test_a_stop_ends_the_engine_where_it_ends_the_trainer(stop, tmp_path):
     micro = batches(points(36), 8)
     stopping = callbacks(FixedUpdateEarlyStopping(**stop))
-    expected, state = ours(micro, reducer=stopping, epoch=EPOCHS)
+    expected, state = reference_run(micro, reducer=stopping, epoch=EPOCHS)
     network = model()
     adam = optimizer(network)
-    with silent(tmp_path / "run") as directory:
-        told = Told(directory.interpreter)
-        engine, _ = engine_on(network, adam, told, reducer=stopping, directory=directory)
+    with open_silent(tmp_path / "run") as directory:
+        recorder = Recorder(directory.interpreter)
+        engine, _ = make_engine(network, adam, recorder, reducer=stopping, directory=directory)
         engine.run(micro, max_epochs=EPOCHS)
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(network), weights(state))
-    with silent(tmp_path / "run") as directory:  # and a run that stopped stays stopped
-        told = Told(directory.interpreter)
-        engine, _ = engine_on(network, adam, told, reducer=stopping, directory=directory)
+    with open_silent(tmp_path / "run") as directory:  # and a run that stopped stays stopped
+        recorder = Recorder(directory.interpreter)
+        engine, _ = make_engine(network, adam, recorder, reducer=stopping, directory=directory)
         engine.run(micro, max_epochs=EPOCHS)
-    assert [name for name, *_ in told.lines] == ["BeforeTraining"]
+    assert [name for name, *_ in recorder.lines] == ["BeforeTraining"]
     assert_same(weights(network), weights(state))
 
 
 @pytest.mark.parametrize("end", [{"max_iters": 7}, {"max_iters": 10}])
 def test_an_end_in_iterations_is_one_in_updates(end):
     micro = batches(points(36), 8)
-    expected, state = ours(micro, update=end["max_iters"])
-    network, told = model(), Told()
-    engine, _ = engine_on(network, optimizer(network), told)
+    expected, state = reference_run(micro, update=end["max_iters"])
+    network, recorder = model(), Recorder()
+    engine, _ = make_engine(network, optimizer(network), recorder)
     engine.run(micro, **end)
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(network), weights(state))
 
 
 def test_a_scale_survives_the_engines_schedulers():
     micro = batches(points(36), 8)
-    expected, state = ours(micro, lr=lambda update: LR * (1 / (1 + update)), epoch=EPOCHS)
-    network, told = model(), Told()
+    expected, state = reference_run(micro, lr=lambda update: LR * (1 / (1 + update)), epoch=EPOCHS)
+    network, recorder = model(), Recorder()
     adam = optimizer(network)
-    engine, _ = engine_on(network, adam, told)
+    engine, _ = make_engine(network, adam, recorder)
     scheduler = LRScheduler(torch.optim.lr_scheduler.LambdaLR(adam, lambda update: 1 / (1 + update)))
     engine.add_event_handler(Events.ITERATION_STARTED, scheduler)
     engine.run(micro, max_epochs=EPOCHS)
     assert state.hyperparams["lr_scale"] < 1
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(network), weights(state))
 
 
 class CutError(Exception):
-    """The process is gone."""
+    """Stands for the end of the process."""
 
 
-def cut_at(iteration):
+def raise_at(iteration):
     def cut(engine):
         if engine.state.iteration == iteration:
             raise CutError("gone")
@@ -207,27 +207,27 @@ def cut_at(iteration):
 ])  # fmt: skip
 def test_ignites_own_checkpoints_resume_the_callbacks(steps, iteration, kind, tmp_path):
     micro = batches(points(36), 8)
-    expected, state = ours(micro, steps=steps, epoch=EPOCHS)
-    network, told = model(), Told()
+    expected, state = reference_run(micro, steps=steps, epoch=EPOCHS)
+    network, recorder = model(), Recorder()
     adam = optimizer(network)
-    engine, live = engine_on(network, adam, told, steps, kind=kind)
+    engine, live = make_engine(network, adam, recorder, steps, kind=kind)
     saved = {"engine": engine, "model": network, "adam": adam, "noether": live}
     saver = DiskSaver(str(tmp_path), create_dir=True)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=iteration), Checkpoint(saved, saver))
-    engine.add_event_handler(Events.ITERATION_STARTED, cut_at(iteration + 2))
+    engine.add_event_handler(Events.ITERATION_STARTED, raise_at(iteration + 2))
     with pytest.raises(CutError):
         engine.run(micro, max_epochs=EPOCHS)
 
-    network, told = model(), Told()
+    network, recorder = model(), Recorder()
     adam = optimizer(network)
-    engine, live = engine_on(network, adam, told, steps, kind=kind)
+    engine, live = make_engine(network, adam, recorder, steps, kind=kind)
     saved = {"engine": engine, "model": network, "adam": adam, "noether": live}
     (path,) = tmp_path.glob("*.pt")
     content = torch.load(path, weights_only=kind is Engine)  # a DeterministicEngine's own state is no plain value
     Checkpoint.load_objects(saved, content)
     engine.run(micro, max_epochs=EPOCHS)
     at = content["noether"]["state"]["iteration"]
-    assert_same(told.history, expected.after(at))
+    assert_same(recorder.history, expected.after(at))
     assert_same(weights(network), weights(state))
 
 
@@ -236,84 +236,84 @@ def test_ignites_own_checkpoints_resume_the_callbacks(steps, iteration, kind, tm
 ])  # fmt: skip
 def test_noethers_checkpoints_resume_engine_and_callbacks(steps, iteration, kind, tmp_path):
     micro = batches(points(36), 8)
-    expected, state = ours(micro, steps=steps, epoch=EPOCHS)
+    expected, state = reference_run(micro, steps=steps, epoch=EPOCHS)
     for attempt in range(2):
         network = model()
         adam = optimizer(network)
-        with silent(tmp_path / "run") as directory:
-            told = Told(directory.interpreter)
-            engine, _ = engine_on(network, adam, told, steps, kind=kind, directory=directory)
+        with open_silent(tmp_path / "run") as directory:
+            recorder = Recorder(directory.interpreter)
+            engine, _ = make_engine(network, adam, recorder, steps, kind=kind, directory=directory)
             if attempt == 0:
-                engine.add_event_handler(Events.ITERATION_STARTED, cut_at(iteration + 1))
+                engine.add_event_handler(Events.ITERATION_STARTED, raise_at(iteration + 1))
                 with pytest.raises(CutError):
                     engine.run(micro, max_epochs=EPOCHS)
             else:
                 engine.run(micro, max_epochs=EPOCHS)
-    assert told.lines[0][1] != "E0_U0_S0"
-    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert recorder.lines[0][1] != "E0_U0_S0"
+    assert_same(recorder.history, expected.after(recorder.lines[0][1]))
     assert_same(weights(network), weights(state))
 
 
-def scheduled(network, directory, told, *, given=True, of_ignite=False, cut=0):
+def make_scheduled_engine(network, directory, recorder, *, given=True, of_ignite=False, cut=0):
     adam = optimizer(network)
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda update: 1 / (1 + update))
-    engine = Engine(accumulating(network, adam, 1, 5))
+    engine = Engine(accumulating_step(network, adam, 1, 5))
     if of_ignite:
         scheduler = LRScheduler(scheduler)
         engine.add_event_handler(Events.ITERATION_STARTED, scheduler)
     else:
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: scheduler.step())
-    settings = {"run": run(network), "directory": directory, "interpreter": told, "clock": STILL}
+    settings = {"run": run(network), "directory": directory, "interpreter": recorder, "clock": STILL}
     settings |= {"scheduler": scheduler if given else None, "losses": lambda outputs: outputs}
     attach(engine, callbacks(), model=network, optimizer=adam, **settings)
-    engine.add_event_handler(Events.ITERATION_STARTED, cut_at(cut))
+    engine.add_event_handler(Events.ITERATION_STARTED, raise_at(cut))
     return engine
 
 
 @pytest.mark.parametrize("of_ignite", [False, True])
 def test_a_scheduler_resumes_from_noethers_checkpoints(of_ignite, tmp_path):
     micro = batches(points(36), 8)
-    expected, state = ours(micro, lr=lambda update: LR * (1 / (1 + update)), epoch=EPOCHS)
+    expected, state = reference_run(micro, lr=lambda update: LR * (1 / (1 + update)), epoch=EPOCHS)
     for cut in (6, 0):
         network = model()
-        with silent(tmp_path / "run") as directory:
-            told = Told(directory.interpreter)
-            engine = scheduled(network, directory, told, of_ignite=of_ignite, cut=cut)
+        with open_silent(tmp_path / "run") as directory:
+            recorder = Recorder(directory.interpreter)
+            engine = make_scheduled_engine(network, directory, recorder, of_ignite=of_ignite, cut=cut)
             with pytest.raises(CutError) if cut else nullcontext():
                 engine.run(micro, max_epochs=EPOCHS)
-    assert_same(told.history, expected.after("E1_U5_S36"))
+    assert_same(recorder.history, expected.after("E1_U5_S36"))
     assert_same(weights(network), weights(state))
 
 
-def test_a_scheduler_whose_place_nobody_knows_is_refused(tmp_path):
+def test_a_scheduler_of_unknown_position_is_refused(tmp_path):
     for cut, error, message in ((6, CutError, "gone"), (0, ValueError, r"pass attach\(scheduler=...\) from the start")):
-        with silent(tmp_path / "run") as directory:
-            engine = scheduled(model(), directory, directory.interpreter, given=False, cut=cut)
+        with open_silent(tmp_path / "run") as directory:
+            engine = make_scheduled_engine(model(), directory, directory.interpreter, given=False, cut=cut)
             with pytest.raises(error, match=message):
                 engine.run(batches(points(36), 8), max_epochs=EPOCHS)
 
 
-def test_an_engine_that_cannot_find_its_place_is_refused(tmp_path):
+def test_an_engine_that_cannot_resume_inside_of_an_epoch_is_refused(tmp_path):
     micro = batches(points(36), 8)
     for error, message in ((CutError, "gone"), (ValueError, "E1_U7_S52, 2 iterations into an epoch")):
         network = model()
-        with silent(tmp_path / "run") as directory:
-            engine, _ = engine_on(network, optimizer(network), directory.interpreter, directory=directory)
-            engine.add_event_handler(Events.ITERATION_STARTED, cut_at(8))
+        with open_silent(tmp_path / "run") as directory:
+            engine, _ = make_engine(network, optimizer(network), directory.interpreter, directory=directory)
+            engine.add_event_handler(Events.ITERATION_STARTED, raise_at(8))
             with pytest.raises(error, match=message):
                 engine.run(micro, max_epochs=EPOCHS)
 
 
-def test_a_longer_run_goes_on_and_a_new_one_needs_a_new_engine():
+def test_a_longer_run_continues_and_a_new_one_needs_a_new_engine():
     micro = batches(points(36), 8)
     quiet = compose(OnlineLossCallback(every_n_epochs=1))
-    expected, state = ours(micro, reducer=quiet, epoch=3)
-    network, told = model(), Told()
-    engine, live = engine_on(network, optimizer(network), told, reducer=quiet)
+    expected, state = reference_run(micro, reducer=quiet, epoch=3)
+    network, recorder = model(), Recorder()
+    engine, live = make_engine(network, optimizer(network), recorder, reducer=quiet)
     engine.run(micro, max_epochs=2)
     assert (live.run.end.epoch, live.state.ended) == (2, True)
     engine.run(micro, max_epochs=3)
-    history = [line for line in told.history if line[:2] != ("AfterTraining", "E2_U10_S72")]
+    history = [line for line in recorder.history if line[:2] != ("AfterTraining", "E2_U10_S72")]
     assert_same(history, expected.history)
     assert_same(weights(network), weights(state))
     with pytest.raises(ValueError, match=r"begins at iteration 0, and the callbacks remember E3_U15_S108, .* 15:"):
@@ -321,8 +321,8 @@ def test_a_longer_run_goes_on_and_a_new_one_needs_a_new_engine():
 
 
 def test_epochs_of_unknown_length_are_counted_as_they_end():
-    network, told = model(), Told()
-    engine, live = engine_on(network, optimizer(network), told, reducer=OnlineLossCallback(every_n_epochs=1))
+    network, recorder = model(), Recorder()
+    engine, live = make_engine(network, optimizer(network), recorder, reducer=OnlineLossCallback(every_n_epochs=1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ignite's, that its iterator is at an end
         engine.run(iter(batches(points(36), 8)), max_epochs=1)
@@ -332,18 +332,18 @@ def test_epochs_of_unknown_length_are_counted_as_they_end():
 
 def test_an_epoch_that_is_left_early_is_refused():
     network = model()
-    engine, _ = engine_on(network, optimizer(network), Told(), reducer=compose())
+    engine, _ = make_engine(network, optimizer(network), Recorder(), reducer=compose())
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda engine: engine.terminate_epoch())
     with pytest.raises(ValueError, match="epoch 0 ended after 3 updates, and every epoch has 5"):
         engine.run(batches(points(36), 8))
 
 
-def test_what_the_user_gives_of_the_run_stands():
+def test_facts_that_the_user_gives_stand():
     network = model()
     adam = optimizer(network)
     engine = Engine(supervised_training_step(network, adam, nn.functional.cross_entropy))
     given = Run(effective_batch_size=5, run_id="mine")
-    live = attach(engine, compose(), model=network, optimizer=adam, run=given, interpreter=Told())
+    live = attach(engine, compose(), model=network, optimizer=adam, run=given, interpreter=Recorder())
     engine.run(batches(points(36), 8), max_epochs=2)
     known = (live.run.effective_batch_size, live.run.run_id, live.run.samples_per_epoch, live.run.updates_per_epoch)
     assert known == (5, "mine", 36, 5)
@@ -356,7 +356,7 @@ def test_callbacks_do_not_disturb_what_the_engine_draws(tmp_path):
         adam = optimizer(network)
         engine = Engine(supervised_training_step(network, adam, nn.functional.cross_entropy))
         if with_callbacks:
-            given = {"model": network, "optimizer": adam, "interpreter": Told(), "clock": STILL}
+            given = {"model": network, "optimizer": adam, "interpreter": Recorder(), "clock": STILL}
             loader = DataLoader(points(20, seed=2), batch_size=4, shuffle=True)
             attach(engine, callbacks_without_scale(), run=run(network).replace(data={"val": loader}), **given)
         engine.run(DataLoader(points(36), batch_size=8, shuffle=True), max_epochs=3)

@@ -7,7 +7,18 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras
 import pytest
 import torch
-from reference import STILL, VAL, Kept, Told, batches, callbacks, ours, points, silent, weights
+from reference import (
+    STILL,
+    VAL,
+    EventCollector,
+    Recorder,
+    batches,
+    callbacks,
+    open_silent,
+    points,
+    reference_run,
+    weights,
+)
 
 from noether import AfterAccumulationStep, AfterUpdate, Run, TrainingIteration, compose
 from noether.core.callbacks import FixedUpdateEarlyStopping, LrCallback, OfflineLossCallback, OnlineLossCallback
@@ -62,37 +73,39 @@ class Cut(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-def stacked(samples):
+def stack(samples):
     return torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples])
 
 
-def theirs(model, *, samples=POINTS, reducer=None, directory=None, cut=None, callback=None, epochs=EPOCHS, **settings):
-    """Return what was told in `fit`, and the callback."""
-    told = Told(directory.interpreter) if directory else Told()
+def fit_keras(
+    model, *, samples=POINTS, reducer=None, directory=None, cut=None, callback=None, epochs=EPOCHS, **settings
+):
+    """Call `fit`; return the recorder and the callback."""
+    recorder = Recorder(directory.interpreter) if directory else Recorder()
     callback = callback or NoetherCallback(
         reducer or callbacks(),
         run=Run(data={"val": VAL}, samples_per_epoch=len(samples), effective_batch_size=SIZE),
-        interpreter=told,
+        interpreter=recorder,
         directory=directory,
         clock=STILL,
         **settings,
     )
     more = [] if cut is None else [Cut(cut, callback)]
-    x, y = stacked(samples)
+    x, y = stack(samples)
     model.fit(x, y, batch_size=SIZE, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback, *more])
-    return told, callback
+    return recorder, callback
 
 
 @pytest.fixture(scope="module")
 def uncut():
     model = classifier()
-    told, callback = theirs(model)
-    return told, callback, weights(KerasModule(model))
+    recorder, callback = fit_keras(model)
+    return recorder, callback, weights(KerasModule(model))
 
 
-def own(samples=POINTS, **settings):
+def train_own(samples=POINTS, **settings):
     module = KerasModule(classifier(sgd()))
-    return ours(
+    return reference_run(
         batches(samples, SIZE),
         network=module,
         criterion=criterion,
@@ -104,22 +117,22 @@ def own(samples=POINTS, **settings):
     )
 
 
-def test_tells_what_the_own_trainer_tells():
+def test_events_and_weights_equal_those_of_the_trainer():
     model = classifier(sgd())
-    told, callback = theirs(model)
-    expected, state = own()
+    recorder, callback = fit_keras(model)
+    expected, state = train_own()
     assert state.hyperparams["lr_scale"] < 1
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(KerasModule(model)), weights(state))
     assert_same(callback.session.state.callback_states, state.callback_states)
 
 
 def test_accumulates_as_the_own_trainer_does():
     model = classifier(sgd(steps=2))
-    told, callback = theirs(model, samples=points(8), reducer=reducer_of_updates())
-    expected, state = own(points(8), steps=2, reducer=reducer_of_updates())
+    recorder, callback = fit_keras(model, samples=points(8), reducer=reducer_of_updates())
+    expected, state = train_own(points(8), steps=2, reducer=reducer_of_updates())
     assert str(callback.session.state.iteration) == "E3_U6_S24"
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(KerasModule(model)), weights(state))
 
 
@@ -129,35 +142,35 @@ def reducer_of_updates():
 
 def test_gradients_carried_over_the_end_of_an_epoch_are_refused():
     with pytest.raises(ValueError, match="an epoch of 5 batches is not made of whole updates of 2"):
-        theirs(classifier(sgd(steps=2)))
+        fit_keras(classifier(sgd(steps=2)))
 
 
 def test_a_part_of_an_update_that_was_left_behind_is_refused():
     model = classifier(sgd(steps=2))
-    model.fit(*stacked(POINTS), batch_size=SIZE, verbose=0)
+    model.fit(*stack(POINTS), batch_size=SIZE, verbose=0)
     with pytest.raises(ValueError, match="gradients of 1 of 2 batches"):
-        theirs(model, samples=POINTS[:8])
+        fit_keras(model, samples=POINTS[:8])
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_resumes_at_the_end_of_an_epoch(epochs, uncut, tmp_path):
-    with silent(tmp_path) as directory:
-        theirs(classifier(), directory=directory, cut=5 * epochs)
+    with open_silent(tmp_path) as directory:
+        fit_keras(classifier(), directory=directory, cut=5 * epochs)
     model = classifier()
-    with silent(tmp_path) as directory:
-        told, callback = theirs(model, directory=directory)
-    assert told.lines[0][:2] == ("BeforeTraining", f"E{epochs}_U{5 * epochs}_S{10 * epochs}")
-    assert_resumed(told, callback, model, uncut)
+    with open_silent(tmp_path) as directory:
+        recorder, callback = fit_keras(model, directory=directory)
+    assert recorder.lines[0][:2] == ("BeforeTraining", f"E{epochs}_U{5 * epochs}_S{10 * epochs}")
+    assert_resumed(recorder, callback, model, uncut)
 
 
-def assert_resumed(told, callback, model, uncut):
+def assert_resumed(recorder, callback, model, uncut):
     expected, whole, trained = uncut
-    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert_same(recorder.history, expected.after(recorder.lines[0][1]))
     assert_same(weights(KerasModule(model)), trained)
     assert_same(callback.session.state.callback_states, whole.session.state.callback_states)
 
 
-def dropping():
+def model_with_dropout():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dropout(0.5, seed=1), keras.layers.Dense(2)])
     model.compile(optimizer=keras.optimizers.SGD(LR, momentum=0.9), loss=LOSS)
@@ -165,62 +178,65 @@ def dropping():
 
 
 def test_dropout_of_keras_resumes(tmp_path):
-    whole, model = dropping(), dropping()
-    expected, _ = theirs(whole)
-    with silent(tmp_path) as directory:
-        theirs(dropping(), directory=directory, cut=5)
-    with silent(tmp_path) as directory:
-        told, _ = theirs(model, directory=directory)
-    assert_same(told.history, expected.after(told.lines[0][1]))
+    whole, model = model_with_dropout(), model_with_dropout()
+    expected, _ = fit_keras(whole)
+    with open_silent(tmp_path) as directory:
+        fit_keras(model_with_dropout(), directory=directory, cut=5)
+    with open_silent(tmp_path) as directory:
+        recorder, _ = fit_keras(model, directory=directory)
+    assert_same(recorder.history, expected.after(recorder.lines[0][1]))
     assert_same(weights(KerasModule(model)), weights(KerasModule(whole)))
 
 
 def test_resumes_in_the_middle_of_an_epoch_with_the_batches_that_are_left(uncut, tmp_path):
-    with silent(tmp_path) as directory:
-        theirs(classifier(), directory=directory, cut=7)
+    with open_silent(tmp_path) as directory:
+        fit_keras(classifier(), directory=directory, cut=7)
     model = classifier()
-    with silent(tmp_path) as directory:
-        told = Told(directory.interpreter)
+    with open_silent(tmp_path) as directory:
+        recorder = Recorder(directory.interpreter)
         shape = {"end": TrainingIteration(epoch=EPOCHS), "updates_per_epoch": 5}
         run = Run(data={"val": VAL}, samples_per_epoch=10, effective_batch_size=SIZE, **shape)
-        callback = NoetherCallback(callbacks(), run=run, interpreter=told, directory=directory, clock=STILL)
-        theirs(model, samples=POINTS[4:], callback=callback, epochs=2)
-        theirs(model, callback=callback)
-    told.lines = [line for index, line in enumerate(told.lines) if index == 0 or line[0] != "BeforeTraining"]
-    assert told.lines[0][:2] == ("BeforeTraining", "E1_U7_S14")
-    assert_resumed(told, callback, model, uncut)
+        callback = NoetherCallback(callbacks(), run=run, interpreter=recorder, directory=directory, clock=STILL)
+        fit_keras(model, samples=POINTS[4:], callback=callback, epochs=2)
+        fit_keras(model, callback=callback)
+    recorder.lines = [line for index, line in enumerate(recorder.lines) if index == 0 or line[0] != "BeforeTraining"]
+    assert recorder.lines[0][:2] == ("BeforeTraining", "E1_U7_S14")
+    assert_resumed(recorder, callback, model, uncut)
 
 
 def test_other_batches_than_those_that_are_left_are_refused(tmp_path):
-    with silent(tmp_path) as directory:
-        theirs(classifier(), directory=directory, cut=7)
-    with silent(tmp_path) as directory, pytest.raises(ValueError, match="3 of 5 updates are left of the epoch"):
-        theirs(classifier(), directory=directory)
+    with open_silent(tmp_path) as directory:
+        fit_keras(classifier(), directory=directory, cut=7)
+    with (
+        open_silent(tmp_path) as directory,
+        pytest.raises(ValueError, match="3 of 5 updates are left of the epoch"),
+    ):
+        fit_keras(classifier(), directory=directory)
 
 
 def test_resumes_from_a_model_that_keras_saved(uncut, tmp_path):
     model = classifier()
-    before, callback = theirs(model, cut=5)
+    before, callback = fit_keras(model, cut=5)
     model.save(tmp_path / "model.keras")
     remembered = callback.session.state_dict()
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    told, callback = theirs(loaded, remembered=remembered)
-    assert_same([*before.history, *told.history], uncut[0].history)
-    assert_resumed(told, callback, loaded, uncut)
+    recorder, callback = fit_keras(loaded, remembered=remembered)
+    assert_same([*before.history, *recorder.history], uncut[0].history)
+    assert_resumed(recorder, callback, loaded, uncut)
 
 
 def test_early_stopping_stops_fit_and_it_stays_stopped(tmp_path):
     reducer = callbacks(FixedUpdateEarlyStopping(stop_at_update=7))
-    expected, state = own(reducer=reducer)
-    with silent(tmp_path) as directory:
-        told, _ = theirs(classifier(sgd()), reducer=reducer, directory=directory)
-    assert_same(told.lines, expected.lines)
+    expected, state = train_own(reducer=reducer)
+    with open_silent(tmp_path) as directory:
+        recorder, _ = fit_keras(classifier(sgd()), reducer=reducer, directory=directory)
+    assert_same(recorder.lines, expected.lines)
     model = classifier(sgd())
-    with silent(tmp_path) as directory:
-        again, _ = theirs(model, reducer=reducer, directory=directory)
-    assert [line[0] for line in again.lines] == ["BeforeTraining"]  # its end was told, and saved
+    with open_silent(tmp_path) as directory:
+        again, _ = fit_keras(model, reducer=reducer, directory=directory)
+    assert [line[0] for line in again.lines] == ["BeforeTraining"]  # its end was dispatched and saved
     assert_same(weights(KerasModule(model)), weights(state))
-    assert model.fit(*stacked(POINTS), epochs=2, verbose=0).epoch == [0, 1]  # without the callback, it can be trained
+    assert model.fit(*stack(POINTS), epochs=2, verbose=0).epoch == [0, 1]  # without the callback, it can be trained
 
 
 class Halve(CallbackBase):
@@ -238,9 +254,9 @@ class Halve(CallbackBase):
 def test_lr_scale_multiplies_what_keras_says(scheduled):
     schedule = keras.optimizers.schedules.ExponentialDecay(LR, decay_steps=1, decay_rate=0.5)
     rate = schedule if scheduled else LR
-    kept = Kept()
+    kept = EventCollector()
     model = classifier(keras.optimizers.SGD(rate))
-    theirs(model, reducer=compose(Halve(at=2), kept), epochs=1)
+    fit_keras(model, reducer=compose(Halve(at=2), kept), epochs=1)
     found = [event.lr["default"] for event in kept.of(AfterUpdate)]
     assert found == pytest.approx([LR * (0.5**u if scheduled else 1) * (1 if u < 2 else 0.5) for u in range(5)])
     said = float(model.optimizer.learning_rate)
@@ -248,9 +264,9 @@ def test_lr_scale_multiplies_what_keras_says(scheduled):
 
 
 def test_losses_are_those_of_the_batch_and_hold_all_that_keras_adds():
-    kept = Kept()
+    kept = EventCollector()
     model = classifier(keras.optimizers.SGD(0.0), regularizer="l2")
-    history = theirs(model, reducer=compose(kept), epochs=1)[1].model.history
+    history = fit_keras(model, reducer=compose(kept), epochs=1)[1].model.history
     losses = [float(event.losses["total"]) for event in kept.of(AfterUpdate)]
     assert len(set(losses)) == 5
     assert sum(losses) / 5 == pytest.approx(
@@ -268,7 +284,7 @@ def test_evaluation_takes_the_weights_of_the_state_and_leaves_the_model_as_it_is
     before = weights(module)
     state = KerasModule(classifier(regularizer="l2"))
     zeros = {name: torch.zeros_like(value) for name, value in state.named_parameters()}
-    session = theirs(model, epochs=1)[1].session
+    session = fit_keras(model, epochs=1)[1].session
     trained = weights(module)
     losses, outputs = module.evaluate(session.state.replace(params=zeros), VAL[0])
     assert outputs.abs().max() == 0
@@ -277,7 +293,7 @@ def test_evaluation_takes_the_weights_of_the_state_and_leaves_the_model_as_it_is
     assert before.keys() == trained.keys()
 
 
-def attentive():
+def attention_model():
     inputs = keras.Input((3, 4))
     inner = keras.Sequential([keras.layers.Dense(4), keras.layers.Dropout(0.5), keras.layers.Dense(4)])
     attended = keras.layers.MultiHeadAttention(2, 2)(inputs, inputs)
@@ -288,7 +304,7 @@ def attentive():
 
 
 def test_names_do_not_depend_on_what_was_built_before_or_loaded(tmp_path):
-    first, second = attentive(), attentive()
+    first, second = attention_model(), attention_model()
     second.save(tmp_path / "model.keras")
     models = [first, second, keras.models.load_model(tmp_path / "model.keras")]
     names = [list(weights(KerasModule(model))) for model in models]
@@ -302,7 +318,7 @@ def test_names_do_not_depend_on_what_was_built_before_or_loaded(tmp_path):
 
 
 def test_the_memory_of_an_optimizer_is_that_of_its_params():
-    _, callback = theirs(classifier(), epochs=1)
+    _, callback = fit_keras(classifier(), epochs=1)
     memory = callback.session.state.opt_state
     assert memory["state"].keys() == callback.session.state.params.keys()
     assert set(memory["state"]["dense.kernel"]) == {"momentum", "velocity"}
@@ -310,52 +326,55 @@ def test_the_memory_of_an_optimizer_is_that_of_its_params():
 
 
 def test_another_optimizer_is_refused(tmp_path):
-    with silent(tmp_path) as directory:
-        theirs(classifier(), directory=directory, cut=5)
-    with silent(tmp_path) as directory, pytest.raises(KeyError, match="the optimizer that the state was saved with"):
-        theirs(classifier(sgd()), directory=directory)
+    with open_silent(tmp_path) as directory:
+        fit_keras(classifier(), directory=directory, cut=5)
+    with (
+        open_silent(tmp_path) as directory,
+        pytest.raises(KeyError, match="the optimizer that the state was saved with"),
+    ):
+        fit_keras(classifier(sgd()), directory=directory)
 
 
 def test_validation_and_metrics_of_keras_are_its_own_affair(uncut):
     model = classifier(metrics=["accuracy"])
-    told = Told()
+    recorder = Recorder()
     run = Run(data={"val": VAL}, samples_per_epoch=10, effective_batch_size=SIZE)
-    callback = NoetherCallback(callbacks(), run=run, interpreter=told, clock=STILL)
-    x, y = stacked(POINTS)
+    callback = NoetherCallback(callbacks(), run=run, interpreter=recorder, clock=STILL)
+    x, y = stack(POINTS)
     settings = {"batch_size": SIZE, "epochs": EPOCHS, "shuffle": False, "verbose": 0}
     history = model.fit(x, y, **settings, validation_data=(x[:3], y[:3]), callbacks=[callback])
     assert "val_accuracy" in history.history
-    assert_same(told.lines, uncut[0].lines)
+    assert_same(recorder.lines, uncut[0].lines)
     assert_same(weights(KerasModule(model)), uncut[2])
 
 
-class Own(keras.Sequential):
-    """Its loss is its own, with the signature that Keras had before it told of training."""
+class OwnLoss(keras.Sequential):
+    """Computes a loss, with the signature of Keras before `training` was passed."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         return 2 * super().compute_loss(x, y, y_pred, sample_weight)
 
 
-def test_a_loss_of_the_models_own_is_told_and_evaluated():
-    kept = Kept()
-    model = Own([keras.Input((3,)), keras.layers.Dense(2)])
+def test_a_loss_that_the_model_computes_is_reported_and_evaluated():
+    kept = EventCollector()
+    model = OwnLoss([keras.Input((3,)), keras.layers.Dense(2)])
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss=LOSS)
     evaluate = OfflineLossCallback(every_n_updates=5, dataset_key="val")
-    told, _ = theirs(model, reducer=compose(evaluate, kept), epochs=1)
-    x, y = stacked(POINTS)
+    recorder, _ = fit_keras(model, reducer=compose(evaluate, kept), epochs=1)
+    x, y = stack(POINTS)
     with torch.no_grad():
         first = 2 * float(LOSS(y[:SIZE], model(x[:SIZE])))
     assert float(kept.of(AfterUpdate)[0].losses["total"]) == pytest.approx(first)
     assert len(kept.of(AfterAccumulationStep)) == len(kept.of(AfterUpdate)) == 5  # evaluations are no micro-batches
     x, y = (torch.cat(parts) for parts in zip(*VAL, strict=True))
-    logged = next(e.values for _, _, effects in told.lines for e in effects)
+    logged = next(e.values for _, _, effects in recorder.lines for e in effects)
     with torch.no_grad():
         assert float(logged["loss/val/total"]) == pytest.approx(2 * float(LOSS(y, model(x))))
 
 
 def test_a_compiled_step_is_refused():
     with pytest.raises(ValueError, match="jit_compile=False"):
-        theirs(classifier(jit_compile=True))
+        fit_keras(classifier(jit_compile=True))
 
 
 class Silent(keras.Sequential):
@@ -367,18 +386,18 @@ def test_a_model_that_hides_its_loss_is_refused():
     model = Silent([keras.Input((3,)), keras.layers.Dense(2)])
     model.compile(optimizer="sgd", loss=LOSS)
     with pytest.raises(TypeError, match=r"does not call self.compute_loss"):
-        theirs(model)
+        fit_keras(model)
 
 
 def test_a_callback_of_another_model_is_refused():
-    _, callback = theirs(classifier())
+    _, callback = fit_keras(classifier())
     with pytest.raises(ValueError, match="another model or optimizer"):
-        theirs(classifier(), callback=callback)
+        fit_keras(classifier(), callback=callback)
 
 
 def test_a_callback_that_an_exception_ended_listens_no_more():
     model = classifier()
-    kept = Kept()
+    kept = EventCollector()
 
     def fail(state, event):
         if isinstance(event, AfterUpdate):
@@ -386,9 +405,9 @@ def test_a_callback_that_an_exception_ended_listens_no_more():
         return state, ()
 
     with pytest.raises(RuntimeError, match="the disk is full"):
-        theirs(model, reducer=compose(kept, fail))
+        fit_keras(model, reducer=compose(kept, fail))
     seen = len(kept.events)
-    told, _ = theirs(model, epochs=1)
+    recorder, _ = fit_keras(model, epochs=1)
     assert len(kept.events) == seen
-    assert told.lines[-1][0] == "AfterTraining"
+    assert recorder.lines[-1][0] == "AfterTraining"
     assert "compute_loss" not in vars(model)

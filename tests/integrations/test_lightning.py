@@ -4,7 +4,20 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from reference import LR, STILL, Told, batches, callbacks, model, optimizer, ours, points, run, silent, weights
+from reference import (
+    LR,
+    STILL,
+    Recorder,
+    batches,
+    callbacks,
+    model,
+    open_silent,
+    optimizer,
+    points,
+    reference_run,
+    run,
+    weights,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -44,7 +57,7 @@ class Module(LightningModule):
 
 
 class CutError(Exception):
-    """The process is gone."""
+    """Stands for the end of the process."""
 
 
 class CutAt(Callback):
@@ -65,13 +78,13 @@ def fit(module, data, *callbacks, root, val=None, ckpt_path=None, **settings):
     return trainer
 
 
-def noether_in(module, told, reducer=None, directory=None, **fields):
+def make_callback(module, recorder, reducer=None, directory=None, **fields):
     return NoetherCallback(
         reducer or callbacks(),
         losses=lambda outputs: {"ce": outputs["loss"]},
         run=run(module, **fields),
         directory=directory,
-        interpreter=told,
+        interpreter=recorder,
         clock=STILL,
     )
 
@@ -81,13 +94,13 @@ def loader(samples, **settings):
 
 
 @pytest.mark.parametrize(("count", "steps"), [(36, 1), (32, 2)])
-def test_it_tells_what_the_trainer_tells(count, steps, tmp_path):
+def test_events_and_weights_equal_those_of_the_trainer(count, steps, tmp_path):
     samples = points(count)
-    expected, state = ours(batches(samples, 8), steps=steps, epoch=EPOCHS)
-    module, told = Module(), Told()
-    noether = noether_in(module, told)
+    expected, state = reference_run(batches(samples, 8), steps=steps, epoch=EPOCHS)
+    module, recorder = Module(), Recorder()
+    noether = make_callback(module, recorder)
     fit(module, loader(samples), noether, root=tmp_path, val=loader(samples), accumulate_grad_batches=steps)
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(module.network), weights(state))
     assert state.hyperparams["lr_scale"] < 1
 
@@ -95,12 +108,12 @@ def test_it_tells_what_the_trainer_tells(count, steps, tmp_path):
 def test_a_short_last_update_is_counted_as_the_trainer_counts_it_and_made_as_lightning_makes_it(tmp_path):
     quiet = compose(OnlineLossCallback(every_n_epochs=1))
     samples = points(36)
-    expected, _ = ours(batches(samples, 8), steps=2, reducer=quiet, epoch=EPOCHS)
-    modules, told = (Module(), Module()), Told()
-    noether = noether_in(modules[0], told, reducer=quiet)
+    expected, _ = reference_run(batches(samples, 8), steps=2, reducer=quiet, epoch=EPOCHS)
+    modules, recorder = (Module(), Module()), Recorder()
+    noether = make_callback(modules[0], recorder, reducer=quiet)
     fit(modules[0], loader(samples), noether, root=tmp_path, accumulate_grad_batches=2)
     fit(modules[1], loader(samples), root=tmp_path, accumulate_grad_batches=2)
-    assert [line[:2] for line in told.lines] == [line[:2] for line in expected.lines]
+    assert [line[:2] for line in recorder.lines] == [line[:2] for line in expected.lines]
     assert_same(weights(modules[0]), weights(modules[1]))
 
 
@@ -112,7 +125,7 @@ def test_losses_are_those_before_lightning_divides_them(tmp_path):
         def training_step(self, batch, batch_idx):
             return {"loss": 0.0 * self(batch[0]).sum() + len(batch[0]), "size": len(batch[0])}
 
-    fit(Two(), loader(points(20)), NoetherCallback(hear, interpreter=Told()), root=tmp_path, max_epochs=1,
+    fit(Two(), loader(points(20)), NoetherCallback(hear, interpreter=Recorder()), root=tmp_path, max_epochs=1,
         accumulate_grad_batches=4)  # fmt: skip
     (event,) = heard
     assert (event.samples, event.accumulated) == (20, (8, 8, 4))
@@ -125,10 +138,10 @@ def test_clipped_gradients_are_measured_before(tmp_path):
     measured = []
     reducer = compose(GradNormCallback(every_n_updates=1))
     for clip in (None, 1e-3):
-        module, told = Module(), Told()
-        fit(module, loader(samples), noether_in(module, told, reducer=reducer), root=tmp_path, gradient_clip_val=clip,
-            max_steps=1)  # fmt: skip
-        measured.append(told.lines[1][2])
+        module, recorder = Module(), Recorder()
+        callback = make_callback(module, recorder, reducer=reducer)
+        fit(module, loader(samples), callback, root=tmp_path, gradient_clip_val=clip, max_steps=1)
+        measured.append(recorder.lines[1][2])
     assert_same(*measured)
 
 
@@ -136,18 +149,18 @@ def test_clipped_gradients_are_measured_before(tmp_path):
 def test_a_stop_ends_lightning_where_it_ends_the_trainer(stop, tmp_path):
     samples = points(36)
     stopping = callbacks(FixedUpdateEarlyStopping(**stop))
-    expected, state = ours(batches(samples, 8), reducer=stopping, epoch=EPOCHS)
-    module, told = Module(), Told()
-    fit(module, loader(samples), noether_in(module, told, reducer=stopping), root=tmp_path, val=loader(samples))
-    assert_same(told.lines, expected.lines)
+    expected, state = reference_run(batches(samples, 8), reducer=stopping, epoch=EPOCHS)
+    module, recorder = Module(), Recorder()
+    fit(module, loader(samples), make_callback(module, recorder, reducer=stopping), root=tmp_path, val=loader(samples))
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(module.network), weights(state))
 
 
 def test_lightning_goes_on_after_a_stop_until_its_minimum(tmp_path):
-    module, told = Module(), Told()
-    noether = noether_in(module, told, reducer=FixedUpdateEarlyStopping(stop_at_epoch=1))
+    module, recorder = Module(), Recorder()
+    noether = make_callback(module, recorder, reducer=FixedUpdateEarlyStopping(stop_at_epoch=1))
     fit(module, loader(points(32)), noether, root=tmp_path, min_epochs=3)
-    names = [(name, at) for name, at, _ in told.lines if name != "AfterUpdate"]
+    names = [(name, at) for name, at, _ in recorder.lines if name != "AfterUpdate"]
     assert names[1:] == [
         ("AfterEpoch", "E1_U4_S32"), ("AfterEpoch", "E2_U8_S64"), ("AfterEpoch", "E3_U12_S96"),
         ("AfterTraining", "E3_U12_S96"),
@@ -157,8 +170,8 @@ def test_lightning_goes_on_after_a_stop_until_its_minimum(tmp_path):
 def test_mixed_precision_is_lightnings(tmp_path):
     trained = []
     for watched in (True, False):
-        module, told = Module(), Told()
-        noether = noether_in(module, told, reducer=compose(OnlineLossCallback(every_n_epochs=1)))
+        module, recorder = Module(), Recorder()
+        noether = make_callback(module, recorder, reducer=compose(OnlineLossCallback(every_n_epochs=1)))
         fit(module, loader(points(32)), *([noether] if watched else []), root=tmp_path, precision="bf16-mixed",
             gradient_clip_val=0.1)  # fmt: skip
         trained.append(weights(module))
@@ -168,29 +181,29 @@ def test_mixed_precision_is_lightnings(tmp_path):
 @pytest.mark.parametrize("updates", [7, 10])
 def test_an_end_in_steps_is_one_in_updates(updates, tmp_path):
     samples = points(36)
-    expected, state = ours(batches(samples, 8), update=updates)
-    module, told = Module(), Told()
-    fit(module, loader(samples), noether_in(module, told), root=tmp_path, max_steps=updates)
-    assert_same(told.lines, expected.lines)
+    expected, state = reference_run(batches(samples, 8), update=updates)
+    module, recorder = Module(), Recorder()
+    fit(module, loader(samples), make_callback(module, recorder), root=tmp_path, max_steps=updates)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(module.network), weights(state))
 
 
 def test_fewer_batches_are_shorter_epochs(tmp_path):
     samples = points(36)
-    expected, state = ours(batches(samples, 8)[:3], epoch=EPOCHS)
-    module, told = Module(), Told()
-    fit(module, loader(samples), noether_in(module, told), root=tmp_path, limit_train_batches=3)
-    assert_same(told.lines, expected.lines)
+    expected, state = reference_run(batches(samples, 8)[:3], epoch=EPOCHS)
+    module, recorder = Module(), Recorder()
+    fit(module, loader(samples), make_callback(module, recorder), root=tmp_path, limit_train_batches=3)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(module.network), weights(state))
 
 
 def test_a_scale_survives_lightnings_schedulers(tmp_path):
     samples = points(36)
-    expected, state = ours(batches(samples, 8), lr=lambda update: LR * (1 / (1 + update)), epoch=EPOCHS)
-    module, told = Module(lambda update: 1 / (1 + update)), Told()
-    fit(module, loader(samples), noether_in(module, told), root=tmp_path)
+    expected, state = reference_run(batches(samples, 8), lr=lambda update: LR * (1 / (1 + update)), epoch=EPOCHS)
+    module, recorder = Module(lambda update: 1 / (1 + update)), Recorder()
+    fit(module, loader(samples), make_callback(module, recorder), root=tmp_path)
     assert state.hyperparams["lr_scale"] < 1
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(module.network), weights(state))
 
 
@@ -229,7 +242,7 @@ AT_VALIDATION = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
 def test_lightnings_own_checkpoints_resume_the_callbacks(saving, cut, validates, steps, tmp_path):
     samples = points(32)
     micro = batches(samples, 8)
-    expected, state = ours(micro, steps=steps, epoch=EPOCHS)
+    expected, state = reference_run(micro, steps=steps, epoch=EPOCHS)
     fields = {"samples_per_epoch": 32, "effective_batch_size": 8 * steps}
     if steps == 2 and "every_n_train_steps" in saving:
         saving, cut = {"every_n_train_steps": saving["every_n_train_steps"] // 2}, 8
@@ -237,12 +250,12 @@ def test_lightnings_own_checkpoints_resume_the_callbacks(saving, cut, validates,
     module = Module()
     saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **saving)
     with pytest.raises(CutError):
-        fit(module, Stateful(micro), noether_in(module, Told(), **fields), saver, CutAt(cut), **settings)
+        fit(module, Stateful(micro), make_callback(module, Recorder(), **fields), saver, CutAt(cut), **settings)
     path = max(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
-    module, told = Module(), Told()
-    fit(module, Stateful(micro), noether_in(module, told, **fields), ckpt_path=path, **settings)
-    assert told.lines[0][1] != "E0_U0_S0"
-    assert_same(told.history, expected.after(told.lines[0][1]))
+    module, recorder = Module(), Recorder()
+    fit(module, Stateful(micro), make_callback(module, recorder, **fields), ckpt_path=path, **settings)
+    assert recorder.lines[0][1] != "E0_U0_S0"
+    assert_same(recorder.history, expected.after(recorder.lines[0][1]))
     assert_same(weights(module.network), weights(state))
 
 
@@ -250,22 +263,22 @@ def test_lightnings_own_checkpoints_resume_the_callbacks(saving, cut, validates,
 def test_noethers_checkpoints_resume_lightning_and_callbacks(steps, schedule, tmp_path):
     samples = points(32)
     rate = schedule or (lambda update: 1.0)
-    expected, state = ours(batches(samples, 8), steps=steps, epoch=EPOCHS, lr=lambda update: LR * rate(update))
+    expected, state = reference_run(batches(samples, 8), steps=steps, epoch=EPOCHS, lr=lambda update: LR * rate(update))
     settings = {"root": tmp_path, "val": loader(samples), "accumulate_grad_batches": steps}
     for cut in (8, None, None):
         module = Module(schedule)
-        with silent(tmp_path / "run") as directory:
-            told = Told(directory.interpreter)
-            noether = noether_in(module, told, directory=directory)
+        with open_silent(tmp_path / "run") as directory:
+            recorder = Recorder(directory.interpreter)
+            noether = make_callback(module, recorder, directory=directory)
             if cut:
                 with pytest.raises(CutError):
                     fit(module, loader(samples), noether, CutAt(cut), **settings)
             else:
                 trainer = fit(module, loader(samples), noether, **settings)
                 assert (trainer.current_epoch, trainer.global_step) == (EPOCHS, state.iteration.update)
-                assert_same(told.history, expected.after(told.lines[0][1]))
+                assert_same(recorder.history, expected.after(recorder.lines[0][1]))
                 assert_same(weights(module.network), weights(state))
-    assert [name for name, *_ in told.lines] == ["BeforeTraining"]  # it had ended
+    assert [name for name, *_ in recorder.lines] == ["BeforeTraining"]  # it had ended
 
 
 class OnPlateau(Module):
@@ -280,25 +293,25 @@ class OnPlateau(Module):
     (OnPlateau, 8, r"E2_U8_S64, but a noether checkpoint contains .*, not \['ReduceLROnPlateau'\]"),
 ])  # fmt: skip
 def test_what_a_noether_checkpoint_cannot_resume_is_refused(kind, cut, message, tmp_path):
-    for error, told in ((CutError, None), (ValueError, message)):
+    for error, recorder in ((CutError, None), (ValueError, message)):
         module = kind()
-        with silent(tmp_path / "run") as directory:
-            noether = noether_in(module, directory.interpreter, directory=directory)
-            with pytest.raises(error, match=told):
+        with open_silent(tmp_path / "run") as directory:
+            noether = make_callback(module, directory.interpreter, directory=directory)
+            with pytest.raises(error, match=recorder):
                 fit(module, loader(points(32)), noether, CutAt(cut), root=tmp_path, val=loader(points(32)))
 
 
 def test_a_refusal_drops_no_line_of_the_log(tmp_path):
-    with silent(tmp_path / "run") as directory:
+    with open_silent(tmp_path / "run") as directory:
         module = Module()
-        noether = noether_in(module, directory.interpreter, directory=directory)
+        noether = make_callback(module, directory.interpreter, directory=directory)
         fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=2)
         early = noether.state_dict()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     early["state"]["iteration"] = "E1_U4_S32"
-    with silent(tmp_path / "run") as directory:
+    with open_silent(tmp_path / "run") as directory:
         module = Module()
-        noether = noether_in(module, directory.interpreter, directory=directory)
+        noether = make_callback(module, directory.interpreter, directory=directory)
         noether.load_state_dict(early)
         with pytest.raises(ValueError, match=r"starts at step 0, but the callbacks are at E1_U4_S32"):
             fit(module, loader(points(32)), noether, root=tmp_path)
@@ -306,21 +319,21 @@ def test_a_refusal_drops_no_line_of_the_log(tmp_path):
 
 
 def test_callbacks_and_trainer_have_to_be_of_one_run(tmp_path):
-    module, told = Module(), Told()
-    noether = noether_in(module, told, reducer=OnlineLossCallback(every_n_epochs=1))
+    module, recorder = Module(), Recorder()
+    noether = make_callback(module, recorder, reducer=OnlineLossCallback(every_n_epochs=1))
     fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=1)
     with pytest.raises(ValueError, match=r"starts at step 0, but the callbacks are at E1_U4_S32"):
         fit(module, loader(points(32)), noether, root=tmp_path)
 
 
 def test_fit_called_again_goes_on(tmp_path):
-    module, told = Module(), Told()
-    noether = noether_in(module, told, reducer=OnlineLossCallback(every_n_epochs=1))
+    module, recorder = Module(), Recorder()
+    noether = make_callback(module, recorder, reducer=OnlineLossCallback(every_n_epochs=1))
     trainer = fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=1)
     trainer.fit(module, loader(points(32)))  # nothing is left to do
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader(points(32)))
-    names = [(name, at) for name, at, _ in told.lines if name != "AfterUpdate"]
+    names = [(name, at) for name, at, _ in recorder.lines if name != "AfterUpdate"]
     assert names == [
         ("BeforeTraining", "E0_U0_S0"), ("AfterEpoch", "E1_U4_S32"), ("AfterTraining", "E1_U4_S32"),
         ("BeforeTraining", "E1_U4_S32"), ("AfterEpoch", "E2_U8_S64"), ("AfterTraining", "E2_U8_S64"),
@@ -343,17 +356,17 @@ class Manual(Module):
         return loss
 
 
-def test_manual_optimization_is_told_by_its_steps(tmp_path):
+def test_manual_optimization_makes_an_update_per_step(tmp_path):
     samples = points(36)
-    expected, state = ours(batches(samples, 8), epoch=EPOCHS)
-    module, told = Manual(), Told()
+    expected, state = reference_run(batches(samples, 8), epoch=EPOCHS)
+    module, recorder = Manual(), Recorder()
     fields = {"updates_per_epoch": 5, "samples_per_epoch": 36, "effective_batch_size": 8}
-    fit(module, loader(samples), noether_in(module, told, **fields), root=tmp_path)
-    assert_same(told.lines, expected.lines)
+    fit(module, loader(samples), make_callback(module, recorder, **fields), root=tmp_path)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(module.network), weights(state))
     module = Manual(steps=2)
     with pytest.raises(ValueError, match="made 2 steps in one training_step"):
-        fit(module, loader(samples), noether_in(module, Told(), **fields), root=tmp_path)
+        fit(module, loader(samples), make_callback(module, Recorder(), **fields), root=tmp_path)
 
 
 def test_a_manual_step_has_to_return_its_loss(tmp_path):
@@ -361,8 +374,8 @@ def test_a_manual_step_has_to_return_its_loss(tmp_path):
         def training_step(self, batch, batch_idx):
             super().training_step(batch, batch_idx)
 
-    with pytest.raises(TypeError, match="the step returned nothing, and callbacks are told its loss"):
-        fit(Silent(), loader(points(8)), NoetherCallback(compose(), interpreter=Told()), root=tmp_path)
+    with pytest.raises(TypeError, match="the step returned nothing, and callbacks need its loss"):
+        fit(Silent(), loader(points(8)), NoetherCallback(compose(), interpreter=Recorder()), root=tmp_path)
 
 
 class Several(Module):
@@ -374,7 +387,7 @@ def test_several_optimizers_are_refused(tmp_path):
     module = Several()
     module.automatic_optimization = False
     with pytest.raises(ValueError, match=r"Several.configure_optimizers returns 2 optimizers"):
-        fit(module, loader(points(8)), noether_in(module, Told()), root=tmp_path)
+        fit(module, loader(points(8)), make_callback(module, Recorder()), root=tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
@@ -386,7 +399,7 @@ def test_a_batch_that_is_left_out_is_a_skipped_update(tmp_path):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) if batch_idx != 1 else None
 
-    fit(Picky(), loader(points(20)), NoetherCallback(hear, interpreter=Told()), root=tmp_path, max_epochs=1)
+    fit(Picky(), loader(points(20)), NoetherCallback(hear, interpreter=Recorder()), root=tmp_path, max_epochs=1)
     assert heard == [(False, 8), (True, 8), (False, 4)]
 
 
@@ -399,7 +412,7 @@ def test_callbacks_do_not_disturb_what_lightning_draws(tmp_path):
         quiet = compose(
             *(each for each in callbacks(tolerance=99).members if not type(each).__name__.startswith("Reduce"))
         )
-        noether = NoetherCallback(quiet, run=run(module).replace(data=data), interpreter=Told(), clock=STILL)
+        noether = NoetherCallback(quiet, run=run(module).replace(data=data), interpreter=Recorder(), clock=STILL)
         fit(module, loader(points(36), shuffle=True), *([noether] if watched else []), root=tmp_path)
         return weights(module)
 
@@ -408,14 +421,14 @@ def test_callbacks_do_not_disturb_what_lightning_draws(tmp_path):
 
 def test_an_exception_lets_the_optimizer_go(tmp_path):
     module = Module()
-    noether = noether_in(module, Told())
+    noether = make_callback(module, Recorder())
     with pytest.raises(CutError):
         fit(module, loader(points(36)), noether, CutAt(3), root=tmp_path)
     steps = noether.session.steps
-    noether.session._optimizer._optimizer.step()  # noqa: SLF001  # Lightning's trainer is gone
+    noether.session._optimizer._optimizer.step()  # noqa: SLF001  # without a trainer
     assert noether.session.steps == steps
 
 
-def test_what_nobody_would_carry_out_is_refused(tmp_path):
+def test_a_session_without_an_interpreter_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"pass directory=noether\.open_run"):
         fit(Module(), loader(points(8)), NoetherCallback(compose(), run=Run()), root=tmp_path)

@@ -4,7 +4,21 @@ import io
 
 import pytest
 import torch
-from reference import LR, STILL, Told, batches, callbacks, grouped, model, optimizer, ours, points, run, silent, weights
+from reference import (
+    LR,
+    STILL,
+    Recorder,
+    batches,
+    callbacks,
+    group_batches,
+    model,
+    open_silent,
+    optimizer,
+    points,
+    reference_run,
+    run,
+    weights,
+)
 from torch import nn
 
 from noether import (
@@ -31,8 +45,8 @@ from noether.testing import assert_same, effects_of
 EPOCHS = 4
 
 
-def new_session(network, adam, told, micro, steps, directory=None):
-    updates = grouped(micro, steps)
+def new_session(network, adam, recorder, micro, steps, directory=None):
+    updates = group_batches(micro, steps)
     samples = [sum(len(x) for x, _ in update) for update in updates]
     fixed = run(
         network,
@@ -41,12 +55,12 @@ def new_session(network, adam, told, micro, steps, directory=None):
         samples_per_epoch=sum(samples),
         effective_batch_size=samples[0],
     )
-    given = {"run": fixed, "model": network, "optimizer": adam, "directory": directory, "interpreter": told}
+    given = {"run": fixed, "model": network, "optimizer": adam, "directory": directory, "interpreter": recorder}
     return Session(callbacks(), **given, clock=STILL)
 
 
 def one_update(session, network, adam, micro):
-    """Accumulate as noether's step does: each loss weighted by its share of the samples."""
+    """Accumulate as noether's step does, each loss weighted by its share of the samples."""
     adam.zero_grad()
     total = sum(len(x) for x, _ in micro)
     for x, y in micro:
@@ -58,8 +72,8 @@ def one_update(session, network, adam, micro):
 
 
 def train(session, network, adam, micro, steps, scheduler=None, until=10**9):
-    """Go on from wherever the run is; the loop is as a framework's would be."""
-    updates = grouped(micro, steps)
+    """Continue from the position of the run, as the loop of a framework does."""
+    updates = group_batches(micro, steps)
     while session.stop is None and session.state.iteration.epoch < EPOCHS:
         for update in updates[session.state.iteration.update % len(updates) :]:
             one_update(session, network, adam, update)
@@ -74,18 +88,18 @@ def train(session, network, adam, micro, steps, scheduler=None, until=10**9):
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_it_tells_what_the_trainer_tells(steps):
+def test_events_and_weights_equal_those_of_the_trainer(steps):
     micro = batches(points(36), 8)  # the last of four samples
-    expected, state = ours(micro, steps=steps, epoch=EPOCHS)
-    network, told = model(), Told()
+    expected, state = reference_run(micro, steps=steps, epoch=EPOCHS)
+    network, recorder = model(), Recorder()
     adam = optimizer(network)
-    session = new_session(network, adam, told, micro, steps)
+    session = new_session(network, adam, recorder, micro, steps)
     session.begin()
     train(session, network, adam, micro, steps)
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(network), weights(state))
     assert_same(session.state.callback_states, state.callback_states)
-    assert any(name == "AfterTraining" for name, *_ in told.lines)
+    assert any(name == "AfterTraining" for name, *_ in recorder.lines)
 
 
 @pytest.mark.parametrize("make", [
@@ -94,9 +108,9 @@ def test_it_tells_what_the_trainer_tells(steps):
 ])  # fmt: skip
 def test_a_scale_survives_the_schedulers_of_the_loop(make):
     micro = batches(points(36), 8)
-    network, told = model(), Told()
+    network, recorder = model(), Recorder()
     adam = optimizer(network)
-    scheduler, session = make(adam), new_session(network, adam, told, micro, 2)
+    scheduler, session = make(adam), new_session(network, adam, recorder, micro, 2)
     reference = make(torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=LR))
     rates = []
     for _ in range(12):
@@ -105,14 +119,14 @@ def test_a_scale_survives_the_schedulers_of_the_loop(make):
         reference.step()
     session.begin()
     train(session, network, adam, micro, 2, scheduler=scheduler)
-    expected, state = ours(micro, steps=2, lr=rates.__getitem__, epoch=EPOCHS)
+    expected, state = reference_run(micro, steps=2, lr=rates.__getitem__, epoch=EPOCHS)
     assert state.hyperparams["lr_scale"] < 1
-    assert_same(told.lines, expected.lines)
+    assert_same(recorder.lines, expected.lines)
     assert_same(weights(network), weights(state))
     assert adam.param_groups[0]["lr"] == scheduler.get_last_lr()[0]  # the scheduler sees no scale
 
 
-def saved_and_read(content):
+def round_trip(content):
     file = io.BytesIO()
     torch.save(content, file)
     file.seek(0)
@@ -122,23 +136,23 @@ def saved_and_read(content):
 @pytest.mark.parametrize("until", [1, 3, 4, 7, 8])
 def test_a_frameworks_checkpoint_resumes_the_callbacks(until, tmp_path):
     micro = batches(points(36), 8)
-    expected, state = ours(micro, steps=2, epoch=EPOCHS)
+    expected, state = reference_run(micro, steps=2, epoch=EPOCHS)
     network = model()
     adam = optimizer(network)
-    with silent(tmp_path / "run") as directory:
-        session = new_session(network, adam, Told(directory.interpreter), micro, 2, directory=directory)
+    with open_silent(tmp_path / "run") as directory:
+        session = new_session(network, adam, Recorder(directory.interpreter), micro, 2, directory=directory)
         session.begin()
         train(session, network, adam, micro, 2, until=until)
         content = {"model": network.state_dict(), "adam": adam.state_dict(), "noether": session.state_dict()}
-        content = saved_and_read(content)
+        content = round_trip(content)
         session.end_epoch(cut_short=True)
         one_update(session, network, adam, micro[:2])  # lost
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     network = model()
     adam = optimizer(network)
-    with silent(tmp_path / "run") as directory:
-        told = Told(directory.interpreter)
-        session = new_session(network, adam, told, micro, 2, directory=directory)
+    with open_silent(tmp_path / "run") as directory:
+        recorder = Recorder(directory.interpreter)
+        session = new_session(network, adam, recorder, micro, 2, directory=directory)
         network.load_state_dict(content["model"])
         adam.load_state_dict(content["adam"])
         session.load_state_dict(content["noether"])
@@ -147,24 +161,24 @@ def test_a_frameworks_checkpoint_resumes_the_callbacks(until, tmp_path):
         assert lines.startswith(kept)
         assert len(kept) < len(lines)
         train(session, network, adam, micro, 2)
-    at = told.lines[0][1]
-    assert_same(told.history, expected.after(at))
+    at = recorder.lines[0][1]
+    assert_same(recorder.history, expected.after(at))
     assert_same(weights(network), weights(state))
 
 
 @pytest.mark.parametrize(("until", "asynchronous"), [(1, False), (3, False), (4, True), (8, True)])
 def test_a_checkpoint_of_noether_resumes_loop_and_callbacks(until, asynchronous, tmp_path):
     micro = batches(points(36), 8)
-    expected, state = ours(micro, steps=2, epoch=EPOCHS)
+    expected, state = reference_run(micro, steps=2, epoch=EPOCHS)
     for end in (until, 10**9):
         network = model()
         adam = optimizer(network)
-        with silent(tmp_path / "run", asynchronous=asynchronous) as directory:
-            told = Told(directory.interpreter)
-            session = new_session(network, adam, told, micro, 2, directory=directory)
+        with open_silent(tmp_path / "run", asynchronous=asynchronous) as directory:
+            recorder = Recorder(directory.interpreter)
+            session = new_session(network, adam, recorder, micro, 2, directory=directory)
             session.begin()
             train(session, network, adam, micro, 2, until=end)
-    assert_same(told.history, expected.after(told.lines[0][1]))
+    assert_same(recorder.history, expected.after(recorder.lines[0][1]))
     assert_same(weights(network), weights(state))
 
 
@@ -175,7 +189,7 @@ def test_inside_of_an_update_a_checkpoint_is_of_what_was_before_it():
         return state.remember("heard", state.memory("heard") + 1), ()
 
     network = model()
-    session = Session(hear, run=Run(), model=network, interpreter=Told())
+    session = Session(hear, run=Run(), model=network, interpreter=Recorder())
     session.begin()
     before = session.state_dict()
     session.micro_batch({"ce": 1.0}, samples=4, of=2)
@@ -191,7 +205,7 @@ def test_what_a_callback_changes_is_written_into_the_model():
         return state.replace(params={name: p * 0.5 for name, p in state.params.items()}), ()
 
     network = nn.Linear(2, 1)
-    session = Session(halve, run=Run(), model=network, interpreter=Told())
+    session = Session(halve, run=Run(), model=network, interpreter=Recorder())
     session.begin()
     before = weights(network)
     session.micro_batch({"mse": 0.0}, samples=1)
@@ -203,7 +217,7 @@ def test_what_a_callback_changes_is_written_into_the_model():
 def test_an_update_without_a_loss_was_skipped():
     heard = []
     hear = on(AfterUpdate)(lambda state, event: (heard.append((event.skipped, event.samples)), (state, ()))[1])
-    session = Session(hear, run=Run(), model=model(), interpreter=Told())
+    session = Session(hear, run=Run(), model=model(), interpreter=Recorder())
     session.begin()
     session.micro_batch({}, samples=4)
     session.update()
@@ -212,15 +226,15 @@ def test_an_update_without_a_loss_was_skipped():
 
 def test_seconds_are_split_into_waiting_and_stepping():
     seconds = iter(range(100))
-    network, told = model(), Told()
+    network, recorder = model(), Recorder()
     clock = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: float(next(seconds)))
     times = TrainTimeCallback(every_n_updates=1)
-    session = Session(times, run=Run(), model=network, interpreter=told, clock=clock)
+    session = Session(times, run=Run(), model=network, interpreter=recorder, clock=clock)
     session.begin()
     session.batch_arrived()
     session.micro_batch({"ce": 1.0}, samples=1)
     session.update()
-    (effects,) = [effects for name, _, effects in told.lines if name == "AfterUpdate"]
+    (effects,) = [effects for name, _, effects in recorder.lines if name == "AfterUpdate"]
     values = {key: float(value) for key, value in effects[0].values.items()}
     assert set(values.values()) == {1.0}
 
@@ -251,7 +265,7 @@ def test_a_step_that_raised_leaves_no_scale_behind():
             sgd.step(closure)
     sgd.step()
     assert (sgd.param_groups[0]["lr"], live.readings["lr"]["default"], live.steps) == (1.0, 0.5, 1)
-    again = TorchOptimizer(network, sgd)  # of a new run: the hooks of the old one are gone
+    again = TorchOptimizer(network, sgd)  # of a new run, which removes the hooks of the old one
     again.watch()
     again.lr_scale = 0.5
     sgd.step()
@@ -270,7 +284,7 @@ def test_several_groups_have_their_names():
 
 def test_refusals_say_what_would_be_right(tmp_path):
     network = model()
-    given = {"model": network, "interpreter": Told()}
+    given = {"model": network, "interpreter": Recorder()}
     with pytest.raises(ValueError, match=r"pass directory=noether.open_run"):
         Session(compose(), run=Run(), model=network)
     with pytest.raises(ValueError, match=r"2 parameters of the optimizer are not"):
@@ -303,9 +317,9 @@ def test_refusals_say_what_would_be_right(tmp_path):
         session.load_state_dict({"epoch": 3})
 
 
-def test_an_epoch_that_was_cut_short_is_not_counted_and_one_that_is_owed_is():
-    told = Told()
-    session = Session(compose(), run=Run(updates_per_epoch=2), model=model(), interpreter=told)
+def test_an_epoch_that_was_cut_short_is_not_counted_and_a_full_one_is():
+    recorder = Recorder()
+    session = Session(compose(), run=Run(updates_per_epoch=2), model=model(), interpreter=recorder)
     session.begin()
     for _ in range(2):
         session.micro_batch({"ce": 1.0}, samples=1)
@@ -316,7 +330,7 @@ def test_an_epoch_that_was_cut_short_is_not_counted_and_one_that_is_owed_is():
     session.end_epoch(cut_short=True)
     session.end()
     session.end()
-    names = [(name, at) for name, at, _ in told.lines]
+    names = [(name, at) for name, at, _ in recorder.lines]
     assert names == [
         ("BeforeTraining", "E0_U0_S0"), ("AfterUpdate", "E0_U1_S1"), ("AfterUpdate", "E0_U2_S2"),
         ("AfterEpoch", "E1_U2_S2"), ("AfterUpdate", "E1_U3_S3"), ("AfterTraining", "E1_U3_S3"),
@@ -333,32 +347,32 @@ callbacks:
     dataset_key: val
     metric: accuracy
 """)
-    told = []
+    recorder = []
     written = compose(
         OnlineLossCallback(every_n_updates=2), MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
     )
     for reducer in (load_callbacks(tmp_path / "callbacks.yaml"), written):
         network = model()
-        told.append(Told())
+        recorder.append(Recorder())
         session = Session(
-            reducer, run=run(network, updates_per_epoch=2), model=network, interpreter=told[-1], clock=STILL
+            reducer, run=run(network, updates_per_epoch=2), model=network, interpreter=recorder[-1], clock=STILL
         )
         session.begin()
         for _ in range(2):
             session.micro_batch({"ce": 1.0}, samples=1)
             session.update()
         session.end()
-    assert_same(told[0].lines, told[1].lines)
-    assert len(told[0].lines[-2][2]) == 1
+    assert_same(recorder[0].lines, recorder[1].lines)
+    assert len(recorder[0].lines[-2][2]) == 1
 
 
 def test_the_lengths_of_datasets_are_those_of_samples():
     network = model()
     loader = torch.utils.data.DataLoader(torch.arange(7.0), batch_size=2)
     data = {"list": batches(points(20), 8), "loader": loader}
-    session = Session(DatasetStatsCallback(), run=Run(data=data), model=network, interpreter=(told := Told()))
+    session = Session(DatasetStatsCallback(), run=Run(data=data), model=network, interpreter=(recorder := Recorder()))
     session.begin()
-    (effect,) = effects_of([line[2] for line in told.lines], SetSummary)
+    (effect,) = effects_of([line[2] for line in recorder.lines], SetSummary)
     assert dict(effect.values) == {"samples/list": 20, "samples/loader": 7}
 
 
@@ -366,7 +380,7 @@ def test_a_parameter_that_was_given_other_memory_is_seen():
     seen = []
     see = on(AfterUpdate)(lambda state, event: (seen.append(float(state.params["weight"])), (state, ()))[1])
     network = nn.Linear(1, 1)
-    session = Session(see, run=Run(), model=network, interpreter=Told())
+    session = Session(see, run=Run(), model=network, interpreter=Recorder())
     session.begin()
     for value in (1.0, 2.0):
         network.weight.data = torch.full((1, 1), value)
@@ -380,4 +394,4 @@ def test_memory_of_every_kind_is_recalled():
     state = state.remember("tree", {"at": (1, 2.5, None), "nan": float("inf"), "t": torch.ones(2), "$x": {}})
     state, _ = log(state.advance(samples=4), AfterUpdate(samples=4), {"a": torch.tensor(1.0), "b": 2})
     state = state.next_epoch().request_stop("enough").replace(ended=True)
-    assert_same(decode_state(saved_and_read(encode_state(state))), state)
+    assert_same(decode_state(round_trip(encode_state(state))), state)

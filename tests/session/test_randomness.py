@@ -34,7 +34,7 @@ def test_neighbours_have_different_seeds(seed, count):
 
 
 def test_seeds_stay_what_they_are():
-    """A run resumed by another version of noether, Python or torch goes on with the same numbers."""
+    """A run resumed by another version of noether, Python or torch continues with the same numbers."""
     assert derive(0, "update", 0, 0) == 1_191_140_349_930_652_144
     assert derive(-1, "sample", 12, 345) == 6_463_577_174_061_727_580
 
@@ -48,24 +48,24 @@ def test_seed_torch_begins_the_stream_of_manual_seed(seed):
     assert all(map(torch.equal, [torch.randn(3), torch.rand(2), torch.randperm(5)], expected))
 
 
-def drawn():
+def draw():
     return torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]  # noqa: NPY002, S311
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
 def test_seed_all_seeds_all_three(seed):
     seed_all(seed)
-    first = drawn()
-    assert not any(later == earlier for later, earlier in zip(drawn(), first, strict=True))
+    first = draw()
+    assert not any(later == earlier for later, earlier in zip(draw(), first, strict=True))
     seed_all(seed)
-    assert drawn() == first
+    assert draw() == first
     seed_all(seed + 1 if seed < 2**62 else seed - 1)
-    assert not any(other == own for other, own in zip(drawn(), first, strict=True))
+    assert not any(other == own for other, own in zip(draw(), first, strict=True))
 
 
 def test_seed_torch_leaves_the_others_alone():
     seed_all(5)
-    expected = drawn()[1:]
+    expected = draw()[1:]
     seed_all(5)
     seed_torch(1)
-    assert drawn()[1:] == expected
+    assert draw()[1:] == expected

@@ -12,7 +12,7 @@ from noether.testing import assert_same
 STEPS = 12
 
 
-def warmed_up(sgd):
+def warm_up(sgd):
     return schedules.SequentialLR(
         sgd, [schedules.LinearLR(sgd, total_iters=3), schedules.MultiStepLR(sgd, [2, 4])], milestones=[3]
     )
@@ -20,7 +20,7 @@ def warmed_up(sgd):
 
 SCHEDULES = {
     "multi step": lambda sgd: schedules.MultiStepLR(sgd, [3, 6], gamma=0.5),
-    "one in another": warmed_up,
+    "one in another": warm_up,
     "chained": lambda sgd: schedules.ChainedScheduler([schedules.StepLR(sgd, 3), schedules.ExponentialLR(sgd, 0.9)]),
     "one cycle": lambda sgd: schedules.OneCycleLR(sgd, max_lr=1.0, total_steps=2 * STEPS),
     "restarts": lambda sgd: schedules.CosineAnnealingWarmRestarts(sgd, T_0=2, T_mult=2),
@@ -28,12 +28,12 @@ SCHEDULES = {
 }
 
 
-def made(kind):
+def make(kind):
     sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5, momentum=0.5)
     return sgd, SCHEDULES[kind](sgd)
 
 
-def stepped(sgd, scheduler, count):
+def step(sgd, scheduler, count):
     rates = []
     for _ in range(count):
         rates.append(sgd.param_groups[0]["lr"])
@@ -47,13 +47,13 @@ def stepped(sgd, scheduler, count):
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_a_scheduler_goes_on_where_it_was(kind, cut, tmp_path):
-    expected = stepped(*made(kind), STEPS)
-    sgd, scheduler = made(kind)
-    stepped(sgd, scheduler, cut)
+    expected = step(*make(kind), STEPS)
+    sgd, scheduler = make(kind)
+    step(sgd, scheduler, cut)
     state, _ = SchedulerMemory(scheduler)(TrainState().advance(samples=1), AfterUpdate(samples=1))
     store = CheckpointStore(tmp_path, "run")
     store.save(SaveCheckpoint(), state, AfterUpdate(samples=1))
-    again, anew = made(kind)
+    again, second = make(kind)
     again.load_state_dict(sgd.state_dict())  # the optimizer's own memory holds its learning rate
-    SchedulerMemory(anew).restore(store.load(store.newest()))
-    assert_same(stepped(again, anew, STEPS - cut), expected[cut:])
+    SchedulerMemory(second).restore(store.load(store.newest()))
+    assert_same(step(again, second, STEPS - cut), expected[cut:])

@@ -11,7 +11,7 @@ from noether import AfterUpdate, Run, Session, on
 from noether.testing import assert_same
 
 
-def shown(effects, state, event):
+def ignore(effects, state, event):
     pass
 
 
@@ -40,7 +40,7 @@ BATCHES = [torch.ones(4, 2), torch.ones(4, 2), torch.ones(3, 2)]
 def parts(lr=1.0, **settings):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    return model, optimizer, {"model": model, "optimizer": optimizer, "interpreter": shown, **settings}
+    return model, optimizer, {"model": model, "optimizer": optimizer, "interpreter": ignore, **settings}
 
 
 def train(session, model, optimizer, step=None, loss=lambda outputs: outputs.square().mean()):
@@ -61,7 +61,6 @@ def test_a_scale_multiplies_what_any_scheduler_says(make):
     model, optimizer, settings = parts()
     scheduler = make and make(optimizer)
     rates, seen, heard = [], [], []
-    optimizer.register_step_pre_hook(lambda *_: None)
 
     def step():
         seen.append(optimizer.param_groups[0]["lr"])
