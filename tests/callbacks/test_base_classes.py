@@ -1,7 +1,5 @@
 """Subclasses of the three base classes, as a user writes them."""
 
-# a hook takes a state and an event even if it needs only one
-
 import dataclasses
 
 import pytest
@@ -12,7 +10,15 @@ from noether.core.callbacks import CallbackBase, PeriodicCallback, PeriodicDataI
 from noether.core.callbacks.base import HOOKS
 from noether.core.effect import LogScalars, LogText
 from noether.core.errors import Problem, SettingsError
-from noether.core.event import EVENTS, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.event import (
+    EVENTS,
+    AfterAccumulationStep,
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    AtEval,
+    BeforeTraining,
+)
 from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.run import Run
@@ -125,6 +131,27 @@ def test_each_event_type_has_its_own_hook(event_type):
     assert [e for e in EVENTS if listens_to(callback, e)] == [event_type]
     assert all(callback(state, other()) == (state, ()) for other in EVENTS if other is not event_type)
     assert [e for e in EVENTS if listens_to(type("Sub", (kind,), {})(), e)] == [event_type]
+
+
+def _name_event(self, state, event):
+    return state, (LogText(type(event).__name__),)
+
+
+@pytest.mark.parametrize(("base", "settings"), [(CallbackBase, {}), (PeriodicCallback, {"every_n_epochs": 2})])
+def test_a_reducer_calls_a_subclass_that_overrides_only_call_on_every_event(base, settings):
+    kind = type("Own", (base,), {"__call__": _name_event})
+    for callback in (kind(**settings), type("Sub", (kind,), {})(**settings)):
+        reducer, state = compose(callback), TrainState().advance(samples=4)
+        for event_type in EVENTS:
+            if event_type is not AfterAccumulationStep:  # a reducer refuses effects there
+                assert reducer(state, event_type())[1] == (LogText(event_type.__name__),)
+        with pytest.raises(ValueError, match="AfterAccumulationStep"):
+            reducer(state, AfterAccumulationStep())
+
+
+def test_a_reducer_calls_a_periodic_callback_that_overrides_an_event_hook():
+    kind = type("Own", (PeriodicCallback,), {"after_accumulation_step": _name_event})
+    assert AfterAccumulationStep in [e for e in EVENTS if listens_to(compose(kind(every_n_epochs=1)), e)]
 
 
 def test_a_subclass_of_periodic_callback():

@@ -139,7 +139,8 @@ class CallbackBase:
         return ()
 
     def _listens(self, event_type: type[Event]) -> bool:
-        return self.overrides(HOOKS.get(event_type, "__call__"), CallbackBase)
+        # A class with its own `__call__` may act on any event.
+        return any(self.overrides(hook, CallbackBase) for hook in ("__call__", HOOKS.get(event_type, "__call__")))
 
     @classmethod
     def overrides(cls, hook: str, base: type) -> bool:

@@ -72,7 +72,7 @@ class PeriodicCallback(CallbackBase):
 
     def _check_hooks(self) -> Problem | None:
         """Return the problem of a class that overrides no hook, most often because a name is misspelt."""
-        hooks = (*_TRACKING_HOOKS, *HOOKS.values(), "periodic_callback")
+        hooks = ("__call__", *_TRACKING_HOOKS, *HOOKS.values(), "periodic_callback")
         return None if any(self.overrides(hook, PeriodicCallback) for hook in hooks) else self._no_hook(hooks[-1])
 
     def _no_hook(self, hook: str) -> Problem:
@@ -157,11 +157,11 @@ class PeriodicCallback(CallbackBase):
         return self.track_after_update_step if self._tracks else None  # type: ignore[return-value]  # only for updates
 
     def _listens(self, event_type: type[Event]) -> bool:
+        hooks = ["__call__", HOOKS.get(event_type, "__call__")]
         if event_type is AfterAccumulationStep:
-            return self.overrides("track_after_accumulation_step", PeriodicCallback)
-        hook = HOOKS.get(event_type, "__call__")
+            hooks.append("track_after_accumulation_step")
         return (
-            self.overrides(hook, PeriodicCallback)
+            any(self.overrides(hook, PeriodicCallback) for hook in hooks)
             or self.gate.listens(event_type)
             or (event_type is AfterUpdate and self._tracks)
         )
