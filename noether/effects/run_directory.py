@@ -102,6 +102,7 @@ class RunDirectory:
     Attributes:
         path: The directory.
         run_id: Name of the run, which is the name of the directory.
+        is_open: Whether `close` was not called yet.
         checkpoints: Its checkpoints.
         interpreter: Runs effects: writes the logs and checkpoints of this run.
 
@@ -131,6 +132,7 @@ class RunDirectory:
         self.path = path
         self.run_id = path.resolve().name
         self.checkpoints = CheckpointStore(path / "checkpoints", self.run_id, disk)
+        self.is_open = True
         self._lock = lock
         self._saved_lines = UNKNOWN_COUNT  # metrics lines when the loaded state was saved
         self._logs = RunLogs(path, self.run_id, console=console, services=services, disk=disk)
@@ -194,6 +196,7 @@ class RunDirectory:
         Raises:
             CheckpointError: If the last checkpoint failed, and `on_error` is `stop`.
         """
+        self.is_open = False
         try:
             self.wait()
         finally:

@@ -14,6 +14,7 @@ from noether.core.tensors.module import move_beside
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.session.errors import SessionError
+from noether.session.randomness import derive, seed_all
 from noether.session.settings import fill_run
 from noether.session.timing import Stopwatch
 
@@ -68,6 +69,7 @@ class SessionEvents:
         self._interpreter, self._directory, self._clock = interpreter, directory, clock
         self._state = TrainState(seed=seed)
         self._remembers = False
+        self._seeds_loop = False
         self._pending: list[MicroBatch] = []
         self._settled = self._state  # as it was before the current update began
         self._steps_before = 0  # of the optimizer, at the last update
@@ -207,7 +209,7 @@ class SessionEvents:
                 f"epoch {self._state.iteration.epoch} ended after {position} updates, and every epoch has {per_epoch}, "
                 "as the length of the loader or Run(updates_per_epoch=...) says: schedules need epochs of one length"
             )
-        self._dispatch(self._state.next_epoch(), AfterEpoch)
+        self._dispatch_epoch_end()
 
     def end(self) -> None:
         """Dispatch `AfterTraining`, once; return when every checkpoint is written. The optimizer is watched no longer.
@@ -217,6 +219,7 @@ class SessionEvents:
         """
         self._end_full_epoch()
         if not self._state.ended:
+            self._seed_event("end of training")
             self._dispatch(self._state.replace(ended=True), AfterTraining)
         if self._directory is not None:
             self._directory.wait()
@@ -229,11 +232,13 @@ class SessionEvents:
             is_settled: Whether the loop left right after an update, so that the model is as the state says.
         """
         at = self._state.iteration
+        if self._state.ended:
+            return
         if not is_settled:
             _LOGGER.warning("left inside of update %d: a resumed run continues from its last checkpoint", at.update + 1)
-        elif self._directory is None:
-            _LOGGER.info("left at %s, before the end of the run; without directory= nothing was saved", at)
-        elif not self._state.ended:
+        elif self._directory is None or not self._directory.is_open:
+            _LOGGER.warning("left at %s, before the end of the run, without an open directory to save it in", at)
+        else:
             save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
             event = AfterUpdate(run=self.run, time_s=self._clock.wall_s())
             self._directory.interpreter((save,), self._live.view(self._state), event)
@@ -286,7 +291,16 @@ class SessionEvents:
     def _end_full_epoch(self) -> None:
         """Dispatch the end of an epoch whose updates are all counted, such as one that was saved right before it."""
         if self._position is not None and self._position == self._updates_per_epoch:
-            self._dispatch(self._state.next_epoch(), AfterEpoch)
+            self._dispatch_epoch_end()
+
+    def _dispatch_epoch_end(self) -> None:
+        self._seed_event("end of epoch")
+        self._dispatch(self._state.next_epoch(), AfterEpoch)
+
+    def _seed_event(self, purpose: str) -> None:
+        """Seed the global generators, if the loop is the session's: a resumed run then evaluates as the uncut one."""
+        if self._seeds_loop:
+            seed_all(derive(self._state.seed, purpose, self._state.iteration.epoch))
 
     def _dispatch(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
         event = event_type.of(run=self.run, time_s=self._clock.wall_s(), **readings)

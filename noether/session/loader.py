@@ -66,7 +66,7 @@ def batches_per_epoch(loader: Any) -> int | None:
         return None
     try:
         return len(loader)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
 
 

@@ -55,6 +55,7 @@ class BatchLoop:
         self._drawn = 0  # batches of this epoch, the current one included
         self._is_last: bool | None = None  # None if unknown
         self._is_reported = True
+        self._updates_before = session.state.iteration.update  # when the current batch was yielded
         self._hidden: dict[str, Any] | None = hidden_state(loader)  # None once the user was warned
 
     @property
@@ -126,16 +127,20 @@ class BatchLoop:
     def _listens(self, event_type: type[Event]) -> bool:
         return event_type in {AfterUpdate, AfterEpoch}
 
-    def check_position(self, state: TrainState) -> None:
-        """Refuse a saved run that was made with other epochs.
+    def check_saved(self, state: TrainState) -> None:
+        """Refuse a saved run that was made with other epochs or another seed.
 
         Raises:
-            SessionError: If the position in the epoch is not one of this loader.
+            SessionError: If it was.
         """
         at, counted, memory = state.iteration, _batches_counted_in(state), state.callback_states.get(MEMORY)
         if memory is None:
             raise SessionError(
                 f"the saved run is at {at}, and no session.batches(...) made it: resume it where it was made"
+            )
+        if state.seed != self._seed:
+            raise SessionError(
+                f"the saved run has seed {state.seed}, and this session {self._seed}: pass the saved seed="
             )
         saved = (memory["of"], memory["accumulation"])
         if saved != (self.length, self._accumulation):
@@ -153,7 +158,8 @@ class BatchLoop:
                 yield from self._epoch(session.state)
                 session.end_epoch(cut_short=session.is_over)
         except GeneratorExit:
-            session.leave(is_settled=self._is_reported and not session.pending)
+            # After an error in `update` the model is ahead of the state.
+            session.leave(is_settled=session.state.iteration.update > self._updates_before and not session.pending)
             raise
         finally:
             self._batch = _NO_BATCH
@@ -174,6 +180,7 @@ class BatchLoop:
                     session.stopwatch.read()
                 continue
             self._batch, self._is_reported = batch, False
+            self._updates_before = session.state.iteration.update
             seed_all(derive(self._seed, "step", epoch, self._drawn))
             session.batch_arrived()
             yield batch

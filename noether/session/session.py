@@ -190,11 +190,12 @@ class Session(SessionEvents):
         settings.check_single_process(self.run)
         settings.check_epochs(loader, self.run)
         settings.check_scheduler_is_given(self._optimizer, self._scheduler, self._directory)
-        loop = BatchLoop(self, loader, self._accumulation, self._state.seed)
-        self._reducer = compose(loop, self._reducer)
+        seed = self._state.seed
+        loop = BatchLoop(self, loader, self._accumulation, seed)
+        self._reducer, self._seeds_loop = compose(loop, self._reducer), True
         self.load()
         if self._remembers:
-            loop.check_position(self._state)
+            loop.check_saved(self._state)
         lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.batch_size)
         settings.check_lengths(self._reducer.members, settings.fill_run(self.run, **lengths))
         self.begin(**lengths)

@@ -78,6 +78,8 @@ class Loop:
     precision: object = None
     workers: int = 0
     loader: object = None
+    val: object = None
+    head: object = None
     settings: dict = field(default_factory=lambda: {"max_epochs": 3})
     before_step: object = lambda model, update: None
 
@@ -85,6 +87,8 @@ class Loop:
         """Train until the end, or until `cut` updates are counted; return the session."""
         seed_all(secrets.randbits(60))  # no process begins with the same global generators
         model = make_model()
+        if self.head is not None:
+            model.append(self.head())
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
         scheduler = SCHEDULERS[self.scheduler](optimizer)
         loader = (
@@ -92,7 +96,7 @@ class Loop:
             if self.loader
             else DataLoader(Points(22, 1), batch_size=4, shuffle=True, num_workers=self.workers)
         )
-        val = DataLoader(Points(10, 2), batch_size=4, shuffle=True)
+        val = self.val or DataLoader(Points(10, 2), batch_size=4, shuffle=True)
         with open_run(self.path, Console(RichConsole(file=io.StringIO()))) as directory:
             session = Session(
                 self.callbacks,
@@ -108,7 +112,8 @@ class Loop:
                 **self.settings,
             )
             try:
-                for batch in session.batches(loader):
+                self.batches = session.batches(loader)
+                for batch in self.batches:
                     if leave == "raise" and cut is not None and session.state.iteration.update >= cut:
                         raise CutError  # noqa: TRY301  # as the process would go
                     with torch.autocast("cpu", torch.bfloat16, enabled=self.precision is not None):
@@ -123,7 +128,9 @@ class Loop:
                     if scheduler is not None:
                         scheduler.step(*([losses["ce"].detach()] if self.scheduler == "plateau" else []))
                     session.update()
-                    if leave == "break" and cut is not None and session.state.iteration.update >= cut:
+                    if leave != "raise" and cut is not None and session.state.iteration.update >= cut:
+                        if leave == "break":
+                            self.batches.close()
                         break
             except CutError:
                 pass

@@ -212,6 +212,53 @@ def test_a_saved_run_needs_the_epochs_that_it_was_made_with(tmp_path):
             Loop(tmp_path / "run", [SAVE], **change).train()
 
 
+def test_a_saved_run_needs_its_seed(tmp_path):
+    Loop(tmp_path / "run", [SAVE]).train(cut=2)
+    with pytest.raises(ValueError, match="the saved run has seed 0, and this session 1: pass the saved seed="):
+        Loop(tmp_path / "run", [SAVE], settings={"max_epochs": 3, "seed": 1}).train()
+
+
+def test_an_error_in_a_callback_saves_no_state_that_the_model_is_ahead_of(tmp_path):
+    @noether.on(noether.AfterUpdate)
+    def fail(state, event):
+        if state.iteration.update == 3 and fails:
+            raise ZeroDivisionError
+        return state, ()
+
+    fails = False
+    whole, cut = Loop(tmp_path / "whole", [fail]), Loop(tmp_path / "cut", [fail])
+    whole.train()
+    fails = True
+    with pytest.raises(ZeroDivisionError):
+        cut.train()
+    fails = False
+    cut.train()
+    assert_same(cut.result(), whole.result())
+
+
+def test_a_loop_that_is_left_after_its_directory_was_closed_saves_nothing(tmp_path, caplog):
+    loop = Loop(tmp_path / "run", [])
+    loop.train(cut=2, leave="hold")
+    loop.batches.close()
+    assert "left at E0_U2_S8, before the end of the run, without an open directory" in caplog.text
+
+
+def test_a_model_that_draws_in_evaluations_resumes_exactly(tmp_path):
+    """Evaluations on a list of batches draw from the global generators, which are seeded for them."""
+
+    class Noisy(torch.nn.Module):
+        def forward(self, outputs):
+            return outputs + torch.rand_like(outputs)
+
+    evaluate = noether.OfflineLossCallback(every_n_epochs=1, dataset_key="val")
+    parts = {"val": list(DataLoader(POINTS, batch_size=11)), "head": Noisy}
+    whole, cut = Loop(tmp_path / "whole", [evaluate, SAVE], **parts), Loop(tmp_path / "cut", [evaluate, SAVE], **parts)
+    whole.train()
+    cut.train(cut=6, leave="hold")
+    cut.train()
+    assert_same(cut.result(), whole.result())
+
+
 def test_every_n_epochs_fires_and_totals_are_added(tmp_path):
     loop = Loop(tmp_path / "run", [noether.OnlineLossCallback(every_n_epochs=1)])
     loop.train()
