@@ -54,7 +54,8 @@ class Session(SessionEvents):
 
     A run that is cut at any update and resumed equals the uncut run bit for bit, if the loader yields the same epochs
     again under the same seeds; where it cannot, a `ResumeWarning` says so at the start. A loop that is left by `break`
-    after `update` saves a checkpoint. A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`,
+    after `update` saves a checkpoint. State that the session does not know, such as the scale of a `GradScaler`, is the
+    loop's to save. A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`,
     `end_epoch` and `end` itself.
 
     Args:
@@ -135,7 +136,7 @@ class Session(SessionEvents):
         memory = None if scheduler is None else SchedulerMemory(scheduler)
         reducer = compose(*([] if memory is None else [memory]), *members)
         settings.check_data(reducer.members, run)
-        settings.check_readings(reducer.members, watched)
+        settings.check_optimizer(reducer.members, watched)
         super().__init__(
             run=run,
             reducer=reducer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from noether.core.callback import label_of
 from noether.core.callbacks.eta import EtaCallback
+from noether.core.callbacks.lr_on_plateau import ReduceLROnPlateauCallback
 from noether.core.errors import check_whole, raise_problems, suggest
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.forward import forward
@@ -18,7 +20,7 @@ from noether.session.evaluation import evaluation_data
 from noether.session.optimizers import TorchOptimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from torch import nn
     from torch.optim import Optimizer
@@ -59,10 +61,18 @@ def complete_run(
     """Return `run` with its data, forward, frozen params and run id, as far as they are known.
 
     Raises:
-        SessionError: If the run has data or a forward already, and a second one is given.
+        SessionError: If data or loss are given twice, or data cannot be iterated for every evaluation.
     """
     if data is not None and "data" in vars(run):
         raise SessionError("data= and run=Run(data=...) are given: keep one of them")
+    if data is not None and not isinstance(data, Mapping):
+        raise SessionError(
+            f"data= takes loaders by dataset key: pass data={{'val': loader}}, not a {type(data).__name__}"
+        )
+    if once := next((key for key, each in (data or {}).items() if hasattr(each, "__next__")), None):
+        raise SessionError(
+            f"data[{once!r}] is an iterator, which can be read once: pass a DataLoader or a list of batches"
+        )
     if loss is not None and "forward" in vars(run):
         raise SessionError("loss= and run=Run(forward=...) are given: keep one of them")
     frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
@@ -161,13 +171,15 @@ def check_data(members: tuple[Callback, ...], run: Run) -> None:
             )
 
 
-def check_readings(members: tuple[Callback, ...], optimizer: LiveOptimizer | None) -> None:
-    """Refuse callbacks that read what this loop cannot measure.
+def check_optimizer(members: tuple[Callback, ...], optimizer: LiveOptimizer | None) -> None:
+    """Refuse callbacks that need an optimizer, or readings that it cannot measure.
 
     Raises:
         SessionError: If one does.
     """
     for member in members:
+        if optimizer is None and isinstance(member, ReduceLROnPlateauCallback):
+            raise SessionError(f"{label_of(member)} scales the learning rate of the optimizer: pass optimizer=")
         reads = "grad_norm" in getattr(member, "readings", ())
         if reads and (optimizer is None or "grad_norm" not in optimizer.measures):
             fix = "pass optimizer=" if optimizer is None else "drop the callback"

@@ -132,6 +132,21 @@ def test_a_guard_sees_what_is_not_finite_and_rolls_back(where):
     assert session.state.memory(guard.name)["rollbacks"] == 1
 
 
+def test_frozen_parameters_stay_frozen_after_a_rollback():
+    model, _, settings = parts()
+    model.weight.requires_grad_(requires_grad=False)
+    frozen = model.weight.clone()
+    optimizer = settings["optimizer"] = torch.optim.Adam([model.bias], lr=0.1)
+    poison = Poison(model, optimizer, "gradients", {3})
+    guard = noether.NanGuardCallback(every_n_updates=1, tolerance=1, action="rollback")
+    session = Session(guard, max_epochs=2, **settings)
+    train(session, model, optimizer, poison.step, poison.loss)
+    assert session.state.memory(guard.name)["rollbacks"] == 1
+    assert (model.weight.requires_grad, session.run.frozen) == (False, {"weight"})
+    assert torch.equal(model.weight, frozen)
+    assert bool(model.bias.isfinite().all())
+
+
 def test_a_guard_stops_after_updates_in_a_row():
     model, optimizer, settings = parts()
     poison = Poison(model, optimizer, "loss", {2, 3})
