@@ -13,7 +13,7 @@ attributes are all that a callback may add; each is optional:
 | `readings` | names of the costly fields of `AfterUpdate` that it reads, listed in `READINGS` | none |
 
 `CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have two private attributes,
-which tell a reducer when it need not call them: `_listens` (see `listens_to`) and `_tracker` (see `tracker_of`).
+from which a reducer knows when it need not call them: `_listens` (see `listens_to`) and `_tracker` (see `tracker_of`).
 """
 
 from __future__ import annotations
@@ -163,18 +163,18 @@ def listens_to(callback: Callback, event_type: type[Event]) -> bool:
 
 
 def tracker_of(callback: Callback) -> Callback | None:
-    """Return the part of `callback` that has to see every update, its gate open or closed, or None."""
+    """Return the part of `callback` to call at every update, even while its gate is closed; None if it has none."""
     tracker: Callback | None = getattr(callback, "_tracker", None)
     return tracker
 
 
-def call_while_closed(callback: Callback) -> Callback | None:
-    """Return what to call at an update at which the gate of `callback` is closed; None for nothing."""
+def callable_while_closed(callback: Callback) -> Callback | None:
+    """Return the callable to call at an update while the gate of `callback` is closed, or None."""
     if not listens_to(callback, AfterUpdate):
         return None
     gate: Gate | None = getattr(callback, "gate", None)
     if gate is None:
         return callback
     tracker = tracker_of(callback)
-    # A gate that is never read at updates says nothing about them.
+    # A gate that reads no updates, such as one on epochs, does not restrict the calls at updates.
     return callback if tracker is None and AfterUpdate not in gate.parts else tracker

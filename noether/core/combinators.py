@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callback import (
-    call_while_closed,
+    callable_while_closed,
     check_readings,
     declaration_of,
     init_of,
@@ -115,7 +115,7 @@ def callback(
 ) -> Decorator:
     """Return the decorator that gives a function a name, a memory, and declarations.
 
-    Put it above a gate: `track` is called at every update, the function only when its gate opens.
+    Put it above a gate: it calls `track` at every update, and the function only when the gate opens.
 
     Args:
         name: Name of the memory and of the callback in messages.
@@ -240,7 +240,7 @@ class When(_Wrapper):
 @final
 @dataclass(frozen=True)
 class Remembering(_Wrapper):
-    """Gives its callback a name, memory and declarations."""
+    """Gives its callback a name, memory and declarations; made by `callback`, whose arguments are its fields."""
 
     name: str
     start: Callable[[TrainState], Any] | None
@@ -250,9 +250,9 @@ class Remembering(_Wrapper):
     read: tuple[str, ...]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return the result of the callback, or the state unchanged."""
+        """Return the result of the callback, with the memory initialized and the update tracked first."""
         state, _ = self._track_update(state, event)
-        # It listens to updates in order to track, even if its callback does not.
+        # A reducer may call this at updates only for `track`; the callback itself need not listen to them.
         return self.callback(state, event) if listens_to(self.callback, type(event)) else (state, ())
 
     def _track_update(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
@@ -265,7 +265,7 @@ class Remembering(_Wrapper):
     @property
     def _tracker(self) -> Callback | None:
         if self.track is not None:
-            return self._track_update if call_while_closed(self.callback) is None else self
+            return self._track_update if callable_while_closed(self.callback) is None else self
         tracker = tracker_of(self.callback)
         return self if tracker is self.callback else tracker
 
@@ -306,7 +306,7 @@ class Bound(_Wrapper):
         return function(state, event, **self.settings)
 
 
-def bound(callback: Callback, settings: Mapping[str, Any]) -> Callback:
+def bind_settings(callback: Callback, settings: Mapping[str, Any]) -> Callback:
     """Return `callback` with settings bound to the function inside its decorators.
 
     Example:
@@ -314,22 +314,23 @@ def bound(callback: Callback, settings: Mapping[str, Any]) -> Callback:
         >>> @every_n_epochs(1)
         ... def greet(state, event, *, greeting="hello"):
         ...     return state, (LogText(greeting),)
-        >>> bound(greet, {"greeting": "hi"})(TrainState().next_epoch(), AfterEpoch())[1]
+        >>> bind_settings(greet, {"greeting": "hi"})(TrainState().next_epoch(), AfterEpoch())[1]
         (LogText(text='hi'),)
     """
     if isinstance(callback, _Wrapper):
-        return replace(callback, callback=bound(callback.callback, settings))
+        return replace(callback, callback=bind_settings(callback.callback, settings))
     return Bound(callback, FrozenDict(settings))
 
 
 def _prepare(callback: Callback) -> Callback:
+    """Return the callback to wrap: a reducer leaves its checks to the outer reducer."""
     check_readings(callback)
     return callback.without_checks() if isinstance(callback, Reducer) else callback
 
 
 def _gate_decorator(schedule: Schedule, *, at_end: bool) -> Decorator:
     def decorate(callback: Callback) -> Callback:
-        if isinstance(callback, Reducer):  # a gate commutes with composition
+        if isinstance(callback, Reducer):  # a gate before each member equals one gate before all of them
             return Reducer(tuple(decorate(member) for member in callback.members))
         check_readings(callback)
         _check_gateable(callback)

@@ -1,4 +1,4 @@
-"""Checks that callbacks fit together: every consumed metric is produced before its consumer, and when it is due."""
+"""Checks that callbacks fit together: a producer of each consumed metric comes first, and is due with the consumer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from noether.core.callback import Callback, Declaration, OptionalKey, declaration_of, init_of
 from noether.core.errors import NoetherError, suggest
 from noether.core.metrics import keys_overlap
-from noether.core.schedules.schedule import At
 from noether.core.schedules.window import ALWAYS
 from noether.core.tensors.stored_weights import names_weights
 
@@ -82,7 +81,7 @@ def _duplicate_keys(callbacks: Sequence[Callback], declared: Sequence[Declaratio
 def _missing_metrics(callbacks: Sequence[Callback], declared: Sequence[Declaration], run: Run) -> Iterator[Misfit]:
     for index, (callback, consumer) in enumerate(zip(callbacks, declared, strict=True)):
         for key in consumer.required:
-            message = _why_missing(key, consumer, declared[:index], declared[index + 1 :], run)
+            message = _missing_text(key, consumer, declared[:index], declared[index + 1 :], run)
             if message:
                 yield Misfit(callback, message)
         for key in consumer.consumes:
@@ -96,9 +95,10 @@ def _producers(key: str, declared: Sequence[Declaration]) -> list[Declaration]:
     return [d for d in declared if any(keys_overlap(pattern, key) for pattern in d.produces or ())]
 
 
-def _why_missing(
+def _missing_text(
     key: str, consumer: Declaration, before: Sequence[Declaration], after: Sequence[Declaration], run: Run
 ) -> str | None:
+    """Return why `key` is not current when its consumer is due, or None if it is, or if arithmetic cannot decide it."""
     # A callback that declares no `produces` may log any key; then the first firing shows whether the metric is current.
     undeclared = any(d.produces is None for d in before)
     producers = _producers(key, before)
@@ -106,30 +106,25 @@ def _why_missing(
         later = _producers(key, after)
         if later:
             return f"{consumer.label} consumes {key!r}: list it after {later[0].label}, which produces it"
-        return (
-            None
-            if undeclared
-            else f"{consumer.label} consumes {key!r}, which no callback produces{_produced_before(key, before)}"
-        )
+        if undeclared:
+            return None
+        produced = [pattern for d in before for pattern in d.produces or ()]
+        known = f"produced before it: {', '.join(produced) or 'nothing'}{suggest(key, produced)}"
+        return f"{consumer.label} consumes {key!r}, which no callback produces; {known}"
     # Stored weights are memory: they are always current, whatever the gate of their producer.
     if undeclared or names_weights(key) or any(covers(p.gate, consumer.gate, run) is not False for p in producers):
         return None
     return (
         f"{consumer.label} consumes {key!r} where {producers[0].label} does not produce it: "
-        f"{_when(consumer)} against {_when(producers[0])}; give both the same interval"
+        f"{_gate_text(consumer.gate)} against {_gate_text(producers[0].gate)}; give both the same interval"
     )
 
 
-def _produced_before(key: str, declared: Sequence[Declaration]) -> str:
-    keys = [pattern for d in declared for pattern in d.produces or ()]
-    return f"; produced before it: {', '.join(keys) or 'nothing'}{suggest(key, keys)}"
-
-
-def _when(declaration: Declaration) -> str:
-    if declaration.gate is None:
+def _gate_text(gate: Gate | None) -> str:
+    if gate is None:
         return "every event"
-    when = "|".join(map(str, declaration.gate.schedule.members))
-    return f"{when} and at the end" if declaration.gate.at_end else when
+    schedule = "|".join(map(str, gate.schedule.members))
+    return f"{schedule} and at the end" if gate.at_end else schedule
 
 
 def covers(producer: Gate | None, consumer: Gate | None, run: Run) -> bool | None:
@@ -176,25 +171,16 @@ def _one_covers(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | 
         return False  # it measures after the consumer has read at the last update of the epoch
     if producer.window != ALWAYS and (producer.window != consumer.window or _opens_too_late(producer, consumer)):
         return None
-    if isinstance(producer, At) or isinstance(consumer, At):
+    producer_n, consumer_n = producer.interval, consumer.interval
+    if producer_n is None or consumer_n is None:  # single points
         return None
-    produced, consumed = producer.threshold_after(0), consumer.threshold_after(0)
-    if produced is None or consumed is None:
-        return None
-    if produced == 1 or (producer.counter == consumer.counter and consumed % produced == 0):
+    if producer_n == 1 or (producer.counter == consumer.counter and consumer_n % producer_n == 0):
         return True
-    return _covers_otherwise(producer, consumer, run)
-
-
-def _covers_otherwise(producer: OneCounter, consumer: OneCounter, run: Run) -> bool | None:
-    """Return the answer if the consumer's thresholds are no multiples of the producer's, or on another counter."""
-    produced, consumed = producer.threshold_after(0), consumer.threshold_after(0)
-    assert produced is not None and consumed is not None  # noqa: S101, PT018  # every multiple has a next one
     covered: bool | None = None
     if (producer.counter, consumer.counter) == ("update", "epoch") and hasattr(run, "updates_per_epoch"):
-        covered = consumed * run.updates_per_epoch % produced == 0
+        covered = consumer_n * run.updates_per_epoch % producer_n == 0
     elif producer.counter == consumer.counter == "sample":
-        covered = _covers_first_sample(producer, consumed, run)
+        covered = _covers_first_sample(producer, consumer_n, run)
     elif producer.counter == consumer.counter:
         covered = False
     # The consumer's window may exclude the uncovered events.
@@ -202,7 +188,7 @@ def _covers_otherwise(producer: OneCounter, consumer: OneCounter, run: Run) -> b
 
 
 def _opens_too_late(producer: OneCounter, consumer: OneCounter) -> bool:
-    """Return whether a window that starts at an epoch is still closed for the producer, at the epoch's last update."""
+    """Return whether the producer's window, which starts at an epoch, is still closed at the epoch's last update."""
     return producer.window.start.epoch > 0 and producer.counter != consumer.counter == "epoch"
 
 

@@ -34,7 +34,7 @@ class Event:
 
     @classmethod
     def of(cls, **fields: Any) -> Self:
-        """Return the event with these fields, made five times faster than by the constructor.
+        """Return the event with these fields; it takes a fifth of the constructor's time.
 
         Raises:
             TypeError: If there is no such field, naming the nearest; not checked under `python -O`.

@@ -56,7 +56,7 @@ def next_move(state: TrainState, run: Run) -> Move:
         run: Gives `end` and `updates_per_epoch`.
 
     Returns:
-        `NOTHING` once the run has ended; `END_EPOCH` if all batches of the epoch are counted and the epoch is not;
+        `NOTHING` once the run has ended; `END_EPOCH` if all batches of the epoch are counted, but not yet the epoch;
         `END_TRAINING` at the run's end or if the state asks to stop; else `UPDATE`, with the batch at position
         `update - epoch * updates_per_epoch` of the epoch.
 

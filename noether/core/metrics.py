@@ -83,7 +83,8 @@ def current(state: TrainState, key: str) -> float:
     """Return the value of a metric that was measured at the current update.
 
     Raises:
-        MetricError: If the metric was never measured (the message lists those that were) or is older (with its age).
+        MetricError: If the metric was never measured, or was measured at an earlier update; the message lists the
+            metrics that were measured.
 
     Example:
         >>> from noether import TrainState
@@ -97,10 +98,10 @@ def current(state: TrainState, key: str) -> float:
     value, measured = state.metrics[key]
     age = state.iteration.update - measured.update
     if age:
-        fresh = ", ".join(repr(name) for name in state.metrics if is_current(state, name)) or "none"
+        known = ", ".join(repr(name) for name in state.metrics if is_current(state, name)) or "none"
         raise MetricError(
-            f"metric {key!r} is {age} updates old: it was measured at {measured}, and now is {state.iteration}; "
-            f"measured now: {fresh}. Give its producer the same interval, and list it first"
+            f"metric {key!r} is {age} updates old: it was measured at {measured}, and the state is at "
+            f"{state.iteration}; current metrics: {known}. Give its producer the same interval, and list it first"
         )
     return float(value)
 
@@ -112,10 +113,8 @@ def keys_overlap(pattern: str, key: str) -> bool:
         >>> keys_overlap("loss/val/*", "loss/val/total"), keys_overlap("loss/val/*", "loss/val/total/ema=0.9")
         (True, False)
     """
-    ours, theirs = pattern.split("/"), key.split("/")
-    if len(ours) != len(theirs):
-        return False
-    return all(_meet(a, b) for a, b in zip(ours, theirs, strict=True))
+    patterns, others = pattern.split("/"), key.split("/")
+    return len(patterns) == len(others) and all(map(_parts_overlap, patterns, others))
 
 
 def patterns_containing(part: str) -> tuple[str, ...]:
@@ -128,12 +127,12 @@ def patterns_containing(part: str) -> tuple[str, ...]:
     return (f"*{part}*", f"*/*{part}*", f"*{part}*/*")
 
 
-def _meet(a: str, b: str) -> bool:
+def _parts_overlap(a: str, b: str) -> bool:
     """Return whether some text matches both patterns, in which `*` stands for any text."""
     if not a or not b:
         return set(a + b) <= {"*"}
     if a[0] == "*":
-        return _meet(a[1:], b) or _meet(a, b[1:])
+        return _parts_overlap(a[1:], b) or _parts_overlap(a, b[1:])
     if b[0] == "*":
-        return _meet(b, a)
-    return a[0] == b[0] and _meet(a[1:], b[1:])
+        return _parts_overlap(b, a)
+    return a[0] == b[0] and _parts_overlap(a[1:], b[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import (
-    call_while_closed,
+    callable_while_closed,
     check_readings,
     declaration_of,
     init_of,
@@ -84,25 +84,25 @@ class Reducer:
     def __init__(self, members: tuple[Callback, ...], *, outermost: bool = True) -> None:
         self.members = members
         self._outermost = outermost
-        self._listening: dict[type[Event], tuple[Callback, ...]] = {}
-        self._acting: dict[type[Event], tuple[_Call, ...]] = {}
+        self._listeners_by_event: dict[type[Event], tuple[Callback, ...]] = {}
+        self._calls_by_event: dict[type[Event], tuple[_Call, ...]] = {}
         # For updates, in order: a member, the callable to call while it is not due, and its index in `_pending`.
         self._at_updates: list[tuple[Callback, Callback | None, int | None]] = []
         pending: list[Schedule] = []
         for member in members:
-            closed, schedule = call_while_closed(member), _schedule_at_updates(member)
+            closed, schedule = callable_while_closed(member), _schedule_at_updates(member)
             if schedule is None or closed is member or _is_always_due(schedule):
                 self._at_updates.append((member, closed if schedule is None else member, None))
             else:
                 self._at_updates.append((member, closed, len(pending)))
                 pending.append(schedule)
         self._pending = PendingSchedules(pending)
-        self._quiet_calls = self._update_calls(())
+        self._calls_while_closed = self._update_calls(())  # the calls of most updates, at which no gate opens
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the state after all members, and their effects in the same order."""
         if isinstance(event, BeforeTraining) and self._outermost:
-            state = self._prepare(state, event)
+            state = self._start(state, event)
         effects: Effects = ()
         for member, call in self._calls(state, type(event)):
             after, requested = call(state, event)
@@ -119,7 +119,7 @@ class Reducer:
         return f"compose({', '.join(map(label_of, self.members))})"
 
     def without_checks(self) -> Reducer:
-        """Return the reducer without the checks and the filling in of memory, which the outer reducer then does."""
+        """Return the reducer for use inside another one, which checks declarations and fills in memory for it."""
         return Reducer(self.members, outermost=False)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
@@ -156,17 +156,17 @@ class Reducer:
         return bool(self._listeners(event_type))
 
     def _listeners(self, event_type: type[Event]) -> tuple[Callback, ...]:
-        if event_type not in self._listening:
-            self._listening[event_type] = tuple(m for m in self.members if listens_to(m, event_type))
-        return self._listening[event_type]
+        if event_type not in self._listeners_by_event:
+            self._listeners_by_event[event_type] = tuple(m for m in self.members if listens_to(m, event_type))
+        return self._listeners_by_event[event_type]
 
     def _calls(self, state: TrainState, event_type: type[Event]) -> tuple[_Call, ...]:
         if event_type is AfterUpdate:
             due = self._pending.due(state.previous, state.iteration)
-            return self._update_calls(due) if due else self._quiet_calls
-        if event_type not in self._acting:
-            self._acting[event_type] = tuple((member, member) for member in self._listeners(event_type))
-        return self._acting[event_type]
+            return self._update_calls(due) if due else self._calls_while_closed
+        if event_type not in self._calls_by_event:
+            self._calls_by_event[event_type] = tuple((member, member) for member in self._listeners(event_type))
+        return self._calls_by_event[event_type]
 
     def _update_calls(self, due: Iterable[int]) -> tuple[_Call, ...]:
         """Return the calls at an update; `due` are the indices in `_pending` of the members that may be due."""
@@ -174,7 +174,8 @@ class Reducer:
         calls = ((member, member if index in due else closed) for member, closed, index in self._at_updates)
         return tuple((member, call) for member, call in calls if call is not None)
 
-    def _prepare(self, state: TrainState, event: BeforeTraining) -> TrainState:
+    def _start(self, state: TrainState, event: BeforeTraining) -> TrainState:
+        """Check the declarations, and return the state with missing memory filled in."""
         check_declarations(self.members, state, event.run)
         initial = self.init(state)
         if event.resumed:
@@ -188,10 +189,10 @@ class Reducer:
 
 @final
 class PendingSchedules:
-    """Finds the schedules that may be due at an update without asking each of them.
+    """Finds the schedules that may be due at an update without evaluating each of them.
 
-    It caches the next threshold of each schedule. The answers are a pure function of schedules and iterations, so a
-    state may be taken back to an earlier iteration.
+    It caches the next threshold of each schedule. Its results are a pure function of schedules and iterations, so a
+    run may return to an earlier iteration.
 
     Args:
         schedules: Schedules that are read at updates.
@@ -206,7 +207,7 @@ class PendingSchedules:
 
     def __init__(self, schedules: Sequence[Schedule]) -> None:
         self._schedules = schedules
-        self._since = START
+        self._since = START  # the cached thresholds are the next ones after this iteration
         self._following = [schedule.next_due(START) for schedule in schedules]
         self._first = _earliest(self._following)
 

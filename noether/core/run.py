@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_GIVEN: Final[Any] = object()
-_UNSHOWN: Final = ("data", "forward", "frozen")  # too long to print
+_LONG_FIELDS: Final = ("data", "forward", "frozen")  # `repr` leaves them out
 
 
-def _optional() -> Any:  # a value of the field's type
+def _optional() -> Any:
     # A default would be a class attribute; with a factory, reading a field that was not given calls `__getattr__`.
     return field(default_factory=lambda: _NOT_GIVEN)
 
@@ -73,14 +73,14 @@ class Run:
 
         def __getattr__(self, name: str) -> Any:
             own = getattr(type(self), name, None)
-            if isinstance(own, property):  # it failed on a missing field: read it again for that error
+            if isinstance(own, property):  # it read a field that was not given: call it again for that field's error
                 return own.fget(self)
             if name in {f.name for f in fields(self)}:
                 raise AttributeError(f"this run was not given {name!r}: build it as Run({name}=..., ...)")
             raise AttributeError(f"Run has no field {name!r}")
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name not in _UNSHOWN)
+        given = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name not in _LONG_FIELDS)
         return f"Run({given})"
 
     def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # noqa: FBT001  # IPython's and hypothesis' hook
@@ -91,7 +91,7 @@ class Run:
         return type(self)(**{**vars(self), **changes})
 
     def iteration_after(self, update: int) -> TrainingIteration:
-        """Return the iteration after `update` updates, with every epoch that they fill counted."""
+        """Return the iteration after `update` updates, counting every epoch that they complete."""
         epoch, rest = divmod(update, self.updates_per_epoch)
         sample = epoch * self.samples_per_epoch
         if rest:

@@ -10,7 +10,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.tensors.module import (
     BorrowedOptState,
     buffers_of,
-    move_beside,
+    move_to_model,
     params_of,
     write_optimizer,
     write_weights,
@@ -46,7 +46,7 @@ class TrainState:
 
     Args:
         iteration: Counts of completed epochs, updates and samples.
-        previous: The iteration before the last update; schedules compare the two.
+        previous: The iteration before the last update; schedules compare it to `iteration`.
         params: The model's parameters by name.
         buffers: The model's buffers by name.
         opt_state: The optimizer's memory.
@@ -117,7 +117,7 @@ class TrainState:
         }
         if saved is None:
             return cls(**views, seed=seed)
-        return cls(**{**vars(saved), **views, "callback_states": move_beside(model, saved.callback_states)})
+        return cls(**{**vars(saved), **views, "callback_states": move_to_model(model, saved.callback_states)})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
         """Write the state into a live model and optimizer, and return the state that views them.
@@ -141,9 +141,9 @@ class TrainState:
         fields = vars(state)
         fields.update(vars(self))
         fields.update(_freeze_fields(changes) if dict in map(type, changes.values()) else changes)
-        if len(fields) != len(_NAMES):
-            unknown = next(name for name in fields if name not in _NAMES)
-            raise TypeError(f"a state has no field {unknown!r}; it has {', '.join(_NAMES)}")
+        if len(fields) != len(_FIELD_NAMES):
+            unknown = next(name for name in fields if name not in _FIELD_NAMES)
+            raise TypeError(f"a state has no field {unknown!r}; it has {', '.join(_FIELD_NAMES)}")
         return state
 
     def advance(self, *, samples: int) -> Self:
@@ -196,4 +196,4 @@ def _freeze_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return frozen
 
 
-_NAMES: Final = tuple(each.name for each in dataclasses.fields(TrainState))
+_FIELD_NAMES: Final = tuple(each.name for each in dataclasses.fields(TrainState))

@@ -10,7 +10,7 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch
 from noether.core.state import TrainState
-from noether.core.tensors.module import move_beside
+from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.session.errors import SessionError
@@ -169,7 +169,7 @@ class SessionEvents:
         loaded, resumed = self.load(), self._remembers
         if self._directory is not None:
             self._directory.truncate_logs(self._state if resumed else None)
-        memories = move_beside(self._live.model, self._state.callback_states)
+        memories = move_to_model(self._live.model, self._state.callback_states)
         self._state = self._state.replace(callback_states=memories)
         self._remembers = True
         if self._optimizer is not None:

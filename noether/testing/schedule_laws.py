@@ -72,7 +72,7 @@ def _check_count(schedule: Schedule, run: Run, places: list[int]) -> None:
     fired = [
         at
         for counters, before, at in walk_events(run)
-        if (part := schedule.reading(*counters)) is not None and part.due(before, at)
+        if (part := schedule.select_counters(*counters)) is not None and part.due(before, at)
     ]
     firings = sum(at != a and at.reached(a) and c.reached(at) for at in fired)
     count = schedule.count(a, c, run)
@@ -86,14 +86,14 @@ def _check_count(schedule: Schedule, run: Run, places: list[int]) -> None:
 def _check_next_due(schedule: Schedule, run: Run) -> None:
     """Check that no event before `next_due` is due."""
     for counters, before, at in walk_events(run):
-        part = schedule.reading(*counters)
+        part = schedule.select_counters(*counters)
         if part is not None and part.due(before, at) and not part.next_due(before).reached(at):
             raise _law_error(schedule, f"is due at {at}, before its next_due({before})", run)
 
 
 def _check_batches(schedule: Schedule, start: TrainingIteration, sizes: tuple[int, ...]) -> None:
     """Check that a batch is due exactly if one of its samples alone is."""
-    part = schedule.reading("sample")
+    part = schedule.select_counters("sample")
     if part is None:
         return
     windows: list[Any] = [member.window for member in part.members]

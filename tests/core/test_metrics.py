@@ -90,12 +90,12 @@ def test_an_old_metric_is_refused_with_its_age():
     state = state.advance(samples=4).advance(samples=4).next_epoch()
     with pytest.raises(MetricError) as refused:
         current(state, "a")
-    tail = "measured now: none. Give its producer the same interval, and list it first"
+    tail = "current metrics: none. Give its producer the same interval, and list it first"
     assert str(refused.value) == (
-        f"metric 'a' is 2 updates old: it was measured at E0_U2_S8, and now is E1_U4_S16; {tail}"
+        f"metric 'a' is 2 updates old: it was measured at E0_U2_S8, and the state is at E1_U4_S16; {tail}"
     )
     state, _ = log(state, AfterEpoch(), {"b": 1.0, "c": 1.0})
-    with pytest.raises(MetricError, match=r"measured now: 'b', 'c'. Give its producer"):
+    with pytest.raises(MetricError, match=r"current metrics: 'b', 'c'. Give its producer"):
         current(state, "a")
 
 

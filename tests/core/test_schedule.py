@@ -31,7 +31,7 @@ def walk(run):
 def firings(schedule, run):
     fired = []
     for counters, previous, iteration in walk(run):
-        part = schedule.reading(*counters)
+        part = schedule.select_counters(*counters)
         if part is not None and part.due(previous, iteration):
             fired.append(iteration)
     return fired
@@ -72,7 +72,7 @@ def test_closed_form_for_samples_reaches_far(n, epochs, data):
 @given(schedules(), run_lengths())
 def test_nothing_is_due_before_next_due(schedule, run):
     for counters, previous, iteration in walk(run):
-        part = schedule.reading(*counters)
+        part = schedule.select_counters(*counters)
         if part is not None and part.due(previous, iteration):
             assert part.next_due(previous).reached(iteration)
 
@@ -115,8 +115,8 @@ def test_multiples_crossed_do_not_depend_on_the_batches(n, sizes, data):
 @given(schedules(), schedules(), schedules(), run_lengths())
 def test_union_is_due_when_either_is(a, b, c, run):
     for counters, previous, iteration in walk(run):
-        dues = [part.due(previous, iteration) for s in (a, b, c) if (part := s.reading(*counters))]
-        united = (a | b | c).reading(*counters)
+        dues = [part.due(previous, iteration) for s in (a, b, c) if (part := s.select_counters(*counters))]
+        united = (a | b | c).select_counters(*counters)
         assert (united is not None and united.due(previous, iteration)) == any(dues)
     assert (a | (b | c)).members == ((a | b) | c).members
     assert (a | a).members == a.members if isinstance(a, Union) else (a | a).members == (a,)
@@ -129,7 +129,7 @@ def test_windows_split_a_schedule_without_overlap_or_gap(schedule, point, run):
     assert set(early) <= set(after)
     assert all(i in early for i in after if not i.reached(point))
     late = firings(schedule.starting(point), run)
-    assert set(late) == {i for i in after if i.reached(point)} or schedule.reading("sample") is not None
+    assert set(late) == {i for i in after if i.reached(point)} or schedule.select_counters("sample") is not None
 
 
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(0, 80), st.integers(0, 80))

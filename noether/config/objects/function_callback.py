@@ -77,7 +77,7 @@ class FunctionCallbackFactory:
         # Imported here, because it imports torch and a configuration can be read without it.
         from noether.core import combinators
 
-        callback = combinators.bound(self.function, settings) if settings else self.function
+        callback = combinators.bind_settings(self.function, settings) if settings else self.function
         for name, value in chosen.items():
             callback = getattr(combinators, name)(value, at_end=at_end)(callback)
         return callback

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Schedule(ABC):
-    """A pure predicate on `(previous, iteration)`. Unite schedules with `|`, limit them with `starting` and `until`.
+    """A pure predicate on `(previous, iteration)`; unite two with `|`, limit one with `starting` and `until`.
 
     Example:
         >>> from noether import EveryNUpdates
@@ -72,7 +72,7 @@ class Schedule(ABC):
         """
         return count_firings(self.members, start, end, run)
 
-    def reading(self, *counters: Counter) -> Schedule | None:
+    def select_counters(self, *counters: Counter) -> Schedule | None:
         """Return the part of the schedule that reads one of `counters`, or None."""
         members = tuple(member for member in self.members if member.counter in counters)
         if not members:
@@ -106,7 +106,7 @@ class Union(Schedule):
 
 
 class OneCounter(Schedule):
-    """A schedule whose thresholds lie on one counter. A subclass places them with functions of whole numbers."""
+    """A schedule whose thresholds lie on one counter. A subclass defines where they lie."""
 
     window: Window
 

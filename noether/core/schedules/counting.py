@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from noether.core.schedules.window import Window
 
 _AROUND = (-1, 0, 1, 2)
-"""Distances from a tick at which a window starts or ends to the ticks that may see only a part of the window."""
+"""Offsets of the ticks to test one by one around a tick at which a window starts or ends, or a single point lies."""
 
 
 class Countable(Protocol):
@@ -236,7 +236,7 @@ def _fires(members: Iterable[Countable], update: int, run: Run, *, on_epoch: boo
 def _event_at(update: int, run: Run, *, on_epoch: bool) -> tuple[TrainingIteration, TrainingIteration]:
     """Return the previous and the present iteration at the event after `update` updates."""
     previous, iteration = run.iteration_after(update - 1), run.iteration_after(update)
-    # At an update, the epoch that it fills is not counted yet.
+    # At an update, the epoch that it completes is not counted yet.
     return previous, iteration if on_epoch else dataclasses.replace(iteration, epoch=previous.epoch)
 
 

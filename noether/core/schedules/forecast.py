@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining, Event
-from noether.core.iteration import TrainingIteration
 from noether.core.schedules.gate import Gate
 from noether.core.schedules.schedule import EveryNEpochs, EveryNUpdates
+from noether.core.schedules.window import START
 from noether.core.state import TrainState
 
 if TYPE_CHECKING:
     from noether.core.callback import Declaration
+    from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.schedules.base import Schedule
 
-_START: Final = TrainingIteration()
 EARLY: Final = (BeforeTraining, AtEval)
 """The events before the first update, in order."""
 
@@ -30,7 +30,7 @@ class Firing:
 
     Args:
         event: Type of the event.
-        iteration: The iteration of the state there; at an update, the epoch that it fills is not counted yet.
+        iteration: The iteration of the state there; at an update, the epoch that it completes is not counted yet.
     """
 
     event: type[Event]
@@ -72,7 +72,7 @@ class Occasions:
             fires.
 
     Example:
-        >>> from noether.core.run import Run
+        >>> from noether import Run, TrainingIteration
         >>> run = Run(end=TrainingIteration(epoch=10**6), updates_per_epoch=1000, samples_per_epoch=8000,
         ...           effective_batch_size=8)
         >>> each = firings(Occasions(EveryNUpdates(7) | EveryNEpochs(3), (AfterTraining,)), run)
@@ -84,26 +84,28 @@ class Occasions:
     once: tuple[type[Event], ...] = ()
 
 
-def occasions_of(declared: Declaration, listened: tuple[type[Event], ...], run: Run) -> Occasions:
+def occasions_of(declaration: Declaration, event_types: tuple[type[Event], ...], run: Run) -> Occasions:
     """Return when a callback fires: when its gate opens; without a gate, at every event that it listens to.
 
     Args:
-        declared: The declaration of the callback.
-        listened: The types of events that it listens to.
+        declaration: The declaration of the callback.
+        event_types: The types of events that it listens to.
         run: The run, whose end decides whether a gate with `at_end` opens after training.
     """
-    if declared.gate is not None:
-        return Occasions(declared.gate.schedule, (AfterTraining,) if _opens_at_end(declared.gate, run) else ())
+    gate = declaration.gate
+    if gate is not None:
+        at_end = gate.due(AfterTraining, state_at(Firing(AfterTraining, run.final), run)) is not None
+        return Occasions(gate.schedule, (AfterTraining,) if at_end else ())
     every = {AfterUpdate: EveryNUpdates(1), AfterEpoch: EveryNEpochs(1)}
-    parts = [schedule for event_type, schedule in every.items() if event_type in listened]
+    parts = [schedule for event_type, schedule in every.items() if event_type in event_types]
     schedule = parts[0] | parts[1] if len(parts) > 1 else next(iter(parts), None)
-    return Occasions(schedule, tuple(kind for kind in (*EARLY, AfterTraining) if kind in listened))
+    return Occasions(schedule, tuple(kind for kind in (*EARLY, AfterTraining) if kind in event_types))
 
 
 def state_at(firing: Firing, run: Run) -> TrainState:
     """Return a state with the counters at an event, which is all that a gate reads."""
     update = firing.iteration.update
-    previous = run.iteration_after(update - 1) if update else _START
+    previous = run.iteration_after(update - 1) if update else START
     return TrainState(iteration=firing.iteration, previous=previous, ended=firing.event is AfterTraining)
 
 
@@ -130,7 +132,7 @@ def count_until(occasions: Occasions, iteration: TrainingIteration, run: Run) ->
     """Return the number of firings up to an iteration, including all events after its last update.
 
     Example:
-        >>> from noether.core.run import Run
+        >>> from noether import Run, TrainingIteration
         >>> run = Run(end=TrainingIteration(epoch=3), updates_per_epoch=4, samples_per_epoch=8, effective_batch_size=2)
         >>> count_until(Occasions(EveryNUpdates(2), (BeforeTraining,)), run.iteration_after(5), run)
         3
@@ -144,13 +146,13 @@ def events_at(update: int, run: Run) -> tuple[Firing, ...]:
     """Return the events after an update: its own, and the ends of the epoch and of the run if they follow it.
 
     Example:
-        >>> from noether.core.run import Run
+        >>> from noether import Run, TrainingIteration
         >>> run = Run(end=TrainingIteration(epoch=3), updates_per_epoch=4, samples_per_epoch=8, effective_batch_size=2)
         >>> [list(map(str, events_at(update, run))) for update in (0, 3, 4, 12)]
         [['start', 'start'], ['U3'], ['U4', 'E1'], ['U12', 'E3', 'end']]
     """
     if not update:
-        return tuple(Firing(kind, _START) for kind in EARLY)
+        return tuple(Firing(kind, START) for kind in EARLY)
     iteration, epoch = run.iteration_after(update), run.iteration_after(update - 1).epoch
     events = [Firing(AfterUpdate, dataclasses.replace(iteration, epoch=epoch))]
     events += [Firing(AfterEpoch, iteration)] if iteration.epoch > epoch else []
@@ -173,7 +175,7 @@ def nth_firing(occasions: Occasions, n: int, run: Run) -> Firing:
     """
     early = [kind for kind in EARLY if kind in occasions.once]
     if 1 <= n <= len(early):
-        return Firing(early[n - 1], _START)
+        return Firing(early[n - 1], START)
     total = _count_scheduled(occasions, run.final, run)
     if len(early) < n <= len(early) + total and occasions.schedule is not None:
         return _nth_scheduled(occasions.schedule, n - len(early), run)
@@ -184,7 +186,7 @@ def nth_firing(occasions: Occasions, n: int, run: Run) -> Firing:
 
 def _nth_scheduled(schedule: Schedule, n: int, run: Run) -> Firing:
     def until(update: int) -> int:
-        return schedule.count(_START, run.iteration_after(update), run)
+        return schedule.count(START, run.iteration_after(update), run)
 
     update = bisect_left(range(run.final.update + 1), n, key=until)
     firings_there = [at for at in events_at(update, run) if fires(Occasions(schedule), at, run)]
@@ -192,8 +194,4 @@ def _nth_scheduled(schedule: Schedule, n: int, run: Run) -> Firing:
 
 
 def _count_scheduled(occasions: Occasions, iteration: TrainingIteration, run: Run) -> int:
-    return 0 if occasions.schedule is None else occasions.schedule.count(_START, iteration, run)
-
-
-def _opens_at_end(gate: Gate, run: Run) -> bool:
-    return gate.due(AfterTraining, state_at(Firing(AfterTraining, run.final), run)) is not None
+    return 0 if occasions.schedule is None else occasions.schedule.count(START, iteration, run)

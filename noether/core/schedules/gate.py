@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Final, Literal, final
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, Event
 
 if TYPE_CHECKING:
-    from noether.core.iteration import TrainingIteration
+    from noether.core.iteration import Counter, TrainingIteration
     from noether.core.schedules.base import Schedule
     from noether.core.state import TrainState
 
 Interval = Literal["epoch", "update", "sample", "end", "eval"]
 """Why a periodic callback runs: the counter that was due, the end of training, or standalone evaluation."""
 
-_COUNTERS_AT: Final = {AfterUpdate: ("update", "sample"), AfterEpoch: ("epoch",)}
+_COUNTERS_AT: Final[dict[type[Event], tuple[Counter, ...]]] = {
+    AfterUpdate: ("update", "sample"),
+    AfterEpoch: ("epoch",),
+}
 
 
 @final
@@ -56,7 +59,7 @@ class Gate:
         return None
 
     def _was_due(self, state: TrainState) -> bool:
-        # At the last update, the epoch that it filled was not counted yet.
+        # At the last update, the epoch that it completed was not counted yet.
         at_update = dataclasses.replace(state.iteration, epoch=state.previous.epoch)
         read: dict[type[Event], TrainingIteration] = {AfterUpdate: at_update, AfterEpoch: state.iteration}
         return any(part.due(state.previous, read[event_type]) for event_type, part in self.parts.items())
@@ -64,7 +67,7 @@ class Gate:
     @cached_property
     def parts(self) -> dict[type[Event], Schedule]:
         """The part of the schedule that each event reads."""
-        parts = {event_type: self.schedule.reading(*counters) for event_type, counters in _COUNTERS_AT.items()}  # type: ignore[arg-type]  # counters
+        parts = {event_type: self.schedule.select_counters(*counters) for event_type, counters in _COUNTERS_AT.items()}
         return {event_type: part for event_type, part in parts.items() if part is not None}
 
     def listens(self, event_type: type[Event]) -> bool:

@@ -35,7 +35,7 @@ def device_of(tensors: Iterable[Tensor]) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def move_beside(model: nn.Module, tree: Any) -> Any:
+def move_to_model(model: nn.Module, tree: Any) -> Any:
     """Return `tree` with its tensors on the device of `model`; the same object if they already are."""
     device = device_of(model.parameters())
     if all(tensor.device == device for _, tensor in tensors(tree)):
