@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from noether.core.tensors.module import device_of
 from noether.core.tensors.tree import map_tensors
-from noether.session.loader import epoch_iterator, generators_of
+from noether.session.loader import generators_of, seed_pass
 from noether.session.randomness import derive, preserve_generators
 
 if TYPE_CHECKING:
@@ -72,5 +72,6 @@ class EvaluationData:
     def __iter__(self) -> Iterator[Any]:
         device = device_of(self._model.parameters())
         with preserve_generators(*generators_of(self._data)):
-            for batch in epoch_iterator(self._data, self._seed, epoch=0):
+            seed_pass(self._data, self._seed, 0)  # without set_epoch: the training loader may share the dataset
+            for batch in self._data:
                 yield _move(device, batch)

@@ -73,16 +73,26 @@ def batches_per_epoch(loader: Any) -> int | None:
 def epoch_iterator(loader: Any, seed: int, epoch: int) -> Iterator[Any]:
     """Return an iterator over an epoch of `loader`, whose order is a function of `(seed, epoch)`.
 
-    The global generators of torch, numpy and `random`, and every generator that the loader, its samplers or its dataset
-    hold, are seeded; `set_epoch` is called where it exists.
+    Calls `set_epoch(epoch)` on the loader, its samplers and its dataset where it exists.
     """
-    for index, generator in enumerate(generators_of(loader)):
-        seed_generator(generator, derive(seed, "generator of the loader", epoch, index))
     for part in _parts(loader):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
-    seed_all(derive(seed, "epoch", epoch))
+    seed_pass(loader, seed, epoch)
     return iter(loader)
+
+
+def seed_pass(loader: Any, seed: int, number: int) -> None:
+    """Seed the global generators, and those that the loader, its samplers and its dataset hold, for one pass.
+
+    Args:
+        loader: Yields batches.
+        seed: The seed of all passes.
+        number: Which pass, such as the epoch.
+    """
+    for index, generator in enumerate(generators_of(loader)):
+        seed_generator(generator, derive(seed, "generator of the loader", number, index))
+    seed_all(derive(seed, "epoch", number))
 
 
 def generators_of(loader: Any) -> list[Any]:
@@ -107,7 +117,7 @@ def warn_if_unrepeatable(loader: Any) -> None:
         )
     if getattr(loader, "persistent_workers", False):
         _warn(
-            f"the workers of the {name} live on from epoch to epoch, and no checkpoint has their random numbers: if "
+            f"the workers of the {name} stay alive between epochs, and no checkpoint has their random numbers: if "
             "the dataset draws any, pass persistent_workers=False to resume exactly"
         )
 
@@ -116,7 +126,7 @@ def hidden_state(loader: Any) -> dict[str, Any]:
     """Return the counters that the samplers and the dataset of `loader` hold, by name.
 
     If they differ after an epoch, the order depends on state that no checkpoint has. Objects with `set_epoch` are left
-    out: they are taken to the right epoch.
+    out, since the loop sets their epoch.
     """
     return {
         f"{type(part).__name__}.{name}": value

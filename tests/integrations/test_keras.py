@@ -21,7 +21,13 @@ from reference import (
 )
 
 from noether import AfterAccumulationStep, AfterUpdate, Run, TrainingIteration, compose
-from noether.core.callbacks import FixedUpdateEarlyStopping, LrCallback, OfflineLossCallback, OnlineLossCallback
+from noether.core.callbacks import (
+    FixedUpdateEarlyStopping,
+    GradNormCallback,
+    LrCallback,
+    OfflineLossCallback,
+    OnlineLossCallback,
+)
 from noether.core.callbacks.base import CallbackBase
 from noether.integrations.keras.callback import NoetherCallback
 from noether.integrations.keras.module import KerasModule
@@ -125,6 +131,11 @@ def test_events_and_weights_equal_those_of_the_trainer():
     assert_same(recorder.lines, expected.lines)
     assert_same(weights(KerasModule(model)), weights(state))
     assert_same(callback.session.state.callback_states, state.callback_states)
+
+
+def test_a_callback_that_reads_gradients_is_refused():
+    with pytest.raises(ValueError, match="reads grad_norm, which this loop does not measure: drop the callback"):
+        fit_keras(classifier(), reducer=GradNormCallback(every_n_updates=1))
 
 
 def test_accumulates_as_the_own_trainer_does():

@@ -285,6 +285,32 @@ def test_set_epoch_is_called_where_it_exists():
     assert epochs == [0, 1, 2]
 
 
+def test_an_evaluation_restores_the_generators_that_it_shares_with_training():
+    generator = torch.Generator()
+    epochs = []
+
+    class Shared(torch.utils.data.TensorDataset):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    dataset = Shared(torch.arange(8.0)[:, None].repeat(1, 2), torch.zeros(8, 1))
+    val = torch.utils.data.DataLoader(dataset, batch_size=2, shuffle=True, generator=generator)
+    sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=80, generator=generator)
+    orders = []
+    for callbacks in ([], [noether.OfflineLossCallback(every_n_updates=1, dataset_key="val")]):
+        _, optimizer, settings = parts()
+        loss = {"loss": lambda y, batch: nn.functional.mse_loss(y, batch[1])}
+        session = Session(callbacks, data={"val": val}, max_epochs=2, **loss, **settings)
+        seen = []
+        for batch in session.batches(torch.utils.data.DataLoader(dataset, batch_size=8, sampler=sampler)):
+            seen.append(batch[0])
+            optimizer.step()
+            session.update(0.5)
+        orders.append(torch.cat(seen))
+    assert torch.equal(*orders)
+    assert epochs == [0, 1, 0, 1]
+
+
 def test_a_loss_function_may_return_one_loss():
     model, optimizer, settings = parts()
     data = {"val": [(torch.ones(2, 2), torch.zeros(2, 1))]}

@@ -34,7 +34,8 @@ Differences from noether's trainer:
   is exact if the order of data is a function of the epoch. Seeds of Keras' dropout are buffers and are saved.
 - Files that Keras saves (`model.save`, `BackupAndRestore`) contain weights and optimizer. `callback.session.state_dict()`
   contains the rest of the run; pass it to a new callback as `remembered=`.
-- An update that a `LossScaleOptimizer` skips counts as any other. `grad_norm` is missing.
+- An update that a `LossScaleOptimizer` skips counts as any other. Keras does not show gradients: callbacks that
+  read `grad_norm` are refused, and `finite` is that of the loss.
 - A model with `jit_compile=True` is refused, because no callback can run inside of a compiled step.
 """  # noqa: E501  # a table
 
