@@ -88,7 +88,8 @@ def _missing_metrics(callbacks: Sequence[Callback], declared: Sequence[Declarati
             later = _producers(key, declared[index + 1 :]) if isinstance(key, OptionalKey) else []
             if later and not _producers(key, declared[:index]):
                 label = later[0].label
-                yield Misfit(callback, f"{consumer.label} consumes '{key}' where it is current: list it after {label}")
+                message = f"{consumer.label} reads '{key}', which {label} logs later at the same event"
+                yield Misfit(callback, f"{message}: list it after {label}")
 
 
 def _producers(key: str, declared: Sequence[Declaration]) -> list[Declaration]:

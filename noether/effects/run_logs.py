@@ -193,7 +193,8 @@ class RunLogs:
         """
         removed = self._metrics.truncate(state, UNKNOWN_COUNT if state is None else saved)
         self.events.truncate(state)
-        _LOGGER.info("removed %d lines of %s that the resumed run logs again", removed, self._path / METRICS_FILE)
+        if removed:
+            _LOGGER.info("removed %d lines of %s that the resumed run logs again", removed, self._path / METRICS_FILE)
         for service in self._services:
             self.guard(service.name, service.resume)(state)
         return removed

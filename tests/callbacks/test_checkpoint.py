@@ -126,7 +126,8 @@ def test_the_forecast_number_equals_the_number_of_requests(run, interval, n):
             state = state.next_epoch()
             saves += len(callback(state, AfterEpoch(run=run))[1])
     saves += len(callback(state, AfterTraining(run=run))[1])
-    assert forecast.text.startswith(f"c: {saves} checkpoints of ")
+    noun = "checkpoint" if saves == 1 else "checkpoints"
+    assert forecast.text.startswith(f"c: {saves} {noun} of ")
 
 
 def test_by_default_the_newest_is_resumable_and_older_ones_keep_weights():

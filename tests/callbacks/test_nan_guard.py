@@ -450,9 +450,9 @@ def test_a_guard_listed_after_a_metric_watcher_is_refused(name):
     watcher = consumers("lower")[name]
     with pytest.raises(DeclarationError) as refused:
         compose(measuring(0.0), watcher, guard())(TrainState(), BeforeTraining())
-    assert (
-        str(refused.value)
-        == f"{watcher.name} consumes 'nonfinite' where it is current: list it after NanGuardCallback/U2"
+    assert str(refused.value) == (
+        f"{watcher.name} reads 'nonfinite', which NanGuardCallback/U2 logs later at the same event: "
+        "list it after NanGuardCallback/U2"
     )
     compose(guard(), measuring(0.0), watcher)(TrainState(), BeforeTraining())
 

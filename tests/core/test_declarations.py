@@ -160,8 +160,8 @@ def test_a_reader_of_an_optional_key_comes_after_its_producer():
         (
             0,
             (
-                "OfflineLossCallback/E1/val consumes 'loss/online/*/E1' where it is current: "
-                "list it after OnlineLossCallback/E1"
+                "OfflineLossCallback/E1/val reads 'loss/online/*/E1', which OnlineLossCallback/E1 logs later at the "
+                "same event: list it after OnlineLossCallback/E1"
             ),
         )
     ]

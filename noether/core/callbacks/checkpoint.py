@@ -138,7 +138,8 @@ def _describe_saves(save: SaveCheckpoint, state: TrainState, count: int, *, keep
     unknown = " and the optimizer's memory" if save.optimizer and not state.iteration.update else ""
     remaining = count if keep is None else min(count, keep)
     size = f"{(weights + optimizer) / 1e6:.2f} MB"
-    return f"{count} checkpoints of {size}{unknown} will be written, {remaining} of them kept"
+    checkpoints = "checkpoint" if count == 1 else "checkpoints"
+    return f"{count} {checkpoints} of {size}{unknown} will be written, {remaining} of them kept"
 
 
 def _total_bytes(tree: object) -> int:

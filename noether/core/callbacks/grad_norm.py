@@ -24,8 +24,9 @@ class GradNormCallback(PeriodicCallback):
     """Logs the mean and maximum gradient norm since the last firing.
 
     The keys are `optim/grad_norm/mean/{interval}` and `optim/grad_norm/max/{interval}`. The norm is the 2-norm of all
-    gradients together, before clipping. The trainer computes it only if this callback is listed; your own loop passes
-    it as `AfterUpdate(grad_norm=...)`. Updates that were skipped because they were not finite do not count.
+    gradients together, before clipping. The trainer and `noether.Session` compute it only if a callback reads it; if
+    you call `dispatch` yourself, pass `AfterUpdate(grad_norm=...)`. Updates that were skipped because they were not
+    finite do not count.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.

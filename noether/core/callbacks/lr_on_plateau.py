@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class ReduceLROnPlateauCallback(MetricWatcher):
     """Multiplies the learning rate of all later updates by a factor when a metric stops improving.
 
-    It changes `state.hyperparams["lr_scale"]`, by which the step multiplies the learning rate of the schedule. If you
-    dispatch events in your own loop, write it into the optimizer afterwards with
+    It changes `state.hyperparams["lr_scale"]`, by which the trainer and `noether.Session` multiply the learning rate
+    that any scheduler sets. If you call `dispatch` yourself, write it into the optimizer afterwards with
     `state = state.into_module(model, optimizer)`. It decides as `torch.optim.lr_scheduler.ReduceLROnPlateau` with an
     absolute threshold and a patience of `tolerance - 1`, except that an infinite first value counts as a best value.
 

@@ -35,10 +35,10 @@ class NanGuardCallback(PeriodicCallback):
     update and these tensors are finite. A rollback keeps counters, metrics and the memory of callbacks, so training
     continues with the next batch. An average of the weights that is not finite restarts from the snapshot.
 
-    The step decides what is finite: the loss with `trainer.nonfinite: apply`; loss and gradients with `skip`, which
-    also leaves the update out and is the better choice with this callback. If you dispatch events in your own loop,
-    pass `AfterUpdate(finite=...)`, and write a rollback into model and optimizer afterwards with
-    `state = state.into_module(model, optimizer)`.
+    `noether.Session` looks at loss and gradients and applies a rollback. The trainer looks at the loss with
+    `trainer.nonfinite: apply`; with `skip` it looks at loss and gradients and leaves the update out, which is the
+    better choice with this callback. If you call `dispatch` yourself, pass `AfterUpdate(finite=...)` and write a
+    rollback into model and optimizer with `state = state.into_module(model, optimizer)`.
 
     Args:
         tolerance: Updates in a row that are not finite after which the callback acts, >= 1.
