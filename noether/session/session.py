@@ -59,7 +59,7 @@ class Session(SessionEvents):
     `end_epoch` and `end` itself.
 
     Args:
-        callbacks: One callback, or several in order, such as `noether.load_callbacks(path)`.
+        callbacks: One callback, or several in order, such as `noether.config.load_callbacks(path)`.
         directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
         interpreter: Runs effects, `(effects, state, event) -> None`; by default that of the directory.
         model: The module that holds all trained parameters, on its final device.
