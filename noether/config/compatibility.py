@@ -20,7 +20,7 @@ class ConfigWarning(UserWarning):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """How the settings of a callback in other YAML translate to the settings here.
+    """How the settings of a callback in YAML for a class-based framework become settings of noether.
 
     Args:
         renamed: New name by older name. Both are accepted.

@@ -180,7 +180,7 @@ def _example(path: str, target: Any, doc: str, settings: Sequence[Setting]) -> s
     example = _YAML.search(doc)
     if example:
         return example[1].rstrip()
-    # A function that a decorator has given an interval takes no other.
+    # YAML cannot give an interval to a function that has one from a decorator.
     has_interval = not isinstance(target, type) and declaration_of(target).gate is not None
     takes_interval = not has_interval and any(each.name == "every_n_epochs" for each in settings)
     interval = ["every_n_epochs: 1"] if takes_interval else []

@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True)
 class LocatedProblem:
-    """A problem of one setting: where the setting was written, what is wrong and what would be right.
+    """A problem of one setting: where the setting was written, what is wrong and what to write instead.
 
     Example:
         >>> print(LocatedProblem(Place("a.yaml", 3), ("callbacks", 2, "every_n_epochs"), "0 is not a whole number"))
@@ -84,12 +84,12 @@ def format_path(path: SettingPath) -> str:
 
 
 class InvalidValueError(NoetherError, ValueError):
-    """A value does not fit its setting; the message quotes the value and says what would be right."""
+    """A value does not fit its setting; the message quotes the value and says what to write instead."""
 
 
 @contextmanager
 def collect_errors(errors: list[Exception], part: str | int | None = None) -> Iterator[None]:
-    """Append what the body raises to `errors`, located in `part`: a key of a mapping or an index of a list."""
+    """Append an exception of the body to `errors`, located in `part`: a key of a mapping or an index of a list."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever a constructor raises is a problem of its settings

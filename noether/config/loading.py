@@ -32,8 +32,8 @@ def load(
         path: The file.
         overrides: `key=value` each, as after `--set`, e.g. `trainer.max_epochs=20`. An end replaces the file's end.
         allow: Prefixes of modules that `kind` may name, beside noether, torch and modules under the working directory.
-        run_dir: Directory of the run that the file belongs to. A stranger may have made it and put modules in it, so
-            modules in it are not imported even if it is under the working directory.
+        run_dir: Directory of the run that the file belongs to. It may come from a stranger, so modules in it are not
+            imported even if it is under the working directory.
 
     Raises:
         ConfigError: With every problem, each with file and line.

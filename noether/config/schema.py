@@ -11,7 +11,7 @@ from noether.config.errors import ConfigError, LocatedProblem, Place, SettingPat
 from noether.config.objects import kinds
 from noether.config.objects.kinds import Kind
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings, check_number
-from noether.config.source import Source  # noqa: TC001 - as above
+from noether.config.source import Source  # noqa: TC001 - the annotations of a dataclass are read at run time
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest
 from noether.core.schedules.schedule import INTERVALS
 

@@ -151,7 +151,7 @@ class _Loader(yaml.SafeLoader):
     composed = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Return the next node; in memory a node takes about a hundred times the space of its text."""
+        """Return the next node, or raise if there are too many: a node takes a hundred times the memory of its text."""
         self.composed += 1
         if self.composed > 2 * MAX_NODES:  # keys are nodes too
             raise _TooManyError
@@ -195,14 +195,14 @@ _SCALARS: dict[str, Callable[[str], object]] = {
 class _Builder:
     """Turns nodes into values and records their places and problems."""
 
-    where: Callable[[yaml.Node], Place]
+    place_of: Callable[[yaml.Node], Place]
     places: dict[SettingPath, Place] = field(default_factory=dict)
     problems: list[LocatedProblem] = field(default_factory=list)
     nodes: int = 0
 
     def value(self, node: yaml.Node, path: SettingPath, around: tuple[yaml.Node, ...] = ()) -> object:
         self.nodes += 1
-        place = self.places.setdefault(path, self.where(node))
+        place = self.places.setdefault(path, self.place_of(node))
         if self.nodes > MAX_NODES:
             raise ConfigError([LocatedProblem(place, (), _TOO_MANY)])
         if len(around) > MAX_LEVELS:
@@ -227,7 +227,7 @@ class _Builder:
                 first = self.places[*path, key]
                 self.add_problem(key_node, (*path, key), f"is given twice, first in line {first.line}")
             else:
-                self.places[*path, key] = self.where(key_node)
+                self.places[*path, key] = self.place_of(key_node)
                 values[key] = self.value(value_node, (*path, key), around)
         return values
 
@@ -243,7 +243,7 @@ class _Builder:
 
     def add_problem(self, node: yaml.Node, path: SettingPath, message: str) -> object:
         """Record a problem and return None, which takes the place of the value."""
-        self.problems.append(LocatedProblem(self.where(node), path, message))
+        self.problems.append(LocatedProblem(self.place_of(node), path, message))
         return None
 
 

@@ -1,4 +1,4 @@
-"""Property tests for callbacks and schedules: one call for each law, and the runs and comparisons they are made of.
+"""Property tests for callbacks and schedules: one function for each law, and functions that drive and compare runs.
 
 A line here may touch whatever its test needs: temporary files, clocks and generators that it watches. Needs hypothesis:
 `pip install 'noether[testing]'`. Strategies are in `noether.testing.strategies`.

@@ -214,7 +214,9 @@ def _save_and_load(callback: Callback, state: TrainState, event: Event) -> Train
         except TypeError as error:
             raise LawError(f"{label_of(callback)} leaves a state that cannot be saved: {error}") from error
         loaded = store.load(store.find("cut"))
-    for path, found, expected in differences(loaded, state):
+    difference = next(differences(loaded, state), None)
+    if difference is not None:
+        path, found, expected = difference
         raise LawError(f"{label_of(callback)}: state{path} was saved as {expected}, but loads as {found}")
     return loaded
 
@@ -228,7 +230,7 @@ def _compare_runs(callback: Callback, violation: str, found: DrivenRun, expected
 
 
 def _first_difference(found: DrivenRun, expected: DrivenRun) -> str | None:
-    """Return where two runs first differ, with what was found and expected there, or None."""
+    """Return the first event at which two runs differ, with the found and the expected value, or None."""
     for number in range(min(len(found.events), len(expected.events))):
         place = _event_text(expected, number)
         if type(found.events[number]) is not type(expected.events[number]):
@@ -249,7 +251,7 @@ def _event_text(driven: DrivenRun, number: int) -> str:
 
 
 def _match_order(effects: Effects, others: Effects) -> Effects:
-    """Return `effects` sorted as their equals in `others`; effects without an equal come last."""
+    """Return `effects` in the order of the equal effects in `others`; effects without an equal come last."""
     unmatched = list(effects)
     ordered: list[Effect] = []
     for other in others:

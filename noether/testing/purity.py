@@ -79,7 +79,7 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
 
 
 def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-    """Return the result of `callback` after calling it twice and watching the second call.
+    """Return the result of `callback`; raise an error if it is impure. It is called twice, the second time watched.
 
     Args:
         callback: Any callback.
@@ -106,8 +106,8 @@ def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[Tr
     if _attribute_ids(callback) != attributes:
         raise ImpureError(f"{name} assigns to itself; keep memory in the state: state.remember(...)")
     if not same(first, second):
-        cause = "it keeps memory outside of the state, which belongs into state.remember(...)"
-        raise ImpureError(f"{name} returns another result when called again with the same arguments: {cause}")
+        hint = "keep its memory in the state: state.remember(...)"
+        raise ImpureError(f"{name} returns another result when called again with the same arguments; {hint}")
     return second
 
 

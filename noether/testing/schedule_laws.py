@@ -92,14 +92,14 @@ def _check_next_due(schedule: Schedule, run: Run) -> None:
 
 
 def _check_batches(schedule: Schedule, start: TrainingIteration, sizes: tuple[int, ...]) -> None:
-    """Check that a batch is due exactly if one of its samples alone is."""
+    """Check that the schedule is due at a batch exactly if it is due at one of its samples alone."""
     part = schedule.select_counters("sample")
     if part is None:
         return
     windows: list[Any] = [member.window for member in part.members]
     limits = [point for window in windows for point in (window.start, window.until)]
     if any(point.epoch or point.update for point in limits):
-        return  # other batches have other updates and epochs, which limit the schedule at other samples
+        return  # with other batch sizes, limits on updates and epochs lie at other samples
     before = start
     for size in sizes:
         after = before.advance(samples=size)

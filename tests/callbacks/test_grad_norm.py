@@ -97,7 +97,8 @@ def test_an_infinite_norm_is_logged():
 
 def test_an_event_without_the_norm_is_refused():
     with pytest.raises(
-        ValueError, match=r"^GradNormCallback/U2: the loop does not measure it; pass AfterUpdate\(grad_norm=...\)$"
+        ValueError,
+        match=r"^GradNormCallback/U2: the loop measures no gradient norm; pass AfterUpdate\(grad_norm=...\)$",
     ):
         go(GradNormCallback(every_n_updates=2), [(None, False)])
     go(GradNormCallback(every_n_updates=1), [(None, True)])  # a skipped update needs no norm

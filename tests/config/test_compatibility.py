@@ -352,6 +352,6 @@ def test_a_setting_may_have_any_name_but_that_of_an_interval(own):
     with pytest.raises(ConfigError, match="settings: 'a' is not a whole number"):
         load_members("callbacks:\n  - {kind: own.named, settings: a}\n")
     with pytest.raises(
-        ConfigError, match="at_end of the function would hide its interval at_end; rename that parameter"
+        ConfigError, match="the parameter at_end of the function has the name of an interval setting; rename it"
     ):
         load_members("callbacks:\n  - {kind: own.clashing, at_end: a}\n")

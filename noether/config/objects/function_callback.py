@@ -40,7 +40,7 @@ class FunctionCallbackFactory:
         for each in self._settings:
             if each.name in (*INTERVALS, "at_end"):
                 raise InvalidValueError(
-                    f"{each.name} of the function would hide its interval {each.name}; rename that parameter"
+                    f"the parameter {each.name} of the function has the name of an interval setting; rename it"
                 )
 
     @property

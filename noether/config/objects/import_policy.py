@@ -1,6 +1,6 @@
 """Decides which dotted paths a configuration may import, and imports them.
 
-A configuration may come from a stranger, so each path is judged before any part of it is imported.
+A configuration may come from a stranger, so each path is checked before any part of it is imported.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def import_allowed(path: object, allow: Sequence[str] = (), run_dir: Path | None
     """
     if not isinstance(path, str) or "." not in path or not all(part.isidentifier() for part in path.split(".")):
         raise InvalidValueError(f"{path!r} is not a dotted path such as 'package.module.name'")
-    return _walk(path, lambda module: _judge(module, path, allow, run_dir))
+    return _walk(path, lambda module: _check_module(module, path, allow, run_dir))
 
 
 def import_path(path: str) -> Any:
-    """Return the object at a dotted path that was judged when its configuration was loaded.
+    """Return the object at a dotted path that was checked when its configuration was loaded.
 
     Example:
         >>> import_path("noether.core.errors.suggest").__name__
@@ -53,28 +53,28 @@ def import_path(path: str) -> Any:
     return _walk(path, lambda _: None)
 
 
-def _walk(path: str, judge: Callable[[str], None]) -> object:
-    """Return the object at `path`, judging every module on the way, so that `torch.os.system` is refused.
+def _walk(path: str, check: Callable[[str], None]) -> object:
+    """Return the object at `path`, checking every module on the way, so that `torch.os.system` is refused.
 
-    The module that defines the object is judged too, so that an object a library only re-exports is refused
+    The module that defines the object is checked too, so that an object that a library only re-exports is refused
     (`torch.hub.urlopen`).
     """
     head, *parts = path.split(".")
-    judge(path)
+    check(path)
     found: object = _import_module(head, path)
-    done = head
+    walked = head
     for part in parts:
-        found = _attribute(found, done, part, path)
-        done = f"{done}.{part}"
-        if isinstance(found, types.ModuleType) and found.__name__ != done:
-            judge(found.__name__)
+        found = _attribute(found, walked, part, path)
+        walked = f"{walked}.{part}"
+        if isinstance(found, types.ModuleType) and found.__name__ != walked:
+            check(found.__name__)
     home = getattr(found, "__module__", None)
     if head in ALLOWED and isinstance(home, str):
-        judge(home)
+        check(home)
     return found
 
 
-def _attribute(owner: Any, done: str, part: str, path: str) -> object:
+def _attribute(owner: Any, owner_path: str, part: str, path: str) -> object:
     """Return one attribute or submodule, as `from owner import part` finds it."""
     if not part.startswith("__"):
         if hasattr(owner, part):
@@ -82,7 +82,7 @@ def _attribute(owner: Any, done: str, part: str, path: str) -> object:
         is_package = isinstance(owner, types.ModuleType) and hasattr(owner, "__path__")
         if is_package and part in {each.name for each in pkgutil.iter_modules(owner.__path__)}:
             return _import_module(f"{owner.__name__}.{part}", path)
-    raise InvalidValueError(f"{path!r}: {done!r} has no {part!r}{suggest(part, _public_names(owner))}")
+    raise InvalidValueError(f"{path!r}: {owner_path!r} has no {part!r}{suggest(part, _public_names(owner))}")
 
 
 def _import_module(module: str, path: str) -> types.ModuleType:
@@ -92,7 +92,7 @@ def _import_module(module: str, path: str) -> types.ModuleType:
         raise InvalidValueError(f"{path!r}: importing {module!r} failed: {type(error).__name__}: {error}") from None
 
 
-def _judge(module: str, path: str, allow: Sequence[str], run_dir: Path | None) -> None:
+def _check_module(module: str, path: str, allow: Sequence[str], run_dir: Path | None) -> None:
     """Raise unless the prefix of `module` is allowed; no code of the module runs."""
     head, *rest = module.split(".")
     if any(f"{module}.".startswith(f"{prefix}.") for prefix in (*ALLOWED, *allow)):

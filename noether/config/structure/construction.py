@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _InvalidKeyError(InvalidValueError):
-    """A setting is missing or unknown, so a constructor has no value to judge."""
+    """A setting is missing or unknown, so a constructor has no value to check."""
 
 
 def construct(converter: Converter, target: Callable[..., Any], value: object, **given: object) -> Any:
@@ -49,7 +49,7 @@ def construct_with_settings(
     """
     settings, errors = arguments(converter, target, value, given=given)
     invalid = {str(part): error for error in errors for part in location(error)[:1]}
-    # The constructor also receives the invalid values, so that it reports its problems with the others at once.
+    # The constructor also receives the invalid values, so that it reports all its problems at the same time.
     received = dict(settings)
     if invalid:
         written: Mapping[str, object] = value if isinstance(value, dict) else {}
@@ -58,7 +58,7 @@ def construct_with_settings(
         instance = target(**given, **received)
     except SettingsError as error:
         errors = _merge_errors(invalid, error)
-    except Exception as error:  # noqa: BLE001 - as in `structure`; after an invalid value it says nothing new
+    except Exception as error:  # noqa: BLE001 - as in `structure`; an invalid value, reported already, may have caused it
         errors = errors or [error]
     raise_together(errors, target)
     return instance, settings
@@ -143,9 +143,9 @@ def _plain_default(default: object) -> object:
 
 
 def _merge_errors(invalid: Mapping[str, Exception], refusal: SettingsError) -> list[Exception]:
-    """Return the errors of types and those of the constructor without saying anything twice.
+    """Return the errors of types and those of the constructor, with one error for each setting.
 
-    The constructor knows more of a plain value, such as its range; the error of the type knows more of a nested one.
+    For a plain value that is the constructor's, which knows its range; for a nested one the type's, which has the path.
     """
     replaced = {each.setting for each in refusal.problems if type(invalid.get(each.setting)) is InvalidValueError}
     reported = [path for error in invalid.values() for path, _ in problems_in(error)]

@@ -1,7 +1,7 @@
-"""Turns plain values into typed objects without converting any: 2.7 is no whole number, and "3" is text.
+"""Turns plain values into typed objects, strictly: 2.7 is not rounded to a whole number, and "3" stays text.
 
-cattrs chooses the hook for a type, and its error groups and notes carry every problem up with the path to it. The hooks
-are written here because those of cattrs convert values where they can, and know no plain class by its signature.
+cattrs chooses the hook for a type, and its error groups and notes collect every problem with the path to it. The hooks
+are written here because those of cattrs convert values where they can, and do not read the signature of a plain class.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _structure_literal(value: object, kind: object) -> object:
 def _structure_union(converter: Converter, value: object, kind: object) -> object:
     """Return `value` as the first member that accepts it, trying the value's own type first.
 
-    Text with a dot names a function where a member is one; otherwise it would pass as any text.
+    Text with a dot is the path of a function if one of the members is a function type, even if another one is text.
     """
     members = [each for each in typing.get_args(kind) if each is not type(None)]
     if value is None and type(None) in typing.get_args(kind):

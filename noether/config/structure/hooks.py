@@ -67,7 +67,7 @@ class _KindHooks:
         if kind is Kind and isinstance(role, Role):
             return self.callback(value) if role is CALLBACK else self.kind(value, role)
         path: str = self.converter.structure(value, str)
-        # A metric without a dot is a shipped one, which the callback that measures it knows by name.
+        # Text without a dot names a metric of noether; the callback that measures it checks the name.
         if isinstance(role, Role) or "." in path:
             self.resolve(path, role if isinstance(role, Role) else FUNCTION)
         return path
@@ -76,14 +76,14 @@ class _KindHooks:
         return resolve(path, role, self.allow, self.run_dir)
 
     def kind(self, value: object, role: Role) -> Kind:
-        """Return an object with checked settings, that is constructed when it is needed."""
+        """Return an entry with checked settings; `Kind.build` constructs the object later."""
         path, target, written = self.read_entry(value, role)
         settings, errors = arguments(self.converter, target, written, given=role.given)
         raise_together(errors, Kind)
         return Kind(path, target, settings)
 
     def callback(self, value: object) -> Kind:
-        """Return a callback, constructed now so that its constructor judges the settings."""
+        """Return the entry of a callback, which is constructed now so that its constructor checks the settings."""
         path, target, written = self.read_entry(value, CALLBACK)
         if isinstance(target, type):
             written, ignored = translate_settings(target, written)
@@ -92,7 +92,7 @@ class _KindHooks:
         else:
             target = FunctionCallbackFactory(target)
         if "name" not in parameters(target):
-            written.pop("name", None)  # a label for the reader
+            written.pop("name", None)  # in YAML, any callback may have a label for the reader
         instance, settings = construct_with_settings(self.converter, target, written)
         # Imported here, because it imports torch and an invalid entry is refused without it.
         from noether.core.callback import check_readings
@@ -122,7 +122,7 @@ class _KindHooks:
 
 
 def _structure_evaluate(converter: Converter, value: object) -> object:
-    """Return the section in which the keys that are no interval name datasets."""
+    """Return the section `evaluate`, in which every key but the intervals names a dataset."""
     if not isinstance(value, dict):
         raise InvalidValueError(f"{value!r} is not a mapping such as {{val: [loss, accuracy], every_n_epochs: 1}}")
     intervals = {name: each for name, each in value.items() if name in INTERVALS}
@@ -142,7 +142,7 @@ def _structure_evaluate(converter: Converter, value: object) -> object:
 
 
 def _structure_checkpoints(converter: Converter, value: object) -> object:
-    """Return the section in which `async` stands for the field `asynchronous`, because Python reserves `async`."""
+    """Return the section `checkpoints`; its key `async`, a keyword of Python, is the field `asynchronous`."""
     if not isinstance(value, dict) or "async" not in value:
         return construct(converter, CheckpointSettings, value)
     rest = {name: each for name, each in value.items() if name != "async"}
@@ -157,7 +157,7 @@ def _structure_checkpoints(converter: Converter, value: object) -> object:
 
 
 def _structure_optimizer(kinds: _KindHooks, value: object) -> object:
-    """Return the optimizer's section, of which every key that is not a field is a setting of the class."""
+    """Return the section `optimizer`, in which every key that is no field is a setting of the optimizer's class."""
     path, target, written = kinds.read_entry(value, OPTIMIZER)
     fields = {name: each for name, each in written.items() if name in _OPTIMIZER_FIELDS}
     others = {name: each for name, each in written.items() if name not in _OPTIMIZER_FIELDS}

@@ -82,7 +82,7 @@ class CallbackBase:
         return after
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
-        """Handle the start of training, or of its continuation if `event.resumed`."""
+        """Handle the start of training, or the resume of a run if `event.resumed`."""
         return state, ()
 
     def after_accumulation_step(self, state: TrainState, event: AfterAccumulationStep) -> tuple[TrainState, Effects]:
@@ -144,5 +144,5 @@ class CallbackBase:
 
     @classmethod
     def overrides(cls, hook: str, base: type) -> bool:
-        """Return whether the class has another `hook` than `base`."""
+        """Return whether the class has another `hook` than the one that it would inherit from `base`."""
         return getattr(cls, hook) is not getattr(base, hook)

@@ -69,7 +69,7 @@ class BestCheckpointCallback(MetricWatcher):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """The pointer, as no metric: two callbacks that move one pointer would remove each other's checkpoints."""
+        """A key for the pointer, which refuses a second callback that moves it: each would remove the other's saves."""
         return (f"checkpoints/{self.pointer}",)
 
     @property

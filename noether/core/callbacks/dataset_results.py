@@ -28,7 +28,7 @@ class Mean:
 
 @final
 class DatasetResults:
-    """Accumulates what `process_data` returns for each batch; lives for one pass over the dataset.
+    """Accumulates the results of `process_data` for each batch, in one pass over the dataset.
 
     Example:
         >>> results = DatasetResults()

@@ -180,4 +180,4 @@ _STOPS: Final = {"stop_at_epoch": "epoch", "stop_at_update": "update", "stop_at_
 
 MetricEarlyStopper = MetricEarlyStopping
 FixedEarlyStopper = FixedUpdateEarlyStopping
-"""Aliases for YAML of a class-based framework."""
+"""Aliases for YAML that was written for a class-based framework."""

@@ -174,6 +174,7 @@ class EMACallback(PeriodicCallback):
 
     @property
     def _partial(self) -> bool:
+        """Whether `model_paths` chooses a part of the model only."""
         return bool(self.model_paths) and None not in self.model_paths
 
     def _select(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -245,4 +246,4 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
 EmaCallback = EMACallback
-"""Alias for YAML of a class-based framework."""
+"""Alias for YAML that was written for a class-based framework."""

@@ -109,4 +109,4 @@ def _mean_update_s(memory: Mapping[str, float]) -> float | None:
 
 
 ETA = ETACallback = EtaCallback
-"""Aliases for YAML of a class-based framework."""
+"""Aliases for YAML that was written for a class-based framework."""

@@ -226,7 +226,7 @@ class EvaluateCallback(_Evaluation):
 
     @property
     def consumes(self) -> tuple[str, ...]:
-        """The weights that it evaluates. The trainer chooses its place, so nothing optional has to come before."""
+        """The weights that it evaluates. The trainer chooses its place, so no optional key has to come before it."""
         return tuple(key for key in super().consumes if not isinstance(key, OptionalKey))
 
     def problems(self) -> Iterator[Problem | None]:

@@ -69,7 +69,7 @@ class GradNormCallback(PeriodicCallback):
         if event.skipped:
             return state, ()
         if event.grad_norm is None:
-            raise ValueError(f"{self.name}: the loop does not measure it; pass AfterUpdate(grad_norm=...)")
+            raise ValueError(f"{self.name}: the loop measures no gradient norm; pass AfterUpdate(grad_norm=...)")
         memory, norm = self.memory(state), torch.as_tensor(event.grad_norm, dtype=torch.float64).detach()
         largest = torch.maximum(norm, torch.as_tensor(memory["max"], dtype=torch.float64, device=norm.device))
         memory = FrozenDict(sum=memory["sum"] + norm, max=largest, updates=memory["updates"] + 1)

@@ -76,6 +76,7 @@ class LrCallback(PeriodicCallback):
 
 
 def _by_key(event: AfterUpdate) -> FrozenDict:
+    """Return the learning rates and weight decays of an update by metric key."""
     single = len(event.lr) <= 1
     readings = (("optim/lr", event.lr), ("optim/wd", event.weight_decay))
     return FrozenDict(
@@ -84,4 +85,4 @@ def _by_key(event: AfterUpdate) -> FrozenDict:
 
 
 LR = LrCallback
-"""Alias for YAML of a class-based framework."""
+"""Alias for YAML that was written for a class-based framework."""

@@ -109,4 +109,4 @@ def _check_not_nan(key: str, mean: torch.Tensor, state: TrainState) -> None:
 
 
 OnlineLoss = OnlineLossCallback
-"""Alias for YAML of a class-based framework."""
+"""Alias for YAML that was written for a class-based framework."""

@@ -48,4 +48,4 @@ class PeakMemoryCallback(PeriodicCallback):
 
 
 PeakMemory = PeakMemoryCallback
-"""Alias for YAML of a class-based framework."""
+"""Alias for YAML that was written for a class-based framework."""

@@ -80,10 +80,13 @@ class PeriodicCallback(CallbackBase):
         return Problem("", f"{kind.__name__} does nothing: define {hook}{suggest(hook, vars(kind))}")
 
     @property
+    def _interval(self) -> Schedule:
+        return next(INTERVALS[name](n) for name in INTERVALS if (n := getattr(self, name)) is not None)
+
+    @property
     def schedule(self) -> Schedule:
         """When it fires, other than at the end."""
-        name, n = next((name, n) for name in INTERVALS if (n := getattr(self, name)) is not None)
-        return INTERVALS[name](n)
+        return self._interval
 
     @cached_property
     def gate(self) -> Gate:
@@ -93,8 +96,7 @@ class PeriodicCallback(CallbackBase):
     @cached_property
     def interval_name(self) -> str:
         """Short name of the interval, such as `E1`, `U100` or `S512`."""
-        name, n = next((name, n) for name in INTERVALS if (n := getattr(self, name)) is not None)
-        return f"{name.removeprefix('every_n_')[0].upper()}{n}"
+        return str(self._interval)
 
     def name_parts(self) -> tuple[str, ...]:
         """Return the short name of the interval."""
@@ -120,7 +122,7 @@ class PeriodicCallback(CallbackBase):
         return state, ()
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Return the state and effects of any update, before those of `periodic_callback` if it fires."""
+        """Return the state and effects of an update; called at each one, before `periodic_callback` if that is due."""
         return state, ()
 
     def after_accumulation_step(self, state: TrainState, event: AfterAccumulationStep) -> tuple[TrainState, Effects]:
@@ -147,7 +149,7 @@ class PeriodicCallback(CallbackBase):
 
     @cached_property
     def _tracks(self) -> bool:
-        """Whether it has to see every update, its gate open or closed."""
+        """Whether a reducer has to call it at every update, even while its gate is closed."""
         return any(self.overrides(hook, PeriodicCallback) for hook in ("track_after_update_step", "after_update"))
 
     @property

@@ -123,4 +123,4 @@ def _format_end(left_s: float | None, time_s: float) -> str:
 
 
 Progress = ProgressCallback
-"""Alias for YAML of a class-based framework."""
+"""Alias for YAML that was written for a class-based framework."""

@@ -90,7 +90,7 @@ class TrackOutputsCallback(PeriodicCallback):
 
     @property
     def _tracks(self) -> bool:
-        """Whether it looks at every update: for a mean, and where the firing's own event carries no outputs."""
+        """Whether it reads every update: for a mean, and where it fires at an event without outputs."""
         return self.reduce == "mean" or self.every_n_epochs is not None or self.at_end
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
@@ -183,4 +183,4 @@ def _to_tensor(value: Any) -> torch.Tensor:
 
 
 TrackAdditionalOutputsCallback = TrackOutputsCallback
-"""Alias for YAML of a class-based framework."""
+"""Alias for YAML that was written for a class-based framework."""

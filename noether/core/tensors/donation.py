@@ -45,7 +45,7 @@ class DonatedTree(Mapping[str, Any]):
 
     __slots__ = ("_tree", "owner")
     is_value = True
-    """`freeze` leaves it unchanged: readers cannot write to it."""
+    """`freeze` returns it unchanged, because its readers cannot write to it."""
 
     def __init__(self, tree: Mapping[str, Any], owner: object = None) -> None:
         self._tree: Mapping[str, Any] | None = tree
@@ -91,9 +91,9 @@ class DonatedTree(Mapping[str, Any]):
 class OwnedStorages:
     """Tensors that are written in place, after a check that nothing else uses their storage.
 
-    Torch counts the users of a storage. A tensor that something else still uses, such as a checkpoint in flight, a
-    metric or a view of a view, is left to it, and a copy takes its place before the write. The tensor left behind is
-    reused for the next copy once its other users are gone, because mapped memory is filled faster.
+    Torch counts the users of a storage. If something else still uses a tensor, such as a checkpoint in flight, a metric
+    or a view of a view, that user keeps it, and a copy takes its place before the write. Once its users are gone, the
+    tensor left behind holds the next copy: writing is faster where memory is mapped already.
 
     Args:
         places: The dict and the key of each tensor.
@@ -121,7 +121,7 @@ class OwnedStorages:
         self._handles = [storage_handle(storage) for storage in self._storages]
 
     def unshare(self) -> bool:
-        """Replace each tensor with other users by a copy, and return whether there was one."""
+        """Replace each tensor that has other users by a copy, and return whether any was replaced."""
         users = list(map(storage_use_count, self._handles))
         if users == self._unshared_counts:
             return False
@@ -188,4 +188,4 @@ def _view(leaf: Any) -> Any:
 
 
 _OF_ONE_TENSOR: Final = 2
-"""Users of the storage of one tensor: the tensor, and the object by which the storage is looked at."""
+"""Users of a storage that one tensor uses: the tensor, and the storage object through which we read the count."""

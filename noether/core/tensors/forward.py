@@ -54,7 +54,7 @@ class Forward:
         self._model = model
         self._loss = loss
         self._precision = precision
-        self._model_params: Mapping[str, Tensor] | None = None  # during an evaluation
+        self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
         """Return losses and outputs of a batch."""
@@ -69,7 +69,7 @@ class Forward:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Hold the model in evaluation mode, so that its mode changes once and not for each batch."""
+        """Keep the model in evaluation mode for several calls, so that its mode changes once and not at each batch."""
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.

@@ -60,5 +60,5 @@ def use_weights(state: TrainState, weights: str) -> TrainState:
 
 
 def _overwrite(tensors: Mapping[str, Any], new: Mapping[str, Any]) -> FrozenDict:
-    """Return `tensors` with the new ones in their place, in the dtype of the model."""
+    """Return `tensors` with those in `new` replaced, in the dtype that they had."""
     return FrozenDict({**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in new.items()}})

@@ -1,4 +1,4 @@
-"""Every private API of PyTorch that noether uses, each with the reason why no public one serves.
+"""Every private API of PyTorch that noether uses, each with the reason why no public one is enough.
 
 `python -m noether.core.tensors.torch_internals` tries each of them on small tensors and names those that the installed
 version of torch has changed. A name that torch no longer has fails when it is called, not when noether is imported.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _find(path: str) -> Any:
-    """Return the object at a dotted path in torch, or a function that says that this torch has none."""
+    """Return the object at a dotted path in torch; if it is missing, a function that raises an error naming it."""
     try:
         return attrgetter(path)(torch)
     except AttributeError:
@@ -34,19 +34,19 @@ def _find(path: str) -> Any:
 
 
 storage_use_count: Final[Callable[[int], int]] = _find("_C._storage_Use_Count")
-"""Return how many objects use the storage with a handle; torch has no public count. Two use that of a lone tensor."""
+"""Return how many objects use the storage with a handle; torch has no public count. For one tensor it is 2."""
 
 foreach_add_: Final[Callable[[Sequence[Tensor], float], None]] = _find("_foreach_add_")
-"""Add a number to each tensor in place, in one call; the foreach functions are public by no other name."""
+"""Add a number to each tensor in place, in one call; torch has no public name for the foreach functions."""
 
 foreach_lerp: Final[Callable[[Sequence[Tensor], Sequence[Tensor], float], tuple[Tensor, ...]]] = _find("_foreach_lerp")
-"""Interpolate each tensor towards another, in one call; the foreach functions are public by no other name."""
+"""Interpolate each tensor towards another, in one call; torch has no public name for the foreach functions."""
 
 foreach_lerp_: Final[Callable[[Sequence[Tensor], Sequence[Tensor], float], None]] = _find("_foreach_lerp_")
 """Do what `foreach_lerp` does, in place."""
 
 fused_adam_: Final[Callable[..., None]] = _find("_fused_adam_")
-"""Write an update of Adam in one kernel; `torch.optim.adam.adam` sorts all tensors by device before each call of it."""
+"""Write an update of Adam in one kernel; the public `torch.optim.adam.adam` first sorts all tensors by device."""
 
 fused_adamw_: Final[Callable[..., None]] = _find("_fused_adamw_")
 """Write an update of AdamW in one kernel; see `fused_adam_`."""
@@ -54,8 +54,8 @@ fused_adamw_: Final[Callable[..., None]] = _find("_fused_adamw_")
 reparametrize: Final[Callable[..., Any]] = _find("nn.utils.stateless._reparametrize_module")
 """Return a context in which a module has other parameters and buffers.
 
-`torch.func.functional_call` ends it with the forward pass, but checkpointed parts of a model are called again in the
-backward pass.
+`torch.func.functional_call` leaves this context after the forward pass, but activation checkpointing calls parts of the
+model again in the backward pass.
 """
 
 _write_count: Final = attrgetter("_version")
@@ -72,7 +72,7 @@ def write_counts(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def run_backward(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the gradients of a loss on the CPU; most of what `torch.autograd.grad` does first is for other calls."""
+    """Return the gradients of a loss on the CPU, without the preparations of `torch.autograd.grad` for other cases."""
     engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001  # the engine has no public name
     gradients: Sequence[Tensor | None] = engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
@@ -82,17 +82,17 @@ def run_backward(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | No
 
 def buffer_dicts(model: nn.Module) -> list[dict[str, Tensor | None]]:
     """Return the dict of buffers of each module; `setattr` takes longer and registers what it assigns."""
-    return [module._buffers for module in model.modules()]  # noqa: SLF001  # torch has no public way to assign unseen
+    return [module._buffers for module in model.modules()]  # noqa: SLF001  # torch has no public dict
 
 
 @cache
 def optimizer_attributes() -> frozenset[str]:
     """Return the names of the attributes that torch itself sets on every optimizer.
 
-    Call it only where an optimizer exists already: to construct the first one, torch imports its compiler, which takes
-    about as long as to import torch.
+    Call it only where an optimizer exists already: constructing the first one imports torch's compiler, which takes
+    about as long as importing torch.
     """
-    # The last one is set by the first step of a fused optimizer.
+    # A fused optimizer sets the last one at its first step.
     return frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"_need_device_dtype_check_for_fused"}
 
 
@@ -106,10 +106,11 @@ def compile_graph(
     """Return `function` compiled as one graph, for static shapes, without the guards that cannot fail.
 
     Torch evaluates about a thousand guards before each call, which takes as long as some of the kernels. Half of them
-    check that the name of a function, class or module still has the same meaning, or look at what `fixed` names.
+    check that the name of a function, class or module still has the same meaning, or check a value that `fixed` names;
+    the compiled function has none of these.
 
     Args:
-        function: What is compiled.
+        function: The function to compile.
         fixed: Beginnings of the names of values that never change, such as `self._names`.
         backend: Name of the compiler.
     """
@@ -225,7 +226,7 @@ def _check_optimizer_attributes() -> None:
 
 
 class _Scaling:
-    """Has one number that a compiled call has to look at again, and one that it may take as fixed."""
+    """Multiplies by one number that a compiled call has to read again, and by one that it may treat as fixed."""
 
     def __init__(self) -> None:
         self.read, self.fixed = 2.0, 10.0
@@ -246,7 +247,7 @@ def _check_compile_graph() -> None:
 
 
 _CHECKS: Final = (
-    _Check("storage_use_count, storage_handle", "donation sees which tensors are held elsewhere", _check_storages),
+    _Check("storage_use_count, storage_handle", "donation finds tensors that have other users", _check_storages),
     _Check("write_counts", "the step refuses a model that writes to its parameters", _check_write_counts),
     _Check("run_backward", "gradients of the step on the CPU", _check_run_backward),
     _Check("reparametrize", "the step calls the model with the weights of a state", _check_reparametrize),
