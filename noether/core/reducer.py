@@ -18,7 +18,7 @@ from noether.core.declarations import check_declarations
 from noether.core.errors import NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import keys_overlap
-from noether.core.schedules.window import ALWAYS, START, Thresholds
+from noether.core.schedules.window import ALWAYS, START, earliest_thresholds
 from noether.core.tensors.tree import FrozenDict, check_memory, freeze, storages
 
 if TYPE_CHECKING:
@@ -209,25 +209,20 @@ class PendingSchedules:
         self._schedules = schedules
         self._since = START  # the cached thresholds are the next ones after this iteration
         self._following = [schedule.next_due(START) for schedule in schedules]
-        self._first = _earliest(self._following)
+        self._first = earliest_thresholds(self._following)
 
     def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> tuple[int, ...]:
         """Return the positions of the schedules that may be due at the update from `previous` to `iteration`."""
         if not previous.reached(self._since):
             self._following = [schedule.next_due(previous) for schedule in self._schedules]
-            self._since, self._first = previous, _earliest(self._following)
+            self._since, self._first = previous, earliest_thresholds(self._following)
         if not self._first.reached(iteration):
             return ()
         reached = tuple(index for index, each in enumerate(self._following) if each.reached(iteration))
         for index in reached:
             self._following[index] = self._schedules[index].next_due(iteration)
-        self._since, self._first = iteration, _earliest(self._following)
+        self._since, self._first = iteration, earliest_thresholds(self._following)
         return reached
-
-
-def _earliest(thresholds: Iterable[Thresholds]) -> Thresholds:
-    counts = zip(*((each.epoch, each.update, each.sample) for each in thresholds), strict=True)
-    return Thresholds(*(min((count for count in each if count is not None), default=None) for each in counts))
 
 
 def _schedule_at_updates(member: Callback) -> Schedule | None:

@@ -66,7 +66,7 @@ def check_resumable(callback: Callback, *, traces: Traces = None, examples: int 
         # Each part of the run has a fresh copy of the callback, so that memory outside of the state is lost at a cut.
         uncut = drive(copy.deepcopy(complete), trace)
         cuttable = [i for i, event in enumerate(uncut.events) if not isinstance(event, AfterAccumulationStep)]
-        states, start = uncut.states, 0
+        states, start = uncut.states, 0  # after the first cut, those of the resumed run, which starts at that cut
         for cut in (cuttable[place] for place in places if place < len(cuttable)):
             state = _save_and_load(callback, states[cut - start], uncut.events[cut])
             resumed = drive(copy.deepcopy(complete), trace, state, resumed=True)

@@ -14,7 +14,7 @@ from noether.core.event import EVENTS, AfterEpoch, AfterTraining, AfterUpdate, A
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.schedules.base import Schedule
-from noether.core.schedules.counting import multiples_crossing, multiples_of_any
+from noether.core.schedules.counting import multiples_of_any, steps_crossing_multiples
 from noether.core.schedules.forecast import Firing, Occasions, events_at, fires, firings, nth_firing, occasions_of
 from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
 from noether.testing.strategies import run_lengths, schedules
@@ -93,7 +93,7 @@ def test_multiples_of_any(numbers, limit):
 def test_multiples_crossing_agrees_with_a_walk(step, n, run, updates):
     samples = [run.iteration_after(update).sample for update in range(updates + 1)]
     crossing = [u for u in range(step, updates + 1, step) if samples[u] // n > samples[u - 1] // n]
-    assert multiples_crossing(step, n, updates, run) == len(crossing)
+    assert steps_crossing_multiples(step, n, updates, run) == len(crossing)
 
 
 @given(

@@ -12,7 +12,7 @@ from noether.core.run import Run
 from noether.core.schedules.base import Union
 from noether.core.schedules.counting import floor_sum
 from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
-from noether.core.schedules.window import Thresholds
+from noether.core.schedules.window import Thresholds, earliest_thresholds
 from noether.testing.strategies import points, run_lengths, schedules
 
 
@@ -186,4 +186,5 @@ def test_invalid_text_is_refused(text):
 
 
 def test_thresholds_merge_to_the_earlier():
-    assert Thresholds(1, None, 5).merge(Thresholds(2, 3, None)) == Thresholds(1, 3, 5)
+    assert earliest_thresholds((Thresholds(1, None, 5), Thresholds(2, 3, None))) == Thresholds(1, 3, 5)
+    assert earliest_thresholds(()) == Thresholds()

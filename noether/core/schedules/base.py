@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self, final
 from noether.core.errors import Problem, raise_problems
 from noether.core.iteration import COUNTERS, Counter, TrainingIteration
 from noether.core.schedules.counting import count_firings
-from noether.core.schedules.window import ALWAYS, START, Thresholds, Window
+from noether.core.schedules.window import ALWAYS, START, Thresholds, Window, earliest_thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,7 +37,7 @@ class Schedule(ABC):
     @property
     @abstractmethod
     def members(self) -> tuple[OneCounter, ...]:
-        """The schedules of one counter whose union this is."""
+        """The schedules on a single counter each that make up this one; it is due when any of them is."""
 
     def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> bool:
         """Return whether a threshold lies in `(previous, iteration]`."""
@@ -48,10 +48,7 @@ class Schedule(ABC):
 
         It is due at the first of them, unless a window on another counter is still closed there.
         """
-        following = Thresholds()
-        for member in self.members:
-            following = following.merge(member.next_due(iteration))
-        return following
+        return earliest_thresholds(member.next_due(iteration) for member in self.members)
 
     def count(self, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
         """Return how often the schedule fires in `(start, end]`, without walking through the run.
@@ -95,13 +92,13 @@ class Schedule(ABC):
 @final
 @dataclass(frozen=True)
 class Union(Schedule):
-    """A schedule that is due when any of its parts is; `|` makes one, flat and without repetition."""
+    """A schedule that is due when any of its parts is; `|` makes one, without nesting and duplicates."""
 
     parts: tuple[OneCounter, ...]
 
     @property
     def members(self) -> tuple[OneCounter, ...]:
-        """The schedules of one counter whose union this is."""
+        """The parts."""
         return self.parts
 
 
@@ -182,7 +179,7 @@ class OneCounter(Schedule):
             right = "the point must be greater than zero, e.g. TrainingIteration(epoch=2)"
             raise_problems([Problem("until", f"{START} is the start of the run; {right}")])
         last = Thresholds(*(getattr(point, counter) or None for counter in COUNTERS))
-        return self.within(Window(self.window.start, self.window.until.merge(last)))
+        return self.within(Window(self.window.start, earliest_thresholds((self.window.until, last))))
 
 
 def _unite(members: Iterable[OneCounter]) -> Union:

@@ -4,10 +4,11 @@ Updates and samples are counted at updates, epochs at the ends of epochs; these 
 counted in closed form. For several, the ticks at which windows start and end and at which single points lie are tested
 one by one. Between them a fixed set of multiples remains, which is counted by inclusion and exclusion.
 
-The time does not grow with the run. It grows with the number of points and windows; where multiples of samples are
-united with those of updates and epochs have a short last batch, with the updates of an epoch; and where multiples of
-several numbers of samples are united, with the firings in one period, which is the least common multiple of all
-intervals and an epoch.
+The time does not grow with the run. It grows with
+- the number of points and windows;
+- the updates of an epoch, if multiples of samples and of updates are united and the last batch of an epoch is short;
+- the firings in one period, if multiples of several numbers of samples are united. The period is the least common
+  multiple of all intervals and an epoch.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ def updates_crossing_multiples(n: int, updates: int, run: Run) -> int:
     return updates - epochs + crossing
 
 
-def multiples_crossing(step: int, n: int, updates: int, run: Run) -> int:
-    """Return how many of every `step`-th of the first `updates` updates cross a multiple of `n` samples.
+def steps_crossing_multiples(step: int, n: int, updates: int, run: Run) -> int:
+    """Return how many of the updates `step`, `2 * step`, ... up to `updates` cross a multiple of `n` samples.
 
     The positions of epoch ends relative to multiples of `step` repeat after their least common multiple. So the tested
     updates form rows, one for each position in that period. Within a row all batches have the same size and the same
@@ -143,7 +144,7 @@ def multiples_crossing(step: int, n: int, updates: int, run: Run) -> int:
     Example:
         >>> from noether import Run
         >>> run = Run(updates_per_epoch=5, samples_per_epoch=9, effective_batch_size=2)
-        >>> multiples_crossing(2, 3, 8, run), [run.iteration_after(update).sample for update in (2, 4, 6, 8)]
+        >>> steps_crossing_multiples(2, 3, 8, run), [run.iteration_after(update).sample for update in (2, 4, 6, 8)]
         (2, [4, 8, 11, 15])
     """
     length, samples = batch_period(run)
@@ -278,7 +279,9 @@ def _multiples_until(active: _Multiples, limit: int, run: Run) -> int:
     """Return at how many of the first `limit` ticks a multiple lies, for at most one interval of samples."""
     ticks = multiples_of_any(active.ticks, limit)
     for n in active.samples:
-        both = sum(sign * multiples_crossing(each, n, limit, run) for each, sign in _signed_terms(active.ticks, limit))
+        both = sum(
+            sign * steps_crossing_multiples(each, n, limit, run) for each, sign in _signed_terms(active.ticks, limit)
+        )
         ticks += updates_crossing_multiples(n, limit, run) - both
     return ticks
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 from noether.core.iteration import COUNTERS, Counter, TrainingIteration
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from noether.core.run import Run
 
 START: Final = TrainingIteration()
@@ -28,10 +30,6 @@ class Thresholds:
     update: int | None = None
     sample: int | None = None
 
-    def merge(self, other: Thresholds) -> Thresholds:
-        """Return the earlier threshold on each counter."""
-        return Thresholds(*(_least(getattr(self, name), getattr(other, name)) for name in COUNTERS))
-
     def reached(self, iteration: TrainingIteration) -> bool:
         """Return whether `iteration` has reached any of the thresholds."""
         return (
@@ -39,6 +37,17 @@ class Thresholds:
             or (self.update is not None and iteration.update >= self.update)
             or (self.sample is not None and iteration.sample >= self.sample)
         )
+
+
+def earliest_thresholds(several: Iterable[Thresholds]) -> Thresholds:
+    """Return the earliest threshold on each counter.
+
+    Example:
+        >>> earliest_thresholds([Thresholds(update=12), Thresholds(update=9, sample=80)])
+        Thresholds(epoch=None, update=9, sample=80)
+    """
+    counts = zip(*((each.epoch, each.update, each.sample) for each in several), strict=True)
+    return Thresholds(*(min((count for count in each if count is not None), default=None) for each in counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,3 @@ class Window:
 
 ALWAYS: Final = Window()
 """The window that is always open."""
-
-
-def _least(*values: int | None) -> int | None:
-    return min((value for value in values if value is not None), default=None)
