@@ -5,10 +5,10 @@ import hashlib
 import io
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from attrs import evolve
 from audit import dangerous_events, record_audit
 from command import PATIENCE_S, SMALL, invoke, noether, start
 
@@ -37,7 +37,7 @@ def forge(run, name, content):
         path = checkpoints / tag / "MANIFEST.json"
         manifest = Manifest.loads(path.read_text())
         part = Part(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        changed = evolve(manifest, parts={**manifest.parts, name: part})
+        changed = replace(manifest, parts={**manifest.parts, name: part})
         (checkpoints / tag / name).write_bytes(content)
         path.write_text(changed.dumps())
         for pointer in pointers:
