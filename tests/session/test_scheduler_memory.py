@@ -46,7 +46,7 @@ def step(sgd, scheduler, count):
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("cut", [1, 3, 5])
-def test_a_scheduler_goes_on_where_it_was(kind, cut, tmp_path):
+def test_a_scheduler_resumes_from_a_checkpoint(kind, cut, tmp_path):
     expected = step(*make(kind), STEPS)
     sgd, scheduler = make(kind)
     step(sgd, scheduler, cut)
