@@ -24,14 +24,14 @@ def start():
     return TrainState(params={"w": torch.arange(3.0)}, buffers={"b": torch.zeros(2)}, seed=7)
 
 
-def step(state, run, accumulation, tell):
-    """Return the state after an update that depends on everything an update may depend on, and its readings."""
+def step(state, run, accumulation, dispatch):
+    """Return the state after an update that depends on params, counters and hyperparams, and its readings."""
     done = state.iteration
     size = min(run.effective_batch_size, (done.epoch + 1) * run.samples_per_epoch - done.sample)
     parts = min(accumulation, size)
     for index in range(parts):
         losses = {"total": math.cos(done.update + index)}
-        state = tell(state, AfterAccumulationStep(run=run, losses=losses, samples=size // parts,
+        state = dispatch(state, AfterAccumulationStep(run=run, losses=losses, samples=size // parts,
                                                   accumulation_step=index, accumulation_steps=parts))  # fmt: skip
     scale = state.hyperparams["lr_scale"]
     params = FrozenDict({name: p * 0.5 + scale * math.sin(done.update) for name, p in state.params.items()})
@@ -44,12 +44,12 @@ def drive(reducer, run, state=None, *, resumed=False, accumulation=1):
     """Yield `(event, state before it, state after it, effects)` of every event from `state` to the run's end."""
     seen = []
 
-    def tell(state, event):
+    def dispatch(state, event):
         after, effects = reducer(state, event)
         seen.append((event, state, after, effects))
         return after
 
-    state = tell(start() if state is None else state, BeforeTraining(run=run, resumed=resumed))
+    state = dispatch(start() if state is None else state, BeforeTraining(run=run, resumed=resumed))
     while True:
         yield from seen
         seen.clear()
@@ -57,12 +57,12 @@ def drive(reducer, run, state=None, *, resumed=False, accumulation=1):
         if move is Move.NOTHING:
             return
         if move is Move.END_EPOCH:
-            state = tell(state.next_epoch(), AfterEpoch(run=run))
+            state = dispatch(state.next_epoch(), AfterEpoch(run=run))
         elif move is Move.END_TRAINING:
-            state = tell(state.replace(ended=True), AfterTraining(run=run))
+            state = dispatch(state.replace(ended=True), AfterTraining(run=run))
         else:
-            state, readings = step(state, run, accumulation, tell)
-            state = tell(state, AfterUpdate(run=run, **readings))
+            state, readings = step(state, run, accumulation, dispatch)
+            state = dispatch(state, AfterUpdate(run=run, **readings))
 
 
 def outcomes(trace):
@@ -81,15 +81,15 @@ def fold(*members):
                         state = state.remember(name, memory)
         effects = ()
         for member in members:
-            state, asked = member(state, event)
-            effects += asked
+            state, requested = member(state, event)
+            effects += requested
         return state, effects
 
     return call
 
 
-def quiet(event):
-    """Return whether the reducer refuses effects or changes of the state at an event."""
+def refuses_effects(event):
+    """Return whether a reducer refuses effects or changes of the state at an event."""
     return isinstance(event, AfterAccumulationStep) or (isinstance(event, BeforeTraining) and event.resumed)
 
 
@@ -107,7 +107,7 @@ def says(tag):
 
 def logs(tag):
     def logging(state, event):
-        if quiet(event):
+        if refuses_effects(event):
             return state, ()
         return log(state, event, {f"metric/{tag}": len(state.metrics) + float(state.iteration.update)})
 
@@ -116,7 +116,7 @@ def logs(tag):
 
 def halves(tag):
     def halve(state, event):
-        if quiet(event):
+        if refuses_effects(event):
             return state, ()
         scale = state.hyperparams["lr_scale"] * (0.5 + tag / 8)
         return state.replace(hyperparams=state.hyperparams | {"lr_scale": scale}), ()
@@ -127,7 +127,7 @@ def halves(tag):
 def counts(tag):
     @callback(f"count/{tag}", init=lambda state: 0)
     def count(state, event):
-        if quiet(event):
+        if refuses_effects(event):
             return state, ()
         return state.remember(f"count/{tag}", state.memory(f"count/{tag}") + 1), ()
 
@@ -243,6 +243,6 @@ def several(draw, one=anything, min_size=0, max_size=5):
     return [draw(one(tag)) for tag in range(draw(st.integers(min_size, max_size)))]
 
 
-def taken_back(state, previous, iteration):
+def move_to(state, previous, iteration):
     """Return `state` moved to another update."""
     return replace(state, previous=previous, iteration=iteration)

@@ -32,7 +32,7 @@ def note(state, event):
 
 
 def lines(callback, run, **options):
-    """Return what a callback that says `note` says over a run."""
+    """Return the texts that a callback logs in a run."""
     return [effect.text for *_, effects in drive(compose(callback), run, **options) for effect in effects]
 
 
@@ -126,10 +126,12 @@ def test_when_takes_a_predicate():
 
 
 def test_a_predicate_is_called_on_every_event():
-    asked = []
-    when(lambda state, event: asked.append(type(event)) or False)(note)(TrainState(), AtEval())
-    compose(when(lambda state, event: asked.append(type(event)) or False)(note))(TrainState(), AfterAccumulationStep())
-    assert asked == [AtEval, AfterAccumulationStep]
+    event_types = []
+    when(lambda state, event: event_types.append(type(event)) or False)(note)(TrainState(), AtEval())
+    compose(when(lambda state, event: event_types.append(type(event)) or False)(note))(
+        TrainState(), AfterAccumulationStep()
+    )
+    assert event_types == [AtEval, AfterAccumulationStep]
 
 
 def test_at_end_does_not_go_with_a_predicate():
@@ -223,10 +225,10 @@ def test_a_scheduled_callback_can_be_limited_by_a_predicate_or_event():
 def samples_seen(gate):
     @callback("seen", init=lambda state: 0, track=lambda memory, event: memory + event.samples, produces=("seen",))
     @gate
-    def tell(state, event):
+    def log_seen(state, event):
         return log(state, event, {"seen": state.memory("seen")})
 
-    return tell
+    return log_seen
 
 
 @pytest.mark.parametrize(

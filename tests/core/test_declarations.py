@@ -227,61 +227,59 @@ def open_events(gate, run):
 
 
 def agrees(producer, consumer, run, long):
-    """Check the answer for a run against walking it; a no shows in a run that is long enough, if it shows anything."""
+    """Compare `covers` for `run` with a walk through it; `long` is long enough to contain an uncovered event."""
     answer = covers(producer, consumer, run)
     if answer is True:
         assert uncovered_events(producer, consumer, run) == []
     if answer is False:
-        never = any(
-            not open_events(Gate(member), long) for member in consumer.schedule.members
-        )  # a window may shut it out
-        assert uncovered_events(producer, consumer, long) or never
+        # A window may be closed during the whole run.
+        never_due = any(not open_events(Gate(member), long) for member in consumer.schedule.members)
+        assert uncovered_events(producer, consumer, long) or never_due
 
 
 @settings(max_examples=100, deadline=None)
 @given(INTERVALS, INTERVALS, run_lengths(max_epochs=3), st.booleans())
-def test_coverage_of_intervals_agrees_with_walking_the_run(ours, theirs, run, at_end):
+def test_coverage_of_intervals_agrees_with_walking_the_run(producer, consumer, run, at_end):
     long = run.replace(end=TrainingIteration(epoch=74))  # beyond the least common multiple of any two
-    agrees(Gate(ours, at_end), Gate(theirs, at_end), run, long)
-    assert covers(Gate(ours), Gate(ours), run) is True
+    agrees(Gate(producer, at_end), Gate(consumer, at_end), run, long)
+    assert covers(Gate(producer), Gate(producer), run) is True
 
 
 @settings(max_examples=150, deadline=None)
 @given(schedules(6), schedules(6), st.booleans(), st.booleans(), run_lengths(max_epochs=3), st.data())
-def test_coverage_of_any_schedule_agrees_with_walking_the_run(ours, theirs, at_end, reads_at_end, run, data):
-    theirs = data.draw(st.sampled_from((theirs, ours, ours | theirs)))
-    consumer = Gate(theirs, reads_at_end)
+def test_coverage_of_any_schedule_agrees_with_walking_the_run(producer, other, at_end, reads_at_end, run, data):
+    consumer = Gate(data.draw(st.sampled_from((other, producer, producer | other))), reads_at_end)
     # A consumer at the end needs a producer at the end, which another test checks.
-    agrees(Gate(ours, at_end or reads_at_end), consumer, run, run.replace(end=TrainingIteration(epoch=31)))
+    agrees(Gate(producer, at_end or reads_at_end), consumer, run, run.replace(end=TrainingIteration(epoch=31)))
 
 
 @settings(max_examples=150, deadline=None)
 @given(INTERVALS, INTERVALS, run_lengths(max_epochs=1))
-def test_coverage_of_intervals_is_undecided_only_for_samples(ours, theirs, run):
-    answer = covers(Gate(ours), Gate(theirs), run)
-    if "sample" not in {ours.counter, theirs.counter}:
+def test_coverage_of_intervals_is_undecided_only_for_samples(producer, consumer, run):
+    answer = covers(Gate(producer), Gate(consumer), run)
+    if "sample" not in {producer.counter, consumer.counter}:
         assert answer is not None
     elif answer is None:
-        assert ours.n > 1
+        assert producer.n > 1
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("producer", "consumer"),
     [
         (EveryNSamples(4), EveryNUpdates(4)),  # how many updates cross a multiple depends on the batches
         (EveryNSamples(4), EveryNEpochs(1)),
         (EveryNUpdates(4), EveryNSamples(4)),
-        (EveryNUpdates(4), EveryNEpochs(1)),  # not told how long an epoch is
-        (EveryNSamples(4), EveryNSamples(6)),  # not told how long a batch is
-        (EveryNUpdates(2), At(TrainingIteration(update=4))),  # single points are not looked at
+        (EveryNUpdates(4), EveryNEpochs(1)),  # the length of an epoch is unknown
+        (EveryNSamples(4), EveryNSamples(6)),  # the length of a batch is unknown
+        (EveryNUpdates(2), At(TrainingIteration(update=4))),  # `covers` does not compare single points
         (At(TrainingIteration(update=4)), EveryNUpdates(4)),
         (EveryNUpdates(2).until(TrainingIteration(update=9)), EveryNUpdates(4)),  # windows that differ
         (EveryNUpdates(2), EveryNUpdates(3).until(TrainingIteration(update=9))),  # a window may leave out the rest
         (EveryNUpdates(2) | EveryNUpdates(3), EveryNUpdates(5)),  # several may cover it together
     ],
 )
-def test_undecided_coverage(ours, theirs):
-    assert covers(Gate(ours), Gate(theirs), Run()) is None
+def test_undecided_coverage(producer, consumer):
+    assert covers(Gate(producer), Gate(consumer), Run()) is None
 
 
 def test_coverage_without_a_gate():
@@ -301,7 +299,7 @@ def test_a_batch_that_crosses_several_multiples_is_no_misfit():
 
 
 def test_a_consumer_at_the_end_needs_a_producer_at_the_end():
-    """Even one that measures at every update: a run may end before its first."""
+    """A producer at every update is not enough, because a run may end before its first update."""
     producer, consumer = Gate(EveryNUpdates(1)), Gate(EveryNUpdates(1), at_end=True)
     assert covers(producer, consumer, Run()) is False
     none = Run(end=TrainingIteration(), updates_per_epoch=1, samples_per_epoch=1, effective_batch_size=1)

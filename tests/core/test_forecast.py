@@ -103,7 +103,7 @@ def test_multiples_crossing_agrees_with_a_walk(step, n, run, updates):
     st.data(),
 )
 def test_a_union_repeats_itself_after_its_period(updates, samples, run, data):
-    """Far out, where no walk reaches, a union fires as it does near the beginning."""
+    """A union fires as often far from the start, where a test cannot walk, as near it."""
     members = [*map(EveryNUpdates, updates), *map(EveryNSamples, samples)]
     union = members[0]
     for member in members[1:]:
@@ -120,10 +120,10 @@ def test_a_union_repeats_itself_after_its_period(updates, samples, run, data):
 
 
 @dataclasses.dataclass(frozen=True)
-class Looks:
-    """Counts how often a schedule is asked anything, and how often a run says where an update lies."""
+class Calls:
+    """Records the calls of the methods of schedules, and of `Run.iteration_after`."""
 
-    asked: list = dataclasses.field(default_factory=list)
+    names: list = dataclasses.field(default_factory=list)
 
     def watch(self, monkeypatch):
         kinds = [Schedule, EveryNUpdates, EveryNEpochs, EveryNSamples, At]
@@ -133,11 +133,11 @@ class Looks:
                 monkeypatch.setattr(kind, name, self.counting(vars(kind)[name]))
 
     def counting(self, function):
-        def asked(*args, **kwargs):
-            self.asked.append(function.__qualname__)
+        def recorded(*args, **kwargs):
+            self.names.append(function.__qualname__)
             return function(*args, **kwargs)
 
-        return asked
+        return recorded
 
 
 EVERYTHING = {
@@ -148,28 +148,28 @@ EVERYTHING = {
     "with a point": EveryNUpdates(4) | At(TrainingIteration(update=1)),
     "in windows": EveryNUpdates(2).until(TrainingIteration(update=5)) | EveryNUpdates(5).starting(TrainingIteration(6)),
     "samples among them": EveryNSamples(48) | EveryNSamples(32) | EveryNUpdates(3),
-    "what hardly ever meets": EveryNSamples(99_991) | EveryNUpdates(9973) | EveryNUpdates(7),
+    "large coprime intervals": EveryNSamples(99_991) | EveryNUpdates(9973) | EveryNUpdates(7),
 }
 
 
 @pytest.mark.parametrize("samples", [32, 31])
 @pytest.mark.parametrize("schedule", EVERYTHING.values(), ids=EVERYTHING)
 def test_a_billion_updates_take_as_few_calls_as_a_thousand(schedule, samples, monkeypatch):
-    looks = Looks()
-    looks.watch(monkeypatch)
+    calls = Calls()
+    calls.watch(monkeypatch)
 
-    def asked(updates):
+    def count_calls(updates):
         run = Run(
             end=TrainingIteration(update=updates),
             updates_per_epoch=4,
             samples_per_epoch=samples,
             effective_batch_size=8,
         )
-        looks.asked.clear()
+        calls.names.clear()
         firings(Occasions(schedule, (AfterTraining,)), run)
-        return len(looks.asked)
+        return len(calls.names)
 
-    # One question more for each time that the run is twice as long: that is a bisection, and no walk.
+    # A bisection needs one more step for a run of twice the length; a walk would need twice as many.
     halvings = (10**9).bit_length()
-    assert asked(10**9) <= halvings * asked(1000)
-    assert asked(10**9) - asked(10**9 // 2) <= asked(1000)
+    assert count_calls(10**9) <= halvings * count_calls(1000)
+    assert count_calls(10**9) - count_calls(10**9 // 2) <= count_calls(1000)

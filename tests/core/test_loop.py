@@ -60,10 +60,10 @@ def callbacks(schedule, stop_at, n):
     def stop(state, event):
         return state.request_stop("there"), (LogText("stop"),)
 
-    def tell(state, event):
+    def say(state, event):
         return state, (LogText(f"{state.iteration} {state.stop} {dict(state.callback_states)}"),)
 
-    return compose(mean, halve, stop, every_n_updates(2)(tell), every_n_epochs(1)(tell), on(AfterTraining)(tell))
+    return compose(mean, halve, stop, every_n_updates(2)(say), every_n_epochs(1)(say), on(AfterTraining)(say))
 
 
 @st.composite
@@ -93,9 +93,9 @@ def test_a_run_resumed_anywhere_equals_the_uncut_run(run, schedule, stop_at, n, 
         state = start_run(reducer, run, loaded, resumed=True)
         assert state is loaded
         events = data.draw(st.integers(0, 12))
-        for told, _ in zip(run_to_end(reducer, run, state), range(events), strict=False):
-            history = (*history, told)
-            saved.append((told[0], history))
+        for step, _ in zip(run_to_end(reducer, run, state), range(events), strict=False):
+            history = (*history, step)
+            saved.append((step[0], history))
     loaded, history = saved[data.draw(st.integers(0, len(saved) - 1))]
     rest = run_to_end(fresh(), run, start_run(fresh(), run, loaded, resumed=True))
     assert same([*history, *rest], uncut[1:])
@@ -106,20 +106,20 @@ def test_a_run_resumed_anywhere_equals_the_uncut_run(run, schedule, stop_at, n, 
 def test_an_extended_run_equals_the_long_run(run, more):
     longer = run.replace(end=TrainingIteration(update=run.final.update + more))
 
-    def tell(state, event):
+    def say(state, event):
         return state, (LogText(f"{type(event).__name__} {state.iteration}"),)
 
-    short = list(run_to_end(tell, run, TrainState(params={"w": 1.0})))
-    rest = list(run_to_end(tell, longer, short[-1][0]))
-    assert same(short[:-1] + rest, list(run_to_end(tell, longer, TrainState(params={"w": 1.0}))))
+    short = list(run_to_end(say, run, TrainState(params={"w": 1.0})))
+    rest = list(run_to_end(say, longer, short[-1][0]))
+    assert same(short[:-1] + rest, list(run_to_end(say, longer, TrainState(params={"w": 1.0}))))
 
 
 @settings(max_examples=60, deadline=None)
 @given(ended_runs())
 def test_a_run_ends_once_and_at_its_end(run):
-    told = list(run_to_end(lambda state, event: (state, ()), run, TrainState(params={"w": 1.0})))
-    state = told[-1][0]
-    names = [name for _, name, _ in told]
+    steps = list(run_to_end(lambda state, event: (state, ()), run, TrainState(params={"w": 1.0})))
+    state = steps[-1][0]
+    names = [name for _, name, _ in steps]
     assert state.iteration == run.final
     assert names.count("AfterTraining") == 1
     assert names[-1] == "AfterTraining"

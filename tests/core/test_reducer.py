@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loop_traces import drive, fold, gated_callback, outcomes, plain_callback, several, start, taken_back
+from loop_traces import drive, fold, gated_callback, move_to, outcomes, plain_callback, several, start
 
 from noether.core.callback import listens_to, tracker_of
 from noether.core.callbacks import CallbackBase, PeriodicCallback
@@ -128,8 +128,8 @@ def test_a_callback_that_does_nothing_returns_its_state(event_type):
 
 @settings(max_examples=50, deadline=None)
 @given(several(min_size=1, max_size=6), small_runs, st.data())
-def test_the_quiet_window_never_hides_a_firing(members, run, data):
-    """States are taken back and forth at random; one reducer that keeps its window does what a new one does."""
+def test_a_reducer_misses_no_firing_at_updates_in_any_order(members, run, data):
+    """The states jump to earlier and later updates at random; the cached thresholds of a reducer hide no firing."""
     reducer, naive = compose(*members), fold(*members)
     state, _ = naive(start(), BeforeTraining(run=run))
     updates = data.draw(st.lists(st.integers(1, run.final.update), min_size=1, max_size=25))
@@ -138,21 +138,21 @@ def test_the_quiet_window_never_hides_a_firing(members, run, data):
         previous = run.iteration_after(update - length)
         reached = run.iteration_after(update)
         iteration = TrainingIteration(previous.epoch, reached.update, reached.sample)
-        at = taken_back(state, previous, iteration)
+        at = move_to(state, previous, iteration)
         event = AfterUpdate(run=run, samples=1, losses={"total": torch.tensor(0.5)})
         assert same(reducer(at, event), naive(at, event))
 
 
 @settings(max_examples=50, deadline=None)
 @given(several(one=gated_callback, min_size=1, max_size=4), st.data())
-def test_the_quiet_window_holds_for_counters_that_move_apart(members, data):
+def test_a_reducer_misses_no_firing_if_counters_move_independently(members, data):
     reducer, naive = compose(*members), fold(*members)
     count = st.integers(0, 14)
     state, _ = naive(start(), BeforeTraining())
     for _ in range(12):
         previous = data.draw(st.builds(TrainingIteration, count, count, count))
         iteration = TrainingIteration(previous.epoch, previous.update + 1, previous.sample + data.draw(count))
-        at = taken_back(state, previous, iteration)
+        at = move_to(state, previous, iteration)
         assert same(reducer(at, AfterUpdate()), naive(at, AfterUpdate()))
 
 
@@ -168,7 +168,7 @@ def test_an_overridden_update_hook_runs_at_every_update():
         assert reducer(state, AfterUpdate()) == (state, (LogText("update"),))
 
 
-def test_a_quiet_window_is_left_and_entered_again():
+def test_a_reducer_fires_again_after_a_return_to_an_earlier_update():
     reducer = compose(every_n_updates(4)(note), when(At(TrainingIteration(update=6)))(say("six")))
     fired = {}
     for update in (1, 2, 3, 4, 5, 6, 7, 8, 4, 3, 6, 2, 8, 1, 4):
@@ -261,7 +261,7 @@ def test_memory_is_filled_in_once_for_nested_reducers():
     calls.clear()
     state, _ = compose(on(BeforeTraining)(inner))(TrainState(), BeforeTraining())
     assert state.memory("a") == 0
-    assert len(calls) == outer_calls  # only the outermost asked
+    assert len(calls) == outer_calls  # only the outermost reducer calls `init`
 
 
 def test_unclaimed_memory_is_refused_on_resume():
@@ -357,11 +357,11 @@ def test_a_member_may_be_any_object_with_a_gate():
             opened = self.gate.opens(state, event)
             return state, () if opened is None else (LogText(opened),)
 
-    reducer, state, asked = compose(Own()), TrainState(), []
+    reducer, state, effect_counts = compose(Own()), TrainState(), []
     for _ in range(6):
         state = state.advance(samples=1)
-        asked.append(len(reducer(state, AfterUpdate())[1]))
-    assert asked == [0, 0, 1, 0, 0, 1]
+        effect_counts.append(len(reducer(state, AfterUpdate())[1]))
+    assert effect_counts == [0, 0, 1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("wrap", [compose, on(AfterUpdate), every_n_updates(2), callback("outer"), every_n_epochs(1)])

@@ -242,13 +242,13 @@ def test_a_restored_state_trains_on_bit_for_bit(name, scale):
     assert restored.seed == 3
     assert train(other, fresh, 4, start=5) == expected
     assert same(contents(other, fresh), contents(model, optimizer))
-    saved.into_module(other, fresh)  # training wrote to none of what was saved
+    saved.into_module(other, fresh)  # training did not write to the saved tensors
     assert train(other, fresh, 4, start=5) == expected
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_into_module_resets_a_trained_model(name):
-    """What the optimizer remembered meanwhile, and the scale its learning rates had, are gone."""
+    """It replaces the optimizer's memory of later updates, and the scale of its learning rates."""
     model = Net()
     optimizer = OPTIMIZERS[name](model)
     saved = on_disk(TrainState.from_module(model, optimizer))
@@ -305,7 +305,7 @@ def test_a_state_borrowed_from_one_model_goes_into_another():
     TrainState.from_module(model, optimizer).into_module(other, fresh)
     assert same(contents(other, fresh), contents(model, optimizer))
     train(other, fresh, 1)
-    assert not torch.equal(other.last.bias, model.last.bias)  # they share nothing
+    assert not torch.equal(other.last.bias, model.last.bias)  # the two models share no tensor
 
 
 def test_writing_into_the_model_that_it_views_changes_nothing():
@@ -369,7 +369,7 @@ def mse(outputs, batch):
 
 
 class Square(torch.nn.Module):
-    """Has a parameter that is as large turned over, and counts how often its mode is changed."""
+    """Has a square parameter, and counts the changes of its mode."""
 
     def __init__(self):
         super().__init__()
@@ -420,7 +420,7 @@ def test_a_model_put_into_training_mode_during_an_evaluation():
 
 
 class Returning(torch.nn.Linear):
-    """Returns a parameter as it is."""
+    """Returns a parameter unchanged."""
 
     def forward(self, x):
         return {"out": super().forward(x), "bias": self.bias}
@@ -469,7 +469,7 @@ class Taking(torch.nn.Module):
 
 
 class Any(Taking):
-    """Takes whatever there is."""
+    """Takes any keyword."""
 
     def forward(self, **inputs):
         return inputs
