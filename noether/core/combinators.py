@@ -154,7 +154,7 @@ class _Wrapper:
     callback: Callback
 
     @property
-    def __wrapped__(self) -> Callback:
+    def __wrapped__(self) -> Callback:  # for `inspect.unwrap`
         return self.callback
 
     @property
@@ -193,21 +193,21 @@ class _Wrapper:
 class Gated(_Wrapper):
     """Calls its callback when its gate is open."""
 
-    opening: Gate
+    own_gate: Gate
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the result of the callback, or the state unchanged."""
-        if self.opening.opens(state, event) is None:
+        if self.own_gate.opens(state, event) is None:
             return state, ()
         return self.callback(state, event)
 
     @property
     def gate(self) -> Gate:
         """When it acts."""
-        return self.opening
+        return self.own_gate
 
     def _listens(self, event_type: type[Event]) -> bool:
-        return self.opening.listens(event_type) and listens_to(self.callback, event_type)
+        return self.own_gate.listens(event_type) and listens_to(self.callback, event_type)
 
 
 @final
@@ -243,11 +243,11 @@ class Remembering(_Wrapper):
     """Gives its callback a name, memory and declarations; made by `callback`, whose arguments are its fields."""
 
     name: str
-    start: Callable[[TrainState], Any] | None
+    own_init: Callable[[TrainState], Any] | None
     track: Callable[[Any, AfterUpdate], Any] | None
-    produced: tuple[str, ...] | None
-    consumed: tuple[str, ...]
-    read: tuple[str, ...]
+    own_produces: tuple[str, ...] | None
+    own_consumes: tuple[str, ...]
+    own_readings: tuple[str, ...]
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the result of the callback, with the memory initialized and the update tracked first."""
@@ -256,8 +256,8 @@ class Remembering(_Wrapper):
         return self.callback(state, event) if listens_to(self.callback, type(event)) else (state, ())
 
     def _track_update(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        if self.start is not None and self.name not in state.callback_states:
-            state = state.remember(self.name, self.start(state))
+        if self.own_init is not None and self.name not in state.callback_states:
+            state = state.remember(self.name, self.own_init(state))
         if self.track is not None and isinstance(event, AfterUpdate):
             state = state.remember(self.name, self.track(state.memory(self.name), event))
         return state, ()
@@ -272,22 +272,22 @@ class Remembering(_Wrapper):
     @property
     def produces(self) -> tuple[str, ...] | None:
         """Patterns of the metric keys that it logs: those given, or those of its callback."""
-        return super().produces if self.produced is None else self.produced
+        return super().produces if self.own_produces is None else self.own_produces
 
     @property
     def consumes(self) -> tuple[str, ...]:
         """Metric keys that it or its callback consumes."""
-        return merge_keys(*super().consumes, *self.consumed)
+        return merge_keys(*super().consumes, *self.own_consumes)
 
     @property
     def readings(self) -> tuple[str, ...]:
         """Costly fields of `AfterUpdate` that it or its callback reads."""
-        return tuple(dict.fromkeys((*super().readings, *self.read)))
+        return tuple(dict.fromkeys((*super().readings, *self.own_readings)))
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return the memory that it and its callback start with."""
-        own = {} if self.start is None else {self.name: self.start(state)}
-        return {**super().init(state), **own}
+        memory = {} if self.own_init is None else {self.name: self.own_init(state)}
+        return {**super().init(state), **memory}
 
     def _listens(self, event_type: type[Event]) -> bool:
         return super()._listens(event_type) or (self.track is not None and event_type is AfterUpdate)

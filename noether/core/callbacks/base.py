@@ -38,7 +38,7 @@ HOOKS: Final[dict[type[Event], str]] = {
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)  # for its own setting; subclasses get theirs below
 class CallbackBase:
-    """Base class of callbacks that are classes; a subclass overrides the hooks of the events that it handles.
+    """Base class of callbacks written as classes; a subclass overrides the hooks of the events that it handles.
 
     Each hook takes `(state, event)` and returns `(state, effects)`; a hook with nothing to do returns `state, ()`.
     Every subclass becomes a frozen dataclass with keyword-only fields, its settings, without a decorator. A subclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
@@ -88,7 +89,7 @@ class TrackOutputsCallback(PeriodicCallback):
         names = (*self.keys, *(name for pattern in self.patterns for name in patterns_containing(pattern)))
         return tuple(f"{name}/{self.interval_name}" for name in names) if self.log_output else ()
 
-    @property
+    @cached_property
     def _tracks(self) -> bool:
         """Whether it reads every update: for a mean, and where it fires at an event without outputs."""
         return self.reduce == "mean" or self.every_n_epochs is not None or self.at_end
