@@ -47,8 +47,8 @@ def check_declarations(callbacks: Sequence[Callback], state: TrainState, run: Ru
         run: The run; its sizes of epochs and batches are used if they are known.
 
     Raises:
-        DeclarationError: If two callbacks have a memory of the same name or produce the same key, or if no callback
-            produces a consumed key, only a later one does, or it is not current when the consumer is due.
+        DeclarationError: If two callbacks have a memory of the same name or produce the same key; or if no callback
+            before a consumer produces its key, or the key is not current when the consumer is due.
     """
     declared = [declaration_of(callback) for callback in callbacks]
     misfits = [

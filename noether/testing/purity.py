@@ -57,8 +57,8 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
         examples: Largest number of runs to try, >= 1.
 
     Raises:
-        ImpureError: If two results differ, if the callback writes to the state, the event or itself, or if a call opens
-            a file, a socket or a process, reads a clock, or draws from a global random generator.
+        ImpureError: If two results differ; if the callback writes to the state, the event or itself; if it opens a
+            file, a socket or a process, reads a clock, or draws from a global random generator.
 
     Example:
         >>> from noether import AfterEpoch, LogText, on

@@ -1,8 +1,8 @@
 """What every schedule can do: a pure predicate on `(previous, iteration)`, with its arithmetic in closed form.
 
 A schedule is due when a *threshold* (for `EveryNUpdates(n)`, a multiple of n) lies in `(previous, iteration]` on its
-counter. A schedule remembers nothing and takes no remainder, so it fires at the same updates for batches of any size,
-after a resume, and for a state that is taken back to an earlier iteration.
+counter. A schedule has no memory and tests no remainder. So it misses no threshold, whatever the batch sizes, and fires
+at the same iterations after a resume or a return to an earlier iteration.
 """
 
 from __future__ import annotations
