@@ -105,7 +105,11 @@ class Reducer:
             state = self._start(state, event)
         effects: Effects = ()
         for member, call in self._calls(state, type(event)):
-            after, requested = call(state, event)
+            result = call(state, event)
+            try:
+                after, requested = result
+            except (TypeError, ValueError):
+                raise TypeError(_describe_result(member, result)) from None
             if after is not state:
                 _check_change(member, state, after, event)
                 state = after
@@ -237,6 +241,13 @@ def _is_always_due(schedule: Schedule) -> bool:
 
 _LOOP_FIELDS: Final = ("iteration", "previous", "seed", "ended")
 """Fields of a state that only the loop may change."""
+
+
+def _describe_result(member: Callback, result: Any) -> str:
+    return (
+        f"{label_of(member)} returned {'None' if result is None else f'a {type(result).__name__}'}, not "
+        "(state, effects): write `return state, ()` where it does nothing"
+    )
 
 
 def _check_change(member: Callback, before: TrainState, after: TrainState, event: Event) -> None:

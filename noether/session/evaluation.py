@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from noether.core.tensors.module import device_of
 from noether.core.tensors.tree import map_tensors
-from noether.session.loader import generators_of, seed_pass
+from noether.session.hidden_state import generators_of
+from noether.session.loader import seed_pass
 from noether.session.randomness import derive, preserve_generators
 
 if TYPE_CHECKING:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from noether.session.errors import ResumeWarning
-from noether.session.randomness import GENERATORS, derive, seed_all, seed_generator
+from noether.session.errors import ResumeWarning, SessionError
+from noether.session.hidden_state import LINKS, generators_of, unseedable
+from noether.session.randomness import derive, seed_all, seed_generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-_PARTS: Final = ("dataset", "sampler", "batch_sampler")
 
 
 def epoch_lengths(data: Any, batches: int | None, steps: int, batch_size: Callable[[Any], int]) -> dict[str, int]:
@@ -64,8 +63,29 @@ def batches_per_epoch(loader: Any) -> int | None:
     # With several workers each reads a share of an iterable dataset, which rounds up by itself.
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1:
         return None
+    return _length(loader)
+
+
+def check_not_empty(loader: Any) -> None:
+    """Refuse a loader without batches.
+
+    Raises:
+        SessionError: If its length is 0.
+    """
+    if batches_per_epoch(loader) != 0:
+        return
+    samples, size = _length(getattr(loader, "sampler", None)), getattr(loader, "batch_size", None)
+    if getattr(loader, "drop_last", False) and samples and size:
+        raise SessionError(
+            f"the loader yields no batch: drop_last=True drops its only one, of {samples} samples with "
+            f"batch_size={size}: pass drop_last=False, or a smaller batch_size"
+        )
+    raise SessionError(f"the loader is empty (its len() is 0), a {type(loader).__name__}: pass one that yields batches")
+
+
+def _length(value: Any) -> int | None:
     try:
-        return len(loader)
+        return len(value)
     except (TypeError, NotImplementedError):
         return None
 
@@ -95,12 +115,6 @@ def seed_pass(loader: Any, seed: int, number: int) -> None:
     seed_all(derive(seed, "epoch", number))
 
 
-def generators_of(loader: Any) -> list[Any]:
-    """Return the generator objects that a loader, its samplers and its dataset hold, each once."""
-    values = [value for part in _parts(loader) for value in getattr(part, "__dict__", {}).values()]
-    return list({id(value): value for value in values if isinstance(value, GENERATORS)}.values())
-
-
 def warn_if_unrepeatable(loader: Any) -> None:
     """Warn if an epoch of `loader` cannot be read again from its first batch."""
     name = type(loader).__name__
@@ -109,32 +123,18 @@ def warn_if_unrepeatable(loader: Any) -> None:
             f"the loader is an iterator ({name}), which yields one epoch, once: a resumed run continues exactly only "
             "if its new iterator begins with the same batches; pass an iterable, such as a DataLoader or a list"
         )
-    dataset = getattr(loader, "dataset", None)
-    if hasattr(dataset, "__next__"):
+    held = {} if hasattr(loader, "__next__") else unseedable(loader)
+    for path, kind in held.items():
         _warn(
-            f"the dataset {type(dataset).__name__} is an iterator, which no checkpoint can take back to the start of "
-            "an epoch: let its __iter__ return a new iterator"
+            f"the loader holds {path}, a {kind}, which no checkpoint can take back to where it was: draw from "
+            "torch.Generator(), numpy.random.default_rng() or random.Random(), which the session seeds before each "
+            "epoch, and make iterators in __iter__"
         )
     if getattr(loader, "persistent_workers", False):
         _warn(
             f"the workers of the {name} stay alive between epochs, and no checkpoint has their random numbers: if "
             "the dataset draws any, pass persistent_workers=False to resume exactly"
         )
-
-
-def hidden_state(loader: Any) -> dict[str, Any]:
-    """Return the counters that the samplers and the dataset of `loader` hold, by name.
-
-    If they differ after an epoch, the order depends on state that no checkpoint has. Objects with `set_epoch` are left
-    out, since the loop sets their epoch.
-    """
-    return {
-        f"{type(part).__name__}.{name}": value
-        for part in _parts(loader)
-        if not type(part).__module__.startswith("torch.") and not hasattr(part, "set_epoch")
-        for name, value in getattr(part, "__dict__", {}).items()
-        if isinstance(value, (int, float, str))
-    }
 
 
 def warn_about_changes(before: dict[str, Any], after: dict[str, Any]) -> bool:
@@ -154,9 +154,11 @@ def _warn(message: str) -> None:
 
 
 def _parts(loader: Any) -> list[Any]:
-    """Return the loader, its dataset and its samplers, each once."""
+    """Return the loader, its datasets and its samplers, each once."""
     parts = [loader]
     for part in parts:  # grows while it is read
-        inner = [getattr(part, name, None) for name in _PARTS]
+        inner = [getattr(part, name, None) for name in LINKS if name != "datasets"]
+        if isinstance(members := getattr(part, "datasets", None), (list, tuple)):  # of a ConcatDataset
+            inner += members
         parts += [each for each in inner if each is not None and all(each is not known for known in parts)]
     return parts

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 from noether.core.event import AfterEpoch, AfterUpdate, Event
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
-from noether.session.loader import (
-    batches_per_epoch,
-    epoch_iterator,
-    hidden_state,
-    warn_about_changes,
-    warn_if_unrepeatable,
-)
+from noether.session.hidden_state import hidden_state
+from noether.session.loader import batches_per_epoch, epoch_iterator, warn_about_changes, warn_if_unrepeatable
 from noether.session.randomness import derive, seed_all
 
 if TYPE_CHECKING:
@@ -56,7 +51,8 @@ class BatchLoop:
         self._is_last: bool | None = None  # None if unknown
         self._is_reported = True
         self._updates_before = session.state.iteration.update  # when the current batch was yielded
-        self._hidden: dict[str, Any] | None = hidden_state(loader)  # None once the user was warned
+        self._hidden: dict[str, Any] | None = None  # at the first batch of the epoch before
+        self._watches_hidden = True  # until the user was warned
 
     @property
     def is_last(self) -> bool | None:
@@ -173,6 +169,8 @@ class BatchLoop:
         self._drawn = 0
         for batch, is_last in self._draw(epoch_iterator(self._loader, self._seed, epoch), epoch):
             self._drawn += 1
+            if self._drawn == 1 and self._watches_hidden:
+                self._compare_hidden_state()
             self._is_last = is_last
             if self._drawn <= counted:
                 if self._drawn == counted:
@@ -192,9 +190,14 @@ class BatchLoop:
                 f"the loader yielded {self._drawn} batches in epoch {epoch}, where {max(counted, 1)} or more are "
                 "needed: pass an iterable that yields the same epochs each time it is iterated, not an iterator"
             )
-        if self._hidden is not None:
-            hidden = hidden_state(self._loader)
-            self._hidden = None if warn_about_changes(self._hidden, hidden) else hidden
+
+    def _compare_hidden_state(self) -> None:
+        """Warn once if the loader differs from what it was at the first batch of the epoch before."""
+        # At the first batch an `__iter__` that resets its object has done so.
+        hidden = hidden_state(self._loader)
+        if self._hidden is not None and warn_about_changes(self._hidden, hidden):
+            self._watches_hidden = False
+        self._hidden = hidden
 
     def _draw(self, iterator: Iterator[Any], epoch: int) -> Iterator[tuple[Any, bool | None]]:
         """Yield each batch, and whether it is the last of the epoch."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from noether.core.tensors.forward import add_total
@@ -42,7 +44,7 @@ def named_losses(losses: ReportedLosses) -> Losses:
         losses: One mean loss, or several by name; each a number or a tensor with one element.
 
     Raises:
-        TypeError: If a loss is neither.
+        TypeError: If a loss is neither, or a name is not text.
         ValueError: If one is called `total` beside others.
 
     Example:
@@ -53,21 +55,33 @@ def named_losses(losses: ReportedLosses) -> Losses:
     """
     if not isinstance(losses, Mapping):
         losses = {"total": losses}
+    elif "total" in losses and len(losses) > 1:
+        others = [name for name in losses if name != "total"]
+        raise ValueError(
+            f"'total' is reported beside {others}, whose sum the session adds as 'total': leave 'total' out in "
+            "session.update(losses) and session.micro_batch(losses)"
+        )
     return add_total({name: _detach(name, loss) for name, loss in losses.items()}) if losses else FrozenDict()
 
 
-def _detach(name: str, loss: Any) -> Any:
+def _detach(name: Any, loss: Any) -> Any:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a loss is {name!r}, of type {type(name).__name__}: use text, {{'mse': loss}}")
     if isinstance(loss, Tensor):
+        if loss.dtype is torch.bool or loss.is_complex():
+            raise TypeError(f"loss {name!r} has dtype {loss.dtype}: report a real number")
         if loss.dim() == 0:
             return loss.detach()
         if loss.numel() == 1:
             return loss.detach().reshape(())
         raise TypeError(f"loss {name!r} has shape {tuple(loss.shape)}: report its mean over samples, loss.mean()")
-    if isinstance(loss, (int, float)):
+    if isinstance(loss, (np.floating, np.integer)):
+        return loss.item()
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
         return loss
     raise TypeError(
-        f"loss {name!r} is of type {type(loss).__name__}: report a number, a tensor with one element, or a dict of "
-        "these"
+        f"loss {name!r} is of type {type(loss).__name__}: report a real number, a tensor with one element, or a "
+        "dict of these"
     )
 
 

@@ -13,14 +13,14 @@ from noether.session import settings
 from noether.session.errors import SessionError
 from noether.session.events import SessionEvents
 from noether.session.live_state import LiveState
-from noether.session.loader import epoch_lengths
+from noether.session.loader import check_not_empty, epoch_lengths
 from noether.session.loop import BatchLoop
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
 from noether.session.scheduler import SchedulerMemory
 from noether.session.timing import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
     from torch import Tensor, nn
@@ -53,8 +53,10 @@ class Session(SessionEvents):
     | the end is reached | `AfterTraining` | waits for checkpoints; `batches` ends |
 
     A run that is cut at any update and resumed equals the uncut run bit for bit, if the loader yields the same epochs
-    again under the same seeds; where it cannot, a `ResumeWarning` says so at the start. A loop that is left by `break`
-    after `update` saves a checkpoint. State that the session does not know, such as the scale of a `GradScaler`, is the
+    again under the same seeds. Generators that the loader, its samplers, datasets and transforms hold are seeded before
+    each epoch. A `ResumeWarning` names at the start what cannot be seeded, and at the first batch of the second epoch
+    other state of theirs that the first one changed. A loop that is left by `break` after `update` saves a checkpoint.
+    State that the session does not know, such as the scale of a `GradScaler`, is the
     loop's to save. A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`,
     `end_epoch` and `end` itself.
 
@@ -107,7 +109,7 @@ class Session(SessionEvents):
 
     def __init__(  # noqa: PLR0913  # every part of a run, by name
         self,
-        callbacks: Callback | Sequence[Callback],
+        callbacks: Callback | Iterable[Callback],
         *,
         directory: RunDirectory | None = None,
         interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
@@ -132,7 +134,7 @@ class Session(SessionEvents):
         parts = {"model": model, "data": data, "loss": loss, "precision": precision, "directory": directory}
         run = settings.complete_run(run, seed=seed, **parts)  # type: ignore[arg-type]  # by name
         watched = settings.watch_optimizer(model, optimizer)
-        members = callbacks if isinstance(callbacks, (list, tuple)) else (callbacks,)
+        members = settings.list_callbacks(callbacks)
         memory = None if scheduler is None else SchedulerMemory(scheduler)
         reducer = compose(*([] if memory is None else [memory]), *members)
         settings.check_data(reducer.members, run)
@@ -180,7 +182,7 @@ class Session(SessionEvents):
                 its samplers where it exists.
 
         Raises:
-            SessionError: If batches are iterated a second time, or the saved run does not fit the loader.
+            SessionError: If batches are iterated a second time, the loader is empty, or the saved run does not fit it.
             CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
         """
         if self._loop is not None:
@@ -190,6 +192,7 @@ class Session(SessionEvents):
             )
         settings.check_single_process(self.run)
         settings.check_epochs(loader, self.run)
+        check_not_empty(loader)
         settings.check_scheduler_is_given(self._optimizer, self._scheduler, self._directory)
         seed = self._state.seed
         loop = BatchLoop(self, loader, self._accumulation, seed)

@@ -48,6 +48,25 @@ def end_of_run(run: Run, max_epochs: int | None, max_updates: int | None, max_sa
     return run.replace(end=TrainingIteration(**counters)) if given else run
 
 
+def list_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """Return the callbacks that a user passed, one or several.
+
+    Raises:
+        SessionError: If one of them is not a callback.
+    """
+    is_iterable = not callable(callbacks) and hasattr(callbacks, "__iter__")
+    members = tuple(callbacks) if is_iterable and not isinstance(callbacks, (str, Mapping)) else (callbacks,)
+    for member in members:
+        if isinstance(member, type):
+            raise SessionError(f"callbacks= holds the class {member.__name__}: write {member.__name__}(...)")
+        if not callable(member):
+            raise SessionError(
+                "callbacks= takes one callback or a list of them, each an object that is called as "
+                f"(state, event) -> (state, effects), not {member!r}; pass [] for none"
+            )
+    return members
+
+
 def complete_run(
     run: Run,
     *,

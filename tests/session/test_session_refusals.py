@@ -2,9 +2,11 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import noether
 from noether import Run, Session, TrainingIteration
@@ -109,6 +111,14 @@ def report_a_total(session, model, optimizer, batch):
     session.update({"mse": 0.5, "total": 0.5})
 
 
+def report(losses):
+    def loop(session, model, optimizer, batch):
+        optimizer.step()
+        session.update(losses)
+
+    return loop
+
+
 def forget_update(session, model, optimizer, batch):
     optimizer.step()
 
@@ -119,14 +129,80 @@ def forget_update(session, model, optimizer, batch):
     (update_twice_without_losses, r"update\(\.\.\.\) was called twice: call it once per update"),
     (forget_losses, r"does not know the losses of the batch: call session\.update\(losses\)"),
     (report_a_vector, r"loss 'total' has shape \(4, 1\): report its mean over samples, loss\.mean\(\)"),
-    (report_text, "loss 'mse' is of type str: report a number"),
-    (report_a_total, "'total'"),
+    (report_text, "loss 'mse' is of type str: report a real number"),
+    (report_a_total, r"'total' is reported beside \['mse'\], .* leave 'total' out in session\.update\(losses\)"),
+    (report({0: 0.5}), r"the name of a loss is 0, of type int: use text, \{'mse': loss\}"),
+    (report(True), "loss 'total' is of type bool: report a real number"),
+    (report(1j), "loss 'total' is of type complex: report a real number"),
+    (report(np.bool_(True)), "loss 'total' is of type bool: report a real number"),
+    (report(np.complex64(1)), "loss 'total' is of type complex64: report a real number"),
+    (report(torch.tensor(1j)), r"loss 'total' has dtype torch\.complex64: report a real number"),
+    (report(torch.tensor(True)), r"loss 'total' has dtype torch\.bool: report a real number"),
     (forget_update, r"the last batch was not reported: call session\.update\(losses\) for every batch"),
 ])  # fmt: skip
 def test_a_mistake_in_the_loop_says_what_to_write(loop, message):
     session, model, optimizer = make()
     with pytest.raises((ValueError, TypeError), match=message):
         run(session, lambda batch: loop(session, model, optimizer, batch))
+
+
+@pytest.mark.parametrize("number", [np.float16(0.5), np.float32(0.5), np.float64(0.5), np.int64(2), 0.5])
+def test_numbers_of_numpy_are_losses_as_those_of_python(number):
+    seen = []
+    note = noether.on(noether.AfterUpdate)(lambda state, event: (seen.append(event.losses["total"]), (state, ()))[1])
+    session, _, optimizer = make([note], max_updates=1, max_epochs=None)
+    run(session, lambda batch: (optimizer.step(), session.update(number)))
+    assert seen == [float(number)]
+    assert type(seen[0]) in {int, float}
+
+
+def get_nothing(state, event):
+    pass
+
+
+@pytest.mark.parametrize(("callbacks", "message"), [
+    ([noether.OnlineLossCallback], r"holds the class OnlineLossCallback: write OnlineLossCallback\(\.\.\.\)"),
+    (noether.OnlineLossCallback, r"write OnlineLossCallback\(\.\.\.\)"),
+    (None, r"callbacks= takes one callback or a list of them, .* not None; pass \[\] for none"),
+    ("OnlineLossCallback", "callbacks= takes one callback or a list of them, .* not 'OnlineLossCallback'"),
+    ([[get_nothing]], "callbacks= takes one callback or a list of them"),
+])  # fmt: skip
+def test_what_is_no_callback_is_refused_by_the_name_of_the_argument(callbacks, message):
+    with pytest.raises(SessionError, match=message):
+        Session(callbacks, interpreter=ignore, model=MODEL)
+
+
+def test_any_iterable_of_callbacks_is_accepted():
+    heard = []
+    callback = noether.on(noether.AfterUpdate)(lambda state, event: (heard.append(state.iteration), (state, ()))[1])
+    for callbacks in ((each for each in [callback]), {callback}, callback):
+        model = nn.Linear(2, 1)
+        session = Session(callbacks, interpreter=ignore, model=model, max_updates=1)
+        run(session, lambda batch: session.update(0.5))  # noqa: B023  # called in this pass
+    assert len(heard) == 3
+
+
+@pytest.mark.parametrize(("callback", "message"), [
+    (get_nothing, r"get_nothing returned None, not \(state, effects\): write `return state, \(\)`"),
+    (lambda state, event: state, r"returned a TrainState, not \(state, effects\)"),
+    (noether.on(noether.AfterUpdate)(get_nothing), "get_nothing.* returned None"),
+])  # fmt: skip
+def test_a_callback_that_returns_something_else_is_named(callback, message):
+    session, _, optimizer = make([callback])
+    with pytest.raises(TypeError, match=message):
+        run(session, lambda batch: (optimizer.step(), session.update(0.5)))
+
+
+@pytest.mark.parametrize(("loader", "message"), [
+    (DataLoader(torch.ones(3, 2), batch_size=8, drop_last=True), "3 samples with batch_size=8: pass drop_last=False"),
+    ([], r"the loader is empty \(its len\(\) is 0\), a list"),
+])  # fmt: skip
+def test_an_empty_loader_is_refused_before_the_first_event(loader, message):
+    heard = []
+    session, _, _ = make([lambda state, event: (heard.append(event), (state, ()))[1]])
+    with pytest.raises(SessionError, match=message):
+        session.batches(loader)
+    assert heard == []
 
 
 def test_a_session_is_iterated_once():
