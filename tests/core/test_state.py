@@ -197,6 +197,7 @@ OPTIMIZERS = {
             {"params": [*model.norm.parameters(), *model.last.parameters()]},
         ]
     ),
+    "lbfgs": lambda model: torch.optim.LBFGS(model.parameters(), lr=0.05, max_iter=2),  # lists in its memory
 }
 
 
@@ -205,11 +206,14 @@ def train(model, optimizer, updates, start=0):
     losses = []
     for update in range(start, start + updates):
         x = torch.sin(torch.arange(15.0) * (update + 1)).view(5, 3)
-        optimizer.zero_grad()
-        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+
+        def closure(x=x):
+            optimizer.zero_grad()
+            loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure).item())
     return losses
 
 

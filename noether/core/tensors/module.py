@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noether.core.tensors.step_counters import counts_on_device, move_memory
-from noether.core.tensors.tree import FrozenDict, freeze, move_to_device, tensors, unpack
+from noether.core.tensors.tree import FrozenDict, freeze, move_to_device, pack, tensors, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +51,8 @@ class BorrowedOptState(Mapping[str, Any]):
         self._optimizer = optimizer
 
     def _read(self) -> FrozenDict:
-        state = {self._names[p]: freeze(dict(memory)) for p, memory in self._optimizer.state.items()}
+        memories = ((self._names[p], memory) for p, memory in self._optimizer.state.items())
+        state = {name: freeze(pack(f"the optimizer's memory of {name}", memory)) for name, memory in memories}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         return FrozenDict(state=FrozenDict(state), groups=freeze(groups))
 
