@@ -1,4 +1,4 @@
-"""From a configuration to everything that a run consists of: data, model, optimizer step and callbacks."""
+"""Builds everything that a run consists of from a configuration: data, model, optimizer step and callbacks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 _TIMED = frozenset({"forward_s", "backward_s", "optimizer_s"})
 _SAMPLE_LIMIT = 2**63
-"""A manifest stores smaller counts only."""
+"""A manifest can store only smaller counts."""
 
 
 @final
@@ -202,7 +202,7 @@ def _build_training_data(config: Config, dataset: Any, device: torch.device) -> 
 def _build_evaluation_data(
     config: Config, datasets: Mapping[str, Any], device: torch.device
 ) -> dict[str, EvaluationData | StreamedEvaluationData]:
-    """Return the datasets in batches, by key; not a stream that the run trains on, for it would lose its position."""
+    """Return the datasets in batches, by key, without a stream that the run trains on: it would lose its position."""
     trainer = config.trainer
     size = trainer.eval_batch_size or trainer.max_batch_size or trainer.effective_batch_size
     settings: dict[str, Any] = {"seed": config.run.seed, "batch_size": size, "device": device}
@@ -225,9 +225,7 @@ def _check_end(config: Config, run: Run) -> None:
     """Raise a ConfigError if the run trains on more samples than a manifest can store."""
     if run.final.sample >= _SAMPLE_LIMIT:
         name = next(name for name in ENDS if getattr(config.trainer, name) is not None)
-        message = (
-            f"{getattr(config.trainer, name)} is beyond what a checkpoint can count, {_SAMPLE_LIMIT - 1:,} samples"
-        )
+        message = f"{getattr(config.trainer, name)} is more than a checkpoint can count: {_SAMPLE_LIMIT - 1:,} samples"
         raise config.error(("trainer", name), message)
 
 

@@ -44,7 +44,7 @@ class Trainer:
         step: Makes one update.
         data: Returns the batches.
         reducer: The callbacks, composed.
-        interpreter: Carries out their effects.
+        interpreter: Runs their effects.
         evaluate_first: Whether to dispatch an evaluation before the first update of a new run.
         interrupted: Called between events; once it returns True, the trainer saves the state and returns it.
         clock: Where the trainer reads time.

@@ -222,7 +222,12 @@ def _after_warmup(
     if updates < 1:
         setting = "warmup_epochs" if settings.warmup_epochs else "warmup_updates"
         raise_problems(
-            [Problem(setting, f"a warm-up of {warmup} updates leaves none of {total_updates} for {settings.kind}")]
+            [
+                Problem(
+                    setting,
+                    f"a warm-up of {warmup} updates takes all {total_updates}, leaving none for {settings.kind}",
+                )
+            ]
         )
     end = base * _or(settings.end_factor, 0.0)
     if settings.kind == "linear":

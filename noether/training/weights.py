@@ -1,4 +1,4 @@
-"""Weights of loaded states: checked against a model, and moved to its device."""
+"""Functions that check the weights of a loaded state against a model, and move them to its device."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_weights(ours: TrainState, theirs: TrainState) -> None:
 
 
 def to_device(state: TrainState, device: torch.device, *, counts_on_device: bool = False) -> TrainState:
-    """Return a loaded state with its tensors on `device`, as training left them there.
+    """Return a loaded state with its tensors on `device`, where training keeps them.
 
     Args:
         state: A state on the CPU.

@@ -292,8 +292,8 @@ def test_a_plan_without_callbacks(small):
 def test_a_run_with_more_samples_than_a_checkpoint_can_count(small):
     output = invoke("plan", "small.yaml", "--set", f"trainer.max_epochs={10**21}", cwd=small, code=2)
     assert output == (
-        f"Error: --set trainer.max_epochs={10**21}: trainer.max_epochs: {10**21} is beyond what a checkpoint can "
-        f"count, {2**63 - 1:,} samples\n"
+        f"Error: --set trainer.max_epochs={10**21}: trainer.max_epochs: {10**21} is more than a checkpoint can "
+        f"count: {2**63 - 1:,} samples\n"
     )
     longest = (2**63 - 1) // 1205
     plan = plan_json(small, "--set", f"trainer.max_epochs={longest}", "--set", "callbacks.3.keep=5")

@@ -217,7 +217,7 @@ def test_nonfinite_raise_ends_the_run_with_a_message(folder):
     done = noether("train", "paper.yaml", *changes, cwd=folder, code=1)
     assert done.stderr == (
         "Error: update 1: loss 'entropy' is nan, loss 'total' is nan, the gradient of '0.weight' is not finite "
-        "(and 5 more); nothing was applied. Lower the learning rate, clip gradients, or leave such updates out with "
+        "(and 5 more); nothing was applied. Lower the learning rate, clip gradients, or skip such updates with "
         "trainer.nonfinite: skip\n"
     )
     assert not (only_run(folder / "out/paper") / "checkpoints").exists()

@@ -39,5 +39,5 @@ def test_a_loss_of_several_numbers_is_refused():
     leaf = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"the loss has shape \(3,\) .* take the mean over samples"):
         compute_gradients(leaf * 2, [leaf])
-    with pytest.raises(ValueError, match=r"type torch.complex64; a gradient is that of one real number"):
+    with pytest.raises(ValueError, match=r"type torch.complex64, but it must be one real number"):
         compute_gradients(leaf.sum() * 1j, [leaf])

@@ -48,10 +48,10 @@ def test_a_decay_stays_between_its_ends_and_never_turns(schedule, one, other):
 
 
 @given(decays(), st.lists(positions, min_size=1, max_size=5), values, lengths)
-def test_a_value_depends_on_the_position_only(schedule, asked, start, updates):
+def test_a_value_depends_on_the_position_only(schedule, some_positions, start, updates):
     warm = Warmup(start=start, updates=updates, after=schedule)
-    first = [warm(position) for position in asked]
-    assert [warm(position) for position in reversed(asked)] == first[::-1]
+    first = [warm(position) for position in some_positions]
+    assert [warm(position) for position in reversed(some_positions)] == first[::-1]
     assert all(math.isfinite(value) for value in first)
 
 
@@ -96,7 +96,7 @@ def test_constant_is_constant(value, position):
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:The epoch parameter")  # torch's SequentialLR warns of itself
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # torch's SequentialLR causes it
 def test_values_are_those_of_torch(schedule, reference):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = reference(optimizer)
@@ -161,7 +161,7 @@ def test_refused_schedule_settings(settings, message):
     assert message in str(caught.value)
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     with pytest.raises(SettingsError) as caught:
         ScheduleSettings(kind="step", gamma=-1, warmup_updates=-1, power=1.0)
     assert {problem.setting for problem in caught.value.problems} == {
@@ -175,7 +175,7 @@ def test_all_problems_are_told_at_once():
         (
             {"kind": "cosine", "warmup_updates": 10},
             10,
-            "warmup_updates: a warm-up of 10 updates leaves none of 10 for cosine",
+            "warmup_updates: a warm-up of 10 updates takes all 10, leaving none for cosine",
         ),
         (
             {"kind": "step", "milestone_epochs": (2,), "warmup_updates": 20},

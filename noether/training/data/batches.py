@@ -1,4 +1,4 @@
-"""How an epoch is split into updates and an update into micro-batches, and what is done to every batch."""
+"""Splits an epoch into updates and an update into micro-batches; collates batches and moves them to a device."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Batches of datasets that are read by index.
 
-The order is a function of `(seed, epoch)`, the augmentation of a sample one of `(seed, epoch, index)`.
+The order is a function of `(seed, epoch)`, and the augmentation of a sample is one of `(seed, epoch, index)`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TrainingData:
         effective_batch_size: Samples of an update, <= the length of the dataset.
         max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
         drop_last: Whether to leave out the last update of an epoch if it is short.
-        num_workers: Processes that load samples; 0 loads in this one. The batches do not depend on it.
+        num_workers: Processes that load samples; 0 loads in this process. The batches do not depend on it.
         device: Device of the batches.
 
     Raises:
@@ -98,7 +98,7 @@ class TrainingData:
         Sequential calls prefetch; a jump restarts prefetching at the new position.
 
         Args:
-            iteration: What is completed.
+            iteration: Completed epochs, updates and samples.
             last: Number of the last update of the run; nothing beyond it is prefetched.
         """
         if iteration.update != self._expected:
@@ -187,7 +187,7 @@ class EvaluationData:
 
 
 class _MicroBatchSampler(Sampler[list[tuple[int, int]]]):
-    """The micro-batches from one update on, as a batch sampler of torch's loader."""
+    """A batch sampler for torch's loader: the micro-batches of an update and of all later ones."""
 
     def __init__(self, data: TrainingData, start: int, last: int | None) -> None:
         self._data, self._start, self._last = data, start, last

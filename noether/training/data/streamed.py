@@ -26,8 +26,8 @@ class StreamedData:
     """An `IterableDataset` in batches; `TrainingData` does the same for datasets that are read by index.
 
     `dataset.state_dict()` returns its position; `load_state_dict()` and a new iterator continue from there. After the
-    last sample of an epoch, the position is the start of the next one. The object is a callback of the reducer, which
-    fills in its memory before training and finds it claimed on resume.
+    last sample of an epoch, the position is the start of the next one. The object is also a callback, so that the
+    reducer fills in its memory before training and accepts that memory on resume.
 
     Args:
         dataset: It has `__len__` (samples of an epoch), `state_dict` and `load_state_dict`.
@@ -67,7 +67,7 @@ class StreamedData:
         """Return the state as it is."""
         return state, ()
 
-    def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as every callback's
+    def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # the signature of a callback's init
         """Return the position at which the dataset starts."""
         return {MEMORY: self._start}
 
@@ -91,8 +91,8 @@ class StreamedData:
         self._reading, self._position = iter(()), None
 
     def _move_to(self, position: Memory, sample: int) -> None:
-        """Move the dataset to a position, at which `sample` samples of the epoch are read."""
-        is_there = position is self._position  # the very object of the last call, unless the state is another one
+        """Move the dataset to a position, after `sample` samples of the epoch."""
+        is_there = position is self._position  # the same object, unless the caller passed another state
         if not is_there:
             self._dataset.load_state_dict(unpack(position))
         if not is_there or sample == 0:
@@ -120,7 +120,7 @@ class StreamedEvaluationData:
         device: Device of the batches.
 
     Raises:
-        TypeError: If the dataset does not say how many samples it has.
+        TypeError: If the dataset has no `__len__`.
     """
 
     def __init__(self, dataset: Any, *, seed: int, batch_size: int, device: torch.device | str = "cpu") -> None:
@@ -158,7 +158,7 @@ class StreamedEvaluationData:
 
 
 def _position(dataset: Any) -> Memory:
-    """Return a copy of the position of a dataset, which may write to the tensors that it returns."""
+    """Return a copy of a dataset's position: the dataset may later write to the tensors that it returned."""
     return clone_tensors(pack("state_dict of the training set", dataset.state_dict()))
 
 

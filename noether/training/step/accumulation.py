@@ -19,7 +19,7 @@ class BackwardResult(NamedTuple):
     Args:
         grads: Gradient of the weighted total loss by parameter, None where the loss does not depend on it.
         losses: Mean loss of the micro-batch by name, not weighted.
-        outputs: What the model returned.
+        outputs: Outputs of the model.
         buffers: The model's buffers after the forward pass.
     """
 
@@ -62,7 +62,7 @@ class Accumulation:
 
 
 def _add(sums: dict[str, Any], terms: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sums with what is not None added; the first terms as they are."""
+    """Add the terms that are not None to `sums` and return it; a first term keeps its bits."""
     for name, term in terms.items():
         before = sums.get(name)
         sums[name] = before if term is None else term if before is None else before + term

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _LOGGER: Final = logging.getLogger(__name__)
 _WORDS: Final = 60
-"""Words of a compiler's message that the log shows; some take pages."""
+"""Largest number of words of a compiler's message to log; some messages take pages."""
 
 _FIXED: Final = ("self._groups", "self._names", "self._places", "self._buffers", "self._trainable")
 """Attributes of a `CompiledUpdate` that never change."""
@@ -39,7 +39,7 @@ _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 class UpdateResult(NamedTuple):
-    """What a compiled update returns beside the tensors that it writes to."""
+    """Result of a compiled update, without the tensors that it writes to."""
 
     losses: Mapping[str, Tensor]
     outputs: tuple[Any, ...]
@@ -50,11 +50,11 @@ class UpdateResult(NamedTuple):
 
 @final
 class CompiledUpdate:
-    """Writes updates in one compiled graph.
+    """Makes updates in one compiled graph, in place.
 
     Each shape of batch has a separate graph, so that a resumed run computes with the same kernels; torch compiles up
     to eight shapes. Results differ from those of the step in the last bits. Random numbers come from the same seed, but
-    the graph draws others than the step, in dropout for example.
+    the graph draws different ones than the step, in dropout for example.
 
     Args:
         step: The step to compile.
@@ -65,7 +65,8 @@ class CompiledUpdate:
         self._step = step
         params, memory = state.params, state.opt_state.get("state", {})
         self._trainable = step.optimizer.trainable(params)
-        decay = {group: {"weight_decay": schedule(0)} for group, schedule in step.weight_decay.items()}  # constant
+        # Only constant schedules: `_obstacle` refuses the others.
+        decay = {group: {"weight_decay": schedule(0)} for group, schedule in step.weight_decay.items()}
         members = step.optimizer.members(params).items()
         self._groups = {group: ({**settings, **decay.get(group, {})}, names) for group, (settings, names) in members}
         self._names = tuple(params)
@@ -104,7 +105,7 @@ class CompiledUpdate:
             return self._graph(param_tensors, memory_tensors, buffer_tensors, calls, self._lr)
 
     def _set_rates(self, rates: list[float]) -> None:
-        """Set the learning rates; they are tensors, for torch would compile a graph for each number."""
+        """Set the learning rates; they are tensors, because torch would compile a graph for each float."""
         if rates != self._rates:
             for tensor, rate in zip(self._lr, rates, strict=True):
                 tensor.fill_(rate)
@@ -197,17 +198,19 @@ class CompiledStep:
         if update.is_new_shape(batches) and not self._compile(update, state, batches, settings):
             return eager(state, batches, observe)
         eager.seed(state)
-        own = ModelTensors.of(state, eager.model) if eager.donate else None
-        if own is None:
+        model_tensors = ModelTensors.of(state, eager.model) if eager.donate else None
+        if model_tensors is None:
             params, opt_state = _copy(state.params), _copy(state.opt_state)
         else:
-            own.take_from(state)
-            own.unshare()
-            params, opt_state = own.params, own.opt_state
+            model_tensors.take_from(state)
+            model_tensors.unshare()
+            params, opt_state = model_tensors.params, model_tensors.opt_state
         result = update(params, opt_state, state.buffers, batches, settings)
         if eager.donate:
-            own = own or ModelTensors(eager.model, eager.optimizer.trainable(params), params, opt_state)
-            state = own.donate_to(state, result.buffers)
+            model_tensors = model_tensors or ModelTensors(
+                eager.model, eager.optimizer.trainable(params), params, opt_state
+            )
+            state = model_tensors.donate_to(state, result.buffers)
         else:
             state = state.replace(params=params, opt_state=opt_state, buffers=result.buffers)
         samples, losses = tuple(map(batch_size, batches)), FrozenDict(result.losses)
@@ -236,7 +239,10 @@ class CompiledStep:
         return self._compiled
 
     def _compile(self, update: CompiledUpdate, state: TrainState, batches: Sequence[Any], settings: Settings) -> bool:
-        """Return whether batches of these shapes compile, on copies: the compiler draws random numbers."""
+        """Compile the update for these shapes and return whether that succeeds.
+
+        It updates copies. The caller seeds afterwards, because the compiler draws random numbers.
+        """
         try:
             update(_copy(state.params), _copy(state.opt_state), state.buffers, batches, settings)
         except Exception as error:  # noqa: BLE001  # whatever it is, the plain step makes the update or names the problem
@@ -262,7 +268,7 @@ def _obstacle(step: Step) -> str | None:
 
 
 def _copy(tree: Any) -> Any:
-    """Return a copy of a tree that may be written to."""
+    """Return a copy of a tree, with cloned tensors in plain dicts, so that an update can write to it."""
     if isinstance(tree, Mapping):
         return {key: _copy(value) for key, value in tree.items()}
     return tree.clone() if isinstance(tree, Tensor) else tree

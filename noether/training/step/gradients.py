@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from noether.core.tensors.torch_internals import run_backward
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from noether.training.step.accumulation import Grads
+    from noether.training.step.accumulation import Grads, Losses
+
+_SHOWN: Final = 3
+"""Largest number of nonfinite losses and gradients that an error names."""
 
 
 def compute_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the gradient of `loss` with respect to each of `leaves`, None where it does not depend on it.
+    """Return the gradient of `loss` with respect to each of `leaves`, None where it does not depend on one.
 
     On the CPU it skips the Python code of `torch.autograd.grad`, which takes a fifteenth of a small network's update;
     the bits are the same. On an accelerator, torch has to pass more than the graph to its device threads.
@@ -36,8 +39,8 @@ def compute_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor
     """
     if loss.numel() != 1 or loss.is_complex():
         raise ValueError(
-            f"the loss has shape {tuple(loss.shape)} and type {loss.dtype}; a gradient is that of one real number: "
-            "take the mean over samples"
+            f"the loss has shape {tuple(loss.shape)} and type {loss.dtype}, but it must be one real number: take "
+            "the mean over samples"
         )
     if type(loss) is Tensor and loss.is_cpu:
         grads = run_backward(loss, leaves)
@@ -60,7 +63,7 @@ def total_norm(grads: Mapping[str, Tensor | None]) -> Tensor:
 
 
 def traceable_total_norm(grads: Mapping[str, Tensor | None]) -> Tensor:
-    """Return `total_norm` up to the last bits; unlike that, `torch.compile` of torch 2.10 can trace it."""
+    """Return `total_norm` up to the last bits; `torch.compile` of torch 2.10 can trace this function only."""
     norms = [torch.linalg.vector_norm(dense_values(grad)) for grad in grads.values() if grad is not None]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
@@ -75,7 +78,7 @@ def clip_norm(grads: Grads, norm: Tensor, limit: float) -> Grads:
     """Return gradients scaled down to the total 2-norm `limit`, as `torch.nn.utils.clip_grad_norm_` does.
 
     Args:
-        grads: Gradients by name. The result is not in place, for two of them may be one tensor.
+        grads: Gradients by name; not scaled in place, because two of them may be one tensor.
         norm: Their total 2-norm.
         limit: The largest norm.
     """
@@ -89,3 +92,15 @@ def all_finite(grads: Mapping[str, Tensor | None]) -> Tensor | bool:
     values = [dense_values(grad) for grad in grads.values() if grad is not None]
     largest = [torch.linalg.vector_norm(each, torch.inf) for each in values if each.numel()]
     return torch.stack(largest).isfinite().all() if largest else True
+
+
+def describe_nonfinite(losses: Losses, grads: Grads) -> str:
+    """Return a list, for an error message, of the losses and gradients that are not finite."""
+    nonfinite = [f"loss {name!r} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()]
+    nonfinite += [
+        f"the gradient of {name!r} is not finite"
+        for name, grad in grads.items()
+        if grad is not None and not dense_values(grad).isfinite().all()
+    ]
+    others = len(nonfinite) - _SHOWN
+    return ", ".join(nonfinite[:_SHOWN]) + (f" (and {others} more)" if others > 0 else "")

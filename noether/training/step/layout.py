@@ -85,7 +85,7 @@ def assign_groups(
     group_of = {name: _group_of(name, groups, frozen) for name in names}
     order = [*(group.name for group in groups if not group.frozen), DEFAULT_GROUP]
     members = {group: tuple(name for name in names if group_of[name] == group) for group in order}
-    members = {group: own for group, own in members.items() if own}
+    members = {group: params for group, params in members.items() if params}
     if not members:
         raise_problems([Problem("groups", f"all {len(names)} parameters are frozen; leave at least one to train")])
     return members, tuple(name for name in names if group_of[name] is not None)

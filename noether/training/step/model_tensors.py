@@ -33,15 +33,15 @@ class ModelTensors:
         model: Its parameters become the tensors.
         trainable: Names of the parameters that are trained.
         params: Values of all parameters.
-        opt_state: The optimizer's memory; that of each trained parameter is made of tensors only.
+        opt_state: The optimizer's memory; that of each trained parameter consists of tensors only.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> own = ModelTensors(model, ["weight"], {"weight": torch.ones(1, 1)}, {})
-        >>> view = own.params["weight"].detach()
-        >>> own.unshare()
-        >>> _ = own.params["weight"].zero_()
+        >>> tensors = ModelTensors(model, ["weight"], {"weight": torch.ones(1, 1)}, {})
+        >>> view = tensors.params["weight"].detach()
+        >>> tensors.unshare()
+        >>> _ = tensors.params["weight"].zero_()
         >>> view, model.weight.data
         (tensor([[1.]]), tensor([[0.]]))
     """
@@ -67,7 +67,7 @@ class ModelTensors:
             ],
             shared=len(self.leaves),
         )
-        self._writer: tuple[tuple[str, ...], Writer] | None = None  # names of gradients, and what writes their updates
+        self._writer: tuple[tuple[str, ...], Writer] | None = None  # names of gradients, and the function for them
         self._bind()
 
     @classmethod
@@ -104,7 +104,7 @@ class ModelTensors:
     def take_from(self, state: TrainState) -> None:
         """Take the tensors from a state, which cannot be read afterwards.
 
-        Call it before anything is written, so that no error leaves a state that is half of an update.
+        Call it before the first write, so that an error cannot leave a readable state with half of an update.
         """
         for tree in (state.params, state.opt_state):
             if isinstance(tree, DonatedTree):

@@ -1,7 +1,7 @@
-"""torch's optimizers as a pure pair: `init(params)` and `update(grads, opt_state, params)`.
+"""torch's optimizers as two pure functions: `init(params)` and `update(grads, opt_state, params)`.
 
-The work is done by torch's own class (or a user's), so the numbers are its numbers. The class writes to copies, and its
-memory is read back from where torch keeps it: its state and its parameter groups.
+torch's own class (or a user's) computes the update, so results have the same bits. The class writes to copies; `update`
+then reads its memory from its state, its parameter groups and its attributes.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class FunctionalOptimizer:
     - `state`: each parameter's memory, by name of the parameter.
     - `groups`: entries of a parameter group that the class changes in its steps (a counter, an estimate), by group.
     - `shared`: entries of the class's state that belong to no parameter.
-    - `attributes`: what the steps assign to the optimizer itself.
+    - `attributes`: attributes that the steps assign to the optimizer itself.
 
-    Settings are not memory: a resumed run takes them from its configuration. An object that a class stores on itself
-    and changes in place is not seen, and not resumed.
+    Settings are not memory: a resumed run takes them from its configuration. If a class stores
+    an object on itself and changes it in place, the change is not detected and a resume loses it.
 
-    Adam, AdamW and SGD call torch's kernels directly, not the class and its step hooks, to the same bits.
+    For Adam, AdamW and SGD it calls torch's kernels directly, with the same bits; step hooks of the class do not run.
 
     Args:
         optimizer: Class of the optimizer; any whose `step` needs no closure.
@@ -108,12 +108,13 @@ class FunctionalOptimizer:
             SettingsError: If a pattern matches no parameter, no parameter is trained, or the class refuses one.
         """
         layout = self._layout(params)
-        # Copies, so that no class can keep a view of the caller's parameters in its state; some are known not to.
+        # Copies, so that no class can keep a view of the caller's parameters; those with kernels never keep one.
         trained = {name: params[name].detach() for name in layout.trainable}
         trained = trained if kernels.has_kernel(self.optimizer) else clone_tensors(trained)
         trained = {name: param.requires_grad_() for name, param in trained.items()}
         optimizer = self._construct({group: [trained[n] for n in names] for group, names in layout.members.items()})
-        # What the constructor took from the parameters is memory; it makes other objects for every instance.
+        # Numbers and tensors that the constructor derives from the parameters are memory. Other objects are not: they
+        # differ from those of the layout only because each instance creates new ones.
         objects = {key: value for key, value in vars(optimizer).items() if not isinstance(value, (tuple, *SCALARS))}
         layout = layout._replace(attributes=layout.attributes | objects)
         return read_memory(optimizer, layout, trained, layout.entries)
@@ -128,11 +129,11 @@ class FunctionalOptimizer:
     ) -> tuple[dict[str, Tensor], OptState]:
         """Return the parameters and the state of the optimizer after one update, bit by bit those of the class.
 
-        No argument is written to, and the results share no memory with the arguments, except for frozen parameters.
+        It writes to no argument, and the results share no memory with the arguments, except for frozen parameters.
 
         Args:
             grads: Gradients by parameter name; for a parameter without one, or with None, the class sees None.
-            opt_state: What `init` or the last `update` returned, or `{}` for a class that starts without memory.
+            opt_state: Result of `init` or of the last `update`, or `{}` for a class that starts without memory.
             params: Parameters by name, frozen ones included.
             settings: Settings by group name that hold for this update, e.g. `{"default": {"lr": 0.1}}`, as if set in
                 the class's parameter groups before its step. Other settings keep their values.
@@ -151,7 +152,7 @@ class FunctionalOptimizer:
         layout.check(present, opt_state, settings)
         with torch.no_grad():
             entries = layout.entries.items()
-            groups = {group: {**unpack(own), **settings.get(group, {})} for group, own in entries}
+            groups = {group: {**unpack(defaults), **settings.get(group, {})} for group, defaults in entries}
             trained = {name: params[name].clone() for name in layout.trainable}
             memory = {name: unpack(packed) for name, packed in opt_state.get("state", {}).items()}
             copies = UpdateCopies(layout, groups, trained, memory, present)
@@ -275,7 +276,7 @@ class FunctionalOptimizer:
             return
         yield from unknown_settings(self.optimizer, self.settings, accepted)
         for group in self.groups:
-            # A class without settings reads what it needs from the groups.
+            # A class whose constructor has no settings reads them from the groups.
             if accepted:
                 yield from unknown_settings(self.optimizer, group.overrides(), accepted, f"groups.{group.name}.")
 

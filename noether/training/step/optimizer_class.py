@@ -1,4 +1,4 @@
-"""A class of torch.optim, checked, constructed, stepped on copies, and its memory read back."""
+"""Functions that check a class of torch.optim, construct it, step it on copies, and read its memory."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ def construct(
 
 
 def stored_params_problem(optimizer: Optimizer, members: Mapping[str, Sequence[Tensor]]) -> Problem | None:
-    """Return the problem of a class that stores the parameters of its constructor and would step on them, or None."""
-    given = {id(param) for params in members.values() for param in params}
+    """Return a problem if the class keeps its constructor's parameters, on which it would step; or None."""
+    param_ids = {id(param) for params in members.values() for param in params}
     attributes = {key: value for key, value in vars(optimizer).items() if key not in optimizer_attributes()}
     for path, leaf in leaves(attributes):
-        if id(leaf) in given or isinstance(leaf, Optimizer):
+        if id(leaf) in param_ids or isinstance(leaf, Optimizer):
             message = f"{type(optimizer).__name__} keeps parameters in self.{'.'.join(path)}; read self.param_groups"
             return Problem("optimizer", message)
     return None
@@ -116,7 +116,7 @@ def step_class(cls: type[Optimizer], copies: UpdateCopies, opt_state: Mapping[st
     for name, param in copies.params.items():
         param.requires_grad = True
         grad = copies.grads.get(name)
-        param.grad = grad if grad is None or kernels.leaves_gradients(cls) else grad.clone()
+        param.grad = grad if grad is None or kernels.preserves_gradients(cls) else grad.clone()
     optimizer.step()
     for param in copies.params.values():
         param.grad = None
@@ -131,7 +131,7 @@ def read_memory(
 
     Args:
         optimizer: The instance.
-        layout: Its groups; memory is what differs from the attributes there.
+        layout: Its groups; an attribute that differs from `layout.attributes` is memory.
         params: Its parameters by name.
         settings: Settings by group; an entry of a parameter group that differs from them is memory.
     """
@@ -154,7 +154,7 @@ def read_memory(
 
 
 def _changes(where: str, after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries in which `after` differs from `before`, and all that could have been changed in place."""
+    """Return the entries in which `after` differs from `before`, and all that the class may have changed in place."""
     return {
         key: pack(f"optimizer.{where}.{key}", value)
         for key, value in after.items()
@@ -171,7 +171,7 @@ def _is_unchanged(value: object, before: object) -> bool:
 
 
 def placeholders(groups: Iterable[str]) -> dict[str, list[Tensor]]:
-    """Return a parameter for each group, to construct an instance without a model; of two dimensions, for Muon."""
+    """Return a parameter for each group, to construct an instance without a model; Muon needs two dimensions."""
     return {group: [torch.nn.Parameter(torch.zeros(1, 1))] for group in groups}
 
 

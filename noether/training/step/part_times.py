@@ -13,7 +13,7 @@ class PartTimes:
     """Seconds of the parts of one update, summed over micro-batches; the first part starts at construction.
 
     Args:
-        elapsed_s: Returns seconds since any moment, never going back.
+        elapsed_s: A monotonic clock in seconds, such as `time.perf_counter`.
 
     Example:
         >>> clock = iter([0.0, 1.0, 1.5])

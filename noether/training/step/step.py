@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from noether.training.step.gradients import (
     clip_norm,
     clip_values,
     compute_gradients,
-    dense_values,
+    describe_nonfinite,
     total_norm,
 )
 from noether.training.step.model_tensors import ModelTensors
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     Observer = Callable[[TrainState, AfterAccumulationStep], TrainState]
     Settings = Mapping[str, Mapping[str, float]]
 
-_SHOWN: Final = 3
-
 Nonfinite = Literal["apply", "skip", "raise"]
 
 
@@ -56,19 +54,19 @@ class Step:
     Args:
         model: The architecture, in training mode; the step does not use its weights.
         loss: `(outputs, batch) -> {name: mean over samples}`, pure.
-        optimizer: Makes new params from gradients.
+        optimizer: Computes new params from gradients.
         lr: Learning rate by parameter group, as a function of the number of completed updates.
         weight_decay: Weight decay by parameter group, likewise; empty for an optimizer that has none.
         precision: Autocast dtype of forward pass and loss, or None.
         clip_grad_norm: Largest 2-norm of all gradients together, or None.
         clip_grad_value: Largest absolute value of a gradient's entry, or None.
-        nonfinite: What to do with an update whose losses or gradients are not finite. `apply` does not look at the
-            gradients; `skip` and `raise` do, before anything is applied, and wait for the device.
-        grad_norm: Whether to measure the 2-norm of the gradients where nothing clips it.
-        finite: Whether to check that the loss is finite where nothing depends on it.
+        nonfinite: Reaction to a loss or gradient that is not finite. `apply` makes the update and does not check the
+            gradients; `skip` and `raise` check loss and gradients before the update, and wait for the device.
+        grad_norm: Whether to measure the 2-norm of the gradients even if `clip_grad_norm` is None.
+        finite: Whether to check that the loss is finite even if `nonfinite` is `apply`.
         rank: Index of this process.
         elapsed_s: Clock for the seconds of forward, backward and optimizer; None leaves them out. An accelerator
-            computes on after a call returns, so there they are the seconds of the calls.
+            computes asynchronously, so there they are only the seconds of the calls.
         donate: Whether an update may write to the tensors of a state that an update returned; that state cannot be read
             afterwards. It is faster, needs less memory, and gives the same bits. The model's own weights are then those
             of the newest state. Only Adam, AdamW and SGD write in place; with other classes it has no effect.
@@ -111,10 +109,10 @@ class Step:
         Args:
             state: Params, buffers and opt_state to start from.
             batches: The micro-batches of the update, at least one.
-            observe: Called after the backward pass of each micro-batch; returns the state with callbacks' memory.
+            observe: Runs after the backward pass of each micro-batch and returns the state with callbacks' memory.
 
         Returns:
-            The state, and the event with all that the step knows; the loop adds the run and the times.
+            The state, and the event without the run and the times, which the loop adds.
 
         Raises:
             FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
@@ -126,7 +124,7 @@ class Step:
         self.seed(state)
         samples = tuple(map(batch_size, batches))
         times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
-        if len(batches) == 1 and observe is None:  # most updates; they need no sums
+        if len(batches) == 1 and observe is None:  # the common case, which needs no sums
             result = self._run_backward(state, state.buffers, batches[0], 1.0, times)
             return self._apply(state, result, (result.outputs,), samples, times)
         state, result = self._accumulate(state, batches, samples, times, observe)
@@ -175,11 +173,11 @@ class Step:
         self, state: TrainState, buffers: Mapping[str, Tensor], batch: Any, weight: float, times: PartTimes | None
     ) -> BackwardResult:
         """Return gradients of the weighted total loss, losses, outputs and new buffers."""
-        own = ModelTensors.of(state, self.model)
-        if own is not None:
-            own.set_buffers(buffers)
-            result = self._differentiate(batch, own.parameters, own.leaves, weight, times)
-            return BackwardResult(*result, own.get_buffers(buffers))
+        model_tensors = ModelTensors.of(state, self.model)
+        if model_tensors is not None:
+            model_tensors.set_buffers(buffers)
+            result = self._differentiate(batch, model_tensors.parameters, model_tensors.leaves, weight, times)
+            return BackwardResult(*result, model_tensors.get_buffers(buffers))
         params = {name: param.detach() for name, param in state.params.items()}
         leaves = {name: params[name].requires_grad_() for name in self.optimizer.trainable(params)}
         weights = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
@@ -196,7 +194,7 @@ class Step:
         weight: float,
         times: PartTimes | None,
     ) -> tuple[Grads, FrozenDict, Any]:
-        """Return gradients of the weighted total loss, losses and outputs of the model as it is, with `params`."""
+        """Return gradients of the weighted total loss, losses and outputs; `params` are in the model already."""
         counts = write_counts(params.values())
         if self.precision is None:
             losses, outputs = self._forward(batch)
@@ -208,7 +206,7 @@ class Step:
             _refuse_writing(params, counts)
         if times is not None:
             times.stop("forward_s")
-        # Not torch.func.grad_and_value: it takes longer, to the same bits; see benchmarks/step.py.
+        # torch.func.grad_and_value gives the same bits, but takes longer: see benchmarks/step.py.
         grads = compute_gradients(total, list(leaves.values()))
         if times is not None:
             times.stop("backward_s")
@@ -231,11 +229,14 @@ class Step:
         samples: tuple[int, ...],
         times: PartTimes | None,
     ) -> tuple[TrainState, AfterUpdate]:
-        """Return the state with the gradients applied, unless they are to be skipped, and the event."""
+        """Apply the gradients unless the update is skipped; return the state and the event."""
         finite = self._is_finite(result.losses, result.grads)
         skipped = self.nonfinite != "apply" and not finite
         if skipped and self.nonfinite == "raise":
-            raise FloatingPointError(_nonfinite_message(state, result.losses, result.grads))
+            raise FloatingPointError(
+                f"update {state.iteration.update + 1}: {describe_nonfinite(result.losses, result.grads)}; nothing was "
+                "applied. Lower the learning rate, clip gradients, or skip such updates with trainer.nonfinite: skip"
+            )
         grads, grad_norm = self.clip(result.grads)
         settings = self.settings_for(state)
         if not skipped:
@@ -248,28 +249,28 @@ class Step:
     def _update(self, state: TrainState, grads: Grads, settings: Settings, buffers: Mapping[str, Tensor]) -> TrainState:
         """Return the state with new params and optimizer memory, written in place where `donate` allows it."""
         present = {name: grad for name, grad in grads.items() if grad is not None}
-        own = self._take(state, present) if self.donate else None
-        if own is not None:
-            own.write(self.optimizer, present, settings)
-            return own.donate_to(state, buffers)
+        model_tensors = self._take(state, present) if self.donate else None
+        if model_tensors is not None:
+            model_tensors.write(self.optimizer, present, settings)
+            return model_tensors.donate_to(state, buffers)
         params, opt_state = self.optimizer.update(present, state.opt_state, state.params, settings=settings)
         if self.donate and self.optimizer.can_write(present, opt_state, params):
-            own = ModelTensors(self.model, self.optimizer.trainable(params), params, opt_state)
-            return own.donate_to(state, buffers)
+            model_tensors = ModelTensors(self.model, self.optimizer.trainable(params), params, opt_state)
+            return model_tensors.donate_to(state, buffers)
         return state.replace(params=params, opt_state=opt_state, buffers=buffers)
 
     def _take(self, state: TrainState, grads: Mapping[str, Tensor]) -> ModelTensors | None:
-        """Return the tensors of the state, taken from it, or None if the update cannot write to them."""
-        own = ModelTensors.of(state, self.model)
-        if own is not None:
-            if not own.can_write(self.optimizer, grads):
+        """Take the tensors from the state and return them, or return None if the update cannot write to them."""
+        model_tensors = ModelTensors.of(state, self.model)
+        if model_tensors is not None:
+            if not model_tensors.can_write(self.optimizer, grads):
                 return None
-            own.take_from(state)
-            return own
+            model_tensors.take_from(state)
+            return model_tensors
         params, opt_state = state.params, state.opt_state
         if not isinstance(params, DonatedTree) or not isinstance(opt_state, DonatedTree) or params.owner is not None:
             return None
-        # First update of a new or resumed run. The optimizer class would copy, so its first memory is made here.
+        # First update of a new or resumed run. The optimizer's class would copy the params to create its memory.
         if not self.optimizer.can_write(grads, self.optimizer.add_first_memory(opt_state, params, grads), params):
             return None
         taken = params.take()
@@ -306,8 +307,8 @@ class Step:
             grads = clip_values(grads, self.clip_grad_value)
         if self.clip_grad_norm is None:
             return grads, norm
-        size = norm if norm is not None and self.clip_grad_value is None else norm_of(grads)
-        return clip_norm(grads, size, self.clip_grad_norm), size if norm is None else norm
+        current_norm = norm if norm is not None and self.clip_grad_value is None else norm_of(grads)
+        return clip_norm(grads, current_norm, self.clip_grad_norm), current_norm if norm is None else norm
 
     def autocast(self, params: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         """Return the context of forward pass and loss."""
@@ -324,10 +325,10 @@ def make_event(
 
     Args:
         losses: Mean losses of the update by name.
-        outputs: What the model returned for each micro-batch.
+        outputs: Outputs of the model for each micro-batch.
         samples: Samples of each micro-batch.
         settings: Settings of the optimizer by group.
-        readings: Further fields.
+        readings: Further fields of the event.
     """
     return AfterUpdate.of(
         samples=sum(samples),
@@ -344,21 +345,6 @@ def _refuse_writing(params: Mapping[str, Tensor], counts: Sequence[int]) -> None
     now = write_counts(params.values())
     changed = (name for name, count, before in zip(params, now, counts, strict=True) if count != before)
     raise ValueError(
-        f"the model writes to its parameter {next(changed)!r} in forward, and a tensor in a state is never written to: "
-        "compute with a clamped or renormalized copy, or make it a buffer"
-    )
-
-
-def _nonfinite_message(state: TrainState, losses: Losses, grads: Grads) -> str:
-    wrong = [f"loss {name!r} is {loss.item()}" for name, loss in losses.items() if not loss.isfinite()]
-    wrong += [
-        f"the gradient of {name!r} is not finite"
-        for name, grad in grads.items()
-        if grad is not None and not dense_values(grad).isfinite().all()
-    ]
-    first, others = wrong[:_SHOWN], len(wrong) - _SHOWN
-    more = f" (and {others} more)" if others > 0 else ""
-    return (
-        f"update {state.iteration.update + 1}: {', '.join(first)}{more}; nothing was applied. "
-        "Lower the learning rate, clip gradients, or leave such updates out with trainer.nonfinite: skip"
+        f"the model writes to its parameter {next(changed)!r} in forward, but a model must not write to tensors of "
+        "a state: compute with a clamped or renormalized copy, or make it a buffer"
     )
