@@ -43,13 +43,13 @@ def evaluate(
     Args:
         run_dir: The run directory.
         checkpoint: Tag of the checkpoint, or a pointer.
-        weights: Averaged weights to evaluate, such as `ema=0.999`: they are in the checkpoint because a callback keeps
-            them, and the file is `eval/TAG.ema=0.999.json`. None for the weights in training.
+        weights: Averaged weights to evaluate, such as `ema=0.999`, which a callback keeps in the checkpoint; the file
+            is then `eval/TAG.ema=0.999.json`. None for the training weights.
         settings: Overrides such as `data.val.split=test`.
         allow: Further prefixes of modules that `kind` may name.
 
     Raises:
-        ConfigError: If `run_dir` is not the directory of a run, has no such checkpoint, or that has no such weights.
+        ConfigError: If `run_dir` is not the directory of a run, or the checkpoint or the weights do not exist.
         CheckpointError: If the checkpoint is damaged, or contains none of the weights that its callbacks evaluate.
     """
     config = load_run_config(run_dir, settings, allow)
@@ -69,7 +69,7 @@ def evaluate(
         state = _use_weights(state, weights, store)
         name = f"{name}.{weights.replace('/', '.')}"
     metrics: dict[str, Any] = {}
-    reducer = _drop_without_weights(experiment.reducer, state)
+    reducer = _drop_callbacks_without_weights(experiment.reducer, state)
     if not listens_to(reducer, AtEval):
         raise CheckpointError(
             f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"
@@ -89,7 +89,7 @@ def _find_checkpoint(store: CheckpointStore, checkpoint: str) -> Manifest:
         raise ConfigError([LocatedProblem(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
 
 
-def _drop_without_weights(reducer: Reducer, state: TrainState) -> Reducer:
+def _drop_callbacks_without_weights(reducer: Reducer, state: TrainState) -> Reducer:
     """Return the reducer without callbacks whose weights the checkpoint does not contain, and print their names."""
     known = (None, *find_weights(state))
     dropped = [member for member in reducer.members if getattr(member, "weights", None) not in known]
@@ -102,8 +102,8 @@ def _use_weights(state: TrainState, weights: str, store: CheckpointStore) -> Tra
     try:
         return use_weights(state, weights)
     except WeightsError as error:
-        saved = [name for name in store.pointers() if name.endswith(f".{weights.replace('/', '.')}")]
-        fix = f"; use --checkpoint {' or '.join(saved)} without --weights" if saved else ""
+        pointers = [name for name in store.pointers() if name.endswith(f".{weights.replace('/', '.')}")]
+        fix = f"; use --checkpoint {' or '.join(pointers)} without --weights" if pointers else ""
         raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), f"{error}{fix}")]) from error
 
 

@@ -16,10 +16,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SET = click.option(
-    "--set", "settings", metavar="KEY=VALUE", multiple=True, help="Override a setting, e.g. trainer.max_epochs=20."
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a setting, e.g. trainer.max_epochs=20; repeatable.",
 )
 _ALLOW = click.option(
-    "--allow", metavar="PREFIX", multiple=True, help="Allow `kind` to name modules that begin with PREFIX."
+    "--allow",
+    metavar="PREFIX",
+    multiple=True,
+    help="Let `kind` in YAML name modules that begin with PREFIX; repeatable.",
 )
 _CONFIG_ERROR = 2
 
@@ -27,17 +34,26 @@ _CONFIG_ERROR = 2
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="noether")
 def main() -> None:
-    """Train PyTorch models with callbacks that are pure functions."""
+    """Train PyTorch models with callbacks that are pure functions.
+
+    CONFIG is a YAML file that describes a run. `noether train CONFIG` writes the run to a new directory RUN_DIR, such
+    as runs/NAME/20260102-030405, from which the run can be resumed, evaluated and replayed.
+    """
 
 
 @main.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--resume", metavar="RUN_DIR", type=click.Path(path_type=Path), help="Resume the run in RUN_DIR.")
 @click.option("--smoke", is_flag=True, help="Try one update, one evaluation and one save in a temporary directory.")
-@click.option("--drop-memory", metavar="NAME", multiple=True, help="With --resume: drop the memory NAME.")
+@click.option(
+    "--drop-memory",
+    metavar="NAME",
+    multiple=True,
+    help="With --resume: discard the saved memory NAME, which no callback claims; repeatable.",
+)
 @_SET
 @_ALLOW
-def train(  # one parameter per option
+def train(
     config: Path | None,
     resume: Path | None,
     smoke: bool,  # noqa: FBT001  # click passes it by name
@@ -45,7 +61,7 @@ def train(  # one parameter per option
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    """Train the run that CONFIG describes, or resume one."""
+    """Train a new run from CONFIG, or resume a run."""
     if (config is None) == (resume is None):
         raise click.UsageError("give either CONFIG or --resume RUN_DIR")
     if resume is not None and smoke:
@@ -66,15 +82,24 @@ def train(  # one parameter per option
 @main.command("eval")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option(
-    "--checkpoint", default="latest", show_default=True, metavar="TAG", help="Tag of a checkpoint, or a pointer."
+    "--checkpoint",
+    default="latest",
+    show_default=True,
+    metavar="TAG",
+    help="Tag of a checkpoint, e.g. E10_U200_S800, or name of a pointer, e.g. latest.",
 )
-@click.option("--weights", metavar="NAME", help="Averaged weights, e.g. ema=0.999, in place of those in training.")
+@click.option(
+    "--weights", metavar="NAME", help="Evaluate averaged weights, e.g. ema=0.999, in place of the training weights."
+)
 @_SET
 @_ALLOW
 def evaluate(
     run_dir: Path, checkpoint: str, weights: str | None, settings: tuple[str, ...], allow: tuple[str, ...]
 ) -> None:
-    """Evaluate a checkpoint of the run in RUN_DIR with the run's own data iterators."""
+    """Evaluate a checkpoint of a run.
+
+    The callbacks of the run that iterate datasets evaluate it. Their metrics are printed and written to RUN_DIR/eval.
+    """
     from noether.cli import evaluate as command
 
     with _errors_as_messages():
@@ -87,10 +112,10 @@ def evaluate(
     "--callbacks",
     metavar="OTHER.yaml",
     type=click.Path(path_type=Path),
-    help="Callbacks in place of the run's own; metrics that they consume are taken from the run.",
+    help="Replay the callbacks of this file in place of the run's own; the run supplies metrics that they consume.",
 )
-@click.option("--at", metavar="U1234", help="Show state and effects at one point: E12, U1234 or S800.")
-@click.option("--log", is_flag=True, help="Also show what would have been logged.")
+@click.option("--at", metavar="POINT", help="Show state and effects at one point, e.g. U1000, E2 or S512.")
+@click.option("--log", is_flag=True, help="Also show the metrics and texts that callbacks log.")
 @_ALLOW
 def replay(
     run_dir: Path,
@@ -99,7 +124,10 @@ def replay(
     log: bool,  # noqa: FBT001  # click passes it by name
     allow: tuple[str, ...],
 ) -> None:
-    """Replay the recorded events of the run in RUN_DIR and show what callbacks decide. Needs `trainer.record`."""
+    """Show what callbacks decide in a recorded run.
+
+    Calls them with the events in RUN_DIR/events.jsonl, which a run with `trainer.record: events` writes.
+    """
     from noether.cli import replay as command
 
     with _errors_as_messages():
@@ -111,12 +139,15 @@ def replay(
 @_SET
 @_ALLOW
 def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
-    """Check CONFIG: every setting, the datasets, the model, and that the callbacks fit together."""
+    """Check a configuration without training.
+
+    Checks every setting of CONFIG, builds the datasets and the model, and checks that the callbacks fit together.
+    """
     from noether.config import load
 
     with _errors_as_messages():
         loaded = load(config, settings, allow)
-        # These bring torch along; what was refused above did not have to wait for it.
+        # These import torch, which is slow: `load` reports wrong settings before that.
         from noether.training.experiment import build
         from noether.training.runs.services import check_services
 
@@ -132,11 +163,13 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
 @click.option(
     "--between", nargs=2, metavar="START END", help="List the callbacks that fire after one point and up to another."
 )
-@click.option("--png", metavar="FILE", type=click.Path(path_type=Path), help="Draw the timeline into FILE.")
+@click.option(
+    "--png", metavar="FILE", type=click.Path(path_type=Path), help="Also draw the timeline into FILE, as a PNG image."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @_SET
 @_ALLOW
-def plan(  # one parameter per option
+def plan(
     config: Path,
     at: str | None,
     between: tuple[str, str] | None,
@@ -145,7 +178,10 @@ def plan(  # one parameter per option
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    """Show when the callbacks of CONFIG fire, what they save and evaluate. Nothing is trained or written."""
+    """Show when callbacks fire, save and evaluate, without training.
+
+    The plan is computed from CONFIG. It writes no file, except the one of --png.
+    """
     if at is not None and between is not None:
         raise click.UsageError("give either --at or --between")
     from noether.cli.plan import command
@@ -161,7 +197,11 @@ def plan(  # one parameter per option
 @click.argument("kind", required=False)
 @_ALLOW
 def callbacks(kind: str | None, allow: tuple[str, ...]) -> None:
-    """List the shipped callbacks, or show settings, documentation and YAML of KIND: a name or a dotted path."""
+    """List the shipped callbacks, or describe one callback.
+
+    KIND is the name of a shipped callback, or the dotted path of one in your code. Shows its documentation, settings
+    and YAML.
+    """
     from noether.cli import callbacks as command
 
     with _errors_as_messages():

@@ -63,9 +63,9 @@ def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Se
             continue
         for line in _decision_lines(step, log=log):
             click.echo(line)
-    for name, why in replayed.skipped.items():
-        click.echo(f"skipped: {name}, because {why}")
-    click.echo(_ending(replayed))
+    for name, reason in replayed.skipped.items():
+        click.echo(f"skipped: {name}, because {reason}")
+    click.echo(_describe_ending(replayed))
 
 
 def _replay_run(run_dir: Path, config: Config, other: Config | None, select: Callable[[ReplayStep], bool]) -> Replay:
@@ -73,13 +73,15 @@ def _replay_run(run_dir: Path, config: Config, other: Config | None, select: Cal
     if not path.is_file():
         fix = "train with `trainer.record: events`, or --set trainer.record=events"
         raise ReplayError(f"{run_dir} has no {EVENTS_FILE}: nothing was recorded; {fix}")
-    recorded, settings = partial(read_events, path, DISK), resolve_config(config)
-    state, run = initial_state(recorded(), settings)
-    placed = build_callbacks(config, state, run)
+    read_record, settings = partial(read_events, path, DISK), resolve_config(config)
+    state, run = initial_state(read_record(), settings)
+    configured = build_callbacks(config, state, run)
     if other is not None:
-        own = [each.callback for each in placed if each.path[0] == "callbacks"]
-        placed = build_callbacks(other, state, run, missing_producers(own, [kind.build() for kind in other.callbacks]))
-    return replay([each.callback for each in placed], recorded, settings, select)
+        own = [each.callback for each in configured if each.path[0] == "callbacks"]
+        configured = build_callbacks(
+            other, state, run, missing_producers(own, [kind.build() for kind in other.callbacks])
+        )
+    return replay([each.callback for each in configured], read_record, settings, select)
 
 
 def _parse_point(text: str) -> TrainingIteration:
@@ -90,7 +92,7 @@ def _parse_point(text: str) -> TrainingIteration:
 
 
 def _is_at(point: TrainingIteration, step: ReplayStep) -> bool:
-    """Return whether an event reached the point on one counter, or came while all counters are as in the point."""
+    """Return whether the counters equal the point or, if it names one counter, whether the event reached its value."""
     if step.state.iteration == point:
         return True
     named = [name for name in COUNTERS if getattr(point, name)]
@@ -101,7 +103,7 @@ def has_decision(step: ReplayStep, *, log: bool = False) -> bool:
     """Return whether a callback decided something at an event; with `log`, logging counts as a decision."""
     before, after = step.before, step.state
     if not step.effects and after.stop is before.stop and after.hyperparams is before.hyperparams:
-        return False  # the fast path: so it is at nearly all events
+        return False  # the fast path, taken at nearly all events
     return any(_describe_decisions(step, log=log))
 
 
@@ -149,7 +151,7 @@ def _format_leaf(leaf: object) -> str:
     return str(leaf)
 
 
-def _ending(replayed: Replay) -> str:
+def _describe_ending(replayed: Replay) -> str:
     if not replayed.finished:
         return f"the record ends at {replayed.state.iteration}, before the end of the run"
     reason = f": {replayed.state.stop}" if replayed.state.stop is not None else ""

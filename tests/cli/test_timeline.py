@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether.cli.plan.timeline import DRAWN, counts, edges, row, scale, ticks
+from noether.cli.plan.timeline import UNICODE_MARKS, counts, edges, row, scale, ticks
 from noether.core.event import AfterTraining, AtEval, BeforeTraining
 from noether.core.schedules.forecast import Occasions, firings
 from noether.testing.strategies import run_lengths, schedules
@@ -20,7 +20,9 @@ def test_every_firing_is_in_one_column(schedule, kinds, run, width):
     assert len(counted) == len(places) - 1 == min(width, run.final.update)
     assert (places[0], places[-1]) == (0, run.final.update)
     assert places == sorted(set(places))
-    assert [mark != DRAWN.nothing for mark in row(occasions, run, width, DRAWN)] == [count > 0 for count in counted]
+    assert [mark != UNICODE_MARKS.nothing for mark in row(occasions, run, width, UNICODE_MARKS)] == [
+        count > 0 for count in counted
+    ]
 
 
 @given(run_lengths(max_epochs=40), st.integers(20, 90))

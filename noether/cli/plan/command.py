@@ -1,4 +1,4 @@
-"""`noether plan`: checks its options, makes the plan and prints what was asked for."""
+"""`noether plan`: checks its options, makes the plan, and prints all of it or a part."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from noether.cli.plan.json import counted_json, fired_json, plan_json
-from noether.cli.plan.text import format_bytes, print_counted, print_fired, print_plan
+from noether.cli.plan.json import interval_json, plan_json, point_json
+from noether.cli.plan.text import format_bytes, print_interval, print_plan, print_point
 from noether.core.errors import SettingsError
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.schedules.forecast import events_at, fires, firings
@@ -52,8 +52,8 @@ def parse_points(at: str | None, between: tuple[str, str] | None) -> Points:
         UsageError: If a text is not a point on one counter.
     """
     if between is not None:
-        return tuple((text, _point(text, f"--between {' '.join(between)}")) for text in between)
-    return () if at is None else ((at, _point(at, f"--at {at}")),)
+        return tuple((text, _parse_point(text, f"--between {' '.join(between)}")) for text in between)
+    return () if at is None else ((at, _parse_point(at, f"--at {at}")),)
 
 
 def show_plan(config: Config, file: str, points: Points, png: Path | None, *, as_json: bool) -> None:
@@ -87,12 +87,12 @@ def _draw_picture(plan: Plan, png: Path) -> None:
 
 
 def _show_all(plan: Plan, file: str, *, as_json: bool) -> None:
-    place, free = _free_space(Path(plan.config.run.output))
+    folder, free = _free_space(Path(plan.config.run.output))
     warnings = [str(each) for each in plan.warnings]
     if plan.checkpoints.peak_bytes > free:
-        warnings.append(_warn_of_disk(plan, place, free))
+        warnings.append(_disk_warning(plan, folder, free))
     if as_json:
-        click.echo(plan_json(plan, file, {"path": str(place), "free_bytes": free}, warnings))
+        click.echo(plan_json(plan, file, {"path": str(folder), "free_bytes": free}, warnings))
     else:
         print_plan(plan, file)
     for warning in warnings:
@@ -101,24 +101,24 @@ def _show_all(plan: Plan, file: str, *, as_json: bool) -> None:
 
 def _show_at(plan: Plan, file: str, text: str, update: int, *, as_json: bool) -> None:
     events = events_at(update, plan.run)
-    fired = [(each, at) for at in events for each in plan.callbacks if fires(each.occasions, at, plan.run)]
+    fired = [(each, event) for event in events for each in plan.callbacks if fires(each.occasions, event, plan.run)]
     if as_json:
-        click.echo(fired_json(fired, file, text))
+        click.echo(point_json(fired, file, text))
     else:
-        print_fired(fired, text)
+        print_point(fired, text)
 
 
 def _show_between(plan: Plan, file: str, texts: Sequence[str], updates: Sequence[int], *, as_json: bool) -> None:
     start, end = (plan.run.iteration_after(update) for update in updates)
     all_firings = [(each, firings(each.occasions, plan.run, start, end)) for each in plan.callbacks]
-    counted = [(each, between) for each, between in all_firings if between.count]
+    fired = [(each, its_firings) for each, its_firings in all_firings if its_firings.count]
     if as_json:
-        click.echo(counted_json(counted, file, texts))
+        click.echo(interval_json(fired, file, texts))
     else:
-        print_counted(counted, f"after {texts[0]} and up to {texts[1]}")
+        print_interval(fired, f"after {texts[0]} and up to {texts[1]}")
 
 
-def _point(text: str, option: str) -> TrainingIteration:
+def _parse_point(text: str, option: str) -> TrainingIteration:
     fix = "give a point on one counter, like U1000, E2 or S512"
     try:
         point = TrainingIteration.parse(text)
@@ -145,13 +145,13 @@ def _updates(points: Points, run: Run) -> list[int]:
 
 def _free_space(output: Path) -> tuple[Path, int]:
     """Return the nearest existing folder of the output, and the bytes that are free there."""
-    place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
-    return place, shutil.disk_usage(place).free
+    folder = next(each for each in (output, *output.absolute().parents) if each.is_dir())
+    return folder, shutil.disk_usage(folder).free
 
 
-def _warn_of_disk(plan: Plan, place: Path, free: int) -> str:
+def _disk_warning(plan: Plan, folder: Path, free: int) -> str:
     message = (
-        f"checkpoints take up to {format_bytes(plan.checkpoints.peak_bytes)}, but {str(place)!r} has only "
+        f"checkpoints take up to {format_bytes(plan.checkpoints.peak_bytes)}, but {str(folder)!r} has only "
         f"{format_bytes(free)} free; choose another folder, or save less: keep, save_latest_optim, a longer interval"
     )
     (located,) = plan.config.error(("run", "output"), message).problems

@@ -15,7 +15,7 @@
         evaluations        {"dataset", "weights", "count", "samples"}; null if it iterates no dataset
     checkpoints            forecast for all callbacks together
         written, kept, written_bytes, kept_bytes     {"at_least", "at_most"}: they differ if a metric decides
-        each_bytes         bytes of one, for each different size
+        each_bytes         bytes of one checkpoint, for each different size
         peak_bytes         upper bound of the bytes on the disk at any time
                            (all bytes are those of tensors, without names)
     evaluations            {"count", "samples"}
@@ -62,14 +62,14 @@ def plan_json(plan: Plan, file: str, disk: dict[str, Any], warnings: Sequence[st
     )
 
 
-def fired_json(fired: Iterable[tuple[PlannedCallback, Firing]], file: str, where: str) -> str:
+def point_json(fired: Iterable[tuple[PlannedCallback, Firing]], file: str, where: str) -> str:
     """Return the callbacks that fire at one point as JSON."""
     return _dump(config=file, at=where, fires=[{**_identity(each), "at": _firing(firing)} for each, firing in fired])
 
 
-def counted_json(counted: Iterable[tuple[PlannedCallback, Firings]], file: str, where: Sequence[str]) -> str:
+def interval_json(fired: Iterable[tuple[PlannedCallback, Firings]], file: str, where: Sequence[str]) -> str:
     """Return the callbacks that fire in a part of the run as JSON."""
-    fires = [{**_identity(each), **_firings(firings)} for each, firings in counted]
+    fires = [{**_identity(each), **_firings(firings)} for each, firings in fired]
     return _dump(config=file, between=list(where), fires=fires)
 
 

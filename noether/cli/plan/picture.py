@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 _COLUMNS: Final = 1000
 _WIDTH_INCHES: Final = 11.0
 _ROW_INCHES: Final = 0.28
-_AROUND_INCHES: Final = 1.4
-_HEIGHT: Final = 0.7  # of a bar; rows are 1 apart
+_MARGIN_INCHES: Final = 1.4
+_BAR_HEIGHT: Final = 0.7  # rows are 1 apart
 
 
 def draw_timeline(plan: Plan, path: Path) -> None:
     """Write the timeline as a PNG: one row per callback, a bar where it fires."""
     rows = max(1, len(plan.callbacks))
-    figure = Figure(figsize=(_WIDTH_INCHES, _AROUND_INCHES + _ROW_INCHES * rows), layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, _MARGIN_INCHES + _ROW_INCHES * rows), layout="constrained")
     axes = figure.add_subplot()
     for index, each in enumerate(plan.callbacks):
-        axes.broken_barh(list(_bars(each, plan.run)), (index - _HEIGHT / 2, _HEIGHT), color=f"C{index % 10}")
+        axes.broken_barh(list(_bars(each, plan.run)), (index - _BAR_HEIGHT / 2, _BAR_HEIGHT), color=f"C{index % 10}")
     axes.set_yticks(range(len(plan.callbacks)), [each.name for each in plan.callbacks])
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xlim(0, plan.run.final.update)

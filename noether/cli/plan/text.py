@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 from rich.table import Table
 
-from noether.cli.plan.timeline import DRAWN, PLAIN, row, scale
+from noether.cli.plan.timeline import ASCII_MARKS, UNICODE_MARKS, row, scale
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _WIDTH: Final = 144
 """Columns of output that does not go to a terminal."""
 _UNLIMITED_WIDTH: Final = 10_000
-_LEAST_COLUMNS: Final = 20
-"""Columns of the names and of the timeline, at least."""
+_MIN_COLUMNS: Final = 20
+"""Minimum width of the names and of the timeline."""
 _SAVE_COLUMNS: Final = ("written", "kept", "of each", "in all")
 _EVALUATION_COLUMNS: Final = ("evaluations", "samples")
 _THOUSAND: Final = 1000
@@ -37,7 +37,7 @@ def print_plan(plan: Plan, file: str) -> None:
         console.print(line, soft_wrap=True)
 
 
-def print_fired(fired: Iterable[tuple[PlannedCallback, Firing]], where: str) -> None:
+def print_point(fired: Iterable[tuple[PlannedCallback, Firing]], where: str) -> None:
     """Print the callbacks that fire at one point, in their order."""
     table = _plain_table("at", "event", "callback")
     for planned, firing in fired:
@@ -45,11 +45,11 @@ def print_fired(fired: Iterable[tuple[PlannedCallback, Firing]], where: str) -> 
     _print_list(table, f"nothing fires at {where}")
 
 
-def print_counted(counted: Iterable[tuple[PlannedCallback, Firings]], where: str) -> None:
+def print_interval(fired: Iterable[tuple[PlannedCallback, Firings]], where: str) -> None:
     """Print the callbacks that fire in a part of the run, and how often."""
     table = _plain_table("callback", "first", "last", "firings", right=("first", "last", "firings"))
-    for planned, each in counted:
-        table.add_row(planned.name, str(each.first), str(each.last), f"{each.count:,}")
+    for planned, firings in fired:
+        table.add_row(planned.name, str(firings.first), str(firings.last), f"{firings.count:,}")
     _print_list(table, f"nothing fires {where}")
 
 
@@ -157,10 +157,10 @@ def _format_bounds(bounds: Bounds, least: str, most: str) -> str:
 
 def _timeline(plan: Plan, console: Console) -> list[str]:
     """Return the lines of the timeline, as wide as the terminal."""
-    marks = PLAIN if console.options.ascii_only else DRAWN
+    marks = ASCII_MARKS if console.options.ascii_only else UNICODE_MARKS
     names = [each.name for each in plan.callbacks]
-    label = min(max(map(len, names), default=0), max(_LEAST_COLUMNS, console.width // 3))
-    columns = max(_LEAST_COLUMNS, console.width - label - 2)
+    label = min(max(map(len, names), default=0), max(_MIN_COLUMNS, console.width // 3))
+    columns = max(_MIN_COLUMNS, console.width - label - 2)
     rows = [row(each.occasions, plan.run, columns, marks) for each in plan.callbacks]
     labels = [name.ljust(label) if len(name) <= label else f"{name[: label - 3]}..." for name in names]
     lines = [f"{name}  {drawn}" for name, drawn in zip(labels, rows, strict=True)]

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from noether.core.schedules.forecast import Occasions
 
 _STEPS: Final = (1, 2, 5)
-_SEPARATION: Final = 10
-"""Columns from one label of the scale to the next, at least."""
+_TICK_COLUMNS: Final = 10
+"""Minimum distance of two ticks of the scale, in columns."""
 
 
 class Marks(NamedTuple):
@@ -24,8 +24,8 @@ class Marks(NamedTuple):
     several: str
 
 
-DRAWN: Final = Marks("·", "│", "█")
-PLAIN: Final = Marks(".", "|", "#")
+UNICODE_MARKS: Final = Marks("·", "│", "█")
+ASCII_MARKS: Final = Marks(".", "|", "#")
 """The characters for a terminal without Unicode."""
 
 
@@ -70,11 +70,11 @@ class Tick(NamedTuple):
 
 def ticks(run: Run, columns: int) -> list[Tick]:
     """Return the ticks, few enough that labels do not touch: ends of epochs or, in a run of one epoch, updates."""
-    most = max(1, columns // _SEPARATION)
+    max_parts = max(1, columns // _TICK_COLUMNS)
     if run.final.epoch > 1:
-        step = _round_step(run.final.epoch, most)
+        step = _round_step(run.final.epoch, max_parts)
         return [Tick(epoch * run.updates_per_epoch, epoch) for epoch in range(0, run.final.epoch + 1, step)]
-    step = _round_step(run.final.update, most)
+    step = _round_step(run.final.update, max_parts)
     return [Tick(update, None) for update in range(0, run.final.update + 1, step)]
 
 
@@ -87,12 +87,12 @@ def scale(run: Run, columns: int) -> list[str]:
     return [_line(labels) for labels in (epochs, updates) if labels]
 
 
-def _round_step(length: int, most: int) -> int:
-    """Return the smallest of 1, 2, 5, 10, 20, ... that divides `length` into at most `most` parts."""
+def _round_step(length: int, max_parts: int) -> int:
+    """Return the smallest of 1, 2, 5, 10, 20, ... that divides `length` into at most `max_parts` parts."""
     power = 1
     while True:
         for factor in _STEPS:
-            if length <= factor * power * most:
+            if length <= factor * power * max_parts:
                 return factor * power
         power *= 10
 
