@@ -41,7 +41,7 @@ def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Se
     Args:
         run_dir: The run directory.
         callbacks: A file with other callbacks; None for the run's own.
-        at: A point such as `U1234`; None for the whole run.
+        at: A point such as `U1000`; None for the whole run.
         allow: Further prefixes of modules that `kind` may name.
         log: Whether to print logged text and metrics, too.
 

@@ -58,17 +58,17 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """Return the plan of the run that `config` describes; nothing is trained and nothing written.
+    """Return the plan of the run that `config` describes; it trains and writes nothing.
 
-    The datasets are constructed for their lengths, the model for its shapes. The time does not depend on the length of
-    the run, except for schedules that unite several numbers of samples; see `Schedule.count`.
+    It constructs the datasets for their lengths, the model for its shapes. A long run takes no more time than a short
+    one, except with schedules that unite several numbers of samples; see `Schedule.count`.
 
     Raises:
         ConfigError: If the datasets, the model or the callbacks show that a setting is wrong, as `build` does.
     """
     experiment, updated, notes = build_on_meta(config)
     callbacks = list(_split_composed(experiment.callbacks))
-    run = _run_until_fixed_stop(experiment.run, [placed.callback for placed in callbacks])
+    run = _run_until_fixed_stop(experiment.run, [configured.callback for configured in callbacks])
     probe = Probe(state=updated, initial=experiment.state, run=run)
     planned = tuple(plan_callback(each, probe, evaluate_first=config.trainer.evaluate_first) for each in callbacks)
     counts = param_counts(experiment.state.params, run.frozen)
@@ -86,9 +86,9 @@ def make_plan(config: Config) -> Plan:
 
 def _split_composed(callbacks: Iterable[ConfiguredCallback]) -> Iterator[ConfiguredCallback]:
     """Yield every callback by itself; one setting may describe several callbacks composed into one."""
-    for placed in callbacks:
-        members = placed.callback.members if isinstance(placed.callback, Reducer) else (placed.callback,)
-        yield from (ConfiguredCallback(member, placed.path) for member in members)
+    for configured in callbacks:
+        members = configured.callback.members if isinstance(configured.callback, Reducer) else (configured.callback,)
+        yield from (ConfiguredCallback(member, configured.path) for member in members)
 
 
 def _run_until_fixed_stop(run: Run, callbacks: Iterable[Callback]) -> Run:
@@ -104,10 +104,10 @@ def _notes(config: Config, planned: Sequence[PlannedCallback]) -> Iterator[str]:
             yield f"checkpoints of {each.name} are not counted: it cannot be called before training: {each.probe_error}"
         if each.stops:
             yield f"{each.name} may stop the run early; the plan is valid up to that point"
-    often = [p.name for p in planned if p.firings.count > PROBED_FIRINGS + 1 and not _is_shipped(config, p)]
-    if often:
+    partly_probed = [p.name for p in planned if p.firings.count > PROBED_FIRINGS + 1 and not _is_shipped(config, p)]
+    if partly_probed:
         yield (
-            f"{', '.join(often)}: only the first {PROBED_FIRINGS} firings and the last were tried; "
+            f"{', '.join(partly_probed)}: only the first {PROBED_FIRINGS} firings and the last were tried; "
             "checkpoints that are requested only in between are not counted"
         )
 

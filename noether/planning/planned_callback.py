@@ -50,7 +50,7 @@ class PlannedCallback:
 
     Args:
         callback: The callback.
-        path: SettingPath of the setting that describes it, such as `("callbacks", 2)`.
+        path: Path of the setting that describes it, such as `("callbacks", 2)`.
         occasions: When it fires: where its gate opens, and before and after training if it requests a checkpoint there.
             A callback without a gate fires at every event that it listens to, except accumulation steps.
         firings: Number of firings, the first and the last.
@@ -85,15 +85,15 @@ class PlannedCallback:
         return None if gate is None else "|".join(map(str, gate.schedule.members))
 
 
-def plan_callback(placed: ConfiguredCallback, probe: Probe, *, evaluate_first: bool = False) -> PlannedCallback:
+def plan_callback(configured: ConfiguredCallback, probe: Probe, *, evaluate_first: bool = False) -> PlannedCallback:
     """Return what one callback will do.
 
     Args:
-        placed: The callback, and the path of its setting.
+        configured: The callback, and the path of its setting.
         probe: Finds its requests.
         evaluate_first: Whether the run evaluates before the first update.
     """
-    callback, run = placed.callback, probe.run
+    callback, run = configured.callback, probe.run
     events = tuple(kind for kind in EVENTS if listens_to(callback, kind) and (kind is not AtEval or evaluate_first))
     occasions = _occasions(callback, events, run)
     result, probe_error, save_error = ProbeResult((), stops=False), None, None
@@ -106,13 +106,13 @@ def plan_callback(placed: ConfiguredCallback, probe: Probe, *, evaluate_first: b
     stops = result.stops or isinstance(callback, (MetricEarlyStopping, NanGuardCallback))
     return PlannedCallback(
         callback=callback,
-        path=placed.path,
+        path=configured.path,
         occasions=occasions,
         firings=firings(occasions, run),
         requests=result.requests,
         checkpoints=forecast_checkpoints(result.requests, run) if result.requests else None,
         evaluations=_evaluations(callback, occasions, run),
-        stops=stops and not isinstance(callback, FixedUpdateEarlyStopping),  # the planned run ends where that one stops
+        stops=stops and not isinstance(callback, FixedUpdateEarlyStopping),  # the plan ends at its fixed point
         probe_error=probe_error,
         save_error=save_error,
     )

@@ -57,7 +57,7 @@ class Replay(NamedTuple):
         steps: The selected events, in order.
         skipped: Why callbacks could not be replayed, by name.
         state: The last state; its params, buffers and optimizer state are on the meta device.
-        finished: Whether the run ended for the callbacks; otherwise the record ends before.
+        finished: Whether the callbacks saw the end of the run; False if the record ends before.
     """
 
     steps: list[ReplayStep]
@@ -103,19 +103,19 @@ def _produces(callback: Callback, keys: Iterable[str]) -> bool:
 
 def replay(
     members: Sequence[Callback],
-    recorded: Callable[[], Iterable[RecordedEvent]],
+    read_record: Callable[[], Iterable[RecordedEvent]],
     config: Mapping[str, Any],
     select: Callable[[ReplayStep], bool] = lambda _: True,
 ) -> Replay:
     """Return what callbacks would have done in a recorded run.
 
-    Data iterators do not run: at their events the recorded measurements are used. A callback that needs values which
-    are not recorded, such as those of params, is skipped, and so are consumers of its metrics. If the callbacks stop
-    the run earlier than it stopped, the rest of the record is ignored.
+    Data iterators do not run: at their events the replay logs the recorded measurements. It skips a callback that
+    needs values which are not recorded, such as those of params, and the consumers of its metrics. If the callbacks
+    stop the run earlier than it stopped, the rest of the record is ignored.
 
     Args:
         members: The callbacks, in their order.
-        recorded: Returns the events of the run from its start; called again whenever a callback has to be skipped.
+        read_record: Returns the events of the run from its start; called again whenever a callback has to be skipped.
         config: The resolved configuration of the run.
         select: Returns whether a step is part of the result; by default all are.
 
@@ -126,7 +126,7 @@ def replay(
     while True:
         staying = [member for member in members if label_of(member) not in skipped]
         try:
-            return _replay_once(staying, _Record(recorded(), config), select, skipped)
+            return _replay_once(staying, _Record(read_record(), config), select, skipped)
         except _UnreplayableError as error:
             skipped |= error.reasons
 
@@ -165,28 +165,28 @@ class _Record:
         return taken
 
     def missing_event(self, kind: type[Event]) -> Event:
-        """Return an event that was not recorded, because the run did not end there."""
+        """Return an event that the record lacks, because the recorded run did not end there."""
         self.measured = FrozenDict()
         return kind(run=self.run, time_s=self.time_s)
 
 
 class _Member:
-    """A callback of a replay: notes its effects, and refuses values that were not recorded.
+    """A callback of a replay: collects its effects, and refuses values that were not recorded.
 
     Args:
         callback: The callback.
-        noted: Receives `(name, effect)` for each effect.
+        collected: Receives `(name, effect)` for each effect.
         call: Called instead of the callback; for its tracker.
     """
 
-    def __init__(self, callback: Callback, noted: list[tuple[str, Effect]], call: Callback | None = None) -> None:
-        self._callback, self._noted, self._call = callback, noted, call or callback
+    def __init__(self, callback: Callback, collected: list[tuple[str, Effect]], call: Callback | None = None) -> None:
+        self._callback, self._collected, self._call = callback, collected, call or callback
         self._name = label_of(callback)
 
     @property
     def _tracker(self) -> Callback | None:
         tracker = tracker_of(self._callback)
-        return None if tracker is None else _Member(self._callback, self._noted, tracker)
+        return None if tracker is None else _Member(self._callback, self._collected, tracker)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         try:
@@ -201,7 +201,7 @@ class _Member:
             logged = [value for each in effects if isinstance(each, LogScalars) for value in each.values.values()]
             if any(getattr(value, "is_meta", False) for value in logged):
                 raise _UnreplayableError({self._name: "it logs values of params"})
-            self._noted.extend((self._name, effect) for effect in effects)
+            self._collected.extend((self._name, effect) for effect in effects)
         return after, effects
 
     def __getattr__(self, name: str) -> Any:
@@ -233,19 +233,19 @@ class _RecordedIterator:
 def _replay_once(
     members: Sequence[Callback], record: _Record, select: Callable[[ReplayStep], bool], skipped: dict[str, str]
 ) -> Replay:
-    noted: list[tuple[str, Effect]] = []
+    collected: list[tuple[str, Effect]] = []
     replaced = [
         _RecordedIterator(each, record) if isinstance(each, PeriodicDataIteratorCallback) else each for each in members
     ]
-    reducer = compose(*(_Member(each, noted) for each in replaced))
+    reducer = compose(*(_Member(each, collected) for each in replaced))
     steps: list[ReplayStep] = []
     for before, event in _events(record):
-        noted.clear()
+        collected.clear()
         try:
             record.state, _ = reducer(before, event)
         except DeclarationError as error:
             raise _UnreplayableError({label_of(each.callback): each.message for each in error.misfits}) from error
-        step = ReplayStep(event, before, record.state, (*noted,) if noted else ())
+        step = ReplayStep(event, before, record.state, (*collected,) if collected else ())
         if select(step):
             steps.append(step)
     return Replay(steps, skipped, record.state, finished=next_move(record.state, record.run) is Move.NOTHING)
@@ -259,13 +259,13 @@ def _events(record: _Record) -> Iterator[tuple[TrainState, Event]]:
         state, following = record.state, record.following
         if following is not None and following.kind in _UNCOUNTED_EVENTS:
             taken = record.take()
-            # Where the recorded run was resumed, this run would have been, too, unless it has ended.
+            # The replay resumes where the recorded run did, unless its callbacks ended it earlier.
             if next_move(state, record.run) is not Move.NOTHING:
                 yield _with_recorded_shapes(state, taken), _make_event(taken, record.run)
             continue
         move = next_move(state, record.run)
         if move is Move.UPDATE and following is not None and following.kind is AfterTraining:
-            record.take()  # the recorded run stopped here, this one does not
+            record.take()  # the recorded run stopped here, the replay does not
             continue
         if move is Move.NOTHING or (following is None and move is Move.UPDATE):
             return
@@ -278,7 +278,7 @@ def _with_recorded_shapes(state: TrainState, taken: RecordedEvent) -> TrainState
 
 
 def _make_move(state: TrainState, move: Move, record: _Record) -> tuple[TrainState, Event]:
-    """Return the next state and event: the recorded event or, where this run ends and that one did not, a new one."""
+    """Return the next state and event: the recorded one or, where only the replay ends, a new event."""
     following = record.following
     if move is Move.UPDATE:
         taken = record.take()
@@ -287,8 +287,8 @@ def _make_move(state: TrainState, move: Move, record: _Record) -> tuple[TrainSta
             return state, event
         state = state.advance(samples=taken.readings.get("samples", 0))
         if taken.kind is not AfterUpdate or taken.counts != _counts(state):
-            there = TrainingIteration(*taken.counts)
-            raise ReplayError(f"after {state.previous} the record continues at {there}: events are missing")
+            recorded_at = TrainingIteration(*taken.counts)
+            raise ReplayError(f"after {state.previous} the record continues at {recorded_at}: events are missing")
         return state, event
     kind = AfterEpoch if move is Move.END_EPOCH else AfterTraining
     state = state.next_epoch() if move is Move.END_EPOCH else state.replace(ended=True)
@@ -303,5 +303,5 @@ def _counts(state: TrainState) -> tuple[int, int, int]:
 
 
 def _make_event(taken: RecordedEvent, run: Run) -> Event:
-    """Return a recorded event as an event."""
+    """Return the event that was recorded, with its readings."""
     return taken.kind.of(**taken.readings, run=run, time_s=taken.time_s)  # `of` is the fast path: records are long

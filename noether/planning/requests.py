@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 PROBED_FIRINGS: Final = 12
-"""A callback is called at this many of its first firings; this finds one that saves only at every tenth."""
+"""A probe calls a callback at this many of its first firings: enough to find one that saves at every tenth."""
 _METRIC_VALUES: Final = (0.0, 1e9, -1e9)
-"""Values that metrics take in turn while a callback is probed: it may save only where they are large, or small."""
+"""Values that a probe gives to metrics in turn: a callback may save only where they are large, or small."""
 UNSAVABLE_ERRORS: Final = (ModelNamesError, WeightsError)
 """Errors about a requested checkpoint that training could not save either."""
 
@@ -68,7 +68,7 @@ class SaveRequest:
 @final
 @dataclass(frozen=True)
 class ProbeResult:
-    """What calls of a callback showed.
+    """What a probe found out about a callback.
 
     Args:
         requests: The checkpoints that it requested.
@@ -99,7 +99,7 @@ class Probe:
     run: Run
 
     def find_requests(self, callback: Callback, occasions: Occasions) -> ProbeResult:
-        """Return what a callback requests at the first `PROBED_FIRINGS` of its occasions of each kind, and the last.
+        """Return the requests of a callback at its first `PROBED_FIRINGS` firings and its last, for each kind of event.
 
         Raises:
             ProbeError: If the callback fails.
@@ -113,16 +113,16 @@ class Probe:
     def _probe_part(self, callback: Callback, part: Occasions) -> ProbeResult:
         count, state = firings(part, self.run).count, self.state
         reads_metrics = any(not names_weights(key) for key in declaration_of(callback).required)
-        seen: list[tuple[Firing, list[SaveCheckpoint]]] = []
+        saves: list[tuple[Firing, list[SaveCheckpoint]]] = []
         stops = False
         # The callback's memory may make the first firing differ from the next; the last may differ as the run ends.
         for n in sorted({*range(1, min(count, PROBED_FIRINGS) + 1), count} - {0}):
             firing = nth_firing(part, n, self.run)
             for value in _METRIC_VALUES if reads_metrics else _METRIC_VALUES[:1]:
                 state, effects = self._call(callback, firing, self._state_at(firing, callback, state, value))
-                seen.append((firing, _merge_saves(effects)))
+                saves.append((firing, _merge_saves(effects)))
                 stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
-        return ProbeResult(tuple(self._unite(part, _saves_by_slot(seen), reads_metrics=reads_metrics)), stops)
+        return ProbeResult(tuple(self._unite_saves(part, _saves_by_slot(saves), reads_metrics=reads_metrics)), stops)
 
     def _state_at(self, firing: Firing, callback: Callback, memory: TrainState, value: float) -> TrainState:
         """Return the state at a firing, in which each metric that the callback consumes has the value."""
@@ -143,14 +143,18 @@ class Probe:
                 return after, effects
         raise ProbeError(reasons[0])
 
-    def _unite(
-        self, part: Occasions, seen: list[dict[tuple[str | None, str | None], SaveCheckpoint]], *, reads_metrics: bool
+    def _unite_saves(
+        self,
+        part: Occasions,
+        saves_by_firing: list[dict[tuple[str | None, str | None], SaveCheckpoint]],
+        *,
+        reads_metrics: bool,
     ) -> Iterator[SaveRequest]:
-        """Yield one request per slot, which contains all that was requested in it at any firing."""
-        for slot in dict.fromkeys(slot for saves in seen for slot in saves):
-            saves_here = [saves[slot] for saves in seen if slot in saves]
-            (save,) = _merge_saves(saves_here)
-            always = len(saves_here) == len(seen) and all(each == save for each in saves_here)
+        """Yield one request per slot, which unites the requests that all firings made for it."""
+        for slot in dict.fromkeys(slot for saves in saves_by_firing for slot in saves):
+            slot_saves = [saves[slot] for saves in saves_by_firing if slot in saves]
+            (save,) = _merge_saves(slot_saves)
+            always = len(slot_saves) == len(saves_by_firing) and all(each == save for each in slot_saves)
             certain = always and not reads_metrics
             yield SaveRequest(occasions=part, save=save, sizes=self._part_sizes(save, part), certain=certain)
 
@@ -173,12 +177,12 @@ def _parts_by_event(occasions: Occasions) -> Iterator[Occasions]:
 
 
 def _saves_by_slot(
-    seen: list[tuple[Firing, list[SaveCheckpoint]]],
+    probed: list[tuple[Firing, list[SaveCheckpoint]]],
 ) -> list[dict[tuple[str | None, str | None], SaveCheckpoint]]:
-    """Return the requests of each firing by slot; a tag that all firings share is not made a template."""
-    shared = set.intersection(*({save.tag for save in saves} for _, saves in seen)) if len(seen) > 1 else set()
+    """Return the requests of each firing by slot, with templates for tags, except for a tag that all firings share."""
+    shared = set.intersection(*({save.tag for save in saves} for _, saves in probed)) if len(probed) > 1 else set()
     by_slot: list[dict[tuple[str | None, str | None], SaveCheckpoint]] = []
-    for firing, saves in seen:
+    for firing, saves in probed:
         tags = [save.tag if save.tag in shared else _tag_template(save.tag, firing.iteration) for save in saves]
         templated = [replace(save, tag=tag) for save, tag in zip(saves, tags, strict=True)]
         by_slot.append({(save.tag, save.weights_of): save for save in templated})
@@ -198,8 +202,10 @@ def _tag_template(tag: str | None, at: TrainingIteration) -> str | None:
         >>> _tag_template("E1_U20_S80.ema=0.5", at), _tag_template("epoch-001", at)
         ('{}.ema=0.5', 'epoch-{}')
     """
-    if tag is None or str(at) in tag:
-        return tag and tag.replace(str(at), "{}")
+    if tag is None:
+        return None
+    if str(at) in tag:
+        return tag.replace(str(at), "{}")
     counts = {at.epoch, at.update, at.sample}
     return re.sub(r"\d+", lambda match: "{}" if int(match[0]) in counts else match[0], tag)
 

@@ -2,8 +2,8 @@
 
 A checkpoint stays because of a retention rule: a callback keeps the newest k that it requested, a pointer names the
 newest that it was set to, or it is the newest that the run can resume from. Bisection finds the update at which the
-newest k of a rule begin. All later ones stay and are counted in closed form; only the checkpoints of that update itself
-are looked at one by one.
+newest k of a rule begin. All later ones stay, and a closed form counts them; the forecast walks only through the
+checkpoints of that one update.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class _RetentionRule:
         )
 
     def first_kept(self, keep: int | None, run: Run) -> int:
-        """Return the update after which the newest `keep` were all made, and before which none; -1 if it keeps all."""
+        """Return the update at which the newest `keep` checkpoints of the rule begin; -1 if it keeps all."""
         total = self.count(run.final.update, run)
         if keep is None or total < keep:
             return -1
@@ -205,7 +205,7 @@ def _count_kept_at(
     rules: Iterable[_RetentionRule],
     run: Run,
 ) -> CheckpointTotal:
-    """Return the checkpoints made at one update that exist at the end of the run, each looked at by itself."""
+    """Return the checkpoints made at one update that exist at the end of the run, tested one by one."""
     made = []
     for event in events_at(update, run):
         here = [request for request in requests if fires(request.occasions, event, run)]
@@ -272,6 +272,7 @@ def _is_covered(rule: _RetentionRule, counted: Iterable[_RetentionRule]) -> bool
 
 
 def _covers(other: _RetentionRule, request: SaveRequest, rule: _RetentionRule) -> bool:
+    """Return whether `other` also keeps the newest checkpoint of `rule` if `request` made it."""
     if request not in other.requests:
         return False
     if _only_at_end(rule.requests):  # only checkpoints of the same event are newer

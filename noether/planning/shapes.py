@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _KERNEL_SETTINGS: Final = ("fused", "capturable")
 """Settings of optimizers that choose a kernel which the meta device does not have; no size depends on them."""
-_MOST_CPU_PARAMS: Final = 10**8
-"""Most parameters for which an optimizer that reads values is tried with zeros on the CPU."""
+_MAX_CPU_PARAMS: Final = 10**8
+"""Maximum number of parameters for which a plan tries an optimizer that reads values with zeros on the CPU."""
 
 
 class MetaExperiment(NamedTuple):
@@ -89,7 +89,7 @@ def _opt_state(experiment: Experiment, notes: list[str]) -> OptState:
         return _opt_state_after_update(optimizer, state.params, state)
     except Exception as error:  # noqa: BLE001  # as above
         reason = _describe(error)
-    if sum(map(torch.numel, state.params.values())) <= _MOST_CPU_PARAMS:
+    if sum(map(torch.numel, state.params.values())) <= _MAX_CPU_PARAMS:
         try:
             zeros = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in state.params.items()}
             return _opt_state_after_update(optimizer, zeros, state)

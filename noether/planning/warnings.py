@@ -36,9 +36,9 @@ def find_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) 
             path = each.path if why == each.save_error else (*each.path, "model_names")
             yield _warning(config, path, f"{each.name} requests a checkpoint that cannot be saved: {why}")
         if not _interval_is_reached(each, run):
-            yield _warn_of_interval(config, each, run)
+            yield _interval_warning(config, each, run)
     if not any(each.probe_error or each.save_error for each in planned):
-        yield from _warn_of_unsaved_weights(config, planned, run)
+        yield from _unsaved_weights_warnings(config, planned, run)
 
 
 def _warning(config: Config, path: SettingPath, message: str) -> LocatedProblem:
@@ -47,22 +47,22 @@ def _warning(config: Config, path: SettingPath, message: str) -> LocatedProblem:
 
 
 def _interval_is_reached(planned: PlannedCallback, run: Run) -> bool:
-    """Return whether the callback fires; with `at_end: true`, whether it fires where its interval says, too."""
+    """Return whether the callback fires where its interval says; with `at_end: true`, whether it fires at all."""
     gate = declaration_of(planned.callback).gate
     if gate is None or gate.at_end:
         return bool(planned.firings.count)
     return bool(firings(Occasions(gate.schedule), run).count)
 
 
-def _warn_of_interval(config: Config, planned: PlannedCallback, run: Run) -> LocatedProblem:
+def _interval_warning(config: Config, planned: PlannedCallback, run: Run) -> LocatedProblem:
     fires = f"{planned.name} {'fires only at the end' if planned.firings.count else 'never fires'}"
     end = f"the run ends at {run.final}"
     name, value = _interval_setting(planned)
     if name is None:
         return _warning(config, planned.path, f"{fires}: {end}")
     counter = name.removeprefix("every_n_").removeprefix("stop_at_").removesuffix("s")
-    most = getattr(run.final, counter)
-    fix = f"write at most {most}" if most else "count in updates instead"
+    largest = getattr(run.final, counter)
+    fix = f"write at most {largest}" if largest else "count in updates instead"
     is_listed = planned.path[0] == "callbacks"
     if is_listed and isinstance(planned.callback, PeriodicCallback) and not planned.firings.count:
         fix += ", or at_end: true"
@@ -81,7 +81,7 @@ def _interval_setting(planned: PlannedCallback) -> tuple[str | None, int | None]
     return next(((name, value) for name, value in settings if value is not None), (None, None))
 
 
-def _warn_of_unsaved_weights(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
+def _unsaved_weights_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
     """Yield a warning if the weights at the end of training are not saved, or not for sure."""
     saving = [(each, request) for each in planned for request in each.requests if request.save.weights]
     certain = [(_last_update(request, run), each) for each, request in saving if request.certain]
