@@ -106,7 +106,7 @@ class Interpreter:
     def _require_handler(self, effect_type: type[Effect]) -> None:
         if effect_type not in self._handlers and effect_type not in self._measures:
             name = effect_type.__name__
-            known = [known.__name__ for known in dict.fromkeys((*self._handlers, *self._measures))]
+            known = [each.__name__ for each in dict.fromkeys((*self._handlers, *self._measures))]
             raise UnhandledEffectError(
                 f"no handler for the effect {name}{suggest(name, known)}; "
                 f"add one with interpreter.with_handlers({name}, handler). Handled: {', '.join(known) or 'none'}"
@@ -130,14 +130,14 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """Merge the effects of one event: one log line, one checkpoint per tag, logs before checkpoints.
 
     Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one. Of several
-    `ShowProgress` the last one that is due remains. Checkpoints of one tag are united and come last, so that a
-    checkpoint is never ahead of the log.
+    `ShowProgress` the last due one remains, or the last if none is due. Checkpoints of one tag are united and come
+    last, so that a checkpoint is never ahead of the log.
 
     Example:
         >>> merge_effects([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
         (LogScalars(values=FrozenDict({'x': 1})), SaveCheckpoint(tag=None, ... pointers=('a', 'b'), ...))
     """
-    if len(effects) == 1:  # as at most events
+    if len(effects) == 1:  # the usual case
         return tuple(effects)
     # A line is written only where progress is due, so a `ShowProgress` that is due comes last.
     progress = sorted((effect for effect in effects if isinstance(effect, ShowProgress)), key=lambda each: each.due)

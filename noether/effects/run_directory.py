@@ -59,7 +59,7 @@ def open_run(
         console: Where lines for a person go; by default the standard output.
         rank: Rank of this process; only rank 0 locks and writes.
         asynchronous: Whether a background thread writes checkpoints while training continues. Use the result as a
-            context manager, or `close` it, to get the error of the last checkpoint.
+            context manager, or `close` it: this raises the error of the last checkpoint.
         borrowed: Whether states view live tensors, as those of `TrainState.from_module` do: an asynchronous save then
             copies them first.
         on_error: What to do if a checkpoint cannot be written: `stop` raises, `warn` continues without it.

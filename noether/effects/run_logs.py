@@ -57,7 +57,7 @@ class LogService(Protocol):
         """Write buffered logs to the operating system, because a checkpoint follows."""
 
     def close(self) -> None:
-        """Write buffered logs, and end."""
+        """Write buffered logs, and release the destination."""
 
 
 @final
@@ -182,7 +182,7 @@ class RunLogs:
         return written
 
     def truncate(self, state: TrainState | None, saved: LogCount) -> int:
-        """Remove what a run resumed at `state` logs again; return the number of lines removed from the metrics.
+        """Remove the lines that a run resumed at `state` logs again; return the number of metrics lines removed.
 
         Args:
             state: The state to resume from; None for a new run.
@@ -200,7 +200,7 @@ class RunLogs:
         return removed
 
     def close(self) -> None:
-        """Flush and close everything; report what was lost."""
+        """Flush and close everything; report how often each log failed."""
         for name, log in (*self.files.items(), *((service.name, service) for service in self._services)):
             self.guard(name, log.close)()
         self._guard.report_failures()

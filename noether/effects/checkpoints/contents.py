@@ -80,8 +80,8 @@ def select_weights(effect: SaveCheckpoint, state: TrainState) -> dict[str, torch
         if not models or any(name.startswith(f"{model}.") for model in models)
     }
     if models and not weights:
-        there = f"there are: {', '.join(state.params)}"
-        raise ModelNamesError(f"model_names: no weights below {', '.join(models)}; {there}")
+        known = ", ".join(state.params)
+        raise ModelNamesError(f"model_names: no weights below {', '.join(models)}; there are: {known}")
     return weights
 
 
@@ -98,19 +98,19 @@ def read_state(files: Mapping[str, bytes], iteration: TrainingIteration) -> Trai
     state = TrainState(iteration=iteration)
     read: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
     for name in (WEIGHTS, OPTIMIZER, MEMORY):
-        with _naming_file(name):
+        with _name_file_in_errors(name):
             read[name] = read_tensors(files[name]) if name in files else ({}, {})
     if STATE in files:
-        with _naming_file(STATE):
+        with _name_file_in_errors(STATE):
             state = _decode_state_file(files[STATE], iteration, read[OPTIMIZER][0], read[MEMORY][0])
     if WEIGHTS in files:
-        with _naming_file(WEIGHTS):
+        with _name_file_in_errors(WEIGHTS):
             state = state.replace(**_split_weights(*read[WEIGHTS]))
     return state
 
 
 @contextmanager
-def _naming_file(name: str) -> Iterator[None]:
+def _name_file_in_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # anyone may have written the file, so a reader can fail in any way: all are damage
@@ -122,8 +122,8 @@ def _state_files(state: TrainState) -> dict[str, Pieces]:
     optimizer: dict[str, torch.Tensor] = {}
     content = {**saved["state"], "opt_state": encode_tree(state.opt_state, optimizer)}
     text = json.dumps(content, indent=1, allow_nan=False)
-    beside = {OPTIMIZER: optimizer, MEMORY: saved["tensors"]}
-    return {STATE: [text.encode()], **{name: tensor_pieces(each) for name, each in beside.items() if each}}
+    tensors_by_file = {OPTIMIZER: optimizer, MEMORY: saved["tensors"]}
+    return {STATE: [text.encode()], **{name: tensor_pieces(each) for name, each in tensors_by_file.items() if each}}
 
 
 def _decode_state_file(
@@ -135,7 +135,7 @@ def _decode_state_file(
     values = json.loads(text.decode())
     opt_state = decode_mapping("opt_state", values.pop("opt_state"), optimizer)
     state = decode_state({"state": values, "tensors": memory}).replace(opt_state=opt_state)
-    # Encoding it again finds what the decoder accepts and the encoder never writes: repeated keys, text for a number.
+    # The decoder accepts content that the encoder never writes, such as repeated keys: encode again and compare.
     if b"".join(_state_files(state)[STATE]) != text:
         raise ValueError("its content is not what was written")
     if state.iteration != iteration:

@@ -198,6 +198,6 @@ def _pointer_target(path: Path, disk: Disk, manifests: Mapping[str, Manifest | N
 
 
 def _printable(path: Path) -> str:
-    """Return a path for a message; characters that a terminal obeys, or that text cannot hold, are escaped."""
+    """Return a path for a message; if it has unprintable characters, such as terminal commands, they are escaped."""
     text = str(path)
     return text if text.isprintable() else repr(text)

@@ -65,7 +65,7 @@ class CheckpointStore:
         self._disk = disk
         self._writer = Writer(directory, disk)
         listing = self._list()
-        # A damaged checkpoint may be of a later segment than all others, whose number must not be used again.
+        # The number of a segment is never used twice, and a damaged checkpoint may belong to a later segment.
         self._segment = 1 + max((each.segment for each in listing.manifests), default=0) + len(listing.damaged)
         self._parent: str | None = None
         self._committed: set[str] = set()  # tags that this process saved
@@ -119,8 +119,10 @@ class CheckpointStore:
         manifests = {manifest.tag: manifest for manifest in listing.manifests}
         if tag not in manifests:
             known = [*listing.targets, *manifests]
-            there = f"there are: {', '.join(known) or 'none'}"
-            raise CheckpointError(f"no checkpoint {name!r} in {self._directory}; {there}{suggest(name, known)}")
+            names = ", ".join(known) or "none"
+            raise CheckpointError(
+                f"no checkpoint {name!r} in {self._directory}; there are: {names}{suggest(name, known)}"
+            )
         return manifests[tag]
 
     def newest(self) -> Manifest | None:

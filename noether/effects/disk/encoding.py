@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAX_LEVELS: Final = 100
-"""How deep a tree may be nested: far less than Python's recursion limit, as others recurse through the tree, too."""
+"""How deep a tree may be nested: far less than Python's recursion limit, as other code recurses through it, too."""
 NUMBER_TYPES: Final = frozenset({float, int, bool})
 NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

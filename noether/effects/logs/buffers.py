@@ -1,4 +1,4 @@
-"""Buffered logs: how long a buffer may wait for its next flush, and that a forked process discards its copy."""
+"""Buffered logs: the interval between flushes, and buffers whose copies a forked process discards."""
 
 from __future__ import annotations
 

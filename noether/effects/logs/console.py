@@ -56,7 +56,7 @@ class Console:
 
     def write_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics in aligned columns: a handler of `LogScalars`."""
-        # Without a time on its events a loop gets every line.
+        # A loop that sets no time on its events gets every line.
         if isinstance(event, AfterUpdate) and event.time_s and event.time_s - self._last_update_s < _UPDATE_INTERVAL_S:
             return
         metrics = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
@@ -105,8 +105,8 @@ class Console:
         self._console.file.flush()
 
     def _start_timer(self, wait_s: float) -> None:
-        # A weak reference, because a run that the loop let go of has ended. And the thread refers to no tensors: a
-        # thread that frees tensors while Python exits aborts the process.
+        # A weak reference, so that the heartbeat ends when the loop drops the run. The thread refers to no tensors,
+        # because a thread that frees tensors while Python exits aborts the process.
         self._timer = threading.Timer(wait_s, _heartbeat, [weakref.ref(self)])
         self._timer.daemon = True
         self._timer.start()

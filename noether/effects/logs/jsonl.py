@@ -108,8 +108,9 @@ class LinesFile:
 
     Args:
         path: The file; created with its first line.
-        to_line: `(what, state, event) -> line`, a line with at least the fields of `position_fields`. It must hold
-            plain values: a tensor in a buffered line would be kept alive, or be overwritten by donation.
+        to_line: `(content, state, event) -> line`, a line with at least the fields of `position_fields`. `content`
+            is one effect, or all effects of the event. The line must hold plain values: the buffer would keep a tensor
+            alive, or donation would overwrite it.
         disk: The disk.
     """
 
@@ -133,7 +134,7 @@ class LinesFile:
         """Numbers of lines that were flushed and that were lost; buffered lines are not counted."""
         return self._counts
 
-    def write(self, what: Any, state: TrainState, event: Event) -> None:
+    def write(self, content: Any, state: TrainState, event: Event) -> None:
         """Append the line of an event; the line of an update may stay in the buffer.
 
         Raises:
@@ -141,7 +142,7 @@ class LinesFile:
             Exception: The error of `to_line`; the line is counted as lost.
         """
         try:
-            line = self._to_line(what, state, event)
+            line = self._to_line(content, state, event)
         except Exception:
             with self._lock:
                 self._add_counts(lost=1)

@@ -77,8 +77,8 @@ class TensorBoard:
         self._size = 0  # bytes of the whole records
         self._is_torn = False  # whether part of a record may follow them
         self._last_text: tuple[str, TrainingIteration, int] = ("", TrainingIteration(), 0)  # event, counters, number
-        self._resume_point: _ResumePoint | None = None  # the files are still to be truncated there
-        self._discard_from: int | None = None  # a running TensorBoard is still to discard values from this update on
+        self._resume_point: _ResumePoint | None = None  # where the next write truncates the files
+        self._discard_from: int | None = None  # update from which a running TensorBoard has to discard
 
     def resume(self, state: TrainState | None) -> None:
         """Truncate the files after `state`, or completely for a new run, at the next event that logs.
@@ -133,7 +133,7 @@ class TensorBoard:
         self._append(self._file, content.getvalue())
 
     def _truncate(self, point: _ResumePoint) -> None:
-        """Remove from all files what the resumed run logs again."""
+        """Remove the records that the resumed run logs again from all files."""
         self.close()
         for path in self._files():
             content = read_file(path, self._disk)

@@ -86,12 +86,12 @@ def execute(
     with interruption:
         facts = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
         interpreter([SetSummary(FrozenDict(facts))], state, AfterTraining(run=experiment.run))
-        begun = donate(state) if experiment.step.donate else state
+        start = donate(state) if experiment.step.donate else state
         del state  # the first state would otherwise stay in memory during the whole training
-        end = make_trainer(experiment, interpret, interruption)(begun, resumed=resumed)
+        final = make_trainer(experiment, interpret, interruption)(start, resumed=resumed)
         directory.wait()  # the run ends when its last checkpoint is on the disk
-    finished = next_move(end, experiment.run) is Move.NOTHING
-    run = TrainedRun(directory=directory.path, state=end, finished=finished)
+    finished = next_move(final, experiment.run) is Move.NOTHING
+    run = TrainedRun(directory=directory.path, state=final, finished=finished)
     write_ending(run, experiment, interpreter)
     notify(f"{run.ending}; the run is in {directory.path}")
     return run

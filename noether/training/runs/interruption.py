@@ -17,8 +17,8 @@ class Interruption:
     """Catches the first SIGINT or SIGTERM inside a `with` block; only in the main thread, where Python allows it.
 
     Args:
-        second_kills: Whether a second signal ends the process at once. By default the handlers from before the block
-            get it: usually a second Ctrl-C raises KeyboardInterrupt.
+        second_kills: Whether a second signal ends the process at once. By default the handlers that were installed
+            before the block receive it: usually a second Ctrl-C raises KeyboardInterrupt.
 
     Example:
         >>> with Interruption() as interruption:

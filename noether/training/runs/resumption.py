@@ -77,7 +77,7 @@ def resume_run(
     """
     config = load_run_config(run_dir, overrides, allow)
     check_services(config)
-    target = _target(run_dir, config, allow)
+    target = _target_directory(run_dir, config, allow)
     with open_directory(run_dir, config) as directory:
         state = _load_newest(directory)
         experiment = build(config, run_id=directory.run_id, fresh=state is None)
@@ -86,20 +86,21 @@ def resume_run(
             # Reducers are pure: this dry run refuses memory that does not fit before anything is written.
             experiment.reducer(state, BeforeTraining(run=experiment.run, resumed=True))
             if next_move(state, experiment.run) is Move.NOTHING:
-                ended = TrainedRun(directory=run_dir, state=state, finished=True)
-                write_ending(ended, experiment, directory.interpreter)
-                notify(f"{run_dir} already {ended.ending}; to continue it, set a later end")
-                return ended
+                run = TrainedRun(directory=run_dir, state=state, finished=True)
+                write_ending(run, experiment, directory.interpreter)
+                notify(f"{run_dir} already {run.ending}; to continue it, set a later end")
+                return run
         if target == run_dir:
             notify(
                 f"{run_dir} has no checkpoint: training starts at update 0"
                 if state is None
                 else f"resuming at {state.iteration}"
             )
-            if dropped := directory.truncate_logs(state):
-                notify(f"lines of metrics.jsonl after that are dropped and will be written again: {dropped}")
+            if removed := directory.truncate_logs(state):
+                notify(f"lines of metrics.jsonl removed, because the resumed run logs them again: {removed}")
             replace_text(directory.path / CONFIG_FILE, dump(config))
-            resumed, state = state is not None, state or experiment.state
+            resumed = state is not None
+            state = experiment.state if state is None else state
             return execute(experiment, directory, state, resumed=resumed, interruption=interruption, notify=notify)
         make_directories(target.parent)
         shutil.move(run_dir, target)  # while it is locked
@@ -108,11 +109,11 @@ def resume_run(
     return resume_run(target, (), allow, drop_memory, interruption=interruption, notify=notify)
 
 
-def _target(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:
-    """Return where the run will be: in another place if `run.output` was changed."""
-    before = load(run_dir / CONFIG_FILE, (), allow, run_dir).run.output
+def _target_directory(run_dir: Path, config: Config, allow: Sequence[str]) -> Path:
+    """Return the directory in which the run resumes: another one if `run.output` was changed."""
+    previous_output = load(run_dir / CONFIG_FILE, (), allow, run_dir).run.output
     target = Path(config.run.output) / config.run.name / run_dir.resolve().name
-    if config.run.output == before or target.resolve() == run_dir.resolve():
+    if config.run.output == previous_output or target.resolve() == run_dir.resolve():
         return run_dir
     if target.exists():
         raise config.error(("run", "output"), f"{str(target)!r} exists already, so the run cannot move there")
@@ -137,5 +138,5 @@ def _drop_memory(state: TrainState, names: Sequence[str]) -> TrainState:
             known = ", ".join(map(repr, state.callback_states)) or "none"
             message = f"the run has no such memory; it has {known}"
             raise ConfigError([LocatedProblem(Place(f"--drop-memory {name}"), (), message)])
-    left = {name: memory for name, memory in state.callback_states.items() if name not in names}
-    return state.replace(callback_states=FrozenDict(left))
+    remaining = {name: memory for name, memory in state.callback_states.items() if name not in names}
+    return state.replace(callback_states=FrozenDict(remaining))
