@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 _ROOT = Path(__file__).parents[1]
-# Arguments by module, and those for --quick, which only shows that every benchmark runs.
+# Arguments by module: of a measurement, and of --quick, which only checks that every benchmark runs.
 _ALL = {
     "dispatch": ((), ("--rounds", "2")),
     "scaling": ((), ("--rounds", "2")),

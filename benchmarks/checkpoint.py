@@ -123,7 +123,7 @@ def time_checkpoint(
     row: Callable[[Path], tuple[Start, Wait]], state: TrainState, folder: Path, *, training: bool
 ) -> Times:
     """Return the times of a checkpoint of `state` in an empty folder."""
-    os.sync()  # so that earlier writes are not waited for here
+    os.sync()  # so that the row does not wait for earlier writes
     with tempfile.TemporaryDirectory(dir=folder) as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about a missing process group
         start, wait = row(Path(directory))

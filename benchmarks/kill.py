@@ -122,7 +122,7 @@ def _size(folder: Path) -> int:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Return the names of what differs between the last checkpoints and the logs of two runs."""
+    """Return the names of files and entries that differ between the last checkpoints and the logs of two runs."""
     tags = [(run / "checkpoints/last").read_text().split()[0] for run in (one, other)]
     a, b = (run / "checkpoints" / tag for run, tag in zip((one, other), tags, strict=True))
     differing = [name for name in _WEIGHTS if (a / name).read_bytes() != (b / name).read_bytes()]

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: rows measured in rounds, ratios within a round, and tables for a person or as Markdown.
+"""Helpers of the benchmarks: measure rows in rounds, take ratios within a round, and print tables.
 
 Other work on the machine affects the row that is running. So all rows of a table run in every round, one after the
 other, ratios compare two times of the same round, and a cell shows the median over rounds with its quartiles.
@@ -94,10 +94,10 @@ def ratios(measured: Sequence[Round], row: str, unit: str) -> list[float]:
 
 
 def available_rows(rows: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], list[str]]:
-    """Return the rows that can be made, and a note on those whose library is not installed.
+    """Return the rows whose library is installed, and a note on the others.
 
     Args:
-        rows: By name, a function that returns the row.
+        rows: Functions that return the rows, by name.
     """
     available, missing = {}, []
     for name, make in rows.items():

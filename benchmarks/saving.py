@@ -92,7 +92,7 @@ def async_save(model: nn.Module, batch: Any, folder: Path) -> Callable[[], float
 
 
 def copy(params: int) -> Callable[[], float]:
-    """Return a row: a copy of as many bytes into already mapped memory."""
+    """Return a row: a copy of as many bytes as a checkpoint has, into already mapped memory."""
     source, target = torch.ones(3 * params), torch.zeros(3 * params)
     return lambda: seconds(lambda: target.copy_(source))
 

@@ -2,10 +2,10 @@
 
 Run as `python -m benchmarks.scaling`, with `--png FILE` for a plot. One update is counted and dispatched to a reducer,
 as a loop does after each step, while one quantity grows: the callbacks that are not due, alone or beside one that is
-due at every update; the parameters of the state, in tensors of a thousand; the earlier updates. The others stay at one
-callback, a thousand parameters and no update. The unit is one `state.advance`, the part that counts the update. All
-points take turns in one process; a ratio is taken within each round, and the table shows medians over rounds with
-quartiles.
+due at every update; the parameters of the state, in tensors of a thousand; the earlier updates. The other quantities
+stay at one callback, a thousand parameters and no update. The unit is one `state.advance`, the part that counts the
+update. All points take turns in one process; a ratio is taken within each round, and the table shows medians over
+rounds with quartiles.
 
 Goal: while no callback is due, none of these makes a difference of more than 10 %.
 """

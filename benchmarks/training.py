@@ -13,13 +13,14 @@ the same kernel have to end at the same parameters, to the bit; if they do not, 
 Goals for the small network: at most 1.00 of the bare loop with the same fused kernel, less than 0.80 of that with
 torch's default AdamW; compiled, less than 0.40 of that.
 
-They are missed: 1.20, 0.92 and 0.74; compared with the loop with callbacks by hand it is 1.14, and with the evaluation
-alone 1.02 and 0.78. In a profile of the donated row (1,000 stack samples per second), the step takes 70 % of the time,
-the evaluation 11 %, callbacks 8 %, the interpreter with its files 6 % and the trainer 5 %. Calls of torch take 195 us
-of the 250 us of a step, where the bare update takes 300 us, and 28 us of the 42 us of the evaluation. The rest is
-Python, with no line above 1 %: seeds 9 us, recording and logging the learning rate 26 us, progress 24 us, and states,
-an event, settings and tensor ownership. A compiled step takes 175 us, of them 75 us in its kernels and 25 us in torch's
-guards; the code around it takes the same time. In an update of 10 ms none of this is visible.
+noether misses them with 1.20, 0.92 and 0.74. The ratio to the loop with callbacks by hand is 1.14; with the evaluation
+as the only callback, the first two are 1.02 and 0.78. In a profile of the donated row (1,000 stack samples per second),
+the step takes 70 % of the time, the evaluation 11 %, callbacks 8 %, the interpreter with its files 6 % and the trainer
+5 %. Calls of torch take 195 us of the 250 us of a step, where the bare update takes 300 us, and 28 us of the 42 us of
+the evaluation. The rest is Python, with no line above 1 %: seeds 9 us, recording and logging the learning rate 26 us,
+progress 24 us, and states, an event, settings and tensor ownership. A compiled step takes 175 us, of them 75 us in its
+kernels and 25 us in torch's guards; the code around it takes the same time. In an update of 10 ms none of this is
+visible.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def noether(task: Task, wrap_step: Callable[[Step], Step | CompiledStep], *, cal
     """Train with noether's trainer in a run directory, with all callbacks or only the evaluation."""
     experiment = task.experiment
     step = wrap_step(experiment.step)
-    members = [placed.callback for placed in experiment.callbacks]
+    members = [configured.callback for configured in experiment.callbacks]
     reducer = compose(*(each for each in members if callbacks or isinstance(each, EvaluateCallback)))
 
     def train(folder: Path) -> Trained:

@@ -18,7 +18,7 @@
 | it yields a batch | | the time before it was spent waiting for data |
 | `session.backward(losses)` | `AfterAccumulationStep`, if a callback listens | losses, outputs if they are given, samples of the batch |
 | `session.update()` where `accelerator.sync_gradients` | `AfterUpdate` | sample-weighted means of the losses since the last update, learning rates of the step, `grad_norm` if a callback reads it |
-| the same, where a gradient scaler left the step out | `AfterUpdate(skipped=True)` | |
+| the same, where a gradient scaler skipped the step | `AfterUpdate(skipped=True)` | |
 | the loader ends | `AfterEpoch` | |
 | the end is reached, or `state.stop` gives a reason | `AfterTraining` | `session.batches` ends |
 | `accelerator.save_state`, `load_state` | `state_dict`, `load_state_dict` | in the checkpoints of accelerate |
@@ -28,8 +28,8 @@ Differences from noether's own trainer and from `Session`:
 - Accelerate divides every loss by `gradient_accumulation_steps`: a short last micro-batch weighs as much as a full one, and
   a short last group of an epoch makes a smaller update. The losses in events are weighted by samples.
 - `accumulation_steps` of a micro-batch in a short last group is the number of a full group.
-- The random numbers of the loop are accelerate's, not derived from `seed`. Batches that are left of an epoch are found
-  again if their order is a function of the epoch: without shuffling, or with
+- The random numbers of the loop are accelerate's, not derived from `seed`. A resume finds the remaining batches of an
+  epoch if their order is a function of the epoch: without shuffling, or with
   `Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))`. Dropout draws from torch's
   generator, whose state is in the checkpoints of accelerate and not in those of noether.
 - Save a checkpoint of accelerate right after `session.update()`, not inside of an update.
@@ -80,7 +80,7 @@ class AcceleratedSession:
         directory: The run on disk, `noether.open_run(path, rank=accelerator.process_index)`; if it holds a checkpoint,
             the run resumes there.
         interpreter: Runs effects; by default that of the directory.
-        data: What callbacks evaluate, by dataset key.
+        data: Batches by dataset key, for callbacks that evaluate.
         loss: `(outputs, batch) -> {name: mean over samples}`, for evaluations.
         max_epochs: Epochs after which training ends, >= 1.
         max_updates: Updates after which training ends, >= 1.
@@ -172,7 +172,7 @@ class AcceleratedSession:
 
         Args:
             losses: The mean loss of the micro-batch, or several by name.
-            outputs: What the model returned, for callbacks that track it.
+            outputs: Outputs of the model, for callbacks that track them.
             keywords: Further arguments of `accelerator.backward`.
         """
         named = losses if isinstance(losses, Mapping) else {"total": losses}
@@ -201,11 +201,11 @@ class AcceleratedSession:
         self.session.update(skipped=skipped, grad_norm=norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the run remembers beside model and optimizer."""
+        """Return the memory of the run, which accelerate saves beside model and optimizer."""
         return self.session.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Recall what `state_dict` returned, before `batches`.
+        """Load a result of `state_dict`; call this before `batches`.
 
         Raises:
             ValueError: If `state_dict` did not return `saved`.
@@ -243,7 +243,7 @@ class AcceleratedSession:
 
 
 def epoch_lengths(loader: Any, steps: int, processes: int) -> dict[str, int]:
-    """Return the lengths of an epoch, as far as a prepared loader tells them.
+    """Return the lengths of an epoch, or nothing if the prepared loader does not know them.
 
     Args:
         loader: The loader.

@@ -6,9 +6,9 @@
 | `GET_BATCH_COMPLETED` | | the time before it was spent waiting for data |
 | `ITERATION_COMPLETED` | `AfterAccumulationStep`, if a callback listens | losses and outputs from `engine.state.output`, samples from `engine.state.batch` |
 | the same, once the optimizer has stepped | `AfterUpdate` | sums and sample-weighted means of the iterations since the last update; learning rates of the step |
-| the same, after `accumulation` iterations without a step | `AfterUpdate(skipped=True)` | as when a gradient scaler leaves a step out |
+| the same, after `accumulation` iterations without a step | `AfterUpdate(skipped=True)` | as when a gradient scaler skips a step |
 | `EPOCH_COMPLETED` | `AfterEpoch` | |
-| `COMPLETED` | `AfterTraining`, after the `AfterEpoch` of a full epoch | `terminate()` leaves `EPOCH_COMPLETED` out |
+| `COMPLETED` | `AfterTraining`, after the `AfterEpoch` of a full epoch | after `terminate()`, ignite does not fire `EPOCH_COMPLETED` |
 | `state.stop` | `engine.terminate()` | right after the event that stopped the run |
 | `Checkpoint({"noether": session, ...})` | `state_dict`, `load_state_dict` | attach before handlers that save, which then see the latest state |
 
@@ -17,13 +17,13 @@ Differences from noether's own trainer:
 - The step is the user's. A step that accumulates with equal weights, as ignite's does, weights the samples of a short
   micro-batch more; the losses in events are weighted by samples.
 - `AfterAccumulationStep` of an update's last micro-batch comes after the optimizer's step, when the engine reports it.
-- An epoch consists of whole updates: a step that carries gradients over its end is refused there.
+- An epoch consists of whole updates: a step that carries gradients over the end of an epoch is an error.
 - `grad_norm` is that of the gradients as the optimizer steps, after clipping. `forward_s`, `backward_s` and
   `optimizer_s` are missing: all three happen inside of the step.
 - `DeterministicEngine` resumes in the middle of an epoch; `Engine` reads an epoch from its first batch, so there a
-  noether checkpoint has to be from the end of an epoch. Checkpoints of ignite are loaded as ignite does it.
-- A scheduler of the learning rate resumes from noether's checkpoints if `attach` was given it; a resume refuses another
-  one of torch. Schedulers of other settings are the user's to save.
+  noether checkpoint has to be from the end of an epoch. Load checkpoints of ignite as in any ignite script.
+- A scheduler of the learning rate resumes from noether's checkpoints if `attach` received it; otherwise a resume refuses
+  torch's schedulers. The user saves schedulers of other settings.
 - One process: losses are not gathered over ranks.
 """  # noqa: E501  # a table
 
@@ -76,7 +76,7 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
     clock: Clock = _CLOCK,
     run: Run = _RUN,
 ) -> Session:
-    """Attach callbacks to an engine that trains, and return their session, to be saved beside the engine.
+    """Attach callbacks to an engine that trains, and return their session; save it beside the engine.
 
     Args:
         engine: The engine.
@@ -89,7 +89,7 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
         accumulation: Iterations of one update.
         directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
         interpreter: Runs effects; by default that of the directory.
-        data: What callbacks evaluate, by dataset key.
+        data: Batches by dataset key, for callbacks that evaluate.
         loss: `(outputs, batch) -> {name: mean over samples}`, for evaluations.
         seed: Seeds the random numbers of callbacks.
         precision: Autocast dtype of evaluations.
@@ -170,7 +170,7 @@ class _Handlers:
         batches, batch_size = state.epoch_length, session.run.batch_size
         lengths: dict[str, Any] = epoch_lengths(state.dataloader, batches, self._accumulation, batch_size)
         session.begin(end=self._end(engine), **lengths)
-        self._stop(engine)
+        self._apply_stop(engine)
 
     def iterate(self, engine: Engine) -> None:
         session, outputs = self._session, engine.state.output
@@ -178,13 +178,13 @@ class _Handlers:
         session.micro_batch(self._losses(outputs), outputs=outputs, samples=samples, of=self._accumulation)
         if session.steps or session.pending == self._accumulation:
             session.update(skipped=not session.steps)
-        self._stop(engine)
+        self._apply_stop(engine)
 
     def end_epoch(self, engine: Engine) -> None:
         self._session.end_epoch()
-        self._stop(engine)
+        self._apply_stop(engine)
 
-    def _stop(self, engine: Engine) -> None:
+    def _apply_stop(self, engine: Engine) -> None:
         if self._session.stop is not None:
             engine.terminate()
 

@@ -125,7 +125,7 @@ class NoetherCallback(LightningCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the run, or resume it from an earlier fit, Lightning's checkpoint, or the directory."""
         _check(trainer)
-        saved = self.state_dict()  # of an earlier fit, whose optimizer no longer exists
+        saved = self.state_dict()  # after an earlier fit, whose optimizer no longer exists
         scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
         session = self._make_session(model=pl_module, optimizer=trainer.optimizers[0], scheduler=scheduler)
         self.session = session
@@ -137,7 +137,7 @@ class NoetherCallback(LightningCallback):
         _move_trainer(trainer, session.state.iteration, loaded=loaded)
         session.begin(**_run_facts(trainer, session))
         self._saved = None
-        self._stop(trainer)
+        self._apply_stop(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record the time at which the batch arrived."""
@@ -160,21 +160,22 @@ class NoetherCallback(LightningCallback):
         outputs = outputs or None
         losses = {} if automatic and outputs is None else self._losses(outputs)
         session.micro_batch(losses, outputs=outputs, samples=session.run.batch_size(batch), of=steps)
-        made = session.steps
-        if made > 1:
+        optimizer_steps = session.steps
+        if optimizer_steps > 1:
             raise ValueError(
-                f"the optimizer made {made} steps in one training_step, and an update is one step: step once per batch"
+                f"the optimizer made {optimizer_steps} steps in one training_step, and an update is one "
+                "step: step once per batch"
             )
         last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
-        if made or (automatic and (last or session.pending == steps)):
-            session.update(skipped=not made, grad_norm=self._grad_norm)
+        if optimizer_steps or (automatic and (last or session.pending == steps)):
+            session.update(skipped=not optimizer_steps, grad_norm=self._grad_norm)
             self._grad_norm = None
-        self._stop(trainer)
+        self._apply_stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Dispatch `AfterEpoch`, if the epoch had all of its batches."""
         self._running.end_epoch(cut_short=trainer.should_stop or trainer.global_step == trainer.max_steps)
-        self._stop(trainer)
+        self._apply_stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Dispatch `AfterTraining`."""
@@ -201,7 +202,7 @@ class NoetherCallback(LightningCallback):
             raise ValueError("training has not started: Lightning calls on_train_start before any other hook")
         return self.session
 
-    def _stop(self, trainer: Trainer) -> None:
+    def _apply_stop(self, trainer: Trainer) -> None:
         if self._running.stop is not None:
             trainer.should_stop = True
 

@@ -152,7 +152,7 @@ def reducer_of_updates():
 
 
 def test_gradients_carried_over_the_end_of_an_epoch_are_refused():
-    with pytest.raises(ValueError, match="an epoch of 5 batches is not made of whole updates of 2"):
+    with pytest.raises(ValueError, match="an epoch of 5 batches does not consist of whole updates of 2"):
         fit_keras(classifier(sgd(steps=2)))
 
 

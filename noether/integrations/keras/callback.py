@@ -150,7 +150,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         updates = _count_updates(self.params["steps"], optimizer.accumulation_steps)
         end = TrainingIteration(epoch=self.params["epochs"])
         session.load()
-        optimizer.check_whole()
+        optimizer.check_update_boundary()
         _check_position(session.state, fill_run(session.run, end=end, updates_per_epoch=updates), updates)
         session.begin(end=end, updates_per_epoch=updates)
         self._override_compute_loss()
@@ -161,7 +161,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Record the time and scale the learning rate."""
         self.session.batch_arrived()
-        self._session_and_optimizer()[1].batch_begins()
+        self._session_and_optimizer()[1].scale_lr()
         self._awaits_loss = True
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -171,7 +171,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             TypeError: If the model does not call `compute_loss`.
         """
         session, optimizer = self._session_and_optimizer()
-        optimizer.batch_ended()
+        optimizer.restore_lr()
         if self._awaits_loss:
             raise TypeError(
                 f"train_step of {self.model.name} does not call self.compute_loss(...), so its loss is unknown: call "
@@ -181,12 +181,12 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             losses, self._losses = self._losses, []
             optimizer.steps += 1
             session.update(mean=sum(losses[1:], start=losses[0]) / len(losses))
-        self._stop()
+        self._apply_stop()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Dispatch `AfterEpoch` if the epoch is completed."""
         self.session.end_epoch(cut_short=self.model.stop_training)
-        self._stop()
+        self._apply_stop()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Dispatch `AfterTraining` if the run is at its end."""
@@ -228,19 +228,20 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         samples = session.run.batch_size(inputs)
         session.micro_batch(loss, outputs=outputs, samples=samples, of=optimizer.accumulation_steps)
 
-    def _stop(self) -> None:
+    def _apply_stop(self) -> None:
         if self.session.is_over:
             self.model.stop_training = True
 
 
 def _count_updates(batches: int | None, steps: int) -> int | None:
-    """Return the number of updates in `batches` batches of `steps` each, or None if that of batches is unknown."""
+    """Return the number of updates in `batches` batches of `steps` each, or None if `batches` is None."""
     if batches is None:
         return None
     if batches % steps:
         raise ValueError(
-            f"an epoch of {batches} batches is not made of whole updates of {steps} batches, and Keras would carry "
-            f"gradients over its end: choose gradient_accumulation_steps or batch_size so that {batches} is a multiple"
+            f"an epoch of {batches} batches does not consist of whole updates of {steps} batches, and Keras would "
+            f"carry gradients over its end: choose gradient_accumulation_steps or batch_size so that {batches} is a "
+            "multiple"
         )
     return batches // steps
 

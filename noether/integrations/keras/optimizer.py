@@ -58,11 +58,11 @@ class KerasOptimizer:
         """Return whether this is the optimizer of this same model object."""
         return self._module.keras is model and self._optimizer is model.optimizer
 
-    def check_whole(self) -> None:
+    def check_update_boundary(self) -> None:
         """Refuse an optimizer that has accumulated the gradients of only a part of an update.
 
         Raises:
-            ValueError: If it has.
+            ValueError: If the optimizer is within an update.
         """
         batches, steps = int(self.memory("groups")["iteration"]), self.accumulation_steps
         if batches % steps:
@@ -71,9 +71,9 @@ class KerasOptimizer:
                 "fit: compile the model again, or load a checkpoint"
             )
 
-    def batch_begins(self) -> None:
+    def scale_lr(self) -> None:
         """Multiply the learning rate by `lr_scale`."""
-        self.batch_ended()  # if the previous batch raised
+        self.restore_lr()  # if the previous batch raised
         inner = self._inner
         rate = float(inner.learning_rate)
         self._lr = FrozenDict(default=rate * self.lr_scale)
@@ -82,7 +82,7 @@ class KerasOptimizer:
             self._unscaled = (rate, inner._learning_rate)  # noqa: SLF001
             inner.learning_rate = rate * self.lr_scale if self._is_number else lambda: rate * self.lr_scale
 
-    def batch_ended(self) -> None:
+    def restore_lr(self) -> None:
         """Restore the learning rate."""
         if self._unscaled is not None:
             rate, original = self._unscaled
@@ -119,7 +119,7 @@ class KerasOptimizer:
 
     def release(self) -> None:
         """Restore the learning rate."""
-        self.batch_ended()
+        self.restore_lr()
 
     def memory(self, part: str) -> FrozenDict:
         """Return `state` or `groups` of its current state."""
@@ -142,7 +142,7 @@ class KerasOptimizer:
     def _slots(self) -> dict[str, dict[str, Any]]:
         """Return the optimizer's variables by param and slot; Keras names them `{path of the param}_{slot}`."""
         model = self._module.keras
-        params: dict[str, list[str]] = {}  # two can have the same path; their slots are in their order
+        params: dict[str, list[str]] = {}  # two params can share a path; their slots have the same order
         for each in (*model.trainable_variables, *model.non_trainable_variables):
             params.setdefault(each.path.replace("/", "_"), []).append(self._module.name_of(each))
         slots: dict[str, dict[str, Any]] = {"groups": {}}
