@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from noether.session.errors import ResumeWarning, SessionError
 from noether.session.hidden_state import LINKS, generators_of, unseedable
-from noether.session.randomness import derive, seed_all, seed_generator
+from noether.session.randomness import derive, seed_all, seed_generator, seed_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,6 +113,30 @@ def seed_pass(loader: Any, seed: int, number: int) -> None:
     for index, generator in enumerate(generators_of(loader)):
         seed_generator(generator, derive(seed, "generator of the loader", number, index))
     seed_all(derive(seed, "epoch", number))
+
+
+def batch_seeder(loader: Any) -> Callable[[int], None] | None:
+    """Return the function that seeds what this process may draw from while it reads a batch; None if it draws nothing.
+
+    Seeding Python's and numpy's generators takes most of the time of seeding, and torch's own loaders do not use them.
+
+    Example:
+        >>> batch_seeder([1, 2]), batch_seeder(DataLoader([1, 2], num_workers=1)).__name__
+        (None, 'seed_torch')
+        >>> batch_seeder(DataLoader([1, 2], collate_fn=list)).__name__
+        'seed_all'
+    """
+    if type(loader) in {list, tuple}:
+        return None
+    if type(loader) is not DataLoader:
+        return seed_all
+    samplers = [loader.sampler, loader.batch_sampler]
+    for sampler in samplers:  # grows while it is read: a BatchSampler has a sampler
+        if sampler is not None and not type(sampler).__module__.startswith("torch.utils.data."):
+            return seed_all
+        samplers += [inner] if (inner := getattr(sampler, "sampler", None)) is not None else []
+    reads_tensors = type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate
+    return seed_torch if loader.num_workers > 0 or reads_tensors else seed_all
 
 
 def warn_if_unrepeatable(loader: Any) -> None:

@@ -10,7 +10,13 @@ from noether.core.event import AfterEpoch, AfterUpdate, Event
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
 from noether.session.hidden_state import hidden_state
-from noether.session.loader import batches_per_epoch, epoch_iterator, warn_about_changes, warn_if_unrepeatable
+from noether.session.loader import (
+    batch_seeder,
+    batches_per_epoch,
+    epoch_iterator,
+    warn_about_changes,
+    warn_if_unrepeatable,
+)
 from noether.session.randomness import derive, seed_all
 
 if TYPE_CHECKING:
@@ -46,6 +52,7 @@ class BatchLoop:
         warn_if_unrepeatable(loader)
         self.length = batches_per_epoch(loader)
         self._session, self._loader, self._accumulation, self._seed = session, loader, accumulation, seed
+        self._seed_batch = batch_seeder(loader)
         self._batch: Any = _NO_BATCH
         self._drawn = 0  # batches of this epoch, the current one included
         self._is_last: bool | None = None  # None if unknown
@@ -218,7 +225,8 @@ class BatchLoop:
         index = 0
         while True:
             self._session.stopwatch.wait_begins()
-            seed_all(derive(self._seed, "batch", epoch, index))
+            if self._seed_batch is not None:
+                self._seed_batch(derive(self._seed, "batch", epoch, index))
             try:
                 batch = next(iterator)
             except StopIteration:

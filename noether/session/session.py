@@ -303,7 +303,7 @@ class Session(SessionEvents):
         if grad_norm is not None or skipped:
             known["grad_norm"] = grad_norm
         self._steps_before += self.steps
-        samples = sum(each.samples for each in pending)
+        samples = sum([each.samples for each in pending])
         self._dispatch(self._state.advance(samples=samples), AfterUpdate, samples=samples, **known)
 
     @property
@@ -317,9 +317,10 @@ class Session(SessionEvents):
             self._loop.check_update(self.pending)
         elif not self._pending:
             raise SessionError("an update needs micro-batches: call update(losses, samples=...) or micro_batch(...)")
-        if self._position is not None and self._position == self._updates_per_epoch:
+        per_epoch, at = self._updates_per_epoch, self._state.iteration
+        if per_epoch is not None and at.update - at.epoch * per_epoch == per_epoch:
             raise SessionError(
-                f"epoch {self._state.iteration.epoch} continues after {self._position} updates, which is all that "
+                f"epoch {at.epoch} continues after {per_epoch} updates, which is all that "
                 "every epoch has, as the length of the loader or Run(updates_per_epoch=...) says: schedules need "
                 "epochs of one length"
             )

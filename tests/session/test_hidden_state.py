@@ -10,12 +10,22 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import Loop
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+)
 
 import noether
 from noether.session.errors import ResumeWarning
 from noether.session.hidden_state import generators_of, hidden_state, unseedable
-from noether.session.loader import epoch_iterator, seed_pass
+from noether.session.loader import batch_seeder, epoch_iterator, seed_pass
+from noether.session.randomness import seed_all
 from noether.testing import assert_same
 
 SAVE = noether.CheckpointCallback(every_n_updates=1, save_weights=True, save_optim=True)
@@ -267,6 +277,32 @@ def test_what_cannot_be_seeded_is_named_at_the_start(tmp_path):
     assert "the loader holds Holds.counter, a count, which no checkpoint can take back" in messages[0]
     assert "the loader holds Holds.system, a SystemRandom" in messages[1]
     assert len(messages) == 2
+
+
+@pytest.mark.parametrize("loader", [
+    lambda: [(INPUTS[:4], POINTS.tensors[1][:4]), (INPUTS[4:9], POINTS.tensors[1][4:9])],
+    lambda: DataLoader(POINTS, 4, shuffle=True),
+    lambda: DataLoader(Augmented(Noise()), 4, shuffle=True, num_workers=1),
+    lambda: DataLoader(Resets(), 4, num_workers=1),
+])  # fmt: skip
+def test_generators_that_a_loader_does_not_use_need_no_seed(loader, tmp_path, monkeypatch):
+    sparing, full = (Loop(tmp_path / name, [], loader=loader) for name in ("sparing", "full"))
+    sparing.train()
+    assert batch_seeder(loader()) is not seed_all
+    monkeypatch.setattr(noether.session.loop, "batch_seeder", lambda loader: seed_all)
+    full.train()
+    assert_same(sparing.result(), full.result())
+
+
+def test_a_loader_that_may_use_any_generator_gets_all_seeded():
+    for loader in (
+        DataLoader(Augmented(Noise()), 4),
+        DataLoader(POINTS, 4, sampler=FromList(), num_workers=1),
+        DataLoader(POINTS, 4, collate_fn=list),
+        DataLoader(POINTS, batch_sampler=BatchSampler(FromList(), 4, drop_last=False), num_workers=1),
+        iter([1]),
+    ):
+        assert batch_seeder(loader) is seed_all
 
 
 def test_a_large_loader_is_searched_in_bounded_time():
