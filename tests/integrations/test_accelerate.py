@@ -87,14 +87,14 @@ def test_events_and_weights_equal_those_of_the_trainer(steps):
     assert_same(weights(parts[1]), weights(state))
 
 
-def test_a_short_last_group_makes_a_smaller_update_and_its_losses_are_what_they_are():
-    kept = EventCollector()
-    train(*make_parts(2, samples=points(10), reducer=compose(kept)))
+def test_a_short_last_group_makes_a_smaller_update_with_unchanged_losses():
+    collector = EventCollector()
+    train(*make_parts(2, samples=points(10), reducer=compose(collector)))
     expected = EventCollector()
     reference_run(batches(points(10), SIZE), steps=2, lr=halving, epoch=EPOCHS, reducer=compose(expected))
-    first, others = kept.of(AfterUpdate)[:3], expected.of(AfterUpdate)[:3]
+    first, others = collector.of(AfterUpdate)[:3], expected.of(AfterUpdate)[:3]
     assert [event.accumulated for event in first] == [event.accumulated for event in others] == [(2, 2), (2, 2), (2,)]
-    assert_same([event.losses for event in first], [event.losses for event in others])  # of before the update
+    assert_same([event.losses for event in first], [event.losses for event in others])  # those before the update
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,9 @@ def test_an_update_before_the_optimizer_steps_is_refused():
 
 
 def test_gradients_are_measured_before_they_are_clipped():
-    kept = EventCollector()
+    collector = EventCollector()
     accelerator, network, optimizer, _, loader, watched, _ = make_parts(
-        reducer=compose(GradNormCallback(every_n_updates=1), kept)
+        reducer=compose(GradNormCallback(every_n_updates=1), collector)
     )
     clipped = []
     for batch in watched.batches(loader):
@@ -167,18 +167,18 @@ def test_gradients_are_measured_before_they_are_clipped():
             optimizer.step()
             optimizer.zero_grad()
         watched.update()
-    assert [float(event.grad_norm) for event in kept.of(AfterUpdate)] == pytest.approx(clipped)
+    assert [float(event.grad_norm) for event in collector.of(AfterUpdate)] == pytest.approx(clipped)
 
 
 def on_two_processes():
     torch.set_num_threads(1)
-    # What this process was forked from had an accelerator, which is one for all.
+    # This process is a fork, and inherits the accelerator's global state.
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  # as accelerate's own tests do
     GradientState._reset_state()  # noqa: SLF001  # likewise
-    kept, reducer = EventCollector(), compose(OnlineLossCallback(every_n_updates=1))
-    parts = make_parts(samples=POINTS[:8], reducer=compose(reducer, kept))
+    collector, reducer = EventCollector(), compose(OnlineLossCallback(every_n_updates=1))
+    parts = make_parts(samples=POINTS[:8], reducer=compose(reducer, collector))
     accelerator, recorder = parts[0], train(*parts)
-    updates = kept.of(AfterUpdate)
+    updates = collector.of(AfterUpdate)
     assert [event.samples for event in updates] == [2 * SIZE] * 2 * EPOCHS
     assert updates[0].run.samples_per_epoch == 8
     assert updates[0].run.rank == accelerator.process_index

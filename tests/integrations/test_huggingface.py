@@ -180,7 +180,7 @@ def test_a_trainer_that_does_not_report_its_losses_is_refused(tmp_path):
         train_hf(tmp_path, kind=Trainer)
 
 
-def test_a_run_that_is_elsewhere_is_refused(tmp_path):
+def test_a_run_at_another_update_is_refused(tmp_path):
     with open_silent(tmp_path / "run") as directory:
         train_hf(tmp_path, Cut(2), directory=directory)
     with (
@@ -198,14 +198,14 @@ def test_a_checkpoint_without_memory_is_refused(tmp_path):
 
 
 def test_every_micro_batch_has_an_event_with_its_losses_and_outputs(tmp_path):
-    expected, kept = EventCollector(), EventCollector()
+    expected, collector = EventCollector(), EventCollector()
     train_own(reducer=compose(expected))
-    train_hf(tmp_path, reducer=compose(kept))
+    train_hf(tmp_path, reducer=compose(collector))
     for kind, names in (
         (AfterAccumulationStep, ("losses", "outputs", "samples", "accumulation_step", "accumulation_steps")),
         (AfterUpdate, ("losses", "outputs", "samples", "accumulated", "lr", "weight_decay", "finite", "skipped")),
     ):
-        found, wanted = kept.of(kind), expected.of(kind)
+        found, wanted = collector.of(kind), expected.of(kind)
         assert len(found) == len(wanted) > 0
         for one, other in zip(found, wanted, strict=True):
             seen = {name: getattr(one, name) for name in names}
@@ -221,9 +221,9 @@ def test_an_evaluation_by_the_trainer_changes_nothing(uncut, tmp_path):
 
 
 def test_gradients_are_measured_before_they_are_clipped(tmp_path):
-    kept = EventCollector()
-    train_hf(tmp_path / "clipped", reducer=compose(GradNormCallback(every_n_updates=1), kept), max_grad_norm=1e-3)
-    norms = [float(event.grad_norm) for event in kept.of(AfterUpdate)]
+    collector = EventCollector()
+    train_hf(tmp_path / "clipped", reducer=compose(GradNormCallback(every_n_updates=1), collector), max_grad_norm=1e-3)
+    norms = [float(event.grad_norm) for event in collector.of(AfterUpdate)]
     assert min(norms) > 1e-3
 
 
@@ -238,22 +238,22 @@ def train_own_updates(count):
     return reference_run(MICRO, steps=2, network=classifier(), criterion=criterion, update=count)
 
 
-def test_losses_of_unequal_micro_batches_are_what_transformers_goes_backward_from(tmp_path):
-    kept = EventCollector()
+def test_losses_of_unequal_micro_batches_are_those_that_transformers_differentiates(tmp_path):
+    collector = EventCollector()
     *_, trainer = train_hf(
         tmp_path,
-        reducer=compose(kept),
+        reducer=compose(collector),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=3,
         logging_strategy="steps",
         logging_steps=1,
     )
-    first = kept.of(AfterUpdate)[0]
+    first = collector.of(AfterUpdate)[0]
     assert first.accumulated == (4, 4, 2)
-    means = [event.losses["total"] for event in kept.of(AfterAccumulationStep)[:3]]
+    means = [event.losses["total"] for event in collector.of(AfterAccumulationStep)[:3]]
     assert float(first.losses["total"]) == pytest.approx(float(sum(means) / 3))
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert [float(event.losses["total"]) for event in kept.of(AfterUpdate)] == pytest.approx(logged)
+    assert [float(event.losses["total"]) for event in collector.of(AfterUpdate)] == pytest.approx(logged)
 
 
 def language_model(dropout):
@@ -325,13 +325,13 @@ def test_a_trainers_own_optimizer_and_tied_weights_resume_from_a_checkpoint_of_n
 
 def train_on_two_processes(path):
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  # of the process this was forked from
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  # inherited, because this process is a fork
     GradientState._reset_state()  # noqa: SLF001  # likewise
-    kept, online = EventCollector(), OnlineLossCallback(every_n_updates=1)
+    collector, online = EventCollector(), OnlineLossCallback(every_n_updates=1)
     *_, trainer = train_hf(
-        path, reducer=compose(online, kept), samples=points(8), logging_strategy="steps", logging_steps=1
+        path, reducer=compose(online, collector), samples=points(8), logging_strategy="steps", logging_steps=1
     )
-    updates = kept.of(AfterUpdate)
+    updates = collector.of(AfterUpdate)
     assert [event.samples for event in updates] == [8] * 3
     assert updates[0].run.rank == trainer.args.process_index
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]  # the mean over both

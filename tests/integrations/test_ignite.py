@@ -126,7 +126,7 @@ def test_losses_that_cannot_be_found_are_refused_with_the_fix(output, message):
         engine.run(batches(points(8), 8))
 
 
-def test_a_step_that_a_gradient_scaler_left_out_is_a_skipped_update():
+def test_a_step_that_a_gradient_scaler_skipped_is_a_skipped_update():
     heard = []
     hear = on(AfterUpdate)(lambda state, event: (heard.append((event.skipped, event.samples)), (state, ()))[1])
     network = model()
@@ -338,7 +338,7 @@ def test_an_epoch_that_is_left_early_is_refused():
         engine.run(batches(points(36), 8))
 
 
-def test_facts_that_the_user_gives_stand():
+def test_facts_that_the_user_passes_take_precedence():
     network = model()
     adam = optimizer(network)
     engine = Engine(supervised_training_step(network, adam, nn.functional.cross_entropy))

@@ -138,7 +138,7 @@ def test_a_callback_that_reads_gradients_is_refused():
         fit_keras(classifier(), reducer=GradNormCallback(every_n_updates=1))
 
 
-def test_accumulates_as_the_own_trainer_does():
+def test_accumulation_equals_that_of_the_trainer():
     model = classifier(sgd(steps=2))
     recorder, callback = fit_keras(model, samples=points(8), reducer=reducer_of_updates())
     expected, state = train_own(points(8), steps=2, reducer=reducer_of_updates())
@@ -156,7 +156,7 @@ def test_gradients_carried_over_the_end_of_an_epoch_are_refused():
         fit_keras(classifier(sgd(steps=2)))
 
 
-def test_a_part_of_an_update_that_was_left_behind_is_refused():
+def test_an_optimizer_within_an_update_is_refused():
     model = classifier(sgd(steps=2))
     model.fit(*stack(POINTS), batch_size=SIZE, verbose=0)
     with pytest.raises(ValueError, match="gradients of 1 of 2 batches"):
@@ -262,30 +262,29 @@ class Halve(CallbackBase):
 
 
 @pytest.mark.parametrize("scheduled", [True, False])
-def test_lr_scale_multiplies_what_keras_says(scheduled):
+def test_lr_scale_multiplies_the_rate_of_keras(scheduled):
     schedule = keras.optimizers.schedules.ExponentialDecay(LR, decay_steps=1, decay_rate=0.5)
     rate = schedule if scheduled else LR
-    kept = EventCollector()
+    collector = EventCollector()
     model = classifier(keras.optimizers.SGD(rate))
-    fit_keras(model, reducer=compose(Halve(at=2), kept), epochs=1)
-    found = [event.lr["default"] for event in kept.of(AfterUpdate)]
+    fit_keras(model, reducer=compose(Halve(at=2), collector), epochs=1)
+    found = [event.lr["default"] for event in collector.of(AfterUpdate)]
     assert found == pytest.approx([LR * (0.5**u if scheduled else 1) * (1 if u < 2 else 0.5) for u in range(5)])
-    said = float(model.optimizer.learning_rate)
-    assert said == pytest.approx(LR * 0.5**5 if scheduled else LR)
+    rate_after = float(model.optimizer.learning_rate)
+    assert rate_after == pytest.approx(LR * 0.5**5 if scheduled else LR)
 
 
-def test_losses_are_those_of_the_batch_and_hold_all_that_keras_adds():
-    kept = EventCollector()
+def test_losses_are_those_of_the_batch_with_all_terms_that_keras_adds():
+    collector = EventCollector()
     model = classifier(keras.optimizers.SGD(0.0), regularizer="l2")
-    history = fit_keras(model, reducer=compose(kept), epochs=1)[1].model.history
-    losses = [float(event.losses["total"]) for event in kept.of(AfterUpdate)]
+    history = fit_keras(model, reducer=compose(collector), epochs=1)[1].model.history
+    losses = [float(event.losses["total"]) for event in collector.of(AfterUpdate)]
     assert len(set(losses)) == 5
-    assert sum(losses) / 5 == pytest.approx(
-        float(history.history["loss"][0]), rel=1e-4
-    )  # what Keras logs is their mean
-    assert [event.samples for event in kept.of(AfterAccumulationStep)] == [2] * 5
+    assert sum(losses) / 5 == pytest.approx(float(history.history["loss"][0]), rel=1e-4)  # Keras logs their mean
+    assert [event.samples for event in collector.of(AfterAccumulationStep)] == [2] * 5
     assert all(
-        event.outputs.shape == (2, 2) and not event.outputs.requires_grad for event in kept.of(AfterAccumulationStep)
+        event.outputs.shape == (2, 2) and not event.outputs.requires_grad
+        for event in collector.of(AfterAccumulationStep)
     )
 
 
@@ -323,9 +322,9 @@ def test_names_do_not_depend_on_what_was_built_before_or_loaded(tmp_path):
     assert len(set(names[0])) == len(first.variables) == 15
     assert {"multi_head_attention.query.kernel", "sequential.dense_1.bias", "dense.kernel"} < set(names[0])
     optimizers = [KerasOptimizer(KerasModule(model)) for model in models]
-    slots = [{param: list(held) for param, held in each.opt_state["state"].items()} for each in optimizers]
+    slots = [{param: list(slot_names) for param, slot_names in each.opt_state["state"].items()} for each in optimizers]
     assert slots[0] == slots[1] == slots[2]
-    assert all(held == ["momentum", "velocity"] for held in slots[0].values())
+    assert all(slot_names == ["momentum", "velocity"] for slot_names in slots[0].values())
 
 
 def test_the_memory_of_an_optimizer_is_that_of_its_params():
@@ -346,7 +345,7 @@ def test_another_optimizer_is_refused(tmp_path):
         fit_keras(classifier(sgd()), directory=directory)
 
 
-def test_validation_and_metrics_of_keras_are_its_own_affair(uncut):
+def test_validation_and_metrics_of_keras_change_nothing(uncut):
     model = classifier(metrics=["accuracy"])
     recorder = Recorder()
     run = Run(data={"val": VAL}, samples_per_epoch=10, effective_batch_size=SIZE)
@@ -367,16 +366,18 @@ class OwnLoss(keras.Sequential):
 
 
 def test_a_loss_that_the_model_computes_is_reported_and_evaluated():
-    kept = EventCollector()
+    collector = EventCollector()
     model = OwnLoss([keras.Input((3,)), keras.layers.Dense(2)])
     model.compile(optimizer=keras.optimizers.SGD(0.0), loss=LOSS)
     evaluate = OfflineLossCallback(every_n_updates=5, dataset_key="val")
-    recorder, _ = fit_keras(model, reducer=compose(evaluate, kept), epochs=1)
+    recorder, _ = fit_keras(model, reducer=compose(evaluate, collector), epochs=1)
     x, y = stack(POINTS)
     with torch.no_grad():
         first = 2 * float(LOSS(y[:SIZE], model(x[:SIZE])))
-    assert float(kept.of(AfterUpdate)[0].losses["total"]) == pytest.approx(first)
-    assert len(kept.of(AfterAccumulationStep)) == len(kept.of(AfterUpdate)) == 5  # evaluations are no micro-batches
+    assert float(collector.of(AfterUpdate)[0].losses["total"]) == pytest.approx(first)
+    assert (
+        len(collector.of(AfterAccumulationStep)) == len(collector.of(AfterUpdate)) == 5
+    )  # evaluations are no micro-batches
     x, y = (torch.cat(parts) for parts in zip(*VAL, strict=True))
     logged = next(e.values for _, _, effects in recorder.lines for e in effects)
     with torch.no_grad():
@@ -406,9 +407,9 @@ def test_a_callback_of_another_model_is_refused():
         fit_keras(classifier(), callback=callback)
 
 
-def test_a_callback_that_an_exception_ended_listens_no_more():
+def test_a_callback_receives_no_events_after_an_exception():
     model = classifier()
-    kept = EventCollector()
+    collector = EventCollector()
 
     def fail(state, event):
         if isinstance(event, AfterUpdate):
@@ -416,9 +417,9 @@ def test_a_callback_that_an_exception_ended_listens_no_more():
         return state, ()
 
     with pytest.raises(RuntimeError, match="the disk is full"):
-        fit_keras(model, reducer=compose(kept, fail))
-    seen = len(kept.events)
+        fit_keras(model, reducer=compose(collector, fail))
+    seen = len(collector.events)
     recorder, _ = fit_keras(model, epochs=1)
-    assert len(kept.events) == seen
+    assert len(collector.events) == seen
     assert recorder.lines[-1][0] == "AfterTraining"
     assert "compute_loss" not in vars(model)

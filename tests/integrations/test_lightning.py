@@ -105,7 +105,7 @@ def test_events_and_weights_equal_those_of_the_trainer(count, steps, tmp_path):
     assert state.hyperparams["lr_scale"] < 1
 
 
-def test_a_short_last_update_is_counted_as_the_trainer_counts_it_and_made_as_lightning_makes_it(tmp_path):
+def test_a_short_last_update_has_the_counts_of_the_trainer_and_the_size_of_lightning(tmp_path):
     quiet = compose(OnlineLossCallback(every_n_epochs=1))
     samples = points(36)
     expected, _ = reference_run(batches(samples, 8), steps=2, reducer=quiet, epoch=EPOCHS)
@@ -156,7 +156,7 @@ def test_a_stop_ends_lightning_where_it_ends_the_trainer(stop, tmp_path):
     assert_same(weights(module.network), weights(state))
 
 
-def test_lightning_goes_on_after_a_stop_until_its_minimum(tmp_path):
+def test_lightning_continues_after_a_stop_until_its_minimum(tmp_path):
     module, recorder = Module(), Recorder()
     noether = make_callback(module, recorder, reducer=FixedUpdateEarlyStopping(stop_at_epoch=1))
     fit(module, loader(points(32)), noether, root=tmp_path, min_epochs=3)
@@ -167,7 +167,7 @@ def test_lightning_goes_on_after_a_stop_until_its_minimum(tmp_path):
     ]  # fmt: skip
 
 
-def test_mixed_precision_is_lightnings(tmp_path):
+def test_mixed_precision_of_lightning(tmp_path):
     trained = []
     for watched in (True, False):
         module, recorder = Module(), Recorder()
@@ -208,7 +208,7 @@ def test_a_scale_survives_lightnings_schedulers(tmp_path):
 
 
 class Stateful:
-    """Batches that a resume finds again."""
+    """A loader whose `state_dict` has its position, so that a resume continues there."""
 
     def __init__(self, batches):
         self._batches, self._read = batches, 0
@@ -326,7 +326,7 @@ def test_callbacks_and_trainer_have_to_be_of_one_run(tmp_path):
         fit(module, loader(points(32)), noether, root=tmp_path)
 
 
-def test_fit_called_again_goes_on(tmp_path):
+def test_a_second_fit_continues_the_run(tmp_path):
     module, recorder = Module(), Recorder()
     noether = make_callback(module, recorder, reducer=OnlineLossCallback(every_n_epochs=1))
     trainer = fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=1)
@@ -419,7 +419,7 @@ def test_callbacks_do_not_disturb_what_lightning_draws(tmp_path):
     assert_same(trained(watched=True), trained(watched=False))
 
 
-def test_an_exception_lets_the_optimizer_go(tmp_path):
+def test_an_exception_releases_the_optimizer(tmp_path):
     module = Module()
     noether = make_callback(module, Recorder())
     with pytest.raises(CutError):

@@ -55,8 +55,8 @@ def new_session(network, adam, recorder, micro, steps, directory=None):
         samples_per_epoch=sum(samples),
         effective_batch_size=samples[0],
     )
-    given = {"run": fixed, "model": network, "optimizer": adam, "directory": directory, "interpreter": recorder}
-    return Session(callbacks(), **given, clock=STILL)
+    parts = {"run": fixed, "model": network, "optimizer": adam, "directory": directory, "interpreter": recorder}
+    return Session(callbacks(), **parts, clock=STILL)
 
 
 def one_update(session, network, adam, micro):
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_noether_resumes_loop_and_callbacks(until, asynchronous,
     assert_same(weights(network), weights(state))
 
 
-def test_inside_of_an_update_a_checkpoint_is_of_what_was_before_it():
+def test_a_checkpoint_inside_an_update_has_the_state_before_it():
     @callback("heard", init=lambda state: 0)
     @on(AfterAccumulationStep)
     def hear(state, event):
@@ -282,21 +282,21 @@ def test_several_groups_have_their_names():
     assert live.readings == {"lr": {"weights": 0.1, "1": 0.2}, "weight_decay": {"weights": 0.0, "1": 0.0}}
 
 
-def test_refusals_say_what_would_be_right(tmp_path):
+def test_refusals_name_the_fix(tmp_path):
     network = model()
-    given = {"model": network, "interpreter": Recorder()}
+    parts = {"model": network, "interpreter": Recorder()}
     with pytest.raises(ValueError, match=r"pass directory=noether.open_run"):
         Session(compose(), run=Run(), model=network)
     with pytest.raises(ValueError, match=r"2 parameters of the optimizer are not"):
-        Session(compose(), run=Run(), optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()), **given)
+        Session(compose(), run=Run(), optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()), **parts)
     metric = MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy")
     with pytest.raises(ValueError, match=r"iterates 'val', and the run has no data; pass data=\{'val': loader\}"):
-        Session(metric, run=Run(), **given)
+        Session(metric, run=Run(), **parts)
     with pytest.raises(ValueError, match=r"no loss to evaluate it with: pass loss="):
-        Session(metric, data={"val": []}, **given)
+        Session(metric, data={"val": []}, **parts)
     with pytest.raises(ValueError, match=r"iterates 'val', and the run has \['vals'\]; did you mean 'vals'"):
-        Session(metric, run=run(network).replace(data={"vals": []}), **given)
-    session = Session(OnlineLossCallback(every_n_epochs=1), run=Run(updates_per_epoch=2), **given)
+        Session(metric, run=run(network).replace(data={"vals": []}), **parts)
+    session = Session(OnlineLossCallback(every_n_epochs=1), run=Run(updates_per_epoch=2), **parts)
     with pytest.raises(ValueError, match="update needs micro-batches"):
         session.update()
     session.begin()
@@ -376,7 +376,7 @@ def test_the_lengths_of_datasets_are_those_of_samples():
     assert dict(effect.values) == {"samples/list": 20, "samples/loader": 7}
 
 
-def test_a_parameter_that_was_given_other_memory_is_seen():
+def test_a_parameter_with_reassigned_data_is_seen():
     seen = []
     see = on(AfterUpdate)(lambda state, event: (seen.append(float(state.params["weight"])), (state, ()))[1])
     network = nn.Linear(1, 1)
@@ -389,7 +389,7 @@ def test_a_parameter_that_was_given_other_memory_is_seen():
     assert seen == [1.0, 2.0]
 
 
-def test_memory_of_every_kind_is_recalled():
+def test_memory_of_every_kind_is_restored():
     state = TrainState(hyperparams={"lr_scale": 0.5}, seed=3)
     state = state.remember("tree", {"at": (1, 2.5, None), "nan": float("inf"), "t": torch.ones(2), "$x": {}})
     state, _ = log(state.advance(samples=4), AfterUpdate(samples=4), {"a": torch.tensor(1.0), "b": 2})

@@ -1,4 +1,4 @@
-"""The benchmarks run, on a few updates: what they measure still exists, and does the same work."""
+"""Every benchmark runs on a few updates, and prints its rows."""
 
 import subprocess
 import sys

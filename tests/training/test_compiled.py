@@ -1,4 +1,4 @@
-"""Compiled updates equal those of the plain step up to the last bits; what cannot be compiled, the plain step does."""
+"""Compiled updates equal those of the plain step up to the last bits; the plain step makes all others."""
 
 import copy
 import logging
@@ -18,12 +18,12 @@ from noether.training.step.step import Step
 from noether.training.value_schedules import Constant, Linear
 
 pytestmark = [
-    # The compiler itself imports what torch has deprecated.
+    # The compiler imports a module that torch has deprecated.
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 
 TOLERANCE = 1e-5
-"""Of one update in single precision, relative to the norm of a tensor."""
+"""Largest distance after one update in single precision, relative to the norm of a tensor."""
 
 
 class Net(nn.Module):
@@ -34,7 +34,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.frozen = nn.Linear(3, 4)
-        # Without bias: its gradient before batch norm is zero but for rounding, which Adam would make steps of.
+        # Without bias: its gradient before batch norm is only a rounding error, which Adam would amplify.
         self.hidden = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(self.dropout))
         self.head, self.scale = nn.Linear(8, 2), nn.Parameter(torch.tensor(0.5))
 
@@ -49,7 +49,7 @@ class Dropping(Net):
 
 
 class Branching(Net):
-    """Branches on a value, which no graph can."""
+    """Branches on a value, which torch cannot compile into one graph."""
 
     def forward(self, x):
         return super().forward(x if x.sum() > 0 else -x)
@@ -115,20 +115,21 @@ def warnings_in(caplog):
     ids=["adamw", "sgd"],
 )
 def test_updates_are_those_of_the_step_up_to_the_last_bits(cls, settings, caplog):
-    """Each from the same state: over many, Adam makes steps of what is zero but for rounding."""
+    """Both start each update from the same state: over many updates, Adam amplifies rounding errors."""
     torch.compiler.reset()
     options = {"cls": cls, "settings": settings, "clip_grad_norm": 0.5}
     eager, compiled = make_step(Net(), **options), CompiledStep(make_step(Net(), **options))
     state = initial_state(eager)
     for _ in range(8):
-        (expected, told), (found, outputs) = train(eager, 1, state), train(compiled, 1, state)
+        (expected, plain_event), (found, event) = train(eager, 1, state), train(compiled, 1, state)
         assert distance(found.params, expected.params) < TOLERANCE
         assert distance(found.buffers, expected.buffers) < TOLERANCE
-        assert distance(outputs.losses, told.losses) < TOLERANCE
-        assert same(outputs.outputs[0]["scale"], state.params["scale"])  # as it was before the update
-        assert distance({"norm": outputs.grad_norm}, {"norm": told.grad_norm}) < TOLERANCE
-        assert (outputs.samples, outputs.accumulated, outputs.lr) == (told.samples, told.accumulated, told.lr)
-        assert bool(outputs.finite)
+        assert distance(event.losses, plain_event.losses) < TOLERANCE
+        assert same(event.outputs[0]["scale"], state.params["scale"])  # as it was before the update
+        assert distance({"norm": event.grad_norm}, {"norm": plain_event.grad_norm}) < TOLERANCE
+        assert (event.samples, event.accumulated) == (plain_event.samples, plain_event.accumulated)
+        assert event.lr == plain_event.lr
+        assert bool(event.finite)
         state = expected
     assert not warnings_in(caplog)
 
@@ -164,7 +165,7 @@ def test_donated_or_resumed_compiled_updates_have_the_same_bits(caplog):
         (Net, {"weight_decay": {"default": Linear(start=0.1, end=0.0, updates=5)}}, "the weight decay has a schedule"),
     ],
 )
-def test_the_plain_step_does_what_cannot_be_compiled_and_a_warning_says_why(model, options, why, caplog):
+def test_the_plain_step_replaces_updates_that_do_not_compile_and_a_warning_says_why(model, options, why, caplog):
     torch.compiler.reset()
     eager, compiled = make_step(model(), **options), CompiledStep(make_step(model(), **options, donate=True))
     with caplog.at_level(logging.WARNING):
@@ -195,11 +196,11 @@ def test_a_view_keeps_its_value_though_another_step_used_the_model_in_between():
     compiled = CompiledStep(make_step(Net(), donate=True))
     eager = make_step(compiled.eager.model, donate=True)
     state, _ = train(compiled, 3, initial_state(eager))
-    held = state.params["head.weight"]
-    before = held.clone()
+    view = state.params["head.weight"]
+    before = view.clone()
     train(eager, 3, initial_state(eager))
     train(compiled, 1, state)
-    assert torch.equal(held, before)
+    assert torch.equal(view, before)
 
 
 def test_observers_that_come_later_are_called():

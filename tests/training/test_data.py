@@ -85,7 +85,7 @@ def chunks(items, size):
 
 
 def expected_update(length, effective, micro, update, *, drop_last):
-    """Return the micro-batches of an update, made from the words of the documentation alone."""
+    """Return the micro-batches of an update as documented, computed without `Batching`."""
     per_epoch = length // effective if drop_last else -(-length // effective)
     epoch, place = divmod(update, per_epoch)
     return chunks(chunks(epoch_order(SEED, epoch, length), effective)[place], micro or effective)
@@ -119,10 +119,10 @@ def test_orders_differ_between_epochs_and_seeds():
 @given(shapes(), st.lists(st.integers(0, 15), min_size=1, max_size=8))
 @settings(deadline=None)
 def test_batch_depends_on_the_iteration_alone(shape, positions):
-    """Whatever the order in which updates are asked for: in sequence, again, back, ahead."""
-    length, given_settings = shape
-    data = TrainingData(torch.arange(length), seed=SEED, **given_settings)
-    effective, micro, drop_last = given_settings.values()
+    """The order of the calls does not matter: the same update again, a jump back, a jump ahead."""
+    length, batch_settings = shape
+    data = TrainingData(torch.arange(length), seed=SEED, **batch_settings)
+    effective, micro, drop_last = batch_settings.values()
     for position in positions:
         for update in (position, position + 1):
             expected = expected_update(length, effective, micro, update, drop_last=drop_last)
@@ -132,8 +132,8 @@ def test_batch_depends_on_the_iteration_alone(shape, positions):
 @given(shapes(), st.integers(0, 3))
 @settings(deadline=None)
 def test_an_epoch_reads_each_sample_once(shape, epoch):
-    length, given_settings = shape
-    data = TrainingData(torch.arange(length), seed=SEED, **given_settings)
+    length, batch_settings = shape
+    data = TrainingData(torch.arange(length), seed=SEED, **batch_settings)
     batching = data.batching
     updates = range(epoch * batching.updates_per_epoch, (epoch + 1) * batching.updates_per_epoch)
     batches = [lists(data.batch(at(update), last=updates[-1] + 1)) for update in updates]
@@ -141,7 +141,7 @@ def test_an_epoch_reads_each_sample_once(shape, epoch):
     assert read == epoch_order(SEED, epoch, length)[: batching.samples_per_epoch]
     sizes = [sum(map(len, update)) for update in batches]
     assert set(sizes[:-1]) <= {batching.effective_batch_size}
-    # The counts are those that the arithmetic of a run goes by.
+    # A run counts the same samples.
     counted = Run(
         updates_per_epoch=batching.updates_per_epoch,
         samples_per_epoch=batching.samples_per_epoch,
@@ -149,21 +149,21 @@ def test_an_epoch_reads_each_sample_once(shape, epoch):
     )
     first, last = (counted.iteration_after(update).sample for update in (updates[0], updates[-1] + 1))
     assert sum(sizes) == last - first == batching.samples_per_epoch
-    if given_settings["drop_last"]:
+    if batch_settings["drop_last"]:
         assert set(sizes) == {batching.effective_batch_size}
 
 
 @given(shapes(), shapes(), st.integers(0, 5))
 @settings(deadline=None)
 def test_augmentation_is_a_function_of_seed_epoch_and_index(shape, other, start):
-    """Neither of the batch that a sample is in, nor of where loading began."""
+    """It does not depend on the sample's batch or on the update at which loading starts."""
     length, ours = shape
     _, theirs = other
     theirs = {**theirs, "effective_batch_size": min(theirs["effective_batch_size"], length), "drop_last": False}
 
-    def samples(given_settings, first):
+    def samples(batch_settings, first):
         """Return each sample of an epoch that was read, by its index; loading begins at the update `first`."""
-        data = TrainingData(Augmenting(length), seed=SEED, **given_settings)
+        data = TrainingData(Augmenting(length), seed=SEED, **batch_settings)
         end = data.batching.updates_per_epoch
         updates = range(min(first, end - 1), end)
         batches = [micro for update in updates for micro in data.batch(at(update))]
@@ -186,20 +186,20 @@ def test_augmentation_differs_between_samples_epochs_and_seeds():
         assert len(set(column)) == 24
 
 
-# With workers. A warning is an error here: of a loader that was not shut down, or of a fork that might hang.
+# With workers. Warnings are errors here: a loader that was not shut down or a fork that might hang fails the test.
 
 
 @pytest.mark.parametrize(
-    ("length", "start", "given_settings"),
+    ("length", "start", "batch_settings"),
     [
         (11, 0, {"effective_batch_size": 4, "max_batch_size": 3}),
         (11, 2, {"effective_batch_size": 4, "drop_last": True}),
         (7, 5, {"effective_batch_size": 3, "max_batch_size": 2}),
     ],
 )
-def test_two_workers_load_what_none_loads(length, start, given_settings):
+def test_two_workers_load_the_same_batches_as_none(length, start, batch_settings):
     alone, helped = (
-        TrainingData(Augmenting(length), seed=SEED, num_workers=workers, **given_settings) for workers in (0, 2)
+        TrainingData(Augmenting(length), seed=SEED, num_workers=workers, **batch_settings) for workers in (0, 2)
     )
     order = [*range(start, start + 5), 1, 2]  # over an epoch's end, and back
     for update in order:
@@ -223,8 +223,8 @@ def test_workers_leave_the_generators_of_the_step_alone():
     assert states() == before
 
 
-def test_evaluation_leaves_the_generator_at_its_own_place_whatever_it_was_before():
-    """A model may draw in evaluation: what it draws is a function of the seed and the batch."""
+def test_evaluation_seeds_the_generator_for_each_batch():
+    """The numbers that a model draws in evaluation are a function of the seed and the batch."""
     places = []
     for before, workers in ((1, 0), (2, 2)):
         torch.default_generator.manual_seed(before)
@@ -236,7 +236,7 @@ def test_evaluation_leaves_the_generator_at_its_own_place_whatever_it_was_before
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_reads_neither_what_comes_before_nor_what_comes_after_the_last(workers):
+def test_resume_reads_no_sample_before_its_start_or_after_the_last_update(workers):
     dataset = Recording(40)
     data = TrainingData(dataset, seed=SEED, effective_batch_size=4, max_batch_size=3, num_workers=workers)
     batches = [lists(data.batch(at(update), last=7)) for update in (5, 6)]
@@ -246,14 +246,14 @@ def test_resume_reads_neither_what_comes_before_nor_what_comes_after_the_last(wo
     assert dataset.reads.max() == 1
 
 
-def test_without_workers_nothing_is_loaded_ahead():
+def test_without_workers_nothing_is_prefetched():
     dataset = Recording(40)
     data = TrainingData(dataset, seed=SEED, effective_batch_size=4)
     data.batch(at(0))
     assert dataset.read() == set(epoch_order(SEED, 0, 40)[:4])
 
 
-def test_loading_goes_on_after_close():
+def test_loading_continues_after_close():
     data = TrainingData(torch.arange(8), seed=SEED, effective_batch_size=4, num_workers=2)
     order = epoch_order(SEED, 0, 8)
     assert lists(data.batch(at(0))) == [order[:4]]
@@ -266,7 +266,7 @@ def test_loading_goes_on_after_close():
 
 @pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("after", [0, 1])
-def test_loading_goes_on_after_a_sample_that_failed(place, after):
+def test_loading_continues_after_a_sample_that_failed(place, after):
     order = epoch_order(SEED, 0, 8)
     data = TrainingData(Failing(order[place]), seed=SEED, effective_batch_size=4, max_batch_size=2)
     with pytest.raises(OSError, match="the disk slept"):
@@ -274,7 +274,7 @@ def test_loading_goes_on_after_a_sample_that_failed(place, after):
     assert lists(data.batch(at(after))) == chunks(order[4 * after : 4 * after + 4], 2)
 
 
-# What is made of samples
+# Collation and evaluation
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -352,6 +352,6 @@ def test_dataset_that_cannot_be_read_by_index_is_refused(dataset):
 
 
 def test_warnings_are_errors():
-    """What the tests with workers rest on."""
+    """The tests with workers rely on it."""
     with pytest.raises(UserWarning, match="as if"):
         warnings.warn("as if", UserWarning, stacklevel=1)

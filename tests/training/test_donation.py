@@ -1,4 +1,4 @@
-"""A step that writes in place gives the bits of one that does not, whatever else holds the tensors."""
+"""A step that writes in place gives the bits of one that does not, even if other code references the tensors."""
 
 import copy
 
@@ -98,7 +98,7 @@ AVERAGE = compose(EMACallback(every_n_epochs=1, target_factors=(0.5, 0.9)))
 
 
 def update_averages(state):
-    """Return the state after the callback has moved its averages."""
+    """Return the state after the callback updated its averages."""
     return AVERAGE(state, AfterUpdate(samples=4))[0]
 
 
@@ -123,33 +123,33 @@ ACTIONS = st.lists(
     begins_donated=st.booleans(),
 )
 def test_bits_are_those_of_the_pure_step_whatever_holds_tensors(optimizer, actions, nonfinite, clip, begins_donated):
-    """States are leased, copied, held in part, gone back to and changed between updates, in any order."""
+    """Between updates, in any order: lease or copy a state, reference tensors, go back to a saved state, change it."""
     options = {"nonfinite": nonfinite, "clip_grad_norm": clip}
     ours, theirs = (make_step(Net().train(), optimizer, donate=donate, **options) for donate in (True, False))
     donated, pure = initial_state(ours), initial_state(theirs)
     donated = donate_state(donated) if begins_donated else donated
-    kept, held = [], []
+    saved_states, tensor_pairs = [], []
     for action, *more in actions:
         if action == "update":
             number, finite = more
             before, batches = donated, [make_batch(number, finite=finite or nonfinite == "apply")] * (1 + number % 2)
-            (donated, told), (pure, expected) = ours(donated, batches), theirs(pure, batches)
+            (donated, event), (pure, expected) = ours(donated, batches), theirs(pure, batches)
             donated, pure = (update_averages(state.advance(samples=4)) for state in (donated, pure))
-            held.append((told.outputs, copy.deepcopy(expected.outputs)))
-            assert same(told.losses, expected.losses)
-            assert is_readable(before) or (not told.skipped and isinstance(before.params, DonatedTree))
+            tensor_pairs.append((event.outputs, copy.deepcopy(expected.outputs)))
+            assert same(event.losses, expected.losses)
+            assert is_readable(before) or (not event.skipped and isinstance(before.params, DonatedTree))
         elif action in {"lease", "copy"}:
-            kept.append((lease(donated) if action == "lease" else copy.deepcopy(donated), pure))
+            saved_states.append((lease(donated) if action == "lease" else copy.deepcopy(donated), pure))
         elif action == "hold":
-            held += [
+            tensor_pairs += [
                 (tensor.view(-1), pure_tensor.clone().view(-1)) for tensor, pure_tensor in pair_tensors(donated, pure)
             ]
         elif action == "metric":
             donated, pure = (log_scale(state) for state in (donated, pure))
         elif action == "drop":
-            held, kept = [], kept[:1]
-        elif action == "back" and kept:
-            donated, pure = kept[-1]
+            tensor_pairs, saved_states = [], saved_states[:1]
+        elif action == "back" and saved_states:
+            donated, pure = saved_states[-1]
         elif action == "change":
             donated, pure = (
                 state.replace(params=state.params | {"scale": torch.tensor(2.0)}) for state in (donated, pure)
@@ -157,8 +157,8 @@ def test_bits_are_those_of_the_pure_step_whatever_holds_tensors(optimizer, actio
         elif action == "evaluate":
             assert same(*(forward(ours.model, loss)(state, make_batch(0)) for state in (donated, pure)))
         assert same(values_of(donated), values_of(pure))
-        assert all(same(values_of(mine), values_of(pures)) for mine, pures in kept)
-        assert all(same(mine, expected) for mine, expected in held)
+        assert all(same(values_of(mine), values_of(pures)) for mine, pures in saved_states)
+        assert all(same(mine, expected) for mine, expected in tensor_pairs)
 
 
 def is_readable(state):
@@ -223,49 +223,49 @@ def test_a_donated_state_says_so_when_it_is_read(step):
 def test_only_shared_tensors_are_copied_and_their_memory_is_used_again(step):
     state = train(step, 3)
     first = pointers(state)
-    held = state.params["first.weight"][0]
+    view = state.params["first.weight"][0]
     state = train(step, 1, state)
     moved = {name for name, pointer in pointers(state).items() if pointer != first[name]}
     assert moved == {"params.first.weight"}
-    del held
-    held = state.params["first.weight"][0]
+    del view
+    view = state.params["first.weight"][0]
     assert pointers(train(step, 1, state)) == first
-    del held
+    del view
 
 
 def test_leases_take_turns_with_two_sets_of_tensors(step):
     state = train(step, 3)
-    seen = []
+    addresses = []
     for _ in range(6):
-        seen.append(pointers(state))
-        kept = lease(state)
+        addresses.append(pointers(state))
+        snapshot = lease(state)
         state = train(step, 1, state)
-        del kept
-    assert seen[0] != seen[1]
-    assert seen[0::2] == [seen[0]] * 3
-    assert seen[1::2] == [seen[1]] * 3
+        del snapshot
+    assert addresses[0] != addresses[1]
+    assert addresses[0::2] == [addresses[0]] * 3
+    assert addresses[1::2] == [addresses[1]] * 3
 
 
 def test_an_error_in_the_middle_of_an_update_leaves_no_partial_update(step, monkeypatch):
     state = train(step, 3)
-    kept = lease(state)
-    expected = copy.deepcopy(dict(kept.params))
+    snapshot = lease(state)
+    expected = copy.deepcopy(dict(snapshot.params))
     monkeypatch.setattr(torch_internals, "foreach_add_", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step(state, [make_batch(0)])
     with pytest.raises(DonatedError):
         dict(state.params)
-    assert same(dict(kept.params), expected)
+    assert same(dict(snapshot.params), expected)
 
 
 def test_two_steps_of_one_model_do_not_write_to_each_others_states(step):
     other = make_step(step.model, "adamw fused", donate=True)
     pure = make_step(Plain().train(), "adamw fused", donate=False)
-    mine, theirs, held = train(step, 3), train(other, 4), []
+    mine, theirs, copies = train(step, 3), train(other, 4), []
     for _ in range(3):
-        held += [(tensor, tensor.clone()) for tensor in mine.params.values()]
+        copies += [(tensor, tensor.clone()) for tensor in mine.params.values()]
         mine, theirs = train(step, 1, mine), train(other, 1, theirs)
-    assert all(torch.equal(tensor, before) for tensor, before in held)
+    assert all(torch.equal(tensor, before) for tensor, before in copies)
     expected = train(pure, 3)
     for _ in range(3):
         expected = train(pure, 1, expected)
@@ -274,10 +274,10 @@ def test_two_steps_of_one_model_do_not_write_to_each_others_states(step):
 
 def test_no_update_writes_to_a_copy(step):
     state = train(step, 3)
-    kept = copy.copy(state.params)
-    assert type(kept).__name__ == "FrozenDict"
+    snapshot = copy.copy(state.params)
+    assert type(snapshot).__name__ == "FrozenDict"
     train(step, 1, state)
-    assert same(dict(kept), dict(train(step, 3, initial_state(step)).params))
+    assert same(dict(snapshot), dict(train(step, 3, initial_state(step)).params))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw fused", "adam foreach, amsgrad", "adamw"])
@@ -304,10 +304,10 @@ def test_a_lease_keeps_its_values_though_the_model_released_the_tensor():
     step = make_step(Rebinding().train(), "adamw fused", donate=True)
     state, _ = step(donate_state(initial_state(step)), [make_batch(0)])
     for number in range(1, 4):
-        kept = lease(state)
-        before = copy.deepcopy(dict(kept.params))
+        snapshot = lease(state)
+        before = copy.deepcopy(dict(snapshot.params))
         state, _ = step(state, [make_batch(number)])
-        assert same(dict(kept.params), before)
+        assert same(dict(snapshot.params), before)
 
 
 class HandsBack(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What is made of a configuration is a function of the configuration."""
+"""An experiment is a function of its configuration, whatever the process drew before."""
 
 import sys
 import textwrap
@@ -62,7 +62,7 @@ def make_experiment(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "drawn", raising=False)  # of another test's folder
 
     def make(*settings):
-        np.random.seed(None)  # noqa: NPY002  # whatever a process begins with
+        np.random.seed(None)  # noqa: NPY002  # as in a new process
         torch.seed()
         return build(load("drawn.yaml", settings))
 
@@ -84,7 +84,7 @@ def test_a_model_that_draws_in_evaluation_draws_the_same_for_any_workers(make_ex
     assert same(measured[1], measured[2])
 
 
-def test_an_evaluation_comes_before_those_who_use_it_if_it_is_there(make_experiment):
+def test_an_evaluation_runs_before_the_callbacks_that_read_its_metrics(make_experiment):
     names = [type(member).__name__ for member in make_experiment().reducer.members]
     assert names == ["OnlineLossCallback", "EvaluateCallback", "BestMetricCallback"]
 

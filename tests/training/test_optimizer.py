@@ -181,7 +181,7 @@ def test_bits_are_those_of_the_class(cls, settings):
 
 @pytest.mark.parametrize(("cls", "settings"), VARIANTS)
 @pytest.mark.parametrize("cut", [0, 1, 37])
-def test_a_cut_run_goes_on_to_the_same_bits(cls, settings, cut):
+def test_a_resumed_run_has_the_same_bits(cls, settings, cut):
     functional, params, opt_state = start(cls, settings)
     uncut = run_functional(functional, params, opt_state, range(UPDATES))
     saved = copy.deepcopy(run_functional(functional, params, opt_state, range(cut)))
@@ -193,20 +193,20 @@ def test_a_cut_run_goes_on_to_the_same_bits(cls, settings, cut):
 def test_no_argument_is_written_to_and_no_memory_is_shared(cls, settings):
     functional, params, opt_state = start(cls, settings)
     for update in range(3):
-        given = (make_grads(cls, update), opt_state, params)
-        before, versions = copy.deepcopy(given), [tensor._version for tensor in tensors_in(given)]  # noqa: SLF001  # counts writes
-        params, opt_state = functional.update(*given)
-        assert_same([g.to_dense() for g in given[0].values()], [g.to_dense() for g in before[0].values()])
-        assert_same(given[1:], before[1:])
-        assert [tensor._version for tensor in tensors_in(given)] == versions  # noqa: SLF001  # counts writes
-        dense = [tensor for tensor in tensors_in(given) if not tensor.is_sparse]
+        arguments = (make_grads(cls, update), opt_state, params)
+        before, versions = copy.deepcopy(arguments), [tensor._version for tensor in tensors_in(arguments)]  # noqa: SLF001  # counts writes
+        params, opt_state = functional.update(*arguments)
+        assert_same([g.to_dense() for g in arguments[0].values()], [g.to_dense() for g in before[0].values()])
+        assert_same(arguments[1:], before[1:])
+        assert [tensor._version for tensor in tensors_in(arguments)] == versions  # noqa: SLF001  # counts writes
+        dense = [tensor for tensor in tensors_in(arguments) if not tensor.is_sparse]
         addresses = {tensor.untyped_storage().data_ptr() for tensor in dense}
         assert not addresses & {t.untyped_storage().data_ptr() for t in tensors_in((params, opt_state))}
         assert not any(tensor.requires_grad for tensor in tensors_in((params, opt_state)))
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, Counting])
-def test_one_call_leaves_nothing_behind_for_the_next(cls):
+def test_a_call_does_not_change_the_next_one(cls):
     functional, params, opt_state = start(cls, {"lr": 0.1})
     params, opt_state = run_functional(functional, params, opt_state, range(2))
     first = functional.update(make_grads(cls, 2), opt_state, params)
@@ -223,7 +223,7 @@ def test_memory_in_groups_in_shared_state_and_on_the_class_is_kept():
     assert_same(opt_state["attributes"], {"calls": optimizer.calls, "total": optimizer.total})
 
 
-def test_settings_are_no_memory():
+def test_settings_are_not_memory():
     functional, params, opt_state = start(torch.optim.AdamW, {"lr": 0.1})
     _, opt_state = functional.update(make_grads(None, 0), opt_state, params, settings={"default": {"lr": 0.5}})
     assert opt_state["groups"] == {"default": {}}
@@ -238,7 +238,7 @@ def groups_of_three():
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.NAdam])
-def test_groups_have_settings_of_their_own(cls):
+def test_groups_have_separate_settings(cls):
     functional, params = FunctionalOptimizer(cls, {"lr": 0.1, "weight_decay": 0.2}, groups_of_three()), make_params(cls)
     opt_state, mutable = functional.init(params), {n: torch.nn.Parameter(p.clone()) for n, p in params.items()}
     no_decay = {"params": [mutable["a.bias"], mutable["b.scale"]], "weight_decay": 0.0}
@@ -282,7 +282,7 @@ def test_group_settings_are_complete():
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
-def test_frozen_parameters_are_handed_on(cls):
+def test_frozen_parameters_are_returned_unchanged(cls):
     group = ParamGroup(name="a", match=("a.*",), frozen=True)
     functional, params = FunctionalOptimizer(cls, {"lr": 0.1}, (group,), frozenset({"b.scale"})), make_params(cls)
     grads = {"b.weight": make_grads(cls, 0)["b.weight"]}
@@ -330,7 +330,7 @@ def test_a_class_that_reads_its_groups_gets_their_settings():
 
 
 class Hoarding(Optimizer):
-    """Steps on parameters that it keeps for itself."""
+    """Stores its parameters in an attribute."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})
@@ -341,7 +341,7 @@ class Hoarding(Optimizer):
 
 
 class Unsavable(Optimizer):
-    """Remembers what no checkpoint can hold."""
+    """Has a set in its memory, which no checkpoint can contain."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})

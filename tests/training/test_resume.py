@@ -56,7 +56,7 @@ class Noisy(Dataset):
 
 
 class Stream(IterableDataset):
-    """The same points, in an order that goes on over epochs, from wherever it was left."""
+    """The same points; each epoch has another order, and the position is part of `state_dict`."""
 
     def __init__(self, length):
         self._points, self._read = Noisy(length), 0
@@ -91,7 +91,7 @@ def loss(outputs, batch):
 @callback("halving", init=lambda _: 0, track=lambda seen, event: seen + event.samples)
 @every_n_samples(20)
 def halve_lr(state, event):
-    """A callback that acts: every 20 samples the learning rate halves."""
+    """Halve the learning rate every 20 samples."""
     scaled = state.replace(hyperparams={**state.hyperparams, "lr_scale": state.hyperparams["lr_scale"] / 2})
     return log(scaled, event, {"seen": state.memory("halving")})
 
@@ -117,8 +117,8 @@ class Cut(Exception):  # noqa: N818  # it is no error
     """The process dies."""
 
 
-class Session:
-    """One process: keeps what is asked for, saves at one event, dies at one."""
+class DyingInterpreter:
+    """The interpreter of one process: records effects, saves at one event, dies at another."""
 
     def __init__(self, store=None, *, saves_at=None, dies_at=None):
         self.stream, self.saved = [], 0
@@ -173,8 +173,8 @@ def trainer(case, interpreter):
 
 
 def uncut(case):
-    session = Session()
-    train, state = trainer({**case, "donate": False}, session)  # what others hold is then the same by definition
+    session = DyingInterpreter()
+    train, state = trainer({**case, "donate": False}, session)  # an update without donation writes to no tensor
     return train(state), session.stream
 
 
@@ -183,7 +183,7 @@ def with_cuts(case, cuts, directory):
     stream = []
     for dies_at, saves_at in [*cuts, (None, None)]:
         store = CheckpointStore(directory, "law")
-        session = Session(store, saves_at=saves_at, dies_at=dies_at)
+        session = DyingInterpreter(store, saves_at=saves_at, dies_at=dies_at)
         train, state = trainer(case, session)
         newest = store.newest()
         if newest is not None:
@@ -191,7 +191,7 @@ def with_cuts(case, cuts, directory):
         try:
             state = train(state, resumed=newest is not None)
         except Cut:
-            # What was asked for after the save will be asked for again.
+            # The next session requests the effects after the save again.
             stream += session.stream[: session.saved]
         else:
             return state, stream + session.stream
@@ -199,7 +199,7 @@ def with_cuts(case, cuts, directory):
 
 
 def without_resumes(stream):
-    """Drop what is asked for before training: a resumed run may ask again."""
+    """Drop the effects of `BeforeTraining`: a resumed run may request them again."""
     return [entry for entry in stream if entry[1] != "BeforeTraining"]
 
 
@@ -223,7 +223,7 @@ def cases(draw, workers=0):
 
 
 def without_single_samples(case):
-    """No micro-batch of one sample: batch norm cannot train on it."""
+    """Change a case so that no micro-batch has one sample: batch norm cannot train on it."""
     micro = case["micro"]
     sizes = [case["batch"]] + ([] if case["drop_last"] else [case["length"] % case["batch"] or case["batch"]])
     alone = micro is not None and any(size % micro == 1 for size in sizes)

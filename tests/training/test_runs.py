@@ -51,7 +51,7 @@ def act(state, event):
 
 @pytest.fixture(autouse=True)
 def in_working_directory(tmp_path, monkeypatch):
-    """A working directory with a module of the user's, which is forgotten afterwards."""
+    """Change to a directory with a module of the user's, and remove the module from `sys.modules` afterwards."""
     path = list(sys.path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MODULE)
@@ -137,7 +137,7 @@ def test_a_wrong_setting_is_named_by_its_path(section, setting, value, message):
     assert not Path("out").exists()
 
 
-def test_what_only_the_model_shows_is_named_by_its_path():
+def test_an_error_that_only_the_built_objects_show_is_named_by_its_path():
     config = make_config()
     config["callbacks"][2]["model_names"] = ["haed"]
     with pytest.raises(ConfigError, match=r"^trainer.effective_batch_size: "):

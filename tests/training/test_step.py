@@ -1,4 +1,4 @@
-"""The functional step beside the mutable loop of every tutorial: the same bits, and nothing written to."""
+"""The functional step gives the bits of the usual mutable loop, and writes to none of its arguments."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -40,14 +40,14 @@ def one_thread():
 
 
 class Net(nn.Sequential):
-    """Batch norm and dropout: all that a step has to keep track of beside the weights."""
+    """Has batch norm and dropout: buffers and random numbers beside the weights."""
 
     def __init__(self):
         super().__init__(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.4), nn.Linear(6, 2))
 
 
 class Smooth(nn.Sequential):
-    """Neither, so that its mean loss does not depend on how a batch is split."""
+    """Has no batch norm and no dropout, so that its mean loss does not depend on how a batch is split."""
 
     def __init__(self):
         super().__init__(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
@@ -160,7 +160,7 @@ def make_named_batch(index):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What both loops are made of; `batches` gives the micro-batches of an update."""
+    """Parts of both loops; `batches` returns the micro-batches of an update."""
 
     model: Callable[[], nn.Module] = Net
     loss: Callable[[Any, Any], Mapping[str, torch.Tensor]] = entropy
@@ -192,7 +192,7 @@ def make_step(case, model=None):
 
 
 def functional_loop(case, updates=UPDATES):
-    """Yield what every update of the functional step gave, and then the state."""
+    """Yield the results of every update of the functional step."""
     step, state = make_step(case)
     for update in range(updates):
         batches = case.batches(update)
@@ -231,7 +231,7 @@ def param_groups(case, model):
 
 
 def mutable_loop(case, updates=UPDATES):
-    """Yield the same as `functional_loop`, of torch's ordinary mutable loop."""
+    """Yield the same results as `functional_loop`, computed by the usual mutable loop."""
     model = make_model(case)
     groups, names = param_groups(case, model)
     optimizer = case.optimizer(groups, **case.settings)
@@ -412,7 +412,7 @@ def test_any_accumulation_has_the_bits_of_the_mutable_loop(updates):
         assert [key for key in ours if not same(ours[key], theirs[key])] == []
 
 
-def test_one_micro_batch_is_seen_as_one_update():
+def test_an_update_of_one_micro_batch_has_its_samples_and_outputs():
     step, state = make_step(Case())
     _, outputs = step(state, [make_batch(0)])
     assert (len(outputs.outputs), outputs.samples) == (1, 5)
@@ -451,8 +451,8 @@ def test_observe_sees_every_micro_batch_with_nothing_applied():
 # Purity
 
 
-def looks(*trees):
-    """Return what writing to a tensor of `trees`, or past torch's count of writes, would change."""
+def snapshot(*trees):
+    """Return identities, write counts and copies of all tensors of `trees`; any write to one changes them."""
     found = [tensor for tree in trees for _, tensor in tensors(tree)]
     counted = [(id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in found]  # noqa: SLF001
     return counted, [tensor.clone() for tensor in found]
@@ -462,25 +462,25 @@ PURE = ("adamw-fused", "adamw", "sgd-foreach", "clip-both", "accumulation", "ass
 
 
 @pytest.mark.parametrize("name", PURE)
-def test_step_writes_to_nothing_it_is_given(name):
+def test_step_writes_to_none_of_its_arguments(name):
     case = CASES[name]
     model = make_model(case)
     step, state = make_step(case, model)
     for update in range(3):  # the second has optimizer memory to spoil
         batches = case.batches(update)
-        given_trees = (state.params, state.buffers, state.opt_state, batches, dict(model.named_buffers()))
-        before, clones = looks(*given_trees)
+        arguments = (state.params, state.buffers, state.opt_state, batches, dict(model.named_buffers()))
+        before, clones = snapshot(*arguments)
         live = [(name, id(param), param.grad) for name, param in model.named_parameters()]
         new, outputs = step(state, batches)
-        after, now = looks(*given_trees)
+        after, now = snapshot(*arguments)
         assert after == before
         assert all(map(same, now, clones))
         assert [(name, id(param), param.grad) for name, param in model.named_parameters()] == live
         assert storages(new.params).isdisjoint(storages(state.params))
         assert storages(new.buffers).isdisjoint(storages(state.buffers))
         assert storages(new.opt_state).isdisjoint(storages((state.opt_state, state.params, new.params)))
-        made = (new.params, new.buffers, new.opt_state, outputs.losses, outputs.outputs)
-        assert not any(tensor.requires_grad for _, tensor in tensors(made))
+        results = (new.params, new.buffers, new.opt_state, outputs.losses, outputs.outputs)
+        assert not any(tensor.requires_grad for _, tensor in tensors(results))
         assert new.iteration == state.iteration  # the caller counts
         state = new.advance(samples=outputs.samples)
 
@@ -493,7 +493,7 @@ def test_same_input_gives_the_same_output_whatever_was_drawn_before(name):
         first, outputs = step(state, case.batches(update))
         torch.rand(7)
         torch.randn(3)
-        with torch.no_grad():  # wherever it is called from
+        with torch.no_grad():  # the caller's mode does not matter
             again, outputs_again = step(state, case.batches(update))
         assert same(first, again)
         assert same(vars(outputs), vars(outputs_again))
@@ -502,21 +502,21 @@ def test_same_input_gives_the_same_output_whatever_was_drawn_before(name):
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 @settings(max_examples=25, deadline=None)
-def test_two_runs_through_one_step_do_not_know_of_each_other(turns):
+def test_two_runs_through_one_step_are_independent(turns):
     case = Case(optimizer=ADAMW, settings={"lr": 0.1})
     step, start = make_step(case)
     runs = {run: start.replace(seed=int(run)) for run in (False, True)}
 
-    def moved(state):
+    def advance(state):
         state, outputs = step(state, [make_batch(state.iteration.update)])
         return state.advance(samples=outputs.samples)
 
     for run in turns:
-        runs[run] = moved(runs[run])
+        runs[run] = advance(runs[run])
     for run, state in runs.items():
         alone = start.replace(seed=int(run))
         for _ in range(turns.count(run)):
-            alone = moved(alone)
+            alone = advance(alone)
         assert same(state, alone)
 
 
@@ -622,14 +622,14 @@ def test_bad_batches_are_bad_as_named(bad):
 
 @pytest.mark.parametrize("clip", [{}, {"clip_grad_norm": 1.0}])
 @pytest.mark.parametrize("bad", [NAN_LOSS, INF_GRAD])
-def test_skip_leaves_everything_but_the_counters(bad, clip):
+def test_skip_changes_only_the_counters(bad, clip):
     step, state = make_root("skip", start=0.0, **clip)
     new, outputs = step(state, [BATCHES[bad]])
     assert new is state
     assert (outputs.finite, outputs.skipped, outputs.samples) == (False, True, 4)
     assert outputs.losses.keys() == {"fit", "bias", "total"}
     assert outputs.lr == {"default": 0.1}
-    # The caller counts, and the next update goes on as if this one had not been.
+    # The caller counts the update; the next one is as if there had been no skipped one.
     after = new.advance(samples=outputs.samples)
     assert (after.iteration.update, after.iteration.sample) == (2, 8)
     after = after.replace(params={**after.params, "weight": torch.ones(3)})
@@ -673,15 +673,15 @@ def test_one_bad_micro_batch_spoils_its_update_and_no_memory(mode, place):
 )
 def test_raise_names_what_is_wrong_and_applies_nothing(bad, message):
     step, state = make_root("raise", start=0.0)
-    before, clones = looks(state.params, state.buffers, state.opt_state)
+    before, clones = snapshot(state.params, state.buffers, state.opt_state)
     with pytest.raises(FloatingPointError) as raised:
         step(state, [BATCHES[bad]])
     assert str(raised.value).startswith(message)
     assert str(raised.value).endswith("trainer.nonfinite: skip")
-    after, now = looks(state.params, state.buffers, state.opt_state)
+    after, now = snapshot(state.params, state.buffers, state.opt_state)
     assert after == before
     assert all(map(same, now, clones))
-    # The step is as good as new.
+    # The step can make further updates.
     good = state.replace(params={**state.params, "weight": torch.ones(3)})
     assert not same(step(good, [BATCHES[GOOD]])[0].params, good.params)
 
@@ -698,7 +698,7 @@ class Words(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["skip", "raise"])
-def test_sparse_and_empty_gradients_are_looked_at(mode):
+def test_sparse_and_empty_gradients_are_checked(mode):
     case = Case(model=Words, settings={"lr": 0.1}, more={"nonfinite": mode})
     step, state = make_step(replace(case, loss=lambda outputs, _: {"sum": outputs}))
     new, outputs = step(state, [torch.tensor([1, 1, 2])])
@@ -745,7 +745,7 @@ class Answering(nn.Linear):
         return [Answer(super().forward(inputs))]
 
 
-def test_outputs_keep_their_types_and_let_go_of_the_graph():
+def test_outputs_keep_their_types_and_are_detached():
     model = Answering(2, 1)
     step = Step(
         model=model,
