@@ -628,14 +628,14 @@ def test_a_run_cut_anywhere_equals_the_uncut_run(uncut, tmp_path_factory, cuts):
 
 
 def test_a_kept_average_of_the_end_survives_when_the_run_is_extended(tmp_path):
-    run = open_run(tmp_path)
+    directory = open_run(tmp_path)
     reducer = compose(EMACallback(every_n_epochs=10, target_factors=(0.5,), at_end=True))
-    state = dispatch(TrainState(params={"w": torch.ones(2)}), BeforeTraining(), reducer, run.interpreter)
+    state = dispatch(TrainState(params={"w": torch.ones(2)}), BeforeTraining(), reducer, directory.interpreter)
     for _ in range(2):
-        state = dispatch(state.advance(samples=1), AfterUpdate(samples=1), reducer, run.interpreter)
-        state = dispatch(state, AfterTraining(), reducer, run.interpreter)
-    run.close()
-    tags = [manifest.tag for manifest in run.checkpoints.manifests()]
+        state = dispatch(state.advance(samples=1), AfterUpdate(samples=1), reducer, directory.interpreter)
+        state = dispatch(state, AfterTraining(), reducer, directory.interpreter)
+    directory.close()
+    tags = [manifest.tag for manifest in directory.checkpoints.manifests()]
     assert tags == ["E0_U1_S1.ema=0.5", "E0_U2_S2.ema=0.5"]  # one kept, one the last
 
 

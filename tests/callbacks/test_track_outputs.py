@@ -316,10 +316,10 @@ def test_two_callbacks_with_one_interval_track_different_keys():
 
 
 def test_two_callbacks_with_one_interval_save_into_one_file(tmp_path):
-    run = open_run(tmp_path)
+    directory = open_run(tmp_path)
     reducer = compose(*(TrackOutputsCallback(every_n_updates=1, keys=(key,), save_output=True) for key in "ab"))
     state, (effects,) = go(reducer, [outputs(a=1.0, b=2.0)])
-    run.interpreter(effects, state, AfterUpdate(samples=4))
+    directory.interpreter(effects, state, AfterUpdate(samples=4))
     kept = load_file(tmp_path / "tensors/outputs/U1/E0_U1_S4.safetensors")
     assert same(kept, {"a": torch.tensor(1.0).double(), "b": torch.tensor(2.0).double()})
 

@@ -275,9 +275,9 @@ def test_nonfinite_values_are_recorded_as_they_are(paper, tmp_path):
 
 def test_a_failing_record_does_not_stop_training(tmp_path, caplog):
     """A directory in place of the file makes every write fail."""
-    with open_run(tmp_path / "run") as run:
+    with open_run(tmp_path / "run") as directory:
         (tmp_path / "run/events.jsonl").mkdir()
-        interpret = run.recording_interpreter(lambda *_: None, lambda *_: {"event": "x"})
+        interpret = directory.recording_interpreter(lambda *_: None, lambda *_: {"event": "x"})
         for _ in range(3):
             interpret((), TrainState(), AfterTraining())
     assert caplog.text.count("events.jsonl failed and may have lost log entries") == 1

@@ -33,7 +33,7 @@ def open_small_run(directory, disk=NO_FSYNC, **settings):
     return open_run(directory, Console(RichConsole(file=io.StringIO())), disk=disk, **settings)
 
 
-def train(run, updates, keep=2):
+def train(directory, updates, keep=2):
     """Log and save at each of `updates`; yield each update once its checkpoint is reported as saved."""
     for update in updates:
         effects = [
@@ -41,5 +41,5 @@ def train(run, updates, keep=2):
             SetSummary({"last": update}),
             SaveCheckpoint(pointers=("latest", "best") if update == BEST else ("latest",), retention={"c": keep}),
         ]
-        run.interpreter(effects, state_after(update), AfterUpdate(samples=4))
+        directory.interpreter(effects, state_after(update), AfterUpdate(samples=4))
         yield update

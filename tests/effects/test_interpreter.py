@@ -74,7 +74,7 @@ def test_an_empty_list_of_handlers_ignores_the_effect():
 
 @pytest.mark.parametrize(("rank", "written"), [(0, True), (1, False)])
 def test_only_rank_0_writes(tmp_path, rank, written):
-    run = open_run(tmp_path, rank=rank)
+    directory = open_run(tmp_path, rank=rank)
     state = TrainState(params={"weight": torch.ones(2)}).advance(samples=1)
     effects = [
         LogScalars({"a": 1}),
@@ -82,8 +82,8 @@ def test_only_rank_0_writes(tmp_path, rank, written):
         SaveCheckpoint(),
         SaveTensors(name="c", tensors={"c": torch.ones(1)}),
     ]
-    run.interpreter(effects, state, AfterUpdate(samples=1, run=Run(rank=rank, world_size=2)))
-    run.close()
+    directory.interpreter(effects, state, AfterUpdate(samples=1, run=Run(rank=rank, world_size=2)))
+    directory.close()
     found = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
     assert found == ({"metrics.jsonl", "summary.json", "checkpoints", "tensors"} if written else set())
 
@@ -95,8 +95,8 @@ def test_every_rank_refuses_an_effect_without_a_handler():
 
 def test_logs_are_written_before_the_checkpoint_of_the_event(tmp_path):
     """A checkpoint is never ahead of the logs, which a resume truncates to it."""
-    run, seen = open_run(tmp_path), []
-    interpreter = run.interpreter.with_handlers(
+    directory, seen = open_run(tmp_path), []
+    interpreter = directory.interpreter.with_handlers(
         SaveCheckpoint, lambda *_: seen.append((tmp_path / "metrics.jsonl").read_text())
     )
     interpreter([SaveCheckpoint(), LogScalars({"a": 1})], TrainState().advance(samples=1), AfterUpdate(samples=1))

@@ -103,9 +103,10 @@ SCRIPT = """
 import os, sys
 from noether import AfterUpdate, LogScalars, TrainState
 from noether.effects import open_run
-run = open_run(sys.argv[1])
+directory = open_run(sys.argv[1])
 for update in range(5):
-    run.interpreter([LogScalars({"x": 1})], TrainState().advance(samples=1), AfterUpdate(samples=1, time_s=1000.0))
+    event = AfterUpdate(samples=1, time_s=1000.0)
+    directory.interpreter([LogScalars({"x": 1})], TrainState().advance(samples=1), event)
 if os.fork() == 0:
     sys.exit()
 os.wait()

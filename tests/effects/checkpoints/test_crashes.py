@@ -20,51 +20,51 @@ from noether.effects.run_logs import RunLogs
 from noether.testing import same
 
 
-def check_recovery(directory, acknowledged):
+def check_recovery(folder, acknowledged):
     """Check the directory of a run after a crash, and that the run can resume and save there.
 
     Args:
-        directory: The directory of the run.
+        folder: The directory of the run.
         acknowledged: The newest update that was reported as saved; 0 for none.
     """
-    listing = list_checkpoints(directory / "checkpoints", NO_FSYNC)
+    listing = list_checkpoints(folder / "checkpoints", NO_FSYNC)
     assert (listing.damaged, listing.broken) == ({}, {})
-    with open_small_run(directory) as run:
-        state = run.resume()
+    with open_small_run(folder) as directory:
+        state = directory.resume()
         newest = 0 if state is None else state.iteration.update
         assert newest >= acknowledged
         assert newest == 0 or same(state, state_after(newest))
-        store = run.checkpoints
+        store = directory.checkpoints
         for name, since in (("latest", 1), ("best", BEST)):
             if acknowledged >= since:
                 target = store.load(store.find(name))
                 assert target.iteration.update >= (acknowledged if name == "latest" else BEST)
                 assert same(target, state_after(target.iteration.update))
-        lines = (directory / "metrics.jsonl").read_text().splitlines() if newest else []
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if newest else []
         lost = max((each.log_lines_lost for each in store.manifests() if each.iteration.update == newest), default=0)
         assert newest - lost <= len(lines) <= newest
-        assert list(train(run, [newest + 1])) == [newest + 1]
+        assert list(train(directory, [newest + 1])) == [newest + 1]
         assert store.pointers()["latest"] == str(state_after(newest + 1).iteration)
-    assert not [name for name in (directory / "checkpoints").iterdir() if name.name.startswith(TEMPORARY_PREFIX)]
+    assert not [name for name in (folder / "checkpoints").iterdir() if name.name.startswith(TEMPORARY_PREFIX)]
 
 
 @pytest.fixture(scope="module")
 def three_saves(tmp_path_factory):
     """A run with three checkpoints, one of which a save at update 4 removes."""
-    directory = tmp_path_factory.mktemp("three") / "run"
-    with open_small_run(directory) as run:
-        assert list(train(run, (1, 2, 3))) == [1, 2, 3]
-    return directory
+    folder = tmp_path_factory.mktemp("three") / "run"
+    with open_small_run(folder) as directory:
+        assert list(train(directory, (1, 2, 3))) == [1, 2, 3]
+    return folder
 
 
-def save_with_fault(directory, *fault):
+def save_with_fault(folder, *fault):
     """Save twice on a disk with a fault; return the newest update reported as saved, and the calls of one save."""
     faults, newest, calls = Faults(), 3, []
-    with open_small_run(directory, Disk(faults)) as run:
-        run.resume()
+    with open_small_run(folder, Disk(faults)) as directory:
+        directory.resume()
         faults.arm(*fault)
         try:
-            for update in train(run, (4, 5)):
+            for update in train(directory, (4, 5)):
                 newest, calls = update, calls or list(faults.names)
         except (CheckpointError, Killed):
             pass
@@ -83,10 +83,10 @@ def test_no_fault_in_a_call_of_a_save_loses_a_checkpoint(three_saves, tmp_path, 
     faulty = [number for number, name in enumerate(calls) if can_meet(name, kind)]
     assert len(faulty) >= 10
     for number in faulty:
-        directory = shutil.copytree(three_saves, tmp_path / str(number) / "run")
-        newest, _ = save_with_fault(directory, number, kind)
-        check_recovery(directory, newest)
-        shutil.rmtree(directory)
+        folder = shutil.copytree(three_saves, tmp_path / str(number) / "run")
+        newest, _ = save_with_fault(folder, number, kind)
+        check_recovery(folder, newest)
+        shutil.rmtree(folder)
 
 
 def lose_power(root, samples, skips_fsync=None):
@@ -108,12 +108,12 @@ def lose_power(root, samples, skips_fsync=None):
 
     power = PowerLoss(root, lose, skips_fsync)
     for updates in ((1, 2, 3), (4, 5)):
-        with open_small_run(root / "run", Disk(power)) as run:
-            run.resume()
-            for update in train(run, updates, keep=1):
+        with open_small_run(root / "run", Disk(power)) as directory:
+            directory.resume()
+            for update in train(directory, updates, keep=1):
                 saved = update
             # Beyond the last checkpoint: the next process removes this line.
-            run.interpreter([LogScalars({"loss": 0.0})], state_after(updates[-1] + 1), AfterUpdate(samples=4))
+            directory.interpreter([LogScalars({"loss": 0.0})], state_after(updates[-1] + 1), AfterUpdate(samples=4))
     return outcomes
 
 
@@ -133,12 +133,12 @@ def test_no_loss_of_power_loses_a_saved_checkpoint(tmp_path):
     check_outcomes([(dict(survivors), saved) for survivors, saved in different], tmp_path)
 
 
-def log_and_save(run, updates):
+def log_and_save(directory, updates):
     """Log at each of `updates` within one second, and save at every third; yield each update reported as saved."""
     for update in updates:
         save = [SaveCheckpoint(pointers=("latest",), retention={"c": 1})] if update % 3 == 0 else []
         event = AfterUpdate(samples=4, time_s=1000 + update / 100)
-        run.interpreter([LogScalars({"loss": 1 / update}), *save], state_after(update), event)
+        directory.interpreter([LogScalars({"loss": 1 / update}), *save], state_after(update), event)
         if save:
             yield update
 
@@ -153,9 +153,9 @@ def lose_power_with_buffered_lines(root, samples):
 
     power = PowerLoss(root, lose)
     for updates in (range(1, 8), range(7, 14)):
-        with open_small_run(root / "run", Disk(power)) as run:
-            run.resume()
-            for update in log_and_save(run, updates):
+        with open_small_run(root / "run", Disk(power)) as directory:
+            directory.resume()
+            for update in log_and_save(directory, updates):
                 saved = update
     return outcomes
 
@@ -167,12 +167,12 @@ def check_lines(outcomes, folder):
         root.mkdir(parents=True)
         write_tree(survivors, root)
         log = root / "run/metrics.jsonl"
-        with open_small_run(root / "run") as run:
-            state = run.resume()
+        with open_small_run(root / "run") as directory:
+            state = directory.resume()
             newest = 0 if state is None else state.iteration.update
             assert newest >= saved
             assert updates_in(log) == [*range(1, newest + 1)]
-            list(log_and_save(run, range(newest + 1, newest + 6)))
+            list(log_and_save(directory, range(newest + 1, newest + 6)))
         assert updates_in(log) == [*range(1, newest + 6)]
         shutil.rmtree(root)
 
@@ -200,28 +200,28 @@ def test_a_save_without_a_flush_of_the_logs_is_caught(tmp_path, monkeypatch):
 def test_no_fault_loses_a_buffered_line_without_counting_it(tmp_path, kind):
     """Faults in every call of a run in which each save flushes three lines."""
     for number in range(1000):
-        directory, faults, saved = tmp_path / str(number) / "run", Faults(), 0
-        run = open_small_run(directory, Disk(faults))
+        folder, faults, saved = tmp_path / str(number) / "run", Faults(), 0
+        directory = open_small_run(folder, Disk(faults))
         faults.arm(number, kind)
         try:
-            for update in log_and_save(run, range(1, 8)):
+            for update in log_and_save(directory, range(1, 8)):
                 saved = update
         except CheckpointError:
             pass
         except Killed:
             discard_all_buffers()  # a process that ended has no memory
         faults.armed = False
-        run.close()
+        directory.close()
         reached = number < len(faults.names)
-        with open_small_run(directory) as run:
-            state = run.resume()
+        with open_small_run(folder) as directory:
+            state = directory.resume()
             newest = 0 if state is None else state.iteration.update
             assert newest >= saved
-            lost = max((each.log_lines_lost for each in run.checkpoints.manifests()), default=0)
-            found = updates_in(directory / "metrics.jsonl")
+            lost = max((each.log_lines_lost for each in directory.checkpoints.manifests()), default=0)
+            found = updates_in(folder / "metrics.jsonl")
             assert found == sorted(set(found))
             assert len(found) + lost >= newest
-        shutil.rmtree(directory.parent)
+        shutil.rmtree(folder.parent)
         if not reached:
             break
     assert number >= 50

@@ -40,25 +40,25 @@ def gated_disk(gate):
     return Disk(call)
 
 
-def open_store(directory):
-    return CheckpointStore(directory / "run/checkpoints", "run")
+def open_store(folder):
+    return CheckpointStore(folder / "run/checkpoints", "run")
 
 
 def test_training_continues_during_a_background_save(tmp_path, gate, gated_disk):
-    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as run:
-        run.interpreter([SAVE], state_after(1), UPDATE)
+    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as directory:
+        directory.interpreter([SAVE], state_after(1), UPDATE)
         for update in (2, 3):
-            run.interpreter([], state_after(update), UPDATE)
+            directory.interpreter([], state_after(update), UPDATE)
         assert open_store(tmp_path).manifests() == []
         gate.set()
-        run.wait()
+        directory.wait()
         assert same(open_store(tmp_path).load(open_store(tmp_path).find("latest")), state_after(1))
 
 
 def test_a_save_waits_for_the_save_of_the_event_before(tmp_path):
-    with open_small_run(tmp_path / "run", asynchronous=True, borrowed=False) as run:
+    with open_small_run(tmp_path / "run", asynchronous=True, borrowed=False) as directory:
         for update in (1, 2, 3):
-            run.interpreter([SAVE], state_after(update), UPDATE)
+            directory.interpreter([SAVE], state_after(update), UPDATE)
             saved = [manifest.iteration.update for manifest in open_store(tmp_path).manifests()]
             assert saved[: update - 1] == [*range(1, update)]
 
@@ -66,8 +66,8 @@ def test_a_save_waits_for_the_save_of_the_event_before(tmp_path):
 def test_borrowed_state_is_saved_as_it_was_at_the_request(tmp_path, gate, gated_disk):
     model = nn.Linear(2, 1)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True) as run:
-        run.interpreter([SAVE], TrainState.from_module(model).advance(samples=4), UPDATE)
+    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True) as directory:
+        directory.interpreter([SAVE], TrainState.from_module(model).advance(samples=4), UPDATE)
         with torch.no_grad():
             model.weight.zero_()
         gate.set()
@@ -76,46 +76,46 @@ def test_borrowed_state_is_saved_as_it_was_at_the_request(tmp_path, gate, gated_
 
 def test_immutable_state_is_not_copied(tmp_path, gate, gated_disk):
     state = state_after(1).replace(params={"w": torch.ones(4)})
-    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as run:
-        run.interpreter([SAVE], state, UPDATE)
+    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as directory:
+        directory.interpreter([SAVE], state, UPDATE)
         state.params["w"].zero_()  # breaks the rule that states are immutable, to show that the save made no copy
         gate.set()
     assert same(dict(open_store(tmp_path).load(open_store(tmp_path).find("latest")).params), {"w": torch.zeros(4)})
 
 
-def run_with_failed_save(directory, **settings):
+def run_with_failed_save(folder, **settings):
     """Return a run whose first save, at update 1, failed in the background."""
     faults = Faults()
-    run = open_small_run(directory, Disk(faults), asynchronous=True, borrowed=False, **settings)
+    directory = open_small_run(folder, Disk(faults), asynchronous=True, borrowed=False, **settings)
     faults.arm(0, "ENOSPC from then on")
-    run.interpreter([SAVE], state_after(1), UPDATE)
-    wait_quietly(run)
+    directory.interpreter([SAVE], state_after(1), UPDATE)
+    wait_quietly(directory)
     faults.armed = False
-    return run
+    return directory
 
 
-def wait_quietly(run):
+def wait_quietly(directory):
     """Wait for background saves without raising their errors."""
-    for future in run._saver._running:  # noqa: SLF001  # the public way to wait raises
+    for future in directory._saver._running:  # noqa: SLF001  # the public way to wait raises
         future.exception()
 
 
 @pytest.mark.parametrize("effects", [[], [SAVE]])
 def test_failure_is_raised_at_the_next_event(tmp_path, effects):
-    run = run_with_failed_save(tmp_path / "run")
+    directory = run_with_failed_save(tmp_path / "run")
     with pytest.raises(CheckpointError, match="No space left on device"):
-        run.interpreter(effects, state_after(2), UPDATE)
-    run.interpreter([SAVE], state_after(3), UPDATE)  # raised only once
-    run.close()
+        directory.interpreter(effects, state_after(2), UPDATE)
+    directory.interpreter([SAVE], state_after(3), UPDATE)  # raised only once
+    directory.close()
     assert [manifest.iteration.update for manifest in open_store(tmp_path).manifests()] == [3]
 
 
 @pytest.mark.parametrize("end", ["wait", "close"])
 def test_failure_is_raised_at_the_end(tmp_path, end):
-    run = run_with_failed_save(tmp_path / "run")
+    directory = run_with_failed_save(tmp_path / "run")
     with pytest.raises(CheckpointError, match="No space left on device"):
-        getattr(run, end)()
-    run.close()
+        getattr(directory, end)()
+    directory.close()
 
 
 def test_failure_is_logged_if_another_error_is_raised(tmp_path, caplog):
@@ -128,12 +128,12 @@ def test_failure_is_logged_if_another_error_is_raised(tmp_path, caplog):
 def test_run_continues_if_failures_only_warn(tmp_path, caplog, asynchronous):
     faults = Faults()
     settings = {"asynchronous": asynchronous, "borrowed": False, "on_error": "warn"}
-    with open_small_run(tmp_path / "run", Disk(faults), **settings) as run:
+    with open_small_run(tmp_path / "run", Disk(faults), **settings) as directory:
         faults.arm(0, "EIO from then on")
-        run.interpreter([SAVE], state_after(1), UPDATE)
-        wait_quietly(run)
+        directory.interpreter([SAVE], state_after(1), UPDATE)
+        wait_quietly(directory)
         faults.armed = False
-        run.interpreter([SAVE], state_after(2), UPDATE)
+        directory.interpreter([SAVE], state_after(2), UPDATE)
     assert caplog.text.count("; training continues without it") == 1
     assert open_store(tmp_path).pointers() == {"latest": str(state_after(2).iteration)}
 
@@ -142,9 +142,9 @@ def test_unsavable_memory_ends_the_run_even_if_failures_warn(tmp_path):
     """It is a bug in a callback, not a failure of the disk."""
     with (
         pytest.raises(TypeError, match="seen is a set, which cannot be saved"),
-        open_small_run(tmp_path / "run", asynchronous=True, borrowed=False, on_error="warn") as run,
+        open_small_run(tmp_path / "run", asynchronous=True, borrowed=False, on_error="warn") as directory,
     ):
-        run.interpreter([SAVE], state_after(1).remember("seen", {1}), UPDATE)
+        directory.interpreter([SAVE], state_after(1).remember("seen", {1}), UPDATE)
     assert open_store(tmp_path).manifests() == []
 
 
@@ -153,15 +153,15 @@ import sys, torch
 from noether import AfterUpdate, SaveCheckpoint, TrainState
 from noether.effects import open_run
 
-run = open_run(sys.argv[1], asynchronous=True, borrowed=False)
+directory = open_run(sys.argv[1], asynchronous=True, borrowed=False)
 state = TrainState(params={"w": torch.ones(8_000_000)}).advance(samples=4)
-run.interpreter([SaveCheckpoint(tag=sys.argv[2], pointers=("latest",))], state, AfterUpdate(samples=4))
+directory.interpreter([SaveCheckpoint(tag=sys.argv[2], pointers=("latest",))], state, AfterUpdate(samples=4))
 """
 
 
-def train_without_close(directory, tag):
+def train_without_close(folder, tag):
     return subprocess.run(
-        [sys.executable, "-c", NEVER_CLOSED, directory, tag], capture_output=True, text=True, check=False, timeout=240
+        [sys.executable, "-c", NEVER_CLOSED, folder, tag], capture_output=True, text=True, check=False, timeout=240
     )
 
 
@@ -179,7 +179,7 @@ def test_failure_at_exit_is_written_to_standard_error(tmp_path):
 
 def test_saves_of_one_event_do_not_wait_for_each_other(tmp_path, gate, gated_disk):
     effects = [SaveCheckpoint(tag="a"), SaveCheckpoint(tag="b")]
-    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as run:
-        run.interpreter(effects, state_after(1), AfterTraining())
+    with open_small_run(tmp_path / "run", gated_disk, asynchronous=True, borrowed=False) as directory:
+        directory.interpreter(effects, state_after(1), AfterTraining())
         gate.set()
     assert [manifest.tag for manifest in open_store(tmp_path).manifests()] == ["a", "b"]

@@ -34,7 +34,7 @@ class Survival(RuleBasedStateMachine):
         self.open_and_resume()
 
     def teardown(self):
-        self.run.close()
+        self.directory.close()
         self.folder.cleanup()
 
     @property
@@ -42,24 +42,24 @@ class Survival(RuleBasedStateMachine):
         return Path(self.folder.name) / str(self.losses)
 
     @property
-    def directory(self):
+    def checkpoints(self):
         return self.root / "run/checkpoints"
 
     def open_and_resume(self):
         self.power = PowerLoss(self.root)
         self.faults = Faults(call=self.power)
-        self.run = open_small_run(self.root / "run", Disk(self.faults))
-        state = self.run.resume()
+        self.directory = open_small_run(self.root / "run", Disk(self.faults))
+        state = self.directory.resume()
         self.update = 0 if state is None else state.iteration.update
 
     def store(self):
-        return CheckpointStore(self.directory, "run", NO_FSYNC)
+        return CheckpointStore(self.checkpoints, "run", NO_FSYNC)
 
     def tags_on_disk(self):
-        return {path.name for path in self.directory.glob("E*")}
+        return {path.name for path in self.checkpoints.glob("E*")}
 
     def save(self, keep):
-        for update in train(self.run, [self.update + 1], keep):
+        for update in train(self.directory, [self.update + 1], keep):
             self.update = update
             self.last = self.store().pointers()["latest"]
             self.damaged &= self.tags_on_disk()  # the tag of a pruned checkpoint can be used again
@@ -83,15 +83,15 @@ class Survival(RuleBasedStateMachine):
 
     @rule()
     def resume(self):
-        self.run.close()
+        self.directory.close()
         if self.tags_on_disk() and self.tags_on_disk() <= self.damaged:
-            shutil.rmtree(self.directory)  # as a user would after the error that the run cannot resume
+            shutil.rmtree(self.checkpoints)  # as a user would after the error that the run cannot resume
             self.damaged, self.last = set(), None
         self.open_and_resume()
 
     @rule(seed=SEEDS)
     def lose_power(self, seed):
-        self.run.close()
+        self.directory.close()
         survivors = self.power.survivors(random.Random(seed))  # noqa: S311  # no secrets
         self.losses += 1
         self.root.mkdir()
@@ -103,7 +103,7 @@ class Survival(RuleBasedStateMachine):
     def corrupt(self, seed):
         choice = random.Random(seed)  # noqa: S311  # no secrets
         tag = choice.choice(sorted(self.tags_on_disk() - self.damaged))
-        path = choice.choice(sorted((self.directory / tag).iterdir()))
+        path = choice.choice(sorted((self.checkpoints / tag).iterdir()))
         content = bytearray(path.read_bytes())
         content[choice.randrange(len(content))] ^= 1 << choice.randrange(8)
         self.power.damage(path, bytes(content))
@@ -133,7 +133,7 @@ class Survival(RuleBasedStateMachine):
         elif self.tags_on_disk():
             with pytest.raises(CheckpointError) as error:
                 store.recover()
-            assert all(f"{self.directory / tag}" in str(error.value) for tag in self.tags_on_disk())
+            assert all(f"{self.checkpoints / tag}" in str(error.value) for tag in self.tags_on_disk())
         else:
             assert store.recover() is None
 

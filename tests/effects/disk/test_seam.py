@@ -82,10 +82,10 @@ def test_a_run_accesses_files_through_the_seam_only(tmp_path, asynchronous):
     ]
     with record_other_access(tmp_path, seam) as others:
         for first in (1, 4):  # the second resumes first, and prunes
-            with open_small_run(tmp_path / "run", Disk(seam), asynchronous=asynchronous, borrowed=False) as run:
-                run.resume()
-                assert list(train(run, range(first, first + 3), keep=1)) == [*range(first, first + 3)]
-                run.interpreter(effects, state_after(first + 2), AfterUpdate(samples=4))
+            with open_small_run(tmp_path / "run", Disk(seam), asynchronous=asynchronous, borrowed=False) as directory:
+                directory.resume()
+                assert list(train(directory, range(first, first + 3), keep=1)) == [*range(first, first + 3)]
+                directory.interpreter(effects, state_after(first + 2), AfterUpdate(samples=4))
         store = CheckpointStore(tmp_path / "run/checkpoints", "run", Disk(seam))
         store.load(store.find("latest"))
     assert others == []

@@ -7,7 +7,7 @@ import wandb
 
 
 @pytest.fixture
-def directory(tmp_path):
+def folder(tmp_path):
     return tmp_path / "run"
 
 

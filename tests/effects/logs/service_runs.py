@@ -20,8 +20,8 @@ def at(update, epoch=0, **fields):
     return TrainState(iteration=TrainingIteration(epoch=epoch, update=update, sample=4 * update), **fields)
 
 
-def log(run, state, event_type=AfterUpdate, **values):
-    run.interpreter([LogScalars(freeze(values))], state, event_type(time_s=TIME_S + state.iteration.update))
+def log(directory, state, event_type=AfterUpdate, **values):
+    directory.interpreter([LogScalars(freeze(values))], state, event_type(time_s=TIME_S + state.iteration.update))
 
 
 # Two epochs of three updates, the end of training at the last update, and an update of the extended run.
@@ -41,16 +41,16 @@ def event_type_and_key(state):
     return EVENT_KEYS[2 if state.ended else int(state.iteration.update == 3 * state.iteration.epoch)]
 
 
-def log_history(run, places, value):
+def log_history(directory, places, value):
     for place in places:
         event_type, key = event_type_and_key(HISTORY[place])
-        log(run, HISTORY[place], event_type, **{key: value})
-        run.interpreter([LogText(str(value))], HISTORY[place], event_type(time_s=TIME_S))
+        log(directory, HISTORY[place], event_type, **{key: value})
+        directory.interpreter([LogText(str(value))], HISTORY[place], event_type(time_s=TIME_S))
 
 
-def open_with(directory, *services):
-    return open_run(directory, services=services)
+def open_with(folder, *services):
+    return open_run(folder, services=services)
 
 
-def open_with_wandb(directory, run_id="digits-1", **options):
-    return open_with(directory, WeightsAndBiases(directory / "wandb", run_id, mode="offline", **options))
+def open_with_wandb(folder, run_id="digits-1", **options):
+    return open_with(folder, WeightsAndBiases(folder / "wandb", run_id, mode="offline", **options))

@@ -369,10 +369,10 @@ def test_a_pipe_gets_no_live_display():
 
 
 def test_standard_output_to_a_pipe_gets_no_live_display(tmp_path, capsys):
-    run = open_run(tmp_path)
-    run.interpreter([progress(1, due=False)], at(1), AfterUpdate(samples=4))
-    run.interpreter([progress(2, due=False), progress(2, due=True)], at(2), AfterUpdate(samples=4))
-    run.close()
+    directory = open_run(tmp_path)
+    directory.interpreter([progress(1, due=False)], at(1), AfterUpdate(samples=4))
+    directory.interpreter([progress(2, due=False), progress(2, due=True)], at(2), AfterUpdate(samples=4))
+    directory.close()
     assert capsys.readouterr().out == SHORT_RUN[1] + "\n"
 
 
@@ -482,9 +482,9 @@ def test_a_closed_pipe_does_not_stop_the_run(tmp_path, caplog):
     """As in `noether train | head`."""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    with os.fdopen(write_end, "w") as pipe, redirect_stdout(pipe), open_run(tmp_path / "run") as run:
+    with os.fdopen(write_end, "w") as pipe, redirect_stdout(pipe), open_run(tmp_path / "run") as directory:
         for update in (1, 2):
-            run.interpreter([LogText("hello")], at(update), AfterEpoch())
+            directory.interpreter([LogText("hello")], at(update), AfterEpoch())
         with open(os.devnull, "w") as nothing:  # noqa: PTH123  # receives the buffered lines when the file is closed
             os.dup2(nothing.fileno(), write_end)
     assert caplog.text.count("console failed and may have lost log entries") == 1

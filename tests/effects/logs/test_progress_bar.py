@@ -265,16 +265,16 @@ from noether.effects import open_run
 RUN = Run(end=TrainingIteration(update=20), updates_per_epoch=20, samples_per_epoch=80, effective_batch_size=4)
 
 
-def train(directory, failure):
-    run = open_run(directory)
+def train(path, failure):
+    directory = open_run(path)
     reducer = compose(EtaCallback(every_n_updates=5), OnlineLossCallback(every_n_updates=5))
-    state = dispatch(TrainState(), BeforeTraining(run=RUN), reducer, run.interpreter)
+    state = dispatch(TrainState(), BeforeTraining(run=RUN), reducer, directory.interpreter)
     while state.iteration.update < 20:
         if state.iteration.update == 12:
             exec(failure)
         event = AfterUpdate(run=RUN, samples=4, losses={"total": 0.5}, duration_s=0.25)
-        state = dispatch(state.advance(samples=4), event, reducer, run.interpreter)
-    dispatch(state.replace(ended=True), AfterTraining(run=RUN), reducer, run.interpreter)
+        state = dispatch(state.advance(samples=4), event, reducer, directory.interpreter)
+    dispatch(state.replace(ended=True), AfterTraining(run=RUN), reducer, directory.interpreter)
 
 
 train(*sys.argv[1:])

@@ -34,17 +34,17 @@ class Broken:
         return fail
 
 
-def log_and_save(run, state):
+def log_and_save(directory, state):
     """Log every effect that goes to a service, and save a checkpoint."""
     effects = [LogText("hello"), LogScalars(freeze({"loss": 0.5})), SetSummary(freeze({"best": 1})), SaveCheckpoint()]
-    run.interpreter(effects, state, AfterUpdate(time_s=TIME_S))
+    directory.interpreter(effects, state, AfterUpdate(time_s=TIME_S))
 
 
-def test_a_failing_service_stops_neither_training_nor_a_save(directory, caplog):
+def test_a_failing_service_stops_neither_training_nor_a_save(folder, caplog):
     broken = Broken()
-    with open_with(directory, broken) as run:
+    with open_with(folder, broken) as directory:
         for update in (1, 2, 3):
-            log_and_save(run, at(update))
+            log_and_save(directory, at(update))
         assert caplog.messages == [
             (
                 "broken failed and may have lost log entries; training continues: "
@@ -53,17 +53,17 @@ def test_a_failing_service_stops_neither_training_nor_a_save(directory, caplog):
         ]
     assert broken.calls == ["log_text", "log_scalars", "set_summary", "flush"] * 3 + ["close"]
     assert caplog.messages[1:] == ["broken failed 13 times in total"]
-    with open_with(directory) as run:
-        assert run.load().iteration == at(3).iteration
-    assert len((directory / "metrics.jsonl").read_text().splitlines()) == 3
+    with open_with(folder) as directory:
+        assert directory.load().iteration == at(3).iteration
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_service_that_fails_to_resume_does_not_stop_the_run(directory, caplog):
-    with open_with(directory) as run:
-        log_and_save(run, at(1))
-    with open_with(directory, Broken()) as run:
-        assert run.resume().iteration == at(1).iteration
-        log_and_save(run, at(2))
+def test_a_service_that_fails_to_resume_does_not_stop_the_run(folder, caplog):
+    with open_with(folder) as directory:
+        log_and_save(directory, at(1))
+    with open_with(folder, Broken()) as directory:
+        assert directory.resume().iteration == at(1).iteration
+        log_and_save(directory, at(2))
     assert caplog.messages[-1] == "broken failed 6 times in total"
 
 
@@ -75,36 +75,36 @@ SERVICES = {
 
 @pytest.mark.parametrize("name", SERVICES)
 @pytest.mark.parametrize("blocked_path", ["the directory", "above it"])
-def test_an_unwritable_directory_stops_neither_training_nor_a_save(directory, name, blocked_path, logged_out, caplog):
+def test_an_unwritable_directory_stops_neither_training_nor_a_save(folder, name, blocked_path, logged_out, caplog):
     """Blocked by a file, because permissions do not apply to root."""
-    path = directory / name if blocked_path == "the directory" else directory / "file" / name
+    path = folder / name if blocked_path == "the directory" else folder / "file" / name
     file = path if blocked_path == "the directory" else path.parent
     file.parent.mkdir(parents=True)
     file.touch()
-    with open_with(directory, SERVICES[name](path)) as run:
-        run.truncate_logs(None)
+    with open_with(folder, SERVICES[name](path)) as directory:
+        directory.truncate_logs(None)
         for update in (1, 2, 3):
-            log_and_save(run, at(update))
+            log_and_save(directory, at(update))
     first, total = caplog.messages
     assert first.startswith(f"{name} failed and may have lost log entries; training continues: ")
     assert str(path) in first or str(file) in first
     assert total == f"{name} failed 6 times in total"
-    with open_with(directory) as run:
-        assert run.load().iteration == at(3).iteration
+    with open_with(folder) as directory:
+        assert directory.load().iteration == at(3).iteration
     assert file.read_bytes() == b""
 
 
-def test_a_failed_service_keeps_no_state_alive(directory, logged_out):
+def test_a_failed_service_keeps_no_state_alive(folder, logged_out):
     """Otherwise the params of every logged update would stay in memory."""
-    directory.mkdir()
-    (directory / "wandb").touch()
-    run, kept = open_with_wandb(directory), []
+    folder.mkdir()
+    (folder / "wandb").touch()
+    directory, kept = open_with_wandb(folder), []
     for update in (1, 2, 3):
         params = {"weight": torch.ones(1)}
         kept.append(weakref.ref(params["weight"]))
-        log(run, at(update, params=params), loss=1.0)
+        log(directory, at(update, params=params), loss=1.0)
         del params
-        (directory / "wandb").unlink(missing_ok=True)
+        (folder / "wandb").unlink(missing_ok=True)
     assert [each() for each in kept] == [None] * 3
-    assert not (directory / "wandb").exists()  # it is not tried again, which may take a minute and a half each time
-    run.close()
+    assert not (folder / "wandb").exists()  # it is not tried again, which may take a minute and a half each time
+    directory.close()

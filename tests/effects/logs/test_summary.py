@@ -113,13 +113,13 @@ FORKED = """
 import os, sys
 from noether import AfterEpoch, SetSummary, TrainState
 from noether.effects import open_run
-run = open_run(sys.argv[1])
+directory = open_run(sys.argv[1])
 for number, time_s in enumerate((1.0, 1.1)):
-    run.interpreter((SetSummary({"best": number}),), TrainState(), AfterEpoch(time_s=time_s))
+    directory.interpreter((SetSummary({"best": number}),), TrainState(), AfterEpoch(time_s=time_s))
 child = os.fork()
 if child == 0:
     sys.exit()
-run.interpreter((SetSummary({"best": 2}),), TrainState(), AfterEpoch(time_s=3.0))
+directory.interpreter((SetSummary({"best": 2}),), TrainState(), AfterEpoch(time_s=3.0))
 os.waitpid(child, 0)
 os._exit(0)
 """

@@ -20,9 +20,9 @@ from noether import (
 from noether.core.tensors.tree import freeze
 
 
-def offline_records(directory):
+def offline_records(folder):
     """Return the records that each process left for `wandb sync`, in order."""
-    paths = sorted((directory / "wandb").rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    paths = sorted((folder / "wandb").rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     return [list(decode_records(path.read_bytes())) for path in paths]
 
 
@@ -49,26 +49,26 @@ def select_records(content, name):
     return [getattr(each, name) for each in content if each.WhichOneof("record_type") == name]
 
 
-def rows(directory):
+def rows(folder):
     """Return the rows of the history, without the columns that wandb adds."""
-    read = [by_name(each.item) for content in offline_records(directory) for each in select_records(content, "history")]
+    read = [by_name(each.item) for content in offline_records(folder) for each in select_records(content, "history")]
     return [{key: value for key, value in row.items() if not key.startswith("_")} for row in read]
 
 
-def test_wandb_stores_scalars_summary_and_configuration_offline(directory, logged_out):
+def test_wandb_stores_scalars_summary_and_configuration_offline(folder, logged_out):
     run_info = Run(config=freeze({"optimizer": {"lr": 0.1, "betas": [0.9, 0.99]}}))
-    with open_with_wandb(directory, project="digits") as run:
+    with open_with_wandb(folder, project="digits") as directory:
         entries = {"best": torch.tensor(0.75), "worst": math.nan, "limits": (1, math.inf), "config": {"lr": 0.1}}
-        run.interpreter([SetSummary(freeze(entries)), LogText("hello")], at(0), AfterUpdate(run=run_info))
-        log(run, at(7, epoch=1), **{"loss/total": torch.tensor(0.5), "a": math.nan, "b": -math.inf})
-        log(run, at(7, epoch=2), AfterEpoch, **{"val/accuracy": 0.25})
-    (content,) = offline_records(directory)
+        directory.interpreter([SetSummary(freeze(entries)), LogText("hello")], at(0), AfterUpdate(run=run_info))
+        log(directory, at(7, epoch=1), **{"loss/total": torch.tensor(0.5), "a": math.nan, "b": -math.inf})
+        log(directory, at(7, epoch=2), AfterEpoch, **{"val/accuracy": 0.25})
+    (content,) = offline_records(folder)
     (start,) = select_records(content, "run")
     assert (start.run_id, start.display_name, start.project) == ("digits-1", "digits-1", "digits")
     assert by_name(start.config.update)["optimizer"] == {"lr": 0.1, "betas": [0.9, 0.99]}
     (charts,) = select_records(content, "metric")
     assert (charts.glob_name, charts.step_metric, charts.options.step_sync) == ("*", "update", True)
-    first, second = rows(directory)
+    first, second = rows(folder)
     assert math.isnan(first.pop("a"))
     assert first == {"loss/total": 0.5, "b": -math.inf, "epoch": 1, "update": 7, "sample": 28}
     assert second == {"val/accuracy": 0.25, "epoch": 2, "update": 7, "sample": 28}
@@ -81,19 +81,19 @@ def test_wandb_stores_scalars_summary_and_configuration_offline(directory, logge
     }
 
 
-def test_wandb_has_the_right_updates_after_a_resume(directory, logged_out):
+def test_wandb_has_the_right_updates_after_a_resume(folder, logged_out):
     """Values measured again appear twice, at the same update of the same run."""
-    with open_with_wandb(directory) as run:
-        log_history(run, range(2), 1.0)
-        run.interpreter([SaveCheckpoint()], HISTORY[1], AfterUpdate())
-        log_history(run, range(2, 6), 1.0)
-    with open_with_wandb(directory) as run:
-        run.resume()
-        log_history(run, range(2, 5), 2.0)
-    shown = [(row["update"], row.get("loss", row.get("val"))) for row in rows(directory)]
+    with open_with_wandb(folder) as directory:
+        log_history(directory, range(2), 1.0)
+        directory.interpreter([SaveCheckpoint()], HISTORY[1], AfterUpdate())
+        log_history(directory, range(2, 6), 1.0)
+    with open_with_wandb(folder) as directory:
+        directory.resume()
+        log_history(directory, range(2, 5), 2.0)
+    shown = [(row["update"], row.get("loss", row.get("val"))) for row in rows(folder)]
     before = [(1, 1.0), (2, 1.0), (3, 1.0), (3, 1.0), (4, 1.0), (5, 1.0)]
     assert shown == [*before, (3, 2.0), (3, 2.0), (4, 2.0)]
-    starts = [each for content in offline_records(directory) for each in select_records(content, "run")]
+    starts = [each for content in offline_records(folder) for each in select_records(content, "run")]
     assert [(each.run_id, each.resume) for each in starts] == [("digits-1", True)] * 2
 
 
@@ -106,8 +106,8 @@ def test_wandb_separates_runs_that_are_open_at_the_same_time(tmp_path, logged_ou
     assert losses == {"one": [1.0, 3.0], "two": [2.0]}
 
 
-def test_values_that_users_log_to_wandb_appear_in_the_run(directory, logged_out):
-    with open_with_wandb(directory) as run:
-        log(run, at(1), loss=1.0)
+def test_values_that_users_log_to_wandb_appear_in_the_run(folder, logged_out):
+    with open_with_wandb(folder) as directory:
+        log(directory, at(1), loss=1.0)
         wandb.log({"mine": 2.0})
-    assert rows(directory)[1] == {"mine": 2.0, "update": 1}
+    assert rows(folder)[1] == {"mine": 2.0, "update": 1}
