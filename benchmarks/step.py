@@ -71,7 +71,7 @@ def functional(
             yield state.params
 
 
-class StepByFunc(Step):  # type: ignore[misc]  # final; subclassed to replace only what is measured
+class StepByFunc(Step):  # type: ignore[misc]  # final; the subclass replaces only the measured part
     """The step with `torch.func.grad_and_value` in place of `torch.autograd.grad`."""
 
     def _run_backward(

@@ -175,7 +175,7 @@ class NoetherCallback(TrainerCallback):
             of=of,
         )
         if len(self._parts) == of and "grad_norm" in session.readings:
-            self._grad_norm = get_total_norm(_gradients(self._model))
+            self._grad_norm = get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -355,10 +355,6 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
 
 class _StoppedError(NoetherError):
     """The run to resume was stopped."""
-
-
-def _gradients(model: nn.Module) -> list[Tensor]:
-    return [each.grad for each in model.parameters() if each.grad is not None]
 
 
 def _noether_callbacks(trainer: Any) -> list[NoetherCallback]:

@@ -41,7 +41,7 @@ def build_callbacks(
     Args:
         config: A checked configuration.
         state: The initial state; of its tensors only names, shapes and dtypes matter.
-        run: What is fixed for the run.
+        run: The facts that stay fixed during the run.
         before: Callbacks that run before the configured ones.
 
     Raises:

@@ -57,7 +57,7 @@ class Experiment:
         config: The configuration.
         model: The architecture; training does not use its weights.
         state: The initial state of a new run.
-        run: What is fixed for the run.
+        run: The facts that stay fixed during the run.
         callbacks: The callbacks, those of `trainer.evaluate` included, each with its section.
         reducer: The same callbacks, composed.
         step: Makes one update.

@@ -40,7 +40,7 @@ class Trainer:
     """Trains a state. It keeps no position: the state holds it.
 
     Args:
-        run: What is fixed for the run.
+        run: The facts that stay fixed during the run.
         step: Makes one update.
         data: Returns the batches.
         reducer: The callbacks, composed.

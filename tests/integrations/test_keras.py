@@ -59,7 +59,7 @@ def classifier(optimizer=None, **settings):
 
 
 def sgd(steps=1):
-    # Without momentum: Keras multiplies the learning rate into what it accumulates, torch does not.
+    # Without momentum: that of Keras accumulates gradients times the learning rate, that of torch only gradients.
     return keras.optimizers.SGD(LR, gradient_accumulation_steps=None if steps == 1 else steps)
 
 

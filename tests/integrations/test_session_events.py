@@ -157,9 +157,9 @@ def test_a_frameworks_checkpoint_resumes_the_callbacks(until, tmp_path):
         adam.load_state_dict(content["adam"])
         session.load_state_dict(content["noether"])
         session.begin()
-        kept = (tmp_path / "run" / "metrics.jsonl").read_text()
-        assert lines.startswith(kept)
-        assert len(kept) < len(lines)
+        lines_at_resume = (tmp_path / "run" / "metrics.jsonl").read_text()
+        assert lines.startswith(lines_at_resume)
+        assert len(lines_at_resume) < len(lines)
         train(session, network, adam, micro, 2)
     at = recorder.lines[0][1]
     assert_same(recorder.history, expected.after(at))

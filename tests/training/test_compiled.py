@@ -269,7 +269,7 @@ def test_changes_of_the_model_or_its_loss_are_compiled_again(monkeypatch):
 
 
 class Mode(Enum):
-    """What a loss does."""
+    """Reduction of a loss."""
 
     MEAN = "mean"
     SUM = "sum"

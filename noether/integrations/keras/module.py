@@ -27,7 +27,7 @@ _NUMBER: Final = re.compile(r"_\d+$")
 
 @final
 class KerasModule(nn.Module):
-    """A module that shares its parameters and buffers with a Keras model, and computes what the model computes.
+    """A module that shares its parameters and buffers with a Keras model, and computes the same outputs.
 
     Parameters are the trainable variables; buffers are all others: statistics, seeds of dropout, frozen layers. They
     share memory with the variables, which Keras updates in place.
