@@ -24,7 +24,7 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
     """Train a configuration file in a new run directory; return the exit code.
 
     Raises:
-        ConfigError: If the configuration is wrong; no directory is made then.
+        ConfigError: If the configuration is wrong; this creates no directory.
     """
     interruption = Interruption(second_kills=True)
     config = load(config_path, settings, allow)

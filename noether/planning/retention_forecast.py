@@ -206,17 +206,17 @@ def _count_kept_at(
     run: Run,
 ) -> CheckpointTotal:
     """Return the checkpoints made at one update that exist at the end of the run, tested one by one."""
-    made = []
+    checkpoints = []
     for event in events_at(update, run):
         here = [request for request in requests if fires(request.occasions, event, run)]
-        made += [(event, own) for own in group_by_slot(here).values()]
+        checkpoints += [(event, making) for making in group_by_slot(here).values()]
     newer = {rule: rule.count(run.final.update, run) - rule.count(update, run) for rule in rules}
     total = CheckpointTotal()
-    for event, own in reversed(made):
-        if any(rule.keeps(own, count) for rule, count in newer.items()):
-            adding = [each for each in contents if each.slot == own[0].slot and fires(each.occasions, event, run)]
+    for event, making in reversed(checkpoints):
+        if any(rule.keeps(making, count) for rule, count in newer.items()):
+            adding = [each for each in contents if each.slot == making[0].slot and fires(each.occasions, event, run)]
             total += CheckpointTotal(1, sum(part_sizes(adding).values()))
-        newer = {rule: count + rule.counts(own) for rule, count in newer.items()}
+        newer = {rule: count + rule.counts(making) for rule, count in newer.items()}
     return total
 
 

@@ -103,7 +103,7 @@ def resume_run(
             state = experiment.state if state is None else state
             return execute(experiment, directory, state, resumed=resumed, interruption=interruption, notify=notify)
         make_directories(target.parent)
-        shutil.move(run_dir, target)  # while it is locked
+        shutil.move(run_dir, target)  # while this process holds the lock
     notify(f"{run_dir} moved to {target}")
     replace_text(target / CONFIG_FILE, dump(config))
     return resume_run(target, (), allow, drop_memory, interruption=interruption, notify=notify)

@@ -49,7 +49,7 @@ def train(
     During training the first Ctrl-C (SIGINT) or SIGTERM saves the run after the current update, and `train` returns it
     with `finished=False`; a second one has its usual effect, such as KeyboardInterrupt. Python delivers signals to the
     main thread only: in another thread nothing interrupts the run. An error of a callback, the model, the data or the
-    disk is raised as it is, once the logs are written; the run can be resumed from its newest checkpoint.
+    disk is raised unchanged, after the logs are written; the run can be resumed from its newest checkpoint.
 
     Args:
         config: Path of a YAML file, or the same sections as a dict of plain values. Leave it out to resume a run.
@@ -57,14 +57,14 @@ def train(
         overrides: Settings as after `--set`, such as `trainer.max_epochs=20`.
         output: Folder of all runs, in place of `run.output`; a resumed run moves there.
         drop_memory: With `resume`: names of callback memories to drop although no callback claims them.
-        allow: Prefixes of modules that `kind` may name beside noether, torch and modules in the working directory.
+        allow: Prefixes of modules that `kind` may name besides noether, torch and modules in the working directory.
 
     Returns:
         The run: its directory, final state and last metrics.
 
     Raises:
         TypeError: If neither or both of `config` and `resume` are given.
-        ConfigError: If the configuration is wrong, with the path of each wrong setting; no directory is made then.
+        ConfigError: If the configuration is wrong, with the path of each wrong setting; this creates no directory.
         LockedError: If another process trains the run.
 
     Example:
@@ -106,7 +106,7 @@ def start_run(config: Config, *, interruption: Interruption, notify: Callable[[s
         notify: Receives lines for the user.
 
     Raises:
-        ConfigError: If the configuration is wrong; no directory is made then.
+        ConfigError: If the configuration is wrong; this creates no directory.
     """
     check_services(config)
     experiment = build(config)
