@@ -14,6 +14,7 @@ from noether.core.callbacks.eta import EtaCallback
 from noether.core.callbacks.lr_on_plateau import ReduceLROnPlateauCallback
 from noether.core.errors import check_whole, raise_problems, suggest
 from noether.core.iteration import TrainingIteration
+from noether.core.run import Run
 from noether.core.tensors.forward import forward
 from noether.session.errors import SessionError
 from noether.session.evaluation import evaluation_data
@@ -26,9 +27,33 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from noether.core.callback import Callback
-    from noether.core.run import Run
     from noether.effects import RunDirectory
     from noether.session.optimizers import LiveOptimizer
+
+
+def check_parts(*, model: Any, loss: Any, precision: Any, interpreter: Any, seed: int, run: Any) -> None:
+    """Refuse parts of another type than the session takes.
+
+    Raises:
+        SessionError: If there is one.
+    """
+    if not hasattr(model, "named_parameters"):
+        raise SessionError(f"model= takes a torch.nn.Module, not {model!r}")
+    if type(loss).__module__ == "torch.nn.modules.loss":
+        raise SessionError(
+            f"loss= takes (outputs, batch), and {type(loss).__name__} takes (outputs, targets): write criterion = "
+            f"torch.nn.{type(loss).__name__}() and loss=lambda outputs, batch: criterion(outputs, batch[1])"
+        )
+    if loss is not None and not callable(loss):
+        raise SessionError(f"loss= takes a function (outputs, batch) -> loss, not {loss!r}")
+    if precision is not None and not isinstance(precision, torch.dtype):
+        raise SessionError(f"precision= takes a dtype, such as torch.bfloat16, not {precision!r}")
+    if interpreter is not None and not callable(interpreter):
+        raise SessionError(f"interpreter= takes a function (effects, state, event) -> None, not {interpreter!r}")
+    if seed >= 2**63:
+        raise SessionError(f"seed={seed} is too large: pass a whole number below 2**63")
+    if not isinstance(run, Run):
+        raise SessionError(f"run= takes a noether.Run, not {run!r}: write run=noether.Run(batch_size=...)")
 
 
 def end_of_run(run: Run, max_epochs: int | None, max_updates: int | None, max_samples: int | None) -> Run:
@@ -111,6 +136,10 @@ class _NamedLosses:
 
     def __call__(self, outputs: Any, batch: Any) -> Mapping[str, Tensor]:
         losses = self._loss(outputs, batch)
+        if not isinstance(losses, (Tensor, Mapping)):
+            raise SessionError(
+                f"loss= returned a {type(losses).__name__}: return a tensor, or {{name: tensor}}, without .item()"
+            )
         return {"total": losses} if isinstance(losses, Tensor) else losses
 
 

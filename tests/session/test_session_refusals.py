@@ -61,6 +61,13 @@ EVALUATE = noether.OfflineLossCallback(every_n_epochs=1, dataset_key="val")
     ({"data": {}, "run": Run(data={})}, r"data= and run=Run\(data=\.\.\.\) are given"),
     ({"loss": len, "run": Run(forward=len)}, r"loss= and run=Run\(forward=\.\.\.\) are given"),
     ({"optimizer": torch.optim.SGD(MODEL.parameters(), lr=0.1)}, "2 parameters of the optimizer are not parameters of"),
+    ({"model": None, "optimizer": None}, r"model= takes a torch\.nn\.Module, not None"),
+    ({"loss": "mse"}, r"loss= takes a function \(outputs, batch\) -> loss, not 'mse'"),
+    ({"loss": nn.MSELoss()}, r"MSELoss takes \(outputs, targets\): .* loss=lambda outputs, batch: criterion\(outputs"),
+    ({"precision": "bf16"}, r"precision= takes a dtype, such as torch\.bfloat16, not 'bf16'"),
+    ({"interpreter": 5}, r"interpreter= takes a function \(effects, state, event\) -> None, not 5"),
+    ({"seed": 2**64}, r"pass a whole number below 2\*\*63"),
+    ({"run": {}}, r"run= takes a noether\.Run, not \{\}"),
     ({"optimizer": 3}, r"takes an optimizer of torch\.optim, got int"),
     ({"scheduler": 3}, r"takes a scheduler with state_dict\(\), got int"),
     ({"scheduler": other_scheduler()}, "the scheduler changes another optimizer"),
@@ -203,6 +210,15 @@ def test_an_empty_loader_is_refused_before_the_first_event(loader, message):
     with pytest.raises(SessionError, match=message):
         session.batches(loader)
     assert heard == []
+
+
+def test_a_loss_function_that_returns_a_number_is_named():
+    def loss(outputs, batch):
+        return outputs.mean().item()
+
+    session, _, optimizer = make([EVALUATE], data={"val": BATCHES}, loss=loss)
+    with pytest.raises(SessionError, match=r"loss= returned a float: return a tensor, .* without \.item\(\)"):
+        run(session, lambda batch: (optimizer.step(), session.update(0.5)))
 
 
 def test_a_session_is_iterated_once():
