@@ -31,7 +31,8 @@ def batch_size(batch: Any) -> int:
     size = _first_dimension(batch)
     if size is None:
         raise ValueError(
-            "the batch contains no tensor with a dimension: pass Run(batch_size=...), a function of the batch"
+            f"no tensor with a dimension is found in the batch, a {type(batch).__name__}: pass "
+            "run=noether.Run(batch_size=...), a function of the batch that returns its number of samples"
         )
     return size
 
