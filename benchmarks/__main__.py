@@ -24,6 +24,7 @@ _ALL = {
     "dispatch": ((), ("--rounds", "2")),
     "scaling": ((), ("--rounds", "2")),
     "step": ((), ("--rounds", "2", "--updates", "2")),
+    "session": ((), ("--rounds", "2", "--updates", "2")),
     "training": ((), ("--rounds", "2", "--epochs", "3", "--network", "small")),
     "memory": ((), ("--rounds", "1", "--params", "100000")),
     "ema": ((), ("--rounds", "2", "--params", "100000")),

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
     ("name", "arguments", "rows"),
     [
         ("step", ("--rounds", "2", "--updates", "2"), {"mutable loop": 2, "noether step": 4}),
+        ("session", ("--rounds", "2", "--updates", "2"), {"bare loop": 1, "Session": 1}),
         ("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 4}),
         ("dispatch", ("--rounds", "2"), {"noether": 3}),
         ("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
