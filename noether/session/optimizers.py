@@ -98,6 +98,7 @@ class TorchOptimizer:
         self._measures: list[tuple[str, Callable[[list[Tensor]], Tensor]]] = []
         self._readings: dict[str, Any] | None = None
         self._unscaled: list[Any] | None = None
+        self._hooks: tuple[Any, ...] = ()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -115,11 +116,12 @@ class TorchOptimizer:
 
     def watch(self, readings: Collection[str] = ()) -> None:
         """Register hooks on the optimizer's steps, in place of those of an earlier run."""
-        self.release()
+        for hook in getattr(self._optimizer, _HOOKS, ()):
+            hook.remove()
         self._measures = [(name, measure) for name, measure in _MEASURES.items() if name in readings]
         optimizer = self._optimizer
-        hooks = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
-        setattr(optimizer, _HOOKS, hooks)  # where a later run finds them if an exception ends this one
+        self._hooks = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
+        setattr(optimizer, _HOOKS, self._hooks)  # where a later run finds them if an exception ends this one
 
     def gradients_are_finite(self) -> bool | None:
         """Return whether the current gradients are finite; None without gradients."""
@@ -127,8 +129,8 @@ class TorchOptimizer:
         return bool(_all_finite(gradients)) if gradients else None
 
     def release(self) -> None:
-        """Remove the hooks."""
-        for hook in getattr(self._optimizer, _HOOKS, ()):
+        """Remove the hooks of this run; those of a later run stay."""
+        for hook in self._hooks:
             hook.remove()
 
     def _before(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:

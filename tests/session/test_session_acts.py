@@ -320,3 +320,21 @@ def test_a_loss_function_may_return_one_loss():
     )
     train(session, model, optimizer)
     assert "loss/val/total" in session.state.metrics
+
+
+def test_an_iterator_that_is_closed_late_leaves_a_later_session_its_optimizer():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parts = {"model": model, "optimizer": optimizer, "interpreter": lambda effects, state, event: None}
+    loader = [torch.ones(4, 2)] * 4
+    first, later = (noether.Session([], max_epochs=1, **parts) for _ in range(2))
+    stale = first.batches(loader)
+    next(stale)  # as a progress bar in a variable holds it after `break`
+    for batch in later.batches(loader):
+        loss = model(batch).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        later.update(loss)
+        stale.close()
+    assert later.state.iteration.update == 4
