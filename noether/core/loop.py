@@ -1,4 +1,4 @@
-"""The two functions of a training loop: dispatch an event to the callbacks, and find the next move."""
+"""The functions of a training loop: dispatch an event to the callbacks, and find the next move."""
 
 from __future__ import annotations
 

@@ -104,17 +104,22 @@ class Reducer:
         if isinstance(event, BeforeTraining) and self._outermost:
             state = self._start(state, event)
         effects: Effects = ()
-        for member, call in self._calls(state, type(event)):
-            result = call(state, event)
-            try:
-                after, requested = result
-            except (TypeError, ValueError):
-                raise TypeError(_describe_result(member, result)) from None
-            if after is not state:
-                _check_change(member, state, after, event)
-                state = after
-            if requested:
-                effects += requested
+        member: Callback = identity
+        try:
+            for member, call in self._calls(state, type(event)):
+                result = call(state, event)
+                try:
+                    after, requested = result
+                except (TypeError, ValueError):
+                    raise TypeError(_describe_result(member, result)) from None
+                if after is not state:
+                    _check_change(member, state, after, event)
+                    state = after
+                if requested:
+                    effects += requested
+        except Exception as error:
+            _note_place(error, member, effects, state, event)
+            raise
         if effects and isinstance(event, AfterAccumulationStep):
             raise ValueError(f"{effects[0]!r} was requested after an accumulation step; log and save after an update")
         return state, effects
@@ -239,7 +244,34 @@ def _is_always_due(schedule: Schedule) -> bool:
     return any(each.interval == 1 and each.window == ALWAYS for each in schedule.members)
 
 
-_LOOP_FIELDS: Final = ("iteration", "previous", "seed", "ended")
+_EFFECTS_BEFORE: Final = "_noether_effects"
+
+
+def effects_before(error: BaseException) -> Effects:
+    """Return the effects of the callbacks that a reducer had called at the event before one of them raised `error`.
+
+    Example:
+        >>> from noether import AfterTraining, LogText, TrainState
+        >>> def fail(state, event):
+        ...     raise IndexError("no such batch")
+        >>> try:
+        ...     compose(lambda state, event: (state, (LogText("first"),)), fail)(TrainState(), AfterTraining())
+        ... except IndexError as error:
+        ...     effects_before(error), error.__notes__
+        ((LogText(text='first'),), ["raised by the callback 'fail' at E0_U0_S0, AfterTraining"])
+    """
+    effects: Effects = vars(error).get(_EFFECTS_BEFORE, ())
+    return effects
+
+
+def _note_place(error: Exception, member: Callback, effects: Effects, state: TrainState, event: Event) -> None:
+    """Add a note that names the callback, and the effects of those before it; an inner reducer did so before."""
+    if _EFFECTS_BEFORE not in vars(error):
+        error.add_note(f"raised by the callback {label_of(member)!r} at {state.iteration}, {type(event).__name__}")
+    vars(error)[_EFFECTS_BEFORE] = effects + effects_before(error)
+
+
+_LOOP_FIELDS: Final = ("iteration", "previous", "seed", "ended", "pending")
 """Fields of a state that only the loop may change."""
 
 
@@ -256,6 +288,7 @@ def _check_change(member: Callback, before: TrainState, after: TrainState, event
         or after.previous is not before.previous
         or after.seed is not before.seed
         or after.ended is not before.ended
+        or after.pending is not before.pending
     ):
         name = next(each for each in _LOOP_FIELDS if getattr(after, each) is not getattr(before, each))
         raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")

@@ -56,6 +56,8 @@ class TrainState:
         stop: The first reason to stop, or None.
         ended: Whether `AfterTraining` has been dispatched since the last update.
         seed: The seed of all random numbers of the run.
+        pending: The readings of an `AfterUpdate` that an error or a signal cut short, which the loop dispatches again;
+            None otherwise.
 
     Example:
         >>> state = TrainState().advance(samples=4)
@@ -74,6 +76,7 @@ class TrainState:
     stop: str | None = None
     ended: bool = False
     seed: int = 0
+    pending: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if dict in map(type, vars(self).values()):
@@ -117,7 +120,8 @@ class TrainState:
         }
         if saved is None:
             return cls(**views, seed=seed)
-        return cls(**{**vars(saved), **views, "callback_states": move_to_model(model, saved.callback_states)})
+        moved = {name: move_to_model(model, getattr(saved, name)) for name in ("callback_states", "pending")}
+        return cls(**{**vars(saved), **views, **moved})
 
     def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
         """Write the state into a live model and optimizer, and return the state that views them.

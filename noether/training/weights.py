@@ -71,7 +71,7 @@ def to_device(state: TrainState, device: torch.device, *, counts_on_device: bool
     """
     if device.type == "cpu":
         return state
-    names = ("params", "buffers", "callback_states", "hyperparams")
+    names = ("params", "buffers", "callback_states", "hyperparams", "pending")
     trees = {name: move_to_device(device, getattr(state, name)) for name in names}
     metrics = {
         key: metric._replace(value=move_to_device(device, metric.value)) for key, metric in state.metrics.items()

@@ -2,6 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import given, settings
 
 from noether.core.combinators import callback, every_n_epochs, every_n_samples, every_n_updates, on, when
@@ -10,11 +11,13 @@ from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTra
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move
 from noether.core.metrics import log
+from noether.core.pending import dispatch_pending, keep_event
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.schedules.schedule import At
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict
+from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.testing import same
 from noether.testing.strategies import run_lengths, schedules
 
@@ -126,6 +129,36 @@ def test_a_run_ends_once_and_at_its_end(run):
     assert names.count("AfterUpdate") == run.final.update
     assert names.count("AfterEpoch") == run.final.epoch
     assert list(run_to_end(lambda state, event: (state, ()), run, state)) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(ended_runs(), schedules(12), st.integers(1, 40), st.integers(1, 20), st.data())
+def test_an_event_that_was_cut_short_is_dispatched_again(run, schedule, stop_at, n, data):
+    reducer = callbacks(schedule, stop_at, n)
+    state = start_run(reducer, run, TrainState(params={"w": torch.tensor(1.0)}), resumed=False)
+    cut_after = data.draw(st.integers(0, run.final.update - 1))
+    while state.iteration.update < cut_after and state.stop is None:
+        state = state.advance(samples=2)
+        state = reducer(state, AfterUpdate(run=run, samples=2, losses={"total": torch.tensor(0.5)}))[0]
+    event = AfterUpdate(run=run, time_s=7.0, samples=3, losses={"total": torch.tensor(0.25)}, lr={"": 0.5},
+                        outputs=({"y": torch.ones(2)},), accumulated=(1, 2), finite=torch.tensor(True))  # fmt: skip
+    state = state.advance(samples=3)
+    saved = decode_state(encode_state(keep_event(state, event))).replace(params=state.params)
+    resumed = start_run(callbacks(schedule, stop_at, n), run, saved, resumed=True)
+    requested = []
+    again = dispatch_pending(resumed, run, reducer, lambda effects, state, event: requested.append((effects, event)))
+    after, effects = reducer(state, event)
+    assert same(again, after)
+    assert same([requested[0][0]], [effects])
+    kept = requested[0][1]
+    assert kept.run is run
+    assert same({**vars(kept), "run": None, "time_s": 7.0}, {**vars(event), "run": None})
+    assert dispatch_pending(again, run, reducer, pytest.fail) is again
+
+
+def test_outputs_that_no_checkpoint_can_hold_are_left_out():
+    event = AfterUpdate(samples=2, outputs=(object(),))
+    assert keep_event(TrainState(), event).pending["outputs"] is None
 
 
 RUN = Run(end=TrainingIteration(epoch=2), updates_per_epoch=2, samples_per_epoch=4, effective_batch_size=2)

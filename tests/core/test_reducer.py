@@ -28,7 +28,7 @@ from noether.core.reducer import compose, identity
 from noether.core.schedules.gate import Gate
 from noether.core.schedules.schedule import At, EveryNEpochs, EveryNUpdates
 from noether.core.state import TrainState
-from noether.core.tensors.tree import tensors
+from noether.core.tensors.tree import FrozenDict, tensors
 from noether.testing import same
 from noether.testing.strategies import run_lengths, schedules
 
@@ -218,13 +218,19 @@ def test_listens_to_by_kind_of_callback():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("iteration", TrainingIteration(9)), ("previous", TrainingIteration(9)), ("seed", 99), ("ended", True)],
+    [
+        ("iteration", TrainingIteration(9)),
+        ("previous", TrainingIteration(9)),
+        ("seed", 99),
+        ("ended", True),
+        ("pending", FrozenDict()),
+    ],
 )
 def test_only_the_loop_may_change_its_fields(name, value):
     def meddle(state, event):
         return state.replace(**{name: value}), ()
 
-    with pytest.raises(ValueError, match=f"^meddle changed state.{name}, which only the loop may change$"):
+    with pytest.raises(ValueError, match=f"^meddle changed state.{name}, which only the loop may change\nraised by"):
         compose(note, meddle)(TrainState().advance(samples=1), AfterUpdate())
 
 

@@ -42,6 +42,7 @@ class _Values:
     hyperparams: Any
     metrics: Any
     callback_states: Any
+    pending: Any = None
 
 
 def encode_state(state: TrainState) -> dict[str, Any]:
@@ -72,6 +73,8 @@ def encode_state(state: TrainState) -> dict[str, Any]:
         "seed": state.seed,
         **{name: encode_tree(tree, tensors, name) for name, tree in trees.items()},
     }
+    if state.pending is not None:  # left out otherwise, as earlier versions wrote no such entry
+        values["pending"] = encode_tree(state.pending, tensors, "pending")
     return {"state": values, "tensors": tensors}
 
 
@@ -94,12 +97,14 @@ def decode_state(saved: Mapping[str, Any]) -> TrainState:
     names = ("hyperparams", "metrics", "callback_states")
     trees = {name: decode_mapping(name, getattr(values, name), saved["tensors"]) for name in names}
     metrics = {key: Measured(value, TrainingIteration.parse(at)) for key, (value, at) in trees["metrics"].items()}
+    pending = None if values.pending is None else decode_mapping("pending", values.pending, saved["tensors"])
     return TrainState(
         iteration=values.iteration,
         previous=values.previous,
         stop=values.stop,
         ended=values.ended,
         seed=values.seed,
+        pending=pending,
         **{**trees, "metrics": metrics},
     )
 
