@@ -1,0 +1,80 @@
+"""What a run does when an exception ends it: save the settled state, write the logs, and say where everything is."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from noether.core.effect import SaveCheckpoint
+from noether.core.event import AfterUpdate
+from noether.core.reducer import effects_before
+from noether.core.tensors.tree import FrozenDict
+from noether.effects.checkpoints.listing import CheckpointError
+from noether.effects.disk.files import replace_text
+from noether.effects.run_logs import LOG_EFFECTS
+
+if TYPE_CHECKING:
+    from noether.core.event import Event
+    from noether.core.run import Run
+    from noether.core.state import TrainState
+    from noether.effects.run_directory import Interpret, RunDirectory
+
+TRACEBACK_FILE: Final = "traceback.txt"
+
+
+def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_s: float) -> None:
+    """Save a run that ends before its end, under the pointer `latest`; return when the checkpoint is on the disk.
+
+    The checkpoint stays until the resumed run has saved the next one from which it can resume.
+
+    Raises:
+        CheckpointError: If it cannot be saved, whatever `on_error` of the directory is.
+    """
+    save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
+    with suppress(CheckpointError):  # of an earlier save in the background, which was reported or is about to be
+        directory.wait()
+    directory.interpreter((save,), state, AfterUpdate(run=run, time_s=time_s))
+    directory.wait()
+    newest = directory.checkpoints.newest()
+    if newest is None or newest.iteration != state.iteration:
+        raise CheckpointError(f"no checkpoint of {state.iteration} is in {directory.path}")
+
+
+def record_failure(
+    error: Exception, directory: RunDirectory, settled: TrainState | None, at: tuple[TrainState, Event], logs: Interpret
+) -> None:
+    """Save what an exception would lose, and add notes to it that say where everything is.
+
+    First the settled state is saved, from which a resumed run repeats the event that raised the exception. Then the
+    logs of the callbacks before the one that failed are written; the resumed run replaces them. Last, the traceback is
+    written to a file of the run. If one of the three fails, a note says so, and the exception stays what it was.
+
+    Args:
+        error: The exception.
+        directory: The run on disk.
+        settled: The state to save, from which the run continues exactly; None if there is none.
+        at: The state and the event at which the exception was raised.
+        logs: Runs the effects that write logs.
+    """
+    state, event = at
+    if settled is None:
+        error.add_note(f"no state at {state.iteration} could be saved: the update was not completed")
+    else:
+        try:
+            save_interrupted(directory, settled, event.run, event.time_s)
+        except Exception as failure:  # noqa: BLE001  # the first error is the one to report
+            error.add_note(f"the state at {settled.iteration} could not be saved: {failure}")
+        else:
+            error.add_note(f"the state at {settled.iteration} is saved in {directory.path}")
+    try:
+        logs(tuple(effect for effect in effects_before(error) if isinstance(effect, LOG_EFFECTS)), state, event)
+        text = "".join(traceback.format_exception(error))
+        replace_text(
+            directory.path / TRACEBACK_FILE, f"{time.strftime('%Y-%m-%d %H:%M:%S')}, at {state.iteration}\n\n{text}"
+        )
+    except Exception as failure:  # noqa: BLE001  # likewise
+        error.add_note(f"its logs and traceback could not be written: {failure}")
+    else:
+        error.add_note(f"the traceback is in {directory.path / TRACEBACK_FILE}")
