@@ -129,6 +129,29 @@ class CheckpointStore:
         """Return the manifest of the newest resumable checkpoint, or None; its files are not verified."""
         return next((manifest for manifest in reversed(self.manifests()) if manifest.resumable), None)
 
+    def holds(self, state: TrainState) -> bool:
+        """Return whether a run can resume at `state`: one of this process's resumable checkpoints is of its iteration.
+
+        Those are the checkpoints that this process wrote, and the one that it resumed from. No file of the checkpoint
+        is read but its manifest. Wait for background saves before you ask: call `RunDirectory.wait`.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> from noether import AfterUpdate, SaveCheckpoint, TrainState
+            >>> state = TrainState().advance(samples=4)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     store = CheckpointStore(Path(folder), "run")
+            ...     store.save(SaveCheckpoint(), state, AfterUpdate(samples=4))
+            ...     store.holds(state), store.holds(state.advance(samples=4))
+            (True, False)
+        """
+        own = {*self._committed, self._parent}
+        return any(
+            manifest.resumable and manifest.iteration == state.iteration and manifest.tag in own
+            for manifest in self.manifests()
+        )
+
     def load(self, manifest: Manifest) -> TrainState:
         """Return the state in a checkpoint, on the CPU; fields that were not saved have their defaults.
 

@@ -252,6 +252,18 @@ def test_resumed_segment_names_and_keeps_its_parent(store, folder):
     assert [manifest.parent for manifest in store.manifests()] == [None, "E0_U1_S4"]
 
 
+def test_a_store_holds_the_iterations_of_its_own_resumable_checkpoints(store, folder):
+    assert not store.holds(state_at(1))
+    store.save(SaveCheckpoint(optimizer=False), state_at(1), UPDATE)
+    assert not store.holds(state_at(1))
+    store.save(SaveCheckpoint(tag="whole"), state_at(1), UPDATE)
+    assert (store.holds(state_at(1)), store.holds(state_at(1, epoch=1))) == (True, False)
+    second = open_store(folder)
+    assert not second.holds(state_at(1))
+    second.resume(second.newest())
+    assert second.holds(state_at(1))
+
+
 def test_a_pointer_keeps_its_checkpoint(store):
     store.save(SaveCheckpoint(pointers=("best",), retention={"b": 0}), state_at(1), UPDATE)
     store.save(SaveCheckpoint(retention={"c": 1}), state_at(2), UPDATE)
