@@ -21,7 +21,7 @@ from noether.core.tensors.stored_weights import find_weights, memory_of, use_wei
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.disk.encoding import to_plain
-from noether.effects.disk.files import make_directories, replace_text
+from noether.effects.disk.files import make_directories, os_error_text, replace_text
 from noether.training.experiment import build
 from noether.training.runs.resumption import load_run_config
 from noether.training.runs.services import add_handlers
@@ -39,6 +39,8 @@ def evaluate(
     run_dir: Path, checkpoint: str, weights: str | None, settings: Sequence[str], allow: Sequence[str]
 ) -> None:
     """Evaluate a checkpoint with the data iterators of its run; print the metrics and write `eval/TAG.json`.
+
+    Where the file cannot be written, as in a run that is read-only, a warning says so and the command succeeds.
 
     Args:
         run_dir: The run directory.
@@ -75,11 +77,8 @@ def evaluate(
             f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"
         )
     dispatch(state, AtEval(run=experiment.run), reducer, add_handlers(_collecting_interpreter(metrics), config))
-    path = run_dir / "eval" / f"{name}.json"
-    make_directories(path.parent)
-    replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    click.echo(f"written to {path}")
     _print_metrics(name, metrics)
+    _write_metrics(run_dir / "eval" / f"{name}.json", metrics)
 
 
 def _find_checkpoint(store: CheckpointStore, checkpoint: str) -> Manifest:
@@ -113,6 +112,17 @@ def _collecting_interpreter(metrics: dict[str, Any]) -> Interpreter:
 
     ignored = (LogText, SetSummary, SaveTensors, MeasurePeakMemory, ShowProgress)
     return Interpreter({LogScalars: [collect], **dict.fromkeys(ignored, ())})
+
+
+def _write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write the metrics to a file and print its path, or warn that it cannot be written."""
+    try:
+        make_directories(path.parent)
+        replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        click.echo(f"Warning: the metrics above cannot be written to {path}: {os_error_text(error)}", err=True)
+    else:
+        click.echo(f"written to {path}")
 
 
 def _print_metrics(tag: str, metrics: Mapping[str, Any]) -> None:

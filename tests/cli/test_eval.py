@@ -1,9 +1,14 @@
 """`noether eval`: evaluates a checkpoint of a run."""
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
 from command import SMALL, contents, invoke, lines, only_run
+
+from noether.cli import evaluate
 
 
 @pytest.mark.parametrize(
@@ -25,7 +30,7 @@ def test_eval_equals_the_measurements_in_training(finished_run, tmp_path, argume
     )
     assert set(measured) == {"loss/val/cross_entropy", "loss/val/total", "val/accuracy"}
     assert measured == {key: logged[key] for key in measured}
-    assert output.splitlines()[0] == f"written to {file}"
+    assert output.splitlines()[-1] == f"written to {file}"
     assert tag in output
     assert [f"{value:.6g}" in output and key in output for key, value in measured.items()] == [True] * 3
     assert contents(finished_run).keys() - before.keys() == {(tmp_path / file).relative_to(finished_run)}
@@ -36,6 +41,25 @@ def test_a_second_eval_replaces_the_file(finished_run, tmp_path):
     (finished_run / "eval/E1_U38_S1205.json").write_text("{}")
     invoke("eval", finished_run, "--checkpoint", "E1_U38_S1205", cwd=tmp_path)
     assert json.loads((finished_run / "eval/E1_U38_S1205.json").read_text())["val/accuracy"] > 0
+
+
+def test_eval_of_a_run_that_cannot_be_written_prints_the_metrics_and_warns(finished_run, tmp_path, monkeypatch):
+    run = finished_run.relative_to(tmp_path)
+    printed = invoke("eval", run, cwd=tmp_path).splitlines()[:-1]
+    shutil.rmtree(finished_run / "eval")
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(run / "eval"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "make_directories", refuse)
+        output = invoke("eval", run, cwd=tmp_path).splitlines()
+    file = run / "eval/E2_U76_S2410.2.json"
+    warning = f"Warning: the metrics above cannot be written to {file}"
+    assert (output[:-1], output[-1]) == (printed, f"{warning}: Read-only file system")
+    (finished_run / "eval").write_text("a file takes the place of the folder")
+    output = invoke("eval", run, cwd=tmp_path).splitlines()
+    assert (output[:-1], output[-1]) == (printed, f"{warning}: Not a directory")
 
 
 @pytest.mark.parametrize(
