@@ -9,7 +9,7 @@ attributes are all that a callback may add; each is optional:
 | `init` | `state -> {name: memory}`, the memory that it starts with | it has no memory |
 | `gate` | the `Gate` that says when it acts | it acts on every event |
 | `produces` | patterns of the metric keys that it logs | it may log any key |
-| `consumes` | metric keys that must be current when it acts; wrap one in `OptionalKey` if it may be absent | none |
+| `consumes` | metric keys that must be current when it acts; `SkippableKey`, `OptionalKey`: that need not be | none |
 | `readings` | names of the costly fields of `AfterUpdate` that it reads, listed in `READINGS` | none |
 
 `CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have two private attributes,
@@ -19,7 +19,7 @@ from which a reducer knows when it need not call them: `_listens` (see `listens_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from noether.core.errors import raise_problems
 from noether.core.event import AfterUpdate, check_reading
@@ -75,6 +75,25 @@ class OptionalKey(str):
         return f"OptionalKey({super().__repr__()})"
 
 
+@final
+class SkippableKey(str):
+    """A metric key in `consumes` that a callback has to come before the consumer, but need not log at each event.
+
+    The consumer does nothing at an event where the metric is not current.
+
+    Example:
+        >>> SkippableKey("val/auc")
+        SkippableKey('val/auc')
+        >>> SkippableKey("val/auc") == "val/auc"
+        True
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"SkippableKey({super().__repr__()})"
+
+
 @dataclass(frozen=True)
 class Declaration:
     """The attributes of a callback, with their defaults filled in.
@@ -83,7 +102,8 @@ class Declaration:
         label: Its name in messages.
         gate: When it acts; None if it acts on every event that it listens to.
         produces: Patterns of the metric keys that it logs; None if it may log any.
-        consumes: Metric keys that have to be current when it acts, and each `OptionalKey` that it reads if current.
+        consumes: Metric keys that have to be current when it acts, and each `SkippableKey` and `OptionalKey` that it
+            reads if current.
         readings: Costly fields of `AfterUpdate` that it reads, such as `grad_norm`.
     """
 
@@ -95,7 +115,7 @@ class Declaration:
 
     @property
     def required(self) -> tuple[str, ...]:
-        """The keys of `consumes` that are not optional."""
+        """The keys of `consumes` that a callback has to produce: those that are not optional."""
         return tuple(key for key in self.consumes if not isinstance(key, OptionalKey))
 
 
@@ -111,7 +131,7 @@ def declaration_of(callback: Callback) -> Declaration:
 
 
 def merge_keys(*keys: str) -> tuple[str, ...]:
-    """Return metric keys without repetition; one that is required and optional is required.
+    """Return metric keys without repetition, each in its strictest form: required, then skippable, then optional.
 
     Example:
         >>> merge_keys(OptionalKey("a"), "b", "a")
@@ -119,9 +139,12 @@ def merge_keys(*keys: str) -> tuple[str, ...]:
     """
     merged: dict[str, str] = {}
     for key in keys:
-        if key not in merged or not isinstance(key, OptionalKey):
+        if key not in merged or _LENIENCE.index(type(key)) < _LENIENCE.index(type(merged[key])):
             merged[key] = key
     return tuple(merged.values())
+
+
+_LENIENCE: Final = (str, SkippableKey, OptionalKey)
 
 
 def check_readings(callback: Callback) -> None:

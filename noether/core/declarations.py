@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from noether.core.callback import Callback, Declaration, OptionalKey, declaration_of, init_of
+from noether.core.callback import Callback, Declaration, OptionalKey, SkippableKey, declaration_of, init_of
 from noether.core.errors import NoetherError, suggest
 from noether.core.metrics import keys_overlap
 from noether.core.schedules.window import ALWAYS
@@ -81,9 +81,14 @@ def _duplicate_keys(callbacks: Sequence[Callback], declared: Sequence[Declaratio
 def _missing_metrics(callbacks: Sequence[Callback], declared: Sequence[Declaration], run: Run) -> Iterator[Misfit]:
     for index, (callback, consumer) in enumerate(zip(callbacks, declared, strict=True)):
         for key in consumer.required:
-            message = _missing_text(key, consumer, declared[:index], declared[index + 1 :], run)
+            message = _missing_text(key, consumer, declared[:index], declared[index + 1 :])
             if message:
                 yield Misfit(callback, message)
+                continue
+            message = _stale_text(key, consumer, declared[:index], run)
+            if message:
+                hint = ", or set missing: skip" if getattr(callback, "missing", None) == "raise" else ""
+                yield Misfit(callback, message + hint)
         for key in consumer.consumes:
             later = _producers(key, declared[index + 1 :]) if isinstance(key, OptionalKey) else []
             if later and not _producers(key, declared[:index]):
@@ -97,28 +102,38 @@ def _producers(key: str, declared: Sequence[Declaration]) -> list[Declaration]:
 
 
 def _missing_text(
-    key: str, consumer: Declaration, before: Sequence[Declaration], after: Sequence[Declaration], run: Run
+    key: str, consumer: Declaration, before: Sequence[Declaration], after: Sequence[Declaration]
 ) -> str | None:
+    """Return why no callback before the consumer can produce `key`, or None if one can."""
+    if _producers(key, before):
+        return None
+    later = _producers(key, after)
+    if later:
+        return f"{consumer.label} consumes '{key}': list it after {later[0].label}, which produces it"
+    if _may_log_any_key(before):
+        return None
+    produced = [pattern for d in before for pattern in d.produces or ()]
+    known = f"produced before it: {', '.join(produced) or 'nothing'}{suggest(key, produced)}"
+    return f"{consumer.label} consumes '{key}', which no callback produces; {known}"
+
+
+def _stale_text(key: str, consumer: Declaration, before: Sequence[Declaration], run: Run) -> str | None:
     """Return why `key` is not current when its consumer is due, or None if it is, or if arithmetic cannot decide it."""
-    # A callback that declares no `produces` may log any key; then the first firing shows whether the metric is current.
-    undeclared = any(d.produces is None for d in before)
     producers = _producers(key, before)
-    if not producers:
-        later = _producers(key, after)
-        if later:
-            return f"{consumer.label} consumes {key!r}: list it after {later[0].label}, which produces it"
-        if undeclared:
-            return None
-        produced = [pattern for d in before for pattern in d.produces or ()]
-        known = f"produced before it: {', '.join(produced) or 'nothing'}{suggest(key, produced)}"
-        return f"{consumer.label} consumes {key!r}, which no callback produces; {known}"
     # Stored weights are memory: they are always current, whatever the gate of their producer.
-    if undeclared or names_weights(key) or any(covers(p.gate, consumer.gate, run) is not False for p in producers):
+    if isinstance(key, SkippableKey) or not producers or names_weights(key) or _may_log_any_key(before):
+        return None
+    if any(covers(p.gate, consumer.gate, run) is not False for p in producers):
         return None
     return (
-        f"{consumer.label} consumes {key!r} where {producers[0].label} does not produce it: "
+        f"{consumer.label} consumes '{key}' where {producers[0].label} does not produce it: "
         f"{_gate_text(consumer.gate)} against {_gate_text(producers[0].gate)}; give both the same interval"
     )
+
+
+def _may_log_any_key(declared: Sequence[Declaration]) -> bool:
+    """Return whether one declares no `produces`: only a firing then shows whether a metric is current."""
+    return any(d.produces is None for d in declared)
 
 
 def _gate_text(gate: Gate | None) -> str:

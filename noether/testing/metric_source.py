@@ -6,7 +6,7 @@ import math
 import zlib
 from typing import TYPE_CHECKING, Final
 
-from noether.core.callback import declaration_of, label_of
+from noether.core.callback import SkippableKey, declaration_of, label_of, merge_keys
 from noether.core.combinators import callback, on
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval
 from noether.core.metrics import keys_overlap, log
@@ -43,12 +43,14 @@ def add_metric_source(tested: Callback) -> Reducer:
 def metric_source(tested: Callback) -> Callback:
     """Return a callback that logs the metrics that `tested` consumes and does not produce; `identity` if none.
 
+    It leaves out a metric that the callback can do without (a `SkippableKey`) at some of the events.
+
     Raises:
         TypeError: If `tested` consumes stored weights instead of a metric.
     """
     members = tested.members if isinstance(tested, Reducer) else (tested,)
     produced = [pattern for member in members for pattern in declaration_of(member).produces or ()]
-    consumed = dict.fromkeys(key for member in members for key in declaration_of(member).required)
+    consumed = merge_keys(*(key for member in members for key in declaration_of(member).required))
     keys = tuple(key for key in consumed if not any(keys_overlap(pattern, key) for pattern in produced))
     for key in keys:
         if names_weights(key):
@@ -61,12 +63,15 @@ def metric_source(tested: Callback) -> Callback:
     @callback("measured", produces=keys)
     @on(*_MEASURED)
     def measure(state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        return log(state, event, {key: _pseudo_random_value(key, state, event) for key in keys})
+        present = [
+            key for key in keys if not isinstance(key, SkippableKey) or _hash(f"{key} is logged", state, event) % 2
+        ]
+        values = {str(key): _VALUES[_hash(key, state, event) % len(_VALUES)] for key in present}
+        return log(state, event, values) if values else (state, ())
 
     return measure if keys else identity
 
 
-def _pseudo_random_value(key: str, state: TrainState, event: Event) -> float:
-    """Return a value that looks random but is a function of the key, the seed, the event and the iteration."""
-    text = f"{key} {state.seed} {type(event).__name__} {state.iteration}"
-    return _VALUES[zlib.crc32(text.encode()) % len(_VALUES)]
+def _hash(key: str, state: TrainState, event: Event) -> int:
+    """Return a number that looks random but is a function of the key, the seed, the event and the iteration."""
+    return zlib.crc32(f"{key} {state.seed} {type(event).__name__} {state.iteration}".encode())

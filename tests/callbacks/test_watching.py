@@ -8,10 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noether.core.callback import declaration_of
-from noether.core.callbacks import BestCheckpointCallback, BestMetricCallback, MetricEarlyStopping
+from noether.core.callbacks import (
+    BestCheckpointCallback,
+    BestMetricCallback,
+    MetricEarlyStopping,
+    ReduceLROnPlateauCallback,
+)
 from noether.core.callbacks.improvement import direction_of, improves
 from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars, LogText, SaveCheckpoint, SetSummary
+from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AtEval, BeforeTraining
 from noether.core.metrics import MetricError, log
 from noether.core.reducer import compose
@@ -299,3 +305,80 @@ def test_two_callbacks_that_move_one_pointer_are_refused():
     pair = compose(BestCheckpointCallback(every_n_epochs=1, **best), BestCheckpointCallback(every_n_epochs=2, **best))
     with pytest.raises(DeclarationError, match=r"both produce 'checkpoints/best_model.val.accuracy'; remove one"):
         pair(TrainState(), BeforeTraining())
+
+
+# --- missing
+
+
+PRESENT = st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0, NAN, INF]), max_size=12)
+SKIPPING = [
+    (BestMetricCallback, {}),
+    (BestCheckpointCallback, {"tolerances": (1, 3)}),
+    (MetricEarlyStopping, {"tolerance": 2}),
+    (ReduceLROnPlateauCallback, {"tolerance": 2, "cooldown": 1}),
+]
+
+
+def run_with_gaps(callback, values):
+    """Return the last state and the requests of the firings with a value; a value of None is not logged."""
+    state, requests = TrainState(), []
+    for value in values:
+        state = state.advance(samples=1).next_epoch()
+        if value is None:
+            after, effects = callback(state, AfterEpoch())
+            assert after is state
+            assert effects == ()
+        else:
+            state, _ = log(state, AfterEpoch(), {"val/accuracy": value})
+            state, effects = callback(state, AfterEpoch())
+            requests.append(effects)
+    return state, requests
+
+
+def without_places(requests):
+    """Return requests without the iterations that they name."""
+    return [
+        tuple({k: v for k, v in each.values.items() if "_" not in k} if hasattr(each, "values") else each for each in e)
+        for e in requests
+    ]
+
+
+@pytest.mark.parametrize(("kind", "more"), SKIPPING)
+@given(values=PRESENT, gaps=st.lists(st.integers(0, 12), max_size=6))
+def test_firings_without_a_metric_do_not_count(kind, more, values, gaps):
+    spread = list(values)
+    for gap in gaps:
+        spread.insert(gap, None)
+    callback = watch(kind, missing="skip", **more)
+    state, requests = run_with_gaps(callback, spread)
+    expected, expected_requests = run_with_gaps(watch(kind, **more), values)
+    assert repr(without_places(requests)) == repr(without_places(expected_requests))
+    assert state.stop == expected.stop
+    assert state.hyperparams == expected.hyperparams
+    for counter in ("best", "since", "longest", "cooling"):
+        memory, expected_memory = callback.memory(state), callback.memory(expected)
+        assert repr(memory.get(counter)) == repr(expected_memory.get(counter))
+
+
+@pytest.mark.parametrize(("kind", "more"), SKIPPING)
+def test_a_missing_metric_raises_and_names_the_setting(kind, more):
+    state, _ = log(TrainState().advance(samples=1).next_epoch(), AfterEpoch(), {"val/accuracy": 0.5})
+    later = state.advance(samples=1).next_epoch()
+    for firing in (TrainState().advance(samples=1).next_epoch(), later):
+        with pytest.raises(MetricError) as raised:
+            watch(kind, **more)(firing, AfterEpoch())
+        name = f"{kind.__name__}/E1/val/accuracy"
+        assert str(raised.value).endswith(f"; with missing: skip, {name} does not count such a firing")
+        assert watch(kind, missing="skip", **more)(firing, AfterEpoch()) == (firing, ())
+    with pytest.raises(SettingsError, match="missing: 'ignore' is not one of 'skip', 'raise'"):
+        watch(kind, missing="ignore", **more)
+
+
+def test_a_target_that_is_missing_at_the_best_is_left_out_there():
+    best = watch(BestMetricCallback, target_metric_keys=("a", "b"), missing="skip")
+    state, _ = log(TrainState().advance(samples=1).next_epoch(), AfterEpoch(), {"val/accuracy": 0.5, "a": 1.0})
+    _, (logged, _) = best(state, AfterEpoch())
+    assert set(logged.values) == {"val/accuracy/best", "val/accuracy/best_update", "a/at_best/val/accuracy"}
+    strict = watch(BestMetricCallback, target_metric_keys=("a", "b"))
+    with pytest.raises(MetricError, match=r"no metric 'b' was measured yet; .* with missing: skip"):
+        strict(state, AfterEpoch())

@@ -146,9 +146,11 @@ CASES = {
         [("every_n_epochs: 1\n    dataset_key", "every_n_epochs: 2\n    dataset_key")],
         (
             "bad.yaml:32: callbacks[3]: BestMetricCallback/E1/val/accuracy consumes 'val/accuracy' where "
-            "MetricCallback/E2/val/accuracy does not produce it: E1 against E2; give both the same interval\n"
+            "MetricCallback/E2/val/accuracy does not produce it: E1 against E2; give both the same interval, "
+            "or set missing: skip\n"
             "bad.yaml:39: callbacks[5]: BestCheckpointCallback/E1/val/accuracy consumes 'val/accuracy' where "
-            "MetricCallback/E2/val/accuracy does not produce it: E1 against E2; give both the same interval"
+            "MetricCallback/E2/val/accuracy does not produce it: E1 against E2; give both the same interval, "
+            "or set missing: skip"
         ),
     ),
     "two producers of one key": (

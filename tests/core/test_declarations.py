@@ -93,13 +93,23 @@ def test_a_consumer_before_its_producer_is_refused():
     ]
 
 
+def test_a_consumer_that_skips_a_missing_metric_needs_a_producer_but_not_its_interval():
+    for skipping in (best(every_n_epochs=1, missing="skip"), stopping(every_n_updates=3, missing="skip")):
+        assert misfits(metric(every_n_epochs=2), skipping) == []
+        assert len(misfits(skipping)) == len(misfits(skipping, metric(every_n_epochs=2))) == 1
+    assert (
+        "list it after MetricCallback"
+        in misfits(best(every_n_epochs=1, missing="skip"), metric(every_n_epochs=1))[0][1]
+    )
+
+
 def test_a_consumer_due_without_its_producer_is_refused():
     assert misfits(metric(every_n_epochs=2), best(every_n_epochs=1)) == [
         (
             1,
             (
                 "BestMetricCallback/E1/val/accuracy consumes 'val/accuracy' where MetricCallback/E2/val/accuracy does "
-                "not produce it: E1 against E2; give both the same interval"
+                "not produce it: E1 against E2; give both the same interval, or set missing: skip"
             ),
         )
     ]
@@ -108,7 +118,7 @@ def test_a_consumer_due_without_its_producer_is_refused():
             1,
             (
                 "MetricEarlyStopping/E1/val/accuracy consumes 'val/accuracy' where MetricCallback/E1/val/accuracy does "
-                "not produce it: E1 and at the end against E1; give both the same interval"
+                "not produce it: E1 and at the end against E1; give both the same interval, or set missing: skip"
             ),
         )
     ]

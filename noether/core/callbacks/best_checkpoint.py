@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, final
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, check_whole
-from noether.core.metrics import current
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -32,13 +31,15 @@ class BestCheckpointCallback(MetricWatcher):
         mode: Whether `higher` or `lower` is better; None derives it from the key.
         min_delta: Improvement over the best value that is too small to count, >= 0.
         tolerances: Numbers of firings in a row without improvement, each >= 1, without duplicates.
+        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it saves nothing and
+            does not count towards a tolerance.
         model_names: Sub-modules whose weights to save, by their name in the model; empty for all.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
-        MetricError: If the metric is not current.
+        MetricError: If the metric is not current and `missing` is `raise`.
 
     ```yaml
     - kind: noether.core.callbacks.BestCheckpointCallback
@@ -85,7 +86,9 @@ class BestCheckpointCallback(MetricWatcher):
         """Request a checkpoint if the metric improved."""
         if is_nonfinite(state):
             return state, ()
-        value, memory = current(state, self.metric_key), self.memory(state)
+        value, memory = self.read_metric(state, self.metric_key), self.memory(state)
+        if value is None:
+            return state, ()
         if not improves(value, memory["best"], self.direction, self.min_delta):
             since = memory["since"] + 1
             longest = max(since, memory["longest"])

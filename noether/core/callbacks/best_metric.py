@@ -8,7 +8,7 @@ from noether.core.callback import OptionalKey, merge_keys
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite
 from noether.core.effect import SetSummary
 from noether.core.iteration import TrainingIteration
-from noether.core.metrics import current, is_current, log
+from noether.core.metrics import is_current, log
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class BestMetricCallback(MetricWatcher):
     Args:
         metric_key: The metric to watch, such as `val/accuracy`.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
+        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it logs nothing. With
+            `skip`, a target that is not current at the best is left out there.
         target_metric_keys: Other metrics whose value at the best is logged as `{target}/at_best/{metric}`.
         optional_target_metric_keys: The same for metrics that may be absent.
         every_n_epochs: Epochs between firings, >= 1.
@@ -37,7 +39,7 @@ class BestMetricCallback(MetricWatcher):
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
-        MetricError: If the metric or a target is not current.
+        MetricError: If the metric or a target is not current and `missing` is `raise`.
 
     ```yaml
     - kind: noether.core.callbacks.BestMetricCallback
@@ -67,7 +69,7 @@ class BestMetricCallback(MetricWatcher):
     def consumes(self) -> tuple[str, ...]:
         """The metric, the targets, and whether the update was finite, where a callback logs that."""
         optional = map(OptionalKey, self.optional_target_metric_keys)
-        return merge_keys(*super().consumes, *self.target_metric_keys, *optional)
+        return merge_keys(*super().consumes, *map(self.consumed_key, self.target_metric_keys), *optional)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return a memory without a best value."""
@@ -75,7 +77,9 @@ class BestMetricCallback(MetricWatcher):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log the best value so far."""
-        value, memory = current(state, self.metric_key), self.memory(state)
+        value, memory = self.read_metric(state, self.metric_key), self.memory(state)
+        if value is None:
+            return state, ()
         if not is_nonfinite(state) and improves(value, memory["best"], self.direction):
             memory = FrozenDict(best=value, at=str(state.iteration), targets=self._targets(state))
             state = state.remember(self.name, memory)
@@ -91,7 +95,8 @@ class BestMetricCallback(MetricWatcher):
 
     def _targets(self, state: TrainState) -> FrozenDict:
         present = [key for key in self.optional_target_metric_keys if is_current(state, key)]
-        return FrozenDict({self._target_key(key): current(state, key) for key in (*self.target_metric_keys, *present)})
+        values = {key: self.read_metric(state, key) for key in (*self.target_metric_keys, *present)}
+        return FrozenDict({self._target_key(key): value for key, value in values.items() if value is not None})
 
     def _target_key(self, target: str) -> str:
         return f"{target}/at_best/{self.metric_key}"

@@ -10,7 +10,6 @@ from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfi
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_choice, check_whole
 from noether.core.iteration import TrainingIteration
-from noether.core.metrics import current
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -33,13 +32,15 @@ class MetricEarlyStopping(MetricWatcher):
         tolerance: Firings in a row without improvement after which training stops, >= 1.
         min_delta: Improvement over the best value that is too small to count, >= 0.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
+        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it is neither an
+            improvement nor one of the `tolerance` firings without.
         nan: What a value of NaN does: `count` as no improvement, `stop` training, or `raise`.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
-        MetricError: If the metric is not current.
+        MetricError: If the metric is not current and `missing` is `raise`.
         FloatingPointError: If it is NaN and `nan` is `raise`.
 
     ```yaml
@@ -84,7 +85,9 @@ class MetricEarlyStopping(MetricWatcher):
         """Stop if the metric has not improved for `tolerance` firings."""
         if is_nonfinite(state):
             return state, ()
-        value, memory = current(state, self.metric_key), self.memory(state)
+        value, memory = self.read_metric(state, self.metric_key), self.memory(state)
+        if value is None:
+            return state, ()
         if math.isnan(value) and self.nan == "raise":
             raise FloatingPointError(f"{self.metric_key} is NaN at {state.iteration}; to continue, set nan: count")
         if improves(value, memory["best"], self.direction, self.min_delta):

@@ -7,10 +7,10 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
-from noether.core.callback import OptionalKey
+from noether.core.callback import OptionalKey, SkippableKey
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.errors import Problem, check_choice, is_number, suggest
-from noether.core.metrics import is_current
+from noether.core.metrics import MetricError, current, is_current
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,6 +91,7 @@ class MetricWatcher(PeriodicCallback):
     Args:
         metric_key: The metric to watch, such as `val/accuracy`.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
+        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it does not count.
 
     Example:
         >>> class Watch(MetricWatcher):
@@ -102,11 +103,13 @@ class MetricWatcher(PeriodicCallback):
 
     metric_key: str
     mode: Mode | None = None
+    missing: Literal["skip", "raise"] = "raise"
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
         yield from super().problems()
         yield mode_problem(self.metric_key, self.mode)
+        yield check_choice("missing", self.missing, ("skip", "raise"))
 
     @cached_property
     def direction(self) -> Mode:
@@ -122,4 +125,22 @@ class MetricWatcher(PeriodicCallback):
     @property
     def consumes(self) -> tuple[str, ...]:
         """The metric that it watches, and whether the update was finite, where a callback logs that."""
-        return (self.metric_key, OptionalKey(NONFINITE))
+        return (self.consumed_key(self.metric_key), OptionalKey(NONFINITE))
+
+    def consumed_key(self, key: str) -> str:
+        """Return a key as `consumes` lists it: as one that may be missing if `missing` is `skip`."""
+        return SkippableKey(key) if self.missing == "skip" else key
+
+    def read_metric(self, state: TrainState, key: str) -> float | None:
+        """Return the value of a metric at the current update, or None if it is not current and `missing` is `skip`.
+
+        Raises:
+            MetricError: If it is not current and `missing` is `raise`.
+        """
+        if self.missing == "skip" and not is_current(state, key):
+            return None
+        try:
+            return current(state, key)
+        except MetricError as error:
+            fix = f"with missing: skip, {self.name} does not count such a firing"
+            raise MetricError(f"{error}; {fix}") from None

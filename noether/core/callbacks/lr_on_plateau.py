@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, final
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_whole, is_number
-from noether.core.metrics import current
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -36,12 +35,14 @@ class ReduceLROnPlateauCallback(MetricWatcher):
         min_scale: Lower bound of `lr_scale`, in [0, 1].
         min_delta: Improvement over the best value that is too small to count, >= 0.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
+        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it counts neither
+            towards `tolerance` nor `cooldown`.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
-        MetricError: If the metric is not current.
+        MetricError: If the metric is not current and `missing` is `raise`.
 
     ```yaml
     - kind: noether.core.callbacks.ReduceLROnPlateauCallback
@@ -92,7 +93,9 @@ class ReduceLROnPlateauCallback(MetricWatcher):
         """Reduce the learning rate if the metric has not improved for `tolerance` firings."""
         if is_nonfinite(state):
             return state, ()
-        value, memory = current(state, self.metric_key), self.memory(state)
+        value, memory = self.read_metric(state, self.metric_key), self.memory(state)
+        if value is None:
+            return state, ()
         improved = improves(value, memory["best"], self.direction, self.min_delta)
         best = value if improved else memory["best"]
         since = 0 if improved or memory["cooling"] else memory["since"] + 1
