@@ -271,7 +271,7 @@ def _note_place(error: Exception, member: Callback, effects: Effects, state: Tra
     vars(error)[_EFFECTS_BEFORE] = effects + effects_before(error)
 
 
-_LOOP_FIELDS: Final = ("iteration", "previous", "seed", "ended", "pending")
+_LOOP_FIELDS: Final = ("iteration", "previous", "epoch_start", "seed", "ended", "pending", "lengths")
 """Fields of a state that only the loop may change."""
 
 
@@ -289,6 +289,8 @@ def _check_change(member: Callback, before: TrainState, after: TrainState, event
         or after.seed is not before.seed
         or after.ended is not before.ended
         or after.pending is not before.pending
+        or after.epoch_start is not before.epoch_start
+        or after.lengths is not before.lengths
     ):
         name = next(each for each in _LOOP_FIELDS if getattr(after, each) is not getattr(before, each))
         raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")

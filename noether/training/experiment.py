@@ -119,7 +119,7 @@ def build(
     optimizer = _build_optimizer(config, network)
     lr, weight_decay = _build_value_schedules(config, optimizer, state, run)
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
-    state = state.replace(opt_state=optimizer.init(state.params))
+    state = state.replace(opt_state=optimizer.init(state.params), lengths=data.batching.lengths)
     callbacks = build_callbacks(config, state, run)
     streams = [data] if isinstance(data, StreamedData) else []
     reducer = compose(*streams, *(configured.callback for configured in callbacks))

@@ -100,7 +100,12 @@ class TrainingData:
         Args:
             iteration: Completed epochs, updates and samples.
             last: Number of the last update of the run; nothing beyond it is prefetched.
+
+        Raises:
+            ValueError: If an epoch begins, and the dataset has another length than when training began.
         """
+        if iteration.update % self.batching.updates_per_epoch == 0:
+            self.batching.check_length(self._dataset, iteration.epoch)
         if iteration.update != self._expected:
             sampler = _MicroBatchSampler(self, iteration.update, last)
             self._prefetching = iter(_make_loader(self._dataset, self._seed, sampler, self._num_workers, self._device))

@@ -77,6 +77,8 @@ class StreamedData:
     def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:  # noqa: ARG002  # a stream is not prefetched
         """Return the state with the new position, and the micro-batches of its next update."""
         parts = self.batching.parts(state.iteration.update)
+        if parts[0].start == 0:
+            self.batching.check_length(self._dataset, state.iteration.epoch)
         self._move_to(state.memory(MEMORY), parts[0].start)
         samples = [[self._sample(state.iteration.epoch, i) for i in range(part.start, part.stop)] for part in parts]
         if parts[-1].stop == self.batching.samples_per_epoch:
@@ -105,7 +107,9 @@ class StreamedData:
         except StopIteration:
             name = type(self._dataset).__name__
             raise ValueError(
-                f"{name} ended after {index} samples of an epoch, but its __len__ is {self.batching.length}"
+                f"{name} ended after {index} samples of epoch {epoch}, but its __len__ is {self.batching.length}: "
+                "return from __len__ the number of samples that __iter__ yields in every epoch; after the last of them "
+                "state_dict() has to be the start of the next epoch"
             ) from None
 
 

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from noether.config import Config
+    from noether.core.iteration import TrainingIteration
+    from noether.core.run import Run
     from noether.core.state import TrainState
     from noether.effects import RunDirectory
+    from noether.training.experiment import Experiment
     from noether.training.runs.interruption import Interruption
 
 
@@ -71,7 +74,8 @@ def resume_run(
         notify: Receives lines for the user.
 
     Raises:
-        ConfigError: As `load_run_config`, or if a dropped memory does not exist.
+        ConfigError: As `load_run_config`, or if a dropped memory does not exist, or if the training set has another
+            length than when the run began.
         UnclaimedMemoryError: If the run holds memory that no callback claims and that is not dropped.
         CheckpointError: If there are checkpoints, and the run can be resumed from none of them.
     """
@@ -82,7 +86,7 @@ def resume_run(
         state = _load_newest(directory)
         experiment = build(config, run_id=directory.run_id, fresh=state is None)
         if state is not None:
-            state = _drop_memory(experiment.to_device(state), drop_memory)
+            state = _check_lengths(_drop_memory(experiment.to_device(state), drop_memory), experiment, run_dir)
             # Reducers are pure: this dry run refuses memory that does not fit before anything is written.
             experiment.reducer(state, BeforeTraining(run=experiment.run, resumed=True))
             if next_move(state, experiment.run) is Move.NOTHING:
@@ -130,6 +134,35 @@ def _load_newest(directory: RunDirectory) -> TrainState | None:
             raise
         fix = f"--set run.init_from={directory.path}/checkpoints/{saved[-1].tag}, and save_latest_optim: true"
         raise CheckpointError(f"{error}\nStart a new run with {fix}") from error
+
+
+def _check_lengths(state: TrainState, experiment: Experiment, run_dir: Path) -> TrainState:
+    """Return the state with the lengths of the run, or refuse those with which it did not begin."""
+    before, now = state.lengths, experiment.data.batching.lengths
+    changed = [name for name in before if before[name] != now.get(name)]
+    if changed and changed[0] == "training_samples":
+        path, updates = ("data", "train"), f"epochs of {before.get('updates_per_epoch')} updates"
+        change = (
+            f"has {now['training_samples']} samples, but the run began with {before['training_samples']}, in {updates}"
+        )
+    elif changed:
+        path, change = ("trainer", changed[0]), f"{now.get(changed[0])}, but the run began with {before[changed[0]]}"
+    elif not before and not _are_possible(state.iteration, experiment.run):  # of an earlier version
+        path = ("data", "train")
+        change = f"gives epochs of {now['updates_per_epoch']} updates, in which no run reaches {state.iteration}"
+    else:
+        return state.replace(lengths=now)
+    fix = f"noether train {run_dir / CONFIG_FILE} --set run.init_from={run_dir / 'checkpoints/latest'}"
+    raise experiment.config.error(path, f"{change}: restore it, or start a new run from these weights with {fix}")
+
+
+def _are_possible(at: TrainingIteration, run: Run) -> bool:
+    """Return whether a run with epochs of one length passes through an iteration."""
+    expected = run.iteration_after(at.update)
+    uncounted = expected.epoch - at.epoch  # 1 after the last update of an epoch, before the epoch is counted
+    return at.sample == expected.sample and (
+        uncounted == 0 or (uncounted == 1 and at.update % run.updates_per_epoch == 0)
+    )
 
 
 def _drop_memory(state: TrainState, names: Sequence[str]) -> TrainState:
