@@ -248,7 +248,10 @@ _EFFECTS_BEFORE: Final = "_noether_effects"
 
 
 def effects_before(error: BaseException) -> Effects:
-    """Return the effects of the callbacks that a reducer had called at the event before one of them raised `error`.
+    """Return the effects that were requested at an event before `error` was raised, and are not carried out yet.
+
+    They are those of the callbacks that a reducer had called before the one that raised the error; or, if a handler
+    raised it, those that come after the effect that it handled.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState
@@ -264,11 +267,16 @@ def effects_before(error: BaseException) -> Effects:
     return effects
 
 
+def attach_effects(error: BaseException, effects: Effects) -> None:
+    """Attach to an error the effects that were requested at its event and are not carried out yet."""
+    vars(error)[_EFFECTS_BEFORE] = effects
+
+
 def _note_place(error: Exception, member: Callback, effects: Effects, state: TrainState, event: Event) -> None:
     """Add a note that names the callback, and the effects of those before it; an inner reducer did so before."""
     if _EFFECTS_BEFORE not in vars(error):
         error.add_note(f"raised by the callback {label_of(member)!r} at {state.iteration}, {type(event).__name__}")
-    vars(error)[_EFFECTS_BEFORE] = effects + effects_before(error)
+    attach_effects(error, effects + effects_before(error))
 
 
 _LOOP_FIELDS: Final = ("iteration", "previous", "epoch_start", "seed", "ended", "pending", "lengths")

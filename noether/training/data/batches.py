@@ -105,7 +105,11 @@ class Batching:
 
 def collate(dataset: Any, samples: list[Any]) -> Any:
     """Return a batch of samples, made by the dataset's own `collate` if it has one."""
-    return getattr(dataset, "collate", default_collate)(samples)
+    try:
+        return getattr(dataset, "collate", default_collate)(samples)
+    except Exception as error:
+        error.add_note(f"while collating {len(samples)} samples into a batch")
+        raise
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:
