@@ -86,6 +86,8 @@ class ScheduleSettings:
 
     Args:
         kind: `constant`, `linear`, `cosine`, `polynomial` (to `end_factor` at the end of the run) or `step`.
+        length: Updates from the start of the run to the end of `linear`, `cosine` and `polynomial`, warm-up included;
+            after it the value stays. None for the length of the run, which changes if a resumed run gets another end.
         warmup_updates: Length of a linear warm-up in updates; 0 for no warm-up.
         warmup_epochs: Length of the warm-up in epochs; give at most one of the two.
         warmup_start_factor: Factor at the start of the warm-up, at least 0; None is 0.
@@ -110,6 +112,7 @@ class ScheduleSettings:
     """
 
     kind: str = "constant"
+    length: int | None = None
     warmup_updates: int = 0
     warmup_epochs: int = 0
     warmup_start_factor: float | None = None
@@ -122,18 +125,24 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         raise_problems([*self._value_problems(), *self._kind_problems(), *self._warmup_problems()])
 
+    @property
+    def has_length(self) -> bool:
+        """Whether the schedule runs to an end, which `length` or the end of the run gives."""
+        return "length" in _SETTINGS_OF_KIND[self.kind]
+
     def _value_problems(self) -> Iterator[Problem | None]:
         yield check_choice("kind", self.kind, _SETTINGS_OF_KIND)
         for name, above in (("warmup_start_factor", False), ("end_factor", False), ("power", True), ("gamma", True)):
             if getattr(self, name) is not None:
                 yield check_number(name, getattr(self, name), above=above)
+        yield None if self.length is None else check_whole("length", self.length)
         yield _check_increasing("milestone_epochs", self.milestone_epochs)
         yield _check_increasing("milestone_updates", self.milestone_updates)
 
     def _kind_problems(self) -> Iterator[Problem]:
         if self.kind not in _SETTINGS_OF_KIND:
             return
-        for name in ("end_factor", "power", "gamma", "milestone_epochs", "milestone_updates"):
+        for name in ("length", "end_factor", "power", "gamma", "milestone_epochs", "milestone_updates"):
             if name not in _SETTINGS_OF_KIND[self.kind] and getattr(self, name) not in (None, ()):
                 kinds = " and ".join(kind for kind, names in _SETTINGS_OF_KIND.items() if name in names)
                 yield Problem(name, f"is a setting of {kinds}, and kind is {self.kind}; remove it or change kind")
@@ -151,10 +160,10 @@ class ScheduleSettings:
 
 _SETTINGS_OF_KIND: Final[Mapping[str, tuple[str, ...]]] = {
     "constant": (),
-    "linear": ("end_factor",),
-    "cosine": ("end_factor",),
+    "linear": ("length", "end_factor"),
+    "cosine": ("length", "end_factor"),
     "step": ("gamma", "milestone_epochs", "milestone_updates"),
-    "polynomial": ("end_factor", "power"),
+    "polynomial": ("length", "end_factor", "power"),
 }
 
 

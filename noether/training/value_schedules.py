@@ -31,8 +31,8 @@ def value_schedule(
 ) -> ValueSchedule:
     """Return the schedule that `settings` describe for a hyperparameter with the base value `base`.
 
-    A warm-up is part of the run: the schedule after it takes `total_updates` minus the warm-up. Milestones count from
-    the start of the run, warm-up included, as in Goyal et al. 2017.
+    A warm-up is part of the length: the schedule after it takes `settings.length`, or else `total_updates`, minus the
+    warm-up. Milestones count from the start of the run, warm-up included, as in Goyal et al. 2017.
 
     Args:
         base: The value that the factors in `settings` multiply.
@@ -41,7 +41,8 @@ def value_schedule(
         updates_per_epoch: Number of updates of one epoch, at least 1; converts settings in epochs.
 
     Raises:
-        SettingsError: If a count is not at least 1, the warm-up takes all updates, or a milestone lies in the warm-up.
+        SettingsError: If a count is not at least 1, the warm-up takes the whole length, or a milestone lies in the
+            warm-up.
 
     Example:
         >>> from noether.config.optimizer_settings import ScheduleSettings
@@ -218,14 +219,15 @@ def _after_warmup(
             message = f"the first one, at update {milestones[0]}, lies in the warm-up of {warmup} updates"
             raise_problems([Problem(setting, message)])
         return StepDecay(start=base, milestones=tuple(m - warmup for m in milestones), gamma=_or(settings.gamma, 0.1))
-    updates = total_updates - warmup
+    length = total_updates if settings.length is None else settings.length
+    updates = length - warmup
     if updates < 1:
         setting = "warmup_epochs" if settings.warmup_epochs else "warmup_updates"
         raise_problems(
             [
                 Problem(
                     setting,
-                    f"a warm-up of {warmup} updates takes all {total_updates}, leaving none for {settings.kind}",
+                    f"a warm-up of {warmup} updates takes all {length}, leaving none for {settings.kind}",
                 )
             ]
         )

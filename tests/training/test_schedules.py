@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -123,6 +124,16 @@ def test_built_schedules_run_from_warmup_over_the_base_to_the_end(kind, base, to
     assert all(early <= late + 1e-9 for early, late in pairwise(schedule(u) for u in range(warmup + 1)))
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine", "polynomial"])
+@given(base=values, length=lengths, total=lengths, warmup=st.integers(0, 5), position=positions)
+def test_a_schedule_with_a_length_does_not_depend_on_the_length_of_the_run(kind, base, length, total, warmup, position):
+    settings = ScheduleSettings(kind=kind, warmup_updates=warmup, end_factor=0.1)
+    run_of_that_length = value_schedule(base, settings, total_updates=length + warmup, updates_per_epoch=7)
+    settings = replace(settings, length=length + warmup)
+    schedule = value_schedule(base, settings, total_updates=total, updates_per_epoch=7)
+    assert schedule(position) == run_of_that_length(position)
+
+
 def test_epochs_are_counted_in_updates_from_the_start_of_the_run():
     settings = ScheduleSettings(
         kind="step", milestone_epochs=(3, 5), gamma=0.5, warmup_epochs=2, warmup_start_factor=0.1
@@ -144,6 +155,9 @@ def test_epochs_are_counted_in_updates_from_the_start_of_the_run():
         ({"kind": "linear", "end_factor": math.inf}, "end_factor: inf is not a number of at least 0"),
         ({"kind": "linear", "end_factor": True}, "end_factor: True is not a number"),
         ({"kind": "polynomial", "power": 0}, "power: 0 is not a number above 0"),
+        ({"kind": "linear", "length": 0}, "length: 0 is not a whole number of at least 1"),
+        ({"kind": "linear", "length": 2.0}, "length: 2.0 is not a whole number of at least 1"),
+        ({"length": 9}, "length: is a setting of linear and cosine and polynomial, and kind is constant"),
         ({"kind": "step"}, "milestone_epochs: step needs either milestone_epochs or milestone_updates, e.g. [30, 60]"),
         ({"kind": "step", "milestone_epochs": (60, 30)}, "milestone_epochs: (60, 30) is not an increasing list"),
         ({"kind": "step", "milestone_updates": (0, 30)}, "milestone_updates: (0, 30) is not an increasing list"),
@@ -176,6 +190,11 @@ def test_all_problems_are_reported_at_once():
             {"kind": "cosine", "warmup_updates": 10},
             10,
             "warmup_updates: a warm-up of 10 updates takes all 10, leaving none for cosine",
+        ),
+        (
+            {"kind": "cosine", "warmup_updates": 10, "length": 9},
+            100,
+            "warmup_updates: a warm-up of 10 updates takes all 9, leaving none for cosine",
         ),
         (
             {"kind": "step", "milestone_epochs": (2,), "warmup_updates": 20},
