@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, Self, final
 
@@ -21,6 +22,7 @@ from noether.effects.logs.console import Console
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
 from noether.effects.logs.peak_memory import PeakMemory
 from noether.effects.run_logs import EVENTS_FILE, LogGuard, RunLogs
+from noether.effects.run_progress import find_progress, mark_new_run, mark_saved_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,6 +85,7 @@ def open_run(
     if rank == 0:
         make_directories(path, disk)
         lock = RunLock(path, disk)
+        mark_new_run(path, disk)
     return RunDirectory(
         path,
         console=console or Console(),
@@ -134,13 +137,19 @@ class RunDirectory:
         self.checkpoints = CheckpointStore(path / "checkpoints", self.run_id, disk)
         self.is_open = True
         self._lock = lock
+        self._disk = disk
         self._saved_lines = UNKNOWN_COUNT  # metrics lines when the loaded state was saved
         self._logs = RunLogs(path, self.run_id, console=console, services=services, disk=disk)
         # The interpreter, and with it the logs, may outlive this object; the lock does not, so write the buffers first.
         for name, file in self._logs.files.items():
             weakref.finalize(self, LogGuard().guard(name, file.flush))
         self._saver = Saver(
-            self.checkpoints, self._logs, asynchronous=asynchronous, borrowed=borrowed, on_error=on_error
+            self.checkpoints,
+            self._logs,
+            asynchronous=asynchronous,
+            borrowed=borrowed,
+            on_error=on_error,
+            after_first=partial(mark_saved_run, path, disk),
         )
         self.interpreter = Interpreter(
             {**self._logs.handlers(), SaveCheckpoint: [self._saver.save]},
@@ -152,7 +161,7 @@ class RunDirectory:
         """Return the newest intact state, or None for a new run; remove log lines that the run logs again.
 
         Raises:
-            CheckpointError: If there are checkpoints, and the run can resume from none of them.
+            CheckpointError: As `load`.
             LogError: If a log file is damaged.
         """
         state = self.load()
@@ -163,10 +172,12 @@ class RunDirectory:
         """Return the newest intact state, or None if nothing was saved; change nothing.
 
         Raises:
-            CheckpointError: If there are checkpoints, and the run can resume from none of them.
+            CheckpointError: If there are checkpoints, and the run can resume from none of them; or if the logs prove
+                that there were some.
         """
         found = self.checkpoints.recover()
         if found is None:
+            self._refuse_to_start_over()
             return None
         state, manifest = found
         self._saved_lines = LogCount(manifest.log_lines, manifest.log_lines_lost)
@@ -180,6 +191,8 @@ class RunDirectory:
         """
         if self._lock is None:  # only the process that writes truncates
             return 0
+        if state is not None:  # a kill may have come between its commit and the removal of the marker
+            mark_saved_run(self.path, self._disk)
         return self._logs.truncate(state, self._saved_lines)
 
     def wait(self) -> None:
@@ -227,6 +240,16 @@ class RunDirectory:
             interpreter(effects, state, event)
 
         return interpret
+
+    def _refuse_to_start_over(self) -> None:
+        progress = find_progress(self.path, self._disk)
+        if progress is not None:
+            config = self.path / CONFIG_FILE
+            new = f": noether train {config}" if self._disk.kind(config) == "file" else " in another directory"
+            raise CheckpointError(
+                f"{self.path}/checkpoints is empty, but {progress}: mount the disk of its checkpoints, or restore "
+                f"them, and resume again; or start a new run{new}"
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -13,6 +13,7 @@ from noether.core.tensors.tree import clone_tensors
 from noether.effects.checkpoints.listing import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from noether.core.effect import SaveCheckpoint
@@ -44,6 +45,7 @@ class Saver:
             them first.
         on_error: What a failed save does: `stop` raises, for a background save at the next event; `warn` logs a
             warning, and training continues.
+        after_first: Called after a save of this process until it returns True.
     """
 
     def __init__(
@@ -54,11 +56,14 @@ class Saver:
         asynchronous: bool = False,
         borrowed: bool = True,
         on_error: OnError = "stop",
+        after_first: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store = store
         self._logs = logs
         self._copies = borrowed
         self._on_error = on_error
+        self._after_first = after_first
+        self._first_is_saved = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
         self._running: list[Future[None]] = []
         self._running_for: tuple[Event, TrainingIteration] | None = None
@@ -111,6 +116,8 @@ class Saver:
             if self._on_error == "stop":
                 raise
             _LOGGER.warning("%s; training continues without it", error)
+        else:
+            self._first_is_saved = self._first_is_saved or self._after_first()
 
 
 def _log_errors(running: list[Future[None]]) -> None:

@@ -1,0 +1,83 @@
+"""Evidence that a run has made progress, for the case that its checkpoints are gone.
+
+A run that was killed before its first checkpoint has logs and no checkpoints, and starts again. A run whose folder of
+checkpoints is not mounted looks the same, and must not start again, which would erase its logs. So a new run gets a
+marker file before its first log line, and loses it once its first checkpoint is saved.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from noether.effects.disk.files import read_file, write_new_file
+from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from noether.effects.disk.calls import Disk
+
+NEVER_SAVED: Final = ".never-saved"
+"""The marker of a run that has not saved a checkpoint yet."""
+_TEXT: Final = b"This run has not saved a checkpoint yet.\n"
+
+
+def mark_new_run(run: Path, disk: Disk) -> None:
+    """Write the marker if the directory holds neither logs nor checkpoints.
+
+    A marker that cannot be written is left out: without it, a run that has no checkpoint does not start again.
+    """
+    with suppress(OSError):
+        checkpoints = run / "checkpoints"
+        saved = disk.kind(checkpoints) is not None and disk.names(checkpoints)
+        if not saved and not _logs_found(run, disk) and disk.kind(run / NEVER_SAVED) is None:
+            write_new_file(run / NEVER_SAVED, [_TEXT], disk)
+            disk.fsync_directory(run)
+
+
+def mark_saved_run(run: Path, disk: Disk) -> bool:
+    """Remove the marker; return whether it is gone from the disk."""
+    try:
+        if disk.kind(run / NEVER_SAVED) is not None:
+            disk.remove(run / NEVER_SAVED)
+            disk.fsync_directory(run)
+    except OSError:
+        return False
+    return True
+
+
+def find_progress(run: Path, disk: Disk) -> str | None:
+    """Return what proves that a run without checkpoints had saved some, or had ended; None if nothing does."""
+    found = _logs_found(run, disk)
+    ended = any("ended at" in evidence for evidence in found)
+    is_new = disk.kind(run / NEVER_SAVED) is not None and not ended
+    return None if is_new or not found else ", ".join(found)
+
+
+def _logs_found(run: Path, disk: Disk) -> list[str]:
+    """Return a description of each log file that is not empty."""
+    found = []
+    for name in (METRICS_FILE, EVENTS_FILE, SUMMARY_FILE):
+        if disk.kind(run / name) is None:
+            continue
+        content = read_file(run / name, disk)
+        if content:
+            describe = _describe_summary if name == SUMMARY_FILE else _describe_lines
+            found.append(f"{name} {describe(content)}")
+    return found
+
+
+def _describe_lines(content: bytes) -> str:
+    lines = content.splitlines()
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        last = json.loads(lines[-1])
+        return f"has {len(lines)} lines up to E{last['epoch']}_U{last['update']}_S{last['sample']}"
+    return f"has {len(lines)} lines"
+
+
+def _describe_summary(content: bytes) -> str:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        return f"says {json.loads(content)['ending']!r}"
+    return "exists"
