@@ -6,6 +6,7 @@ import errno
 import fcntl
 import operator
 import os
+import shutil
 import stat
 import sys
 from typing import TYPE_CHECKING, Any, Final, Literal, final
@@ -110,6 +111,26 @@ class Disk:
     def rename(self, path: Path, target: Path) -> None:
         """Rename in one step; a file or an empty directory at `target` is replaced, any other directory is not."""
         self._call(os.rename, path, target)
+
+    def hard_link(self, path: Path, target: Path) -> None:
+        """Give a file a second name; its content exists once.
+
+        Raises:
+            OSError: If the file system has no hard links, or `target` lies in another one.
+        """
+        self._call(os.link, path, target)
+
+    def symbolic_link(self, text: str, path: Path) -> None:
+        """Create a symbolic link at `path` that leads to `text`."""
+        self._call(os.symlink, text, path)
+
+    def link_text(self, path: Path) -> str:
+        """Return where a symbolic link leads, as it was written."""
+        return str(self._call(os.readlink, path))
+
+    def copy_status(self, path: Path, target: Path) -> None:
+        """Copy permissions and times of a file or directory."""
+        self._call(shutil.copystat, path, target)
 
     def remove(self, path: Path) -> None:
         """Remove a file or a link."""
