@@ -1,7 +1,4 @@
-"""Every exception that noether defines derives from NoetherError.
-
-A class that derives from `BaseException` alone is no error: like `GeneratorExit`, no `except Exception` catches it.
-"""
+"""Every exception that noether defines derives from NoetherError."""
 
 import ast
 import builtins
@@ -27,7 +24,7 @@ def exception_bases():
             return any(map(is_exception, classes[name]))
         found = getattr(builtins, name, None)
         if isinstance(found, type):
-            return issubclass(found, BaseException) and found is not BaseException and not issubclass(found, Warning)
+            return issubclass(found, BaseException) and not issubclass(found, Warning)
         return name.endswith(("Error", "Exception", "Exit", "Interrupt"))
 
     return {name: bases for name, bases in classes.items() if is_exception(name)}

@@ -51,6 +51,9 @@ def main() -> None:
     multiple=True,
     help="With --resume: discard the saved memory NAME, which no callback claims; repeatable.",
 )
+@click.option(
+    "--continue", "continue_stopped", is_flag=True, help="With --resume: continue a run that a callback stopped."
+)
 @_SET
 @_ALLOW
 def train(
@@ -58,6 +61,7 @@ def train(
     resume: Path | None,
     smoke: bool,  # noqa: FBT001  # click passes it by name
     drop_memory: tuple[str, ...],
+    continue_stopped: bool,  # noqa: FBT001  # click passes it by name
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
@@ -68,6 +72,8 @@ def train(
         raise click.UsageError("--smoke needs CONFIG, not --resume")
     if drop_memory and resume is None:
         raise click.UsageError("--drop-memory needs --resume")
+    if continue_stopped and resume is None:
+        raise click.UsageError("--continue needs --resume")
     from noether.cli import train as commands
 
     with _errors_as_messages():
@@ -76,7 +82,7 @@ def train(
         elif config is not None:
             sys.exit(commands.start(config, settings, allow))
         elif resume is not None:
-            sys.exit(commands.resume(resume, settings, allow, drop_memory))
+            sys.exit(commands.resume(resume, settings, allow, drop_memory, continue_stopped=continue_stopped))
 
 
 @main.command("eval")
@@ -103,7 +109,7 @@ def evaluate(
     from noether.cli import evaluate as command
 
     with _errors_as_messages():
-        sys.exit(command.evaluate(run_dir, checkpoint, weights, settings, allow))
+        command.evaluate(run_dir, checkpoint, weights, settings, allow)
 
 
 @main.command()

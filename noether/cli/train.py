@@ -31,7 +31,14 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
     return _finish(start_run(config, interruption=interruption, notify=click.echo), interruption, allow)
 
 
-def resume(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_memory: Sequence[str]) -> int:
+def resume(
+    run_dir: Path,
+    settings: Sequence[str],
+    allow: Sequence[str],
+    drop_memory: Sequence[str],
+    *,
+    continue_stopped: bool,
+) -> int:
     """Resume a run from its newest checkpoint; return the exit code.
 
     Raises:
@@ -39,7 +46,15 @@ def resume(run_dir: Path, settings: Sequence[str], allow: Sequence[str], drop_me
         UnclaimedMemoryError: If the run holds memory that no callback claims and that is not dropped.
     """
     interruption = Interruption(second_kills=True)
-    run = resume_run(run_dir, settings, allow, drop_memory, interruption=interruption, notify=click.echo)
+    run = resume_run(
+        run_dir,
+        settings,
+        allow,
+        drop_memory,
+        continue_stopped=continue_stopped,
+        interruption=interruption,
+        notify=click.echo,
+    )
     return _finish(run, interruption, allow)
 
 

@@ -24,6 +24,8 @@ MAY_CHANGE = (
     "trainer.evaluate",
     "trainer.checkpoints",
     "trainer.record",
+    "optimizer.schedule.length",
+    "optimizer.weight_decay_schedule.length",
     "callbacks",
 )
 """Settings that may differ in a resumed run; the name of a section covers every setting in it."""

@@ -73,12 +73,6 @@ class Experiment:
     step: Step
     data: TrainingData | StreamedData
 
-    def close(self) -> None:
-        """Stop the processes that load samples; a later use starts them again."""
-        self.data.close()
-        for dataset in self.run.data.values():
-            dataset.close()
-
     def to_device(self, state: TrainState) -> TrainState:
         """Return a loaded state on the device of the run.
 
@@ -111,7 +105,7 @@ def build(
     data = _build_training_data(config, datasets["train"], device)
     network = _build_model(config, model or config.model.build, device)
     run = Run(
-        end=_end(config),
+        end=configured_end(config),
         updates_per_epoch=data.batching.updates_per_epoch,
         samples_per_epoch=data.batching.samples_per_epoch,
         effective_batch_size=data.batching.effective_batch_size,
@@ -123,9 +117,9 @@ def build(
     _check_end(config, run)
     state = _initial_state(config, network, fresh=fresh)
     optimizer = _build_optimizer(config, network)
-    lr, weight_decay = _build_value_schedules(config, optimizer, state, run)
+    lr, weight_decay = build_value_schedules(config, optimizer, state, run)
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
-    state = state.replace(opt_state=optimizer.init(state.params), lengths=data.batching.lengths)
+    state = state.replace(opt_state=optimizer.init(state.params))
     callbacks = build_callbacks(config, state, run)
     streams = [data] if isinstance(data, StreamedData) else []
     reducer = compose(*streams, *(configured.callback for configured in callbacks))
@@ -190,7 +184,6 @@ def _build_training_data(config: Config, dataset: Any, device: torch.device) -> 
         "max_batch_size": trainer.max_batch_size,
         "drop_last": trainer.drop_last,
         "device": device,
-        "name": "train",
     }
     is_stream = isinstance(dataset, IterableDataset)
     if is_stream and trainer.num_workers:
@@ -217,13 +210,14 @@ def _build_evaluation_data(
     for key, dataset in datasets.items():
         with locate_errors(config, ("data", key)):
             if not isinstance(dataset, IterableDataset):
-                data[key] = EvaluationData(dataset, **settings, name=key, num_workers=trainer.num_workers)
+                data[key] = EvaluationData(dataset, **settings, num_workers=trainer.num_workers)
             elif key != "train":
-                data[key] = StreamedEvaluationData(dataset, **settings, name=key)
+                data[key] = StreamedEvaluationData(dataset, **settings)
     return data
 
 
-def _end(config: Config) -> TrainingIteration:
+def configured_end(config: Config) -> TrainingIteration:
+    """Return the end of a run that `config` gives, a point on one counter."""
     trainer = config.trainer
     return TrainingIteration(trainer.max_epochs or 0, trainer.max_updates or 0, trainer.max_samples or 0)
 
@@ -274,7 +268,7 @@ def _build_optimizer(config: Config, model: nn.Module) -> FunctionalOptimizer:
         return FunctionalOptimizer(cast("Any", optimizer.kind.target), settings, optimizer.groups, frozen)
 
 
-def _build_value_schedules(
+def build_value_schedules(
     config: Config, optimizer: FunctionalOptimizer, state: TrainState, run: Run
 ) -> tuple[dict[str, ValueSchedule], dict[str, ValueSchedule]]:
     """Return the schedules of the learning rate and of the weight decay, by parameter group."""

@@ -45,7 +45,8 @@ def test_a_finished_run_is_not_changed(finished_run, tmp_path):
     before = contents(finished_run)
     output = invoke("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path)
     run = relative(finished_run, tmp_path)
-    assert output == f"{run} already ended at E2_U76_S2410; to continue it, set a later end\n"
+    fix = "set a later end (trainer.max_epochs is 2)"
+    assert output == f"{run} already ended at E2_U76_S2410; to continue it, {fix}\n"
     assert contents(finished_run) == before
 
 
@@ -62,13 +63,20 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path):
     ending = json.loads((run / "summary.json").read_text())["ending"]
     assert ending.startswith("ended at E0_U2_S64: ")
     assert "loss/online/total/U1" in ending
-    output = invoke("train", "--resume", run, "--set", "trainer.max_epochs=9", cwd=tmp_path)
-    assert output == f"{run} already {ending}; to continue it, set a later end\n"
+    output = invoke("train", "--resume", run, cwd=tmp_path)
+    assert output == (
+        f"{run} already {ending}; to continue it, give --continue, change the settings of "
+        "MetricEarlyStopping/U1/loss/online/total/U1, or set a later end (trainer.max_epochs is 2)\n"
+    )
+    output = invoke("train", "--resume", run, "--continue", cwd=tmp_path)
+    assert output.splitlines()[-1].startswith("ended at E0_U3_S96: loss/online/total/U1")
 
 
 def test_a_run_without_a_checkpoint_starts_again(finished_run, tmp_path):
     expected, metrics = last_files(finished_run, *EXACT), timeless(finished_run)
     shutil.rmtree(finished_run / "checkpoints")
+    for name in ("metrics.jsonl", "summary.json"):
+        (finished_run / name).unlink()
     output = invoke("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path)
     run = relative(finished_run, tmp_path)
     assert output.splitlines()[0] == f"{run} has no checkpoint: training starts at update 0"
@@ -184,6 +192,7 @@ def test_a_resumed_run_ignores_init_from(finished_run, tmp_path):
     assert output.splitlines()[-1] == f"ended at E0_U2_S64; the run is in {run}"
     invoke("eval", run, cwd=tmp_path)
     shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
     output = invoke("train", "--resume", run, cwd=tmp_path, code=2)
     assert f"run.init_from: '{source}': no checkpoint 'last' in {source.parent}; there are: none; give" in output
 

@@ -108,7 +108,7 @@ def test_a_finished_run_is_returned_as_it_is(caplog):
     again = train(resume=first.directory)
     assert again.finished
     assert same(again.state.params, first.state.params)
-    assert f"already {first.ending}; to continue it, set a later end" in caplog.text
+    assert f"already {first.ending}; to continue it, set a later end (trainer.max_epochs is 1)" in caplog.text
 
 
 def test_output_moves_a_resumed_run():

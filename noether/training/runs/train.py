@@ -40,6 +40,7 @@ def train(
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
     drop_memory: Sequence[str] = (),
+    continue_stopped: bool = False,
     allow: Sequence[str] = (),
 ) -> TrainedRun:
     """Train a configured run, or resume one; the same as `noether train` on the command line.
@@ -57,6 +58,8 @@ def train(
         overrides: Settings as after `--set`, such as `trainer.max_epochs=20`.
         output: Folder of all runs, in place of `run.output`; a resumed run moves there.
         drop_memory: With `resume`: names of callback memories to drop although no callback claims them.
+        continue_stopped: With `resume`: whether the run continues if a callback stopped it. It does so too if its end
+            or the settings of that callback change.
         allow: Prefixes of modules that `kind` may name besides noether, torch and modules in the working directory.
 
     Returns:
@@ -87,11 +90,21 @@ def train(
         raise TypeError("give either a config or resume=RUN_DIR")
     if drop_memory and resume is None:
         raise TypeError("drop_memory needs resume=RUN_DIR")
+    if continue_stopped and resume is None:
+        raise TypeError("continue_stopped needs resume=RUN_DIR")
     if output is not None:
         overrides = [*overrides, f"run.output={json.dumps(str(output))}"]
     interruption, notify = Interruption(), _LOGGER.info
     if resume is not None:
-        return resume_run(Path(resume), overrides, allow, drop_memory, interruption=interruption, notify=notify)
+        return resume_run(
+            Path(resume),
+            overrides,
+            allow,
+            drop_memory,
+            continue_stopped=continue_stopped,
+            interruption=interruption,
+            notify=notify,
+        )
     source = source_from_values(config) if isinstance(config, Mapping) else read(config or "")
     loaded = from_source(apply_overrides(source, overrides), allow)
     return start_run(loaded, interruption=interruption, notify=notify)
