@@ -21,7 +21,8 @@ ENDS = ("max_epochs", "max_updates", "max_samples")
 Model: TypeAlias = Annotated[Kind, kinds.MODEL]
 Dataset: TypeAlias = Annotated[Kind, kinds.DATASET]
 Callback: TypeAlias = Annotated[Kind, kinds.CALLBACK]
-Function: TypeAlias = Annotated[str, kinds.FUNCTION]
+Loss: TypeAlias = Annotated[str, kinds.OUTPUT_FUNCTION]
+Handler: TypeAlias = Annotated[str, kinds.HANDLER]
 EffectType: TypeAlias = Annotated[str, kinds.EFFECT]
 Metric: TypeAlias = Annotated[str, "metric"]
 
@@ -74,7 +75,7 @@ class RunSettings:
     output: str = "runs"
     seed: int = 0
     init_from: str | None = None
-    handlers: Mapping[EffectType, Function] = field(default_factory=dict)
+    handlers: Mapping[EffectType, Handler] = field(default_factory=dict)
     tensorboard: bool = False
     wandb: WandbSettings | None = None
 
@@ -165,7 +166,8 @@ class TrainerSettings:
     Args:
         max_epochs: End of the run in epochs; give exactly one end.
         max_updates: End of the run in updates.
-        max_samples: End of the run in samples.
+        max_samples: End of the run in samples. As for intervals in samples, those that the dataset's `collate` leaves
+            out do not count; the plan counts all.
         effective_batch_size: Samples of one update, at least 1.
         max_batch_size: Largest number of samples in one forward pass; larger updates accumulate gradients. None for no
             limit.
@@ -205,7 +207,7 @@ class TrainerSettings:
     effective_batch_size: int
     max_batch_size: int | None = None
     eval_batch_size: int | None = None
-    loss: Function
+    loss: Loss
     evaluate: EvaluateSettings | None = None
     evaluate_first: bool = False
     device: str = "cpu"

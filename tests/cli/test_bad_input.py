@@ -86,7 +86,7 @@ CASES = {
         [("loss: noether.examples.digits.cross_entropy", f"loss: {MODEL_CLASS}")],
         (
             f"bad.yaml:22: trainer.loss: '{MODEL_CLASS}' is a model class, expected a function: "
-            "a callable that is not a class"
+            "a callable that is not a class, called with (outputs, batch)"
         ),
     ),
     "misspelt setting of a callback": (

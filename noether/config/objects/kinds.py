@@ -6,12 +6,14 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence  # noqa: TC003 - the annotations of a dataclass are read at run time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.config.errors import InvalidValueError
+from noether.config.objects.callables import is_foreign, is_from, is_lambda, may_take, returns_late, takes
 from noether.config.objects.import_policy import import_allowed
+from noether.config.structure.signatures import signature_parameters
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,8 +41,19 @@ class Kind:
     instance: Any = field(default=None, compare=False, repr=False)
 
     def build(self, *args: object) -> Any:
-        """Return the object: `instance` if there is one, otherwise the target called with `args` and the settings."""
-        return self.target(*args, **self.settings) if self.instance is None else self.instance
+        """Return the object: `instance` if there is one, otherwise the target called with `args` and the settings.
+
+        A `Kind` in the settings, or in a list or mapping there, is built first.
+        """
+        return self.target(*args, **_build_nested(self.settings)) if self.instance is None else self.instance
+
+
+def _build_nested(value: Any) -> Any:
+    if isinstance(value, Kind):
+        return value.build()
+    if isinstance(value, Mapping):
+        return {key: _build_nested(each) for key, each in value.items()}
+    return type(value)(map(_build_nested, value)) if isinstance(value, (list, tuple)) else value
 
 
 @final
@@ -85,13 +98,38 @@ def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path |
     return target
 
 
+def check_constructible(path: str, target: object) -> None:
+    """Refuse a class of torch that takes its parts by position, which YAML cannot give.
+
+    Raises:
+        InvalidValueError: If it does.
+
+    Example:
+        >>> import torch
+        >>> check_constructible("torch.nn.Sequential", torch.nn.Sequential)
+        Traceback (most recent call last):
+        noether.config.errors.InvalidValueError: 'torch.nn.Sequential' takes its arguments by position, which YAML
+        cannot give: name a function of yours that returns it, def make() -> Sequential
+    """
+    if not isinstance(target, type) or not is_from(target, "torch"):
+        return
+    kinds = {each.kind for each in signature_parameters(target)}
+    if kinds == {inspect.Parameter.VAR_POSITIONAL}:
+        raise InvalidValueError(
+            f"{path!r} takes its arguments by position, which YAML cannot give: name a function of yours that returns "
+            f"it, def make() -> {target.__name__}"
+        )
+
+
 def _describe(target: object) -> str:
     """Return the role that an object fits, or else its type, for a message."""
     if isinstance(target, type):
         fitting = [role.name for role in (MODEL, DATASET, OPTIMIZER, CALLBACK) if role.fits(target)]
         return f"{fitting[0]} class" if fitting else "a class"
+    if late := returns_late(target):
+        return late
     if inspect.isroutine(target):
-        return "a function"
+        return "a lambda, which has no name" if is_lambda(target) else "a function"
     return "a module" if isinstance(target, types.ModuleType) else f"of type {type(target).__name__}"
 
 
@@ -102,7 +140,7 @@ def _constructs(target: object, base: type) -> bool:
     """
     if isinstance(target, type):
         return issubclass(target, base)
-    if _is_from_torch(target):
+    if is_from(target, "torch"):
         return False
     try:
         result = typing.get_type_hints(target).get("return") if inspect.isfunction(target) else None
@@ -110,10 +148,6 @@ def _constructs(target: object, base: type) -> bool:
         return False
     origin = typing.get_origin(result) or result
     return isinstance(origin, type) and issubclass(origin, base)
-
-
-def _is_from_torch(target: object) -> bool:
-    return f"{getattr(target, '__module__', None)}.".startswith("torch.")
 
 
 # These import torch when they are called, because a configuration can be read without it.
@@ -138,20 +172,63 @@ def _is_optimizer(target: object) -> bool:
 
 
 def is_callback(target: object) -> bool:
-    """Return whether `target` is a callback, that is called with `(state, event)`, or a class of callbacks.
+    """Return whether `target` is a callback of noether or the user, called with `(state, event)`, or a class of them.
 
     Every subclass of `CallbackBase` is a frozen dataclass; a class written without it has to be a dataclass too.
     """
     if isinstance(target, type):
-        return dataclasses.is_dataclass(target) and "__call__" in dir(target)
-    try:
-        signature = inspect.signature(target)  # type: ignore[arg-type]  # raises if it is not callable
-        # Keyword-only parameters are the settings of a function.
-        positional = [each for each in signature.parameters.values() if each.kind is not each.KEYWORD_ONLY]
-        signature.replace(parameters=positional).bind("state", "event")
-    except (TypeError, ValueError):
+        if is_foreign(target) or not dataclasses.is_dataclass(target) or "__call__" not in dir(target):
+            return False
+        hooks = (getattr(target, hook, None) for hook in _HOOKS)
+        return _is_called_with(target.__call__, "self", "state", "event") and not any(map(returns_late, hooks))
+    if is_foreign(target) or is_lambda(target) or _is_built_model(target) or _constructs(target, type(None)):
         return False
-    return not _constructs(target, type(None)) and not _is_from_torch(target)
+    return _is_called_with(target, "state", "event")
+
+
+def _is_called_with(target: Any, *arguments: str) -> bool:
+    """Return whether a callable takes the arguments and returns its result at once.
+
+    Many functions of noether take two arguments: there, the parameters also have these names.
+    """
+    if not takes(target, *arguments) or returns_late(target):
+        return False
+    return not is_from(target, "noether") or tuple(inspect.signature(target).parameters)[: len(arguments)] == arguments
+
+
+def _is_built_model(target: object) -> bool:
+    import torch
+
+    return isinstance(target, torch.nn.Module)
+
+
+def _is_part(target: object) -> bool:
+    is_own_class = isinstance(target, type) and not is_foreign(target) and not is_from(target, "noether")
+    return is_own_class or _is_dataset(target) or _is_model(target)
+
+
+def _reads_outputs(target: object) -> bool:
+    return _is_function(target) and may_take(target, "outputs", "batch") and not returns_late(target)
+
+
+def _is_handler(target: object) -> bool:
+    return _is_function(target) and may_take(target, "effect", "state", "event") and not returns_late(target)
+
+
+def _is_function(target: object) -> bool:
+    return callable(target) and not isinstance(target, type)
+
+
+_HOOKS: Final = (
+    *("before_training", "after_accumulation_step", "after_update", "after_epoch", "after_training", "at_eval"),
+    *(
+        "periodic_callback",
+        "track_after_accumulation_step",
+        "track_after_update_step",
+        "process_data",
+        "process_results",
+    ),
+)
 
 
 MODEL = Role("a model", _is_model, "a subclass of torch.nn.Module, or a function annotated to return one")
@@ -164,7 +241,8 @@ CALLBACK = Role(
     is_callback,
     "a subclass of CallbackBase, or a function (state, event) -> (state, effects)",
 )
-FUNCTION = Role(
-    "a function", lambda target: callable(target) and not isinstance(target, type), "a callable that is not a class"
-)
+PART = Role("a part of another object", _is_part, "a class of yours, a dataset or a model")
+FUNCTION = Role("a function", _is_function, "a callable that is not a class")
+OUTPUT_FUNCTION = Role("a function", _reads_outputs, "a callable that is not a class, called with (outputs, batch)")
+HANDLER = Role("a function", _is_handler, "a callable that is not a class, called with (effect, state, event)")
 EFFECT = Role("a type of effect", lambda target: isinstance(target, type), "a class")

@@ -15,7 +15,7 @@ from noether.config.errors import (
     raise_together,
     type_name,
 )
-from noether.config.structure.signatures import parameters, resolve_annotations, signature_parameters
+from noether.config.structure.signatures import keywords_type, parameters, resolve_annotations, signature_parameters
 from noether.core.errors import SettingsError, suggest
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def arguments(
         return {}, [InvalidValueError(f"{value!r} is not a mapping of settings")]
     reserved = (*given, *beside)
     signature = signature_parameters(target)
-    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature)
+    others = next((each for each in signature if each.kind is inspect.Parameter.VAR_KEYWORD), None)
     known = {name: each for name, each in resolve_annotations(target, signature).items() if name not in reserved}
     settings: dict[str, Any] = {}
     errors: list[Exception] = []
@@ -95,8 +95,8 @@ def arguments(
         with collect_errors(errors, name):
             if name in known:
                 settings |= _argument(converter, known[name], value)
-            elif takes_any and name not in reserved:
-                settings[name] = value[name]
+            elif others is not None and name not in reserved:
+                settings[name] = converter.structure(value[name], keywords_type(target, others))
             else:
                 names = [*known, *beside]
                 hint = suggest(name, names) or f"; known are {', '.join(names) or 'no settings'}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +23,6 @@ from noether.config.structure.construction import construct
 from noether.core.errors import suggest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from noether.config.errors import SettingPath
     from noether.config.source import Source
 
@@ -37,7 +35,7 @@ _NOUNS: dict[object, str] = {
     Path: "text",
     bytes: "something that YAML can hold",
 }
-_SEQUENCES = (list, tuple, set, frozenset, Sequence, AbstractSet)
+_SEQUENCES = (list, tuple, set, frozenset, Sequence, Collection, Iterable, AbstractSet)
 
 
 def structure(

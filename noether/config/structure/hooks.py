@@ -6,12 +6,25 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_origin
 
 from noether.config.compatibility import ConfigWarning, translate_settings
 from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, raise_together
 from noether.config.objects.function_callback import FunctionCallbackFactory
-from noether.config.objects.kinds import CALLBACK, FUNCTION, OPTIMIZER, Kind, Role, resolve
+from noether.config.objects.kinds import (
+    CALLBACK,
+    DATASET,
+    FUNCTION,
+    MODEL,
+    OPTIMIZER,
+    OUTPUT_FUNCTION,
+    PART,
+    Kind,
+    Role,
+    check_constructible,
+    resolve,
+)
 from noether.config.schema import (
     CheckpointSettings,
     Config,
@@ -48,6 +61,8 @@ def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | 
     converter.register_structure_hook_func(
         has_origin(Callable, type), lambda value, _: kinds.resolve(value, _SETTING_FUNCTION)
     )
+    for role, base in _PART_TYPES.items():
+        converter.register_structure_hook_func(partial(_derives_from, base), partial(_structure_part, kinds, role))
     converter.register_structure_hook_func(
         has_origin(Annotated), lambda value, kind: kinds.structure(value, *get_args(kind))
     )
@@ -69,18 +84,35 @@ class _KindHooks:
         path: str = self.converter.structure(value, str)
         # Text without a dot names a metric of noether; the callback that measures it checks the name.
         if isinstance(role, Role) or "." in path:
-            self.resolve(path, role if isinstance(role, Role) else FUNCTION)
+            self.resolve(path, role if isinstance(role, Role) else OUTPUT_FUNCTION)
         return path
 
     def resolve(self, path: object, role: Role) -> Any:
         return resolve(path, role, self.allow, self.run_dir)
 
     def kind(self, value: object, role: Role) -> Kind:
-        """Return an entry with checked settings; `Kind.build` constructs the object later."""
+        """Return an entry with checked settings, nested entries included; `Kind.build` constructs them later."""
         path, target, written = self.read_entry(value, role)
         settings, errors = arguments(self.converter, target, written, given=role.given)
+        for name, setting in settings.items():
+            with collect_errors(errors, name):
+                settings[name] = self.nested(setting)
         raise_together(errors, Kind)
         return Kind(path, target, settings)
+
+    def nested(self, value: Any) -> Any:
+        """Return a setting with each mapping in it that has a dotted path as `kind` structured as an entry."""
+        if isinstance(value, dict) and "." in str(value.get("kind")):
+            return self.kind(value, PART)
+        if not isinstance(value, (dict, list, tuple)):
+            return value
+        parts = dict(value if isinstance(value, dict) else enumerate(value))
+        errors: list[Exception] = []
+        for part, inner in parts.items():
+            with collect_errors(errors, part):
+                parts[part] = self.nested(inner)
+        raise_together(errors, Kind)
+        return parts if isinstance(value, dict) else type(value)(parts.values())
 
     def callback(self, value: object) -> Kind:
         """Return the entry of a callback, which is constructed now so that its constructor checks the settings."""
@@ -117,8 +149,26 @@ class _KindHooks:
             if "kind" not in value:
                 raise InvalidValueError(f"is missing; expected {role.expected}")
             target = self.resolve(value["kind"], role)
+            check_constructible(value["kind"], target)
         raise_together(errors, Kind)
         return value["kind"], target, {name: each for name, each in value.items() if name != "kind"}
+
+
+_PART_TYPES: Final = {DATASET: ("torch.utils.data.dataset", "Dataset"), MODEL: ("torch.nn.modules.module", "Module")}
+
+
+def _derives_from(base: tuple[str, str], kind: Any) -> bool:
+    """Return whether an annotation is a class of torch or a subclass; torch need not be imported for that."""
+    bases = getattr(get_origin(kind) or kind, "__mro__", ())
+    return any((each.__module__, each.__name__) == base for each in bases)
+
+
+def _structure_part(kinds: _KindHooks, role: Role, value: object, kind: Any) -> Kind:
+    """Return the entry of a dataset or model that is a setting of another one."""
+    part, expected = kinds.kind(value, role), get_origin(kind) or kind
+    if isinstance(part.target, type) and not issubclass(part.target, expected):
+        raise InvalidValueError(f"{part.path!r} is not a subclass of {expected.__qualname__}")
+    return part
 
 
 def _structure_evaluate(converter: Converter, value: object) -> object:

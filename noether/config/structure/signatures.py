@@ -41,6 +41,12 @@ def resolve_annotations(target: Callable[..., Any], signature: list[inspect.Para
     return resolved
 
 
+def keywords_type(target: Callable[..., Any], keywords: inspect.Parameter) -> Any:
+    """Return the type that `target` annotates for the values of `**keywords`, `Any` if none."""
+    hints = {name: kind for name, kind in _annotations(target) if name == keywords.name}
+    return hints.get(keywords.name, Any)
+
+
 def _annotations(target: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     """Yield the name and type of each annotation, resolved in the module that wrote it."""
     if inspect.isclass(target) and dataclasses.is_dataclass(target):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
-from torch.utils.data import default_collate
+from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from noether.core.errors import check_whole, raise_problems
 from noether.core.tensors.tree import map_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 
@@ -75,7 +77,23 @@ class Batching:
 
 def collate(dataset: Any, samples: list[Any]) -> Any:
     """Return a batch of samples, made by the dataset's own `collate` if it has one."""
-    return getattr(dataset, "collate", default_collate)(samples)
+    return (collate_of(dataset) or default_collate)(samples)
+
+
+def collate_of(dataset: Any) -> Callable[[list[Any]], Any] | None:
+    """Return the dataset's own `collate`, or None; torch's `Subset` and `ConcatDataset` have that of their datasets.
+
+    Example:
+        >>> class Words(list):
+        ...     def collate(self, samples):
+        ...         return " ".join(samples)
+        >>> collate_of(Subset(Words(["a", "b"]), [1, 0]))(["b", "a"])
+        'b a'
+    """
+    parts = [dataset.dataset] if type(dataset) is Subset else dataset.datasets if type(dataset) is ConcatDataset else ()
+    if parts and len(set(map(type, parts))) == 1:
+        return collate_of(parts[0])
+    return getattr(dataset, "collate", None)
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:
