@@ -116,16 +116,17 @@ class AfterUpdate(Event):
     """One optimizer update is completed and counted.
 
     Args:
-        samples: Samples of the update, over accumulation steps and ranks, >= 1.
+        samples: Samples of the update, over accumulation steps and ranks; 0 if all its micro-batches were empty.
         losses: Sample-weighted mean loss by name over accumulation steps and ranks, each 0-dimensional.
         outputs: The model's outputs, one entry per accumulation step.
-        accumulated: Samples of each accumulation step, one entry for each of `outputs`.
+        accumulated: Samples of each accumulation step, one entry for each of `outputs`; empty micro-batches have none.
         lr: Learning rate of the update by parameter group.
         weight_decay: Weight decay of the update by parameter group.
         grad_norm: 2-norm of the gradients before clipping; None if the step did not measure it.
         finite: Whether the losses (with `trainer.nonfinite: skip` or `raise` also the gradients) were finite; None if
             the step did not check.
-        skipped: Whether the update was skipped as non-finite; callbacks that average leave it out.
+        skipped: Whether the update was skipped, because it was not finite or had no samples; callbacks that average
+            leave it out.
         duration_s: Seconds since the previous update ended, or since training began; callbacks included.
         data_s: Seconds of `duration_s` spent waiting for data; None if the loop does not measure it.
         step_s: Seconds of `duration_s` spent in the step, likewise.

@@ -167,7 +167,7 @@ class NoetherCallback(TrainerCallback):
             of: Micro-batches of the update.
         """
         session, mean = self.session, loss * of
-        self._parts.append(loss)
+        self._parts.append(loss if samples else torch.zeros_like(loss))  # the loss of an empty micro-batch is NaN
         session.micro_batch(
             {"total": _over_ranks(mean) if session.listens_to_micro_batches else mean},
             outputs=outputs,

@@ -14,6 +14,7 @@ from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.session.errors import SessionError
+from noether.session.losses import EMPTY_UPDATE
 from noether.session.randomness import derive, seed_all
 from noether.session.settings import fill_run
 from noether.session.timing import Stopwatch
@@ -73,6 +74,7 @@ class SessionEvents:
         self._pending: list[MicroBatch] = []
         self._settled = self._state  # as it was before the current update began
         self._steps_before = 0  # of the optimizer, at the last update
+        self._warned_of_empty_update = False
 
     @property
     def state(self) -> TrainState:
@@ -292,6 +294,11 @@ class SessionEvents:
         """Dispatch the end of an epoch whose updates are all counted, such as one that was saved right before it."""
         if self._position is not None and self._position == self._updates_per_epoch:
             self._dispatch_epoch_end()
+
+    def _warn_of_empty_update(self) -> None:
+        if not self._warned_of_empty_update:
+            self._warned_of_empty_update = True
+            _LOGGER.warning(EMPTY_UPDATE, self._state.iteration.update + 1)
 
     def _dispatch_epoch_end(self) -> None:
         self._seed_event("end of epoch")

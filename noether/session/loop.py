@@ -197,6 +197,8 @@ class BatchLoop:
                 f"the loader yielded {self._drawn} batches in epoch {epoch}, where {max(counted, 1)} or more are "
                 "needed: pass an iterable that yields the same epochs each time it is iterated, not an iterator"
             )
+        if counted == 0 and session.state.iteration.sample == state.iteration.sample:
+            raise SessionError(f"no batch of epoch {epoch} has samples: check which samples the loader leaves out")
 
     def _compare_hidden_state(self) -> None:
         """Warn once if the loader differs from what it was at the first batch of the epoch before."""
@@ -239,7 +241,8 @@ class BatchLoop:
         if not self._is_reported:
             raise SessionError(
                 "the last batch was not reported: call session.update(losses) for every batch, after optimizer.step(); "
-                "for a batch that the loop leaves out, session.update(losses, skipped=True)"
+                "for a batch that the loop leaves out, session.update(losses, skipped=True); for one without samples, "
+                "session.update({})"
             )
         if self._session.pending and self.completes_update:
             raise SessionError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Losses = Mapping[str, Tensor | float]
+EMPTY_UPDATE: Final = (
+    "update %d has no samples: all its micro-batches are empty. It is skipped, and counts as an update of 0 samples; "
+    "this is logged once"
+)
 ReportedLosses = Tensor | float | Losses
 """One loss, or several by name."""
 
@@ -27,7 +31,7 @@ class MicroBatch:
     """One reported micro-batch.
 
     Args:
-        samples: Samples in it, >= 1.
+        samples: Samples in it; the session leaves out a micro-batch that has none.
         losses: Mean losses by name, with `total`; empty if its step was left out.
         outputs: What the model returned for it.
     """

@@ -8,7 +8,7 @@ from noether.core.errors import check_whole, raise_problems
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.tensors.tree import map_tensors
+from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session import settings
 from noether.session.errors import SessionError
 from noether.session.events import SessionEvents
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from noether.session.losses import ReportedLosses
     from noether.session.optimizers import LiveOptimizer
 
+_NO_LOSSES: Final = FrozenDict()
 _CLOCK: Final = Clock()
 _RUN: Final = Run()
 
@@ -214,9 +215,10 @@ class Session(SessionEvents):
 
         Args:
             losses: Mean loss, or losses by name; `total` is added as their sum. They are detached. Empty if the
-                framework left the micro-batch out: an update of nothing else counts as skipped.
+                framework left the micro-batch out: an update of nothing else counts as skipped. So does an update whose
+                micro-batches have no samples; their losses are ignored.
             outputs: What the model returned, for callbacks that track it.
-            samples: Its samples, >= 1; by default those of the batch that `batches` yielded.
+            samples: Its samples, >= 0; by default those of the batch that `batches` yielded.
             of: Micro-batches of this update; by default as `accumulation` says.
 
         Raises:
@@ -231,20 +233,21 @@ class Session(SessionEvents):
             of = 1 if self._loop is None else self._loop.accumulation_steps
         if not self._pending:
             self._settled = self._state
-        losses = named_losses(losses)
+        losses = named_losses(losses) if samples else _NO_LOSSES  # the mean over no samples is NaN
         if outputs is not None:
             outputs = map_tensors(_detach, outputs)
         self._pending.append(MicroBatch(samples=samples, losses=losses, outputs=outputs))
         self.stopwatch.step_made()
-        if self.listens_to_micro_batches:
+        if samples and self.listens_to_micro_batches:
+            steps = sum(each.samples > 0 for each in self._pending)
             self._dispatch(
                 self._state,
                 AfterAccumulationStep,
                 losses=losses,
                 outputs=outputs,
                 samples=samples,
-                accumulation_step=len(self._pending) - 1,
-                accumulation_steps=max(of, len(self._pending)),
+                accumulation_step=steps - 1,
+                accumulation_steps=max(of, steps),
             )
 
     def update(  # noqa: PLR0913  # every reading, by name
@@ -283,8 +286,8 @@ class Session(SessionEvents):
         if losses is not None:
             self.micro_batch(losses, outputs=outputs, samples=samples)
         self._check_update()
-        pending, self._pending = self._pending, []
-        reported = mean_losses(pending) if mean is None else named_losses(mean)
+        pending, self._pending = [each for each in self._pending if each.samples], []
+        reported = mean_losses(pending) if mean is None or not pending else named_losses(mean)
         skipped = self._is_skipped(reported) if skipped is None else skipped or not reported
         rates = {} if self._optimizer is None else self._optimizer.readings
         if finite is None and "finite" in self.readings:
@@ -305,6 +308,8 @@ class Session(SessionEvents):
             known["grad_norm"] = grad_norm
         self._steps_before += self.steps
         samples = sum([each.samples for each in pending])
+        if not pending:
+            self._warn_of_empty_update()
         self._dispatch(self._state.advance(samples=samples), AfterUpdate, samples=samples, **known)
 
     @property

@@ -20,6 +20,7 @@ from noether.core.event import (
 from noether.core.loop import Move, dispatch, next_move
 from noether.core.tensors.tree import FrozenDict
 from noether.session.timing import Clock
+from noether.training.data.sample_counts import SampleCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,8 +103,13 @@ class Trainer:
             data_s=loaded_s - waiting_s,
             step_s=stepped_s - loaded_s,
         )
+        self._sample_counts.check(state.iteration.update, event.samples)
         state = state.advance(samples=event.samples)
         return dispatch(state, event, self.reducer, self.interpreter), stepped_s
+
+    @cached_property
+    def _sample_counts(self) -> SampleCounts:
+        return SampleCounts(self.run)
 
     @cached_property
     def _is_observed(self) -> bool:

@@ -94,6 +94,8 @@ class NanGuardCallback(PeriodicCallback):
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Count updates that are not finite, and act if there are too many."""
+        if event.skipped and not event.samples:  # without samples, it says nothing about the weights
+            return state, ()
         memory = self.memory(state)
         if bool(event.finite) and not event.skipped:
             return (state.remember(self.name, memory | {"in_row": 0}) if memory["in_row"] else state), ()

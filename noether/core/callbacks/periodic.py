@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.callbacks.base import HOOKS, CallbackBase
 from noether.core.callbacks.dataset_results import DatasetResults, Mean
+from noether.core.effect import LogText
 from noether.core.errors import Problem, check_whole, suggest
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, Event
 from noether.core.schedules.gate import Gate, Interval
@@ -172,8 +173,8 @@ class PeriodicCallback(CallbackBase):
 class PeriodicDataIteratorCallback(PeriodicCallback):
     """Base class of periodic callbacks that iterate a dataset with the model in evaluation mode.
 
-    A subclass defines `process_data`, which is called for each batch, and `process_results`, which is called once with
-    the results of all batches. It also fires at every standalone evaluation.
+    A subclass defines `process_data`, which is called for each batch that has samples, and `process_results`, which is
+    called once with the results of all batches. It also fires at every standalone evaluation.
 
     Args:
         dataset_key: Name of the dataset in `event.data`.
@@ -258,8 +259,12 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         results, forward = DatasetResults(), event.run.forward
         with getattr(forward, "evaluating", nullcontext)():
             for batch in self._batches(event):
-                results.add(self.process_data(evaluated, batch, forward), event.run.batch_size(batch))
-        return self.process_results(state, event, results.values())
+                if size := event.run.batch_size(batch):
+                    results.add(self.process_data(evaluated, batch, forward), size)
+        values = results.values()
+        if not values["samples"]:
+            return state, (LogText(f"{self.name}: no batch of {self.dataset_key} has samples, so nothing is measured"),)
+        return self.process_results(state, event, values)
 
     def at_eval(self, state: TrainState, event: AtEval) -> tuple[TrainState, Effects]:
         """Fire at every standalone evaluation."""

@@ -131,11 +131,15 @@ class TrackOutputsCallback(PeriodicCallback):
     def _reduce(self, event: AfterUpdate) -> FrozenDict:
         """Return sum, number of samples and, if it will be saved whole, the tensor of each chosen output, by name."""
         steps = self._outputs_of_steps(event)
+        sizes = event.accumulated or (1,) * len(steps)
+        # A step without samples has outputs without a mean.
+        steps = [step for step, size in zip(steps, sizes, strict=True) if size]
+        sizes = tuple(filter(None, sizes))
         samples = event.samples if self.reduce == "mean" else 1
         reduced: dict[str, FrozenDict] = {}
         for name in self._chosen_names(steps):
             values = [step[name] for step in steps]
-            reduced[name] = FrozenDict(sum=_mean(values, event) * samples, samples=samples)
+            reduced[name] = FrozenDict(sum=_mean(values, sizes) * samples, samples=samples)
             if self.reduce == "last" and self.save_output and _to_tensor(values[0]).ndim:
                 reduced[name] = reduced[name] | {"whole": torch.cat(list(map(_to_tensor, values)))}
         return FrozenDict(reduced)
@@ -171,9 +175,8 @@ def _add(totals: Mapping[str, Any], outputs: Mapping[str, Any]) -> FrozenDict:
     return FrozenDict({**totals, **outputs, **both})
 
 
-def _mean(values: Sequence[Any], event: AfterUpdate) -> torch.Tensor:
+def _mean(values: Sequence[Any], sizes: Sequence[int]) -> torch.Tensor:
     """Return the mean of an output over the samples of an update, from its values at each accumulation step."""
-    sizes = event.accumulated or (1,) * len(values)
     terms = [_to_tensor(value).double().mean() * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]
     return torch.stack(terms).sum()
 

@@ -20,6 +20,8 @@ TARGETS: Final = ("target", "targets", "label", "labels", "y")
 def batch_size(batch: Any) -> int:
     """Return the number of samples in `batch`: the first dimension of its first tensor.
 
+    None and an empty container have none; a `collate` that finds no usable sample may return them.
+
     Raises:
         ValueError: If `batch` contains no tensor with a dimension.
 
@@ -29,6 +31,8 @@ def batch_size(batch: Any) -> int:
         8
     """
     size = _first_dimension(batch)
+    if size is None and (batch is None or (isinstance(batch, (tuple, list, Mapping)) and not batch)):
+        return 0
     if size is None:
         raise ValueError(
             f"no tensor with a dimension is found in the batch, a {type(batch).__name__}: pass "

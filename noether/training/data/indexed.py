@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from noether.session.randomness import derive, seed_all, seed_torch
-from noether.training.data.batches import Batching, move_batch
+from noether.training.data.batches import Batching, collate_of, move_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,8 +101,10 @@ class TrainingData:
             iteration: Completed epochs, updates and samples.
             last: Number of the last update of the run; nothing beyond it is prefetched.
         """
-        if iteration.update != self._expected:
-            sampler = _MicroBatchSampler(self, iteration.update, last)
+        if iteration.update != self._expected or iteration.update == last:
+            # A run that ends at a number of samples goes on if `collate` left some out.
+            is_beyond = last is not None and iteration.update >= last
+            sampler = _MicroBatchSampler(self, iteration.update, None if is_beyond else last)
             self._prefetching = iter(_make_loader(self._dataset, self._seed, sampler, self._num_workers, self._device))
         self._expected = None  # if a sample fails to load, the next call restarts prefetching
         parts = len(self.batching.parts(iteration.update))
@@ -215,7 +217,7 @@ def _make_loader(
         _SeededDataset(dataset, seed),
         batch_sampler=cast("Sampler[list[Any]]", batches),
         num_workers=num_workers,
-        collate_fn=getattr(dataset, "collate", None),
+        collate_fn=collate_of(dataset),
         pin_memory=device.type == "cuda",
         worker_init_fn=_ignore_first_signal,
         # Without a generator, the loader would draw from the one that the step uses.

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
+from noether.core.tensors.batch import batch_size
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     Losses = Mapping[str, Tensor]
     Grads = dict[str, Tensor | None]
+
+
+def drop_empty(batches: Sequence[Any]) -> tuple[Sequence[Any], tuple[int, ...]]:
+    """Return the micro-batches that have samples, and their sizes.
+
+    The loss of a micro-batch without samples is NaN, and so would be the sum of its loss times a weight of 0.
+
+    Example:
+        >>> import torch
+        >>> drop_empty([torch.ones(2), torch.ones(0), None])
+        ([tensor([1., 1.])], (2,))
+    """
+    sizes = tuple(map(batch_size, batches))
+    if 0 not in sizes:
+        return batches, sizes
+    return [batch for batch, size in zip(batches, sizes, strict=True) if size], tuple(filter(None, sizes))
 
 
 class BackwardResult(NamedTuple):

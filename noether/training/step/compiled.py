@@ -15,7 +15,7 @@ from noether.core.tensors.forward import add_total
 from noether.core.tensors.torch_internals import compile_graph
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.step import kernels
-from noether.training.step.accumulation import Accumulation, BackwardResult
+from noether.training.step.accumulation import Accumulation, BackwardResult, drop_empty
 from noether.training.step.gradients import traceable_total_norm
 from noether.training.step.model_tensors import ModelTensors
 from noether.training.step.step import make_event
@@ -191,7 +191,12 @@ class CompiledStep:
     ) -> tuple[TrainState, AfterUpdate]:
         """Return the state after one update and the event, as `Step` does up to the last bits."""
         eager = self.eager
-        update = None if self._is_disabled else self._find_update(state, batches, observed=observe is not None)
+        batches, samples = drop_empty(batches)
+        update = (
+            None
+            if self._is_disabled or not batches
+            else self._find_update(state, batches, observed=observe is not None)
+        )
         if update is None:
             return eager(state, batches, observe)
         settings = eager.settings_for(state)
@@ -213,9 +218,8 @@ class CompiledStep:
             state = model_tensors.donate_to(state, result.buffers)
         else:
             state = state.replace(params=params, opt_state=opt_state, buffers=result.buffers)
-        samples, losses = tuple(map(batch_size, batches)), FrozenDict(result.losses)
         readings = {"grad_norm": result.grad_norm, "finite": result.finite}
-        return state, make_event(losses, result.outputs, samples, settings, **readings)
+        return state, make_event(FrozenDict(result.losses), result.outputs, samples, settings, **readings)
 
     def _find_update(self, state: TrainState, batches: Sequence[Any], *, observed: bool) -> CompiledUpdate | None:
         """Return the compiled update, or None if the plain step has to make the next update."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from noether.core.event import AfterAccumulationStep, AfterUpdate
-from noether.core.tensors.batch import batch_size, model_arguments
+from noether.core.tensors.batch import model_arguments
 from noether.core.tensors.donation import DonatedTree
 from noether.core.tensors.forward import add_total
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session.randomness import derive, seed_torch
-from noether.training.step.accumulation import Accumulation, BackwardResult
+from noether.training.step.accumulation import Accumulation, BackwardResult, drop_empty
 from noether.training.step.gradients import (
     all_finite,
     clip_norm,
@@ -108,11 +108,12 @@ class Step:
 
         Args:
             state: Params, buffers and opt_state to start from.
-            batches: The micro-batches of the update, at least one.
+            batches: The micro-batches of the update; those without samples are left out.
             observe: Runs after the backward pass of each micro-batch and returns the state with callbacks' memory.
 
         Returns:
-            The state, and the event without the run and the times, which the loop adds.
+            The state, and the event without the run and the times, which the loop adds. If no micro-batch has samples,
+            the state is the same and the update is skipped.
 
         Raises:
             FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
@@ -121,8 +122,10 @@ class Step:
         if not torch.is_grad_enabled():
             with torch.enable_grad():
                 return self(state, batches, observe)
+        batches, samples = drop_empty(batches)
+        if not batches:
+            return state, make_event(FrozenDict(), (), (), self.settings_for(state), skipped=True)
         self.seed(state)
-        samples = tuple(map(batch_size, batches))
         times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
         if len(batches) == 1 and observe is None:  # the common case, which needs no sums
             result = self._run_backward(state, state.buffers, batches[0], 1.0, times)

@@ -1,0 +1,72 @@
+"""Compares the samples that an update trained on with those that the dataset gave for it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final, final
+
+from noether.core.errors import NoetherError
+from noether.session.losses import EMPTY_UPDATE
+
+if TYPE_CHECKING:
+    from noether.core.run import Run
+
+_LOGGER: Final = logging.getLogger(__name__)
+_FEWER: Final = (
+    "update %d trained on %d samples, and the dataset gave %d: max_samples and every_n_samples count the samples that "
+    "are trained on, while the plan counts all; this is logged once"
+)
+
+
+class NoSamplesError(NoetherError, ValueError):
+    """No batch of a whole epoch had samples."""
+
+
+@final
+class SampleCounts:
+    """Warns once if a dataset's `collate` leaves out samples, and refuses an epoch of updates without any.
+
+    Args:
+        run: Its sizes of epochs and updates are those before samples are left out.
+
+    Example:
+        >>> from noether import Run
+        >>> counts = SampleCounts(Run(updates_per_epoch=3, samples_per_epoch=10, effective_batch_size=4))
+        >>> for update, samples in enumerate((4, 4, 2)):
+        ...     counts.check(update, samples)
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._empty_in_row = 0
+        self._warned: set[str] = set()
+
+    def check(self, update: int, samples: int) -> None:
+        """Compare the samples of one update.
+
+        Args:
+            update: Number of updates completed before it.
+            samples: Samples that it trained on.
+
+        Raises:
+            NoSamplesError: If it and all updates before it, as many as an epoch has, were empty.
+        """
+        run = self._run
+        self._empty_in_row = 0 if samples else self._empty_in_row + 1
+        if samples == run.effective_batch_size:  # the common case
+            return
+        if self._empty_in_row >= run.updates_per_epoch:
+            raise NoSamplesError(
+                f"{self._empty_in_row} updates in a row, a whole epoch, have no samples: check which samples `collate` "
+                "of the training set leaves out"
+            )
+        given = run.iteration_after(update + 1).sample - run.iteration_after(update).sample
+        if not samples:
+            self._warn_once(EMPTY_UPDATE, update + 1)
+        elif samples < given:
+            self._warn_once(_FEWER, update + 1, samples, given)
+
+    def _warn_once(self, message: str, *values: int) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            _LOGGER.warning(message, *values)
