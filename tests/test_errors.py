@@ -1,4 +1,7 @@
-"""Every exception that noether defines derives from NoetherError."""
+"""Every exception that noether defines derives from NoetherError.
+
+A class that derives from `BaseException` alone is no error: like `GeneratorExit`, no `except Exception` catches it.
+"""
 
 import ast
 import builtins
@@ -24,7 +27,7 @@ def exception_bases():
             return any(map(is_exception, classes[name]))
         found = getattr(builtins, name, None)
         if isinstance(found, type):
-            return issubclass(found, BaseException) and not issubclass(found, Warning)
+            return issubclass(found, BaseException) and found is not BaseException and not issubclass(found, Warning)
         return name.endswith(("Error", "Exception", "Exit", "Interrupt"))
 
     return {name: bases for name, bases in classes.items() if is_exception(name)}

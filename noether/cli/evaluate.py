@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +24,7 @@ from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, os_error_text, replace_text
 from noether.training.experiment import build
+from noether.training.runs.interruption import EvaluationInterrupt, Interruption, interruptible
 from noether.training.runs.resumption import load_run_config
 from noether.training.runs.services import add_handlers
 
@@ -35,12 +37,11 @@ if TYPE_CHECKING:
     from noether.effects.checkpoints.manifest import Manifest
 
 
-def evaluate(
-    run_dir: Path, checkpoint: str, weights: str | None, settings: Sequence[str], allow: Sequence[str]
-) -> None:
+def evaluate(run_dir: Path, checkpoint: str, weights: str | None, settings: Sequence[str], allow: Sequence[str]) -> int:
     """Evaluate a checkpoint with the data iterators of its run; print the metrics and write `eval/TAG.json`.
 
-    Where the file cannot be written, as in a run that is read-only, a warning says so and the command succeeds.
+    Where the file cannot be written, as in a run that is read-only, a warning says so and the command succeeds. A
+    signal ends the evaluation at the next batch. Returns the exit code.
 
     Args:
         run_dir: The run directory.
@@ -71,14 +72,22 @@ def evaluate(
         state = _use_weights(state, weights, store)
         name = f"{name}.{weights.replace('/', '.')}"
     metrics: dict[str, Any] = {}
+    interruption = Interruption(second_kills=True)
     reducer = _drop_callbacks_without_weights(experiment.reducer, state)
     if not listens_to(reducer, AtEval):
         raise CheckpointError(
             f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"
         )
-    dispatch(state, AtEval(run=experiment.run), reducer, add_handlers(_collecting_interpreter(metrics), config))
+    interpreter = add_handlers(_collecting_interpreter(metrics), config)
+    with interruption, closing(experiment):
+        try:
+            dispatch(state, AtEval(run=interruptible(experiment.run, interruption)), reducer, interpreter)
+        except EvaluationInterrupt:
+            click.echo(f"interrupted in the evaluation of {name}; nothing was written")
+            return interruption.exit_code
     _print_metrics(name, metrics)
     _write_metrics(run_dir / "eval" / f"{name}.json", metrics)
+    return 0
 
 
 def _find_checkpoint(store: CheckpointStore, checkpoint: str) -> Manifest:

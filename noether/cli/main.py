@@ -109,7 +109,7 @@ def evaluate(
     from noether.cli import evaluate as command
 
     with _errors_as_messages():
-        command.evaluate(run_dir, checkpoint, weights, settings, allow)
+        sys.exit(command.evaluate(run_dir, checkpoint, weights, settings, allow))
 
 
 @main.command()

@@ -58,7 +58,7 @@ def next_move(state: TrainState, run: Run) -> Move:
     Returns:
         `NOTHING` once the run has ended; `END_EPOCH` if all batches of the epoch are counted, but not yet the epoch;
         `END_TRAINING` at the run's end or if the state asks to stop; else `UPDATE`, with the batch at position
-        `update - epoch * updates_per_epoch` of the epoch.
+        `updates_in_epoch(state, run)` of the epoch.
 
     Example:
         >>> from noether import Run, TrainingIteration, TrainState
@@ -70,6 +70,22 @@ def next_move(state: TrainState, run: Run) -> Move:
     over = state.stop is not None or state.iteration.reached(run.end)
     if over and state.ended:
         return Move.NOTHING
-    if state.iteration.update == (state.iteration.epoch + 1) * run.updates_per_epoch:
+    if updates_in_epoch(state, run) >= run.updates_per_epoch:
         return Move.END_EPOCH
     return Move.END_TRAINING if over else Move.UPDATE
+
+
+def updates_in_epoch(state: TrainState, run: Run) -> int:
+    """Return the number of updates completed in the current epoch, whatever the lengths of the epochs before it.
+
+    Args:
+        state: The current state.
+        run: Gives `updates_per_epoch` if the state does not know where the epoch began.
+
+    Example:
+        >>> from noether import Run, TrainState
+        >>> updates_in_epoch(TrainState().advance(samples=4).next_epoch().advance(samples=4), Run())
+        1
+    """
+    at, start = state.iteration, state.epoch_start
+    return at.update - (start.update if start.epoch == at.epoch else at.epoch * run.updates_per_epoch)

@@ -250,7 +250,10 @@ _EFFECTS_BEFORE: Final = "_noether_effects"
 
 
 def effects_before(error: BaseException) -> Effects:
-    """Return the effects of the callbacks that a reducer had called at the event before one of them raised `error`.
+    """Return the effects that were requested at an event before `error` was raised, and are not carried out yet.
+
+    They are those of the callbacks that a reducer had called before the one that raised the error; or, if a handler
+    raised it, those that come after the effect that it handled.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState
@@ -266,14 +269,19 @@ def effects_before(error: BaseException) -> Effects:
     return effects
 
 
+def attach_effects(error: BaseException, effects: Effects) -> None:
+    """Attach to an error the effects that were requested at its event and are not carried out yet."""
+    vars(error)[_EFFECTS_BEFORE] = effects
+
+
 def _note_place(error: Exception, member: Callback, effects: Effects, state: TrainState, event: Event) -> None:
     """Add a note that names the callback, and the effects of those before it; an inner reducer did so before."""
     if _EFFECTS_BEFORE not in vars(error):
         error.add_note(f"raised by the callback {label_of(member)!r} at {state.iteration}, {type(event).__name__}")
-    vars(error)[_EFFECTS_BEFORE] = effects + effects_before(error)
+    attach_effects(error, effects + effects_before(error))
 
 
-_LOOP_FIELDS: Final = ("iteration", "previous", "seed", "ended", "pending")
+_LOOP_FIELDS: Final = ("iteration", "previous", "epoch_start", "seed", "ended", "pending", "lengths")
 """Fields of a state that only the loop may change."""
 
 
@@ -291,6 +299,8 @@ def _check_change(member: Callback, before: TrainState, after: TrainState, event
         or after.seed is not before.seed
         or after.ended is not before.ended
         or after.pending is not before.pending
+        or after.epoch_start is not before.epoch_start
+        or after.lengths is not before.lengths
     ):
         name = next(each for each in _LOOP_FIELDS if getattr(after, each) is not getattr(before, each))
         raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")

@@ -47,6 +47,8 @@ class TrainState:
     Args:
         iteration: Counts of completed epochs, updates and samples.
         previous: The iteration before the last update; schedules compare it to `iteration`.
+        epoch_start: The iteration at which the current epoch began. Its count of epochs is lower than that of
+            `iteration` if that is unknown, as in checkpoints of earlier versions.
         params: The model's parameters by name.
         buffers: The model's buffers by name.
         opt_state: The optimizer's memory.
@@ -59,6 +61,8 @@ class TrainState:
         seed: The seed of all random numbers of the run.
         pending: The readings of an `AfterUpdate` that an error or a signal cut short, which the loop dispatches again;
             None otherwise.
+        lengths: Lengths of an epoch that the loop knew as it began, such as `updates_per_epoch`; a resumed loop
+            compares them with its own.
 
     Example:
         >>> state = TrainState().advance(samples=4)
@@ -68,6 +72,7 @@ class TrainState:
 
     iteration: TrainingIteration = _START
     previous: TrainingIteration = _START
+    epoch_start: TrainingIteration = _START
     params: Mapping[str, torch.Tensor] = _EMPTY
     buffers: Mapping[str, torch.Tensor] = _EMPTY
     opt_state: Mapping[str, Any] = _EMPTY
@@ -79,6 +84,7 @@ class TrainState:
     ended: bool = False
     seed: int = 0
     pending: Mapping[str, Any] | None = None
+    lengths: Mapping[str, int] = _EMPTY
 
     def __post_init__(self) -> None:
         if dict in map(type, vars(self).values()):
@@ -158,7 +164,8 @@ class TrainState:
 
     def next_epoch(self) -> Self:
         """Return the state after the end of its epoch; `previous` is kept for `AfterEpoch`."""
-        return self.replace(iteration=self.iteration.next_epoch())
+        iteration = self.iteration.next_epoch()
+        return self.replace(iteration=iteration, epoch_start=iteration)
 
     def memory(self, name: str) -> Memory:
         """Return the memory of the callback `name`.

@@ -9,6 +9,7 @@ import torch
 
 from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress
 from noether.core.errors import NoetherError, suggest
+from noether.core.reducer import attach_effects
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import NUMBER_TYPES
 
@@ -60,22 +61,37 @@ class Interpreter:
         Raises:
             UnhandledEffectError: If an effect has no handler; then no effect is run.
         """
-        self._check_background(event)
-        if not effects:
-            return
-        measured = False
-        for effect in effects:
-            if type(effect) not in self._unmeasured:
-                self._require_handler(type(effect))
-                self._require_handler(LogScalars)  # the measured values are logged
-                measured = True
-        if event.run.rank != 0:
-            return
-        if measured:
-            effects = [each for effect in effects for each in self._replace_by_scalars(effect, state, event)]
-        for effect in map(_read_tensors, merge_effects(effects)):
-            for handler in self._handlers[type(effect)]:
-                handler(effect, state, event)
+        try:
+            self._check_background(event)
+            if not effects:
+                return
+            measured = False
+            for effect in effects:
+                if type(effect) not in self._unmeasured:
+                    self._require_handler(type(effect))
+                    self._require_handler(LogScalars)  # the measured values are logged
+                    measured = True
+            if event.run.rank != 0:
+                return
+            if measured:
+                effects = [each for effect in effects for each in self._replace_by_scalars(effect, state, event)]
+        except Exception as error:
+            attach_effects(error, tuple(effects))
+            raise
+        self._run_merged(merge_effects(effects), state, event)
+
+    def _run_merged(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
+        index = 0
+        try:
+            for index, merged in enumerate(effects):  # noqa: B007  # the error needs the index
+                effect = _read_tensors(merged)
+                for handler in self._handlers[type(effect)]:
+                    handler(effect, state, event)
+        except Exception as error:
+            name = type(effects[index]).__name__
+            error.add_note(f"raised by a handler of {name} at {state.iteration}, {type(event).__name__}")
+            attach_effects(error, tuple(effects[index + 1 :]))
+            raise
 
     def with_handlers(self, effect_type: type[Effect], *handlers: Handler) -> Interpreter:
         """Return a new interpreter that also calls `handlers` for effects of this type, after the existing ones.

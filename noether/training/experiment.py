@@ -73,6 +73,12 @@ class Experiment:
     step: Step
     data: TrainingData | StreamedData
 
+    def close(self) -> None:
+        """Stop the processes that load samples; a later use starts them again."""
+        self.data.close()
+        for dataset in self.run.data.values():
+            dataset.close()
+
     def to_device(self, state: TrainState) -> TrainState:
         """Return a loaded state on the device of the run.
 
@@ -119,7 +125,7 @@ def build(
     optimizer = _build_optimizer(config, network)
     lr, weight_decay = build_value_schedules(config, optimizer, state, run)
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
-    state = state.replace(opt_state=optimizer.init(state.params))
+    state = state.replace(opt_state=optimizer.init(state.params), lengths=data.batching.lengths)
     callbacks = build_callbacks(config, state, run)
     streams = [data] if isinstance(data, StreamedData) else []
     reducer = compose(*streams, *(configured.callback for configured in callbacks))
@@ -184,6 +190,7 @@ def _build_training_data(config: Config, dataset: Any, device: torch.device) -> 
         "max_batch_size": trainer.max_batch_size,
         "drop_last": trainer.drop_last,
         "device": device,
+        "name": "train",
     }
     is_stream = isinstance(dataset, IterableDataset)
     if is_stream and trainer.num_workers:
@@ -210,9 +217,9 @@ def _build_evaluation_data(
     for key, dataset in datasets.items():
         with locate_errors(config, ("data", key)):
             if not isinstance(dataset, IterableDataset):
-                data[key] = EvaluationData(dataset, **settings, num_workers=trainer.num_workers)
+                data[key] = EvaluationData(dataset, **settings, name=key, num_workers=trainer.num_workers)
             elif key != "train":
-                data[key] = StreamedEvaluationData(dataset, **settings)
+                data[key] = StreamedEvaluationData(dataset, **settings, name=key)
     return data
 
 

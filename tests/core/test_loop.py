@@ -9,7 +9,7 @@ from noether.core.combinators import callback, every_n_epochs, every_n_samples, 
 from noether.core.effect import LogText
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
-from noether.core.loop import Move, next_move
+from noether.core.loop import Move, next_move, updates_in_epoch
 from noether.core.metrics import log
 from noether.core.pending import dispatch_pending, keep_event
 from noether.core.reducer import compose
@@ -192,3 +192,30 @@ def test_next_move_names_the_missing_field_of_the_run(missing):
     del given[missing]
     with pytest.raises(AttributeError, match=f"this run was not given '{missing}'"):
         next_move(TrainState(), Run(**given))
+
+
+def test_a_state_keeps_the_start_of_its_epoch_and_its_lengths():
+    state = TrainState(lengths={"updates_per_epoch": 2}).advance(samples=4).advance(samples=3).next_epoch()
+    state = state.advance(samples=4)
+    saved = encode_state(state)
+    assert saved["state"]["epoch_start"] == "E1_U2_S7"
+    back = decode_state(saved)
+    assert (back.epoch_start, back.lengths) == (state.epoch_start, state.lengths)
+    assert encode_state(back) == saved
+
+
+def test_a_state_of_an_earlier_version_has_no_lengths_and_the_length_of_the_run_counts_its_epoch():
+    saved = encode_state(TrainState(iteration=TrainingIteration(2, 21, 84)))
+    assert not {"epoch_start", "lengths"} & set(saved["state"])
+    state = decode_state(saved)
+    assert (state.epoch_start, state.lengths) == (TrainingIteration(), {})
+    assert updates_in_epoch(state, Run(updates_per_epoch=10)) == 1
+    with pytest.raises(AttributeError, match="updates_per_epoch"):
+        updates_in_epoch(state, Run())
+
+
+def test_a_start_of_an_epoch_after_the_iteration_is_refused():
+    saved = encode_state(TrainState().advance(samples=4))
+    saved["state"]["epoch_start"] = "E0_U2_S8"
+    with pytest.raises(ValueError, match="epoch_start E0_U2_S8 lies after iteration E0_U1_S4"):
+        decode_state(saved)

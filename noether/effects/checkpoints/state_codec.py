@@ -6,7 +6,7 @@ The checkpoint store and the checkpoints of other frameworks both use it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from cattrs import transform_error
@@ -15,12 +15,14 @@ from cattrs.preconf.json import make_converter
 
 from noether.core.iteration import TrainingIteration
 from noether.core.state import Measured, TrainState
+from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import decode_tree, encode_tree
 
 if TYPE_CHECKING:
     import torch
 
 _PARTS: Final = ("state", "tensors")
+_START: Final = TrainingIteration()
 _MAX_SEED: Final = 2**63 - 1
 _MAX_ERROR_CHARS: Final = 300
 
@@ -44,6 +46,8 @@ class _Values:
     callback_states: Any
     pending: Any = None
     stopped_by: str | None = None
+    epoch_start: TrainingIteration = _START
+    lengths: dict[str, int] = field(default_factory=dict)
 
 
 def encode_state(state: TrainState) -> dict[str, Any]:
@@ -74,9 +78,13 @@ def encode_state(state: TrainState) -> dict[str, Any]:
         "seed": state.seed,
         **{name: encode_tree(tree, tensors, name) for name, tree in trees.items()},
     }
-    # These two are left out where they are None, as earlier versions wrote no such entries.
+    # Left out by default, as earlier versions wrote no such entries.
     if state.stopped_by is not None:
         values["stopped_by"] = state.stopped_by
+    if state.epoch_start != _START:
+        values["epoch_start"] = str(state.epoch_start)
+    if state.lengths:
+        values["lengths"] = dict(state.lengths)
     if state.pending is not None:
         values["pending"] = encode_tree(state.pending, tensors, "pending")
     return {"state": values, "tensors": tensors}
@@ -98,6 +106,8 @@ def decode_state(saved: Mapping[str, Any]) -> TrainState:
     values = CONVERTER.structure(saved["state"], _Values)
     if abs(values.seed) > _MAX_SEED:
         raise ValueError(f"seed has to lie between -{_MAX_SEED} and {_MAX_SEED}")
+    if not values.iteration.reached(values.epoch_start):
+        raise ValueError(f"epoch_start {values.epoch_start} lies after iteration {values.iteration}")
     names = ("hyperparams", "metrics", "callback_states")
     trees = {name: decode_mapping(name, getattr(values, name), saved["tensors"]) for name in names}
     metrics = {key: Measured(value, TrainingIteration.parse(at)) for key, (value, at) in trees["metrics"].items()}
@@ -110,6 +120,8 @@ def decode_state(saved: Mapping[str, Any]) -> TrainState:
         ended=values.ended,
         seed=values.seed,
         pending=pending,
+        epoch_start=values.epoch_start,
+        lengths=FrozenDict(values.lengths),
         **{**trees, "metrics": metrics},
     )
 

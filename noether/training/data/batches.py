@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, final
 from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from noether.core.errors import check_whole, raise_problems
-from noether.core.tensors.tree import map_tensors
+from noether.core.tensors.tree import FrozenDict, map_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -63,6 +63,34 @@ class Batching:
         """Samples that one epoch trains on."""
         return self.updates_per_epoch * self.effective_batch_size if self.drop_last else self.length
 
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """The sizes that the order of the batches, the schedules and the end of a run depend on."""
+        return FrozenDict(
+            training_samples=self.length,
+            updates_per_epoch=self.updates_per_epoch,
+            samples_per_epoch=self.samples_per_epoch,
+            effective_batch_size=self.effective_batch_size,
+            drop_last=int(self.drop_last),
+        )
+
+    def check_length(self, dataset: Any, epoch: int) -> None:
+        """Refuse a training set that has another length than when training began.
+
+        Args:
+            dataset: The training set.
+            epoch: The epoch that begins.
+
+        Raises:
+            ValueError: If its length changed.
+        """
+        if (length := len(dataset)) != self.length:
+            raise ValueError(
+                f"{type(dataset).__name__} has {length} samples at the start of epoch {epoch}, and had {self.length} "
+                "when training began: return the same __len__ during the whole run, because schedules and the order of "
+                "samples depend on it"
+            )
+
     def parts(self, update: int) -> list[slice]:
         """Return the slices of the epoch's order that are the micro-batches of an update.
 
@@ -77,7 +105,11 @@ class Batching:
 
 def collate(dataset: Any, samples: list[Any]) -> Any:
     """Return a batch of samples, made by the dataset's own `collate` if it has one."""
-    return (collate_of(dataset) or default_collate)(samples)
+    try:
+        return (collate_of(dataset) or default_collate)(samples)
+    except Exception as error:
+        error.add_note(f"while collating {len(samples)} samples into a batch")
+        raise
 
 
 def collate_of(dataset: Any) -> Callable[[list[Any]], Any] | None:

@@ -5,28 +5,20 @@ The order is a function of `(seed, epoch)`, and the augmentation of a sample is 
 
 from __future__ import annotations
 
-import signal
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import IterableDataset, Sampler
 
-from noether.session.randomness import derive, seed_all, seed_torch
-from noether.training.data.batches import Batching, collate_of, move_batch
+from noether.session.randomness import derive, seed_torch
+from noether.training.data.batches import Batching, move_batch
+from noether.training.data.loading import LoadedBatches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from types import FrameType
+    from collections.abc import Iterator
 
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
-
-_GENERATOR_SEED: Final = 0
-
-
-class _Sized(Protocol):
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def epoch_order(seed: int, epoch: int, samples: int) -> list[int]:
@@ -58,6 +50,7 @@ class TrainingData:
         drop_last: Whether to leave out the last update of an epoch if it is short.
         num_workers: Processes that load samples; 0 loads in this process. The batches do not depend on it.
         device: Device of the batches.
+        name: Key of the dataset in the configuration, for messages.
 
     Raises:
         TypeError: If the dataset cannot be read by index.
@@ -83,14 +76,16 @@ class TrainingData:
         drop_last: bool = False,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
+        name: str = "",
     ) -> None:
         self.batching = Batching(_length(dataset), effective_batch_size, max_batch_size, drop_last)
         self._dataset = dataset
         self._seed = seed
         self._num_workers = num_workers
         self._device = torch.device(device)
+        self._name = name
         self._expected: int | None = None
-        self._prefetching: Iterator[Any] = iter(())
+        self._loading: LoadedBatches | None = None
 
     def batch(self, iteration: TrainingIteration, *, last: int | None = None) -> tuple[Any, ...]:
         """Return the micro-batches of the update that comes after `iteration`.
@@ -100,15 +95,27 @@ class TrainingData:
         Args:
             iteration: Completed epochs, updates and samples.
             last: Number of the last update of the run; nothing beyond it is prefetched.
+
+        Raises:
+            ValueError: If an epoch begins, and the dataset has another length than when training began.
         """
-        if iteration.update != self._expected or iteration.update == last:
+        if iteration.update % self.batching.updates_per_epoch == 0:
+            self.batching.check_length(self._dataset, iteration.epoch)
+        if self._loading is None or iteration.update != self._expected or iteration.update == last:
+            self.close()
             # A run that ends at a number of samples goes on if `collate` left some out.
             is_beyond = last is not None and iteration.update >= last
-            sampler = _MicroBatchSampler(self, iteration.update, None if is_beyond else last)
-            self._prefetching = iter(_make_loader(self._dataset, self._seed, sampler, self._num_workers, self._device))
+            self._loading = LoadedBatches(
+                self._dataset,
+                name=self._name,
+                seed=self._seed,
+                batches=_MicroBatchSampler(self, iteration.update, None if is_beyond else last),
+                num_workers=self._num_workers,
+                device=self._device,
+            )
         self._expected = None  # if a sample fails to load, the next call restarts prefetching
         parts = len(self.batching.parts(iteration.update))
-        batches = tuple(move_batch(next(self._prefetching), self._device) for _ in range(parts))
+        batches = tuple(move_batch(next(self._loading), self._device) for _ in range(parts))
         self._expected = iteration.update + 1
         return batches
 
@@ -117,8 +124,10 @@ class TrainingData:
         return state, self.batch(state.iteration, last=last)
 
     def close(self) -> None:
-        """Stop prefetching."""
-        self._prefetching, self._expected = iter(()), None
+        """Stop prefetching, and the workers."""
+        if self._loading is not None:
+            self._loading.close()
+        self._loading, self._expected = None, None
 
     def micro_batches(self, start: int, last: int | None) -> Iterator[list[tuple[int, int]]]:
         """Yield `(epoch, index)` of the samples of each micro-batch, after `start` updates and up to `last`."""
@@ -142,6 +151,7 @@ class EvaluationData:
         batch_size: Samples of a batch, >= 1.
         num_workers: Processes that load samples.
         device: Device of the batches.
+        name: Key of the dataset in the configuration, for messages.
 
     Raises:
         TypeError: If the dataset cannot be read by index.
@@ -153,7 +163,14 @@ class EvaluationData:
     """
 
     def __init__(
-        self, dataset: Any, *, seed: int, batch_size: int, num_workers: int = 0, device: torch.device | str = "cpu"
+        self,
+        dataset: Any,
+        *,
+        seed: int,
+        batch_size: int,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+        name: str = "",
     ) -> None:
         self._dataset = dataset
         self._length = _length(dataset)
@@ -163,6 +180,8 @@ class EvaluationData:
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._device = torch.device(device)
+        self._name = name
+        self._open: list[LoadedBatches] = []
 
     def __len__(self) -> int:
         return self._length
@@ -170,22 +189,41 @@ class EvaluationData:
     def __iter__(self) -> Iterator[Any]:
         starts = range(0, self._length, self._batch_size)
         indices = [[(0, i) for i in range(at, min(at + self._batch_size, self._length))] for at in starts]
-        for index, batch in enumerate(
-            _make_loader(self._dataset, self._seed, indices, self._num_workers, self._device)
-        ):
-            # A model may draw random numbers in evaluation; they do not depend on which process loaded the batch.
-            seed_torch(derive(self._seed, "evaluation", index))
-            yield move_batch(batch, self._device)
+        batches = LoadedBatches(
+            self._dataset,
+            name=self._name,
+            seed=self._seed,
+            batches=indices,
+            num_workers=self._num_workers,
+            device=self._device,
+        )
+        self._open.append(batches)
+        try:
+            for index, batch in enumerate(batches):
+                # A model may draw random numbers in evaluation; they do not depend on which process loaded the batch.
+                seed_torch(derive(self._seed, "evaluation", index))
+                yield move_batch(batch, self._device)
+        finally:
+            batches.close()
+            self._open.remove(batches)
+
+    def close(self) -> None:
+        """Stop the workers of passes that were left early: the traceback of an error keeps such a pass alive."""
+        for batches in self._open:
+            batches.close()
 
     def batched(self, batch_size: int) -> EvaluationData:
         """Return the same data in batches of another size."""
-        return EvaluationData(
+        data = EvaluationData(
             self._dataset,
             seed=self._seed,
             batch_size=batch_size,
             num_workers=self._num_workers,
             device=self._device,
+            name=self._name,
         )
+        data._open = self._open  # closing this object stops the workers of both
+        return data
 
 
 class _MicroBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -196,43 +234,6 @@ class _MicroBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return self._data.micro_batches(self._start, self._last)
-
-
-class _SeededDataset(Dataset[Any]):
-    """A dataset read by `(epoch, index)`; it seeds the random numbers before each sample."""
-
-    def __init__(self, dataset: _Sized, seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
-
-    def __getitem__(self, key: Any) -> Any:
-        epoch, index = key
-        seed_all(derive(self._seed, "sample", epoch, index))
-        return self._dataset[index]
-
-
-def _make_loader(
-    dataset: Any, seed: int, batches: Sequence[Any] | Sampler[Any], num_workers: int, device: torch.device
-) -> DataLoader[Any]:
-    return DataLoader(
-        _SeededDataset(dataset, seed),
-        batch_sampler=cast("Sampler[list[Any]]", batches),
-        num_workers=num_workers,
-        collate_fn=collate_of(dataset),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_first_signal,
-        # Without a generator, the loader would draw from the one that the step uses.
-        generator=torch.Generator().manual_seed(_GENERATOR_SEED),
-    )
-
-
-def _ignore_first_signal(worker: int) -> None:  # noqa: ARG001  # torch passes its number
-    """Ignore the first SIGINT or SIGTERM in a worker: a signal to the process group asks the run to save first."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _ignore_once)
-
-
-def _ignore_once(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the signature of a signal handler
-    signal.signal(number, signal.SIG_DFL)
 
 
 def _length(dataset: Any) -> int:

@@ -36,6 +36,7 @@ class StreamedData:
         max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
         drop_last: Whether to leave out the last update of an epoch if it is short.
         device: Device of the batches.
+        name: Key of the dataset in the configuration, for messages.
 
     Raises:
         TypeError: If the dataset has no length or no `state_dict`.
@@ -53,12 +54,14 @@ class StreamedData:
         max_batch_size: int | None = None,
         drop_last: bool = False,
         device: torch.device | str = "cpu",
+        name: str = "",
     ) -> None:
         _check_stream(dataset)
         self.batching = Batching(len(dataset), effective_batch_size, max_batch_size, drop_last)
         self._dataset = dataset
         self._seed = seed
         self._device = torch.device(device)
+        self._name = name
         self._start = _position(dataset)
         self._reading: Iterator[Any] = iter(())
         self._position: Memory = None
@@ -77,6 +80,8 @@ class StreamedData:
     def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:  # noqa: ARG002  # a stream is not prefetched
         """Return the state with the new position, and the micro-batches of its next update."""
         parts = self.batching.parts(state.iteration.update)
+        if parts[0].start == 0:
+            self.batching.check_length(self._dataset, state.iteration.epoch)
         self._move_to(state.memory(MEMORY), parts[0].start)
         samples = [[self._sample(state.iteration.epoch, i) for i in range(part.start, part.stop)] for part in parts]
         if parts[-1].stop == self.batching.samples_per_epoch:
@@ -105,8 +110,13 @@ class StreamedData:
         except StopIteration:
             name = type(self._dataset).__name__
             raise ValueError(
-                f"{name} ended after {index} samples of an epoch, but its __len__ is {self.batching.length}"
+                f"{name} ended after {index} samples of epoch {epoch}, but its __len__ is {self.batching.length}: "
+                "return from __len__ the number of samples that __iter__ yields in every epoch; after the last of them "
+                "state_dict() has to be the start of the next epoch"
             ) from None
+        except Exception as error:
+            error.add_note(_describe_place(self._name, self._dataset, index))
+            raise
 
 
 @final
@@ -118,18 +128,22 @@ class StreamedEvaluationData:
         seed: The run's seed; the random numbers of a sample are a function of its position in epoch 0.
         batch_size: Samples of a batch, >= 1.
         device: Device of the batches.
+        name: Key of the dataset in the configuration, for messages.
 
     Raises:
         TypeError: If the dataset has no `__len__`.
     """
 
-    def __init__(self, dataset: Any, *, seed: int, batch_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, dataset: Any, *, seed: int, batch_size: int, device: torch.device | str = "cpu", name: str = ""
+    ) -> None:
         if not hasattr(dataset, "__len__"):
             raise TypeError(f"{type(dataset).__name__} has no __len__, the number of its samples")
         self._dataset = dataset
         self._seed = seed
         self._batch_size = batch_size
         self._device = torch.device(device)
+        self._name = name
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -145,16 +159,31 @@ class StreamedEvaluationData:
 
     def batched(self, batch_size: int) -> StreamedEvaluationData:
         """Return the same data in batches of another size."""
-        return StreamedEvaluationData(self._dataset, seed=self._seed, batch_size=batch_size, device=self._device)
+        return StreamedEvaluationData(
+            self._dataset, seed=self._seed, batch_size=batch_size, device=self._device, name=self._name
+        )
+
+    def close(self) -> None:
+        """Do nothing: this process reads the samples."""
 
     def _samples(self) -> Iterator[Any]:
         reading = iter(self._dataset)
         for index in count():
             seed_all(derive(self._seed, "sample", 0, index))
             try:
-                yield next(reading)
+                sample = next(reading)
             except StopIteration:
                 return
+            except Exception as error:
+                error.add_note(_describe_place(self._name, self._dataset, index))
+                raise
+            yield sample
+
+
+def _describe_place(name: str, dataset: Any, samples: int) -> str:
+    """Return which sample of an epoch could not be read."""
+    key = f"data.{name} ({type(dataset).__name__})" if name else type(dataset).__name__
+    return f"while loading the next sample of {key}, after {samples} samples of the epoch"
 
 
 def _position(dataset: Any) -> Memory:

@@ -1,20 +1,34 @@
-"""Interruption of a run by SIGINT or SIGTERM: the loop saves at the next update and returns."""
+"""Interruption of a run by a signal: the loop saves at the next update, or in an evaluation at the next batch."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
     from types import FrameType, TracebackType
 
-SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+    from noether.core.run import Run
+
+SIGNALS: Final[tuple[signal.Signals, ...]] = tuple(
+    each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")
+)
+
+
+class EvaluationInterrupt(BaseException):
+    """Leaves an evaluation after a signal; no error, so that no `except Exception` of a callback catches it."""
 
 
 @final
 class Interruption:
-    """Catches the first SIGINT or SIGTERM inside a `with` block; only in the main thread, where Python allows it.
+    """Catches the first SIGINT, SIGTERM or SIGHUP in a `with` block; only in the main thread, where Python allows it.
+
+    A SIGHUP that the process ignores, as under `nohup`, stays ignored. Processes that are forked inside the block have
+    the handlers from before it.
 
     Args:
         second_kills: Whether a second signal ends the process at once. By default the handlers that were installed
@@ -38,27 +52,83 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """The exit code of a process that the signal ends: 130 for SIGINT, 143 for SIGTERM; 0 without a signal."""
+        """The exit code of a process that the signal ends: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP, or 0."""
         return 0 if self._received is None else 128 + self._received
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
+            for number in SIGNALS:
+                if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._catch)
+            _ACTIVE.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        _ACTIVE.discard(self)
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Install the handlers from before the block."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # signature of signal handlers
         self._received = number
         if self._second_kills:
-            for each in SIGNALS:
+            for each in self._previous:
                 signal.signal(each, signal.SIG_DFL)
         else:
-            self._restore()
+            self.restore_handlers()
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+
+_ACTIVE: Final[weakref.WeakSet[Interruption]] = weakref.WeakSet()
+
+
+def _restore_in_child() -> None:
+    for interruption in _ACTIVE:
+        interruption.restore_handlers()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_restore_in_child)
+
+
+@final
+class InterruptibleData:
+    """A dataset in batches that raises `EvaluationInterrupt` before the first batch after a signal.
+
+    Args:
+        data: The batches.
+        interrupted: Returns whether a signal was received.
+
+    Example:
+        >>> data = InterruptibleData([1, 2], interrupted=lambda: False)
+        >>> list(data), len(data)
+        ([1, 2], 2)
+    """
+
+    def __init__(self, data: Any, interrupted: Callable[[], bool]) -> None:
+        self._data, self._interrupted = data, interrupted
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches: Iterable[Any] = self._data
+        for batch in batches:
+            if self._interrupted():
+                raise EvaluationInterrupt
+            yield batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        found = getattr(self._data, name)
+        return found if name != "batched" else lambda size: InterruptibleData(found(size), self._interrupted)
+
+
+def interruptible(run: Run, interrupted: Callable[[], bool]) -> Run:
+    """Return the run with datasets that raise `EvaluationInterrupt` before the first batch after a signal."""
+    return run.replace(data={key: InterruptibleData(data, interrupted) for key, data in run.data.items()})

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from noether.config import Config
+    from noether.core.iteration import TrainingIteration
+    from noether.core.run import Run
     from noether.core.state import TrainState
     from noether.effects import RunDirectory
     from noether.training.experiment import Experiment
@@ -82,8 +84,8 @@ def resume_run(
         notify: Receives lines for the user.
 
     Raises:
-        ConfigError: As `load_run_config`, or if a dropped memory does not exist, or a callback would stop the run
-            again at once.
+        ConfigError: As `load_run_config`, or if a dropped memory does not exist, a callback would stop the run
+            again at once, or the training set has another length than when the run began.
         UnclaimedMemoryError: If the run holds memory that no callback claims and that is not dropped.
         CheckpointError: If there are checkpoints, and the run can be resumed from none of them; or if there are none
             although the run had saved some.
@@ -97,7 +99,7 @@ def resume_run(
         saved = _load_newest(directory)
         experiment = build(config, run_id=directory.run_id, fresh=saved is None)
         # All that can be refused is refused here, before anything is written.
-        state, notes = _adapt(saved, old, experiment, drop_memory, continue_stopped=continue_stopped)
+        state, notes = _adapt(saved, old, experiment, run_dir, drop_memory, continue_stopped=continue_stopped)
         if target == run_dir:
             return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
         _move(run_dir, target, old, config)
@@ -111,6 +113,7 @@ def _adapt(
     saved: TrainState | None,
     old: Config,
     experiment: Experiment,
+    run_dir: Path,
     drop_memory: Sequence[str],
     *,
     continue_stopped: bool,
@@ -118,7 +121,7 @@ def _adapt(
     """Return the state in which the run continues, and lines for the user."""
     if saved is None:
         return None, []
-    state = _drop_memory(experiment.to_device(saved), drop_memory)
+    state = _check_lengths(_drop_memory(experiment.to_device(saved), drop_memory), experiment, run_dir)
     state, notes = clear_stop(state, old, experiment, continue_stopped=continue_stopped)
     # Reducers are pure: this dry run refuses memory that does not fit.
     experiment.reducer(state, BeforeTraining(run=experiment.run, resumed=True))
@@ -239,3 +242,32 @@ def _drop_memory(state: TrainState, names: Sequence[str]) -> TrainState:
             raise ConfigError([LocatedProblem(Place(f"--drop-memory {name}"), (), message)])
     remaining = {name: memory for name, memory in state.callback_states.items() if name not in names}
     return state.replace(callback_states=FrozenDict(remaining))
+
+
+def _check_lengths(state: TrainState, experiment: Experiment, run_dir: Path) -> TrainState:
+    """Return the state with the lengths of the run, or refuse those with which it did not begin."""
+    before, now = state.lengths, experiment.data.batching.lengths
+    changed = [name for name in before if before[name] != now.get(name)]
+    if changed and changed[0] == "training_samples":
+        path, updates = ("data", "train"), f"epochs of {before.get('updates_per_epoch')} updates"
+        change = (
+            f"has {now['training_samples']} samples, but the run began with {before['training_samples']}, in {updates}"
+        )
+    elif changed:
+        path, change = ("trainer", changed[0]), f"{now.get(changed[0])}, but the run began with {before[changed[0]]}"
+    elif not before and not _are_possible(state.iteration, experiment.run):  # of an earlier version
+        path = ("data", "train")
+        change = f"gives epochs of {now['updates_per_epoch']} updates, in which no run reaches {state.iteration}"
+    else:
+        return state.replace(lengths=now)
+    fix = f"noether train {run_dir / CONFIG_FILE} --set run.init_from={run_dir / 'checkpoints/latest'}"
+    raise experiment.config.error(path, f"{change}: restore it, or start a new run from these weights with {fix}")
+
+
+def _are_possible(at: TrainingIteration, run: Run) -> bool:
+    """Return whether a run with epochs of one length passes through an iteration."""
+    expected = run.iteration_after(at.update)
+    uncounted = expected.epoch - at.epoch  # 1 after the last update of an epoch, before the epoch is counted
+    return at.sample == expected.sample and (
+        uncounted == 0 or (uncounted == 1 and at.update % run.updates_per_epoch == 0)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ def smoke_test(config: Config) -> None:
     experiment = build(config, run_id="smoke")
     run = experiment.run.replace(end=TrainingIteration(update=1))
     with (
+        closing(experiment),
         tempfile.TemporaryDirectory() as folder,
         open_directory(Path(folder) / "smoke", config, with_services=False) as directory,
     ):

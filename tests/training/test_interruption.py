@@ -1,0 +1,79 @@
+"""Signals are caught once, in this process only, and leave an evaluation at its next batch."""
+
+import multiprocessing
+import signal
+
+import pytest
+
+from noether.core.run import Run
+from noether.training.runs.interruption import SIGNALS, EvaluationInterrupt, Interruption, interruptible
+
+
+@pytest.fixture
+def ignored():
+    """Ignore SIGHUP as `nohup` does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_each_signal_is_caught_and_has_its_exit_code(number, code):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with Interruption() as interruption:
+        assert not interruption()
+        signal.raise_signal(number)
+        assert (interruption(), interruption.exit_code) == (True, code)
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+@pytest.mark.usefixtures("ignored")
+def test_a_hangup_that_the_process_ignores_stays_ignored():
+    with Interruption(second_kills=True) as interruption:
+        signal.raise_signal(signal.SIGHUP)
+        assert not interruption()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        assert interruption.exit_code == 143
+
+
+def _send_handlers(connection):
+    connection.send([signal.getsignal(each) in (signal.SIG_DFL, signal.default_int_handler) for each in SIGNALS])
+
+
+def test_a_forked_process_has_the_handlers_from_before():
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    with Interruption() as interruption:
+        process = context.Process(target=_send_handlers, args=[sending])
+        process.start()
+        assert receiving.recv() == [True] * len(SIGNALS)
+        process.join()
+        signal.raise_signal(signal.SIGINT)
+        assert interruption()
+
+
+class Batched(list):
+    def batched(self, batch_size):
+        return [self[at : at + batch_size] for at in range(0, len(self), batch_size)]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_an_evaluation_is_left_before_the_next_batch(batch_size):
+    interruption = Interruption()
+    data = interruptible(Run(data={"val": Batched(range(6))}), interruption).data["val"]
+    batches = data if batch_size is None else data.batched(batch_size)
+    with interruption:
+        batches = iter(batches)
+        next(batches)
+        next(batches)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(EvaluationInterrupt):
+            next(batches)
+    assert len(data) == 6
+
+
+def test_data_without_batched_has_none_when_it_is_interruptible():
+    data = interruptible(Run(data={"val": [1, 2]}), lambda: False).data["val"]
+    assert list(data) == [1, 2]
+    assert not hasattr(data, "batched")
