@@ -169,6 +169,9 @@ class PowerLoss:
         self._at(path.parent).set(path.name, None)
         self._at(target.parent).set(target.name, node)
 
+    def _track_link(self, _, path, target):
+        self._at(target.parent).set(target.name, self._at(path))
+
     def _track_remove(self, _, path):
         self._at(path.parent).set(path.name, None)
 
@@ -179,6 +182,7 @@ class PowerLoss:
         fsync: _track_fsync,
         os.mkdir: _track_mkdir,
         os.rename: _track_rename,
+        os.link: _track_link,
         os.unlink: _track_remove,
         os.rmdir: _track_remove,
     }

@@ -157,10 +157,13 @@ def _remove_copy(journal: _Journal, disk: Disk) -> None:
 def _remove_source(journal: _Journal, disk: Disk) -> None:
     source, target = Path(journal.source), Path(journal.target)
     disk.fsync_directory(target.parent)  # the process may have ended before it did
+    for leftover in (journal.copy, journal.discarded):  # a loss of power may keep both names of a rename
+        if disk.kind(leftover) is not None:
+            remove_tree(leftover, disk)
+            disk.fsync_directory(leftover.parent)
     if _read_journal(source, disk) == journal:
         disk.rename(source, journal.discarded)
         disk.fsync_directory(source.parent)
-    if disk.kind(journal.discarded) is not None:
         remove_tree(journal.discarded, disk)
         disk.fsync_directory(source.parent)
     disk.remove(target / JOURNAL)
@@ -177,7 +180,7 @@ def _copy_tree(
     for name in disk.names(source):
         path, kind = source / name, disk.kind(source / name)
         inner = path.relative_to(root)
-        if inner == Path(LOCK):
+        if inner == Path(LOCK) or name.startswith(TEMPORARY_PREFIX):  # a killed process left temporary files behind
             continue
         if str(inner) in texts:
             write_new_file(target / name, [texts[str(inner)].encode()], disk)
@@ -199,18 +202,13 @@ def _copy_file(path: Path, target: Path, *, is_unchanging: bool, disk: Disk) -> 
         with suppress(OSError):
             disk.hard_link(path, target)
             return
-    write_new_file(target, _pieces(path, disk), disk)
-    with suppress(PermissionError):
-        disk.copy_status(path, target)
-
-
-def _pieces(path: Path, disk: Disk) -> Iterator[bytes]:
     file = disk.open_to_read(path)
     try:
-        while piece := disk.read(file, _PIECE_BYTES):
-            yield piece
+        write_new_file(target, iter(lambda: disk.read(file, _PIECE_BYTES), b""), disk)
     finally:
         disk.close(file)
+    with suppress(PermissionError):
+        disk.copy_status(path, target)
 
 
 def _link_text(path: Path, root: Path, disk: Disk) -> str:
