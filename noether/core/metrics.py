@@ -10,7 +10,7 @@ from noether.core.effect import Effect, LogScalars
 from noether.core.errors import NoetherError, suggest
 from noether.core.event import BeforeTraining
 from noether.core.state import Measured
-from noether.core.tensors.tree import FrozenDict
+from noether.core.tensors.tree import SCALARS, FrozenDict, plain_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,13 +61,14 @@ _NUMBERS: Final = frozenset({float, int})
 
 def _number(key: str, value: torch.Tensor | SupportsFloat) -> torch.Tensor | float:
     """Return a value in a type that can be saved: numpy scalars and the like become floats."""
-    if isinstance(value, (float, int)):
-        return value
+    plain: SupportsFloat = plain_number(value)
+    if isinstance(plain, (float, int)) and type(plain) in SCALARS:
+        return plain
     if getattr(value, "ndim", 0):
         shape = tuple(getattr(value, "shape", ()))
         raise ValueError(f"metric {key!r} has shape {shape}; log a number or a 0-dimensional tensor")
     if isinstance(value, torch.Tensor):
-        return value
+        return value.detach().clone() if value.requires_grad else value  # its graph would stay in memory
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 from noether.core.event import AfterUpdate
 from noether.core.loop import dispatch
-from noether.core.tensors.tree import check_memory, freeze
+from noether.core.tensors.memory import check_savable
+from noether.core.tensors.tree import freeze, map_leaves, plain_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,10 +38,10 @@ def keep_event(state: TrainState, event: AfterUpdate) -> TrainState:
     """
     readings = {name: value for name, value in vars(event).items() if name not in _OF_THE_PROCESS}
     try:
-        check_memory("outputs", freeze(event.outputs))
+        check_savable("outputs", event.outputs)
     except TypeError:
         readings["outputs"] = None
-    return state.replace(pending=freeze(readings))
+    return state.replace(pending=freeze(map_leaves(plain_number, readings)))
 
 
 def dispatch_pending(

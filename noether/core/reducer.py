@@ -19,7 +19,8 @@ from noether.core.errors import NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import keys_overlap
 from noether.core.schedules.window import ALWAYS, START, earliest_thresholds
-from noether.core.tensors.tree import FrozenDict, check_memory, freeze, storages
+from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
+from noether.core.tensors.tree import FrozenDict, storages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -191,11 +192,12 @@ class Reducer:
         initial = self.init(state)
         if event.resumed:
             _check_claimed(state, initial)
-        missing = {name: freeze(memory) for name, memory in initial.items() if name not in state.callback_states}
+        missing = {name: memory for name, memory in initial.items() if name not in state.callback_states}
         if not missing:
             return state
         _check_new_memory(missing, state)
-        return state.replace(callback_states=FrozenDict({**state.callback_states, **missing}))
+        frozen = {name: freeze_memory(name, memory) for name, memory in missing.items()}
+        return state.replace(callback_states=FrozenDict({**state.callback_states, **frozen}))
 
 
 @final
@@ -304,6 +306,8 @@ def _check_change(member: Callback, before: TrainState, after: TrainState, event
     ):
         name = next(each for each in _LOOP_FIELDS if getattr(after, each) is not getattr(before, each))
         raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")
+    if after.hyperparams is not before.hyperparams:
+        check_savable("hyperparams", after.hyperparams)
     if isinstance(event, BeforeTraining) and event.resumed:
         raise ValueError(
             f"{label_of(member)} changed the state in a resumed BeforeTraining; it may only return effects"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from noether.core.iteration import TrainingIteration
+from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
 from noether.core.tensors.module import (
     BorrowedOptState,
     buffers_of,
@@ -15,7 +16,7 @@ from noether.core.tensors.module import (
     write_optimizer,
     write_weights,
 )
-from noether.core.tensors.tree import FrozenDict, freeze
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -182,13 +183,26 @@ class TrainState:
     def remember(self, name: str, memory: Memory) -> Self:
         """Return the state with the memory of the callback `name` set; the same state if it already is this object.
 
+        Dicts are frozen, and lists become tuples. Memory that a checkpoint would not return as it is, is refused. For
+        speed only the first memory of a name is searched for sparse, quantized and nested tensors and for those that
+        require a gradient; later ones are refused when they are saved.
+
+        Args:
+            name: Name of the callback's memory.
+            memory: A tree of str, int, float, bool, None, tensors, tuples, and dicts with text as keys.
+
+        Raises:
+            TypeError: If a part of it has another type, with its path and what to write instead.
+
         Example:
             >>> TrainState().remember("count", 3).memory("count")
             3
         """
-        if name in self.callback_states and self.callback_states[name] is memory:
+        if name not in self.callback_states:
+            check_memory(name, memory)
+        elif self.callback_states[name] is memory:
             return self
-        return self.replace(callback_states=FrozenDict({**self.callback_states, name: freeze(memory)}))
+        return self.replace(callback_states=FrozenDict({**self.callback_states, name: freeze_memory(name, memory)}))
 
     def request_stop(self, reason: str) -> Self:
         """Return the state that asks the loop to stop; an earlier reason is kept.
@@ -205,7 +219,12 @@ def _freeze_fields(fields: dict[str, Any]) -> dict[str, Any]:
     frozen = {name: FrozenDict(value) if type(value) is dict else value for name, value in fields.items()}
     # Only callback memory is frozen as a tree: the others are flat, or optimizer memory, which is large.
     if "callback_states" in fields:
-        frozen["callback_states"] = freeze(fields["callback_states"])
+        for name, memory in fields["callback_states"].items():
+            check_memory(name, memory)
+        memories = {name: freeze_memory(name, memory) for name, memory in fields["callback_states"].items()}
+        frozen["callback_states"] = FrozenDict(memories)
+    if "hyperparams" in fields:
+        check_savable("hyperparams", fields["hyperparams"])
     return frozen
 
 

@@ -28,7 +28,8 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.schedules.schedule import INTERVALS
 from noether.core.state import TrainState
-from noether.core.tensors.tree import FrozenDict, check_memory
+from noether.core.tensors.memory import check_memory
+from noether.core.tensors.tree import FrozenDict
 from noether.effects import CheckpointStore
 from noether.testing import call_purely, same
 

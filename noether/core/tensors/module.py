@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noether.core.tensors.step_counters import counts_on_device, move_memory
-from noether.core.tensors.tree import FrozenDict, freeze, move_to_device, pack, tensors, unpack
+from noether.core.tensors.tree import (
+    FrozenDict,
+    freeze,
+    map_leaves,
+    move_to_device,
+    pack,
+    plain_number,
+    tensors,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +63,7 @@ class BorrowedOptState(Mapping[str, Any]):
         memories = ((self._names[p], memory) for p, memory in self._optimizer.state.items())
         state = {name: freeze(pack(f"the optimizer's memory of {name}", memory)) for name, memory in memories}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        return FrozenDict(state=FrozenDict(state), groups=freeze(groups))
+        return FrozenDict(state=FrozenDict(state), groups=freeze(map_leaves(plain_number, groups)))
 
     def views(self, optimizer: Optimizer) -> bool:
         """Return whether this is the memory of `optimizer` itself."""

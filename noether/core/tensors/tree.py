@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Never
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
 
 SCALARS: Final = (str, int, float, bool, type(None))
 _LIST: Final = "__list__"
-_LEAVES: Final = frozenset({*SCALARS, torch.Tensor})
+LEAVES: Final = frozenset({*SCALARS, torch.Tensor})
+MAX_LEVELS: Final = 100
+"""How deep a tree may be nested: far less than Python's recursion limit, as other code recurses through it, too."""
 
 
 class FrozenDict(dict[str, Any]):
@@ -57,13 +60,13 @@ def freeze(tree: Any) -> Any:
         >>> freeze({"a": [1, {"b": 2}]})
         FrozenDict({'a': (1, FrozenDict({'b': 2}))})
     """
-    if type(tree) in _LEAVES:  # most values; testing for a Mapping takes longer
+    if type(tree) in LEAVES:  # most values; testing for a Mapping takes longer
         return tree
     if isinstance(tree, (dict, Mapping)):  # testing for a dict is faster
         if getattr(tree, "is_value", False):
             return tree
         # Fast path, as each update freezes several memories: most are flat, and only changed entries are copied.
-        flat = _LEAVES.issuperset(map(type, tree.values()))
+        flat = LEAVES.issuperset(map(type, tree.values()))
         changed = {} if flat else {key: new for key, old in tree.items() if (new := freeze(old)) is not old}
         return tree if not changed and isinstance(tree, FrozenDict) else FrozenDict({**tree, **changed})
     if isinstance(tree, (list, tuple)):
@@ -102,7 +105,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
         >>> map_leaves(lambda x: x + 1, {"a": (1, 2)})
         FrozenDict({'a': (2, 3)})
     """
-    if type(tree) in _LEAVES:
+    if type(tree) in LEAVES:
         return function(tree)
     if isinstance(tree, Mapping):
         return FrozenDict({key: map_leaves(function, value) for key, value in tree.items()})
@@ -162,32 +165,18 @@ def storages(tree: Any) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in allocated}
 
 
-def check_memory(name: str, memory: Any) -> None:
-    """Raise an error if memory cannot be saved and loaded unchanged.
-
-    Raises:
-        TypeError: If a leaf is not a JSON scalar or a tensor, or a key is not a string.
+def plain_number(value: Any) -> Any:
+    """Return a number of another type, such as numpy's, as an int or a float of equal value; anything else unchanged.
 
     Example:
-        >>> check_memory("ema", {"decay": {1, 2}})
-        Traceback (most recent call last):
-        TypeError: memory 'ema': decay is a set; memory is made of str, int, float, bool, None, tensors, ...
+        >>> import numpy
+        >>> plain_number(numpy.float64(0.5)), plain_number("text")
+        (0.5, 'text')
     """
-    _check_keys(name, memory)
-    for path, leaf in leaves(memory):
-        if not isinstance(leaf, (*SCALARS, torch.Tensor)):
-            where = ".".join(path) or "it"
-            allowed = "str, int, float, bool, None, tensors, tuples and dicts"
-            raise TypeError(f"memory {name!r}: {where} is a {type(leaf).__name__}; memory is made of {allowed}")
-
-
-def _check_keys(name: str, tree: Any) -> None:
-    for key in tree if isinstance(tree, Mapping) else ():
-        if not isinstance(key, str):
-            raise TypeError(f"memory {name!r}: the key {key!r} is a {type(key).__name__}; keys are str")
-    if isinstance(tree, (Mapping, list, tuple)):
-        for part in tree.values() if isinstance(tree, Mapping) else tree:
-            _check_keys(name, part)
+    if type(value) in LEAVES or not isinstance(value, numbers.Real):
+        return value
+    plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+    return plain if plain == value or plain != plain else value  # noqa: PLR0124  # NaN differs from itself
 
 
 def pack(where: str, value: Any) -> Any:
@@ -204,7 +193,8 @@ def pack(where: str, value: Any) -> Any:
         >>> pack("the sampler", {"order": [2, 0, 1]})
         {'order': {'__list__': (2, 0, 1)}}
     """
-    if isinstance(value, (torch.Tensor, *SCALARS)):
+    value = plain_number(value)
+    if type(value) in LEAVES or isinstance(value, torch.Tensor):
         return value
     if isinstance(value, list):
         return {_LIST: pack(where, tuple(value))}

@@ -15,6 +15,7 @@ from cattrs.preconf.json import make_converter
 
 from noether.core.iteration import TrainingIteration
 from noether.core.state import Measured, TrainState
+from noether.core.tensors.memory import check_memory, check_savable
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import decode_tree, encode_tree
 
@@ -58,12 +59,16 @@ def encode_state(state: TrainState) -> dict[str, Any]:
         checkpoint with `weights_only=True`.
 
     Raises:
-        TypeError: If the state holds an object of a type that cannot be saved.
+        TypeError: If the state holds an object that `decode_state` would not return unchanged; the message has the name
+            of the memory, the path in it, and what to write instead.
 
     Example:
         >>> encode_state(TrainState().advance(samples=4))["state"]["iteration"]
         'E0_U1_S4'
     """
+    check_savable("hyperparams", state.hyperparams)
+    for name, memory in state.callback_states.items():
+        check_memory(name, memory)
     tensors: dict[str, torch.Tensor] = {}
     trees = {
         "hyperparams": state.hyperparams,

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 _FACTS: Final = "noether"
-_METADATA: Final = "__metadata__"
+METADATA: Final = "__metadata__"
+"""The one name that no tensor in a file can have."""
 _LENGTH_BYTES: Final = 8
 _PIECE_BYTES: Final = 1 << 20
 _DTYPES: Final = {
@@ -38,6 +39,12 @@ _DTYPES: Final = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
+_OTHER_DTYPES: Final = {
+    str(each).removeprefix("torch."): each
+    for each in vars(torch).values()
+    if isinstance(each, torch.dtype) and each not in _DTYPES and not str(each).startswith(("torch.q", "torch.bits"))
+}
+"""Dtypes that the format does not have, by name; their values are stored as bytes."""
 
 
 def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator[bytes | memoryview]:
@@ -47,11 +54,12 @@ def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator
     for Python's global lock once for each of them.
 
     Args:
-        tensors: Tensor by name, on any device; each is read when its piece is requested.
+        tensors: Tensor by name, on any device. A dtype that the format does not have is stored as bytes.
         facts: JSON values that are stored beside them.
 
     Raises:
-        TypeError: If the format does not support a tensor's dtype or layout.
+        TypeError: If a tensor is not dense, quantized or without values, or cannot be read from its device; the message
+            has its name. A tensor is read when its piece is requested.
 
     Example:
         >>> content = b"".join(tensor_pieces({"w": torch.ones(2)}, note="x"))
@@ -59,18 +67,26 @@ def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator
         ({'w': tensor([1., 1.])}, {'note': 'x', 'strides': {}})
     """
     # Sorted by decreasing element size, so that every tensor is aligned.
+    for name, tensor in tensors.items():
+        _check(name, tensor)
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     facts["strides"] = {name: tensor.stride() for name, tensor in tensors.items() if _is_permuted(tensor)}
+    if other := {name: str(each.dtype) for name, each in tensors.items() if each.dtype not in _DTYPES}:
+        facts["dtypes"] = {name: dtype.removeprefix("torch.") for name, dtype in other.items()}
     # The format allows only text as metadata.
-    header: dict[str, Any] = {_METADATA: {_FACTS: json.dumps(facts)}}
+    header: dict[str, Any] = {METADATA: {_FACTS: json.dumps(facts)}}
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _dtype(name, tensor), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        if tensor.dtype in _DTYPES:
+            dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        else:
+            dtype, shape = "U8", [*tensor.shape, tensor.element_size()]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    yield from _join_small(_tensor_bytes(tensor) for _, tensor in ordered)
+    yield from _join_small(_tensor_bytes(name, tensor) for name, tensor in ordered)
 
 
 def read_tensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -80,23 +96,47 @@ def read_tensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any
         SafetensorError: If `content` is not a safetensors file.
         ValueError, KeyError, TypeError: If its facts are not those that `tensor_pieces` writes.
     """
-    tensors = load(content)  # which also validates the header
+    tensors = _load(content)  # which also validates the header
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    facts = json.loads(json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])[_METADATA][_FACTS])
+    facts = json.loads(json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])[METADATA][_FACTS])
+    for name, dtype in facts.get("dtypes", {}).items():
+        tensors[name] = _from_bytes(tensors[name], dtype)
     return tensors | {name: _with_stride(tensors[name], stride) for name, stride in facts["strides"].items()}, facts
 
 
-def _dtype(name: str, tensor: torch.Tensor) -> str:
-    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided or tensor.is_meta:
-        kind = f"of type {tensor.dtype}, {tensor.layout} on {tensor.device}"
-        raise TypeError(f"{name} is {kind}, which cannot be saved")
-    return _DTYPES[tensor.dtype]
+def _check(name: str, tensor: torch.Tensor) -> None:
+    dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    if not dense or (tensor.dtype not in _DTYPES and tensor.dtype not in _OTHER_DTYPES.values()):
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} is of type {tensor.dtype}, {kind} on {tensor.device}, which cannot be saved")
+    if name == METADATA or name.encode(errors="ignore").decode() != name:
+        raise TypeError(f"a tensor has the name {name!r:.80}, which cannot be saved")
 
 
-def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    content: Any = plain.reshape(-1).view(torch.uint8).numpy()
+def _tensor_bytes(name: str, tensor: torch.Tensor) -> memoryview:
+    try:
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        content: Any = plain.reshape(-1).view(torch.uint8).numpy()
+    except RuntimeError as error:  # a lost device, for example
+        raise TypeError(f"{name} cannot be read from {tensor.device}: {error}") from error
     return memoryview(content)
+
+
+def _from_bytes(content: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the tensor of a dtype that the format does not have; its bytes are the last dimension."""
+    dtype = _OTHER_DTYPES[name]
+    if content.dtype is not torch.uint8 or content.shape[-1] != dtype.itemsize:
+        raise ValueError(f"the bytes of a tensor are no values of {name}")
+    return content.view(dtype).squeeze(-1)
+
+
+def _load(content: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return load(content)
+    except BaseException as error:  # a panic of the library is not an Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the safetensors library fails: {error}") from error
 
 
 def _join_small(contents: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
