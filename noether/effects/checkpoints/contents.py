@@ -61,7 +61,7 @@ def checkpoint_files(effect: SaveCheckpoint, state: TrainState) -> dict[str, Pie
     if effect.weights:
         weights = select_weights(effect, state)
         order = {kind: [name for name in getattr(state, kind) if name in weights] for kind in _WEIGHT_KINDS}
-        files[WEIGHTS] = tensor_pieces(weights, order=order)
+        files[WEIGHTS] = _name_part("weights", tensor_pieces(weights, order=order))
     return files | (_state_files(state) if effect.optimizer else {})
 
 
@@ -120,10 +120,25 @@ def _name_file_in_errors(name: str) -> Iterator[None]:
 def _state_files(state: TrainState) -> dict[str, Pieces]:
     saved = encode_state(state)
     optimizer: dict[str, torch.Tensor] = {}
-    content = {**saved["state"], "opt_state": encode_tree(state.opt_state, optimizer)}
+    try:
+        content = {**saved["state"], "opt_state": encode_tree(state.opt_state, optimizer)}
+    except TypeError as error:
+        raise TypeError(f"opt_state: {error}") from error
     text = json.dumps(content, indent=1, allow_nan=False)
-    tensors_by_file = {OPTIMIZER: optimizer, MEMORY: saved["tensors"]}
-    return {STATE: [text.encode()], **{name: tensor_pieces(each) for name, each in tensors_by_file.items() if each}}
+    files: dict[str, Pieces] = {STATE: [text.encode()]}
+    if optimizer:
+        files[OPTIMIZER] = _name_part("opt_state", tensor_pieces(optimizer))
+    if saved["tensors"]:
+        files[MEMORY] = tensor_pieces(saved["tensors"])
+    return files
+
+
+def _name_part(part: str, pieces: Pieces) -> Pieces:
+    """Yield the pieces, with the part of the state in the message of an error."""
+    try:
+        yield from pieces
+    except TypeError as error:
+        raise TypeError(f"{part}: {error}") from error
 
 
 def _decode_state_file(

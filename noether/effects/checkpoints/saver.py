@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final
 
 from noether.core.tensors.donation import lease
 from noether.core.tensors.tree import clone_tensors
 from noether.effects.checkpoints.listing import CheckpointError
+from noether.effects.checkpoints.state_codec import error_text
+from noether.effects.disk.tensor_files import is_panic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
     from noether.core.effect import SaveCheckpoint
@@ -21,12 +24,13 @@ if TYPE_CHECKING:
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
     from noether.effects.checkpoints.store import CheckpointStore
+    from noether.effects.logs.jsonl import LogCount
     from noether.effects.run_logs import RunLogs
 
     OnError = Literal["stop", "warn"]
 
 _LOGGER: Final = logging.getLogger(__name__)
-_TREES: Final = ("params", "buffers", "opt_state", "hyperparams", "callback_states")
+_TREES: Final = ("params", "buffers", "opt_state", "hyperparams", "callback_states", "pending")
 
 
 @final
@@ -43,8 +47,8 @@ class Saver:
             immutable; a state whose tensors may be donated is leased.
         borrowed: Whether states view live tensors, as those of `TrainState.from_module` do; a background save copies
             them first.
-        on_error: What a failed save does: `stop` raises, for a background save at the next event; `warn` logs a
-            warning, and training continues.
+        on_error: What a save does that fails for any reason, such as a full disk or memory that cannot be saved: `stop`
+            raises, for a background save at the next event; `warn` logs a warning, and training continues.
         after_first: Called after a save of this process until it returns True.
     """
 
@@ -84,11 +88,12 @@ class Saver:
         if self._running_for is None or self._running_for[0] is not event or self._running_for[1] != state.iteration:
             self.wait()
         self._running_for = (event, state.iteration)
-        if self._copies:
-            state = state.replace(**{name: clone_tensors(getattr(state, name)) for name in _TREES})
-        else:
-            state = lease(state)
-        self._running.append(self._worker.submit(self._write, effect, state, event, fsync_logs))
+        with self._report_failures(state):
+            if self._copies:
+                copied = state.replace(**{name: clone_tensors(getattr(state, name)) for name in _TREES})
+            else:
+                copied = lease(state)
+            self._running.append(self._worker.submit(self._write, effect, copied, event, fsync_logs))
 
     def check(self) -> None:
         """Raise the error of a background save that has ended; called at every event.
@@ -109,15 +114,27 @@ class Saver:
             self._running.pop(0).result()
         self._running_for = None
 
-    def _write(self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Any) -> None:
-        try:
+    def _write(
+        self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount]
+    ) -> None:
+        with self._report_failures(state):
             self._store.save(effect, state, event, fsync_logs)
-        except CheckpointError as error:
-            if self._on_error == "stop":
-                raise
-            _LOGGER.warning("%s; training continues without it", error)
-        else:
             self._first_is_saved = self._first_is_saved or self._after_first()
+
+    @contextmanager
+    def _report_failures(self, state: TrainState) -> Iterator[None]:
+        """Raise whatever goes wrong in a save as a `CheckpointError`, or log it as a warning, as `on_error` says."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise  # Ctrl-C, or the end of the process
+            failure = error
+            if not isinstance(error, CheckpointError):
+                failure = CheckpointError(f"the state at {state.iteration} could not be saved: {error_text(error)}")
+            if self._on_error == "stop":
+                raise failure from (error if failure is not error else error.__cause__)
+            _LOGGER.warning("%s; training continues without it", failure)
 
 
 def _log_errors(running: list[Future[None]]) -> None:

@@ -144,7 +144,7 @@ def decode_mapping(name: str, value: Any, tensors: Mapping[str, torch.Tensor]) -
     return tree
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     r"""Return the message of a library's error in one printable line of at most 300 characters.
 
     Example:

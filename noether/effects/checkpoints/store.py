@@ -9,10 +9,9 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
-from noether.core.errors import suggest
+from noether.core.errors import NoetherError, suggest
 from noether.effects.checkpoints.contents import (
     ContentError,
-    ModelNamesError,
     checkpoint_files,
     read_state,
     requested_files,
@@ -27,6 +26,7 @@ from noether.effects.checkpoints.listing import (
 )
 from noether.effects.checkpoints.manifest import NAME, Manifest, Part
 from noether.effects.checkpoints.retention import select_prunable
+from noether.effects.checkpoints.state_codec import error_text
 from noether.effects.checkpoints.writer import Writer
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import read_file
@@ -259,17 +259,13 @@ class CheckpointStore:
         self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, fsync_logs: Callable[[], LogCount]
     ) -> Manifest:
         """Write the files of a checkpoint, fsync the logs, and return the complete manifest."""
-        try:
-            files = checkpoint_files(effect, state)
-        except ModelNamesError as error:
-            raise CheckpointError(str(error)) from error
-        with self._report_disk_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
-            written = self._writer.write(draft, files)
+        with self._report_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
+            written = self._writer.write(draft, checkpoint_files(effect, state))
             log = fsync_logs()
         return replace(written, log_lines=log.lines, log_lines_lost=log.lost)
 
     def _commit(self, saved: Manifest) -> None:
-        with self._report_disk_errors(f"checkpoint {self._directory / saved.tag} could not be written"):
+        with self._report_errors(f"checkpoint {self._directory / saved.tag} could not be written"):
             self._writer.commit(saved)
         self._committed.add(saved.tag)
 
@@ -278,9 +274,7 @@ class CheckpointStore:
         errors: list[CheckpointError] = []
         for pointer in pointers:
             try:
-                with self._report_disk_errors(
-                    f"the pointer {self._directory / pointer} could not be set to {saved.tag}"
-                ):
+                with self._report_errors(f"the pointer {self._directory / pointer} could not be set to {saved.tag}"):
                     self._writer.move_pointer(pointer, saved)
             except CheckpointError as error:
                 errors.append(error)
@@ -311,14 +305,15 @@ class CheckpointStore:
             _LOGGER.warning("checkpoints that retention would remove stay in %s: %s", self._directory, reasons)
 
     @contextmanager
-    def _report_disk_errors(self, failure: str) -> Iterator[None]:
-        """Raise an error of the disk as a `CheckpointError`, and remove temporary files, which may fill the disk."""
+    def _report_errors(self, failure: str) -> Iterator[None]:
+        """Raise any error of a write as a `CheckpointError`, and remove temporary files, which may fill the disk."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             with suppress(OSError):  # the next save removes them
                 self._writer.remove_leftovers()
-            raise CheckpointError(f"{failure}: {error}; earlier checkpoints are intact") from error
+            reason = str(error) if isinstance(error, (OSError, NoetherError, TypeError)) else error_text(error)
+            raise CheckpointError(f"{failure}: {reason}; earlier checkpoints are intact") from error
 
     def _read_verified(self, tag: str, name: str, part: Part) -> bytes:
         """Return the content of a file of a checkpoint after comparing it with its size and hash in the manifest."""

@@ -130,11 +130,16 @@ def _from_bytes(content: torch.Tensor, name: str) -> torch.Tensor:
     return content.view(dtype).squeeze(-1)
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether code in Rust failed; its exception is not an `Exception`, and its class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def _load(content: bytes) -> dict[str, torch.Tensor]:
     try:
         return load(content)
     except BaseException as error:  # a panic of the library is not an Exception
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
         raise ValueError(f"the safetensors library fails: {error}") from error
 

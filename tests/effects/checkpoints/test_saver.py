@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from faults import Faults, call_without_fsync
 from small_run import open_small_run, state_after
 from torch import nn
 
-from noether import AfterTraining, AfterUpdate, SaveCheckpoint, TrainState
+from noether import AfterTraining, AfterUpdate, SaveCheckpoint, TrainingIteration, TrainState
+from noether.core.state import Measured
+from noether.core.tensors.tree import FrozenDict
 from noether.effects import CheckpointError, CheckpointStore
 from noether.effects.disk.calls import Disk
 from noether.testing import same
@@ -138,14 +141,125 @@ def test_run_continues_if_failures_only_warn(tmp_path, caplog, asynchronous):
     assert open_store(tmp_path).pointers() == {"latest": str(state_after(2).iteration)}
 
 
-def test_unsavable_memory_ends_the_run_even_if_failures_warn(tmp_path):
-    """It is a bug in a callback, not a failure of the disk."""
+class PanicException(BaseException):  # as Rust code raises it, whose class cannot be imported
+    """Not an `Exception`."""
+
+
+class Unreadable(Mapping):
+    """The memory of an optimizer that raises when it is read."""
+
+    def __getitem__(self, key):
+        raise ArithmeticError("the optimizer cannot be read")
+
+    def __iter__(self):
+        return iter(["state"])
+
+    def __len__(self):
+        return 1
+
+
+def raise_instead(error):
+    def fail(*_arguments, **_settings):
+        raise error
+
+    return fail
+
+
+def with_memory(value):
+    return lambda: state_after(1).replace(callback_states=FrozenDict(seen=FrozenDict(a=value)))
+
+
+UNSAVABLE = {
+    "a set in the optimizer's memory": (
+        lambda: state_after(1).replace(opt_state={"state": {"w": {"seen": {1}}}}),
+        "opt_state: state.w.seen is a set, which cannot be saved",
+    ),
+    "a key in the optimizer's memory": (
+        lambda: state_after(1).replace(opt_state={"state": {"w": {1: 2}}}),
+        "opt_state: state.w has the key 1 of type int, which cannot be saved; keys are str",
+    ),
+    "a sparse tensor in the optimizer's memory": (
+        lambda: state_after(1).replace(opt_state={"state": {"w": torch.ones(2).to_sparse()}}),
+        "opt_state: state.w is of type torch.float32, torch.sparse_coo on cpu, which cannot be saved",
+    ),
+    "an optimizer's memory that raises": (
+        lambda: state_after(1).replace(opt_state=Unreadable()),
+        "ArithmeticError: the optimizer cannot be read",
+    ),
+    "a param without values": (
+        lambda: state_after(1).replace(params={"w": torch.ones(2, device="meta")}),
+        "weights: w is of type torch.float32, torch.strided on meta, which cannot be saved",
+    ),
+    "a set in memory": (with_memory({1}), "memory 'seen': a is a set; "),
+    "a sparse tensor in memory": (with_memory(torch.ones(2).to_sparse()), "memory 'seen': a is a tensor of layout"),
+    "a tensor without values in memory": (
+        with_memory(torch.ones(2, device="meta")),
+        "callback_states.seen.a is of type torch.float32, torch.strided on meta",
+    ),
+    "a metric that is a set": (
+        lambda: state_after(1).replace(metrics={"loss": Measured({1}, TrainingIteration())}),
+        "metrics.loss.0 is a set, which cannot be saved",
+    ),
+}
+ERRORS = {
+    "no memory": (MemoryError(), "MemoryError"),
+    "a panic": (PanicException("no memory"), "PanicException: no memory"),
+    "a lost device": (RuntimeError("CUDA error: unknown"), "CUDA error: unknown"),
+}
+
+
+def save_twice(folder, state, caplog, *, asynchronous, on_error, repair=lambda: None):
+    """Save a state that cannot be saved, and then another one; return what was reported."""
+    settings = {"asynchronous": asynchronous, "borrowed": asynchronous, "on_error": on_error}
+    with open_small_run(folder / "run", **settings) as directory:
+        if on_error == "stop":
+            with pytest.raises(CheckpointError) as failure:
+                save_and_wait(directory, state)
+            message = str(failure.value)
+        else:
+            save_and_wait(directory, state)
+            message = caplog.text
+            assert caplog.text.count("; training continues without it") == 1
+        repair()
+        directory.interpreter([SAVE], state_after(2), UPDATE)
+    assert open_store(folder).pointers() == {"latest": str(state_after(2).iteration)}
+    return message
+
+
+def save_and_wait(directory, state):
+    directory.interpreter([SAVE], state, UPDATE)
+    directory.wait()
+
+
+@pytest.mark.parametrize("what", UNSAVABLE)
+@pytest.mark.parametrize("on_error", ["stop", "warn"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_state_that_cannot_be_saved_is_a_failed_save(tmp_path, caplog, what, on_error, asynchronous):
+    make, reason = UNSAVABLE[what]
+    assert reason in save_twice(tmp_path, make(), caplog, asynchronous=asynchronous, on_error=on_error)
+
+
+@pytest.mark.parametrize("what", ERRORS)
+@pytest.mark.parametrize("on_error", ["stop", "warn"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_any_error_while_tensors_are_read_is_a_failed_save(tmp_path, monkeypatch, caplog, what, on_error, asynchronous):
+    error, reason = ERRORS[what]
+    state = state_after(1).replace(params={"w": torch.ones(2)})
+    monkeypatch.setattr(torch.Tensor, "cpu", raise_instead(error))
+    assert reason in save_twice(
+        tmp_path, state, caplog, asynchronous=asynchronous, on_error=on_error, repair=monkeypatch.undo
+    )
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_ctrl_c_in_a_save_is_no_failed_save(tmp_path, monkeypatch, asynchronous):
+    monkeypatch.setattr(torch.Tensor, "cpu", raise_instead(KeyboardInterrupt()))
+    state = state_after(1).replace(params={"w": torch.ones(2)})
     with (
-        pytest.raises(TypeError, match="seen is a set, which cannot be saved"),
-        open_small_run(tmp_path / "run", asynchronous=True, borrowed=False, on_error="warn") as directory,
+        open_small_run(tmp_path / "run", asynchronous=asynchronous, on_error="warn") as directory,
+        pytest.raises(KeyboardInterrupt),
     ):
-        directory.interpreter([SAVE], state_after(1).remember("seen", {1}), UPDATE)
-    assert open_store(tmp_path).manifests() == []
+        save_and_wait(directory, state)
 
 
 NEVER_CLOSED = """\
