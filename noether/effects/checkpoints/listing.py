@@ -39,6 +39,10 @@ class UnreadableError(CheckpointError):
     """This process cannot read a checkpoint that may be intact, so the run must not resume from an older one."""
 
 
+class UnsavableError(CheckpointError, TypeError):
+    """A state holds a value that cannot be saved; the message has the part of the state and the path in it."""
+
+
 class MissingTargetError(CheckpointError):
     """A pointer names a checkpoint that does not exist."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from noether.core.errors import NoetherError, suggest
 from noether.effects.checkpoints.contents import (
     ContentError,
+    ModelNamesError,
     checkpoint_files,
     read_state,
     requested_files,
@@ -21,6 +22,7 @@ from noether.effects.checkpoints.listing import (
     Listing,
     MissingTargetError,
     UnreadableError,
+    UnsavableError,
     list_checkpoints,
     read_error,
 )
@@ -260,7 +262,11 @@ class CheckpointStore:
     ) -> Manifest:
         """Write the files of a checkpoint, fsync the logs, and return the complete manifest."""
         with self._report_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
-            written = self._writer.write(draft, checkpoint_files(effect, state))
+            try:
+                files = checkpoint_files(effect, state)
+            except ModelNamesError as error:
+                raise CheckpointError(str(error)) from error
+            written = self._writer.write(draft, files)
             log = fsync_logs()
         return replace(written, log_lines=log.lines, log_lines_lost=log.lost)
 
@@ -309,11 +315,14 @@ class CheckpointStore:
         """Raise any error of a write as a `CheckpointError`, and remove temporary files, which may fill the disk."""
         try:
             yield
+        except CheckpointError:
+            raise
         except Exception as error:
             with suppress(OSError):  # the next save removes them
                 self._writer.remove_leftovers()
+            kind = UnsavableError if isinstance(error, TypeError) else CheckpointError
             reason = str(error) if isinstance(error, (OSError, NoetherError, TypeError)) else error_text(error)
-            raise CheckpointError(f"{failure}: {reason}; earlier checkpoints are intact") from error
+            raise kind(f"{failure}: {reason}; earlier checkpoints are intact") from error
 
     def _read_verified(self, tag: str, name: str, part: Part) -> bytes:
         """Return the content of a file of a checkpoint after comparing it with its size and hash in the manifest."""

@@ -15,6 +15,7 @@ from audit import dangerous_events, executions, opened_paths, record_audit
 
 from noether import AfterUpdate, SaveCheckpoint, TrainingIteration, TrainState
 from noether.core.state import Measured
+from noether.core.tensors.tree import FrozenDict
 from noether.effects import CheckpointError, CheckpointStore
 from noether.testing import same
 
@@ -354,9 +355,15 @@ def test_tree_that_could_not_be_loaded_is_not_saved(tmp_path):
     memory = "x"
     for _ in range(101):
         memory = (memory,)
-    state = honest_state().replace(callback_states={"deep": memory})
-    with pytest.raises(TypeError, match=r"callback_states\.deep\.0.* is nested deeper than 100 levels"):
-        CheckpointStore(tmp_path, "run").save(SaveCheckpoint(), state, AfterUpdate(samples=4))
+    state = honest_state()
+    with pytest.raises(
+        TypeError, match=r"^memory 'deep': 0\.0\.0.* is nested deeper than 99 levels; write a flat dict"
+    ):
+        state.replace(callback_states={"deep": memory})
+    for field, name in (("callback_states", "memory 'deep': 0"), ("opt_state", "opt_state: deep")):
+        deep = state.replace(**{field: FrozenDict(deep=memory)})
+        with pytest.raises(CheckpointError, match=rf"could not be written: {name}\.0.* is nested deeper than"):
+            CheckpointStore(tmp_path, "run").save(SaveCheckpoint(), deep, AfterUpdate(samples=4))
     fits = state.replace(callback_states={"deep": memory[0][0]})
     store = CheckpointStore(tmp_path, "run")
     store.save(SaveCheckpoint(), fits, AfterUpdate(samples=4))

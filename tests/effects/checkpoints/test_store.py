@@ -19,6 +19,7 @@ from noether import AfterEpoch, AfterTraining, AfterUpdate, SaveCheckpoint, Trai
 from noether.core.state import Measured
 from noether.core.tensors.tree import freeze
 from noether.effects import CheckpointError, CheckpointStore, open_run
+from noether.effects.checkpoints.listing import UnsavableError
 from noether.effects.checkpoints.manifest import Manifest, Part
 from noether.effects.checkpoints.retention import select_prunable
 from noether.effects.disk.calls import Disk, fsync
@@ -335,7 +336,7 @@ def test_partly_written_checkpoint_of_a_crash_is_ignored(store, folder):
 def test_failed_save_adds_no_checkpoint_and_moves_no_pointer(store):
     store.save(SaveCheckpoint(pointers=("latest",)), state_at(1), UPDATE)
     broken = state_at(2).replace(opt_state={"state": {1, 2}})
-    with pytest.raises(TypeError, match="state is a set, which cannot be saved"):
+    with pytest.raises(UnsavableError, match="opt_state: state is a set, which cannot be saved"):
         store.save(SaveCheckpoint(pointers=("latest",)), broken, UPDATE)
     assert (tags(store), store.pointers()) == (["E0_U1_S4"], {"latest": "E0_U1_S4"})
 
