@@ -147,18 +147,22 @@ def replay(
 def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
     """Check a configuration without training.
 
-    Checks every setting of CONFIG, builds the datasets and the model, and checks that the callbacks fit together.
+    Checks every setting of CONFIG, builds the datasets and the model, and checks that the callbacks fit together. Warns
+    of a last batch of one sample if the model fails on it.
     """
     from noether.config import load
 
     with _errors_as_messages():
         loaded = load(config, settings, allow)
         # These import torch, which is slow: `load` reports wrong settings before that.
+        from noether.planning.single_samples import find_single_sample_warnings
         from noether.training.experiment import build
         from noether.training.runs.services import check_services
 
         check_services(loaded)
         experiment = build(loaded)
+        for warning in find_single_sample_warnings(experiment):
+            click.echo(f"Warning: {warning}", err=True)
         count = len(experiment.reducer.members)
         click.echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
 

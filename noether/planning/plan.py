@@ -12,6 +12,7 @@ from noether.planning.planned_callback import plan_callback
 from noether.planning.requests import PROBED_FIRINGS, Probe
 from noether.planning.retention_forecast import forecast_checkpoints
 from noether.planning.shapes import build_on_meta
+from noether.planning.single_samples import find_single_sample_warnings
 from noether.planning.warnings import find_warnings
 from noether.training.configured_callbacks import ConfiguredCallback
 
@@ -79,7 +80,7 @@ def make_plan(config: Config) -> Plan:
         frozen_params=counts["params/frozen"],
         callbacks=planned,
         checkpoints=forecast_checkpoints([request for each in planned for request in each.requests], run),
-        warnings=tuple(find_warnings(config, planned, run)),
+        warnings=(*find_warnings(config, planned, run), *find_single_sample_warnings(experiment)),
         notes=(*notes, *_notes(config, planned)),
     )
 

@@ -217,6 +217,13 @@ def check_data(members: tuple[Callback, ...], run: Run) -> None:
                 f"{label_of(member)} iterates {key!r}, and the session has no loss to evaluate it with: pass loss=, "
                 "a function (outputs, batch) -> {name: mean over samples}"
             )
+        source = getattr(data[key], "dataset", data[key])
+        if hasattr(source, "__len__") and not len(source):
+            raise SessionError(f"{label_of(member)} iterates {key!r}, which is empty: pass data with samples")
+        if getattr(member, "batch_size", None) is not None and not hasattr(data[key], "batched"):
+            raise SessionError(
+                f"{label_of(member)} has a batch_size, and data[{key!r}] is in batches already: leave batch_size out"
+            )
 
 
 def check_optimizer(members: tuple[Callback, ...], optimizer: LiveOptimizer | None) -> None:

@@ -177,7 +177,7 @@ class EvaluationData:
         if not self._length:
             raise ValueError("the dataset has no samples")
         self._seed = seed
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._num_workers = num_workers
         self._device = torch.device(device)
         self._name = name
@@ -187,8 +187,8 @@ class EvaluationData:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        starts = range(0, self._length, self._batch_size)
-        indices = [[(0, i) for i in range(at, min(at + self._batch_size, self._length))] for at in starts]
+        starts = range(0, self._length, self.batch_size)
+        indices = [[(0, i) for i in range(at, min(at + self.batch_size, self._length))] for at in starts]
         batches = LoadedBatches(
             self._dataset,
             name=self._name,

@@ -132,6 +132,7 @@ class StreamedEvaluationData:
 
     Raises:
         TypeError: If the dataset has no `__len__`.
+        ValueError: If it has no samples.
     """
 
     def __init__(
@@ -139,9 +140,11 @@ class StreamedEvaluationData:
     ) -> None:
         if not hasattr(dataset, "__len__"):
             raise TypeError(f"{type(dataset).__name__} has no __len__, the number of its samples")
+        if not len(dataset):
+            raise ValueError("the dataset has no samples")
         self._dataset = dataset
         self._seed = seed
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._device = torch.device(device)
         self._name = name
 
@@ -151,7 +154,7 @@ class StreamedEvaluationData:
     def __iter__(self) -> Iterator[Any]:
         reading = self._samples()
         for index in count():
-            samples = list(islice(reading, self._batch_size))
+            samples = list(islice(reading, self.batch_size))
             if not samples:
                 return
             seed_torch(derive(self._seed, "evaluation", index))
