@@ -18,6 +18,7 @@ from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
 from noether.effects.disk.files import os_error_text, read_file, replace_file
+from noether.effects.disk.place import RunMovedError, require_in_place
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
 
 if TYPE_CHECKING:
@@ -77,15 +78,22 @@ def position_fields(state: TrainState, event: Event) -> dict[str, Any]:
     }
 
 
-def metrics_file(path: Path, run_id: str = "", disk: Disk = DISK) -> LinesFile:
+def do_nothing() -> None:
+    """Check nothing: the check of a file that belongs to no run."""
+
+
+def metrics_file(
+    path: Path, run_id: str = "", disk: Disk = DISK, check_place: Callable[[], None] = do_nothing
+) -> LinesFile:
     """Return the metrics file of a run; its `write` is a handler of `LogScalars` and writes one line per event.
 
     Args:
         path: The file; created with its first line.
         run_id: Name of the run, on every line.
         disk: The disk.
+        check_place: As in `LinesFile`.
     """
-    return LinesFile(path, partial(_metrics_line, run_id), disk)
+    return LinesFile(path, partial(_metrics_line, run_id), disk, check_place)
 
 
 def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Event) -> dict[str, Any]:
@@ -106,24 +114,31 @@ class LinesFile:
     so a crash can only leave a partial line at the end of the file. Lines are on the disk once `fsync` returns; it may
     run in another thread than `write`.
 
+    If the file was moved or removed, a flush still writes to the open file, so that no line is lost, and then raises.
+
     Args:
         path: The file; created with its first line.
         to_line: `(content, state, event) -> line`, a line with at least the fields of `position_fields`. `content`
             is one effect, or all effects of the event. The line must hold plain values: the buffer would keep a tensor
             alive, or donation would overwrite it.
         disk: The disk.
+        check_place: Raises `RunMovedError` if the directory of the run was moved; called before the file is created.
     """
 
-    def __init__(self, path: Path, to_line: ToLine, disk: Disk = DISK) -> None:
+    def __init__(
+        self, path: Path, to_line: ToLine, disk: Disk = DISK, check_place: Callable[[], None] = do_nothing
+    ) -> None:
         self._path = path
         self._to_line = to_line
         self._disk = disk
+        self._check_place = check_place
         self._lock = threading.Lock()
         self._buffer: list[Mapping[str, Any]] = []
         self._interval = FlushInterval(AfterUpdate)
         self._file: int | None = None
         self._size = 0  # bytes of the whole lines
         self._is_torn = False  # whether part of a line may follow them
+        self._is_moved = False  # whether another file or none is at the path, which was reported
         self._fsync_failed = False  # then a later fsync of the same file proves nothing
         self._counts = LogCount(0)
         self._lines_on_disk = 0
@@ -132,7 +147,8 @@ class LinesFile:
     @property
     def counts(self) -> LogCount:
         """Numbers of lines that were flushed and that were lost; buffered lines are not counted."""
-        return self._counts
+        lines, lost = self._counts
+        return LogCount(0, lost + (lines or 0)) if self._is_moved else self._counts
 
     def write(self, content: Any, state: TrainState, event: Event) -> None:
         """Append the line of an event; the line of an update may stay in the buffer.
@@ -159,6 +175,8 @@ class LinesFile:
         """Write the buffered lines to the operating system.
 
         Raises:
+            RunMovedError: If the file is not at its path any more. The lines are in the open file. A file that was
+                moved alone is reported once; its lines count as lost from then on.
             OSError: If they cannot be written; all of them are counted as lost, and the file keeps its old content.
             ValueError: If a line is not JSON; it is counted as lost, and the other lines are written.
             TypeError: Likewise.
@@ -171,9 +189,15 @@ class LinesFile:
 
         Args:
             counts: The value of `counts` after the flush of these lines.
+
+        Raises:
+            RunMovedError: If the file is not at its path any more.
         """
         lines, lost = counts.lines or 0, counts.lost
         with self._lock:
+            self._require_in_place()
+            if self._is_moved:
+                return self.counts
             if self._lines_on_disk < lines:
                 try:
                     self._rewrite() if self._fsync_failed else self._disk.fsync(self._open_file())
@@ -207,6 +231,8 @@ class LinesFile:
             replace_file(self._path, remaining, self._disk)
         self._is_torn = False
         self._counts, self._lines_on_disk = LogCount(len(remaining), max(0, missing + saved.lost)), 0
+        if remaining:
+            self._open_file()  # and keep it open, to notice if it is moved
         return len(lines) - len(remaining)
 
     def close(self) -> None:
@@ -231,6 +257,7 @@ class LinesFile:
         if encoded:
             self._append(b"".join(encoded))
             self._add_counts(lines=len(encoded), lost=-len(encoded))
+            self._require_in_place()
         if errors:
             raise errors[0]
 
@@ -248,8 +275,20 @@ class LinesFile:
         self._is_torn = False
         self._size += len(content)
 
+    def _require_in_place(self) -> None:
+        """Raise an error if the open file is not at its path; only once, unless the directory was moved."""
+        if self._file is None or self._is_moved:
+            return
+        try:
+            require_in_place(self._file, self._path, "Put it back and resume the run.", self._disk)
+        except RunMovedError:
+            self._check_place()  # raises the error of the directory
+            self._is_moved = True
+            raise
+
     def _open_file(self) -> int:
         if self._file is None:
+            self._check_place()
             self._file = self._disk.open_to_append(self._path)
             try:
                 self._read_end()
@@ -286,6 +325,7 @@ class LinesFile:
         replace_file(self._path, [content], self._disk)
         self._fsync_failed = False
         self._close_file()
+        self._open_file()
 
 
 def _encode_lines(lines: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], list[Exception]]:
