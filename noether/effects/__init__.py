@@ -9,7 +9,7 @@ from noether.effects.disk.lock import LockedError
 from noether.effects.disk.place import RunMovedError
 from noether.effects.interpreter import Interpreter, UnhandledEffectError
 from noether.effects.logs.console import Console
-from noether.effects.logs.jsonl import LogError
+from noether.effects.logs.resumption import LogError
 from noether.effects.run_directory import RunDirectory, open_run
 from noether.effects.run_place import RunClosedError
 

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 
 from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary, ShowProgress
+from noether.core.text import escape_controls
 from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.place import RunMovedError
 from noether.effects.disk.processes import finalize
@@ -97,7 +98,7 @@ class LogGuard:
             except Exception as error:  # noqa: BLE001  # training continues whatever happens to a log
                 self.failures[name] = self.failures.get(name, 0) + 1
                 if self.failures[name] == 1:
-                    reason = f"{type(error).__name__}: {error}"
+                    reason = escape_controls(f"{type(error).__name__}: {error}", keep="\n")
                     _LOGGER.warning("%s failed and may have lost log entries; training continues: %s", name, reason)
 
         return guarded
@@ -188,7 +189,7 @@ class RunLogs:
         Raises:
             RunMovedError: As `flush_files`.
         """
-        _call_all([*self._file_flushes, *self._service_flushes, self._place.check])
+        _call_all([self.flush_files, *self._service_flushes, self._place.check])
         return self._metrics.counts, self.events.counts
 
     def fsync(self, counts: tuple[LogCount, LogCount]) -> LogCount:

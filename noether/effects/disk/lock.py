@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
 from noether.core.errors import NoetherError
+from noether.core.text import escape_controls
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import os_error_text, read_file
 from noether.effects.disk.place import HeldDirectory, require_in_place
@@ -72,9 +73,8 @@ class RunLock:
         # The operating system may lock for a whole process, and so not separate two runs of one process.
         if (other := _HOLDERS.setdefault(key, holder)) is not holder:
             self._directory.close()
-            raise LockedError(
-                f"{directory} is already open in this process, at {other[0]}; use that run, or close it first"
-            )
+            place = escape_controls(f"{directory} is already open in this process, at {other[0]}")
+            raise LockedError(f"{place}; use that run, or close it first")
         try:
             self._file = _open_locked(self._path, disk)
         except BaseException:
@@ -128,7 +128,8 @@ def _open_locked(path: Path, disk: Disk) -> int:
         except BlockingIOError:
             holder = _describe_holder(path, disk)
             disk.close(file)
-            raise LockedError(f"{path.parent} is in use by {holder}; wait for it to end, or stop it") from None
+            place = escape_controls(f"{path.parent} is in use by {holder}")
+            raise LockedError(f"{place}; wait for it to end, or stop it") from None
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 disk.close(file)

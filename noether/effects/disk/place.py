@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, final
 
 from noether.core.errors import NoetherError
+from noether.core.text import escape_controls
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.processes import finalize
 
@@ -51,10 +52,10 @@ def require_in_place(file: int, path: Path, fix: str, disk: Disk = DISK) -> None
     else:
         found = "it was removed, or moved to another file system" if place is None else f"it was moved to {place}"
         found += ", and something else is in its place" if present else ""
-    raise RunMovedError(
-        f"{path} is not what this run opened any more: {found}. The run stops, and creates nothing at the old path. "
-        f"{fix}"
+    message = (
+        f"{path} is not what this run opened any more: {found}. The run stops, and creates nothing at the old path."
     )
+    raise RunMovedError(escape_controls(f"{message} {fix}"))
 
 
 @final

@@ -12,14 +12,13 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
-from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate
-from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
 from noether.effects.disk.files import os_error_text, read_file, replace_file
 from noether.effects.disk.place import RunMovedError, require_in_place
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
+from noether.effects.logs.resumption import lines_before_resume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
 _LOGGER: Final = logging.getLogger(__name__)
 _JSON: Final = json.JSONEncoder(allow_nan=False)
 _BUFFER_LINES: Final = 1000  # bounds the memory of a loop with very short updates
-
-
-class LogError(NoetherError):
-    """A log file is damaged."""
 
 
 class LogCount(NamedTuple):
@@ -212,6 +207,8 @@ class LinesFile:
     def truncate(self, state: TrainState | None, saved: LogCount = UNKNOWN_COUNT) -> int:
         """Remove the lines that a run resumed at `state` logs again, and a partial line; return their number.
 
+        A file that was cut off, even within the saved lines, is no error: the run continues without the rest.
+
         Args:
             state: The state to resume from; None for a new run.
             saved: The counts when that state was saved. Missing lines are reported and counted as lost.
@@ -223,10 +220,14 @@ class LinesFile:
         exists = self._disk.kind(self._path) is not None
         lines = read_file(self._path, self._disk).splitlines(keepends=True) if exists else []
         saved_lines = saved.lines or 0
-        remaining = _lines_before_resume(lines, state, saved_lines, self._path)
+        remaining = lines_before_resume(lines, state, saved_lines, self._path)
         missing = saved_lines - len(remaining)
+        is_cut_off = bool(lines) and not lines[-1].endswith(b"\n")
+        removed = "; its last line was cut off, and is removed" if is_cut_off else ""
         if missing > 0:
-            _LOGGER.warning("%s misses %d of its %d saved lines", self._path, missing, saved_lines)
+            _LOGGER.warning("%s misses %d of its %d saved lines%s", self._path, missing, saved_lines, removed)
+        elif is_cut_off and state is not None and saved.lines is None:
+            _LOGGER.warning("%s has %d whole lines%s", self._path, len(lines) - 1, removed)
         if len(remaining) < len(lines):
             replace_file(self._path, remaining, self._disk)
         self._is_torn = False
@@ -342,55 +343,3 @@ def _encode_lines(lines: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], list
         except Exception as error:  # noqa: BLE001  # one bad line must not affect the others
             errors.append(error)
     return encoded, errors
-
-
-def _lines_before_resume(lines: list[bytes], state: TrainState | None, saved: int, path: Path) -> list[bytes]:
-    """Return the lines logged before the point where a run resumes.
-
-    Raises:
-        LogError: If one of the first `saved` lines, or a line before another that stays, is damaged.
-    """
-    positions = [_parse_position(line) for line in lines]
-    resumed_at, ended = (None, False) if state is None else (state.iteration, state.ended)
-    remaining = [
-        index
-        for index, position in enumerate(positions)
-        if position is not None and is_kept_on_resume(*position, resumed_at, ended=ended)
-    ]
-    # Later lines may be partial, or damaged by a power loss.
-    intact = max(saved, remaining[-1] if remaining else 0)
-    for index, line in enumerate(lines[:intact]):
-        if positions[index] is None:
-            text = line[:80].decode(errors="replace")
-            raise LogError(f"{path}:{index + 1}: not a log line: {text!r}; remove this line, and resume again")
-    return [lines[index] for index in remaining]
-
-
-def _parse_position(line: bytes) -> tuple[str, TrainingIteration] | None:
-    """Return the event name and the counters of a log line, or None if it is damaged."""
-    try:
-        fields = json.loads(line)
-        if not line.endswith(b"\n"):
-            return None
-        return fields["event"], TrainingIteration(fields["epoch"], fields["update"], fields["sample"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def is_kept_on_resume(
-    event: str, logged_at: TrainingIteration, resumed_at: TrainingIteration | None, *, ended: bool
-) -> bool:
-    """Return whether a resumed run keeps a log line, because it does not dispatch that event again.
-
-    Args:
-        event: Name of the event, such as `after_update`.
-        logged_at: Counters at the event.
-        resumed_at: Counters where the run resumes; None for a new run.
-        ended: Whether training had ended there.
-    """
-    if resumed_at is None or not resumed_at.reached(logged_at):
-        return False
-    # These events follow an update or epoch whose counters they share.
-    if event == "after_accumulation_step" and logged_at == resumed_at:
-        return False
-    return ended or event != "after_training" or logged_at != resumed_at

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories, read_file
-from noether.effects.logs.jsonl import event_name, is_kept_on_resume
+from noether.effects.logs.jsonl import event_name
+from noether.effects.logs.resumption import is_kept_on_resume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
