@@ -101,11 +101,20 @@ class Saver:
     def check(self) -> None:
         """Raise the error of a background save that has ended; called at every event.
 
+        If several failed for different reasons, the first error is raised and the others are logged.
+
         Raises:
             CheckpointError: If a save failed and `on_error` is `stop`.
         """
+        errors: list[BaseException] = []
         while self._running and self._running[0].done():
-            self._running.pop(0).result()
+            error = self._running.pop(0).exception()
+            if error is not None and str(error) not in map(str, errors):
+                errors.append(error)
+        for other in errors[1:]:
+            _LOGGER.error("%s", other)
+        if errors:
+            raise errors[0]
 
     def wait(self) -> None:
         """Wait for all background saves, even if one failed.
