@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, Self, final
 from noether.core.effect import MeasurePeakMemory, SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.event import AfterEpoch, AfterUpdate
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.saver import Saver
 from noether.effects.checkpoints.store import CheckpointStore
 from noether.effects.disk.calls import DISK

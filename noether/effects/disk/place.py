@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, final
 
 from noether.core.errors import NoetherError
@@ -83,8 +84,12 @@ class HeldDirectory:
     def __init__(self, path: Path, disk: Disk = DISK) -> None:
         self._path, self._disk = path, disk
         self._file = disk.open_directory(path)
-        self.close = finalize(self, disk.close, self._file)
-        self.identity = disk.identity(self._file)
+        try:
+            self.identity = disk.identity(self._file)
+        except BaseException:
+            disk.close(self._file)
+            raise
+        self.close = finalize(self, _close, self._file, disk)
 
     def check(self) -> None:
         """Raise an error if another directory or none is at the path.
@@ -94,3 +99,8 @@ class HeldDirectory:
         """
         fix = "Move it back and resume the run, or resume the run in its new place."
         require_in_place(self._file, self._path, fix, self._disk)
+
+
+def _close(file: int, disk: Disk) -> None:
+    with suppress(OSError):  # nothing was written to it
+        disk.close(file)
