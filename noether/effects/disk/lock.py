@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final, final
 
 from noether.core.errors import NoetherError
@@ -68,22 +68,20 @@ class RunLock:
 
     def __init__(self, directory: Path, disk: Disk = DISK) -> None:
         self._path, self._disk = directory / LOCK, disk
-        self._directory = HeldDirectory(directory, disk)
-        key, holder = self._directory.identity, (_calling_line(),)
-        # The operating system may lock for a whole process, and so not separate two runs of one process.
-        if (other := _HOLDERS.setdefault(key, holder)) is not holder:
-            self._directory.close()
-            place = escape_controls(f"{directory} is already open in this process, at {other[0]}")
-            raise LockedError(f"{place}; use that run, or close it first")
-        try:
+        with ExitStack() as stack:  # undoes everything if a step fails
+            self._directory = HeldDirectory(directory, disk)
+            stack.callback(self._directory.close)
+            # The operating system may lock for a whole process, and so not separate two runs of one process.
+            key, holder = self._directory.identity, (_calling_line(),)
+            if (other := _HOLDERS.setdefault(key, holder)) is not holder:
+                place = escape_controls(f"{directory} is already open in this process, at {other[0]}")
+                raise LockedError(f"{place}; use that run, or close it first")
+            stack.callback(_HOLDERS.pop, key)
             self._file = _open_locked(self._path, disk)
-        except BaseException:
-            del _HOLDERS[key]
-            self._directory.close()
-            raise
-        _OPEN_FILES.add(self._file)
-        _write_holder(self._file, self._path, disk)
-        self._release = finalize(self, _remove_and_close, self._file, self._path, key, disk)
+            stack.callback(_remove_and_close, self._file, self._path, disk)
+            _OPEN_FILES.add(self._file)
+            _write_holder(self._file, self._path, disk)
+            self._release = finalize(self, stack.pop_all().close)
 
     def check(self) -> None:
         """Raise an error if the directory or its lock file is not at its path any more.
@@ -98,7 +96,6 @@ class RunLock:
     def release(self) -> None:
         """Release the directory; a second call is a no-op."""
         self._release()
-        self._directory.close()
 
 
 _HOLDERS: Final[dict[tuple[int, int], tuple[str]]] = {}
@@ -170,10 +167,9 @@ def _calling_line() -> str:
     return "an unknown place"
 
 
-def _remove_and_close(file: int, path: Path, key: tuple[int, int], disk: Disk) -> None:
+def _remove_and_close(file: int, path: Path, disk: Disk) -> None:
     with suppress(OSError):  # a file that stays locks nothing
         if disk.is_at(file, path):  # not if the directory was moved: another process may hold a new one at its path
             disk.remove(path)
     _OPEN_FILES.discard(file)
-    del _HOLDERS[key]
     disk.close(file)

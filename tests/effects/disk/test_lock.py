@@ -91,6 +91,21 @@ def test_lock_that_is_refused_can_be_taken_later(tmp_path):
     RunLock(tmp_path).release()
 
 
+def test_lock_that_is_interrupted_is_free(tmp_path):
+    """By Ctrl-C, while it names its holder."""
+    interrupts = [True]
+
+    def call(function, *arguments):
+        if function is os.write and interrupts.pop():
+            raise KeyboardInterrupt
+        return call_without_fsync(function, *arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        RunLock(tmp_path, Disk(call))
+    assert not lock_elsewhere(tmp_path)
+    RunLock(tmp_path).release()
+
+
 def test_lock_belongs_to_the_directory_and_not_to_its_path(tmp_path):
     path, moved = tmp_path / "run", tmp_path / "moved"
     path.mkdir()
