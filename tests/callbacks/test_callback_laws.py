@@ -10,7 +10,7 @@ from examples import all_examples, sometimes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from noether.core.callback import listens_to, tracker_of
+from noether.core.callback import label_of, listens_to, tracker_of
 from noether.core.callbacks import (
     CheckpointCallback,
     EMACallback,
@@ -95,7 +95,9 @@ def test_every_callback_is_a_pure_function(interval, n, at_end):
     for event, state, after, effects in list(continue_run(reducer, initial)):
         requests = ()
         for member in members:
-            state, more = call_purely(member, state, event)  # noqa: PLW2901  # a fold, as the reducer's
+            before, (state, more) = state, call_purely(member, state, event)  # noqa: PLW2901  # a fold, as the reducer's
+            if state.stop is not None and before.stop is None:
+                state = state.replace(stopped_by=label_of(member))  # noqa: PLW2901
             requests += more
             if more:
                 acted.add(type(member))

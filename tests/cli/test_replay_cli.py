@@ -101,6 +101,17 @@ def test_the_runs_own_callbacks_decide_as_in_training(tmp_path, config, settings
     check_exact(only_run(tmp_path / config))
 
 
+def test_consumers_that_skip_a_missing_metric_decide_as_in_training(tmp_path):
+    skipping = SMALL.replace("    metric_key: val/accuracy\n", "    metric_key: val/accuracy\n    missing: skip\n")
+    (tmp_path / "small.yaml").write_text(skipping)
+    changes = ["trainer.record=events", "trainer.max_epochs=5", "trainer.evaluate.every_n_epochs=2"]
+    invoke("train", "small.yaml", *set_options(changes), cwd=tmp_path)
+    found = check_exact(only_run(tmp_path / "out/small"))
+    bests = [at for at, _, pointers in saves(found) if "best_model.val.accuracy" in pointers]
+    assert bests
+    assert all(at.startswith(("E2_", "E4_")) for at in bests)
+
+
 @pytest.fixture(scope="module")
 def recorded_folder(tmp_path_factory):
     """Folder of a recorded run of `SMALL` over six epochs; no test writes to it."""

@@ -88,7 +88,7 @@ class EtaCallback(PeriodicCallback):
             fires=fires,
             update_s=update_s,
             next_s=None if update_s is None or fires is None else update_s * (fires - done),
-            left_s=None if update_s is None else update_s * (0 if state.ended else final.update - done),
+            left_s=None if update_s is None else update_s * (0 if state.ended else max(final.update - done, 0)),
             due=due,
         )
 

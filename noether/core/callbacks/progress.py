@@ -81,7 +81,8 @@ class ProgressCallback(PeriodicCallback):
         final = getattr(event.run, "final", None)  # None if the run was not given all that it is computed from
         parts = [_format_counters(state, event.run, final), _format_times(memory)]
         if final is not None:
-            updates_left = final.update - state.iteration.update
+            # A run that ends at a number of samples goes on if its dataset leaves some out.
+            updates_left = max(final.update - state.iteration.update, 0)
             left_s = updates_left * steady_s / steady_updates if steady_updates else None
             parts.append(_format_end(left_s, event.time_s))
         memory = FrozenDict(
