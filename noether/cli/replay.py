@@ -25,7 +25,7 @@ from noether.effects.logs.events import read_events
 from noether.effects.run_logs import EVENTS_FILE
 from noether.planning.replay import ReplayError, initial_state, missing_producers, replay
 from noether.training.configured_callbacks import build_callbacks
-from noether.training.runs.resumption import load_run_config
+from noether.training.runs.directories import load_run_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -285,7 +285,7 @@ def test_a_run_with_saved_weights_only_cannot_be_resumed_and_keeps_its_log(tmp_p
         f"Error: the run cannot resume from any of the 2 checkpoints in {run}/checkpoints:\n"
         f"  {run}/checkpoints/E1_U38_S1205 {reason}\n"
         f"  {run}/checkpoints/E1_U40_S1269 {reason}\n"
-        f"Start a new run with --set run.init_from={run}/checkpoints/E1_U40_S1269, and save_latest_optim: true\n"
+        f"Start a new run: noether train {run}/config.yaml --set run.init_from={run}/checkpoints/E1_U40_S1269\n"
     )
     assert contents(tmp_path) == before
 

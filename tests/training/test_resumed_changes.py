@@ -1,7 +1,6 @@
 """Resuming a run with other settings: a run that had stopped, a schedule of another length, missing checkpoints."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -10,78 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import CALLBACKS, LOSS, SAVE, contents, make_config
 
 from noether.config import ConfigError
 from noether.core.reducer import UnclaimedMemoryError
 from noether.effects import CheckpointError
 from noether.training.runs.train import train
 
-CALLBACKS = "noether.core.callbacks"
-SAVE = {"kind": f"{CALLBACKS}.CheckpointCallback", "every_n_epochs": 1, "save_weights": True, "save_optim": True}
-LOSS = {"kind": f"{CALLBACKS}.OnlineLossCallback", "every_n_updates": 1}
-MODULE = """
-import torch
-from torch import nn
-
-class Data(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return torch.tensor([float(index), 1.0]) / 8
-
-def loss(outputs, batch):
-    return {"square": outputs.square().mean()}
-
-def nan_loss(outputs, batch):
-    return {"square": outputs.square().mean() * float("nan")}
-
-def kill(state, event):
-    import os
-    if os.environ.get("KILL_AT") == str(state.iteration.update):
-        os.kill(os.getpid(), 9)
-    return state, ()
-
-def stop(state, event):
-    if state.iteration.update == 3:
-        state = state.request_stop("three is enough")
-    return state, ()
-"""
-
-
-@pytest.fixture(autouse=True)
-def in_working_directory(tmp_path, monkeypatch):
-    """Change to a directory with a module of the user's, and remove the module from `sys.modules` afterwards."""
-    path = list(sys.path)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.py").write_text(MODULE)
-    yield
-    sys.path[:] = path
-    sys.modules.pop("tiny", None)
-
-
-@pytest.fixture
-def notes(caplog):
-    """Return the lines that `train` has reported since the last call."""
-    caplog.set_level(logging.INFO, logger="noether.training")
-
-    def read():
-        lines = [record.getMessage() for record in caplog.records if record.name.startswith("noether.training")]
-        caplog.clear()
-        return lines
-
-    return read
-
-
-def make_config(*callbacks, optimizer=None, **trainer):
-    return {
-        "run": {"name": "tiny", "output": "out"},
-        "model": {"kind": "torch.nn.Linear", "in_features": 2, "out_features": 1},
-        "data": {"train": {"kind": "tiny.Data"}},
-        "optimizer": {"kind": "torch.optim.SGD", "lr": 0.1, **(optimizer or {})},
-        "trainer": {"effective_batch_size": 4, "loss": "tiny.loss", "max_epochs": 4, **trainer},
-        "callbacks": [SAVE, LOSS, *callbacks],
-    }
+pytestmark = pytest.mark.usefixtures("tiny_module")
 
 
 def fixed(epoch):
@@ -99,10 +34,6 @@ def train_until_killed(*argv, at):
     environment = {**os.environ, "KILL_AT": str(at), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 # A run that a callback stopped

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+import shlex
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from noether.config import ConfigError, load
-from noether.config.changes import refuse_changes
+from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.config.schema import ENDS
 from noether.config.serialization import dump
@@ -17,10 +15,11 @@ from noether.core.event import AfterUpdate, BeforeTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
 from noether.effects import CheckpointError
-from noether.effects.disk.files import os_error_text, replace_text
-from noether.effects.disk.moves import finish_move, move_directory
+from noether.effects.checkpoints.contents import WEIGHTS
+from noether.effects.disk.files import replace_text
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
+from noether.training.runs.directories import find_run, load_run_config, move_run, target_directory
 from noether.training.runs.execution import TrainedRun, execute, write_ending
 from noether.training.runs.services import check_services, open_directory
 from noether.training.runs.stops import clear_stop
@@ -28,37 +27,15 @@ from noether.training.runs.value_jumps import describe_jumps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from noether.config import Config
     from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.state import TrainState
-    from noether.effects import RunDirectory
+    from noether.effects import CheckpointStore, RunDirectory
     from noether.training.experiment import Experiment
     from noether.training.runs.interruption import Interruption
-
-_OUTPUT: Final = "run.output="
-
-
-def load_run_config(run_dir: Path, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> Config:
-    """Return the configuration of a run, with the overrides that a resumed run allows.
-
-    Args:
-        run_dir: The run directory.
-        overrides: Settings such as `trainer.max_epochs=20`.
-        allow: Further prefixes of modules that `kind` may name.
-
-    Raises:
-        ConfigError: If `run_dir` is not the directory of a run, or an override changes what a resumed run may not
-            change.
-    """
-    path = run_dir / CONFIG_FILE
-    if not path.is_file():
-        raise ConfigError([LocatedProblem(Place(str(run_dir)), (), _describe_no_run(run_dir))])
-    config = load(path, overrides, allow, run_dir)
-    if overrides:
-        refuse_changes(load(path, (), allow, run_dir), config)
-    return config
 
 
 def resume_run(
@@ -91,18 +68,20 @@ def resume_run(
             although the run had saved some.
         OSError: If the run cannot be moved.
     """
-    run_dir = finish_move(_find_moved(run_dir, overrides))
+    given, run_dir = run_dir, find_run(run_dir, overrides)
+    if run_dir != given:
+        notify(f"{given} moved to {run_dir}")
     old, config = load_run_config(run_dir, (), allow), load_run_config(run_dir, overrides, allow)
     check_services(config)
-    target = _target_directory(run_dir, old, config)
+    target = target_directory(run_dir, old, config)
     with open_directory(run_dir, config) as directory:
-        saved = _load_newest(directory)
+        saved = _load_newest(directory, allow)
         experiment = build(config, run_id=directory.run_id, fresh=saved is None)
         # All that can be refused is refused here, before anything is written.
         state, notes = _adapt(saved, old, experiment, run_dir, drop_memory, continue_stopped=continue_stopped)
         if target == run_dir:
             return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
-        _move(run_dir, target, old, config)
+        move_run(run_dir, target, old, config)
     notify(f"{run_dir} moved to {target}")
     with open_directory(target, config) as directory:
         directory.load()
@@ -173,65 +152,28 @@ def _ways_to_continue(run: TrainedRun, experiment: Experiment) -> str:
     return f"give --continue, change the settings of {stopper}, or {later_end}"
 
 
-def _describe_no_run(path: Path) -> str:
-    """Return why `path` is not the directory of a run, and what to give instead."""
-    if path.is_file():
-        return "is a file, not the directory of a run; give one like runs/NAME/RUN_ID"
-    if not path.exists():
-        return "does not exist; give the directory of a run, like runs/NAME/RUN_ID"
-    runs = [found.parent for pattern in ("*/", "*/*/") for found in path.glob(pattern + CONFIG_FILE)]
-    fix = "give one like runs/NAME/RUN_ID"
-    if runs:
-        newest = max(runs, key=lambda run: [int(digits) for digits in re.findall(r"\d+", run.name)])
-        fix = f"the newest of the {len(runs)} runs in it is {newest}"
-    return f"is not the directory of a run: it has no {CONFIG_FILE}; {fix}"
-
-
-def _find_moved(run_dir: Path, overrides: Sequence[str]) -> Path:
-    """Return the run directory, or where a move ended that was killed after it removed the directory."""
-    outputs = [each.removeprefix(_OUTPUT) for each in overrides if each.startswith(_OUTPUT)]
-    if outputs and not run_dir.exists():
-        run = run_dir.resolve()
-        moved = Path(outputs[-1].strip("\"'")) / run.parent.name / run.name
-        if (moved / CONFIG_FILE).is_file():
-            return moved
-    return run_dir
-
-
-def _target_directory(run_dir: Path, old: Config, config: Config) -> Path:
-    """Return the directory in which the run resumes: another one if `run.output` was changed."""
-    run = run_dir.resolve()
-    target = Path(config.run.output) / config.run.name / run.name
-    if config.run.output == old.run.output or target.resolve() == run:
-        return run_dir
-    if target.exists() or target.is_symlink():
-        raise config.error(("run", "output"), f"{str(target)!r} exists already, so the run cannot move there")
-    if target.resolve().is_relative_to(run):
-        raise config.error(("run", "output"), f"{str(target)!r} lies in the run itself; give a folder outside of it")
-    return target
-
-
-def _move(run_dir: Path, target: Path, old: Config, config: Config) -> None:
-    """Move a run; its configuration changes in nothing but its output."""
-    moved = replace(old, run=replace(old.run, output=config.run.output))
-    try:
-        move_directory(run_dir, target, {CONFIG_FILE: dump(moved)}, unchanging=("checkpoints",))
-    except OSError as error:
-        where = "" if error.filename is None else f" ({error.filename})"
-        message = f"{run_dir} could not be moved to {target}: {os_error_text(error)}{where}"
-        raise OSError(f"{message}; no file of it is lost: repeat the command once this is solved") from error
-
-
-def _load_newest(directory: RunDirectory) -> TrainState | None:
-    """Return the newest state of a run; if only parts were saved, the error says how to use them."""
+def _load_newest(directory: RunDirectory, allow: Sequence[str]) -> TrainState | None:
+    """Return the newest state of a run; if only parts were saved, the error gives the command that uses them."""
     try:
         return directory.load()
     except CheckpointError as error:
-        saved = directory.checkpoints.manifests()
-        if not saved or directory.checkpoints.newest() is not None:
+        if not directory.checkpoints.manifests() or directory.checkpoints.newest() is not None:
             raise
-        fix = f"--set run.init_from={directory.path}/checkpoints/{saved[-1].tag}, and save_latest_optim: true"
-        raise CheckpointError(f"{error}\nStart a new run with {fix}") from error
+        command = ["noether", "train", str(directory.path / CONFIG_FILE)]
+        weights = _newest_weights(directory.checkpoints)
+        command += [] if weights is None else ["--set", f"run.init_from={directory.path}/checkpoints/{weights}"]
+        command += [word for prefix in allow for word in ("--allow", prefix)]
+        raise CheckpointError(f"{error}\nStart a new run: {shlex.join(command)}") from error
+
+
+def _newest_weights(store: CheckpointStore) -> str | None:
+    """Return the tag of the newest intact checkpoint with weights of the whole model, averaged weights included."""
+    for manifest in reversed(store.manifests()):
+        if WEIGHTS in manifest.parts and not manifest.models:
+            with suppress(CheckpointError):
+                store.load(manifest)
+                return manifest.tag
+    return None
 
 
 def _drop_memory(state: TrainState, names: Sequence[str]) -> TrainState:

@@ -1,0 +1,97 @@
+"""The directory of a run: its configuration, where a move left it, and the directory to which it moves."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from noether.config import ConfigError, load
+from noether.config.changes import refuse_changes
+from noether.config.errors import LocatedProblem, Place
+from noether.config.serialization import dump
+from noether.effects.disk.files import os_error_text
+from noether.effects.disk.moves import finish_move, move_directory
+from noether.effects.run_directory import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from noether.config import Config
+
+_OUTPUT: Final = "run.output="
+
+
+def load_run_config(run_dir: Path, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> Config:
+    """Return the configuration of a run, with the overrides that a resumed run allows.
+
+    Args:
+        run_dir: The run directory.
+        overrides: Settings such as `trainer.max_epochs=20`.
+        allow: Further prefixes of modules that `kind` may name.
+
+    Raises:
+        ConfigError: If `run_dir` is not the directory of a run, or an override changes what a resumed run may not
+            change.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError([LocatedProblem(Place(str(run_dir)), (), _describe_no_run(run_dir))])
+    config = load(path, overrides, allow, run_dir)
+    if overrides:
+        refuse_changes(load(path, (), allow, run_dir), config)
+    return config
+
+
+def _describe_no_run(path: Path) -> str:
+    """Return why `path` is not the directory of a run, and what to give instead."""
+    for parent in path.parents:
+        if (parent / CONFIG_FILE).is_file():
+            return f"lies in the directory of a run; give {parent}"
+    runs = [found.parent for pattern in ("*/", "*/*/") for found in path.glob(pattern + CONFIG_FILE)]
+    fix = "give one like runs/NAME/RUN_ID"
+    if runs:
+        newest = max(runs, key=lambda run: [int(digits) for digits in re.findall(r"\d+", run.name)])
+        fix = f"the newest of the {len(runs)} runs in it is {newest}"
+    return f"is not the directory of a run: it has no {CONFIG_FILE}; {fix}"
+
+
+def find_run(run_dir: Path, overrides: Sequence[str]) -> Path:
+    """Return the run directory after finishing a move of it that was killed, whose command may be repeated.
+
+    Raises:
+        LockedError: If another process is moving it.
+        OSError: If the move cannot be finished.
+    """
+    outputs = [each.removeprefix(_OUTPUT) for each in overrides if each.startswith(_OUTPUT)]
+    if outputs and not run_dir.exists():
+        run = run_dir.resolve()
+        moved = Path(outputs[-1].strip("\"'")) / run.parent.name / run.name
+        if (moved / CONFIG_FILE).is_file():
+            run_dir = moved
+    return finish_move(run_dir)
+
+
+def target_directory(run_dir: Path, old: Config, config: Config) -> Path:
+    """Return the directory in which the run resumes: another one if `run.output` was changed."""
+    run = run_dir.resolve()
+    target = Path(config.run.output) / config.run.name / run.name
+    if config.run.output == old.run.output or target.resolve() == run:
+        return run_dir
+    if target.exists() or target.is_symlink():
+        raise config.error(("run", "output"), f"{str(target)!r} exists already, so the run cannot move there")
+    if target.resolve().is_relative_to(run):
+        raise config.error(("run", "output"), f"{str(target)!r} lies in the run itself; give a folder outside of it")
+    return target
+
+
+def move_run(run_dir: Path, target: Path, old: Config, config: Config) -> None:
+    """Move a run; its configuration changes in nothing but its output."""
+    moved = replace(old, run=replace(old.run, output=config.run.output))
+    try:
+        move_directory(run_dir, target, {CONFIG_FILE: dump(moved)}, unchanging=("checkpoints",))
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        message = f"{run_dir} could not be moved to {target}: {os_error_text(error)}{where}"
+        raise OSError(f"{message}; no file of it is lost: repeat the command once this is solved") from error
