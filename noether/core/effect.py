@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.tensors.tree import FrozenDict
 
@@ -124,11 +124,14 @@ class ShowProgress(Effect):
     due: bool
 
 
+_LONGEST_S: Final = timedelta.max.days * 86_400
+
+
 def format_duration(seconds: float) -> str:
-    """Return a duration as `h:mm:ss`, whole seconds.
+    """Return a duration as `h:mm:ss`, whole seconds; a negative one is zero.
 
     Example:
-        >>> format_duration(3661.5)
-        '1:01:01'
+        >>> format_duration(3661.5), format_duration(-1.0)
+        ('1:01:01', '0:00:00')
     """
-    return str(timedelta(seconds=int(seconds)))
+    return str(timedelta(seconds=int(min(max(seconds, 0.0), _LONGEST_S))))

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, Self, final
 
 from noether.core.effect import MeasurePeakMemory, SaveCheckpoint
+from noether.core.errors import NoetherError
 from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.saver import Saver
 from noether.effects.checkpoints.store import CheckpointStore
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories
-from noether.effects.disk.lock import RunLock
 from noether.effects.interpreter import Interpreter
 from noether.effects.logs.buffers import FlushInterval
 from noether.effects.logs.console import Console
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
 from noether.effects.logs.peak_memory import PeakMemory
-from noether.effects.run_logs import EVENTS_FILE, LogGuard, RunLogs
+from noether.effects.run_logs import EVENTS_FILE, RunLogs
+from noether.effects.run_place import RunPlace
 from noether.effects.run_progress import find_progress, mark_new_run, mark_saved_run
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Interpret = Callable[[Effects, TrainState, Event], None]
 
 CONFIG_FILE: Final = "config.yaml"
+CHECKPOINTS: Final = "checkpoints"
 _Arguments = ParamSpec("_Arguments")
 _LOGGER: Final = logging.getLogger(__name__)
 
@@ -54,7 +55,10 @@ def open_run(
     services: Sequence[LogService] = (),
     disk: Disk = DISK,
 ) -> RunDirectory:
-    """Open a run directory, created if it does not exist, and lock it against other processes.
+    """Open a run directory, created if it does not exist, and lock it against other processes and other open runs.
+
+    The path is resolved now: the run stays where it is if the working directory or a link in the path changes. If the
+    directory itself is moved, removed or replaced, the next save or flush of logs raises `RunMovedError`.
 
     Args:
         directory: The run directory.
@@ -69,7 +73,7 @@ def open_run(
         disk: The disk.
 
     Raises:
-        LockedError: If another process has opened the run.
+        LockedError: If the run is open already, in another process or in this one.
 
     Example:
         >>> import tempfile
@@ -80,16 +84,16 @@ def open_run(
         ...     str(open_run(path).resume().iteration)
         'E0_U1_S4'
     """
-    path = Path(directory)
-    lock = None
+    path = Path(directory).resolve()
     if rank == 0:
         make_directories(path, disk)
-        lock = RunLock(path, disk)
+    place = RunPlace(path, path / CHECKPOINTS, disk, locks=rank == 0)
+    if rank == 0:
         mark_new_run(path, disk)
     return RunDirectory(
-        path,
+        Path(directory),
+        place,
         console=console or Console(),
-        lock=lock,
         asynchronous=asynchronous,
         borrowed=borrowed,
         on_error=on_error,
@@ -103,16 +107,15 @@ class RunDirectory:
     """One run on disk; returned by `open_run`.
 
     Attributes:
-        path: The directory.
+        path: The directory as it was given to `open_run`.
         run_id: Name of the run, which is the name of the directory.
-        is_open: Whether `close` was not called yet.
         checkpoints: Its checkpoints.
         interpreter: Runs effects: writes the logs and checkpoints of this run.
 
     Args:
-        path: The directory.
+        path: The directory as it was given.
+        place: The open directory.
         console: Where lines for a person go.
-        lock: Its lock; None in a process that does not write.
         asynchronous: As in `open_run`.
         borrowed: As in `open_run`.
         on_error: As in `open_run`.
@@ -123,9 +126,9 @@ class RunDirectory:
     def __init__(
         self,
         path: Path,
+        place: RunPlace,
         *,
         console: Console,
-        lock: RunLock | None,
         asynchronous: bool,
         borrowed: bool,
         on_error: OnError,
@@ -133,29 +136,41 @@ class RunDirectory:
         disk: Disk,
     ) -> None:
         self.path = path
-        self.run_id = path.resolve().name
-        self.checkpoints = CheckpointStore(path / "checkpoints", self.run_id, disk)
-        self.is_open = True
-        self._lock = lock
+        self.run_id = place.path.name
+        self.checkpoints = CheckpointStore(place.path / CHECKPOINTS, self.run_id, disk)
+        self._place = place
         self._disk = disk
         self._saved_lines = UNKNOWN_COUNT  # metrics lines when the loaded state was saved
-        self._logs = RunLogs(path, self.run_id, console=console, services=services, disk=disk)
-        # The interpreter, and with it the logs, may outlive this object; the lock does not, so write the buffers first.
-        for name, file in self._logs.files.items():
-            weakref.finalize(self, LogGuard().guard(name, file.flush))
+        # The interpreter, and with it the logs and the place, may outlive this object: the run stays locked meanwhile.
+        self._logs = RunLogs(place, self.run_id, console=console, services=services, disk=disk)
         self._saver = Saver(
             self.checkpoints,
             self._logs,
             asynchronous=asynchronous,
             borrowed=borrowed,
             on_error=on_error,
-            after_first=partial(mark_saved_run, path, disk),
+            after_first=partial(mark_saved_run, place.path, disk),
         )
         self.interpreter = Interpreter(
             {**self._logs.handlers(), SaveCheckpoint: [self._saver.save]},
             measures={MeasurePeakMemory: PeakMemory().measure},
-            check=_event_check(self._saver, self._logs),
+            check=_event_check(place, self._saver, self._logs),
         )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process can write to the run: it opened the run, and did not close it."""
+        return self._place.refusal is None
+
+    def check_place(self) -> None:
+        """Raise an error if the run is closed, or its directory is not where it was opened.
+
+        Raises:
+            RunClosedError: If the run is closed.
+            RunMovedError: If the directory was moved, removed or replaced.
+        """
+        self._place.require_open()
+        self._place.check()
 
     def resume(self) -> TrainState | None:
         """Return the newest intact state, or None for a new run; remove log lines that the run logs again.
@@ -163,7 +178,10 @@ class RunDirectory:
         Raises:
             CheckpointError: As `load`.
             LogError: If a log file is damaged.
+            RunClosedError: If the run is closed.
+            RunMovedError: If the directory was moved, removed or replaced.
         """
+        self._place.require_open()
         state = self.load()
         self.truncate_logs(state)
         return state
@@ -188,34 +206,50 @@ class RunDirectory:
 
         Raises:
             LogError: If a log file is damaged.
+            RunClosedError: If the run is closed.
+            RunMovedError: If the directory was moved, removed or replaced.
         """
-        if self._lock is None:  # only the process that writes truncates
+        self.check_place()
+        if not self._place.writes:
             return 0
         if state is not None:  # a kill may have come between its commit and the removal of the marker
-            mark_saved_run(self.path, self._disk)
+            mark_saved_run(self._place.path, self._disk)
         return self._logs.truncate(state, self._saved_lines)
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written.
+        """Wait until no checkpoint is being written; a no-op in a forked child process.
 
         Raises:
             CheckpointError: If one failed, and `on_error` is `stop`.
+            RunMovedError: If the directory was moved, removed or replaced.
         """
-        self._saver.wait()
+        if self.is_open:  # a background save never ends in a forked child
+            self._saver.wait()
 
     def close(self) -> None:
         """Wait for checkpoints, write buffered logs, and release the lock; the run can be opened again.
 
+        A second call is a no-op, and so is a call in a forked child process. If Ctrl-C interrupts the wait, the run
+        stays open, because a checkpoint may still be written.
+
         Raises:
             CheckpointError: If the last checkpoint failed, and `on_error` is `stop`.
+            RunMovedError: If buffered logs were written to a directory that is not at its path any more.
         """
-        self.is_open = False
+        if not self.is_open:
+            return
         try:
             self.wait()
-        finally:
+        except Exception:
+            self._release()
+            raise
+        self._release()
+
+    def _release(self) -> None:
+        try:
             self._logs.close()
-            if self._lock is not None:
-                self._lock.release()
+        finally:
+            self._place.close()
 
     def guard_log(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         """Return a log handler that never stops training: its errors are reported and counted under `name`."""
@@ -235,14 +269,15 @@ class RunDirectory:
         record = self.guard_log(EVENTS_FILE, write)
 
         def interpret(effects: Effects, state: TrainState, event: Event) -> None:
-            if self._lock is not None:  # only the process that writes records
+            self._place.require_open()
+            if self._place.writes:
                 record(effects, state, event)
             interpreter(effects, state, event)
 
         return interpret
 
     def _refuse_to_start_over(self) -> None:
-        progress = find_progress(self.path, self._disk)
+        progress = find_progress(self._place.path, self._disk)
         if progress is not None:
             config = self.path / CONFIG_FILE
             new = f": noether train {config}" if self._disk.kind(config) == "file" else " in another directory"
@@ -259,17 +294,20 @@ class RunDirectory:
     ) -> None:
         try:
             self.close()
-        except CheckpointError as close_error:
+        except NoetherError as close_error:
             if error is None:
                 raise
-            _LOGGER.error("%s", close_error)  # noqa: TRY400  # the run's own error has the traceback
+            if str(error) != str(close_error):
+                _LOGGER.error("%s", close_error)  # noqa: TRY400  # the run's own error has the traceback
 
 
-def _event_check(saver: Saver, logs: RunLogs) -> Callable[[Event], None]:
-    """Return a function that raises the error of a failed save, and flushes the log files once a second."""
+def _event_check(place: RunPlace, saver: Saver, logs: RunLogs) -> Callable[[Event], None]:
+    """Return a function that refuses a closed run, raises the error of a failed save, and flushes once a second."""
     interval = FlushInterval(AfterUpdate, AfterEpoch)
 
     def check(event: Event) -> None:
+        if place.refusal is not None:
+            place.require_open()
         saver.check()
         if interval.is_due(event):
             logs.flush_files()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 
 from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary, ShowProgress
+from noether.core.text import escape_controls
 from noether.effects.disk.files import make_directories, replace_file
+from noether.effects.disk.place import RunMovedError
+from noether.effects.disk.processes import finalize
 from noether.effects.disk.tensor_files import tensor_pieces
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LinesFile, LogCount, metrics_file
 from noether.effects.logs.summary import Summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from noether.core.effect import Effect
     from noether.core.event import Event
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from noether.effects.disk.calls import Disk
     from noether.effects.interpreter import Handler
     from noether.effects.logs.console import Console
+    from noether.effects.run_place import RunPlace
 
 METRICS_FILE: Final = "metrics.jsonl"
 EVENTS_FILE: Final = "events.jsonl"
@@ -64,6 +66,8 @@ class LogService(Protocol):
 class LogGuard:
     """Catches the errors of logs: reports the first error of each log, and counts the others.
 
+    Only `RunMovedError` passes, because it concerns everything that the run writes.
+
     Example:
         >>> def write(line):
         ...     raise OSError(28, "No space left on device")
@@ -79,7 +83,7 @@ class LogGuard:
         self.failures: dict[str, int] = {}
 
     def guard(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-        """Return a function that calls `write` and never raises.
+        """Return a function that calls `write` and raises nothing but `RunMovedError`.
 
         Args:
             name: Name of the log in the report.
@@ -89,10 +93,12 @@ class LogGuard:
         def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
             try:
                 write(*args, **kwargs)
+            except RunMovedError:
+                raise
             except Exception as error:  # noqa: BLE001  # training continues whatever happens to a log
                 self.failures[name] = self.failures.get(name, 0) + 1
                 if self.failures[name] == 1:
-                    reason = f"{type(error).__name__}: {error}"
+                    reason = escape_controls(f"{type(error).__name__}: {error}", keep="\n")
                     _LOGGER.warning("%s failed and may have lost log entries; training continues: %s", name, reason)
 
         return guarded
@@ -109,7 +115,7 @@ class RunLogs:
     """The log files of one run, its console and its log services.
 
     Args:
-        path: The run directory.
+        place: The open run directory.
         run_id: Name of the run.
         console: Where lines for a person go.
         services: Other destinations.
@@ -117,16 +123,16 @@ class RunLogs:
     """
 
     def __init__(
-        self, path: Path, run_id: str, *, console: Console, services: Sequence[LogService], disk: Disk
+        self, place: RunPlace, run_id: str, *, console: Console, services: Sequence[LogService], disk: Disk
     ) -> None:
-        self._path = path
+        self._place = place
         self._console = console
         self._services = services
         self._disk = disk
         self._guard = LogGuard()
-        self._metrics = metrics_file(path / METRICS_FILE, run_id, disk)
-        self._summary = Summary(path / SUMMARY_FILE, disk)
-        self.events = LinesFile(path / EVENTS_FILE, lambda line, *_: line, disk)
+        self._metrics = metrics_file(place.path / METRICS_FILE, run_id, disk, place.check)
+        self._summary = Summary(place.path / SUMMARY_FILE, disk, place.check)
+        self.events = LinesFile(place.path / EVENTS_FILE, lambda line, *_: line, disk, place.check)
         self.files: dict[str, LinesFile | Summary] = {
             METRICS_FILE: self._metrics,
             EVENTS_FILE: self.events,
@@ -134,8 +140,7 @@ class RunLogs:
         }
         self._file_flushes = [self.guard(name, file.flush) for name, file in self.files.items()]
         self._service_flushes = [self.guard(service.name, service.flush) for service in services]
-        for name, file in self.files.items():
-            weakref.finalize(self, LogGuard().guard(name, file.close))
+        finalize(self, _close_files, self.files, place)
 
     def guard(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         """Return a function that calls `write`, and reports its errors under `name` instead of raising them."""
@@ -163,19 +168,37 @@ class RunLogs:
         }
 
     def flush_files(self) -> None:
-        """Write the buffers of all files to the operating system; errors are reported and counted."""
-        for flush in self._file_flushes:
-            flush()
+        """Write the buffers of all files to the operating system; errors are reported and counted.
+
+        Raises:
+            RunMovedError: If a file, or the run directory, is not where it was opened. All buffers are written.
+        """
+        _call_all(self._file_flushes)
+
+    def check_place(self) -> None:
+        """Raise an error if the run directory is not where it was opened.
+
+        Raises:
+            RunMovedError: If it was moved, removed or replaced.
+        """
+        self._place.check()
 
     def flush(self) -> tuple[LogCount, LogCount]:
-        """Flush all files and services; return the line counts of `metrics.jsonl` and `events.jsonl`."""
-        self.flush_files()
-        for flush in self._service_flushes:
-            flush()
+        """Flush all files and services; return the line counts of `metrics.jsonl` and `events.jsonl`.
+
+        Raises:
+            RunMovedError: As `flush_files`.
+        """
+        _call_all([self.flush_files, *self._service_flushes, self._place.check])
         return self._metrics.counts, self.events.counts
 
     def fsync(self, counts: tuple[LogCount, LogCount]) -> LogCount:
-        """Write the lines that `flush` counted to the disk; return how many metrics lines are there or lost."""
+        """Write the lines that `flush` counted to the disk; return how many metrics lines are there or lost.
+
+        Raises:
+            RunMovedError: If a file, or the run directory, is not where it was opened.
+        """
+        self._place.check()
         metrics, events = counts
         written = self._metrics.fsync(metrics)
         self.events.fsync(events)
@@ -194,19 +217,47 @@ class RunLogs:
         removed = self._metrics.truncate(state, UNKNOWN_COUNT if state is None else saved)
         self.events.truncate(state)
         if removed:
-            _LOGGER.info("removed %d lines of %s that the resumed run logs again", removed, self._path / METRICS_FILE)
+            _LOGGER.info(
+                "removed %d lines of %s that the resumed run logs again", removed, self._place.path / METRICS_FILE
+            )
         for service in self._services:
             self.guard(service.name, service.resume)(state)
         return removed
 
     def close(self) -> None:
-        """Flush and close everything; report how often each log failed."""
-        for name, log in (*self.files.items(), *((service.name, service) for service in self._services)):
-            self.guard(name, log.close)()
-        self._guard.report_failures()
-        self._console.close()
+        """Flush and close everything; report how often each log failed.
+
+        Raises:
+            RunMovedError: If buffered lines were written to a file that is not at its path any more.
+        """
+        logs = (*self.files.items(), *((service.name, service) for service in self._services))
+        closes = [self.guard(name, log.close) for name, log in (*logs, ("console", self._console))]
+        _call_all([*closes, self._guard.report_failures])
 
     def _save_tensors(self, effect: SaveTensors, _state: TrainState, _event: Event) -> None:
-        path = self._path / "tensors" / f"{effect.name}.safetensors"
+        self._place.check()
+        path = self._place.path / "tensors" / f"{effect.name}.safetensors"
         make_directories(path.parent, self._disk)
         replace_file(path, tensor_pieces(effect.tensors), self._disk)
+
+
+def _call_all(functions: Iterable[Callable[[], None]]) -> None:
+    """Call every function, although some raise `RunMovedError`; then raise the first of these errors."""
+    errors: list[RunMovedError] = []
+    for function in functions:
+        try:
+            function()
+        except RunMovedError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _close_files(files: Mapping[str, LinesFile | Summary], _place: RunPlace) -> None:
+    """Close the files of a run that was not closed; its place is released after that."""
+    guard = LogGuard()
+    for name, file in files.items():
+        try:
+            guard.guard(name, file.close)()
+        except RunMovedError as error:  # nothing can be raised here
+            _LOGGER.error("%s", error)  # noqa: TRY400  # a message, not a bug

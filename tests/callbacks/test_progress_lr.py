@@ -92,6 +92,17 @@ def test_the_expected_end_is_computed_from_the_time_of_the_event():
     assert requests[0].text.endswith("left 0:10:00  ends 1970-01-02 00:10:00 UTC")
 
 
+@pytest.mark.parametrize(("duration_s", "time_s"), [(1e13, 1.0), (1e300, 1.0), (100.0, -1e15), (100.0, 1e300)])
+def test_an_end_that_no_calendar_has_is_left_out(duration_s, time_s):
+    """After a very slow update, or with a wrong clock."""
+    state, _ = go(ProgressCallback(every_n_updates=1), [1.0])
+    state = state.advance(samples=4)
+    event = AfterUpdate(run=RUN, duration_s=duration_s, time_s=time_s)
+    _, requests = ProgressCallback(every_n_updates=1)(state, event)
+    assert "left " in requests[0].text
+    assert " ends " not in requests[0].text
+
+
 def test_a_run_of_unknown_length_has_no_percentage():
     run = Run(end=TrainingIteration(epoch=2))
     event = AfterUpdate(run=run, samples=4, duration_s=2.0)

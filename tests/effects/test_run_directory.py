@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from faults import call_without_fsync
 from log_files import at, read, update_at
-from small_run import open_small_run
+from small_run import open_small_run, state_after, train
 
 from noether import (
     AfterEpoch,
@@ -25,8 +26,9 @@ from noether import (
     SetSummary,
     TrainState,
 )
-from noether.effects import open_run
+from noether.effects import LockedError, RunClosedError, open_run
 from noether.effects.disk.calls import Disk
+from noether.testing import same
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,19 +177,88 @@ def test_an_event_without_effects_flushes_the_buffers(tmp_path):
     directory.close()
 
 
-def test_buffers_are_written_before_another_process_opens_the_run(tmp_path):
-    """Although the interpreter of the released run still exists."""
+def test_a_run_stays_locked_while_its_interpreter_can_write(tmp_path):
     first = open_run(tmp_path / "run")
     interpreter = first.interpreter
     for update in (1, 2, 3):
         interpreter((LogScalars({"x": update}), SetSummary({"x": update})), at(update), update_at(1 + update / 10))
     del first
     gc.collect()
+    with pytest.raises(LockedError, match=f"is already open in this process, at {__file__}:"):
+        open_run(tmp_path / "run")
+    del interpreter
+    gc.collect()
+    assert [line["update"] for line in read(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
     with open_run(tmp_path / "run") as second:
         assert second.resume() is None
         for update in (1, 2):
             second.interpreter((LogScalars({"y": update}), SetSummary({"x": -1})), at(update), update_at(9 + update))
-    del interpreter
-    gc.collect()
     assert [line["metrics"] for line in read(tmp_path / "run/metrics.jsonl")] == [{"y": 1}, {"y": 2}]
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"x": -1}
+
+
+def test_a_second_open_run_of_one_directory_is_refused_and_harms_no_save(tmp_path):
+    with open_small_run(tmp_path / "run") as directory:
+        list(train(directory, (1,)))
+        with pytest.raises(LockedError, match="is already open in this process"):
+            open_small_run(tmp_path / "run")
+        list(train(directory, (2,)))
+        assert [each.iteration.update for each in directory.checkpoints.manifests()] == [1, 2]
+    with open_small_run(tmp_path / "run") as directory:
+        assert same(directory.resume(), state_after(2))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_closed_run_refuses_to_write(tmp_path, rank):
+    directory = open_run(tmp_path / "run", rank=rank)
+    record = directory.recording_interpreter(directory.interpreter, lambda *_: {})
+    extended = directory.interpreter.with_handlers(LogText)
+    assert directory.is_open
+    directory.close()
+    directory.close()  # a no-op
+    assert not directory.is_open
+    event, message = AfterUpdate(samples=4), re.escape("is closed: open it again with open_run(")
+    for use in (
+        lambda: directory.interpreter([], at(1), event),
+        lambda: directory.interpreter([SaveCheckpoint()], at(1), event),
+        lambda: extended([LogText("x")], at(1), event),
+        lambda: record([], at(1), event),
+        directory.resume,
+        lambda: directory.truncate_logs(None),
+        directory.check_place,
+    ):
+        with pytest.raises(RunClosedError, match=message):
+            use()
+    assert not (tmp_path / "run/events.jsonl").exists()
+
+
+def test_a_path_is_resolved_when_the_run_is_opened(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("one")
+    monkeypatch.chdir(tmp_path)
+    with open_small_run("link/run") as directory:
+        list(train(directory, (1,)))
+        monkeypatch.chdir(tmp_path / "two")
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to("two")
+        list(train(directory, (2,)))
+    assert list((tmp_path / "two").iterdir()) == []
+    assert [line["update"] for line in read(tmp_path / "one/run/metrics.jsonl")] == [1, 2]
+
+
+def test_an_interrupted_close_leaves_the_run_open(tmp_path, monkeypatch):
+    """Its last checkpoint may still be written, so nothing else may write there."""
+    directory = open_run(tmp_path / "run", asynchronous=True)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("noether.effects.checkpoints.saver.wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            directory.close()
+    with pytest.raises(LockedError):
+        open_run(tmp_path / "run")
+    directory.close()
+    open_run(tmp_path / "run").close()

@@ -119,8 +119,12 @@ def _format_times(memory: Mapping[str, float]) -> str:
 def _format_end(left_s: float | None, time_s: float) -> str:
     if left_s is None:
         return "left unknown"
-    end = datetime.fromtimestamp(time_s + left_s, tz=UTC)
-    return f"left {format_duration(left_s)}  ends {end:%Y-%m-%d %H:%M:%S} UTC"
+    left = f"left {format_duration(left_s)}"
+    try:
+        end = datetime.fromtimestamp(time_s + left_s, tz=UTC)
+    except (ValueError, OverflowError, OSError):  # beyond the year 9999, or the clock is wrong
+        return left
+    return f"{left}  ends {end:%Y-%m-%d %H:%M:%S} UTC"
 
 
 Progress = ProgressCallback

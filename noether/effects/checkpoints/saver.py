@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, final
@@ -13,6 +12,8 @@ from noether.core.tensors.donation import lease
 from noether.core.tensors.tree import clone_tensors
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import error_text
+from noether.effects.disk.place import RunMovedError
+from noether.effects.disk.processes import finalize
 from noether.effects.disk.tensor_files import is_panic
 
 if TYPE_CHECKING:
@@ -72,13 +73,15 @@ class Saver:
         self._running: list[Future[None]] = []
         self._running_for: tuple[Event, TrainingIteration] | None = None
         # At exit Python waits for the thread, but does not report its errors.
-        weakref.finalize(self, _log_errors, self._running)
+        finalize(self, _log_errors, self._running)
 
     def save(self, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
         """Save a checkpoint, or start a background save.
 
         Raises:
             CheckpointError: If `on_error` is `stop` and this save, or an earlier one in the background, failed.
+            RunMovedError: If the run directory is not where it was opened, even if `on_error` is `warn`: nothing that
+                the run writes would be found.
         """
         fsync_logs = partial(self._logs.fsync, self._logs.flush())
         if self._worker is None:
@@ -98,37 +101,55 @@ class Saver:
     def check(self) -> None:
         """Raise the error of a background save that has ended; called at every event.
 
+        If several failed for different reasons, the first error is raised and the others are logged.
+
         Raises:
             CheckpointError: If a save failed and `on_error` is `stop`.
         """
+        errors: list[BaseException] = []
         while self._running and self._running[0].done():
-            self._running.pop(0).result()
+            error = self._running.pop(0).exception()
+            if error is not None and str(error) not in map(str, errors):
+                errors.append(error)
+        for other in errors[1:]:
+            _LOGGER.error("%s", other)
+        if errors:
+            raise errors[0]
 
     def wait(self) -> None:
-        """Wait for all background saves.
+        """Wait for all background saves, even if one failed.
 
         Raises:
             CheckpointError: If a save failed and `on_error` is `stop`.
         """
-        while self._running:
-            self._running.pop(0).result()
+        wait(self._running)
         self._running_for = None
+        self.check()
 
     def _write(
         self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount]
     ) -> None:
+        self._logs.check_place()
         with self._report_failures(state):
             self._store.save(effect, state, event, fsync_logs)
+            self._logs.check_place()
             self._first_is_saved = self._first_is_saved or self._after_first()
 
     @contextmanager
     def _report_failures(self, state: TrainState) -> Iterator[None]:
-        """Raise whatever goes wrong in a save as a `CheckpointError`, or log it as a warning, as `on_error` says."""
+        """Raise whatever goes wrong in a save as a `CheckpointError`, or log it as a warning, as `on_error` says.
+
+        Raises:
+            RunMovedError: If the run directory is not where it was opened, whatever `on_error` says.
+        """
         try:
             yield
+        except RunMovedError:
+            raise
         except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise  # Ctrl-C, or the end of the process
+            self._logs.check_place()  # in a directory that was moved every later save would fail, too
             failure = error
             if not isinstance(error, CheckpointError):
                 failure = CheckpointError(f"the state at {state.iteration} could not be saved: {error_text(error)}")

@@ -9,11 +9,11 @@ import os
 import shutil
 import stat
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Kind = Literal["file", "directory", "link", "other"]
     Call = Callable[..., Any]
@@ -25,6 +25,8 @@ _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LOCK: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _MODE: Final = 0o666  # the default mode; the umask applies
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_MAX_PATH_BYTES: Final = 1024  # the buffer that F_GETPATH needs
+_GONE: Final = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 @final
@@ -67,6 +69,10 @@ class Disk:
         """Open a file for `lock`; create it if it does not exist."""
         return int(self._call(os.open, path, _LOCK, _MODE))
 
+    def open_directory(self, path: Path) -> int:
+        """Open a directory; its inode number is not used again while it is open, even if it is removed."""
+        return int(self._call(os.open, path, _DIRECTORY))
+
     def lock(self, file: int) -> None:
         """Take the exclusive lock of a file without waiting.
 
@@ -98,7 +104,7 @@ class Disk:
 
     def fsync_directory(self, path: Path) -> None:
         """Return once the entries of a directory are on the disk."""
-        directory = int(self._call(os.open, path, _DIRECTORY))
+        directory = self.open_directory(path)
         try:
             self.fsync(directory)
         finally:
@@ -157,12 +163,34 @@ class Disk:
         )
         return next((kind for matches, kind in kinds if matches(mode)), "other")
 
+    def identity(self, file: int) -> tuple[int, int]:
+        """Return the device and the inode number of an open file."""
+        found = self._call(os.fstat, file)
+        return found.st_dev, found.st_ino
+
     def is_at(self, file: int, path: Path) -> bool:
-        """Return whether an open file is still the one at `path`."""
+        """Return whether an open file or directory is still the one at `path`, by device and inode number.
+
+        Raises:
+            OSError: If this cannot be determined, for example because a parent directory cannot be searched.
+        """
         try:
-            return os.path.samestat(self._call(os.fstat, file), self._call(os.lstat, path))
-        except FileNotFoundError:
-            return False
+            return os.path.samestat(self._call(os.fstat, file), self._call(os.stat, path))
+        except OSError as error:
+            if error.errno in _GONE:
+                return False
+            raise
+
+    def path_of(self, file: int) -> Path | None:
+        """Return where an open file or directory is now; None if it was removed or the system does not tell."""
+        try:
+            if sys.platform == "darwin":
+                name = self._call(fcntl.fcntl, file, fcntl.F_GETPATH, bytes(_MAX_PATH_BYTES)).rstrip(b"\0").decode()
+            else:
+                name = self._call(os.readlink, f"/proc/self/fd/{file}")
+            return Path(name) if self.is_at(file, Path(name)) else None
+        except OSError:
+            return None
 
     def size(self, file: int) -> int:
         """Return the size of an open file in bytes."""

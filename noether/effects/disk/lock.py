@@ -8,18 +8,22 @@ and training has to continue there with a warning; it does not name the holder; 
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import os
 import socket
 import sys
-import weakref
-from contextlib import suppress
+import traceback
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final, final
 
 from noether.core.errors import NoetherError
+from noether.core.text import escape_controls
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import os_error_text, read_file
+from noether.effects.disk.place import HeldDirectory, require_in_place
+from noether.effects.disk.processes import finalize
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +37,7 @@ _NOT_SUPPORTED: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class LockedError(NoetherError):
-    """Another process writes to the directory of a run."""
+    """Another process, or another open run of this process, writes to the directory of a run."""
 
 
 @final
@@ -41,14 +45,15 @@ class RunLock:
     """The exclusive lock of a directory, held until `release` or until this object is garbage-collected.
 
     It is a lock of the operating system on the file `.lock`, which also names the holder. The operating system frees it
-    when the process ends, even by a crash. Several objects in one process share it.
+    when the process ends, even by a crash. It belongs to the directory and not to its path: a directory that was moved
+    stays locked, and a new one at the old path is free.
 
     Args:
         directory: The directory; it exists.
         disk: The disk.
 
     Raises:
-        LockedError: If another process holds it; the message names that process.
+        LockedError: If it is held, by another process or in this one; the message says where.
 
     Example:
         >>> import tempfile, pathlib
@@ -61,39 +66,40 @@ class RunLock:
         False
     """
 
-    _shared: Final[weakref.WeakValueDictionary[str, _LockFile]] = weakref.WeakValueDictionary()
-
     def __init__(self, directory: Path, disk: Disk = DISK) -> None:
-        key = str(directory.resolve())
-        self._file: _LockFile | None = self._shared.get(key)
-        if self._file is None or not self._file.is_ours():
-            self._file = self._shared[key] = _LockFile(directory / LOCK, disk)
+        self._path, self._disk = directory / LOCK, disk
+        with ExitStack() as stack:  # undoes everything if a step fails
+            self._directory = HeldDirectory(directory, disk)
+            stack.callback(self._directory.close)
+            # The operating system may lock for a whole process, and so not separate two runs of one process.
+            key, holder = self._directory.identity, (_calling_line(),)
+            if (other := _HOLDERS.setdefault(key, holder)) is not holder:
+                place = escape_controls(f"{directory} is already open in this process, at {other[0]}")
+                raise LockedError(f"{place}; use that run, or close it first")
+            stack.callback(_HOLDERS.pop, key)
+            self._file = _open_locked(self._path, disk)
+            stack.callback(_remove_and_close, self._file, self._path, disk)
+            _OPEN_FILES.add(self._file)
+            _write_holder(self._file, self._path, disk)
+            self._release = finalize(self, stack.pop_all().close)
+
+    def check(self) -> None:
+        """Raise an error if the directory or its lock file is not at its path any more.
+
+        Raises:
+            RunMovedError: If it was moved, removed or replaced.
+        """
+        self._directory.check()
+        fix = "Make sure that no other process writes to the directory, and resume the run."
+        require_in_place(self._file, self._path, fix, self._disk)
 
     def release(self) -> None:
-        """Release the directory, unless another object in this process still holds it."""
-        self._file = None
+        """Release the directory; a second call is a no-op."""
+        self._release()
 
 
-@final
-class _LockFile:
-    """An open and locked file, which is removed and closed when its last user drops it."""
-
-    def __init__(self, path: Path, disk: Disk) -> None:
-        self._pid = os.getpid()
-        file = _open_locked(path, disk)
-        holder = {"pid": self._pid, "host": socket.gethostname(), "command": " ".join(sys.argv)[:1000]}
-        try:
-            disk.truncate(file, 0)
-            disk.write(file, json.dumps(holder).encode())
-        except OSError:  # on a full disk, the lock holds all the same
-            _LOGGER.warning("%s could not be written: it does not name the process that holds it", path)
-        _OPEN_FILES.add(file)
-        weakref.finalize(self, _remove_and_close, file, path, self._pid, disk)
-
-    def is_ours(self) -> bool:
-        """Return whether this process took the lock; a forked child only inherited the object."""
-        return self._pid == os.getpid()
-
+_HOLDERS: Final[dict[tuple[int, int], tuple[str]]] = {}
+"""Where this process opened the directories that it holds, by device and inode number."""
 
 _OPEN_FILES: Final[set[int]] = set()
 
@@ -104,6 +110,7 @@ def _close_after_fork() -> None:
         with suppress(OSError):
             os.close(file)
     _OPEN_FILES.clear()
+    _HOLDERS.clear()
 
 
 os.register_at_fork(after_in_child=_close_after_fork)
@@ -118,7 +125,8 @@ def _open_locked(path: Path, disk: Disk) -> int:
         except BlockingIOError:
             holder = _describe_holder(path, disk)
             disk.close(file)
-            raise LockedError(f"{path.parent} is in use by {holder}; wait for it to end, or stop it") from None
+            place = escape_controls(f"{path.parent} is in use by {holder}")
+            raise LockedError(f"{place}; wait for it to end, or stop it") from None
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 disk.close(file)
@@ -141,10 +149,27 @@ def _describe_holder(path: Path, disk: Disk) -> str:
         return "another process"
 
 
-def _remove_and_close(file: int, path: Path, pid: int, disk: Disk) -> None:
-    if os.getpid() != pid:
-        return
-    with suppress(FileNotFoundError):  # the run directory was moved
-        disk.remove(path)
+def _write_holder(file: int, path: Path, disk: Disk) -> None:
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)[:1000]}
+    try:
+        disk.truncate(file, 0)
+        disk.write(file, json.dumps(holder).encode())
+    except OSError:  # on a full disk, the lock holds all the same
+        _LOGGER.warning("%s could not be written: it does not name the process that holds it", path)
+
+
+def _calling_line() -> str:
+    """Return file and line of the innermost call from outside of this package."""
+    package = __name__.partition(".")[0]
+    for frame, line in traceback.walk_stack(inspect.currentframe()):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] != package:
+            return f"{frame.f_code.co_filename}:{line}"
+    return "an unknown place"
+
+
+def _remove_and_close(file: int, path: Path, disk: Disk) -> None:
+    with suppress(OSError):  # a file that stays locks nothing
+        if disk.is_at(file, path):  # not if the directory was moved: another process may hold a new one at its path
+            disk.remove(path)
     _OPEN_FILES.discard(file)
     disk.close(file)

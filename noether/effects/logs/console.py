@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import math
+import os
 import threading
 import weakref
 from contextlib import suppress
 from itertools import zip_longest
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import torch
 from rich.console import Console as RichConsole
 from rich.text import Text
 
 from noether.core.event import AfterTraining, AfterUpdate
+from noether.core.text import escape_controls
 from noether.effects.logs.progress_bar import LiveProgress, describe_progress, is_live
 
 if TYPE_CHECKING:
@@ -30,8 +35,9 @@ _DEFAULT_WIDTH: Final = 120  # without a terminal
 
 
 class Console:
-    """Writes lines for a person: texts at once, metrics in aligned columns; at most one line of metrics a second.
+    r"""Writes lines for a person: texts at once, metrics in aligned columns; at most one line of metrics a second.
 
+    Control characters in texts and metrics are written as visible escapes, such as `\x1b`; the log has them unchanged.
     The limit applies to metrics of updates. As a heartbeat, the last lines are repeated after 300 s without output,
     until training ends.
 
@@ -46,23 +52,25 @@ class Console:
         # wrap, record or capture it.
         self._is_plain = console is None and not self._is_terminal and not self._console.is_jupyter
         self._live = LiveProgress(self._console) if is_live(self._console) else None
-        self._last_update_s = -_UPDATE_INTERVAL_S
+        self._last_update_s = -math.inf
         self._timer: threading.Timer | None = None
         self._last_lines: tuple[str, float] | None = None  # text and time; None where no heartbeat is needed
 
     def write_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Write a text: the handler of `LogText`."""
-        self._write(_add_label(state, effect.text.splitlines() or [""]), event)
+        text = escape_controls(effect.text.replace("\r\n", "\n"), keep="\n\t")
+        self._write(_add_label(state, text.splitlines() or [""]), event)
 
     def write_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics in aligned columns: a handler of `LogScalars`."""
-        # A loop that sets no time on its events gets every line.
-        if isinstance(event, AfterUpdate) and event.time_s and event.time_s - self._last_update_s < _UPDATE_INTERVAL_S:
+        # A loop that sets no time on its events gets every line. The difference is negative if the clock was set back.
+        is_update = isinstance(event, AfterUpdate)
+        if is_update and event.time_s and 0 <= event.time_s - self._last_update_s < _UPDATE_INTERVAL_S:
             return
         metrics = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
         if not metrics:
             return
-        if isinstance(event, AfterUpdate):
+        if is_update:
             self._last_update_s = event.time_s
         metrics = {key: value for key, value in metrics.items() if not _repeats_single_loss(key, metrics)}
         width = self._console.width if self._is_terminal else _DEFAULT_WIDTH
@@ -99,10 +107,9 @@ class Console:
         if not self._is_plain:
             self._console.print(lines, markup=False, emoji=False)
             return
-        text = Text(lines)  # removes control characters
+        text = Text(lines)
         text.expand_tabs(self._console.tab_size)
-        self._console.file.write(f"{text.plain}\n")
-        self._console.file.flush()
+        _write_text(self._console.file, f"{text.plain}\n")
 
     def _start_timer(self, wait_s: float) -> None:
         # A weak reference, so that the heartbeat ends when the loop drops the run. The thread refers to no tensors,
@@ -124,7 +131,7 @@ class Console:
         lines, written_s = self._last_lines
         remaining_s = written_s + _HEARTBEAT_S - monotonic()
         if remaining_s <= 0:
-            with suppress(OSError):  # such as a closed pipe: the next line reports it
+            with suppress(OSError, ValueError):  # such as a closed pipe or file: the next line reports it
                 self._print(lines)
             self._last_lines, remaining_s = (lines, monotonic()), _HEARTBEAT_S
         self._start_timer(remaining_s)
@@ -144,7 +151,7 @@ def format_columns(metrics: Mapping[str, Any], width: int) -> list[str]:
         loss/val/mse  0.25    optim/lr      0.001|
         val/accuracy  0.5
     """
-    names, values = list(metrics), [_format_value(value) for value in metrics.values()]
+    names, values = [escape_controls(name) for name in metrics], [_format_value(value) for value in metrics.values()]
     name_width, value_width = max(map(len, names)), max(map(len, values))
     cells = [f"{name:<{name_width}}  {value:<{value_width}}" for name, value in zip(names, values, strict=True)]
     column_count = max(1, (width + len(_GAP)) // (len(cells[0]) + len(_GAP)))
@@ -175,4 +182,23 @@ def _repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
 
 def _format_value(value: Any) -> str:
     value = value.item() if isinstance(value, torch.Tensor) else value
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:.5g}" if isinstance(value, float) else escape_controls(str(value))
+
+
+def _write_text(file: IO[str], text: str) -> None:
+    """Write and flush a text.
+
+    The buffers of the standard output get nothing that cannot be written, such as to a closed pipe or a full disk:
+    Python would try again when it exits, and end with an error.
+    """
+    raw = getattr(file.buffer, "raw", file.buffer) if type(file) is io.TextIOWrapper else None
+    if not isinstance(file, io.TextIOWrapper) or not isinstance(raw, io.FileIO):
+        file.write(text)
+        file.flush()
+        return
+    file.flush()  # what others wrote before
+    rest = memoryview(text.encode(file.encoding, "backslashreplace"))
+    while rest:
+        if (size := raw.write(rest)) is None:  # a pipe that does not block
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        rest = rest[size:]

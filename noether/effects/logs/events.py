@@ -18,7 +18,8 @@ from noether.core.metrics import keys_overlap
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import NUMBERS, json_number
 from noether.effects.disk.files import read_file
-from noether.effects.logs.jsonl import LogError, event_name, position_fields
+from noether.effects.logs.jsonl import event_name, position_fields
+from noether.effects.logs.resumption import LogError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

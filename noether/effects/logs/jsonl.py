@@ -12,13 +12,13 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
-from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate
-from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
 from noether.effects.disk.files import os_error_text, read_file, replace_file
+from noether.effects.disk.place import RunMovedError, require_in_place
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
+from noether.effects.logs.resumption import lines_before_resume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 _LOGGER: Final = logging.getLogger(__name__)
 _JSON: Final = json.JSONEncoder(allow_nan=False)
 _BUFFER_LINES: Final = 1000  # bounds the memory of a loop with very short updates
-
-
-class LogError(NoetherError):
-    """A log file is damaged."""
 
 
 class LogCount(NamedTuple):
@@ -77,15 +73,22 @@ def position_fields(state: TrainState, event: Event) -> dict[str, Any]:
     }
 
 
-def metrics_file(path: Path, run_id: str = "", disk: Disk = DISK) -> LinesFile:
+def do_nothing() -> None:
+    """Check nothing: the check of a file that belongs to no run."""
+
+
+def metrics_file(
+    path: Path, run_id: str = "", disk: Disk = DISK, check_place: Callable[[], None] = do_nothing
+) -> LinesFile:
     """Return the metrics file of a run; its `write` is a handler of `LogScalars` and writes one line per event.
 
     Args:
         path: The file; created with its first line.
         run_id: Name of the run, on every line.
         disk: The disk.
+        check_place: As in `LinesFile`.
     """
-    return LinesFile(path, partial(_metrics_line, run_id), disk)
+    return LinesFile(path, partial(_metrics_line, run_id), disk, check_place)
 
 
 def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Event) -> dict[str, Any]:
@@ -106,24 +109,31 @@ class LinesFile:
     so a crash can only leave a partial line at the end of the file. Lines are on the disk once `fsync` returns; it may
     run in another thread than `write`.
 
+    If the file was moved or removed, a flush still writes to the open file, so that no line is lost, and then raises.
+
     Args:
         path: The file; created with its first line.
         to_line: `(content, state, event) -> line`, a line with at least the fields of `position_fields`. `content`
             is one effect, or all effects of the event. The line must hold plain values: the buffer would keep a tensor
             alive, or donation would overwrite it.
         disk: The disk.
+        check_place: Raises `RunMovedError` if the directory of the run was moved; called before the file is created.
     """
 
-    def __init__(self, path: Path, to_line: ToLine, disk: Disk = DISK) -> None:
+    def __init__(
+        self, path: Path, to_line: ToLine, disk: Disk = DISK, check_place: Callable[[], None] = do_nothing
+    ) -> None:
         self._path = path
         self._to_line = to_line
         self._disk = disk
+        self._check_place = check_place
         self._lock = threading.Lock()
         self._buffer: list[Mapping[str, Any]] = []
         self._interval = FlushInterval(AfterUpdate)
         self._file: int | None = None
         self._size = 0  # bytes of the whole lines
         self._is_torn = False  # whether part of a line may follow them
+        self._is_moved = False  # whether another file or none is at the path, which was reported
         self._fsync_failed = False  # then a later fsync of the same file proves nothing
         self._counts = LogCount(0)
         self._lines_on_disk = 0
@@ -132,7 +142,8 @@ class LinesFile:
     @property
     def counts(self) -> LogCount:
         """Numbers of lines that were flushed and that were lost; buffered lines are not counted."""
-        return self._counts
+        lines, lost = self._counts
+        return LogCount(0, lost + (lines or 0)) if self._is_moved else self._counts
 
     def write(self, content: Any, state: TrainState, event: Event) -> None:
         """Append the line of an event; the line of an update may stay in the buffer.
@@ -159,6 +170,8 @@ class LinesFile:
         """Write the buffered lines to the operating system.
 
         Raises:
+            RunMovedError: If the file is not at its path any more. The lines are in the open file. A file that was
+                moved alone is reported once; its lines count as lost from then on.
             OSError: If they cannot be written; all of them are counted as lost, and the file keeps its old content.
             ValueError: If a line is not JSON; it is counted as lost, and the other lines are written.
             TypeError: Likewise.
@@ -171,9 +184,15 @@ class LinesFile:
 
         Args:
             counts: The value of `counts` after the flush of these lines.
+
+        Raises:
+            RunMovedError: If the file is not at its path any more.
         """
         lines, lost = counts.lines or 0, counts.lost
         with self._lock:
+            self._require_in_place()
+            if self._is_moved:
+                return self.counts
             if self._lines_on_disk < lines:
                 try:
                     self._rewrite() if self._fsync_failed else self._disk.fsync(self._open_file())
@@ -188,6 +207,8 @@ class LinesFile:
     def truncate(self, state: TrainState | None, saved: LogCount = UNKNOWN_COUNT) -> int:
         """Remove the lines that a run resumed at `state` logs again, and a partial line; return their number.
 
+        A file that was cut off, even within the saved lines, is no error: the run continues without the rest.
+
         Args:
             state: The state to resume from; None for a new run.
             saved: The counts when that state was saved. Missing lines are reported and counted as lost.
@@ -199,14 +220,20 @@ class LinesFile:
         exists = self._disk.kind(self._path) is not None
         lines = read_file(self._path, self._disk).splitlines(keepends=True) if exists else []
         saved_lines = saved.lines or 0
-        remaining = _lines_before_resume(lines, state, saved_lines, self._path)
+        remaining = lines_before_resume(lines, state, saved_lines, self._path)
         missing = saved_lines - len(remaining)
+        is_cut_off = bool(lines) and not lines[-1].endswith(b"\n")
+        removed = "; its last line was cut off, and is removed" if is_cut_off else ""
         if missing > 0:
-            _LOGGER.warning("%s misses %d of its %d saved lines", self._path, missing, saved_lines)
+            _LOGGER.warning("%s misses %d of its %d saved lines%s", self._path, missing, saved_lines, removed)
+        elif is_cut_off and state is not None and saved.lines is None:
+            _LOGGER.warning("%s has %d whole lines%s", self._path, len(lines) - 1, removed)
         if len(remaining) < len(lines):
             replace_file(self._path, remaining, self._disk)
         self._is_torn = False
         self._counts, self._lines_on_disk = LogCount(len(remaining), max(0, missing + saved.lost)), 0
+        if remaining:
+            self._open_file()  # and keep it open, to notice if it is moved
         return len(lines) - len(remaining)
 
     def close(self) -> None:
@@ -231,6 +258,7 @@ class LinesFile:
         if encoded:
             self._append(b"".join(encoded))
             self._add_counts(lines=len(encoded), lost=-len(encoded))
+            self._require_in_place()
         if errors:
             raise errors[0]
 
@@ -248,8 +276,20 @@ class LinesFile:
         self._is_torn = False
         self._size += len(content)
 
+    def _require_in_place(self) -> None:
+        """Raise an error if the open file is not at its path; only once, unless the directory was moved."""
+        if self._file is None or self._is_moved:
+            return
+        try:
+            require_in_place(self._file, self._path, "Put it back and resume the run.", self._disk)
+        except RunMovedError:
+            self._check_place()  # raises the error of the directory
+            self._is_moved = True
+            raise
+
     def _open_file(self) -> int:
         if self._file is None:
+            self._check_place()
             self._file = self._disk.open_to_append(self._path)
             try:
                 self._read_end()
@@ -286,6 +326,7 @@ class LinesFile:
         replace_file(self._path, [content], self._disk)
         self._fsync_failed = False
         self._close_file()
+        self._open_file()
 
 
 def _encode_lines(lines: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], list[Exception]]:
@@ -302,55 +343,3 @@ def _encode_lines(lines: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], list
         except Exception as error:  # noqa: BLE001  # one bad line must not affect the others
             errors.append(error)
     return encoded, errors
-
-
-def _lines_before_resume(lines: list[bytes], state: TrainState | None, saved: int, path: Path) -> list[bytes]:
-    """Return the lines logged before the point where a run resumes.
-
-    Raises:
-        LogError: If one of the first `saved` lines, or a line before another that stays, is damaged.
-    """
-    positions = [_parse_position(line) for line in lines]
-    resumed_at, ended = (None, False) if state is None else (state.iteration, state.ended)
-    remaining = [
-        index
-        for index, position in enumerate(positions)
-        if position is not None and is_kept_on_resume(*position, resumed_at, ended=ended)
-    ]
-    # Later lines may be partial, or damaged by a power loss.
-    intact = max(saved, remaining[-1] if remaining else 0)
-    for index, line in enumerate(lines[:intact]):
-        if positions[index] is None:
-            text = line[:80].decode(errors="replace")
-            raise LogError(f"{path}:{index + 1}: not a log line: {text!r}; remove this line, and resume again")
-    return [lines[index] for index in remaining]
-
-
-def _parse_position(line: bytes) -> tuple[str, TrainingIteration] | None:
-    """Return the event name and the counters of a log line, or None if it is damaged."""
-    try:
-        fields = json.loads(line)
-        if not line.endswith(b"\n"):
-            return None
-        return fields["event"], TrainingIteration(fields["epoch"], fields["update"], fields["sample"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def is_kept_on_resume(
-    event: str, logged_at: TrainingIteration, resumed_at: TrainingIteration | None, *, ended: bool
-) -> bool:
-    """Return whether a resumed run keeps a log line, because it does not dispatch that event again.
-
-    Args:
-        event: Name of the event, such as `after_update`.
-        logged_at: Counters at the event.
-        resumed_at: Counters where the run resumes; None for a new run.
-        ended: Whether training had ended there.
-    """
-    if resumed_at is None or not resumed_at.reached(logged_at):
-        return False
-    # These events follow an update or epoch whose counters they share.
-    if event == "after_accumulation_step" and logged_at == resumed_at:
-        return False
-    return ended or event != "after_training" or logged_at != resumed_at

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from noether.core.effect import format_duration
+from noether.effects.disk.processes import finalize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
+    from rich.live import Live
 
     from noether.core.effect import ShowProgress
     from noether.core.state import TrainState
@@ -41,9 +43,17 @@ class LiveProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
+        self._errors: list[Exception] = []  # at most one, of the thread that redraws
 
     def show(self, effect: ShowProgress, state: TrainState) -> None:
-        """Show or update the display."""
+        """Show or update the display.
+
+        Raises:
+            OSError: If it could not be redrawn, for example because the terminal is closed.
+            ValueError: Likewise.
+        """
+        if self._errors:
+            raise self._errors.pop()
         update, is_narrow = state.iteration.update, self._console.width < _FULL_WIDTH
         total = 0 if effect.fires is None else effect.fires - effect.fired
         time_to_next = "" if effect.next_s is None else f"in {format_duration(effect.next_s)}"
@@ -79,9 +89,28 @@ class LiveProgress:
         )
         for name, bar in zip(("run ", "next"), bars, strict=True):
             self._progress.add_task(name, **bar)
+        _collect_errors(self._progress.live, self._errors)
         self._progress.start()
         # Without this, a loop that raises without closing its run would leave the terminal without a cursor.
-        weakref.finalize(self, self._progress.stop)
+        finalize(self, _stop, self._progress)
+
+
+def _collect_errors(live: Live, errors: list[Exception]) -> None:
+    """Let the thread that redraws a display collect its first error, and not end with a traceback on the terminal."""
+    refresh = live.refresh
+
+    def refresh_or_collect() -> None:
+        try:
+            refresh()
+        except (OSError, ValueError) as error:
+            errors[:] = errors or [error]
+
+    live.refresh = refresh_or_collect  # type: ignore[method-assign]  # rich has no hook for errors
+
+
+def _stop(progress: Progress) -> None:
+    with suppress(OSError, ValueError):  # the terminal is closed
+        progress.stop()
 
 
 def describe_progress(effect: ShowProgress, state: TrainState) -> str:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import logging
+from itertools import count
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import read_file, replace_text
+from noether.effects.disk.place import RunMovedError
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
-from noether.effects.logs.jsonl import LogError
+from noether.effects.logs.jsonl import do_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from noether.core.effect import SetSummary
     from noether.core.event import Event
     from noether.core.state import TrainState
     from noether.effects.disk.calls import Disk
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 class Summary:
@@ -31,11 +36,13 @@ class Summary:
     Args:
         path: The file; its entries stay until they are set again.
         disk: The disk.
+        check_place: Raises `RunMovedError` if the directory of the run was moved; called before the file is replaced.
     """
 
-    def __init__(self, path: Path, disk: Disk = DISK) -> None:
+    def __init__(self, path: Path, disk: Disk = DISK, check_place: Callable[[], None] = do_nothing) -> None:
         self._path = path
         self._disk = disk
+        self._check_place = check_place
         self._interval = FlushInterval(AfterUpdate, AfterEpoch)
         self._entries: dict[str, Any] | None = None  # the file's content, read once: the run is locked
         self._buffer: dict[str, Any] = {}
@@ -45,8 +52,8 @@ class Summary:
         """Set entries: the handler of `SetSummary`.
 
         Raises:
-            LogError: As `flush`.
             OSError: As `flush`.
+            RunMovedError: As `flush`.
         """
         self._buffer |= {key: to_plain(value) for key, value in effect.values.items()}
         if self._interval.is_due(event):
@@ -56,14 +63,14 @@ class Summary:
         """Write the buffered entries.
 
         Raises:
-            LogError: If the file is damaged.
             OSError: If the file cannot be written; the entries stay buffered.
+            RunMovedError: If the directory of the run was moved; the entries stay buffered.
         """
         entries, self._buffer = self._buffer, {}
         try:
             if entries:
                 self._write(entries)
-        except OSError:
+        except (OSError, RunMovedError):
             self._buffer = {**entries, **self._buffer}
             raise
 
@@ -72,23 +79,34 @@ class Summary:
             self._entries = self._read()
         entries = {**self._entries, **changes}
         if entries != self._entries:  # an unchanged best value is set again at every evaluation
+            self._check_place()
             replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
             self._entries = entries
 
     def _read(self) -> dict[str, Any]:
+        """Return the entries in the file; a damaged file is renamed, so that the run writes a new one."""
         if self._disk.kind(self._path) is None:
             return {}
         try:
-            return dict(json.loads(read_file(self._path, self._disk)))
-        except (ValueError, TypeError) as error:
-            raise LogError(f"{self._path} is damaged: {error}; remove it, and the run writes a new one") from error
+            entries = json.loads(read_file(self._path, self._disk))
+            if isinstance(entries, dict):
+                return entries
+            reason = "it is not an object"
+        except (ValueError, RecursionError) as error:
+            reason = str(error)
+        self._check_place()
+        names = (f"{self._path.name}.damaged{number or ''}" for number in count())
+        target = next(each for each in map(self._path.with_name, names) if self._disk.kind(each) is None)
+        self._disk.rename(self._path, target)
+        _LOGGER.warning("%s is damaged (%s): it is %s now, and the run writes a new one", self._path, reason, target)
+        return {}
 
     def close(self) -> None:
         """Flush, and forget the file's content: another process may write to it from now on.
 
         Raises:
-            LogError: As `flush`.
             OSError: As `flush`; the buffered entries are lost.
+            RunMovedError: As `flush`; likewise.
         """
         try:
             self.flush()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.files import make_directories, read_file
-from noether.effects.logs.jsonl import event_name, is_kept_on_resume
+from noether.effects.disk.files import read_file
+from noether.effects.logs.jsonl import event_name
+from noether.effects.logs.resumption import is_kept_on_resume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -168,7 +169,8 @@ class TensorBoard:
 
     def _open_new_file(self, time_s: int) -> int:
         """Open a new file whose name sorts after the existing ones, even if the clock was set back."""
-        make_directories(self._directory, self._disk)
+        if self._disk.kind(self._directory) is None:  # not its parents: a run directory that is gone is not made again
+            self._disk.make_directory(self._directory)
         numbers = [int(path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)) for path in self._files()]
         if not numbers:
             self._discard_from = 0  # TensorBoard ignores the first discard record that it reads

@@ -66,10 +66,11 @@ def add_handlers(
 
 
 def _services(path: Path, config: Config) -> list[LogService]:
+    path = path.resolve()  # as the run itself: the working directory may change
     services: list[LogService] = []
     if config.run.tensorboard:
         services.append(TensorBoard(path / "tensorboard"))
     if config.run.wandb is not None:
-        run_id = f"{config.run.name}-{path.resolve().name}"
+        run_id = f"{config.run.name}-{path.name}"
         services.append(WeightsAndBiases(path / "wandb", run_id, **vars(config.run.wandb)))
     return services

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from faults import call_without_fsync
@@ -46,12 +48,79 @@ def test_error_in_another_process_names_the_holder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_objects_in_one_process_share_the_lock(tmp_path):
-    one, other = RunLock(tmp_path), RunLock(tmp_path / "." / "")
-    one.release()
-    assert lock_elsewhere(tmp_path)
-    other.release()
+@pytest.fixture
+def linked(tmp_path):
+    """A directory, and a link to it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    return tmp_path / "run", tmp_path / "link"
+
+
+@pytest.mark.parametrize("how", ["same", "link", "relative", "thread"])
+def test_second_lock_in_one_process_is_refused(linked, monkeypatch, how):
+    directory, link = linked
+    lock = RunLock(directory)
+    monkeypatch.chdir(directory.parent)
+    path = {"same": directory / "." / "", "link": link, "relative": Path("run"), "thread": directory}[how]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(LockedError) as error:
+        pool.submit(RunLock, path).result() if how == "thread" else RunLock(path)
+    assert f"{path} is already open in this process, at {__file__}:" in str(error.value)
+    assert str(error.value).endswith("; use that run, or close it first")
+    assert lock_elsewhere(directory)
+    lock.release()
+    RunLock(link).release()
+
+
+def test_second_lock_is_refused_where_the_system_has_no_locks(tmp_path):
+    def call(function, *arguments):
+        return None if function is fcntl.flock else call_without_fsync(function, *arguments)
+
+    lock = RunLock(tmp_path, Disk(call))
+    with pytest.raises(LockedError, match="is already open in this process"):
+        RunLock(tmp_path, Disk(call))
+    lock.release()
+    lock.release()  # a second time is a no-op
+    RunLock(tmp_path, Disk(call)).release()
+
+
+def test_lock_that_is_refused_can_be_taken_later(tmp_path):
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(LockedError, match="another process"):
+            RunLock(tmp_path)
+    RunLock(tmp_path).release()
+
+
+def test_lock_that_is_interrupted_is_free(tmp_path):
+    """By Ctrl-C, while it names its holder."""
+    interrupts = [True]
+
+    def call(function, *arguments):
+        if function is os.write and interrupts.pop():
+            raise KeyboardInterrupt
+        return call_without_fsync(function, *arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        RunLock(tmp_path, Disk(call))
     assert not lock_elsewhere(tmp_path)
+    RunLock(tmp_path).release()
+
+
+def test_lock_belongs_to_the_directory_and_not_to_its_path(tmp_path):
+    path, moved = tmp_path / "run", tmp_path / "moved"
+    path.mkdir()
+    first = RunLock(path)
+    path.rename(moved)
+    path.mkdir()
+    second = RunLock(path)
+    assert lock_elsewhere(moved)
+    with pytest.raises(LockedError, match=f"{moved} is already open"):
+        RunLock(moved)
+    first.release()
+    assert lock_elsewhere(path)  # releasing the first does not remove the lock of the second
+    assert not lock_elsewhere(moved)
+    second.release()
+    assert not lock_elsewhere(path)
 
 
 def test_garbage_collected_run_is_free(tmp_path):

@@ -101,6 +101,15 @@ def test_updates_are_written_at_most_once_a_second(console):
     assert [line.split()[0] for line in printed()] == ["E0_U1_S4", "E0_U4_S16", "E0_U6_S24"]
 
 
+@pytest.mark.parametrize("jump_s", [-7200.0, 7200.0])
+def test_updates_are_written_after_the_clock_was_set(console, jump_s):
+    target, printed = console
+    times = [1e4, 1e4 + 0.5, 1e4 + jump_s, 1e4 + jump_s + 0.5, 1e4 + jump_s + 1.0]
+    for update, time_s in enumerate(times, 1):
+        target.write_scalars(LogScalars({"x": update}), at(update), AfterUpdate(samples=4, time_s=time_s))
+    assert [line.split()[0] for line in printed()] == ["E0_U1_S4", "E0_U3_S12", "E0_U5_S20"]
+
+
 def test_epochs_and_updates_without_a_time_are_always_written(console):
     target, printed = console
     target.write_scalars(LogScalars({"x": 1}), at(1), AfterUpdate(samples=4, time_s=100.0))
@@ -431,6 +440,25 @@ def test_plain_output_equals_the_output_of_rich(text):
         write_all(Console(), text)
     write_all(Console(RichConsole(file=rendered, highlight=False, soft_wrap=True)), text)
     assert plain.getvalue() == rendered.getvalue()
+
+
+CONTROLS = ["\x1b", "\x07", "\r", "\x08", "\x7f", "\x9b", "\u202e", "\u2028", "\x85", "\x0c", "�"]
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_control_characters_are_written_as_escapes(control, is_plain):
+    written = io.StringIO()
+    with redirect_stdout(written):
+        target = Console() if is_plain else Console(RichConsole(width=200, highlight=False, soft_wrap=True))
+        target.write_text(LogText(f"a{control}b\r\nnext"), at(3), AfterTraining())
+        target.write_scalars(LogScalars({f"k{control}\n": f"v{control}", "other": 1}), at(3), AfterTraining())
+        target.close()
+    text = written.getvalue()
+    visible = control.encode("unicode_escape").decode()
+    assert control not in text
+    assert [line[LABEL_WIDTH:] for line in text.split("\n")[:2]] == [f"a{visible}b", "next"]
+    assert text.split("\n")[2].split()[1:4] == [f"k{visible}\\n", f"v{visible}", "other"]
 
 
 @pytest.mark.parametrize("is_plain", [True, False])

@@ -1,6 +1,8 @@
 """Live display on a pseudo terminal: its content, the lines above it, and that the cursor is restored."""
 
+import errno
 import gc
+import io
 import os
 import pty
 import re
@@ -15,7 +17,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from noether import AfterTraining, AfterUpdate, LogScalars, LogText, ShowProgress, TrainingIteration, TrainState
-from noether.effects import Console
+from noether.effects import Console, open_run
 
 TIMEOUT_S = 60
 ROWS, COLUMNS = 40, 150
@@ -213,6 +215,46 @@ def test_other_lines_appear_above_the_display_and_stay(terminal, monkeypatch):
         ]
         wait_for_lines(terminal, [*lines, *display_lines(3)])
     assert screen(terminal.finish()) == (lines, True)
+
+
+class HangUp(io.StringIO):
+    """A terminal that is closed once `is_closed` is set; sets `has_failed` at each write after that."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_closed, self.has_failed = threading.Event(), threading.Event()
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        if self.is_closed.is_set():
+            self.has_failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("end", ["close", "collect"])
+def test_a_closed_terminal_is_reported_once(tmp_path, monkeypatch, caplog, end):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.setattr(sys, "unraisablehook", failed.append)
+    file = HangUp()
+    directory = open_run(tmp_path / "run", Console(RichConsole(file=file, width=COLUMNS)))
+    directory.interpreter([progress(1)], at(1), UPDATE)
+    file.is_closed.set()
+    directory.interpreter([progress(2)], at(2), UPDATE)
+    assert file.has_failed.wait(TIMEOUT_S)  # the thread redraws
+    for update in (3, 4):
+        directory.interpreter([progress(update), LogText("x")], at(update), UPDATE)
+    if end == "close":
+        directory.close()
+    else:
+        del directory
+        gc.collect()
+    assert caplog.text.count("console failed and may have lost log entries") == 1
+    assert "Input/output error" in caplog.text
+    assert failed == []
 
 
 def end_training(console):

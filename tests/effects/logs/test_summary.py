@@ -17,7 +17,7 @@ from noether import (
     SetSummary,
 )
 from noether.core.tensors.tree import freeze
-from noether.effects import LogError, open_run
+from noether.effects import open_run
 from noether.effects.disk.calls import Disk
 from noether.effects.logs.summary import Summary
 
@@ -84,15 +84,17 @@ def test_entries_that_could_not_be_written_stay_buffered(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1, "b": 2}
 
 
-def test_a_damaged_summary_is_an_error_until_it_is_removed(tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]", '[["a", 1]]', "\x00" * 40, "\udcff", "[" * 100_000])
+def test_a_damaged_summary_is_renamed_and_a_new_one_written(tmp_path, caplog, content):
     path = tmp_path / "summary.json"
-    path.write_text("{")
-    summary = Summary(path)
-    with pytest.raises(LogError, match="is damaged"):
-        set_entries(summary, a=1)
-    path.unlink()
-    set_entries(summary, a=1)
-    assert json.loads(path.read_text()) == {"a": 1}
+    damaged = content.encode(errors="surrogateescape")
+    for name in ("summary.json.damaged", "summary.json.damaged1"):
+        path.write_bytes(damaged)
+        set_entries(Summary(path), a=1)
+        assert json.loads(path.read_text()) == {"a": 1}
+        assert (tmp_path / name).read_bytes() == damaged
+        assert f"it is {tmp_path / name} now, and the run writes a new one" in caplog.text
+    assert len(caplog.records) == 2
 
 
 def test_entries_of_updates_and_epochs_are_written_once_a_second(tmp_path):
@@ -132,11 +134,8 @@ def test_a_forked_process_writes_no_buffered_entry(tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text()) == {"best": 2}
 
 
-def test_a_closed_run_reads_the_summary_again(tmp_path):
-    first = open_run(tmp_path / "run")
-    first.interpreter((SetSummary({"a": 1}),), at(1), AfterTraining())
-    first.close()
-    with open_run(tmp_path / "run") as second:
-        second.interpreter((SetSummary({"b": 2}),), at(1), AfterTraining())
-    first.interpreter((SetSummary({"c": 3}),), at(1), AfterTraining())
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"a": 1, "b": 2, "c": 3}
+def test_a_run_that_is_opened_again_reads_the_summary_again(tmp_path):
+    for entry in ("a", "b", "a"):
+        with open_run(tmp_path / "run") as directory:
+            directory.interpreter((SetSummary({entry: 1}),), at(1), AfterTraining())
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == {"a": 1, "b": 1}

@@ -129,6 +129,38 @@ def test_missing_saved_lines_are_reported_and_counted_as_lost(path, caplog):
     assert metrics.fsync(metrics.counts) == LogCount(2, lost=4)
 
 
+@UNTIMED
+@given(cut_at=st.integers(0, 10_000), zeros=st.integers(0, 3))
+def test_a_log_cut_off_anywhere_within_its_saved_lines_continues(tmp_path_factory, cut_at, zeros):
+    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in range(1, 6)))
+    content = path.read_bytes()
+    content = content[: cut_at % len(content)]
+    whole = content.count(b"\n")
+    path.write_bytes(content + bytes(zeros))
+    metrics = metrics_file(path)
+    metrics.truncate(at(5), LogCount(5))
+    assert metrics.fsync(metrics.counts) == LogCount(whole, lost=5 - whole)
+    metrics.write(LogScalars({"x": 6}), at(6), AfterUpdate(samples=4))
+    metrics.close()
+    assert [line["update"] for line in read(path)] == [*range(1, whole + 1), 6]
+
+
+def test_a_log_cut_off_within_its_saved_lines_is_reported_in_one_line(path, caplog):
+    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in range(1, 6)))
+    path.write_text(path.read_text()[:-200])
+    metrics_file(path).truncate(at(5), LogCount(5))
+    assert caplog.messages == [f"{path} misses 2 of its 5 saved lines; its last line was cut off, and is removed"]
+
+
+def test_a_file_whose_saved_lines_are_unknown_reports_that_it_was_cut_off(path, caplog):
+    """As `events.jsonl`."""
+    write_all(path, *((at(update), AfterUpdate(samples=4)) for update in range(1, 4)))
+    path.write_text(path.read_text()[:-20])
+    assert metrics_file(path).truncate(at(5)) == 1
+    assert caplog.messages == [f"{path} has 2 whole lines; its last line was cut off, and is removed"]
+
+
 def test_lines_counted_as_lost_that_are_found_are_no_longer_counted_as_lost(path):
     """As after a failed fsync without a power loss."""
     write_all(path, *((at(update), AfterUpdate(samples=4)) for update in (1, 2, 3)))

@@ -1,0 +1,99 @@
+"""Where a run writes: its directory, held open and locked, and whether the run may still write there."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, final
+
+from noether.core.errors import NoetherError
+from noether.effects.disk.lock import RunLock
+from noether.effects.disk.place import HeldDirectory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from noether.effects.disk.calls import Disk
+
+
+class RunClosedError(NoetherError, RuntimeError):
+    """A run was used after it was closed, or in a forked child of the process that opened it."""
+
+
+@final
+class RunPlace:
+    """The open directory of a run and its `checkpoints/`; whatever writes to the run refers to it.
+
+    Args:
+        path: The run directory; it exists.
+        checkpoints: The directory of its checkpoints; the first save creates it.
+        locks: Whether this process writes, and so locks the directory.
+        disk: The disk.
+
+    Raises:
+        LockedError: If another process, or another open run of this process, writes there.
+    """
+
+    def __init__(self, path: Path, checkpoints: Path, disk: Disk, *, locks: bool) -> None:
+        self.refusal: str | None = None
+        """Why nothing can be written any more; None while the run is open."""
+        self.path = path
+        self._checkpoints_path, self._disk = checkpoints, disk
+        self._lock = RunLock(path, disk) if locks else None
+        self._checkpoints: HeldDirectory | None = None
+        self._hold_checkpoints()
+        _PLACES.add(self)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes to the directory."""
+        return self._lock is not None
+
+    def require_open(self) -> None:
+        """Raise an error if the run is closed, or was opened by a process that forked this one.
+
+        Raises:
+            RunClosedError: Then.
+        """
+        if self.refusal is not None:
+            raise RunClosedError(self.refusal)
+
+    def check(self) -> None:
+        """Raise an error if the directory, its lock or its checkpoints are not where they were.
+
+        Raises:
+            RunMovedError: If one was moved, removed or replaced.
+        """
+        if self._lock is None:
+            return
+        self._lock.check()
+        if self._checkpoints is None:
+            self._hold_checkpoints()
+        else:
+            self._checkpoints.check()
+
+    def close(self) -> None:
+        """Release the directory, and refuse to write from now on."""
+        self.refusal = f"the run in {self.path} is closed: open it again with open_run({str(self.path)!r})"
+        if self._lock is not None:
+            self._lock.release()
+
+    def _hold_checkpoints(self) -> None:
+        with suppress(OSError):  # a save reports why the directory cannot be opened
+            if self._lock is not None and self._disk.kind(self._checkpoints_path) is not None:
+                self._checkpoints = HeldDirectory(self._checkpoints_path, self._disk)
+
+
+_PLACES: Final[weakref.WeakSet[RunPlace]] = weakref.WeakSet()
+
+
+def _refuse_after_fork() -> None:
+    for place in _PLACES:
+        place.refusal = (
+            f"the run in {place.path} belongs to process {os.getppid()}, which forked this one: send results to that "
+            "process, and let it log and save"
+        )
+
+
+os.register_at_fork(after_in_child=_refuse_after_fork)
