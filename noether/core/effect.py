@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from noether.core.iteration import TrainingIteration
+    from noether.core.iteration import Counter, TrainingIteration
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ShowProgress(Effect):
     """Show the progress of the run: as a live display on a terminal, elsewhere as a line if `due`.
 
     Args:
-        end: The run's last iteration.
+        end: The run's last iteration; None if unknown.
         fired: Updates completed at the last firing of the callback whose interval is shown.
         fires: Updates completed at its next firing; None if it does not fire again.
         update_s: Mean seconds of an update; None if not known yet.
@@ -115,7 +115,7 @@ class ShowProgress(Effect):
         due: Whether the interval is due now.
     """
 
-    end: TrainingIteration
+    end: TrainingIteration | None
     fired: int
     fires: int | None
     update_s: float | None
@@ -125,6 +125,19 @@ class ShowProgress(Effect):
 
 
 _LONGEST_S: Final = timedelta.max.days * 86_400
+
+
+def format_count(name: Counter, iteration: TrainingIteration, end: TrainingIteration | None) -> str:
+    """Return a count with its end, if that is known.
+
+    Example:
+        >>> from noether import TrainingIteration
+        >>> at, end = TrainingIteration(update=2), TrainingIteration(update=8)
+        >>> format_count("update", at, end), format_count("update", at, None)
+        ('update 2/8', 'update 2')
+    """
+    count = f"{name} {getattr(iteration, name)}"
+    return count if end is None else f"{count}/{getattr(end, name)}"
 
 
 def format_duration(seconds: float) -> str:

@@ -283,7 +283,9 @@ def _note_place(error: Exception, member: Callback, effects: Effects, state: Tra
     attach_effects(error, effects + effects_before(error))
 
 
-_LOOP_FIELDS: Final = ("iteration", "previous", "epoch_start", "seed", "ended", "pending", "lengths")
+_LOOP_FIELDS: Final = (
+    "iteration", "previous", "epoch_start", "epoch_batches", "seed", "ended", "pending", "lengths",
+)  # fmt: skip
 """Fields of a state that only the loop may change."""
 
 
@@ -302,6 +304,7 @@ def _check_change(member: Callback, before: TrainState, after: TrainState, event
         or after.ended is not before.ended
         or after.pending is not before.pending
         or after.epoch_start is not before.epoch_start
+        or after.epoch_batches is not before.epoch_batches
         or after.lengths is not before.lengths
     ):
         name = next(each for each in _LOOP_FIELDS if getattr(after, each) is not getattr(before, each))

@@ -50,6 +50,8 @@ class TrainState:
         previous: The iteration before the last update; schedules compare it to `iteration`.
         epoch_start: The iteration at which the current epoch began. Its count of epochs is lower than that of
             `iteration` if that is unknown, as in checkpoints of earlier versions.
+        epoch_batches: Batches of the current epoch that are counted, for a loop whose updates may have several; 0 in a
+            loop that counts only updates.
         params: The model's parameters by name.
         buffers: The model's buffers by name.
         opt_state: The optimizer's memory.
@@ -74,6 +76,7 @@ class TrainState:
     iteration: TrainingIteration = _START
     previous: TrainingIteration = _START
     epoch_start: TrainingIteration = _START
+    epoch_batches: int = 0
     params: Mapping[str, torch.Tensor] = _EMPTY
     buffers: Mapping[str, torch.Tensor] = _EMPTY
     opt_state: Mapping[str, Any] = _EMPTY
@@ -159,14 +162,24 @@ class TrainState:
             raise TypeError(f"a state has no field {unknown!r}; it has {', '.join(_FIELD_NAMES)}")
         return state
 
-    def advance(self, *, samples: int) -> Self:
-        """Return the state after one more update of `samples` samples, with `ended` reset."""
-        return self.replace(iteration=self.iteration.advance(samples=samples), previous=self.iteration, ended=False)
+    def advance(self, *, samples: int, epoch_batches: int = 0) -> Self:
+        """Return the state after one more update of `samples` samples, with `ended` reset.
+
+        Args:
+            samples: Samples of the update.
+            epoch_batches: Batches of the epoch that are counted then, if the loop counts them.
+        """
+        return self.replace(
+            iteration=self.iteration.advance(samples=samples),
+            previous=self.iteration,
+            epoch_batches=epoch_batches,
+            ended=False,
+        )
 
     def next_epoch(self) -> Self:
         """Return the state after the end of its epoch; `previous` is kept for `AfterEpoch`."""
         iteration = self.iteration.next_epoch()
-        return self.replace(iteration=iteration, epoch_start=iteration)
+        return self.replace(iteration=iteration, epoch_start=iteration, epoch_batches=0)
 
     def memory(self, name: str) -> Memory:
         """Return the memory of the callback `name`.

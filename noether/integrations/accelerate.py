@@ -27,7 +27,9 @@ Differences from noether's own trainer and from `Session`:
 
 - Accelerate divides every loss by `gradient_accumulation_steps`: a short last micro-batch weighs as much as a full one, and
   a short last group of an epoch makes a smaller update. The losses in events are weighted by samples.
-- `accumulation_steps` of a micro-batch in a short last group is the number of a full group.
+- `accumulation_steps` of a micro-batch in a short last group is the number of a full group. With
+  `GradientAccumulationPlugin(sync_with_dataloader=False)` the last group of an epoch is completed in the next one, and a
+  run that resumes at the end of such an epoch does not have its gradients.
 - The random numbers of the loop are accelerate's, not derived from `seed`. A resume finds the remaining batches of an
   epoch if their order is a function of the epoch: without shuffling, or with
   `Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))`. Dropout draws from torch's
@@ -161,9 +163,12 @@ class AcceleratedSession:
         steps = self._accelerator.gradient_accumulation_steps
         self.session.load()
         known: dict[str, Any] = {**epoch_lengths(loader, steps, self._accelerator.num_processes)}
+        if known and len(loader) % steps and not self._accelerator.gradient_state.sync_with_dataloader:
+            known = {}  # an epoch ends inside of an update, and the next one has another number of updates
+        self.session.count_batches(known.get("updates_per_epoch"), steps)
         self.session.begin(**known)
         while not self.session.is_over:
-            yield from self._epoch(loader, steps)
+            yield from self._epoch(loader)
             self.session.end_epoch(cut_short=self.session.is_over)
         self.session.end()
 
@@ -212,13 +217,12 @@ class AcceleratedSession:
         """
         self.session.load_state_dict(saved)
 
-    def _epoch(self, loader: Any, steps: int) -> Iterator[Any]:
+    def _epoch(self, loader: Any) -> Iterator[Any]:
         """Yield the batches that are left of the epoch, while the run is not over."""
-        at, per_epoch = self.session.state.iteration, getattr(self.session.run, "updates_per_epoch", None)
-        counted = 0 if per_epoch is None else (at.update - at.epoch * per_epoch) * steps
+        counted = self.session.state.epoch_batches
         left = self._accelerator.skip_first_batches(loader, counted) if counted else loader
         if hasattr(left, "set_epoch"):
-            left.set_epoch(at.epoch)
+            left.set_epoch(self.session.state.iteration.epoch)
         for batch in left:
             self.session.batch_arrived()
             self._batch = batch

@@ -17,7 +17,8 @@ Differences from noether's own trainer:
 - The step is the user's. A step that accumulates with equal weights, as ignite's does, weights the samples of a short
   micro-batch more; the losses in events are weighted by samples.
 - `AfterAccumulationStep` of an update's last micro-batch comes after the optimizer's step, when the engine reports it.
-- An epoch consists of whole updates: a step that carries gradients over the end of an epoch is an error.
+- A step that carries gradients over the end of an epoch, as ignite's does, completes its update in the next epoch. A run
+  that resumes at the end of such an epoch does not have these gradients.
 - `grad_norm` is that of the gradients as the optimizer steps, after clipping. `forward_s`, `backward_s` and
   `optimizer_s` are missing: all three happen inside of the step.
 - `DeterministicEngine` resumes in the middle of an epoch; `Engine` reads an epoch from its first batch, so there a
@@ -166,10 +167,10 @@ class _Handlers:
                 "scheduler of the learning rate: pass attach(scheduler=...) from the start, or load a checkpoint of "
                 "ignite"
             )
-        self._move(engine, loaded=loaded)
+        epoch_is_full = self._move(engine, loaded=loaded)
         batches, batch_size = state.epoch_length, session.run.batch_size
         lengths: dict[str, Any] = epoch_lengths(state.dataloader, batches, self._accumulation, batch_size)
-        session.begin(end=self._end(engine), **lengths)
+        session.begin(end=self._end(engine), epoch_is_full=epoch_is_full, **lengths)
         self._apply_stop(engine)
 
     def iterate(self, engine: Engine) -> None:
@@ -199,18 +200,22 @@ class _Handlers:
         full, rest_updates = epochs * -(-(state.epoch_length or 0) // self._accumulation), rest // self._accumulation
         return TrainingIteration(update=full + rest_updates)
 
-    def _move(self, engine: Engine, *, loaded: bool) -> None:
-        """Move a new engine to the iteration of the state; an engine that ignite resumed has to be there already."""
+    def _move(self, engine: Engine, *, loaded: bool) -> bool:
+        """Move a new engine to the iteration of the state; an engine that ignite resumed has to be there already.
+
+        Returns:
+            Whether the state counts all batches of its epoch, whose end `Session.begin` dispatches.
+        """
         at, iteration, length = self._session.state.iteration, engine.state.iteration, engine.state.epoch_length
         if iteration == 0 and at.update == 0:
-            return
+            return False
         if length is None:
             raise ValueError(
                 f"the run resumes at {at}, whose position in an epoch is unknown: pass run(epoch_length=...)"
             )
-        # The end of an epoch whose updates are all counted is dispatched by `Session.begin`.
-        epoch, updates = divmod(at.update, -(-length // self._accumulation))
-        into_epoch = updates * self._accumulation
+        batches = self._session.count_batches(-(-length // self._accumulation), self._accumulation)
+        is_full = batches >= length
+        epoch, into_epoch = (at.epoch + 1, 0) if is_full else (at.epoch, batches)
         expected = epoch * length + into_epoch
         if iteration != expected and (iteration or not loaded):
             raise ValueError(
@@ -225,3 +230,4 @@ class _Handlers:
                 "batch: use DeterministicEngine, or save at the end of epochs"
             )
         engine.state.iteration, engine.state.epoch = expected, epoch
+        return is_full

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any, Final
 from noether.core.callback import listens_to
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
-from noether.core.loop import dispatch
+from noether.core.loop import dispatch, updates_in_epoch
+from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.session.errors import SessionError
+from noether.session.lengths import (
+    Contradiction,
+    check_epoch_lengths,
+    check_saved_lengths,
+    known_lengths,
+    without_fields,
+)
 from noether.session.losses import EMPTY_UPDATE
 from noether.session.randomness import derive, seed_all
 from noether.session.settings import fill_run
@@ -26,7 +34,6 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.reducer import Reducer
-    from noether.core.run import Run
     from noether.effects import RunDirectory
     from noether.session.live_state import LiveState
     from noether.session.losses import MicroBatch
@@ -75,6 +82,9 @@ class SessionEvents:
         self._settled = self._state  # as it was before the current update began
         self._steps_before = 0  # of the optimizer, at the last update
         self._warned_of_empty_update = False
+        self._epoch_batches = 0  # drawn in this epoch; the state has those that an update counted
+        self._carries_gradients = False  # whether an epoch ended inside of an update
+        self._trusts_lengths = True  # whether an epoch with as many updates as announced has certainly no more
 
     @property
     def state(self) -> TrainState:
@@ -141,6 +151,7 @@ class SessionEvents:
         updates_per_epoch: int | None = None,
         samples_per_epoch: int | None = None,
         effective_batch_size: int | None = None,
+        epoch_is_full: bool = False,
     ) -> bool:
         """Dispatch `BeforeTraining`, and the end of an epoch whose updates are all counted; watch the optimizer.
 
@@ -152,6 +163,7 @@ class SessionEvents:
             updates_per_epoch: Updates in one epoch.
             samples_per_epoch: Samples in one epoch.
             effective_batch_size: Samples of every update but an epoch's last.
+            epoch_is_full: Whether the framework knows that the state counts all batches of the epoch.
 
         Returns:
             What `load` returns.
@@ -171,15 +183,20 @@ class SessionEvents:
         loaded, resumed = self.load(), self._remembers
         if self._directory is not None:
             self._directory.truncate_logs(self._state if resumed else None)
+        was_full = self._position is not None and self._position == self._state.lengths.get("updates_per_epoch")
+        self._check_lengths(check_saved_lengths(self._state, self.run) if resumed else None)
         memories = move_to_model(self._live.model, self._state.callback_states)
         self._state = self._state.replace(callback_states=memories)
         self._remembers = True
         if self._optimizer is not None:
             self._optimizer.watch(self.readings)
             self._steps_before = self._optimizer.steps
+        self._state = self._state.replace(lengths=FrozenDict(known_lengths(self.run)))
         self._live.apply_lr_scale(self._state)
         self._dispatch(self._state, BeforeTraining, resumed=resumed)
-        self._end_full_epoch()
+        self._epoch_batches = self._state.epoch_batches
+        if epoch_is_full or (self._trusts_lengths and (was_full or self._is_full())):
+            self._dispatch_epoch_end()
         self.stopwatch.read()
         return loaded
 
@@ -190,28 +207,45 @@ class SessionEvents:
     def end_epoch(self, *, cut_short: bool = False) -> None:
         """Dispatch `AfterEpoch`; a no-op if that was done for this epoch.
 
+        An epoch may have another length than the ones before it. It may end inside of an update, whose gradients the
+        loop then carries into the next epoch.
+
         Args:
             cut_short: Whether the loop left the epoch before its last batch; then it is not counted.
-
-        Raises:
-            SessionError: If it ended with another number of updates than every epoch has, or inside of an update.
         """
-        position, per_epoch = self._position, self._updates_per_epoch
-        if (position == 0 and not self._pending) or (cut_short and position != per_epoch):
+        is_empty = self._position == 0 and not self._pending
+        if is_empty or (cut_short and not self._is_full()):
             return
-        if cut_short and per_epoch is None:
-            return
-        if self._pending:
-            raise SessionError(
-                f"epoch {self._state.iteration.epoch} ended with {self.pending} micro-batches that made no update: let "
-                "the optimizer step at the last batch of an epoch, or make the epoch a multiple of the accumulation"
-            )
-        if per_epoch is not None and position != per_epoch:
-            raise SessionError(
-                f"epoch {self._state.iteration.epoch} ended after {position} updates, and every epoch has {per_epoch}, "
-                "as the length of the loader or Run(updates_per_epoch=...) says: schedules need epochs of one length"
+        if self._pending and not self._carries_gradients:
+            self._carries_gradients = True
+            _LOGGER.warning(
+                "epoch %d ended inside of an update: the next epoch carries on with the gradients of its last %d "
+                "micro-batches, and a run that resumes at the end of such an epoch does not have them",
+                self._state.iteration.epoch,
+                self.pending,
             )
         self._dispatch_epoch_end()
+        self._settled = self._state
+
+    def count_batches(self, updates_per_epoch: int | None, accumulation: int) -> int:
+        """Return how many batches of the epoch the state counts, before `begin`.
+
+        Args:
+            updates_per_epoch: Used for a state of an earlier version, which counts only updates.
+            accumulation: Micro-batches of an update, likewise.
+        """
+        state = self._state
+        if not state.epoch_batches and updates_per_epoch is not None:
+            updates = updates_in_epoch(state, Run(updates_per_epoch=updates_per_epoch))
+            self._state = state.replace(epoch_batches=updates * accumulation)
+        return self._state.epoch_batches
+
+    def expect_updates(self, updates: int | None) -> None:
+        """Announce the number of updates in the epoch that begins, which may differ from others; None if unknown."""
+        expected = self._updates_per_epoch
+        if expected is not None and updates not in (None, expected):
+            reason = f"epoch {self._state.iteration.epoch} has {updates} updates, not updates_per_epoch={expected}"
+            self._check_lengths(Contradiction(reason))
 
     def end(self) -> None:
         """Dispatch `AfterTraining`, once; return when every checkpoint is written. The optimizer is watched no longer.
@@ -287,12 +321,13 @@ class SessionEvents:
     @property
     def _position(self) -> int | None:
         """The number of updates counted in this epoch, all of them until its end is dispatched; None if unknown."""
-        per_epoch, at = self._updates_per_epoch, self._state.iteration
-        return None if per_epoch is None else at.update - at.epoch * per_epoch
+        # Checkpoints of earlier versions do not say where the epoch began.
+        is_known = self._state.epoch_start.epoch == self._state.iteration.epoch or self._updates_per_epoch is not None
+        return updates_in_epoch(self._state, self.run) if is_known else None
 
     def _end_full_epoch(self) -> None:
-        """Dispatch the end of an epoch whose updates are all counted, such as one that was saved right before it."""
-        if self._position is not None and self._position == self._updates_per_epoch:
+        """Dispatch the end of an epoch whose updates are all counted."""
+        if self._is_full():
             self._dispatch_epoch_end()
 
     def _warn_of_empty_update(self) -> None:
@@ -300,7 +335,25 @@ class SessionEvents:
             self._warned_of_empty_update = True
             _LOGGER.warning(EMPTY_UPDATE, self._state.iteration.update + 1)
 
+    def _is_full(self) -> bool:
+        """Return whether all updates of the epoch are counted, as far as its length is known."""
+        return self._updates_per_epoch is not None and self._position == self._updates_per_epoch
+
+    def _check_lengths(self, found: Contradiction | None) -> None:
+        """Forget lengths that the run contradicts, so that no callback counts on them; say so in one line."""
+        if found is None:
+            return
+        _LOGGER.warning(
+            "%s: forgets %s, and counts epochs as the loop reports them; what was forecast with them no longer holds",
+            found.reason,
+            ", ".join(found.fields),
+        )
+        self.run = without_fields(self.run, found.fields)
+        self._state = self._state.replace(lengths=FrozenDict(known_lengths(self.run)))
+
     def _dispatch_epoch_end(self) -> None:
+        self._check_lengths(check_epoch_lengths(self._state, self.run))
+        self._epoch_batches = 0
         self._seed_event("end of epoch")
         self._dispatch(self._state.next_epoch(), AfterEpoch)
 

@@ -12,7 +12,7 @@ from noether.session.hidden_state import LINKS, generators_of, unseedable
 from noether.session.randomness import derive, seed_all, seed_generator, seed_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 def epoch_lengths(data: Any, batches: int | None, steps: int, batch_size: Callable[[Any], int]) -> dict[str, int]:
@@ -66,6 +66,27 @@ def batches_per_epoch(loader: Any) -> int | None:
     return _length(loader)
 
 
+def has_exact_length(loader: Any) -> bool:
+    """Return whether `len(loader)` is certainly the number of batches of each epoch.
+
+    Example:
+        >>> has_exact_length([1, 2]), has_exact_length(DataLoader([1, 2])), has_exact_length(range(2))
+        (True, True, False)
+    """
+    if type(loader) is not DataLoader:
+        return type(loader) in {list, tuple}
+    return not isinstance(loader.dataset, IterableDataset) and _has_samplers_of_torch(loader)
+
+
+def _has_samplers_of_torch(loader: DataLoader[Any]) -> bool:
+    samplers = [loader.sampler, loader.batch_sampler]
+    for sampler in samplers:  # grows while it is read: a BatchSampler has a sampler
+        if sampler is not None and not type(sampler).__module__.startswith("torch.utils.data."):
+            return False
+        samplers += [inner] if (inner := getattr(sampler, "sampler", None)) is not None else []
+    return True
+
+
 def check_not_empty(loader: Any) -> None:
     """Refuse a loader without batches.
 
@@ -90,16 +111,11 @@ def _length(value: Any) -> int | None:
         return None
 
 
-def epoch_iterator(loader: Any, seed: int, epoch: int) -> Iterator[Any]:
-    """Return an iterator over an epoch of `loader`, whose order is a function of `(seed, epoch)`.
-
-    Calls `set_epoch(epoch)` on the loader, its samplers and its dataset where it exists.
-    """
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Call `set_epoch(epoch)` on the loader, its samplers and its dataset where it exists."""
     for part in _parts(loader):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
-    seed_pass(loader, seed, epoch)
-    return iter(loader)
 
 
 def seed_pass(loader: Any, seed: int, number: int) -> None:
@@ -130,11 +146,8 @@ def batch_seeder(loader: Any) -> Callable[[int], None] | None:
         return None
     if type(loader) is not DataLoader:
         return seed_all
-    samplers = [loader.sampler, loader.batch_sampler]
-    for sampler in samplers:  # grows while it is read: a BatchSampler has a sampler
-        if sampler is not None and not type(sampler).__module__.startswith("torch.utils.data."):
-            return seed_all
-        samplers += [inner] if (inner := getattr(sampler, "sampler", None)) is not None else []
+    if not _has_samplers_of_torch(loader):
+        return seed_all
     reads_tensors = type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate
     return seed_torch if loader.num_workers > 0 or reads_tensors else seed_all
 

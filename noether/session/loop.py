@@ -6,14 +6,14 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final, final
 
-from noether.core.event import AfterEpoch, AfterUpdate, Event
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
 from noether.session.hidden_state import hidden_state
 from noether.session.loader import (
     batch_seeder,
     batches_per_epoch,
-    epoch_iterator,
+    seed_pass,
+    set_epoch,
     warn_about_changes,
     warn_if_unrepeatable,
 )
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
+    from noether.core.event import Event
     from noether.core.state import Memory, TrainState
     from noether.session.session import Session
 
@@ -34,10 +35,9 @@ _LOGGER: Final = logging.getLogger(__name__)
 
 @final
 class BatchLoop:
-    """Yields the batches of a run, and knows the place of each in its epoch and update.
+    """Yields the batches of a run, and knows the place of each in its epoch and update. Epochs may differ in length.
 
-    It is also a member of the reducer: it remembers how many batches of the epoch are counted, so that a run that is
-    resumed in the middle of an epoch continues with the next one, whatever the lengths of epochs.
+    It is also a member of the reducer: it remembers the accumulation, with which a resumed run has to continue.
 
     Args:
         session: Dispatches the events.
@@ -50,11 +50,14 @@ class BatchLoop:
 
     def __init__(self, session: Session, loader: Any, accumulation: int, seed: int) -> None:
         warn_if_unrepeatable(loader)
-        self.length = batches_per_epoch(loader)
-        self._session, self._loader, self._accumulation, self._seed = session, loader, accumulation, seed
-        self._seed_batch = batch_seeder(loader)
-        self._batch: Any = _NO_BATCH
+        self.length: int | None = None
+        """Batches of the current epoch, as the loader announces them."""
+        self.accumulation = accumulation
+        self._session, self._loader, self._seed = session, loader, seed
         self._drawn = 0  # batches of this epoch, the current one included
+        self._seed_batch = batch_seeder(loader)
+        self._epoch_of_loader: int | None = None
+        self._batch: Any = _NO_BATCH
         self._is_last: bool | None = None  # None if unknown
         self._is_reported = True
         self._updates_before = session.state.iteration.update  # when the current batch was yielded
@@ -69,15 +72,23 @@ class BatchLoop:
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of the current update: fewer in the last update of an epoch that is not a multiple."""
-        if self.length is None:
-            return self._accumulation
-        first = (self._drawn - 1) // self._accumulation * self._accumulation
-        return min(self._accumulation, self.length - first)
+        first = (self._drawn - 1) // self.accumulation * self.accumulation
+        if self.length is None or self.length <= first:
+            return self.accumulation
+        return min(self.accumulation, self.length - first)
 
     @property
     def completes_update(self) -> bool:
         """Whether the current batch is the last micro-batch of its update."""
-        return self._drawn % self._accumulation == 0 or bool(self._is_last)
+        return self._drawn % self.accumulation == 0 or bool(self._is_last)
+
+    def prepare_epoch(self, epoch: int) -> None:
+        """Move the loader to an epoch, and read the length that it announces."""
+        if self._epoch_of_loader == epoch:
+            return
+        self._epoch_of_loader = epoch
+        set_epoch(self._loader, epoch)
+        self.length = batches_per_epoch(self._loader)
 
     def report(self) -> Any:
         """Return the current batch, once.
@@ -109,34 +120,29 @@ class BatchLoop:
             raise SessionError("update() does not know the losses of the batch: call session.update(losses)")
         if not self.completes_update:
             raise SessionError(
-                f"the update has {micro_batches} of accumulation={self._accumulation} micro-batches: call "
+                f"the update has {micro_batches} of accumulation={self.accumulation} micro-batches: call "
                 "session.micro_batch(losses) for each, and optimizer.step() and session.update() only "
                 "`if session.completes_update:`"
             )
 
-    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return the state that remembers the batches counted in this epoch."""
-        if isinstance(event, AfterUpdate):
-            return state.remember(MEMORY, self._memory(self._drawn)), ()
-        return (state.remember(MEMORY, self._memory(0)), ()) if isinstance(event, AfterEpoch) else (state, ())
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:  # noqa: ARG002  # a callback takes both
+        """Return the state as it is."""
+        return state, ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as for every callback
-        """Return that no batch is counted."""
-        return {MEMORY: self._memory(0)}
+        """Return the accumulation."""
+        return {MEMORY: FrozenDict(accumulation=self.accumulation)}
 
-    def _memory(self, batches: int) -> Memory:
-        return FrozenDict(batches=batches, of=self.length, accumulation=self._accumulation)
+    def _listens(self, event_type: type[Event]) -> bool:  # noqa: ARG002  # see `listens_to`
+        return False
 
-    def _listens(self, event_type: type[Event]) -> bool:
-        return event_type in {AfterUpdate, AfterEpoch}
-
-    def check_saved(self, state: TrainState) -> None:
-        """Refuse a saved run that was made with other epochs or another seed.
+    def resume(self, state: TrainState) -> TrainState:
+        """Return a saved state for this loop; refuse one that was made with another accumulation or another seed.
 
         Raises:
             SessionError: If it was.
         """
-        at, counted, memory = state.iteration, _batches_counted_in(state), state.callback_states.get(MEMORY)
+        at, memory = state.iteration, state.callback_states.get(MEMORY)
         if memory is None:
             raise SessionError(
                 f"the saved run is at {at}, and no session.batches(...) made it: resume it where it was made"
@@ -145,13 +151,15 @@ class BatchLoop:
             raise SessionError(
                 f"the saved run has seed {state.seed}, and this session {self._seed}: pass the saved seed="
             )
-        saved = (memory["of"], memory["accumulation"])
-        if saved != (self.length, self._accumulation):
+        # Earlier versions remembered the batches here.
+        counted = state.epoch_batches or memory.get("batches", 0)
+        if memory["accumulation"] != self.accumulation:
             raise SessionError(
-                f"the saved run is at {at}, {counted} batches into an epoch of {memory['of']} batches with "
-                f"accumulation={memory['accumulation']}, and this loop has {self.length} batches with "
-                f"accumulation={self._accumulation}: pass what the run was begun with, or begin one in a new directory"
+                f"the saved run is at {at}, {counted} batches into an epoch, with accumulation="
+                f"{memory['accumulation']}, and this session has accumulation={self.accumulation}: pass what the run "
+                "was begun with, or begin one in a new directory"
             )
+        return state.replace(epoch_batches=counted).remember(MEMORY, self.init(state)[MEMORY])
 
     def run(self) -> Iterator[Any]:
         """Yield the batches that are left of the run, and dispatch the ends of epochs and of training."""
@@ -159,7 +167,7 @@ class BatchLoop:
         try:
             while not session.is_over:
                 yield from self._epoch(session.state)
-                session.end_epoch(cut_short=session.is_over)
+                session.end_epoch(cut_short=not self._is_last and session.is_over)
         except GeneratorExit:
             # After an error in `update` the model is ahead of the state.
             session.leave(is_settled=session.state.iteration.update > self._updates_before and not session.pending)
@@ -171,10 +179,13 @@ class BatchLoop:
 
     def _epoch(self, state: TrainState) -> Iterator[Any]:
         """Yield the batches that are left of an epoch, while the run is not over."""
-        session, epoch, counted = self._session, state.iteration.epoch, _batches_counted_in(state)
+        session, epoch, counted = self._session, state.iteration.epoch, state.epoch_batches
         start_s = time.perf_counter()
-        self._drawn = 0
-        for batch, is_last in self._draw(epoch_iterator(self._loader, self._seed, epoch), epoch):
+        self._drawn, self._is_last = 0, None
+        self.prepare_epoch(epoch)
+        session.expect_updates(None if self.length is None else -(-self.length // self.accumulation))
+        seed_pass(self._loader, self._seed, epoch)
+        for batch, is_last in self._draw(iter(self._loader), epoch):
             self._drawn += 1
             if self._drawn == 1 and self._watches_hidden:
                 self._compare_hidden_state()
@@ -192,13 +203,25 @@ class BatchLoop:
             self._check_complete()
             if session.is_over and not session.pending:
                 return
-        if self._drawn < max(counted, 1):
+        self._check_drawn(state)
+
+    def _check_drawn(self, begun: TrainState) -> None:
+        """Refuse an epoch without batches or samples; one that is shorter than in the saved run ends, and is named."""
+        epoch, counted = begun.iteration.epoch, begun.epoch_batches
+        if self._drawn == 0 or (self._drawn < counted and hasattr(self._loader, "__next__")):
             raise SessionError(
                 f"the loader yielded {self._drawn} batches in epoch {epoch}, where {max(counted, 1)} or more are "
                 "needed: pass an iterable that yields the same epochs each time it is iterated, not an iterator"
             )
-        if counted == 0 and session.state.iteration.sample == state.iteration.sample:
+        if counted == 0 and self._session.state.iteration.sample == begun.iteration.sample:
             raise SessionError(f"no batch of epoch {epoch} has samples: check which samples the loader leaves out")
+        if self._drawn < counted:
+            _LOGGER.warning(
+                "epoch %d has %d batches, and the saved run counts %d of it: the epoch ends",
+                epoch,
+                self._drawn,
+                counted,
+            )
 
     def _compare_hidden_state(self) -> None:
         """Warn once if the loader differs from what it was at the first batch of the epoch before."""
@@ -211,11 +234,12 @@ class BatchLoop:
     def _draw(self, iterator: Iterator[Any], epoch: int) -> Iterator[tuple[Any, bool | None]]:
         """Yield each batch, and whether it is the last of the epoch."""
         batches = self._draw_seeded(iterator, epoch)
-        if self.length is not None or self._accumulation == 1:
+        if self.accumulation == 1:
             for index, batch in enumerate(batches, 1):
                 yield batch, None if self.length is None else index == self.length
             return
-        # An update that is cut short by the end of the epoch has to be completed by its last micro-batch.
+        # An update that is cut short by the end of the epoch has to be completed by its last micro-batch, and a stream
+        # may end before or after the length that it announces.
         batch = next(batches, _NO_BATCH)
         while batch is not _NO_BATCH:
             following = next(batches, _NO_BATCH)
@@ -250,11 +274,6 @@ class BatchLoop:
                 "session.update() `if session.completes_update:`"
             )
         self._session.check_scheduler_position()
-
-
-def _batches_counted_in(state: TrainState) -> int:
-    """Return how many batches of the epoch a state counts."""
-    return int(state.callback_states[MEMORY]["batches"]) if MEMORY in state.callback_states else 0
 
 
 def _log_skipped(batches: int, epoch: int, duration_s: float) -> None:

@@ -12,8 +12,9 @@ from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session import settings
 from noether.session.errors import SessionError
 from noether.session.events import SessionEvents
+from noether.session.lengths import Contradiction
 from noether.session.live_state import LiveState
-from noether.session.loader import check_not_empty, epoch_lengths
+from noether.session.loader import check_not_empty, epoch_lengths, has_exact_length
 from noether.session.loop import BatchLoop
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
 from noether.session.scheduler import SchedulerMemory
@@ -201,9 +202,10 @@ class Session(SessionEvents):
         self._reducer, self._seeds_loop = compose(loop, self._reducer), True
         self.load()
         if self._remembers:
-            loop.check_saved(self._state)
+            self._state = loop.resume(self._state)
+        loop.prepare_epoch(self._state.iteration.epoch)
+        self._trusts_lengths = has_exact_length(loader)  # else the loop reads the epoch again, to find its end
         lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.batch_size)
-        settings.check_lengths(self._reducer.members, settings.fill_run(self.run, **lengths))
         self.begin(**lengths)
         self._loop = loop
         return loop.run()
@@ -236,6 +238,7 @@ class Session(SessionEvents):
         losses = named_losses(losses) if samples else _NO_LOSSES  # the mean over no samples is NaN
         if outputs is not None:
             outputs = map_tensors(_detach, outputs)
+        self._epoch_batches += 1
         self._pending.append(MicroBatch(samples=samples, losses=losses, outputs=outputs))
         self.stopwatch.step_made()
         if samples and self.listens_to_micro_batches:
@@ -310,7 +313,8 @@ class Session(SessionEvents):
         samples = sum([each.samples for each in pending])
         if not pending:
             self._warn_of_empty_update()
-        self._dispatch(self._state.advance(samples=samples), AfterUpdate, samples=samples, **known)
+        state = self._state.advance(samples=samples, epoch_batches=self._epoch_batches)
+        self._dispatch(state, AfterUpdate, samples=samples, **known)
 
     @property
     def _running_loop(self) -> BatchLoop:
@@ -323,13 +327,10 @@ class Session(SessionEvents):
             self._loop.check_update(self.pending)
         elif not self._pending:
             raise SessionError("an update needs micro-batches: call update(losses, samples=...) or micro_batch(...)")
-        per_epoch, at = self._updates_per_epoch, self._state.iteration
-        if per_epoch is not None and at.update - at.epoch * per_epoch == per_epoch:
-            raise SessionError(
-                f"epoch {at.epoch} continues after {per_epoch} updates, which is all that "
-                "every epoch has, as the length of the loader or Run(updates_per_epoch=...) says: schedules need "
-                "epochs of one length"
-            )
+        per_epoch = self._updates_per_epoch
+        if per_epoch is not None and self._position == per_epoch:
+            reason = f"epoch {self._state.iteration.epoch} has more updates than updates_per_epoch={per_epoch}"
+            self._check_lengths(Contradiction(reason))
 
     def _is_skipped(self, losses: Mapping[str, Any]) -> bool:
         """Return whether the optimizer left the update out.

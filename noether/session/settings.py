@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from noether.core.callback import label_of
-from noether.core.callbacks.eta import EtaCallback
 from noether.core.callbacks.lr_on_plateau import ReduceLROnPlateauCallback
 from noether.core.errors import check_whole, raise_problems, suggest
 from noether.core.iteration import TrainingIteration
@@ -280,18 +279,3 @@ def check_epochs(loader: Any, run: Run) -> None:
             f"the loader is an iterator, which yields one epoch, and max_epochs is {epochs}: pass an iterable, such as "
             "a DataLoader, a list, or an object whose __iter__ returns a new iterator"
         )
-
-
-def check_lengths(members: tuple[Callback, ...], run: Run) -> None:
-    """Refuse callbacks that need the end of a run whose length is unknown.
-
-    Raises:
-        SessionError: If there is one.
-    """
-    for member in members:
-        if isinstance(member, EtaCallback) and not hasattr(run, "final"):
-            raise SessionError(
-                f"{label_of(member)} needs the end of the run and the length of its epochs: pass max_epochs=, and for "
-                "a loader without len() run=noether.Run(updates_per_epoch=, samples_per_epoch=, "
-                "effective_batch_size=); or use ProgressCallback, which needs neither"
-            )

@@ -271,6 +271,29 @@ def test_a_loop_without_durations_gets_no_estimate():
         assert (shown.update_s, shown.next_s, shown.left_s) == (None, None, None)
 
 
-def test_a_run_without_an_end_is_refused():
-    with pytest.raises(AttributeError, match="this run was not given 'end'"):
-        EtaCallback(every_n_updates=3)(TrainState().advance(samples=4), AfterUpdate(samples=4))
+def test_a_run_without_an_end_shows_the_time_to_the_next_firing():
+    event = AfterUpdate(samples=4, duration_s=0.5)
+    _, (shown,) = EtaCallback(every_n_updates=3)(TrainState().advance(samples=4), event)
+    assert (shown.end, shown.fires, shown.update_s, shown.next_s, shown.left_s) == (None, 3, 0.5, 1.0, None)
+
+
+def test_without_lengths_the_epochs_so_far_give_the_estimates():
+    eta, state, run = EtaCallback(every_n_epochs=2), TrainState(), Run(end=TrainingIteration(epoch=4))
+    shown = []
+    for updates in (3, 5, 4):
+        for _ in range(updates):
+            event = AfterUpdate(run=run, samples=4, duration_s=0.5)
+            state, (each,) = eta(state.advance(samples=4), event)
+            shown.append((each.end, each.fires, each.left_s))
+        state, _ = eta(state.next_epoch(), AfterEpoch(run=run))
+    assert shown[:3] == [(None, None, None)] * 3
+    assert shown[3] == (None, 6, 0.5 * 8)  # 3 updates in every epoch
+    assert shown[8] == (None, 16, 0.5 * 7)  # 4 updates in every epoch
+    assert shown[11] == (None, 16, 0.5 * 4)
+
+
+def test_without_lengths_the_updates_so_far_tell_when_samples_are_reached():
+    eta, state, run = EtaCallback(every_n_samples=30), TrainState(), Run(end=TrainingIteration(sample=50))
+    for _ in range(2):
+        state, (shown,) = eta(state.advance(samples=4), AfterUpdate(run=run, samples=4, duration_s=0.5))
+    assert (shown.fires, shown.next_s, shown.left_s) == (8, 3.0, 5.5)

@@ -1,7 +1,7 @@
 """noether's callbacks on engines of pytorch-ignite, beside noether's own trainer on the same batches."""
 
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ from reference import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from noether import AfterUpdate, Run, compose, on
-from noether.core.callbacks import FixedUpdateEarlyStopping, OnlineLossCallback
+from noether import AfterEpoch, AfterUpdate, Run, compose, on
+from noether.core.callbacks import CheckpointCallback, FixedUpdateEarlyStopping, OnlineLossCallback
 from noether.integrations.ignite import attach
 from noether.testing import assert_same
 
@@ -108,10 +108,52 @@ def test_the_accumulation_of_ignite_makes_updates_of_micro_batches():
     attach(engine, hear, model=network, optimizer=adam, accumulation=2, interpreter=Recorder())
     engine.run(batches(points(28), 8), max_epochs=1)
     assert heard == [(16, (8, 8)), (12, (8, 4))]
-    engine = Engine(step)
-    attach(engine, hear, model=network, optimizer=adam, accumulation=2, interpreter=Recorder())
-    with pytest.raises(ValueError, match="epoch 0 ended with 1 micro-batches that made no update"):
-        engine.run(batches(points(24), 8), max_epochs=1)
+
+
+@pytest.mark.parametrize("cut", [None, 1, 2, 3, 4, 5])
+def test_an_update_may_begin_in_one_epoch_and_end_in_the_next(cut, tmp_path, caplog):
+    samples = batches(points(40), 8)
+
+    def train(path, cut=None):
+        seen = []
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = model()
+        adam = optimizer(network)
+        step = supervised_training_step(network, adam, nn.functional.cross_entropy, gradient_accumulation_steps=2)
+        engine = DeterministicEngine(step)
+        with open_silent(path) as directory:
+
+            def interpret(effects, state, event):
+                seen.append((type(event), str(state.iteration)))
+                directory.interpreter(effects, state, event)
+
+            parts = {"model": network, "optimizer": adam, "accumulation": 2, "clock": STILL}
+            save = CheckpointCallback(every_n_updates=1, save_weights=True, save_optim=True)
+            live = attach(engine, save, directory=directory, interpreter=interpret, **parts)
+
+            def leave(engine):
+                if live.state.iteration.update == cut:
+                    raise CutError
+
+            engine.add_event_handler(Events.ITERATION_COMPLETED, leave)
+            with suppress(CutError):
+                engine.run(samples, max_epochs=2)
+        return network, seen, engine.state.iteration
+
+    whole, seen, iterations = train(tmp_path / "whole")
+    assert iterations == 10
+    assert [at for kind, at in seen if kind is AfterUpdate] == [
+        "E0_U1_S16", "E0_U2_S32", "E1_U3_S48", "E1_U4_S64", "E1_U5_S80",
+    ]  # fmt: skip
+    assert [at for kind, at in seen if kind is AfterEpoch] == ["E1_U2_S32", "E2_U5_S80"]
+    assert "epoch 0 ended inside of an update" in caplog.text
+    if cut is not None:
+        train(tmp_path / "cut", cut)
+        resumed, later, iterations = train(tmp_path / "cut")
+        assert iterations == 10
+        assert later[-1] == seen[-1]
+        assert_same(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize(("output", "message"), [
@@ -330,12 +372,14 @@ def test_epochs_of_unknown_length_are_counted_as_they_end():
     assert not hasattr(live.run, "updates_per_epoch")
 
 
-def test_an_epoch_that_is_left_early_is_refused():
+def test_an_epoch_that_is_left_early_is_counted(caplog):
     network = model()
-    engine, _ = make_engine(network, optimizer(network), Recorder(), reducer=compose())
+    engine, live = make_engine(network, optimizer(network), Recorder(), reducer=compose())
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda engine: engine.terminate_epoch())
-    with pytest.raises(ValueError, match="epoch 0 ended after 3 updates, and every epoch has 5"):
-        engine.run(batches(points(36), 8))
+    engine.run(batches(points(36), 8), max_epochs=1)
+    assert str(live.state.iteration) == "E1_U3_S24"
+    (line,) = (record.getMessage() for record in caplog.records if record.name.startswith("noether"))
+    assert "epoch 0 had 3 updates, not updates_per_epoch=5: forgets updates_per_epoch" in line
 
 
 def test_facts_that_the_user_passes_take_precedence():

@@ -299,20 +299,6 @@ def test_refusals_name_the_fix(tmp_path):
     session = Session(OnlineLossCallback(every_n_epochs=1), run=Run(updates_per_epoch=2), **parts)
     with pytest.raises(ValueError, match="update needs micro-batches"):
         session.update()
-    session.begin()
-    session.micro_batch({"ce": 1.0}, samples=1)
-    with pytest.raises(ValueError, match="1 micro-batches that made no update"):
-        session.end_epoch()
-    session.update()
-    with pytest.raises(ValueError, match="ended after 1 updates, and every epoch has 2"):
-        session.end_epoch()
-    for _ in range(2):
-        session.micro_batch({"ce": 1.0}, samples=1)
-        if session.state.iteration.update == 2:
-            with pytest.raises(ValueError, match="epoch 0 continues after 2 updates, which is all"):
-                session.update()
-        else:
-            session.update()
     with pytest.raises(ValueError, match="not a saved state"):
         session.load_state_dict({"epoch": 3})
 

@@ -24,7 +24,7 @@ import noether
 from noether.session import hidden_state as hidden_state_module
 from noether.session.errors import ResumeWarning
 from noether.session.hidden_state import generators_of, hidden_state, unseedable
-from noether.session.loader import batch_seeder, epoch_iterator, seed_pass
+from noether.session.loader import batch_seeder, seed_pass, set_epoch
 from noether.session.randomness import seed_all
 from noether.testing import assert_same
 
@@ -333,7 +333,7 @@ def test_datasets_of_a_concatenation_get_the_epoch():
 
     epochs = []
     loader = DataLoader(ConcatDataset([Epochs(Noise()), Epochs(Noise())]), 4)
-    next(epoch_iterator(loader, seed=0, epoch=3))
+    set_epoch(loader, 3)
     assert epochs == [3, 3]
 
 

@@ -286,19 +286,6 @@ def test_an_iterator_yields_one_epoch():
         iterate(batches, lambda batch: (optimizer.step(), session.update(0.5)))
 
 
-def test_only_a_callback_that_needs_lengths_refuses_a_loader_without_them():
-    class Unsized:
-        def __iter__(self):
-            return iter(BATCHES)
-
-    make([noether.ProgressCallback(every_n_updates=1)])[0].batches(Unsized())
-    with pytest.raises(ValueError, match=r"EtaCallback/U1 needs the end of the run .* or use ProgressCallback"):
-        make([noether.EtaCallback(every_n_updates=1)])[0].batches(Unsized())
-    with pytest.raises(ValueError, match="needs the end of the run"):
-        make([noether.EtaCallback(every_n_updates=1)], max_epochs=None)[0].batches(BATCHES)
-    make([noether.EtaCallback(every_n_updates=1)])[0].batches(BATCHES)
-
-
 def test_a_loop_that_is_left_inside_of_an_update_says_so(caplog, tmp_path):
     session, _, _ = make()
     for _ in session.batches(BATCHES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
+from noether.core.callbacks.estimates import expect_end, expect_updates, known_end
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import ShowProgress
 from noether.core.iteration import COUNTERS
@@ -25,7 +26,8 @@ class EtaCallback(PeriodicCallback):
 
     On a terminal this is a live display. Without one (pipe, file, CI, batch job), a plain line is written at each
     firing. The update time is a mean in seconds and includes everything between two updates, such as evaluation. The
-    first update is left out because it is slower. A resumed run continues with the mean that it had.
+    first update is left out because it is slower. A resumed run continues with the mean that it had. If the length of
+    epochs is unknown, the times are estimates from the epochs and updates so far; a time that nothing tells is absent.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -78,25 +80,26 @@ class EtaCallback(PeriodicCallback):
         return state, effects or (self._progress(state, event.run, due=False),)
 
     def _progress(self, state: TrainState, run: Run, *, due: bool) -> ShowProgress:
-        memory, final = self.memory(state), run.final
+        memory, end = self.memory(state), state.iteration.update if state.ended else expect_end(state, run)
         done, update_s = state.iteration.update, _mean_update_s(memory)
         fires = self._next_firing(state, run)
-        fires = None if state.ended or fires is None or fires > final.update else fires
+        fires = None if state.ended or fires is None or (end is not None and fires > end) else fires
         return ShowProgress(
-            end=final,
+            end=known_end(run),
             fired=memory["fired"],
             fires=fires,
             update_s=update_s,
             next_s=None if update_s is None or fires is None else update_s * (fires - done),
-            left_s=None if update_s is None else update_s * (0 if state.ended else max(final.update - done, 0)),
+            left_s=None if update_s is None or end is None else update_s * (end - done),
             due=due,
         )
 
     def _next_firing(self, state: TrainState, run: Run) -> int | None:
-        """Return the number of completed updates at the next firing."""
+        """Return the number of completed updates at which the next firing is expected; None if nothing tells."""
         following = self.schedule.next_due(state.iteration)
         thresholds = ((name, getattr(following, name)) for name in COUNTERS)
-        return min((run.updates_to(name, at) for name, at in thresholds if at is not None), default=None)
+        expected = (expect_updates(state, run, name, at) for name, at in thresholds if at is not None)
+        return min((update for update in expected if update is not None), default=None)
 
 
 def _mean_update_s(memory: Mapping[str, float]) -> float | None:

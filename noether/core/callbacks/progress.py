@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
+from noether.core.callbacks.estimates import expect_end, known_end
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.effect import LogText, format_duration
+from noether.core.effect import LogText, format_count, format_duration
 from noether.core.iteration import COUNTERS
 from noether.core.tensors.tree import FrozenDict
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from noether.core.callback import Effects
     from noether.core.event import AfterUpdate, Event
-    from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
@@ -28,7 +28,8 @@ class ProgressCallback(PeriodicCallback):
     In detail: percent done; epoch, update and sample with their ends; milliseconds per update; time since the last line
     (`last`); total time; remaining time and end in UTC. The estimate leaves out the first interval because its updates
     are slower. Times are sums of the durations in the events, so a resumed run continues with them. If the end of the
-    run or the length of its epochs is unknown, the line has neither percentage nor expected end.
+    run is unknown, the line has neither percentage nor expected end. If the length of its epochs is unknown, both are
+    estimates from the epochs and updates so far.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -78,12 +79,10 @@ class ProgressCallback(PeriodicCallback):
         first = memory["lines"] == 0
         steady_s = memory["steady_s"] + (0.0 if first else memory["since_s"])
         steady_updates = memory["steady_updates"] + (0 if first else memory["since_updates"])
-        final = getattr(event.run, "final", None)  # None if the run was not given all that it is computed from
-        parts = [_format_counters(state, event.run, final), _format_times(memory)]
-        if final is not None:
-            # A run that ends at a number of samples goes on if its dataset leaves some out.
-            updates_left = max(final.update - state.iteration.update, 0)
-            left_s = updates_left * steady_s / steady_updates if steady_updates else None
+        end = expect_end(state, event.run)
+        parts = [*_format_share(state, event.run, end), *_format_counters(state, event.run), _format_times(memory)]
+        if end is not None:
+            left_s = (end - state.iteration.update) * steady_s / steady_updates if steady_updates else None
             parts.append(_format_end(left_s, event.time_s))
         memory = FrozenDict(
             total_s=memory["total_s"],
@@ -96,15 +95,19 @@ class ProgressCallback(PeriodicCallback):
         return state.remember(self.name, memory), (LogText("  ".join(parts)),)
 
 
-def _format_counters(state: TrainState, run: Run, final: TrainingIteration | None) -> str:
-    if final is None:
-        return "  ".join(f"{name} {getattr(state.iteration, name)}" for name in COUNTERS)
-    share = max(getattr(state.iteration, name) / end for name in COUNTERS if (end := getattr(run.end, name)))
+def _format_share(state: TrainState, run: Run, end: int | None) -> list[str]:
+    """Return the share of the run that is completed; nothing if it is unknown."""
+    if end is None:
+        return []
+    share = max(getattr(state.iteration, name) / count for name in COUNTERS if (count := getattr(run.end, name)))
     if not run.end.update and not run.end.sample:  # within an epoch, only updates and samples advance
-        share = state.iteration.update / final.update
-    counts = (f"{name} {getattr(state.iteration, name)}/{getattr(final, name)}" for name in COUNTERS)
+        share = state.iteration.update / end
     # A run that ends at a number of samples may exceed it.
-    return "  ".join((f"{min(share, 1.0):6.1%}".replace("%", " %"), *counts))
+    return [f"{min(share, 1.0):6.1%}".replace("%", " %")]
+
+
+def _format_counters(state: TrainState, run: Run) -> list[str]:
+    return [format_count(name, state.iteration, known_end(run)) for name in COUNTERS]
 
 
 def _format_times(memory: Mapping[str, float]) -> str:

@@ -48,6 +48,7 @@ class _Values:
     pending: Any = None
     stopped_by: str | None = None
     epoch_start: TrainingIteration = _START
+    epoch_batches: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
 
 
@@ -88,6 +89,8 @@ def encode_state(state: TrainState) -> dict[str, Any]:
         values["stopped_by"] = state.stopped_by
     if state.epoch_start != _START:
         values["epoch_start"] = str(state.epoch_start)
+    if state.epoch_batches:
+        values["epoch_batches"] = state.epoch_batches
     if state.lengths:
         values["lengths"] = dict(state.lengths)
     if state.pending is not None:
@@ -111,7 +114,7 @@ def decode_state(saved: Mapping[str, Any]) -> TrainState:
     values = CONVERTER.structure(saved["state"], _Values)
     if abs(values.seed) > _MAX_SEED:
         raise ValueError(f"seed has to lie between -{_MAX_SEED} and {_MAX_SEED}")
-    if not values.iteration.reached(values.epoch_start):
+    if values.epoch_start.epoch == values.iteration.epoch and not values.iteration.reached(values.epoch_start):
         raise ValueError(f"epoch_start {values.epoch_start} lies after iteration {values.iteration}")
     names = ("hyperparams", "metrics", "callback_states")
     trees = {name: decode_mapping(name, getattr(values, name), saved["tensors"]) for name in names}
@@ -126,6 +129,7 @@ def decode_state(saved: Mapping[str, Any]) -> TrainState:
         seed=values.seed,
         pending=pending,
         epoch_start=values.epoch_start,
+        epoch_batches=values.epoch_batches,
         lengths=FrozenDict(values.lengths),
         **{**trees, "metrics": metrics},
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from noether.core.effect import format_duration
+from noether.core.effect import format_count, format_duration
 from noether.effects.disk.processes import finalize
 
 if TYPE_CHECKING:
@@ -56,10 +56,22 @@ class LiveProgress:
             raise self._errors.pop()
         update, is_narrow = state.iteration.update, self._console.width < _FULL_WIDTH
         total = 0 if effect.fires is None else effect.fires - effect.fired
+        count = format_count("update", state.iteration, effect.end).removeprefix("update ")
         time_to_next = "" if effect.next_s is None else f"in {format_duration(effect.next_s)}"
         bars = (
-            {"completed": update, "total": effect.end.update, "details": _run_details(effect, state, short=is_narrow)},
-            {"completed": update - effect.fired, "total": total, "details": time_to_next, "visible": bool(total)},
+            {
+                "completed": update,
+                "total": None
+                if effect.end is None
+                else effect.end.update,  # without a total the bar shows only that the run is alive
+                "details": f"{count}  {_run_details(effect, state, short=is_narrow)}",
+            },
+            {
+                "completed": update - effect.fired,
+                "total": total,
+                "details": f"{update - effect.fired}/{total}  {time_to_next}",
+                "visible": bool(total),
+            },
         )
         if self._progress is None:
             self._start(*bars)
@@ -74,9 +86,7 @@ class LiveProgress:
 
     def _start(self, *bars: Mapping[str, Any]) -> None:
         # A new object each time: a stopped one assumes that its lines are still there, and draws over others.
-        details = TextColumn(
-            "{task.completed:.0f}/{task.total:.0f}  {task.fields[details]}", table_column=Column(no_wrap=True)
-        )
+        details = TextColumn("{task.fields[details]}", table_column=Column(no_wrap=True))
         self._progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=10 if self._console.width < _FULL_WIDTH else 30),
@@ -123,7 +133,7 @@ def describe_progress(effect: ShowProgress, state: TrainState) -> str:
         >>> describe_progress(effect, TrainState().advance(samples=8).advance(samples=8))
         'update 2/8  epoch 0/2  sample 16/64  500.0 ms/update  2.0 updates/s  next in 0:00:01  end in 0:00:03'
     """
-    updates = f"update {state.iteration.update}/{effect.end.update}"
+    updates = format_count("update", state.iteration, effect.end)
     next_firing = [] if effect.next_s is None else [f"next in {format_duration(effect.next_s)}"]
     end = [] if effect.left_s is None else [f"end in {format_duration(effect.left_s)}"]
     return "  ".join((updates, *_counts(effect, state), *_speed(effect), *next_firing, *end))
@@ -136,7 +146,7 @@ def _run_details(effect: ShowProgress, state: TrainState, *, short: bool) -> str
 
 
 def _counts(effect: ShowProgress, state: TrainState) -> list[str]:
-    return [f"{name} {getattr(state.iteration, name)}/{getattr(effect.end, name)}" for name in ("epoch", "sample")]
+    return [format_count("epoch", state.iteration, effect.end), format_count("sample", state.iteration, effect.end)]
 
 
 def _speed(effect: ShowProgress) -> list[str]:
