@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from noether.core.callback import label_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.tensors.batch import batch_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,7 +86,9 @@ def _find_failure(call: Callable[[Any], object], data: Any) -> str | None:
 
 def _error_of(call: Callable[[Any], object], data: Any, samples: int) -> str | None:
     try:
-        call(next(iter(data.batched(samples))))
+        batch = next(iter(data.batched(samples)))
+        if batch_size(batch) == samples:  # otherwise `collate` left some out, and the call would not show anything
+            call(batch)
     except Exception as error:  # noqa: BLE001  # a model, a loss or a metric may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None

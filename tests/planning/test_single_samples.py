@@ -157,6 +157,14 @@ def test_an_empty_evaluation_set_is_refused(folder):
             build(load("single.yaml"))
 
 
+def test_a_collate_that_leaves_out_the_sample_is_no_failure_of_the_model(folder):
+    filters = "\n    def collate(self, samples): return torch.stack([s[0] for s in samples]) if samples[1:] else None\n"
+    module = Path("single.py").read_text().replace("class Stream", f"class Filtered(Points):{filters}\nclass Stream")
+    Path("single.py").write_text(module)
+    Path("single.yaml").write_text(CONFIG.format(**DEFAULTS).replace("single.Points", "single.Filtered"))
+    assert list(find_single_sample_warnings(build(load("single.yaml")))) == []
+
+
 def test_one_sample_in_all_is_not_compared(folder):
     Path("single.yaml").write_text(CONFIG.format(**{**DEFAULTS, "n": 1, "size": 1}))
     assert list(find_single_sample_warnings(build(load("single.yaml")))) == []
