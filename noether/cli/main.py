@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from noether.core.errors import NoetherError
+from noether.core.text import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,7 +249,7 @@ def _config_warnings_as_lines() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
             if issubclass(category, ConfigWarning):
-                click.echo(f"Warning: {message}", err=True)
+                click.echo(escape_controls(f"Warning: {message}", keep="\n"), err=True)
             else:
                 show_other(message, category, *place)
 
@@ -260,5 +261,5 @@ class _CommandError(NoetherError, click.ClickException):
     """A message on the standard error, and an exit code."""
 
     def __init__(self, error: Exception, exit_code: int) -> None:
-        super().__init__(str(error))
+        super().__init__(escape_controls(str(error), keep="\n\t"))
         self.exit_code = exit_code  # type: ignore[misc]  # click declares it on the class and reads it on the instance

@@ -396,3 +396,11 @@ def test_no_traceback_in_a_real_process(tmp_path):
     assert done.stderr == f"Error: {CASES['several at once, in the order of their lines'][1]}\n"
     assert done.stdout == ""
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", [["train"], ["train", "--resume"], ["validate"], ["plan"], ["eval"], ["replay"]])
+def test_control_characters_in_an_error_are_written_as_escapes(tmp_path, command):
+    """On a terminal they would move the cursor, or hide the message."""
+    output = invoke(*command, "a\x1b[2J\r.yaml", cwd=tmp_path, code=2)
+    assert not {"\x1b", "\r"} & set(output)
+    assert r"a\x1b[2J\r.yaml" in output

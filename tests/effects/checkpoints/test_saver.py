@@ -127,6 +127,20 @@ def test_failure_is_logged_if_another_error_is_raised(tmp_path, caplog):
     assert "No space left on device" in caplog.text
 
 
+def test_saves_of_one_event_that_fail_for_one_reason_raise_once(tmp_path, caplog):
+    faults = Faults()
+    directory = open_small_run(tmp_path / "run", Disk(faults), asynchronous=True, borrowed=False)
+    faults.arm(0, "ENOSPC from then on")
+    directory.interpreter([SaveCheckpoint(), SaveCheckpoint(tag="other")], state_after(1), UPDATE)
+    wait_quietly(directory)
+    faults.armed = False
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        directory.wait()
+    directory.wait()
+    directory.close()
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_run_continues_if_failures_only_warn(tmp_path, caplog, asynchronous):
     faults = Faults()
