@@ -146,8 +146,8 @@ def test_a_module_with_tied_weights_is_restored(tmp_path):
     model = make_model()
     with torch.no_grad():
         model[0].weight.mul_(2)
-    directory = open_run(tmp_path)
-    directory.interpreter([SaveCheckpoint()], TrainState.from_module(model).advance(samples=1), UPDATE)
+    with open_run(tmp_path) as directory:
+        directory.interpreter([SaveCheckpoint()], TrainState.from_module(model).advance(samples=1), UPDATE)
     fresh = make_model()
     open_run(tmp_path).resume().into_module(fresh)
     assert torch.equal(fresh[1].weight, model[0].weight)
