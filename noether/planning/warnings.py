@@ -37,6 +37,7 @@ def find_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) 
             yield _warning(config, path, f"{each.name} requests a checkpoint that cannot be saved: {why}")
         if not _interval_is_reached(each, run):
             yield _interval_warning(config, each, run)
+    yield from _schedule_warnings(config, run)
     if not any(each.probe_error or each.save_error for each in planned):
         yield from _unsaved_weights_warnings(config, planned, run)
 
@@ -44,6 +45,14 @@ def find_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) 
 def _warning(config: Config, path: SettingPath, message: str) -> LocatedProblem:
     (located,) = config.error(path, message).problems
     return located
+
+
+def _schedule_warnings(config: Config, run: Run) -> Iterator[LocatedProblem]:
+    for section in ("schedule", "weight_decay_schedule"):
+        length = getattr(getattr(config.optimizer, section), "length", None)
+        if length is not None and length > run.final.update:
+            message = f"the run ends after {run.final.update} updates, before the schedule reaches its end"
+            yield _warning(config, ("optimizer", section, "length"), message)
 
 
 def _interval_is_reached(planned: PlannedCallback, run: Run) -> bool:

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from noether import (
     SetSummary,
     TrainState,
 )
-from noether.effects import LockedError, RunClosedError, open_run
+from noether.effects import CheckpointError, LockedError, RunClosedError, open_run
 from noether.effects.disk.calls import Disk
 from noether.testing import same
 
@@ -55,6 +56,35 @@ def test_every_effect_reaches_its_destination(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed] == ["hello", "loss"]
     assert " memory " in printed[1]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_logs_are_not_truncated_for_checkpoints_that_are_gone(tmp_path, asynchronous):
+    log, save = LogScalars({"loss": 0.5}), SaveCheckpoint(pointers=("latest",))
+    path, state = tmp_path / "run", TrainState().advance(samples=4)
+    for effects in ((log,), (log, save)):
+        with open_run(path, asynchronous=asynchronous) as directory:
+            assert directory.resume() is None
+            directory.interpreter(effects, state, AfterUpdate(samples=4))
+        assert (path / ".never-saved").exists() == (save not in effects)
+    shutil.rmtree(path / "checkpoints")
+    lines = (path / "metrics.jsonl").read_bytes()
+    with (
+        open_run(path) as directory,
+        pytest.raises(CheckpointError, match=r"metrics.jsonl has 1 lines up to E0_U1_S4: mount the disk"),
+    ):
+        directory.resume()
+    assert (path / "metrics.jsonl").read_bytes() == lines != b""
+
+
+def test_a_kill_before_the_marker_is_removed_does_no_harm(tmp_path):
+    path = tmp_path / "run"
+    with open_run(path) as directory:
+        directory.interpreter([SaveCheckpoint()], TrainState().advance(samples=4), AfterUpdate(samples=4))
+    (path / ".never-saved").touch()
+    with open_run(path) as directory:
+        assert directory.resume() is not None
+    assert not (path / ".never-saved").exists()
 
 
 def test_a_resumed_run_that_saves_before_it_logs_counts_the_existing_lines(tmp_path):

@@ -475,6 +475,17 @@ def test_the_plan_ends_at_a_fixed_stop(folder, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("section", ["schedule", "weight_decay_schedule"])
+def test_a_schedule_that_the_run_does_not_complete_is_reported(folder, section):
+    write_and_plan([SAVER])
+    end = make_plan(load("only.yaml")).run.final.update
+    for length, count in ((end, 0), (end + 1, 1)):
+        schedule = f"optimizer.{section}={{kind: cosine, length: {length}}}"
+        warnings = [str(each) for each in make_plan(load("only.yaml", [schedule])).warnings]
+        ending = f"the run ends after {end} updates, before the schedule reaches its end"
+        assert [each.endswith(f"optimizer.{section}.length: {ending}") for each in warnings] == [True] * count
+
+
 def test_the_plan_ends_at_a_fixed_stop_inside_a_composed_callback(folder, monkeypatch):
     plan = write_and_plan(["kind: mine.both", SAVER])
     directory, disk = train("only.yaml", [], monkeypatch)

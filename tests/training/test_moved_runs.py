@@ -160,6 +160,7 @@ def test_a_wrong_run_directory_is_described():
     older = shutil.copytree(run, run.with_name("20200101-000000"))
     assert older.exists()
     Path("empty").mkdir()
+    Path("config.yaml").write_text("")  # of the user's, not of a run
     newest = f"the newest of the 2 runs in it is {run}"
     for path, message in {
         "nothing": "is not the directory of a run: it has no config.yaml; give one like runs/NAME/RUN_ID",

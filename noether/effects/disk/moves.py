@@ -69,8 +69,7 @@ def move_directory(
 ) -> None:
     """Move a directory; on return it is on the disk at `target` and nowhere else.
 
-    Symbolic links in it lead to the same files as before. The caller holds the lock of the source; this function locks
-    the target before it removes the source.
+    Symbolic links in it lead to the same files as before. Both directories are locked while both exist.
 
     Args:
         source: The directory.
@@ -82,21 +81,30 @@ def move_directory(
 
     Raises:
         OSError: If the directory could not be moved. Before its copy is in place, the source is whole and unchanged.
-        LockedError: If another process opened the target; `finish_move` completes the move.
+        LockedError: If another process opened one of them; `finish_move` completes the move.
     """
     target = target.parent.resolve() / target.name
     journal = _Journal(str(source.resolve()), str(target), secrets.token_hex(4))
     make_directories(target.parent, disk)
+    locks = [RunLock(source, disk)]
+    try:
+        _copy_into_place(journal, unchanging, texts or {}, disk)
+        locks.append(RunLock(target, disk))
+        _remove_source(journal, disk)
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+def _copy_into_place(journal: _Journal, unchanging: Collection[str], texts: Mapping[str, str], disk: Disk) -> None:
+    source, target = Path(journal.source), Path(journal.target)
     with _undo_on_error(journal, disk):
         replace_text(source / JOURNAL, json.dumps(vars(journal)), disk)
-        _copy_tree(Path(journal.source), journal, unchanging, texts or {}, disk)
+        _copy_tree(source, journal, unchanging, texts, disk)
         if disk.kind(target) is not None:
             raise FileExistsError(errno.EEXIST, "exists already", str(target))
         disk.rename(journal.copy, target)
         disk.fsync_directory(target.parent)
-    lock = RunLock(target, disk)
-    _remove_source(journal, disk)
-    lock.release()
 
 
 def finish_move(directory: Path, disk: Disk = DISK) -> Path:
@@ -121,7 +129,8 @@ def finish_move(directory: Path, disk: Disk = DISK) -> Path:
         if _read_journal(Path(journal.target), disk) != journal:
             _remove_copy(journal, disk)
             return directory
-        locks += [RunLock(path, disk) for path in (Path(journal.source), Path(journal.target)) if path.is_dir()]
+        places = (Path(journal.source), Path(journal.target))
+        locks += [RunLock(path, disk) for path in places if path.is_dir() and path != directory.resolve()]
         _remove_source(journal, disk)
         return directory if str(directory.resolve()) == journal.target else Path(journal.target)
     finally:

@@ -47,7 +47,7 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = (), allow: Sequenc
 def _describe_no_run(path: Path) -> str:
     """Return why `path` is not the directory of a run, and what to give instead."""
     for parent in path.parents:
-        if (parent / CONFIG_FILE).is_file():
+        if (parent / CONFIG_FILE).is_file() and (parent / "checkpoints").is_dir():
             return f"lies in the directory of a run; give {parent}"
     runs = [found.parent for pattern in ("*/", "*/*/") for found in path.glob(pattern + CONFIG_FILE)]
     fix = "give one like runs/NAME/RUN_ID"

@@ -81,10 +81,11 @@ def resume_run(
         state, notes = _adapt(saved, old, experiment, run_dir, drop_memory, continue_stopped=continue_stopped)
         if target == run_dir:
             return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
-        move_run(run_dir, target, old, config)
+    move_run(run_dir, target, old, config)
     notify(f"{run_dir} moved to {target}")
     with open_directory(target, config) as directory:
-        directory.load()
+        saved = directory.load()  # again: the directory was unlocked for a moment
+        state, notes = _adapt(saved, old, experiment, target, drop_memory, continue_stopped=continue_stopped)
         return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
 
 

@@ -53,11 +53,7 @@ def move(root, disk, unchanging=("checkpoints",)):
     source, target = root / "here/run", root / "there/run"
     run = finish_move(source if source.exists() else target, disk)
     if run == source:
-        lock = RunLock(source)
-        try:
-            move_directory(source, target, {"config.yaml": "output: there\n"}, unchanging=unchanging, disk=disk)
-        finally:
-            lock.release()
+        move_directory(source, target, {"config.yaml": "output: there\n"}, unchanging=unchanging, disk=disk)
 
 
 def check_repeated(root):
