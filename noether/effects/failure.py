@@ -60,8 +60,8 @@ def record_failure(
     """
     state, event = at
     if settled is None:
-        error.add_note(f"no state at {state.iteration} could be saved: the update was not completed")
-    else:
+        error.add_note(f"no state at {state.iteration} could be saved from which a run continues exactly")
+    elif settled.iteration.update > 0:
         try:
             save_interrupted(directory, settled, event.run, event.time_s)
         except Exception as failure:  # noqa: BLE001  # the first error is the one to report

@@ -151,6 +151,7 @@ class AcceleratedSession:
             clock=clock,
             run=run.replace(rank=accelerator.process_index, world_size=accelerator.num_processes),
         )
+        self.session.resumes_within_epochs = True
         self._batch: Any = None
         self._grad_norm: Tensor | None = None
 
@@ -167,10 +168,11 @@ class AcceleratedSession:
             known = {}  # an epoch ends inside of an update, and the next one has another number of updates
         self.session.count_batches(known.get("updates_per_epoch"), steps)
         self.session.begin(**known)
-        while not self.session.is_over:
-            yield from self._epoch(loader)
-            self.session.end_epoch(cut_short=self.session.is_over)
-        self.session.end()
+        with self.session.save_where_it_ends():
+            while not self.session.is_over:
+                yield from self._epoch(loader)
+                self.session.end_epoch(cut_short=self.session.is_over)
+            self.session.end()
 
     def backward(self, losses: Tensor | Mapping[str, Tensor], outputs: Any = None, **keywords: Any) -> None:
         """Compute gradients of the sum of the losses as `accelerator.backward` does, and report the micro-batch.

@@ -182,9 +182,14 @@ class NoetherCallback(LightningCallback):
         self._running.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the optimizer."""
-        if self.session is not None:
-            self.session.close()
+        """Save what the exception would lose, if an epoch has just ended, and release the optimizer."""
+        if self.session is None:
+            return
+        if isinstance(exception, Exception):
+            self.session.record_failure(exception)
+        else:
+            self.session.leave()
+        self.session.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the callbacks; empty before training."""

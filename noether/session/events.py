@@ -6,15 +6,13 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.callback import listens_to
-from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch, updates_in_epoch
 from noether.core.run import Run
-from noether.core.state import TrainState
 from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.session.errors import SessionError
+from noether.session.held_state import SessionState
 from noether.session.lengths import (
     Contradiction,
     check_epoch_lengths,
@@ -25,97 +23,22 @@ from noether.session.lengths import (
 from noether.session.losses import EMPTY_UPDATE
 from noether.session.randomness import derive, seed_all
 from noether.session.settings import fill_run
-from noether.session.timing import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from noether.core.callback import Effects
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
-    from noether.core.reducer import Reducer
-    from noether.effects import RunDirectory
-    from noether.session.live_state import LiveState
-    from noether.session.losses import MicroBatch
-    from noether.session.scheduler import SchedulerMemory
-    from noether.session.timing import Clock
+    from noether.core.state import TrainState
 
 _LOGGER: Final = logging.getLogger(__name__)
 
 
-class SessionEvents:
-    """Holds the state of a run beside live objects, and dispatches its events; `Session` reports the updates.
-
-    Args:
-        run: What is fixed for the run.
-        reducer: The callbacks, composed.
-        live: The model and the optimizer.
-        scheduler: The scheduler's memory, if the run has one.
-        interpreter: Runs effects.
-        directory: The run on disk, if there is one.
-        seed: The run's seed.
-        clock: Reads the time.
-    """
-
-    def __init__(
-        self,
-        *,
-        run: Run,
-        reducer: Reducer,
-        live: LiveState,
-        scheduler: SchedulerMemory | None,
-        interpreter: Callable[[Effects, TrainState, Event], None],
-        directory: RunDirectory | None,
-        seed: int,
-        clock: Clock,
-    ) -> None:
-        self.run = self._given = run
-        self.readings = frozenset(reducer.readings)
-        """Costly fields of `AfterUpdate` that a callback needs, such as `grad_norm`."""
-        self.stopwatch = Stopwatch(clock.elapsed_s)
-        self._reducer, self._live, self._optimizer, self._scheduler = reducer, live, live.optimizer, scheduler
-        self._interpreter, self._directory, self._clock = interpreter, directory, clock
-        self._state = TrainState(seed=seed)
-        self._remembers = False
-        self._seeds_loop = False
-        self._pending: list[MicroBatch] = []
-        self._settled = self._state  # as it was before the current update began
-        self._steps_before = 0  # of the optimizer, at the last update
-        self._warned_of_empty_update = False
-        self._epoch_batches = 0  # drawn in this epoch; the state has those that an update counted
-        self._carries_gradients = False  # whether an epoch ended inside of an update
-        self._trusts_lengths = True  # whether an epoch with as many updates as announced has certainly no more
-
-    @property
-    def state(self) -> TrainState:
-        """The state; it views the live model and optimizer."""
-        return self._state
-
-    @property
-    def stop(self) -> str | None:
-        """Why a callback stopped the run, or None."""
-        return self._state.stop
-
-    @property
-    def is_over(self) -> bool:
-        """Whether a callback stopped the run, or its end is reached."""
-        end = getattr(self.run, "end", None)
-        return self._state.stop is not None or (end is not None and self._state.iteration.reached(end))
+class SessionEvents(SessionState):
+    """Dispatches the events of a session; `Session` reports the updates."""
 
     @property
     def listens_to_micro_batches(self) -> bool:
         """Whether a callback listens to `AfterAccumulationStep`."""
         return listens_to(self._reducer, AfterAccumulationStep)
-
-    @property
-    def pending(self) -> int:
-        """The number of micro-batches since the last update."""
-        return len(self._pending)
-
-    @property
-    def steps(self) -> int:
-        """The number of steps that the optimizer made since the last update."""
-        return 0 if self._optimizer is None else self._optimizer.steps - self._steps_before
 
     def load(self, saved: TrainState | None = None) -> bool:
         """Take up the state to resume, without an event; `begin` does it if it was not called before.
@@ -180,13 +103,15 @@ class SessionEvents:
         )
         if self._pending:  # an exception ended the loop inside of an update
             self._state, self._pending = self._settled, []
+        self._model_is, self._current, self._recorded, self._has_begun = "settled", None, None, False
         loaded, resumed = self.load(), self._remembers
         if self._directory is not None:
             self._directory.truncate_logs(self._state if resumed else None)
         was_full = self._position is not None and self._position == self._state.lengths.get("updates_per_epoch")
         self._check_lengths(check_saved_lengths(self._state, self.run) if resumed else None)
-        memories = move_to_model(self._live.model, self._state.callback_states)
-        self._state = self._state.replace(callback_states=memories)
+        names = ("callback_states", "pending")
+        moved = {name: move_to_model(self._live.model, getattr(self._state, name)) for name in names}
+        self._state = self._state.replace(**moved)
         self._remembers = True
         if self._optimizer is not None:
             self._optimizer.watch(self.readings)
@@ -194,14 +119,20 @@ class SessionEvents:
         self._state = self._state.replace(lengths=FrozenDict(known_lengths(self.run)))
         self._live.apply_lr_scale(self._state)
         self._dispatch(self._state, BeforeTraining, resumed=resumed)
+        if self._state.pending is not None:
+            self._dispatch(self._state.replace(pending=None), AfterUpdate, **self._state.pending)
         self._epoch_batches = self._state.epoch_batches
         if epoch_is_full or (self._trusts_lengths and (was_full or self._is_full())):
             self._dispatch_epoch_end()
+        self._has_begun = True
         self.stopwatch.read()
         return loaded
 
     def batch_arrived(self) -> None:
         """Start the time of the step; the time since the last mark was spent waiting for data."""
+        if self._model_is == "settled":
+            self._live.copy_buffers()
+            self._model_is = "in an update"
         self.stopwatch.data_arrived()
 
     def end_epoch(self, *, cut_short: bool = False) -> None:
@@ -260,50 +191,6 @@ class SessionEvents:
         if self._directory is not None:
             self._directory.wait()
         self.close()
-
-    def leave(self, *, is_settled: bool) -> None:
-        """Save a checkpoint of a run that the loop leaves before its end, if the state is one to resume from.
-
-        Args:
-            is_settled: Whether the loop left right after an update, so that the model is as the state says.
-        """
-        at = self._state.iteration
-        if self._state.ended:
-            return
-        if not is_settled:
-            _LOGGER.warning("left inside of update %d: a resumed run continues from its last checkpoint", at.update + 1)
-        elif self._directory is None or not self._directory.is_open:
-            _LOGGER.warning("left at %s, before the end of the run, without an open directory to save it in", at)
-        else:
-            save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
-            event = AfterUpdate(run=self.run, time_s=self._clock.wall_s())
-            self._directory.interpreter((save,), self._live.view(self._state), event)
-            self._directory.wait()
-            _LOGGER.info("left at %s, before the end of the run; a new session in %s resumes", at, self._directory.path)
-
-    def close(self) -> None:
-        """Stop watching the optimizer."""
-        if self._optimizer is not None:
-            self._optimizer.release()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the run remembers beside model and optimizer, for a checkpoint of the framework.
-
-        Inside of an update that is the state before it: its gradients are in no checkpoint.
-
-        Returns:
-            Plain values and tensors, which torch reads back with `weights_only=True`.
-        """
-        return encode_state(self._settled if self._pending else self._state)
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Recall what `state_dict` returned, before `begin`; the framework restores model, optimizer and scheduler.
-
-        Raises:
-            ValueError: If `state_dict` did not return `saved`.
-        """
-        self._state = decode_state(saved)
-        self._remembers = True
 
     def check_scheduler_position(self) -> None:
         """Refuse a scheduler that was stepped after `update`, where no checkpoint sees it.
@@ -365,5 +252,13 @@ class SessionEvents:
     def _dispatch(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
         event = event_type.of(run=self.run, time_s=self._clock.wall_s(), **readings)
         before = self._live.view(state)
-        self._state = dispatch(before, event, self._reducer, self._interpreter)
-        self._live.write_changes(before, self._state)
+        self._current = before, event
+        try:
+            after = dispatch(before, event, self._reducer, self._interpreter)
+            model_is, self._model_is = self._model_is, "partly written"
+            self._live.write_changes(before, after)
+        except Exception as error:
+            self.record_failure(error)
+            raise
+        self._state, self._current = after, None
+        self._model_is = model_is if event_type is AfterAccumulationStep else "settled"

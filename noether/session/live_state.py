@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
+import torch
+
 from noether.core.tensors.module import buffers_of, params_of, write_weights
 from noether.core.tensors.tree import FrozenDict
 
@@ -42,6 +44,7 @@ class LiveState:
         self.model, self.optimizer = model, optimizer
         self._parameters: list[Tensor] = []
         self._owners: list[tuple[nn.Module, str, Tensor]] = []
+        self._buffer_copies: list[Tensor] | None = None
         self._make_views()
 
     def view(self, state: TrainState) -> TrainState:
@@ -50,6 +53,23 @@ class LiveState:
             self._make_views()
         opt_state = _NO_MEMORY if self.optimizer is None else self.optimizer.opt_state
         return state.replace(params=self._params, buffers=self._buffers, opt_state=opt_state)
+
+    def copy_buffers(self) -> None:
+        """Copy the buffers, because the forward of an update may write to them, as that of a batch norm does."""
+        if not self._buffers:
+            return
+        if self._is_stale():
+            self._make_views()
+        if self._buffer_copies is None:
+            self._buffer_copies = [torch.empty_like(buffer) for buffer in self._buffers.values()]
+        # Each is copied: batch norm does not count its writes, so what changed is not known.
+        for copy, buffer in zip(self._buffer_copies, self._buffers.values(), strict=True):
+            copy.copy_(buffer)
+
+    def view_before_update(self, state: TrainState) -> TrainState:
+        """Return `state` as `view` does, but with the buffers of the last `copy_buffers`: no step was made since."""
+        copies = FrozenDict(zip(self._buffers, self._buffer_copies or (), strict=True))
+        return self.view(state).replace(buffers=copies)
 
     def load(self, saved: TrainState) -> None:
         """Write all of a saved state into model and optimizer.
@@ -77,6 +97,7 @@ class LiveState:
 
     def _make_views(self) -> None:
         self._params, self._buffers = params_of(self.model), buffers_of(self.model)
+        self._buffer_copies = None
         self._parameters = list(self.model.parameters())
         self._owners = [
             (module, name, buffer)

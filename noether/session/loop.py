@@ -60,7 +60,6 @@ class BatchLoop:
         self._batch: Any = _NO_BATCH
         self._is_last: bool | None = None  # None if unknown
         self._is_reported = True
-        self._updates_before = session.state.iteration.update  # when the current batch was yielded
         self._hidden: dict[str, Any] | None = None  # at the first batch of the epoch before
         self._watches_hidden = True  # until the user was warned
 
@@ -164,18 +163,14 @@ class BatchLoop:
     def run(self) -> Iterator[Any]:
         """Yield the batches that are left of the run, and dispatch the ends of epochs and of training."""
         session = self._session
-        try:
-            while not session.is_over:
-                yield from self._epoch(session.state)
-                session.end_epoch(cut_short=not self._is_last and session.is_over)
-        except GeneratorExit:
-            # After an error in `update` the model is ahead of the state.
-            session.leave(is_settled=session.state.iteration.update > self._updates_before and not session.pending)
-            raise
-        finally:
-            self._batch = _NO_BATCH
-            session.close()
-        session.end()
+        with session.save_where_it_ends():
+            try:
+                while not session.is_over:
+                    yield from self._epoch(session.state)
+                    session.end_epoch(cut_short=not self._is_last and session.is_over)
+            finally:
+                self._batch = _NO_BATCH
+            session.end()
 
     def _epoch(self, state: TrainState) -> Iterator[Any]:
         """Yield the batches that are left of an epoch, while the run is not over."""
@@ -196,7 +191,6 @@ class BatchLoop:
                     session.stopwatch.read()
                 continue
             self._batch, self._is_reported = batch, False
-            self._updates_before = session.state.iteration.update
             seed_all(derive(self._seed, "step", epoch, self._drawn))
             session.batch_arrived()
             yield batch

@@ -57,8 +57,9 @@ class Session(SessionEvents):
     A run that is cut at any update and resumed equals the uncut run bit for bit, if the loader yields the same epochs
     again under the same seeds. Generators that the loader, its samplers, datasets and transforms hold are seeded before
     each epoch. A `ResumeWarning` names at the start what cannot be seeded, and at the first batch of the second epoch
-    other state of theirs that the first one changed. A loop that is left by `break` after `update` saves a checkpoint.
-    State that the session does not know, such as the scale of a `GradScaler`, is the
+    other state of theirs that the first one changed. A loop that is left by `break`, Ctrl-C or an exception saves the
+    last settled state: that before the current update, until the optimizer steps, or that after it, whose event the
+    resumed run dispatches again. State that the session does not know, such as the scale of a `GradScaler`, is the
     loop's to save. A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`,
     `end_epoch` and `end` itself.
 
@@ -199,7 +200,8 @@ class Session(SessionEvents):
         settings.check_scheduler_is_given(self._optimizer, self._scheduler, self._directory)
         seed = self._state.seed
         loop = BatchLoop(self, loader, self._accumulation, seed)
-        self._reducer, self._seeds_loop = compose(loop, self._reducer), True
+        self._reducer = compose(loop, self._reducer)
+        self._seeds_loop = self.resumes_within_epochs = True
         self.load()
         if self._remembers:
             self._state = loop.resume(self._state)
@@ -309,12 +311,12 @@ class Session(SessionEvents):
         }
         if grad_norm is not None or skipped:
             known["grad_norm"] = grad_norm
-        self._steps_before += self.steps
         samples = sum([each.samples for each in pending])
         if not pending:
             self._warn_of_empty_update()
         state = self._state.advance(samples=samples, epoch_batches=self._epoch_batches)
         self._dispatch(state, AfterUpdate, samples=samples, **known)
+        self._steps_before += self.steps
 
     @property
     def _running_loop(self) -> BatchLoop:

@@ -54,7 +54,7 @@ def test_an_update_that_was_not_completed_has_no_state_to_save(tmp_path):
         error = ValueError("out of memory")
         record_failure(error, directory, None, (TrainState(), AfterEpoch()), directory.interpreter)
         assert directory.load() is None
-    assert error.__notes__[0] == "no state at E0_U0_S0 could be saved: the update was not completed"
+    assert error.__notes__[0] == "no state at E0_U0_S0 could be saved from which a run continues exactly"
 
 
 def test_an_earlier_error_of_a_background_save_does_not_prevent_the_save(tmp_path):

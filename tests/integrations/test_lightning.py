@@ -308,7 +308,7 @@ def test_a_refusal_drops_no_line_of_the_log(tmp_path):
         fit(module, loader(points(32)), noether, root=tmp_path, max_epochs=2)
         early = noether.state_dict()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    early["state"]["iteration"] = "E1_U4_S32"
+    early["state"]["iteration"] = early["state"]["epoch_start"] = "E1_U4_S32"
     with open_silent(tmp_path / "run") as directory:
         module = Module()
         noether = make_callback(module, directory.interpreter, directory=directory)

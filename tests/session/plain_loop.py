@@ -82,6 +82,8 @@ class Loop:
     head: object = None
     settings: dict = field(default_factory=lambda: {"max_epochs": 3})
     before_step: object = lambda model, update: None
+    reach: object = lambda place, update: None  # called at places of the loop; it may raise
+    handlers: tuple = ()
 
     def train(self, *, cut=None, leave="raise"):
         """Train until the end, or until `cut` updates are counted; return the session."""
@@ -101,6 +103,7 @@ class Loop:
             session = Session(
                 self.callbacks,
                 directory=directory,
+                interpreter=directory.interpreter.with_handlers(*self.handlers) if self.handlers else None,
                 model=model,
                 optimizer=optimizer,
                 scheduler=scheduler,
@@ -111,20 +114,23 @@ class Loop:
                 clock=STILL,
                 **self.settings,
             )
+            self.batches = session.batches(loader)
             try:
-                self.batches = session.batches(loader)
                 for batch in self.batches:
                     if leave == "raise" and cut is not None and session.state.iteration.update >= cut:
                         raise CutError  # noqa: TRY301  # as the process would go
                     with torch.autocast("cpu", torch.bfloat16, enabled=self.precision is not None):
                         losses = loss(model(batch[0]), batch)
+                    self.reach("forward", session.state.iteration.update + 1)
                     (sum(losses.values()) / session.accumulation_steps).backward()
+                    self.reach("backward", session.state.iteration.update + 1)
                     session.micro_batch(losses)
                     if not session.completes_update:
                         continue
                     self.before_step(model, session.state.iteration.update + 1)
                     optimizer.step()
                     optimizer.zero_grad()
+                    self.reach("stepped", session.state.iteration.update + 1)
                     if scheduler is not None:
                         scheduler.step(*([losses["ce"].detach()] if self.scheduler == "plateau" else []))
                     session.update()
@@ -134,6 +140,9 @@ class Loop:
                         break
             except CutError:
                 pass
+            except BaseException:
+                self.batches.close()  # as Python does where nothing else holds the iterator
+                raise
         self.session, self.model, self.optimizer, self.torch_scheduler = session, model, optimizer, scheduler
         return session
 

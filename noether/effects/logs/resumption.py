@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration
@@ -26,12 +26,8 @@ def lines_before_resume(lines: list[bytes], state: TrainState | None, saved: int
             without a line end was only cut off.
     """
     positions = [_parse_position(line) for line in lines]
-    resumed_at, ended = (None, False) if state is None else (state.iteration, state.ended)
-    remaining = [
-        index
-        for index, position in enumerate(positions)
-        if position is not None and is_kept_on_resume(*position, resumed_at, ended=ended)
-    ]
+    point = ResumePoint.of(state)
+    remaining = [index for index, each in enumerate(positions) if each is not None and point.keeps(*each)]
     # Later lines may be partial, or damaged by a power loss.
     whole = len(lines) - 1 if lines and not lines[-1].endswith(b"\n") else len(lines)
     intact = max(min(saved, whole), remaining[-1] if remaining else 0)
@@ -52,20 +48,35 @@ def _parse_position(line: bytes) -> tuple[str, TrainingIteration] | None:
     return (event, counts) if line.endswith(b"\n") and isinstance(event, str) else None
 
 
-def is_kept_on_resume(
-    event: str, logged_at: TrainingIteration, resumed_at: TrainingIteration | None, *, ended: bool
-) -> bool:
-    """Return whether a resumed run keeps a log line, because it does not dispatch that event again.
+class ResumePoint(NamedTuple):
+    """Where a run resumes, as far as logs need it; a state would keep its tensors alive.
 
     Args:
-        event: Name of the event, such as `after_update`.
-        logged_at: Counters at the event.
-        resumed_at: Counters where the run resumes; None for a new run.
-        ended: Whether training had ended there.
+        iteration: Counters of the state; None for a new run.
+        repeated: Names of the events at these counters that the resumed run dispatches, such as `after_training`.
     """
-    if resumed_at is None or not resumed_at.reached(logged_at):
-        return False
-    # These events follow an update or epoch whose counters they share.
-    if event == "after_accumulation_step" and logged_at == resumed_at:
-        return False
-    return ended or event != "after_training" or logged_at != resumed_at
+
+    iteration: TrainingIteration | None
+    repeated: frozenset[str]
+
+    @classmethod
+    def of(cls, state: TrainState | None) -> Self:
+        """Return the point at which a run resumes from `state`; None for a new run."""
+        if state is None:
+            return cls(None, frozenset())
+        # Accumulation steps and the end of training share the counters of an update.
+        repeated = {"after_accumulation_step"}
+        repeated |= set() if state.ended else {"after_training"}
+        repeated |= set() if state.pending is None else {"after_update"}
+        return cls(state.iteration, frozenset(repeated))
+
+    def keeps(self, event: str, logged_at: TrainingIteration) -> bool:
+        """Return whether a log line stays, because the resumed run does not dispatch its event again.
+
+        Args:
+            event: Name of the event, such as `after_update`.
+            logged_at: Counters at the event.
+        """
+        if self.iteration is None or not self.iteration.reached(logged_at):
+            return False
+        return logged_at != self.iteration or event not in self.repeated

@@ -7,13 +7,13 @@ import io
 import os
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import read_file
 from noether.effects.logs.jsonl import event_name
-from noether.effects.logs.resumption import is_kept_on_resume
+from noether.effects.logs.resumption import ResumePoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,18 +29,6 @@ _SUFFIX: Final = ".noether"
 _LENGTH: Final = struct.Struct("<Q")
 _CHECKSUM_BYTES: Final = 4
 _FRAME_BYTES: Final = _LENGTH.size + 2 * _CHECKSUM_BYTES  # of a record: length, its checksum, content, its checksum
-
-
-class _ResumePoint(NamedTuple):
-    """Where a run resumes; not its state, which would keep tensors alive."""
-
-    iteration: TrainingIteration | None  # None for a new run
-    ended: bool
-
-    def comes_before(self, position: str) -> bool:
-        """Return whether the resumed run logs again at a position, such as `after_update E0_U1_S4`."""
-        event, _, counts = position.partition(" ")
-        return not is_kept_on_resume(event, TrainingIteration.parse(counts), self.iteration, ended=self.ended)
 
 
 @final
@@ -78,7 +66,7 @@ class TensorBoard:
         self._size = 0  # bytes of the whole records
         self._is_torn = False  # whether part of a record may follow them
         self._last_text: tuple[str, TrainingIteration, int] = ("", TrainingIteration(), 0)  # event, counters, number
-        self._resume_point: _ResumePoint | None = None  # where the next write truncates the files
+        self._resume_point: ResumePoint | None = None  # where the next write truncates the files
         self._discard_from: int | None = None  # update from which a running TensorBoard has to discard
 
     def resume(self, state: TrainState | None) -> None:
@@ -86,9 +74,7 @@ class TensorBoard:
 
         Not at once, because only a process that logs may truncate, and an error there is reported as a log error.
         """
-        self._resume_point = (
-            _ResumePoint(None, ended=False) if state is None else _ResumePoint(state.iteration, state.ended)
-        )
+        self._resume_point = ResumePoint.of(state)
 
     def log_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write scalars: a handler of `LogScalars`."""
@@ -133,7 +119,7 @@ class TensorBoard:
             records.write(each.SerializeToString())
         self._append(self._file, content.getvalue())
 
-    def _truncate(self, point: _ResumePoint) -> None:
+    def _truncate(self, point: ResumePoint) -> None:
         """Remove the records that the resumed run logs again from all files."""
         self.close()
         for path in self._files():
@@ -148,7 +134,7 @@ class TensorBoard:
         self._discard_from = 0 if point.iteration is None else point.iteration.update + 1
         self._resume_point = None
 
-    def _size_before(self, content: bytes, point: _ResumePoint) -> int:
+    def _size_before(self, content: bytes, point: ResumePoint) -> int:
         """Return how many bytes of a file stay: up to the last intact value logged before the run resumes."""
         size = 0
         for end, record in _read_records(content):
@@ -156,7 +142,8 @@ class TensorBoard:
                 event = self._event.FromString(record)
             except self._decode_error:  # a power loss may leave zeros instead of a record
                 break
-            if event.session_log.msg and point.comes_before(event.session_log.msg):
+            name, _, counts = event.session_log.msg.partition(" ")
+            if name and not point.keeps(name, TrainingIteration.parse(counts)):
                 break
             if event.HasField("summary"):
                 size = end

@@ -1,0 +1,180 @@
+"""Every way in which the loop of a session can end: what is saved then, and that the resumed run is exact."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_loop import SCHEDULERS, Loop, Points
+from torch.utils.data import DataLoader
+
+import noether
+from noether.testing import assert_same
+
+UPDATES = 12  # two epochs of six batches, or four of three updates of two
+RARE = noether.CheckpointCallback(every_n_updates=100, save_weights=True, save_optim=True)
+
+
+class Fault:
+    """Raises an exception, once, when the loop reaches a place in an update."""
+
+    def __init__(self, place, update, error):
+        self.place, self.update, self.error = place, update, error
+
+    def __call__(self, place, update):
+        if (place, update) == (self.place, self.update):
+            self.update = None
+            raise self.error(f"at {place} of update {update}")
+
+
+@dataclass(frozen=True)
+class Ring(noether.Effect):
+    update: int
+
+
+class Process:
+    """What the data sets of one process reach; not an attribute of theirs, which a session would find to change."""
+
+    fault = None
+    reads = 0
+    evaluated = 0
+    accumulation = 1
+
+
+class Reads(Points):
+    """Points that reach a place of the fault; the update is counted by the batches."""
+
+    def __getitem__(self, index):
+        epoch, read = divmod(Process.reads, len(self))
+        Process.reads += 1
+        Process.fault("data", (epoch * 6 + read // 4) // Process.accumulation + 1)
+        return super().__getitem__(index)
+
+
+class Evaluated(Points):
+    """Points that reach a place of the fault: one evaluation for each update."""
+
+    def __getitem__(self, index):
+        Process.evaluated += 1
+        Process.fault("evaluation", (Process.evaluated - 1) // len(self) + 1)
+        return super().__getitem__(index)
+
+
+def callbacks(fault):
+    """Return callbacks that remember, log and evaluate, and between them some that reach a place of the fault."""
+
+    def reach(place, event_type):
+        return noether.on(event_type)(lambda state, event: (fault(place, at(state, event)), (state, ()))[1])
+
+    def at(state, event):
+        return state.iteration.update + isinstance(event, noether.AfterAccumulationStep)
+
+    @noether.on(noether.AfterUpdate)
+    def ring(state, event):
+        return state, (Ring(state.iteration.update),)
+
+    @noether.callback("count", init=lambda state: 0, produces=("count",))
+    @noether.on(noether.AfterUpdate)
+    def count(state, event):
+        state = state.remember("count", state.memory("count") + event.samples)
+        return noether.log(state, event, {"count": state.memory("count")})
+
+    return [
+        count,
+        reach("first callback", noether.AfterUpdate),
+        noether.OnlineLossCallback(every_n_updates=2),
+        noether.OnlineLossCallback(every_n_epochs=1),
+        noether.EMACallback(every_n_epochs=1, target_factors=(0.9,)),
+        reach("micro-batch", noether.AfterAccumulationStep),
+        reach("epoch", noether.AfterEpoch),
+        noether.EvaluateCallback(every_n_updates=1, dataset_key="val", measures=("loss", "accuracy")),
+        ring,
+        noether.FixedUpdateEarlyStopping(stop_at_update=UPDATES),
+        RARE,
+        reach("last callback", noether.AfterUpdate),
+        reach("end of training", noether.AfterTraining),
+    ]
+
+
+def make_loop(path, fault, scheduler, accumulation):
+    loop = Loop(path, callbacks(fault), scheduler, accumulation)
+    loop.settings = {"max_epochs": 2 * accumulation}
+    loop.val = DataLoader(Evaluated(10, 2), batch_size=4)
+    loop.reach = fault
+
+    def start():
+        Process.fault, Process.accumulation, Process.reads, Process.evaluated = fault, accumulation, 0, 0
+        return DataLoader(Reads(22, 1), batch_size=4, shuffle=True)
+
+    loop.loader = start
+    loop.handlers = (Ring, lambda effect, state, event: fault("handler", effect.update))
+    return loop
+
+
+def expected_checkpoint(place, update, accumulation):
+    """Return updates and epochs of the state that has to be saved, and whether its event is pending."""
+    per_epoch = 6 // accumulation
+    if place in {"first callback", "last callback", "handler", "evaluation"}:
+        return update, (update - 1) // per_epoch, True
+    if place in {"epoch", "end of training"}:
+        return update, update // per_epoch - (place == "epoch"), False
+    return update - 1, (update - 1) // per_epoch, False
+
+
+PLACES = ("data", "forward", "backward", "micro-batch", "first callback", "last callback", "handler", "evaluation",
+          "epoch", "end of training")  # fmt: skip
+
+
+def test_each_place_is_reached(tmp_path):
+    places = set()
+    make_loop(tmp_path / "run", lambda place, update: places.add(place), "one-cycle", 2).train()
+    assert places == {*PLACES, "stepped"}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    place=st.sampled_from(PLACES),
+    update=st.integers(2, UPDATES),
+    error=st.sampled_from([OSError, MemoryError, KeyboardInterrupt, SystemExit]),
+    scheduler=st.sampled_from(sorted(SCHEDULERS)),
+    accumulation=st.sampled_from([1, 2]),
+)
+def test_the_last_settled_state_is_saved_and_the_resumed_run_equals_the_uncut_one(
+    tmp_path_factory, place, update, error, scheduler, accumulation
+):
+    path = tmp_path_factory.mktemp("runs")
+    if place == "epoch":
+        update = 6 // accumulation
+    if place == "end of training":
+        update = UPDATES
+    fault = Fault(place, update, error)
+    whole, cut = (
+        make_loop(path / name, each, scheduler, accumulation)
+        for name, each in (("whole", lambda place, update: None), ("cut", fault))
+    )
+    whole.train()
+    with pytest.raises(error) as raised:
+        cut.train()
+    with noether.open_run(cut.path) as directory:
+        saved = directory.load()
+    updates, epochs, is_pending = expected_checkpoint(place, update, accumulation)
+    assert (saved.iteration.update, saved.iteration.epoch) == (updates, epochs)
+    assert (saved.pending is not None) == is_pending
+    if issubclass(error, Exception) and place not in {"forward", "backward"}:
+        assert any("is saved in" in note for note in raised.value.__notes__)
+        assert f"at {place} of update {update}" in (cut.path / "traceback.txt").read_text()
+    cut.train()
+    assert_same(cut.result(), whole.result())
+    assert cut.log == whole.log
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_update_that_the_optimizer_made_and_the_loop_did_not_report_is_lost(tmp_path, caplog, error):
+    cut, whole = (make_loop(tmp_path / name, Fault("stepped", 3, error), "one-cycle", 1) for name in ("cut", "whole"))
+    whole.reach.update = None
+    with pytest.raises(error):
+        cut.train()
+    assert "left before update 3 was reported, where no exact checkpoint can be made" in caplog.text
+    cut.train()
+    whole.train()
+    assert_same(cut.result(), whole.result())
