@@ -5,10 +5,10 @@ from __future__ import annotations
 from textwrap import indent
 from typing import TYPE_CHECKING
 
-import click
 from rich.console import Console
 from rich.table import Table
 
+from noether.cli.output import echo
 from noether.config import ConfigError
 from noether.config.descriptions import PREFIX, describe, known_kinds
 from noether.config.errors import InvalidValueError, LocatedProblem, Place
@@ -25,10 +25,10 @@ def list_kinds() -> None:
     """Print one line for each callback of noether."""
     kinds = known_kinds()
     width = max(map(len, kinds))
-    click.echo(f"kind: {PREFIX}.NAME, with NAME one of\n")
+    echo(f"kind: {PREFIX}.NAME, with NAME one of\n")
     for name in kinds:
-        click.echo(f"{name:<{width}}  {describe(name).summary}")
-    click.echo("\n`noether callbacks NAME` shows the settings of one; a dotted path shows your own.")
+        echo(f"{name:<{width}}  {describe(name).summary}")
+    echo("\n`noether callbacks NAME` shows the settings of one; a dotted path shows your own.")
 
 
 def show_kind(kind: str, allow: Sequence[str]) -> None:
@@ -41,13 +41,13 @@ def show_kind(kind: str, allow: Sequence[str]) -> None:
         description = describe(kind, allow)
     except InvalidValueError as error:
         raise ConfigError([LocatedProblem(Place("noether callbacks"), (), str(error))]) from error
-    click.echo(description.kind + (f"  (also {', '.join(description.aliases)})" if description.aliases else ""))
-    click.echo(f"\n{description.text}\n")
+    echo(description.kind + (f"  (also {', '.join(description.aliases)})" if description.aliases else ""))
+    echo(f"\n{description.text}\n")
     if description.settings:
         Console(width=_WIDTH, highlight=False).print(_table(description))
     for older, name in description.renamed.items():
-        click.echo(f"\n{older} is an older name of {name}")
-    click.echo(f"\ncallbacks:\n{indent(description.yaml, '  ')}")
+        echo(f"\n{older} is an older name of {name}")
+    echo(f"\ncallbacks:\n{indent(description.yaml, '  ')}")
 
 
 def _table(description: Description) -> Table:

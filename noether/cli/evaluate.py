@@ -6,10 +6,11 @@ import json
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from noether.cli.output import echo, printable
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.core.callback import label_of, listens_to
@@ -83,7 +84,7 @@ def evaluate(run_dir: Path, checkpoint: str, weights: str | None, settings: Sequ
         try:
             dispatch(state, AtEval(run=interruptible(experiment.run, interruption)), reducer, interpreter)
         except EvaluationInterrupt:
-            click.echo(f"interrupted in the evaluation of {name}; nothing was written")
+            echo(f"interrupted in the evaluation of {name}; nothing was written")
             return interruption.exit_code
     _print_metrics(name, metrics)
     _write_metrics(run_dir / "eval" / f"{name}.json", metrics)
@@ -102,7 +103,7 @@ def _drop_callbacks_without_weights(reducer: Reducer, state: TrainState) -> Redu
     known = (None, *find_weights(state))
     dropped = [member for member in reducer.members if getattr(member, "weights", None) not in known]
     for member in dropped:
-        click.echo(f"{label_of(member)} is skipped: the checkpoint does not contain its weights")
+        echo(f"{label_of(member)} is skipped: the checkpoint does not contain its weights")
     return compose(*(member for member in reducer.members if not any(member is each for each in dropped)))
 
 
@@ -129,13 +130,14 @@ def _write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
         make_directories(path.parent)
         replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        click.echo(f"Warning: the metrics above cannot be written to {path}: {os_error_text(error)}", err=True)
+        echo(f"Warning: the metrics above cannot be written to {path}: {os_error_text(error)}", err=True)
     else:
-        click.echo(f"written to {path}")
+        echo(f"written to {path}")
 
 
 def _print_metrics(tag: str, metrics: Mapping[str, Any]) -> None:
-    table = Table("metric", "value", title=tag)
+    table = Table("metric", "value", title=Text(printable(tag)))
     for key, value in metrics.items():
-        table.add_row(key, f"{value:.6g}" if isinstance(value, (int, float)) else str(value))
+        text = f"{value:.6g}" if isinstance(value, (int, float)) else str(value)
+        table.add_row(Text(printable(key)), Text(printable(text)))
     Console().print(table)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from noether.cli.output import echo, printable
 from noether.core.errors import NoetherError
-from noether.core.text import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,7 +165,7 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
         for warning in find_single_sample_warnings(experiment):
             click.echo(f"Warning: {warning}", err=True)
         count = len(experiment.reducer.members)
-        click.echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
+        echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
 
 
 @main.command()
@@ -249,7 +249,7 @@ def _config_warnings_as_lines() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
             if issubclass(category, ConfigWarning):
-                click.echo(escape_controls(f"Warning: {message}", keep="\n"), err=True)
+                echo(f"Warning: {message}", err=True)
             else:
                 show_other(message, category, *place)
 
@@ -261,5 +261,5 @@ class _CommandError(NoetherError, click.ClickException):
     """A message on the standard error, and an exit code."""
 
     def __init__(self, error: Exception, exit_code: int) -> None:
-        super().__init__(escape_controls(str(error), keep="\n\t"))
+        super().__init__(printable(str(error)))
         self.exit_code = exit_code  # type: ignore[misc]  # click declares it on the class and reads it on the instance

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import traceback
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from noether.cli.output import echo, printable
 from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.config.loading import replace_callbacks
 from noether.config.serialization import resolve_config
@@ -22,6 +26,7 @@ from noether.core.tensors.tree import leaves
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.events import read_events
+from noether.effects.logs.jsonl import LogError
 from noether.effects.run_logs import EVENTS_FILE
 from noether.planning.replay import ReplayError, initial_state, missing_producers, replay
 from noether.training.configured_callbacks import build_callbacks
@@ -29,10 +34,12 @@ from noether.training.runs.directories import load_run_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from noether.config import Config
     from noether.planning.replay import Replay, ReplayStep
+
+
+_MAX_REASON_CHARS: Final = 400
 
 
 def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[str], *, log: bool) -> None:
@@ -53,19 +60,34 @@ def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Se
     other = None if callbacks is None else replace_callbacks(config, callbacks, allow)
     point = None if at is None else _parse_point(at)
     select = partial(has_decision, log=log) if point is None else partial(_is_at, point)
-    replayed = _replay_run(run_dir, config, other, select)
-    if point is not None and not replayed.steps:
-        raise ReplayError(f"--at {at}: the run has no event there; it ended at {replayed.state.iteration}")
-    console = Console(highlight=False, soft_wrap=True)
-    for step in replayed.steps:
-        if point is not None:
-            _print_event(console, step)
-            continue
-        for line in _decision_lines(step, log=log):
-            click.echo(line)
-    for name, reason in replayed.skipped.items():
-        click.echo(f"skipped: {name}, because {reason}")
-    click.echo(_describe_ending(replayed))
+    with _failures_as_lines(run_dir / EVENTS_FILE):
+        replayed = _replay_run(run_dir, config, other, select)
+        if point is not None and not replayed.steps:
+            raise ReplayError(f"--at {at}: the run has no event there; it ended at {replayed.state.iteration}")
+        console = Console(highlight=False, soft_wrap=True)
+        for step in replayed.steps:
+            if point is not None:
+                _print_event(console, step)
+                continue
+            for line in _decision_lines(step, log=log):
+                echo(line)
+        for name, reason in replayed.skipped.items():
+            echo(f"skipped: {name}, because {reason}")
+        echo(_describe_ending(replayed))
+
+
+@contextmanager
+def _failures_as_lines(path: Path) -> Iterator[None]:
+    """Raise whatever a record leads to as one line: a value of a wrong type fails where a callback reads it."""
+    try:
+        yield
+    except (ConfigError, ReplayError, LogError, OSError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+        reason = "; ".join((*str(error).splitlines(), *getattr(error, "__notes__", ())))
+        raise ReplayError(f"{path} cannot be replayed: {place}: {reason[:_MAX_REASON_CHARS]}") from error
 
 
 def _replay_run(run_dir: Path, config: Config, other: Config | None, select: Callable[[ReplayStep], bool]) -> Replay:
@@ -139,10 +161,10 @@ def _print_event(console: Console, step: ReplayStep) -> None:
     metrics = {key: f"{to_plain(value)} at {at}" for key, (value, at) in step.state.metrics.items()}
     for name, tree in {**values, "metrics": metrics, "memory": step.state.callback_states}.items():
         for path, leaf in leaves(tree):
-            table.add_row(name, ".".join(path), _format_leaf(leaf))
+            table.add_row(name, Text(printable(".".join(path))), Text(printable(_format_leaf(leaf))))
     console.print(table)
     for name, effect in step.effects:
-        console.print(f"{name} returns {effect}", markup=False)
+        console.print(printable(f"{name} returns {effect}"), markup=False)
 
 
 def _format_leaf(leaf: object) -> str:

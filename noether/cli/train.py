@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-import click
-
+from noether.cli.output import echo
 from noether.config import load
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
@@ -28,7 +27,7 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
     """
     interruption = Interruption(second_kills=True)
     config = load(config_path, settings, allow)
-    return _finish(start_run(config, interruption=interruption, notify=click.echo), interruption, allow)
+    return _finish(start_run(config, interruption=interruption, notify=echo), interruption, allow)
 
 
 def resume(
@@ -53,7 +52,7 @@ def resume(
         drop_memory,
         continue_stopped=continue_stopped,
         interruption=interruption,
-        notify=click.echo,
+        notify=echo,
     )
     return _finish(run, interruption, allow)
 
@@ -61,12 +60,12 @@ def resume(
 def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     """Try a configuration file: one update, one evaluation and one save, in a temporary directory."""
     smoke_test(load(config_path, settings, allow))
-    click.echo(f"{config_path}: one update, one evaluation and one save succeeded")
+    echo(f"{config_path}: one update, one evaluation and one save succeeded")
 
 
 def _finish(run: TrainedRun, interruption: Interruption, allow: Sequence[str]) -> int:
     if run.finished:
         return 0
     prefixes = [word for prefix in allow for word in ("--allow", prefix)]
-    click.echo(f"resume with: {shlex.join(['noether', 'train', '--resume', str(run.directory), *prefixes])}")
+    echo(f"resume with: {shlex.join(['noether', 'train', '--resume', str(run.directory), *prefixes])}")
     return interruption.exit_code

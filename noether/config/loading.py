@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from noether.config.errors import ConfigError, LocatedProblem
@@ -94,7 +95,8 @@ def _structure_callbacks(source: Source, allow: Sequence[str]) -> tuple[Kind, ..
 
 def _drop_replaced_ends(source: Source) -> Source:
     """Return `source` without the ends that the file gives, if an override gives an end."""
-    given = [("trainer", name) for name in ENDS if name in (source.value(("trainer",)) or {})]
+    trainer = source.value(("trainer",))
+    given = [("trainer", name) for name in ENDS if isinstance(trainer, Mapping) and name in trainer]
     if any(map(source.is_overridden, given)):
         for path in given:
             source = source if source.is_overridden(path) else source.without(path)

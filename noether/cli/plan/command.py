@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from noether.cli.output import echo
 from noether.cli.plan.json import interval_json, plan_json, point_json
 from noether.cli.plan.text import format_bytes, print_interval, print_plan, print_point
 from noether.core.errors import SettingsError
@@ -92,18 +93,18 @@ def _show_all(plan: Plan, file: str, *, as_json: bool) -> None:
     if plan.checkpoints.peak_bytes > free:
         warnings.append(_disk_warning(plan, folder, free))
     if as_json:
-        click.echo(plan_json(plan, file, {"path": str(folder), "free_bytes": free}, warnings))
+        echo(plan_json(plan, file, {"path": str(folder), "free_bytes": free}, warnings))
     else:
         print_plan(plan, file)
     for warning in warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        echo(f"Warning: {warning}", err=True)
 
 
 def _show_at(plan: Plan, file: str, text: str, update: int, *, as_json: bool) -> None:
     events = events_at(update, plan.run)
     fired = [(each, event) for event in events for each in plan.callbacks if fires(each.occasions, event, plan.run)]
     if as_json:
-        click.echo(point_json(fired, file, text))
+        echo(point_json(fired, file, text))
     else:
         print_point(fired, text)
 
@@ -113,7 +114,7 @@ def _show_between(plan: Plan, file: str, texts: Sequence[str], updates: Sequence
     all_firings = [(each, firings(each.occasions, plan.run, start, end)) for each in plan.callbacks]
     fired = [(each, its_firings) for each, its_firings in all_firings if its_firings.count]
     if as_json:
-        click.echo(interval_json(fired, file, texts))
+        echo(interval_json(fired, file, texts))
     else:
         print_interval(fired, f"after {texts[0]} and up to {texts[1]}")
 

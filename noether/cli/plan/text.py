@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 from rich.table import Table
 
+from noether.cli.output import printable
 from noether.cli.plan.timeline import ASCII_MARKS, UNICODE_MARKS, row, scale
 
 if TYPE_CHECKING:
@@ -31,17 +32,17 @@ _THOUSAND: Final = 1000
 def print_plan(plan: Plan, file: str) -> None:
     """Print the whole plan."""
     console, table = _console(), _table(plan)
-    console.print(_heading(plan, file), soft_wrap=True)
+    console.print(printable(_heading(plan, file)), soft_wrap=True)
     (console if sys.stdout.isatty() else _wide_console(table)).print(table)
     for line in (*_timeline(plan, console), "", *_footer(plan)):
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
 
 
 def print_point(fired: Iterable[tuple[PlannedCallback, Firing]], where: str) -> None:
     """Print the callbacks that fire at one point, in their order."""
     table = _plain_table("at", "event", "callback")
     for planned, firing in fired:
-        table.add_row(str(firing), firing.event.__name__, planned.name)
+        table.add_row(str(firing), firing.event.__name__, printable(planned.name))
     _print_list(table, f"nothing fires at {where}")
 
 
@@ -49,7 +50,7 @@ def print_interval(fired: Iterable[tuple[PlannedCallback, Firings]], where: str)
     """Print the callbacks that fire in a part of the run, and how often."""
     table = _plain_table("callback", "first", "last", "firings", right=("first", "last", "firings"))
     for planned, firings in fired:
-        table.add_row(planned.name, str(firings.first), str(firings.last), f"{firings.count:,}")
+        table.add_row(printable(planned.name), str(firings.first), str(firings.last), f"{firings.count:,}")
     _print_list(table, f"nothing fires {where}")
 
 
@@ -107,7 +108,9 @@ def _table(plan: Plan) -> Table:
     columns = ("first", "last", "firings", *optional)
     table = _plain_table("callback", *columns, right=columns)
     for each in plan.callbacks:
-        table.add_row(each.name, *_firing_cells(each.firings), *_cells(each, saves=saves, evaluates=evaluates))
+        table.add_row(
+            printable(each.name), *_firing_cells(each.firings), *_cells(each, saves=saves, evaluates=evaluates)
+        )
     if saves or evaluates:
         table.add_section()
         table.add_row("together", "", "", "", *_totals(plan, saves=saves, evaluates=evaluates))

@@ -35,6 +35,9 @@ _EVENT_TYPES: Final = {event_name(event_type()): event_type for event_type in EV
 _RUN_FIELDS: Final = (
     "end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size", "run_id", "rank", "world_size", "frozen",
 )  # fmt: skip
+_COUNT_LIMIT: Final = 2**63
+_TIME_LIMIT_S: Final = 2.0**37
+"""The year 6325: calendars end at 9999."""
 _TENSOR_FIELDS: Final = ("params", "buffers", "opt_state")
 
 
@@ -102,10 +105,10 @@ def read_events(path: Path, disk: Disk) -> Iterator[RecordedEvent]:
     for number, line in enumerate(io.BytesIO(read_file(path, disk)), start=1):
         try:
             yield _decode_event(line.decode())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except Exception as error:  # anyone may have written the file, so a decoder can fail in any way
             if not line.endswith(b"\n"):  # the partial last line
                 return
-            text = line[:80].decode(errors="replace")
+            text = line[:80].decode(errors="backslashreplace")
             raise LogError(f"{path}:{number}: not a recorded event: {text!r}") from error
 
 
@@ -119,8 +122,16 @@ def _decode_event(text: str) -> RecordedEvent:
         run = {name: value for name, value in run.items() if name != "lengths"}
         run |= {"end": TrainingIteration.parse(run["end"]), "frozen": frozenset(run.get("frozen", ()))}
     counts = (line["epoch"], line["update"], line["sample"])
-    kind, measured = _EVENT_TYPES[line["event"]], line.get("measured", _EMPTY)
-    return RecordedEvent(kind, counts, line["time_s"], line["readings"], measured, run, line.get("state"), lengths)
+    kind, measured, readings = _EVENT_TYPES[line["event"]], line.get("measured", _EMPTY), line["readings"]
+    valid = (
+        all(type(each) is int and 0 <= each < _COUNT_LIMIT for each in counts)
+        and 0 <= line["time_s"] < _TIME_LIMIT_S
+        and isinstance(measured, Mapping)
+        and set(readings) <= set(_DEFAULTS[kind])
+    )
+    if not valid:
+        raise ValueError("it has an invalid count, time or reading")
+    return RecordedEvent(kind, counts, line["time_s"], readings, measured, run, line.get("state"), lengths)
 
 
 _DEFAULTS: Final[dict[type, dict[str, Any]]] = {
