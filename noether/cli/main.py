@@ -163,7 +163,7 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
         check_services(loaded)
         experiment = build(loaded)
         for warning in find_single_sample_warnings(experiment):
-            click.echo(f"Warning: {warning}", err=True)
+            echo(f"Warning: {warning}", err=True)
         count = len(experiment.reducer.members)
         echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
 
