@@ -26,7 +26,7 @@ from noether.core.tensors.tree import leaves
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.events import read_events
-from noether.effects.logs.jsonl import LogError
+from noether.effects.logs.resumption import LogError
 from noether.effects.run_logs import EVENTS_FILE
 from noether.planning.replay import ReplayError, initial_state, missing_producers, replay
 from noether.training.configured_callbacks import build_callbacks
