@@ -151,9 +151,43 @@ def reducer_of_updates():
     return compose(OnlineLossCallback(every_n_updates=1), LrCallback(every_n_updates=1))
 
 
-def test_gradients_carried_over_the_end_of_an_epoch_are_refused():
-    with pytest.raises(ValueError, match="an epoch of 5 batches does not consist of whole updates of 2"):
-        fit_keras(classifier(sgd(steps=2)))
+def test_gradients_are_carried_over_the_end_of_an_epoch_as_keras_does(caplog):
+    _, callback = fit_keras(classifier(sgd(steps=2)), reducer=reducer_of_updates())
+    assert callback.session.state.iteration.epoch == 3
+    assert callback.session.state.iteration.update == 3 * 5 // 2
+    assert callback.session.pending == 1
+    assert "epoch 0 ended inside of an update" in caplog.text
+
+
+class Shrinking(keras.utils.PyDataset):
+    """Batches whose number changes after each epoch."""
+
+    def __init__(self, lengths):
+        super().__init__()
+        self.lengths, self.epoch = lengths, 0
+
+    def __len__(self):
+        return self.lengths[min(self.epoch, len(self.lengths) - 1)]
+
+    def __getitem__(self, index):
+        x, y = stack(POINTS[:SIZE])
+        return x, y
+
+    def on_epoch_end(self):
+        self.epoch += 1
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # of Keras, for an epoch that is shorter
+def test_a_dataset_whose_length_changes_trains_as_without_callbacks(caplog):
+    updates = []
+    noether = NoetherCallback(reducer_of_updates(), interpreter=lambda *_: None)
+    for beside in ([], [noether]):
+        model = classifier(sgd())
+        model.fit(Shrinking([4, 4, 3, 6, 2]), epochs=3, verbose=0, callbacks=beside)
+        updates.append(int(model.optimizer.iterations))
+    assert updates[0] == updates[1] == noether.session.state.iteration.update
+    assert noether.session.state.iteration.epoch == 3
+    assert sum("forgets" in record.getMessage() for record in caplog.records) <= 1
 
 
 def test_an_optimizer_within_an_update_is_refused():

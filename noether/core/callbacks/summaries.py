@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callbacks.base import CallbackBase
 from noether.core.effect import LogText, SetSummary
+from noether.core.errors import Problem, raise_problems
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.core.state import TrainState
 
+_GIVES: Final = {
+    "frozen": "the names of the params that the optimizer does not update, or frozenset()",
+    "data": "the datasets by key, or data= to a Session",
+    "config": "the configuration as plain values, or leave the callback out",
+}
+"""What a loop passes for each field of `Run`."""
+
 
 class _SummaryCallback(CallbackBase):
     """Writes facts about the run into the summary before training."""
@@ -29,11 +37,21 @@ class _SummaryCallback(CallbackBase):
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Write the facts into the summary and, if they are short, to the console."""
+        field = self.field
+        if field is not None and field not in vars(event.run):
+            raise_problems(
+                [Problem("", f"{self.name} needs {field} of the run: pass Run({field}=...), {_GIVES[field]}")]
+            )
         facts = self.facts(state, event.run)
         if not facts:
             return state, ()
         text = "\n".join(f"{name:<{max(map(len, facts))}}  {value}" for name, value in facts.items())
         return state, (*((LogText(text),) if self.on_console else ()), SetSummary(FrozenDict(facts)))
+
+    @property
+    def field(self) -> str | None:
+        """The field of `Run` that it reads."""
+        return None
 
     @property
     def on_console(self) -> bool:
@@ -70,6 +88,11 @@ class ParamCountCallback(_SummaryCallback):
         params/head/frozen     0
     """
 
+    @property
+    def field(self) -> str | None:
+        """The names of the frozen params."""
+        return "frozen"
+
     def facts(self, state: TrainState, run: Run) -> Mapping[str, Any]:
         """Return the counts."""
         return param_counts(state.params, run.frozen)
@@ -93,6 +116,11 @@ class DatasetStatsCallback(_SummaryCallback):
         samples/val  7
     """
 
+    @property
+    def field(self) -> str | None:
+        """The datasets."""
+        return "data"
+
     def facts(self, state: TrainState, run: Run) -> Mapping[str, Any]:
         """Return the counts."""
         return dataset_lengths(run)
@@ -112,6 +140,11 @@ class HyperparamsCallback(_SummaryCallback):
         >>> HyperparamsCallback()(TrainState(), BeforeTraining(run=run))[1]
         (SetSummary(values=FrozenDict({'config': {'optimizer': {'lr': 0.1}}})),)
     """
+
+    @property
+    def field(self) -> str | None:
+        """The configuration."""
+        return "config"
 
     @property
     def on_console(self) -> bool:

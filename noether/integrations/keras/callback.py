@@ -19,8 +19,8 @@ Differences from noether's trainer:
 
 - `losses` has one entry, `total`: the loss with all terms that Keras adds, such as regularization.
 - With `gradient_accumulation_steps` Keras takes the plain mean over batches of any size, and so does the loss of an
-  update. Keras carries gradients over the end of an epoch, without a short last group, so an epoch whose number of
-  batches is not a multiple of these steps is refused.
+  update. Keras carries gradients over the end of an epoch, without a short last group; if the number of batches is not a
+  multiple of these steps, epochs differ in length, and a run that resumes at the end of one does not have its gradients.
 - A learning rate is a 32-bit float: 0.1 is logged as 0.10000000149011612.
 - Keras does not give the number of samples of an epoch: pass `Run(samples_per_epoch=..., effective_batch_size=...)` if a
   callback needs it, as `ProgressCallback` does.
@@ -45,6 +45,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.iteration import TrainingIteration
+from noether.core.loop import updates_in_epoch
 from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
 from noether.integrations.keras.backend import keras
@@ -133,8 +134,8 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
         Raises:
             ValueError: If the model is compiled with `jit_compile=True` or is not the model of an earlier call; if the
-                batches of an epoch do not make whole updates, or are not its remaining batches; or if the optimizer has
-                accumulated the gradients of only a part of an update.
+                batches are not the remaining ones of the epoch; or if the optimizer has accumulated the gradients of
+                only a part of an update.
         """
         if self.model.jit_compile:
             raise ValueError(
@@ -234,16 +235,8 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
 
 
 def _count_updates(batches: int | None, steps: int) -> int | None:
-    """Return the number of updates in `batches` batches of `steps` each, or None if `batches` is None."""
-    if batches is None:
-        return None
-    if batches % steps:
-        raise ValueError(
-            f"an epoch of {batches} batches does not consist of whole updates of {steps} batches, and Keras would "
-            f"carry gradients over its end: choose gradient_accumulation_steps or batch_size so that {batches} is a "
-            "multiple"
-        )
-    return batches // steps
+    """Return the number of updates in `batches` batches of `steps` each, or None if epochs differ in it."""
+    return None if batches is None or batches % steps else batches // steps
 
 
 def _check_position(state: TrainState, run: Run, updates: int | None) -> None:
@@ -251,9 +244,9 @@ def _check_position(state: TrainState, run: Run, updates: int | None) -> None:
     at, per_epoch = state.iteration, getattr(run, "updates_per_epoch", None)
     if updates is None or per_epoch is None or state.stop is not None or at.reached(run.end):
         return
-    left = per_epoch - at.update % per_epoch
-    if left != updates:
-        epochs = at.update // per_epoch + 1
+    done = updates_in_epoch(state, run) % per_epoch
+    left, epochs = per_epoch - done, at.epoch + 1
+    if done and left != updates:  # at the start of an epoch its length may change
         raise ValueError(
             f"the run resumes at {at}, where {left} of {per_epoch} updates are left of the epoch, but fit received "
             f"{updates}: call fit with the remaining batches and epochs={epochs}, then with all batches, and pass "
