@@ -38,6 +38,7 @@ from lightning.pytorch import Callback as LightningCallback
 from torch.nn.utils import get_total_norm
 
 from noether.core.iteration import TrainingIteration
+from noether.core.loop import updates_in_epoch
 from noether.core.run import Run
 from noether.integrations.losses import losses_of
 from noether.session.loader import epoch_lengths
@@ -133,8 +134,8 @@ class NoetherCallback(LightningCallback):
             session.load_state_dict(saved)
         loaded = session.load()
         if loaded:
-            _check_resumable(trainer, session.state.iteration)
-        _move_trainer(trainer, session.state.iteration, loaded=loaded)
+            _check_resumable(trainer, session.state)
+        _move_trainer(trainer, session.state, loaded=loaded)
         session.begin(**_run_facts(trainer, session))
         self._saved = None
         self._apply_stop(trainer)
@@ -243,29 +244,37 @@ def _end(trainer: Trainer, updates_per_epoch: int | None) -> TrainingIteration |
     return TrainingIteration(update=updates)
 
 
-def _check_resumable(trainer: Trainer, at: TrainingIteration) -> None:
+def _check_resumable(trainer: Trainer, state: TrainState) -> None:
     """Refuse to resume from a noether checkpoint that lacks a part that Lightning needs."""
-    configs = trainer.lr_scheduler_configs
+    at, configs = state.iteration, trainer.lr_scheduler_configs
     instead = "resume from a checkpoint of Lightning, with fit(ckpt_path=...)"
     if len(configs) > 1 or any(each.reduce_on_plateau for each in configs):
         raise ValueError(
             f"the run resumes at {at}, but a noether checkpoint contains one scheduler that does not depend on "
             f"metrics, not {[type(each.scheduler).__name__ for each in configs]}: {instead}"
         )
-    batches = trainer.num_training_batches
-    if batches == float("inf") or at.update % _updates_per_epoch(trainer):
+    if _completed_epochs(trainer, state) is None:
         raise ValueError(
             f"the run resumes at {at}, inside of an epoch that Lightning would read from its first batch: save at the "
             f"end of epochs, or {instead} and a loader that has state_dict"
         )
 
 
-def _updates_per_epoch(trainer: Trainer) -> int:
-    return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+def _completed_epochs(trainer: Trainer, state: TrainState) -> int | None:
+    """Return the number of epochs whose updates are all counted, whatever their lengths; None inside of an epoch."""
+    if state.epoch_start == state.iteration:
+        return state.iteration.epoch
+    if trainer.num_training_batches == float("inf"):
+        return None
+    length = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+    length = state.lengths.get("updates_per_epoch", length)
+    epochs, rest = divmod(updates_in_epoch(state, Run(updates_per_epoch=length)), length)
+    return None if rest else state.iteration.epoch + epochs
 
 
-def _move_trainer(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> None:
+def _move_trainer(trainer: Trainer, state: TrainState, *, loaded: bool) -> None:
     """Move a new trainer to the iteration of the state; a trainer that Lightning resumed must be there already."""
+    at = state.iteration
     if trainer.global_step == at.update:
         return
     if not loaded or trainer.global_step:
@@ -273,7 +282,7 @@ def _move_trainer(trainer: Trainer, at: TrainingIteration, *, loaded: bool) -> N
             f"Lightning starts at step {trainer.global_step}, but the callbacks are at {at}: pass fit(ckpt_path=...) "
             "a checkpoint that was saved with them, or create a new NoetherCallback for a new run"
         )
-    loop, epoch = trainer.fit_loop, at.update // _updates_per_epoch(trainer)  # `begin` dispatches a missing AfterEpoch
+    loop, epoch = trainer.fit_loop, _completed_epochs(trainer, state)  # `begin` dispatches a missing AfterEpoch
     automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
         vars(epochs).update(ready=epoch, started=epoch, processed=epoch, completed=epoch)

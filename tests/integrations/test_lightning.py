@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from reference import (
     LR,
     STILL,
@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from noether import AfterUpdate, Run, compose, on
-from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
+from noether.core.callbacks import CheckpointCallback, FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
 from noether.integrations.lightning import NoetherCallback
 from noether.testing import assert_same
 
@@ -432,3 +432,49 @@ def test_an_exception_releases_the_optimizer(tmp_path):
 def test_a_session_without_an_interpreter_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"pass directory=noether\.open_run"):
         fit(Module(), loader(points(8)), NoetherCallback(compose(), run=Run()), root=tmp_path)
+
+
+class Reloaded(Module):
+    """Another number of batches in each epoch."""
+
+    def train_dataloader(self):
+        return DataLoader(points(32), batch_size=(4, 5, 3)[self.current_epoch])
+
+
+def fit_reloaded(path, **settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Reloaded()
+    save = CheckpointCallback(every_n_epochs=1, save_weights=True, save_optim=True)
+    with open_silent(path) as directory:
+        noether = NoetherCallback(save, directory=directory, clock=STILL)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        trainer = Trainer(
+            callbacks=[noether], enable_model_summary=False, reload_dataloaders_every_n_epochs=1, **quiet, **settings
+        )
+        trainer.fit(module)
+    return module, trainer, noether.session
+
+
+def test_epochs_of_reloaded_loaders_may_differ_and_resume_exactly(tmp_path, caplog):
+    whole, trainer, session = fit_reloaded(tmp_path / "whole", max_epochs=3)
+    assert trainer.global_step == 8 + 7 + 11
+    assert str(session.state.iteration) == "E3_U26_S96"
+    lines = [record.getMessage() for record in caplog.records if "forgets" in record.getMessage()]
+    assert ["epoch 1 had 7 updates, not updates_per_epoch=8" in line for line in lines] == [True]
+    for epochs in (1, 2, 3):
+        resumed, trainer, session = fit_reloaded(tmp_path / "cut", max_epochs=epochs)
+        assert session.state.iteration.epoch == epochs
+    assert trainer.global_step == 26
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_the_accumulation_may_change_between_epochs():
+    module = Module()
+    noether = NoetherCallback([], interpreter=lambda *_: None)
+    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    changes = GradientAccumulationScheduler({0: 1, 1: 4})
+    trainer = Trainer(max_epochs=3, callbacks=[changes, noether], enable_model_summary=False, **off)
+    trainer.fit(module, DataLoader(points(32), batch_size=4))
+    assert trainer.global_step == noether.session.state.iteration.update == 8 + 2 + 2
+    assert noether.session.state.iteration.epoch == 3
