@@ -24,9 +24,10 @@ from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, os_error_text, replace_text
+from noether.training.data.interruptible import EvaluationInterrupt, interruptible
 from noether.training.experiment import build
 from noether.training.runs.directories import load_run_config
-from noether.training.runs.interruption import EvaluationInterrupt, Interruption, interruptible
+from noether.training.runs.interruption import Interruption
 from noether.training.runs.services import add_handlers
 
 if TYPE_CHECKING:

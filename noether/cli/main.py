@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import warnings
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from noether.cli.output import echo, printable
+from noether.cli.output import discard_unwritten, echo, printable
 from noether.core.errors import NoetherError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def main() -> None:
     CONFIG is a YAML file that describes a run. `noether train CONFIG` writes the run to a new directory RUN_DIR, such
     as runs/NAME/20260102-030405, from which the run can be resumed, evaluated and replayed.
     """
+    atexit.register(discard_unwritten)
 
 
 @main.command()
@@ -261,5 +263,6 @@ class _CommandError(NoetherError, click.ClickException):
     """A message on the standard error, and an exit code."""
 
     def __init__(self, error: Exception, exit_code: int) -> None:
-        super().__init__(printable(str(error)))
+        message = "\n  ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+        super().__init__(printable(message))
         self.exit_code = exit_code  # type: ignore[misc]  # click declares it on the class and reads it on the instance

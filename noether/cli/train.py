@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from typing import TYPE_CHECKING
 
-from noether.cli.output import echo
+from noether.cli.output import echo, print_line
 from noether.config import load
+from noether.training.error_locations import describe_error
+from noether.training.runs.ending import failure_of
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
 from noether.training.runs.smoke import smoke_test
 from noether.training.runs.train import start_run
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from noether.training.runs.execution import TrainedRun
@@ -25,9 +28,8 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
     Raises:
         ConfigError: If the configuration is wrong; this creates no directory.
     """
-    interruption = Interruption(second_kills=True)
     config = load(config_path, settings, allow)
-    return _finish(start_run(config, interruption=interruption, notify=echo), interruption, allow)
+    return _run(partial(start_run, config), allow)
 
 
 def resume(
@@ -44,17 +46,8 @@ def resume(
         ConfigError: If `run_dir` is not the directory of a run, or a setting is changed that may not change.
         UnclaimedMemoryError: If the run holds memory that no callback claims and that is not dropped.
     """
-    interruption = Interruption(second_kills=True)
-    run = resume_run(
-        run_dir,
-        settings,
-        allow,
-        drop_memory,
-        continue_stopped=continue_stopped,
-        interruption=interruption,
-        notify=echo,
-    )
-    return _finish(run, interruption, allow)
+    continuing = partial(resume_run, run_dir, settings, allow, drop_memory, continue_stopped=continue_stopped)
+    return _run(continuing, allow)
 
 
 def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
@@ -63,9 +56,25 @@ def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> N
     echo(f"{config_path}: one update, one evaluation and one save succeeded")
 
 
-def _finish(run: TrainedRun, interruption: Interruption, allow: Sequence[str]) -> int:
+def _run(train: Callable[..., TrainedRun], allow: Sequence[str]) -> int:
+    """Call `train` and say how the run ended and how it can be resumed; return the exit code."""
+    interruption = Interruption(second_kills=True)
+    try:
+        run = train(interruption=interruption, notify=print_line)
+    except BaseException as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        print_line(f"Error: {', '.join([describe_error(error), *failure.places])}", err=True)
+        for line in (*failure.outcome, _resume_command(failure.directory, allow)):
+            print_line(line, err=True)
+        return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     if run.finished:
         return 0
-    prefixes = [word for prefix in allow for word in ("--allow", prefix)]
-    echo(f"resume with: {shlex.join(['noether', 'train', '--resume', str(run.directory), *prefixes])}")
+    print_line(_resume_command(run.directory, allow))
     return interruption.exit_code
+
+
+def _resume_command(directory: Path, allow: Sequence[str]) -> str:
+    prefixes = [word for prefix in allow for word in ("--allow", prefix)]
+    return f"resume with: {shlex.join(['noether', 'train', '--resume', str(directory), *prefixes])}"

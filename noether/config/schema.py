@@ -141,6 +141,8 @@ class CheckpointSettings:
     Args:
         asynchronous: Whether to write them in a background thread during training.
         on_error: What a failed write does: `stop` ends training, `warn` continues without that checkpoint.
+        at_end: Whether to save the end of training, by early stopping too, where no callback saves a checkpoint of it
+            from which the run could be resumed.
 
     Raises:
         SettingsError: If `on_error` has another value.
@@ -153,6 +155,7 @@ class CheckpointSettings:
 
     asynchronous: bool = True
     on_error: Literal["stop", "warn"] = "stop"
+    at_end: bool = True
 
     def __post_init__(self) -> None:
         raise_problems([check_choice("on_error", self.on_error, ("stop", "warn"))])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.event import AfterUpdate
 from noether.core.loop import dispatch
+from noether.core.tensors.donation import MOVED, DonatedTree
 from noether.core.tensors.memory import check_savable
-from noether.core.tensors.tree import freeze, map_leaves, plain_number
+from noether.core.tensors.tree import FrozenDict, freeze, map_leaves, plain_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
 
 _OF_THE_PROCESS: Final = frozenset({"run", "time_s"})
 """Fields of an event that the resumed process supplies."""
+_MOVED: Final = "moved"
+"""Entry of `pending`: names and keys of the memories that the event has moved already."""
 
 
 def keep_event(state: TrainState, event: AfterUpdate) -> TrainState:
     """Return the state before `event` was dispatched, as a checkpoint keeps it: it remembers the event's readings.
 
     A loop saves it when an error or a signal cuts the event short. Outputs of the model that no checkpoint can hold
-    are left out.
+    are left out. A callback may have written its memory over the one of the state; the state then gets the new one, and
+    remembers which memories the event has moved already.
 
     Args:
         state: The state at the event, before any callback.
@@ -41,7 +45,25 @@ def keep_event(state: TrainState, event: AfterUpdate) -> TrainState:
         check_savable("outputs", event.outputs)
     except TypeError:
         readings["outputs"] = None
+    moved: list[tuple[str, str]] = []
+    memories = {name: _follow(name, memory, moved) for name, memory in state.callback_states.items()}
+    if moved:
+        state = state.replace(callback_states=FrozenDict(memories))
+        readings[_MOVED] = tuple(moved)
     return state.replace(pending=freeze(map_leaves(plain_number, readings)))
+
+
+def _follow(name: str, memory: Any, moved: list[tuple[str, str]]) -> Any:
+    """Return a memory with the trees that were written over its own; append the keys of those trees to `moved`."""
+    if not isinstance(memory, FrozenDict):
+        return memory
+    successors = {
+        key: tree.successor
+        for key, tree in memory.items()
+        if isinstance(tree, DonatedTree) and tree.is_taken and tree.successor is not None
+    }
+    moved += [(name, key) for key in successors]
+    return FrozenDict({**memory, **successors}) if successors else memory
 
 
 def dispatch_pending(
@@ -73,5 +95,9 @@ def dispatch_pending(
     """
     if state.pending is None:
         return state
-    event = AfterUpdate.of(run=run, time_s=time_s, **state.pending)
-    return dispatch(state.replace(pending=None), event, reducer, interpreter)
+    readings = dict(state.pending)
+    memories = dict(state.callback_states)
+    for name, key in readings.pop(_MOVED, ()):
+        memories[name] = FrozenDict({**memories[name], key: DonatedTree(dict(memories[name][key]), MOVED)})
+    event = AfterUpdate.of(run=run, time_s=time_s, **readings)
+    return dispatch(state.replace(pending=None, callback_states=FrozenDict(memories)), event, reducer, interpreter)

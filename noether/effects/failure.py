@@ -27,6 +27,7 @@ TRACEBACK_FILE: Final = "traceback.txt"
 def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_s: float) -> None:
     """Save a run that ends before its end, under the pointer `latest`; return when the checkpoint is on the disk.
 
+    It does nothing if this process has already saved a checkpoint from which the run resumes at `state`, or later.
     The checkpoint stays until the resumed run has saved the next one from which it can resume.
 
     Raises:
@@ -35,15 +36,20 @@ def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_
     save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
     with suppress(CheckpointError):  # of an earlier save in the background, which was reported or is about to be
         directory.wait()
+    if directory.checkpoints.holds(state):
+        return
     directory.interpreter((save,), state, AfterUpdate(run=run, time_s=time_s))
     directory.wait()
-    newest = directory.checkpoints.newest()
-    if newest is None or newest.iteration != state.iteration:
+    if not directory.checkpoints.holds(state):
         raise CheckpointError(f"no checkpoint of {state.iteration} is in {directory.path}")
 
 
 def record_failure(
-    error: Exception, directory: RunDirectory, settled: TrainState | None, at: tuple[TrainState, Event], logs: Interpret
+    error: BaseException,
+    directory: RunDirectory,
+    settled: TrainState | None,
+    at: tuple[TrainState, Event],
+    logs: Interpret,
 ) -> None:
     """Save what an exception would lose, and add notes to it that say where everything is.
 

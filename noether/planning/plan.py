@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping
 from noether.core.callbacks.summaries import param_counts
 from noether.core.reducer import Reducer
+from noether.planning.end_checkpoint import find_end_request
 from noether.planning.planned_callback import plan_callback
 from noether.planning.requests import PROBED_FIRINGS, Probe
 from noether.planning.retention_forecast import forecast_checkpoints
@@ -72,6 +73,8 @@ def make_plan(config: Config) -> Plan:
     run = _run_until_fixed_stop(experiment.run, [configured.callback for configured in callbacks])
     probe = Probe(state=updated, initial=experiment.state, run=run)
     planned = tuple(plan_callback(each, probe, evaluate_first=config.trainer.evaluate_first) for each in callbacks)
+    requests = [request for each in planned for request in each.requests]
+    end = find_end_request(requests, probe) if config.trainer.checkpoints.at_end else None
     counts = param_counts(experiment.state.params, run.frozen)
     return Plan(
         config=config,
@@ -79,7 +82,7 @@ def make_plan(config: Config) -> Plan:
         trainable_params=counts["params/trainable"],
         frozen_params=counts["params/frozen"],
         callbacks=planned,
-        checkpoints=forecast_checkpoints([request for each in planned for request in each.requests], run),
+        checkpoints=forecast_checkpoints(requests if end is None else [*requests, end], run),
         warnings=(*find_warnings(config, planned, run), *find_single_sample_warnings(experiment)),
         notes=(*notes, *_notes(config, planned)),
     )

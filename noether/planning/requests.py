@@ -120,7 +120,7 @@ class Probe:
             firing = nth_firing(part, n, self.run)
             for value in _METRIC_VALUES if reads_metrics else _METRIC_VALUES[:1]:
                 state, effects = self._call(callback, firing, self._state_at(firing, callback, state, value))
-                saves.append((firing, _merge_saves(effects)))
+                saves.append((firing, merge_saves(effects)))
                 stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
         return ProbeResult(tuple(self._unite_saves(part, _saves_by_slot(saves), reads_metrics=reads_metrics)), stops)
 
@@ -153,12 +153,18 @@ class Probe:
         """Yield one request per slot, which unites the requests that all firings made for it."""
         for slot in dict.fromkeys(slot for saves in saves_by_firing for slot in saves):
             slot_saves = [saves[slot] for saves in saves_by_firing if slot in saves]
-            (save,) = _merge_saves(slot_saves)
+            (save,) = merge_saves(slot_saves)
             always = len(slot_saves) == len(saves_by_firing) and all(each == save for each in slot_saves)
             certain = always and not reads_metrics
-            yield SaveRequest(occasions=part, save=save, sizes=self._part_sizes(save, part), certain=certain)
+            yield SaveRequest(occasions=part, save=save, sizes=self.part_sizes(save, part), certain=certain)
 
-    def _part_sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:
+    def part_sizes(self, save: SaveCheckpoint, part: Occasions) -> Mapping[str, int]:
+        """Return the bytes of the tensors in a requested checkpoint, by part.
+
+        Args:
+            save: The request.
+            part: When it is made: before the first update, most optimizers have no memory.
+        """
         state = self.initial if set(part.once) & set(EARLY) else self.state
         weights = select_weights(save, state) if save.weights else {}
         sizes = {f"weights/{name}": tensor.nbytes for name, tensor in weights.items()}
@@ -189,7 +195,8 @@ def _saves_by_slot(
     return by_slot
 
 
-def _merge_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
+def merge_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
+    """Return the checkpoints that the effects of one event request; those with one tag are merged."""
     return [effect for effect in merge_effects(tuple(effects)) if isinstance(effect, SaveCheckpoint)]
 
 

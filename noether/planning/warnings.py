@@ -93,6 +93,11 @@ def _interval_setting(planned: PlannedCallback) -> tuple[str | None, int | None]
 def _unsaved_weights_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
     """Yield a warning if the weights at the end of training are not saved, or not for sure."""
     saving = [(each, request) for each in planned for request in each.requests if request.save.weights]
+    if config.trainer.checkpoints.at_end:
+        if not saving:
+            message = f"no callback saves checkpoints, so a run that is killed starts again; add {_CHECKPOINTS}"
+            yield _warning(config, ("callbacks",), message)
+        return
     certain = [(_last_update(request, run), each) for each, request in saving if request.certain]
     last, saver = max(certain, key=lambda item: item[0], default=(0, None))
     if not saving:

@@ -6,13 +6,26 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from noether.config.errors import ConfigError
-from noether.core.errors import SettingsError
+from noether.core.errors import NoetherError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from noether.config.errors import SettingPath
     from noether.config.schema import Config
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error in one line: the message, after the type where the message does not explain itself.
+
+    Example:
+        >>> describe_error(KeyError("height")), describe_error(OSError("disk full"))
+        ("KeyError: 'height'", 'disk full')
+    """
+    message = " ".join(str(error).split())
+    if message and isinstance(error, (NoetherError, OSError, FloatingPointError)):
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 @contextmanager

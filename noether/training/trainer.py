@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callback import listens_to
-from noether.core.effect import SaveCheckpoint
 from noether.core.event import (
     AfterAccumulationStep,
     AfterEpoch,
@@ -18,8 +17,10 @@ from noether.core.event import (
     Event,
 )
 from noether.core.loop import Move, dispatch, next_move
-from noether.core.tensors.tree import FrozenDict
+from noether.core.pending import dispatch_pending, keep_event
+from noether.core.tensors.donation import was_donated
 from noether.session.timing import Clock
+from noether.training.data.interruptible import EvaluationInterrupt
 from noether.training.data.sample_counts import SampleCounts
 
 if TYPE_CHECKING:
@@ -47,7 +48,13 @@ class Trainer:
         reducer: The callbacks, composed.
         interpreter: Runs their effects.
         evaluate_first: Whether to dispatch an evaluation before the first update of a new run.
-        interrupted: Called between events; once it returns True, the trainer saves the state and returns it.
+        interrupted: Called between events; once it returns True, the trainer returns the state. Once data that
+            callbacks iterate raises `EvaluationInterrupt`, it returns the last settled state.
+        finish: Called with the state that the trainer is about to return; not if it interrupts a new run before its
+            first update, which then starts again.
+        fail: Called with an exception other than KeyboardInterrupt before the trainer raises it, with the last settled
+            state (None if it is lost, or if the run has to start again), and with the state and the event at which the
+            exception was raised.
         clock: Where the trainer reads time.
     """
 
@@ -58,26 +65,44 @@ class Trainer:
     interpreter: Callable[[Effects, TrainState, Event], None]
     evaluate_first: bool = False
     interrupted: Callable[[], bool] = lambda: False
+    finish: Callable[[TrainState], None] = lambda state: None  # noqa: ARG005  # names the argument
+    fail: Callable[[BaseException, TrainState | None, TrainState, Event], None] = lambda *_: None
     clock: Clock = Clock()
 
     def __call__(self, state: TrainState, *, resumed: bool = False) -> TrainState:
         """Return the state at the end of the run, or where it was interrupted."""
-        state = self._dispatch(state, BeforeTraining, resumed=resumed)
-        if self.evaluate_first and not resumed:
-            state = self._dispatch(state, AtEval)
-        since_s = self.clock.elapsed_s()
+        settled = state if resumed else None
+        event: Event | None = None  # that is being dispatched
         try:  # all in one frame: another one would keep the tensors of the initial state alive until the end
-            while (move := next_move(state, self.run)) is not Move.NOTHING:
-                if self.interrupted():
-                    self._save(state)
-                    return state
-                if move is Move.END_EPOCH:
-                    state = self._dispatch(state.next_epoch(), AfterEpoch)
-                elif move is Move.END_TRAINING:
-                    state = self._dispatch(state.replace(ended=True), AfterTraining)
-                else:
-                    state, since_s = self._update(state, since_s)
-            return state
+            try:
+                event = self._make_event(BeforeTraining, resumed=resumed)
+                state = dispatch(state, event, self.reducer, self.interpreter)
+                if resumed:
+                    event = self._make_event(AfterUpdate)
+                    state = dispatch_pending(state, self.run, self.reducer, self.interpreter, event.time_s)
+                elif self.evaluate_first:
+                    event = self._make_event(AtEval)
+                    state = dispatch(state, event, self.reducer, self.interpreter)
+                settled, event = state, None
+                since_s = self.clock.elapsed_s()
+                while (move := next_move(state, self.run)) is not Move.NOTHING and not self.interrupted():
+                    if move is Move.UPDATE:
+                        state, event, since_s = self._update(state, since_s)
+                    elif move is Move.END_EPOCH:
+                        state, event = state.next_epoch(), self._make_event(AfterEpoch)
+                    else:
+                        state, event = state.replace(ended=True), self._make_event(AfterTraining)
+                    state = dispatch(state, event, self.reducer, self.interpreter)
+                    settled, event = state, None
+            except EvaluationInterrupt:
+                settled, event = _settle(settled, state, event), None
+            if settled is not None:
+                self.finish(settled)
+        except BaseException as error:
+            self._report(error, settled, state, event)
+            raise
+        else:
+            return state if settled is None else settled
         finally:
             self.data.close()
 
@@ -85,16 +110,16 @@ class Trainer:
     def _last_update(self) -> int:
         return self.run.final.update
 
-    def _save(self, state: TrainState) -> None:
-        save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
-        self.interpreter((save,), state, AfterUpdate(run=self.run, time_s=self.clock.wall_s()))
-
-    def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, float]:
-        """Return the state after one update, and the time at which it was completed."""
+    def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, AfterUpdate, float]:
+        """Return the state after one update, its event, and the time at which it was completed."""
         waiting_s = self.clock.elapsed_s()
-        state, batches = self.data.next_batches(state, last=self._last_update)
-        loaded_s = self.clock.elapsed_s()
-        state, event = self.step(state, batches, self._observe if self._is_observed else None)
+        try:
+            state, batches = self.data.next_batches(state, last=self._last_update)
+            loaded_s = self.clock.elapsed_s()
+            state, event = self.step(state, batches, self._observe if self._is_observed else None)
+        except Exception as error:
+            error.add_note(f"in update {state.iteration.update + 1}")
+            raise
         stepped_s = self.clock.elapsed_s()
         event = event.replace(
             run=self.run,
@@ -104,8 +129,7 @@ class Trainer:
             step_s=stepped_s - loaded_s,
         )
         self._sample_counts.check(state.iteration.update, event.samples)
-        state = state.advance(samples=event.samples)
-        return dispatch(state, event, self.reducer, self.interpreter), stepped_s
+        return state.advance(samples=event.samples), event, stepped_s
 
     @cached_property
     def _sample_counts(self) -> SampleCounts:
@@ -119,6 +143,26 @@ class Trainer:
         event = event.replace(run=self.run, time_s=self.clock.wall_s())
         return dispatch(state, event, self.reducer, self.interpreter)
 
-    def _dispatch(self, state: TrainState, event_type: type[Event], **fields: Any) -> TrainState:
-        event = event_type.of(run=self.run, time_s=self.clock.wall_s(), **fields)
-        return dispatch(state, event, self.reducer, self.interpreter)
+    def _report(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None) -> None:
+        if not isinstance(error, KeyboardInterrupt):  # the second signal asks to end at once
+            at = self._make_event(AfterUpdate) if event is None else event
+            self.fail(error, _settle(settled, state, event), state, at)
+
+    def _make_event(self, event_type: type[Event], **fields: Any) -> Event:
+        return event_type.of(run=self.run, time_s=self.clock.wall_s(), **fields)
+
+
+def _settle(settled: TrainState | None, state: TrainState, event: Event | None) -> TrainState | None:
+    """Return the state that a run resumes from if `event` is cut short at `state`.
+
+    Args:
+        settled: The state after the event before; None if a new run has to start again.
+        state: The state at the event.
+        event: The event; None between two events.
+
+    Returns:
+        The state, or None if there is none or an update overwrote its tensors.
+    """
+    if isinstance(event, AfterUpdate) and state.pending is None and settled is not None:
+        settled = keep_event(state, event)  # no state from before the update may exist any longer
+    return None if settled is None or was_donated(settled) else settled

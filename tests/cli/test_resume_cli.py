@@ -89,6 +89,7 @@ def test_checkpoints_with_weights_only_are_not_resumed_from(finished_run, tmp_pa
     expected = last_files(finished_run, *EXACT)
     save = "noether.core.callbacks.CheckpointCallback, every_n_updates: 10, save_latest_optim: false"
     changes = [f"callbacks.3={{kind: {save}, model_names: [head]}}", "run.output=new", "trainer.max_updates=40"]
+    changes.append("trainer.checkpoints.at_end=false")
     invoke("train", "small.yaml", *set_options(changes), cwd=tmp_path)
     run = only_run(tmp_path / "new/small")
     newest = json.loads((run / "checkpoints" / pointer(run, "latest") / "MANIFEST.json").read_text())

@@ -215,12 +215,16 @@ def test_init_from_refuses_weights_of_another_model(finished_run, tmp_path, mode
 def test_nonfinite_raise_ends_the_run_with_a_message(folder):
     changes = ["--set", "trainer.nonfinite=raise", "--set", "trainer.loss=paper.broken_loss"]
     done = noether("train", "paper.yaml", *changes, cwd=folder, code=1)
-    assert done.stderr == (
-        "Error: update 1: loss 'entropy' is nan, loss 'total' is nan, the gradient of '0.weight' is not finite "
-        "(and 5 more); nothing was applied. Lower the learning rate, clip gradients, or skip such updates with "
-        "trainer.nonfinite: skip\n"
-    )
-    assert not (only_run(folder / "out/paper") / "checkpoints").exists()
+    run = only_run(folder / "out/paper")
+    assert done.stderr.splitlines() == [
+        (
+            "Error: update 1: loss 'entropy' is nan, loss 'total' is nan, the gradient of '0.weight' is not finite "
+            "(and 5 more); nothing was applied. Lower the learning rate, clip gradients, or skip such updates with "
+            "trainer.nonfinite: skip, in update 1"
+        ),
+        f"the traceback is in {run.relative_to(folder) / 'traceback.txt'}",
+        f"resume with: noether train --resume {run.relative_to(folder)}",
+    ]
 
 
 def test_nonfinite_skip_leaves_the_weights(folder):

@@ -52,9 +52,13 @@ def test_the_settled_state_and_the_logs_of_the_event_are_written(tmp_path):
 def test_an_update_that_was_not_completed_has_no_state_to_save(tmp_path):
     with open_run(tmp_path) as directory:
         error = ValueError("out of memory")
-        record_failure(error, directory, None, (TrainState(), AfterEpoch()), directory.interpreter)
+        for state in (TrainState(), TrainState().advance(samples=4)):
+            record_failure(error, directory, None, (state, AfterEpoch()), directory.interpreter)
         assert directory.load() is None
-    assert error.__notes__[0] == "no state at E0_U0_S0 could be saved from which a run continues exactly"
+    assert error.__notes__[::2] == [
+        "no state at E0_U0_S0 could be saved from which a run continues exactly",
+        "no state at E0_U1_S4 could be saved from which a run continues exactly",
+    ]
 
 
 def test_an_earlier_error_of_a_background_save_does_not_prevent_the_save(tmp_path):

@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from noether.core.run import Run
-from noether.training.runs.interruption import SIGNALS, EvaluationInterrupt, Interruption, interruptible
+from noether.training.data.interruptible import EvaluationInterrupt, interruptible
+from noether.training.runs.interruption import SIGNALS, Interruption
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, raise_problems, suggest
 from noether.core.tensors import torch_internals
-from noether.core.tensors.donation import DonatedTree, OwnedStorages
+from noether.core.tensors.donation import MOVED, DonatedTree, OwnedStorages
 from noether.core.tensors.stored_weights import memory_of
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
@@ -141,7 +141,12 @@ class EMACallback(PeriodicCallback):
             memory = state.callback_states.get(memory_of(name))
             if memory is None:  # called without a reducer, which fills in initial memory
                 memory = self.init(state)[memory_of(name)]
-            average = FrozenDict(params=move(memory["params"], params, 1 - factor), buffers=clone_tensors(buffers))
+            averages = memory["params"]
+            if isinstance(averages, DonatedTree) and averages.owner is MOVED:
+                averages = FrozenDict(averages)
+            else:
+                averages = move(averages, params, 1 - factor)
+            average = FrozenDict(params=averages, buffers=clone_tensors(buffers))
             state = state.remember(memory_of(name), average)
         return state, ()
 
@@ -229,7 +234,10 @@ def _move_in_place(
     if names:
         targets = [_upcast(params[name]) for name in names]
         torch_internals.foreach_lerp_([tree[name] for name in names], targets, weight)
-    return DonatedTree(tree, owned)
+    moved = DonatedTree(tree, owned)
+    if isinstance(averages, DonatedTree):
+        averages.successor = moved  # an event that is cut short after this is dispatched again, but not from here
+    return moved
 
 
 def _names_to_average(averages: Mapping[str, torch.Tensor]) -> list[str]:

@@ -32,6 +32,9 @@ class DonatedTree(Mapping[str, Any]):
         tree: Nested mappings of tensors and scalars.
         owner: The object that may take the tree without copying.
 
+    Attributes:
+        successor: The tree that was written over this one, once it is complete; None before.
+
     Example:
         >>> params = DonatedTree({"weight": torch.ones(2)})
         >>> params["weight"]
@@ -43,13 +46,19 @@ class DonatedTree(Mapping[str, Any]):
         Read the state that the update returned, or keep this one with `noether.lease(state)` before the update
     """
 
-    __slots__ = ("_tree", "owner")
+    __slots__ = ("_tree", "owner", "successor")
     is_value = True
     """`freeze` returns it unchanged, because its readers cannot write to it."""
 
     def __init__(self, tree: Mapping[str, Any], owner: object = None) -> None:
         self._tree: Mapping[str, Any] | None = tree
         self.owner = owner
+        self.successor: DonatedTree | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the tree was taken, so that it cannot be read here."""
+        return self._tree is None
 
     def take(self) -> Mapping[str, Any]:
         """Return the tree for writing; it cannot be read here afterwards.
@@ -168,6 +177,23 @@ def lease(state: TrainState) -> TrainState:
     return state.replace(**{name: _view_donated(tree) for name, tree in trees.items()})
 
 
+def was_donated(state: TrainState) -> bool:
+    """Return whether an update overwrote tensors of the state, so that it cannot be read.
+
+    Example:
+        >>> from noether import TrainState
+        >>> state = donate(TrainState(params={"weight": torch.ones(2)}))
+        >>> _ = state.params.take()
+        >>> was_donated(state), was_donated(TrainState())
+        (True, False)
+    """
+    try:
+        lease(state)
+    except DonatedError:
+        return True
+    return False
+
+
 def _view_donated(tree: Any) -> Any:
     """Return `tree` with donated trees replaced by views; the same object if it contains none."""
     if isinstance(tree, DonatedTree):
@@ -187,5 +213,7 @@ def _view(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
+MOVED: Final = object()
+"""Owner of a tree that an event has moved already: a callback that moves it at the event leaves it as it is."""
 _OF_ONE_TENSOR: Final = 2
 """Users of a storage that one tensor uses: the tensor, and the storage object through which we read the count."""

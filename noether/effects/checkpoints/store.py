@@ -132,7 +132,7 @@ class CheckpointStore:
         return next((manifest for manifest in reversed(self.manifests()) if manifest.resumable), None)
 
     def holds(self, state: TrainState) -> bool:
-        """Return whether a run can resume at `state`: one of this process's resumable checkpoints is of its iteration.
+        """Return whether a run can resume at `state` or later: this process has a resumable checkpoint from there.
 
         Those are the checkpoints that this process wrote, and the one that it resumed from. No file of the checkpoint
         is read but its manifest. Wait for background saves before you ask: call `RunDirectory.wait`.
@@ -148,9 +148,12 @@ class CheckpointStore:
             ...     store.holds(state), store.holds(state.advance(samples=4))
             (True, False)
         """
-        own = {*self._committed, self._parent}
+        own, epoch, update = {*self._committed, self._parent}, state.iteration.epoch, state.iteration.update
         return any(
-            manifest.resumable and manifest.iteration == state.iteration and manifest.tag in own
+            manifest.resumable
+            and manifest.tag in own
+            and manifest.iteration.update >= update
+            and manifest.iteration.epoch >= epoch
             for manifest in self.manifests()
         )
 

@@ -18,7 +18,7 @@ from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
 from noether.effects.disk.files import os_error_text, read_file, replace_file
 from noether.effects.disk.place import RunMovedError, require_in_place
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
-from noether.effects.logs.resumption import lines_before_resume
+from noether.effects.logs.resumption import ResumePoint, lines_before_resume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -220,8 +220,8 @@ class LinesFile:
         exists = self._disk.kind(self._path) is not None
         lines = read_file(self._path, self._disk).splitlines(keepends=True) if exists else []
         saved_lines = saved.lines or 0
-        remaining = lines_before_resume(lines, state, saved_lines, self._path)
-        missing = saved_lines - len(remaining)
+        remaining, repeated = lines_before_resume(lines, ResumePoint.of(state), saved_lines, self._path)
+        missing = saved_lines - repeated - len(remaining)
         is_cut_off = bool(lines) and not lines[-1].endswith(b"\n")
         removed = "; its last line was cut off, and is removed" if is_cut_off else ""
         if missing > 0:

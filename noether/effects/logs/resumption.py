@@ -18,15 +18,16 @@ class LogError(NoetherError):
     """A log file is damaged."""
 
 
-def lines_before_resume(lines: list[bytes], state: TrainState | None, saved: int, path: Path) -> list[bytes]:
-    """Return the lines logged before the point where a run resumes.
+def lines_before_resume(lines: list[bytes], point: ResumePoint, saved: int, path: Path) -> tuple[list[bytes], int]:
+    """Return the lines logged before the point where a run resumes, and how many saved ones it logs again.
+
+    The second number is not 0 only if an error cut an event short after its lines were logged.
 
     Raises:
         LogError: If one of the first `saved` lines, or a line before another that stays, is damaged. A last line
             without a line end was only cut off.
     """
     positions = [_parse_position(line) for line in lines]
-    point = ResumePoint.of(state)
     remaining = [index for index, each in enumerate(positions) if each is not None and point.keeps(*each)]
     # Later lines may be partial, or damaged by a power loss.
     whole = len(lines) - 1 if lines and not lines[-1].endswith(b"\n") else len(lines)
@@ -35,7 +36,12 @@ def lines_before_resume(lines: list[bytes], state: TrainState | None, saved: int
         if positions[index] is None:
             text = line[:80].decode(errors="replace")
             raise LogError(f"{path}:{index + 1}: not a log line: {text!r}; remove this line, and resume again")
-    return [lines[index] for index in remaining]
+    repeated = {
+        index
+        for index, position in enumerate(positions[:saved])
+        if position is not None and point.iteration is not None and position[1].update == point.iteration.update
+    }
+    return [lines[index] for index in remaining], len(repeated.difference(remaining))
 
 
 def _parse_position(line: bytes) -> tuple[str, TrainingIteration] | None:

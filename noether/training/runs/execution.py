@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
@@ -13,6 +14,8 @@ from noether.core.loop import Move, next_move
 from noether.core.tensors.donation import donate
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.logs.events import event_line_builder
+from noether.training.data.interruptible import interruptible
+from noether.training.runs.ending import Ending
 from noether.training.runs.services import add_handlers
 from noether.training.step.compiled import CompiledStep
 from noether.training.trainer import Trainer
@@ -83,16 +86,25 @@ def execute(
     interpret: Interpret = interpreter
     if experiment.config.trainer.record == "events":
         interpret = directory.recording_interpreter(interpreter, event_recorder(experiment.reducer))
-    with interruption:
+    with interruption, closing(experiment):
         facts = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
         interpreter([SetSummary(FrozenDict(facts))], state, AfterTraining(run=experiment.run))
+        ending = Ending(
+            run=experiment.run,
+            directory=directory,
+            interpret=interpret,
+            at_end=experiment.config.trainer.checkpoints.at_end,
+        )
+        trainer = make_trainer(experiment, interpret, interruption)
         start = donate(state) if experiment.step.donate else state
         del state  # the first state would otherwise stay in memory during the whole training
-        final = make_trainer(experiment, interpret, interruption)(start, resumed=resumed)
-        directory.wait()  # the run ends when its last checkpoint is on the disk
+        final = replace(trainer, finish=ending.finish, fail=ending.fail)(start, resumed=resumed)
     finished = next_move(final, experiment.run) is Move.NOTHING
     run = TrainedRun(directory=directory.path, state=final, finished=finished)
     write_ending(run, experiment, interpreter)
+    if not finished:
+        is_saved = directory.checkpoints.holds(final)
+        notify(f"saved {final.iteration}" if is_saved else "nothing is saved: the first update was not completed")
     notify(f"{run.ending}; the run is in {directory.path}")
     return run
 
@@ -109,7 +121,7 @@ def make_trainer(
         run: Replaces the run of the experiment.
     """
     return Trainer(
-        run=run or experiment.run,
+        run=interruptible(run or experiment.run, interrupted),
         step=CompiledStep(experiment.step) if experiment.config.trainer.compile else experiment.step,
         data=experiment.data,
         reducer=experiment.reducer,

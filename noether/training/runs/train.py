@@ -47,10 +47,12 @@ def train(
 
     A new run is written to `OUTPUT/NAME/RUN_ID`. Relative paths in the configuration start at the working directory.
 
-    During training the first Ctrl-C (SIGINT) or SIGTERM saves the run after the current update, and `train` returns it
-    with `finished=False`; a second one has its usual effect, such as KeyboardInterrupt. Python delivers signals to the
-    main thread only: in another thread nothing interrupts the run. An error of a callback, the model, the data or the
-    disk is raised unchanged, after the logs are written; the run can be resumed from its newest checkpoint.
+    During training the first Ctrl-C (SIGINT), SIGTERM or SIGHUP saves the run after the current update, or before the
+    next batch of an evaluation, and `train` returns it with `finished=False`; a second one has its usual effect, such
+    as KeyboardInterrupt. Python delivers signals to the main thread only: in another thread nothing interrupts the run.
+
+    An error of a callback, the model, the data or the disk is raised unchanged, after the last settled state and the
+    logs are saved. Its notes say where it was raised, what is saved, where the traceback is, and how to resume.
 
     Args:
         config: Path of a YAML file, or the same sections as a dict of plain values. Leave it out to resume a run.

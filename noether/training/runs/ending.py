@@ -1,0 +1,109 @@
+"""How a run ends: at its end, at a signal, or at an exception; what is saved there, and what is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, final
+
+from noether.core.effect import SaveCheckpoint, SetSummary
+from noether.core.event import AfterTraining
+from noether.core.loop import Move, next_move
+from noether.core.tensors.tree import FrozenDict
+from noether.effects.failure import record_failure, save_interrupted
+from noether.training.error_locations import describe_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from noether.core.event import Event
+    from noether.core.run import Run
+    from noether.core.state import TrainState
+    from noether.effects import RunDirectory
+    from noether.effects.run_directory import Interpret
+
+_FAILURE: Final = "_noether_failure"
+
+
+@final
+@dataclass(frozen=True)
+class Failure:
+    """What a run that an exception ended left behind.
+
+    Args:
+        directory: The run directory.
+        places: Where the exception was raised: the callback, the sample, the update.
+        outcome: What was saved, and where the traceback is.
+    """
+
+    directory: Path
+    places: tuple[str, ...]
+    outcome: tuple[str, ...]
+
+
+def failure_of(error: BaseException) -> Failure | None:
+    """Return what a run left behind that `error` ended; None if no run was ended by it."""
+    failure: Failure | None = vars(error).get(_FAILURE)
+    return failure
+
+
+def save_at_end(state: TrainState) -> SaveCheckpoint:
+    """Return the request for a checkpoint of the end of a run, which stays until a later end is saved.
+
+    Example:
+        >>> from noether import TrainState
+        >>> save_at_end(TrainState().advance(samples=4)).tag
+        'E0_U1_S4.end'
+    """
+    return SaveCheckpoint(tag=f"{state.iteration}.end", pointers=("latest",), retention=FrozenDict(end=1))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """Saves a run where it ends, unless a checkpoint holds that state already.
+
+    Args:
+        run: The run.
+        directory: Its open directory.
+        interpret: Runs the effects.
+        at_end: Whether to save the end of training.
+    """
+
+    run: Run
+    directory: RunDirectory
+    interpret: Interpret
+    at_end: bool
+
+    def finish(self, state: TrainState) -> None:
+        """Save the state at the end of the run, or where a signal interrupted it.
+
+        Raises:
+            CheckpointError: If this checkpoint, or an earlier one in the background, cannot be written.
+        """
+        self.directory.wait()
+        finished = next_move(state, self.run) is Move.NOTHING
+        if self.directory.checkpoints.holds(state) or (finished and not self.at_end):
+            return
+        event = AfterTraining(run=self.run)
+        if finished:
+            self.interpret((save_at_end(state),), state, event)
+            self.directory.wait()  # the run ends when its last checkpoint is on the disk
+        else:
+            save_interrupted(self.directory, state, self.run, event.time_s)
+
+    def fail(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event) -> None:
+        """Save the settled state after an exception, and attach to the exception what the run left behind.
+
+        Args:
+            error: The exception.
+            settled: The state from which the run continues exactly; None if there is none.
+            state: The state at the event.
+            event: The event at which the exception was raised.
+        """
+        places = tuple(getattr(error, "__notes__", ()))
+        record_failure(error, self.directory, settled, (state, event), self.interpret)
+        outcome = tuple(getattr(error, "__notes__", ()))[len(places) :]
+        vars(error)[_FAILURE] = Failure(self.directory.path, places, outcome)
+        error.add_note(f"resume with noether.train(resume={str(self.directory.path)!r})")
+        ending = f"failed at {state.iteration}: {describe_error(error)}"
+        self.directory.interpreter([SetSummary(FrozenDict(ending=ending))], state, event)
