@@ -442,7 +442,7 @@ def test_plain_output_equals_the_output_of_rich(text):
     assert plain.getvalue() == rendered.getvalue()
 
 
-CONTROLS = ["\x1b", "\x07", "\r", "\x08", "\x7f", "\x9b", "\u202e", "\u2028", "\x85", "\x0c", "�"]
+CONTROLS = ["\x1b", "\x07", "\r", "\x08", "\x7f", "\x9b", "\u202e", "\u2028", "\x85", "\x0c", chr(0xDCFF)]
 
 
 @pytest.mark.parametrize("is_plain", [True, False])

@@ -235,13 +235,10 @@ def test_a_running_tensorboard_discards_truncated_values(folder):
     assert shown() == {"loss": [(1, 3.0)], "val": []}
 
 
-def test_values_logged_after_close_are_added(folder):
-    directory = open_with_tensorboard(folder)
-    directory.truncate_logs(None)
-    log_history(directory, range(1), 1.0)
-    directory.close()
-    log_history(directory, range(1, 2), 1.0)
-    directory.close()
+def test_values_logged_after_the_run_is_opened_again_are_added(folder):
+    for place in (0, 1):
+        with open_with_tensorboard(folder) as directory:
+            log_history(directory, [place], 1.0)
     assert scalars(read_tensorboard(folder)) == {"loss": [(1, 1.0), (2, 1.0)]}
 
 
