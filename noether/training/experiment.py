@@ -31,7 +31,7 @@ from noether.training.error_locations import locate_errors
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.value_schedules import ValueSchedule, value_schedule
-from noether.training.weights import check_weights, load_weights, to_device
+from noether.training.weights import check_opt_state, check_weights, load_weights, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -86,6 +86,7 @@ class Experiment:
             CheckpointError: If its weights do not fit this model.
         """
         check_weights(self.state, state)
+        check_opt_state(self.step.optimizer, state)
         groups = self.step.optimizer.group_settings(self.state.params).values()
         device = device_of(self.state.params.values())
         return to_device(state, device, counts_on_device=any(map(counts_on_device, groups)))

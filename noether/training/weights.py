@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from noether.core.errors import suggest
 from noether.core.tensors.module import device_of
@@ -13,9 +16,8 @@ from noether.effects import CheckpointError, CheckpointStore
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
     from noether.core.state import TrainState
+    from noether.training.step.optimizer import FunctionalOptimizer
 
 
 def load_weights(state: TrainState, checkpoint: Path) -> TrainState:
@@ -59,6 +61,42 @@ def check_weights(ours: TrainState, theirs: TrainState) -> None:
             if tensor.dtype != found[name].dtype:
                 types = f"{found[name].dtype} in the checkpoint and {tensor.dtype} in the model"
                 raise CheckpointError(f"{name!r} is {types}")
+
+
+def check_opt_state(optimizer: FunctionalOptimizer, state: TrainState) -> None:
+    """Check that the optimizer's memory in a loaded state belongs to the optimizer of this run.
+
+    The memory of a class that has a kernel is compared in full with what the class keeps; of another class, only the
+    names of the parameters are known.
+
+    Args:
+        optimizer: The optimizer.
+        state: The loaded state, whose params fit the model.
+
+    Raises:
+        CheckpointError: If a name, a type, a shape or a dtype differs.
+    """
+    memories = state.opt_state.get("state", {})
+    expected: Mapping[str, Any] = {}
+    try:
+        optimizer.check_names(state.opt_state, state.params)
+        if memories:
+            meta = move_to_device(torch.device("meta"), state.params)
+            expected = optimizer.add_first_memory({}, meta, memories)["state"]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"opt_state: it does not belong to this optimizer: {error}") from error
+    for name, memory in expected.items():
+        saved = memories[name]
+        if not isinstance(saved, Mapping):
+            raise CheckpointError(f"opt_state: the memory of {name!r} is not what this optimizer keeps")
+        for key, first in memory.items():
+            found = saved.get(key, first)
+            if isinstance(first, torch.Tensor) and _facts(found) != _facts(first):
+                raise CheckpointError(f"opt_state: {key} of {name!r} is not what this optimizer keeps")
+
+
+def _facts(value: Any) -> tuple[Any, ...] | None:
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
 
 
 def to_device(state: TrainState, device: torch.device, *, counts_on_device: bool = False) -> TrainState:

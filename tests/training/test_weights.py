@@ -1,12 +1,14 @@
 """Loaded states on another device; torch's `meta` device stands for the accelerator."""
 
+import pytest
 import torch
 from torch import nn
 
 from noether import TrainState
 from noether.core.state import Measured
+from noether.effects import CheckpointError
 from noether.training.step.optimizer import FunctionalOptimizer
-from noether.training.weights import to_device
+from noether.training.weights import check_opt_state, to_device
 
 
 def trained_state():
@@ -33,3 +35,21 @@ def test_all_tensors_move_except_step_counters():
 def test_on_the_cpu_the_state_is_the_same_object():
     state = trained_state()
     assert to_device(state, torch.device("cpu")) is state
+
+
+def test_memory_of_another_optimizer_is_refused():
+    """Otherwise the first update after the resume would fail."""
+    adam = FunctionalOptimizer(torch.optim.Adam, {"lr": 0.1})
+    params = {"w": torch.ones(2), "b": torch.ones(1)}
+    grads = {name: torch.ones_like(param) for name, param in params.items()}
+    state = TrainState(params=params, opt_state=adam.update(grads, adam.init(params), params)[1])
+    check_opt_state(adam, state)
+    memory = state.opt_state["state"]
+    for wrong, message in (
+        ({**memory, "c": memory["w"]}, "does not belong to this optimizer: .*'c'"),
+        ({**memory, "w": memory["b"]}, "exp_avg of 'w' is not what this optimizer keeps"),
+        ({**memory, "w": {**memory["w"], "step": (1,)}}, "step of 'w' is not what this optimizer keeps"),
+        ({**memory, "w": 5}, "the memory of 'w' is not what this optimizer keeps"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"^opt_state: .*{message}"):
+            check_opt_state(adam, state.replace(opt_state={**state.opt_state, "state": wrong}))

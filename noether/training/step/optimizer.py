@@ -168,6 +168,14 @@ class FunctionalOptimizer:
         memory, settings = opt_state.get("state", {}), self._layout(params).entries.values()
         return kernels.can_run(self.optimizer, grads, memory) and kernels.has_all_memory(settings, grads, memory)
 
+    def check_names(self, opt_state: Mapping[str, Any], params: Iterable[str]) -> None:
+        """Check that the memory in `opt_state` is of trained parameters and of groups of this optimizer.
+
+        Raises:
+            ValueError: If it is not, naming the nearest name.
+        """
+        self._layout(params).check({}, opt_state, {})
+
     def add_first_memory(
         self, opt_state: Mapping[str, Any], params: Mapping[str, Tensor], names: Iterable[str]
     ) -> Mapping[str, Any]:
