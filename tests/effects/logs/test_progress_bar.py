@@ -187,6 +187,16 @@ def test_the_second_bar_disappears_after_the_last_firing(terminal):
         wait_for_lines(terminal, [run])
 
 
+def test_the_display_of_a_run_without_a_known_end_shows_the_counters(terminal):
+    with closing(open_console(terminal)) as console:
+        unknown = ShowProgress(end=None, fired=0, fires=4, update_s=0.5, next_s=1.0, left_s=None, due=False)
+        console.show_progress(unknown, at(2), UPDATE)
+        wait_for_lines(
+            terminal,
+            ["run  BAR 2  epoch 0  sample 8  500.0 ms/update  2.0 updates/s", "next BAR 2/4  in 0:00:01"],
+        )
+
+
 def test_the_display_without_a_known_speed_shows_the_counters(terminal):
     with closing(open_console(terminal)) as console:
         unknown = ShowProgress(

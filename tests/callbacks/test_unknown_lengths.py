@@ -1,0 +1,46 @@
+"""Every shipped callback in a loop that knows nothing about its run: it works, or it is refused before training."""
+
+import pytest
+import torch
+from examples import SETTINGS, all_examples
+
+from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.errors import SettingsError
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.iteration import TrainingIteration
+from noether.core.reducer import compose
+from noether.core.run import Run
+from noether.core.state import TrainState
+
+NEED_FACTS = {"ParamCountCallback", "DatasetStatsCallback", "HyperparamsCallback"}
+EXAMPLES = [
+    each
+    for interval in ("every_n_epochs", "every_n_updates", "every_n_samples")
+    for each in all_examples(interval, 2)
+    if type(each).__name__ in SETTINGS
+    # Others iterate a dataset, read the metrics of such a callback, or outputs.
+    if not isinstance(each, PeriodicDataIteratorCallback)
+    and not getattr(each, "metric_key", None)
+    and type(each).__name__ != "TrackOutputsCallback"
+]
+
+
+@pytest.mark.parametrize("run", [Run(), Run(end=TrainingIteration(epoch=3)), Run(end=TrainingIteration(sample=30))])
+@pytest.mark.parametrize("callback", EXAMPLES, ids=lambda each: each.name)
+def test_a_loop_without_facts_works_or_is_refused_at_its_start(callback, run):
+    reducer = compose(callback)
+    state = TrainState(params={"weight": torch.ones(2)})
+    if type(callback).__name__ in NEED_FACTS:
+        with pytest.raises(SettingsError, match=r"pass Run\("):
+            reducer(state, BeforeTraining(run=run))
+        return
+    state, _ = reducer(state, BeforeTraining(run=run))
+    for updates in (3, 1, 4):
+        for _ in range(updates):
+            losses = {"total": torch.ones(())}
+            readings = {"lr": {"default": 0.1}, "weight_decay": {}, "grad_norm": torch.ones(()), "finite": True}
+            event = AfterUpdate(run=run, samples=4, losses=losses, duration_s=0.1, **readings)
+            state, _ = reducer(state.advance(samples=4), event)
+        state, _ = reducer(state.next_epoch(), AfterEpoch(run=run))
+    state, _ = reducer(state.replace(ended=True), AfterTraining(run=run))
+    assert state.iteration == TrainingIteration(3, 8, 32)
