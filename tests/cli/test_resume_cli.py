@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(finished_run, tmp_path):
     path = finished_run / "checkpoints/E2_U76_S2410.2/optimizer.safetensors"
     path.unlink()
     done = noether("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path)
-    assert done.stderr == f"{relative(path, tmp_path)} is missing; resuming from E2_U76_S2410 without it\n"
+    assert done.stderr == f"{path} is missing; resuming from E2_U76_S2410 without it\n"
     assert done.stdout.splitlines()[0] == "resuming at E2_U76_S2410"
     assert pointer(finished_run, "latest") == "E2_U76_S2410.3"
 
@@ -214,10 +214,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(finished_r
     before = contents(tmp_path)
     output = invoke("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path, code=1)
     first, *reasons = output.splitlines()
-    assert first == (
-        f"Error: the run cannot resume from any of the {len(reasons)} checkpoints in {relative(checkpoints, tmp_path)}:"
-    )
-    assert reasons[0].startswith(f"  {relative(checkpoints, tmp_path)}/E2_U76_S2410.2/state.json is damaged: ")
+    assert first == f"Error: the run cannot resume from any of the {len(reasons)} checkpoints in {checkpoints}:"
+    assert reasons[0].startswith(f"  {checkpoints}/E2_U76_S2410.2/state.json is damaged: ")
     assert contents(tmp_path) == before
 
 
