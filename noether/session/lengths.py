@@ -42,8 +42,9 @@ def without_fields(run: Run, names: Iterable[str]) -> Run:
 
     Example:
         >>> from noether import Run
-        >>> without_fields(Run(updates_per_epoch=3, samples_per_epoch=9), ["updates_per_epoch"])
-        Run(samples_per_epoch=9, rank=0, world_size=1)
+        >>> run = without_fields(Run(updates_per_epoch=3, samples_per_epoch=9), ["updates_per_epoch"])
+        >>> hasattr(run, "updates_per_epoch"), run.samples_per_epoch
+        (False, 9)
     """
     return type(run)(**{name: value for name, value in vars(run).items() if name not in names})
 
