@@ -1,9 +1,11 @@
 """Every way in which `noether train` can end: its exit code, what it prints, what is saved, and that it resumes."""
 
+import os
 import shlex
 import signal
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from command import ENVIRONMENT, PATIENCE_S, check_equal, command, invoke, noether, only_run
@@ -15,8 +17,10 @@ MODULE = '''\
 
 import os
 import resource
+import shutil
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -83,6 +87,8 @@ def end(state, event):
     if state.iteration.update == 7:
         if END == "callback":
             raise IndexError("a bug")
+        if END == "gone":
+            shutil.rmtree(next(Path(event.run.config["run"]["output"]).glob("ends/*")))
         if END == "exit":
             raise SystemExit(3)
         if END == "save":
@@ -135,7 +141,7 @@ class Row:
     Args:
         end: The value of the variable END, which ends the run.
         code: Its exit code.
-        newest: The newest checkpoint from which it can be resumed.
+        newest: The newest checkpoint from which it can be resumed; None if the speed of a worker decides.
         says: Parts of the first line on the standard error or, without an error, of the last lines of the output.
         logged: The last update that is logged.
         settings: Settings of the run.
@@ -143,12 +149,13 @@ class Row:
 
     end: str
     code: int
-    newest: str
+    newest: str | None
     says: tuple[str, ...]
     settings: tuple[str, ...] = ()
 
 
 IN_UPDATE = "in update 7"
+SAVES_AT_ONCE = ("trainer.checkpoints.async=false",)
 NO_SAVES = "callbacks.3={kind: noether.core.callbacks.OnlineLossCallback, every_n_epochs: 1}"
 ROWS = [
     Row("", 0, f"{END}.2", (f"ended at {END}; the run is in ",)),
@@ -157,19 +164,19 @@ ROWS = [
     Row("signal SIGTERM", 143, U7, (f"saved {U7}", f"interrupted at {U7}")),
     Row("signal SIGHUP", 129, U7, (f"saved {U7}", f"interrupted at {U7}")),
     Row("evaluation SIGINT", 130, "E0_U4_S16", ("saved E0_U4_S16", "interrupted at E0_U4_S16")),
-    Row("signal SIGTERM SIGTERM", -signal.SIGTERM, E1, ()),
+    Row("signal SIGTERM SIGTERM", -signal.SIGTERM, E1, (), SAVES_AT_ONCE),
     Row("data", 1, U6, ("Error: [Errno 2] no such file: 'points.npy'", "while loading sample ", IN_UPDATE)),
     Row("data", 1, U6, ("Error: [Errno 2] no such file", "of data.train", IN_UPDATE), ("trainer.num_workers=1",)),
-    Row("worker", 1, U6, ("Error: a process that loads samples of data.train ended", IN_UPDATE),
+    Row("worker", 1, None, ("Error: a process that loads samples of data.train ended", "in update "),
         ("trainer.num_workers=1",)),
     Row("step", 1, U6, ("Error: MemoryError: no room for the loss", IN_UPDATE)),
     Row("nan", 1, U6, ("Error: update 7: ", IN_UPDATE)),
     Row("callback", 1, U7, ("Error: IndexError: a bug", "callback 'end' at E1_U7_S28, AfterUpdate")),
     Row("epoch", 1, "E1_U8_S32", ("Error: IndexError: a bug", "callback 'end_epoch' at E2_U8_S32, AfterEpoch")),
     Row("handler", 1, U7, ("Error: RuntimeError: the bell is broken", "a handler of Ring at E1_U7_S28")),
-    Row("save", 1, U7, ("Error: tag 'not/a/name' is not a valid name", "SaveCheckpoint at E1_U7_S28")),
+    Row("save", 1, U7, ("Error: tag 'not/a/name' is not a valid name", "SaveCheckpoint at E1_U7_S28"), SAVES_AT_ONCE),
     Row("exit", 3, U7, ("Error: SystemExit: 3",)),
-    Row("disk", 1, E1, ("could not be written: ", "SaveCheckpoint at E1_U7_S28")),
+    Row("disk", 1, E1, ("could not be written: ", "SaveCheckpoint at E1_U7_S28"), SAVES_AT_ONCE),
 ]  # fmt: skip
 
 
@@ -210,11 +217,12 @@ def test_ending(folder, uncut, tmp_path, row):
     for part in row.says:
         assert part in message
     store = CheckpointStore(run / "checkpoints", "run")
-    assert store.newest().tag == row.newest
+    newest = store.newest().tag if row.newest is None else row.newest
+    assert store.newest().tag == newest
     assert not list(run.glob("checkpoints/.tmp-*"))
     if row.code == 1 and row.end != "disk":
         assert shown[1:] == [
-            f"the state at {row.newest} is saved in {run}",
+            f"the state at {newest} is saved in {run}",
             f"the traceback is in {run / 'traceback.txt'}",
             f"resume with: noether train --resume {run}",
         ]
@@ -222,6 +230,40 @@ def test_ending(folder, uncut, tmp_path, row):
     if row.code == 0:
         return
     arguments = shlex.split(shown[-1].removeprefix("resume with: noether ")) if shown else ["train", "--resume", run]
-    resumed = invoke(*arguments, *(["--set", "trainer.num_workers=0"] if row.settings else []), cwd=folder)
-    assert f"resuming at {row.newest.removesuffix('.end')}" in resumed.splitlines()
+    resumed = invoke(*arguments, "--set", "trainer.num_workers=0", cwd=folder)
+    assert f"resuming at {newest.removesuffix('.end')}" in resumed.splitlines()
     check_equal(run, uncut)
+
+
+def full():
+    return Path("/dev/full").open("w")
+
+
+def closed():
+    """Return a pipe that nothing reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+@pytest.mark.parametrize("make_stdout", [full, closed])
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("signal SIGTERM", 143)])
+def test_a_run_whose_output_is_gone_loses_nothing(folder, uncut, tmp_path, make_stdout, end, code):
+    with make_stdout() as stdout:
+        done = run_process(folder, end, words(tmp_path), stdout=stdout)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # closing it flushes
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    run = only_run(tmp_path / "ends")
+    if code:
+        assert done.stderr.splitlines()[-1] == f"resume with: noether train --resume {run}"
+        invoke("train", "--resume", run, cwd=folder)
+    check_equal(run, uncut)
+
+
+def test_a_run_whose_directory_is_gone_ends_with_a_message(folder, tmp_path):
+    done = run_process(folder, "gone", words(tmp_path))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert not list((tmp_path / "ends").iterdir())

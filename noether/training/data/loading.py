@@ -104,11 +104,12 @@ class LoadedBatches:
         try:
             with _CHILD_EXITS.reported():
                 batch = next(self._loading)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the last two if it died while it sent a batch
             if all(worker.is_alive() for worker in self._workers):
                 raise
+            reason = str(error).strip(" .")
             raise WorkerError(
-                f"a process that loads samples of {self._name} ended unexpectedly: {error} If the system killed it "
+                f"a process that loads samples of {self._name} ended unexpectedly: {reason}; if the system killed it "
                 "because memory ran out, lower trainer.num_workers"
             ) from error
         if isinstance(batch, _LoadError):
