@@ -1,178 +1,230 @@
-"""Compares a run that is killed and resumed many times with an uninterrupted run.
+"""Kills runs with SIGKILL at calls of the disk, resumes them, and compares them with an uninterrupted run.
 
-Run as `python -m benchmarks.kill`. One `noether train` runs to its end. Another is killed with SIGKILL at random
-moments and resumed, `--kills` times, and then runs to its end. Weights and the memory of the optimizer and of every
-callback must be equal bit for bit, and the logs must have the same lines except for the time; otherwise the command
-fails.
+Run as `python -m benchmarks.kill`. One run trains to its end and records its calls of the disk. Each cycle starts the
+same run in a new process that kills itself at a random one of these calls: in training; or there and again after
+`--resume`; or there and in two resumed processes. Then the run is resumed to its end. Weights, optimizer, memories,
+log, summary with the best metric, pointers and the kept checkpoints must equal those of the uninterrupted run, the
+pointers by iteration and weights; otherwise the command fails.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import operator
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
+from collections import Counter
+from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
 from benchmarks.measurement import Table, markdown_option, show
+from noether.effects import CheckpointStore
+from noether.effects.checkpoints.contents import WEIGHTS
+from noether.effects.disk.calls import DISK, fsync
+from noether.testing import same
+from noether.training.runs.train import train
 
-# Frequent saves of a network that is large for its task, so that many kills happen during a save.
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _CONFIG = """\
-run: {name: killed, output: OUTPUT}
-model: {kind: noether.examples.digits.ConvNet, width: 64, dropout: 0.2}
+run: {name: run, output: OUTPUT}
+model: {kind: noether.examples.digits.ConvNet, width: 2, dropout: 0.2}
 data:
-  train: {kind: noether.examples.digits.Digits, split: train, shift: 1}
-  val: {kind: noether.examples.digits.Digits, split: val}
-optimizer: {kind: torch.optim.AdamW, lr: 2e-3}
+  train: {kind: noether.examples.digits.Digits, split: val, shift: 1}
+  val: {kind: noether.examples.digits.Digits, split: test}
+optimizer: {kind: torch.optim.AdamW, lr: 2e-2}
 trainer:
-  max_updates: UPDATES
-  effective_batch_size: 32
+  max_epochs: 7
+  effective_batch_size: 74
   loss: noether.examples.digits.cross_entropy
-  evaluate: {val: [loss, accuracy], every_n_updates: 10}
+  evaluate: {val: [loss, accuracy], every_n_epochs: 1}
 callbacks:
-  - {kind: noether.core.callbacks.NanGuardCallback, every_n_updates: 20, tolerance: 3}
   - {kind: noether.core.callbacks.OnlineLossCallback, every_n_updates: 3}
-  - {kind: noether.core.callbacks.EMACallback, every_n_updates: 25, target_factors: [0.9]}
-  - {kind: noether.core.callbacks.BestMetricCallback, every_n_updates: 10, metric_key: val/accuracy}
-  - kind: noether.core.callbacks.BestCheckpointCallback
-    every_n_updates: 10
-    metric_key: val/accuracy
-    tolerances: [2]
-  - kind: noether.core.callbacks.ReduceLROnPlateauCallback
-    every_n_updates: 10
-    metric_key: val/accuracy
-    tolerance: 1
-  - {kind: noether.core.callbacks.MetricEarlyStopping, every_n_updates: 10, metric_key: val/accuracy, tolerance: 1000}
-  - {kind: noether.core.callbacks.CheckpointCallback, every_n_updates: 2, save_weights: true, save_optim: true, keep: 2}
+  - {kind: noether.core.callbacks.EMACallback, every_n_epochs: 1, target_factors: [0.9], save_latest_weights: true}
+  - {kind: noether.core.callbacks.BestMetricCallback, every_n_epochs: 1, metric_key: val/accuracy}
+  - {kind: noether.core.callbacks.BestCheckpointCallback, every_n_epochs: 1, metric_key: val/accuracy, tolerances: [2]}
+  - {kind: noether.core.callbacks.MetricEarlyStopping, every_n_epochs: 1, metric_key: val/accuracy, tolerance: 2}
+  - {kind: noether.core.callbacks.CheckpointCallback, every_n_epochs: 1, keep: 2}
 """
-_EARLY_SHARE = 0.25  # of the kills happen while the process starts, the others after it has trained
-_MAX_START_S = 4.0
-_MAX_TRAINING_S = 0.6
-_WEIGHTS = ("weights.safetensors", "optimizer.safetensors", "state.safetensors")
+_CHANGES: Final = (os.write, os.mkdir, os.rename, os.unlink, os.rmdir, os.ftruncate, fsync)
+"""Calls that change the disk; between two of them a kill leaves the same as at the second one."""
+_PHASES: Final = ("train", "resume", "second resume")
+_EXTRA_CALLS: Final = 40  # that a resumed process makes beside those of the uncut run
 
 
 class Kill(NamedTuple):
-    """State of the run directory at a kill."""
+    """A kill that happened.
 
-    newest: str
-    lines: int
-    saving: bool
-
-
-def train(folder: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Start `noether train` in a new process group."""
-    return subprocess.Popen(  # noqa: S603  # our own command line
-        [sys.executable, "-m", "noether", "train", *map(str, arguments)],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def wait_for_success(process: subprocess.Popen[str]) -> None:
-    """Wait for the end of a run.
-
-    Raises:
-        click.ClickException: If the run failed.
+    Args:
+        phase: Index in the processes of a run: 0 for the first.
+        call: Name of the call of the disk at which the process killed itself.
     """
-    output, _ = process.communicate()
-    if process.returncode:
-        raise click.ClickException(f"a run failed:\n{output}")
+
+    phase: int
+    call: str
 
 
-def only_run(folder: Path, output: str) -> Path | None:
-    """Return the run directory in an output folder, or None if it does not exist yet."""
-    return next((path.parent for path in (folder / output / "killed").glob("*/config.yaml")), None)
+def _train_in_child(folder: Path, arguments: dict[str, Any], kill_at: int | None, calls_file: Path) -> None:
+    """Train, and write the names of the calls that change the disk; the process kills itself at one of them."""
+    logging.disable()
+    names, lock = [], Lock()
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        if function in _CHANGES:
+            with lock:
+                names.append(function.__name__)
+                if len(names) == kill_at:
+                    calls_file.write_text(json.dumps(names))
+                    if function is os.write:  # half of the content is written
+                        os.write(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return operator.call(function, *arguments)
+
+    os.chdir(folder)
+    sys.stdout = sys.stderr = (folder / "output").open("w")
+    DISK._call = call  # noqa: SLF001  # the one place through which all calls of the disk go
+    train(**arguments)
+    calls_file.write_text(json.dumps(names))
 
 
-def kill_run(process: subprocess.Popen[str], folder: Path, chance: random.Random) -> Kill | None:
-    """Kill a run at a random moment; return its state, or None if it ended before."""
-    before = _size(folder)
-    if chance.random() < _EARLY_SHARE:
-        time.sleep(chance.uniform(0, _MAX_START_S))
-    else:
-        while process.poll() is None and _size(folder) <= before:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, _MAX_TRAINING_S))
-    if process.poll() is not None:
-        wait_for_success(process)
-        return None
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    run = only_run(folder, "killed")
-    if run is None:
-        return Kill("nothing yet", 0, saving=False)
-    checkpoints = run / "checkpoints"
-    newest = max((path.name for path in checkpoints.glob("E*")), key=lambda tag: int(tag.split("_")[1][1:]), default="")
-    log = run / "metrics.jsonl"
-    lines = len(log.read_bytes().splitlines()) if log.exists() else 0
-    return Kill(newest or "nothing yet", lines, saving=any(checkpoints.glob(".tmp-*")))
+class Runner:
+    """Trains in processes that start within milliseconds, because they are forks of one with all modules loaded.
+
+    Args:
+        folder: A directory for all runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload(["noether.training.runs.train", "noether.testing"])
+
+    def train(self, output: str, kill_at: int | None = None, *, asynchronous: bool = False) -> list[str]:
+        """Start or resume the run in an output folder; return the names of its calls that change the disk.
+
+        Raises:
+            click.ClickException: If the run failed.
+        """
+        config = self._folder / f"{output}.yaml"
+        config.write_text(_CONFIG.replace("OUTPUT", output))
+        run = self.find_run(output)
+        arguments: dict[str, Any] = {"config": str(config)} if run is None else {"resume": str(run)}
+        arguments["overrides"] = [f"trainer.checkpoints.async={json.dumps(asynchronous)}"]
+        calls_file = self._folder / "calls"
+        process = self._context.Process(target=_train_in_child, args=(self._folder, arguments, kill_at, calls_file))
+        process.start()
+        process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            raise click.ClickException(
+                f"a run failed, see {self._folder}/output:\n{(self._folder / 'output').read_text()}"
+            )
+        names: list[str] = json.loads(calls_file.read_text())
+        return names
+
+    def find_run(self, output: str) -> Path | None:
+        """Return the directory of the run in an output folder, or None if it has no configuration yet."""
+        return next((path.parent for path in (self._folder / output).glob("run/*/config.yaml")), None)
+
+    def run_with_kills(self, output: str, calls: int, kills: int, chance: random.Random) -> list[Kill]:
+        """Kill a run up to `kills` times at random calls, then let it end; return the kills that happened."""
+        found: list[Kill] = []
+        last = calls + _EXTRA_CALLS
+        asynchronous = chance.random() < 0.5  # noqa: PLR2004  # a half
+        for phase in range(kills):
+            at = chance.randint(1, max(last, 1))
+            names = self.train(output, at, asynchronous=asynchronous)
+            if len(names) < at:  # it ended before
+                return found
+            found.append(Kill(phase, names[-1]))
+            last -= at
+        self.train(output, asynchronous=asynchronous)
+        return found
 
 
-def _size(folder: Path) -> int:
-    run = only_run(folder, "killed")
-    log = run / "metrics.jsonl" if run else folder
-    return log.stat().st_size if log.is_file() else 0
+def describe_run(run: Path) -> dict[str, Any]:
+    """Return what has to be equal after a run, by name; equal checkpoints of one moment count once."""
+    store = CheckpointStore(run / "checkpoints", "run")
+    manifests = {manifest.tag: manifest for manifest in store.manifests()}
+    contents = {
+        tag: (*map(str, each.slot), sorted(each.parts), getattr(each.parts.get(WEIGHTS), "sha256", None))
+        for tag, each in manifests.items()
+    }
+    recovered = store.recover()
+    return {
+        "state": None if recovered is None else recovered[0],
+        "pointers": {name: contents[tag] for name, tag in store.pointers().items()},
+        "checkpoints": set(map(str, contents.values())),
+        "summary.json": json.loads((run / "summary.json").read_text()),
+        "metrics.jsonl": [_without_time(line) for line in (run / "metrics.jsonl").read_text().splitlines()],
+        "unfinished files": [str(path) for path in run.rglob(".tmp-*")],
+    }
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """Return the names of files and entries that differ between the last checkpoints and the logs of two runs."""
-    tags = [(run / "checkpoints/last").read_text().split()[0] for run in (one, other)]
-    a, b = (run / "checkpoints" / tag for run, tag in zip((one, other), tags, strict=True))
-    differing = [name for name in _WEIGHTS if (a / name).read_bytes() != (b / name).read_bytes()]
-    states = [json.loads((each / "state.json").read_text()) for each in (a, b)]
-    differing += [f"state.json: {key}" for key in states[0] if states[0][key] != states[1][key]]
-    logs = [[_without_time(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
-    return differing + (["metrics.jsonl"] if logs[0] != logs[1] else [])
+def differences(uncut: Path, run: Path) -> list[str]:
+    """Return the names of what differs between two runs."""
+    a, b = describe_run(uncut), describe_run(run)
+    equal = {name: same(a[name], b[name]) if name == "state" else a[name] == b[name] for name in a}
+    return [name for name, is_equal in equal.items() if not is_equal]
 
 
 def _without_time(line: str) -> dict[str, object]:
     return {key: value for key, value in json.loads(line).items() if key not in ("run", "time_s")}
 
 
+def _rows(kills: list[Kill]) -> list[tuple[str, ...]]:
+    counts = Counter(kills)
+    names = sorted({kill.call for kill in kills})
+    return [(name, *(str(counts[Kill(phase, name)]) for phase in range(len(_PHASES)))) for name in names] + [
+        ("all", *(str(sum(kill.phase == phase for kill in kills)) for phase in range(len(_PHASES))))
+    ]
+
+
 @click.command(help=__doc__)
-@click.option("--kills", default=20, show_default=True, type=click.IntRange(min=1), help="Number of kills.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the random moments.")
+@click.option("--kills", default=200, show_default=True, type=click.IntRange(min=1), help="Number of kills.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random calls.")
 @markdown_option
 def main(kills: int, seed: int, *, markdown: bool) -> None:
     """Kill, compare and print the table."""
     chance = random.Random(seed)  # noqa: S311  # no secrets
+    found: list[Kill] = []
+    wrong: list[str] = []
+    wrong_kills = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for output in ("whole", "killed"):
-            (folder / f"{output}.yaml").write_text(
-                _CONFIG.replace("OUTPUT", output).replace("UPDATES", str(100 + 35 * kills))
-            )
-        wait_for_success(train(folder, "whole.yaml"))
-        observed: list[Kill] = []
-        arguments: tuple[object, ...] = ("killed.yaml",)
-        while len(observed) < kills:
-            kill = kill_run(train(folder, *arguments), folder, chance)
-            run = only_run(folder, "killed")
-            arguments = ("killed.yaml",) if run is None else ("--resume", run)
-            if kill is None:
+        runner = Runner(folder)
+        calls = len(runner.train("uncut"))
+        uncut = runner.find_run("uncut")
+        for number in count():
+            if len(found) >= kills or uncut is None:
                 break
-            observed.append(kill)
-        wait_for_success(train(folder, *arguments))
-        whole, run = only_run(folder, "whole"), only_run(folder, "killed")
-        differing = differences(whole, run) if whole and run else ["a run is missing"]
-        saves = len(list((run / "checkpoints").glob("E*"))) if run else 0
-    rows = [
-        (str(number), kill.newest, str(kill.lines), "yes" if kill.saving else "")
-        for number, kill in enumerate(observed, 1)
-    ]
-    headings = ("kill", "newest checkpoint", "lines logged", "during a save")
-    show(Table("State of the run at each kill", headings, rows), markdown=markdown)
-    if differing:
-        raise click.ClickException(f"after {len(observed)} kills these differ: {', '.join(differing)}")
-    click.echo(f"after {len(observed)} kills, weights, memory and log equal those of the uninterrupted run")
-    click.echo(f"{sum(kill.saving for kill in observed)} kills happened during a save; {saves} checkpoints remain")
+            output = f"killed{number}"
+            wanted = min(1 + number % len(_PHASES), kills - len(found))
+            happened = runner.run_with_kills(output, calls, wanted, chance)
+            run = runner.find_run(output)
+            differing = ["the run is missing"] if run is None else differences(uncut, run)
+            if differing:
+                wrong.append(f"{output}, killed at {happened}: {', '.join(differing)} differ")
+                wrong_kills += len(happened)
+            found += happened
+            shutil.rmtree(folder / output, ignore_errors=True)
+    title = f"Kills by call of the disk and process; an uncut run makes {calls} calls that change the disk"
+    show(Table(title, ("call", *_PHASES), _rows(found)), markdown=markdown)
+    for line in wrong:
+        click.echo(line)
+    click.echo(f"{wrong_kills} wrong of {len(found)}")
+    if wrong:
+        raise click.ClickException("killed runs do not equal the uninterrupted run")
 
 
 if __name__ == "__main__":

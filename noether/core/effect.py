@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping  # noqa: TC003  # cattrs reads the annotations of SaveCheckpoint
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -9,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
     from noether.core.iteration import Counter, TrainingIteration
@@ -66,6 +65,8 @@ class SaveCheckpoint(Effect):
         pointers: Names that point to this checkpoint from now on, such as `latest`.
         retention: Number of newest checkpoints to keep for each requester, by its name; None keeps all. The store
             deletes a checkpoint once no requester keeps it and no pointer names it.
+        event_saves: All checkpoints that its event requests, in the order in which they are saved. `merge_effects`
+            sets it: a checkpoint to resume from records them, and a resume completes what a crash prevented.
     """
 
     tag: str | None = None
@@ -75,6 +76,7 @@ class SaveCheckpoint(Effect):
     models: tuple[str, ...] = ()
     pointers: tuple[str, ...] = ()
     retention: Mapping[str, int | None] = field(default_factory=lambda: FrozenDict(default=None))
+    event_saves: tuple[SaveCheckpoint, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,12 @@ from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors,
 from noether.core.errors import NoetherError, suggest
 from noether.core.reducer import attach_effects
 from noether.core.tensors.tree import FrozenDict
+from noether.effects.checkpoints.contents import requested_files
+from noether.effects.checkpoints.retention import is_resumable, unite_limits
 from noether.effects.disk.encoding import NUMBER_TYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from noether.core.event import Event
     from noether.core.state import TrainState
@@ -147,7 +149,8 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
 
     Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one. Of several
     `ShowProgress` the last due one remains, or the last if none is due. Checkpoints of one tag are united and come
-    last, so that a checkpoint is never ahead of the log.
+    last, so that a checkpoint is never ahead of the log. Among them, those to resume from come first: from one of
+    them, the others can be made again.
 
     Example:
         >>> merge_effects([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
@@ -195,28 +198,31 @@ def _merge_tensors(effects: Sequence[Effect]) -> tuple[SaveTensors, ...]:
 
 
 def _merge_checkpoints(effects: Sequence[Effect]) -> tuple[SaveCheckpoint, ...]:
+    saves = tuple(sorted(unite_saves(effects), key=_can_be_resumed, reverse=True))
+    return tuple(dataclasses.replace(save, event_saves=saves) for save in saves)
+
+
+def unite_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
+    """Return the requests for checkpoints among effects of one event: one for each tag and owner of weights."""
     merged: dict[tuple[str | None, str | None], SaveCheckpoint] = {}
     for effect in effects:
         if isinstance(effect, SaveCheckpoint):
             key = effect.tag, effect.weights_of
             merged[key] = _unite_checkpoints(merged[key], effect) if key in merged else effect
-    return tuple(merged.values())
+    return list(merged.values())
+
+
+def _can_be_resumed(save: SaveCheckpoint) -> bool:
+    return is_resumable(requested_files(save), save.models, save.weights_of)
 
 
 def _unite_checkpoints(a: SaveCheckpoint, b: SaveCheckpoint) -> SaveCheckpoint:
     models = [effect.models for effect in (a, b) if effect.weights]
-    both = a.retention.keys() & b.retention.keys()
-    larger = {owner: _larger_limit(a.retention[owner], b.retention[owner]) for owner in both}
     return dataclasses.replace(
         a,
         weights=a.weights or b.weights,
         optimizer=a.optimizer or b.optimizer,
         models=() if () in models else tuple(dict.fromkeys(name for names in models for name in names)),
         pointers=tuple(dict.fromkeys(a.pointers + b.pointers)),
-        retention=FrozenDict({**a.retention, **b.retention, **larger}),
+        retention=FrozenDict(unite_limits(a.retention, b.retention)),
     )
-
-
-def _larger_limit(a: int | None, b: int | None) -> int | None:
-    """Return the larger number of checkpoints to keep; None keeps all."""
-    return None if a is None or b is None else max(a, b)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from noether.core.callback import Effects
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.checkpoints.manifest import Manifest
     from noether.effects.checkpoints.saver import OnError
     from noether.effects.disk.calls import Disk
     from noether.effects.logs.jsonl import ToLine
@@ -140,6 +141,7 @@ class RunDirectory:
         self.checkpoints = CheckpointStore(place.path / CHECKPOINTS, self.run_id, disk)
         self._place = place
         self._disk = disk
+        self._loaded: Manifest | None = None  # the checkpoint of the loaded state
         self._saved_lines = UNKNOWN_COUNT  # metrics lines when the loaded state was saved
         # The interpreter, and with it the logs and the place, may outlive this object: the run stays locked meanwhile.
         self._logs = RunLogs(place, self.run_id, console=console, services=services, disk=disk)
@@ -175,6 +177,8 @@ class RunDirectory:
     def resume(self) -> TrainState | None:
         """Return the newest intact state, or None for a new run; remove log lines that the run logs again.
 
+        What the last event before a crash requested and the crash prevented is carried out: see `complete_saves`.
+
         Raises:
             CheckpointError: As `load`.
             LogError: If a log file is damaged.
@@ -184,6 +188,7 @@ class RunDirectory:
         self._place.require_open()
         state = self.load()
         self.truncate_logs(state)
+        self.complete_saves(state)
         return state
 
     def load(self) -> TrainState | None:
@@ -198,6 +203,7 @@ class RunDirectory:
             self._refuse_to_start_over()
             return None
         state, manifest = found
+        self._loaded = manifest
         self._saved_lines = LogCount(manifest.log_lines, manifest.log_lines_lost)
         return state
 
@@ -215,6 +221,17 @@ class RunDirectory:
         if state is not None:  # a kill may have come between its commit and the removal of the marker
             mark_saved_run(self._place.path, self._disk)
         return self._logs.truncate(state, self._saved_lines)
+
+    def complete_saves(self, state: TrainState | None) -> None:
+        """Move pointers and make saves that the event of the loaded checkpoint requested and a crash prevented.
+
+        Args:
+            state: The state from which the run resumes; nothing happens if it is not of the loaded checkpoint.
+        """
+        loaded = self._loaded
+        is_loaded = loaded is not None and state is not None and state.iteration == loaded.iteration
+        if loaded is not None and is_loaded and self._place.writes:
+            self._saver.complete(loaded)
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written; a no-op in a forked child process.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, final
 
-from noether.core.schedules.forecast import Occasions, count_until
+from noether.core.schedules.forecast import Occasions, count_until, events_at, fires
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -86,6 +86,23 @@ def count_events(requests: Iterable[SaveRequest], through: int, run: Run) -> int
         if request.occasions.schedule is not None:
             schedule = request.occasions.schedule if schedule is None else schedule | request.occasions.schedule
     return count_until(Occasions(schedule, tuple(once)), run.iteration_after(through), run)
+
+
+def count_moments(requests: Sequence[SaveRequest], through: int, run: Run) -> int:
+    """Return the number of iterations at which at least one of the requests is made.
+
+    The end of training has the iteration of the event before it; all other events have different ones.
+    """
+    at_end, before = requests_at_end(requests, run)
+    return count_events(requests, through, run) - bool(at_end and before and through >= run.final.update)
+
+
+def requests_at_end(requests: Iterable[SaveRequest], run: Run) -> tuple[list[SaveRequest], list[SaveRequest]]:
+    """Return the requests made after training, and those made at the event before it, which has the same iteration."""
+    events = events_at(run.final.update, run)
+    before, end = events[-2:] if run.final.update else (None, None)
+    groups = [[each for each in requests if at is not None and fires(each.occasions, at, run)] for at in (end, before)]
+    return groups[0], groups[1]
 
 
 def count_common_events(groups: Sequence[Sequence[SaveRequest]], through: int, run: Run) -> int:

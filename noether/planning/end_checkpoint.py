@@ -10,7 +10,8 @@ from noether.core.schedules.forecast import Occasions, events_at, fires
 from noether.core.state import TrainState
 from noether.effects.checkpoints.contents import requested_files
 from noether.effects.checkpoints.retention import is_resumable
-from noether.planning.requests import SaveRequest, merge_saves
+from noether.effects.interpreter import unite_saves
+from noether.planning.requests import SaveRequest
 from noether.training.runs.ending import save_at_end
 
 if TYPE_CHECKING:
@@ -49,4 +50,4 @@ def _saves_at_end(requests: Iterable[SaveRequest], probe: Probe) -> Iterator[Sav
     run, requests = probe.run, list(requests)
     for event in events_at(run.final.update, run):
         if event.iteration == run.final:
-            yield from merge_saves(each.save for each in requests if fires(each.occasions, event, run))
+            yield from unite_saves(each.save for each in requests if fires(each.occasions, event, run))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 import torch
 
 from noether.core.callback import declaration_of
-from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError, WeightsError
 from noether.core.event import AfterUpdate, Event
 from noether.core.schedules.forecast import EARLY, Occasions, firings, nth_firing, state_at
@@ -22,13 +21,13 @@ from noether.core.state import Measured
 from noether.core.tensors.stored_weights import names_weights
 from noether.core.tensors.tree import FrozenDict, tensors
 from noether.effects.checkpoints.contents import ModelNamesError, select_weights
-from noether.effects.interpreter import merge_effects
+from noether.effects.interpreter import unite_saves
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from noether.core.callback import Callback, Effects
-    from noether.core.effect import Effect
+    from noether.core.effect import SaveCheckpoint
     from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.schedules.forecast import Firing
@@ -52,12 +51,14 @@ class SaveRequest:
         save: The requested checkpoint; `{}` in its tag stands for the iteration, or a count of it.
         sizes: Bytes of the tensors in the checkpoint, by part; other requests may contain the same parts.
         certain: Whether every firing makes the request; otherwise a metric or the callback's memory decides.
+        at_end: Whether it is made after training, and met by what the event before that saves: its occasion.
     """
 
     occasions: Occasions
     save: SaveCheckpoint
     sizes: Mapping[str, int]
     certain: bool
+    at_end: bool = False
 
     @property
     def slot(self) -> tuple[str | None, str | None]:
@@ -120,7 +121,7 @@ class Probe:
             firing = nth_firing(part, n, self.run)
             for value in _METRIC_VALUES if reads_metrics else _METRIC_VALUES[:1]:
                 state, effects = self._call(callback, firing, self._state_at(firing, callback, state, value))
-                saves.append((firing, merge_saves(effects)))
+                saves.append((firing, unite_saves(effects)))
                 stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
         return ProbeResult(tuple(self._unite_saves(part, _saves_by_slot(saves), reads_metrics=reads_metrics)), stops)
 
@@ -153,7 +154,7 @@ class Probe:
         """Yield one request per slot, which unites the requests that all firings made for it."""
         for slot in dict.fromkeys(slot for saves in saves_by_firing for slot in saves):
             slot_saves = [saves[slot] for saves in saves_by_firing if slot in saves]
-            (save,) = merge_saves(slot_saves)
+            (save,) = unite_saves(slot_saves)
             always = len(slot_saves) == len(saves_by_firing) and all(each == save for each in slot_saves)
             certain = always and not reads_metrics
             yield SaveRequest(occasions=part, save=save, sizes=self.part_sizes(save, part), certain=certain)
@@ -193,11 +194,6 @@ def _saves_by_slot(
         templated = [replace(save, tag=tag) for save, tag in zip(saves, tags, strict=True)]
         by_slot.append({(save.tag, save.weights_of): save for save in templated})
     return by_slot
-
-
-def merge_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
-    """Return the checkpoints that the effects of one event request; those with one tag are merged."""
-    return [effect for effect in merge_effects(tuple(effects)) if isinstance(effect, SaveCheckpoint)]
 
 
 def _tag_template(tag: str | None, at: TrainingIteration) -> str | None:

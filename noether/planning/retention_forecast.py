@@ -9,26 +9,31 @@ checkpoints of that one update.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from noether.core.event import AfterTraining
+from noether.core.event import AfterEpoch, AfterTraining
 from noether.core.schedules.forecast import Occasions, events_at, fires, firings
+from noether.core.schedules.schedule import EveryNEpochs, EveryNUpdates
 from noether.effects.checkpoints.contents import requested_files
 from noether.effects.checkpoints.retention import is_kept, is_resumable
+from noether.effects.interpreter import unite_saves
 from noether.planning.checkpoint_counts import (
     CheckpointTotal,
     count_checkpoints,
     count_common_events,
+    count_moments,
     group_by_slot,
     part_sizes,
+    requests_at_end,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from noether.core.run import Run
+    from noether.core.schedules.forecast import Firing
     from noether.planning.requests import SaveRequest
 
 
@@ -73,9 +78,11 @@ def forecast_checkpoints(requests: Sequence[SaveRequest], run: Run) -> Checkpoin
     """
     end = run.final.update
     certain = [request for request in requests if request.certain]
-    least_written, most_written = (count_checkpoints(each, each, end, run) for each in (certain, requests))
-    least_kept = _count_kept(certain, certain, run)
-    most_kept = _count_kept(certain, requests, run) if len(certain) < len(requests) else least_kept
+    fewest, most = (_join_end(certain, requests, run, fewest=fewest) for fewest in (True, False))
+    requests = _join_end(requests, requests, run, fewest=False)
+    least_written, most_written = (count_checkpoints(each, each, end, run) for each in (fewest, requests))
+    least_kept = _count_kept(fewest, fewest, run)
+    most_kept = _count_kept(most, requests, run)
     extra = _most_kept_by_metrics(requests, run)
     largest = max((sum(part_sizes(own).values()) for own in group_by_slot(requests).values()), default=0)
     most_kept_bytes = most_kept.size_bytes + extra * largest
@@ -90,6 +97,57 @@ def forecast_checkpoints(requests: Sequence[SaveRequest], run: Run) -> Checkpoin
     )
 
 
+def _join_end(
+    requests: Sequence[SaveRequest], among: Sequence[SaveRequest], run: Run, *, fewest: bool
+) -> list[SaveRequest]:
+    """Return the requests with those after training moved to the event before it, where the store saves only there.
+
+    After training the store moves only pointers if the event before, which has the same iteration, saved all that is
+    requested; see `covers` in `noether.effects.checkpoints.reuse`.
+
+    Args:
+        requests: The requests.
+        among: All requests of the run.
+        run: The run.
+        fewest: Whether to move requests, too, for which a metric decides whether the event before saves enough.
+    """
+    all_by_slot = group_by_slot(among)
+    moved: list[SaveRequest] = []
+    for slot, own in group_by_slot(requests).items():
+        at_end, before = requests_at_end(own, run)
+        all_at_end, all_before = requests_at_end(all_by_slot[slot], run)
+        if not at_end or not before:
+            continue
+        certain_before = [request for request in all_before if request.certain]
+        if all(request.certain for request in (*all_at_end, *all_before)):
+            joins = _covers(before, at_end)
+        else:
+            same_models = len({request.save.models for request in (*all_at_end, *all_before)}) == 1
+            joins = same_models and _files(all_at_end) <= _files(certain_before)
+            joins = joins or (fewest and _files(at_end) <= _files(all_before))
+        moved += at_end if joins else []
+    return [replace(each, occasions=_before_end(run), at_end=True) if each in moved else each for each in requests]
+
+
+def _covers(before: Sequence[SaveRequest], at_end: Sequence[SaveRequest]) -> bool:
+    """Return whether the checkpoint of requests has all that requests after training ask for."""
+    models = []
+    for group in (before, at_end):
+        (save,) = unite_saves([request.save for request in group])
+        models.append(save.models if save.weights else ())
+    return models[0] == models[1] and _files(at_end) <= _files(before)
+
+
+def _files(requests: Iterable[SaveRequest]) -> set[str]:
+    return {name for request in requests for name in requested_files(request.save)}
+
+
+def _before_end(run: Run) -> Occasions:
+    """Return the occasion that comes once, at the last event before the end of training."""
+    ends_epoch = any(at.event is AfterEpoch for at in events_at(run.final.update, run))
+    return Occasions(EveryNEpochs(run.final.epoch) if ends_epoch else EveryNUpdates(max(run.final.update, 1)))
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class _RetentionRule:
@@ -99,11 +157,15 @@ class _RetentionRule:
         counted: The rule counts a checkpoint if requests of each of these groups make it.
         limits: How many of the newest stay (None: all), and the requests to whose checkpoints this applies.
         keeps_newest: Whether the rule keeps the newest at any time; a pointer that a metric moves may stay behind.
+        is_of_pointer: Whether it is that of a pointer.
+        counts_copies: Whether copies (`TAG` and `TAG.2` of one iteration) count one by one, and not once.
     """
 
     counted: tuple[list[SaveRequest], ...]
     limits: Mapping[int | None, list[SaveRequest]]
     keeps_newest: bool = True
+    is_of_pointer: bool = False
+    counts_copies: bool = True
 
     @property
     def requests(self) -> list[SaveRequest]:
@@ -117,6 +179,8 @@ class _RetentionRule:
     def count(self, through: int, run: Run) -> int:
         """Return the number of counted checkpoints up to an update."""
         first, *others = map(group_by_slot, self.counted)
+        if not self.counts_copies:
+            return sum(count_moments(requests, through, run) for requests in first.values())
         return sum(
             count_common_events([requests, *(other[slot] for other in others)], through, run)
             for slot, requests in first.items()
@@ -139,6 +203,8 @@ class _RetentionRule:
     def most_kept(self, run: Run) -> int:
         """Return the most checkpoints that it keeps at a time, without those that stay forever."""
         most = max(keep or 0 for keep in self.limits)
+        if not self.counts_copies:
+            most += sum(all(requests_at_end(own, run)) for own in group_by_slot(self.requests).values()) if most else 0
         return min(most, sum(firings(request.occasions, run).count for request in self.requests))
 
 
@@ -148,12 +214,12 @@ def _retention_rules(requests: Sequence[SaveRequest]) -> Iterator[_RetentionRule
         limits: dict[int | None, list[SaveRequest]] = {}
         for request in own:
             limits.setdefault(request.save.retention[owner], []).append(request)
-        yield _RetentionRule((own,), limits)
+        yield _RetentionRule((own,), limits, counts_copies=False)
     pointers = dict.fromkeys(pointer for request in requests for pointer in request.save.pointers)
     pointed = [[request for request in requests if pointer in request.save.pointers] for pointer in pointers]
     # A pointer that is only set at the end names a checkpoint that others may name, too: it comes last.
     for own in sorted(pointed, key=_only_at_end):
-        yield _RetentionRule((own,), {1: own}, keeps_newest=all(request.certain for request in own))
+        yield _RetentionRule((own,), {1: own}, keeps_newest=all(request.certain for request in own), is_of_pointer=True)
     resumable = [request for request in requests if _may_be_resumable(request, requests)]
     if resumable:
         weights = [r for r in requests if r.save.weights and not r.save.models and r.save.weights_of is None]
@@ -210,14 +276,39 @@ def _count_kept_at(
     for event in events_at(update, run):
         here = [request for request in requests if fires(request.occasions, event, run)]
         checkpoints += [(event, making) for making in group_by_slot(here).values()]
-    newer = {rule: rule.count(run.final.update, run) - rule.count(update, run) for rule in rules}
+    kept: set[int] = set()
+    for rule in rules:
+        newer, ages = rule.count(run.final.update, run) - rule.count(update, run), dict[object, int]()
+        for index in reversed(_order_by_rule(rule, checkpoints, requests)):
+            event, making = checkpoints[index]
+            if rule.counts(making):
+                copy = making[0].slot, event if rule.counts_copies else event.iteration
+                if rule.keeps(making, newer + ages.setdefault(copy, len(ages))):
+                    kept.add(index)
     total = CheckpointTotal()
-    for event, making in reversed(checkpoints):
-        if any(rule.keeps(making, count) for rule, count in newer.items()):
-            adding = [each for each in contents if each.slot == making[0].slot and fires(each.occasions, event, run)]
-            total += CheckpointTotal(1, sum(part_sizes(adding).values()))
-        newer = {rule: count + rule.counts(making) for rule, count in newer.items()}
+    for event, making in (checkpoints[index] for index in sorted(kept)):
+        adding = [each for each in contents if each.slot == making[0].slot and fires(each.occasions, event, run)]
+        total += CheckpointTotal(1, sum(part_sizes(adding).values()))
     return total
+
+
+def _order_by_rule(
+    rule: _RetentionRule, checkpoints: Sequence[tuple[Firing, list[SaveRequest]]], requests: Sequence[SaveRequest]
+) -> list[int]:
+    """Return the indices of checkpoints made at one update, oldest first, or as a pointer comes to name them.
+
+    The store sets pointers at each event in the order of its saves: those to resume from come first.
+    """
+
+    def key(index: int) -> tuple[bool, bool, int]:
+        event, making = checkpoints[index]
+        at_end = [each for each in making if each.at_end or event.event is AfterTraining]
+        (save,) = unite_saves([each.save for each in at_end or making])
+        resumable = is_resumable(requested_files(save), save.models, save.weights_of)
+        return bool(at_end), not resumable, min(requests.index(each) for each in at_end or making)
+
+    indices = list(range(len(checkpoints)))
+    return sorted(indices, key=key) if rule.is_of_pointer else indices
 
 
 def _kept_forever(requests: Iterable[SaveRequest]) -> list[SaveRequest]:
@@ -266,26 +357,26 @@ def _is_covered(rule: _RetentionRule, counted: Iterable[_RetentionRule]) -> bool
     """
     others = [other for other in counted if other.keeps_newest]
     return rule.keeps_newest and all(
-        None in request.save.retention.values() or any(_covers(other, request, rule) for other in others)
+        None in request.save.retention.values() or any(_keeps_newest_of(other, request, rule) for other in others)
         for request in rule.requests
     )
 
 
-def _covers(other: _RetentionRule, request: SaveRequest, rule: _RetentionRule) -> bool:
+def _keeps_newest_of(other: _RetentionRule, request: SaveRequest, rule: _RetentionRule) -> bool:
     """Return whether `other` also keeps the newest checkpoint of `rule` if `request` made it."""
     if request not in other.requests:
         return False
     if _only_at_end(rule.requests):  # only checkpoints of the same event are newer
-        return sum(map(_is_at_end, other.requests)) == 1
+        return sum(_is_at_end(each) for each in other.requests) == 1
     return all(each in rule.requests for each in other.requests)
 
 
 def _only_at_end(requests: Iterable[SaveRequest]) -> bool:
-    return all(map(_is_at_end, requests))
+    return all(_is_at_end(request) for request in requests)
 
 
 def _is_at_end(request: SaveRequest) -> bool:
-    return request.occasions == Occasions(None, (AfterTraining,))
+    return request.at_end or request.occasions == Occasions(None, (AfterTraining,))
 
 
 def _largest_size(request: SaveRequest, requests: Iterable[SaveRequest]) -> int:

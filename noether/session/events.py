@@ -107,6 +107,7 @@ class SessionEvents(SessionState):
         loaded, resumed = self.load(), self._remembers
         if self._directory is not None:
             self._directory.truncate_logs(self._state if resumed else None)
+            self._directory.complete_saves(self._state if resumed else None)
         was_full = self._position is not None and self._position == self._state.lengths.get("updates_per_epoch")
         self._check_lengths(check_saved_lengths(self._state, self.run) if resumed else None)
         names = ("callback_states", "pending")

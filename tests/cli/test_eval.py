@@ -14,7 +14,7 @@ from noether.cli import evaluate
 @pytest.mark.parametrize(
     ("arguments", "tag"),
     [
-        ((), "E2_U76_S2410.2"),
+        ((), "E2_U76_S2410"),
         (("--checkpoint", "E1_U38_S1205"), "E1_U38_S1205"),
         (("--checkpoint", "best_model.val.accuracy"), "E2_U76_S2410"),
     ],
@@ -54,7 +54,7 @@ def test_eval_of_a_run_that_cannot_be_written_prints_the_metrics_and_warns(finis
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "make_directories", refuse)
         output = invoke("eval", run, cwd=tmp_path).splitlines()
-    file = run / "eval/E2_U76_S2410.2.json"
+    file = run / "eval/E2_U76_S2410.json"
     warning = f"Warning: the metrics above cannot be written to {file}"
     assert (output[:-1], output[-1]) == (printed, f"{warning}: Read-only file system")
     (finished_run / "eval").write_text("a file takes the place of the folder")
@@ -71,7 +71,7 @@ def test_eval_names_the_existing_checkpoints(finished_run, tmp_path, name, neare
     run = finished_run.relative_to(tmp_path)
     output = invoke("eval", run, "--checkpoint", name, cwd=tmp_path, code=2)
     known = output.partition("there are: ")[2].removesuffix(f"{nearest}\n")
-    tags = {"E1_U38_S1205", "E2_U76_S2410", "E2_U76_S2410.2"}
+    tags = {"E1_U38_S1205", "E2_U76_S2410"}
     assert set(known.split(", ")) == {"latest", "last", "best_model.val.accuracy"} | tags
     assert output == (
         f"Error: --checkpoint {name}: no checkpoint {name!r} in {run}/checkpoints; there are: {known}{nearest}\n"

@@ -303,5 +303,4 @@ def test_default_checkpoints_can_be_resumed(tmp_path):
         "E1_U38_S1205",
         "E1_U40_S1269",
         "E2_U76_S2410",
-        "E2_U76_S2410.2",
     }

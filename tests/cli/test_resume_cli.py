@@ -37,7 +37,7 @@ def test_one_epoch_and_a_resumed_one_equal_two(finished_run, tmp_path):
     summary = json.loads((halfway / "summary.json").read_text())
     assert summary == json.loads((finished_run / "summary.json").read_text())
     manifest = json.loads((halfway / "checkpoints" / pointer(halfway, "last") / "MANIFEST.json").read_text())
-    assert (manifest["segment"], manifest["parent"]) == (2, "E1_U38_S1205.2")
+    assert (manifest["segment"], manifest["parent"]) == (2, "E1_U38_S1205")
     assert manifest["run_id"] == halfway.name
 
 
@@ -199,12 +199,12 @@ def test_a_resumed_run_ignores_init_from(finished_run, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_and_skipped(finished_run, tmp_path):
-    path = finished_run / "checkpoints/E2_U76_S2410.2/optimizer.safetensors"
+    path = finished_run / "checkpoints/E2_U76_S2410/optimizer.safetensors"
     path.unlink()
     done = noether("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path)
-    assert done.stderr == f"{path} is missing; resuming from E2_U76_S2410 without it\n"
-    assert done.stdout.splitlines()[0] == "resuming at E2_U76_S2410"
-    assert pointer(finished_run, "latest") == "E2_U76_S2410.3"
+    assert done.stderr == f"{path} is missing; resuming from E1_U38_S1205 without it\n"
+    assert done.stdout.splitlines()[0] == "resuming at E1_U38_S1205"
+    assert pointer(finished_run, "latest") == "E2_U76_S2410.2"
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(finished_run, tmp_path):
@@ -215,7 +215,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again(finished_r
     output = invoke("train", "--resume", relative(finished_run, tmp_path), cwd=tmp_path, code=1)
     first, *reasons = output.splitlines()
     assert first == f"Error: the run cannot resume from any of the {len(reasons)} checkpoints in {checkpoints}:"
-    assert reasons[0].startswith(f"  {checkpoints}/E2_U76_S2410.2/state.json is damaged: ")
+    assert reasons[0].startswith(f"  {checkpoints}/E2_U76_S2410/state.json is damaged: ")
     assert contents(tmp_path) == before
 
 

@@ -106,13 +106,13 @@ def holding(phases, tmp_path):
         process.communicate()
 
 
-def test_a_run_killed_at_random_moments_equals_the_uncut_run():
+def test_a_run_killed_at_calls_of_the_disk_equals_the_uncut_run():
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kill", "--kills", "5"],
+        [sys.executable, "-m", "benchmarks.kill", "--kills", "20"],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "after 5 kills, weights, memory and log equal those of the uninterrupted run" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 wrong of 20"
 
 
 @pytest.mark.parametrize("phase", ["begin", "update 20", "evaluation", "epoch 2"])
@@ -299,7 +299,6 @@ def test_on_a_full_disk_with_warn_training_continues_and_counts_losses(phases, t
     assert [name for name in found["saved"] if name.startswith(("E", "."))] == [
         "E1_U15_S60",
         "E3_U45_S180",
-        "E3_U45_S180.2",
     ]
     uncut = only_run(phases / "out/paper")
     assert last_files(run, *EXACT) == last_files(uncut, *EXACT)

@@ -27,6 +27,7 @@ from command import (
 )
 
 from noether.config import load
+from noether.effects import CheckpointStore
 from noether.testing import same
 
 
@@ -44,23 +45,23 @@ def folder(tmp_path):
 
 
 def test_the_directory_of_a_run(run):
-    tags = ["E1_U38_S1205", "E2_U76_S2410", "E2_U76_S2410.2"]
+    tags = ["E1_U38_S1205", "E2_U76_S2410"]
     parts = ["MANIFEST.json", "optimizer.safetensors", "state.json", "state.safetensors", "weights.safetensors"]
     assert sorted(map(str, contents(run))) == sorted([
         "config.yaml",
         "metrics.jsonl",
         "summary.json",
-        *(f"checkpoints/{name}" for name in ("latest", "last", "best_model.val.accuracy")),
+        *(f"checkpoints/{name}" for name in (".ended", "latest", "last", "best_model.val.accuracy")),
         *(f"checkpoints/{tag}/{part}" for tag in tags for part in parts),
     ])  # fmt: skip
 
 
 def test_the_last_checkpoint_is_of_the_ended_run(run):
-    assert pointer(run, "last") == pointer(run, "latest") == "E2_U76_S2410.2"
-    manifest = json.loads((run / "checkpoints/E2_U76_S2410.2/MANIFEST.json").read_text())
-    assert (manifest["event"], manifest["segment"], manifest["parent"]) == ("AfterTraining", 1, None)
-    assert json.loads((run / "checkpoints/E2_U76_S2410.2/state.json").read_text())["ended"] is True
-    assert json.loads((run / "checkpoints/E2_U76_S2410/state.json").read_text())["ended"] is False
+    assert pointer(run, "last") == pointer(run, "latest") == "E2_U76_S2410"
+    manifest = json.loads((run / "checkpoints/E2_U76_S2410/MANIFEST.json").read_text())
+    assert (manifest["event"], manifest["segment"], manifest["parent"]) == ("AfterEpoch", 1, None)
+    store = CheckpointStore(run / "checkpoints", run.name)
+    assert [store.load(each).ended for each in store.manifests()] == [False, True]
 
 
 def test_the_configuration_is_kept_as_resolved(run, trained_small):

@@ -92,7 +92,10 @@ def test_scalars_are_united_and_the_later_value_wins(effects):
 @given(st.lists(SAVES, max_size=4))
 def test_checkpoints_of_one_tag_are_united_without_loss(effects):
     saves, merged = of(SaveCheckpoint, effects), of(SaveCheckpoint, merge_effects(effects))
-    assert [save.tag for save in merged] == list(dict.fromkeys(save.tag for save in saves))
+    assert {save.tag for save in merged} == {save.tag for save in saves}
+    resumable = [save.optimizer and save.weights and not save.models and save.weights_of is None for save in merged]
+    assert resumable == sorted(resumable, reverse=True)
+    assert len(effects) == 1 or all(save.event_saves == tuple(merged) for save in merged)
     for save in merged:
         requests = [each for each in saves if each.tag == save.tag]
         assert requested_content([save]) == requested_content(requests)

@@ -20,7 +20,8 @@ from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict, tensors
 from noether.effects.checkpoints.contents import STATE, WEIGHTS, select_weights
 from noether.effects.checkpoints.manifest import Manifest, Part
-from noether.effects.checkpoints.retention import select_prunable
+from noether.effects.checkpoints.retention import select_prunable, unite_limits
+from noether.effects.checkpoints.reuse import covers
 from noether.effects.interpreter import merge_effects
 from noether.planning.planned_callback import plan_callback
 from noether.planning.requests import Probe
@@ -50,19 +51,34 @@ class Store:
     peak: int = 0
 
     def __call__(self, effects, state, event):
-        for save in (effect for effect in merge_effects(effects) if isinstance(effect, SaveCheckpoint)):
-            files = [name for name, asked in ((WEIGHTS, save.weights), (STATE, save.optimizer)) if asked]
-            made = Manifest(tag=str(len(self.written)), run_id="r", segment=1, parent=None, iteration=state.iteration,
-                            event=type(event).__name__, parts=dict.fromkeys(files, Part(size_bytes=0, sha256="")),
-                            number=1 + len(self.written), weights_of=save.weights_of, models=save.models,
-                            retention=dict(save.retention))  # fmt: skip
-            self.existing[made.tag] = (made, size_bytes(state, save))
-            self.written.append(size_bytes(state, save))
-            self.peak = max(self.peak, self.bytes)
-            self.pointers.update(dict.fromkeys(save.pointers, made.tag))
+        saves = [effect for effect in merge_effects(effects) if isinstance(effect, SaveCheckpoint)]
+        for number, save in enumerate(saves, 1):
+            tag = self.find(save, state, event) or self.write(save, state, event)
+            made, size = self.existing[tag]
+            made = dataclasses.replace(made, retention=unite_limits(made.retention, save.retention))
+            self.existing[tag] = made, size
+            self.pointers.update(dict.fromkeys(save.pointers, tag))
             manifests = [manifest for manifest, _ in self.existing.values()]
-            for tag in select_prunable(manifests, self.pointers, set(self.existing), parent=None):
-                del self.existing[tag]
+            for each in select_prunable(manifests, self.pointers, set(self.existing)):
+                if not any(covers(self.existing[each][0], later, state.iteration) for later in saves[number:]):
+                    del self.existing[each]
+
+    def find(self, save, state, event):
+        """Return the tag of a checkpoint that makes a save after training unnecessary."""
+        saved = [tag for tag, (each, _) in self.existing.items() if covers(each, save, state.iteration)]
+        return saved[-1] if saved and isinstance(event, AfterTraining) else None
+
+    def write(self, save, state, event):
+        files = [name for name, asked in ((WEIGHTS, save.weights), (STATE, save.optimizer)) if asked]
+        number, name = 1 + len(self.written), save.tag or str(state.iteration)
+        made = Manifest(tag=f"{name}.{number}" if number > 1 else name, run_id="r", segment=1, parent=None,
+                        iteration=state.iteration, event=type(event).__name__, number=number, retention={},
+                        parts=dict.fromkeys(files, Part(size_bytes=0, sha256="")), weights_of=save.weights_of,
+                        models=save.models if save.weights else ())  # fmt: skip
+        self.existing[made.tag] = (made, size_bytes(state, save))
+        self.written.append(size_bytes(state, save))
+        self.peak = max(self.peak, self.bytes)
+        return made.tag
 
     @property
     def bytes(self):

@@ -39,8 +39,8 @@ class CheckpointCallback(PeriodicCallback):
             four must be true.
         model_names: Sub-modules whose weights to save, by their name in the model; empty for all. A checkpoint with
             the optimizer has the weights of all sub-modules.
-        keep: Number of newest checkpoints to keep, >= 1; None keeps all. A checkpoint that a pointer names, or that
-            the run resumed from, is kept in any case.
+        keep: Number of newest checkpoints to keep, >= 1; None keeps all. A checkpoint that a pointer names, and the
+            newest one to resume from, are kept in any case.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.

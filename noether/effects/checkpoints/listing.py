@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from noether.effects.disk.calls import Disk
 
+ENDED: Final = ".ended"
+"""File with the text of a pointer: the run ended at this checkpoint, which was saved just before."""
 _POINTER_BYTES: Final = 400
 _POINTER: Final = re.compile(rf"{NAME.pattern} [0-9a-f]{{64}}\n", re.ASCII)
 _TEMPORARY_ERRORS: Final = {
@@ -175,6 +177,17 @@ def read_error(path: Path, error: OSError | MemoryError) -> CheckpointError:
 def pointer_text(manifest: Manifest) -> str:
     """Return the content of a pointer: a tag, and the hash of its manifest, which reveals a replaced checkpoint."""
     return f"{manifest.tag} {manifest.sha256}\n"
+
+
+def read_ended(directory: Path, disk: Disk) -> str | None:
+    """Return the text of a pointer to the checkpoint at which the run ended, if `Writer.mark_ended` recorded one.
+
+    An end that is not recorded, or cannot be read, does no harm: a resumed run dispatches `AfterTraining` again.
+    """
+    try:
+        return read_file(directory / ENDED, disk, limit=_POINTER_BYTES).decode()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _pointer_target(path: Path, disk: Disk, manifests: Mapping[str, Manifest | None]) -> str:

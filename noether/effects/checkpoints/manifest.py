@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+
+from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotation
 from noether.effects.checkpoints.contents import FILES
@@ -15,12 +18,23 @@ from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.state_codec import CONVERTER, error_text
 
 MANIFEST: Final = "MANIFEST.json"
-FORMAT: Final = 2
+FORMAT: Final = 3
+_ADDED_IN_FORMAT_3: Final = ("requests", "pointers")
 MAX_BYTES: Final = 1 << 24
-"""Largest size of a manifest, which lists at most four files."""
+"""Largest size of a manifest, which lists at most four files and the saves of one event."""
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]{0,199}", re.ASCII)
 """The names of checkpoints and pointers; none is a path to another directory."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+# A request is recorded without the list of all requests, of which it is a part.
+_OMIT: Final = override(omit=True)
+CONVERTER.register_unstructure_hook(
+    SaveCheckpoint, make_dict_unstructure_fn(SaveCheckpoint, CONVERTER, event_saves=_OMIT)
+)
+CONVERTER.register_structure_hook(
+    SaveCheckpoint,
+    make_dict_structure_fn(SaveCheckpoint, CONVERTER, _cattrs_forbid_extra_keys=True, event_saves=_OMIT),
+)
 
 
 class ManifestError(NoetherError, ValueError):
@@ -53,7 +67,9 @@ class Manifest:
         retention: How many of the newest checkpoints stay, by name of the owner that requested it; None stands for all.
         log_lines: How many lines of the log were on the disk before the commit; None if unknown.
         log_lines_lost: How many earlier lines could not be written.
-        format: Version of the format, 1 or 2.
+        requests: Of a checkpoint to resume from: all saves that its event requested, this one included.
+        pointers: Tag by name of the pointers that earlier saves of the process failed to set.
+        format: Version of the format, 1 to 3.
     """
 
     tag: str
@@ -69,12 +85,20 @@ class Manifest:
     retention: dict[str, int | None]
     log_lines: int | None = None
     log_lines_lost: int = 0
+    requests: tuple[SaveCheckpoint, ...] = ()
+    pointers: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
     def order(self) -> tuple[int, int, int, int]:
         """Sort key of checkpoints, oldest first: segment, counters, then number."""
         return self.segment, self.iteration.update, self.iteration.epoch, self.number
+
+    @property
+    def slot(self) -> tuple[str, TrainingIteration, str | None]:
+        """What it has in common with its copies: the tag without number, the iteration, whose weights it holds."""
+        tag = self.tag if self.number == 1 else self.tag.removesuffix(f".{self.number}")
+        return tag, self.iteration, self.weights_of
 
     @property
     def resumable(self) -> bool:
@@ -84,11 +108,16 @@ class Manifest:
     @property
     def sha256(self) -> str:
         """The hash in its file, over all other content of the file."""
-        return hashlib.sha256(_text(CONVERTER.unstructure(self)).encode()).hexdigest()
+        return hashlib.sha256(_text(self._content()).encode()).hexdigest()
 
     def dumps(self) -> str:
         """Return the manifest as JSON text that includes its own hash."""
-        return _text({**CONVERTER.unstructure(self), "sha256": self.sha256})
+        return _text({**self._content(), "sha256": self.sha256})
+
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = CONVERTER.unstructure(self)
+        later = () if self.format >= FORMAT else _ADDED_IN_FORMAT_3
+        return {key: value for key, value in content.items() if key not in later}
 
     @classmethod
     def loads(cls, text: str) -> Manifest:
@@ -99,10 +128,10 @@ class Manifest:
                 checkpoint has.
 
         Example:
-            >>> Manifest.loads('{"format": 3}')
+            >>> Manifest.loads('{"format": 4}')
             Traceback (most recent call last):
-            noether.effects.checkpoints.manifest.ManifestError: it has format 3, which a later version writes; this
-            version reads up to 2
+            noether.effects.checkpoints.manifest.ManifestError: it has format 4, which a later version writes; this
+            version reads up to 3
         """
         written = _parse(text)
         version = written.get("format")
@@ -137,14 +166,17 @@ def _parse(text: str) -> dict[str, Any]:
 def _structure(content: dict[str, Any]) -> Manifest:
     try:
         manifest = CONVERTER.structure(content, Manifest)
-        tags = {manifest.tag, *([] if manifest.parent is None else [manifest.parent])}
+        names = {manifest.tag, *([] if manifest.parent is None else [manifest.parent])}
+        names |= {*manifest.pointers, *manifest.pointers.values()}
+        for save in manifest.requests:
+            names |= {*save.pointers, *([] if save.tag is None else [save.tag])}
         counts = (
             *(part.size_bytes for part in manifest.parts.values()),
             *(manifest.segment, manifest.number, manifest.log_lines or 0, manifest.log_lines_lost),
             *(manifest.iteration.epoch, manifest.iteration.update, manifest.iteration.sample),
         )
         valid = (
-            all(map(NAME.fullmatch, tags))
+            all(map(NAME.fullmatch, names))
             and all(_SHA256.fullmatch(part.sha256) for part in manifest.parts.values())
             and all(0 <= each < 2**63 for each in counts)
         )

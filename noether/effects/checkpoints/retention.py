@@ -1,9 +1,9 @@
 """Retention: which checkpoints a run can resume from, which stay, and which a save removes.
 
 The store applies these rules to the checkpoints on disk, and `noether plan` forecasts them. A checkpoint stays if
-- one of its owners (the callbacks that requested it) still keeps it: it is among the owner's newest `keep`;
-- a pointer such as `latest` names it;
-- this process resumed from it; or
+- one of its owners (the callbacks that requested it) still keeps it: it is among the owner's newest `keep`, where
+  copies (`TAG` and `TAG.2` of one iteration) count once;
+- a pointer such as `latest` names it; or
 - it is the newest resumable checkpoint known to be intact, or a newer resumable one.
 """
 
@@ -43,22 +43,33 @@ def is_kept(age: int, keep: int | None) -> bool:
     """Return whether an owner keeps a checkpoint.
 
     Args:
-        age: Its position among the owner's checkpoints, 1 for the newest.
+        age: Its position among the owner's checkpoints, 1 for the newest; copies have the same.
         keep: How many of the newest the owner keeps; None stands for all.
     """
     return keep is None or age <= keep
 
 
-def select_prunable(
-    manifests: Iterable[Manifest], pointers: Mapping[str, str], intact: Container[object], parent: str | None
-) -> list[str]:
+def unite_limits(a: Mapping[str, int | None], b: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Return how many checkpoints each owner keeps after two requests for one: the larger number, where None is all.
+
+    Example:
+        >>> unite_limits({"a": 1, "b": None}, {"a": 2, "b": 3, "c": 0})
+        {'a': 2, 'b': None, 'c': 0}
+    """
+    united = {**a, **b}
+    for owner in a.keys() & b.keys():
+        one, other = a[owner], b[owner]
+        united[owner] = None if one is None or other is None else max(one, other)
+    return united
+
+
+def select_prunable(manifests: Iterable[Manifest], pointers: Mapping[str, str], intact: Container[object]) -> list[str]:
     """Return the tags of the checkpoints that no rule of retention keeps, oldest first.
 
     Args:
         manifests: All checkpoints of the run.
         pointers: Tag by name of pointer.
         intact: Tags of checkpoints known to be intact, because this process wrote or loaded them.
-        parent: Tag of the checkpoint from which this process resumed, or None.
 
     Example:
         >>> from noether import TrainingIteration
@@ -66,22 +77,22 @@ def select_prunable(
         >>> def saved_at(update):
         ...     return Manifest(tag=f"U{update}", run_id="r", segment=1, parent=None, event="AfterUpdate", parts={},
         ...                     iteration=TrainingIteration(update=update), retention={"CheckpointCallback": 1})
-        >>> select_prunable([saved_at(1), saved_at(2), saved_at(3)], {"best": "U1"}, intact={"U3"}, parent=None)
+        >>> select_prunable([saved_at(1), saved_at(2), saved_at(3)], {"best": "U1"}, intact={"U3"})
         ['U2']
     """
     ordered = sorted(manifests, key=lambda manifest: manifest.order)
-    stay = {*pointers.values(), parent, *tags_kept_by_owners(ordered), *tags_kept_for_resume(ordered, intact)}
+    stay = {*pointers.values(), *tags_kept_by_owners(ordered), *tags_kept_for_resume(ordered, intact)}
     return [manifest.tag for manifest in ordered if manifest.tag not in stay]
 
 
 def tags_kept_by_owners(ordered: Sequence[Manifest]) -> set[str]:
     """Return the tags of the checkpoints, given oldest first, that an owner keeps."""
     tags: set[str] = set()
-    ages: dict[str, int] = {}
+    ages: dict[str, dict[object, int]] = {}
     for manifest in reversed(ordered):
         for owner, keep in manifest.retention.items():
-            ages[owner] = ages.get(owner, 0) + 1
-            if is_kept(ages[owner], keep):
+            own = ages.setdefault(owner, {})
+            if is_kept(own.setdefault(manifest.slot, len(own) + 1), keep):
                 tags.add(manifest.tag)
     return tags
 

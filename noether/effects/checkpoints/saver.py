@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
+    from noether.effects.checkpoints.manifest import Manifest
     from noether.effects.checkpoints.store import CheckpointStore
     from noether.effects.logs.jsonl import LogCount
     from noether.effects.run_logs import RunLogs
@@ -49,7 +50,8 @@ class Saver:
         borrowed: Whether states view live tensors, as those of `TrainState.from_module` do; a background save copies
             them first.
         on_error: What a save does that fails for any reason, such as a full disk or memory that cannot be saved: `stop`
-            raises, for a background save at the next event; `warn` logs a warning, and training continues.
+            raises, for a background save at the next event; `warn` tries again, then logs a warning, and training
+            continues. Later saves set the pointers and make the saves that failed beside a checkpoint to resume from.
         after_first: Called after a save of this process until it returns True.
     """
 
@@ -98,6 +100,17 @@ class Saver:
                 copied = lease(state)
             self._running.append(self._worker.submit(self._write, effect, copied, event, fsync_logs))
 
+    def complete(self, manifest: Manifest) -> None:
+        """Carry out what the event of the checkpoint that a run resumes from requested and a crash prevented.
+
+        A failure is only a warning: the next save tries again, and a request may fail for good, such as one for a
+        sub-module that does not exist.
+        """
+        try:
+            self._store.complete(manifest)
+        except CheckpointError as error:
+            _LOGGER.warning("%s; the run resumes without it", error)
+
     def check(self) -> None:
         """Raise the error of a background save that has ended; called at every event.
 
@@ -130,8 +143,14 @@ class Saver:
         self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount]
     ) -> None:
         self._logs.check_place()
+        save = partial(self._store.save, effect, state, event, fsync_logs)
         with self._report_failures(state):
-            self._store.save(effect, state, event, fsync_logs)
+            try:
+                save()
+            except Exception:
+                if self._on_error == "stop":
+                    raise
+                save()  # once more: the error may be over, and at the next save the state is gone
             self._logs.check_place()
             self._first_is_saved = self._first_is_saved or self._after_first()
 

@@ -1,59 +1,55 @@
-"""The checkpoints of a run on disk: one immutable directory each, committed by a rename, verified when read."""
+"""The checkpoints of a run on disk: one immutable directory each, committed by a rename; saves, resumes and prunes."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Final
 
-from noether.core.errors import NoetherError, suggest
+from noether.core.errors import WeightsError
+from noether.core.event import AfterTraining, AfterUpdate
 from noether.effects.checkpoints.contents import (
-    ContentError,
     ModelNamesError,
     checkpoint_files,
-    read_state,
     requested_files,
 )
 from noether.effects.checkpoints.listing import (
     CheckpointError,
     Listing,
-    MissingTargetError,
-    UnreadableError,
-    UnsavableError,
-    list_checkpoints,
-    read_error,
 )
 from noether.effects.checkpoints.manifest import NAME, Manifest, Part
-from noether.effects.checkpoints.retention import select_prunable
-from noether.effects.checkpoints.state_codec import error_text
+from noether.effects.checkpoints.pointers import Pointers
+from noether.effects.checkpoints.reader import CheckpointReader
+from noether.effects.checkpoints.retention import select_prunable, unite_limits
+from noether.effects.checkpoints.reuse import covers, differs_only_in_end, same_content, same_weights
 from noether.effects.checkpoints.writer import Writer
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.files import read_file
 from noether.effects.logs.jsonl import LogCount
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from noether.core.effect import SaveCheckpoint
     from noether.core.event import Event
+    from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
     from noether.effects.disk.calls import Disk
 
 _LOGGER: Final = logging.getLogger(__name__)
 
 
-class CheckpointStore:
+class CheckpointStore(CheckpointReader):
     """The checkpoints of one run.
 
     A save writes a new directory under a name that readers ignore, calls fsync on each file, and renames the
     directory to its tag; once that name is on the disk, too, the checkpoint is saved. Then it moves pointers, small
     files that name a tag, each replaced in one step. Last, it removes the checkpoints that no rule of retention keeps.
-    Every read is verified: a file is damaged if its size or hash is not the one in the manifest, and so is a manifest
-    that is not exactly what was written.
+    One moment is saved once: a later event of the same iteration whose request an existing checkpoint meets only moves
+    pointers. A checkpoint to resume from records all saves of its event, and `complete` carries out what a crash or an
+    error left open.
 
     Args:
         directory: Where the checkpoints are; the first save creates it.
@@ -62,15 +58,17 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path, run_id: str, disk: Disk = DISK) -> None:
-        self._directory = directory
+        super().__init__(directory, disk)
         self._run_id = run_id
-        self._disk = disk
         self._writer = Writer(directory, disk)
         listing = self._list()
         # The number of a segment is never used twice, and a damaged checkpoint may belong to a later segment.
         self._segment = 1 + max((each.segment for each in listing.manifests), default=0) + len(listing.damaged)
         self._parent: str | None = None
         self._committed: set[str] = set()  # tags that this process saved
+        self._pointers = Pointers(directory, self._writer)
+        self._incomplete: dict[str, Manifest] = {}  # by tag: checkpoints of whose event a save failed
+        self._later_owners: dict[str, dict[str, int | None]] = {}  # by tag: requests that an existing checkpoint met
 
     def save(
         self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount] = LogCount
@@ -87,49 +85,46 @@ class CheckpointStore:
         Raises:
             CheckpointError: If the checkpoint could not be saved or a pointer not moved; no other checkpoint is harmed.
         """
-        tag = effect.tag or str(state.iteration)
-        _check_name("tag", tag)
-        for pointer in effect.pointers:
-            _check_name("pointer", pointer)
+        for role, names in (("tag", [effect.tag or str(state.iteration)]), ("pointer", effect.pointers)):
+            for name in names:
+                _check_name(role, name)
+        self._retry_failed()
         listing = self._list()
-        saved = self._find_saved(listing, tag, effect, state, event)
-        if saved is None:
-            saved = self._write(self._draft(tag, effect, state, event), effect, state, fsync_logs)
+        existing = self._find_saved(listing.manifests, effect, state, type(event))
+        saved = existing or self._write(self._draft(effect, state.iteration, type(event)), effect, state, fsync_logs)
+        if existing is None:
             self._commit(saved)
-        self._move_pointers(saved, effect.pointers)
-        self._prune(saved, effect.pointers, listing)
+        else:
+            with suppress(OSError):  # of a checkpoint that was being removed; the next save tries again
+                self._writer.remove_leftovers()
+            self._later_owners[saved.tag] = unite_limits(effect.retention, self._later_owners.get(saved.tag, {}))
+        requests = _event_saves(effect)
+        self._pointers.claim(saved, [pointer for request in requests for pointer in request.pointers])
+        self._finish(saved, requests, listing, lambda: state)
+        if existing is not None and isinstance(event, AfterTraining):
+            self._mark_ended(saved, effect, state, fsync_logs)
 
-    def manifests(self) -> list[Manifest]:
-        """Return the manifests of all checkpoints, oldest first; damaged ones are left out."""
-        return self._list().manifests
+    def complete(self, manifest: Manifest) -> None:
+        """Carry out what the event of a checkpoint requested and a crash or an error prevented.
 
-    def pointers(self) -> dict[str, str]:
-        """Return the tag that each pointer names; damaged pointers are left out."""
-        return self._list().targets
-
-    def find(self, name: str) -> Manifest:
-        """Return the manifest of the checkpoint with this tag, or that this pointer names.
+        Saves of the event that do not exist are made from the state in the checkpoint, pointers are moved, and
+        checkpoints that no rule of retention keeps are removed. Call it when a run resumes from the checkpoint.
 
         Raises:
-            CheckpointError: If it is damaged or does not exist; the message names those that exist.
+            CheckpointError: If a save failed or a pointer could not be moved.
         """
-        listing = self._list()
-        tag = listing.targets.get(name, name)
-        for error in (listing.broken.get(name), listing.damaged.get(tag)):
-            if error is not None:
-                raise error
-        manifests = {manifest.tag: manifest for manifest in listing.manifests}
-        if tag not in manifests:
-            known = [*listing.targets, *manifests]
-            names = ", ".join(known) or "none"
-            raise CheckpointError(
-                f"no checkpoint {name!r} in {self._directory}; there are: {names}{suggest(name, known)}"
-            )
-        return manifests[tag]
+        # The files of a name that another process created may be on the disk, and the name not.
+        with self._writer.report_errors(f"{self._directory} could not be written"):
+            self._writer.remove_leftovers()
+            self._disk.fsync_directory(self._directory)
+        self._pointers.recall(self.pointers())
+        self._complete(manifest)
 
-    def newest(self) -> Manifest | None:
-        """Return the manifest of the newest resumable checkpoint, or None; its files are not verified."""
-        return next((manifest for manifest in reversed(self.manifests()) if manifest.resumable), None)
+    def _complete(self, manifest: Manifest) -> None:
+        listing = self._list()
+        existing = {each.tag: each for each in listing.manifests}
+        pointers = {pointer: existing[tag] for pointer, tag in manifest.pointers.items() if tag in existing}
+        self._finish(manifest, manifest.requests, listing, lambda: self.load(manifest), pointers)
 
     def holds(self, state: TrainState) -> bool:
         """Return whether a run can resume at `state` or later: this process has a resumable checkpoint from there.
@@ -157,20 +152,8 @@ class CheckpointStore:
             for manifest in self.manifests()
         )
 
-    def load(self, manifest: Manifest) -> TrainState:
-        """Return the state in a checkpoint, on the CPU; fields that were not saved have their defaults.
-
-        Raises:
-            CheckpointError: If a file is missing or damaged.
-        """
-        files = {name: self._read_verified(manifest.tag, name, part) for name, part in manifest.parts.items()}
-        try:
-            return read_state(files, manifest.iteration)
-        except ContentError as error:
-            raise CheckpointError(f"{self._directory / manifest.tag} does not hold a state: {error}") from error
-
     def resume(self, manifest: Manifest) -> TrainState:
-        """Return the state in a checkpoint; later saves name it as their parent and never remove it.
+        """Return the state in a checkpoint; later saves name it as their parent, and keep it until one is resumable.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
@@ -180,91 +163,78 @@ class CheckpointStore:
         return state
 
     def recover(self) -> tuple[TrainState, Manifest] | None:
-        """Return the newest intact state from which the run can resume, or None if nothing was ever saved.
-
-        Damaged checkpoints are skipped with a warning. The checkpoint that is returned counts as resumed.
+        """Return what `CheckpointReader.recover` returns; the checkpoint counts as resumed.
 
         Raises:
-            CheckpointError: If the run can resume from none of its checkpoints, with a reason for each; or if a
-                checkpoint that may be intact cannot be read, for lack of a permission or of memory.
+            CheckpointError: As `CheckpointReader.recover`.
         """
-        listing = self._list()
-        unreadable = [str(error) for error in listing.damaged.values() if isinstance(error, UnreadableError)]
-        if unreadable:
-            raise UnreadableError("\n".join(unreadable))
-        damaged = list(listing.damaged.values())
-        for manifest in reversed(listing.manifests):
-            if not manifest.resumable:
-                continue
-            try:
-                state = self.resume(manifest)
-            except UnreadableError:
-                raise
-            except CheckpointError as error:
-                damaged.append(error)
-            else:
-                for skipped in (*damaged, *listing.broken.values()):
-                    _LOGGER.warning("%s; resuming from %s without it", skipped, manifest.tag)
-                return state, manifest
-        self._refuse_to_start_over(listing, damaged)
-        return None
-
-    def _list(self) -> Listing:
-        return list_checkpoints(self._directory, self._disk)
-
-    def _refuse_to_start_over(self, listing: Listing, damaged: list[CheckpointError]) -> None:
-        """Raise the reasons why the run can resume from none of its checkpoints; do nothing if it has none."""
-        partial = [
-            f"{self._directory / each.tag} does not hold weights, optimizer and state of the whole model"
-            for each in listing.manifests
-            if not each.resumable
-        ]
-        removed = [error for error in listing.broken.values() if isinstance(error, MissingTargetError)]
-        reasons = [*map(str, damaged), *partial, *map(str, removed)]
-        if reasons:
-            total = len(damaged) + len(partial)
-            headline = f"the run cannot resume from any of the {total} checkpoints in {self._directory}:"
-            raise CheckpointError("\n  ".join([headline, *reasons]))
+        found = super().recover()
+        if found is not None:
+            self._parent = found[1].tag
+        return found
 
     def _find_saved(
-        self, listing: Listing, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event
+        self, manifests: Sequence[Manifest], effect: SaveCheckpoint, state: TrainState, event: type[Event]
     ) -> Manifest | None:
-        """Return the checkpoint in which this very event already saved all that `effect` requests, if there is one."""
-        saved = next((manifest for manifest in listing.manifests if manifest.tag == tag), None)
-        # A checkpoint whose commit failed may be readable now and gone after a loss of power.
-        if saved is None or tag not in self._committed:
-            return None
-        now = (self._segment, state.iteration, type(event).__name__, effect.weights_of)
-        same = (saved.segment, saved.iteration, saved.event, saved.weights_of) == now
-        complete = requested_files(effect) <= set(saved.parts) and not saved.models and not effect.models
-        return saved if same and complete else None
+        """Return the checkpoint in which this moment is already saved as `effect` requests, if there is one."""
+        found = (saved for saved in reversed(manifests) if covers(saved, effect, state.iteration))
+        return next((saved for saved in found if self._is_saved(saved, effect, state, event)), None)
 
-    def _draft(self, tag: str, effect: SaveCheckpoint, state: TrainState, event: Event) -> Manifest:
-        """Return the manifest of a new checkpoint: its tag is `tag`, or the first of `tag.2`, ... that is free."""
+    def _is_saved(self, saved: Manifest, effect: SaveCheckpoint, state: TrainState, event: type[Event]) -> bool:
+        """Return whether a checkpoint of this iteration makes a save of `state` unnecessary."""
+        # A checkpoint whose commit failed may be readable now and gone after a loss of power.
+        if saved.tag in self._committed and saved.segment == self._segment and saved.event == event.__name__:
+            return True
+        if saved.tag in {*self._committed, self._parent}:
+            if event is AfterTraining:  # a run that resumes before the end dispatches it again, so weights are enough
+                return same_weights(saved, effect, state)
+            return event is AfterUpdate and same_content(saved, effect, state)  # saved again when interrupted
+        # A process that was killed before it saved the checkpoint to resume from left it.
+        left = saved.segment < self._segment and not saved.resumable and same_content(saved, effect, state)
+        return left and self._is_intact(saved)
+
+    def _is_intact(self, manifest: Manifest) -> bool:
+        """Return whether all files of a checkpoint of another process are intact; its name is then on the disk."""
+        try:
+            for name, part in manifest.parts.items():
+                self._read_verified(manifest.tag, name, part)
+            self._disk.fsync_directory(self._directory)
+        except (CheckpointError, OSError):
+            return False
+        self._committed.add(manifest.tag)
+        return True
+
+    def _draft(self, effect: SaveCheckpoint, iteration: TrainingIteration, event: type[Event]) -> Manifest:
+        """Return the manifest of a new checkpoint: its tag is the requested one, or `TAG.2`, ... if that is in use."""
+        tag = effect.tag or str(iteration)
         candidates = ((tag if number == 1 else f"{tag}.{number}", number) for number in count(1))
         try:
             free, number = next(each for each in candidates if self._disk.kind(self._directory / each[0]) is None)
         except OSError as error:
             raise CheckpointError(f"{self._directory} cannot be written to: {error}") from error
-        return Manifest(
+        draft = Manifest(
             tag=free,
             run_id=self._run_id,
             segment=self._segment,
             parent=self._parent,
-            iteration=state.iteration,
-            event=type(event).__name__,
+            iteration=iteration,
+            event=event.__name__,
             parts=dict.fromkeys(requested_files(effect), Part(size_bytes=0, sha256="")),
             number=number,
             weights_of=effect.weights_of,
             models=effect.models if effect.weights else (),
             retention=dict(effect.retention),
         )
+        if not draft.resumable:
+            return draft
+        failed = {pointer: each.tag for pointer, each in self._pointers.failed.items()}
+        return replace(draft, requests=_event_saves(effect), pointers=failed)
 
     def _write(
         self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, fsync_logs: Callable[[], LogCount]
     ) -> Manifest:
         """Write the files of a checkpoint, fsync the logs, and return the complete manifest."""
-        with self._report_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
+        with self._writer.report_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
             try:
                 files = checkpoint_files(effect, state)
             except ModelNamesError as error:
@@ -274,71 +244,146 @@ class CheckpointStore:
         return replace(written, log_lines=log.lines, log_lines_lost=log.lost)
 
     def _commit(self, saved: Manifest) -> None:
-        with self._report_errors(f"checkpoint {self._directory / saved.tag} could not be written"):
+        with self._writer.report_errors(f"checkpoint {self._directory / saved.tag} could not be written"):
             self._writer.commit(saved)
         self._committed.add(saved.tag)
 
-    def _move_pointers(self, saved: Manifest, pointers: Iterable[str]) -> None:
-        """Set every pointer to a checkpoint; if some fail, the others move before the first error is raised."""
-        errors: list[CheckpointError] = []
-        for pointer in pointers:
+    def _finish(
+        self,
+        saved: Manifest,
+        requests: Sequence[SaveCheckpoint],
+        listing: Listing,
+        load_state: Callable[[], TrainState],
+        pointers: Mapping[str, Manifest] | None = None,
+    ) -> None:
+        """Do what remains of an event once one of its checkpoints is on the disk: other saves, pointers, retention.
+
+        Args:
+            saved: The checkpoint.
+            requests: The saves of the event that have to exist.
+            listing: The directory before the save.
+            load_state: Returns the state, for saves that do not exist yet.
+            pointers: Checkpoints by name of further pointers to set to them.
+        """
+        existing = {each.tag: each for each in (*listing.manifests, saved)}
+        targets, errors = dict(pointers or {}), []
+        if pointers:
+            self._move_pointers(saved, pointers)
+        for index, request in enumerate(requests, 1):
             try:
-                with self._report_errors(f"the pointer {self._directory / pointer} could not be set to {saved.tag}"):
-                    self._writer.move_pointer(pointer, saved)
+                found = self._find_of_event([*existing.values()], saved, request)
+                found = found or self._save_beside(saved, request, load_state())
+                existing[found.tag] = found
+                moved = dict.fromkeys(request.pointers, found)
+                self._move_pointers(saved, moved)
+                targets.update(moved)
             except CheckpointError as error:
                 errors.append(error)
+            if not errors:
+                self._prune(saved, targets, existing, listing, requests[index:])
+        self._incomplete.pop(saved.tag, None)
         if errors:
+            self._incomplete[saved.tag] = saved
             raise errors[0]
 
-    def _prune(self, saved: Manifest, pointers: Iterable[str], listing: Listing) -> None:
+    def _find_of_event(
+        self, manifests: Sequence[Manifest], saved: Manifest, request: SaveCheckpoint
+    ) -> Manifest | None:
+        """Return the checkpoint that a request made at the event of `saved`, if it exists."""
+        return next(
+            (
+                each
+                for each in reversed(manifests)
+                if covers(each, request, saved.iteration)
+                and (each.segment == saved.segment or each.tag in self._committed)
+            ),
+            None,
+        )
+
+    def _save_beside(self, saved: Manifest, request: SaveCheckpoint, state: TrainState) -> Manifest:
+        """Save the state of a checkpoint once more, as another request of its event asks for, unless that exists."""
+        if (found := self._find_saved(self.manifests(), request, state, AfterUpdate)) is not None:
+            return found
+        draft = self._draft(request, saved.iteration, AfterUpdate)
+        draft = replace(draft, run_id=saved.run_id, segment=saved.segment, parent=saved.parent, event=saved.event)
+        if draft.resumable:
+            draft = replace(draft, requests=saved.requests, pointers=saved.pointers)
+        try:
+            written = self._write(draft, request, state, lambda: LogCount(saved.log_lines, saved.log_lines_lost))
+        except WeightsError as error:
+            raise CheckpointError(str(error)) from error
+        self._commit(written)
+        return written
+
+    def _retry_failed(self) -> None:
+        """Try again what failed in earlier saves; what fails again is tried at the next save."""
+        if not self._incomplete and not self._pointers.failed:
+            return
+        existing = {each.tag for each in self.manifests()}
+        self._incomplete = {tag: each for tag, each in self._incomplete.items() if tag in existing}
+        with suppress(CheckpointError):
+            for saved in [*self._incomplete.values()]:
+                self._complete(saved)
+        with suppress(CheckpointError):
+            self._pointers.retry(existing)
+
+    def _move_pointers(self, saved: Manifest, targets: Mapping[str, Manifest]) -> None:
+        self._pointers.move(saved, targets)
+
+    def _prune(
+        self,
+        saved: Manifest,
+        targets: Mapping[str, Manifest],
+        existing: dict[str, Manifest],
+        listing: Listing,
+        later: Sequence[SaveCheckpoint],
+    ) -> None:
         """Remove the checkpoints that no rule of retention keeps; a failure is only a warning.
 
         Args:
-            saved: The checkpoint that was just saved.
-            pointers: Names of the pointers that were just set to it.
+            saved: A checkpoint of the event.
+            targets: The pointers that the event has set, and to what.
+            existing: All checkpoints by tag; those that are removed are removed here, too.
             listing: The directory before that.
+            later: Requests of the event that are still to be met; checkpoints that meet them stay.
         """
-        manifests = {manifest.tag: manifest for manifest in (*listing.manifests, saved)}.values()
-        targets = {**listing.targets, **dict.fromkeys(pointers, saved.tag)}
-        tags = select_prunable(manifests, targets, {*self._committed, saved.tag, self._parent}, self._parent)
+        named = {**listing.targets, **{pointer: each.tag for pointer, each in targets.items()}}
+        # Such a pointer still names another checkpoint, and will name this one.
+        named |= {f"{pointer} (failed)": each.tag for pointer, each in self._pointers.failed.items()}
+        manifests = [
+            replace(each, retention=unite_limits(each.retention, self._later_owners.get(each.tag, {})))
+            for each in existing.values()
+        ]
+        tags = [
+            tag
+            for tag in select_prunable(manifests, named, {*self._committed, saved.tag, self._parent})
+            if not any(covers(existing[tag], request, saved.iteration) for request in later)
+        ]
         if not tags:
             return
         # The checkpoint that a broken pointer named is unknown, and must not be removed.
-        reasons = "; ".join(str(error) for name, error in listing.broken.items() if name not in pointers)
+        reasons = "; ".join(str(error) for name, error in listing.broken.items() if name not in targets)
         if not reasons:
             try:
                 self._writer.prune(tags)
+                for tag in tags:
+                    del existing[tag]
             except OSError as error:
                 reasons = str(error)
         if reasons:
             _LOGGER.warning("checkpoints that retention would remove stay in %s: %s", self._directory, reasons)
 
-    @contextmanager
-    def _report_errors(self, failure: str) -> Iterator[None]:
-        """Raise any error of a write as a `CheckpointError`, and remove temporary files, which may fill the disk."""
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except Exception as error:
-            with suppress(OSError):  # the next save removes them
-                self._writer.remove_leftovers()
-            kind = UnsavableError if isinstance(error, TypeError) else CheckpointError
-            reason = str(error) if isinstance(error, (OSError, NoetherError, TypeError)) else error_text(error)
-            raise kind(f"{failure}: {reason}; earlier checkpoints are intact") from error
+    def _mark_ended(
+        self, saved: Manifest, effect: SaveCheckpoint, state: TrainState, fsync_logs: Callable[[], LogCount]
+    ) -> None:
+        """Record that the run ended at a checkpoint, if all else in it is as in `state` and the event is complete.
 
-    def _read_verified(self, tag: str, name: str, part: Part) -> bytes:
-        """Return the content of a file of a checkpoint after comparing it with its size and hash in the manifest."""
-        path = self._directory / tag / name
-        try:
-            content = read_file(path, self._disk, limit=part.size_bytes)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing") from error
-        except (OSError, MemoryError) as error:
-            raise read_error(path, error) from error
-        if len(content) != part.size_bytes or hashlib.sha256(content).hexdigest() != part.sha256:
-            raise CheckpointError(f"{path} is damaged: its content is not what was written")
-        return content
+        Otherwise a resumed run dispatches `AfterTraining` again.
+        """
+        if saved.resumable and differs_only_in_end(saved, effect, state):
+            with self._writer.report_errors(f"the end of the run could not be recorded in {self._directory}"):
+                fsync_logs()
+                self._writer.mark_ended(saved)
 
 
 def _check_name(role: str, name: str) -> None:
@@ -347,3 +392,18 @@ def _check_name(role: str, name: str) -> None:
             f"{role} {name!r} is not a valid name: use up to 200 letters, digits and '_.=-', and start with a letter, "
             "a digit or '_'"
         )
+
+
+def _event_saves(effect: SaveCheckpoint) -> tuple[SaveCheckpoint, ...]:
+    """Return the saves of the event of a request as a manifest records them; those that must fail are left out."""
+    return tuple(
+        replace(
+            save,
+            weights=bool(save.weights),
+            optimizer=bool(save.optimizer),
+            retention=dict(save.retention),
+            event_saves=(),
+        )
+        for save in effect.event_saves or (effect,)
+        if all(NAME.fullmatch(name) for name in (*save.pointers, *([] if save.tag is None else [save.tag])))
+    )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, final
 
+from noether.core.errors import NoetherError
 from noether.effects.checkpoints.contents import FILES
-from noether.effects.checkpoints.listing import pointer_text
+from noether.effects.checkpoints.listing import ENDED, CheckpointError, UnsavableError, pointer_text
 from noether.effects.checkpoints.manifest import MANIFEST, Manifest, Part
+from noether.effects.checkpoints.state_codec import error_text
 from noether.effects.disk.files import TEMPORARY_PREFIX, make_directories, remove_tree, replace_text, write_new_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from noether.effects.checkpoints.contents import Pieces
@@ -59,6 +62,10 @@ class Writer:
         """Set a pointer to a checkpoint in one step."""
         replace_text(self._directory / pointer, pointer_text(manifest), self._disk)
 
+    def mark_ended(self, manifest: Manifest) -> None:
+        """Record that the run ended at a checkpoint, which was saved before the end was reached."""
+        replace_text(self._directory / ENDED, pointer_text(manifest), self._disk)
+
     def prune(self, tags: Iterable[str]) -> None:
         """Remove checkpoints; each is renamed first, so that no reader sees part of one.
 
@@ -80,6 +87,20 @@ class Writer:
         for name in self._disk.names(self._directory):
             if name.startswith(TEMPORARY_PREFIX):
                 remove_tree(self._directory / name, self._disk)
+
+    @contextmanager
+    def report_errors(self, failure: str) -> Iterator[None]:
+        """Raise any error of a write as a `CheckpointError`, and remove temporary files, which may fill the disk."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            with suppress(OSError):  # the next save removes them
+                self.remove_leftovers()
+            kind = UnsavableError if isinstance(error, TypeError) else CheckpointError
+            reason = str(error) if isinstance(error, (OSError, NoetherError, TypeError)) else error_text(error)
+            raise kind(f"{failure}: {reason}; earlier checkpoints are intact") from error
 
     def _temporary(self, tag: str) -> Path:
         return self._directory / f"{TEMPORARY_PREFIX}{tag}"

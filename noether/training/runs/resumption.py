@@ -120,6 +120,7 @@ def _continue(
 ) -> TrainedRun:
     """Train from `state` in the open directory of the run; do nothing if the run has ended."""
     if state is not None and next_move(state, experiment.run) is Move.NOTHING:
+        directory.complete_saves(state)
         run = TrainedRun(directory=directory.path, state=state, finished=True)
         write_ending(run, experiment, directory.interpreter)
         notify(f"{directory.path} already {run.ending}; to continue it, {_ways_to_continue(run, experiment)}")
@@ -132,6 +133,7 @@ def _continue(
         notify(note)
     if removed := directory.truncate_logs(state):
         notify(f"lines of metrics.jsonl removed, because the resumed run logs them again: {removed}")
+    directory.complete_saves(state)
     if saved is not None and state is not None and state.stop != saved.stop:
         # The configuration shows only once that it has changed, so the decision to continue is saved before it.
         save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(continued=0))

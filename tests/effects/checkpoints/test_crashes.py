@@ -230,6 +230,11 @@ def test_no_fault_loses_a_buffered_line_without_counting_it(tmp_path, kind):
 STEPS = {name: getattr(CheckpointStore, name) for name in ("_write", "_commit", "_move_pointers", "_prune")}
 
 
+def settle(manifests, written):
+    """Return a dict of manifests with the draft of a checkpoint replaced by what was written, once it is."""
+    return {key: written if written and each.tag == written.tag else each for key, each in manifests.items()}
+
+
 def save_in_order(*order):
     """Return a `CheckpointStore.save` that takes its steps in another order."""
     save = CheckpointStore.save
@@ -252,6 +257,7 @@ def save_in_order(*order):
         written = None
         for name in order:
             manifest, others = calls[name]
+            others = [settle(each, written) if isinstance(each, dict) else each for each in others]
             result = STEPS[name](store, written or manifest, *others)
             written = result if name == "_write" else written
 

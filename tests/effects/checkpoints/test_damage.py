@@ -195,9 +195,9 @@ def test_damaged_manifest_of_format_1_loads_no_other_state(folder, store, caplog
 
 
 def test_manifest_with_a_wrong_older_format_is_refused(folder, store, caplog):
-    # Two flipped bits turn the 2 into a 1, and must not disable the hash.
+    # A flipped bit turns the 3 into a 1, and must not disable the hash.
     path = folder / NEWEST / "MANIFEST.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1').replace('"segment": 3', '"segment": 2'))
+    path.write_text(path.read_text().replace('"format": 3', '"format": 1').replace('"segment": 3', '"segment": 2'))
     check_skipped(store, path, caplog)
 
 

@@ -410,7 +410,7 @@ HOSTILE_MANIFESTS = {
         for tag in ("../x", "/x", "x/", "..", ".", "", ".tmp-x", "x\n", "x\0", "y", "x" * 300, "\u0445", None, 3, ["x"])
     },
     **{f"the parent {tag!r}": edit(parent=tag) for tag in ("../x", "", "a/b", 3, ["x"])},
-    **{f"the format {number!r:.20}": edit(format=number) for number in (0, -1, 3, HUGE, True, "2", 2.0, None, [2])},
+    **{f"the format {number!r:.20}": edit(format=number) for number in (0, -1, 4, HUGE, True, "3", 3.0, None, [3])},
     **{f"the segment {number!r:.20}": edit(segment=number) for number in (-1, HUGE, True, "1", 1.5, None)},
     **{f"the number {number!r:.20}": edit(number=number) for number in (-1, HUGE, False, "1", None)},
     **{f"{number!r:.20} lines of the log": edit(log_lines=number) for number in (-1, HUGE, "1", [])},

@@ -15,7 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from noether import AfterEpoch, AfterTraining, AfterUpdate, SaveCheckpoint, TrainingIteration, TrainState
+from noether import (
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    AtEval,
+    BeforeTraining,
+    SaveCheckpoint,
+    TrainingIteration,
+    TrainState,
+)
 from noether.core.state import Measured
 from noether.core.tensors.tree import freeze
 from noether.effects import CheckpointError, CheckpointStore, open_run
@@ -219,11 +228,43 @@ def test_one_event_does_not_save_the_same_content_twice(store, first, second, sa
     assert len(tags(store)) == saved
 
 
-def test_another_event_at_the_same_iteration_saves_again(store):
-    store.save(SaveCheckpoint(), state_at(1, epoch=1), AfterEpoch())
-    store.save(SaveCheckpoint(), state_at(1, epoch=1, ended=True), AfterTraining())
-    assert tags(store) == ["E1_U1_S4", "E1_U1_S4.2"]
+def test_the_end_of_training_moves_pointers_to_what_the_epoch_saved(store):
+    store.save(SaveCheckpoint(pointers=("latest",)), state_at(1, epoch=1), AfterEpoch())
+    assert not store.load(store.newest()).ended
+    store.save(SaveCheckpoint(pointers=("last",)), state_at(1, epoch=1, ended=True), AfterTraining())
+    assert tags(store) == ["E1_U1_S4"]
+    assert store.pointers() == {"latest": "E1_U1_S4", "last": "E1_U1_S4"}
     assert store.load(store.newest()).ended
+
+
+def test_an_end_that_changed_the_memory_is_dispatched_again_on_resume(store):
+    store.save(SaveCheckpoint(), state_at(1, epoch=1), AfterEpoch())
+    ended = state_at(1, epoch=1, ended=True).remember("best", 0.9)
+    store.save(SaveCheckpoint(pointers=("last",)), ended, AfterTraining())
+    assert (tags(store), store.pointers()) == (["E1_U1_S4"], {"last": "E1_U1_S4"})
+    assert not store.load(store.newest()).ended
+
+
+def test_an_end_that_changed_the_weights_is_saved_again(store):
+    store.save(SaveCheckpoint(), state_at(1, epoch=1), AfterEpoch())
+    averaged = state_at(1, epoch=1, ended=True).replace(params=state_at(2).params)
+    store.save(SaveCheckpoint(pointers=("last",)), averaged, AfterTraining())
+    assert tags(store) == ["E1_U1_S4", "E1_U1_S4.2"]
+    assert same(store.load(store.find("last")), averaged)
+
+
+def test_another_event_at_the_same_iteration_saves_again(store):
+    store.save(SaveCheckpoint(), state_at(0), BeforeTraining())
+    store.save(SaveCheckpoint(), state_at(0).remember("measured", 1), AtEval())
+    assert tags(store) == ["E0_U0_S0", "E0_U0_S0.2"]
+
+
+def test_an_interruption_does_not_save_an_unchanged_state_again(store):
+    store.save(SaveCheckpoint(), state_at(1, epoch=1), AfterEpoch())
+    store.save(SaveCheckpoint(pointers=("latest",)), state_at(1, epoch=1), UPDATE)
+    assert (tags(store), store.pointers()) == (["E1_U1_S4"], {"latest": "E1_U1_S4"})
+    store.save(SaveCheckpoint(pointers=("latest",)), state_at(1, epoch=1).remember("m", 1), UPDATE)
+    assert (tags(store), store.pointers()) == (["E1_U1_S4", "E1_U1_S4.2"], {"latest": "E1_U1_S4.2"})
 
 
 def test_newest_is_of_the_newest_segment(store, folder):
@@ -243,14 +284,15 @@ def test_newest_compares_numbers_not_text(store, folder):
     assert store.newest().tag == "E0_U100_S400.12"
 
 
-def test_resumed_segment_names_and_keeps_its_parent(store, folder):
+def test_resumed_segment_names_its_parent_and_keeps_it_until_another_is_resumable(store, folder):
     store.save(SaveCheckpoint(retention={"c": 1}), state_at(1), UPDATE)
     second = open_store(folder)
     second.resume(second.newest())
-    for update in (2, 3):
-        second.save(SaveCheckpoint(retention={"c": 1}), state_at(update), UPDATE)
-    assert tags(store) == ["E0_U1_S4", "E0_U3_S12"]
-    assert [manifest.parent for manifest in store.manifests()] == [None, "E0_U1_S4"]
+    second.save(SaveCheckpoint(optimizer=False, retention={"c": 1}), state_at(2), UPDATE)
+    assert tags(store) == ["E0_U1_S4", "E0_U2_S8"]
+    second.save(SaveCheckpoint(retention={"c": 1}), state_at(3), UPDATE)
+    assert tags(store) == ["E0_U3_S12"]  # as in a run that was not interrupted
+    assert store.find("E0_U3_S12").parent == "E0_U1_S4"
 
 
 def test_a_store_holds_the_iterations_of_its_own_resumable_checkpoints(store, folder):
@@ -352,7 +394,7 @@ def test_round_trip_keeps_a_manifest(store, folder):
     )
     assert manifest.retention == {"a": None, "b": 2}
     assert manifest.dumps() == text
-    assert json.loads(text)["format"] == 2
+    assert json.loads(text)["format"] == 3
 
 
 RESUMABLE = dict.fromkeys(["weights.safetensors", "state.json"], Part(size_bytes=0, sha256=""))
@@ -362,7 +404,7 @@ KEEPS = st.sampled_from([None, 0, 1, 2, 3])
 
 @st.composite
 def histories(draw):
-    """Draw all checkpoints of a run oldest first, the pointers, the tags known to be intact, and the parent."""
+    """Draw all checkpoints of a run oldest first, the pointers, and the tags known to be intact."""
     manifests = []
     segment = update = 1
     for number in range(draw(st.integers(0, 8))):
@@ -379,30 +421,31 @@ def histories(draw):
     names = st.sampled_from([manifest.tag for manifest in manifests] or ["gone"])
     pointers = draw(st.dictionaries(st.sampled_from(["latest", "best"]), names))
     intact = draw(st.sets(names))
-    return manifests, pointers, intact, draw(st.one_of(st.none(), names))
+    return manifests, pointers, intact
 
 
 @UNTIMED
 @given(histories(), st.randoms())
 def test_retention_follows_its_rules(history, random):
-    manifests, pointers, intact, parent = history
-    prunable = select_prunable(random.sample(manifests, len(manifests)), pointers, intact, parent)
+    manifests, pointers, intact = history
+    prunable = select_prunable(random.sample(manifests, len(manifests)), pointers, intact)
     kept = [manifest for manifest in manifests if manifest.tag not in prunable]
     assert prunable == [manifest.tag for manifest in manifests if manifest not in kept]
     resumable = [each.tag for each in manifests if each.resumable]
     while len(resumable) > 1 and intact & set(resumable[1:]):  # drop those older than the newest intact one
         del resumable[0]
-    protected = {*pointers.values(), parent, *resumable}
+    protected = {*pointers.values(), *resumable}
     assert not protected & set(prunable)
     for owner in ("checkpoint", "best", "ema"):
         own = [manifest for manifest in manifests if owner in manifest.retention]
-        for age, manifest in enumerate(reversed(own), 1):
+        moments = list(dict.fromkeys(manifest.iteration for manifest in reversed(own)))
+        for manifest in own:
             keep = manifest.retention[owner]
-            assert manifest in kept or (keep is not None and age > keep)
+            assert manifest in kept or (keep is not None and moments.index(manifest.iteration) >= keep)
     for manifest in kept:
         younger = manifests[manifests.index(manifest) :]
         reasons = [
-            keep is None or sum(owner in other.retention for other in younger) <= keep
+            keep is None or len({other.iteration for other in younger if owner in other.retention}) <= keep
             for owner, keep in manifest.retention.items()
         ]
         assert any(reasons) or manifest.tag in protected
@@ -411,12 +454,12 @@ def test_retention_follows_its_rules(history, random):
 @UNTIMED
 @given(histories())
 def test_pruning_again_removes_nothing(history):
-    manifests, pointers, intact, parent = history
-    prunable = select_prunable(manifests, pointers, intact, parent)
+    manifests, pointers, intact = history
+    prunable = select_prunable(manifests, pointers, intact)
     rest = [manifest for manifest in manifests if manifest.tag not in prunable]
     keeps = {keep for manifest in manifests for keep in manifest.retention.values()}
     if len(keeps) <= 1:  # otherwise an owner changed how many it keeps
-        assert select_prunable(rest, pointers, intact, parent) == []
+        assert select_prunable(rest, pointers, intact) == []
     assert [manifest.tag for manifest in manifests if manifest.tag in prunable] == list(prunable)
 
 
