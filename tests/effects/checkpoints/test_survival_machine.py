@@ -85,7 +85,7 @@ class Survival(RuleBasedStateMachine):
     def resume(self):
         self.directory.close()
         if self.tags_on_disk() and self.tags_on_disk() <= self.damaged:
-            shutil.rmtree(self.checkpoints)  # as a user would after the error that the run cannot resume
+            shutil.rmtree(self.checkpoints.parent)  # as a user would after the error that the run cannot resume
             self.damaged, self.last = set(), None
         self.open_and_resume()
 
