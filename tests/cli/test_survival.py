@@ -283,8 +283,9 @@ def run_on_full_disk(phases, tmp_path, on_error):
 def test_on_a_full_disk_the_run_stops_and_can_be_resumed_later(phases, tmp_path):
     found, run = run_on_full_disk(phases, tmp_path, "stop")
     assert found["code"] == 1
-    assert "could not be written: [Errno 28] No space left on device: " in found["stderr"].splitlines()[-1]
-    assert found["stderr"].splitlines()[-1].endswith("; earlier checkpoints are intact")
+    (message,) = [line for line in found["stderr"].splitlines() if line.startswith("Error: ")]
+    assert "could not be written: [Errno 28] No space left on device: " in message
+    assert "; earlier checkpoints are intact" in message
     assert [name for name in found["saved"] if name.startswith(("E", "."))] == ["E1_U15_S60"]
     assert found["resumed"][0].splitlines()[0] == "resuming at E1_U15_S60"
     check_equal(run, only_run(phases / "out/paper"))
