@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from noether.core.callback import init_of
+from noether.core.callback import init_of, label_of
 from noether.core.callbacks import PeriodicCallback
 from noether.core.combinators import callback, on, when
 from noether.core.effect import LogText
@@ -81,7 +81,10 @@ def fold(*members):
                         state = state.remember(name, memory)
         effects = ()
         for member in members:
+            was_stopped = state.stop is not None
             state, requested = member(state, event)
+            if state.stop is not None and not was_stopped and state.stopped_by is None:
+                state = state.replace(stopped_by=label_of(member))
             effects += requested
         return state, effects
 

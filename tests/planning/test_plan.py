@@ -425,7 +425,7 @@ def test_a_callback_that_reads_values_of_params_is_named(folder):
     assert note.startswith(
         "checkpoints of reads are not counted: it cannot be called before training: RuntimeError: Tensor.item()"
     )
-    assert plan.checkpoints.written == (8, 8)
+    assert plan.checkpoints.written == (7, 7)
 
 
 def test_a_callback_that_returns_no_pair_is_named(folder):
@@ -572,7 +572,7 @@ def test_keeping_a_million_is_planned_like_keeping_two(folder, monkeypatch):
     def count_calls(keep):
         before = next(calls)
         forecast = write_and_plan([f"{SAVER}, keep: {keep}"], ends=f"max_epochs: {10**9}").checkpoints
-        assert (forecast.written, forecast.kept) == ((10**9 + 1,) * 2, (keep,) * 2)
+        assert (forecast.written, forecast.kept) == ((10**9,) * 2, (keep,) * 2)
         assert forecast.kept_bytes == (keep * forecast.each_bytes[0],) * 2
         return next(calls) - before
 
