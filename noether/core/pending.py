@@ -1,4 +1,4 @@
-"""An update whose event was cut short, by an error or a signal: its readings are kept, and dispatched again."""
+"""Pending events: the `AfterUpdate` that an error or a signal cut short, which a resumed run dispatches again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.event import AfterUpdate
 from noether.core.loop import dispatch
-from noether.core.tensors.donation import MOVED, DonatedTree
+from noether.core.tensors.donation import ALREADY_UPDATED, DonatedTree
 from noether.core.tensors.memory import check_savable
 from noether.core.tensors.tree import FrozenDict, freeze, map_leaves, plain_number
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.core.state import TrainState
 
-_OF_THE_PROCESS: Final = frozenset({"run", "time_s"})
+_SUPPLIED_ON_RESUME: Final = frozenset({"run", "time_s"})
 """Fields of an event that the resumed process supplies."""
-_MOVED: Final = "moved"
-"""Entry of `pending`: names and keys of the memories that the event has moved already."""
+_UPDATED: Final = "moved"
+"""Entry of `pending`: names and keys of the memories that the event has already updated in place."""
 
 
-def keep_event(state: TrainState, event: AfterUpdate) -> TrainState:
-    """Return the state before `event` was dispatched, as a checkpoint keeps it: it remembers the event's readings.
+def set_pending(state: TrainState, event: AfterUpdate) -> TrainState:
+    """Return the state at `event` with the readings of the event in `pending`.
 
     A loop saves it when an error or a signal cuts the event short. Outputs of the model that no checkpoint can hold
-    are left out. A callback may have written its memory over the one of the state; the state then gets the new one, and
-    remembers which memories the event has moved already.
+    are left out. A callback such as an EMA may already have updated a donated memory in place; then the state gets the
+    updated memory, and `pending` names it, so that the memory is not updated a second time.
 
     Args:
         state: The state at the event, before any callback.
@@ -37,24 +37,24 @@ def keep_event(state: TrainState, event: AfterUpdate) -> TrainState:
 
     Example:
         >>> from noether import AfterUpdate, TrainState
-        >>> keep_event(TrainState().advance(samples=4), AfterUpdate(samples=4)).pending["samples"]
+        >>> set_pending(TrainState().advance(samples=4), AfterUpdate(samples=4)).pending["samples"]
         4
     """
-    readings = {name: value for name, value in vars(event).items() if name not in _OF_THE_PROCESS}
+    readings = {name: value for name, value in vars(event).items() if name not in _SUPPLIED_ON_RESUME}
     try:
         check_savable("outputs", event.outputs)
     except TypeError:
         readings["outputs"] = None
-    moved: list[tuple[str, str]] = []
-    memories = {name: _follow(name, memory, moved) for name, memory in state.callback_states.items()}
-    if moved:
+    updated: list[tuple[str, str]] = []
+    memories = {name: _with_successors(name, memory, updated) for name, memory in state.callback_states.items()}
+    if updated:
         state = state.replace(callback_states=FrozenDict(memories))
-        readings[_MOVED] = tuple(moved)
+        readings[_UPDATED] = tuple(updated)
     return state.replace(pending=freeze(map_leaves(plain_number, readings)))
 
 
-def _follow(name: str, memory: Any, moved: list[tuple[str, str]]) -> Any:
-    """Return a memory with the trees that were written over its own; append the keys of those trees to `moved`."""
+def _with_successors(name: str, memory: Any, updated: list[tuple[str, str]]) -> Any:
+    """Return a memory with the trees that replaced its own in place; append the keys of those trees to `updated`."""
     if not isinstance(memory, FrozenDict):
         return memory
     successors = {
@@ -62,7 +62,7 @@ def _follow(name: str, memory: Any, moved: list[tuple[str, str]]) -> Any:
         for key, tree in memory.items()
         if isinstance(tree, DonatedTree) and tree.is_taken and tree.successor is not None
     }
-    moved += [(name, key) for key in successors]
+    updated += [(name, key) for key in successors]
     return FrozenDict({**memory, **successors}) if successors else memory
 
 
@@ -73,7 +73,7 @@ def dispatch_pending(
     interpreter: Callable[[Effects, TrainState, Event], None],
     time_s: float = 0.0,
 ) -> TrainState:
-    """Dispatch the event that `keep_event` kept, and return the new state; the same state if there is none.
+    """Dispatch the event that `set_pending` recorded, and return the new state; the same state if there is none.
 
     A loop calls it after `BeforeTraining` of a resumed run.
 
@@ -87,7 +87,7 @@ def dispatch_pending(
     Example:
         >>> from noether import AfterUpdate, LogText, Run, TrainState, on
         >>> show = on(AfterUpdate)(lambda state, event: (state, (LogText(f"{event.samples} samples"),)))
-        >>> state = keep_event(TrainState().advance(samples=4), AfterUpdate(samples=4))
+        >>> state = set_pending(TrainState().advance(samples=4), AfterUpdate(samples=4))
         >>> state = dispatch_pending(state, Run(), show, lambda effects, state, event: print(effects))
         (LogText(text='4 samples'),)
         >>> state.pending is None
@@ -95,9 +95,22 @@ def dispatch_pending(
     """
     if state.pending is None:
         return state
-    readings = dict(state.pending)
-    memories = dict(state.callback_states)
-    for name, key in readings.pop(_MOVED, ()):
-        memories[name] = FrozenDict({**memories[name], key: DonatedTree(dict(memories[name][key]), MOVED)})
-    event = AfterUpdate.of(run=run, time_s=time_s, **readings)
-    return dispatch(state.replace(pending=None, callback_states=FrozenDict(memories)), event, reducer, interpreter)
+    state, readings = take_pending(state)
+    return dispatch(state, AfterUpdate.of(run=run, time_s=time_s, **readings), reducer, interpreter)
+
+
+def take_pending(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Return the state without `pending`, and the readings of the pending event; no readings if there is none.
+
+    Memories that the event has already updated in place are marked, so that dispatching it leaves them as they are.
+
+    Example:
+        >>> from noether import AfterUpdate, TrainState
+        >>> state, readings = take_pending(set_pending(TrainState().advance(samples=4), AfterUpdate(samples=4)))
+        >>> state.pending, readings["samples"]
+        (None, 4)
+    """
+    readings, memories = dict(state.pending or {}), dict(state.callback_states)
+    for name, key in readings.pop(_UPDATED, ()):
+        memories[name] = FrozenDict({**memories[name], key: DonatedTree(dict(memories[name][key]), ALREADY_UPDATED)})
+    return state.replace(pending=None, callback_states=FrozenDict(memories)), readings

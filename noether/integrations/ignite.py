@@ -177,7 +177,7 @@ class _Handlers:
         session, outputs = self._session, engine.state.output
         samples = session.run.batch_size(engine.state.batch)
         session.micro_batch(self._losses(outputs), outputs=outputs, samples=samples, of=self._accumulation)
-        if session.steps or session.pending == self._accumulation:
+        if session.steps or session.pending_micro_batches == self._accumulation:
             session.update(skipped=not session.steps)
         self._apply_stop(engine)
 

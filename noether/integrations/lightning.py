@@ -168,7 +168,7 @@ class NoetherCallback(LightningCallback):
                 "step: step once per batch"
             )
         last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
-        if optimizer_steps or (automatic and (last or session.pending == steps)):
+        if optimizer_steps or (automatic and (last or session.pending_micro_batches == steps)):
             session.update(skipped=not optimizer_steps, grad_norm=self._grad_norm)
             self._grad_norm = None
         self._apply_stop(trainer)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 from noether.core.callback import listens_to
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch, updates_in_epoch
+from noether.core.pending import take_pending
 from noether.core.run import Run
 from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
-from noether.session.held_state import SessionState
 from noether.session.lengths import (
     Contradiction,
     check_epoch_lengths,
@@ -22,6 +22,7 @@ from noether.session.lengths import (
 )
 from noether.session.losses import EMPTY_UPDATE
 from noether.session.randomness import derive, seed_all
+from noether.session.session_state import SessionState
 from noether.session.settings import fill_run
 
 if TYPE_CHECKING:
@@ -101,9 +102,9 @@ class SessionEvents(SessionState):
             samples_per_epoch=samples_per_epoch,
             effective_batch_size=effective_batch_size,
         )
-        if self._pending:  # an exception ended the loop inside of an update
-            self._state, self._pending = self._settled, []
-        self._model_is, self._current, self._recorded, self._has_begun = "settled", None, None, False
+        if self._micro_batches:  # an exception ended the loop inside of an update
+            self._state, self._micro_batches = self._settled, []
+        self._model_status, self._current_dispatch, self._recorded_error, self._has_begun = "settled", None, None, False
         loaded, resumed = self.load(), self._remembers
         if self._directory is not None:
             self._directory.truncate_logs(self._state if resumed else None)
@@ -121,7 +122,8 @@ class SessionEvents(SessionState):
         self._live.apply_lr_scale(self._state)
         self._dispatch(self._state, BeforeTraining, resumed=resumed)
         if self._state.pending is not None:
-            self._dispatch(self._state.replace(pending=None), AfterUpdate, **self._state.pending)
+            state, readings = take_pending(self._state)
+            self._dispatch(state, AfterUpdate, **readings)
         self._epoch_batches = self._state.epoch_batches
         if epoch_is_full or (self._trusts_lengths and (was_full or self._is_full())):
             self._dispatch_epoch_end()
@@ -131,9 +133,9 @@ class SessionEvents(SessionState):
 
     def batch_arrived(self) -> None:
         """Start the time of the step; the time since the last mark was spent waiting for data."""
-        if self._model_is == "settled":
+        if self._model_status == "settled":
             self._live.copy_buffers()
-            self._model_is = "in an update"
+            self._model_status = "in an update"
         self.stopwatch.data_arrived()
 
     def end_epoch(self, *, cut_short: bool = False) -> None:
@@ -145,16 +147,16 @@ class SessionEvents(SessionState):
         Args:
             cut_short: Whether the loop left the epoch before its last batch; then it is not counted.
         """
-        is_empty = self._position == 0 and not self._pending
+        is_empty = self._position == 0 and not self._micro_batches
         if is_empty or (cut_short and not self._is_full()):
             return
-        if self._pending and not self._carries_gradients:
+        if self._micro_batches and not self._carries_gradients:
             self._carries_gradients = True
             _LOGGER.warning(
                 "epoch %d ended inside of an update: the next epoch carries on with the gradients of its last %d "
                 "micro-batches, and a run that resumes at the end of such an epoch does not have them",
                 self._state.iteration.epoch,
-                self.pending,
+                self.pending_micro_batches,
             )
         self._dispatch_epoch_end()
         self._settled = self._state
@@ -199,7 +201,7 @@ class SessionEvents(SessionState):
         Raises:
             SessionError: If it was.
         """
-        if self._scheduler is not None and not self._pending and not self._scheduler.is_current(self._state):
+        if self._scheduler is not None and not self._micro_batches and not self._scheduler.is_current(self._state):
             raise SessionError("the scheduler was stepped after session.update(...): call scheduler.step() before it")
 
     @property
@@ -253,13 +255,13 @@ class SessionEvents(SessionState):
     def _dispatch(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
         event = event_type.of(run=self.run, time_s=self._clock.wall_s(), **readings)
         before = self._live.view(state)
-        self._current = before, event
+        self._current_dispatch = before, event
         try:
             after = dispatch(before, event, self._reducer, self._interpreter)
-            model_is, self._model_is = self._model_is, "partly written"
+            model_status, self._model_status = self._model_status, "partly written"
             self._live.write_changes(before, after)
         except Exception as error:
             self.record_failure(error)
             raise
-        self._state, self._current = after, None
-        self._model_is = model_is if event_type is AfterAccumulationStep else "settled"
+        self._state, self._current_dispatch = after, None
+        self._model_status = model_status if event_type is AfterAccumulationStep else "settled"

@@ -195,7 +195,7 @@ class BatchLoop:
             session.batch_arrived()
             yield batch
             self._check_complete()
-            if session.is_over and not session.pending:
+            if session.is_over and not session.pending_micro_batches:
                 return
         self._check_drawn(state)
 
@@ -262,7 +262,7 @@ class BatchLoop:
                 "for a batch that the loop leaves out, session.update(losses, skipped=True); for one without samples, "
                 "session.update({})"
             )
-        if self._session.pending and self.completes_update:
+        if self._session.pending_micro_batches and self.completes_update:
             raise SessionError(
                 "all micro-batches of the update were reported, and the update was not: call optimizer.step() and then "
                 "session.update() `if session.completes_update:`"

@@ -175,6 +175,29 @@ class TorchOptimizer:
         return [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients]
 
 
+def is_skipped(optimizer: LiveOptimizer | None, steps: int, losses: Mapping[str, Any]) -> bool:
+    """Return whether an update was skipped: it has no losses, or the optimizer made no step for infinite gradients.
+
+    Args:
+        optimizer: The optimizer, if the run has one.
+        steps: Its steps since the last update.
+        losses: The losses of the update.
+
+    Raises:
+        SessionError: If the optimizer made no step, and its gradients do not tell why.
+    """
+    if optimizer is None or steps or not losses:
+        return not losses
+    finite = optimizer.gradients_are_finite()
+    # A GradScaler leaves out infinite gradients; a loop may have zeroed them since.
+    if finite is False or (finite is None and optimizer.steps):
+        return True
+    raise SessionError(
+        "the optimizer made no step since the last update: call optimizer.step() before session.update(losses); if "
+        "the loop left the step out, session.update(losses, skipped=True)"
+    )
+
+
 def _all_finite(gradients: list[Tensor]) -> Tensor:
     # The largest absolute value is finite only if all are; unlike the 2-norm it does not overflow.
     return get_total_norm(gradients, float("inf")).isfinite()

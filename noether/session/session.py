@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, final
 
+from torch import Tensor
+
 from noether.core.errors import check_whole, raise_problems
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
@@ -17,6 +19,7 @@ from noether.session.live_state import LiveState
 from noether.session.loader import check_not_empty, epoch_lengths, has_exact_length
 from noether.session.loop import BatchLoop
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
+from noether.session.optimizers import is_skipped
 from noether.session.scheduler import SchedulerMemory
 from noether.session.timing import Clock
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
     from noether.core.callback import Callback, Effects
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from noether.session.losses import ReportedLosses
     from noether.session.optimizers import LiveOptimizer
 
-_NO_LOSSES: Final = FrozenDict()
 _CLOCK: Final = Clock()
 _RUN: Final = Run()
 
@@ -57,11 +59,17 @@ class Session(SessionEvents):
     A run that is cut at any update and resumed equals the uncut run bit for bit, if the loader yields the same epochs
     again under the same seeds. Generators that the loader, its samplers, datasets and transforms hold are seeded before
     each epoch. A `ResumeWarning` names at the start what cannot be seeded, and at the first batch of the second epoch
-    other state of theirs that the first one changed. A loop that is left by `break`, Ctrl-C or an exception saves the
-    last settled state: that before the current update, until the optimizer steps, or that after it, whose event the
-    resumed run dispatches again. State that the session does not know, such as the scale of a `GradScaler`, is the
-    loop's to save. A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`,
-    `end_epoch` and `end` itself.
+    other state of theirs that the first one changed. The loop saves state that the session does not know, such as the
+    scale of a `GradScaler`.
+
+    If the loop ends before the run does (`break`, an exception, Ctrl-C, `sys.exit`), the session saves a state from which
+    the run continues exactly: the one before the current update until the optimizer steps, the one after it once
+    `update` is called. If the events of that update were cut short, the resumed run dispatches them again. Between the
+    two there is none, and the run resumes from its last checkpoint. If the loader, a callback or a handler raised the
+    exception, notes on it say where and what is saved, and `traceback.txt` in the run directory has its traceback.
+    SIGTERM ends Python at once, without a save: install a handler that calls `sys.exit`.
+
+    A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`, `end_epoch` and `end` itself.
 
     Args:
         callbacks: One callback, or several in order, such as `noether.config.load_callbacks(path)`.
@@ -235,16 +243,16 @@ class Session(SessionEvents):
             samples = self.run.batch_size(batch)
         if of is None:
             of = 1 if self._loop is None else self._loop.accumulation_steps
-        if not self._pending:
+        if not self._micro_batches:
             self._settled = self._state
-        losses = named_losses(losses) if samples else _NO_LOSSES  # the mean over no samples is NaN
+        losses = named_losses(losses) if samples else FrozenDict()  # the mean over no samples is NaN
         if outputs is not None:
-            outputs = map_tensors(_detach, outputs)
+            outputs = map_tensors(Tensor.detach, outputs)
         self._epoch_batches += 1
-        self._pending.append(MicroBatch(samples=samples, losses=losses, outputs=outputs))
+        self._micro_batches.append(MicroBatch(samples=samples, losses=losses, outputs=outputs))
         self.stopwatch.step_made()
         if samples and self.listens_to_micro_batches:
-            steps = sum(each.samples > 0 for each in self._pending)
+            steps = sum(each.samples > 0 for each in self._micro_batches)
             self._dispatch(
                 self._state,
                 AfterAccumulationStep,
@@ -291,17 +299,17 @@ class Session(SessionEvents):
         if losses is not None:
             self.micro_batch(losses, outputs=outputs, samples=samples)
         self._check_update()
-        pending, self._pending = [each for each in self._pending if each.samples], []
-        reported = mean_losses(pending) if mean is None or not pending else named_losses(mean)
-        skipped = self._is_skipped(reported) if skipped is None else skipped or not reported
+        counted, self._micro_batches = [each for each in self._micro_batches if each.samples], []
+        reported = mean_losses(counted) if mean is None or not counted else named_losses(mean)
+        skipped = is_skipped(self._optimizer, self.steps, reported) if skipped is None else skipped or not reported
         rates = {} if self._optimizer is None else self._optimizer.readings
         if finite is None and "finite" in self.readings:
             finite = not skipped and is_finite(reported["total"]) & rates.get("finite", True)
         known: dict[str, Any] = {
             **rates,
             "losses": reported,
-            "outputs": tuple([each.outputs for each in pending]),
-            "accumulated": tuple([each.samples for each in pending]),
+            "outputs": tuple([each.outputs for each in counted]),
+            "accumulated": tuple([each.samples for each in counted]),
             "finite": finite,
             "skipped": skipped,
             "forward_s": forward_s,
@@ -311,8 +319,8 @@ class Session(SessionEvents):
         }
         if grad_norm is not None or skipped:
             known["grad_norm"] = grad_norm
-        samples = sum([each.samples for each in pending])
-        if not pending:
+        samples = sum([each.samples for each in counted])
+        if not counted:
             self._warn_of_empty_update()
         state = self._state.advance(samples=samples, epoch_batches=self._epoch_batches)
         self._dispatch(state, AfterUpdate, samples=samples, **known)
@@ -326,32 +334,10 @@ class Session(SessionEvents):
 
     def _check_update(self) -> None:
         if self._loop is not None:
-            self._loop.check_update(self.pending)
-        elif not self._pending:
+            self._loop.check_update(self.pending_micro_batches)
+        elif not self._micro_batches:
             raise SessionError("an update needs micro-batches: call update(losses, samples=...) or micro_batch(...)")
         per_epoch = self._updates_per_epoch
         if per_epoch is not None and self._position == per_epoch:
             reason = f"epoch {self._state.iteration.epoch} has more updates than updates_per_epoch={per_epoch}"
             self._check_lengths(Contradiction(reason))
-
-    def _is_skipped(self, losses: Mapping[str, Any]) -> bool:
-        """Return whether the optimizer left the update out.
-
-        Raises:
-            SessionError: If it made no step, and its gradients do not tell why.
-        """
-        optimizer = self._optimizer
-        if optimizer is None or self.steps or not losses:
-            return not losses
-        finite = optimizer.gradients_are_finite()
-        # A GradScaler leaves out infinite gradients; a loop may have zeroed them since.
-        if finite is False or (finite is None and optimizer.steps):
-            return True
-        raise SessionError(
-            "the optimizer made no step since the last update: call optimizer.step() before session.update(losses); if "
-            "the loop left the step out, session.update(losses, skipped=True)"
-        )
-
-
-def _detach(tensor: Tensor) -> Tensor:
-    return tensor.detach()

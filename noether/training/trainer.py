@@ -17,7 +17,7 @@ from noether.core.event import (
     Event,
 )
 from noether.core.loop import Move, dispatch, next_move
-from noether.core.pending import dispatch_pending, keep_event
+from noether.core.pending import dispatch_pending, set_pending
 from noether.core.tensors.donation import was_donated
 from noether.session.timing import Clock
 from noether.training.data.interruptible import EvaluationInterrupt
@@ -164,5 +164,5 @@ def _settle(settled: TrainState | None, state: TrainState, event: Event | None) 
         The state, or None if there is none or an update overwrote its tensors.
     """
     if isinstance(event, AfterUpdate) and state.pending is None and settled is not None:
-        settled = keep_event(state, event)  # no state from before the update may exist any longer
+        settled = set_pending(state, event)  # no state from before the update may exist any longer
     return None if settled is None or was_donated(settled) else settled

@@ -11,7 +11,7 @@ from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTra
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move, updates_in_epoch
 from noether.core.metrics import log
-from noether.core.pending import dispatch_pending, keep_event
+from noether.core.pending import dispatch_pending, set_pending
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.schedules.schedule import At
@@ -143,7 +143,7 @@ def test_an_event_that_was_cut_short_is_dispatched_again(run, schedule, stop_at,
     event = AfterUpdate(run=run, time_s=7.0, samples=3, losses={"total": torch.tensor(0.25)}, lr={"": 0.5},
                         outputs=({"y": torch.ones(2)},), accumulated=(1, 2), finite=torch.tensor(True))  # fmt: skip
     state = state.advance(samples=3)
-    saved = decode_state(encode_state(keep_event(state, event))).replace(params=state.params)
+    saved = decode_state(encode_state(set_pending(state, event))).replace(params=state.params)
     resumed = start_run(callbacks(schedule, stop_at, n), run, saved, resumed=True)
     requested = []
     again = dispatch_pending(resumed, run, reducer, lambda effects, state, event: requested.append((effects, event)))
@@ -158,7 +158,7 @@ def test_an_event_that_was_cut_short_is_dispatched_again(run, schedule, stop_at,
 
 def test_outputs_that_no_checkpoint_can_hold_are_left_out():
     event = AfterUpdate(samples=2, outputs=(object(),))
-    assert keep_event(TrainState(), event).pending["outputs"] is None
+    assert set_pending(TrainState(), event).pending["outputs"] is None
 
 
 RUN = Run(end=TrainingIteration(epoch=2), updates_per_epoch=2, samples_per_epoch=4, effective_batch_size=2)

@@ -155,7 +155,7 @@ def test_gradients_are_carried_over_the_end_of_an_epoch_as_keras_does(caplog):
     _, callback = fit_keras(classifier(sgd(steps=2)), reducer=reducer_of_updates())
     assert callback.session.state.iteration.epoch == 3
     assert callback.session.state.iteration.update == 3 * 5 // 2
-    assert callback.session.pending == 1
+    assert callback.session.pending_micro_batches == 1
     assert "epoch 0 ended inside of an update" in caplog.text
 
 

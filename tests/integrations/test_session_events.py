@@ -196,7 +196,7 @@ def test_a_checkpoint_inside_an_update_has_the_state_before_it():
     assert session.state.memory("heard") == 1
     assert_same(session.state_dict(), before)
     session.begin()  # after an exception there
-    assert (session.state.memory("heard"), session.pending) == (0, 0)
+    assert (session.state.memory("heard"), session.pending_micro_batches) == (0, 0)
 
 
 def test_what_a_callback_changes_is_written_into_the_model():

@@ -257,7 +257,7 @@ def test_gradients_that_are_carried_over_the_end_of_an_epoch_are_named_once(capl
     for _ in range(2):
         for _ in range(3):
             session.micro_batch(0.5, samples=1, of=2)
-            if session.pending == 2:
+            if session.pending_micro_batches == 2:
                 session.update()
         session.end_epoch()
     assert seen[1:] == [

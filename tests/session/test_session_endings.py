@@ -174,7 +174,7 @@ def test_an_update_that_the_optimizer_made_and_the_loop_did_not_report_is_lost(t
     whole.reach.update = None
     with pytest.raises(error):
         cut.train()
-    assert "left before update 3 was reported, where no exact checkpoint can be made" in caplog.text
+    assert "between two states that can be resumed, before update 3 was complete" in caplog.text
     cut.train()
     whole.train()
     assert_same(cut.result(), whole.result())

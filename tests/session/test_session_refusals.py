@@ -291,14 +291,14 @@ def test_a_loop_that_is_left_inside_of_an_update_says_so(caplog, tmp_path):
     for _ in session.batches(BATCHES):
         optimizer.step()
         break
-    assert "left before update 1 was reported, where no exact checkpoint can be made" in caplog.text
+    assert "between two states that can be resumed, before update 1 was complete" in caplog.text
     with caplog.at_level(logging.INFO), noether.open_run(tmp_path / "run") as directory:
         session, _, optimizer = make(directory=directory, interpreter=None)
         for _ in session.batches(BATCHES):
             optimizer.step()
             session.update(0.5)
             break
-    assert "left at E0_U1_S4, before the end of the run, and saved: AfterTraining was not dispatched" in caplog.text
+    assert "the loop ended at E0_U1_S4, before the run, which is saved without AfterTraining" in caplog.text
 
 
 def test_a_left_loop_scales_no_later_step():

@@ -238,7 +238,7 @@ def test_a_loop_that_is_left_after_its_directory_was_closed_saves_nothing(tmp_pa
     loop = Loop(tmp_path / "run", [])
     loop.train(cut=2, leave="hold")
     loop.batches.close()
-    assert "left at E0_U2_S8, before the end of the run, without an open directory" in caplog.text
+    assert "the loop ended at E0_U2_S8, before the run; without an open directory" in caplog.text
 
 
 def test_a_model_that_draws_in_evaluations_resumes_exactly(tmp_path):

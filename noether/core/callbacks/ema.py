@@ -11,7 +11,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, raise_problems, suggest
 from noether.core.tensors import torch_internals
-from noether.core.tensors.donation import MOVED, DonatedTree, OwnedStorages
+from noether.core.tensors.donation import ALREADY_UPDATED, DonatedTree, OwnedStorages
 from noether.core.tensors.stored_weights import memory_of
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
@@ -142,8 +142,8 @@ class EMACallback(PeriodicCallback):
             if memory is None:  # called without a reducer, which fills in initial memory
                 memory = self.init(state)[memory_of(name)]
             averages = memory["params"]
-            if isinstance(averages, DonatedTree) and averages.owner is MOVED:
-                averages = FrozenDict(averages)
+            if isinstance(averages, DonatedTree) and averages.owner is ALREADY_UPDATED:
+                averages = FrozenDict(averages)  # the same event did it, before it was cut short
             else:
                 averages = move(averages, params, 1 - factor)
             average = FrozenDict(params=averages, buffers=clone_tensors(buffers))
@@ -236,7 +236,7 @@ def _move_in_place(
         torch_internals.foreach_lerp_([tree[name] for name in names], targets, weight)
     moved = DonatedTree(tree, owned)
     if isinstance(averages, DonatedTree):
-        averages.successor = moved  # an event that is cut short after this is dispatched again, but not from here
+        averages.successor = moved  # if this event is cut short later, it is dispatched again from the new averages
     return moved
 
 

@@ -33,7 +33,7 @@ class DonatedTree(Mapping[str, Any]):
         owner: The object that may take the tree without copying.
 
     Attributes:
-        successor: The tree that was written over this one, once it is complete; None before.
+        successor: The tree that replaced this one in place, once it is complete; None before.
 
     Example:
         >>> params = DonatedTree({"weight": torch.ones(2)})
@@ -178,7 +178,7 @@ def lease(state: TrainState) -> TrainState:
 
 
 def was_donated(state: TrainState) -> bool:
-    """Return whether an update overwrote tensors of the state, so that it cannot be read.
+    """Return whether an update overwrote tensors of the state, so that the state cannot be read.
 
     Example:
         >>> from noether import TrainState
@@ -213,7 +213,7 @@ def _view(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-MOVED: Final = object()
-"""Owner of a tree that an event has moved already: a callback that moves it at the event leaves it as it is."""
+ALREADY_UPDATED: Final = object()
+"""Owner of a tree that the pending event updated in place before it was cut short: the callback leaves it as it is."""
 _OF_ONE_TENSOR: Final = 2
 """Users of a storage that one tensor uses: the tensor, and the storage object through which we read the count."""

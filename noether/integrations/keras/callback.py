@@ -178,7 +178,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
                 f"train_step of {self.model.name} does not call self.compute_loss(...), so its loss is unknown: call "
                 "it there, and override compute_loss for a custom loss"
             )
-        if session.pending == optimizer.accumulation_steps:
+        if session.pending_micro_batches == optimizer.accumulation_steps:
             losses, self._losses = self._losses, []
             optimizer.steps += 1
             session.update(mean=sum(losses[1:], start=losses[0]) / len(losses))

@@ -1,4 +1,4 @@
-"""What a session holds: the state of a run beside live objects, and what is saved when the loop ends anywhere."""
+"""The state of a session beside its live objects, and the save that it makes when the loop ends before the run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate
-from noether.core.pending import keep_event
+from noether.core.pending import set_pending
 from noether.core.state import TrainState
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.effects.failure import record_failure, save_interrupted
@@ -64,19 +64,19 @@ class SessionState:
         self._state = TrainState(seed=seed)
         self._remembers = False
         self._seeds_loop = False
-        self._pending: list[MicroBatch] = []
+        self._micro_batches: list[MicroBatch] = []
         self._settled = self._state  # as it was before the current update began
         self._steps_before = 0  # of the optimizer, at the last update
-        self._model_is: Literal["settled", "in an update", "partly written"] = "settled"
-        self._current: tuple[TrainState, Event] | None = None  # the event in progress, and the state at it
-        self._has_begun = False  # before, nothing is there to save
-        self._recorded: BaseException | None = None
+        self._model_status: Literal["settled", "in an update", "partly written"] = "settled"
+        self._current_dispatch: tuple[TrainState, Event] | None = None  # the state and the event, until it is complete
+        self._has_begun = False  # whether `begin` has returned; before, there is nothing to save
+        self._recorded_error: BaseException | None = None
         self._warned_of_empty_update = False
-        self._epoch_batches = 0  # drawn in this epoch; the state has those that an update counted
+        self._epoch_batches = 0  # drawn in this epoch; `state.epoch_batches` are those that an update counted
         self._carries_gradients = False  # whether an epoch ended inside of an update
-        self._trusts_lengths = True  # whether an epoch with as many updates as announced has certainly no more
+        self._trusts_lengths = True  # whether an epoch ends after the number of updates that the loader announced
         self.resumes_within_epochs = False
-        """Whether the loop finds its position in an epoch again; a framework may not."""
+        """Whether a resumed loop skips the batches of an epoch that are counted; not every framework does."""
 
     @property
     def state(self) -> TrainState:
@@ -95,9 +95,9 @@ class SessionState:
         return self._state.stop is not None or (end is not None and self._state.iteration.reached(end))
 
     @property
-    def pending(self) -> int:
+    def pending_micro_batches(self) -> int:
         """The number of micro-batches since the last update."""
-        return len(self._pending)
+        return len(self._micro_batches)
 
     @property
     def steps(self) -> int:
@@ -106,43 +106,43 @@ class SessionState:
 
     @property
     def settled_state(self) -> TrainState | None:
-        """The state from which a resumed run continues exactly as this one, if there is one.
+        """The state from which a resumed run continues exactly as this one; None if there is none.
 
-        It is None once the optimizer has stepped, and within an epoch that a framework reads from its first batch.
-
-        Inside of an update that is the state before it, until the optimizer steps. If the event of an update was cut
-        short, the state has its readings, and the resumed run dispatches it again.
+        Before the optimizer steps, it is the state before the current update. Between the optimizer's step and the
+        report of the update there is none, and none within an epoch that a framework reads from its first batch after
+        a resume. If the event of an update was cut short, the state has its readings as `pending`, and the resumed run
+        dispatches it again.
         """
-        state, event = self._current or (self._state, None)
+        state, event = self._current_dispatch or (self._state, None)
         between_epochs = (
             isinstance(event, (AfterEpoch, AfterTraining))
             or self._state.iteration.epoch != self._state.previous.epoch  # no update since the last epoch ended
         )
-        if self._model_is == "partly written" or not (between_epochs or self.resumes_within_epochs):
+        if self._model_status == "partly written" or not (between_epochs or self.resumes_within_epochs):
             return None
         if isinstance(event, AfterUpdate):
-            return keep_event(state if self._scheduler is None else self._scheduler(state, event)[0], event)
-        if self._model_is == "settled":
+            return set_pending(state if self._scheduler is None else self._scheduler(state, event)[0], event)
+        if self._model_status == "settled":
             return self._live.view(self._state)
         if self._optimizer is None or self.steps:
             return None
-        return self._live.view_before_update(self._settled if self._pending else self._state)
+        return self._live.view_before_update(self._settled if self._micro_batches else self._state)
 
     def record_failure(self, error: Exception) -> None:
         """Save what an exception would lose, and add notes to it that say where; a no-op without an open directory.
 
         The session does this for every exception that passes through it; a framework's loop does it for others.
         """
-        at = self._current or (self._state, AfterUpdate.of(run=self.run, time_s=self._clock.wall_s()))
-        if self._recorded is error or not self._has_begun or self.run.rank != 0:
+        at = self._current_dispatch or (self._state, AfterUpdate.of(run=self.run, time_s=self._clock.wall_s()))
+        if self._recorded_error is error or not self._has_begun or self.run.rank != 0:
             return
-        self._recorded = error
+        self._recorded_error = error
         if self._directory is not None and self._directory.is_open:
             record_failure(error, self._directory, self.settled_state, at, self._interpreter)
 
     @contextmanager
     def save_where_it_ends(self) -> Iterator[None]:
-        """Return a context for a loop: if it is left before its end, the session saves what it can; then it closes."""
+        """Return a context for a loop: if the loop ends before the run, the session saves the run; then it closes."""
         try:
             yield
         except (GeneratorExit, KeyboardInterrupt, SystemExit):
@@ -155,25 +155,25 @@ class SessionState:
             self.close()
 
     def leave(self) -> None:
-        """Save a run that the loop leaves before its end, and say what was not dispatched."""
-        if not self._has_begun or self._state.ended or self._recorded is not None:
+        """Save a run that the loop leaves before its end, if it can be resumed exactly; log what was done."""
+        if not self._has_begun or self._state.ended or self._recorded_error is not None:
             return
         at, settled = self._state.iteration, self.settled_state
         if settled is None:
             _LOGGER.warning(
-                "left before update %d was reported, where no exact checkpoint can be made: a resumed run continues "
-                "from its last one",
+                "the loop ended between two states that can be resumed, before update %d was complete: nothing is "
+                "saved, and a resumed run continues from its last checkpoint",
                 at.update + 1,
             )
         elif settled.iteration.update == 0:
-            _LOGGER.warning("left before the first update: there is nothing to save")
+            _LOGGER.warning("the loop ended before the first update: there is nothing to save")
         elif self._directory is None or not self._directory.is_open:
-            _LOGGER.warning("left at %s, before the end of the run, without an open directory to save it in", at)
+            _LOGGER.warning("the loop ended at %s, before the run; without an open directory, it is not saved", at)
         else:
             save_interrupted(self._directory, settled, self.run, self._clock.wall_s())
             _LOGGER.info(
-                "left at %s, before the end of the run, and saved: AfterTraining was not dispatched; a new session in "
-                "%s resumes",
+                "the loop ended at %s, before the run, which is saved without AfterTraining; a new session in %s "
+                "resumes it",
                 settled.iteration,
                 self._directory.path,
             )
@@ -191,13 +191,13 @@ class SessionState:
         Returns:
             Plain values and tensors, which torch reads back with `weights_only=True`.
         """
-        return encode_state(self._settled if self._pending else self._state)
+        return encode_state(self._settled if self._micro_batches else self._state)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Recall what `state_dict` returned, before `begin`; the framework restores model, optimizer and scheduler.
 
         Raises:
-            ValueError: If `state_dict` did not return `saved`.
+            ValueError: If `saved` is not a result of `state_dict`.
         """
         self._state = decode_state(saved)
         self._remembers = True
