@@ -20,9 +20,9 @@ from noether.effects.logs.buffers import FlushInterval
 from noether.effects.logs.console import Console
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
 from noether.effects.logs.peak_memory import PeakMemory
+from noether.effects.never_saved import find_progress, mark_new_run, mark_saved_run
+from noether.effects.run_access import RunAccess
 from noether.effects.run_logs import EVENTS_FILE, RunLogs
-from noether.effects.run_place import RunPlace
-from noether.effects.run_progress import find_progress, mark_new_run, mark_saved_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -88,12 +88,12 @@ def open_run(
     path = Path(directory).resolve()
     if rank == 0:
         make_directories(path, disk)
-    place = RunPlace(path, path / CHECKPOINTS, disk, locks=rank == 0)
+    access = RunAccess(path, path / CHECKPOINTS, disk, locks=rank == 0)
     if rank == 0:
         mark_new_run(path, disk)
     return RunDirectory(
         Path(directory),
-        place,
+        access,
         console=console or Console(),
         asynchronous=asynchronous,
         borrowed=borrowed,
@@ -115,7 +115,7 @@ class RunDirectory:
 
     Args:
         path: The directory as it was given.
-        place: The open directory.
+        access: The open directory of the run.
         console: Where lines for a person go.
         asynchronous: As in `open_run`.
         borrowed: As in `open_run`.
@@ -127,7 +127,7 @@ class RunDirectory:
     def __init__(
         self,
         path: Path,
-        place: RunPlace,
+        access: RunAccess,
         *,
         console: Console,
         asynchronous: bool,
@@ -137,42 +137,42 @@ class RunDirectory:
         disk: Disk,
     ) -> None:
         self.path = path
-        self.run_id = place.path.name
-        self.checkpoints = CheckpointStore(place.path / CHECKPOINTS, self.run_id, disk)
-        self._place = place
+        self.run_id = access.path.name
+        self.checkpoints = CheckpointStore(access.path / CHECKPOINTS, self.run_id, disk)
+        self._access = access
         self._disk = disk
         self._loaded: Manifest | None = None  # the checkpoint of the loaded state
         self._saved_lines = UNKNOWN_COUNT  # metrics lines when the loaded state was saved
-        # The interpreter, and with it the logs and the place, may outlive this object: the run stays locked meanwhile.
-        self._logs = RunLogs(place, self.run_id, console=console, services=services, disk=disk)
+        # The interpreter has the logs and the access, and may outlive this object: the run stays locked meanwhile.
+        self._logs = RunLogs(access, self.run_id, console=console, services=services, disk=disk)
         self._saver = Saver(
             self.checkpoints,
             self._logs,
             asynchronous=asynchronous,
             borrowed=borrowed,
             on_error=on_error,
-            after_first=partial(mark_saved_run, place.path, disk),
+            after_first=partial(mark_saved_run, access.path, disk),
         )
         self.interpreter = Interpreter(
             {**self._logs.handlers(), SaveCheckpoint: [self._saver.save]},
             measures={MeasurePeakMemory: PeakMemory().measure},
-            check=_event_check(place, self._saver, self._logs),
+            check=_event_check(access, self._saver, self._logs),
         )
 
     @property
     def is_open(self) -> bool:
         """Whether this process can write to the run: it opened the run, and did not close it."""
-        return self._place.refusal is None
+        return self._access.refusal is None
 
-    def check_place(self) -> None:
+    def check_location(self) -> None:
         """Raise an error if the run is closed, or its directory is not where it was opened.
 
         Raises:
             RunClosedError: If the run is closed.
             RunMovedError: If the directory was moved, removed or replaced.
         """
-        self._place.require_open()
-        self._place.check()
+        self._access.require_open()
+        self._access.check()
 
     def resume(self) -> TrainState | None:
         """Return the newest intact state, or None for a new run; remove log lines that the run logs again.
@@ -185,7 +185,7 @@ class RunDirectory:
             RunClosedError: If the run is closed.
             RunMovedError: If the directory was moved, removed or replaced.
         """
-        self._place.require_open()
+        self._access.require_open()
         state = self.load()
         self.truncate_logs(state)
         self.complete_saves(state)
@@ -215,11 +215,11 @@ class RunDirectory:
             RunClosedError: If the run is closed.
             RunMovedError: If the directory was moved, removed or replaced.
         """
-        self.check_place()
-        if not self._place.writes:
+        self.check_location()
+        if not self._access.writes:
             return 0
         if state is not None:  # a kill may have come between its commit and the removal of the marker
-            mark_saved_run(self._place.path, self._disk)
+            mark_saved_run(self._access.path, self._disk)
         return self._logs.truncate(state, self._saved_lines)
 
     def complete_saves(self, state: TrainState | None) -> None:
@@ -230,7 +230,7 @@ class RunDirectory:
         """
         loaded = self._loaded
         is_loaded = loaded is not None and state is not None and state.iteration == loaded.iteration
-        if loaded is not None and is_loaded and self._place.writes:
+        if loaded is not None and is_loaded and self._access.writes:
             self._saver.complete(loaded)
 
     def wait(self) -> None:
@@ -266,7 +266,7 @@ class RunDirectory:
         try:
             self._logs.close()
         finally:
-            self._place.close()
+            self._access.close()
 
     def guard_log(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         """Return a log handler that never stops training: its errors are reported and counted under `name`."""
@@ -286,15 +286,15 @@ class RunDirectory:
         record = self.guard_log(EVENTS_FILE, write)
 
         def interpret(effects: Effects, state: TrainState, event: Event) -> None:
-            self._place.require_open()
-            if self._place.writes:
+            self._access.require_open()
+            if self._access.writes:
                 record(effects, state, event)
             interpreter(effects, state, event)
 
         return interpret
 
     def _refuse_to_start_over(self) -> None:
-        progress = find_progress(self._place.path, self._disk)
+        progress = find_progress(self._access.path, self._disk)
         if progress is not None:
             config = self.path / CONFIG_FILE
             new = f": noether train {config}" if self._disk.kind(config) == "file" else " in another directory"
@@ -318,13 +318,13 @@ class RunDirectory:
                 _LOGGER.error("%s", close_error)  # noqa: TRY400  # the run's own error has the traceback
 
 
-def _event_check(place: RunPlace, saver: Saver, logs: RunLogs) -> Callable[[Event], None]:
+def _event_check(access: RunAccess, saver: Saver, logs: RunLogs) -> Callable[[Event], None]:
     """Return a function that refuses a closed run, raises the error of a failed save, and flushes once a second."""
     interval = FlushInterval(AfterUpdate, AfterEpoch)
 
     def check(event: Event) -> None:
-        if place.refusal is not None:
-            place.require_open()
+        if access.refusal is not None:
+            access.require_open()
         saver.check()
         if interval.is_due(event):
             logs.flush_files()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary, ShowProgress
 from noether.core.text import escape_controls
 from noether.effects.disk.files import make_directories, replace_file
-from noether.effects.disk.place import RunMovedError
-from noether.effects.disk.processes import finalize
+from noether.effects.disk.finalizers import finalize
+from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.disk.tensor_files import tensor_pieces
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LinesFile, LogCount, metrics_file
 from noether.effects.logs.summary import Summary
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from noether.effects.disk.calls import Disk
     from noether.effects.interpreter import Handler
     from noether.effects.logs.console import Console
-    from noether.effects.run_place import RunPlace
+    from noether.effects.run_access import RunAccess
 
 METRICS_FILE: Final = "metrics.jsonl"
 EVENTS_FILE: Final = "events.jsonl"
@@ -115,7 +115,7 @@ class RunLogs:
     """The log files of one run, its console and its log services.
 
     Args:
-        place: The open run directory.
+        access: The open directory of the run.
         run_id: Name of the run.
         console: Where lines for a person go.
         services: Other destinations.
@@ -123,16 +123,16 @@ class RunLogs:
     """
 
     def __init__(
-        self, place: RunPlace, run_id: str, *, console: Console, services: Sequence[LogService], disk: Disk
+        self, access: RunAccess, run_id: str, *, console: Console, services: Sequence[LogService], disk: Disk
     ) -> None:
-        self._place = place
+        self._access = access
         self._console = console
         self._services = services
         self._disk = disk
         self._guard = LogGuard()
-        self._metrics = metrics_file(place.path / METRICS_FILE, run_id, disk, place.check)
-        self._summary = Summary(place.path / SUMMARY_FILE, disk, place.check)
-        self.events = LinesFile(place.path / EVENTS_FILE, lambda line, *_: line, disk, place.check)
+        self._metrics = metrics_file(access.path / METRICS_FILE, run_id, disk, access.check)
+        self._summary = Summary(access.path / SUMMARY_FILE, disk, access.check)
+        self.events = LinesFile(access.path / EVENTS_FILE, lambda line, *_: line, disk, access.check)
         self.files: dict[str, LinesFile | Summary] = {
             METRICS_FILE: self._metrics,
             EVENTS_FILE: self.events,
@@ -140,7 +140,7 @@ class RunLogs:
         }
         self._file_flushes = [self.guard(name, file.flush) for name, file in self.files.items()]
         self._service_flushes = [self.guard(service.name, service.flush) for service in services]
-        finalize(self, _close_files, self.files, place)
+        finalize(self, _close_files, self.files, access)
 
     def guard(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         """Return a function that calls `write`, and reports its errors under `name` instead of raising them."""
@@ -175,13 +175,13 @@ class RunLogs:
         """
         _call_all(self._file_flushes)
 
-    def check_place(self) -> None:
+    def check_location(self) -> None:
         """Raise an error if the run directory is not where it was opened.
 
         Raises:
             RunMovedError: If it was moved, removed or replaced.
         """
-        self._place.check()
+        self._access.check()
 
     def flush(self) -> tuple[LogCount, LogCount]:
         """Flush all files and services; return the line counts of `metrics.jsonl` and `events.jsonl`.
@@ -189,7 +189,7 @@ class RunLogs:
         Raises:
             RunMovedError: As `flush_files`.
         """
-        _call_all([self.flush_files, *self._service_flushes, self._place.check])
+        _call_all([self.flush_files, *self._service_flushes, self._access.check])
         return self._metrics.counts, self.events.counts
 
     def fsync(self, counts: tuple[LogCount, LogCount]) -> LogCount:
@@ -198,7 +198,7 @@ class RunLogs:
         Raises:
             RunMovedError: If a file, or the run directory, is not where it was opened.
         """
-        self._place.check()
+        self._access.check()
         metrics, events = counts
         written = self._metrics.fsync(metrics)
         self.events.fsync(events)
@@ -218,7 +218,7 @@ class RunLogs:
         self.events.truncate(state)
         if removed:
             _LOGGER.info(
-                "removed %d lines of %s that the resumed run logs again", removed, self._place.path / METRICS_FILE
+                "removed %d lines of %s that the resumed run logs again", removed, self._access.path / METRICS_FILE
             )
         for service in self._services:
             self.guard(service.name, service.resume)(state)
@@ -235,8 +235,8 @@ class RunLogs:
         _call_all([*closes, self._guard.report_failures])
 
     def _save_tensors(self, effect: SaveTensors, _state: TrainState, _event: Event) -> None:
-        self._place.check()
-        path = self._place.path / "tensors" / f"{effect.name}.safetensors"
+        self._access.check()
+        path = self._access.path / "tensors" / f"{effect.name}.safetensors"
         make_directories(path.parent, self._disk)
         replace_file(path, tensor_pieces(effect.tensors), self._disk)
 
@@ -253,8 +253,8 @@ def _call_all(functions: Iterable[Callable[[], None]]) -> None:
         raise errors[0]
 
 
-def _close_files(files: Mapping[str, LinesFile | Summary], _place: RunPlace) -> None:
-    """Close the files of a run that was not closed; its place is released after that."""
+def _close_files(files: Mapping[str, LinesFile | Summary], _access: RunAccess) -> None:
+    """Close the files of a run that was not closed; it stays locked until then."""
     guard = LogGuard()
     for name, file in files.items():
         try:

@@ -77,7 +77,7 @@ def test_a_save_is_refused_and_creates_nothing(tmp_path, damage, asynchronous, o
     damage(run)
     before = content(tmp_path)
     for _ in range(2):  # also the save after an error
-        with pytest.raises(RunMovedError, match="is not what this run opened any more"):
+        with pytest.raises(RunMovedError, match="is no longer what this run opened"):
             directory.interpreter([SaveCheckpoint()], state_after(3), AfterUpdate(samples=4))
     directory.close()
     after = content(tmp_path)
@@ -110,17 +110,17 @@ def test_the_error_says_where_the_directory_is_and_what_to_do(tmp_path):
     directory = open_small_run(run)
     move(run)
     with pytest.raises(RunMovedError) as error:
-        directory.check_place()
+        directory.check_location()
     assert str(error.value) == (
-        f"{run} is not what this run opened any more: it was moved to {tmp_path / 'moved'}. The run stops, and creates "
-        "nothing at the old path. Move it back and resume the run, or resume the run in its new place."
+        f"{run} is no longer what this run opened: it was moved to {tmp_path / 'moved'}. The run stops, and creates "
+        "nothing at the old path. Move it back and resume the run, or resume the run at its new path."
     )
     run.mkdir()
     with pytest.raises(RunMovedError, match=r"moved, and something else is in its place\. The run stops"):
-        directory.check_place()
+        directory.check_location()
     shutil.rmtree(tmp_path / "moved")
     with pytest.raises(RunMovedError, match="it was removed, or moved to another file system, and something else"):
-        directory.check_place()
+        directory.check_location()
 
 
 def test_no_line_of_a_moved_directory_is_lost(tmp_path):
@@ -142,7 +142,7 @@ def test_an_error_in_the_run_is_not_hidden_by_the_moved_directory(tmp_path, capl
     move(tmp_path / "run")
     with pytest.raises(ZeroDivisionError), directory:
         raise ZeroDivisionError
-    assert caplog.text.count("is not what this run opened any more") == 1
+    assert caplog.text.count("is no longer what this run opened") == 1
 
 
 @pytest.mark.parametrize("how", ["resume there", "move back", "go on"])
@@ -216,7 +216,7 @@ def test_a_log_file_that_is_gone_stops_the_run_once(tmp_path, name, damage, resu
     if damage == "replace":
         shutil.copy(run / "old", run / name)
     before = content(run)
-    with pytest.raises(RunMovedError, match=f"{re.escape(name)} is not what .* Put it back and resume the run"):
+    with pytest.raises(RunMovedError, match=f"{re.escape(name)} is no longer what .* Put it back and resume the run"):
         write(directory, 2)
     assert content(run).keys() == before.keys()
     assert content(run).get(name) == before.get(name)
@@ -244,7 +244,7 @@ def test_a_check_that_fails_is_no_evidence(tmp_path):
     with open_small_run(tmp_path / "run", Disk(call)) as directory:
         list(train(directory, (1,)))
         failing.append(True)
-        directory.check_place()
+        directory.check_location()
         failing.clear()
 
 
@@ -261,7 +261,7 @@ def test_a_stale_file_handle_is_a_removed_directory(tmp_path, stale):
     with open_small_run(tmp_path / "run", Disk(call)) as directory:
         failing.append(True)
         with pytest.raises(RunMovedError, match="it was removed, or moved to another file system"):
-            directory.check_place()
+            directory.check_location()
         failing.clear()
 
 
@@ -275,7 +275,7 @@ def test_linked_checkpoints_are_followed_and_checked(tmp_path):
         (tmp_path / "run/checkpoints").unlink()
         (tmp_path / "other").mkdir()
         (tmp_path / "run/checkpoints").symlink_to(tmp_path / "other")
-        with pytest.raises(RunMovedError, match=r"checkpoints is not .*: it is a link that leads elsewhere now"):
+        with pytest.raises(RunMovedError, match=r"checkpoints is no longer .*: it is now a link that leads elsewhere"):
             directory.interpreter([SaveCheckpoint()], state_after(2), AfterUpdate(samples=4))
     assert list((tmp_path / "other").iterdir()) == []
 

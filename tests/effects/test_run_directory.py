@@ -255,7 +255,7 @@ def test_a_closed_run_refuses_to_write(tmp_path, rank):
         lambda: record([], at(1), event),
         directory.resume,
         lambda: directory.truncate_logs(None),
-        directory.check_place,
+        directory.check_location,
     ):
         with pytest.raises(RunClosedError, match=message):
             use()

@@ -12,8 +12,8 @@ from noether.core.tensors.donation import lease
 from noether.core.tensors.tree import clone_tensors
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import error_text
-from noether.effects.disk.place import RunMovedError
-from noether.effects.disk.processes import finalize
+from noether.effects.disk.finalizers import finalize
+from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.disk.tensor_files import is_panic
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Saver:
     def _write(
         self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount]
     ) -> None:
-        self._logs.check_place()
+        self._logs.check_location()
         save = partial(self._store.save, effect, state, event, fsync_logs)
         with self._report_failures(state):
             try:
@@ -151,7 +151,7 @@ class Saver:
                 if self._on_error == "stop":
                     raise
                 save()  # once more: the error may be over, and at the next save the state is gone
-            self._logs.check_place()
+            self._logs.check_location()
             self._first_is_saved = self._first_is_saved or self._after_first()
 
     @contextmanager
@@ -168,7 +168,7 @@ class Saver:
         except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise  # Ctrl-C, or the end of the process
-            self._logs.check_place()  # in a directory that was moved every later save would fail, too
+            self._logs.check_location()  # in a directory that was moved every later save would fail, too
             failure = error
             if not isinstance(error, CheckpointError):
                 failure = CheckpointError(f"the state at {state.iteration} could not be saved: {error_text(error)}")

@@ -22,8 +22,8 @@ from noether.core.errors import NoetherError
 from noether.core.text import escape_controls
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import os_error_text, read_file
-from noether.effects.disk.place import HeldDirectory, require_in_place
-from noether.effects.disk.processes import finalize
+from noether.effects.disk.finalizers import finalize
+from noether.effects.disk.path_checks import HeldDirectory, require_in_place
 
 if TYPE_CHECKING:
     from pathlib import Path

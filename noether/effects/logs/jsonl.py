@@ -16,7 +16,7 @@ from noether.core.event import AfterUpdate
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
 from noether.effects.disk.files import os_error_text, read_file, replace_file
-from noether.effects.disk.place import RunMovedError, require_in_place
+from noether.effects.disk.path_checks import RunMovedError, require_in_place
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
 from noether.effects.logs.resumption import ResumePoint, lines_before_resume
 
@@ -78,7 +78,7 @@ def do_nothing() -> None:
 
 
 def metrics_file(
-    path: Path, run_id: str = "", disk: Disk = DISK, check_place: Callable[[], None] = do_nothing
+    path: Path, run_id: str = "", disk: Disk = DISK, check_location: Callable[[], None] = do_nothing
 ) -> LinesFile:
     """Return the metrics file of a run; its `write` is a handler of `LogScalars` and writes one line per event.
 
@@ -86,9 +86,9 @@ def metrics_file(
         path: The file; created with its first line.
         run_id: Name of the run, on every line.
         disk: The disk.
-        check_place: As in `LinesFile`.
+        check_location: As in `LinesFile`.
     """
-    return LinesFile(path, partial(_metrics_line, run_id), disk, check_place)
+    return LinesFile(path, partial(_metrics_line, run_id), disk, check_location)
 
 
 def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Event) -> dict[str, Any]:
@@ -117,16 +117,16 @@ class LinesFile:
             is one effect, or all effects of the event. The line must hold plain values: the buffer would keep a tensor
             alive, or donation would overwrite it.
         disk: The disk.
-        check_place: Raises `RunMovedError` if the directory of the run was moved; called before the file is created.
+        check_location: Raises `RunMovedError` if the directory of the run was moved; called before the file is created.
     """
 
     def __init__(
-        self, path: Path, to_line: ToLine, disk: Disk = DISK, check_place: Callable[[], None] = do_nothing
+        self, path: Path, to_line: ToLine, disk: Disk = DISK, check_location: Callable[[], None] = do_nothing
     ) -> None:
         self._path = path
         self._to_line = to_line
         self._disk = disk
-        self._check_place = check_place
+        self._check_location = check_location
         self._lock = threading.Lock()
         self._buffer: list[Mapping[str, Any]] = []
         self._interval = FlushInterval(AfterUpdate)
@@ -283,13 +283,13 @@ class LinesFile:
         try:
             require_in_place(self._file, self._path, "Put it back and resume the run.", self._disk)
         except RunMovedError:
-            self._check_place()  # raises the error of the directory
+            self._check_location()  # raises the error of the directory
             self._is_moved = True
             raise
 
     def _open_file(self) -> int:
         if self._file is None:
-            self._check_place()
+            self._check_location()
             self._file = self._disk.open_to_append(self._path)
             try:
                 self._read_end()

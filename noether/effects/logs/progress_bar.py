@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from noether.core.effect import format_count, format_duration
-from noether.effects.disk.processes import finalize
+from noether.effects.disk.finalizers import finalize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

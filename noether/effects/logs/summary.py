@@ -11,7 +11,7 @@ from noether.core.event import AfterEpoch, AfterUpdate
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import read_file, replace_text
-from noether.effects.disk.place import RunMovedError
+from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
 from noether.effects.logs.jsonl import do_nothing
 
@@ -36,13 +36,13 @@ class Summary:
     Args:
         path: The file; its entries stay until they are set again.
         disk: The disk.
-        check_place: Raises `RunMovedError` if the directory of the run was moved; called before the file is replaced.
+        check_location: Raises `RunMovedError` if the directory of the run was moved; called before each write.
     """
 
-    def __init__(self, path: Path, disk: Disk = DISK, check_place: Callable[[], None] = do_nothing) -> None:
+    def __init__(self, path: Path, disk: Disk = DISK, check_location: Callable[[], None] = do_nothing) -> None:
         self._path = path
         self._disk = disk
-        self._check_place = check_place
+        self._check_location = check_location
         self._interval = FlushInterval(AfterUpdate, AfterEpoch)
         self._entries: dict[str, Any] | None = None  # the file's content, read once: the run is locked
         self._buffer: dict[str, Any] = {}
@@ -79,7 +79,7 @@ class Summary:
             self._entries = self._read()
         entries = {**self._entries, **changes}
         if entries != self._entries:  # an unchanged best value is set again at every evaluation
-            self._check_place()
+            self._check_location()
             replace_text(self._path, json.dumps(entries, indent=1, allow_nan=False) + "\n", self._disk)
             self._entries = entries
 
@@ -94,7 +94,7 @@ class Summary:
             reason = "it is not an object"
         except (ValueError, RecursionError) as error:
             reason = str(error)
-        self._check_place()
+        self._check_location()
         names = (f"{self._path.name}.damaged{number or ''}" for number in count())
         target = next(each for each in map(self._path.with_name, names) if self._disk.kind(each) is None)
         self._disk.rename(self._path, target)

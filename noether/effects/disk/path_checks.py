@@ -1,4 +1,4 @@
-"""Whether the files and directories that a run holds open are still at their paths."""
+"""Checks that the open files and directories of a run are still at their paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 from noether.core.errors import NoetherError
 from noether.core.text import escape_controls
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.processes import finalize
+from noether.effects.disk.finalizers import finalize
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,8 +38,8 @@ def require_in_place(file: int, path: Path, fix: str, disk: Disk = DISK) -> None
         disk: The disk.
 
     Raises:
-        RunMovedError: If it was moved, removed or replaced. An error of the comparison itself proves nothing, and the
-            write that follows will report it.
+        RunMovedError: If it was moved, removed or replaced. If the comparison fails, nothing is raised: the write that
+            follows reports the reason.
     """
     try:
         if disk.is_at(file, path):
@@ -49,13 +49,11 @@ def require_in_place(file: int, path: Path, fix: str, disk: Disk = DISK) -> None
         return
     place = disk.path_of(file)
     if present == "link":
-        found = "it is a link that leads elsewhere now"
+        found = "it is now a link that leads elsewhere"
     else:
         found = "it was removed, or moved to another file system" if place is None else f"it was moved to {place}"
         found += ", and something else is in its place" if present else ""
-    message = (
-        f"{path} is not what this run opened any more: {found}. The run stops, and creates nothing at the old path."
-    )
+    message = f"{path} is no longer what this run opened: {found}. The run stops, and creates nothing at the old path."
     raise RunMovedError(escape_controls(f"{message} {fix}"))
 
 
@@ -78,7 +76,7 @@ class HeldDirectory:
         >>> path.rmdir()
         >>> held.check()
         Traceback (most recent call last):
-        noether.effects.disk.place.RunMovedError: ... is not what this run opened any more: it was removed, ...
+        noether.effects.disk.path_checks.RunMovedError: ... is no longer what this run opened: it was removed, ...
     """
 
     def __init__(self, path: Path, disk: Disk = DISK) -> None:
@@ -97,7 +95,7 @@ class HeldDirectory:
         Raises:
             RunMovedError: If the directory was moved, removed or replaced.
         """
-        fix = "Move it back and resume the run, or resume the run in its new place."
+        fix = "Move it back and resume the run, or resume the run at its new path."
         require_in_place(self._file, self._path, fix, self._disk)
 
 

@@ -1,8 +1,8 @@
-"""Evidence that a run has made progress, for the case that its checkpoints are gone.
+"""The marker `.never-saved`, and the evidence in logs that a run without checkpoints had saved some.
 
 A run that was killed before its first checkpoint has logs and no checkpoints, and starts again. A run whose folder of
-checkpoints is not mounted looks the same, and must not start again, which would erase its logs. So a new run gets a
-marker file before its first log line, and loses it once its first checkpoint is saved.
+checkpoints is not mounted looks the same, and must not start again, which would erase its logs. So the run directory of
+a new run contains a marker file from before the first log line until the first checkpoint is saved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def mark_new_run(run: Path, disk: Disk) -> None:
 
 
 def mark_saved_run(run: Path, disk: Disk) -> bool:
-    """Remove the marker; return whether it is gone from the disk."""
+    """Remove the marker; return whether it is removed from the disk."""
     try:
         if disk.kind(run / NEVER_SAVED) is not None:
             disk.remove(run / NEVER_SAVED)
@@ -49,7 +49,7 @@ def mark_saved_run(run: Path, disk: Disk) -> bool:
 
 
 def find_progress(run: Path, disk: Disk) -> str | None:
-    """Return what proves that a run without checkpoints had saved some, or had ended; None if nothing does."""
+    """Return the logs that prove that a run without checkpoints had saved some, or had ended; None if none do."""
     found = _logs_found(run, disk)
     ended = any("ended at" in evidence for evidence in found)
     is_new = disk.kind(run / NEVER_SAVED) is not None and not ended

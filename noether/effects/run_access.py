@@ -1,4 +1,4 @@
-"""Where a run writes: its directory, held open and locked, and whether the run may still write there."""
+"""The access of a process to a run directory: open and locked, refused after `close`, a fork or a move."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from noether.core.errors import NoetherError
 from noether.effects.disk.lock import RunLock
-from noether.effects.disk.place import HeldDirectory
+from noether.effects.disk.path_checks import HeldDirectory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,8 +22,8 @@ class RunClosedError(NoetherError, RuntimeError):
 
 
 @final
-class RunPlace:
-    """The open directory of a run and its `checkpoints/`; whatever writes to the run refers to it.
+class RunAccess:
+    """The run directory and its `checkpoints/`, held open, and the lock; all that writes to the run has this object.
 
     Args:
         path: The run directory; it exists.
@@ -37,13 +37,13 @@ class RunPlace:
 
     def __init__(self, path: Path, checkpoints: Path, disk: Disk, *, locks: bool) -> None:
         self.refusal: str | None = None
-        """Why nothing can be written any more; None while the run is open."""
+        """Why this process cannot write to the run any more; None while the run is open."""
         self.path = path
         self._checkpoints_path, self._disk = checkpoints, disk
         self._lock = RunLock(path, disk) if locks else None
         self._checkpoints: HeldDirectory | None = None
         self._hold_checkpoints()
-        _PLACES.add(self)
+        _INSTANCES.add(self)
 
     @property
     def writes(self) -> bool:
@@ -51,10 +51,10 @@ class RunPlace:
         return self._lock is not None
 
     def require_open(self) -> None:
-        """Raise an error if the run is closed, or was opened by a process that forked this one.
+        """Raise an error if the run is closed, or was opened by the parent of this forked process.
 
         Raises:
-            RunClosedError: Then.
+            RunClosedError: If it is.
         """
         if self.refusal is not None:
             raise RunClosedError(self.refusal)
@@ -85,13 +85,13 @@ class RunPlace:
                 self._checkpoints = HeldDirectory(self._checkpoints_path, self._disk)
 
 
-_PLACES: Final[weakref.WeakSet[RunPlace]] = weakref.WeakSet()
+_INSTANCES: Final[weakref.WeakSet[RunAccess]] = weakref.WeakSet()
 
 
 def _refuse_after_fork() -> None:
-    for place in _PLACES:
-        place.refusal = (
-            f"the run in {place.path} belongs to process {os.getppid()}, which forked this one: send results to that "
+    for access in _INSTANCES:
+        access.refusal = (
+            f"the run in {access.path} belongs to process {os.getppid()}, which forked this one: send results to that "
             "process, and let it log and save"
         )
 

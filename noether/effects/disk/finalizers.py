@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 def finalize(owner: object, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     """Call a function when `owner` is garbage-collected or Python exits; not in a forked child process.
 
-    A child inherits files, buffers and locks, which may be locked forever there. Its parent still uses the files.
+    A child inherits files, buffers and thread locks. The parent still uses the files, and a lock that another thread of
+    the parent held at the fork is never released in the child.
 
     Args:
-        owner: The object; `function` and `arguments` do not refer to it.
+        owner: The object; `function` and `arguments` hold no reference to it, which would keep it alive.
         function: The function.
         arguments: Its arguments.
 
