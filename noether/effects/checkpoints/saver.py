@@ -150,7 +150,8 @@ class Saver:
             except Exception:
                 if self._on_error == "stop":
                     raise
-                save()  # once more: the error may be over, and at the next save the state is gone
+                self._logs.check_location()  # a second try would create directories at the path of a moved run
+                save()  # again: the error may be over, and the next save has another state
             self._logs.check_location()
             self._first_is_saved = self._first_is_saved or self._after_first()
 
