@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 TRACEBACK_FILE: Final = "traceback.txt"
 
 
+def save_at_end(state: TrainState) -> SaveCheckpoint:
+    """Return the request for a checkpoint of the end of a run, which stays until a later end is saved.
+
+    Example:
+        >>> from noether import TrainState
+        >>> save_at_end(TrainState().advance(samples=4)).tag
+        'E0_U1_S4.end'
+    """
+    return SaveCheckpoint(tag=f"{state.iteration}.end", pointers=("latest",), retention=FrozenDict(end=1))
+
+
 def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_s: float) -> None:
     """Save a run that ends before its end, under the pointer `latest`; return when the checkpoint is on the disk.
 

@@ -10,9 +10,9 @@ from noether.core.schedules.forecast import Occasions, events_at, fires
 from noether.core.state import TrainState
 from noether.effects.checkpoints.contents import requested_files
 from noether.effects.checkpoints.retention import is_resumable
+from noether.effects.failure import save_at_end
 from noether.effects.interpreter import unite_saves
 from noether.planning.requests import SaveRequest
-from noether.training.runs.ending import save_at_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

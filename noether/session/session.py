@@ -54,7 +54,7 @@ class Session(SessionEvents):
     | `micro_batch(losses)` | `AfterAccumulationStep`, if a callback listens | only with `accumulation` |
     | `update(losses)` | `AfterUpdate` | applies `lr_scale`, params, buffers, optimizer memory; `stop` ends the loop |
     | the loader ends | `AfterEpoch` | |
-    | the end is reached | `AfterTraining` | waits for checkpoints; `batches` ends |
+    | the end is reached | `AfterTraining` | waits for checkpoints; saves the end if no callback did; `batches` ends |
 
     A run that is cut at any update and resumed equals the uncut run bit for bit, if the loader yields the same epochs
     again under the same seeds. Generators that the loader, its samplers, datasets and transforms hold are seeded before
@@ -186,12 +186,13 @@ class Session(SessionEvents):
         """Micro-batches of the current update, by which the loop divides its losses."""
         return self._running_loop.accumulation_steps
 
-    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+    def batches(self, loader: Iterable[Any], *, continue_stopped: bool = False) -> Iterator[Any]:
         """Yield the batches that are left of the run, epoch after epoch; each needs one `update` or `micro_batch`.
 
         Args:
             loader: Yields the batches of an epoch each time it is iterated. `set_epoch(epoch)` is called on it and on
                 its samplers where it exists.
+            continue_stopped: Whether a saved run continues that a callback stopped; otherwise it has ended.
 
         Raises:
             SessionError: If batches are iterated a second time, the loader is empty, or the saved run does not fit it.
@@ -213,6 +214,9 @@ class Session(SessionEvents):
         self.load()
         if self._remembers:
             self._state = loop.resume(self._state)
+            if continue_stopped:
+                self._state = self._state.replace(stop=None, stopped_by=None)
+            self._warn_if_ended()
         loop.prepare_epoch(self._state.iteration.epoch)
         self._trusts_lengths = has_exact_length(loader)  # else the loop reads the epoch again, to find its end
         lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.batch_size)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate
 from noether.core.pending import set_pending
 from noether.core.state import TrainState
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.effects.failure import record_failure, save_interrupted
 from noether.session.timing import Stopwatch
@@ -154,6 +155,19 @@ class SessionState:
         finally:
             self.close()
 
+    def _warn_if_ended(self) -> None:
+        """Say that a resumed run has nothing left to train, and how it would continue."""
+        if not self.is_over or not self._state.ended:
+            return
+        _LOGGER.warning(
+            "the run has ended at %s%s, so no batch is left: to continue it, %s; for a new run, pass another directory",
+            self._state.iteration,
+            "" if self.stop is None else f": {self.stop}",
+            "pass a later max_epochs, max_updates or max_samples"
+            if self.stop is None
+            else "call session.batches(loader, continue_stopped=True)",
+        )
+
     def leave(self) -> None:
         """Save a run that the loop leaves before its end, if it can be resumed exactly; log what was done."""
         if not self._has_begun or self._state.ended or self._recorded_error is not None:
@@ -170,7 +184,11 @@ class SessionState:
         elif self._directory is None or not self._directory.is_open:
             _LOGGER.warning("the loop ended at %s, before the run; without an open directory, it is not saved", at)
         else:
-            save_interrupted(self._directory, settled, self.run, self._clock.wall_s())
+            try:
+                save_interrupted(self._directory, settled, self.run, self._clock.wall_s())
+            except CheckpointError as error:  # raised here, it would hide why the loop is left
+                _LOGGER.error("left at %s, which could not be saved: %s", settled.iteration, error)  # noqa: TRY400  # no traceback
+                return
             _LOGGER.info(
                 "the loop ended at %s, before the run, which is saved without AfterTraining; a new session in %s "
                 "resumes it",

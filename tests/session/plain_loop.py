@@ -84,6 +84,7 @@ class Loop:
     before_step: object = lambda model, update: None
     reach: object = lambda place, update: None  # called at places of the loop; it may raise
     handlers: tuple = ()
+    batches_settings: dict = field(default_factory=dict)
 
     def train(self, *, cut=None, leave="raise"):
         """Train until the end, or until `cut` updates are counted; return the session."""
@@ -114,7 +115,7 @@ class Loop:
                 clock=STILL,
                 **self.settings,
             )
-            self.batches = session.batches(loader)
+            self.batches = session.batches(loader, **self.batches_settings)
             try:
                 for batch in self.batches:
                     if leave == "raise" and cut is not None and session.state.iteration.update >= cut:

@@ -178,3 +178,37 @@ def test_an_update_that_the_optimizer_made_and_the_loop_did_not_report_is_lost(t
     cut.train()
     whole.train()
     assert_same(cut.result(), whole.result())
+
+
+@pytest.mark.parametrize("ending", [[], [noether.FixedUpdateEarlyStopping(stop_at_update=7)]])
+def test_the_end_is_saved_where_no_callback_saves_it(tmp_path, caplog, ending):
+    loop = Loop(tmp_path / "run", [noether.OnlineLossCallback(every_n_epochs=1), *ending])
+    loop.train()
+    end = loop.result()
+    (saved,) = (path.name for path in (loop.path / "checkpoints").iterdir() if path.is_dir())
+    assert saved == f"{end['iteration']}.end"
+    assert not caplog.records
+    loop.train()
+    assert_same(loop.result(), end)
+    assert f"the run has ended at {end['iteration']}" in caplog.text
+    assert [path.name for path in (loop.path / "checkpoints").iterdir() if path.is_dir()] == [saved]
+
+
+def test_an_end_that_a_callback_saved_is_not_saved_again(tmp_path):
+    loop = Loop(tmp_path / "run", [noether.CheckpointCallback(every_n_epochs=1, save_weights=True, save_optim=True)])
+    loop.train()
+    assert not list((loop.path / "checkpoints").glob("*.end"))
+
+
+def test_a_stopped_run_continues_where_the_loop_says_so(tmp_path, caplog):
+    stop = noether.FixedUpdateEarlyStopping(stop_at_update=7)
+    cut, whole = Loop(tmp_path / "cut", [stop]), Loop(tmp_path / "whole", [])
+    cut.train()
+    cut.callbacks = []
+    cut.train()
+    assert "call session.batches(loader, continue_stopped=True)" in caplog.text
+    assert cut.session.state.iteration.update == 7
+    cut.batches_settings = {"continue_stopped": True}
+    cut.train()
+    whole.train()
+    assert_same(cut.result(), whole.result())

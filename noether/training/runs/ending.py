@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
-from noether.core.effect import SaveCheckpoint, SetSummary
+from noether.core.effect import SetSummary
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.failure import record_failure, save_interrupted
+from noether.effects.failure import record_failure, save_at_end, save_interrupted
 from noether.training.error_locations import describe_error
 
 if TYPE_CHECKING:
@@ -44,17 +44,6 @@ def failure_of(error: BaseException) -> Failure | None:
     """Return what a run left behind that `error` ended; None if no run was ended by it."""
     failure: Failure | None = vars(error).get(_FAILURE)
     return failure
-
-
-def save_at_end(state: TrainState) -> SaveCheckpoint:
-    """Return the request for a checkpoint of the end of a run, which stays until a later end is saved.
-
-    Example:
-        >>> from noether import TrainState
-        >>> save_at_end(TrainState().advance(samples=4)).tag
-        'E0_U1_S4.end'
-    """
-    return SaveCheckpoint(tag=f"{state.iteration}.end", pointers=("latest",), retention=FrozenDict(end=1))
 
 
 @final
