@@ -10,8 +10,8 @@ from noether.core.schedules.forecast import Occasions, events_at, fires
 from noether.core.state import TrainState
 from noether.effects.checkpoints.contents import requested_files
 from noether.effects.checkpoints.retention import is_resumable
-from noether.effects.failure import save_at_end
 from noether.effects.interpreter import unite_saves
+from noether.effects.run_ending import save_at_end
 from noether.planning.requests import SaveRequest
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from noether.core.pending import take_pending
 from noether.core.run import Run
 from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.failure import save_at_end
+from noether.effects.run_ending import save_at_end
 from noether.session.errors import SessionError
 from noether.session.lengths import (
     Contradiction,

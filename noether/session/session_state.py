@@ -11,7 +11,7 @@ from noether.core.pending import set_pending
 from noether.core.state import TrainState
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
-from noether.effects.failure import record_failure, save_interrupted
+from noether.effects.run_ending import record_failure, save_interrupted
 from noether.session.timing import Stopwatch
 
 if TYPE_CHECKING:

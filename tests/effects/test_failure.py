@@ -10,7 +10,7 @@ from noether.core.reducer import compose
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict
 from noether.effects import open_run
-from noether.effects.failure import TRACEBACK_FILE, record_failure
+from noether.effects.run_ending import TRACEBACK_FILE, record_failure
 
 
 def log_epoch(state, event):

@@ -9,7 +9,7 @@ from noether.core.effect import SetSummary
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.failure import record_failure, save_at_end, save_interrupted
+from noether.effects.run_ending import record_failure, save_at_end, save_interrupted
 from noether.training.error_locations import describe_error
 
 if TYPE_CHECKING:

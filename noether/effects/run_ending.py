@@ -1,4 +1,4 @@
-"""What a run does when an exception ends it: save the settled state, write the logs, and say where everything is."""
+"""What a run saves where it ends: at its end, at an interruption, or after an exception."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def save_at_end(state: TrainState) -> SaveCheckpoint:
 
 
 def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_s: float) -> None:
-    """Save a run that ends before its end, under the pointer `latest`; return when the checkpoint is on the disk.
+    """Save a run that is interrupted before its end, under the pointer `latest`; return when this is on the disk.
 
     It does nothing if this process has already saved a checkpoint from which the run resumes at `state`, or later.
     The checkpoint stays until the resumed run has saved the next one from which it can resume.
@@ -45,7 +45,7 @@ def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_
         CheckpointError: If it cannot be saved, whatever `on_error` of the directory is.
     """
     save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
-    with suppress(CheckpointError):  # of an earlier save in the background, which was reported or is about to be
+    with suppress(CheckpointError):  # an earlier background save failed; the saver logged or will raise that
         directory.wait()
     if directory.checkpoints.holds(state):
         return
@@ -62,11 +62,11 @@ def record_failure(
     at: tuple[TrainState, Event],
     logs: Interpret,
 ) -> None:
-    """Save what an exception would lose, and add notes to it that say where everything is.
+    """Save the run after an exception, and add notes to the exception that say what is saved where.
 
-    First the settled state is saved, from which a resumed run repeats the event that raised the exception. Then the
-    logs of the callbacks before the one that failed are written; the resumed run replaces them. Last, the traceback is
-    written to a file of the run. If one of the three fails, a note says so, and the exception stays what it was.
+    First it saves the settled state, from which a resumed run repeats the event that raised the exception. Then it
+    writes the logs of the callbacks before the one that failed; the resumed run replaces them. Last, it writes the
+    traceback to `traceback.txt`. If one of the three fails, a note says so; the exception itself does not change.
 
     Args:
         error: The exception.
