@@ -185,6 +185,8 @@ def read_ended(directory: Path, disk: Disk) -> str | None:
     An end that is not recorded, or cannot be read, does no harm: a resumed run dispatches `AfterTraining` again.
     """
     try:
+        if disk.kind(directory / ENDED) is None:
+            return None
         return read_file(directory / ENDED, disk, limit=_POINTER_BYTES).decode()
     except (OSError, UnicodeDecodeError):
         return None
