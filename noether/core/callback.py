@@ -9,7 +9,7 @@ attributes are all that a callback may add; each is optional:
 | `init` | `state -> {name: memory}`, the memory that it starts with | it has no memory |
 | `gate` | the `Gate` that says when it acts | it acts on every event |
 | `produces` | patterns of the metric keys that it logs | it may log any key |
-| `consumes` | metric keys that must be current when it acts; `SkippableKey`, `OptionalKey`: that need not be | none |
+| `consumes` | metric keys that must be current when it acts; a `SkippableKey` or `OptionalKey` need not be | none |
 | `readings` | names of the costly fields of `AfterUpdate` that it reads, listed in `READINGS` | none |
 
 `CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have two private attributes,
@@ -77,7 +77,7 @@ class OptionalKey(str):
 
 @final
 class SkippableKey(str):
-    """A metric key in `consumes` that a callback has to come before the consumer, but need not log at each event.
+    """A metric key in `consumes` that a callback before the consumer has to produce, but not at every event.
 
     The consumer does nothing at an event where the metric is not current.
 
@@ -139,12 +139,12 @@ def merge_keys(*keys: str) -> tuple[str, ...]:
     """
     merged: dict[str, str] = {}
     for key in keys:
-        if key not in merged or _LENIENCE.index(type(key)) < _LENIENCE.index(type(merged[key])):
+        if key not in merged or _STRICTEST_FIRST.index(type(key)) < _STRICTEST_FIRST.index(type(merged[key])):
             merged[key] = key
     return tuple(merged.values())
 
 
-_LENIENCE: Final = (str, SkippableKey, OptionalKey)
+_STRICTEST_FIRST: Final = (str, SkippableKey, OptionalKey)
 
 
 def check_readings(callback: Callback) -> None:

@@ -248,14 +248,14 @@ def _is_always_due(schedule: Schedule) -> bool:
     return any(each.interval == 1 and each.window == ALWAYS for each in schedule.members)
 
 
-_EFFECTS_BEFORE: Final = "_noether_effects"
+_REMAINING_EFFECTS: Final = "_noether_effects"
 
 
-def effects_before(error: BaseException) -> Effects:
-    """Return the effects that were requested at an event before `error` was raised, and are not carried out yet.
+def remaining_effects(error: BaseException) -> Effects:
+    """Return the effects that were requested at the event of `error`, and that no handler has run.
 
-    They are those of the callbacks that a reducer had called before the one that raised the error; or, if a handler
-    raised it, those that come after the effect that it handled.
+    If a callback raised the error, they are those of the callbacks before it; if a handler raised it, those after the
+    effect that it handled.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState
@@ -264,23 +264,23 @@ def effects_before(error: BaseException) -> Effects:
         >>> try:
         ...     compose(lambda state, event: (state, (LogText("first"),)), fail)(TrainState(), AfterTraining())
         ... except IndexError as error:
-        ...     effects_before(error), error.__notes__
+        ...     remaining_effects(error), error.__notes__
         ((LogText(text='first'),), ["raised by the callback 'fail' at E0_U0_S0, AfterTraining"])
     """
-    effects: Effects = vars(error).get(_EFFECTS_BEFORE, ())
+    effects: Effects = vars(error).get(_REMAINING_EFFECTS, ())
     return effects
 
 
 def attach_effects(error: BaseException, effects: Effects) -> None:
-    """Attach to an error the effects that were requested at its event and are not carried out yet."""
-    vars(error)[_EFFECTS_BEFORE] = effects
+    """Attach to an error the effects that were requested at its event, and that no handler has run."""
+    vars(error)[_REMAINING_EFFECTS] = effects
 
 
 def _note_place(error: Exception, member: Callback, effects: Effects, state: TrainState, event: Event) -> None:
     """Add a note that names the callback, and the effects of those before it; an inner reducer did so before."""
-    if _EFFECTS_BEFORE not in vars(error):
+    if _REMAINING_EFFECTS not in vars(error):
         error.add_note(f"raised by the callback {label_of(member)!r} at {state.iteration}, {type(event).__name__}")
-    attach_effects(error, effects + effects_before(error))
+    attach_effects(error, effects + remaining_effects(error))
 
 
 _LOOP_FIELDS: Final = (

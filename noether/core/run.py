@@ -31,8 +31,8 @@ class Run:
     Args:
         end: The end of the run, a point on one counter such as `TrainingIteration(epoch=10)`.
         updates_per_epoch: Optimizer updates in one epoch, >= 1.
-        samples_per_epoch: Training samples in one epoch, >= 1, with those that the dataset's `collate` leaves out: a
-            run's counts of samples have only those that it trained on.
+        samples_per_epoch: Training samples in one epoch, >= 1, including those that the dataset's `collate` leaves
+            out, although `iteration.sample` counts only samples that were trained on.
         effective_batch_size: Samples of every update, >= 1; the last one of an epoch may have fewer.
         run_id: Name of this run, unique among the runs of one output directory.
         rank: Index of this process, `0 <= rank < world_size`.

@@ -48,10 +48,10 @@ class TrainState:
     Args:
         iteration: Counts of completed epochs, updates and samples.
         previous: The iteration before the last update; schedules compare it to `iteration`.
-        epoch_start: The iteration at which the current epoch began. Its count of epochs is lower than that of
-            `iteration` if that is unknown, as in checkpoints of earlier versions.
-        epoch_batches: Batches of the current epoch that are counted, for a loop whose updates may have several; 0 in a
-            loop that counts only updates.
+        epoch_start: The iteration at which the current epoch began. If that is unknown, as in checkpoints of earlier
+            versions, its `epoch` is lower than that of `iteration`.
+        epoch_batches: Completed batches of the current epoch, in a loop whose updates may have several; 0 in a loop
+            that counts only updates.
         params: The model's parameters by name.
         buffers: The model's buffers by name.
         opt_state: The optimizer's memory.
@@ -59,7 +59,7 @@ class TrainState:
         metrics: The last value of each metric and where it was measured.
         callback_states: Each callback's memory by name.
         stop: The first reason to stop, or None.
-        stopped_by: Label of the callback that gave it, which the reducer fills in; None if it is unknown.
+        stopped_by: Label of the callback that gave the reason, set by the reducer; None if unknown.
         ended: Whether `AfterTraining` has been dispatched since the last update.
         seed: The seed of all random numbers of the run.
         pending: The readings of an `AfterUpdate` that an error or a signal cut short, which the loop dispatches again;
@@ -167,7 +167,7 @@ class TrainState:
 
         Args:
             samples: Samples of the update.
-            epoch_batches: Batches of the epoch that are counted then, if the loop counts them.
+            epoch_batches: Completed batches of the epoch after the update, if the loop counts them.
         """
         return self.replace(
             iteration=self.iteration.advance(samples=samples),

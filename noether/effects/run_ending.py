@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterUpdate
-from noether.core.reducer import effects_before
+from noether.core.reducer import remaining_effects
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.disk.files import replace_text
@@ -86,7 +86,7 @@ def record_failure(
         else:
             error.add_note(f"the state at {settled.iteration} is saved in {directory.path}")
     try:
-        logs(tuple(effect for effect in effects_before(error) if isinstance(effect, LOG_EFFECTS)), state, event)
+        logs(tuple(effect for effect in remaining_effects(error) if isinstance(effect, LOG_EFFECTS)), state, event)
         text = "".join(traceback.format_exception(error))
         replace_text(
             directory.path / TRACEBACK_FILE, f"{time.strftime('%Y-%m-%d %H:%M:%S')}, at {state.iteration}\n\n{text}"

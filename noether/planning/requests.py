@@ -51,7 +51,8 @@ class SaveRequest:
         save: The requested checkpoint; `{}` in its tag stands for the iteration, or a count of it.
         sizes: Bytes of the tensors in the checkpoint, by part; other requests may contain the same parts.
         certain: Whether every firing makes the request; otherwise a metric or the callback's memory decides.
-        at_end: Whether it is made after training, and met by what the event before that saves: its occasion.
+        at_end: Whether it is made after training, but joins the checkpoint of the event before; see
+            `join_end_requests`.
     """
 
     occasions: Occasions

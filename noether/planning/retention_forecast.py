@@ -9,13 +9,12 @@ checkpoints of that one update.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from noether.core.event import AfterEpoch, AfterTraining
+from noether.core.event import AfterTraining
 from noether.core.schedules.forecast import Occasions, events_at, fires, firings
-from noether.core.schedules.schedule import EveryNEpochs, EveryNUpdates
 from noether.effects.checkpoints.contents import requested_files
 from noether.effects.checkpoints.retention import is_kept, is_resumable
 from noether.effects.interpreter import unite_saves
@@ -28,6 +27,7 @@ from noether.planning.checkpoint_counts import (
     part_sizes,
     requests_at_end,
 )
+from noether.planning.end_checkpoint import join_end_requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,8 +78,8 @@ def forecast_checkpoints(requests: Sequence[SaveRequest], run: Run) -> Checkpoin
     """
     end = run.final.update
     certain = [request for request in requests if request.certain]
-    fewest, most = (_join_end(certain, requests, run, fewest=fewest) for fewest in (True, False))
-    requests = _join_end(requests, requests, run, fewest=False)
+    fewest, most = (join_end_requests(certain, requests, run, fewest=fewest) for fewest in (True, False))
+    requests = join_end_requests(requests, requests, run, fewest=False)
     least_written, most_written = (count_checkpoints(each, each, end, run) for each in (fewest, requests))
     least_kept = _count_kept(fewest, fewest, run)
     most_kept = _count_kept(most, requests, run)
@@ -95,57 +95,6 @@ def forecast_checkpoints(requests: Sequence[SaveRequest], run: Run) -> Checkpoin
         kept_bytes=Bounds(least_kept.size_bytes, most_kept_bytes),
         peak_bytes=max(most_kept_bytes, permanent.size_bytes + _peak_removable_bytes(requests, run)),
     )
-
-
-def _join_end(
-    requests: Sequence[SaveRequest], among: Sequence[SaveRequest], run: Run, *, fewest: bool
-) -> list[SaveRequest]:
-    """Return the requests with those after training moved to the event before it, where the store saves only there.
-
-    After training the store moves only pointers if the event before, which has the same iteration, saved all that is
-    requested; see `covers` in `noether.effects.checkpoints.reuse`.
-
-    Args:
-        requests: The requests.
-        among: All requests of the run.
-        run: The run.
-        fewest: Whether to move requests, too, for which a metric decides whether the event before saves enough.
-    """
-    all_by_slot = group_by_slot(among)
-    moved: list[SaveRequest] = []
-    for slot, own in group_by_slot(requests).items():
-        at_end, before = requests_at_end(own, run)
-        all_at_end, all_before = requests_at_end(all_by_slot[slot], run)
-        if not at_end or not before:
-            continue
-        certain_before = [request for request in all_before if request.certain]
-        if all(request.certain for request in (*all_at_end, *all_before)):
-            joins = _covers(before, at_end)
-        else:
-            same_models = len({request.save.models for request in (*all_at_end, *all_before)}) == 1
-            joins = same_models and _files(all_at_end) <= _files(certain_before)
-            joins = joins or (fewest and _files(at_end) <= _files(all_before))
-        moved += at_end if joins else []
-    return [replace(each, occasions=_before_end(run), at_end=True) if each in moved else each for each in requests]
-
-
-def _covers(before: Sequence[SaveRequest], at_end: Sequence[SaveRequest]) -> bool:
-    """Return whether the checkpoint of requests has all that requests after training ask for."""
-    models = []
-    for group in (before, at_end):
-        (save,) = unite_saves([request.save for request in group])
-        models.append(save.models if save.weights else ())
-    return models[0] == models[1] and _files(at_end) <= _files(before)
-
-
-def _files(requests: Iterable[SaveRequest]) -> set[str]:
-    return {name for request in requests for name in requested_files(request.save)}
-
-
-def _before_end(run: Run) -> Occasions:
-    """Return the occasion that comes once, at the last event before the end of training."""
-    ends_epoch = any(at.event is AfterEpoch for at in events_at(run.final.update, run))
-    return Occasions(EveryNEpochs(run.final.epoch) if ends_epoch else EveryNUpdates(max(run.final.update, 1)))
 
 
 @final

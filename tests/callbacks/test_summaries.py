@@ -218,9 +218,9 @@ def test_no_callback_can_consume_peak_memory():
 @pytest.mark.parametrize(
     ("callback", "fix"),
     [
-        (ParamCountCallback(), r"ParamCountCallback needs frozen of the run: pass Run\(frozen=...\), the names"),
-        (DatasetStatsCallback(), r"DatasetStatsCallback needs data of the run: pass Run\(data=...\), the datasets"),
-        (HyperparamsCallback(), r"HyperparamsCallback needs config of the run: pass Run\(config=...\), the conf"),
+        (ParamCountCallback(), r"ParamCountCallback reads run.frozen: pass Run\(frozen=...\), the names"),
+        (DatasetStatsCallback(), r"DatasetStatsCallback reads run.data: pass Run\(data=...\), the datasets"),
+        (HyperparamsCallback(), r"HyperparamsCallback reads run.config: pass Run\(config=...\), the conf"),
     ],
 )
 def test_a_loop_that_does_not_know_the_facts_is_refused_at_its_start(callback, fix):

@@ -368,7 +368,7 @@ def test_a_missing_metric_raises_and_names_the_setting(kind, more):
         with pytest.raises(MetricError) as raised:
             watch(kind, **more)(firing, AfterEpoch())
         name = f"{kind.__name__}/E1/val/accuracy"
-        assert str(raised.value).endswith(f"; with missing: skip, {name} does not count such a firing")
+        assert str(raised.value).endswith(f"; to leave out such firings of {name}, set missing: skip")
         assert watch(kind, missing="skip", **more)(firing, AfterEpoch()) == (firing, ())
     with pytest.raises(SettingsError, match="missing: 'ignore' is not one of 'skip', 'raise'"):
         watch(kind, missing="ignore", **more)

@@ -174,7 +174,7 @@ def test_the_death_of_a_worker_interrupts_nothing_but_the_wait_for_a_batch():
 
 
 def test_workers_that_do_not_end_are_killed(monkeypatch):
-    monkeypatch.setattr(loading, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(loading, "_SHUTDOWN_TIMEOUT_S", 0.05)
     data = EvaluationData(Stuck(), seed=0, batch_size=1, num_workers=1)
     assert next(iter(data)).tolist() == [0]
     data.close()

@@ -1,4 +1,4 @@
-"""What can be read from a callable without calling it: its arguments, where it comes from, whether it returns late."""
+"""Inspects callables without a call: their arguments, their package, and whether they are async or generators."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import types
 from typing import Any
 
 
-def takes(target: Any, *arguments: str) -> bool:
+def accepts(target: Any, *arguments: str) -> bool:
     """Return whether `target` can be called with these positional arguments; keyword-only parameters are settings.
 
     Example:
-        >>> takes(lambda state, event, *, factor: None, "state", "event"), takes(len, "state", "event")
+        >>> accepts(lambda state, event, *, factor: None, "state", "event"), accepts(len, "state", "event")
         (True, False)
     """
     try:
@@ -25,7 +25,7 @@ def takes(target: Any, *arguments: str) -> bool:
     return True
 
 
-def may_take(target: Any, *arguments: str) -> bool:
+def may_accept(target: Any, *arguments: str) -> bool:
     """Return whether `target` can be called with these positional arguments; True if it has no signature to read."""
     try:
         inspect.signature(target)
@@ -33,15 +33,15 @@ def may_take(target: Any, *arguments: str) -> bool:
         return True
     except TypeError:
         return False
-    return takes(target, *arguments)
+    return accepts(target, *arguments)
 
 
-def returns_late(target: Any) -> str | None:
-    """Return what a function is whose call returns an iterator or an awaitable instead of its result, or None.
+def describe_deferred(target: Any) -> str | None:
+    """Return which kind of async or generator function a callable is, or None if a call returns its result at once.
 
     Example:
         >>> async def wait(state, event): ...
-        >>> returns_late(wait), returns_late(takes)
+        >>> describe_deferred(wait), describe_deferred(takes)
         ('an async function', None)
     """
     function = _function_of(target)

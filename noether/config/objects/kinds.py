@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.config.errors import InvalidValueError
-from noether.config.objects.callables import is_foreign, is_from, is_lambda, may_take, returns_late, takes
+from noether.config.objects.callables import accepts, describe_deferred, is_foreign, is_from, is_lambda, may_accept
 from noether.config.objects.import_policy import import_allowed
 from noether.config.structure.signatures import signature_parameters
 
@@ -126,7 +126,7 @@ def _describe(target: object) -> str:
     if isinstance(target, type):
         fitting = [role.name for role in (MODEL, DATASET, OPTIMIZER, CALLBACK) if role.fits(target)]
         return f"{fitting[0]} class" if fitting else "a class"
-    if late := returns_late(target):
+    if late := describe_deferred(target):
         return late
     if inspect.isroutine(target):
         return "a lambda, which has no name" if is_lambda(target) else "a function"
@@ -180,7 +180,7 @@ def is_callback(target: object) -> bool:
         if is_foreign(target) or not dataclasses.is_dataclass(target) or "__call__" not in dir(target):
             return False
         hooks = (getattr(target, hook, None) for hook in _HOOKS)
-        return _is_called_with(target.__call__, "self", "state", "event") and not any(map(returns_late, hooks))
+        return _is_called_with(target.__call__, "self", "state", "event") and not any(map(describe_deferred, hooks))
     if is_foreign(target) or is_lambda(target) or _is_built_model(target) or _constructs(target, type(None)):
         return False
     return _is_called_with(target, "state", "event")
@@ -191,7 +191,7 @@ def _is_called_with(target: Any, *arguments: str) -> bool:
 
     Many functions of noether take two arguments: there, the parameters also have these names.
     """
-    if not takes(target, *arguments) or returns_late(target):
+    if not accepts(target, *arguments) or describe_deferred(target):
         return False
     return not is_from(target, "noether") or tuple(inspect.signature(target).parameters)[: len(arguments)] == arguments
 
@@ -208,11 +208,11 @@ def _is_part(target: object) -> bool:
 
 
 def _reads_outputs(target: object) -> bool:
-    return _is_function(target) and may_take(target, "outputs", "batch") and not returns_late(target)
+    return _is_function(target) and may_accept(target, "outputs", "batch") and not describe_deferred(target)
 
 
 def _is_handler(target: object) -> bool:
-    return _is_function(target) and may_take(target, "effect", "state", "event") and not returns_late(target)
+    return _is_function(target) and may_accept(target, "effect", "state", "event") and not describe_deferred(target)
 
 
 def _is_function(target: object) -> bool:

@@ -31,7 +31,7 @@ class BestCheckpointCallback(MetricWatcher):
         mode: Whether `higher` or `lower` is better; None derives it from the key.
         min_delta: Improvement over the best value that is too small to count, >= 0.
         tolerances: Numbers of firings in a row without improvement, each >= 1, without duplicates.
-        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it saves nothing and
+        missing: If the metric is not current at a firing: `raise` raises an error; `skip` saves nothing, and the firing
             does not count towards a tolerance.
         model_names: Sub-modules whose weights to save, by their name in the model; empty for all.
         every_n_epochs: Epochs between firings, >= 1.

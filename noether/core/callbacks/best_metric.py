@@ -30,8 +30,8 @@ class BestMetricCallback(MetricWatcher):
     Args:
         metric_key: The metric to watch, such as `val/accuracy`.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
-        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it logs nothing. With
-            `skip`, a target that is not current at the best is left out there.
+        missing: If the metric is not current at a firing: `raise` raises an error; `skip` logs nothing, and leaves out
+            a target that is not current at the best.
         target_metric_keys: Other metrics whose value at the best is logged as `{target}/at_best/{metric}`.
         optional_target_metric_keys: The same for metrics that may be absent.
         every_n_epochs: Epochs between firings, >= 1.

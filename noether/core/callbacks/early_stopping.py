@@ -32,8 +32,8 @@ class MetricEarlyStopping(MetricWatcher):
         tolerance: Firings in a row without improvement after which training stops, >= 1.
         min_delta: Improvement over the best value that is too small to count, >= 0.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
-        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it is neither an
-            improvement nor one of the `tolerance` firings without.
+        missing: If the metric is not current at a firing: `raise` raises an error; `skip` counts it neither as an
+            improvement nor towards `tolerance`.
         nan: What a value of NaN does: `count` as no improvement, `stop` training, or `raise`.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.

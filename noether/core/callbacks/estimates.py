@@ -1,4 +1,4 @@
-"""The expected end of a run: from the lengths of epochs if they are known, else from the epochs and updates so far."""
+"""Estimates of the end of a run: from the lengths of epochs if they are known, else from the epochs so far."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def known_end(run: Run) -> TrainingIteration | None:
     return run.final if vars(run).keys() >= {"end", *_NEEDS["sample"]} else None
 
 
-def expect_end(state: TrainState, run: Run) -> int | None:
-    """Return the number of updates after which a run is expected to end, or None if nothing tells.
+def estimate_end(state: TrainState, run: Run) -> int | None:
+    """Return the number of updates after which a run is expected to end, or None if it cannot be estimated.
 
     Example:
         >>> from noether import Run, TrainingIteration, TrainState
         >>> run, state = Run(end=TrainingIteration(epoch=3)), TrainState().advance(samples=4)
-        >>> expect_end(state, run), expect_end(state.next_epoch(), run)
+        >>> estimate_end(state, run), estimate_end(state.next_epoch(), run)
         (None, 3)
     """
     if "end" not in vars(run):
         return None
     ends = ((name, getattr(run.end, name)) for name in COUNTERS)
-    expected = [expect_updates(state, run, name, count) for name, count in ends if count]
+    expected = [estimate_updates(state, run, name, count) for name, count in ends if count]
     return None if None in expected else max([state.iteration.update, *(each or 0 for each in expected)])
 
 
-def expect_updates(state: TrainState, run: Run, counter: Counter, count: int) -> int | None:
+def estimate_updates(state: TrainState, run: Run, counter: Counter, count: int) -> int | None:
     """Return the number of updates after which `count` of `counter` are expected to be completed.
 
     Without lengths, epochs are expected to have as many updates as those before, and updates as many samples.
@@ -57,7 +57,7 @@ def expect_updates(state: TrainState, run: Run, counter: Counter, count: int) ->
         count: Its count, not reached yet.
 
     Returns:
-        The number of updates; None before the first epoch has ended, or the first update is completed.
+        The number of updates; None before the first epoch has ended (for epochs), or the first update (for samples).
     """
     if vars(run).keys() >= _NEEDS[counter]:
         return run.updates_to(counter, count)

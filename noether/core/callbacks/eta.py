@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from noether.core.callbacks.estimates import expect_end, expect_updates, known_end
+from noether.core.callbacks.estimates import estimate_end, estimate_updates, known_end
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import ShowProgress
 from noether.core.iteration import COUNTERS
@@ -27,7 +27,7 @@ class EtaCallback(PeriodicCallback):
     On a terminal this is a live display. Without one (pipe, file, CI, batch job), a plain line is written at each
     firing. The update time is a mean in seconds and includes everything between two updates, such as evaluation. The
     first update is left out because it is slower. A resumed run continues with the mean that it had. If the length of
-    epochs is unknown, the times are estimates from the epochs and updates so far; a time that nothing tells is absent.
+    epochs is unknown, times are estimated from the epochs and updates so far, or left out where that is impossible.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -80,7 +80,7 @@ class EtaCallback(PeriodicCallback):
         return state, effects or (self._progress(state, event.run, due=False),)
 
     def _progress(self, state: TrainState, run: Run, *, due: bool) -> ShowProgress:
-        memory, end = self.memory(state), state.iteration.update if state.ended else expect_end(state, run)
+        memory, end = self.memory(state), state.iteration.update if state.ended else estimate_end(state, run)
         done, update_s = state.iteration.update, _mean_update_s(memory)
         fires = self._next_firing(state, run)
         fires = None if state.ended or fires is None or (end is not None and fires > end) else fires
@@ -95,10 +95,10 @@ class EtaCallback(PeriodicCallback):
         )
 
     def _next_firing(self, state: TrainState, run: Run) -> int | None:
-        """Return the number of completed updates at which the next firing is expected; None if nothing tells."""
+        """Return the number of completed updates at which the next firing is expected; None if it is unknown."""
         following = self.schedule.next_due(state.iteration)
         thresholds = ((name, getattr(following, name)) for name in COUNTERS)
-        expected = (expect_updates(state, run, name, at) for name, at in thresholds if at is not None)
+        expected = (estimate_updates(state, run, name, at) for name, at in thresholds if at is not None)
         return min((update for update in expected if update is not None), default=None)
 
 

@@ -91,7 +91,7 @@ class MetricWatcher(PeriodicCallback):
     Args:
         metric_key: The metric to watch, such as `val/accuracy`.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
-        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it does not count.
+        missing: If the metric is not current at a firing: `raise` raises an error; `skip` does not count the firing.
 
     Example:
         >>> class Watch(MetricWatcher):
@@ -128,7 +128,7 @@ class MetricWatcher(PeriodicCallback):
         return (self.consumed_key(self.metric_key), OptionalKey(NONFINITE))
 
     def consumed_key(self, key: str) -> str:
-        """Return a key as `consumes` lists it: as one that may be missing if `missing` is `skip`."""
+        """Return a key for `consumes`: a `SkippableKey` if `missing` is `skip`."""
         return SkippableKey(key) if self.missing == "skip" else key
 
     def read_metric(self, state: TrainState, key: str) -> float | None:
@@ -142,5 +142,4 @@ class MetricWatcher(PeriodicCallback):
         try:
             return current(state, key)
         except MetricError as error:
-            fix = f"with missing: skip, {self.name} does not count such a firing"
-            raise MetricError(f"{error}; {fix}") from None
+            raise MetricError(f"{error}; to leave out such firings of {self.name}, set missing: skip") from None

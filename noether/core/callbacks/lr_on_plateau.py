@@ -35,8 +35,8 @@ class ReduceLROnPlateauCallback(MetricWatcher):
         min_scale: Lower bound of `lr_scale`, in [0, 1].
         min_delta: Improvement over the best value that is too small to count, >= 0.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
-        missing: What a firing does if the metric is not current: `raise` an error, or `skip`, and it counts neither
-            towards `tolerance` nor `cooldown`.
+        missing: If the metric is not current at a firing: `raise` raises an error; `skip` counts it neither towards
+            `tolerance` nor towards `cooldown`.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
-from noether.core.callbacks.estimates import expect_end, known_end
+from noether.core.callbacks.estimates import estimate_end, known_end
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, format_count, format_duration
 from noether.core.iteration import COUNTERS
@@ -79,7 +79,7 @@ class ProgressCallback(PeriodicCallback):
         first = memory["lines"] == 0
         steady_s = memory["steady_s"] + (0.0 if first else memory["since_s"])
         steady_updates = memory["steady_updates"] + (0 if first else memory["since_updates"])
-        end = expect_end(state, event.run)
+        end = estimate_end(state, event.run)
         parts = [*_format_share(state, event.run, end), *_format_counters(state, event.run), _format_times(memory)]
         if end is not None:
             left_s = (end - state.iteration.update) * steady_s / steady_updates if steady_updates else None

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.core.state import TrainState
 
-_GIVES: Final = {
+_FIXES: Final = {
     "frozen": "the names of the params that the optimizer does not update, or frozenset()",
     "data": "the datasets by key, or data= to a Session",
     "config": "the configuration as plain values, or leave the callback out",
 }
-"""What a loop passes for each field of `Run`."""
+"""What a loop has to pass for each field of `Run` that a summary reads."""
 
 
 class _SummaryCallback(CallbackBase):
@@ -39,9 +39,7 @@ class _SummaryCallback(CallbackBase):
         """Write the facts into the summary and, if they are short, to the console."""
         field = self.field
         if field is not None and field not in vars(event.run):
-            raise_problems(
-                [Problem("", f"{self.name} needs {field} of the run: pass Run({field}=...), {_GIVES[field]}")]
-            )
+            raise_problems([Problem("", f"{self.name} reads run.{field}: pass Run({field}=...), {_FIXES[field]}")])
         facts = self.facts(state, event.run)
         if not facts:
             return state, ()

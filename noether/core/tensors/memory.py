@@ -1,4 +1,4 @@
-"""What a checkpoint returns unchanged: the types of which the memory of a callback is made."""
+"""Checks that the memory of a callback has only types that a checkpoint returns unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LEVELS: Final = MAX_LEVELS - 1
-"""How deep memory may be nested: a state holds it by name, which is one more level."""
+"""How deep memory may be nested: one level less than a tree, as a state has it in a dict by name."""
 _CONTAINERS: Final = frozenset({dict, FrozenDict, tuple, list})
 _ALLOWED: Final = "memory is made of str, int, float, bool, None, tensors, tuples and dicts"
 
@@ -24,7 +24,7 @@ _ALLOWED: Final = "memory is made of str, int, float, bool, None, tensors, tuple
 def freeze_memory(name: str, memory: Any) -> Any:
     """Return the memory of a callback, frozen; the same object if nothing changes.
 
-    Called at every update, so it looks at types only; `check_memory` also looks at the properties of tensors.
+    It runs at every update, so it checks types only; `check_memory` also checks the properties of tensors.
 
     Raises:
         TypeError: If a part has a type that a checkpoint would change, with its path and what to write instead.

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from torch.utils.data import Sampler
 
 _GENERATOR_SEED: Final = 0
-_PATIENCE_S: Final = 5.0
+_SHUTDOWN_TIMEOUT_S: Final = 5.0
 """Seconds in which workers may finish the samples that they load, before they are killed."""
 _STOP_SIGNALS: Final = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-_FIRST: Final = 0
-"""Priority of functions that multiprocessing calls at exit before it waits for its processes."""
+_BEFORE_JOIN: Final = 0
+"""Priority of functions that multiprocessing calls at exit before it joins its processes."""
 
 
 class SizedDataset(Protocol):
@@ -93,7 +93,7 @@ class LoadedBatches:
         if self._workers:
             _CHILD_EXITS.postpone_reports()
             # An exception that reaches the end of the program keeps this object alive: multiprocessing would wait.
-            self._at_exit = Finalize(None, _kill, [self._workers], exitpriority=_FIRST)
+            self._at_exit = Finalize(None, _kill, [self._workers], exitpriority=_BEFORE_JOIN)
 
     def __iter__(self) -> Self:
         return self
@@ -102,7 +102,7 @@ class LoadedBatches:
         if self._loading is None:
             raise StopIteration
         try:
-            with _CHILD_EXITS.reported():
+            with _CHILD_EXITS.allow_reports():
                 batch = next(self._loading)
         except (RuntimeError, OSError, EOFError) as error:  # the last two if it died while it sent a batch
             if all(worker.is_alive() for worker in self._workers):
@@ -121,7 +121,7 @@ class LoadedBatches:
         if self._loading is None or not self._workers:
             self._loading = None
             return
-        timer = threading.Timer(_PATIENCE_S, _kill, [self._workers])
+        timer = threading.Timer(_SHUTDOWN_TIMEOUT_S, _kill, [self._workers])
         timer.start()
         self._loading = None  # without references, torch's iterator asks its workers to end, and waits
         timer.cancel()
@@ -204,7 +204,7 @@ class _ChildExits:
             signal.signal(signal.SIGCHLD, self._catch)
 
     @contextmanager
-    def reported(self) -> Iterator[None]:
+    def allow_reports(self) -> Iterator[None]:
         """Let workers that have ended, or end inside the block, raise an error."""
         if self._report is None or not self._is_main_thread():
             yield
