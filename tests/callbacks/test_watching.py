@@ -380,5 +380,5 @@ def test_a_target_that_is_missing_at_the_best_is_left_out_there():
     _, (logged, _) = best(state, AfterEpoch())
     assert set(logged.values) == {"val/accuracy/best", "val/accuracy/best_update", "a/at_best/val/accuracy"}
     strict = watch(BestMetricCallback, target_metric_keys=("a", "b"))
-    with pytest.raises(MetricError, match=r"no metric 'b' was measured yet; .* with missing: skip"):
+    with pytest.raises(MetricError, match=r"no metric 'b' was measured yet; .* set missing: skip"):
         strict(state, AfterEpoch())

@@ -41,7 +41,7 @@ def describe_deferred(target: Any) -> str | None:
 
     Example:
         >>> async def wait(state, event): ...
-        >>> describe_deferred(wait), describe_deferred(takes)
+        >>> describe_deferred(wait), describe_deferred(accepts)
         ('an async function', None)
     """
     function = _function_of(target)
