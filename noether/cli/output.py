@@ -1,4 +1,4 @@
-"""Output of the command line: text from files is escaped, and the standard output may be gone or its disk full."""
+"""Output of the command line: escapes text from files, and survives a closed standard output or a full disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def printable(text: str) -> str:
 def print_line(text: str, *, err: bool = False) -> None:
     """Print a line of a run; if the stream cannot be written, try the standard error, and else print nothing.
 
-    A run goes on without its output, and no message decides its exit code.
+    A run continues without its output, and its exit code does not depend on it.
 
     Args:
         text: The line.
@@ -47,7 +47,7 @@ def print_line(text: str, *, err: bool = False) -> None:
 
 
 def discard_unwritten() -> None:
-    """Point streams that cannot be flushed to nowhere: Python would fail again as it exits, with exit code 120."""
+    """Redirect streams that cannot be flushed to `os.devnull`; else Python flushes at exit and ends with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -57,8 +57,8 @@ def discard_unwritten() -> None:
 
 def _discard(stream: object) -> None:
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # type: ignore[attr-defined]  # a stream without a file raises ValueError
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())  # type: ignore[attr-defined]  # a stream without a file raises ValueError
+        os.close(null)
     except (OSError, ValueError, AttributeError):
         return

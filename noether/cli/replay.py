@@ -78,7 +78,7 @@ def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Se
 
 @contextmanager
 def _failures_as_lines(path: Path) -> Iterator[None]:
-    """Raise whatever a record leads to as one line: a value of a wrong type fails where a callback reads it."""
+    """Raise any other error of a replay as a `ReplayError` of one line, such as that of a value of a wrong type."""
     try:
         yield
     except (ConfigError, ReplayError, LogError, OSError):

@@ -16,8 +16,8 @@ from noether.effects.run_ending import save_at_end
 from noether.session.errors import SessionError
 from noether.session.lengths import (
     Contradiction,
-    check_epoch_lengths,
-    check_saved_lengths,
+    compare_epoch_lengths,
+    compare_saved_lengths,
     known_lengths,
     without_fields,
 )
@@ -112,7 +112,7 @@ class SessionEvents(SessionState):
             self._directory.truncate_logs(self._state if resumed else None)
             self._directory.complete_saves(self._state if resumed else None)
         was_full = self._position is not None and self._position == self._state.lengths.get("updates_per_epoch")
-        self._check_lengths(check_saved_lengths(self._state, self.run) if resumed else None)
+        self._forget_lengths(compare_saved_lengths(self._state, self.run) if resumed else None)
         names = ("callback_states", "pending")
         moved = {name: move_to_model(self._live.model, getattr(self._state, name)) for name in names}
         self._state = self._state.replace(**moved)
@@ -155,8 +155,8 @@ class SessionEvents(SessionState):
         if self._micro_batches and not self._carries_gradients:
             self._carries_gradients = True
             _LOGGER.warning(
-                "epoch %d ended inside of an update: the next epoch carries on with the gradients of its last %d "
-                "micro-batches, and a run that resumes at the end of such an epoch does not have them",
+                "epoch %d ended inside of an update: the next epoch completes it with the gradients of the last %d "
+                "micro-batches, which a run that resumes at the end of such an epoch does not have",
                 self._state.iteration.epoch,
                 self.pending_micro_batches,
             )
@@ -164,7 +164,7 @@ class SessionEvents(SessionState):
         self._settled = self._state
 
     def count_batches(self, updates_per_epoch: int | None, accumulation: int) -> int:
-        """Return how many batches of the epoch the state counts, before `begin`.
+        """Return the number of completed batches of the epoch; called before `begin`.
 
         Args:
             updates_per_epoch: Used for a state of an earlier version, which counts only updates.
@@ -177,11 +177,11 @@ class SessionEvents(SessionState):
         return self._state.epoch_batches
 
     def expect_updates(self, updates: int | None) -> None:
-        """Announce the number of updates in the epoch that begins, which may differ from others; None if unknown."""
+        """Take the number of updates in the epoch that begins, which may differ from earlier ones; None if unknown."""
         expected = self._updates_per_epoch
         if expected is not None and updates not in (None, expected):
             reason = f"epoch {self._state.iteration.epoch} has {updates} updates, not updates_per_epoch={expected}"
-            self._check_lengths(Contradiction(reason))
+            self._forget_lengths(Contradiction(reason))
 
     def end(self) -> None:
         """Dispatch `AfterTraining`, once; return when every checkpoint is written. The optimizer is watched no longer.
@@ -241,12 +241,12 @@ class SessionEvents(SessionState):
         """Return whether all updates of the epoch are counted, as far as its length is known."""
         return self._updates_per_epoch is not None and self._position == self._updates_per_epoch
 
-    def _check_lengths(self, found: Contradiction | None) -> None:
-        """Forget lengths that the run contradicts, so that no callback counts on them; say so in one line."""
+    def _forget_lengths(self, found: Contradiction | None) -> None:
+        """Remove lengths that the run contradicts, so that no callback counts on them; log a warning."""
         if found is None:
             return
         _LOGGER.warning(
-            "%s: forgets %s, and counts epochs as the loop reports them; what was forecast with them no longer holds",
+            "%s: the session ignores %s from now on, and counts epochs as the loop reports them; forecasts are wrong",
             found.reason,
             ", ".join(found.fields),
         )
@@ -254,7 +254,7 @@ class SessionEvents(SessionState):
         self._state = self._state.replace(lengths=FrozenDict(known_lengths(self.run)))
 
     def _dispatch_epoch_end(self) -> None:
-        self._check_lengths(check_epoch_lengths(self._state, self.run))
+        self._forget_lengths(compare_epoch_lengths(self._state, self.run))
         self._epoch_batches = 0
         self._seed_event("end of epoch")
         self._dispatch(self._state.next_epoch(), AfterEpoch)

@@ -1,4 +1,4 @@
-"""The lengths of epochs as a loop announces them, and where a run contradicts them."""
+"""The lengths of epochs that a loop announces, and comparisons of them with the run."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def without_fields(run: Run, names: Iterable[str]) -> Run:
     return type(run)(**{name: value for name, value in vars(run).items() if name not in names})
 
 
-def check_saved_lengths(state: TrainState, run: Run) -> Contradiction | None:
-    """Return where a saved run contradicts the lengths of `run`, or None."""
+def compare_saved_lengths(state: TrainState, run: Run) -> Contradiction | None:
+    """Compare the lengths of a saved run with those of `run`; return the first difference, or None."""
     now, at, start = known_lengths(run), state.iteration, state.epoch_start
     if changed := [name for name in now if state.lengths.get(name, now[name]) != now[name]]:
         old, new = (", ".join(f"{name}={values[name]}" for name in changed) for values in (state.lengths, now))
@@ -65,8 +65,8 @@ def check_saved_lengths(state: TrainState, run: Run) -> Contradiction | None:
     return None
 
 
-def check_epoch_lengths(state: TrainState, run: Run) -> Contradiction | None:
-    """Return where the epoch that ends at `state` contradicts the lengths of `run`, or None."""
+def compare_epoch_lengths(state: TrainState, run: Run) -> Contradiction | None:
+    """Compare the epoch that ends at `state` with the lengths of `run`; return the first difference, or None."""
     at, start = state.iteration, state.epoch_start
     if start.epoch != at.epoch:
         return None
@@ -81,5 +81,5 @@ _COUNTERS: Final = {"updates_per_epoch": "update", "samples_per_epoch": "sample"
 
 
 def _invalid(changed: Iterable[str]) -> tuple[str, ...]:
-    """Return the fields that no longer hold: with other updates all, else those that count samples."""
+    """Return the fields that no longer hold: all if the number of updates changed, else those that count samples."""
     return LENGTHS if "updates_per_epoch" in changed else LENGTHS[1:]

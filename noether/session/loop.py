@@ -199,19 +199,23 @@ class BatchLoop:
                 return
         self._check_drawn(state)
 
-    def _check_drawn(self, begun: TrainState) -> None:
-        """Refuse an epoch without batches or samples; one that is shorter than in the saved run ends, and is named."""
-        epoch, counted = begun.iteration.epoch, begun.epoch_batches
+    def _check_drawn(self, start: TrainState) -> None:
+        """Refuse an epoch without batches or samples; warn if it is shorter than in the saved run.
+
+        Args:
+            start: The state at the first batch that was drawn.
+        """
+        epoch, counted = start.iteration.epoch, start.epoch_batches
         if self._drawn == 0 or (self._drawn < counted and hasattr(self._loader, "__next__")):
             raise SessionError(
                 f"the loader yielded {self._drawn} batches in epoch {epoch}, where {max(counted, 1)} or more are "
                 "needed: pass an iterable that yields the same epochs each time it is iterated, not an iterator"
             )
-        if counted == 0 and self._session.state.iteration.sample == begun.iteration.sample:
+        if counted == 0 and self._session.state.iteration.sample == start.iteration.sample:
             raise SessionError(f"no batch of epoch {epoch} has samples: check which samples the loader leaves out")
         if self._drawn < counted:
             _LOGGER.warning(
-                "epoch %d has %d batches, and the saved run counts %d of it: the epoch ends",
+                "epoch %d has %d batches, but the saved run has already counted %d of it: the epoch ends here",
                 epoch,
                 self._drawn,
                 counted,

@@ -344,4 +344,4 @@ class Session(SessionEvents):
         per_epoch = self._updates_per_epoch
         if per_epoch is not None and self._position == per_epoch:
             reason = f"epoch {self._state.iteration.epoch} has more updates than updates_per_epoch={per_epoch}"
-            self._check_lengths(Contradiction(reason))
+            self._forget_lengths(Contradiction(reason))

@@ -379,7 +379,7 @@ def test_an_epoch_that_is_left_early_is_counted(caplog):
     engine.run(batches(points(36), 8), max_epochs=1)
     assert str(live.state.iteration) == "E1_U3_S24"
     (line,) = (record.getMessage() for record in caplog.records if record.name.startswith("noether"))
-    assert "epoch 0 had 3 updates, not updates_per_epoch=5: forgets updates_per_epoch" in line
+    assert "epoch 0 had 3 updates, not updates_per_epoch=5: the session ignores updates_per_epoch" in line
 
 
 def test_facts_that_the_user_passes_take_precedence():

@@ -162,13 +162,13 @@ def test_a_change_is_named_in_one_line(kind, caplog):
     assert [at for kind, at, _ in seen if kind is AfterEpoch] == ["E1_U3_S12", "E2_U6_S24", "E3_U8_S32", "E4_U13_S52"]
     (line,) = warnings_in(caplog)
     assert "epoch 2 ha" in line
-    assert "2 updates, not updates_per_epoch=3: forgets updates_per_epoch" in line
+    assert "2 updates, not updates_per_epoch=3: the session ignores updates_per_epoch" in line
 
 
 def test_an_epoch_with_more_batches_than_the_first_is_named_when_it_has_them(caplog):
     train(Wrong([3, 5]), max_epochs=2)
     (line,) = warnings_in(caplog)
-    assert "epoch 1 has more updates than updates_per_epoch=3: forgets" in line
+    assert "epoch 1 has more updates than updates_per_epoch=3: the session ignores" in line
 
 
 def test_lengths_that_hold_are_not_forgotten(caplog):
@@ -182,7 +182,10 @@ def test_samples_that_are_counted_otherwise_are_forgotten_and_updates_are_not(ca
     run = noether.Run(batch_size=lambda batch: 10 * len(batch[0]))
     session, _ = train(DataLoader(POINTS, batch_size=10), max_epochs=2, run=run)
     (line,) = warnings_in(caplog)
-    assert "epoch 0 had 400 samples, not samples_per_epoch=40: forgets samples_per_epoch, effective_batch_size" in line
+    assert (
+        "epoch 0 had 400 samples, not samples_per_epoch=40: the session ignores samples_per_epoch, effective_batch_size"
+        in line
+    )
     assert session.state.lengths == {"updates_per_epoch": 4}
 
 
@@ -198,7 +201,7 @@ def test_a_resumed_loop_with_another_length_goes_on(tmp_path, cut, batches, capl
     at = resumed.train().state.iteration
     first = 4 if cut == 4 else max(batches, cut)  # the saved run counts all of its first epoch, or goes on in it
     assert (at.epoch, at.update) == (3, first + 2 * batches)
-    named = [line for line in warnings_in(caplog) if "forgets" in line]
+    named = [line for line in warnings_in(caplog) if "the session ignores" in line]
     assert len(named) == 1
     change = f"made with updates_per_epoch=4, samples_per_epoch=16, and this loop has updates_per_epoch={batches}"
     assert change in named[0]

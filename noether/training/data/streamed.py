@@ -184,7 +184,7 @@ class StreamedEvaluationData:
 
 
 def _describe_place(name: str, dataset: Any, samples: int) -> str:
-    """Return which sample of an epoch could not be read."""
+    """Return a note that says which sample of an epoch could not be read."""
     key = f"data.{name} ({type(dataset).__name__})" if name else type(dataset).__name__
     return f"while loading the next sample of {key}, after {samples} samples of the epoch"
 
