@@ -487,7 +487,9 @@ def test_an_average_is_current_at_every_update(interval):
     callback = ema(0.9, every_n_epochs=10)
     assert callback.produces == ("weights/ema=0.9",)
     reducer = compose(callback, metric(**interval))
-    assert set(reducer(TrainState(params=PARAMS), BeforeTraining())[0].callback_states) == {"weights/ema=0.9"}
+    run = Run(data={"val": []}, forward=scale_model)
+    state, _ = reducer(TrainState(params=PARAMS), BeforeTraining(run=run))
+    assert set(state.callback_states) == {"weights/ema=0.9"}
 
 
 def test_an_evaluation_before_the_first_update_uses_the_initial_weights():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from examples import SETTINGS, all_examples
 
+from noether.core.callbacks.evaluation import OfflineLossCallback
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
@@ -18,9 +19,9 @@ EXAMPLES = [
     for interval in ("every_n_epochs", "every_n_updates", "every_n_samples")
     for each in all_examples(interval, 2)
     if type(each).__name__ in SETTINGS
-    # Others iterate a dataset, read the metrics of such a callback, or outputs.
-    if not isinstance(each, PeriodicDataIteratorCallback)
-    and not getattr(each, "metric_key", None)
+    # Others read what a callback logs or remembers, or outputs.
+    if not getattr(each, "metric_key", None)
+    and not getattr(each, "weights", None)
     and type(each).__name__ != "TrackOutputsCallback"
 ]
 
@@ -30,7 +31,7 @@ EXAMPLES = [
 def test_a_loop_without_facts_works_or_is_refused_at_its_start(callback, run):
     reducer = compose(callback)
     state = TrainState(params={"weight": torch.ones(2)})
-    if type(callback).__name__ in NEED_FACTS:
+    if type(callback).__name__ in NEED_FACTS or isinstance(callback, PeriodicDataIteratorCallback):
         with pytest.raises(SettingsError, match=r"pass Run\("):
             reducer(state, BeforeTraining(run=run))
         return
@@ -44,3 +45,20 @@ def test_a_loop_without_facts_works_or_is_refused_at_its_start(callback, run):
         state, _ = reducer(state.next_epoch(), AfterEpoch(run=run))
     state, _ = reducer(state.replace(ended=True), AfterTraining(run=run))
     assert state.iteration == TrainingIteration(3, 8, 32)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({}, r"Loss.* iterates 'val', and the run has no data: pass Run\(data=\{'val': loader\}, forward=...\)"),
+        ({"data": {"vla": []}}, r"Loss.* iterates 'val', and the run has 'vla'; did you mean 'vla'\?: pass Run\("),
+        (
+            {"data": {"val": []}},
+            r"Loss.* evaluates the model, and the run has no forward: pass Run\(forward=...\), a fun",
+        ),
+    ],
+)
+def test_a_loop_without_the_data_of_an_evaluation_is_refused_at_its_start(facts, message):
+    reducer = compose(OfflineLossCallback(every_n_epochs=1, dataset_key="val"))
+    with pytest.raises(SettingsError, match=message):
+        reducer(TrainState(), BeforeTraining(run=Run(**facts)))

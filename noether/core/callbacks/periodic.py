@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 from noether.core.callbacks.base import HOOKS, CallbackBase
 from noether.core.callbacks.dataset_results import DatasetResults, Mean
 from noether.core.effect import LogText
-from noether.core.errors import Problem, check_whole, suggest
-from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, Event
+from noether.core.errors import Problem, check_whole, raise_problems, suggest
+from noether.core.event import (
+    AfterAccumulationStep,
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    AtEval,
+    BeforeTraining,
+    Event,
+)
 from noether.core.schedules.gate import Gate, Interval
 from noether.core.schedules.schedule import INTERVALS
 from noether.core.tensors.stored_weights import memory_of, use_weights
@@ -265,6 +273,21 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         if not values["samples"]:
             return state, (LogText(f"{self.name}: no batch of {self.dataset_key} has samples, so nothing is measured"),)
         return self.process_results(state, event, values)
+
+    def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
+        """Refuse a run without what `periodic_callback` reads, which would fail only at the first firing."""
+        if self.overrides("periodic_callback", PeriodicDataIteratorCallback):
+            return state, ()
+        given = vars(event.run)
+        known = given.get("data", {})
+        if self.dataset_key not in known:
+            fix = f"pass Run(data={{{self.dataset_key!r}: loader}}, forward=...)"
+            found = f"{', '.join(map(repr, known)) or 'no data'}{suggest(self.dataset_key, known)}"
+            raise_problems([Problem("", f"{self.name} iterates {self.dataset_key!r}, and the run has {found}: {fix}")])
+        if "forward" not in given:
+            fix = "pass Run(forward=...), a function (state, batch) -> (losses, outputs), or use a Session"
+            raise_problems([Problem("", f"{self.name} evaluates the model, and the run has no forward: {fix}")])
+        return state, ()
 
     def at_eval(self, state: TrainState, event: AtEval) -> tuple[TrainState, Effects]:
         """Fire at every standalone evaluation."""
