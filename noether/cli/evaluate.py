@@ -24,7 +24,7 @@ from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, os_error_text, replace_text
-from noether.training.data.interruptible import EvaluationInterrupt, interruptible
+from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.experiment import build
 from noether.training.runs.directories import load_run_config
 from noether.training.runs.interruption import Interruption
@@ -84,7 +84,7 @@ def evaluate(run_dir: Path, checkpoint: str, weights: str | None, settings: Sequ
     with interruption, closing(experiment):
         try:
             dispatch(state, AtEval(run=interruptible(experiment.run, interruption)), reducer, interpreter)
-        except EvaluationInterrupt:
+        except DataInterrupt:
             echo(f"interrupted in the evaluation of {name}; nothing was written")
             return interruption.exit_code
     _print_metrics(name, metrics)

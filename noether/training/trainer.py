@@ -20,7 +20,7 @@ from noether.core.loop import Move, dispatch, next_move
 from noether.core.pending import dispatch_pending, set_pending
 from noether.core.tensors.donation import was_donated
 from noether.session.timing import Clock
-from noether.training.data.interruptible import EvaluationInterrupt
+from noether.training.data.interruptible import DataInterrupt
 from noether.training.data.sample_counts import SampleCounts
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class Trainer:
         interpreter: Runs their effects.
         evaluate_first: Whether to dispatch an evaluation before the first update of a new run.
         interrupted: Called between events; once it returns True, the trainer returns the state. Once data that
-            callbacks iterate raises `EvaluationInterrupt`, it returns the last settled state.
+            callbacks iterate, or the training data, raises `DataInterrupt`, it returns the last settled state.
         finish: Called with the state that the trainer is about to return; not if it interrupts a new run before its
             first update, which then starts again.
-        fail: Called with an exception other than KeyboardInterrupt before the trainer raises it, with the last settled
-            state (None if it is lost, or if the run has to start again), and with the state and the event at which the
-            exception was raised.
+        fail: Called with an exception before the trainer raises it, with the last settled state (None if it is lost,
+            or if the run has to start again), and with the state and the event at which the exception was raised. Not
+            called with the KeyboardInterrupt of a second signal.
         clock: Where the trainer reads time.
     """
 
@@ -94,7 +94,7 @@ class Trainer:
                         state, event = state.replace(ended=True), self._make_event(AfterTraining)
                     state = dispatch(state, event, self.reducer, self.interpreter)
                     settled, event = state, None
-            except EvaluationInterrupt:
+            except DataInterrupt:
                 settled, event = _settle(settled, state, event), None
             if settled is not None:
                 self.finish(settled)
@@ -117,7 +117,9 @@ class Trainer:
             state, batches = self.data.next_batches(state, last=self._last_update)
             loaded_s = self.clock.elapsed_s()
             state, event = self.step(state, batches, self._observe if self._is_observed else None)
-        except Exception as error:
+        except DataInterrupt:
+            raise
+        except BaseException as error:
             error.add_note(f"in update {state.iteration.update + 1}")
             raise
         stepped_s = self.clock.elapsed_s()
@@ -144,7 +146,7 @@ class Trainer:
         return dispatch(state, event, self.reducer, self.interpreter)
 
     def _report(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None) -> None:
-        if not isinstance(error, KeyboardInterrupt):  # the second signal asks to end at once
+        if not (isinstance(error, KeyboardInterrupt) and self.interrupted()):  # a second signal asks to end at once
             at = self._make_event(AfterUpdate) if event is None else event
             self.fail(error, _settle(settled, state, event), state, at)
 

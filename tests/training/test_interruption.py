@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from noether.core.run import Run
-from noether.training.data.interruptible import EvaluationInterrupt, interruptible
+from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.runs.interruption import SIGNALS, Interruption
 
 
@@ -69,7 +69,7 @@ def test_an_evaluation_is_left_before_the_next_batch(batch_size):
         next(batches)
         next(batches)
         signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(EvaluationInterrupt):
+        with pytest.raises(DataInterrupt):
             next(batches)
     assert len(data) == 6
 

@@ -14,8 +14,10 @@ from torch.utils.data import Dataset, IterableDataset
 from noether import TrainingIteration, TrainState
 from noether.training.data import loading
 from noether.training.data.indexed import EvaluationData, TrainingData
+from noether.training.data.interruptible import DataInterrupt
 from noether.training.data.loading import WorkerError
 from noether.training.data.streamed import StreamedData, StreamedEvaluationData
+from noether.training.runs.interruption import Interruption
 
 START = TrainingIteration()
 
@@ -65,6 +67,13 @@ class Stuck(Bad):
         while index == 5:
             time.sleep(0.01)
         return index
+
+
+class Signalling(Stuck):
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getppid(), signal.SIGTERM)
+        return super().__getitem__(index)
 
 
 class Stream(IterableDataset):
@@ -156,6 +165,23 @@ def test_the_death_of_a_worker_is_an_error_that_says_so(make):
     assert multiprocessing.active_children() == []
 
 
+def test_a_worker_that_dies_while_it_sends_is_named_once_it_is_dead():
+    """The pipe may report it before the system does."""
+    data = TrainingData(torch.arange(40), seed=0, effective_batch_size=4, num_workers=1, name="train")
+    data.batch(START)
+    (worker,) = multiprocessing.active_children()
+
+    def broken():
+        worker.kill()  # it takes a moment
+        raise ConnectionResetError(104, "reset")
+        yield
+
+    data._loading._loading = broken()  # noqa: SLF001  # the moment between the two cannot be forced
+    with pytest.raises(WorkerError, match=r"loads samples of data\.train ended unexpectedly: .*reset"):
+        data.batch(TrainingIteration(update=1, sample=4))
+    data.close()
+
+
 @pytest.mark.parametrize("make", [training, evaluation])
 def test_a_batch_that_cannot_be_sent_ends_its_worker(make):
     with pytest.raises(WorkerError, match="ended unexpectedly"):
@@ -178,6 +204,19 @@ def test_workers_that_do_not_end_are_killed(monkeypatch):
     data = EvaluationData(Stuck(), seed=0, batch_size=1, num_workers=1)
     assert next(iter(data)).tolist() == [0]
     data.close()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_signal_ends_the_wait_for_a_worker_that_hangs(monkeypatch, is_early):
+    """Whether it arrives before the wait or in it; without it the wait would have no end."""
+    monkeypatch.setattr(loading, "_SHUTDOWN_TIMEOUT_S", 0.05)
+    with Interruption() as interruption:
+        if is_early:
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(DataInterrupt):
+            list(EvaluationData(Stuck() if is_early else Signalling(), seed=0, batch_size=1, num_workers=1))
+        assert interruption()
     assert multiprocessing.active_children() == []
 
 

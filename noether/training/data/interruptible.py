@@ -1,8 +1,10 @@
-"""Data that a signal interrupts: an evaluation may take long, and is left before its next batch."""
+"""Data that a signal interrupts: an evaluation is left before its next batch, a wait for workers at once."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -10,13 +12,50 @@ if TYPE_CHECKING:
     from noether.core.run import Run
 
 
-class EvaluationInterrupt(BaseException):
-    """Leaves an evaluation after a signal; no error, so that no `except Exception` of a callback catches it."""
+class DataInterrupt(BaseException):
+    """Leaves an evaluation, or a wait for a batch, after a signal; no `except Exception` of a callback catches it."""
+
+
+@final
+class _Waiting:
+    """Lets a signal end the wait for a worker, which may hang; Python calls signal handlers in the main thread."""
+
+    def __init__(self) -> None:
+        self.interrupted: Callable[[], bool] = lambda: False
+        """Returns whether a signal was received; set while signals are caught."""
+        self._is_waiting = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Raise `DataInterrupt` if a signal was received before the block, or is received in it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._is_waiting = True
+        try:
+            if self.interrupted():  # after the assignment, so that no signal is missed
+                raise DataInterrupt
+            yield
+        finally:
+            self._is_waiting = False
+
+    def leave(self) -> None:
+        """Raise `DataInterrupt` if the main thread waits; for signal handlers.
+
+        Raises:
+            DataInterrupt: If it does.
+        """
+        if self._is_waiting:
+            self._is_waiting = False
+            raise DataInterrupt
+
+
+WAITING: Final = _Waiting()
 
 
 @final
 class InterruptibleData:
-    """A dataset in batches that raises `EvaluationInterrupt` before the first batch after a signal.
+    """A dataset in batches that raises `DataInterrupt` before the first batch after a signal.
 
     Args:
         data: The batches.
@@ -38,7 +77,7 @@ class InterruptibleData:
         batches: Iterable[Any] = self._data
         for batch in batches:
             if self._interrupted():
-                raise EvaluationInterrupt
+                raise DataInterrupt
             yield batch
 
     def __getattr__(self, name: str) -> Any:
@@ -49,5 +88,5 @@ class InterruptibleData:
 
 
 def interruptible(run: Run, interrupted: Callable[[], bool]) -> Run:
-    """Return the run with datasets that raise `EvaluationInterrupt` before the first batch after a signal."""
+    """Return the run with datasets that raise `DataInterrupt` before the first batch after a signal."""
     return run.replace(data={key: InterruptibleData(data, interrupted) for key, data in run.data.items()})

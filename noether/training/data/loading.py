@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, cast, final
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from noether.core.errors import NoetherError
 from noether.session.randomness import derive, seed_all
 from noether.training.data.batches import collate
+from noether.training.data.interruptible import WAITING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 _GENERATOR_SEED: Final = 0
 _SHUTDOWN_TIMEOUT_S: Final = 5.0
 """Seconds in which workers may finish the samples that they load, before they are killed."""
+_PIPE_TIMEOUT_S: Final = 1.0
+"""Seconds in which a process whose pipe is broken ends."""
 _STOP_SIGNALS: Final = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 _BEFORE_JOIN: Final = 0
 """Priority of functions that multiprocessing calls at exit before it joins its processes."""
@@ -102,10 +106,11 @@ class LoadedBatches:
         if self._loading is None:
             raise StopIteration
         try:
-            with _CHILD_EXITS.allow_reports():
+            with _CHILD_EXITS.allow_reports(), WAITING.interruptible() if self._workers else nullcontext():
                 batch = next(self._loading)
         except (RuntimeError, OSError, EOFError) as error:  # the last two if it died while it sent a batch
-            if all(worker.is_alive() for worker in self._workers):
+            # The pipe of a process that dies may break a moment before the process ends.
+            if not wait([worker.sentinel for worker in self._workers], _PIPE_TIMEOUT_S):
                 raise
             reason = str(error).strip(" .")
             raise WorkerError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
@@ -9,6 +10,7 @@ from noether.core.effect import SetSummary
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
+from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.run_ending import record_failure, save_at_end, save_interrupted
 from noether.training.error_locations import describe_error
 
@@ -95,4 +97,5 @@ class Ending:
         vars(error)[_FAILURE] = Failure(self.directory.path, places, outcome)
         error.add_note(f"resume with noether.train(resume={str(self.directory.path)!r})")
         ending = f"failed at {state.iteration}: {describe_error(error)}"
-        self.directory.interpreter([SetSummary(FrozenDict(ending=ending))], state, event)
+        with suppress(RunMovedError):  # which the notes name, or the error itself
+            self.directory.interpreter([SetSummary(FrozenDict(ending=ending))], state, event)

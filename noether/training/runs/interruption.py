@@ -1,4 +1,7 @@
-"""Interruption of a run by a signal: the loop saves at the next update, or in an evaluation at the next batch."""
+"""Interruption of a run by a signal: the loop saves at the next update, or in an evaluation at the next batch.
+
+A signal while the run waits for a process that loads samples ends the wait.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import signal
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final, Self, final
+
+from noether.training.data.interruptible import WAITING
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -37,6 +42,7 @@ class Interruption:
     def __init__(self, *, second_kills: bool = False) -> None:
         self._second_kills = second_kills
         self._received: int | None = None
+        self._outer = WAITING.interrupted  # of an enclosing block
         self._previous: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
@@ -54,12 +60,15 @@ class Interruption:
                 if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._catch)
             _ACTIVE.add(self)
+            self._outer, WAITING.interrupted = WAITING.interrupted, self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _ACTIVE.discard(self)
+        if self in _ACTIVE:
+            _ACTIVE.discard(self)
+            WAITING.interrupted = self._outer
         self.restore_handlers()
 
     def restore_handlers(self) -> None:
@@ -74,6 +83,7 @@ class Interruption:
                 signal.signal(each, signal.SIG_DFL)
         else:
             self.restore_handlers()
+        WAITING.leave()
 
 
 _ACTIVE: Final[weakref.WeakSet[Interruption]] = weakref.WeakSet()
