@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import signal
 import sys
 import warnings
 from contextlib import contextmanager
@@ -234,6 +235,9 @@ def _errors_as_messages() -> Iterator[None]:
             yield
     except ConfigError as error:
         raise _CommandError(error, _CONFIG_ERROR) from error
+    except KeyboardInterrupt:  # before or after training; a run catches the signal
+        echo("interrupted", err=True)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         raise  # the reader closed the pipe, as `head` does: click exits without a message
     except (NoetherError, OSError, FloatingPointError) as error:

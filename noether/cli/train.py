@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -66,8 +67,11 @@ def _run(train: Callable[..., TrainedRun], allow: Sequence[str]) -> int:
         if failure is None:
             raise
         print_line(f"Error: {', '.join([describe_error(error), *failure.places])}", err=True)
-        for line in (*failure.outcome, _resume_command(failure.directory, allow)):
+        resume_command = [_resume_command(failure.directory, allow)] if failure.directory.is_dir() else []
+        for line in (*failure.outcome, *resume_command):
             print_line(line, err=True)
+        if isinstance(error, KeyboardInterrupt):  # raised by the user's code
+            return 128 + signal.SIGINT
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     if run.finished:
         return 0

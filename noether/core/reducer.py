@@ -120,7 +120,7 @@ class Reducer:
                     state = after
                 if requested:
                     effects += requested
-        except Exception as error:
+        except BaseException as error:
             _note_place(error, member, effects, state, event)
             raise
         if effects and isinstance(event, AfterAccumulationStep):
@@ -276,7 +276,7 @@ def attach_effects(error: BaseException, effects: Effects) -> None:
     vars(error)[_REMAINING_EFFECTS] = effects
 
 
-def _note_place(error: Exception, member: Callback, effects: Effects, state: TrainState, event: Event) -> None:
+def _note_place(error: BaseException, member: Callback, effects: Effects, state: TrainState, event: Event) -> None:
     """Add a note that names the callback, and the effects of those before it; an inner reducer did so before."""
     if _REMAINING_EFFECTS not in vars(error):
         error.add_note(f"raised by the callback {label_of(member)!r} at {state.iteration}, {type(event).__name__}")

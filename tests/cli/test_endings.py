@@ -19,6 +19,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,9 @@ class Points(torch.utils.data.Dataset):
                 raise FileNotFoundError(2, "no such file", "points.npy")
             if END == "worker":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if END == "hang":
+                os.kill(os.getppid(), signal.SIGINT)
+                time.sleep(1000)
         return self._inputs[index] + 0.1 * torch.randn(3), (self._inputs[index].sum() > 0).long()
 
 
@@ -91,6 +95,8 @@ def end(state, event):
             shutil.rmtree(next(Path(event.run.config["run"]["output"]).glob("ends/*")))
         if END == "exit":
             raise SystemExit(3)
+        if END == "keyboard":
+            raise KeyboardInterrupt
         if END == "save":
             return state, (SaveCheckpoint(tag="not/a/name"),)
         if END == "disk":
@@ -158,7 +164,7 @@ IN_UPDATE = "in update 7"
 SAVES_AT_ONCE = ("trainer.checkpoints.async=false",)
 NO_SAVES = "callbacks.3={kind: noether.core.callbacks.OnlineLossCallback, every_n_epochs: 1}"
 ROWS = [
-    Row("", 0, f"{END}.2", (f"ended at {END}; the run is in ",)),
+    Row("", 0, END, (f"ended at {END}; the run is in ",)),
     Row("stop", 0, U7 + ".end", ("ended at E1_U7_S28: enough",), (NO_SAVES,)),
     Row("signal SIGINT", 130, U7, (f"saved {U7}", f"interrupted at {U7}")),
     Row("signal SIGTERM", 143, U7, (f"saved {U7}", f"interrupted at {U7}")),
@@ -175,6 +181,8 @@ ROWS = [
     Row("epoch", 1, "E1_U8_S32", ("Error: IndexError: a bug", "callback 'end_epoch' at E2_U8_S32, AfterEpoch")),
     Row("handler", 1, U7, ("Error: RuntimeError: the bell is broken", "a handler of Ring at E1_U7_S28")),
     Row("save", 1, U7, ("Error: tag 'not/a/name' is not a valid name", "SaveCheckpoint at E1_U7_S28"), SAVES_AT_ONCE),
+    Row("hang", 130, None, ("saved E", "interrupted at E"), ("trainer.num_workers=1",)),
+    Row("keyboard", 130, U7, ("Error: KeyboardInterrupt", "callback 'end' at E1_U7_S28, AfterUpdate")),
     Row("exit", 3, U7, ("Error: SystemExit: 3",)),
     Row("disk", 1, E1, ("could not be written: ", "SaveCheckpoint at E1_U7_S28"), SAVES_AT_ONCE),
 ]  # fmt: skip
@@ -212,15 +220,16 @@ def test_ending(folder, uncut, tmp_path, row):
     assert done.returncode == row.code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     run = only_run(tmp_path / "ends")
-    shown = done.stdout.splitlines() if row.code in (0, 129, 130, 143) else done.stderr.splitlines()
-    message = "\n".join(shown[-3:] if row.code in (0, 129, 130, 143) else shown)
+    is_error = row.code not in (0, 129, 130, 143) or row.end == "keyboard"
+    shown = done.stderr.splitlines() if is_error else done.stdout.splitlines()
+    message = "\n".join(shown if is_error else shown[-3:])
     for part in row.says:
         assert part in message
     store = CheckpointStore(run / "checkpoints", "run")
     newest = store.newest().tag if row.newest is None else row.newest
     assert store.newest().tag == newest
     assert not list(run.glob("checkpoints/.tmp-*"))
-    if row.code == 1 and row.end != "disk":
+    if (row.code == 1 or row.end == "keyboard") and row.end != "disk":
         assert shown[1:] == [
             f"the state at {newest} is saved in {run}",
             f"the traceback is in {run / 'traceback.txt'}",
@@ -266,4 +275,5 @@ def test_a_run_whose_directory_is_gone_ends_with_a_message(folder, tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("Error: ")
+    assert "resume with" not in done.stderr
     assert not list((tmp_path / "ends").iterdir())
