@@ -271,4 +271,6 @@ def test_gradients_that_are_carried_over_the_end_of_an_epoch_are_named_once(capl
         (AfterEpoch, "E2_U3_S6"),
     ]
     (line,) = warnings_in(caplog)
-    assert "epoch 0 ended inside of an update: the next epoch carries on with the gradients of its last 1 micro" in line
+    assert (
+        "epoch 0 ended inside of an update: the next epoch completes it with the gradients of the last 1 micro" in line
+    )
