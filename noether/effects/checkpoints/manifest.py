@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
@@ -161,6 +161,21 @@ def _parse(text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ManifestError("its content is not what was written")
     return content
+
+
+def recorded_saves(effect: SaveCheckpoint) -> tuple[SaveCheckpoint, ...]:
+    """Return the saves of the event of a request as a manifest records them, without those whose names are invalid."""
+    return tuple(
+        replace(
+            save,
+            weights=bool(save.weights),
+            optimizer=bool(save.optimizer),
+            retention=dict(save.retention),
+            event_saves=(),
+        )
+        for save in effect.event_saves or (effect,)
+        if all(NAME.fullmatch(name) for name in (*save.pointers, *([] if save.tag is None else [save.tag])))
+    )
 
 
 def _structure(content: dict[str, Any]) -> Manifest:

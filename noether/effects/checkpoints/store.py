@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from noether.core.errors import WeightsError
 from noether.core.event import AfterTraining, AfterUpdate
@@ -19,10 +18,10 @@ from noether.effects.checkpoints.listing import (
     CheckpointError,
     Listing,
 )
-from noether.effects.checkpoints.manifest import NAME, Manifest, Part
+from noether.effects.checkpoints.manifest import NAME, Manifest, Part, recorded_saves
 from noether.effects.checkpoints.pointers import Pointers
+from noether.effects.checkpoints.pruning import Pruner
 from noether.effects.checkpoints.reader import CheckpointReader
-from noether.effects.checkpoints.retention import select_prunable, unite_limits
 from noether.effects.checkpoints.reuse import covers, differs_only_in_end, same_content, same_weights
 from noether.effects.checkpoints.writer import Writer
 from noether.effects.disk.calls import DISK
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
     from noether.effects.disk.calls import Disk
-
-_LOGGER: Final = logging.getLogger(__name__)
 
 
 class CheckpointStore(CheckpointReader):
@@ -68,7 +65,7 @@ class CheckpointStore(CheckpointReader):
         self._committed: set[str] = set()  # tags that this process saved
         self._pointers = Pointers(directory, self._writer)
         self._incomplete: dict[str, Manifest] = {}  # by tag: checkpoints of whose event a save failed
-        self._later_owners: dict[str, dict[str, int | None]] = {}  # by tag: requests that an existing checkpoint met
+        self._pruner = Pruner(directory, self._writer)
 
     def save(
         self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount] = LogCount
@@ -97,8 +94,8 @@ class CheckpointStore(CheckpointReader):
         else:
             with suppress(OSError):  # of a checkpoint that was being removed; the next save tries again
                 self._writer.remove_leftovers()
-            self._later_owners[saved.tag] = unite_limits(effect.retention, self._later_owners.get(saved.tag, {}))
-        requests = _event_saves(effect)
+            self._pruner.add_owners(saved.tag, effect.retention)
+        requests = recorded_saves(effect)
         self._pointers.claim(saved, [pointer for request in requests for pointer in request.pointers])
         self._finish(saved, requests, listing, lambda: state)
         if existing is not None and isinstance(event, AfterTraining):
@@ -228,7 +225,7 @@ class CheckpointStore(CheckpointReader):
         if not draft.resumable:
             return draft
         failed = {pointer: each.tag for pointer, each in self._pointers.failed.items()}
-        return replace(draft, requests=_event_saves(effect), pointers=failed)
+        return replace(draft, requests=recorded_saves(effect), pointers=failed)
 
     def _write(
         self, draft: Manifest, effect: SaveCheckpoint, state: TrainState, fsync_logs: Callable[[], LogCount]
@@ -268,19 +265,27 @@ class CheckpointStore(CheckpointReader):
         existing = {each.tag: each for each in (*listing.manifests, saved)}
         targets, errors = dict(pointers or {}), []
         if pointers:
-            self._move_pointers(saved, pointers)
+            self._pointers.move(saved, pointers)
         for index, request in enumerate(requests, 1):
             try:
                 found = self._find_of_event([*existing.values()], saved, request)
                 found = found or self._save_beside(saved, request, load_state())
                 existing[found.tag] = found
                 moved = dict.fromkeys(request.pointers, found)
-                self._move_pointers(saved, moved)
+                self._pointers.move(saved, moved)
                 targets.update(moved)
             except CheckpointError as error:
                 errors.append(error)
             if not errors:
-                self._prune(saved, targets, existing, listing, requests[index:])
+                self._pruner.prune(
+                    existing,
+                    listing,
+                    targets=targets,
+                    failed=self._pointers.failed,
+                    intact={*self._committed, saved.tag, self._parent},
+                    later=requests[index:],
+                    at=saved.iteration,
+                )
         self._incomplete.pop(saved.tag, None)
         if errors:
             self._incomplete[saved.tag] = saved
@@ -290,15 +295,11 @@ class CheckpointStore(CheckpointReader):
         self, manifests: Sequence[Manifest], saved: Manifest, request: SaveCheckpoint
     ) -> Manifest | None:
         """Return the checkpoint that a request made at the event of `saved`, if it exists."""
-        return next(
-            (
-                each
-                for each in reversed(manifests)
-                if covers(each, request, saved.iteration)
-                and (each.segment == saved.segment or each.tag in self._committed)
-            ),
-            None,
-        )
+        for each in reversed(manifests):
+            is_of_event = each.segment == saved.segment or each.tag in self._committed
+            if is_of_event and covers(each, request, saved.iteration):
+                return each
+        return None
 
     def _save_beside(self, saved: Manifest, request: SaveCheckpoint, state: TrainState) -> Manifest:
         """Save the state of a checkpoint once more, as another request of its event asks for, unless that exists."""
@@ -327,52 +328,6 @@ class CheckpointStore(CheckpointReader):
         with suppress(CheckpointError):
             self._pointers.retry(existing)
 
-    def _move_pointers(self, saved: Manifest, targets: Mapping[str, Manifest]) -> None:
-        self._pointers.move(saved, targets)
-
-    def _prune(
-        self,
-        saved: Manifest,
-        targets: Mapping[str, Manifest],
-        existing: dict[str, Manifest],
-        listing: Listing,
-        later: Sequence[SaveCheckpoint],
-    ) -> None:
-        """Remove the checkpoints that no rule of retention keeps; a failure is only a warning.
-
-        Args:
-            saved: A checkpoint of the event.
-            targets: The pointers that the event has set, and to what.
-            existing: All checkpoints by tag; those that are removed are removed here, too.
-            listing: The directory before that.
-            later: Requests of the event that are still to be met; checkpoints that meet them stay.
-        """
-        named = {**listing.targets, **{pointer: each.tag for pointer, each in targets.items()}}
-        # Such a pointer still names another checkpoint, and will name this one.
-        named |= {f"{pointer} (failed)": each.tag for pointer, each in self._pointers.failed.items()}
-        manifests = [
-            replace(each, retention=unite_limits(each.retention, self._later_owners.get(each.tag, {})))
-            for each in existing.values()
-        ]
-        tags = [
-            tag
-            for tag in select_prunable(manifests, named, {*self._committed, saved.tag, self._parent})
-            if not any(covers(existing[tag], request, saved.iteration) for request in later)
-        ]
-        if not tags:
-            return
-        # The checkpoint that a broken pointer named is unknown, and must not be removed.
-        reasons = "; ".join(str(error) for name, error in listing.broken.items() if name not in targets)
-        if not reasons:
-            try:
-                self._writer.prune(tags)
-                for tag in tags:
-                    del existing[tag]
-            except OSError as error:
-                reasons = str(error)
-        if reasons:
-            _LOGGER.warning("checkpoints that retention would remove stay in %s: %s", self._directory, reasons)
-
     def _mark_ended(
         self, saved: Manifest, effect: SaveCheckpoint, state: TrainState, fsync_logs: Callable[[], LogCount]
     ) -> None:
@@ -392,18 +347,3 @@ def _check_name(role: str, name: str) -> None:
             f"{role} {name!r} is not a valid name: use up to 200 letters, digits and '_.=-', and start with a letter, "
             "a digit or '_'"
         )
-
-
-def _event_saves(effect: SaveCheckpoint) -> tuple[SaveCheckpoint, ...]:
-    """Return the saves of the event of a request as a manifest records them; those that must fail are left out."""
-    return tuple(
-        replace(
-            save,
-            weights=bool(save.weights),
-            optimizer=bool(save.optimizer),
-            retention=dict(save.retention),
-            event_saves=(),
-        )
-        for save in effect.event_saves or (effect,)
-        if all(NAME.fullmatch(name) for name in (*save.pointers, *([] if save.tag is None else [save.tag])))
-    )
