@@ -12,8 +12,10 @@ import pytest
 from tiny_runs import CALLBACKS, LOSS, SAVE, contents, make_config
 
 from noether.config import ConfigError
+from noether.core.effect import SaveCheckpoint
+from noether.core.event import AfterTraining
 from noether.core.reducer import UnclaimedMemoryError
-from noether.effects import CheckpointError
+from noether.effects import CheckpointError, open_run
 from noether.training.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("tiny_module")
@@ -62,6 +64,29 @@ def test_a_fixed_stop_that_is_reached_is_refused(changes):
     with pytest.raises(ConfigError, match="set a later point, or remove this callback"):
         train(resume=run.directory, continue_stopped=True)
     assert contents("out") == before
+
+
+@pytest.mark.parametrize("forged", [5, "text", (), {}, {"params": None}])
+def test_memory_that_does_not_fit_its_callback_is_refused(forged):
+    run = train(make_config({"kind": f"{CALLBACKS}.EMACallback", "target_factors": [0.9], "every_n_epochs": 1}))
+    with open_run(run.directory) as directory:
+        state = directory.load().remember("weights/ema=0.9", forged)
+        directory.interpreter([SaveCheckpoint(tag="forged", pointers=("latest",))], state, AfterTraining())
+    before = contents("out")
+    message = "the saved memory does not fit: .*EMACallback.*--drop-memory NAME; names are .*'weights/ema=0.9'"
+    with pytest.raises(CheckpointError, match=message):
+        train(resume=run.directory, overrides=["trainer.max_epochs=8"])
+    assert contents("out") == before
+    assert train(resume=run.directory, overrides=["trainer.max_epochs=8"], drop_memory=["weights/ema=0.9"]).finished
+
+
+def test_an_error_of_a_users_callback_at_its_start_stays_as_it_is(tmp_path, monkeypatch):
+    text = "from noether import BeforeTraining, on\n@on(BeforeTraining)\ndef fail(state, event):\n    "
+    (tmp_path / "starts.py").write_text(f"{text}return (state, () + (None if event.resumed else ()))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = train(make_config({"kind": "starts.fail"}), allow=["starts"])
+    with pytest.raises(TypeError, match="can only concatenate tuple"):
+        train(resume=run.directory, overrides=["trainer.max_epochs=8"], allow=["starts"])
 
 
 def test_a_larger_tolerance_continues_with_the_memory_of_the_callback(notes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from noether.config import ConfigError
@@ -11,6 +12,7 @@ from noether.config.errors import LocatedProblem, Place
 from noether.config.schema import ENDS
 from noether.config.serialization import dump
 from noether.core.effect import SaveCheckpoint
+from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate, BeforeTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
@@ -103,9 +105,24 @@ def _adapt(
         return None, []
     state = _check_lengths(_drop_memory(experiment.to_device(saved), drop_memory), experiment, run_dir)
     state, notes = clear_stop(state, old, experiment, continue_stopped=continue_stopped)
-    # Reducers are pure: this dry run refuses memory that does not fit.
-    experiment.reducer(state, BeforeTraining(run=experiment.run, resumed=True))
+    _try_start(state, experiment)
     return state, [*notes, *describe_jumps(state, old, experiment)]
+
+
+def _try_start(state: TrainState, experiment: Experiment) -> None:
+    """Refuse memory that does not fit the callbacks; reducers are pure, so this dry run changes nothing."""
+    try:
+        experiment.reducer(state, BeforeTraining(run=experiment.run, resumed=True))
+    except NoetherError:
+        raise
+    except (AttributeError, LookupError, TypeError) as error:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith("noether."):
+            raise  # of the user's code, whose author needs the traceback
+        notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+        text = f"{type(error).__name__}: {error}{notes}"
+        fix = f"drop its memory with --drop-memory NAME; names are {', '.join(map(repr, state.callback_states))}"
+        raise CheckpointError(f"the saved memory does not fit: {text}: {fix}") from error
 
 
 def _continue(
