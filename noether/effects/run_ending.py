@@ -87,11 +87,25 @@ def record_failure(
             error.add_note(f"the state at {settled.iteration} is saved in {directory.path}")
     try:
         logs(tuple(effect for effect in remaining_effects(error) if isinstance(effect, LOG_EFFECTS)), state, event)
-        text = "".join(traceback.format_exception(error))
-        replace_text(
-            directory.path / TRACEBACK_FILE, f"{time.strftime('%Y-%m-%d %H:%M:%S')}, at {state.iteration}\n\n{text}"
-        )
+        write_traceback(error, directory, state)
     except Exception as failure:  # noqa: BLE001  # likewise
         error.add_note(f"its logs and traceback could not be written: {failure}")
     else:
         error.add_note(f"the traceback is in {directory.path / TRACEBACK_FILE}")
+
+
+def write_traceback(error: BaseException, directory: RunDirectory, state: TrainState) -> None:
+    """Write the traceback of an exception to `traceback.txt` in the run directory.
+
+    Args:
+        error: The exception.
+        directory: The run on disk.
+        state: The state at which it was raised.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    text = "".join(traceback.format_exception(error))
+    replace_text(
+        directory.path / TRACEBACK_FILE, f"{time.strftime('%Y-%m-%d %H:%M:%S')}, at {state.iteration}\n\n{text}"
+    )

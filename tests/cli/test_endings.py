@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command import ENVIRONMENT, PATIENCE_S, check_equal, command, invoke, noether, only_run
+from command import ENVIRONMENT, PATIENCE_S, check_equal, command, contents, invoke, noether, only_run
 
 from noether.effects import CheckpointStore
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from noether import AfterUpdate, Effect, SaveCheckpoint, every_n_epochs, every_n_updates, on
+from noether import AfterUpdate, BeforeTraining, Effect, SaveCheckpoint, every_n_epochs, every_n_updates, on
 
 END = os.environ.get("END", "")
 COUNTS = {"reads": 0, "losses": 0}
@@ -86,6 +86,12 @@ def ring(effect, state, event):
         raise RuntimeError("the bell is broken")
 
 
+def start(state, event):
+    if END == "start" and isinstance(event, BeforeTraining):
+        raise IndexError("a bug")
+    return state, ()
+
+
 @on(AfterUpdate)
 def end(state, event):
     if state.iteration.update == 7:
@@ -135,6 +141,7 @@ callbacks:
   - {kind: ends.end}
   - {kind: ends.end_epoch}
   - {kind: noether.core.callbacks.CheckpointCallback, every_n_epochs: 1, save_weights: true, save_optim: true}
+  - {kind: ends.start}
 """
 
 E1, U6, U7, END = "E1_U4_S16", "E1_U6_S24", "E1_U7_S28", "E3_U12_S48"
@@ -277,3 +284,22 @@ def test_a_run_whose_directory_is_gone_ends_with_a_message(folder, tmp_path):
     assert done.stderr.startswith("Error: ")
     assert "resume with" not in done.stderr
     assert not list((tmp_path / "ends").iterdir())
+
+
+def test_a_callback_that_fails_where_a_run_resumes_changes_nothing(folder, uncut, tmp_path):
+    done = run_process(folder, "signal SIGINT", words(tmp_path))
+    assert done.returncode == 130
+    run = only_run(tmp_path / "ends")
+    before = contents(run)
+    resume = ["train", "--resume", run, "--set", "trainer.max_epochs=4"]
+    done = run_process(folder, "start", resume)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "Error: IndexError: a bug, raised by the callback 'start' at E1_U7_S28, BeforeTraining",
+        f"the run is as it was; the traceback is in {run / 'traceback.txt'}",
+        f"resume with: noether train --resume {run}",
+    ]
+    (run / "traceback.txt").unlink()
+    assert contents(run) == before
+    invoke("train", "--resume", run, cwd=folder)
+    check_equal(run, uncut)

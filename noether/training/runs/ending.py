@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
 from noether.core.effect import SetSummary
+from noether.core.errors import NoetherError
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.path_checks import RunMovedError
-from noether.effects.run_ending import record_failure, save_at_end, save_interrupted
+from noether.effects.run_ending import TRACEBACK_FILE, record_failure, save_at_end, save_interrupted, write_traceback
 from noether.training.error_locations import describe_error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from noether.core.event import Event
@@ -46,6 +48,29 @@ def failure_of(error: BaseException) -> Failure | None:
     """Return what a run left behind that `error` ended; None if no run was ended by it."""
     failure: Failure | None = vars(error).get(_FAILURE)
     return failure
+
+
+@contextmanager
+def record_refusal(directory: RunDirectory, state: TrainState) -> Iterator[None]:
+    """Record an exception that a callback raises in the block, before a resumed run changes anything.
+
+    An error of noether itself says what to do, and is left as it is.
+
+    Args:
+        directory: The open directory of the run.
+        state: The state from which the run would continue.
+    """
+    try:
+        yield
+    except NoetherError:
+        raise
+    except Exception as error:
+        outcome = "the run is as it was"
+        with suppress(OSError):
+            write_traceback(error, directory, state)
+            outcome += f"; the traceback is in {directory.path / TRACEBACK_FILE}"
+        vars(error)[_FAILURE] = Failure(directory.path, tuple(getattr(error, "__notes__", ())), (outcome,))
+        raise
 
 
 @final

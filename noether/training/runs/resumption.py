@@ -22,6 +22,7 @@ from noether.effects.disk.files import replace_text
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
 from noether.training.runs.directories import find_run, load_run_config, move_run, target_directory
+from noether.training.runs.ending import record_refusal
 from noether.training.runs.execution import TrainedRun, execute, write_ending
 from noether.training.runs.services import check_services, open_directory
 from noether.training.runs.stops import clear_stop
@@ -80,14 +81,14 @@ def resume_run(
         saved = _load_newest(directory, allow)
         experiment = build(config, run_id=directory.run_id, fresh=saved is None)
         # All that can be refused is refused here, before anything is written.
-        state, notes = _adapt(saved, old, experiment, run_dir, drop_memory, continue_stopped=continue_stopped)
+        state, notes = _adapt(saved, old, experiment, directory, drop_memory, continue_stopped=continue_stopped)
         if target == run_dir:
             return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
     move_run(run_dir, target, old, config)
     notify(f"{run_dir} moved to {target}")
     with open_directory(target, config) as directory:
         saved = directory.load()  # again: the directory was unlocked for a moment
-        state, notes = _adapt(saved, old, experiment, target, drop_memory, continue_stopped=continue_stopped)
+        state, notes = _adapt(saved, old, experiment, directory, drop_memory, continue_stopped=continue_stopped)
         return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
 
 
@@ -95,7 +96,7 @@ def _adapt(
     saved: TrainState | None,
     old: Config,
     experiment: Experiment,
-    run_dir: Path,
+    directory: RunDirectory,
     drop_memory: Sequence[str],
     *,
     continue_stopped: bool,
@@ -103,9 +104,10 @@ def _adapt(
     """Return the state in which the run continues, and lines for the user."""
     if saved is None:
         return None, []
-    state = _check_lengths(_drop_memory(experiment.to_device(saved), drop_memory), experiment, run_dir)
+    state = _check_lengths(_drop_memory(experiment.to_device(saved), drop_memory), experiment, directory.path)
     state, notes = clear_stop(state, old, experiment, continue_stopped=continue_stopped)
-    _try_start(state, experiment)
+    with record_refusal(directory, state):
+        _try_start(state, experiment)
     return state, [*notes, *describe_jumps(state, old, experiment)]
 
 
