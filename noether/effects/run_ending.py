@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from noether.core.effect import SaveCheckpoint
-from noether.core.event import AfterUpdate
+from noether.core.event import AfterTraining, AfterUpdate
 from noether.core.reducer import remaining_effects
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.listing import CheckpointError
@@ -33,6 +33,24 @@ def save_at_end(state: TrainState) -> SaveCheckpoint:
         'E0_U1_S4.end'
     """
     return SaveCheckpoint(tag=f"{state.iteration}.end", pointers=("latest",), retention=FrozenDict(end=1))
+
+
+def save_end(directory: RunDirectory, interpret: Interpret, state: TrainState, event: AfterTraining) -> None:
+    """Save the end of a run unless a checkpoint holds it; return when this is on the disk.
+
+    Args:
+        directory: The run on disk.
+        interpret: Runs the request.
+        state: The state at the end.
+        event: The event with which it ended.
+
+    Raises:
+        CheckpointError: If this checkpoint, or an earlier one in the background, cannot be written.
+    """
+    directory.wait()
+    if not directory.checkpoints.holds(state):
+        interpret((save_at_end(state),), state, event)
+        directory.wait()
 
 
 def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_s: float) -> None:

@@ -12,7 +12,7 @@ from noether.core.pending import take_pending
 from noether.core.run import Run
 from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.run_ending import save_at_end
+from noether.effects.run_ending import save_end
 from noether.session.errors import SessionError
 from noether.session.lengths import (
     Contradiction,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
-    from noether.effects import RunDirectory
 
 _LOGGER: Final = logging.getLogger(__name__)
 
@@ -195,17 +194,11 @@ class SessionEvents(SessionState):
             self._dispatch(self._state.replace(ended=True), AfterTraining)
         if self._directory is not None:
             self._directory.wait()
-            if self.resumes_within_epochs:
-                self._save_end(self._directory)
+            if self.resumes_within_epochs and self._directory.is_open and self.run.rank == 0:
+                # Where a framework has the loop, it saves what it wants.
+                event = AfterTraining(run=self.run, time_s=self._clock.wall_s())
+                save_end(self._directory, self._directory.interpreter, self._live.view(self._state), event)
         self.close()
-
-    def _save_end(self, directory: RunDirectory) -> None:
-        """Save the end of the run, if no callback did; where a framework has the loop, it saves what it wants."""
-        state = self._live.view(self._state)
-        if self.run.rank == 0 and directory.is_open and not directory.checkpoints.holds(state):
-            event = AfterTraining(run=self.run, time_s=self._clock.wall_s())
-            directory.interpreter((save_at_end(state),), state, event)
-            directory.wait()
 
     def check_scheduler_position(self) -> None:
         """Refuse a scheduler that was stepped after `update`, where no checkpoint sees it.

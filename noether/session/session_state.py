@@ -187,7 +187,7 @@ class SessionState:
             try:
                 save_interrupted(self._directory, settled, self.run, self._clock.wall_s())
             except CheckpointError as error:  # raised here, it would hide why the loop is left
-                _LOGGER.error("left at %s, which could not be saved: %s", settled.iteration, error)  # noqa: TRY400  # no traceback
+                _LOGGER.error("the loop ended at %s, which could not be saved: %s", settled.iteration, error)  # noqa: TRY400  # no traceback
                 return
             _LOGGER.info(
                 "the loop ended at %s, before the run, which is saved without AfterTraining; a new session in %s "

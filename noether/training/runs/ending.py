@@ -12,7 +12,7 @@ from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.path_checks import RunMovedError
-from noether.effects.run_ending import TRACEBACK_FILE, record_failure, save_at_end, save_interrupted, write_traceback
+from noether.effects.run_ending import TRACEBACK_FILE, record_failure, save_end, save_interrupted, write_traceback
 from noether.training.error_locations import describe_error
 
 if TYPE_CHECKING:
@@ -97,15 +97,11 @@ class Ending:
             CheckpointError: If this checkpoint, or an earlier one in the background, cannot be written.
         """
         self.directory.wait()
-        finished = next_move(state, self.run) is Move.NOTHING
-        if self.directory.checkpoints.holds(state) or (finished and not self.at_end):
-            return
         event = AfterTraining(run=self.run)
-        if finished:
-            self.interpret((save_at_end(state),), state, event)
-            self.directory.wait()  # the run ends when its last checkpoint is on the disk
-        else:
+        if next_move(state, self.run) is not Move.NOTHING:
             save_interrupted(self.directory, state, self.run, event.time_s)
+        elif self.at_end:
+            save_end(self.directory, self.interpret, state, event)
 
     def fail(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event) -> None:
         """Save the settled state after an exception, and attach to the exception what the run left behind.
