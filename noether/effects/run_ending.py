@@ -94,9 +94,11 @@ def record_failure(
         logs: Runs the effects that write logs.
     """
     state, event = at
-    if settled is None:
+    if (settled or state).iteration.update == 0:
+        error.add_note("no update was made: a resumed run begins at update 0")
+    elif settled is None:
         error.add_note(f"no state at {state.iteration} could be saved from which a run continues exactly")
-    elif settled.iteration.update > 0:
+    else:
         try:
             save_interrupted(directory, settled, event.run, event.time_s)
         except Exception as failure:  # noqa: BLE001  # the first error is the one to report

@@ -56,7 +56,7 @@ def test_an_update_that_was_not_completed_has_no_state_to_save(tmp_path):
             record_failure(error, directory, None, (state, AfterEpoch()), directory.interpreter)
         assert directory.load() is None
     assert error.__notes__[::2] == [
-        "no state at E0_U0_S0 could be saved from which a run continues exactly",
+        "no update was made: a resumed run begins at update 0",
         "no state at E0_U1_S4 could be saved from which a run continues exactly",
     ]
 
