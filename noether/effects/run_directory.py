@@ -314,7 +314,7 @@ class RunDirectory:
         except NoetherError as close_error:
             if error is None:
                 raise
-            if str(error) != str(close_error):
+            if str(close_error) not in "\n".join([str(error), *getattr(error, "__notes__", ())]):
                 _LOGGER.error("%s", close_error)  # noqa: TRY400  # the run's own error has the traceback
 
 

@@ -278,10 +278,11 @@ def test_a_run_whose_output_is_gone_loses_nothing(folder, uncut, tmp_path, make_
 
 
 def test_a_run_whose_directory_is_gone_ends_with_a_message(folder, tmp_path):
-    done = run_process(folder, "gone", words(tmp_path))
+    done = run_process(folder, "gone", words(tmp_path, SAVES_AT_ONCE))  # nothing else removes files meanwhile
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("is no longer what this run opened") == 2  # the error, and why nothing is saved
     assert "resume with" not in done.stderr
     assert not list((tmp_path / "ends").iterdir())
 
