@@ -32,13 +32,13 @@ def test_the_whole_plan_in_a_separate_process(small):
     assert " ".join(rows[0]) == "callback first last firings written kept of each in all evaluations samples"
     assert rows[1] == ["ProgressCallback/U10", "U10", "U70", "7"]
     assert rows[3] == ["EvaluateCallback/E1/val", "E1", "E2", "2", "2", "592"]
-    assert rows[5][:6] == ["CheckpointCallback/E1", "E1", "end", "3", "3", "3"]
+    assert rows[5][:6] == ["CheckpointCallback/E1", "E1", "end", "3", "2", "2"]
     assert rows[6][:8] == ["BestCheckpointCallback/E1/val/accuracy", "E1", "E2", "2", "<=", "2", "<=", "1"]
-    assert rows[7][:5] == ["together", "3", "3", "to", "4"]
+    assert rows[7][:5] == ["together", "2", "2", "to", "3"]
     assert [line.split()[0] for line in timeline.splitlines()[:6]] == [row[0] for row in rows[1:7]]
     assert [line.split() for line in timeline.splitlines()[6:]] == [["E0", "E1", "E2"], ["U0", "U38", "U76"]]
     assert ending.startswith(
-        "checkpoints: 59.4 kB to 79.2 kB at the end, 119 kB at most at any time, excluding metadata "
+        "checkpoints: 39.6 kB to 59.4 kB at the end, 99 kB at most at any time, excluding metadata "
     )
     assert contents(small) == before
 
@@ -56,9 +56,9 @@ def test_json_has_stable_keys(small):
         "name": "CheckpointCallback/E1", "path": "callbacks[3]", "when": "E1", "firings": 3}  # fmt: skip
     assert checkpoint["last"] == {
         "event": "AfterTraining", "epoch": 2, "update": 76, "sample": 2410, "iteration": "E2_U76_S2410"}  # fmt: skip
-    assert checkpoint["checkpoints"]["written"] == {"at_least": 3, "at_most": 3}
+    assert checkpoint["checkpoints"]["written"] == {"at_least": 2, "at_most": 2}  # epoch 2 is the end
     (each,) = checkpoint["checkpoints"]["each_bytes"]
-    assert checkpoint["checkpoints"]["written_bytes"] == {"at_least": 3 * each, "at_most": 3 * each}
+    assert checkpoint["checkpoints"]["written_bytes"] == {"at_least": 2 * each, "at_most": 2 * each}
     assert plan["callbacks"][2]["evaluations"] == {"dataset": "val", "weights": None, "count": 2, "samples": 592}
 
 
@@ -118,13 +118,17 @@ def test_the_example_configurations(name, tmp_path):
     where = [word for key in ("train", "val", "test") for word in ("--set", f"data.{key}.cache=cache")]
     plan = plan_json(tmp_path, *(cache + where if name == "heat" else ()), config=ROOT / f"configs/{name}.yaml")
     assert all(each["firings"] for each in plan["callbacks"])
-    unsaved = "callbacks: no callback saves the weights; add noether.core.callbacks.CheckpointCallback"
+    unsaved = (
+        "callbacks: no callback saves checkpoints, so a run that is killed starts again; add "
+        "noether.core.callbacks.CheckpointCallback"
+    )
     assert [warning.partition(": ")[2] for warning in plan["warnings"]] == [unsaved] * (name == "seed")
 
 
 SAVING = SMALL[SMALL.index("  - kind: noether.core.callbacks.CheckpointCallback") :]
 BEST = SAVING[SAVING.index("  - kind: noether.core.callbacks.BestCheckpointCallback") :]
 END = "the run ends at E2_U76_S2410"
+NOT_AT_END = ("trainer:\n", "trainer:\n  checkpoints: {at_end: false}\n")
 
 # Changes of SMALL, and the warning that they cause.
 WARNED = {
@@ -161,23 +165,23 @@ WARNED = {
         ),
     ),
     "last weights saved only if a metric is good": (
-        [(SAVING, BEST)],
+        [(SAVING, BEST), NOT_AT_END],
         (
-            ":34: callbacks[3]: a metric decides whether weights are saved, so the last ones may be lost; "
+            ":35: callbacks[3]: a metric decides whether weights are saved, so the last ones may be lost; "
             "add noether.core.callbacks.CheckpointCallback"
         ),
     ),
     "last weights not saved": (
-        [(SAVING, "  - kind: saver.save\n    every_n_updates: 30\n")],
+        [(SAVING, "  - kind: saver.save\n    every_n_updates: 30\n"), NOT_AT_END],
         (
-            ":34: callbacks[3]: save saves last at E1_U60_S1909; the 16 updates up to the end at E2_U76_S2410 are "
+            ":35: callbacks[3]: save saves last at E1_U60_S1909; the 16 updates up to the end at E2_U76_S2410 are "
             "lost; write at_end: true, or add noether.core.callbacks.CheckpointCallback"
         ),
     ),
     "only the initial weights saved": (
-        [(SAVING, "  - kind: saver.begin\n")],
+        [(SAVING, "  - kind: saver.begin\n"), NOT_AT_END],
         (
-            ":34: callbacks[3]: begin saves last at E0_U0_S0; the 76 updates up to the end at E2_U76_S2410 are "
+            ":35: callbacks[3]: begin saves last at E0_U0_S0; the 76 updates up to the end at E2_U76_S2410 are "
             "lost; write at_end: true, or add noether.core.callbacks.CheckpointCallback"
         ),
     ),
@@ -285,7 +289,9 @@ def test_a_plan_without_callbacks(small):
     emptied = ["--set", "callbacks=[]", "--set", "trainer.evaluate=null"]
     output = invoke("plan", "small.yaml", *emptied, "--png", "plan.png", cwd=small)
     (warning,) = (line for line in output.splitlines() if "Warning" in line)
-    assert warning.startswith("Warning: --set callbacks=[]: callbacks: no callback saves the weights; add ")
+    assert warning.startswith(
+        "Warning: --set callbacks=[]: callbacks: no callback saves checkpoints, so a run that is "
+    )
     assert (small / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 

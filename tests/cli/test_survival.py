@@ -298,6 +298,7 @@ def test_on_a_full_disk_with_warn_training_continues_and_counts_losses(phases, t
     assert sum("metrics.jsonl failed and may have lost log entries" in line for line in messages) == 1
     assert sum("; training continues without it" in line for line in messages) == 1
     assert [name for name in found["saved"] if name.startswith(("E", "."))] == [
+        ".ended",
         "E1_U15_S60",
         "E3_U45_S180",
     ]

@@ -223,6 +223,7 @@ def test_nonfinite_raise_ends_the_run_with_a_message(folder):
             "(and 5 more); nothing was applied. Lower the learning rate, clip gradients, or skip such updates with "
             "trainer.nonfinite: skip, in update 1"
         ),
+        "no update was made: a resumed run begins at update 0",
         f"the traceback is in {run.relative_to(folder) / 'traceback.txt'}",
         f"resume with: noether train --resume {run.relative_to(folder)}",
     ]
@@ -264,10 +265,12 @@ def test_the_installed_script_finds_modules_in_the_working_directory(folder):
 def test_an_effect_without_a_handler_is_named(folder):
     output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=1)
     handled = "LogText, LogScalars, SetSummary, SaveTensors, ShowProgress, SaveCheckpoint, MeasurePeakMemory"
-    assert output.splitlines()[-1] == (
+    (error,) = (line for line in output.splitlines() if line.startswith("Error: "))
+    assert error.startswith(
         "Error: no handler for the effect Ring; add one with interpreter.with_handlers(Ring, handler). "
         f"Handled: {handled}"
     )
+    assert output.splitlines()[-1].startswith("resume with: noether train --resume ")
 
 
 def test_the_digits_are_learned(tmp_path):
