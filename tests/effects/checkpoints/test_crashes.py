@@ -12,6 +12,7 @@ from noether import AfterUpdate, LogScalars, SaveCheckpoint
 from noether.effects import CheckpointError, CheckpointStore, LogError
 from noether.effects.checkpoints import writer
 from noether.effects.checkpoints.listing import list_checkpoints
+from noether.effects.checkpoints.manifest import Manifest
 from noether.effects.disk.calls import Disk
 from noether.effects.disk.files import TEMPORARY_PREFIX, remove_tree, write_new_file
 from noether.effects.logs.buffers import discard_all_buffers
@@ -227,12 +228,15 @@ def test_no_fault_loses_a_buffered_line_without_counting_it(tmp_path, kind):
     assert number >= 50
 
 
-STEPS = {name: getattr(CheckpointStore, name) for name in ("_write", "_commit", "_move_pointers", "_prune")}
+STEPS = ("_write", "_commit", "move", "prune")
 
 
-def settle(manifests, written):
-    """Return a dict of manifests with the draft of a checkpoint replaced by what was written, once it is."""
-    return {key: written if written and each.tag == written.tag else each for key, each in manifests.items()}
+def settle(value, written):
+    """Return `value` with the draft of a checkpoint replaced by what was written, also in a dict of manifests."""
+    if isinstance(value, dict):
+        return {key: settle(each, written) for key, each in value.items()}
+    is_draft = written is not None and isinstance(value, Manifest) and value.tag == written.tag
+    return written if is_draft else value
 
 
 def save_in_order(*order):
@@ -240,25 +244,28 @@ def save_in_order(*order):
     save = CheckpointStore.save
 
     def save_out_of_order(store, *arguments):
+        pointers, pruner = store._pointers, store._pruner  # noqa: SLF001  # their steps are deferred, too
+        owners = dict(zip(STEPS, (store, store, pointers, pruner), strict=True))
+        steps = {name: getattr(owner, name) for name, owner in owners.items()}
         calls = {}
 
         def defer(name):
-            def step(manifest, *others):
-                calls[name] = (manifest, others)
-                return manifest
+            def step(first, *others, **named):
+                calls[name] = ([first, *others], named)
+                return first
 
             return step
 
-        for name in STEPS:
-            setattr(store, name, defer(name))
+        for name, owner in owners.items():
+            setattr(owner, name, defer(name))
         save(store, *arguments)
-        for name in STEPS:
-            delattr(store, name)
+        for name, owner in owners.items():
+            delattr(owner, name)
         written = None
         for name in order:
-            manifest, others = calls[name]
-            others = [settle(each, written) if isinstance(each, dict) else each for each in others]
-            result = STEPS[name](store, written or manifest, *others)
+            positional, named = calls[name]
+            named = {key: settle(each, written) for key, each in named.items()}
+            result = steps[name](*(settle(each, written) for each in positional), **named)
             written = result if name == "_write" else written
 
     return save_out_of_order
@@ -285,12 +292,12 @@ MUTANTS = {
     ),
     "no fsync of the parent": ((), lambda path, kind: path.name == "checkpoints"),
     "pointers before the commit": (
-        (CheckpointStore, "save", save_in_order("_write", "_move_pointers", "_commit", "_prune")),
+        (CheckpointStore, "save", save_in_order("_write", "move", "_commit", "prune")),
         None,
     ),
-    "prune first": ((CheckpointStore, "save", save_in_order("_prune", "_write", "_commit", "_move_pointers")), None),
+    "prune first": ((CheckpointStore, "save", save_in_order("prune", "_write", "_commit", "move")), None),
     "prune before the pointers": (
-        (CheckpointStore, "save", save_in_order("_write", "_commit", "_prune", "_move_pointers")),
+        (CheckpointStore, "save", save_in_order("_write", "_commit", "prune", "move")),
         None,
     ),
     "written in place": ((writer.Writer, "_temporary", lambda self, tag: self._directory / tag), None),
