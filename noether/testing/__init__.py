@@ -4,9 +4,11 @@ A line here may touch whatever its test needs: temporary files, clocks and gener
 `pip install 'noether[testing]'`. Strategies are in `noether.testing.strategies`.
 """
 
+from noether.testing.agreement import check_rank_agreement
 from noether.testing.comparison import assert_same, differences, same
 from noether.testing.counterexamples import LawError
-from noether.testing.laws import check_composition, check_independent, check_rank_agreement, check_resumable
+from noether.testing.independence import check_independent
+from noether.testing.laws import check_composition, check_resumable
 from noether.testing.purity import ImpureError, call_purely, check_pure
 from noether.testing.schedule_laws import check_schedule
 from noether.testing.traces import DrivenRun, Reading, Trace, drive, effects_of

@@ -13,17 +13,17 @@ from noether.core.event import AfterAccumulationStep
 from noether.core.reducer import compose, identity
 from noether.effects.checkpoints.store import CheckpointStore
 from noether.effects.disk.calls import Disk, fsync
-from noether.testing.comparison import differences, same
+from noether.testing.comparison import differences
 from noether.testing.counterexamples import LawError, assert_law
 from noether.testing.metric_source import add_metric_source, metric_source
+from noether.testing.run_differences import compare_runs, event_text
 from noether.testing.strategies import cuts, runs
-from noether.testing.traces import DrivenRun, Trace, drive
+from noether.testing.traces import Trace, drive
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-    from noether.core.callback import Callback, Effects
-    from noether.core.effect import Effect
+    from noether.core.callback import Callback
     from noether.core.event import Event
     from noether.core.state import TrainState
 
@@ -72,9 +72,9 @@ def check_resumable(callback: Callback, *, traces: Traces = None, examples: int 
             resumed = drive(copy.deepcopy(complete), trace, state, resumed=True)
             violation = (
                 f"does not resume exactly; keep all memory in the state, with state.remember(...): cut after "
-                f"{_event_text(uncut, cut)}, the resumed run differs from the uncut one"
+                f"{event_text(uncut, cut)}, the resumed run differs from the uncut one"
             )
-            _compare_runs(callback, violation, resumed.since(1), uncut.since(cut + 1), trace)
+            compare_runs(callback, violation, resumed.since(1), uncut.since(cut + 1), trace)
             states, start = resumed.states, cut
 
     assert_law(law, uninterrupted, cuts(), examples=examples)
@@ -117,92 +117,9 @@ def check_composition(
         expected = drive(flat, trace)
         for text, grouped in groupings.items():
             violation = f"behave differently as {text} than as compose(a, b, c)"
-            _compare_runs(compose(a, b, c), violation, drive(grouped, trace), expected, trace)
+            compare_runs(compose(a, b, c), violation, drive(grouped, trace), expected, trace)
 
     assert_law(law, runs() if traces is None else traces, examples=examples)
-
-
-def check_independent(a: Callback, b: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
-    """Raise unless two callbacks give the same states and effects in either order.
-
-    Args:
-        a: One callback.
-        b: The other callback.
-        traces: The runs to try; None for all kinds.
-        examples: Largest number of runs to try, >= 1.
-
-    Raises:
-        LawError: With the simplest run in which their order matters, and the first difference.
-
-    Example:
-        >>> from noether import on
-        >>> from noether.core.event import AfterEpoch
-        >>> def scaling(change):
-        ...     @on(AfterEpoch)
-        ...     def scale(state, event):
-        ...         lr_scale = change(state.hyperparams["lr_scale"])
-        ...         return state.replace(hyperparams=state.hyperparams | {"lr_scale": lr_scale}), ()
-        ...     return scale
-        >>> check_independent(scaling(lambda scale: scale / 2), scaling(lambda scale: scale / 4))
-        >>> check_independent(scaling(lambda scale: scale / 2), scaling(lambda scale: scale + 1))
-        Traceback (most recent call last):
-        noether.testing.counterexamples.LawError: scale and scale depend on their order...
-    """
-    metrics = metric_source(compose(a, b))
-    listed, swapped = compose(metrics, a, b), compose(metrics, b, a)
-
-    def law(trace: Trace) -> None:
-        expected, found = drive(listed, trace), drive(swapped, trace)
-        reordered = found._replace(effects=tuple(map(_match_order, found.effects, expected.effects)))
-        violation = "depend on their order: the run differs with the second one first"
-        _compare_runs(compose(a, b), violation, reordered, expected, trace)
-
-    assert_law(law, runs() if traces is None else traces, examples=examples)
-
-
-def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
-    """Raise unless every rank of a distributed run makes the same decisions.
-
-    The ranks differ in their durations and in the losses and outputs of their accumulation steps. Decisions of a
-    callback are: where it stops, the params, buffers and hyperparams that it sets, which metrics it measured at which
-    iteration, and which checkpoints it requests. Ranks that disagree on one wait for each other forever, or train
-    different models.
-
-    Args:
-        callback: Any callback.
-        traces: The runs to try; None for all kinds.
-        examples: Largest number of runs to try, >= 1.
-
-    Raises:
-        LawError: With the simplest run in which two ranks disagree, and the first difference.
-
-    Example:
-        >>> from noether import AfterUpdate, on
-        >>> @on(AfterUpdate)
-        ... def impatient(state, event):
-        ...     return (state.request_stop("slow") if event.duration_s > 1 else state), ()
-        >>> check_rank_agreement(impatient)
-        Traceback (most recent call last):
-        noether.testing.counterexamples.LawError: impatient makes different decisions on different ranks...
-    """
-    complete = add_metric_source(callback)
-    violation = "makes different decisions on different ranks; decide from values that all ranks share: rank 1 differs"
-
-    def law(trace: Trace) -> None:
-        first, second = (_decisions(drive(complete, trace.on_rank(rank))) for rank in (0, 1))
-        _compare_runs(callback, violation, second, first, trace)
-
-    assert_law(law, runs() if traces is None else traces, examples=examples)
-
-
-def _decisions(run: DrivenRun) -> DrivenRun:
-    """Return a run with only those parts of its states and effects on which ranks have to agree."""
-    states = []
-    for state in run.states:
-        measured = {key: metric._replace(value=0.0) for key, metric in state.metrics.items()}
-        states.append(state.replace(metrics=measured, callback_states={}))
-    saves = (tuple(each for each in effects if isinstance(each, SaveCheckpoint)) for effects in run.effects)
-    return DrivenRun(run.events, tuple(states), tuple(saves))
 
 
 def _save_and_load(callback: Callback, state: TrainState, event: Event) -> TrainState:
@@ -219,44 +136,3 @@ def _save_and_load(callback: Callback, state: TrainState, event: Event) -> Train
         path, found, expected = difference
         raise LawError(f"{label_of(callback)}: state{path} was saved as {expected}, but loads as {found}")
     return loaded
-
-
-def _compare_runs(callback: Callback, violation: str, found: DrivenRun, expected: DrivenRun, trace: Trace) -> None:
-    """Raise a LawError with the first difference between two runs, if there is one."""
-    difference = _first_difference(found, expected)
-    if difference is not None:
-        labels = " and ".join(map(label_of, getattr(callback, "members", (callback,))))
-        raise LawError(f"{labels} {violation}\n  {difference}\n  in {trace}")
-
-
-def _first_difference(found: DrivenRun, expected: DrivenRun) -> str | None:
-    """Return the first event at which two runs differ, with the found and the expected value, or None."""
-    for number in range(min(len(found.events), len(expected.events))):
-        place = _event_text(expected, number)
-        if type(found.events[number]) is not type(expected.events[number]):
-            return f"at {place}: the event is {_event_text(found, number)}"
-        for name, ours, theirs in (
-            ("state", found.states[number], expected.states[number]),
-            ("effects", found.effects[number], expected.effects[number]),
-        ):
-            for path, one, other in differences(ours, theirs):
-                return f"at {place}: {name}{path} is {one}, expected {other}"
-    if len(found.events) != len(expected.events):
-        return f"the run has {len(found.events)} events, expected {len(expected.events)}"
-    return None
-
-
-def _event_text(driven: DrivenRun, number: int) -> str:
-    return f"{type(driven.events[number]).__name__} {driven.states[number].iteration}"
-
-
-def _match_order(effects: Effects, others: Effects) -> Effects:
-    """Return `effects` in the order of the equal effects in `others`; effects without an equal come last."""
-    unmatched = list(effects)
-    ordered: list[Effect] = []
-    for other in others:
-        match = next((each for each in unmatched if same(each, other)), None)
-        if match is not None:
-            unmatched = [each for each in unmatched if each is not match]
-            ordered.append(match)
-    return (*ordered, *unmatched)

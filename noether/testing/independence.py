@@ -1,0 +1,73 @@
+"""The law that two callbacks give the same run in either order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from noether.core.reducer import compose
+from noether.testing.comparison import same
+from noether.testing.counterexamples import assert_law
+from noether.testing.metric_source import metric_source
+from noether.testing.run_differences import compare_runs
+from noether.testing.strategies import runs
+from noether.testing.traces import Trace, drive
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
+
+    Traces = SearchStrategy[Trace] | None
+
+_EXAMPLES: Final = 100
+
+
+def check_independent(a: Callback, b: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
+    """Raise unless two callbacks give the same states and effects in either order.
+
+    Args:
+        a: One callback.
+        b: The other callback.
+        traces: The runs to try; None for all kinds.
+        examples: Largest number of runs to try, >= 1.
+
+    Raises:
+        LawError: With the simplest run in which their order matters, and the first difference.
+
+    Example:
+        >>> from noether import on
+        >>> from noether.core.event import AfterEpoch
+        >>> def scaling(change):
+        ...     @on(AfterEpoch)
+        ...     def scale(state, event):
+        ...         lr_scale = change(state.hyperparams["lr_scale"])
+        ...         return state.replace(hyperparams=state.hyperparams | {"lr_scale": lr_scale}), ()
+        ...     return scale
+        >>> check_independent(scaling(lambda scale: scale / 2), scaling(lambda scale: scale / 4))
+        >>> check_independent(scaling(lambda scale: scale / 2), scaling(lambda scale: scale + 1))
+        Traceback (most recent call last):
+        noether.testing.counterexamples.LawError: scale and scale depend on their order...
+    """
+    metrics = metric_source(compose(a, b))
+    listed, swapped = compose(metrics, a, b), compose(metrics, b, a)
+
+    def law(trace: Trace) -> None:
+        expected, found = drive(listed, trace), drive(swapped, trace)
+        reordered = found._replace(effects=tuple(map(_match_order, found.effects, expected.effects)))
+        violation = "depend on their order: the run differs with the second one first"
+        compare_runs(compose(a, b), violation, reordered, expected, trace)
+
+    assert_law(law, runs() if traces is None else traces, examples=examples)
+
+
+def _match_order(effects: Effects, others: Effects) -> Effects:
+    """Return `effects` in the order of the equal effects in `others`; effects without an equal come last."""
+    unmatched = list(effects)
+    ordered: list[Effect] = []
+    for other in others:
+        match = next((each for each in unmatched if same(each, other)), None)
+        if match is not None:
+            unmatched = [each for each in unmatched if each is not match]
+            ordered.append(match)
+    return (*ordered, *unmatched)
