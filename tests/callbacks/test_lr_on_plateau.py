@@ -77,7 +77,7 @@ def test_scales_computed_by_hand(given, values, scales):
 def test_a_reduction_is_reported():
     _, _, requests = go(reduce(min_scale=0.2), [NAN, NAN, 0.123456789, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
     assert [effects for effects in requests if effects] == [
-        (LogText("learning rate times 0.5: loss/val/total has not been a number for 2 firings"),),
+        (LogText("learning rate times 0.5: loss/val/total has not been finite for 2 firings"),),
         (LogText("learning rate times 0.5: loss/val/total has not been lower than 0.123457 for 2 firings"),),
         (LogText("learning rate times 0.8: loss/val/total has not been lower than 0.123457 for 2 firings"),),
     ]  # at min_scale nothing more is reported
@@ -116,8 +116,8 @@ VALUES = st.lists(st.one_of(st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.5, NAN, INF, 
     ),
 )
 def test_it_decides_as_the_scheduler_of_torch(values, mode, given):
-    # torch starts from the worst infinity, which is thus no improvement there; no run here starts with it.
-    values = [value for value in values if value != (INF if mode == "lower" else -INF)]
+    # For torch, an infinite value in the better direction is the best for ever.
+    values = [value for value in values if value != (-INF if mode == "lower" else INF)]
     base = 0.25  # a power of two: multiplying by it is exact
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=base)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -158,7 +158,7 @@ def test_it_acts_only_at_its_interval_on_a_current_value():
 
 def test_updates_that_are_not_finite_do_not_count():
     guard = NanGuardCallback(every_n_epochs=1, tolerance=9)
-    measure = callback("measure", produces=(KEY,))(on(AfterEpoch)(lambda s, e: log(s, e, {KEY: -INF})))
+    measure = callback("measure", produces=(KEY,))(on(AfterEpoch)(lambda s, e: log(s, e, {KEY: 0.5})))
     reducer = compose(guard, measure, reduce())
     state, _ = reducer(TrainState(), BeforeTraining())
     for finite, scale in ((False, 1.0), (True, 1.0), (False, 1.0), (True, 1.0), (False, 1.0), (True, 0.5)):

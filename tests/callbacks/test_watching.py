@@ -1,6 +1,7 @@
 """The callbacks that watch one metric: best value, best checkpoint, early stopping."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -61,12 +62,15 @@ def go(callback, values, state=None, key="val/accuracy"):
         (NAN, None, "higher", False),
         (NAN, 0.5, "lower", False),
         (0.5, 0.0, "higher", True),
-        (INF, 0.5, "higher", True),
+        (INF, 0.5, "higher", False),
+        (INF, None, "higher", False),
         (INF, INF, "higher", False),
-        (-INF, None, "higher", True),
+        (-INF, None, "higher", False),
         (0.0, -INF, "higher", True),
-        (INF, None, "lower", True),
+        (0.0, INF, "higher", True),
+        (INF, None, "lower", False),
         (0.0, INF, "lower", True),
+        (0.0, -INF, "lower", True),
         (-INF, -INF, "lower", False),
         (-0.0, 0.0, "lower", False),
     ],
@@ -125,9 +129,9 @@ def test_best_metric_computed_by_hand():
 def test_best_is_the_first_extreme_of_the_numbers(values, mode):
     _, requests = go(watch(BestMetricCallback, mode=mode), values)
     for end, effects in enumerate(requests, start=1):
-        numbers = [value for value in values[:end] if not math.isnan(value)]
+        numbers = [value for value in values[:end] if math.isfinite(value)]
         if not numbers:
-            assert effects == ()
+            assert not any(isinstance(each, (LogScalars, SetSummary)) for each in effects)
             continue
         best = max(numbers) if mode == "higher" else min(numbers)
         assert effects[0].values == {"val/accuracy/best": best, "val/accuracy/best_update": values.index(best) + 1}
@@ -199,7 +203,7 @@ def index_of_stop(values, tolerance, mode="higher", min_delta=0.0, nan="count"):
         if math.isnan(value) and nan == "stop":
             return index
         sign = 1 if mode == "higher" else -1
-        better = not math.isnan(value) and (best is None or sign * value > sign * best + min_delta)
+        better = math.isfinite(value) and (best is None or sign * value > sign * best + min_delta)
         best, waited = (value, 0) if better else (best, waited + 1)
         if waited == tolerance:
             return index
@@ -222,7 +226,7 @@ def test_stopping_is_patience(values, tolerance, mode, min_delta, nan):
         ("stop", [0.5, 0.4], None),
         ("count", [0.5, NAN], None),
         ("count", [0.5, NAN, NAN], "val/accuracy has not been higher than 0.5 for 2 of 2 firings"),
-        ("count", [NAN, NAN], "val/accuracy has not been a number for 2 of 2 firings"),
+        ("count", [NAN, NAN], "val/accuracy has not been finite for 2 of 2 firings"),
         ("count", [NAN, 0.5], None),
     ],
 )
@@ -263,13 +267,21 @@ def test_a_tolerance_keeps_the_checkpoint_of_early_stopping(values, tolerances, 
     settings = {"mode": mode, "min_delta": min_delta}
     _, requests = go(watch(BestCheckpointCallback, tolerances=tuple(tolerances), **settings), values)
     pointed = {
-        pointer: epoch for epoch, saves in enumerate(requests, start=1) for save in saves for pointer in save.pointers
+        pointer: epoch
+        for epoch, effects in enumerate(requests, start=1)
+        for save in effects
+        if isinstance(save, SaveCheckpoint)
+        for pointer in save.pointers
     }
     for tolerance in tolerances:
         stopping = watch(MetricEarlyStopping, tolerance=tolerance, **settings)
         state, _ = go(stopping, values)
         _, alone = go(watch(BestCheckpointCallback, **settings), values[: state.iteration.epoch])
-        kept = [epoch for epoch, saves in enumerate(alone, start=1) if saves]
+        kept = [
+            epoch
+            for epoch, effects in enumerate(alone, start=1)
+            if any(isinstance(each, SaveCheckpoint) for each in effects)
+        ]
         assert pointed.get(f"best_model.val.accuracy.tolerance={tolerance}") == (kept[-1] if kept else None)
 
 
@@ -307,6 +319,46 @@ def test_two_callbacks_that_move_one_pointer_are_refused():
         pair(TrainState(), BeforeTraining())
 
 
+# --- values that are not finite
+
+
+WATCHING = [
+    (BestMetricCallback, {}),
+    (BestCheckpointCallback, {"tolerances": (1, 3)}),
+    (MetricEarlyStopping, {"tolerance": 30}),
+    (ReduceLROnPlateauCallback, {"tolerance": 3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), WATCHING)
+@given(values=VALUES, mode=MODES, saved_best=st.sampled_from([None, INF, -INF, NAN]))
+def test_the_best_of_all_values_is_the_best_of_the_finite_ones(kind, settings, values, mode, saved_best):
+    callback = watch(kind, mode=mode, **settings)
+    memory = {**callback.init(TrainState())[callback.name], "best": saved_best, "at": "E1_U1_S1"}
+    start = TrainState().remember(callback.name, memory)  # an infinite best of a run that an earlier version saved
+    finite = [value for value in values if math.isfinite(value)]
+    best = (max if mode == "higher" else min)(finite) if finite else saved_best
+    state, requests = go(callback, values, start)
+    assert repr(callback.memory(state)["best"]) == repr(best) or callback.memory(state)["best"] == best
+    saves = [value for value, effects in zip(values, requests, strict=True)
+             if any(isinstance(each, SaveCheckpoint) for each in effects)]  # fmt: skip
+    _, finite_requests = go(watch(kind, mode=mode, **settings), finite)
+    assert saves == [value for value, effects in zip(finite, finite_requests, strict=True)
+                     if any(isinstance(each, SaveCheckpoint) for each in effects)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "settings"), WATCHING)
+@pytest.mark.parametrize(("value", "mode", "is_reported"), [
+    (INF, "higher", True), (-INF, "lower", True), (-INF, "higher", False), (INF, "lower", False), (NAN, "lower", False),
+])  # fmt: skip
+def test_an_infinite_value_that_would_be_the_best_is_reported(kind, settings, value, mode, is_reported):
+    callback = watch(kind, mode=mode, **settings)
+    line = LogText(f"{callback.name}: val/accuracy is {value} at E2_U2_S2, which is never the best")
+    for values in ([0.5, value], [NAN, value]):
+        _, requests = go(callback, values)
+        assert [each for each in requests[1] if isinstance(each, LogText)] == [line] * is_reported
+
+
 # --- missing
 
 
@@ -337,10 +389,13 @@ def run_with_gaps(callback, values):
 
 def without_places(requests):
     """Return requests without the iterations that they name."""
-    return [
-        tuple({k: v for k, v in each.values.items() if "_" not in k} if hasattr(each, "values") else each for each in e)
-        for e in requests
-    ]
+
+    def strip(effect):
+        if isinstance(effect, LogText):
+            return re.sub(r" at E\d+_U\d+_S\d+", "", effect.text)
+        return {k: v for k, v in effect.values.items() if "_" not in k} if hasattr(effect, "values") else effect
+
+    return [tuple(map(strip, effects)) for effects in requests]
 
 
 @pytest.mark.parametrize(("kind", "more"), SKIPPING)

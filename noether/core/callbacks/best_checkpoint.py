@@ -23,8 +23,8 @@ class BestCheckpointCallback(MetricWatcher):
     """Saves a checkpoint whenever a metric improves; the pointer `best_model.{metric}` follows it (`/` becomes `.`).
 
     For each tolerance k, the pointer `best_model.{metric}.tolerance={k}` names the best checkpoint that a run with
-    early stopping after k firings would have had. Checkpoints that no pointer names are removed. List this callback
-    after the one that logs the metric.
+    early stopping after k firings would have had. Checkpoints that no pointer names are removed. Values that are not
+    finite never improve. List this callback after the one that logs the metric.
 
     Args:
         metric_key: The metric to watch, such as `val/accuracy`.
@@ -90,9 +90,10 @@ class BestCheckpointCallback(MetricWatcher):
         if value is None:
             return state, ()
         if not improves(value, memory["best"], self.direction, self.min_delta):
+            report = self.report_infinity(state, value)
             since = memory["since"] + 1
             longest = max(since, memory["longest"])
-            return state.remember(self.name, FrozenDict(best=memory["best"], since=since, longest=longest)), ()
+            return state.remember(self.name, FrozenDict(best=memory["best"], since=since, longest=longest)), report
         state = state.remember(self.name, FrozenDict(best=value, since=0, longest=memory["longest"]))
         # Early stopping would have ended a run whose longest wait reached its tolerance.
         running = [k for k in self.tolerances if memory["longest"] < k]

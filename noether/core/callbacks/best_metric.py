@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class BestMetricCallback(MetricWatcher):
     """Logs the best value of a metric so far as `{metric}/best`, and its update as `{metric}/best_update`.
 
-    The summary holds the best value and its iteration, such as `E10_U200_S800`. List this callback after the one that
-    logs the metric.
+    The summary holds the best value and its iteration, such as `E10_U200_S800`. A value that is not finite is never the
+    best. List this callback after the one that logs the metric.
 
     Args:
         metric_key: The metric to watch, such as `val/accuracy`.
@@ -83,15 +83,16 @@ class BestMetricCallback(MetricWatcher):
         if not is_nonfinite(state) and improves(value, memory["best"], self.direction):
             memory = FrozenDict(best=value, at=str(state.iteration), targets=self._targets(state))
             state = state.remember(self.name, memory)
+        report = self.report_infinity(state, value)
         if memory["best"] is None:
-            return state, ()
+            return state, report
         best_update = TrainingIteration.parse(memory["at"]).update
         best = {f"{self.metric_key}/best": memory["best"], f"{self.metric_key}/best_update": best_update}
         state, effects = log(state, event, {**best, **memory["targets"]})
         summary = SetSummary(
             FrozenDict({f"{self.metric_key}/best": memory["best"], f"{self.metric_key}/best_at": memory["at"]})
         )
-        return state, (*effects, summary)
+        return state, (*effects, summary, *report)
 
     def _targets(self, state: TrainState) -> FrozenDict:
         present = [key for key in self.optional_target_metric_keys if is_current(state, key)]

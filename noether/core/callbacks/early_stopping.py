@@ -34,7 +34,8 @@ class MetricEarlyStopping(MetricWatcher):
         mode: Whether `higher` or `lower` is better; None derives it from the key.
         missing: If the metric is not current at a firing: `raise` raises an error; `skip` counts it neither as an
             improvement nor towards `tolerance`.
-        nan: What a value of NaN does: `count` as no improvement, `stop` training, or `raise`.
+        nan: What a value of NaN does: `count` as no improvement, `stop` training, or `raise`. An infinite value always
+            counts as no improvement.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
@@ -96,16 +97,17 @@ class MetricEarlyStopping(MetricWatcher):
         state = state.remember(self.name, FrozenDict({**memory, "since": since}))
         reason = self._reason(value, memory["best"], since)
         # After training there is nothing to stop, and a stop in the state would end a later, longer run at once.
+        report = self.report_infinity(state, value)
         if reason is None or state.stop is not None or interval == "end":
-            return state, ()
-        return state.request_stop(reason), (LogText(f"stopping: {reason}"),)
+            return state, report
+        return state.request_stop(reason), (*report, LogText(f"stopping: {reason}"))
 
     def _reason(self, value: float, best: float | None, since: int) -> str | None:
         if math.isnan(value) and self.nan == "stop":
             return f"{self.metric_key} is NaN"
         if since < self.tolerance:
             return None
-        beyond = "a number" if best is None else f"{self.direction} than {best:.6g}"
+        beyond = "finite" if best is None else f"{self.direction} than {best:.6g}"
         return f"{self.metric_key} has not been {beyond} for {since} of {self.tolerance} firings"
 
 

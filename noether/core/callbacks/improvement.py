@@ -1,4 +1,4 @@
-"""Improvement of a metric: its direction, and comparisons in which NaN never improves."""
+"""Improvement of a metric: its direction, and comparisons in which only finite values improve."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.callback import OptionalKey, SkippableKey
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.effect import LogText
 from noether.core.errors import Problem, check_choice, is_number, suggest
 from noether.core.metrics import MetricError, current, is_current
 
@@ -57,15 +58,18 @@ def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
 
 
 def improves(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:
-    """Return whether `value` is better than `best` by more than `min_delta`; anything but NaN is better than None.
+    """Return whether `value` is better than `best` by more than `min_delta`; any finite value is better than None.
+
+    NaN and infinity never improve: no later value could be better than an infinite best, such as a ratio whose
+    denominator was zero. A `best` that is not finite counts as None.
 
     Example:
-        >>> improves(0.5, None, "higher"), improves(0.5, 0.5, "higher"), improves(float("nan"), None, "lower")
+        >>> improves(0.5, None, "higher"), improves(0.5, 0.5, "higher"), improves(float("inf"), None, "higher")
         (True, False, False)
     """
-    if math.isnan(value):
+    if not math.isfinite(value):
         return False
-    if best is None:
+    if best is None or not math.isfinite(best):
         return True
     return value > best + min_delta if mode == "higher" else value < best - min_delta
 
@@ -143,3 +147,9 @@ class MetricWatcher(PeriodicCallback):
             return current(state, key)
         except MetricError as error:
             raise MetricError(f"{error}; to leave out such firings of {self.name}, set missing: skip") from None
+
+    def report_infinity(self, state: TrainState, value: float) -> tuple[LogText, ...]:
+        """Return a line for the console if `value` is infinite in the better direction, where it is not the best."""
+        if value != (math.inf if self.direction == "higher" else -math.inf):
+            return ()
+        return (LogText(f"{self.name}: {self.metric_key} is {value} at {state.iteration}, which is never the best"),)

@@ -25,7 +25,7 @@ class ReduceLROnPlateauCallback(MetricWatcher):
     It changes `state.hyperparams["lr_scale"]`, by which the trainer and `noether.Session` multiply the learning rate
     that any scheduler sets. If you call `dispatch` yourself, write it into the optimizer afterwards with
     `state = state.into_module(model, optimizer)`. It decides as `torch.optim.lr_scheduler.ReduceLROnPlateau` with an
-    absolute threshold and a patience of `tolerance - 1`, except that an infinite first value counts as a best value.
+    absolute threshold and a patience of `tolerance - 1`, except that an infinite value never improves.
 
     Args:
         metric_key: The metric to watch, such as `val/accuracy`.
@@ -103,14 +103,15 @@ class ReduceLROnPlateauCallback(MetricWatcher):
         cooling = self.cooldown if reduces else max(0, memory["cooling"] - 1)
         memory = FrozenDict(best=best, since=0 if reduces else since, cooling=cooling)
         state = state.remember(self.name, memory)
-        return self._reduce(state, best) if reduces else (state, ())
+        state, effects = self._reduce(state, best) if reduces else (state, ())
+        return state, (*self.report_infinity(state, value), *effects)
 
     def _reduce(self, state: TrainState, best: float | None) -> tuple[TrainState, Effects]:
         before = state.hyperparams["lr_scale"]
         after = max(before * self.factor, self.min_scale)
         if after >= before:
             return state, ()
-        beyond = "a number" if best is None else f"{self.direction} than {best:.6g}"
+        beyond = "finite" if best is None else f"{self.direction} than {best:.6g}"
         reason = f"{self.metric_key} has not been {beyond} for {self.tolerance} firings"
         text = f"learning rate times {after / before:.6g}: {reason}"
         hyperparams = FrozenDict({**state.hyperparams, "lr_scale": after})
