@@ -4,46 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, final
-
-import torch
+from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callback import OptionalKey
 from noether.core.callbacks.dataset_results import Mean
+from noether.core.callbacks.metric_functions import METRICS, MetricFunction, mean_of_output
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metrics import is_current, log, patterns_containing
-from noether.core.tensors.batch import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+
     from noether.core.callback import Effects
     from noether.core.event import Event
     from noether.core.state import TrainState
-
-MetricFunction = Callable[[Any, Any], torch.Tensor]
-"""A pure function `(outputs, batch)` that returns one value per sample, `(batch,)`, or their mean, `()`."""
-
-
-def accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Return for each sample whether the target has the highest score.
-
-    Args:
-        outputs: Scores `(batch, classes)`.
-        batch: A batch with targets `(batch,)`, whole numbers in `[0, classes)`; see `target_of`.
-
-    Returns:
-        `(batch,)`, 1.0 or 0.0.
-
-    Example:
-        >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), (None, torch.tensor([1, 1])))
-        tensor([1., 0.])
-    """
-    return (outputs.argmax(dim=-1) == target_of(batch)).float()
-
-
-METRICS: Final[dict[str, MetricFunction]] = {"accuracy": accuracy}
 
 
 class _Evaluation(PeriodicDataIteratorCallback):
@@ -159,8 +136,8 @@ class MetricCallback(_Evaluation):
 
     Args:
         dataset_key: Name of the dataset to evaluate.
-        metric: `accuracy`, or a pure function of outputs and batch (in YAML its dotted path) that returns one value per
-            sample, `(batch,)`, or the mean over the batch, `()`.
+        metric: `accuracy`, `binary_accuracy`, or a pure function of outputs and batch (in YAML its dotted path) that
+            returns one value per sample, `(batch,)`, or the mean over the batch, `()`.
         batch_size: Samples per batch, >= 1; None for that of the trainer.
         weights: Name of the weights to evaluate, such as `ema=0.999`; None for those in training.
         every_n_epochs: Epochs between firings, >= 1.
@@ -268,4 +245,4 @@ def _mean_outputs(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:
             f"output_patterns_to_log needs a model that returns a dict; it returns {type(outputs).__name__}"
         )
     chosen = [name for name in outputs if any(pattern in name for pattern in patterns)]
-    return {f"metric/{name}": Mean(torch.as_tensor(outputs[name]).double().mean()) for name in chosen}
+    return {f"metric/{name}": Mean(mean_of_output(name, outputs[name])) for name in chosen}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 
+from noether.core.callbacks.metric_functions import mean_of_output, to_tensor
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, SaveTensors
 from noether.core.errors import OutputError, Problem, check_choice, suggest
@@ -139,9 +140,9 @@ class TrackOutputsCallback(PeriodicCallback):
         reduced: dict[str, FrozenDict] = {}
         for name in self._chosen_names(steps):
             values = [step[name] for step in steps]
-            reduced[name] = FrozenDict(sum=_mean(values, sizes) * samples, samples=samples)
-            if self.reduce == "last" and self.save_output and _to_tensor(values[0]).ndim:
-                reduced[name] = reduced[name] | {"whole": torch.cat(list(map(_to_tensor, values)))}
+            reduced[name] = FrozenDict(sum=_mean(name, values, sizes) * samples, samples=samples)
+            if self.reduce == "last" and self.save_output and to_tensor(values[0]).ndim:
+                reduced[name] = reduced[name] | {"whole": torch.cat(list(map(to_tensor, values)))}
         return FrozenDict(reduced)
 
     def _outputs_of_steps(self, event: AfterUpdate) -> Sequence[Mapping[str, Any]]:
@@ -175,15 +176,10 @@ def _add(totals: Mapping[str, Any], outputs: Mapping[str, Any]) -> FrozenDict:
     return FrozenDict({**totals, **outputs, **both})
 
 
-def _mean(values: Sequence[Any], sizes: Sequence[int]) -> torch.Tensor:
+def _mean(name: str, values: Sequence[Any], sizes: Sequence[int]) -> torch.Tensor:
     """Return the mean of an output over the samples of an update, from its values at each accumulation step."""
-    terms = [_to_tensor(value).double().mean() * (size / sum(sizes)) for value, size in zip(values, sizes, strict=True)]
+    terms = [mean_of_output(name, each) * (size / sum(sizes)) for each, size in zip(values, sizes, strict=True)]
     return torch.stack(terms).sum()
-
-
-def _to_tensor(value: Any) -> torch.Tensor:
-    dtype = torch.float64 if isinstance(value, float) else None
-    return torch.as_tensor(value, dtype=dtype).detach()
 
 
 TrackAdditionalOutputsCallback = TrackOutputsCallback
