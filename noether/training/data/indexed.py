@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch.utils.data import IterableDataset, Sampler
 
-from noether.session.randomness import derive, seed_torch
+from noether.session.randomness import derive, seed_all
 from noether.training.data.batches import Batching, move_batch
 from noether.training.data.loading import LoadedBatches
 
@@ -201,7 +201,7 @@ class EvaluationData:
         try:
             for index, batch in enumerate(batches):
                 # A model may draw random numbers in evaluation; they do not depend on which process loaded the batch.
-                seed_torch(derive(self._seed, "evaluation", index))
+                seed_all(derive(self._seed, "evaluation", index))
                 yield move_batch(batch, self._device)
         finally:
             batches.close()

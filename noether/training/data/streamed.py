@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.tensors.tree import clone_tensors, pack, unpack
-from noether.session.randomness import derive, seed_all, seed_torch
+from noether.session.randomness import derive, seed_all
 from noether.training.data.batches import Batching, collate, move_batch
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class StreamedEvaluationData:
             samples = list(islice(reading, self.batch_size))
             if not samples:
                 return
-            seed_torch(derive(self._seed, "evaluation", index))
+            seed_all(derive(self._seed, "evaluation", index))
             yield move_batch(collate(self._dataset, samples), self._device)
 
     def batched(self, batch_size: int) -> StreamedEvaluationData:

@@ -15,7 +15,7 @@ from noether.core.tensors.donation import DonatedTree
 from noether.core.tensors.forward import add_total
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict, map_tensors
-from noether.session.randomness import derive, seed_torch
+from noether.session.randomness import derive, seed_all
 from noether.training.step.accumulation import Accumulation, BackwardResult, drop_empty
 from noether.training.step.gradients import (
     all_finite,
@@ -163,8 +163,8 @@ class Step:
         return state, BackwardResult(accumulation.grads, losses, tuple(accumulation.outputs), buffers)
 
     def seed(self, state: TrainState) -> None:
-        """Seed the random numbers of the next update of `state`."""
-        seed_torch(derive(state.seed, "update", state.iteration.update, self.rank))
+        """Seed the random numbers of the next update of `state`: those of torch, numpy and `random`."""
+        seed_all(derive(state.seed, "update", state.iteration.update, self.rank))
 
     @torch.enable_grad()
     def find_unused(self, state: TrainState, batch: Any) -> list[str]:
