@@ -55,7 +55,7 @@ def set_pending(state: TrainState, event: AfterUpdate) -> TrainState:
 
 def _with_successors(name: str, memory: Any, updated: list[tuple[str, str]]) -> Any:
     """Return a memory with the trees that replaced its own in place; append the keys of those trees to `updated`."""
-    if not isinstance(memory, FrozenDict):
+    if type(memory) is not FrozenDict:
         return memory
     successors = {
         key: tree.successor

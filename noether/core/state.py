@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from noether.core.iteration import TrainingIteration
+from noether.core.state_pytree import register_state
 from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
 from noether.core.tensors.module import (
     BorrowedOptState,
@@ -71,6 +72,19 @@ class TrainState:
         >>> state = TrainState().advance(samples=4)
         >>> str(state.iteration), str(state.previous)
         ('E0_U1_S4', 'E0_U0_S0')
+
+        A state is a pytree whose leaves are its tensors, so `torch.func` takes it: here an ensemble as one state with
+        stacked tensors, and the loss of each member. States with the same counts, numbers and texts can be stacked.
+
+        >>> import torch
+        >>> from torch.func import functional_call, vmap
+        >>> from torch.utils import _pytree as pytree
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> members = [TrainState(params={"weight": torch.full((1, 2), value)}) for value in (1.0, 2.0, 3.0)]
+        >>> ensemble = pytree.tree_map(lambda *tensors: torch.stack(tensors), *members)
+        >>> batch = torch.ones(4, 2)
+        >>> vmap(lambda member: functional_call(model, member.params, batch).mean())(ensemble)
+        tensor([2., 4., 6.])
     """
 
     iteration: TrainingIteration = _START
@@ -242,3 +256,4 @@ def _freeze_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 _FIELD_NAMES: Final = tuple(each.name for each in dataclasses.fields(TrainState))
+register_state(TrainState, Measured)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
 from noether.core.errors import NoetherError
 from noether.core.tensors.torch_internals import storage_handle, storage_use_count
-from noether.core.tensors.tree import FrozenDict, map_leaves
+from noether.core.tensors.tree import FrozenDict, FrozenView, map_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from noether.core.state import TrainState
 
@@ -22,15 +21,18 @@ class DonatedError(NoetherError, RuntimeError):
 
 
 @final
-class DonatedTree(Mapping[str, Any]):
+class DonatedTree(FrozenView):
     """A tree whose tensors the next update may overwrite, as JAX donates buffers.
 
     Reading returns views. While a view is alive, the update copies the tensor before it writes, so a tensor that was
     read keeps its value. After `take`, reading raises an error.
 
+    It is a pytree: `torch.func` and `tree_map` take it as it is. What they return in its place has the same type, as
+    `torch.func.hessian` and others require, but is not donated: its owner is `NOT_DONATED`.
+
     Args:
         tree: Nested mappings of tensors and scalars.
-        owner: The object that may take the tree without copying.
+        owner: The object that may take the tree without copying; `NOT_DONATED` if no update may take it.
 
     Attributes:
         successor: The tree that replaced this one in place, once it is complete; None before.
@@ -60,6 +62,26 @@ class DonatedTree(Mapping[str, Any]):
         """Whether the tree was taken, so that it cannot be read here."""
         return self._tree is None
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readable_tree())
+
+    def __len__(self) -> int:
+        return len(self._readable_tree())
+
+    def __repr__(self) -> str:
+        return "DonatedTree(donated)" if self._tree is None else super().__repr__()
+
+    def tree_entries(self) -> dict[str, Any]:
+        """Return views of the entries that no transform of `torch.func` tracks, as `detach` inside of one would."""
+        if self.owner is NOT_DONATED:
+            return dict(self._readable_tree())
+        return {key: map_leaves(_view_untracked, entry) for key, entry in self._readable_tree().items()}
+
+    @classmethod
+    def from_entries(cls, entries: dict[str, Any]) -> DonatedTree:
+        """Return a tree of these entries that is not donated."""
+        return cls(entries, NOT_DONATED)
+
     def take(self) -> Mapping[str, Any]:
         """Return the tree for writing; it cannot be read here afterwards.
 
@@ -70,22 +92,8 @@ class DonatedTree(Mapping[str, Any]):
         return tree
 
     def __getitem__(self, key: str) -> Any:
-        return map_leaves(_view, self._readable_tree()[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readable_tree())
-
-    def __len__(self) -> int:
-        return len(self._readable_tree())
-
-    def __or__(self, other: Mapping[str, Any]) -> FrozenDict:
-        return FrozenDict({**self, **other})
-
-    def __repr__(self) -> str:
-        return "DonatedTree(donated)" if self._tree is None else f"DonatedTree({dict(self)})"
-
-    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
-        return FrozenDict, (dict(self),)  # a copy is not donated
+        entry = self._readable_tree()[key]
+        return entry if self.owner is NOT_DONATED else map_leaves(_view, entry)
 
     def _readable_tree(self) -> Mapping[str, Any]:
         if self._tree is None:
@@ -213,6 +221,12 @@ def _view(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
+def _view_untracked(leaf: Any) -> Any:
+    return leaf.data if isinstance(leaf, torch.Tensor) else leaf
+
+
+NOT_DONATED: Final = object()
+"""Owner of a tree that no update may take, such as the result of `tree_map` on a donated one."""
 ALREADY_UPDATED: Final = object()
 """Owner of a tree that the pending event updated in place before it was cut short: the callback leaves it as it is."""
 _OF_ONE_TENSOR: Final = 2

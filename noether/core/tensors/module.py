@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from noether.core.tensors.pytrees import register_mapping
 from noether.core.tensors.step_counters import counts_on_device, move_memory
 from noether.core.tensors.tree import (
     FrozenDict,
@@ -77,6 +78,9 @@ class BorrowedOptState(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return 2
+
+
+register_mapping(BorrowedOptState, dict, FrozenDict)
 
 
 @torch.no_grad()

@@ -85,6 +85,43 @@ def buffer_dicts(model: nn.Module) -> list[dict[str, Tensor | None]]:
     return [module._buffers for module in model.modules()]  # noqa: SLF001  # torch has no public dict
 
 
+def register_torch_pytree(
+    cls: type[Any],
+    flatten: Callable[[Any], tuple[Sequence[Any], Any, Sequence[Any]]],
+    unflatten: Callable[[Any, Iterable[Any]], Any],
+    *,
+    dump: Callable[[Any], Any],
+    load: Callable[[Any], Any],
+    has_fields: bool,
+) -> None:
+    """Register a class as a pytree of torch, which has no public name for its registry.
+
+    Args:
+        cls: The class; module and name identify it in serialized structures.
+        flatten: Returns `(children, context, keys of the children)` of an object.
+        unflatten: `(context, children) -> object`.
+        dump: Returns a context as JSON.
+        load: Returns the context that was dumped.
+        has_fields: Whether keys are names of attributes, and not what `object[key]` takes.
+    """
+    pytree: Any = torch.utils._pytree  # noqa: SLF001  # see above
+    key_type = pytree.GetAttrKey if has_fields else pytree.MappingKey
+
+    def flatten_with_keys(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        children, context, keys = flatten(tree)
+        return [(key_type(key), child) for key, child in zip(keys, children, strict=True)], context
+
+    pytree.register_pytree_node(
+        cls,
+        lambda tree: (list((flat := flatten(tree))[0]), flat[1]),
+        lambda children, context: unflatten(context, children),
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        to_dumpable_context=dump,
+        from_dumpable_context=load,
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+
+
 @cache
 def optimizer_attributes() -> frozenset[str]:
     """Return the names of the attributes that torch itself sets on every optimizer.
@@ -225,6 +262,27 @@ def _check_optimizer_attributes() -> None:
         _expect(vars(optimizer).keys() - constructed - optimizer_attributes(), set())
 
 
+class _Box:
+    """A container of one tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _check_pytrees() -> None:
+    pytree: Any = torch.utils._pytree  # noqa: SLF001  # as `register_torch_pytree`
+    if _Box not in pytree.SUPPORTED_NODES:
+        register_torch_pytree(
+            _Box, lambda box: ([box.tensor], (), ["tensor"]), lambda _, children: _Box(*children),
+            dump=list, load=tuple, has_fields=True,
+        )  # fmt: skip
+    box = _Box(torch.ones(3))
+    paths, structure = pytree.tree_flatten_with_path(box)
+    _expect([pytree.keystr(path) for path, _ in paths], [".tensor"])
+    _expect(pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure, expected=True)
+    _expect(torch.func.grad(lambda box: box.tensor.square().sum())(box).tensor.tolist(), [2.0, 2.0, 2.0])
+
+
 class _Scaling:
     """Multiplies by one number that a compiled call has to read again, and by one that it may treat as fixed."""
 
@@ -254,6 +312,7 @@ _CHECKS: Final = (
     _Check("buffer_dicts", "the step places buffers in the model", _check_buffer_dicts),
     _Check("foreach_add_, foreach_lerp, foreach_lerp_", "step counters of Adam, averages of weights", _check_foreach),
     _Check("fused_adam_, fused_adamw_", "updates of fused Adam and AdamW", _check_fused_adam),
+    _Check("register_torch_pytree", "torch.func and tree_map take states", _check_pytrees),
     _Check("optimizer_attributes", "memory that an optimizer class keeps on itself", _check_optimizer_attributes),
     _Check("compile_graph", "compiled updates", _check_compile_graph),
 )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, Never
 
 import torch
 
+from noether.core.tensors.pytrees import register_mapping
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -22,7 +24,8 @@ MAX_LEVELS: Final = 100
 class FrozenDict(dict[str, Any]):
     """An immutable dict; `|` returns a new one.
 
-    It is a dict, so code that reads dicts (`torch.func.functional_call`, `json`, `==`) reads it at full speed.
+    It is a dict, so code that reads dicts (`json`, `==`) reads it at full speed. It is a pytree like dict, so
+    `torch.func`, `torch.compile` and `tree_map` take it as it is; what they return in its place is frozen, too.
 
     Example:
         >>> params = FrozenDict(weight=1)
@@ -31,6 +34,14 @@ class FrozenDict(dict[str, Any]):
         >>> params["weight"] = 3
         Traceback (most recent call last):
         TypeError: a state is never written to: make a new one, e.g. state.replace(params=state.params | {...})
+
+        The gradient of the loss with respect to all parameters, by name:
+
+        >>> from torch.func import functional_call, grad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> params, batch = FrozenDict(weight=torch.tensor([[1.0, 2.0]])), torch.ones(1, 2)
+        >>> grad(lambda params: functional_call(model, params, batch).square().sum())(params)
+        FrozenDict({'weight': tensor([[6., 6.]])})
     """
 
     __slots__ = ()
@@ -38,7 +49,17 @@ class FrozenDict(dict[str, Any]):
     def _refuse(self, *_: object, **__: object) -> Never:
         raise TypeError("a state is never written to: make a new one, e.g. state.replace(params=state.params | {...})")
 
-    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = __ior__ = _refuse
+
+    def update(self, *entries: Any, **more: Any) -> None:
+        """Do nothing if every entry is here already, as `functional_call` writes back what it got; else raise.
+
+        Raises:
+            TypeError: If an entry is not the one that is here, such as a buffer that a module assigned.
+        """
+        for key, value in dict(*entries, **more).items():
+            if key not in self or not _is_same(self[key], value):
+                self._refuse()
 
     def __or__(self, other: Mapping[str, Any]) -> FrozenDict:  # type: ignore[override]  # dict returns a dict
         return FrozenDict({**self, **other})
@@ -51,6 +72,78 @@ class FrozenDict(dict[str, Any]):
 
     def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
         return FrozenDict, (dict(self),)
+
+
+class FrozenView(FrozenDict):
+    """The base of immutable mappings that read their entries elsewhere, at each access.
+
+    It is a dict, because `torch.func.functional_call` takes nothing else, and a pytree, in which a FrozenDict takes its
+    place. The dict itself is empty: subclasses define `__getitem__`, `__iter__` and `__len__`, and may define `items`,
+    `values` and `get` where these can be faster.
+
+    Example:
+        >>> class Live(FrozenView):
+        ...     def __init__(self, entries):
+        ...         self.entries = entries
+        ...     def __getitem__(self, key):
+        ...         return self.entries[key]
+        ...     def __iter__(self):
+        ...         return iter(self.entries)
+        ...     def __len__(self):
+        ...         return len(self.entries)
+        >>> entries = {"weight": 1}
+        >>> live = Live(entries)
+        >>> entries["weight"] = 2
+        >>> live, live == {"weight": 2}
+        (Live({'weight': 2}), True)
+    """
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # a type checker takes the signatures of dict
+        get, keys, items, values = Mapping.get, Mapping.keys, Mapping.items, Mapping.values
+        __contains__, __eq__ = Mapping.__contains__, Mapping.__eq__
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        register_mapping(cls, cls.tree_entries, cls.from_entries)
+
+    def tree_entries(self) -> dict[str, Any]:
+        """Return the entries for a pytree, whose leaves they are or contain."""
+        return dict(self)
+
+    @classmethod
+    def from_entries(cls, entries: dict[str, Any]) -> FrozenDict:
+        """Return what takes the place of such a mapping in a pytree with other leaves."""
+        return FrozenDict(entries)
+
+    def copy(self) -> dict[str, Any]:
+        """Return the entries as a dict."""
+        return dict(self)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = FrozenDict.__hash__
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({dict(self)})"
+
+
+register_mapping(FrozenDict, dict, FrozenDict)
+
+
+def _is_same(entry: Any, value: Any) -> bool:
+    """Return whether `value` is `entry` itself or, as views are new at each access, a tensor of the same memory."""
+    if entry is value or torch.compiler.is_compiling():  # a graph has no memory to compare
+        return entry is value or isinstance(value, torch.Tensor)
+    try:
+        return isinstance(entry, torch.Tensor) and isinstance(value, torch.Tensor) and entry.is_set_to(value)
+    except NotImplementedError:  # torch cannot compare sparse and meta tensors
+        return True
 
 
 def freeze(tree: Any) -> Any:

@@ -1,0 +1,129 @@
+"""A state as a pytree: its tensors are the leaves; its counts, numbers and texts belong to the structure.
+
+So a transform of `torch.func` sees nothing but tensors, and an iteration is the same number inside of it as outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from noether.core.iteration import TrainingIteration
+from noether.core.tensors.pytrees import Flat, register_pytree
+from noether.core.tensors.tree import SCALARS, FrozenDict, FrozenView
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    Structure = tuple[str, FrozenDict]  # the name of a builder; each key with its scalar, or `...` for a child
+
+_STRUCTURAL: Final = frozenset({*SCALARS, TrainingIteration})
+_WEIGHTS: Final = ("params", "buffers")
+
+
+class StateTree:
+    """A part of a state other than its params and buffers; its scalars belong to the structure.
+
+    It takes the place of the part in a pytree, where all values of a FrozenDict would be leaves.
+    """
+
+    __slots__ = ("tree",)
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+
+def register_state(state_type: type[Any], *tuple_types: type[Any]) -> None:
+    """Register a dataclass as the pytree of a state.
+
+    Args:
+        state_type: The dataclass.
+        tuple_types: The classes of named tuples that a state contains.
+    """
+    names = tuple(field.name for field in dataclasses.fields(state_type))
+
+    def build_state(entries: dict[Any, Any]) -> Any:
+        state = object.__new__(state_type)
+        vars(state).update(entries)
+        return state
+
+    builders: dict[str, Callable[[dict[Any, Any]], Any]] = {
+        "state": build_state,
+        "dict": FrozenDict,
+        "tuple": lambda entries: tuple(entries.values()),
+        **{each.__name__: _tuple_builder(each) for each in tuple_types},
+    }
+
+    def flatten_state(state: Any) -> Flat:
+        entries = {name: getattr(state, name) for name in names}
+        weights = {name: FrozenDict(_read(entries[name])) for name in _WEIGHTS if isinstance(entries[name], Mapping)}
+        return _flatten("state", entries, weights)
+
+    def flatten_tree(wrapper: StateTree) -> Flat:
+        tree = wrapper.tree
+        if isinstance(tree, Mapping):
+            return _flatten("dict", _read(tree))
+        kind = type(tree).__name__
+        return _flatten(kind if kind in builders else "tuple", dict(enumerate(tree)))
+
+    def unflatten(structure: Structure, children: Iterable[Any]) -> Any:
+        kind, entries = structure
+        return builders[kind]({**entries, **dict(zip(_child_keys(structure), children, strict=True))})
+
+    register_pytree(state_type, flatten_state, unflatten, dump=_dump, load=_load, has_fields=True)
+    register_pytree(StateTree, flatten_tree, unflatten, dump=_dump, load=_load)
+
+
+def _tuple_builder(tuple_type: type[Any]) -> Callable[[dict[Any, Any]], Any]:
+    return lambda entries: tuple_type(*entries.values())
+
+
+def _read(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return tree.tree_entries() if isinstance(tree, FrozenView) else dict(tree)
+
+
+def _flatten(kind: str, entries: dict[Any, Any], weights: Mapping[str, Any] = FrozenDict()) -> Flat:
+    """Take a container apart; the values of `weights` are children as they are, as all their values are leaves."""
+    scalars = {key: _unify_nan(value) for key, value in entries.items() if type(value) in _STRUCTURAL}
+    structure = kind, FrozenDict({key: scalars.get(key, ...) for key in entries})
+    keys = _child_keys(structure)
+    return Flat([weights[key] if key in weights else _wrap(entries[key]) for key in keys], structure, keys)
+
+
+def _unify_nan(value: Any) -> Any:
+    """Return one object for every NaN: structures are compared, and a NaN equals nothing but itself."""
+    return math.nan if value != value else value  # noqa: PLR0124  # NaN differs from itself
+
+
+def _wrap(value: Any) -> Any:
+    return StateTree(value) if isinstance(value, (Mapping, tuple, list)) else value
+
+
+def _child_keys(structure: Structure) -> Sequence[Any]:
+    """Return the keys of the children, in a dict sorted: states that are equal have the same structure."""
+    kind, entries = structure
+    keys = [key for key, value in entries.items() if value is ...]
+    return sorted(keys) if kind == "dict" else keys
+
+
+def _dump(structure: Structure) -> Any:
+    kind, entries = structure
+    return [kind, [[key, *_dump_value(value)] for key, value in entries.items()]]
+
+
+def _dump_value(value: Any) -> tuple[str, Any]:
+    if value is ...:
+        return "child", None
+    return ("iteration", str(value)) if isinstance(value, TrainingIteration) else ("scalar", value)
+
+
+def _load(dumped: Any) -> Structure:
+    kind, entries = dumped
+    loaders: dict[str, Callable[[Any], Any]] = {
+        "child": lambda _: ...,
+        "iteration": TrainingIteration.parse,
+        "scalar": _unify_nan,
+    }
+    return kind, FrozenDict({key: loaders[name](value) for key, name, value in entries})

@@ -1,0 +1,114 @@
+"""Pytrees: how `torch.func`, `torch.compile`, `tree_map` and optree take the containers of a state apart.
+
+Each class is registered where it is defined, so its objects are pytrees as soon as there are any.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from noether.core.tensors.torch_internals import register_torch_pytree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Sequence
+
+try:
+    from optree import GetAttrEntry, GetItemEntry, register_pytree_node
+    from optree.registry import __GLOBAL_NAMESPACE as _ALL_NAMESPACES
+
+    _HAS_OPTREE = True
+except ImportError:  # not installed, or a version without these names
+    _HAS_OPTREE = False
+
+
+class Flat(NamedTuple):
+    """A container taken apart.
+
+    Args:
+        children: Its children, which are leaves or containers again.
+        context: What it consists of besides; two containers have the same structure if their contexts are equal.
+        keys: The key of each child: the name of a field, or what `container[key]` takes.
+    """
+
+    children: Sequence[Any]
+    context: Hashable
+    keys: Sequence[Any]
+
+
+def register_pytree(
+    cls: type[Any],
+    flatten: Callable[[Any], Flat],
+    unflatten: Callable[[Any, Iterable[Any]], Any],
+    *,
+    dump: Callable[[Any], Any],
+    load: Callable[[Any], Any],
+    has_fields: bool = False,
+) -> None:
+    """Register a class as a pytree of torch and, if it is installed, of optree in all of its namespaces.
+
+    Args:
+        cls: The class; module and name identify it in serialized structures.
+        flatten: Takes an object apart.
+        unflatten: `(context, children) -> object`; children may be anything, such as placeholders of a transform.
+        dump: Returns a context as JSON.
+        load: Returns the context that was dumped.
+        has_fields: Whether keys are names of attributes, and not what `object[key]` takes.
+    """
+    register_torch_pytree(cls, flatten, unflatten, dump=dump, load=load, has_fields=has_fields)
+    _register_optree(cls, flatten, unflatten, has_fields=has_fields)
+
+
+def register_mapping(
+    cls: type[Any], read: Callable[[Any], dict[str, Any]], build: Callable[[dict[str, Any]], Any]
+) -> None:
+    """Register a class of mappings like dict: each value is a child.
+
+    Torch orders the values of a dict as they were inserted, optree by key, and so they do with these.
+
+    Args:
+        cls: The class.
+        read: Returns the entries of a mapping.
+        build: Returns the mapping of these entries.
+    """
+
+    def flatten(tree: Any) -> Flat:
+        entries = read(tree)
+        return Flat(tuple(entries.values()), tuple(entries), tuple(entries))
+
+    def unflatten(keys: Any, children: Iterable[Any]) -> Any:
+        return build(dict(zip(keys, children, strict=True)))
+
+    def flatten_sorted(tree: Any) -> Flat:
+        entries = read(tree)
+        keys = sorted(entries)
+        return Flat([entries[key] for key in keys], _InsertedKeys(entries), keys)
+
+    def unflatten_sorted(keys: Any, children: Iterable[Any]) -> Any:
+        values = dict(zip(sorted(keys), children, strict=True))
+        return build({key: values[key] for key in keys})
+
+    register_torch_pytree(cls, flatten, unflatten, dump=list, load=tuple, has_fields=False)
+    _register_optree(cls, flatten_sorted, unflatten_sorted, has_fields=False)
+
+
+class _InsertedKeys(tuple[str, ...]):
+    """Keys in the order of their insertion, which is not part of the structure."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _InsertedKeys) and frozenset(self) == frozenset(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self))
+
+
+def _register_optree(
+    cls: type[Any], flatten: Callable[[Any], Flat], unflatten: Callable[[Any, Iterable[Any]], Any], *, has_fields: bool
+) -> None:
+    if _HAS_OPTREE:
+        entry_type = GetAttrEntry if has_fields else GetItemEntry
+        register_pytree_node(cls, flatten, unflatten, path_entry_type=entry_type, namespace=_ALL_NAMESPACES)
