@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value
 from benchmarks.measurement import Table, markdown_option, quartiles, show
 from noether import TrainingIteration, TrainState
 from noether.core.tensors.batch import model_arguments
-from noether.core.tensors.forward import add_total
+from noether.core.tensors.losses import read_losses
 from noether.core.tensors.tree import FrozenDict
 from noether.examples.digits import ConvNet, Digits, cross_entropy
 from noether.testing import same
@@ -79,7 +79,7 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; the subclass replaces on
         state: TrainState,
         buffers: Mapping[str, Tensor],
         batch: Any,
-        weight: float,
+        objectives: Any,
         times: Any,  # noqa: ARG002  # the original counts seconds on it
     ) -> BackwardResult:
         trained = {name: state.params[name] for name in self.optimizer.trainable(state.params)}
@@ -89,11 +89,11 @@ class StepByFunc(Step):  # type: ignore[misc]  # final; the subclass replaces on
             # Batch norm may write only to copies made here.
             weights = {**state.params, **inputs, **{name: buffer.clone() for name, buffer in buffers.items()}}
             outputs = functional_call(self.model, weights, arguments, keywords)
-            losses = add_total(self.loss(outputs, batch))
-            return losses["total"] * weight, (dict(losses), outputs, {name: weights[name] for name in buffers})
+            losses = read_losses(self.loss(outputs, batch), self.loss)
+            return objectives(losses)[0], (dict(losses), outputs, {name: weights[name] for name in buffers})
 
         grads, (_, (losses, outputs, written)) = grad_and_value(total, has_aux=True)(trained)
-        return BackwardResult(grads, FrozenDict(losses), outputs, written)
+        return BackwardResult([grads], FrozenDict(losses), outputs, written)
 
 
 _ROWS: Mapping[str, Callable[[nn.Module, list[Any]], Iterator[Mapping[str, Tensor]]]] = {

@@ -43,6 +43,8 @@ from noether.core.schedules.schedule import EveryNUpdates as EveryNUpdates
 from noether.core.state import TrainState as TrainState
 from noether.core.tensors.donation import lease as lease
 from noether.core.tensors.forward import forward as forward
+from noether.core.tensors.means import Mean as Mean
+from noether.core.tensors.means import Sum as Sum
 from noether.effects.run_directory import open_run as open_run
 from noether.session.session import Session as Session
 from noether.training.runs.train import train as train

@@ -117,7 +117,9 @@ class AfterUpdate(Event):
 
     Args:
         samples: Samples of the update, over accumulation steps and ranks; 0 if all its micro-batches were empty.
-        losses: Sample-weighted mean loss by name over accumulation steps and ranks, each 0-dimensional.
+        losses: Mean of each loss by name over the accumulation steps and ranks that have it, each 0-dimensional,
+            weighted by samples or by `loss_weights`; `total` is their sum.
+        loss_weights: Sum of the weights of each loss that has other weights than `samples`; usually empty.
         outputs: The model's outputs, one entry per accumulation step.
         accumulated: Samples of each accumulation step, one entry for each of `outputs`; empty micro-batches have none.
         lr: Learning rate of the update by parameter group.
@@ -137,6 +139,7 @@ class AfterUpdate(Event):
 
     samples: int = 0
     losses: Mapping[str, torch.Tensor | float] = _EMPTY
+    loss_weights: Mapping[str, float] = _EMPTY
     outputs: Any = None
     accumulated: tuple[int, ...] = ()
     lr: Mapping[str, float] = _EMPTY

@@ -11,19 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noether.core.tensors.forward import add_total
+from noether.core.tensors.losses import weights_of, with_total
+from noether.core.tensors.means import Mean, read_weight
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Losses = Mapping[str, Tensor | float]
+ReportedLosses = Tensor | float | Mean | Mapping[str, Tensor | float | Mean]
+"""One loss, or several by name."""
 EMPTY_UPDATE: Final = (
     "update %d has no samples: all its micro-batches are empty. It is skipped, and counts as an update of 0 samples; "
     "this is logged once"
 )
-ReportedLosses = Tensor | float | Losses
-"""One loss, or several by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,12 @@ def named_losses(losses: ReportedLosses) -> Losses:
     """Return detached losses by name, with their sum as `total`; a single loss is the total.
 
     Args:
-        losses: One mean loss, or several by name; each a number or a tensor with one element.
+        losses: One mean loss, or several by name; each a number or a tensor with one element, or a `Mean` of it with
+            its weight. A loss of weight 0 is left out.
 
     Raises:
         TypeError: If a loss is neither, or a name is not text.
-        ValueError: If one is called `total` beside others.
+        ValueError: If one is called `total` beside others, or a weight is not one finite number >= 0.
 
     Example:
         >>> named_losses({"mse": 0.5, "l1": 0.25})
@@ -65,10 +67,18 @@ def named_losses(losses: ReportedLosses) -> Losses:
             f"'total' is reported beside {others}, whose sum the session adds as 'total': leave 'total' out in "
             "session.update(losses) and session.micro_batch(losses)"
         )
-    return add_total({name: _detach(name, loss) for name, loss in losses.items()}) if losses else FrozenDict()
+    weights = {
+        name: read_weight(name, loss.weight)
+        for name, loss in losses.items()
+        if isinstance(loss, Mean) and loss.weight is not None
+    }
+    named = {name: _detach(name, loss) for name, loss in losses.items()}
+    return with_total({name: loss for name, loss in named.items() if weights.get(name) != 0}, weights)
 
 
 def _detach(name: Any, loss: Any) -> Any:
+    if isinstance(loss, Mean):
+        loss = loss.of_batch
     if not isinstance(name, str):
         raise TypeError(f"the name of a loss is {name!r}, of type {type(name).__name__}: use text, {{'mse': loss}}")
     if isinstance(loss, Tensor):
@@ -95,7 +105,9 @@ def is_finite(loss: Tensor | float) -> Tensor | bool:
 
 
 def mean_losses(micro_batches: Sequence[MicroBatch]) -> Losses:
-    """Return the mean of each loss over the micro-batches that have it, weighted by samples as noether's step does it.
+    """Return the mean of each loss over the micro-batches that have it, weighted by samples or by its weights.
+
+    With weights, `total` is the sum of the means of the other losses, as in noether's step.
 
     Example:
         >>> mean_losses([MicroBatch(samples=3, losses={"total": 1.0}, outputs=None),
@@ -104,15 +116,21 @@ def mean_losses(micro_batches: Sequence[MicroBatch]) -> Losses:
     """
     if len(micro_batches) == 1:
         return micro_batches[0].losses
-    names = dict.fromkeys(name for each in micro_batches for name in each.losses)
-    return FrozenDict(
-        {name: _mean([(m.losses[name], m.samples) for m in micro_batches if name in m.losses]) for name in names}
-    )
+    parts: dict[str, list[tuple[Any, float]]] = {}
+    for each in micro_batches:
+        weights = weights_of(each.losses)
+        for name, loss in each.losses.items():
+            parts.setdefault(name, []).append((loss, weights.get(name, each.samples)))
+    means = {name: _mean(weighted) for name, weighted in parts.items()}
+    if not any(weights_of(each.losses) for each in micro_batches):
+        return FrozenDict(means)
+    named = {name: mean for name, mean in means.items() if name != "total" or len(means) == 1}
+    return with_total(named, {name: sum(weight for _, weight in parts[name]) for name in named})
 
 
-def _mean(weighted: list[tuple[Any, int]]) -> Any:
+def _mean(weighted: list[tuple[Any, float]]) -> Any:
     if len(weighted) == 1:  # unchanged: multiplication by one keeps a number, but not always its type
         return weighted[0][0]
-    samples = sum(weight for _, weight in weighted)
-    first, *others = (loss * (weight / samples) for loss, weight in weighted)
+    total = sum(weight for _, weight in weighted)
+    first, *others = (loss * (weight / total) for loss, weight in weighted)
     return sum(others, start=first)

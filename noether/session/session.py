@@ -10,6 +10,7 @@ from noether.core.errors import check_whole, raise_problems
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
 from noether.core.run import Run
+from noether.core.tensors.losses import weights_of
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session import settings
 from noether.session.errors import SessionError
@@ -230,7 +231,8 @@ class Session(SessionEvents):
         """Report a micro-batch whose gradients are computed, before the optimizer steps.
 
         Args:
-            losses: Mean loss, or losses by name; `total` is added as their sum. They are detached. Empty if the
+            losses: Mean loss, or losses by name; `total` is added as their sum. They are detached. A `Mean` gives a
+                loss its weight in the mean over micro-batches and updates. Empty if the
                 framework left the micro-batch out: an update of nothing else counts as skipped. So does an update whose
                 micro-batches have no samples; their losses are ignored.
             outputs: What the model returned, for callbacks that track it.
@@ -321,6 +323,8 @@ class Session(SessionEvents):
             "optimizer_s": optimizer_s,
             **self.stopwatch.read(),
         }
+        if weights := weights_of(reported):
+            known["loss_weights"] = weights
         if grad_norm is not None or skipped:
             known["grad_norm"] = grad_norm
         samples = sum([each.samples for each in counted])

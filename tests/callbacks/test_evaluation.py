@@ -1,6 +1,7 @@
 """Callbacks that evaluate: losses and metrics over a dataset do not depend on its batches."""
 
 import dataclasses
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,17 +11,21 @@ from hypothesis import strategies as st
 
 from noether.core.callbacks import (
     EvaluateCallback,
+    Mean,
     MetricCallback,
     OfflineLossCallback,
     OnlineLossCallback,
     PeriodicDataIteratorCallback,
+    Sum,
 )
+from noether.core.callbacks.dataset_results import DatasetResults
 from noether.core.effect import LogScalars
 from noether.core.errors import WeightsError
 from noether.core.event import AfterEpoch, AfterUpdate, AtEval
 from noether.core.metrics import log
 from noether.core.run import Run
 from noether.core.state import TrainState
+from noether.core.tensors.losses import read_losses
 
 STATE = TrainState(params={"w": torch.tensor(2.0)}).advance(samples=4).next_epoch()
 
@@ -196,7 +201,7 @@ def test_another_batch_size():
 
 class Collect(PeriodicDataIteratorCallback):
     def process_data(self, state, batch, forward):
-        return {"whole": batch.sum(), "each": batch, "float": batch.double().mean()}
+        return {"whole": batch.sum(), "each": batch, "float": Sum(batch.double().mean())}
 
     def process_results(self, state, event, results):
         return log(state, event, {self.key("samples"): results["samples"]}), (results,)
@@ -214,6 +219,125 @@ def test_results_are_summed_or_concatenated_in_order():
     assert not collected["whole"].is_floating_point()
     assert collected["each"].tolist() == [3, 1, 2, 7, 8, 9]
     assert collected["float"].item() == 2.0 + 2.0 + 8.0
+
+
+def test_each_mean_covers_the_batches_that_have_it():
+    class Several(PeriodicDataIteratorCallback):
+        def process_data(self, state, batch, forward):
+            return batch
+
+        def process_results(self, state, event, results):
+            return state, (results,)
+
+    one = torch.tensor(1.0, dtype=torch.float64)
+    batches = [
+        {"a": Mean(one), "each": Mean(torch.tensor([1.0, 5.0])), "count": 2, "none": Mean(one * np.nan, weight=0)},
+        {"b": Mean(3 * one), "tokens": Mean(one, weight=30), "empty": Mean(one, weight=0), "count": 3},
+        {"b": Mean(one), "tokens": Mean(5 * one, weight=torch.tensor(10)), "empty": Mean(2 * one)},
+        {"tokens": Mean(one * np.nan, weight=0), "count": torch.tensor(4, dtype=torch.uint8)},
+    ]
+    run = Run(data={"val": batches}, forward=None, batch_size=lambda batch: 2)
+    _, (found,) = Several(every_n_epochs=1, dataset_key="val")(STATE, AfterEpoch(run=run))
+    found = {name: float(value) for name, value in found.items()}
+    assert np.isnan(found.pop("none"))
+    assert found == {"a": 1, "each": 3, "b": 2, "tokens": 2, "empty": 2, "count": 9, "samples": 8}
+
+
+def test_small_integers_are_summed_without_overflow():
+    results = DatasetResults()
+    for _ in range(3):
+        results.add({"count": torch.tensor(200, dtype=torch.uint8), "correct": torch.tensor(True)}, 1)
+    assert results.values() == {"count": 600, "correct": 3, "samples": 3}
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"mse": torch.tensor(0.5)}, "returned 'mse' as one number, .*: return noether.Mean.value., noether.Sum"),
+        ({"mse": 0.5}, "returned 'mse' as one number, which may be the mean or the sum of the batch"),
+        ({"mse": None}, "returned 'mse' as None: return noether.Mean"),
+        ({"mse": "low"}, "returned 'mse' as a str: return noether.Mean"),
+        ({"mse": Sum(torch.ones(2))}, r"returned 'mse' as a Sum of shape \(2,\): pass one number, Sum\(tensor.sum"),
+        ({"mse": Sum(None)}, "returned 'mse' as None"),
+        (None, "returned nothing: return results by name, such as {'error': noether.Mean"),
+        (0.5, "returned a float: return results by name"),
+        ((torch.ones(2), torch.ones(2)), "returned a tuple: return results by name"),
+        (torch.ones(2), "returned a Tensor: return results by name"),
+    ],
+    ids=["mean-or-sum", "float", "none", "text", "vector-sum", "no-sum", "nothing", "number", "tuple", "tensor"],
+)
+def test_results_without_meaning_are_refused(result, message):
+    class Mine(PeriodicDataIteratorCallback):
+        def process_data(self, state, batch, forward):
+            return result
+
+    callback = Mine(every_n_epochs=1, dataset_key="val")
+    with pytest.raises((TypeError, ValueError), match=f"process_data of Mine/E1/val {message}"):
+        callback(STATE, event([torch.zeros(2)]))
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (
+            lambda state, batch: None,
+            r"test_evaluation\.<lambda>, the forward of the run, returned a NoneType: return \(los",
+        ),
+        (lambda state, batch: (None, batch), "the forward of the run, returned losses as a NoneType"),
+    ],
+    ids=["nothing", "no-losses"],
+)
+def test_another_result_of_forward_is_refused(forward, message):
+    callback = OfflineLossCallback(every_n_epochs=1, dataset_key="val")
+    with pytest.raises(TypeError, match=message):
+        values(callback, [torch.zeros(2)], forward)
+
+
+def test_forward_may_return_one_loss_or_numbers():
+    callback = OfflineLossCallback(every_n_epochs=1, dataset_key="val")
+    batches = [torch.tensor([1.0, 3.0]), torch.tensor([5.0])]
+    for forward in (
+        lambda state, batch: (batch.mean(), batch),
+        lambda state, batch: ({"loss": batch.mean().item()}, 0),
+    ):
+        assert values(callback, batches, forward) == {"loss/val/loss": 3.0}
+
+
+ROW = st.tuples(st.integers(-9, 9), st.sampled_from([0, 1, 2, 5]), st.sampled_from([0, 1, 3]))
+
+
+@given(st.lists(st.lists(ROW, min_size=1, max_size=4), min_size=1, max_size=5))
+def test_weighted_losses_do_not_depend_on_the_batches(batches):
+    """Each row has a value and its weights in two losses; a loss is absent from a batch where its weights are 0."""
+
+    def make_forward(batch):
+        x, *columns = batch.double().T
+        totals = {name: weights.sum() for name, weights in zip("ab", columns, strict=True)}
+        sums = {name: (x * weights).sum() for name, weights in zip("ab", columns, strict=True)}
+        losses = {"plain": x.mean()} | {name: Mean(sums[name] / n, weight=n) for name, n in totals.items() if n}
+        return read_losses(losses, make_forward)
+
+    callback = OfflineLossCallback(every_n_epochs=1, dataset_key="val")
+    tensors = [torch.tensor(rows) for rows in batches]
+    found = values(callback, tensors, lambda state, batch: (make_forward(batch), None))
+    rows = [row for batch in batches for row in batch]
+    expected = {"plain": sum(Fraction(x) for x, _, _ in rows) / len(rows)}
+    for name, column in (("a", 1), ("b", 2)):
+        if total := sum(row[column] for row in rows):
+            expected[name] = Fraction(sum(row[0] * row[column] for row in rows), total)
+    expected["total"] = sum(expected.values())
+    assert {key.removeprefix("loss/val/"): float(value) for key, value in found.items()} == pytest.approx(
+        {name: float(mean) for name, mean in expected.items()}, rel=1e-12, abs=1e-12
+    )
+
+
+def test_a_metric_with_a_weight():
+    def token_accuracy(outputs, batch):
+        return Mean(batch[0].mean(), weight=len(batch[0]) * 10)
+
+    batches = [(torch.ones(1), torch.ones(1)), (torch.zeros(3), torch.zeros(3))]
+    found = values(MetricCallback(every_n_epochs=1, dataset_key="val", metric=token_accuracy), batches)
+    assert found == {"val/token_accuracy": 0.25}
 
 
 def test_samples_are_counted_by_the_batch_size_of_the_run():

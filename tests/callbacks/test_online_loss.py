@@ -1,6 +1,7 @@
 """`OnlineLossCallback`: the sample-weighted mean of the losses since the last firing."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from noether.core.callbacks import OnlineLossCallback
 from noether.core.callbacks.online_loss import OnlineLoss
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval
 from noether.core.state import TrainState
+from noether.core.tensors.tree import FrozenDict
 from noether.testing import same
 
 NAN = math.nan
@@ -86,6 +88,49 @@ def test_firings_at_an_epoch_and_at_the_end():
     state, _ = go(callback, [(2, {"total": 7.0}, False)], state)
     state, effects = callback(state, AfterTraining())
     assert effects[0].values == {"loss/online/total/E1": 7.0}
+
+
+UPDATES = st.lists(
+    st.tuples(
+        st.integers(1, 9),
+        st.dictionaries(st.sampled_from(["a", "b", "total"]), st.integers(-99, 99), max_size=3),
+        st.dictionaries(st.sampled_from(["a", "b"]), st.integers(1, 50)),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(UPDATES)
+def test_every_loss_has_its_own_denominator(updates):
+    callback, state = OnlineLossCallback(every_n_updates=len(updates)), TrainState()
+    terms = {}
+    for samples, losses, weights, skipped in updates:
+        event = AfterUpdate(samples=samples, losses=losses, loss_weights=weights, skipped=skipped)
+        state, effects = callback(state.advance(samples=samples), event)
+        for name, loss in losses.items():
+            terms.setdefault(name, []).append((loss, 0 if skipped else weights.get(name, samples)))
+    if not terms:
+        assert effects == ()
+        return
+    expected = {}
+    for name, pairs in terms.items():
+        total = sum(weight for _, weight in pairs)
+        expected[name] = float(Fraction(sum(loss * weight for loss, weight in pairs), total)) if total else NAN
+    others = [mean for name, mean in expected.items() if name != "total"]
+    if any(weights for _, _, weights, _ in updates) and others and "total" in expected:
+        expected["total"] = sum(others)
+    found = {key.split("/")[2]: float(value) for key, value in effects[0].values.items()}
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-12, nan_ok=True)
+
+
+def test_memory_of_an_earlier_version_goes_on():
+    callback = OnlineLossCallback(every_n_updates=2)
+    state, _ = go(callback, [(4, {"total": 1.0}, False)])
+    memory = FrozenDict(sums=state.memory(callback.name)["sums"], samples=4)
+    _, logs = go(callback, [(12, {"total": 5.0}, False)], state.remember(callback.name, memory))
+    assert logs[0][0]["loss/online/total/U2"].item() == 4.0
 
 
 def test_every_named_loss_has_a_key():

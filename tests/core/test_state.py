@@ -17,7 +17,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
 from noether.core.state import Measured, TrainState
 from noether.core.tensors.batch import model_arguments
-from noether.core.tensors.forward import add_total, forward
+from noether.core.tensors.forward import forward
 from noether.core.tensors.tree import FrozenDict, freeze, leaves, map_leaves, storages, tensors
 from noether.testing import same
 
@@ -503,14 +503,6 @@ def test_the_cache_of_signatures_keeps_no_model_alive():
     del model
     gc.collect()
     assert gone() is None
-
-
-def test_losses_are_named_and_summed():
-    assert dict(add_total({"a": torch.tensor(1.0), "b": torch.tensor(2.0)})) == {"a": 1, "b": 2, "total": 3}
-    assert dict(add_total({"total": torch.tensor(1.0)})) == {"total": 1}
-    for wrong in ({}, {"total": torch.tensor(1.0), "a": torch.tensor(1.0)}):
-        with pytest.raises(ValueError, match="'total' not among them; got"):
-            add_total(wrong)
 
 
 def test_memory_goes_to_the_device_of_the_model():

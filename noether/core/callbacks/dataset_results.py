@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 
+from noether.core.tensors.means import Mean, Sum, read_weight
 from noether.core.tensors.tree import FrozenDict
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-
-@final
-@dataclass(frozen=True)
-class Mean:
-    """A result of a batch that becomes the mean over all samples of the dataset.
-
-    Args:
-        of_batch: 0-dimensional, the mean over the batch, which is weighted by its number of samples; or `(batch,)`, one
-            value per sample, whose mean does not depend on the batch size.
-    """
-
-    of_batch: torch.Tensor
 
 
 @final
 class DatasetResults:
     """Accumulates the results of `process_data` for each batch, in one pass over the dataset.
+
+    Args:
+        callback: Name of the callback, for messages.
 
     Example:
         >>> results = DatasetResults()
@@ -38,47 +26,96 @@ class DatasetResults:
         FrozenDict({'correct': tensor(2), 'error': tensor(2., dtype=torch.float64), 'samples': 3})
     """
 
-    def __init__(self) -> None:
+    def __init__(self, callback: str = "a callback") -> None:
+        self._source = f"process_data of {callback}"
         self._sums: dict[str, torch.Tensor] = {}
-        self._means: dict[str, torch.Tensor] = {}
+        self._terms: dict[str, torch.Tensor] = {}
+        self._weights: dict[str, float] = {}
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._samples = 0
 
-    def add(self, results: Mapping[str, torch.Tensor | Mean], samples: int) -> None:
+    def add(self, results: Any, samples: int) -> None:
         """Add the results of a batch of `samples` samples.
 
+        Args:
+            results: What `process_data` returned.
+            samples: Samples of the batch.
+
         Raises:
-            ValueError: If a result is named `samples`, or a `Mean` has a shape other than `()` and `(samples,)`.
+            TypeError: If `results` is not a mapping, or a result is something else than a tensor, `Mean` or `Sum`.
+            ValueError: If a result is named `samples`, is one floating-point number that may be a mean or a sum, or is
+                a `Mean` of a shape other than `()` and `(samples,)`.
         """
+        if not isinstance(results, Mapping):
+            found = "nothing" if results is None else f"a {type(results).__name__}"
+            raise TypeError(
+                f"{self._source} returned {found}: return results by name, such as {{'error': noether.Mean(error)}}, "
+                "or {} for none"
+            )
         self._samples += samples
         for name, value in results.items():
             if name == "samples":
                 raise ValueError("process_data returned a result named 'samples', which is the number of samples")
             if isinstance(value, Mean):
-                _add(self._means, name, *_term_and_factor(name, value.of_batch, samples))
-            elif value.ndim:
+                self._add_mean(name, value, samples)
+            elif isinstance(value, torch.Tensor) and value.ndim:
                 self._parts.setdefault(name, []).append(value)
             else:
-                _add(self._sums, name, value)
+                _add(self._sums, name, _read_sum(f"{self._source} returned {name!r}", value))
 
     def values(self) -> Mapping[str, Any]:
-        """Return the results of the whole dataset by name, and their number of samples as `samples`."""
-        means = {name: total / self._samples for name, total in self._means.items()}
+        """Return the results of the whole dataset by name, and their number of samples as `samples`.
+
+        The mean of a result covers the batches that have it; it is NaN if all its weights are 0.
+        """
+        means = {name: total / self._weights[name] for name, total in self._terms.items()}
         parts = {name: torch.cat(values) for name, values in self._parts.items()}
         return FrozenDict({**self._sums, **means, **parts, "samples": self._samples})
 
+    def _add_mean(self, name: str, mean: Mean, samples: int) -> None:
+        weight = samples if mean.weight is None else read_weight(name, mean.weight)
+        term, factor = _term_and_factor(name, mean, samples, weight)
+        self._weights[name] = self._weights.get(name, 0) + weight
+        if not weight:  # the mean over nothing is NaN, and so is its product with 0
+            self._terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=term.device))
+        else:
+            _add(self._terms, name, term, factor)
 
-def _term_and_factor(name: str, of_batch: torch.Tensor, samples: int) -> tuple[torch.Tensor, int]:
-    """Return a tensor and a factor whose product is the sum over the samples of a batch."""
+
+def _term_and_factor(name: str, mean: Mean, samples: int, weight: float) -> tuple[torch.Tensor, float]:
+    """Return a tensor and a factor whose product is the sum that a mean is taken over."""
+    of_batch: Any = mean.of_batch
+    of_batch = torch.as_tensor(of_batch) if isinstance(of_batch, (int, float)) else of_batch
+    if not isinstance(of_batch, torch.Tensor):
+        found = "None" if of_batch is None else f"a {type(of_batch).__name__}"
+        raise TypeError(f"the mean {name!r} is {found}: return one number for the batch, or one value for each sample")
     if not of_batch.ndim:
-        return of_batch if of_batch.is_floating_point() else of_batch.double(), samples
-    if of_batch.shape != (samples,):
+        return of_batch if of_batch.is_floating_point() else of_batch.double(), weight
+    if of_batch.shape != (samples,) or mean.weight is not None:
+        given = f"for {samples} samples" if mean.weight is None else "and a weight"
         right = "return one value for each sample, (batch,), or their mean, ()"
-        raise ValueError(f"{name!r} has shape {tuple(of_batch.shape)} for {samples} samples; {right}")
+        raise ValueError(f"{name!r} has shape {tuple(of_batch.shape)} {given}; {right}")
     return of_batch.sum(dtype=torch.float64), 1
 
 
-def _add(sums: dict[str, torch.Tensor], name: str, term: torch.Tensor, factor: int = 1) -> None:
+def _read_sum(source: str, value: Any) -> torch.Tensor:
+    """Return the sum over a batch: a `Sum`, or a count, which can be nothing else."""
+    number = value.of_batch if isinstance(value, Sum) else value
+    if isinstance(number, (int, float)):
+        number = torch.as_tensor(number)
+    right = "return noether.Mean(value), noether.Sum(value) or a tensor (batch, ...)"
+    if not isinstance(number, torch.Tensor):
+        raise TypeError(f"{source} as {'None' if number is None else f'a {type(number).__name__}'}: {right}")
+    if number.ndim:
+        raise ValueError(f"{source} as a Sum of shape {tuple(number.shape)}: pass one number, Sum(tensor.sum())")
+    if number.is_floating_point() or number.is_complex():
+        if not isinstance(value, Sum):
+            raise ValueError(f"{source} as one number, which may be the mean or the sum of the batch: {right}")
+        return number
+    return number.long()
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, term: torch.Tensor, factor: float = 1) -> None:
     """Add `term * factor` to a sum, which is in double precision if it is floating point."""
     if name in sums:
         sums[name] = torch.add(sums[name], term, alpha=factor)

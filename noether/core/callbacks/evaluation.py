@@ -6,17 +6,18 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
+import torch
+
 from noether.core.callback import OptionalKey
-from noether.core.callbacks.dataset_results import Mean
 from noether.core.callbacks.metric_functions import METRICS, MetricFunction, mean_of_output
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metrics import is_current, log, patterns_containing
+from noether.core.tensors.losses import name_of, sum_as_total, weights_of
+from noether.core.tensors.means import Mean, Sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
 
     from noether.core.callback import Effects
     from noether.core.event import Event
@@ -40,15 +41,17 @@ class _Evaluation(PeriodicDataIteratorCallback):
 
     def process_data(
         self, state: TrainState, batch: Any, forward: Callable[..., Any]
-    ) -> Mapping[str, torch.Tensor | Mean]:
+    ) -> Mapping[str, torch.Tensor | int | Mean | Sum]:
         """Return the losses, metrics and outputs of a batch."""
-        losses, outputs = forward(state, batch)
-        results: dict[str, torch.Tensor | Mean] = {}
+        losses, outputs = _call_forward(forward, state, batch)
+        results: dict[str, torch.Tensor | int | Mean | Sum] = {}
         if self._losses:
-            results |= {f"loss/{name}": Mean(loss) for name, loss in losses.items()}
+            results |= {f"loss/{name}": loss for name, loss in losses.items()}
+            results |= {"weighted": 1} if any(loss.weight is not None for loss in losses.values()) else {}
         for name, metric in self._metrics.items():
             function = METRICS[metric] if isinstance(metric, str) else metric
-            results[f"metric/{name}"] = Mean(function(outputs, batch))
+            value = function(outputs, batch)
+            results[f"metric/{name}"] = value if isinstance(value, Mean) else Mean(value)
         if self._output_patterns:
             results |= _mean_outputs(outputs, self._output_patterns)
         return results
@@ -57,14 +60,13 @@ class _Evaluation(PeriodicDataIteratorCallback):
         self, state: TrainState, event: Event, results: Mapping[str, Any]
     ) -> tuple[TrainState, Effects]:
         """Log the means, and the differences to the online losses."""
+        means = {kind: _select(results, kind) for kind in ("loss", "metric")}
+        if "weighted" in results:
+            means["loss"] = sum_as_total(means["loss"])
         values: dict[str, Any] = {}
-        for result, value in results.items():
-            kind, _, name = result.partition("/")
-            if kind == "loss":
-                values |= {self._loss_key(name): value, **self._difference(state, name, value)}
-            elif kind == "metric":
-                values[self.key(name)] = value
-        return log(state, event, values)
+        for name, value in means["loss"].items():
+            values |= {self._loss_key(name): value, **self._difference(state, name, value)}
+        return log(state, event, values | {self.key(name): value for name, value in means["metric"].items()})
 
     def _loss_key(self, name: str, prefix: str = "loss") -> str:
         return "/".join((prefix, self.dataset_key, name, *((self.weights,) if self.weights else ())))
@@ -91,7 +93,10 @@ class _Evaluation(PeriodicDataIteratorCallback):
 
 @final
 class OfflineLossCallback(_Evaluation):
-    """Logs `loss/{dataset}/{name}`: the sample-weighted mean of each loss over a dataset.
+    """Logs `loss/{dataset}/{name}`: the mean of each loss over the batches of a dataset that have it.
+
+    The batches are weighted by their samples, or by the weights that the loss function gives (`noether.Mean`); with
+    such weights `total` is the sum of the means of the other losses.
 
     If an `OnlineLossCallback` with the same interval stands before it, it also logs `lossdiff/{dataset}/{name}`, this
     loss minus the online loss. With `weights: ema=0.999`, the keys end in `/ema=0.999`.
@@ -236,6 +241,29 @@ def _metric_problem(setting: str, metric: object) -> Problem | None:
     return Problem(
         setting, f"{metric!r} is not {known}, or a function of outputs and batch{suggest(str(metric), METRICS)}"
     )
+
+
+def _call_forward(forward: Callable[..., Any], state: TrainState, batch: Any) -> tuple[dict[str, Mean], Any]:
+    """Return the losses of a batch as means by name, and the outputs of the model."""
+    result = forward(state, batch)
+    fix = "return (losses, outputs), where losses is {name: loss}"
+    if not isinstance(result, (tuple, list)) or len(result) != 2:  # noqa: PLR2004  # losses and outputs
+        raise TypeError(f"{name_of(forward)}, the forward of the run, returned a {type(result).__name__}: {fix}")
+    losses, outputs = result
+    if isinstance(losses, (torch.Tensor, Mean)):
+        losses = {"loss": losses}
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            f"{name_of(forward)}, the forward of the run, returned losses as a {type(losses).__name__}: {fix}"
+        )
+    weights = weights_of(losses)
+    means = {name: loss if isinstance(loss, Mean) else Mean(loss, weights.get(name)) for name, loss in losses.items()}
+    return means, outputs
+
+
+def _select(results: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the results of a kind, by name."""
+    return {name.removeprefix(f"{kind}/"): value for name, value in results.items() if name.startswith(f"{kind}/")}
 
 
 def _mean_outputs(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:

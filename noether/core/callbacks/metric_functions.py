@@ -9,9 +9,13 @@ import torch
 
 from noether.core.errors import NoetherError, OutputError
 from noether.core.tensors.batch import target_of
+from noether.core.tensors.means import Mean
 
-MetricFunction = Callable[[Any, Any], torch.Tensor]
-"""A pure function `(outputs, batch)` that returns one value per sample, `(batch,)`, or their mean, `()`."""
+MetricFunction = Callable[[Any, Any], torch.Tensor | Mean]
+"""A pure function `(outputs, batch)` that returns one value per sample, `(batch,)`, or their mean, `()`.
+
+It returns `Mean(value, weight=n)` if that is the mean over something else than samples.
+"""
 
 
 _GIVE_FUNCTION: Final = "give a function of outputs and batch that returns one value per sample, (batch,)"

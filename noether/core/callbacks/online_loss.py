@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.errors import check_choice
 from noether.core.metrics import log
+from noether.core.tensors.losses import sum_as_total
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 class OnlineLossCallback(PeriodicCallback):
     """Logs `loss/online/{name}/{interval}`: the sample-weighted mean of every training loss since the last firing.
 
-    The mean covers all accumulation steps and ranks. Updates that were skipped because they were not finite do not
-    count; if all were skipped, the mean is NaN.
+    The mean of a loss covers the updates that have it, all accumulation steps and ranks, weighted by their samples or
+    by the weights that the loss function gives (`noether.Mean`). With such weights `total` is the sum of the means of
+    the other losses, otherwise the mean of the totals of the updates. Updates that were skipped because they were not
+    finite do not count; if all that have a loss were skipped, its mean is NaN.
 
     Args:
         nan: What to do if the loss of an applied update makes the mean NaN: `raise` or `log`.
@@ -62,42 +65,59 @@ class OnlineLossCallback(PeriodicCallback):
     @property
     def produces(self) -> tuple[str, ...]:
         """The key of every loss."""
-        return (f"loss/online/*/{self.interval_name}",)
+        return (self._key("*"),)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return empty sums."""
-        return {self.name: FrozenDict(sums=FrozenDict(), samples=0)}
+        return {self.name: FrozenDict(sums=FrozenDict(), weights=FrozenDict(), is_weighted=False)}
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Add the losses of the update, in double precision and on their device."""
-        memory = self.memory(state)
-        sums, samples = memory["sums"], memory["samples"]
-        # A skipped update adds its keys with weight 0: if all updates of an interval are skipped, NaN is logged.
-        weight = 0 if event.skipped else event.samples
-        added = {name: _add(sums.get(name), loss, weight) for name, loss in event.losses.items()}
-        return state.remember(self.name, FrozenDict(sums=FrozenDict({**sums, **added}), samples=samples + weight)), ()
+        memory, given = self.memory(state), event.loss_weights
+        sums, weights = dict(memory["sums"]), dict(_weights(memory))
+        for name, loss in event.losses.items():
+            # A skipped update adds its keys with weight 0: if all updates of an interval are skipped, NaN is logged.
+            weight = 0 if event.skipped else given.get(name, event.samples)
+            sums[name] = _add(sums.get(name), loss, weight)
+            weights[name] = weights.get(name, 0) + weight
+        is_weighted = bool(given) or memory.get("is_weighted", False)
+        new = FrozenDict(sums=FrozenDict(sums), weights=FrozenDict(weights), is_weighted=is_weighted)
+        return state.remember(self.name, new), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log the means, and start a new interval."""
-        sums, samples = self.memory(state)["sums"], self.memory(state)["samples"]
+        memory = self.memory(state)
+        weights = _weights(memory)
         # Without samples this is 0 / 0, and so NaN.
-        means = {f"loss/online/{name}/{self.interval_name}": total / samples for name, total in sums.items()}
-        if samples and self.nan == "raise":
-            for key, mean in means.items():
-                _check_not_nan(key, mean, state)
+        means = {name: total / weights[name] for name, total in memory["sums"].items()}
+        if self.nan == "raise":
+            for name, mean in means.items():
+                if weights[name]:
+                    _check_not_nan(self._key(name), mean, state)
+        if memory.get("is_weighted", False):
+            means = sum_as_total(means)
         state = state.remember(self.name, self.init(state)[self.name])
-        return log(state, event, means, quiet=not self.verbose) if means else (state, ())
+        values = {self._key(name): mean for name, mean in means.items()}
+        return log(state, event, values, quiet=not self.verbose) if values else (state, ())
+
+    def _key(self, name: str) -> str:
+        return f"loss/online/{name}/{self.interval_name}"
 
 
-def _add(total: torch.Tensor | None, loss: float | torch.Tensor, samples: int) -> torch.Tensor:
-    """Return `total + loss * samples` in double precision, on the device of the loss; without samples, `total`."""
+def _weights(memory: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return the sum of the weights of each loss; memory of an earlier version has one number of samples for all."""
+    return memory["weights"] if "weights" in memory else dict.fromkeys(memory["sums"], memory["samples"])
+
+
+def _add(total: torch.Tensor | None, loss: float | torch.Tensor, weight: float) -> torch.Tensor:
+    """Return `total + loss * weight` in double precision, on the device of the loss; with weight 0, `total`."""
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
         loss = loss.detach()
     if total is None:
         device = loss.device if isinstance(loss, torch.Tensor) else None
         total = torch.zeros((), dtype=torch.float64, device=device)
     # A single call, because this runs at every update. Both are 0-dimensional, so the result is in double precision.
-    return total.add(loss, alpha=samples) if samples else total
+    return total.add(loss, alpha=weight) if weight else total
 
 
 def _check_not_nan(key: str, mean: torch.Tensor, state: TrainState) -> None:

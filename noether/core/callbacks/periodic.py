@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.callbacks.base import HOOKS, CallbackBase
-from noether.core.callbacks.dataset_results import DatasetResults, Mean
+from noether.core.callbacks.dataset_results import DatasetResults
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_whole, raise_problems, suggest
 from noether.core.event import (
@@ -21,6 +21,7 @@ from noether.core.event import (
 )
 from noether.core.schedules.gate import Gate, Interval
 from noether.core.schedules.schedule import INTERVALS
+from noether.core.tensors.means import Mean, Sum
 from noether.core.tensors.stored_weights import memory_of, use_weights
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from noether.core.schedules.base import Schedule
     from noether.core.state import TrainState
 
-__all__ = ["Mean", "PeriodicCallback", "PeriodicDataIteratorCallback"]
+__all__ = ["Mean", "PeriodicCallback", "PeriodicDataIteratorCallback", "Sum"]
 
 _TRACKING_HOOKS: Final = ("track_after_accumulation_step", "track_after_update_step")
 
@@ -237,7 +238,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
 
     def process_data(
         self, state: TrainState, batch: Any, forward: Callable[..., Any]
-    ) -> Mapping[str, torch.Tensor | Mean]:
+    ) -> Mapping[str, torch.Tensor | int | Mean | Sum]:
         """Return the results of one batch.
 
         Args:
@@ -246,9 +247,10 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
             forward: `(state, batch) -> (losses, outputs)`, without gradients.
 
         Returns:
-            Results by name. A 0-dimensional tensor is summed over the dataset, in double precision if it is floating
-            point. A `Mean` becomes the mean over the samples of the dataset. Other tensors are concatenated along
-            their first dimension in the order of the dataset.
+            Results by name. A `Mean` becomes the mean over the batches that have it, weighted by their samples or by
+            its weights. A `Sum`, and a whole number such as a count, is summed over the dataset. A bare 0-dimensional
+            tensor of floating point is refused, because it may be either. Other tensors are concatenated along their
+            first dimension in the order of the dataset.
         """
         return {}
 
@@ -264,7 +266,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Iterate the dataset, and call `process_results` with its results."""
         evaluated = state if self.weights is None else use_weights(state, self.weights)
-        results, forward = DatasetResults(), event.run.forward
+        results, forward = DatasetResults(self.name), event.run.forward
         with getattr(forward, "evaluating", nullcontext)():
             for batch in self._batches(event):
                 if size := event.run.batch_size(batch):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self, final
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
@@ -51,6 +51,28 @@ def _first_dimension(batch: Any) -> int | None:
         if size is not None:
             return size
     return None
+
+
+@final
+class SizedBatches(tuple[Any, ...]):  # noqa: SLOT001  # a tuple cannot have slots
+    """The micro-batches of an update, whose numbers of samples are known.
+
+    Args:
+        batches: The micro-batches.
+        sizes: Samples of each.
+
+    Example:
+        >>> SizedBatches(["packed"], [3]).sizes
+        (3,)
+    """
+
+    sizes: tuple[int, ...]
+
+    def __new__(cls, batches: Iterable[Any], sizes: Iterable[int]) -> Self:
+        """Return the tuple of `batches` with its `sizes`."""
+        self = super().__new__(cls, batches)
+        self.sizes = tuple(sizes)
+        return self
 
 
 def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch.func import functional_call
 
 from noether.core.tensors.batch import model_arguments
+from noether.core.tensors.losses import detach_losses, read_losses
 from noether.core.tensors.module import device_of
-from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.core.tensors.tree import map_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
     from torch import Tensor, nn
 
     from noether.core.state import TrainState
+    from noether.core.tensors.losses import Losses, LossResult
 
-Losses = Mapping[str, "Tensor"]
 
-
-def forward(model: nn.Module, loss: Callable[[Any, Any], Losses], *, precision: torch.dtype | None = None) -> Forward:
+def forward(
+    model: nn.Module, loss: Callable[[Any, Any], LossResult], *, precision: torch.dtype | None = None
+) -> Forward:
     """Return a function that calls `model` with the weights of a state, in evaluation mode and without gradients.
 
     Args:
         model: The architecture; its weights and its mode are left unchanged, unless it changes them itself.
-        loss: `(outputs, batch) -> {name: mean over samples}`, pure.
+        loss: `(outputs, batch) -> {name: mean over samples}` or one loss, pure; a `Mean` gives a loss another weight.
         precision: Autocast dtype of model and loss, or None.
 
     Returns:
@@ -50,7 +51,7 @@ def forward(model: nn.Module, loss: Callable[[Any, Any], Losses], *, precision: 
 class Forward:
     """Calls a model with the weights of a state, in evaluation mode and without gradients; made by `forward`."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Losses], precision: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], LossResult], precision: torch.dtype | None) -> None:
         self._model = model
         self._loss = loss
         self._precision = precision
@@ -88,10 +89,9 @@ class Forward:
 
     def _evaluate(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> tuple[Losses, Any]:
         outputs = self._call_model(model_params, state, batch)
-        losses = add_total(self._loss(outputs, batch))
+        losses = read_losses(self._loss(outputs, batch), self._loss)
         # Detached, as a returned parameter would change with the next update.
-        detached = FrozenDict({name: loss.detach() for name, loss in losses.items()})
-        return detached, map_tensors(torch.Tensor.detach, outputs)
+        return detach_losses(losses), map_tensors(torch.Tensor.detach, outputs)
 
     def _call_model(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> Any:
         arguments, keywords = model_arguments(self._model, batch)
@@ -112,15 +112,3 @@ def _are_same(model_params: Mapping[str, Tensor], params: Mapping[str, Tensor]) 
         )
     except NotImplementedError:  # torch cannot compare sparse and meta tensors
         return False
-
-
-def add_total(losses: Losses) -> Losses:
-    """Return named losses together with their sum, named `total`.
-
-    Raises:
-        ValueError: If `losses` is empty, or one of several is named `total`.
-    """
-    if not losses or ("total" in losses and len(losses) > 1):
-        raise ValueError(f"a loss function must return named losses, 'total' not among them; got {list(losses)}")
-    total = reduce(add, losses.values())
-    return FrozenDict({**losses, "total": total})

@@ -71,11 +71,17 @@ def write_counts(tensors: Iterable[Tensor]) -> list[int]:
     return list(map(_write_count, tensors))
 
 
-def run_backward(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def run_backward(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Sequence[Tensor | None]:
     """Return the gradients of a loss on the CPU, without the preparations of `torch.autograd.grad` for other cases."""
     engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001  # the engine has no public name
     gradients: Sequence[Tensor | None] = engine.run_backward(
-        (loss,), (torch.ones_like(loss),), False, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
+        (loss,),
+        (torch.ones_like(loss),),
+        keep_graph,
+        False,
+        tuple(leaves),
+        allow_unreachable=True,
+        accumulate_grad=False,
     )
     return gradients
 

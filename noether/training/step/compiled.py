@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
-from noether.core.tensors.batch import batch_size, model_arguments
-from noether.core.tensors.forward import add_total
+from noether.core.tensors.batch import SizedBatches, model_arguments
+from noether.core.tensors.losses import WeightedLosses, read_losses
 from noether.core.tensors.torch_internals import compile_graph
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.step import kernels
-from noether.training.step.accumulation import Accumulation, BackwardResult, drop_empty
+from noether.training.step.accumulation import add_terms, drop_empty
 from noether.training.step.gradients import traceable_total_norm
 from noether.training.step.model_tensors import ModelTensors
-from noether.training.step.step import make_event
+from noether.training.step.update_event import make_event
 from noether.training.value_schedules import Constant
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from noether.core.event import AfterUpdate
     from noether.core.state import TrainState
+    from noether.training.step.accumulation import BackwardResult
     from noether.training.step.step import Observer, Settings, Step
 
 _LOGGER: Final = logging.getLogger(__name__)
@@ -36,6 +37,16 @@ _FIXED: Final = ("self._groups", "self._names", "self._places", "self._buffers",
 """Attributes of a `CompiledUpdate` that never change."""
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A batch, and the arguments of the model for it."""
+
+
+class _Part(NamedTuple):
+    """Weighted gradients, losses, outputs of one micro-batch, and the buffers after it."""
+
+    grads: dict[str, Tensor]
+    losses: dict[str, Tensor]
+    outputs: Any
+    buffers: Mapping[str, Tensor]
 
 
 class UpdateResult(NamedTuple):
@@ -83,6 +94,7 @@ class CompiledUpdate:
         opt_state: Mapping[str, Any],
         buffers: Mapping[str, Tensor],
         batches: Sequence[Any],
+        samples: tuple[int, ...],
         settings: Settings,
     ) -> UpdateResult:
         """Write one update to `params` and `opt_state`.
@@ -92,6 +104,7 @@ class CompiledUpdate:
             opt_state: The optimizer's memory, complete.
             buffers: The model's buffers by name.
             batches: The micro-batches.
+            samples: Samples of each.
             settings: Settings of the optimizer for this update, by group.
         """
         calls = [(batch, *model_arguments(self._step.model, batch)) for batch in batches]
@@ -102,7 +115,7 @@ class CompiledUpdate:
             self._set_rates([settings[group]["lr"] for group in self._groups])
             param_tensors = [params[name] for name in self._names]
             buffer_tensors = [buffers[name] for name in self._buffers]
-            return self._graph(param_tensors, memory_tensors, buffer_tensors, calls, self._lr)
+            return self._graph(param_tensors, memory_tensors, buffer_tensors, calls, samples, self._lr)
 
     def _set_rates(self, rates: list[float]) -> None:
         """Set the learning rates; they are tensors, because torch would compile a graph for each float."""
@@ -111,9 +124,9 @@ class CompiledUpdate:
                 tensor.fill_(rate)
             self._rates = rates
 
-    def is_new_shape(self, batches: Sequence[Any]) -> bool:
-        """Return whether this is the first call with batches of these shapes."""
-        shapes = _shapes(batches)
+    def is_new_shape(self, batches: Sequence[Any], samples: tuple[int, ...]) -> bool:
+        """Return whether this is the first call with batches of these shapes and numbers of samples."""
+        shapes = _shapes(batches), samples
         if shapes in self._shapes:
             return False
         self._shapes.add(shapes)
@@ -125,6 +138,7 @@ class CompiledUpdate:
         memory_tensors: list[Tensor],
         buffer_tensors: list[Tensor],
         calls: Sequence[_Call],
+        samples: tuple[int, ...],
         lr: list[Tensor],
     ) -> UpdateResult:
         params = dict(zip(self._names, param_tensors, strict=True))
@@ -132,14 +146,19 @@ class CompiledUpdate:
         memory: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._places}
         for (name, key), tensor in zip(self._places, memory_tensors, strict=True):
             memory[name][key] = tensor
-        sizes = [batch_size(batch) for batch, _, _ in calls]
-        accumulation = Accumulation()
-        for call, size in zip(calls, sizes, strict=True):
-            weight = size / sum(sizes)
-            result = self._run_backward(params, buffers, call, weight)
-            accumulation.add(result, weight)
-            buffers = result.buffers
-        grads, grad_norm = self._step.clip(accumulation.grads, traceable_total_norm)
+        grads: dict[str, Tensor | None] = {}
+        losses: dict[str, Tensor] = {}
+        outputs: list[Any] = []
+        for call, size in zip(calls, samples, strict=True):
+            weight = size / sum(samples)
+            part = self._run_backward(params, buffers, call, weight)
+            if losses and losses.keys() != part.losses.keys():
+                raise ValueError("some micro-batches of an update have other losses than the others")
+            add_terms(grads, part.grads)
+            add_terms(losses, {name: loss if weight == 1 else loss * weight for name, loss in part.losses.items()})
+            outputs.append(part.outputs)
+            buffers = part.buffers
+        grads, grad_norm = self._step.clip(grads, traceable_total_norm)
         for rate, (settings, names) in zip(lr, self._groups.values(), strict=True):
             kernels.write_traceable(
                 self._step.optimizer.optimizer,
@@ -148,26 +167,26 @@ class CompiledUpdate:
                 [grad for grad in map(grads.get, names) if grad is not None],
                 [memory.get(name, {}) for name in names],
             )
-        total = accumulation.losses["total"]
-        return UpdateResult(accumulation.losses, tuple(accumulation.outputs), buffers, grad_norm, total - total == 0)
+        total = losses["total"]
+        return UpdateResult(losses, tuple(outputs), buffers, grad_norm, total - total == 0)
 
     def _run_backward(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], call: _Call, weight: float
-    ) -> BackwardResult:
+    ) -> _Part:
         batch, arguments, keywords = call
 
         def total(trained: dict[str, Tensor]) -> tuple[Tensor, Any]:
             weights = {**params, **trained, **{name: buffer.clone() for name, buffer in buffers.items()}}
             with self._step.autocast(params):
                 outputs = functional_call(self._step.model, weights, arguments, keywords)
-                losses = add_total(self._step.loss(outputs, batch))
+                losses = read_losses(self._step.loss(outputs, batch), self._step.loss)
             return losses["total"] * weight, (dict(losses), outputs, {name: weights[name] for name in buffers})
 
         grads, (_, (losses, outputs, new_buffers)) = grad_and_value(total, has_aux=True)(
             {name: params[name] for name in self._trainable}
         )
         # Copies: an output that is a parameter would otherwise show the value after the update.
-        return BackwardResult(grads, losses, map_tensors(torch.clone, outputs), new_buffers)
+        return _Part(grads, losses, map_tensors(torch.clone, outputs), new_buffers)
 
 
 @final
@@ -191,7 +210,8 @@ class CompiledStep:
     ) -> tuple[TrainState, AfterUpdate]:
         """Return the state after one update and the event, as `Step` does up to the last bits."""
         eager = self.eager
-        batches, samples = drop_empty(batches)
+        batches, samples = drop_empty(batches, eager.batch_size)
+        batches = SizedBatches(batches, samples)  # the plain step must not count them again
         update = (
             None
             if self._is_disabled or not batches
@@ -200,7 +220,7 @@ class CompiledStep:
         if update is None:
             return eager(state, batches, observe)
         settings = eager.settings_for(state)
-        if update.is_new_shape(batches) and not self._compile(update, state, batches, settings):
+        if update.is_new_shape(batches, samples) and not self._compile(update, state, batches, settings):
             return eager(state, batches, observe)
         eager.seed(state)
         model_tensors = ModelTensors.of(state, eager.model) if eager.donate else None
@@ -210,7 +230,7 @@ class CompiledStep:
             model_tensors.take_from(state)
             model_tensors.unshare()
             params, opt_state = model_tensors.params, model_tensors.opt_state
-        result = update(params, opt_state, state.buffers, batches, settings)
+        result = update(params, opt_state, state.buffers, batches, samples, settings)
         if eager.donate:
             model_tensors = model_tensors or ModelTensors(
                 eager.model, eager.optimizer.trainable(params), params, opt_state
@@ -233,22 +253,20 @@ class CompiledStep:
                 return None  # the first update: the optimizer's class makes the first memory
             reason = "the optimizer has no memory of a parameter that got no gradient"
         if reason is None and self._compiled is None:
-            unused = self.eager.find_unused(state, batches[0])
-            # Compiled gradients are zero there, so the optimizer would decay and move the parameter.
-            reason = f"the parameter {unused[0]!r} gets no gradient" if unused else None
+            reason = _obstacle_in(self.eager.compute_result(state, batches[0]))
         if reason is not None:
             self._disable(reason)
             return None
         self._compiled = self._compiled or CompiledUpdate(self.eager, state)
         return self._compiled
 
-    def _compile(self, update: CompiledUpdate, state: TrainState, batches: Sequence[Any], settings: Settings) -> bool:
+    def _compile(self, update: CompiledUpdate, state: TrainState, batches: SizedBatches, settings: Settings) -> bool:
         """Compile the update for these shapes and return whether that succeeds.
 
         It updates copies. The caller seeds afterwards, because the compiler draws random numbers.
         """
         try:
-            update(_copy(state.params), _copy(state.opt_state), state.buffers, batches, settings)
+            update(_copy(state.params), _copy(state.opt_state), state.buffers, batches, batches.sizes, settings)
         except Exception as error:  # noqa: BLE001  # whatever it is, the plain step makes the update or names the problem
             self._disable(str(error))
             return False
@@ -269,6 +287,15 @@ def _obstacle(step: Step) -> str | None:
     if any(not isinstance(schedule, Constant) for schedule in step.weight_decay.values()):
         return "the weight decay has a schedule"
     return None
+
+
+def _obstacle_in(result: BackwardResult) -> str | None:
+    """Return why an update with this result of a micro-batch cannot be compiled, or None."""
+    if not result.losses or isinstance(result.losses, WeightedLosses):
+        return "the loss function gives weights (noether.Mean), which are read at each update"
+    unused = [name for name, grad in result.grads[0].items() if grad is None]
+    # Compiled gradients are zero there, so the optimizer would decay and move the parameter.
+    return f"the parameter {unused[0]!r} gets no gradient" if unused else None
 
 
 def _copy(tree: Any) -> Any:

@@ -19,7 +19,7 @@ _SHOWN: Final = 3
 """Largest number of nonfinite losses and gradients that an error names."""
 
 
-def compute_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+def compute_gradients(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = False) -> Sequence[Tensor | None]:
     """Return the gradient of `loss` with respect to each of `leaves`, None where it does not depend on one.
 
     On the CPU it skips the Python code of `torch.autograd.grad`, which takes a fifteenth of a small network's update;
@@ -28,6 +28,7 @@ def compute_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor
     Args:
         loss: One real number.
         leaves: They require gradients.
+        keep_graph: Whether another loss of the same graph will be differentiated.
 
     Raises:
         ValueError: If `loss` is not one real number.
@@ -43,9 +44,9 @@ def compute_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor
             "the mean over samples"
         )
     if type(loss) is Tensor and loss.is_cpu:
-        grads = run_backward(loss, leaves)
+        grads = run_backward(loss, leaves, keep_graph=keep_graph)
     else:
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=keep_graph)
     # The backward pass of a custom autograd function may return a tensor that requires gradients.
     if True in [grad is not None and grad.requires_grad for grad in grads]:
         return [None if grad is None else grad.detach() for grad in grads]

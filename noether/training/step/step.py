@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from noether.core.event import AfterAccumulationStep, AfterUpdate
-from noether.core.tensors.batch import model_arguments
+from noether.core.event import AfterAccumulationStep
+from noether.core.tensors.batch import batch_size, model_arguments
 from noether.core.tensors.donation import DonatedTree
-from noether.core.tensors.forward import add_total
+from noether.core.tensors.losses import detach_losses, read_losses
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session.randomness import derive, seed_all
-from noether.training.step.accumulation import Accumulation, BackwardResult, drop_empty
+from noether.training.step.accumulation import Accumulation, BackwardResult, Gradients, RegroupError, drop_empty
 from noether.training.step.gradients import (
     all_finite,
     clip_norm,
@@ -27,17 +28,21 @@ from noether.training.step.gradients import (
 )
 from noether.training.step.model_tensors import ModelTensors
 from noether.training.step.part_times import PartTimes
+from noether.training.step.update_event import make_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from noether.core.event import AfterUpdate
     from noether.core.state import TrainState
-    from noether.training.step.accumulation import Grads, Losses
+    from noether.core.tensors.losses import Losses, LossResult
+    from noether.training.step.accumulation import Grads
     from noether.training.step.optimizer import FunctionalOptimizer
     from noether.training.value_schedules import ValueSchedule
 
     Observer = Callable[[TrainState, AfterAccumulationStep], TrainState]
+    Objectives = Callable[[Losses], Sequence[Tensor]]
     Settings = Mapping[str, Mapping[str, float]]
 
 Nonfinite = Literal["apply", "skip", "raise"]
@@ -53,7 +58,9 @@ class Step:
 
     Args:
         model: The architecture, in training mode; the step does not use its weights.
-        loss: `(outputs, batch) -> {name: mean over samples}`, pure.
+        loss: `(outputs, batch) -> {name: mean over samples}` or one loss, pure. A `Mean` gives a loss its weight in the
+            mean over micro-batches; several micro-batches whose losses differ in weights, or in names, take one
+            backward pass for each group of losses of equal weights.
         optimizer: Computes new params from gradients.
         lr: Learning rate by parameter group, as a function of the number of completed updates.
         weight_decay: Weight decay by parameter group, likewise; empty for an optimizer that has none.
@@ -67,6 +74,7 @@ class Step:
         rank: Index of this process.
         elapsed_s: Clock for the seconds of forward, backward and optimizer; None leaves them out. An accelerator
             computes asynchronously, so there they are only the seconds of the calls.
+        batch_size: `batch -> number of samples`, for batches that do not come from noether's own data.
         donate: Whether an update may write to the tensors of a state that an update returned; that state cannot be read
             afterwards. It is faster, needs less memory, and gives the same bits. The model's own weights are then those
             of the newest state. Only Adam, AdamW and SGD write in place; with other classes it has no effect.
@@ -87,7 +95,7 @@ class Step:
     """
 
     model: nn.Module
-    loss: Callable[[Any, Any], Losses]
+    loss: Callable[[Any, Any], LossResult]
     optimizer: FunctionalOptimizer
     lr: Mapping[str, ValueSchedule]
     weight_decay: Mapping[str, ValueSchedule] = field(default_factory=dict)
@@ -99,6 +107,7 @@ class Step:
     finite: bool = True
     rank: int = 0
     elapsed_s: Callable[[], float] | None = None
+    batch_size: Callable[[Any], int] = batch_size
     donate: bool = False
 
     def __call__(
@@ -113,7 +122,7 @@ class Step:
 
         Returns:
             The state, and the event without the run and the times, which the loop adds. If no micro-batch has samples,
-            the state is the same and the update is skipped.
+            or all losses have weight 0, the state is the same and the update is skipped.
 
         Raises:
             FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
@@ -122,16 +131,18 @@ class Step:
         if not torch.is_grad_enabled():
             with torch.enable_grad():
                 return self(state, batches, observe)
-        batches, samples = drop_empty(batches)
+        batches, samples = drop_empty(batches, self.batch_size)
         if not batches:
             return state, make_event(FrozenDict(), (), (), self.settings_for(state), skipped=True)
         self.seed(state)
         times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
-        if len(batches) == 1 and observe is None:  # the common case, which needs no sums
-            result = self._run_backward(state, state.buffers, batches[0], 1.0, times)
-            return self._apply(state, result, (result.outputs,), samples, times)
-        state, result = self._accumulate(state, batches, samples, times, observe)
-        return self._apply(state, result, result.outputs, samples, times)
+        if len(batches) == 1 and observe is None:  # the common case, which needs no means
+            result = self._run_backward(state, state.buffers, batches[0], _total, times)
+            grads, losses, outputs, buffers = result
+            return self._apply(state, Gradients(grads[0] if grads else {}, losses, buffers), (outputs,), samples, times)
+        state, accumulation, buffers = self._accumulate(state, batches, samples, times, observe)
+        gradients = Gradients(accumulation.grads, accumulation.losses, buffers)
+        return self._apply(state, gradients, tuple(accumulation.outputs), samples, times)
 
     def _accumulate(
         self,
@@ -140,15 +151,22 @@ class Step:
         samples: Sequence[int],
         times: PartTimes | None,
         observe: Observer | None,
-    ) -> tuple[TrainState, BackwardResult]:
-        """Return the state with callbacks' memory, and the weighted sums over the micro-batches."""
-        accumulation, buffers, all_samples = Accumulation(), state.buffers, sum(samples)
-        for index, (batch, size) in enumerate(zip(batches, samples, strict=True)):
-            weight = size / all_samples
-            result = self._run_backward(state, buffers, batch, weight, times)
-            accumulation.add(result, weight)
+    ) -> tuple[TrainState, Accumulation, Mapping[str, Tensor]]:
+        """Return the state with callbacks' memory, the means over the micro-batches, and the new buffers."""
+        accumulation, buffers, index, observed = Accumulation(sum(samples)), state.buffers, 0, 0
+        while index < len(batches):
+            batch, size = batches[index], samples[index]
+            try:
+                result = self._run_backward(
+                    state, buffers, batch, partial(accumulation.objectives, samples=size), times
+                )
+            except RegroupError as error:  # computes the gradients again, with the same random numbers
+                accumulation, buffers, index = Accumulation(sum(samples), error.groups), state.buffers, 0
+                self.seed(state)
+                continue
+            accumulation.add(result)
             buffers = result.buffers
-            if observe is not None:
+            if observe is not None and index == observed:
                 event = AfterAccumulationStep.of(
                     losses=result.losses,
                     outputs=result.outputs,
@@ -157,35 +175,45 @@ class Step:
                     accumulation_steps=len(batches),
                 )
                 state = observe(state, event)
+                observed += 1
+            index += 1
             if times is not None:
                 times.start()
-        losses = FrozenDict(accumulation.losses)
-        return state, BackwardResult(accumulation.grads, losses, tuple(accumulation.outputs), buffers)
+        return state, accumulation, buffers
 
     def seed(self, state: TrainState) -> None:
         """Seed the random numbers of the next update of `state`: those of torch, numpy and `random`."""
         seed_all(derive(state.seed, "update", state.iteration.update, self.rank))
 
-    @torch.enable_grad()
     def find_unused(self, state: TrainState, batch: Any) -> list[str]:
         """Return the names of the trained parameters that have no gradient for a batch."""
-        result = self._run_backward(state, state.buffers, batch, 1.0, None)
-        return [name for name, grad in result.grads.items() if grad is None]
+        grads = self.compute_result(state, batch).grads
+        return [name for name, grad in grads[0].items() if grad is None] if grads else []
+
+    @torch.enable_grad()
+    def compute_result(self, state: TrainState, batch: Any) -> BackwardResult:
+        """Return the result of one batch, without an update."""
+        return self._run_backward(state, state.buffers, batch, _total, None)
 
     def _run_backward(
-        self, state: TrainState, buffers: Mapping[str, Tensor], batch: Any, weight: float, times: PartTimes | None
+        self,
+        state: TrainState,
+        buffers: Mapping[str, Tensor],
+        batch: Any,
+        objectives: Objectives,
+        times: PartTimes | None,
     ) -> BackwardResult:
-        """Return gradients of the weighted total loss, losses, outputs and new buffers."""
+        """Return gradients of the objectives, losses, outputs and new buffers."""
         model_tensors = ModelTensors.of(state, self.model)
         if model_tensors is not None:
             model_tensors.set_buffers(buffers)
-            result = self._differentiate(batch, model_tensors.parameters, model_tensors.leaves, weight, times)
+            result = self._differentiate(batch, model_tensors.parameters, model_tensors.leaves, objectives, times)
             return BackwardResult(*result, model_tensors.get_buffers(buffers))
         params = {name: param.detach() for name, param in state.params.items()}
         leaves = {name: params[name].requires_grad_() for name in self.optimizer.trainable(params)}
         weights = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
         with reparametrize(self.model, weights, tie_weights=True):
-            result = self._differentiate(batch, params, leaves, weight, times)
+            result = self._differentiate(batch, params, leaves, objectives, times)
         # Batch norm writes to the copies, other modules assign new tensors: `weights` holds the current one either way.
         return BackwardResult(*result, FrozenDict({name: weights[name].detach() for name in buffers}))
 
@@ -194,45 +222,48 @@ class Step:
         batch: Any,
         params: Mapping[str, Tensor],
         leaves: Mapping[str, Tensor],
-        weight: float,
+        objectives: Objectives,
         times: PartTimes | None,
-    ) -> tuple[Grads, FrozenDict, Any]:
-        """Return gradients of the weighted total loss, losses and outputs; `params` are in the model already."""
+    ) -> tuple[list[Grads], Losses, Any]:
+        """Return gradients of the objectives, losses and outputs; `params` are in the model already."""
         counts = write_counts(params.values())
         if self.precision is None:
             losses, outputs = self._forward(batch)
         else:
             with self.autocast(params):
                 losses, outputs = self._forward(batch)
-        total = losses["total"] if weight == 1 else losses["total"] * weight
+        terms = objectives(losses)
         if write_counts(params.values()) != counts:
             _refuse_writing(params, counts)
         if times is not None:
             times.stop("forward_s")
         # torch.func.grad_and_value gives the same bits, but takes longer: see benchmarks/step.py.
-        grads = compute_gradients(total, list(leaves.values()))
+        inputs, last = list(leaves.values()), len(terms) - 1
+        grads = [compute_gradients(term, inputs, keep_graph=index < last) for index, term in enumerate(terms)]
         if times is not None:
             times.stop("backward_s")
         return (
-            dict(zip(leaves, grads, strict=True)),
-            FrozenDict({name: loss.detach() for name, loss in losses.items()}),
+            [dict(zip(leaves, each, strict=True)) for each in grads],
+            detach_losses(losses),
             map_tensors(Tensor.detach, outputs),
         )
 
     def _forward(self, batch: Any) -> tuple[Losses, Any]:
         arguments, keywords = model_arguments(self.model, batch)
         outputs = self.model(*arguments, **keywords)
-        return add_total(self.loss(outputs, batch)), outputs
+        return read_losses(self.loss(outputs, batch), self.loss), outputs
 
     def _apply(
         self,
         state: TrainState,
-        result: BackwardResult,
+        result: Gradients,
         outputs: tuple[Any, ...],
         samples: tuple[int, ...],
         times: PartTimes | None,
     ) -> tuple[TrainState, AfterUpdate]:
         """Apply the gradients unless the update is skipped; return the state and the event."""
+        if not result.losses:  # all have weight 0
+            return state, make_event(result.losses, outputs, samples, self.settings_for(state), skipped=True)
         finite = self._is_finite(result.losses, result.grads)
         skipped = self.nonfinite != "apply" and not finite
         if skipped and self.nonfinite == "raise":
@@ -321,27 +352,9 @@ class Step:
         return torch.autocast(device, dtype=self.precision)
 
 
-def make_event(
-    losses: Losses, outputs: tuple[Any, ...], samples: tuple[int, ...], settings: Settings, **readings: Any
-) -> AfterUpdate:
-    """Return the event of an update, without the run and the times that the loop adds.
-
-    Args:
-        losses: Mean losses of the update by name.
-        outputs: Outputs of the model for each micro-batch.
-        samples: Samples of each micro-batch.
-        settings: Settings of the optimizer by group.
-        readings: Further fields of the event.
-    """
-    return AfterUpdate.of(
-        samples=sum(samples),
-        losses=losses,
-        outputs=outputs,
-        accumulated=samples,
-        lr=FrozenDict({group: values["lr"] for group, values in settings.items()}),
-        weight_decay=FrozenDict({g: v["weight_decay"] for g, v in settings.items() if "weight_decay" in v}),
-        **readings,
-    )
+def _total(losses: Losses) -> Sequence[Tensor]:
+    """Return the objectives of an update with one micro-batch."""
+    return [losses["total"]] if losses else []
 
 
 def _refuse_writing(params: Mapping[str, Tensor], counts: Sequence[int]) -> None:
