@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.pytrees import Flat, register_pytree
 from noether.core.tensors.tree import SCALARS, FrozenDict, FrozenView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
-    Structure = tuple[str, FrozenDict]  # the name of a builder; each key with its scalar, or `...` for a child
+    Structure = tuple[str, FrozenDict]  # name of a builder; for each key a scalar, `_LEAF` or `_TREE`
 
+_LEAF: Final = ("leaf",)
+_TREE: Final = ("tree",)
 _STRUCTURAL: Final = frozenset({*SCALARS, TrainingIteration})
 _WEIGHTS: Final = ("params", "buffers")
 
@@ -33,6 +35,16 @@ class StateTree:
 
     def __init__(self, tree: Any) -> None:
         self.tree = tree
+
+
+class Leaf(NamedTuple):
+    """A leaf in a part of a state that would be structure: a function, or a transform, put it where a tensor was.
+
+    Args:
+        value: The leaf itself.
+    """
+
+    value: Any
 
 
 def register_state(state_type: type[Any], *tuple_types: type[Any]) -> None:
@@ -70,7 +82,9 @@ def register_state(state_type: type[Any], *tuple_types: type[Any]) -> None:
 
     def unflatten(structure: Structure, children: Iterable[Any]) -> Any:
         kind, entries = structure
-        return builders[kind]({**entries, **dict(zip(_child_keys(structure), children, strict=True))})
+        values = dict(zip(_child_keys(structure), children, strict=True))
+        leaves = {key: Leaf(value) for key, value in values.items() if entries[key] == _LEAF and not _is_leaf(value)}
+        return builders[kind]({**entries, **values, **leaves})
 
     register_pytree(state_type, flatten_state, unflatten, dump=_dump, load=_load, has_fields=True)
     register_pytree(StateTree, flatten_tree, unflatten, dump=_dump, load=_load)
@@ -86,25 +100,35 @@ def _read(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flatten(kind: str, entries: dict[Any, Any], weights: Mapping[str, Any] = FrozenDict()) -> Flat:
     """Take a container apart; the values of `weights` are children as they are, as all their values are leaves."""
-    scalars = {key: _unify_nan(value) for key, value in entries.items() if type(value) in _STRUCTURAL}
-    structure = kind, FrozenDict({key: scalars.get(key, ...) for key in entries})
+    structure = (
+        kind,
+        FrozenDict({key: _LEAF if _is_leaf(value) else _describe(value) for key, value in entries.items()}),
+    )
     keys = _child_keys(structure)
-    return Flat([weights[key] if key in weights else _wrap(entries[key]) for key in keys], structure, keys)
+    return Flat([weights[key] if key in weights else _child(entries[key]) for key in keys], structure, keys)
 
 
-def _unify_nan(value: Any) -> Any:
-    """Return one object for every NaN: structures are compared, and a NaN equals nothing but itself."""
-    return math.nan if value != value else value  # noqa: PLR0124  # NaN differs from itself
+def _is_leaf(value: Any) -> bool:
+    return type(value) not in _STRUCTURAL and not isinstance(value, (Mapping, tuple, list))
 
 
-def _wrap(value: Any) -> Any:
-    return StateTree(value) if isinstance(value, (Mapping, tuple, list)) else value
+def _describe(value: Any) -> Any:
+    """Return what the structure has in place of a value that `_is_leaf` is not true of."""
+    if type(value) in _STRUCTURAL:
+        return math.nan if value != value else value  # noqa: PLR0124  # one object for every NaN, as NaN differs from itself
+    return _LEAF if type(value) is Leaf else _TREE
+
+
+def _child(value: Any) -> Any:
+    if type(value) is Leaf:
+        return value.value
+    return value if _is_leaf(value) else StateTree(value)
 
 
 def _child_keys(structure: Structure) -> Sequence[Any]:
     """Return the keys of the children, in a dict sorted: states that are equal have the same structure."""
     kind, entries = structure
-    keys = [key for key, value in entries.items() if value is ...]
+    keys = [key for key, value in entries.items() if type(value) is tuple]
     return sorted(keys) if kind == "dict" else keys
 
 
@@ -114,16 +138,19 @@ def _dump(structure: Structure) -> Any:
 
 
 def _dump_value(value: Any) -> tuple[str, Any]:
-    if value is ...:
-        return "child", None
+    if type(value) is tuple:
+        return value[0], None
     return ("iteration", str(value)) if isinstance(value, TrainingIteration) else ("scalar", value)
+
+
+_LOADERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "leaf": lambda _: _LEAF,
+    "tree": lambda _: _TREE,
+    "iteration": TrainingIteration.parse,
+    "scalar": _describe,
+}
 
 
 def _load(dumped: Any) -> Structure:
     kind, entries = dumped
-    loaders: dict[str, Callable[[Any], Any]] = {
-        "child": lambda _: ...,
-        "iteration": TrainingIteration.parse,
-        "scalar": _unify_nan,
-    }
-    return kind, FrozenDict({key: loaders[name](value) for key, name, value in entries})
+    return kind, FrozenDict({key: _LOADERS[name](value) for key, name, value in entries})

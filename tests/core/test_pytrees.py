@@ -111,10 +111,14 @@ def test_a_tree_is_rebuilt_from_its_leaves(library, tree):
 def test_a_tree_is_rebuilt_from_anything(library, tree):
     flatten, unflatten = LIBRARIES[library]
     leaves, structure = flatten(tree)
-    for stand_in in (object(), None, 0):
-        assert type(unflatten([stand_in] * len(leaves), structure)) is type(tree)
-    marked, _ = flatten(unflatten([object] * len(leaves), structure))
-    assert marked == [object] * len(leaves)
+    for stand_in in (object(), 0, False, 0.5, "text", torch.dtype, torch.Size([2])):
+        rebuilt = unflatten([stand_in] * len(leaves), structure)
+        assert type(rebuilt) is type(tree)
+        again, same_structure = flatten(rebuilt)
+        if not isinstance(stand_in, tuple):  # which is a tree itself
+            assert again == [stand_in] * len(leaves)
+            assert same_structure == structure
+    assert type(unflatten([None] * len(leaves), structure)) is type(tree)
 
 
 @given(tree=TREES)
