@@ -22,6 +22,7 @@ Model: TypeAlias = Annotated[Kind, kinds.MODEL]
 Dataset: TypeAlias = Annotated[Kind, kinds.DATASET]
 Callback: TypeAlias = Annotated[Kind, kinds.CALLBACK]
 Loss: TypeAlias = Annotated[str, kinds.OUTPUT_FUNCTION]
+BatchFunction: TypeAlias = Annotated[str, kinds.BATCH_FUNCTION]
 Handler: TypeAlias = Annotated[str, kinds.HANDLER]
 EffectType: TypeAlias = Annotated[str, kinds.EFFECT]
 Metric: TypeAlias = Annotated[str, "metric"]
@@ -292,6 +293,9 @@ class Config:
         optimizer: The optimizer.
         trainer: How the run is trained, and where it ends.
         callbacks: The callbacks in the order of their calls.
+        batch_size: Dotted path of a function `batch -> number of samples`, in YAML `data.batch_size`; None to count the
+            samples that are collated into a batch. It is needed for a dataset whose `collate` leaves samples out of
+            batches whose tensors differ in their first dimension, or where a sample is something else than an item.
         source: The text that it was read from, for messages; equality ignores it.
 
     Raises:
@@ -304,6 +308,7 @@ class Config:
     optimizer: OptimizerSettings
     trainer: TrainerSettings
     callbacks: tuple[Callback, ...] = ()
+    batch_size: BatchFunction | None = None
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from noether.config.objects.kinds import Kind
-from noether.config.schema import CheckpointSettings, EvaluateSettings, OptimizerSettings
+from noether.config.schema import CheckpointSettings, Config, EvaluateSettings, OptimizerSettings
 from noether.config.source import SCALARS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-
-    from noether.config.schema import Config
 
 
 def resolve_config(config: Config) -> dict[str, Any]:
@@ -42,6 +40,13 @@ def _plain_value(value: Any) -> Any:
     if inspect.isroutine(value) or isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     return _plain_fields(value) if dataclasses.is_dataclass(value) else value
+
+
+@_plain_value.register
+def _(value: Config) -> dict[str, Any]:
+    fields = _plain_fields(value)
+    function = fields.pop("batch_size", None)
+    return fields if function is None else {**fields, "data": {"batch_size": function, **fields["data"]}}
 
 
 @_plain_value.register

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from noether.core.iteration import COUNTERS, Counter, TrainingIteration
-from noether.core.tensors.batch import batch_size
+from noether.core.tensors.batch import batch_size, count_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -41,7 +41,8 @@ class Run:
         data: Datasets for data-iterating callbacks by key; each is an iterable of batches.
         forward: `(state, batch) -> (losses, outputs)`, in evaluation mode and without gradients.
         frozen: Names of the params that the optimizer does not update.
-        batch_size: `batch -> number of samples`; by default the first dimension of the first tensor.
+        batch_size: `batch -> number of samples`; by default the first dimension of all tensors, see
+            `noether.core.tensors.batch.batch_size`. The trainer's own data knows the sizes of its batches.
 
     Example:
         >>> run = Run(end=TrainingIteration(epoch=2), updates_per_epoch=3, samples_per_epoch=10, effective_batch_size=4)
@@ -90,6 +91,28 @@ class Run:
     def replace(self, **changes: Any) -> Self:
         """Return the run with some fields changed."""
         return type(self)(**{**vars(self), **changes})
+
+    def count_samples(self, batch: Any) -> int:
+        """Return the number of samples of a batch, as `batch_size` says.
+
+        Raises:
+            ValueError: If that is not a whole number >= 0.
+        """
+        return count_samples(batch, self.batch_size)
+
+    def sized_batches(self, data: Iterable[Any]) -> Iterable[tuple[Any, int]]:
+        """Yield the batches of a dataset and their numbers of samples; noether's own data knows them.
+
+        Example:
+            >>> import torch
+            >>> list(Run().sized_batches([torch.ones(2)]))
+            [(tensor([1., 1.]), 2)]
+        """
+        if hasattr(data, "with_sizes"):
+            yield from data.with_sizes()
+            return
+        for batch in data:
+            yield batch, self.count_samples(batch)
 
     def iteration_after(self, update: int) -> TrainingIteration:
         """Return the iteration after `update` updates, counting every epoch that they complete."""

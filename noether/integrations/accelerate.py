@@ -233,7 +233,7 @@ class AcceleratedSession:
                 return
 
     def _samples(self) -> int:
-        accelerator, size = self._accelerator, self.session.run.batch_size(self._batch)
+        accelerator, size = self._accelerator, self.session.run.count_samples(self._batch)
         if accelerator.num_processes == 1:
             return size
         if accelerator.even_batches:

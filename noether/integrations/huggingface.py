@@ -293,7 +293,7 @@ class NoetherMixin:
         callbacks = _noether_callbacks(trainer)
         for callback in callbacks:
             callback.batch_arrived()
-        samples = [callback.session.run.batch_size(inputs) for callback in callbacks]
+        samples = [callback.session.run.count_samples(inputs) for callback in callbacks]
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]  # of the trainer
         outputs, self._outputs = self._outputs, None
         for callback, size in zip(callbacks, samples, strict=True):

@@ -168,14 +168,14 @@ class _Handlers:
                 "ignite"
             )
         epoch_is_full = self._move(engine, loaded=loaded)
-        batches, batch_size = state.epoch_length, session.run.batch_size
+        batches, batch_size = state.epoch_length, session.run.count_samples
         lengths: dict[str, Any] = epoch_lengths(state.dataloader, batches, self._accumulation, batch_size)
         session.begin(end=self._end(engine), epoch_is_full=epoch_is_full, **lengths)
         self._apply_stop(engine)
 
     def iterate(self, engine: Engine) -> None:
         session, outputs = self._session, engine.state.output
-        samples = session.run.batch_size(engine.state.batch)
+        samples = session.run.count_samples(engine.state.batch)
         session.micro_batch(self._losses(outputs), outputs=outputs, samples=samples, of=self._accumulation)
         if session.steps or session.pending_micro_batches == self._accumulation:
             session.update(skipped=not session.steps)

@@ -160,7 +160,7 @@ class NoetherCallback(LightningCallback):
             outputs = {**outputs, "loss": outputs["loss"] * steps}
         outputs = outputs or None
         losses = {} if automatic and outputs is None else self._losses(outputs)
-        session.micro_batch(losses, outputs=outputs, samples=session.run.batch_size(batch), of=steps)
+        session.micro_batch(losses, outputs=outputs, samples=session.run.count_samples(batch), of=steps)
         optimizer_steps = session.steps
         if optimizer_steps > 1:
             raise ValueError(
@@ -230,7 +230,7 @@ def _run_facts(trainer: Trainer, session: Session) -> dict[str, Any]:
     automatic = trainer.lightning_module.automatic_optimization
     batches = int(trainer.num_training_batches) if trainer.num_training_batches != float("inf") else None
     steps = trainer.accumulate_grad_batches
-    lengths = epoch_lengths(trainer.train_dataloader, batches, steps, session.run.batch_size) if automatic else {}
+    lengths = epoch_lengths(trainer.train_dataloader, batches, steps, session.run.count_samples) if automatic else {}
     return {**lengths, "end": _end(trainer, lengths.get("updates_per_epoch"))}
 
 

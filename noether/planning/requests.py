@@ -231,7 +231,7 @@ def _one_sample_event(event: type[Event], state: TrainState, run: Run) -> Event:
     if event is AfterUpdate and "train" in run.data:
         losses, outputs = run.forward(state, next(iter(run.data["train"].batched(1))))
         measured = _Measurements(losses, (outputs,))
-    data = {key: _OneBatch(dataset.batched(1)) for key, dataset in run.data.items()}
+    data = {key: _OneBatch(dataset.batched(1).with_sizes()) for key, dataset in run.data.items()}
     return _make_event(event, run.replace(data=data), measured)
 
 
@@ -254,12 +254,20 @@ def _make_event(event: type[Event], run: Run, measured: _Measurements) -> Event:
 
 @final
 class _OneBatch:
-    """At most one batch of a dataset, whatever the batch size."""
+    """At most one batch of a dataset, whatever the batch size.
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    Args:
+        batches: Batches and their numbers of samples.
+    """
+
+    def __init__(self, batches: Iterable[tuple[Any, int]]) -> None:
         self._batches = batches
 
     def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, _ in self.with_sizes())
+
+    def with_sizes(self) -> Iterator[tuple[Any, int]]:
+        """Yield the batch and its number of samples."""
         return islice(iter(self._batches), 1)
 
     def batched(self, batch_size: int) -> _OneBatch:  # noqa: ARG002  # the signature of every dataset

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from noether.core.callback import label_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
-from noether.core.tensors.batch import batch_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -86,8 +85,8 @@ def _find_failure(call: Callable[[Any], object], data: Any) -> str | None:
 
 def _error_of(call: Callable[[Any], object], data: Any, samples: int) -> str | None:
     try:
-        batch = next(iter(data.batched(samples)))
-        if batch_size(batch) == samples:  # otherwise `collate` left some out, and the call would not show anything
+        batch, size = next(iter(data.batched(samples).with_sizes()))
+        if size == samples:  # otherwise `collate` left some out, and the call would not show anything
             call(batch)
     except Exception as error:  # noqa: BLE001  # a model, a loss or a metric may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())}"

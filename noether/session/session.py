@@ -220,7 +220,7 @@ class Session(SessionEvents):
             self._warn_if_ended()
         loop.prepare_epoch(self._state.iteration.epoch)
         self._trusts_lengths = has_exact_length(loader)  # else the loop reads the epoch again, to find its end
-        lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.batch_size)
+        lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.count_samples)
         self.begin(**lengths)
         self._loop = loop
         return loop.run()
@@ -246,7 +246,7 @@ class Session(SessionEvents):
         if samples is None:
             if self._loop is None:
                 raise SessionError("outside of session.batches(loader) a batch is not known: pass samples=")
-            samples = self.run.batch_size(batch)
+            samples = self.run.count_samples(batch)
         if of is None:
             of = 1 if self._loop is None else self._loop.accumulation_steps
         if not self._micro_batches:

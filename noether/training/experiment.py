@@ -25,6 +25,7 @@ from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
 from noether.session.randomness import derive, seed_all
 from noether.training.configured_callbacks import build_callbacks
+from noether.training.data.batches import SampleCounter
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.streamed import StreamedData, StreamedEvaluationData
 from noether.training.error_locations import locate_errors
@@ -111,6 +112,7 @@ def build(
     datasets = _build_datasets(config)
     data = _build_training_data(config, datasets["train"], device)
     network = _build_model(config, model or config.model.build, device)
+    count = {} if config.batch_size is None else {"batch_size": import_path(config.batch_size)}
     run = Run(
         end=configured_end(config),
         updates_per_epoch=data.batching.updates_per_epoch,
@@ -120,6 +122,7 @@ def build(
         config=resolve_config(config),
         data=_build_evaluation_data(config, datasets, device),
         forward=forward(network, import_path(config.trainer.loss), precision=_PRECISIONS[config.trainer.precision]),
+        **count,
     )
     _check_end(config, run)
     state = _initial_state(config, network, fresh=fresh)
@@ -143,6 +146,7 @@ def build(
         grad_norm="grad_norm" in reducer.readings,
         finite="finite" in reducer.readings,
         elapsed_s=time.perf_counter if _TIMED & set(reducer.readings) else None,
+        batch_size=run.batch_size,
         donate=config.trainer.donate,
     )
     return Experiment(
@@ -192,6 +196,7 @@ def _build_training_data(config: Config, dataset: Any, device: torch.device) -> 
         "drop_last": trainer.drop_last,
         "device": device,
         "name": "train",
+        "count_samples": _sample_counter(config, dataset),
     }
     is_stream = isinstance(dataset, IterableDataset)
     if is_stream and trainer.num_workers:
@@ -217,11 +222,20 @@ def _build_evaluation_data(
     data: dict[str, EvaluationData | StreamedEvaluationData] = {}
     for key, dataset in datasets.items():
         with locate_errors(config, ("data", key)):
+            settings |= {"name": key, "count_samples": _sample_counter(config, dataset)}
             if not isinstance(dataset, IterableDataset):
-                data[key] = EvaluationData(dataset, **settings, name=key, num_workers=trainer.num_workers)
+                data[key] = EvaluationData(dataset, **settings, num_workers=trainer.num_workers)
             elif key != "train":
-                data[key] = StreamedEvaluationData(dataset, **settings, name=key)
+                data[key] = StreamedEvaluationData(dataset, **settings)
     return data
+
+
+def _sample_counter(config: Config, dataset: Any) -> SampleCounter:
+    """Return what counts the samples of the batches of a dataset: `data.batch_size`, if it is given."""
+    if config.batch_size is None:
+        return SampleCounter(dataset)
+    setting = f"{config.place(('data', 'batch_size'))}: data.batch_size: "
+    return SampleCounter(dataset, import_path(config.batch_size), setting)
 
 
 def configured_end(config: Config) -> TrainingIteration:

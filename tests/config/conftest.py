@@ -36,6 +36,10 @@ def loss(outputs, batch):
     return {"loss": outputs}
 
 
+def count(batch):
+    return len(batch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Watch:
     every_n_epochs: int | None = None

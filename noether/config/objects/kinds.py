@@ -211,6 +211,10 @@ def _reads_outputs(target: object) -> bool:
     return _is_function(target) and may_accept(target, "outputs", "batch") and not describe_deferred(target)
 
 
+def _counts_samples(target: object) -> bool:
+    return _is_function(target) and may_accept(target, "batch") and not describe_deferred(target)
+
+
 def _is_handler(target: object) -> bool:
     return _is_function(target) and may_accept(target, "effect", "state", "event") and not describe_deferred(target)
 
@@ -244,5 +248,6 @@ CALLBACK = Role(
 PART = Role("a part of another object", _is_part, "a class of yours, a dataset or a model")
 FUNCTION = Role("a function", _is_function, "a callable that is not a class")
 OUTPUT_FUNCTION = Role("a function", _reads_outputs, "a callable that is not a class, called with (outputs, batch)")
+BATCH_FUNCTION = Role("a function of one batch", _counts_samples, "a callable that is not a class, called with (batch)")
 HANDLER = Role("a function", _is_handler, "a callable that is not a class, called with (effect, state, event)")
 EFFECT = Role("a type of effect", lambda target: isinstance(target, type), "a class")

@@ -26,6 +26,7 @@ from noether.config.objects.kinds import (
     resolve,
 )
 from noether.config.schema import (
+    BatchFunction,
     CheckpointSettings,
     Config,
     EvaluateSettings,
@@ -57,7 +58,7 @@ def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | 
     converter.register_structure_hook(EvaluateSettings, lambda value, _: _structure_evaluate(converter, value))
     converter.register_structure_hook(CheckpointSettings, lambda value, _: _structure_checkpoints(converter, value))
     converter.register_structure_hook(OptimizerSettings, lambda value, _: _structure_optimizer(kinds, value))
-    converter.register_structure_hook(Config, lambda value, _: construct(converter, Config, value, source=source))
+    converter.register_structure_hook(Config, lambda value, _: _structure_config(converter, value, source))
     converter.register_structure_hook_func(
         has_origin(Callable, type), lambda value, _: kinds.resolve(value, _SETTING_FUNCTION)
     )
@@ -189,6 +190,29 @@ def _structure_evaluate(converter: Converter, value: object) -> object:
         section = construct(converter, EvaluateSettings, intervals, datasets=datasets)
     raise_together(errors, EvaluateSettings)
     return section
+
+
+def _structure_config(converter: Converter, value: object, source: Source) -> object:
+    """Return the configuration; `data.batch_size`, which is no dataset, is the field `batch_size`."""
+    data = value.get("data") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(data, dict) or "batch_size" not in data:
+        return construct(converter, Config, value, source=source, batch_size=None)
+    rest = {**value, "data": {name: each for name, each in data.items() if name != "batch_size"}}
+    errors: list[Exception] = []
+    function = None
+    with collect_errors(errors, "data"):
+        problems: list[Exception] = []
+        with collect_errors(problems, "batch_size"):
+            if isinstance(data["batch_size"], dict):
+                raise InvalidValueError(
+                    "is no dataset, but the dotted path of a function (batch) -> number of samples; rename the dataset"
+                )
+            function = converter.structure(data["batch_size"], BatchFunction)
+        raise_together(problems, Config)
+    with collect_errors(errors):
+        config = construct(converter, Config, rest, source=source, batch_size=function)
+    raise_together(errors, Config)
+    return config
 
 
 def _structure_checkpoints(converter: Converter, value: object) -> object:

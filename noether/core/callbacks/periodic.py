@@ -268,8 +268,8 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         evaluated = state if self.weights is None else use_weights(state, self.weights)
         results, forward = DatasetResults(self.name), event.run.forward
         with getattr(forward, "evaluating", nullcontext)():
-            for batch in self._batches(event):
-                if size := event.run.batch_size(batch):
+            for batch, size in event.run.sized_batches(self._batches(event)):
+                if size:
                     results.add(self.process_data(evaluated, batch, forward), size)
         values = results.values()
         if not values["samples"]:

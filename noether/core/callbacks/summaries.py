@@ -174,6 +174,6 @@ def dataset_lengths(run: Run) -> dict[str, int]:
 
 def _count_samples(data: Any, run: Run) -> int | None:
     if isinstance(data, (list, tuple)):  # its elements are batches
-        return sum(map(run.batch_size, data))
+        return sum(map(run.count_samples, data))
     sized = getattr(data, "dataset", data)  # the length of a loader is its number of batches
     return len(sized) if hasattr(sized, "__len__") else None

@@ -5,52 +5,180 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import islice
+from operator import index
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from noether.core.tensors.losses import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
 
 TARGETS: Final = ("target", "targets", "label", "labels", "y")
+_SHOWN: Final = 6
+"""Largest number of tensors that a message lists."""
+_LEVELS: Final = 3
+"""Levels of objects within objects in which tensors are looked for: an object may contain itself."""
+_SEQUENCES: Final = frozenset({tuple, list})
+_SCALARS: Final = frozenset({str, bytes, int, float, bool, complex, type(None)})
 
 
 def batch_size(batch: Any) -> int:
-    """Return the number of samples in `batch`: the first dimension of its first tensor.
+    """Return the number of samples in `batch`: the first dimension of its tensors, which has to be the same for all.
 
-    None and an empty container have none; a `collate` that finds no usable sample may return them.
+    Tensors are looked for in tuples, lists, mappings, dataclasses and other objects; those without a dimension do not
+    count. An object that knows its size is asked for it: `num_graphs`, `batch_size`, or the sequences of a
+    `PackedSequence`. None and an empty container have no samples; a `collate` that finds no usable sample may return
+    them.
 
     Raises:
-        ValueError: If `batch` contains no tensor with a dimension.
+        ValueError: If `batch` contains no tensor with a dimension, or tensors that differ in their first dimension,
+            such as packed point clouds, or weights of classes beside samples.
 
     Example:
         >>> import torch
         >>> batch_size((torch.zeros(8, 3), torch.zeros(8)))
         8
     """
-    size = _first_dimension(batch)
-    if size is None and (batch is None or (isinstance(batch, (tuple, list, Mapping)) and not batch)):
+    sizes: set[int] = set()
+    _add_sizes(batch, sizes)
+    if len(sizes) == 1:
+        return sizes.pop()
+    if not sizes and _is_empty(batch):
         return 0
-    if size is None:
+    if sizes:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in islice(_shapes_in(batch), _SHOWN))
+        found = f"the tensors of the batch, a {type(batch).__name__}, differ in their first dimension ({shapes})"
+    else:
+        found = f"no tensor with a dimension is found in the batch, a {type(batch).__name__}"
+    raise ValueError(
+        f"{found}: pass run=noether.Run(batch_size=...), a function of the batch that returns its number of samples; "
+        "in a configuration, data.batch_size: module.function"
+    )
+
+
+def count_samples(batch: Any, function: Callable[[Any], Any], setting: str = "") -> int:
+    """Return the number of samples of a batch, as a function says.
+
+    Args:
+        batch: The batch.
+        function: Returns the number.
+        setting: Where the function is given, for messages, such as `config.yaml:3: data.batch_size: `.
+
+    Raises:
+        ValueError: If it is not a whole number >= 0.
+
+    Example:
+        >>> count_samples("abc", len)
+        3
+    """
+    size = function(batch)
+    if type(size) is int and size >= 0:
+        return size
+    try:
+        number = -1 if isinstance(size, bool) else index(size)  # a tensor or a number of numpy may be a whole number
+    except TypeError:
+        number = -1
+    if number < 0:
         raise ValueError(
-            f"no tensor with a dimension is found in the batch, a {type(batch).__name__}: pass "
-            "run=noether.Run(batch_size=...), a function of the batch that returns its number of samples"
+            f"{setting}{name_of(function)} returned {size!r} as the number of samples of a {type(batch).__name__}: "
+            "return a whole number >= 0"
         )
-    return size
+    return number
 
 
-def _first_dimension(batch: Any) -> int | None:
+def collated_size(batch: Any, given: int) -> int:
+    """Return the number of samples of a batch that a dataset's own `collate` made of `given` samples.
+
+    It is `given`, whatever the shapes, unless the batch is empty or all its tensors have the same smaller first
+    dimension: then `collate` left samples out.
+
+    Example:
+        >>> import torch
+        >>> packed = {"points": torch.zeros(55, 3), "target": torch.zeros(4)}
+        >>> collated_size(packed, given=4), collated_size((torch.zeros(3, 2), torch.zeros(3)), given=4)
+        (4, 3)
+    """
+    if _is_empty(batch):
+        return 0
+    sizes: set[int] = set()
+    _add_sizes(batch, sizes)
+    return min(given, *sizes) if len(sizes) == 1 else given
+
+
+def _is_empty(batch: Any) -> bool:
+    return batch is None or (isinstance(batch, (tuple, list, Mapping)) and not batch)
+
+
+def _add_sizes(batch: Any, sizes: set[int], depth: int = 0) -> None:
+    """Add the first dimension of each tensor in a batch, and the size of each object that knows it."""
     if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.ndim else None
-    # Tuples first: testing for a Mapping takes longer, and this runs at every update.
-    parts = batch if isinstance(batch, (tuple, list)) else batch.values() if isinstance(batch, Mapping) else ()
-    for part in parts:
-        size = _first_dimension(part)
+        if batch.ndim:
+            sizes.add(batch.size(0))  # a nested tensor has no shape
+        return
+    kind = type(batch)
+    # These two first: reading an object takes longer, and this runs at every update of a session.
+    if kind in _SEQUENCES:
+        for part in batch:
+            _add_sizes(part, sizes, depth)
+    elif kind is dict:
+        for part in batch.values():
+            _add_sizes(part, sizes, depth)
+    elif kind not in _SCALARS:
+        size = _own_size(batch)
         if size is not None:
+            sizes.add(size)
+            return
+        for part in _parts(batch, depth).values():
+            _add_sizes(part, sizes, depth + 1)
+
+
+def _own_size(batch: Any) -> int | None:
+    """Return the size that an object gives itself, or None."""
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    for name in ("num_graphs", "batch_size"):
+        size = getattr(batch, name, None)
+        size = size[0] if isinstance(size, tuple) and size else size  # the batch size of a TensorDict is a shape
+        if isinstance(size, int) and not isinstance(size, bool):
             return size
     return None
+
+
+def _parts(batch: Any, depth: int) -> Mapping[Any, Any]:
+    """Return the parts of a container or an object by name; none of an object that `depth` others contain."""
+    if isinstance(batch, Mapping):
+        return batch
+    if isinstance(batch, (tuple, list)):
+        return dict(zip(getattr(batch, "_fields", range(len(batch))), batch, strict=True))
+    if depth == _LEVELS or isinstance(batch, (type, ModuleType, FunctionType, torch.nn.Module)):
+        return {}
+    slots = getattr(batch, "__slots__", ())
+    names = (slots,) if isinstance(slots, str) else slots
+    return {**{name: getattr(batch, name, None) for name in names}, **getattr(batch, "__dict__", {})}
+
+
+def _shapes_in(batch: Any, name: str = "batch", depth: int = 0) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name and the shape of each tensor of a batch that has a dimension, and of each object with a size."""
+    if isinstance(batch, torch.Tensor):
+        if batch.ndim:
+            yield name, tuple(batch.shape)
+        return
+    if type(batch) in _SCALARS:
+        return
+    is_container = isinstance(batch, (Mapping, tuple, list))
+    size = None if type(batch) in {tuple, list, dict} else _own_size(batch)
+    if size is not None:
+        yield name, (size,)
+        return
+    for key, part in _parts(batch, depth).items():
+        yield from _shapes_in(part, f"{name}[{key!r}]" if is_container else f"{name}.{key}", depth + (not is_container))
 
 
 @final

@@ -226,7 +226,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
     def _micro_batch(self, loss: Tensor, inputs: Any, outputs: Any) -> None:
         session, optimizer = self._session_and_optimizer()
         self._losses.append(loss)
-        samples = session.run.batch_size(inputs)
+        samples = session.run.count_samples(inputs)
         session.micro_batch(loss, outputs=outputs, samples=samples, of=optimizer.accumulation_steps)
 
     def _apply_stop(self) -> None:

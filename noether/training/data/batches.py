@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from noether.core.errors import check_whole, raise_problems
+from noether.core.tensors.batch import collated_size, count_samples
 from noether.core.tensors.tree import FrozenDict, map_tensors
 
 if TYPE_CHECKING:
@@ -101,6 +103,39 @@ class Batching:
         end = min(begin + self.effective_batch_size, self.samples_per_epoch)
         size = self.max_batch_size or self.effective_batch_size
         return [slice(at, min(at + size, end)) for at in range(begin, end, size)]
+
+
+@final
+@dataclass(frozen=True)
+class SampleCounter:
+    """Counts the samples of the batches of a dataset.
+
+    The number is that of the samples that were collated. A function of the user wins over it. A `collate` of the
+    dataset's own may leave samples out: see `collated_size`.
+
+    Args:
+        dataset: The dataset.
+        function: `batch -> number of samples`; None to count the samples that were collated.
+        setting: Where the function is given, for messages.
+
+    Example:
+        >>> SampleCounter([1, 2, 3])("a batch", given=3), SampleCounter([1, 2, 3], len)("ab", given=3)
+        (3, 2)
+    """
+
+    dataset: Any
+    function: Callable[[Any], int] | None = None
+    setting: str = ""
+
+    def __call__(self, batch: Any, given: int) -> int:
+        """Return the number of samples of a batch of `given` collated samples."""
+        if self.function is not None:
+            return count_samples(batch, self.function, self.setting)
+        return collated_size(batch, given) if self._has_collate else given
+
+    @cached_property
+    def _has_collate(self) -> bool:
+        return collate_of(self.dataset) is not None
 
 
 def collate(dataset: Any, samples: list[Any]) -> Any:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch.utils.data import IterableDataset, Sampler
 
+from noether.core.tensors.batch import SizedBatches
 from noether.session.randomness import derive, seed_all
-from noether.training.data.batches import Batching, move_batch
+from noether.training.data.batches import Batching, SampleCounter, move_batch
 from noether.training.data.loading import LoadedBatches
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class TrainingData:
         num_workers: Processes that load samples; 0 loads in this process. The batches do not depend on it.
         device: Device of the batches.
         name: Key of the dataset in the configuration, for messages.
+        count_samples: Counts the samples of its batches; None to count those that were collated.
 
     Raises:
         TypeError: If the dataset cannot be read by index.
@@ -66,7 +68,7 @@ class TrainingData:
         2
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # every setting, by name
         self,
         dataset: Any,
         *,
@@ -77,7 +79,9 @@ class TrainingData:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
         name: str = "",
+        count_samples: SampleCounter | None = None,
     ) -> None:
+        self._count_samples = count_samples or SampleCounter(dataset)
         self.batching = Batching(_length(dataset), effective_batch_size, max_batch_size, drop_last)
         self._dataset = dataset
         self._seed = seed
@@ -87,7 +91,7 @@ class TrainingData:
         self._expected: int | None = None
         self._loading: LoadedBatches | None = None
 
-    def batch(self, iteration: TrainingIteration, *, last: int | None = None) -> tuple[Any, ...]:
+    def batch(self, iteration: TrainingIteration, *, last: int | None = None) -> SizedBatches:
         """Return the micro-batches of the update that comes after `iteration`.
 
         Sequential calls prefetch; a jump restarts prefetching at the new position.
@@ -114,12 +118,16 @@ class TrainingData:
                 device=self._device,
             )
         self._expected = None  # if a sample fails to load, the next call restarts prefetching
-        parts = len(self.batching.parts(iteration.update))
-        batches = tuple(move_batch(next(self._loading), self._device) for _ in range(parts))
+        batches: list[Any] = []
+        sizes: list[int] = []
+        for part in self.batching.parts(iteration.update):
+            batch = next(self._loading)
+            sizes.append(self._count_samples(batch, part.stop - part.start))  # on the CPU: a function may read values
+            batches.append(move_batch(batch, self._device))
         self._expected = iteration.update + 1
-        return batches
+        return SizedBatches(batches, sizes)
 
-    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:
+    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, SizedBatches]:
         """Return the state as it is and the micro-batches of its next update; arguments as for `batch`."""
         return state, self.batch(state.iteration, last=last)
 
@@ -152,6 +160,7 @@ class EvaluationData:
         num_workers: Processes that load samples.
         device: Device of the batches.
         name: Key of the dataset in the configuration, for messages.
+        count_samples: Counts the samples of its batches; None to count those that were collated.
 
     Raises:
         TypeError: If the dataset cannot be read by index.
@@ -171,7 +180,9 @@ class EvaluationData:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
         name: str = "",
+        count_samples: SampleCounter | None = None,
     ) -> None:
+        self._count_samples = count_samples or SampleCounter(dataset)
         self._dataset = dataset
         self._length = _length(dataset)
         if not self._length:
@@ -187,6 +198,16 @@ class EvaluationData:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
+        return (move_batch(batch, self._device) for batch, _ in self._load())
+
+    def with_sizes(self) -> Iterator[tuple[Any, int]]:
+        """Yield the batches, each with its number of samples."""
+        for batch, given in self._load():
+            size = self._count_samples(batch, given)
+            yield move_batch(batch, self._device), size
+
+    def _load(self) -> Iterator[tuple[Any, int]]:
+        """Yield the batches on the CPU, each with the number of samples that were collated."""
         starts = range(0, self._length, self.batch_size)
         indices = [[(0, i) for i in range(at, min(at + self.batch_size, self._length))] for at in starts]
         batches = LoadedBatches(
@@ -199,10 +220,10 @@ class EvaluationData:
         )
         self._open.append(batches)
         try:
-            for index, batch in enumerate(batches):
+            for index, (batch, members) in enumerate(zip(batches, indices, strict=True)):
                 # A model may draw random numbers in evaluation; they do not depend on which process loaded the batch.
                 seed_all(derive(self._seed, "evaluation", index))
-                yield move_batch(batch, self._device)
+                yield batch, len(members)
         finally:
             batches.close()
             self._open.remove(batches)
@@ -221,6 +242,7 @@ class EvaluationData:
             num_workers=self._num_workers,
             device=self._device,
             name=self._name,
+            count_samples=self._count_samples,
         )
         data._open = self._open  # closing this object stops the workers of both
         return data

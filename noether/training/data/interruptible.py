@@ -74,7 +74,9 @@ class InterruptibleData:
         return len(self._data)
 
     def __iter__(self) -> Iterator[Any]:
-        batches: Iterable[Any] = self._data
+        return self._interrupt(self._data)
+
+    def _interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
             if self._interrupted():
                 raise DataInterrupt
@@ -84,6 +86,8 @@ class InterruptibleData:
         if name.startswith("_"):
             raise AttributeError(name)
         found = getattr(self._data, name)
+        if name == "with_sizes":
+            return lambda: self._interrupt(found())
         return found if name != "batched" else lambda size: InterruptibleData(found(size), self._interrupted)
 
 

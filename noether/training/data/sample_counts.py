@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from noether.core.run import Run
 
 _LOGGER: Final = logging.getLogger(__name__)
-_FEWER: Final = (
+_DIFFERENT: Final = (
     "update %d trained on %d samples, and the dataset gave %d: max_samples and every_n_samples count the samples that "
     "are trained on, while the plan counts all; this is logged once"
 )
@@ -24,7 +24,9 @@ class NoSamplesError(NoetherError, ValueError):
 
 @final
 class SampleCounts:
-    """Warns once if a dataset's `collate` leaves out samples, and refuses an epoch of updates without any.
+    """Warns once if updates have other samples than the dataset gave, and refuses an epoch of updates without any.
+
+    They have fewer if the dataset's `collate` leaves some out, and any number if `data.batch_size` counts otherwise.
 
     Args:
         run: Its sizes of epochs and updates are those before samples are left out.
@@ -63,8 +65,8 @@ class SampleCounts:
         given = run.iteration_after(update + 1).sample - run.iteration_after(update).sample
         if not samples:
             self._warn_once(EMPTY_UPDATE, update + 1)
-        elif samples < given:
-            self._warn_once(_FEWER, update + 1, samples, given)
+        elif samples != given:
+            self._warn_once(_DIFFERENT, update + 1, samples, given)
 
     def _warn_once(self, message: str, *values: int) -> None:
         if message not in self._warned:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
+from noether.core.tensors.batch import SizedBatches
 from noether.core.tensors.tree import clone_tensors, pack, unpack
 from noether.session.randomness import derive, seed_all
-from noether.training.data.batches import Batching, collate, move_batch
+from noether.training.data.batches import Batching, SampleCounter, collate, move_batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ class StreamedData:
         drop_last: Whether to leave out the last update of an epoch if it is short.
         device: Device of the batches.
         name: Key of the dataset in the configuration, for messages.
+        count_samples: Counts the samples of its batches; None to count those that were collated.
 
     Raises:
         TypeError: If the dataset has no length or no `state_dict`.
@@ -55,7 +57,9 @@ class StreamedData:
         drop_last: bool = False,
         device: torch.device | str = "cpu",
         name: str = "",
+        count_samples: SampleCounter | None = None,
     ) -> None:
+        self._count_samples = count_samples or SampleCounter(dataset)
         _check_stream(dataset)
         self.batching = Batching(len(dataset), effective_batch_size, max_batch_size, drop_last)
         self._dataset = dataset
@@ -77,7 +81,7 @@ class StreamedData:
     def _listens(self, event_type: type[Event]) -> bool:  # noqa: ARG002  # see `listens_to`
         return False
 
-    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any, ...]]:  # noqa: ARG002  # a stream is not prefetched
+    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, SizedBatches]:  # noqa: ARG002  # a stream is not prefetched
         """Return the state with the new position, and the micro-batches of its next update."""
         parts = self.batching.parts(state.iteration.update)
         if parts[0].start == 0:
@@ -89,7 +93,9 @@ class StreamedData:
                 self._sample(state.iteration.epoch, index)
         state = state.remember(MEMORY, _position(self._dataset))
         self._position = state.memory(MEMORY)
-        return state, tuple(move_batch(collate(self._dataset, part), self._device) for part in samples)
+        batches = [collate(self._dataset, part) for part in samples]
+        sizes = [self._count_samples(batch, len(part)) for batch, part in zip(batches, samples, strict=True)]
+        return state, SizedBatches([move_batch(batch, self._device) for batch in batches], sizes)
 
     def close(self) -> None:
         """Release the iterator."""
@@ -129,6 +135,7 @@ class StreamedEvaluationData:
         batch_size: Samples of a batch, >= 1.
         device: Device of the batches.
         name: Key of the dataset in the configuration, for messages.
+        count_samples: Counts the samples of its batches; None to count those that were collated.
 
     Raises:
         TypeError: If the dataset has no `__len__`.
@@ -136,8 +143,16 @@ class StreamedEvaluationData:
     """
 
     def __init__(
-        self, dataset: Any, *, seed: int, batch_size: int, device: torch.device | str = "cpu", name: str = ""
+        self,
+        dataset: Any,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        name: str = "",
+        count_samples: SampleCounter | None = None,
     ) -> None:
+        self._count_samples = count_samples or SampleCounter(dataset)
         if not hasattr(dataset, "__len__"):
             raise TypeError(f"{type(dataset).__name__} has no __len__, the number of its samples")
         if not len(dataset):
@@ -152,18 +167,33 @@ class StreamedEvaluationData:
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[Any]:
+        return (move_batch(batch, self._device) for batch, _ in self._load())
+
+    def with_sizes(self) -> Iterator[tuple[Any, int]]:
+        """Yield the batches, each with its number of samples."""
+        for batch, given in self._load():
+            size = self._count_samples(batch, given)
+            yield move_batch(batch, self._device), size
+
+    def _load(self) -> Iterator[tuple[Any, int]]:
+        """Yield the batches on the CPU, each with the number of samples that were collated."""
         reading = self._samples()
         for index in count():
             samples = list(islice(reading, self.batch_size))
             if not samples:
                 return
             seed_all(derive(self._seed, "evaluation", index))
-            yield move_batch(collate(self._dataset, samples), self._device)
+            yield collate(self._dataset, samples), len(samples)
 
     def batched(self, batch_size: int) -> StreamedEvaluationData:
         """Return the same data in batches of another size."""
         return StreamedEvaluationData(
-            self._dataset, seed=self._seed, batch_size=batch_size, device=self._device, name=self._name
+            self._dataset,
+            seed=self._seed,
+            batch_size=batch_size,
+            device=self._device,
+            name=self._name,
+            count_samples=self._count_samples,
         )
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from noether.core.errors import NoetherError
+from noether.core.tensors.batch import count_samples
 from noether.core.tensors.losses import WeightedLosses, weights_of, with_total
 from noether.core.tensors.tree import FrozenDict
 
@@ -36,7 +37,7 @@ def drop_empty(batches: Sequence[Any], samples: Callable[[Any], int]) -> tuple[S
     """
     sizes: tuple[int, ...] | None = getattr(batches, "sizes", None)
     if sizes is None:
-        sizes = tuple(map(samples, batches))
+        sizes = tuple(count_samples(batch, samples) for batch in batches)
     if 0 not in sizes:
         return batches, sizes
     return [batch for batch, size in zip(batches, sizes, strict=True) if size], tuple(filter(None, sizes))
