@@ -19,7 +19,7 @@ from noether.core.errors import WeightsError
 from noether.core.event import AtEval
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
-from noether.core.tensors.stored_weights import find_weights, memory_of, use_weights
+from noether.core.tensors.stored_weights import find_weights, memory_of, name_in_tags, use_weights
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError, CheckpointStore, Interpreter
 from noether.effects.disk.encoding import to_plain
@@ -72,7 +72,7 @@ def evaluate(run_dir: Path, checkpoint: str, weights: str | None, settings: Sequ
     name = manifest.tag
     if weights is not None:
         state = _use_weights(state, weights, store)
-        name = f"{name}.{weights.replace('/', '.')}"
+        name = f"{name}.{name_in_tags(weights)}"
     metrics: dict[str, Any] = {}
     interruption = Interruption(second_kills=True)
     reducer = _drop_callbacks_without_weights(experiment.reducer, state)
@@ -112,7 +112,7 @@ def _use_weights(state: TrainState, weights: str, store: CheckpointStore) -> Tra
     try:
         return use_weights(state, weights)
     except WeightsError as error:
-        pointers = [name for name in store.pointers() if name.endswith(f".{weights.replace('/', '.')}")]
+        pointers = [name for name in store.pointers() if name.endswith(f".{name_in_tags(weights)}")]
         fix = f"; use --checkpoint {' or '.join(pointers)} without --weights" if pointers else ""
         raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), f"{error}{fix}")]) from error
 

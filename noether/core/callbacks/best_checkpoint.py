@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, check_whole
+from noether.core.tensors.stored_weights import measured_weights, memory_of, name_in_tags
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -26,6 +28,10 @@ class BestCheckpointCallback(MetricWatcher):
     early stopping after k firings would have had. Checkpoints that no pointer names are removed. Values that are not
     finite never improve. List this callback after the one that logs the metric.
 
+    The pointers name the weights that were measured: for a metric whose key ends in the name of stored weights, such as
+    `val/accuracy/ema=0.999`, a checkpoint `TAG.ema=0.999` of that average. A run cannot resume from an average, so the
+    callback then saves a checkpoint of the run, too.
+
     Args:
         metric_key: The metric to watch, such as `val/accuracy`.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
@@ -34,6 +40,8 @@ class BestCheckpointCallback(MetricWatcher):
         missing: If the metric is not current at a firing: `raise` raises an error; `skip` saves nothing, and the firing
             does not count towards a tolerance.
         model_names: Sub-modules whose weights to save, by their name in the model; empty for all.
+        weights_of: Name of the stored weights that were measured, such as `ema=0.999`, for a key that does not end in
+            it; None reads it from the key.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
@@ -59,6 +67,7 @@ class BestCheckpointCallback(MetricWatcher):
     min_delta: float = 0.0
     tolerances: tuple[int, ...] = ()
     model_names: tuple[str, ...] = ()
+    weights_of: str | None = None
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
@@ -72,6 +81,11 @@ class BestCheckpointCallback(MetricWatcher):
     def produces(self) -> tuple[str, ...]:
         """A key for the pointer, which refuses a second callback that moves it: each would remove the other's saves."""
         return (f"checkpoints/{self.pointer}",)
+
+    @property
+    def consumes(self) -> tuple[str, ...]:
+        """The metric, the weights that were measured, and whether the update was finite, where a callback logs that."""
+        return (*super().consumes, *(() if self.weights_of is None else (memory_of(self.weights_of),)))
 
     @property
     def pointer(self) -> str:
@@ -99,4 +113,9 @@ class BestCheckpointCallback(MetricWatcher):
         running = [k for k in self.tolerances if memory["longest"] < k]
         pointers = (self.pointer, *(f"{self.pointer}.tolerance={k}" for k in running))
         save = SaveCheckpoint(models=self.model_names, pointers=pointers, retention=FrozenDict({self.name: 0}))
-        return state, (save,)
+        weights = measured_weights(state, self.metric_key) if self.weights_of is None else self.weights_of
+        if weights is None:
+            return state, (save,)
+        tag = f"{state.iteration}.{name_in_tags(weights)}"
+        measured = replace(save, tag=tag, optimizer=False, weights_of=weights)
+        return state, (measured,) if self.model_names else (replace(save, pointers=()), measured)

@@ -12,7 +12,7 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, raise_problems, suggest
 from noether.core.tensors import torch_internals
 from noether.core.tensors.donation import ALREADY_UPDATED, DonatedTree, OwnedStorages
-from noether.core.tensors.stored_weights import memory_of
+from noether.core.tensors.stored_weights import memory_of, name_in_tags
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
@@ -167,11 +167,11 @@ class EMACallback(PeriodicCallback):
     def _requests(self, state: TrainState, pointer: str | None, *, keep_all: bool) -> tuple[SaveCheckpoint, ...]:
         return tuple(
             SaveCheckpoint(
-                tag=f"{state.iteration}.{name.replace('/', '.')}",
+                tag=f"{state.iteration}.{name_in_tags(name)}",
                 optimizer=False,
                 weights_of=name,
                 models=tuple(path for path in self.model_paths if path is not None) if self._partial else (),
-                pointers=() if pointer is None else (f"{pointer}.{name.replace('/', '.')}",),
+                pointers=() if pointer is None else (f"{pointer}.{name_in_tags(name)}",),
                 retention=FrozenDict({memory_of(name): None if keep_all else 0}),
             )
             for name in self._averages

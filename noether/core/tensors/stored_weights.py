@@ -35,6 +35,31 @@ def find_weights(state: TrainState) -> tuple[str, ...]:
     return tuple(name.removeprefix(_PREFIX) for name in state.callback_states if name.startswith(_PREFIX))
 
 
+def name_in_tags(weights: str) -> str:
+    """Return the name of stored weights as tags and pointers of checkpoints contain it.
+
+    Example:
+        >>> name_in_tags("slow/ema=0.999")
+        'slow.ema=0.999'
+    """
+    return weights.replace("/", ".")
+
+
+def measured_weights(state: TrainState, metric_key: str) -> str | None:
+    """Return the name of the stored weights with which a metric was measured; None for those in training.
+
+    A callback that evaluates stored weights appends their name to its keys.
+
+    Example:
+        >>> from noether import TrainState
+        >>> state = TrainState().remember("weights/ema=0.9", {"params": {}, "buffers": {}})
+        >>> measured_weights(state, "val/accuracy/ema=0.9"), measured_weights(state, "val/accuracy")
+        ('ema=0.9', None)
+    """
+    found = [name for name in find_weights(state) if f"/{metric_key}".endswith(f"/{name}")]
+    return max(found, key=len, default=None)  # the longest: `slow/ema=0.9` ends in `ema=0.9`, too
+
+
 def use_weights(state: TrainState, weights: str) -> TrainState:
     """Return the state with its params and buffers replaced by `weights`, which may cover a sub-module only.
 
