@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
-import itertools
 import random
-import types
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from noether.core.object_graph import LEAVES, library_of, walk, walk_model
 from noether.session.randomness import GENERATORS
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-LINKS: Final = ("dataset", "datasets", "sampler", "batch_sampler", "transform")
-"""Attributes by which loaders, samplers and datasets hold their parts."""
-
-_MAX_OBJECTS: Final = 2000
-_MAX_DEPTH: Final = 8
-_MAX_ITEMS: Final = 100  # of a container, in which objects are looked for
 _MAX_LENGTH: Final = 200_000  # of a list of numbers
 _MAX_BYTES: Final = 1_000_000  # of a tensor or array
 _MAX_TOTAL_BYTES: Final = 64_000_000  # of all that is digested
-_LEAVES: Final = (int, float, str, bytes)
-_OPAQUE: Final = (type, types.ModuleType, io.IOBase, nn.Parameter, torch.device, torch.dtype)
-_LIBRARIES: Final = ("torch", "numpy", "multiprocessing", "threading", "builtins", "functools", "abc")
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An object that a loader holds.
-
-    Args:
-        path: How it is reached, such as `Augmented.transform.rng`.
-        value: The object.
-        is_compared: Whether a change of it over an epoch is hidden state.
-    """
-
-    path: str
-    value: Any
-    is_compared: bool
 
 
 def generators_of(loader: Any) -> list[Any]:
@@ -66,14 +35,36 @@ def generators_of(loader: Any) -> list[Any]:
         >>> len(generators_of(loader))
         1
     """
-    return [found.value for found in _walk(loader) if isinstance(found.value, GENERATORS) and _is_seedable(found.value)]
+    return [
+        found.value
+        for found in walk(loader, GENERATORS)
+        if isinstance(found.value, GENERATORS) and _is_seedable(found.value)
+    ]
+
+
+def generators_of_model(model: nn.Module, *functions: Any) -> list[Any]:
+    """Return the generators that the modules of a model, and functions such as a loss, hold at any depth, each once.
+
+    Example:
+        >>> class Noisy(nn.Linear):
+        ...     def __init__(self):
+        ...         super().__init__(2, 1)
+        ...         self.rng = np.random.default_rng(0)
+        >>> len(generators_of_model(nn.Sequential(Noisy(), Noisy())))
+        2
+    """
+    modules = set(map(id, model.modules()))
+    held = [found.value for _, found in walk_model(model, GENERATORS)]
+    held += [found.value for function in functions for found in walk(function, GENERATORS, modules)]
+    generators = {id(value): value for value in held if isinstance(value, GENERATORS) and _is_seedable(value)}
+    return list(generators.values())
 
 
 def unseedable(loader: Any) -> dict[str, str]:
     """Return the type of each generator that cannot be seeded and each iterator that a loader holds, by path."""
     return {
         found.path: type(found.value).__name__
-        for found in _walk(loader)
+        for found in walk(loader, GENERATORS)
         if found.value is not loader
         and (not _is_seedable(found.value) if isinstance(found.value, GENERATORS) else _is_bare_iterator(found.value))
     }
@@ -88,7 +79,7 @@ def hidden_state(loader: Any) -> dict[str, Any]:
     """
     digests: dict[str, Any] = {}
     left = _MAX_TOTAL_BYTES
-    for path, value in ((found.path, found.value) for found in _walk(loader) if found.is_compared):
+    for path, value in ((found.path, found.value) for found in walk(loader, GENERATORS) if found.is_compared):
         left -= 8 * len(value) if isinstance(value, (list, tuple, set, frozenset)) else getattr(value, "nbytes", 8)
         if left < 0:
             break
@@ -98,111 +89,10 @@ def hidden_state(loader: Any) -> dict[str, Any]:
     return digests
 
 
-def _walk(loader: Any) -> Iterator[_Found]:
-    """Yield what a loader holds, nearest first."""
-    is_list = isinstance(loader, (list, tuple))
-    queue = [(_Found(type(loader).__name__, loader, is_compared=not is_list), 0)]
-    seen: set[int] = set()
-    for found, depth in queue:  # grows while it is read
-        # Equal numbers and texts are one object, which several attributes may hold.
-        if len(queue) > _MAX_OBJECTS or (id(found.value) in seen and not isinstance(found.value, _LEAVES)):
-            continue
-        seen.add(id(found.value))
-        yield found
-        if depth < _MAX_DEPTH and not isinstance(found.value, (*_LEAVES, *_OPAQUE, *GENERATORS, Tensor, np.ndarray)):
-            queue += [(inner, depth + 1) for inner in _parts_of(found)]
-
-
-def _parts_of(found: _Found) -> Iterator[_Found]:
-    value, path, kind = found.value, found.path, type(found.value)
-    if isinstance(value, dict):
-        for key, item in list(itertools.islice(dict.items(value), _MAX_ITEMS)):
-            yield _Found(f"{path}[{key!r}]", item, found.is_compared)
-    elif isinstance(value, (list, tuple)):
-        items = list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value)
-        for index, item in enumerate(itertools.islice(items, _MAX_ITEMS)):
-            if not isinstance(item, _LEAVES):  # numbers and texts are compared as one digest
-                yield _Found(f"{path}[{index}]", item, found.is_compared)
-    elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-        yield from _parts_of_function(found)
-    library = _library_of(kind)
-    if library == "torch":
-        yield from _parts_of_torch_object(found)
-    elif library is None:
-        yield from _class_generators(kind)
-        has_epoch = hasattr(kind, "set_epoch")
-        for name, attribute in _attributes(value):
-            is_compared = name in LINKS or (found.is_compared and not has_epoch)
-            yield _Found(f"{kind.__name__}.{name}", attribute, is_compared)
-
-
-def _parts_of_torch_object(found: _Found) -> Iterator[_Found]:
-    """Yield what an object of torch holds; its numbers and tensors do not depend on the epoch."""
-    kind = type(found.value)
-    for name, attribute in _attributes(found.value):
-        if name != "_iterator":  # of a DataLoader that keeps its workers alive
-            is_fixed = isinstance(attribute, (*_LEAVES, Tensor, dict)) or name in {"indices", "tensors"}
-            is_compared = found.is_compared and not is_fixed and not isinstance(found.value, nn.Module)
-            yield _Found(f"{kind.__name__}.{name}", attribute, is_compared)
-
-
-def _library_of(kind: type) -> str | None:
-    """Return the library that defines a type, if it is one whose objects are known."""
-    library = kind.__module__.split(".")[0]
-    return library if library in _LIBRARIES else None
-
-
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    yield from list(getattr(value, "__dict__", {}).items())
-    for kind in type(value).__mro__:
-        for name, member in vars(kind).items() if "__slots__" in vars(kind) else ():
-            if isinstance(member, types.MemberDescriptorType):
-                try:
-                    yield name, member.__get__(value)
-                except AttributeError:  # a slot that is not set
-                    continue
-
-
-def _parts_of_function(found: _Found) -> Iterator[_Found]:
-    function, path = found.value, found.path
-    if isinstance(function, functools.partial):
-        held = [function.func, *function.args, *function.keywords.values()]
-        yield from (_Found(f"{path}.partial[{index}]", each, found.is_compared) for index, each in enumerate(held))
-    elif isinstance(function, types.MethodType):
-        yield _Found(f"{path}.__self__", function.__self__, found.is_compared)
-    else:
-        names = function.__code__.co_freevars
-        for name, cell in zip(names, function.__closure__ or (), strict=True):
-            try:
-                yield _Found(f"{path}.{name}", cell.cell_contents, found.is_compared)
-            except ValueError:  # a cell that is not filled
-                continue
-        yield from _global_generators(function)
-
-
-def _class_generators(kind: type) -> Iterator[_Found]:
-    """Yield the generators that are attributes of a class, or global names that its methods use."""
-    for base in kind.__mro__:
-        if _library_of(base) is not None:
-            continue
-        for name, value in list(vars(base).items()):
-            if isinstance(value, GENERATORS):
-                yield _Found(f"{base.__name__}.{name}", value, is_compared=False)
-            elif isinstance(value, types.FunctionType):
-                yield from _global_generators(value)
-
-
-def _global_generators(function: types.FunctionType) -> Iterator[_Found]:
-    for name in function.__code__.co_names:
-        value = function.__globals__.get(name)
-        if isinstance(value, GENERATORS):
-            yield _Found(name, value, is_compared=False)
-
-
 def _is_seedable(generator: Any) -> bool:
     if isinstance(generator, random.SystemRandom):
         return False
-    return not isinstance(generator, np.random.Generator) or _library_of(type(generator.bit_generator)) == "numpy"
+    return not isinstance(generator, np.random.Generator) or library_of(type(generator.bit_generator)) == "numpy"
 
 
 def _is_bare_iterator(value: Any) -> bool:
@@ -230,7 +120,7 @@ def _digest(value: Any) -> Any:
 
 def _digest_of_items(items: Any) -> Any:
     """Return a digest of a container of numbers and texts; other objects may be a cache that fills."""
-    if len(items) > _MAX_LENGTH or not all(isinstance(item, _LEAVES) for item in items):
+    if len(items) > _MAX_LENGTH or not all(isinstance(item, LEAVES) for item in items):
         return None
     return len(items), hash(frozenset(items) if isinstance(items, (set, frozenset)) else tuple(items))
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
+from noether.core.object_graph import LINKS
 from noether.session.errors import ResumeWarning, SessionError
-from noether.session.hidden_state import LINKS, generators_of, unseedable
+from noether.session.hidden_state import generators_of, unseedable
 from noether.session.randomness import derive, seed_all, seed_generator, seed_torch
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
 
 GENERATORS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 """Types of generators that an object may hold, beside the global ones."""
@@ -44,11 +45,18 @@ def seed_torch(seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def seed_all(seed: int) -> None:
-    """Seed the generators that an augmentation may use: torch's, numpy's and Python's."""
+def seed_all(seed: int, generators: Sequence[Any] = ()) -> None:
+    """Seed the global generators of torch, numpy and Python, and other generators, each with numbers of its own.
+
+    Args:
+        seed: The seed, in [0, 2**63).
+        generators: Objects, each one of `GENERATORS`.
+    """
     seed_torch(seed)
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # numpy's global functions draw from this generator
     random.seed(seed)
+    for index, generator in enumerate(generators):
+        seed_generator(generator, derive(seed, "generator", index))
 
 
 def seed_generator(generator: Any, seed: int) -> None:

@@ -133,22 +133,23 @@ def build(
     callbacks = build_callbacks(config, state, run)
     streams = [data] if isinstance(data, StreamedData) else []
     reducer = compose(*streams, *(configured.callback for configured in callbacks))
-    step = Step(
-        model=network,
-        loss=import_path(config.trainer.loss),
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        precision=_PRECISIONS[config.trainer.precision],
-        clip_grad_norm=config.trainer.clip_grad_norm,
-        clip_grad_value=config.trainer.clip_grad_value,
-        nonfinite=config.trainer.nonfinite,
-        grad_norm="grad_norm" in reducer.readings,
-        finite="finite" in reducer.readings,
-        elapsed_s=time.perf_counter if _TIMED & set(reducer.readings) else None,
-        batch_size=run.batch_size,
-        donate=config.trainer.donate,
-    )
+    with locate_errors(config, ("model",)):  # it refuses a model that holds parameters outside of its modules
+        step = Step(
+            model=network,
+            loss=import_path(config.trainer.loss),
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            precision=_PRECISIONS[config.trainer.precision],
+            clip_grad_norm=config.trainer.clip_grad_norm,
+            clip_grad_value=config.trainer.clip_grad_value,
+            nonfinite=config.trainer.nonfinite,
+            grad_norm="grad_norm" in reducer.readings,
+            finite="finite" in reducer.readings,
+            elapsed_s=time.perf_counter if _TIMED & set(reducer.readings) else None,
+            batch_size=run.batch_size,
+            donate=config.trainer.donate,
+        )
     return Experiment(
         config=config,
         model=network,

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 import noether
-from noether.session import hidden_state as hidden_state_module
+from noether.core import object_graph
 from noether.session.errors import ResumeWarning
 from noether.session.hidden_state import generators_of, hidden_state, unseedable
 from noether.session.loader import batch_seeder, seed_pass, set_epoch
@@ -318,8 +318,8 @@ def test_the_search_of_a_large_loader_is_bounded():
     loader.dataset = Node(5)
     loader.dataset.paths = ["a"] * 3_000_000
     loader.dataset.data = np.zeros(100_000_000, dtype=np.uint8)
-    found = list(hidden_state_module._walk(loader))  # noqa: SLF001  # the walk that all three searches share
-    assert 500 < len(found) <= hidden_state_module._MAX_OBJECTS  # noqa: SLF001  # of 37,449 nodes
+    found = list(object_graph.walk(loader))  # the walk that all three searches share
+    assert 500 < len(found) <= object_graph.MAX_OBJECTS  # of 37,449 nodes
     assert not any(isinstance(each.value, str) for each in found)  # the three million paths are one value
     for search in (generators_of, unseedable, hidden_state):
         assert not search(loader) or search is hidden_state
@@ -339,8 +339,8 @@ def test_datasets_of_a_concatenation_get_the_epoch():
 
 def test_only_the_first_items_of_a_long_list_are_searched():
     loader = DataLoader([torch.ones(1) for _ in range(10_000)], 4)
-    found = [each for each in hidden_state_module._walk(loader) if isinstance(each.value, torch.Tensor)]  # noqa: SLF001
-    assert len(found) == hidden_state_module._MAX_ITEMS  # noqa: SLF001  # the bound that is tested
+    found = [each for each in object_graph.walk(loader) if isinstance(each.value, torch.Tensor)]
+    assert len(found) == object_graph.MAX_ITEMS  # the bound that is tested
 
 
 def test_a_generator_in_two_places_is_found_once():

@@ -59,7 +59,7 @@ def accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     if targets.shape == scores.shape:
         classes = _classes_of_one_hot(targets)
     else:
-        classes = _flatten("accuracy", targets, shape[0], f", or one-hot targets of shape {shape}")
+        classes = _class_numbers("accuracy", targets, shape[0], f", or one-hot targets of shape {shape}")
         _check_values("accuracy", classes, shape[1])
     return _where_not_nan(scores.amax(dim=1), scores.argmax(dim=1) == classes)
 
@@ -89,7 +89,7 @@ def binary_accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
         raise MetricInputError(
             f"binary_accuracy needs logits of shape (batch,) or (batch, 1), but the outputs have shape {shape}{use}"
         )
-    logits, classes = logits.reshape(-1), _flatten("binary_accuracy", targets, shape[0])
+    logits, classes = logits.reshape(-1), _class_numbers("binary_accuracy", targets, shape[0])
     _check_values("binary_accuracy", classes, 2)
     return _where_not_nan(logits, (logits > 0) == classes.bool())
 
@@ -133,7 +133,7 @@ def _read(metric: str, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Te
     return outputs, targets
 
 
-def _flatten(metric: str, targets: torch.Tensor, samples: int, other: str = "") -> torch.Tensor:
+def _class_numbers(metric: str, targets: torch.Tensor, samples: int, other: str = "") -> torch.Tensor:
     """Return targets `(samples,)` or `(samples, 1)` as `(samples,)`."""
     if tuple(targets.shape) not in ((samples,), (samples, 1)):
         raise MetricInputError(

@@ -9,6 +9,7 @@ import torch
 from torch.func import functional_call
 
 from noether.core.tensors.batch import model_arguments
+from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.losses import detach_losses, read_losses
 from noether.core.tensors.module import device_of
 from noether.core.tensors.tree import map_tensors
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from noether.core.state import TrainState
+    from noether.core.tensors.hidden_parameters import HeldTensor
     from noether.core.tensors.losses import Losses, LossResult
 
 
@@ -56,9 +58,15 @@ class Forward:
         self._loss = loss
         self._precision = precision
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
+        self._held: list[HeldTensor] | None = None  # found at the first call with other weights
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
-        """Return losses and outputs of a batch."""
+        """Return losses and outputs of a batch.
+
+        Raises:
+            HiddenParameterError: If the state has other weights than the model, and the model holds a parameter in a
+                list, a closure or another object.
+        """
         if self._model_params is None or self._model.training:  # loading the batch may have changed the mode
             with self.evaluating():
                 return self(state, batch)
@@ -98,10 +106,19 @@ class Forward:
         # Copies, as a module may write to its buffers even in evaluation mode.
         weights = {name: buffer.clone() for name, buffer in state.buffers.items()}
         if not _are_same(model_params, state.params):
+            self._check_held_tensors(state)
             weights |= state.params
         if not weights:  # calling the model directly is faster
             return self._model(*arguments, **keywords)
         return functional_call(self._model, weights, arguments, keywords)
+
+    def _check_held_tensors(self, state: TrainState) -> None:
+        """Refuse to exchange weights where the model computes with others, which it holds in a list or a closure."""
+        if self._held is None:
+            self._held = [held for held in find_held_tensors(self._model, self._loss) if held.name is not None]
+        if self._held and not _are_same(dict(self._model.named_parameters()), state.params):
+            refuse_parameters(self._held)
+            check_buffers(self._held, state.buffers)
 
 
 def _are_same(model_params: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:

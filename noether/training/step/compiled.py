@@ -222,7 +222,7 @@ class CompiledStep:
         settings = eager.settings_for(state)
         if update.is_new_shape(batches, samples) and not self._compile(update, state, batches, settings):
             return eager(state, batches, observe)
-        eager.seed(state)
+        eager.prepare(state)
         model_tensors = ModelTensors.of(state, eager.model) if eager.donate else None
         if model_tensors is None:
             params, opt_state = _copy(state.params), _copy(state.opt_state)

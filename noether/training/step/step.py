@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from noether.core.event import AfterAccumulationStep
 from noether.core.tensors.batch import batch_size, model_arguments
 from noether.core.tensors.donation import DonatedTree
+from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.losses import detach_losses, read_losses
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.session.hidden_state import generators_of_model
 from noether.session.randomness import derive, seed_all
 from noether.training.step.accumulation import Accumulation, BackwardResult, Gradients, RegroupError, drop_empty
 from noether.training.step.gradients import (
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
     from noether.core.event import AfterUpdate
     from noether.core.state import TrainState
+    from noether.core.tensors.hidden_parameters import HeldTensor
     from noether.core.tensors.losses import Losses, LossResult
     from noether.training.step.accumulation import Grads
     from noether.training.step.optimizer import FunctionalOptimizer
@@ -79,6 +82,9 @@ class Step:
             afterwards. It is faster, needs less memory, and gives the same bits. The model's own weights are then those
             of the newest state. Only Adam, AdamW and SGD write in place; with other classes it has no effect.
 
+    Raises:
+        HiddenParameterError: If the model or the loss holds a parameter in a list, a closure or another object.
+
     Example:
         >>> from noether import TrainState
         >>> from noether.training.step.optimizer import FunctionalOptimizer
@@ -110,6 +116,9 @@ class Step:
     batch_size: Callable[[Any], int] = batch_size
     donate: bool = False
 
+    def __post_init__(self) -> None:
+        refuse_parameters(self._held_tensors)
+
     def __call__(
         self, state: TrainState, batches: Sequence[Any], observe: Observer | None = None
     ) -> tuple[TrainState, AfterUpdate]:
@@ -127,6 +136,7 @@ class Step:
         Raises:
             FloatingPointError: If `nonfinite` is `raise` and a loss or gradient is not finite.
             ValueError: If the model writes to its parameters, or the loss is not one real number.
+            HiddenParameterError: If the model holds a buffer a second time that differs from the one in the state.
         """
         if not torch.is_grad_enabled():
             with torch.enable_grad():
@@ -134,7 +144,7 @@ class Step:
         batches, samples = drop_empty(batches, self.batch_size)
         if not batches:
             return state, make_event(FrozenDict(), (), (), self.settings_for(state), skipped=True)
-        self.seed(state)
+        self.prepare(state)
         times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
         if len(batches) == 1 and observe is None:  # the common case, which needs no means
             result = self._run_backward(state, state.buffers, batches[0], _total, times)
@@ -162,7 +172,7 @@ class Step:
                 )
             except RegroupError as error:  # computes the gradients again, with the same random numbers
                 accumulation, buffers, index = Accumulation(sum(samples), error.groups), state.buffers, 0
-                self.seed(state)
+                self.prepare(state)
                 continue
             accumulation.add(result)
             buffers = result.buffers
@@ -181,9 +191,25 @@ class Step:
                 times.start()
         return state, accumulation, buffers
 
-    def seed(self, state: TrainState) -> None:
-        """Seed the random numbers of the next update of `state`: those of torch, numpy and `random`."""
-        seed_all(derive(state.seed, "update", state.iteration.update, self.rank))
+    def prepare(self, state: TrainState) -> None:
+        """Seed the random numbers of the next update of `state`, and check second references to its buffers.
+
+        Raises:
+            HiddenParameterError: If the model holds a buffer a second time that differs from the one in the state.
+        """
+        seed_all(derive(state.seed, "update", state.iteration.update, self.rank), self._generators)
+        if self._held_tensors:
+            check_buffers(self._held_tensors, state.buffers)
+
+    @cached_property
+    def _generators(self) -> list[Any]:
+        """Generators that the model and the loss hold, beside the global ones."""
+        return generators_of_model(self.model, self.loss)
+
+    @cached_property
+    def _held_tensors(self) -> list[HeldTensor]:
+        """Second references to parameters and buffers; the parameters among them are refused."""
+        return find_held_tensors(self.model, self.loss)
 
     def find_unused(self, state: TrainState, batch: Any) -> list[str]:
         """Return the names of the trained parameters that have no gradient for a batch."""
