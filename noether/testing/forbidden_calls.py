@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import dis
+import gc
 import io
 import random
 import sys
@@ -69,6 +70,7 @@ _FUNCTIONS: Final = {
     ("_thread", "start_new_thread"): _IO,
     ("_thread", "start_joinable_thread"): _IO,
     ("_thread", "get_native_id"): _PROCESS,
+    ("gc", "collect"): _PROCESS,
     ("gc", "get_objects"): _PROCESS,
     ("sys", "getrefcount"): _PROCESS,
 }
@@ -104,7 +106,6 @@ _NATIVE_OPERATIONS: Final = "/proc/thread-self/io"
 """Where Linux counts how much a thread has read and written."""
 
 
-
 def call_watched(name: str, error_type: type[Exception], function: Callable[..., _Result], *arguments: Any) -> _Result:
     """Return `function(*arguments)`; raise where it reads a clock, does I/O, or uses another global.
 
@@ -125,7 +126,8 @@ def call_watched(name: str, error_type: type[Exception], function: Callable[...,
     if not _hooks:  # once, because Python cannot remove an audit hook
         sys.addaudithook(_audit)
         _hooks.append(_audit)
-    previous, written = sys.getprofile(), _bytes_written()
+    previous, written, collects = sys.getprofile(), _bytes_written(), gc.isenabled()
+    gc.disable()  # a collection calls finalizers and the callbacks of others, such as hypothesis, which reads a clock
     _watches.append(watch)
     sys.setprofile(watch.profile)
     try:
@@ -133,6 +135,8 @@ def call_watched(name: str, error_type: type[Exception], function: Callable[...,
     finally:
         sys.setprofile(previous)
         _watches.remove(watch)
+        if collects:
+            gc.enable()
         if watch.found is None and not watch.has_diagnostics and _bytes_written() != written:
             watch.found = error_type(f"{name} {_IO.does}: native code wrote to a file; {_IO.hint}")
         if watch.found is not None:

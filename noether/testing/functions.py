@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 _LIBRARIES: Final = tuple({str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")})
-_ROOT: Final = str(Path(__file__).resolve().parents[1])
 
 
 @cache
@@ -26,10 +25,11 @@ def is_library(module: str) -> bool:
         >>> is_library("torch.nn"), is_library("noether.core.callbacks.ema"), is_library("__main__")
         (True, True, False)
     """
-    if module.partition(".")[0] in sys.stdlib_module_names:
+    package = module.partition(".")[0]
+    if package == "noether" or package in sys.stdlib_module_names:
         return module != "__main__"
     file = getattr(sys.modules.get(module), "__file__", None)
-    return file is not None and str(Path(file).resolve()).startswith((*_LIBRARIES, _ROOT))
+    return file is not None and str(Path(file).resolve()).startswith(_LIBRARIES)
 
 
 def closure_of(function: FunctionType) -> dict[str, Any]:

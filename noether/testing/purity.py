@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import datetime as dt
-import inspect
-import random
-import sys
-import threading
-import time
-from contextlib import contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Never
-
-import numpy as np
-import torch
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from noether.core.callback import label_of
+from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
-from noether.core.tensors.torch_internals import write_counts
-from noether.core.tensors.tree import tensors
-from noether.testing.comparison import same
+from noether.core.tensors.tree import storages, tensors
+from noether.testing.comparison import differences, same
 from noether.testing.counterexamples import LawError, assert_law
+from noether.testing.forbidden_calls import call_watched
+from noether.testing.functions import copy_callback
 from noether.testing.metric_source import add_metric_source
+from noether.testing.outside_memory import (
+    GENERATORS,
+    cached_names,
+    copy_values,
+    draw_from_generators,
+    global_settings,
+    marks_of,
+    outside_memory,
+)
 from noether.testing.strategies import runs
 from noether.testing.traces import drive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import ModuleType
+    from collections.abc import Mapping
 
     from hypothesis.strategies import SearchStrategy
 
@@ -38,8 +36,12 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.testing.traces import Trace
 
-
+_Value = TypeVar("_Value")
 _EXAMPLES: Final = 30
+_LONG_END: Final = TrainingIteration(update=60)
+_LATE_EPOCH: Final = 10_000
+_LATER_S: Final = 2.0**31
+"""How many seconds later the second call is: a time that a callback compares with lies between the two."""
 
 
 class ImpureError(LawError):
@@ -49,7 +51,8 @@ class ImpureError(LawError):
 def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = None, examples: int = _EXAMPLES) -> None:
     """Raise unless `callback` is a pure function: two calls return the same, and nothing else changes.
 
-    A source provides the metrics that it consumes and does not produce.
+    A source provides the metrics that it consumes and does not produce. After the random runs come a run of 60 updates
+    and the end of a run of 10,000 epochs.
 
     Args:
         callback: Any callback; the members of a reducer are checked one by one.
@@ -57,10 +60,14 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
         examples: Largest number of runs to try, >= 1.
 
     Raises:
-        ImpureError: If two results differ; if the callback writes to the state, the event or itself; if it opens a
-            file, a socket or a process, reads a clock, or draws from a global random generator.
+        ImpureError: If two results differ; if the state that it returns depends on `event.time_s`; if the callback
+            writes to its arguments, to itself, or to what it refers to (closures, globals of its modules, classes); if
+            its memory shares storage with the weights; if it does I/O; if it reads a clock, the process, the time zone
+            or an environment variable; if it uses a global random generator or changes a global setting. Calls of
+            `logging` and `warnings` are allowed.
 
     Example:
+        >>> import time
         >>> from noether import AfterEpoch, LogText, on
         >>> @on(AfterEpoch)
         ... def dated(state, event):
@@ -69,17 +76,39 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
         Traceback (most recent call last):
         noether.testing.purity.ImpureError: dated reads the clock: time.time(); take the time from the event: ...
     """
+    example: list[Trace] = []
 
     def law(trace: Trace) -> None:
-        # A copy, because a callback that writes to itself would carry its writes into the next example.
-        members = add_metric_source(copy.deepcopy(callback)).members
-        drive(compose(*map(_PurityChecked, members)), trace)
+        _drive_purely(callback, trace, None)
+        example[:] = [trace]
 
     assert_law(law, runs() if traces is None else traces, examples=examples)
+    for trace in example:
+        _drive_purely(callback, replace(trace, run=trace.run.replace(end=_LONG_END), interruptions=()), None)
+        _drive_purely(callback, *_start_late(trace))
+
+
+def _drive_purely(callback: Callback, trace: Trace, state: TrainState | None) -> None:
+    """Drive a callback through a run with `call_purely`, from a state or from the start."""
+    # A copy, because a callback that writes to itself would carry its writes into the next run.
+    members = add_metric_source(copy_callback(callback)).members
+    with draw_from_generators():
+        drive(compose(*map(_PurityChecked, members)), trace, state, resumed=state is not None)
+
+
+def _start_late(trace: Trace) -> tuple[Trace, TrainState]:
+    """Return the end of a long run like `trace`, and the state that it starts from."""
+    update = _LATE_EPOCH * trace.run.updates_per_epoch
+    previous, start = trace.run.iteration_after(update - 1), trace.run.iteration_after(update)
+    late = trace.start().replace(previous=previous, iteration=start, epoch_start=start)
+    run = trace.run.replace(end=TrainingIteration(epoch=start.epoch + 2))
+    return replace(trace, run=run, interruptions=()), late
 
 
 def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-    """Return the result of `callback`; raise an error if it is impure. It is called twice, the second time watched.
+    """Return the result of `callback`; raise an error if it is impure. It is called twice or three times.
+
+    The second call gets copies of the arguments and a later `event.time_s`, which the returned state may not show.
 
     Args:
         callback: Any callback.
@@ -90,25 +119,31 @@ def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[Tr
         ImpureError: As for `check_pure`.
 
     Example:
+        >>> import torch
         >>> from noether import AfterEpoch, TrainState, log
         >>> call_purely(lambda state, event: log(state, event, {"x": torch.rand(())}), TrainState(), AfterEpoch())
         Traceback (most recent call last):
         noether.testing.purity.ImpureError: <lambda> draws from a global random generator; make a generator from ...
     """
     name = label_of(callback)
-    fields = (_fields(state), _fields(event))
-    state_before, writes, attributes = copy.deepcopy(fields[0]), _write_counts(fields), _attribute_ids(callback)
-    first = callback(state, event)  # may read files to import modules, so only the second call is watched
-    with _watch(name, sys.modules.get(getattr(inspect.unwrap(callback), "__module__", ""))):
-        second = callback(state, event)
-    if _write_counts(fields) != writes or not same(fields[0], state_before):
-        raise ImpureError(f"{name} writes to its arguments; return a new state: state.replace(...)")
+    arguments = {"state": vars(state), "event": vars(event), "event.run": vars(event.run)}
+    copied, marks = copy_values(arguments), _marks(arguments)
+    attributes, memory, settings = _attribute_ids(callback), outside_memory(callback), global_settings()
+    first = call_watched(name, ImpureError, callback, state, event)
+    _check_arguments(name, arguments, copied, marks)
+    other_state, other_event = _with_fields(state, copied["state"]), _with_fields(event, copied["event"])
+    later = other_event.replace(time_s=event.time_s + _LATER_S)
+    second = call_watched(name, ImpureError, callback, other_state, later)
+    repeated = second if same(first, second) else call_watched(name, ImpureError, callback, other_state, other_event)
+    _check_settings(name, settings)
     if _attribute_ids(callback) != attributes:
         raise ImpureError(f"{name} assigns to itself; keep memory in the state: state.remember(...)")
-    if not same(first, second):
+    if not same(first, repeated):
         hint = "keep its memory in the state: state.remember(...)"
         raise ImpureError(f"{name} returns another result when called again with the same arguments; {hint}")
-    return second
+    _check_state(name, first[0], second[0])
+    _check_outside(name, memory, outside_memory(callback))
+    return first
 
 
 class _PurityChecked:
@@ -126,88 +161,63 @@ class _PurityChecked:
 
 def _attribute_ids(callback: Callback) -> dict[str, int]:
     """Return the id of each attribute's object, without the values of cached properties."""
-    cached = {name for name, value in inspect.getmembers_static(type(callback)) if isinstance(value, cached_property)}
+    cached = cached_names(type(callback))
     return {name: id(value) for name, value in getattr(callback, "__dict__", {}).items() if name not in cached}
 
 
-def _fields(value: TrainState | Event) -> dict[str, Any]:
-    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+def _with_fields(value: _Value, fields: Mapping[str, Any]) -> _Value:
+    """Return an object like `value` with other fields."""
+    other = object.__new__(type(value))
+    vars(other).update(fields)
+    return other
 
 
-def _write_counts(tree: Any) -> dict[str, int]:
-    """Return how often each tensor was written to, as torch counts it."""
-    found = dict(tensors(tree))
-    return dict(zip(found, write_counts(found.values()), strict=True))
+def _marks(arguments: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    return marks_of(dict(tensors(arguments)))
 
 
-@contextmanager
-def _watch(name: str, module: ModuleType | None) -> Iterator[None]:
-    """Raise if the body, a call of the callback `name`, reads a clock, does I/O or draws a random number."""
-    before = _generator_states()
-    with _refuse_clocks(name, module), _refuse_io(name):
-        yield
-    if not same(_generator_states(), before):
-        hint = "make a generator from the seed: torch.Generator().manual_seed(state.seed)"
-        raise ImpureError(f"{name} draws from a global random generator; {hint}")
+def _check_arguments(
+    name: str, arguments: Mapping[str, Any], copied: Mapping[str, Any], marks: Mapping[str, Any]
+) -> None:
+    """Raise if the arguments differ from the copies that were made before the call."""
+    found = (path for key in copied for path, _, _ in differences(arguments[key], copied[key], key))
+    place = next(found, None)
+    if place is None and (now := _marks(arguments)) != marks:
+        place = next(key for key in now if now[key] != marks[key])
+    if place is not None:
+        raise ImpureError(f"{name} writes to its arguments: {place}; return a new state: state.replace(...)")
 
 
-def _generator_states() -> tuple[Any, ...]:
-    legacy = np.random.get_state()  # noqa: NPY002  # the global generator is the one to watch
-    return random.getstate(), tuple(map(str, legacy)), torch.get_rng_state()
+def _check_state(name: str, state: TrainState, later: TrainState) -> None:
+    """Raise if a state differs from the one at a later time, or if its memory shares storage with its weights."""
+    for path, one, other in differences(state, later):
+        text = f"state{path} depends on event.time_s: {one} at one time, {other} at another"
+        raise ImpureError(f"{name}: {text}; the time may enter effects only; measure with event.duration_s")
+    weights = storages((state.params, state.buffers, state.opt_state))
+    for key, memory in state.callback_states.items():
+        if storages(memory) & weights:
+            raise ImpureError(
+                f"{name}: memory {key!r} shares storage with the params, buffers or opt_state, and changes when they "
+                "are updated in place: clone the tensors"
+            )
 
 
-_IO_EVENTS: Final = ("open", "socket.", "subprocess.", "os.", "shutil.", "tempfile.", "urllib.", "sqlite3.")
-"""Beginnings of the names of audit events (docs.python.org/3/library/audit_events.html)."""
-_watches: list[tuple[str, int]] = []  # name of the callback and id of its thread; other threads may do I/O
-_hooks: list[Callable[..., None]] = []
+def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raise if a global generator or another setting of the process has changed."""
+    for key, value in global_settings().items():
+        if value == settings[key]:
+            continue
+        if key in GENERATORS:
+            hint = "make a generator from the seed: torch.Generator().manual_seed(state.seed)"
+            raise ImpureError(f"{name} draws from a global random generator; {hint}")
+        raise ImpureError(f"{name} changes {key}; a callback changes nothing but the state that it returns")
 
 
-@contextmanager
-def _refuse_io(name: str) -> Iterator[None]:
-    """Raise if the body does I/O."""
-    if not _hooks:  # once, because Python cannot remove an audit hook
-        sys.addaudithook(_audit)
-        _hooks.append(_audit)
-    _watches.append((name, threading.get_ident()))
-    try:
-        yield
-    finally:
-        _watches.pop()
-
-
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    name, thread = _watches[-1] if _watches else ("", 0)
-    if thread == threading.get_ident() and event.startswith(_IO_EVENTS):
-        raise ImpureError(f"{name} does I/O: {event}{arguments[:1]}; return an effect instead")
-
-
-_CLOCKS: Final = (
-    "time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time",
-    "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "clock_gettime_ns", "sleep",
-)  # fmt: skip
-
-
-@contextmanager
-def _refuse_clocks(name: str, module: ModuleType | None) -> Iterator[None]:
-    """Replace the clocks, in `time` and where the callback's module imported them by name, by functions that raise."""
-
-    def refuse_clock(clock: str) -> Callable[..., Never]:
-        def refuse(*_: object, **__: object) -> Never:
-            raise ImpureError(f"{name} reads the clock: {clock}(); take the time from the event: event.time_s")
-
-        return refuse
-
-    dates = type(
-        "datetime", (dt.datetime,), {each: refuse_clock(f"datetime.{each}") for each in ("now", "utcnow", "today")}
-    )
-    stand_ins: dict[int, Any] = {id(getattr(time, clock)): refuse_clock(f"time.{clock}") for clock in _CLOCKS}
-    stand_ins[id(dt.datetime)] = dates
-    places = [time, dt, *([] if module is None else [module])]
-    clocks = [(place, key, value) for place in places for key, value in vars(place).items() if id(value) in stand_ins]
-    try:
-        for place, key, value in clocks:
-            setattr(place, key, stand_ins[id(value)])
-        yield
-    finally:
-        for place, key, value in clocks:
-            setattr(place, key, value)
+def _check_outside(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise if memory outside of the state has changed."""
+    for key in (*before, *after):
+        if key not in before or key not in after or not same(before[key], after[key]):
+            raise ImpureError(
+                f"{name} keeps memory outside of the state, in {name}{key}; keep it in the state: "
+                "state.remember(...), or use functools.lru_cache for results of a pure function"
+            )
