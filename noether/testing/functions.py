@@ -62,7 +62,7 @@ def globals_of(function: FunctionType) -> dict[str, Any]:
 
 
 def copy_callback(callback: _Value) -> _Value:
-    """Return a deep copy of a callback in which functions have closures, defaults and attributes of their own.
+    """Return a deep copy of a callback, with copies of the closures, defaults and attributes of its functions.
 
     `copy.deepcopy` shares functions, so memory in a closure would outlive the copy. What cannot be copied, such as an
     open file, is shared.

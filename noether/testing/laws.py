@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -15,6 +14,7 @@ from noether.effects.checkpoints.store import CheckpointStore
 from noether.effects.disk.calls import Disk, fsync
 from noether.testing.comparison import differences
 from noether.testing.counterexamples import LawError, assert_law
+from noether.testing.functions import copy_callback
 from noether.testing.metric_source import add_metric_source, metric_source
 from noether.testing.run_differences import compare_runs, event_text
 from noether.testing.strategies import cuts, runs
@@ -64,12 +64,12 @@ def check_resumable(callback: Callback, *, traces: Traces = None, examples: int 
 
     def law(trace: Trace, places: tuple[int, ...]) -> None:
         # Each part of the run has a fresh copy of the callback, so that memory outside of the state is lost at a cut.
-        uncut = drive(copy.deepcopy(complete), trace)
+        uncut = drive(copy_callback(complete), trace)
         cuttable = [i for i, event in enumerate(uncut.events) if not isinstance(event, AfterAccumulationStep)]
         states, start = uncut.states, 0  # after the first cut, those of the resumed run, which starts at that cut
         for cut in (cuttable[place] for place in places if place < len(cuttable)):
             state = _save_and_load(callback, states[cut - start], uncut.events[cut])
-            resumed = drive(copy.deepcopy(complete), trace, state, resumed=True)
+            resumed = drive(copy_callback(complete), trace, state, resumed=True)
             violation = (
                 f"does not resume exactly; keep all memory in the state, with state.remember(...): cut after "
                 f"{event_text(uncut, cut)}, the resumed run differs from the uncut one"
