@@ -12,20 +12,23 @@ attributes are all that a callback may add; each is optional:
 | `consumes` | metric keys that must be current when it acts; a `SkippableKey` or `OptionalKey` need not be | none |
 | `readings` | names of the costly fields of `AfterUpdate` that it reads, listed in `READINGS` | none |
 
-`CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have two private attributes,
-from which a reducer knows when it need not call them: `_listens` (see `listens_to`) and `_tracker` (see `tracker_of`).
+`CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have private attributes:
+`_listens` (see `listens_to`) and `_tracker` (see `tracker_of`), from which a reducer knows when it need not call them;
+`_parts` (see `parts_of`) and `_memory_names` (see `memory_names`), which show the checks what is inside.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
-from noether.core.errors import raise_problems
+from noether.core.callables import without_partial
+from noether.core.errors import CallbackError, raise_problems
 from noether.core.event import AfterUpdate, check_reading
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from noether.core.effect import Effect
     from noether.core.event import Event
@@ -157,17 +160,32 @@ def check_readings(callback: Callback) -> None:
     raise_problems(check_reading(declared.label, name) for name in declared.readings)
 
 
-def label_of(callback: Callback) -> str:
+def label_of(callback: Callback | Callable[..., Any]) -> str:
     """Return the name of `callback` in messages."""
-    name: Any = getattr(callback, "name", None) or getattr(callback, "__name__", None)
-    return str(name or type(callback).__name__)
+    function = without_partial(callback)
+    name: Any = getattr(function, "name", None) or getattr(function, "__name__", None)
+    return str(name or type(function).__name__)
 
 
 def init_of(callback: Callback, state: TrainState) -> Mapping[str, Memory]:
     """Return the memory that `callback` starts with, by name."""
     init = getattr(callback, "init", None)
     memory: Mapping[str, Memory] = {} if init is None else init(state)
+    if not isinstance(memory, Mapping):
+        raise CallbackError(f"init of {label_of(callback)} returned {memory!r}, not {{name: memory}}")
     return memory
+
+
+def memory_names(callback: Callback, state: TrainState) -> tuple[str, ...]:
+    """Return the name of each memory of `callback`; a name that callbacks inside of it share, as often as they do."""
+    names = getattr(callback, "_memory_names", None)
+    return tuple(init_of(callback, state) if names is None else names(state))
+
+
+def parts_of(callback: Callback) -> tuple[Callback, ...]:
+    """Return the callbacks to compare in checks: those that `callback` is composed of, each inside its decorators."""
+    parts: tuple[Callback, ...] | None = getattr(callback, "_parts", None)
+    return (callback,) if parts is None else parts
 
 
 def listens_to(callback: Callback, event_type: type[Event]) -> bool:
@@ -191,9 +209,9 @@ def tracker_of(callback: Callback) -> Callback | None:
     return tracker
 
 
-def callable_while_closed(callback: Callback) -> Callback | None:
+def callable_while_closed(callback: Callback, event_type: type[Event] = AfterUpdate) -> Callback | None:
     """Return the callable to call at an update while the gate of `callback` is closed, or None."""
-    if not listens_to(callback, AfterUpdate):
+    if not listens_to(callback, event_type):
         return None
     gate: Gate | None = getattr(callback, "gate", None)
     if gate is None:

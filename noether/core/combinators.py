@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, final
+import copy
+import inspect
+import sys
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Self, final
 
+from noether.core.callables import describe_misfit
 from noether.core.callback import (
     callable_while_closed,
-    check_readings,
     declaration_of,
     init_of,
     label_of,
     listens_to,
+    memory_names,
     merge_keys,
+    parts_of,
     tracker_of,
 )
-from noether.core.errors import raise_problems
+from noether.core.callback_checks import check_callback, check_key_tuples, check_unscheduled
+from noether.core.errors import CallbackError, raise_problems
 from noether.core.event import AfterUpdate, Event, check_reading
 from noether.core.reducer import Reducer
 from noether.core.schedules.base import Schedule
@@ -78,7 +85,15 @@ def on(*event_types: type[Event]) -> Decorator:
     if not given or not all(isinstance(each, type) and issubclass(each, Event) for each in given):
         shown = ", ".join(map(repr, given)) or "nothing"
         raise TypeError(f"on takes types of events, like on(AfterEpoch); got {shown}")
-    return lambda callback: On(_prepare(callback), event_types)
+
+    def decorate(callback: Callback) -> Callback:
+        if isinstance(callback, Reducer):
+            return Reducer(tuple(decorate(member) for member in callback.members))
+        check_callback(callback, "on")
+        check_unscheduled(callback, "on")
+        return On(callback, event_types)
+
+    return decorate
 
 
 def when(condition: Schedule | Callable[[TrainState, Event], bool], *, at_end: bool = False) -> Decorator:
@@ -101,7 +116,18 @@ def when(condition: Schedule | Callable[[TrainState, Event], bool], *, at_end: b
         return _gate_decorator(condition, at_end=at_end)
     if at_end:
         raise TypeError("at_end needs a schedule; a predicate can test for AfterTraining itself")
-    return lambda callback: When(_prepare(callback), condition)
+    expected = "when takes a schedule such as EveryNUpdates(2), or a predicate (state, event) -> bool; got"
+    if isinstance(condition, type) or not callable(condition):
+        raise TypeError(f"{expected} {condition!r}")
+    if misfit := describe_misfit(condition, "state", "event"):
+        raise TypeError(f"{expected} {label_of(condition)!r}, which {misfit}")
+
+    def decorate(callback: Callback) -> Callback:
+        check_callback(callback, "when")
+        check_unscheduled(callback, "when")
+        return When(_without_checks(callback), condition)
+
+    return decorate
 
 
 def callback(
@@ -141,10 +167,22 @@ def callback(
         >>> effects[0].values["seen"]
         8
     """
+    given: Any = name
+    if not isinstance(given, str) or not given:
+        raise TypeError(f'callback takes the name of the memory, like @callback("seen"); got {name!r}')
     if track is not None and init is None:
         raise TypeError(f"callback {name!r} has track but no memory: add init=lambda state: ..., its first memory")
+    for setting, function, arguments in (("init", init, ("state",)), ("track", track, ("memory", "event"))):
+        if function is not None and (misfit := describe_misfit(function, *arguments)):
+            raise TypeError(f"callback {name!r}: its {setting} {misfit}")
+    check_key_tuples(name, produces=produces, consumes=consumes, readings=readings)
     raise_problems(check_reading(name, each) for each in readings)
-    return lambda body: Remembering(_prepare(body), name, init, track, produces, consumes, readings)
+
+    def decorate(body: Callback) -> Callback:
+        check_callback(body, f"callback({name!r})")
+        return Remembering(_without_checks(body), name, init, track, produces, consumes, readings)
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -186,6 +224,67 @@ class _Wrapper:
 
     def _listens(self, event_type: type[Event]) -> bool:
         return listens_to(self.callback, event_type)
+
+    @property
+    def _parts(self) -> tuple[Callback, ...]:
+        parts = parts_of(self.callback)
+        whole = len(parts) == 1 and parts[0] is self.callback
+        return (self,) if whole else tuple(self._around(part) for part in parts)  # type: ignore[return-value]  # subclasses are callable
+
+    def _around(self, part: Callback) -> Callback:
+        return replace(self, callback=part)  # type: ignore[return-value]  # subclasses are callable
+
+    def _memory_names(self, state: TrainState) -> tuple[str, ...]:
+        return memory_names(self.callback, state)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(**{each.name: copy.deepcopy(getattr(self, each.name), memo) for each in fields(self)})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a decorated function of a module by its name there, anything else by its fields."""
+        reference = _find_in_module(self, inspect.unwrap(self))  # type: ignore[arg-type]  # subclasses are callable
+        if reference is not None:
+            return _load_from_module, reference
+        settings = {each.name: getattr(self, each.name) for each in fields(self)}
+        # The name of a decorated function leads to its decorator, so pickle would not find the function.
+        reference = _find_in_module(self.callback, self.callback)
+        if reference is not None and reference[-1]:
+            return _rebuild_around_reference, (type(self), reference, {**settings, "callback": None})
+        return _rebuild, (type(self), settings)
+
+
+_Reference = tuple[str, str, int]
+"""Module, qualified name in it, and how many decorators lie between the object of that name and the one meant."""
+
+
+def _find_in_module(target: Any, function: Any) -> _Reference | None:
+    """Return where to find `target`, a function or one of its decorators, from the name of the function."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    found: Any = sys.modules.get(str(module))
+    for part in str(name).split("."):
+        found = getattr(found, part, None)
+    depth = 0
+    while found is not target and isinstance(found, _Wrapper):
+        found, depth = found.callback, depth + 1
+    return (str(module), str(name), depth) if found is target else None
+
+
+def _load_from_module(module: str, name: str, depth: int) -> Any:
+    found: Any = import_module(module)
+    for part in (*name.split("."), *["callback"] * depth):
+        found = getattr(found, part)
+    return found
+
+
+def _rebuild(kind: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    return kind(**settings)
+
+
+def _rebuild_around_reference(kind: Callable[..., Any], reference: _Reference, settings: Mapping[str, Any]) -> Any:
+    return kind(**{**settings, "callback": _load_from_module(*reference)})
 
 
 @final
@@ -234,7 +333,10 @@ class When(_Wrapper):
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the result of the callback, or the state unchanged."""
-        return self.callback(state, event) if self.predicate(state, event) else (state, ())
+        answer = self.predicate(state, event)
+        if answer is None:
+            raise CallbackError(f"the predicate {label_of(self.predicate)!r} of when returned None, not True or False")
+        return self.callback(state, event) if answer else (state, ())
 
 
 @final
@@ -259,7 +361,11 @@ class Remembering(_Wrapper):
         if self.own_init is not None and self.name not in state.callback_states:
             state = state.remember(self.name, self.own_init(state))
         if self.track is not None and isinstance(event, AfterUpdate):
-            state = state.remember(self.name, self.track(state.memory(self.name), event))
+            before = state.memory(self.name)
+            memory = self.track(before, event)
+            if memory is None and before is not None:
+                raise CallbackError(f"track of {self.name!r} returned None, not the memory: write `return memory`")
+            state = state.remember(self.name, memory)
         return state, ()
 
     @property
@@ -289,8 +395,18 @@ class Remembering(_Wrapper):
         memory = {} if self.own_init is None else {self.name: self.own_init(state)}
         return {**super().init(state), **memory}
 
+    def _around(self, part: Callback) -> Callback:
+        return replace(self, callback=part, name=f"{self.name}/{label_of(part)}")
+
+    @property
+    def _parts(self) -> tuple[Callback, ...]:
+        return super()._parts if self.own_produces is None else (self,)  # it declares the keys of all its parts
+
+    def _memory_names(self, state: TrainState) -> tuple[str, ...]:
+        return (*super()._memory_names(state), *(() if self.own_init is None else (self.name,)))
+
     def _listens(self, event_type: type[Event]) -> bool:
-        return super()._listens(event_type) or (self.track is not None and event_type is AfterUpdate)
+        return super()._listens(event_type) or (self.track is not None and issubclass(event_type, AfterUpdate))
 
 
 @final
@@ -304,6 +420,14 @@ class Bound(_Wrapper):
         """Return the result of the function."""
         function: Callable[..., tuple[TrainState, Effects]] = self.callback
         return function(state, event, **self.settings)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the function without the bound settings."""
+        signature = inspect.signature(self.callback)
+        return signature.replace(
+            parameters=[p for name, p in signature.parameters.items() if name not in self.settings]
+        )
 
 
 def bind_settings(callback: Callback, settings: Mapping[str, Any]) -> Callback:
@@ -322,9 +446,8 @@ def bind_settings(callback: Callback, settings: Mapping[str, Any]) -> Callback:
     return Bound(callback, FrozenDict(settings))
 
 
-def _prepare(callback: Callback) -> Callback:
+def _without_checks(callback: Callback) -> Callback:
     """Return the callback to wrap: a reducer leaves its checks to the outer reducer."""
-    check_readings(callback)
     return callback.without_checks() if isinstance(callback, Reducer) else callback
 
 
@@ -332,25 +455,8 @@ def _gate_decorator(schedule: Schedule, *, at_end: bool) -> Decorator:
     def decorate(callback: Callback) -> Callback:
         if isinstance(callback, Reducer):  # a gate before each member equals one gate before all of them
             return Reducer(tuple(decorate(member) for member in callback.members))
-        check_readings(callback)
-        _check_gateable(callback)
+        check_callback(callback, "a gate")
+        check_unscheduled(callback, "this gate")
         return Gated(callback, Gate(schedule, at_end))
 
     return decorate
-
-
-def _check_gateable(callback: Callback) -> None:
-    if isinstance(callback, Reducer):
-        for member in callback.members:
-            _check_gateable(member)
-        return
-    declared = declaration_of(callback)
-    if tracker_of(callback) is not None:
-        raise TypeError(
-            f"{declared.label} tracks every update, but behind this gate it would miss some: "
-            "put @callback(track=...) above the gate, or give it an interval"
-        )
-    if declared.gate is not None:
-        raise TypeError(f"{declared.label} already has a schedule: unite both with | or remove one")
-    if isinstance(callback, _Wrapper):  # a wrapper around a reducer has no gate itself
-        _check_gateable(callback.callback)

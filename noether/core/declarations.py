@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from noether.core.callback import Callback, Declaration, OptionalKey, SkippableKey, declaration_of, init_of
+from noether.core.callback import (
+    Callback,
+    Declaration,
+    OptionalKey,
+    SkippableKey,
+    declaration_of,
+    memory_names,
+    parts_of,
+)
 from noether.core.errors import NoetherError, suggest
 from noether.core.metrics import keys_overlap
 from noether.core.schedules.window import ALWAYS
@@ -50,18 +58,20 @@ def check_declarations(callbacks: Sequence[Callback], state: TrainState, run: Ru
         DeclarationError: If two callbacks have a memory of the same name or produce the same key; or if no callback
             before a consumer produces its key, or the key is not current when the consumer is due.
     """
-    declared = [declaration_of(callback) for callback in callbacks]
+    # Those inside of a decorated reducer are checked one by one; a misfit names the callback that the caller passed.
+    parts = [(callback, part) for callback in callbacks for part in parts_of(callback)]
+    owners, declared = [callback for callback, _ in parts], [declaration_of(part) for _, part in parts]
     misfits = [
         *_duplicate_names(callbacks, state),
-        *_duplicate_keys(callbacks, declared),
-        *_missing_metrics(callbacks, declared, run),
+        *_duplicate_keys(owners, declared),
+        *_missing_metrics(owners, declared, run),
     ]
     if misfits:
         raise DeclarationError(misfits)
 
 
 def _duplicate_names(callbacks: Sequence[Callback], state: TrainState) -> Iterator[Misfit]:
-    names = [(name, callback) for callback in callbacks for name in init_of(callback, state)]
+    names = [(name, callback) for callback in callbacks for name in memory_names(callback, state)]
     counted = Multiset(name for name, _ in names)
     for name in (name for name, times in counted.items() if times > 1):
         last = [callback for other, callback in names if other == name][-1]

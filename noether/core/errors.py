@@ -62,6 +62,10 @@ class SettingsError(NoetherError, ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+class CallbackError(NoetherError, TypeError):
+    """An object cannot be used as a callback, or a callback returned something else than a state and its effects."""
+
+
 class OutputError(NoetherError, LookupError):
     """The model does not return an output that a callback reads."""
 

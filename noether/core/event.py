@@ -221,3 +221,27 @@ class AtEval(Event):
 
 
 EVENTS: Final = (BeforeTraining, AfterAccumulationStep, AfterUpdate, AfterEpoch, AfterTraining, AtEval)
+"""Every kind of event that a loop dispatches."""
+
+
+_KINDS: Final[dict[type[Event], type[Event]]] = {each: each for each in EVENTS}
+
+
+def kind_of(event_type: type[Event]) -> type[Event]:
+    """Return which of `EVENTS` a type of event is: itself, or the one that it derives from.
+
+    A loop of the user's own may dispatch a subclass with more fields; schedules and hooks treat it as its base. A type
+    that derives from none of `EVENTS` is a kind by itself.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True, eq=False)
+        ... class AfterSearch(AfterUpdate):
+        ...     temperature: float = 0.0
+        >>> kind_of(AfterSearch).__name__, kind_of(AfterEpoch).__name__
+        ('AfterUpdate', 'AfterEpoch')
+    """
+    kind = _KINDS.get(event_type)
+    if kind is None:
+        kind = _KINDS[event_type] = next((each for each in event_type.__mro__ if each in EVENTS), event_type)
+    return kind

@@ -28,13 +28,21 @@ def dispatch(
         reducer: Any callback, most often the result of `compose`.
         interpreter: Runs the effects, on the new state.
 
+    Raises:
+        TypeError: If the callback returns anything but a state and a tuple of effects.
+
     Example:
         >>> from noether import AfterTraining, LogText, TrainState, dispatch, on
         >>> bye = on(AfterTraining)(lambda state, event: (state, (LogText("bye"),)))
         >>> state = dispatch(TrainState(), AfterTraining(), bye, lambda effects, state, event: print(effects))
         (LogText(text='bye'),)
     """
-    state, effects = reducer(state, event)
+    result = reducer(state, event)
+    if type(result) is not tuple or [type(each) for each in result] != [type(state), tuple]:
+        from noether.core.callback_checks import check_result  # imports torch, which `next_move` does without
+
+        check_result(reducer, result)
+    state, effects = result
     interpreter(effects, state, event)
     return state
 

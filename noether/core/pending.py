@@ -27,9 +27,10 @@ _UPDATED: Final = "moved"
 def set_pending(state: TrainState, event: AfterUpdate) -> TrainState:
     """Return the state at `event` with the readings of the event in `pending`.
 
-    A loop saves it when an error or a signal cuts the event short. Outputs of the model that no checkpoint can hold
-    are left out. A callback such as an EMA may already have updated a donated memory in place; then the state gets the
-    updated memory, and `pending` names it, so that the memory is not updated a second time.
+    A loop saves it when an error or a signal cuts the event short. What no checkpoint can hold of the model's outputs,
+    and of the fields of a subclass, is left out. A callback such as an EMA may already have updated a donated memory in
+    place; then the state gets the updated memory, and `pending` names it, so that the memory is not updated a second
+    time.
 
     Args:
         state: The state at the event, before any callback.
@@ -41,10 +42,12 @@ def set_pending(state: TrainState, event: AfterUpdate) -> TrainState:
         4
     """
     readings = {name: value for name, value in vars(event).items() if name not in _SUPPLIED_ON_RESUME}
-    try:
-        check_savable("outputs", event.outputs)
-    except TypeError:
-        readings["outputs"] = None
+    for name, value in readings.items():
+        if name == "outputs" or name not in AfterUpdate.__dataclass_fields__:
+            try:
+                check_savable(name, value)
+            except TypeError:
+                readings[name] = None
     updated: list[tuple[str, str]] = []
     memories = {name: _with_successors(name, memory, updated) for name, memory in state.callback_states.items()}
     if updated:
@@ -72,6 +75,8 @@ def dispatch_pending(
     reducer: Callback,
     interpreter: Callable[[Effects, TrainState, Event], None],
     time_s: float = 0.0,
+    *,
+    event_type: type[AfterUpdate] = AfterUpdate,
 ) -> TrainState:
     """Dispatch the event that `set_pending` recorded, and return the new state; the same state if there is none.
 
@@ -83,6 +88,10 @@ def dispatch_pending(
         reducer: As for `dispatch`.
         interpreter: As for `dispatch`.
         time_s: Wall-clock time in seconds since 1970.
+        event_type: The type of event that the loop dispatches after an update, if that is a subclass.
+
+    Raises:
+        TypeError: If the recorded event has a field that `event_type` does not have.
 
     Example:
         >>> from noether import AfterUpdate, LogText, Run, TrainState, on
@@ -96,7 +105,7 @@ def dispatch_pending(
     if state.pending is None:
         return state
     state, readings = take_pending(state)
-    return dispatch(state, AfterUpdate.of(run=run, time_s=time_s, **readings), reducer, interpreter)
+    return dispatch(state, event_type.of(run=run, time_s=time_s, **readings), reducer, interpreter)
 
 
 def take_pending(state: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -6,28 +6,31 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import (
     callable_while_closed,
-    check_readings,
     declaration_of,
     init_of,
     label_of,
     listens_to,
+    memory_names,
     merge_keys,
+    parts_of,
     tracker_of,
 )
+from noether.core.callback_checks import check_bound, check_callback, check_effects, check_result
 from noether.core.declarations import check_declarations
 from noether.core.errors import NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metrics import keys_overlap
-from noether.core.schedules.window import ALWAYS, START, earliest_thresholds
+from noether.core.overwrites import check_overwrites
+from noether.core.schedules.pending import PendingSchedules
+from noether.core.schedules.window import ALWAYS
 from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
 from noether.core.tensors.tree import FrozenDict, storages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
-    from noether.core.iteration import TrainingIteration
     from noether.core.schedules.base import Schedule
     from noether.core.state import Memory, TrainState
 
@@ -67,9 +70,8 @@ def compose(*callbacks: Callback) -> Reducer:
     """
     members: list[Callback] = []
     for callback in callbacks:
-        if isinstance(callback, type) or not callable(callback):
-            raise TypeError(f"compose takes callbacks (state, event) -> (state, effects), got {callback!r}")
-        check_readings(callback)
+        check_callback(callback, "compose")
+        check_bound(callback)
         members.extend(callback.members if isinstance(callback, Reducer) else [callback])
     return Reducer(tuple(member for member in members if member is not identity))
 
@@ -85,47 +87,46 @@ class Reducer:
     def __init__(self, members: tuple[Callback, ...], *, outermost: bool = True) -> None:
         self.members = members
         self._outermost = outermost
+        # Both depend on the members and the type only, so threads may fill them in at the same time.
         self._listeners_by_event: dict[type[Event], tuple[Callback, ...]] = {}
-        self._calls_by_event: dict[type[Event], tuple[_Call, ...]] = {}
-        # For updates, in order: a member, the callable to call while it is not due, and its index in `_pending`.
-        self._at_updates: list[tuple[Callback, Callback | None, int | None]] = []
-        pending: list[Schedule] = []
-        for member in members:
-            closed, schedule = callable_while_closed(member), _schedule_at_updates(member)
-            if schedule is None or closed is member or _is_always_due(schedule):
-                self._at_updates.append((member, closed if schedule is None else member, None))
-            else:
-                self._at_updates.append((member, closed, len(pending)))
-                pending.append(schedule)
-        self._pending = PendingSchedules(pending)
-        self._calls_while_closed = self._update_calls(())  # the calls of most updates, at which no gate opens
+        self._selectors: dict[type[Event], Callable[[TrainState], tuple[_Call, ...]]] = {}
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the state after all members, and their effects in the same order."""
         if isinstance(event, BeforeTraining) and self._outermost:
             state = self._start(state, event)
         effects: Effects = ()
+        requests: tuple[tuple[Callback, Effects], ...] = ()
         member: Callback = identity
         try:
-            for member, call in self._calls(state, type(event)):
+            select = self._selectors.get(type(event)) or self._make_selector(type(event))
+            for member, call in select(state):
                 result = call(state, event)
                 try:
                     after, requested = result
                 except (TypeError, ValueError):
-                    raise TypeError(_describe_result(member, result)) from None
+                    check_result(member, result)
+                    raise
                 if after is not state:
-                    _check_change(member, state, after, event)
+                    _check_change(member, state, result, event)
                     if after.stop is not None and state.stop is None and after.stopped_by is None:
                         after = after.replace(stopped_by=label_of(member))
                     state = after
-                if requested:
+                if requested is not _NO_EFFECTS:
+                    check_effects(member, requested)
                     effects += requested
+                    requests = (*requests, (member, requested))
+            if requests and len(effects) > 1:
+                check_overwrites(requests, event)
         except BaseException as error:
             _note_place(error, member, effects, state, event)
             raise
         if effects and isinstance(event, AfterAccumulationStep):
             raise ValueError(f"{effects[0]!r} was requested after an accumulation step; log and save after an update")
         return state, effects
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.members, self._outermost)
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(label_of, self.members))})"
@@ -172,19 +173,20 @@ class Reducer:
             self._listeners_by_event[event_type] = tuple(m for m in self.members if listens_to(m, event_type))
         return self._listeners_by_event[event_type]
 
-    def _calls(self, state: TrainState, event_type: type[Event]) -> tuple[_Call, ...]:
-        if event_type is AfterUpdate:
-            due = self._pending.due(state.previous, state.iteration)
-            return self._update_calls(due) if due else self._calls_while_closed
-        if event_type not in self._calls_by_event:
-            self._calls_by_event[event_type] = tuple((member, member) for member in self._listeners(event_type))
-        return self._calls_by_event[event_type]
+    @property
+    def _parts(self) -> tuple[Callback, ...]:
+        return tuple(part for member in self.members for part in parts_of(member))
 
-    def _update_calls(self, due: Iterable[int]) -> tuple[_Call, ...]:
-        """Return the calls at an update; `due` are the indices in `_pending` of the members that may be due."""
-        due = frozenset(due)
-        calls = ((member, member if index in due else closed) for member, closed, index in self._at_updates)
-        return tuple((member, call) for member, call in calls if call is not None)
+    def _memory_names(self, state: TrainState) -> tuple[str, ...]:
+        return tuple(name for member in self.members for name in memory_names(member, state))
+
+    def _make_selector(self, event_type: type[Event]) -> Callable[[TrainState], tuple[_Call, ...]]:
+        """Return the function that selects what to call at an event of this type."""
+        calls = tuple((member, member) for member in self._listeners(event_type))
+        at_update = issubclass(event_type, AfterUpdate)
+        selector = _CallsAtUpdates(self.members, event_type).select if at_update else lambda _: calls
+        self._selectors[event_type] = selector
+        return selector
 
     def _start(self, state: TrainState, event: BeforeTraining) -> TrainState:
         """Check the declarations, and return the state with missing memory filled in."""
@@ -200,42 +202,36 @@ class Reducer:
         return state.replace(callback_states=FrozenDict({**state.callback_states, **frozen}))
 
 
-@final
-class PendingSchedules:
-    """Finds the schedules that may be due at an update without evaluating each of them.
+def _rebuild(members: tuple[Callback, ...], outermost: bool) -> Reducer:  # noqa: FBT001  # pickle passes it by position
+    return Reducer(members, outermost=outermost)
 
-    It caches the next threshold of each schedule. Its results are a pure function of schedules and iterations, so a
-    run may return to an earlier iteration.
 
-    Args:
-        schedules: Schedules that are read at updates.
+class _CallsAtUpdates:
+    """Selects what to call at an update: of most members, nothing while their gate is closed."""
 
-    Example:
-        >>> from noether import EveryNUpdates, TrainingIteration
-        >>> pending = PendingSchedules([EveryNUpdates(2), EveryNUpdates(3)])
-        >>> at = TrainingIteration
-        >>> [pending.due(at(update=u - 1), at(update=u)) for u in range(1, 7)]
-        [(), (0,), (1,), (0,), (), (0, 1)]
-    """
+    def __init__(self, members: Iterable[Callback], event_type: type[Event]) -> None:
+        # In order: a member, the callable to call while it is not due, and its index in `_pending`.
+        self._members: list[tuple[Callback, Callback | None, int | None]] = []
+        pending: list[Schedule] = []
+        for member in members:
+            closed, schedule = callable_while_closed(member, event_type), _schedule_at_updates(member)
+            if schedule is None or closed is member or _is_always_due(schedule):
+                self._members.append((member, closed if schedule is None else member, None))
+            else:
+                self._members.append((member, closed, len(pending)))
+                pending.append(schedule)
+        self._pending = PendingSchedules(pending)
+        self._while_closed = self._calls(())  # the calls of most updates, at which no gate opens
 
-    def __init__(self, schedules: Sequence[Schedule]) -> None:
-        self._schedules = schedules
-        self._since = START  # the cached thresholds are the next ones after this iteration
-        self._following = [schedule.next_due(START) for schedule in schedules]
-        self._first = earliest_thresholds(self._following)
+    def select(self, state: TrainState) -> tuple[_Call, ...]:
+        """Return the calls at the update of `state`."""
+        due = self._pending.due(state.previous, state.iteration)
+        return self._calls(due) if due else self._while_closed
 
-    def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> tuple[int, ...]:
-        """Return the positions of the schedules that may be due at the update from `previous` to `iteration`."""
-        if not previous.reached(self._since):
-            self._following = [schedule.next_due(previous) for schedule in self._schedules]
-            self._since, self._first = previous, earliest_thresholds(self._following)
-        if not self._first.reached(iteration):
-            return ()
-        reached = tuple(index for index, each in enumerate(self._following) if each.reached(iteration))
-        for index in reached:
-            self._following[index] = self._schedules[index].next_due(iteration)
-        self._since, self._first = iteration, earliest_thresholds(self._following)
-        return reached
+    def _calls(self, due: Iterable[int]) -> tuple[_Call, ...]:
+        due = frozenset(due)
+        calls = ((member, member if index in due else closed) for member, closed, index in self._members)
+        return tuple((member, call) for member, call in calls if call is not None)
 
 
 def _schedule_at_updates(member: Callback) -> Schedule | None:
@@ -248,6 +244,7 @@ def _is_always_due(schedule: Schedule) -> bool:
     return any(each.interval == 1 and each.window == ALWAYS for each in schedule.members)
 
 
+_NO_EFFECTS: Final[Effects] = ()
 _REMAINING_EFFECTS: Final = "_noether_effects"
 
 
@@ -289,14 +286,10 @@ _LOOP_FIELDS: Final = (
 """Fields of a state that only the loop may change."""
 
 
-def _describe_result(member: Callback, result: Any) -> str:
-    return (
-        f"{label_of(member)} returned {'None' if result is None else f'a {type(result).__name__}'}, not "
-        "(state, effects): write `return state, ()` where it does nothing"
-    )
-
-
-def _check_change(member: Callback, before: TrainState, after: TrainState, event: Event) -> None:
+def _check_change(member: Callback, before: TrainState, result: tuple[TrainState, Effects], event: Event) -> None:
+    after, _ = result
+    if type(after) is not type(before):
+        check_result(member, result)
     if (
         after.iteration is not before.iteration
         or after.previous is not before.previous

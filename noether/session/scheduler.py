@@ -50,7 +50,7 @@ class SchedulerMemory:
         return {MEMORY: self._position()}
 
     def _listens(self, event_type: type[Event]) -> bool:
-        return event_type is AfterUpdate
+        return issubclass(event_type, AfterUpdate)
 
     def restore(self, state: TrainState) -> None:
         """Write the position that a state remembers into the scheduler."""

@@ -192,18 +192,16 @@ TRACKING = (
         (every_n_updates(3)(note), f"note {SCHEDULED}"),
         (every_n_epochs(3)(note), f"note {SCHEDULED}"),
         (LrCallback(every_n_updates=3), f"LrCallback/U3 {SCHEDULED}"),
-        (on(AfterUpdate)(every_n_updates(3)(note)), f"note {SCHEDULED}"),
-        (when(lambda state, event: True)(every_n_updates(3)(note)), f"note {SCHEDULED}"),
         (callback("named", init=lambda state: 0)(every_n_updates(3)(note)), f"named {SCHEDULED}"),
         (tracking(note), f"mean {TRACKING}"),
         (tracking(every_n_updates(3)(note)), f"mean {TRACKING}"),
-        (on(AfterUpdate)(tracking(note)), f"mean {TRACKING}"),
+        (callback("outer")(tracking(note)), f"outer {TRACKING}"),
         (Tracks(every_n_updates=3), f"Tracks/U3 {TRACKING}"),
         (ProgressCallback(every_n_updates=3), f"ProgressCallback/U3 {TRACKING}"),
         (compose(note, every_n_updates(3)(note)), f"note {SCHEDULED}"),
         (compose(note, compose(tracking(note))), f"mean {TRACKING}"),
-        (on(AfterUpdate)(compose(note, every_n_updates(3)(note))), f"note {SCHEDULED}"),
-        (callback("outer")(on(AfterUpdate)(compose(LrCallback(every_n_updates=3)))), f"LrCallback/U3 {SCHEDULED}"),
+        (callback("outer")(compose(note, every_n_updates(3)(note))), f"note {SCHEDULED}"),
+        (callback("outer")(callback("x")(compose(LrCallback(every_n_updates=3)))), f"LrCallback/U3 {SCHEDULED}"),
     ],
 )
 @pytest.mark.parametrize("gate", [every_n_updates(2), every_n_epochs(2), when(EveryNSamples(2))])
@@ -213,13 +211,17 @@ def test_a_callback_with_a_schedule_or_tracking_cannot_be_gated(inner, message, 
     assert str(refused.value) == message
 
 
-def test_a_scheduled_callback_can_be_limited_by_a_predicate_or_event():
-    scheduled = every_n_updates(2)(note)
-    assert lines(when(lambda state, event: state.iteration.update > 2)(scheduled), RUN) == [
-        "AfterUpdate E1_U4_S14",
-        "AfterUpdate E1_U6_S20",
-    ]
-    assert lines(on(AfterEpoch)(scheduled), RUN) == []
+@pytest.mark.parametrize("limit", [on(AfterUpdate), on(AfterEpoch), when(lambda state, event: True)])
+@pytest.mark.parametrize("inner", [every_n_updates(2)(note), LrCallback(every_n_updates=2), tracking(note)])
+def test_an_event_or_predicate_goes_below_a_schedule_and_tracking(limit, inner):
+    message = (
+        r"already has a schedule: put (on|when) below it, next to the function, or remove one$|tracks every update"
+    )
+    for each in (inner, compose(note, inner), callback("outer")(compose(inner))):
+        with pytest.raises(TypeError, match=message):
+            limit(each)
+    below = every_n_updates(2)(when(lambda state, event: state.iteration.update > 2)(note))
+    assert lines(below, RUN) == ["AfterUpdate E1_U4_S14", "AfterUpdate E1_U6_S20"]
 
 
 def samples_seen(gate):
@@ -290,7 +292,7 @@ def test_memory_and_declarations_pass_through_every_decorator():
         callback("outer")(inner),
         compose(inner),
         every_n_updates(2)(compose(inner)),
-        on(AfterUpdate)(every_n_epochs(1)(compose(inner))),
+        every_n_epochs(1)(on(AfterUpdate)(compose(inner))),
     ]
     for each in wrapped:
         assert dict(each.init(TrainState())) == {"inner": 1}
@@ -299,7 +301,7 @@ def test_memory_and_declarations_pass_through_every_decorator():
     assert dict(outer.init(TrainState())) == {"inner": 1, "outer": 2}
     assert (outer.produces, outer.consumes) == ((), ("b", "c"))
     best = BestMetricCallback(every_n_epochs=1, metric_key="val/loss", optional_target_metric_keys=("x",))
-    assert on(AfterEpoch)(best).consumes == compose(best).consumes == ("val/loss", "nonfinite", "x")
+    assert callback("outer")(best).consumes == compose(best).consumes == ("val/loss", "nonfinite", "x")
 
 
 def test_a_key_that_one_needs_and_another_may_read_is_required():
@@ -323,7 +325,7 @@ def test_a_decorated_reducer_calls_all_its_members():
 def test_a_producer_and_its_consumer_can_be_decorated_together():
     produce = callback("produce", produces=("val/accuracy",))(lambda s, e: log(s, e, {"val/accuracy": 0.5}))
     best = BestMetricCallback(every_n_epochs=1, metric_key="val/accuracy")
-    reducer = compose(on(AfterEpoch)(compose(produce, best)))
+    reducer = compose(callback("both")(compose(on(AfterEpoch)(produce), best)))
     state, _ = reducer(TrainState(), BeforeTraining(run=RUN))
     _, effects = reducer(state.advance(samples=4).next_epoch(), AfterEpoch(run=RUN))
     assert effects[1].values["val/accuracy/best"] == 0.5

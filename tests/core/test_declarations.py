@@ -211,7 +211,7 @@ def test_a_nested_reducer_is_checked_as_one():
     produce = callback("produce", produces=("x",))(identity)
     consume = callback("consume", consumes=("x", "y"), produces=())(identity)
     inside = on(AfterTraining)(compose(produce, consume))
-    assert misfits(inside) == [(0, "Reducer consumes 'y', which no callback produces; produced before it: nothing")]
+    assert misfits(inside) == [(0, "consume consumes 'y', which no callback produces; produced before it: x")]
 
 
 # ------------------------------------------------------------------------------------------------ coverage

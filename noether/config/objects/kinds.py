@@ -8,12 +8,13 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, final
 
 from noether.config.errors import InvalidValueError
-from noether.config.objects.callables import accepts, describe_deferred, is_foreign, is_from, is_lambda, may_accept
+from noether.config.objects.callables import is_foreign, is_from, is_lambda
 from noether.config.objects.import_policy import import_allowed
 from noether.config.structure.signatures import signature_parameters
+from noether.core.callables import accepts, describe_deferred, may_accept
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -179,8 +180,7 @@ def is_callback(target: object) -> bool:
     if isinstance(target, type):
         if is_foreign(target) or not dataclasses.is_dataclass(target) or "__call__" not in dir(target):
             return False
-        hooks = (getattr(target, hook, None) for hook in _HOOKS)
-        return _is_called_with(target.__call__, "self", "state", "event") and not any(map(describe_deferred, hooks))
+        return _is_called_with(target.__call__, "self", "state", "event")
     if is_foreign(target) or is_lambda(target) or _is_built_model(target) or _constructs(target, type(None)):
         return False
     return _is_called_with(target, "state", "event")
@@ -221,18 +221,6 @@ def _is_handler(target: object) -> bool:
 
 def _is_function(target: object) -> bool:
     return callable(target) and not isinstance(target, type)
-
-
-_HOOKS: Final = (
-    *("before_training", "after_accumulation_step", "after_update", "after_epoch", "after_training", "at_eval"),
-    *(
-        "periodic_callback",
-        "track_after_accumulation_step",
-        "track_after_update_step",
-        "process_data",
-        "process_results",
-    ),
-)
 
 
 MODEL = Role("a model", _is_model, "a subclass of torch.nn.Module, or a function annotated to return one")

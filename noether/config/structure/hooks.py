@@ -128,9 +128,10 @@ class _KindHooks:
             written.pop("name", None)  # in YAML, any callback may have a label for the reader
         instance, settings = construct_with_settings(self.converter, target, written)
         # Imported here, because it imports torch and an invalid entry is refused without it.
-        from noether.core.callback import check_readings
+        from noether.core.callback_checks import check_bound, check_callback
 
-        check_readings(instance)  # `CallbackBase` checked its own; a plain class or function is checked here
+        check_callback(instance, "callbacks")
+        check_bound(instance)
         return Kind(path, target, settings, instance)
 
     def warn(self, callback: object, problem: Problem) -> None:
@@ -143,7 +144,8 @@ class _KindHooks:
     def read_entry(self, value: object, role: Role) -> tuple[str, Any, dict[str, object]]:
         """Return the `kind` of an entry, the object at that path, and the settings beside it."""
         if not isinstance(value, dict):
-            raise InvalidValueError(f"{value!r} is not a mapping with a `kind`")
+            hint = f": write {{kind: {value}}}" if isinstance(value, str) and "." in value else ""
+            raise InvalidValueError(f"{value!r} is not a mapping with a `kind`{hint}")
         errors: list[Exception] = []
         target: Any = None
         with collect_errors(errors, "kind"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Final, dataclass_transform
 
+from noether.core.callbacks.hooks import find_hook_problems, find_scalars
 from noether.core.errors import raise_problems
 from noether.core.event import (
     AfterAccumulationStep,
@@ -16,6 +17,7 @@ from noether.core.event import (
     BeforeTraining,
     Event,
     check_reading,
+    kind_of,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class CallbackBase:
 
     id: str | None = None
 
+    hooks: ClassVar[tuple[str, ...]] = (*HOOKS.values(), "init")
+
     def __init_subclass__(cls, **options: Any) -> None:  # options of a metaclass, such as ABCMeta
         super().__init_subclass__(**options)
         dataclass(frozen=True, kw_only=True)(cls)
@@ -67,15 +71,18 @@ class CallbackBase:
             raise_problems(check_reading(cls.__name__, name) for name in readings)
 
     def __post_init__(self) -> None:
+        raise_problems(find_scalars(self))  # those that follow may iterate the settings
         raise_problems(self.problems())
 
     def problems(self) -> Iterator[Problem | None]:
-        """Yield each problem of the settings; a subclass adds its own after `yield from super().problems()`."""
+        """Yield each problem of hooks and settings; a subclass adds its own after `yield from super().problems()`."""
+        unused = self._check_hooks()
+        yield from find_hook_problems(self, self.hooks) if unused is None else (unused,)
         yield from (check_reading(type(self).__name__, name) for name in self.readings)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the result of the hook for this type of event."""
-        hook = HOOKS.get(type(event))
+        hook = HOOKS.get(type(event)) or HOOKS.get(kind_of(type(event)))
         if hook is None:
             return state, ()
         after: tuple[TrainState, Effects] = getattr(self, hook)(state, event)
@@ -140,7 +147,12 @@ class CallbackBase:
 
     def _listens(self, event_type: type[Event]) -> bool:
         # A class with its own `__call__` may act on any event.
-        return any(self.overrides(hook, CallbackBase) for hook in ("__call__", HOOKS.get(event_type, "__call__")))
+        hooks = ("__call__", HOOKS.get(kind_of(event_type), "__call__"))
+        return any(self.overrides(hook, CallbackBase) for hook in hooks)
+
+    def _check_hooks(self) -> Problem | None:
+        """Return the problem of a class that overrides no hook, most often because a name is misspelt."""
+        return None
 
     @classmethod
     def overrides(cls, hook: str, base: type) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from noether.core.callback_checks import check_result
 from noether.core.callbacks.base import HOOKS, CallbackBase
 from noether.core.callbacks.dataset_results import DatasetResults
 from noether.core.effect import LogText
@@ -35,14 +36,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Mean", "PeriodicCallback", "PeriodicDataIteratorCallback", "Sum"]
 
-_TRACKING_HOOKS: Final = ("track_after_accumulation_step", "track_after_update_step")
+_PERIODIC_HOOKS: Final = ("periodic_callback", "track_after_accumulation_step", "track_after_update_step")
 
 
 class PeriodicCallback(CallbackBase):
     """Base class of callbacks that fire every n epochs, updates or samples.
 
     A subclass defines `periodic_callback`, which is called at the interval. It may define the two `track_` hooks, which
-    are called at every accumulation step and every update.
+    are called at every accumulation step and every update. At a standalone evaluation (`AtEval`) it does nothing unless
+    it defines `at_eval`.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -67,10 +69,11 @@ class PeriodicCallback(CallbackBase):
     every_n_samples: int | None = None
     at_end: bool = False
 
+    hooks: ClassVar = (*CallbackBase.hooks, *_PERIODIC_HOOKS)
+
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings; a subclass adds its own after `yield from super().problems()`."""
         yield from super().problems()
-        yield self._check_hooks()
         given = {name: value for name in INTERVALS if (value := getattr(self, name)) is not None}
         names = ", ".join(INTERVALS)
         if not given:
@@ -81,9 +84,9 @@ class PeriodicCallback(CallbackBase):
         yield from (check_whole(name, value) for name, value in given.items())
 
     def _check_hooks(self) -> Problem | None:
-        """Return the problem of a class that overrides no hook, most often because a name is misspelt."""
-        hooks = ("__call__", *_TRACKING_HOOKS, *HOOKS.values(), "periodic_callback")
-        return None if any(self.overrides(hook, PeriodicCallback) for hook in hooks) else self._no_hook(hooks[-1])
+        hooks = ("__call__", *HOOKS.values(), *_PERIODIC_HOOKS)
+        overrides = any(self.overrides(hook, PeriodicCallback) for hook in hooks)
+        return None if overrides else self._no_hook("periodic_callback")
 
     def _no_hook(self, hook: str) -> Problem:
         kind = type(self)
@@ -117,9 +120,10 @@ class PeriodicCallback(CallbackBase):
 
         Args:
             state: The state at the event.
-            event: `AfterUpdate`, `AfterEpoch`, `AfterTraining` or `AtEval`.
+            event: `AfterUpdate`, `AfterEpoch` or `AfterTraining`.
             interval: What made it fire: `epoch`, `update` or `sample` for its interval, `end` for `at_end` after
-                training, `eval` for a standalone evaluation.
+                training. A `PeriodicDataIteratorCallback` also fires at a standalone evaluation, `AtEval`, with
+                `eval`; any other callback does nothing there, unless it defines `at_eval`.
         """
         return state, ()
 
@@ -141,8 +145,14 @@ class PeriodicCallback(CallbackBase):
 
     def after_update(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Call `track_after_update_step`, and fire if the interval counts updates or samples and is due."""
-        state, tracked = self.track_after_update_step(state, event) if self._tracks else (state, ())
-        state, effects = self._fire_if_due(state, event)
+        if not self._tracks:
+            return self._fire_if_due(state, event)
+        result = self.track_after_update_step(state, event)
+        check_result(self, result, "track_after_update_step")
+        state, tracked = result
+        result = self._fire_if_due(state, event)
+        check_result(self, result, "periodic_callback")
+        state, effects = result
         return state, tracked + effects
 
     def after_epoch(self, state: TrainState, event: AfterEpoch) -> tuple[TrainState, Effects]:
@@ -211,6 +221,8 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     dataset_key: str
     batch_size: int | None = None
     weights: str | None = None
+
+    hooks: ClassVar = (*PeriodicCallback.hooks, "process_data", "process_results")
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""

@@ -85,8 +85,18 @@ class Schedule(ABC):
         return _unite(member.until(point) for member in self.members)
 
     def __or__(self, other: Schedule) -> Schedule:
-        """Return the union: due when either schedule is."""
+        """Return the union: due when either schedule is.
+
+        Raises:
+            TypeError: If `other` is not a schedule.
+        """
+        if not isinstance(other, Schedule):
+            raise TypeError(f"a schedule can be united with a schedule only, like EveryNUpdates(2); got {other!r}")
         return _unite(self.members + other.members)
+
+    def __ror__(self, other: object) -> Schedule:
+        """Refuse `None | schedule`, as `schedule | None` is refused."""
+        return self | other  # type: ignore[operator]  # which raises the error
 
 
 @final

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal, final
 
-from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, Event
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, Event, kind_of
 
 if TYPE_CHECKING:
     from noether.core.iteration import Counter, TrainingIteration
@@ -50,9 +50,10 @@ class Gate:
 
     def due(self, event_type: type[Event], state: TrainState) -> Interval | None:
         """Return why the gate would open for an event of this type, or None."""
-        if event_type is AfterTraining:
+        kind = event_type if event_type in self.parts else kind_of(event_type)
+        if kind is AfterTraining:
             return "end" if self.at_end and not self._was_due(state) else None
-        part = self.parts.get(event_type)
+        part = self.parts.get(kind)
         for member in () if part is None else part.members:
             if member.due(state.previous, state.iteration):
                 return member.counter
@@ -72,4 +73,5 @@ class Gate:
 
     def listens(self, event_type: type[Event]) -> bool:
         """Return whether the gate can open on events of this type."""
-        return event_type in self.parts or (self.at_end and event_type is AfterTraining)
+        kind = kind_of(event_type)
+        return kind in self.parts or (self.at_end and kind is AfterTraining)

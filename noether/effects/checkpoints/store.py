@@ -8,7 +8,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from noether.core.errors import WeightsError
-from noether.core.event import AfterTraining, AfterUpdate
+from noether.core.event import AfterTraining, AfterUpdate, kind_of
 from noether.effects.checkpoints.contents import (
     ModelNamesError,
     checkpoint_files,
@@ -87,8 +87,9 @@ class CheckpointStore(CheckpointReader):
                 _check_name(role, name)
         self._retry_failed()
         listing = self._list()
-        existing = self._find_saved(listing.manifests, effect, state, type(event))
-        saved = existing or self._write(self._draft(effect, state.iteration, type(event)), effect, state, fsync_logs)
+        kind = kind_of(type(event))
+        existing = self._find_saved(listing.manifests, effect, state, kind)
+        saved = existing or self._write(self._draft(effect, state.iteration, kind), effect, state, fsync_logs)
         if existing is None:
             self._commit(saved)
         else:

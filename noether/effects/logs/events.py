@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from noether.core.effect import LogScalars
-from noether.core.event import EVENTS, BeforeTraining
+from noether.core.event import EVENTS, BeforeTraining, kind_of
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.metrics import keys_overlap
 from noether.core.tensors.tree import FrozenDict
@@ -80,7 +80,7 @@ def event_line_builder(
         values = {
             key: value for key, value in scalars.items() if any(keys_overlap(pattern, key) for pattern in measured)
         }
-        defaults = _DEFAULTS[type(event)].items()
+        defaults = _DEFAULTS[kind_of(type(event))].items()
         changed = {name: value for name, default in defaults if (value := getattr(event, name)) is not default}
         line = {**position_fields(state, event), "readings": _encode_scalars(changed)}
         if values:

@@ -12,7 +12,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
-from noether.core.event import AfterUpdate
+from noether.core.event import AfterUpdate, kind_of
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
 from noether.effects.disk.files import os_error_text, read_file, replace_file
@@ -53,7 +53,7 @@ UNKNOWN_COUNT: Final = LogCount()
 
 def event_name(event: Event) -> str:
     """Return the name of an event in logs, such as `after_update`."""
-    return _snake_case(type(event).__name__)
+    return _snake_case(kind_of(type(event)).__name__)
 
 
 @functools.cache

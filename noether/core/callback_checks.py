@@ -1,0 +1,179 @@
+"""Checks of single callbacks: where they are composed or decorated, and of what they return."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from noether.core.callables import describe_misfit, held_objects, unbound_settings
+from noether.core.callback import check_readings, declaration_of, label_of, tracker_of
+from noether.core.effect import Effect
+from noether.core.errors import CallbackError
+from noether.core.schedules.gate import Gate
+from noether.core.state import TrainState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from noether.core.callback import Callback
+
+
+def check_callback(callback: Any, caller: str) -> None:
+    """Refuse an object that cannot be called as a callback.
+
+    Args:
+        callback: Any object.
+        caller: The function or decorator that it was passed to, for the message.
+
+    Raises:
+        CallbackError: If it is a class, cannot be called with `(state, event)`, or is an async or generator function.
+        SettingsError: If it declares an unknown reading.
+
+    Example:
+        >>> check_callback(lambda state: state, "compose")
+        Traceback (most recent call last):
+        noether.core.errors.CallbackError: compose takes callbacks (state, event) -> (state, effects), got '<lambda>',
+        which takes (state), not (state, event)
+    """
+    expected = f"{caller} takes callbacks (state, event) -> (state, effects), got"
+    if isinstance(callback, type):
+        raise CallbackError(f"{expected} {callback!r}: pass an instance, {callback.__name__}(...)")
+    if not callable(callback):
+        hint = f": write {caller}(*callbacks)" if isinstance(callback, list | tuple) else ""
+        raise CallbackError(f"{expected} {callback!r}{hint}")
+    if misfit := describe_misfit(callback, "state", "event"):
+        raise CallbackError(f"{expected} {label_of(callback)!r}, which {misfit}")
+    _check_hides_nothing(callback)
+    declared = declaration_of(callback)
+    check_key_tuples(declared.label, produces=declared.produces, consumes=declared.consumes, readings=declared.readings)
+    check_readings(callback)
+
+
+def check_key_tuples(label: str, **declared: Any) -> None:
+    """Refuse a single text where a callback declares several keys, as its letters would count as keys.
+
+    Raises:
+        CallbackError: If one of `declared` is text, with its name.
+    """
+    for name, keys in declared.items():
+        if isinstance(keys, str):
+            raise CallbackError(f"{label}: {name} is {keys!r}, not a tuple: write ({keys!r},)")
+
+
+def check_bound(callback: Callback) -> None:
+    """Refuse a function with a keyword-only parameter that has no value.
+
+    Raises:
+        CallbackError: If there is one.
+    """
+    if names := unbound_settings(callback):
+        label, given = label_of(callback), ", ".join(f"{name}=..." for name in names)
+        raise CallbackError(f"{label} has no value for {', '.join(names)}: pass functools.partial({label}, {given})")
+
+
+def _check_hides_nothing(callback: Callback) -> None:
+    """Refuse a partial or wrapped function without the memory and readings of the callback inside."""
+    inner: Any = callback.func if isinstance(callback, functools.partial) else _own(callback).get("__wrapped__")
+    for name in ("init", "readings") if inner is not None else ():
+        if getattr(inner, name, ()) and not getattr(callback, name, ()):
+            raise CallbackError(
+                f"the wrapper around {label_of(inner)} hides its {name}: wrap the function inside instead, or set "
+                f"wrapper.{name} = callback.{name}"
+            )
+
+
+def _own(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object that are its own, not those of its class."""
+    attributes: dict[str, Any] = getattr(value, "__dict__", {})
+    return attributes
+
+
+def check_unscheduled(callback: Callback, gate: str) -> None:
+    """Refuse to put a gate around a callback that tracks every update, or has a schedule, however deep inside.
+
+    Args:
+        callback: The callback.
+        gate: `this gate`, `on` or `when`, for the message.
+
+    Raises:
+        CallbackError: If it tracks, has a schedule, or calls a callback that does.
+    """
+    for each in _callbacks_inside(callback):
+        if tracker_of(each) is not None:
+            raise CallbackError(
+                f"{label_of(each)} tracks every update, but behind {gate} it would miss some: "
+                "put @callback(track=...) above the gate, or give it an interval"
+            )
+        if isinstance(declaration_of(each).gate, Gate):
+            fix = "unite both with |" if gate == "this gate" else f"put {gate} below it, next to the function,"
+            raise CallbackError(f"{label_of(each)} already has a schedule: {fix} or remove one")
+
+
+def _callbacks_inside(callback: Any, seen: set[int] | None = None) -> Iterator[Callback]:
+    """Yield `callback`, and what a call of it may call, at any depth."""
+    seen = set() if seen is None else seen
+    yield callback
+    for each in held_objects(callback):
+        if callable(each) and not isinstance(each, type) and id(each) not in seen:
+            seen.add(id(each))
+            yield from _callbacks_inside(each, seen)
+
+
+def check_effects(callback: Callback, effects: Any, hook: str = "") -> None:
+    """Refuse what a callback returned as its effects, unless it is a tuple of effects.
+
+    Raises:
+        CallbackError: If it is something else, naming the callback and what to write.
+    """
+    if isinstance(effects, tuple):
+        for each in effects:
+            if not isinstance(each, Effect):
+                fix = f"effects are objects such as LogText({str(each)!r})"
+                raise CallbackError(f"{_name(callback, hook)} returned {each!r} among its effects: {fix}")
+    elif isinstance(effects, Effect):
+        fix = "write `return state, (effect,)`"
+        raise CallbackError(f"{_name(callback, hook)} returned {effects!r} as effects, not a tuple: {fix}")
+    else:
+        found = "None" if effects is None else f"a {type(effects).__name__}"
+        fix = "write `return state, (effect,)`, or `return state, ()` for none"
+        raise CallbackError(f"{_name(callback, hook)} returned {found} as effects, not a tuple: {fix}")
+
+
+def check_result(callback: Callback, result: Any, hook: str = "") -> None:
+    """Refuse what a callback returned, unless it is a state and a tuple of effects.
+
+    Args:
+        callback: The callback.
+        result: What it returned.
+        hook: Name of the method that returned it; empty for the callback itself.
+
+    Raises:
+        CallbackError: If it is something else, naming the callback and what to write.
+
+    Example:
+        >>> check_result(lambda state, event: None, None)
+        Traceback (most recent call last):
+        noether.core.errors.CallbackError: <lambda> returned None, not (state, effects): write `return state, ()` where
+        it does nothing
+    """
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], TrainState):  # noqa: PLR2004  # state and effects
+        if inspect.iscoroutine(result):
+            result.close()  # else Python warns that it was never awaited
+        raise CallbackError(
+            f"{_name(callback, hook)} returned {_describe(result)}, not (state, effects): "
+            "write `return state, ()` where it does nothing"
+        )
+    check_effects(callback, result[1], hook)
+
+
+def _name(callback: Callback, hook: str) -> str:
+    return f"{label_of(callback)}.{hook}" if hook else label_of(callback)
+
+
+def _describe(result: Any) -> str:
+    if result is None:
+        return "None"
+    if isinstance(result, tuple):
+        return f"({', '.join(type(each).__name__ for each in result)})"
+    return f"a {type(result).__name__}"

@@ -1,0 +1,69 @@
+"""Finds effects of one event of which a later one would replace what an earlier one writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from noether.core.callback import label_of
+from noether.core.effect import LogScalars, MeasurePeakMemory, SaveTensors, SetSummary
+from noether.core.errors import NoetherError
+from noether.core.tensors.tree import SCALARS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
+    from noether.core.event import Event
+
+
+class OverwriteError(NoetherError, ValueError):
+    """Two callbacks write the same thing at one event, so the value of the first would be lost."""
+
+
+def check_overwrites(requests: Iterable[tuple[Callback, Effects]], event: Event) -> None:
+    """Refuse effects of one event of which a later one replaces what an earlier one writes.
+
+    Checkpoints of one tag are merged, and a pointer that moves twice names the later checkpoint: nothing is lost there.
+
+    Args:
+        requests: Callbacks with the effects that they requested, in order.
+        event: The event.
+
+    Raises:
+        OverwriteError: If two effects log different values of one metric, set one summary entry to different values, or
+            save different tensors under one name.
+    """
+    written: dict[tuple[str, str], tuple[Callback, Any]] = {}
+    for callback, effects in requests:
+        for effect in effects:
+            for place, value in _writes(effect):
+                first, earlier = written.setdefault(place, (callback, value))
+                # Tensors are compared by identity: to read one, the device would have to finish its work.
+                if earlier is not value and not (type(earlier) is type(value) in SCALARS and earlier == value):
+                    raise OverwriteError(_describe(place, first, callback, event))
+
+
+def _writes(effect: Effect) -> Iterator[tuple[tuple[str, str], Any]]:
+    """Yield kind, name and value of each thing that an effect writes."""
+    if isinstance(effect, LogScalars):
+        for key, value in effect.values.items():
+            yield ("metric", key), value
+    elif isinstance(effect, SetSummary):
+        for key, value in effect.values.items():
+            yield ("summary entry", key), value
+    elif isinstance(effect, SaveTensors):
+        for key, value in effect.tensors.items():
+            yield ("tensor", f"{effect.name}: {key}"), value
+    elif isinstance(effect, MeasurePeakMemory):
+        yield ("metric", effect.key), effect
+
+
+def _describe(place: tuple[str, str], first: Callback, second: Callback, event: Event) -> str:
+    kind, name = place
+    if first is second:
+        return f"{label_of(first)} writes the {kind} {name!r} twice at one {type(event).__name__}: write it once"
+    return (
+        f"{label_of(first)} and {label_of(second)} both write the {kind} {name!r} at one {type(event).__name__}, so "
+        "the first value would be lost: rename one, or remove one callback"
+    )
