@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from noether.core.errors import Problem, suggest
+from noether.core.errors import Problem, raise_problems, suggest
+from noether.core.event_fields import check_fields
 from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
 
@@ -27,14 +28,22 @@ class Event:
     Args:
         run: The constants of the run.
         time_s: Wall-clock time in seconds since 1970, as the loop read it. It may enter effects, never the state.
+
+    Raises:
+        SettingsError: If a field is not what the event documents, with its value and what to write instead.
     """
 
     run: Run = _NO_RUN
     time_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_fields(type(self), vars(self))
+
     @classmethod
     def of(cls, **fields: Any) -> Self:
-        """Return the event with these fields; it takes a fifth of the constructor's time.
+        """Return the event with these fields; it takes a fifth of the constructor's time, as no value is checked.
+
+        It is for loops that compute the fields themselves and dispatch an event at every update.
 
         Raises:
             TypeError: If there is no such field, naming the nearest; not checked under `python -O`.
@@ -55,19 +64,33 @@ class Event:
         return self.run.data
 
     def replace(self, **changes: Any) -> Self:
-        """Return the event with some fields changed, such as those that a loop adds to the event of a step.
+        """Return the event with some fields changed.
 
         Raises:
             TypeError: As for `of`.
+            SettingsError: As for the constructor.
 
         Example:
             >>> AfterUpdate(samples=4).replace(duration_s=0.5).samples
             4
         """
-        if __debug__ and not changes.keys() <= self.__dataclass_fields__.keys():
-            raise TypeError(_unknown_field(type(self), changes))
+        check_fields(type(self), changes)
+        return self.complete(**changes)
+
+    def complete(self, **fields: Any) -> Self:
+        """Return the event of a step with the fields that the loop knows; like `of`, it checks no value.
+
+        Raises:
+            TypeError: As for `of`.
+
+        Example:
+            >>> AfterUpdate.of(samples=4).complete(duration_s=0.5).samples
+            4
+        """
+        if __debug__ and not fields.keys() <= self.__dataclass_fields__.keys():
+            raise TypeError(_unknown_field(type(self), fields))
         event = object.__new__(type(self))
-        vars(event).update(vars(self), **changes)
+        vars(event).update(vars(self), **fields)
         return event
 
     def forward(self, state: TrainState, batch: Any) -> tuple[Mapping[str, torch.Tensor], Any]:
@@ -109,6 +132,14 @@ class AfterAccumulationStep(Event):
     samples: int = 0
     accumulation_step: int = 0
     accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accumulation_step >= self.accumulation_steps:
+            message = (
+                f"{self.accumulation_step} is not less than accumulation_steps, which is {self.accumulation_steps}"
+            )
+            raise_problems([Problem("AfterAccumulationStep.accumulation_step", message)])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

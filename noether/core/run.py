@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from noether.core.errors import Problem, check_whole, raise_problems
 from noether.core.iteration import COUNTERS, Counter, TrainingIteration
 from noether.core.tensors.batch import batch_size, count_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Iterator
 
     import torch
 
@@ -20,6 +23,31 @@ _LONG_FIELDS: Final = ("data", "forward", "frozen")  # `repr` leaves them out
 def _optional() -> Any:
     # A default would be a class attribute; with a factory, reading a field that was not given calls `__getattr__`.
     return field(default_factory=lambda: _NOT_GIVEN)
+
+
+_LEAST: Final = {"updates_per_epoch": 1, "samples_per_epoch": 1, "effective_batch_size": 1, "rank": 0, "world_size": 1}
+_DEFAULTED: Final = ("rank", "world_size", "batch_size")
+_TYPES: Final[dict[str, tuple[Any, str]]] = {
+    "end": (TrainingIteration, "a point of the run; write e.g. TrainingIteration(epoch=10)"),
+    "run_id": (str, "text"),
+    "config": (Mapping, "a mapping"),
+    "data": (Mapping, "a mapping from key to dataset; write e.g. {'val': loader}"),
+    "forward": (Callable, "a function (state, batch) -> (losses, outputs)"),
+    "frozen": (AbstractSet, "a set of names of params; write e.g. frozenset({'head.weight'})"),
+    "batch_size": (Callable, "a function batch -> number of samples"),
+}
+
+
+def _find_problems(given: Mapping[str, Any]) -> Iterator[Problem | None]:
+    """Yield the problem of each field of a run that is neither None nor what `Run` documents."""
+    given = {name: value for name, value in given.items() if value is not None or name in _DEFAULTED}
+    for name in _LEAST.keys() & given.keys():
+        yield check_whole(f"Run.{name}", given[name], at_least=_LEAST[name])
+    for name, (kind, expected) in _TYPES.items():
+        if name in given and not isinstance(given[name], kind):
+            yield Problem(f"Run.{name}", f"{given[name]!r:.80} is not {expected}")
+    if type(given["rank"]) is type(given["world_size"]) is int and given["rank"] >= given["world_size"]:
+        yield Problem("Run.rank", f"{given['rank']} is not less than world_size, which is {given['world_size']}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -43,6 +71,9 @@ class Run:
         frozen: Names of the params that the optimizer does not update.
         batch_size: `batch -> number of samples`; by default the first dimension of all tensors, see
             `noether.core.tensors.batch.batch_size`. The trainer's own data knows the sizes of its batches.
+
+    Raises:
+        SettingsError: If a field is not what is documented here, with its value.
 
     Example:
         >>> run = Run(end=TrainingIteration(epoch=2), updates_per_epoch=3, samples_per_epoch=10, effective_batch_size=4)
@@ -70,6 +101,7 @@ class Run:
         for name, value in list(vars(self).items()):
             if value is _NOT_GIVEN:
                 object.__delattr__(self, name)
+        raise_problems(_find_problems(vars(self)))
 
     if not TYPE_CHECKING:  # a type checker would otherwise accept any name
 

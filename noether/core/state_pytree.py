@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.pytrees import Flat, register_pytree
-from noether.core.tensors.tree import SCALARS, FrozenDict, FrozenView
+from noether.core.tensors.tree import SCALARS, FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -71,14 +71,14 @@ def register_state(state_type: type[Any], *tuple_types: type[Any]) -> None:
     def flatten_state(state: Any) -> Flat:
         entries = {name: getattr(state, name) for name in names}
         weights = {name: FrozenDict(_read(entries[name])) for name in _WEIGHTS if isinstance(entries[name], Mapping)}
-        return _flatten("state", entries, weights)
+        return _take_apart("state", entries, weights)
 
     def flatten_tree(wrapper: StateTree) -> Flat:
         tree = wrapper.tree
         if isinstance(tree, Mapping):
-            return _flatten("dict", _read(tree))
+            return _take_apart("dict", _read(tree))
         kind = type(tree).__name__
-        return _flatten(kind if kind in builders else "tuple", dict(enumerate(tree)))
+        return _take_apart(kind if kind in builders else "tuple", dict(enumerate(tree)))
 
     def unflatten(structure: Structure, children: Iterable[Any]) -> Any:
         kind, entries = structure
@@ -95,10 +95,10 @@ def _tuple_builder(tuple_type: type[Any]) -> Callable[[dict[Any, Any]], Any]:
 
 
 def _read(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return tree.tree_entries() if isinstance(tree, FrozenView) else dict(tree)
+    return tree.tree_entries() if isinstance(tree, FrozenDict) else dict(tree)
 
 
-def _flatten(kind: str, entries: dict[Any, Any], weights: Mapping[str, Any] = FrozenDict()) -> Flat:
+def _take_apart(kind: str, entries: dict[Any, Any], weights: Mapping[str, Any] = FrozenDict()) -> Flat:
     """Take a container apart; the values of `weights` are children as they are, as all their values are leaves."""
     structure = (
         kind,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from noether.core.errors import check_whole, raise_problems
 from noether.core.event import AfterAccumulationStep, AfterUpdate
+from noether.core.event_fields import check_fields
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.tensors.losses import weights_of
@@ -241,7 +242,10 @@ class Session(SessionEvents):
 
         Raises:
             SessionError: If there is no batch, or it was reported.
+            SettingsError: If `samples` is not a whole number >= 0.
         """
+        if samples is not None:
+            check_fields(AfterAccumulationStep, {"samples": samples})
         batch = None if self._loop is None else self._loop.report()
         if samples is None:
             if self._loop is None:
@@ -301,7 +305,11 @@ class Session(SessionEvents):
 
         Raises:
             SessionError: If there is no micro-batch, the optimizer made no step, or training is over.
+            SettingsError: If a reading is not what `AfterUpdate` documents.
         """
+        times = {"forward_s": forward_s, "backward_s": backward_s, "optimizer_s": optimizer_s}
+        given = {"skipped": skipped, "grad_norm": grad_norm, "finite": finite, **times}
+        check_fields(AfterUpdate, {name: value for name, value in given.items() if value is not None})
         if losses is not None:
             self.micro_batch(losses, outputs=outputs, samples=samples)
         self._check_update()
@@ -318,9 +326,7 @@ class Session(SessionEvents):
             "accumulated": tuple([each.samples for each in counted]),
             "finite": finite,
             "skipped": skipped,
-            "forward_s": forward_s,
-            "backward_s": backward_s,
-            "optimizer_s": optimizer_s,
+            **times,
             **self.stopwatch.read(),
         }
         if weights := weights_of(reported):

@@ -123,7 +123,7 @@ class Trainer:
             error.add_note(f"in update {state.iteration.update + 1}")
             raise
         stepped_s = self.clock.elapsed_s()
-        event = event.replace(
+        event = event.complete(
             run=self.run,
             time_s=self.clock.wall_s(),
             duration_s=stepped_s - since_s,
@@ -142,7 +142,7 @@ class Trainer:
         return listens_to(self.reducer, AfterAccumulationStep)
 
     def _observe(self, state: TrainState, event: AfterAccumulationStep) -> TrainState:
-        event = event.replace(run=self.run, time_s=self.clock.wall_s())
+        event = event.complete(run=self.run, time_s=self.clock.wall_s())
         return dispatch(state, event, self.reducer, self.interpreter)
 
     def _report(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from noether.core.errors import SettingsError
 from noether.core.event import EVENTS, AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
@@ -16,6 +17,7 @@ from noether.testing.strategies import run_lengths
 
 OPTIONAL = ("end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size", "run_id", "config", "data",
             "forward")  # fmt: skip
+WHOLE = ("updates_per_epoch", "samples_per_epoch", "effective_batch_size")
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
@@ -112,3 +114,35 @@ def test_a_property_names_the_missing_field_that_it_needs():
         _ = Run(updates_per_epoch=1).final
     with pytest.raises(AttributeError, match="this run was not given 'updates_per_epoch'"):
         _ = Run(end=TrainingIteration(epoch=1)).final
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in WHOLE for value in (0, -1, 1.5, 2.0, True, "4")),
+        ("rank", -1),
+        ("rank", None),
+        ("world_size", 0),
+        ("world_size", None),
+        ("end", 10),
+        ("end", "E10"),
+        ("run_id", 3),
+        ("config", "run.yaml"),
+        ("data", [1, 2]),
+        ("forward", {}),
+        ("frozen", "head.weight"),
+        ("batch_size", 4),
+        ("batch_size", None),
+    ],
+)
+def test_a_field_that_means_nothing_is_refused_by_its_name(name, value):
+    with pytest.raises(SettingsError, match=rf"^Run\.{name}: .* is not "):
+        Run(**{name: value})
+    with pytest.raises(SettingsError, match=rf"^Run\.{name}: "):
+        Run().replace(**{name: value})
+
+
+def test_a_rank_is_less_than_the_world_size():
+    assert Run(rank=3, world_size=4).rank == 3
+    with pytest.raises(SettingsError, match=r"^Run\.rank: 4 is not less than world_size, which is 4$"):
+        Run(rank=4, world_size=4)

@@ -157,6 +157,30 @@ def test_a_mistake_in_the_loop_says_what_to_write(loop, message):
         run(session, lambda batch: loop(session, model, optimizer, batch))
 
 
+@pytest.mark.parametrize(
+    ("readings", "message"),
+    [
+        ({"samples": "4"}, r"AfterAccumulationStep\.samples: '4' is not a whole number >= 0"),
+        ({"samples": -4}, r"AfterAccumulationStep\.samples: -4 is not"),
+        ({"grad_norm": torch.ones(2)}, r"AfterUpdate\.grad_norm: a Tensor of shape \(2,\) is not a number"),
+        ({"finite": "yes"}, r"AfterUpdate\.finite: 'yes' is not True, False, a 0-dimensional tensor or None"),
+        ({"skipped": 1}, r"AfterUpdate\.skipped: 1 is not True or False"),
+        ({"forward_s": -0.1}, r"AfterUpdate\.forward_s: -0\.1 is not a finite number of seconds >= 0"),
+        ({"backward_s": float("nan")}, r"AfterUpdate\.backward_s: nan is not"),
+        ({"optimizer_s": "1 s"}, r"AfterUpdate\.optimizer_s: '1 s' is not"),
+    ],
+)
+def test_a_reading_that_means_nothing_is_refused_by_its_name(readings, message):
+    session, model, optimizer = make()
+    for batch in session.batches(BATCHES):
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        with pytest.raises(noether.NoetherError, match=message):
+            session.update(loss, **readings)
+        break
+
+
 @pytest.mark.parametrize("number", [np.float16(0.5), np.float32(0.5), np.float64(0.5), np.int64(2), 0.5])
 def test_numbers_of_numpy_are_losses_as_those_of_python(number):
     seen = []

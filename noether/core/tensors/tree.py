@@ -46,6 +46,19 @@ class FrozenDict(dict[str, Any]):
 
     __slots__ = ()
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        register_mapping(cls, cls.tree_entries, cls.from_entries)
+
+    def tree_entries(self) -> dict[str, Any]:
+        """Return the entries for a pytree, whose leaves they are or contain."""
+        return dict(self)
+
+    @classmethod
+    def from_entries(cls, entries: dict[str, Any]) -> FrozenDict:
+        """Return what takes the place of such a mapping in a pytree with other leaves."""
+        return FrozenDict(entries)
+
     def _refuse(self, *_: object, **__: object) -> Never:
         raise TypeError("a state is never written to: make a new one, e.g. state.replace(params=state.params | {...})")
 
@@ -104,19 +117,6 @@ class FrozenView(FrozenDict):
         get, keys, items, values = Mapping.get, Mapping.keys, Mapping.items, Mapping.values
         __contains__, __eq__ = Mapping.__contains__, Mapping.__eq__
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        register_mapping(cls, cls.tree_entries, cls.from_entries)
-
-    def tree_entries(self) -> dict[str, Any]:
-        """Return the entries for a pytree, whose leaves they are or contain."""
-        return dict(self)
-
-    @classmethod
-    def from_entries(cls, entries: dict[str, Any]) -> FrozenDict:
-        """Return what takes the place of such a mapping in a pytree with other leaves."""
-        return FrozenDict(entries)
-
     def copy(self) -> dict[str, Any]:
         """Return the entries as a dict."""
         return dict(self)
@@ -133,7 +133,7 @@ class FrozenView(FrozenDict):
         return f"{type(self).__name__}({dict(self)})"
 
 
-register_mapping(FrozenDict, dict, FrozenDict)
+register_mapping(FrozenDict, FrozenDict.tree_entries, FrozenDict.from_entries)
 
 
 def _is_same(entry: Any, value: Any) -> bool:
