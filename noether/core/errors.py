@@ -74,6 +74,10 @@ class WeightsError(NoetherError, LookupError):
     """A callback or command names weights that no callback stores."""
 
 
+class StateWarning(UserWarning):
+    """A state lacks something that the live model or optimizer has, or a model lacks something that was saved."""
+
+
 def raise_problems(problems: Iterable[Problem | None]) -> None:
     """Raise all problems as one error; do nothing if every entry is None.
 

@@ -43,7 +43,7 @@ def dispatch(
 
         check_result(reducer, result)
     state, effects = result
-    interpreter(effects, state, event)
+    interpreter(state.copy_aliases(effects) if effects else effects, state, event)
     return state
 
 

@@ -123,7 +123,7 @@ class Reducer:
             raise
         if effects and isinstance(event, AfterAccumulationStep):
             raise ValueError(f"{effects[0]!r} was requested after an accumulation step; log and save after an update")
-        return state, effects
+        return state, state.copy_aliases(effects) if effects else effects
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.members, self._outermost)

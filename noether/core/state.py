@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from noether.core.iteration import TrainingIteration
 from noether.core.state_pytree import register_state
+from noether.core.tensors.live.aliases import copy_aliases, views_live_tensors
+from noether.core.tensors.live.extra_state import check_extra_state
+from noether.core.tensors.live.loading import load_into
+from noether.core.tensors.live.optimizer import BorrowedOptState
+from noether.core.tensors.live.views import VIEWS, ReadWhenAccessed, views_of
 from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
-from noether.core.tensors.module import (
-    BorrowedOptState,
-    buffers_of,
-    move_to_model,
-    params_of,
-    write_optimizer,
-    write_weights,
-)
+from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
     from torch import nn
@@ -55,6 +53,7 @@ class TrainState:
             that counts only updates.
         params: The model's parameters by name.
         buffers: The model's buffers by name.
+        extra_state: What modules of the model return from `get_extra_state`, by their path.
         opt_state: The optimizer's memory.
         hyperparams: Values that a callback may set; `lr_scale` multiplies the learning rate of every later update.
         metrics: The last value of each metric and where it was measured.
@@ -93,6 +92,7 @@ class TrainState:
     epoch_batches: int = 0
     params: Mapping[str, torch.Tensor] = _EMPTY
     buffers: Mapping[str, torch.Tensor] = _EMPTY
+    extra_state: Mapping[str, Any] = _EMPTY
     opt_state: Mapping[str, Any] = _EMPTY
     hyperparams: Mapping[str, Any] = _HYPERPARAMS
     metrics: Mapping[str, Measured] = _EMPTY
@@ -117,33 +117,34 @@ class TrainState:
         saved: TrainState | None = None,
         seed: int = 0,
     ) -> Self:
-        """Return a state that views a live model and optimizer; it changes when they do.
+        """Return a state that views a live model and optimizer: its tensors are read whenever the state is read.
+
+        So it shows what model and optimizer have now, also after `p.data = ...`, `.to(dtype)`, a buffer that is
+        assigned, or `load_state_dict(assign=True)`. What a callback remembers of it is copied. Names have no parts of
+        wrappers such as `torch.compile` and DDP, so a run may resume with or without them.
 
         Args:
-            model: The model, whose params and buffers the state views.
+            model: The model, whose params, buffers and extra state the state views.
             optimizer: The optimizer; its memory is read whenever the state is saved.
             saved: A loaded state to resume; it is written into the model and optimizer first.
             seed: The seed of all random numbers of the run; `saved` has its own.
 
         Raises:
-            KeyError: If the model does not have the parameters and buffers of `saved`.
+            MismatchError: If names, shapes or dtypes of `saved` are not those of the model, or its parameter groups not
+                those of the optimizer; the message lists all differences, and nothing is written. It is a KeyError and
+                a ValueError.
+            ExtraStateError: If `get_extra_state` of a module returns what no checkpoint can contain.
 
         Example:
             >>> import torch
             >>> sorted(TrainState.from_module(torch.nn.Linear(2, 1)).params)
             ['bias', 'weight']
         """
+        check_extra_state(model)
         if saved is not None:
-            write_weights(model, saved.params, saved.buffers)
-            if optimizer is not None:
-                lr_scale = float(saved.hyperparams.get("lr_scale", 1.0))
-                write_optimizer(saved.opt_state, model, optimizer, lr_scale=lr_scale)
+            load_into(model, optimizer, saved)
         opt_state = _EMPTY if optimizer is None else BorrowedOptState(model, optimizer)
-        views: dict[str, Any] = {
-            "params": params_of(model),
-            "buffers": buffers_of(model),
-            "opt_state": opt_state,
-        }
+        views: dict[str, Any] = {**views_of(model), "opt_state": opt_state}
         if saved is None:
             return cls(**views, seed=seed)
         moved = {name: move_to_model(model, getattr(saved, name)) for name in ("callback_states", "pending")}
@@ -156,7 +157,7 @@ class TrainState:
         multiplied by `hyperparams["lr_scale"]`, once.
 
         Raises:
-            KeyError: If the model does not have the parameters and buffers of the state.
+            MismatchError: As `from_module`.
         """
         return self.from_module(model, optimizer, saved=self)
 
@@ -174,6 +175,8 @@ class TrainState:
         if len(fields) != len(_FIELD_NAMES):
             unknown = next(name for name in fields if name not in _FIELD_NAMES)
             raise TypeError(f"a state has no field {unknown!r}; it has {', '.join(_FIELD_NAMES)}")
+        if not _REMEMBERED.isdisjoint(changes) and views_live_tensors(fields):
+            fields.update(_copy_aliases(vars(self), fields, _REMEMBERED & changes.keys()))
         return state
 
     def advance(self, *, samples: int, epoch_batches: int = 0) -> Self:
@@ -231,6 +234,26 @@ class TrainState:
             return self
         return self.replace(callback_states=FrozenDict({**self.callback_states, name: freeze_memory(name, memory)}))
 
+    def copy_aliases(self, tree: Any) -> Any:
+        """Return `tree` with copies of tensors that share memory with the live model and optimizer of this state.
+
+        `remember` and `replace` do so for memory and metrics, and `dispatch` for effects, because a later update would
+        change what they hold. It is the same object if the state views no live model, or `tree` has no such tensor.
+
+        Args:
+            tree: Nested containers and dataclasses.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> state = TrainState.from_module(model)
+            >>> before, now = state.copy_aliases(state.params), state.params
+            >>> _ = model.weight.data.fill_(7.0)
+            >>> bool(before["weight"] == 7), bool(now["weight"] == 7)
+            (False, True)
+        """
+        return copy_aliases(vars(self), tree) if views_live_tensors(vars(self)) else tree
+
     def request_stop(self, reason: str) -> Self:
         """Return the state that asks the loop to stop; an earlier reason is kept.
 
@@ -239,6 +262,18 @@ class TrainState:
             'plateau'
         """
         return self if self.stop is not None else self.replace(stop=reason)
+
+
+def _copy_aliases(before: Mapping[str, Any], fields: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the named fields with copies of new tensors in them that a live model or optimizer will overwrite."""
+    changed: dict[str, Any] = {}
+    for name in names:
+        known = before[name]
+        new = {key: value for key, value in fields[name].items() if known.get(key) is not value}
+        copied = copy_aliases(fields, new)
+        if copied is not new:
+            changed[name] = FrozenDict({**fields[name], **copied})
+    return changed
 
 
 def _freeze_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -256,4 +291,9 @@ def _freeze_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 _FIELD_NAMES: Final = tuple(each.name for each in dataclasses.fields(TrainState))
+_REMEMBERED: Final = frozenset({"callback_states", "metrics", "hyperparams"})
+"""Fields with tensors that are read after later updates."""
+
+for _name in VIEWS:
+    setattr(TrainState, _name, ReadWhenAccessed(_name, _EMPTY))
 register_state(TrainState, Measured)

@@ -59,7 +59,8 @@ from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.tensors.forward import forward
-from noether.core.tensors.module import write_optimizer, write_weights
+from noether.core.tensors.live.optimizer import write_optimizer
+from noether.core.tensors.live.weights import write_weights
 from noether.core.tensors.tree import map_tensors
 from noether.effects.checkpoints.state_codec import encode_state
 from noether.effects.disk.calls import DISK

@@ -268,5 +268,5 @@ class SessionEvents(SessionState):
         except Exception as error:
             self.record_failure(error)
             raise
-        self._state, self._current_dispatch = after, None
+        self._state, self._current_dispatch = self._live.view(after), None
         self._model_status = model_status if event_type is AfterAccumulationStep else "settled"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-import torch
-
-from noether.core.tensors.module import buffers_of, params_of, write_weights
-from noether.core.tensors.tree import FrozenDict
+from noether.core.tensors.live.extra_state import check_extra_state, modules_with_extra_state, read_extra_state
+from noether.core.tensors.live.loading import find_problems, write_model
+from noether.core.tensors.live.views import PARTS, views_of
+from noether.core.tensors.live.weights import raise_mismatch
+from noether.core.tensors.module import named_buffers
+from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,71 +24,73 @@ _NO_MEMORY = FrozenDict()
 class LiveState:
     """Makes states that view a live model and optimizer, and writes into these what callbacks changed of a state.
 
-    Writes in place show through a view. A module may also assign a buffer, and weight averaging may give a parameter
-    other memory: the views are made again only then, since checking takes a fraction of the time of making them.
-
     Args:
-        model: The model; its parameters and buffers keep their names.
+        model: The model.
         optimizer: Its optimizer, if the run watches one.
+
+    Raises:
+        ExtraStateError: If a module has extra state that no checkpoint can contain.
 
     Example:
         >>> from noether import TrainState
         >>> import torch
         >>> model = torch.nn.BatchNorm1d(2)
-        >>> live = LiveState(model, None)
-        >>> before = live.view(TrainState()).buffers
+        >>> state = LiveState(model, None).view(TrainState())
         >>> model.running_mean = torch.ones(2)
-        >>> before["running_mean"], live.view(TrainState()).buffers["running_mean"]
-        (tensor([0., 0.]), tensor([1., 1.]))
+        >>> state.buffers["running_mean"]
+        tensor([1., 1.])
     """
 
     def __init__(self, model: nn.Module, optimizer: LiveOptimizer | None) -> None:
+        check_extra_state(model)
         self.model, self.optimizer = model, optimizer
-        self._parameters: list[Tensor] = []
-        self._owners: list[tuple[nn.Module, str, Tensor]] = []
-        self._buffer_copies: list[Tensor] | None = None
-        self._make_views()
+        self._views = views_of(model)
+        self._copies: dict[str, Tensor] = {}
+        self._has_extra_state = any(modules_with_extra_state(model))
+        self._extra_state = _NO_MEMORY
 
     def view(self, state: TrainState) -> TrainState:
-        """Return `state` with the model's params and buffers and the optimizer's memory, as they are now."""
-        if self._is_stale():
-            self._make_views()
+        """Return `state` with what model and optimizer have, which is read whenever the state is read."""
         opt_state = _NO_MEMORY if self.optimizer is None else self.optimizer.opt_state
-        return state.replace(params=self._params, buffers=self._buffers, opt_state=opt_state)
+        return state.replace(**self._views, opt_state=opt_state)
 
     def copy_buffers(self) -> None:
-        """Copy the buffers, because the forward of an update may write to them, as that of a batch norm does."""
-        if not self._buffers:
-            return
-        if self._is_stale():
-            self._make_views()
-        if self._buffer_copies is None:
-            self._buffer_copies = [torch.empty_like(buffer) for buffer in self._buffers.values()]
+        """Copy buffers and extra state, because the forward of an update may change them, as batch norm does."""
         # Each is copied: batch norm does not count its writes, so what changed is not known.
-        for copy, buffer in zip(self._buffer_copies, self._buffers.values(), strict=True):
-            copy.copy_(buffer)
+        live, copies = named_buffers(self.model), self._copies
+        if live.keys() == copies.keys() and all(map(_have_same_form, live.values(), copies.values())):
+            for name, buffer in live.items():
+                copies[name].copy_(buffer)
+        else:
+            self._copies = dict(clone_tensors(live))
+        if self._has_extra_state:
+            self._extra_state = read_extra_state(self.model)
 
     def view_before_update(self, state: TrainState) -> TrainState:
-        """Return `state` as `view` does, but with the buffers of the last `copy_buffers`: no step was made since."""
-        copies = FrozenDict(zip(self._buffers, self._buffer_copies or (), strict=True))
-        return self.view(state).replace(buffers=copies)
+        """Return `state` as `view` does, but with what the last `copy_buffers` copied: no step was made since."""
+        return self.view(state).replace(buffers=FrozenDict(self._copies), extra_state=self._extra_state)
 
     def load(self, saved: TrainState) -> None:
         """Write all of a saved state into model and optimizer.
 
         Raises:
-            KeyError: If the model does not have the parameters and buffers of the state.
+            MismatchError: If a part of it does not fit; nothing is written then.
         """
-        write_weights(self.model, saved.params, saved.buffers)
-        if self.optimizer is not None:
-            self.optimizer.load(saved.opt_state)
+        optimizer = self.optimizer
+        opt_state = vars(saved)["opt_state"]  # which may view this optimizer
+        problems = find_problems(self.model, None, saved)
+        raise_mismatch([*problems, *(() if optimizer is None else optimizer.find_problems(opt_state))])
+        write_model(self.model, saved)
+        if optimizer is not None:
+            optimizer.load(opt_state)
         self.apply_lr_scale(saved)
 
     def write_changes(self, before: TrainState, after: TrainState) -> None:
         """Write into model and optimizer what callbacks changed between a state that viewed them and `after`."""
-        if after.params is not before.params or after.buffers is not before.buffers:
-            write_weights(self.model, after.params, after.buffers)
-        if after.opt_state is not before.opt_state and self.optimizer is not None:
+        old, new = vars(before), vars(after)  # the views, not what they read
+        if any(new[part] is not old[part] for part in PARTS):
+            write_model(self.model, after)
+        if new["opt_state"] is not old["opt_state"] and self.optimizer is not None:
             self.optimizer.load(after.opt_state)
         self.apply_lr_scale(after)
 
@@ -95,19 +99,6 @@ class LiveState:
         if self.optimizer is not None:
             self.optimizer.lr_scale = float(state.hyperparams["lr_scale"])
 
-    def _make_views(self) -> None:
-        self._params, self._buffers = params_of(self.model), buffers_of(self.model)
-        self._buffer_copies = None
-        self._parameters = list(self.model.parameters())
-        self._owners = [
-            (module, name, buffer)
-            for module in self.model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
 
-    def _is_stale(self) -> bool:
-        # Lists are compared in half of the time that a generator takes.
-        pointers = [parameter.data_ptr() for parameter in self._parameters]
-        if pointers != [view.data_ptr() for view in self._params.values()]:
-            return True
-        return any(getattr(module, name) is not buffer for module, name, buffer in self._owners)
+def _have_same_form(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from torch.nn.utils import get_total_norm
 
-from noether.core.tensors.module import BorrowedOptState, write_optimizer
+from noether.core.tensors.live.optimizer import BorrowedOptState, find_optimizer_problems, is_written, write_optimizer
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -46,6 +46,9 @@ class LiveOptimizer(Protocol):
     @property
     def readings(self) -> Mapping[str, Any]:
         """Fields of `AfterUpdate` for the last step: `lr`, `weight_decay`, and those that `watch` was asked for."""
+
+    def find_problems(self, opt_state: Mapping[str, Any]) -> Iterable[str]:
+        """Return in what a saved memory differs from the optimizer, so that it cannot be loaded."""
 
     def load(self, opt_state: Mapping[str, Any]) -> None:
         """Write a saved memory into the optimizer."""
@@ -109,6 +112,12 @@ class TorchOptimizer:
     def readings(self) -> Mapping[str, Any]:
         """Readings of the last step; before the first, learning rate and weight decay of the next one."""
         return self._read_rates() if self._readings is None else self._readings
+
+    def find_problems(self, opt_state: Mapping[str, Any]) -> Iterable[str]:
+        """Return in which parameters, shapes and groups a saved memory differs from that of the optimizer."""
+        if not is_written(opt_state, self._optimizer):
+            return ()
+        return find_optimizer_problems(opt_state, self._model, self._optimizer)
 
     def load(self, opt_state: Mapping[str, Any]) -> None:
         """Write a saved memory into the optimizer, its learning rates without the scale."""

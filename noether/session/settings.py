@@ -15,6 +15,7 @@ from noether.core.errors import check_whole, raise_problems, suggest
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.tensors.forward import forward
+from noether.core.tensors.module import named_parameters
 from noether.session.errors import SessionError
 from noether.session.evaluation import evaluation_data
 from noether.session.optimizers import TorchOptimizer
@@ -118,7 +119,7 @@ def complete_run(
         )
     if loss is not None and "forward" in vars(run):
         raise SessionError("loss= and run=Run(forward=...) are given: keep one of them")
-    frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    frozen = frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
     predict = None if loss is None else forward(model, _NamedLosses(loss), precision=precision)
     run_id = None if directory is None else directory.run_id
     run = fill_run(run, data=data, forward=predict, frozen=frozen, run_id=run_id)

@@ -19,7 +19,7 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.forward import forward
-from noether.core.tensors.module import device_of
+from noether.core.tensors.module import device_of, named_parameters
 from noether.core.tensors.step_counters import counts_on_device
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
@@ -32,7 +32,7 @@ from noether.training.error_locations import locate_errors
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.value_schedules import ValueSchedule, value_schedule
-from noether.training.weights import check_opt_state, check_weights, load_weights, to_device
+from noether.training.weights import check_opt_state, fit_weights, load_weights, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -86,7 +86,7 @@ class Experiment:
         Raises:
             CheckpointError: If its weights do not fit this model.
         """
-        check_weights(self.state, state)
+        state = fit_weights(self.state, state)
         check_opt_state(self.step.optimizer, state)
         groups = self.step.optimizer.group_settings(self.state.params).values()
         device = device_of(self.state.params.values())
@@ -267,7 +267,8 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> TrainSta
     """Return the state that a new run starts from; its tensors are copies, so the live model does not change them."""
     with locate_errors(config, ("model",)):  # the parameters of a lazy module have no shape
         state = TrainState.from_module(model, seed=config.run.seed)
-        state = state.replace(params=clone_tensors(state.params), buffers=clone_tensors(state.buffers))
+        params, buffers = clone_tensors(state.params), clone_tensors(state.buffers)
+        state = state.replace(params=params, buffers=buffers, extra_state=state.extra_state)
     if not fresh or config.run.init_from is None:
         return state
     path = Path(config.run.init_from)
@@ -286,7 +287,7 @@ def _build_optimizer(config: Config, model: nn.Module) -> FunctionalOptimizer:
     settings = {**optimizer.kind.settings, "lr": optimizer.lr}
     if optimizer.weight_decay is not None:
         settings["weight_decay"] = optimizer.weight_decay
-    frozen = frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    frozen = frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
     with locate_errors(config, ("optimizer",)):
         return FunctionalOptimizer(cast("Any", optimizer.kind.target), settings, optimizer.groups, frozen)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from noether.core.errors import suggest
+from noether.core.tensors.live.weights import find_differences, join_problems, match_names
 from noether.core.tensors.module import device_of
 from noether.core.tensors.step_counters import move_memory
 from noether.core.tensors.tree import FrozenDict, move_to_device
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from noether.core.state import TrainState
     from noether.training.step.optimizer import FunctionalOptimizer
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 def load_weights(state: TrainState, checkpoint: Path) -> TrainState:
@@ -31,36 +34,47 @@ def load_weights(state: TrainState, checkpoint: Path) -> TrainState:
         CheckpointError: If there is no such checkpoint, it is damaged, or it belongs to another model.
     """
     store = CheckpointStore(checkpoint.parent, run_id="")
-    loaded = store.load(store.find(checkpoint.name))
-    check_weights(state, loaded)
+    loaded = fit_weights(state, store.load(store.find(checkpoint.name)))
     device = device_of(state.params.values())
-    params = {name: loaded.params[name].to(device) for name in state.params}
-    return state.replace(params=params, buffers={name: loaded.buffers[name].to(device) for name in state.buffers})
+    weights: dict[str, Any] = {"extra_state": move_to_device(device, loaded.extra_state)}
+    for field in ("params", "buffers"):
+        weights[field] = {name: getattr(loaded, field)[name].to(device) for name in getattr(state, field)}
+    return state.replace(**weights)
 
 
-def check_weights(ours: TrainState, theirs: TrainState) -> None:
-    """Check that a loaded state belongs to this model.
+def fit_weights(ours: TrainState, theirs: TrainState) -> TrainState:
+    """Return a loaded state with its weights under the names of this model.
+
+    A checkpoint of an earlier version has no extra state; the state then has that of the model, with a warning.
 
     Args:
         ours: A state of this model.
         theirs: The loaded state.
 
     Raises:
-        CheckpointError: If names, shapes or dtypes of params or buffers differ.
+        CheckpointError: If names, shapes or dtypes of params or buffers differ; the message lists them.
     """
-    for what in ("params", "buffers"):
-        expected, found = getattr(ours, what), getattr(theirs, what)
-        for name in sorted(expected.keys() ^ found.keys()):
-            where = "the checkpoint has no" if name in expected else "the model has no"
-            like = suggest(name, {**expected, **found}.keys() - {name})
-            raise CheckpointError(f"{where} {name!r} among its {what}{like}")
-        for name, tensor in expected.items():
-            if tensor.shape != found[name].shape:
-                shapes = f"{tuple(found[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model"
-                raise CheckpointError(f"{name!r} has shape {shapes}")
-            if tensor.dtype != found[name].dtype:
-                types = f"{found[name].dtype} in the checkpoint and {tensor.dtype} in the model"
-                raise CheckpointError(f"{name!r} is {types}")
+    fitted: dict[str, Mapping[str, Any]] = {}
+    problems: list[str] = []
+    for kind, field in (("parameter", "params"), ("buffer", "buffers")):
+        expected, found = getattr(ours, field), getattr(theirs, field)
+        problems += find_differences(kind, expected, found, source="checkpoint")
+        fitted[field] = match_names(found, expected)
+    extra = match_names(theirs.extra_state, ours.extra_state)
+    problems += [f"extra state of {path!r} is not in the model" for path in extra.keys() - ours.extra_state.keys()]
+    if problems:
+        raise CheckpointError(join_problems(problems))
+    if missing := [path or "the model" for path in ours.extra_state if path not in extra]:
+        _LOGGER.warning("the checkpoint has no extra state of %s, which starts as in a new model", ", ".join(missing))
+    opt_state = _rename_memories(theirs.opt_state, ours.params)
+    return theirs.replace(**fitted, extra_state={**ours.extra_state, **extra}, opt_state=opt_state)
+
+
+def _rename_memories(opt_state: Mapping[str, Any], names: Mapping[str, Any]) -> Mapping[str, Any]:
+    memories = opt_state.get("state", {})
+    if memories.keys() <= names.keys():
+        return opt_state
+    return FrozenDict({**opt_state, "state": FrozenDict(match_names(memories, names))})
 
 
 def check_opt_state(optimizer: FunctionalOptimizer, state: TrainState) -> None:
@@ -109,7 +123,7 @@ def to_device(state: TrainState, device: torch.device, *, counts_on_device: bool
     """
     if device.type == "cpu":
         return state
-    names = ("params", "buffers", "callback_states", "hyperparams", "pending")
+    names = ("params", "buffers", "extra_state", "callback_states", "hyperparams", "pending")
     trees = {name: move_to_device(device, getattr(state, name)) for name in names}
     metrics = {
         key: metric._replace(value=move_to_device(device, metric.value)) for key, metric in state.metrics.items()

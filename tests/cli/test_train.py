@@ -199,9 +199,9 @@ def test_init_from_starts_with_the_weights_of_another_run(finished_run, tmp_path
     [
         (
             "{kind: noether.examples.digits.ConvNet, width: 8}",
-            "'features.0.weight' has shape (4, 1, 3, 3) in the checkpoint and (8, 1, 3, 3) in the model",
+            "parameter 'features.0.weight' has shape (4, 1, 3, 3) in the checkpoint and (8, 1, 3, 3) in the model; ",
         ),
-        ("{kind: torch.nn.Linear, in_features: 8, out_features: 10}", "the checkpoint has no 'bias' among its params"),
+        ("{kind: torch.nn.Linear, in_features: 8, out_features: 10}", "parameter 'bias' is not in the checkpoint"),
     ],
 )
 def test_init_from_refuses_weights_of_another_model(finished_run, tmp_path, model, why):
@@ -209,7 +209,9 @@ def test_init_from_refuses_weights_of_another_model(finished_run, tmp_path, mode
     changes = ["--set", f"run.init_from={source}", "--set", "run.output=new", "--set", f"model={model}"]
     output = invoke("train", "small.yaml", *changes, cwd=tmp_path, code=2)
     right = "give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
-    assert output == f"Error: --set run.init_from={source}: run.init_from: '{source}': {why}; {right}\n"
+    assert output.startswith(f"Error: --set run.init_from={source}: run.init_from: '{source}': ")
+    assert why in output
+    assert output.endswith(f"; {right}\n")
     assert not (tmp_path / "new").exists()
 
 

@@ -442,7 +442,7 @@ def test_forward_returns_no_parameter():
 
 def test_a_replaced_module_is_not_mistaken_for_that_of_the_state():
     model, batch = torch.nn.Sequential(torch.nn.Linear(2, 1)), (torch.ones(3, 2), torch.zeros(3, 1))
-    state, predict = TrainState.from_module(model), forward(model, mse)
+    state, predict = on_disk(TrainState.from_module(model)), forward(model, mse)
     expected = predict(state, batch)[1]
     model[0] = torch.nn.Linear(2, 1)
     assert torch.equal(predict(state, batch)[1], expected)

@@ -129,7 +129,8 @@ class NanGuardCallback(PeriodicCallback):
 def _weights(state: TrainState) -> dict[str, Any]:
     # Without the optimizer's groups: learning rates follow the counters, and a rollback keeps those.
     opt_state = {name: part for name, part in state.opt_state.items() if name != "groups"}
-    return {"params": state.params, "buffers": state.buffers, "opt_state": opt_state}
+    weights = {"params": state.params, "buffers": state.buffers, "opt_state": opt_state}
+    return {**weights, "extra_state": state.extra_state} if state.extra_state else weights
 
 
 def _roll_back(state: TrainState, snapshot: Mapping[str, Any]) -> TrainState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -10,8 +10,9 @@ from torch.func import functional_call
 
 from noether.core.tensors.batch import model_arguments
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
+from noether.core.tensors.live.extra_state import modules_with_extra_state, use_extra_state
 from noether.core.tensors.losses import detach_losses, read_losses
-from noether.core.tensors.module import device_of
+from noether.core.tensors.module import device_of, named_parameters, rename_for_model
 from noether.core.tensors.tree import map_tensors
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Forward:
         self._loss = loss
         self._precision = precision
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
+        self._has_extra_state = False  # set by `evaluating`
         self._held: list[HeldTensor] | None = None  # found at the first call with other weights
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
@@ -82,7 +84,8 @@ class Forward:
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.
-        self._model_params = {} if self._autocasts() else dict(self._model.named_parameters())
+        self._model_params = {} if self._autocasts() else named_parameters(self._model)
+        self._has_extra_state = any(modules_with_extra_state(self._model))
         try:
             yield
         finally:
@@ -96,7 +99,8 @@ class Forward:
         return self._precision is not None or (available and torch.is_autocast_enabled(device_type))
 
     def _evaluate(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> tuple[Losses, Any]:
-        outputs = self._call_model(model_params, state, batch)
+        with use_extra_state(self._model, state.extra_state) if self._has_extra_state else nullcontext():
+            outputs = self._call_model(model_params, state, batch)
         losses = read_losses(self._loss(outputs, batch), self._loss)
         # Detached, as a returned parameter would change with the next update.
         return detach_losses(losses), map_tensors(torch.Tensor.detach, outputs)
@@ -110,13 +114,13 @@ class Forward:
             weights |= state.params
         if not weights:  # calling the model directly is faster
             return self._model(*arguments, **keywords)
-        return functional_call(self._model, weights, arguments, keywords)
+        return functional_call(self._model, rename_for_model(self._model, weights), arguments, keywords)
 
     def _check_held_tensors(self, state: TrainState) -> None:
         """Refuse to exchange weights where the model computes with others, which it holds in a list or a closure."""
         if self._held is None:
             self._held = [held for held in find_held_tensors(self._model, self._loss) if held.name is not None]
-        if self._held and not _are_same(dict(self._model.named_parameters()), state.params):
+        if self._held and not _are_same(named_parameters(self._model), state.params):
             refuse_parameters(self._held)
             check_buffers(self._held, state.buffers)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from noether.core.errors import NoetherError
 from noether.core.object_graph import walk, walk_model
+from noether.core.tensors.module import named_buffers, named_parameters
 from noether.core.tensors.torch_internals import storage_handle
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def find_held_tensors(model: nn.Module, *functions: Any) -> list[HeldTensor]:
         >>> [(held.attribute, held.name) for held in find_held_tensors(model)]
         [('penalized', '0.weight')]
     """
-    buffers = dict(model.named_buffers())
-    registered = (*buffers.items(), *model.named_parameters())
+    buffers = named_buffers(model)
+    registered = (*buffers.items(), *named_parameters(model).items())
     names = {handle: name for name, tensor in registered for handle in _storage_of(tensor)}
     found = []
     for attribute, tensor in _candidates(model, functions):

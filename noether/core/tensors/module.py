@@ -1,38 +1,113 @@
-"""Views of a live model and its optimizer, and writing values back into them."""
+"""Parameters and buffers of a live module by name, without the names that wrappers of torch add."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from noether.core.tensors.pytrees import register_mapping
-from noether.core.tensors.step_counters import counts_on_device, move_memory
-from noether.core.tensors.tree import (
-    FrozenDict,
-    freeze,
-    map_leaves,
-    move_to_device,
-    pack,
-    plain_number,
-    tensors,
-    unpack,
-)
+from noether.core.tensors.torch_internals import buffers_in, children_in, parameters_in
+from noether.core.tensors.tree import FrozenDict, move_to_device, tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor
+
+_WRAPPED: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Names below which wrappers of torch keep the module: `torch.compile`, FSDP and activation checkpointing."""
+_PARALLEL: Final = "module"
+"""The name in `DataParallel` and `DistributedDataParallel`; in any other module it is a name of the user's."""
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return each module once with its path, without the names of wrappers, in the order of `model.named_modules()`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.compile(torch.nn.Linear(2, 1)))
+        >>> [path for path, _ in model.named_modules()]
+        ['', '0', '0._orig_mod']
+        >>> [path for path, _ in named_modules(model)]
+        ['', '0', '0']
+    """
+    found: list[tuple[str, nn.Module]] = []
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[int] = set()
+    while stack:
+        path, module = pair = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append(pair)
+        if children := children_in(module):  # most modules have none
+            wrapped = _wrapped_name(module, children)
+            prefix = f"{path}." if path else ""
+            named = [
+                (path if name == wrapped else prefix + name, child)
+                for name, child in children.items()
+                if child is not None
+            ]
+            stack += reversed(named)
+    return found
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, as `model.named_parameters()` does, without the names of wrappers.
+
+    Example:
+        >>> list(named_parameters(torch.compile(torch.nn.Linear(2, 1))))
+        ['weight', 'bias']
+    """
+    return _members_by_name(model, parameters_in)
+
+
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers by name, as `model.named_buffers()` does, without the names of wrappers."""
+    return _members_by_name(model, buffers_in)
+
+
+def names_in_model(model: nn.Module) -> dict[str, str]:
+    """Return the name in the model of each tensor whose name has a wrapper in it; empty for most models.
+
+    `torch.func.functional_call` needs the names in the model.
+
+    Example:
+        >>> names_in_model(torch.compile(torch.nn.Linear(2, 1)))
+        {'weight': '_orig_mod.weight', 'bias': '_orig_mod.bias'}
+    """
+    if not any(_wrapped_name(module, children_in(module)) for module in model.modules()):
+        return {}
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    ours = {**named_parameters(model), **named_buffers(model)}
+    return {name: names[id(tensor)] for name, tensor in ours.items() if names[id(tensor)] != name}
+
+
+def rename_for_model(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return weights under the names that the model has for them."""
+    names = names_in_model(model)
+    return {names.get(name, name): value for name, value in weights.items()}
+
+
+def without_wrappers(name: str) -> str:
+    """Return a name without every part that could be a wrapper's, for names that are not of a live model.
+
+    Example:
+        >>> without_wrappers("module.body._orig_mod.weight")
+        'body.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED and part != _PARALLEL)
 
 
 def params_of(model: nn.Module) -> FrozenDict:
     """Return the parameters of `model` by name; the tensors share its memory."""
-    return FrozenDict({name: parameter.detach() for name, parameter in model.named_parameters()})
+    return FrozenDict({name: parameter.detach() for name, parameter in named_parameters(model).items()})
 
 
 def buffers_of(model: nn.Module) -> FrozenDict:
     """Return the buffers of `model` by name; the tensors share its memory."""
-    return FrozenDict(dict(model.named_buffers()))
+    return FrozenDict({name: buffer.detach() for name, buffer in named_buffers(model).items()})
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:
@@ -53,92 +128,20 @@ def move_to_model(model: nn.Module, tree: Any) -> Any:
     return move_to_device(device, tree)
 
 
-class BorrowedOptState(Mapping[str, Any]):
-    """The memory of a live optimizer by parameter name, read from the optimizer at each access."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self._optimizer = optimizer
-
-    def _read(self) -> FrozenDict:
-        memories = ((self._names[p], memory) for p, memory in self._optimizer.state.items())
-        state = {name: freeze(pack(f"the optimizer's memory of {name}", memory)) for name, memory in memories}
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        return FrozenDict(state=FrozenDict(state), groups=freeze(map_leaves(plain_number, groups)))
-
-    def views(self, optimizer: Optimizer) -> bool:
-        """Return whether this is the memory of `optimizer` itself."""
-        return self._optimizer is optimizer
-
-    def __getitem__(self, key: str) -> Any:
-        return self._read()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("state", "groups"))
-
-    def __len__(self) -> int:
-        return 2
+def _wrapped_name(module: nn.Module, children: Mapping[str, Any]) -> str | None:
+    """Return the name below which a wrapper keeps its module; None if it is no wrapper."""
+    if _PARALLEL in children and isinstance(module, (DataParallel, DistributedDataParallel)):
+        return _PARALLEL
+    return None if _WRAPPED.isdisjoint(children) else next(name for name in children if name in _WRAPPED)
 
 
-register_mapping(BorrowedOptState, dict, FrozenDict)
-
-
-@torch.no_grad()
-def write_weights(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Write params and buffers into a live model.
-
-    Raises:
-        KeyError: If the model does not have exactly these parameters and buffers.
-    """
-    _write_tensors("parameter", dict(model.named_parameters()), params)
-    _write_tensors("buffer", dict(model.named_buffers()), buffers)
-
-
-@torch.no_grad()
-def write_optimizer(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, *, lr_scale: float) -> None:
-    """Write saved memory into a live optimizer, and scale its learning rates; calling it twice scales once.
-
-    Args:
-        opt_state: The saved memory; if empty or a view of `optimizer`, its memory is left unchanged.
-        model: The model, which names the parameters.
-        optimizer: The live optimizer.
-        lr_scale: The scale of its learning rates afterwards.
-    """
-    borrowed = isinstance(opt_state, BorrowedOptState) and opt_state.views(optimizer)
-    if len(opt_state) and not borrowed:
-        _write_opt_state(model, optimizer, opt_state)
-    _scale_lr(optimizer, lr_scale)
-
-
-def _write_tensors(kind: str, live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    unmatched = sorted(live.keys() ^ saved.keys())
-    if unmatched:
-        where = "the state" if unmatched[0] in live else "the model"
-        raise KeyError(f"{kind} {unmatched[0]!r} is not in {where}: the state belongs to another model")
-    for name, tensor in saved.items():
-        if live[name].data_ptr() != tensor.data_ptr():
-            live[name].copy_(tensor)
-
-
-def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str, Any]) -> None:
-    parameters = dict(model.named_parameters())
-    on_device = any(map(counts_on_device, optimizer.param_groups))
-    optimizer.state.clear()  # a parameter without memory in the state loses the memory that it has
-    for name, memory in opt_state.get("state", {}).items():
-        parameter = parameters[name]
-        optimizer.state[parameter] = move_memory(unpack(memory), parameter.device, on_device=on_device)
-    groups = opt_state.get("groups", ())
-    if isinstance(groups, Mapping):  # a functional optimizer stores them by name, in the same order
-        groups = tuple(groups.values())
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group.pop("lr_scale", None)  # the saved group says how its learning rate is scaled
-        group.update(unpack(saved))
-
-
-def _scale_lr(optimizer: Optimizer, scale: float) -> None:
-    # The group stores the scale of its learning rate, so writing twice scales once.
-    for group in optimizer.param_groups:
-        applied = group.get("lr_scale", 1.0)
-        if applied != scale:
-            group["lr"] = group["lr"] * (scale / applied)
-            group["lr_scale"] = scale
+def _members_by_name(model: nn.Module, members_of: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return members of all modules by name, each tensor once."""
+    named: dict[str, Any] = {}
+    seen: set[int] = set()
+    for path, module in named_modules(model):
+        for key, tensor in members_of(module).items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                named[f"{path}.{key}" if path else key] = tensor
+    return named

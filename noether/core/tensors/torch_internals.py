@@ -88,7 +88,17 @@ def run_backward(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = F
 
 def buffer_dicts(model: nn.Module) -> list[dict[str, Tensor | None]]:
     """Return the dict of buffers of each module; `setattr` takes longer and registers what it assigns."""
-    return [module._buffers for module in model.modules()]  # noqa: SLF001  # torch has no public dict
+    return list(map(buffers_in, model.modules()))
+
+
+children_in: Final[Callable[[nn.Module], dict[str, nn.Module | None]]] = attrgetter("_modules")
+"""Return the dict of the submodules of a module; reading all names by generators takes four times as long."""
+
+parameters_in: Final[Callable[[nn.Module], dict[str, nn.Parameter | None]]] = attrgetter("_parameters")
+"""Return the dict of the parameters of a module; see `children_in`."""
+
+buffers_in: Final[Callable[[nn.Module], dict[str, Tensor | None]]] = attrgetter("_buffers")
+"""Return the dict of the buffers of a module; see `children_in`."""
 
 
 def register_torch_pytree(
@@ -235,6 +245,13 @@ def _check_buffer_dicts() -> None:
     _expect(model.running_mean is replaced, expected=True)
 
 
+def _check_members() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    norm = model[0]
+    _expect(children_in(model), {"0": norm})
+    _expect((list(parameters_in(norm)), next(iter(buffers_in(norm)))), (["weight", "bias"], "running_mean"))
+
+
 def _check_foreach() -> None:
     tensors = [torch.zeros(1), torch.ones(2)]
     foreach_add_(tensors, 1)
@@ -316,6 +333,7 @@ _CHECKS: Final = (
     _Check("run_backward", "gradients of the step on the CPU", _check_run_backward),
     _Check("reparametrize", "the step calls the model with the weights of a state", _check_reparametrize),
     _Check("buffer_dicts", "the step places buffers in the model", _check_buffer_dicts),
+    _Check("children_in, parameters_in, buffers_in", "states read live modules", _check_members),
     _Check("foreach_add_, foreach_lerp, foreach_lerp_", "step counters of Adam, averages of weights", _check_foreach),
     _Check("fused_adam_, fused_adamw_", "updates of fused Adam and AdamW", _check_fused_adam),
     _Check("register_torch_pytree", "torch.func and tree_map take states", _check_pytrees),

@@ -30,6 +30,8 @@ MEMORY: Final = "state.safetensors"
 FILES: Final = frozenset({WEIGHTS, OPTIMIZER, STATE, MEMORY})
 """The names that a file of a checkpoint can have, its manifest aside."""
 
+EXTRA_STATE: Final = "_extra_state"
+"""The entry of a file of weights, and the part of its names, for extra state; torch has the same name for it."""
 _WEIGHT_KINDS: Final = ("params", "buffers")
 
 
@@ -61,7 +63,8 @@ def checkpoint_files(effect: SaveCheckpoint, state: TrainState) -> dict[str, Pie
     if effect.weights:
         weights = select_weights(effect, state)
         order = {kind: [name for name in getattr(state, kind) if name in weights] for kind in _WEIGHT_KINDS}
-        files[WEIGHTS] = _name_part("weights", tensor_pieces(weights, order=order))
+        facts = _encode_extra_state(effect, state, weights)
+        files[WEIGHTS] = _name_part("weights", tensor_pieces(weights, order=order, **facts))
     return files | (_state_files(state) if effect.optimizer else {})
 
 
@@ -75,14 +78,29 @@ def select_weights(effect: SaveCheckpoint, state: TrainState) -> dict[str, torch
     source = state if effect.weights_of is None else use_weights(state, effect.weights_of)
     models = effect.models
     weights = {
-        name: tensor
-        for name, tensor in {**source.params, **source.buffers}.items()
-        if not models or any(name.startswith(f"{model}.") for model in models)
+        name: tensor for name, tensor in {**source.params, **source.buffers}.items() if _is_requested(name, models)
     }
     if models and not weights:
         known = ", ".join(state.params)
         raise ModelNamesError(f"model_names: no weights below {', '.join(models)}; there are: {known}")
     return weights
+
+
+def _is_requested(name: str, models: tuple[str, ...]) -> bool:
+    """Return whether a name lies below one of the requested sub-modules; all do if none is requested."""
+    return not models or any(f"{name}.".startswith(f"{model}.") for model in models)
+
+
+def _encode_extra_state(
+    effect: SaveCheckpoint, state: TrainState, weights: dict[str, torch.Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Return the extra state of the requested sub-modules as JSON values, and add its tensors to `weights`."""
+    encoded = {
+        path: encode_tree(value, weights, f"{path}.{EXTRA_STATE}".lstrip("."))
+        for path, value in state.extra_state.items()
+        if _is_requested(path, effect.models)
+    }
+    return {EXTRA_STATE: encoded} if encoded else {}  # left out otherwise, as earlier versions have no such entry
 
 
 def read_state(files: Mapping[str, bytes], iteration: TrainingIteration) -> TrainState:
@@ -158,13 +176,28 @@ def _decode_state_file(
     return state
 
 
-def _split_weights(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return params and buffers in the order in which they were saved.
+def _split_weights(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return params, buffers and extra state, in the order in which they were saved.
 
     A sum over all of them, such as a gradient norm, depends on their order in its last bits.
     """
-    weights = {kind: {name: tensors[name] for name in facts["order"][kind]} for kind in _WEIGHT_KINDS}
+    weights: dict[str, Mapping[str, Any]] = {
+        kind: {name: tensors[name] for name in facts["order"][kind]} for kind in _WEIGHT_KINDS
+    }
     names = {kind: list(each) for kind, each in weights.items()}
-    if names != facts["order"] or {name for each in names.values() for name in each} != set(tensors):
+    extra = decode_mapping(EXTRA_STATE, facts.get(EXTRA_STATE, {}), tensors)
+    used = {name for each in names.values() for name in each} | _names_of_tensors(facts.get(EXTRA_STATE, {}))
+    if names != facts["order"] or used != set(tensors):
         raise ValueError("its tensors do not match the stored order")
-    return weights
+    return {**weights, "extra_state": extra}
+
+
+def _names_of_tensors(encoded: Any) -> set[str]:
+    """Return the names of the tensors to which the JSON values of a tree refer."""
+    if isinstance(encoded, list):
+        return set().union(*map(_names_of_tensors, encoded))
+    if not isinstance(encoded, dict):
+        return set()
+    if encoded.keys() == {"$tensor"}:
+        return {encoded["$tensor"]}
+    return set().union(*map(_names_of_tensors, encoded.values()))

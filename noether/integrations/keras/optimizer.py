@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from noether.core.tensors.tree import FrozenDict
+from noether.core.tensors.live.views import LiveView
+from noether.core.tensors.live.weights import find_differences, raise_mismatch
+from noether.core.tensors.tree import FrozenDict, FrozenView
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator, Mapping
 
     from noether.integrations.keras.module import KerasModule
 
@@ -89,26 +90,28 @@ class KerasOptimizer:
             self._inner.learning_rate = rate if self._is_number else original
             self._unscaled = None
 
+    def find_problems(self, opt_state: Mapping[str, Any]) -> Iterator[str]:
+        """Yield in which variables, shapes and dtypes a saved state differs from that of the optimizer."""
+        if not len(opt_state) or opt_state is self.opt_state:
+            return
+        live = {name: each.value for name, each in _by_slot(self._slots()).items()}
+        for difference in find_differences("optimizer variable", live, _by_slot(_parts_of(opt_state))):
+            yield f"{difference}: compile the model with the optimizer that the state was saved with"
+
     @torch.no_grad()
     def load(self, opt_state: Mapping[str, Any]) -> None:
         """Write a saved state into the optimizer.
 
         Raises:
-            KeyError: If the optimizer does not have these variables.
+            MismatchError: If the optimizer does not have these variables, with these shapes and dtypes.
         """
         if not len(opt_state) or opt_state is self.opt_state:
             return
-        saved = {("groups", name): tensor for name, tensor in opt_state["groups"].items()}
-        for param, slots in opt_state["state"].items():
-            saved |= {(param, name): tensor for name, tensor in slots.items()}
-        live = {(param, name): each for param, slots in self._slots().items() for name, each in slots.items()}
-        for param, name in live.keys() ^ saved.keys():
-            where = "the state" if (param, name) in live else "the optimizer"
-            message = f"optimizer variable {name!r} of {param!r} is not in {where}"
-            raise KeyError(f"{message}: compile the model with the optimizer that the state was saved with")
-        for key, tensor in saved.items():
-            if live[key].value.data_ptr() != tensor.data_ptr():
-                live[key].value.copy_(tensor)
+        raise_mismatch(self.find_problems(opt_state))
+        live = _by_slot(self._slots())
+        for name, tensor in _by_slot(_parts_of(opt_state)).items():
+            if live[name].value.data_ptr() != tensor.data_ptr():
+                live[name].value.copy_(tensor)
 
     def watch(self, readings: Collection[str] = ()) -> None:
         """Do nothing: the callback reports every batch."""
@@ -156,12 +159,25 @@ class KerasOptimizer:
         return slots
 
 
+def _parts_of(opt_state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the variables of a saved state by param and slot, as `_slots` has them."""
+    return {**opt_state["state"], "groups": opt_state["groups"]}
+
+
+def _by_slot(slots: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{slot} of {param}": each for param, named in slots.items() for slot, each in named.items()}
+
+
 @final
-class _LiveOptState(Mapping[str, Any]):
+class _LiveOptState(LiveView, FrozenView):
     """The variables of a live optimizer, read at each access."""
 
     def __init__(self, optimizer: KerasOptimizer) -> None:
         self._optimizer = optimizer
+
+    def read(self) -> FrozenDict:
+        """Return the variables that the optimizer has now."""
+        return FrozenDict({part: self._optimizer.memory(part) for part in self})
 
     def __getitem__(self, key: str) -> Any:
         return self._optimizer.memory(key)

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from noether.core.tensors.batch import SizedBatches, model_arguments
+from noether.core.tensors.live.extra_state import modules_with_extra_state
 from noether.core.tensors.losses import WeightedLosses, read_losses
+from noether.core.tensors.module import names_in_model
 from noether.core.tensors.torch_internals import compile_graph
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.training.step import kernels
@@ -286,6 +288,10 @@ def _obstacle(step: Step) -> str | None:
         return f"nonfinite: {step.nonfinite} decides in the middle of an update"
     if any(not isinstance(schedule, Constant) for schedule in step.weight_decay.values()):
         return "the weight decay has a schedule"
+    if names_in_model(step.model):
+        return "a module of the model is compiled already, or wrapped"
+    for path, module in modules_with_extra_state(step.model):
+        return f"{path or 'the model'} ({type(module).__name__}) keeps extra state, which a graph would not change"
     return None
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, final
 from torch import Tensor
 
 from noether.core.tensors.donation import DonatedTree, OwnedStorages
+from noether.core.tensors.module import named_buffers, named_parameters
 from noether.core.tensors.torch_internals import buffer_dicts
 from noether.core.tensors.tree import FrozenDict
 
@@ -56,7 +57,7 @@ class ModelTensors:
         self.model = model
         self.params = dict(params)
         self.opt_state = opt_state
-        self.parameters = dict(model.named_parameters())
+        self.parameters = named_parameters(model)
         self.leaves = {name: self.parameters[name] for name in trainable}
         self._ordered_parameters = [self.parameters[name] for name in self.params]
         self._buffer_places = _buffer_places(model)
@@ -155,7 +156,7 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
     """Return for each place that holds a buffer of `model` the dict, the key in it, and the buffer's name."""
-    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    names = {id(buffer): name for name, buffer in named_buffers(model).items()}
     return [
         (buffers, key, names[id(buffer)])
         for buffers in buffer_dicts(model)

@@ -14,7 +14,9 @@ from noether.core.event import AfterAccumulationStep
 from noether.core.tensors.batch import batch_size, model_arguments
 from noether.core.tensors.donation import DonatedTree
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
+from noether.core.tensors.live.extra_state import read_extra_state, set_extra_state
 from noether.core.tensors.losses import detach_losses, read_losses
+from noether.core.tensors.module import names_in_model
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session.hidden_state import generators_of_model
@@ -192,12 +194,14 @@ class Step:
         return state, accumulation, buffers
 
     def prepare(self, state: TrainState) -> None:
-        """Seed the random numbers of the next update of `state`, and check second references to its buffers.
+        """Seed the random numbers of the next update of `state`, set its extra state, and check held buffers.
 
         Raises:
             HiddenParameterError: If the model holds a buffer a second time that differs from the one in the state.
         """
         seed_all(derive(state.seed, "update", state.iteration.update, self.rank), self._generators)
+        if state.extra_state:
+            set_extra_state(self.model, state.extra_state)
         if self._held_tensors:
             check_buffers(self._held_tensors, state.buffers)
 
@@ -237,11 +241,19 @@ class Step:
             return BackwardResult(*result, model_tensors.get_buffers(buffers))
         params = {name: param.detach() for name, param in state.params.items()}
         leaves = {name: params[name].requires_grad_() for name in self.optimizer.trainable(params)}
+        names = self._names_in_model
         weights = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        if names:
+            weights = {names.get(name, name): tensor for name, tensor in weights.items()}
         with reparametrize(self.model, weights, tie_weights=True):
             result = self._differentiate(batch, params, leaves, objectives, times)
         # Batch norm writes to the copies, other modules assign new tensors: `weights` holds the current one either way.
-        return BackwardResult(*result, FrozenDict({name: weights[name].detach() for name in buffers}))
+        current = {name: weights[names.get(name, name)].detach() for name in buffers}
+        return BackwardResult(*result, FrozenDict(current))
+
+    @cached_property
+    def _names_in_model(self) -> dict[str, str]:
+        return names_in_model(self.model)
 
     def _differentiate(
         self,
@@ -301,6 +313,8 @@ class Step:
         settings = self.settings_for(state)
         if not skipped:
             state = self._update(state, grads, settings, result.buffers)
+            if state.extra_state:
+                state = state.replace(extra_state=read_extra_state(self.model))
         seconds = {} if times is None else times.stop("optimizer_s")
         return state, make_event(
             result.losses, outputs, samples, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **seconds

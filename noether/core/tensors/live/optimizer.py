@@ -1,0 +1,193 @@
+"""The memory of a live optimizer by parameter name, and writing a saved one into it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
+
+import torch
+
+from noether.core.errors import StateWarning
+from noether.core.tensors.live.views import LiveView
+from noether.core.tensors.live.weights import match_names, raise_mismatch
+from noether.core.tensors.module import named_parameters
+from noether.core.tensors.step_counters import counts_on_device, move_memory
+from noether.core.tensors.tree import FrozenDict, FrozenView, freeze, map_leaves, pack, plain_number, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+_MEMBERS: Final = "params"
+_ELEMENTWISE: Final = frozenset(
+    {"acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev",
+     "square_avg", "step_size", "sum"}
+)  # fmt: skip
+"""Memory of torch's optimizers that has one value for each value of the parameter."""
+_REPORTED: WeakSet[Any] = WeakSet()
+"""Optimizers of which a warning said that they hold parameters that the model no longer has."""
+
+
+class BorrowedOptState(LiveView, FrozenView):
+    """The memory of a live optimizer by parameter name, read from the optimizer and the model at each access."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def read(self) -> FrozenDict:
+        """Return the memory that the optimizer has now: `state` by parameter name, and `groups`."""
+        names: dict[Any, str] = {parameter: name for name, parameter in named_parameters(self._model).items()}
+        _warn_of_replaced(self._optimizer, names)
+        state = {
+            names[parameter]: freeze(pack(f"the optimizer's memory of {names[parameter]}", memory))
+            for parameter, memory in self._optimizer.state.items()
+            if parameter in names
+        }
+        groups = [
+            {**group, _MEMBERS: tuple(names[p] for p in group[_MEMBERS] if p in names)}
+            for group in self._optimizer.param_groups
+        ]
+        # Views: who remembers one of them can be told by the number of users of its storage.
+        return FrozenDict(state=map_leaves(_view, state), groups=freeze(map_leaves(plain_number, groups)))
+
+    def views(self, optimizer: Optimizer) -> bool:
+        """Return whether this is the memory of `optimizer` itself."""
+        return self._optimizer is optimizer
+
+    def __getitem__(self, key: str) -> Any:
+        return self.read()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("state", "groups"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+@torch.no_grad()
+def write_optimizer(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, *, lr_scale: float) -> None:
+    """Write saved memory into a live optimizer, and scale its learning rates; calling it twice scales once.
+
+    Args:
+        opt_state: The saved memory; if empty or a view of `optimizer`, its memory is left unchanged.
+        model: The model, which names the parameters.
+        optimizer: The live optimizer.
+        lr_scale: The scale of its learning rates afterwards.
+
+    Raises:
+        MismatchError: If the memory belongs to other parameters, shapes or groups; nothing is written then.
+    """
+    if is_written(opt_state, optimizer):
+        raise_mismatch(find_optimizer_problems(opt_state, model, optimizer))
+        _write_opt_state(model, optimizer, opt_state)
+    _scale_lr(optimizer, lr_scale)
+
+
+def is_written(opt_state: Mapping[str, Any], optimizer: Optimizer) -> bool:
+    """Return whether loading writes a memory into `optimizer`: it is not empty, and not that of `optimizer`."""
+    borrowed = isinstance(opt_state, BorrowedOptState) and opt_state.views(optimizer)
+    return bool(len(opt_state)) and not borrowed
+
+
+def find_optimizer_problems(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> Iterator[str]:
+    """Yield in which parameters, shapes and groups a saved memory differs from a live optimizer."""
+    parameters = named_parameters(model)
+    names = {parameter: name for name, parameter in parameters.items()}
+    if replaced := _replaced(optimizer, names):
+        yield f"the optimizer does not hold {replaced}, set after it was made: make the optimizer after the model"
+    for name, memory in match_names(opt_state.get("state", {}), parameters).items():
+        if name not in parameters:
+            yield f"the optimizer's memory of {name!r} is of a parameter that is not in the model"
+        else:
+            yield from _find_memory_problems(name, memory, parameters[name], optimizer.state.get(parameters[name], {}))
+    yield from _find_group_problems(_saved_groups(opt_state), optimizer.param_groups, names)
+
+
+def _find_memory_problems(
+    name: str, saved: Mapping[str, Any], parameter: Tensor, live: Mapping[str, Any]
+) -> Iterator[str]:
+    for key, value in saved.items():
+        ours = parameter if key in _ELEMENTWISE else live.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(ours, torch.Tensor) and value.shape != ours.shape:
+            of = "the parameter" if ours is parameter else "the optimizer's"
+            yield f"{key} of {name!r} has shape {tuple(value.shape)} in the state, and {of} has {tuple(ours.shape)}"
+
+
+def _find_group_problems(
+    saved: list[Mapping[str, Any]], live: list[dict[str, Any]], names: Mapping[Any, str]
+) -> Iterator[str]:
+    if len(saved) != len(live):
+        yield f"the state has {len(saved)} parameter groups, and the optimizer {len(live)}"
+        return
+    for index, (theirs, ours) in enumerate(zip(saved, live, strict=True)):
+        members = [names[parameter] for parameter in ours[_MEMBERS] if parameter in names]
+        expected = list(match_names(dict.fromkeys(theirs.get(_MEMBERS, members)), members))
+        if expected != members:
+            yield (
+                f"parameter group {index} has {len(expected)} parameters in the state ({_listed(expected)}), and "
+                f"{len(members)} in the optimizer ({_listed(members)})"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    shown = 3
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str, Any]) -> None:
+    parameters = named_parameters(model)
+    on_device = any(map(counts_on_device, optimizer.param_groups))
+    memories = unpack(match_names(opt_state.get("state", {}), parameters))  # before the memory that it may view is gone
+    groups = [
+        unpack({key: value for key, value in group.items() if key != _MEMBERS}) for group in _saved_groups(opt_state)
+    ]
+    optimizer.state.clear()  # a parameter without memory in the state loses the memory that it has
+    for name, memory in memories.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = move_memory(memory, parameter.device, on_device=on_device)
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.pop("lr_scale", None)  # the saved group says how its learning rate is scaled
+        group.update(saved, **{_MEMBERS: group[_MEMBERS]})
+
+
+def _saved_groups(opt_state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = opt_state.get("groups", ())
+    # A functional optimizer stores them by name, in the same order.
+    return list(groups.values() if isinstance(groups, Mapping) else groups)
+
+
+def _scale_lr(optimizer: Optimizer, scale: float) -> None:
+    # The group stores the scale of its learning rate, so writing twice scales once.
+    for group in optimizer.param_groups:
+        applied = group.get("lr_scale", 1.0)
+        if applied != scale:
+            group["lr"] = group["lr"] * (scale / applied)
+            group["lr_scale"] = scale
+
+
+def _replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> str:
+    """Return the names of the parameters that took the place of others that the optimizer still holds, or nothing."""
+    held = {parameter for group in optimizer.param_groups for parameter in group[_MEMBERS]}
+    lost = [parameter.shape for parameter in held if parameter not in names]
+    if not lost:
+        return ""
+    missing = [name for parameter, name in names.items() if parameter not in held and parameter.shape in lost]
+    return ", ".join(map(repr, missing)) or f"{len(lost)} parameters of the model"
+
+
+def _warn_of_replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> None:
+    if optimizer not in _REPORTED and (replaced := _replaced(optimizer, names)):
+        _REPORTED.add(optimizer)
+        warnings.warn(
+            f"the optimizer does not train {replaced}: the model got a new parameter there after the optimizer was "
+            "made, as by load_state_dict(assign=True), and the memory of the former one is not saved; make the "
+            "optimizer again after such a change",
+            StateWarning,
+            stacklevel=4,
+        )
+
+
+def _view(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf

@@ -1,0 +1,169 @@
+"""Checks that saved weights fit a live model, and writes them into it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from noether.core.errors import NoetherError, suggest
+from noether.core.tensors.module import device_of, named_buffers, named_modules, named_parameters, without_wrappers
+from noether.core.tensors.torch_internals import buffers_in
+from noether.core.tensors.tree import storages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+_SHOWN: Final = 10
+
+
+class MismatchError(NoetherError, KeyError, ValueError):
+    """A saved state does not fit the model or the optimizer; nothing was written.
+
+    Example:
+        >>> from noether import TrainState
+        >>> saved = TrainState.from_module(torch.nn.Linear(2, 1))
+        >>> saved.into_module(torch.nn.Linear(2, 3))
+        Traceback (most recent call last):
+        noether.core.tensors.live.weights.MismatchError: the state does not fit: parameter 'bias' has shape (1,) in the
+        state and (3,) in the model; parameter 'weight' has shape (1, 2) in the state and (3, 2) in the model. Nothing
+        was loaded: build the model and the optimizer as they were saved
+    """
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would quote it
+
+
+def raise_mismatch(problems: Iterable[str]) -> None:
+    """Raise all problems as one error; do nothing if there are none.
+
+    Raises:
+        MismatchError: If there are problems.
+    """
+    found = list(problems)
+    if found:
+        raise MismatchError(
+            f"the state does not fit: {join_problems(found)}. Nothing was loaded: build the model and the optimizer as "
+            "they were saved"
+        )
+
+
+def join_problems(problems: list[str]) -> str:
+    """Return problems as one text, which names the first ten and counts the others."""
+    more = len(problems) - _SHOWN
+    return "; ".join([*problems[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
+
+
+@torch.no_grad()
+def write_weights(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Write params and buffers into a live model, after checking all of them.
+
+    Names may have the parts that `torch.compile`, DDP and FSDP add. A buffer that the model has as None is set.
+
+    Raises:
+        MismatchError: If the model does not have exactly these parameters and buffers, with these shapes and dtypes;
+            the message names all that differ.
+    """
+    raise_mismatch(find_weight_problems(model, params, buffers))
+    live = {**named_parameters(model), **named_buffers(model)}
+    places = _empty_buffers(model)
+    saved = {**match_names(params, live), **match_names(buffers, [*live, *places])}
+    changed = {name: tensor for name, tensor in saved.items() if name not in live or not _is_same(live[name], tensor)}
+    viewed = storages(live)  # a view of a tensor that is written to first would change: a copy is written
+    changed = {name: each.clone() if storages(each) & viewed else each for name, each in changed.items()}
+    for name, tensor in changed.items():
+        if name in live:
+            live[name].copy_(tensor)
+        else:
+            place, key = places[name]
+            place[key] = tensor.to(device_of(model.parameters()), copy=True)
+
+
+def find_weight_problems(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[str]:
+    """Return in which parameters and buffers a saved state differs from a live model, by name."""
+    late = _empty_buffers(model).keys() & match_names(buffers, _empty_buffers(model)).keys()
+    return [
+        *find_differences("parameter", named_parameters(model), params),
+        *find_differences("buffer", named_buffers(model), buffers, optional=late),
+    ]
+
+
+def find_differences(
+    kind: str,
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    *,
+    optional: Iterable[str] = (),
+    source: str = "state",
+) -> Iterator[str]:
+    """Yield each difference between the tensors of a model and saved ones: names, shapes and dtypes.
+
+    Args:
+        kind: What the tensors are, for the message.
+        expected: Tensors of the model by name.
+        found: Saved tensors by name.
+        optional: Names that only the saved tensors may have.
+        source: Where the saved tensors are, for the message.
+
+    Example:
+        >>> list(find_differences("buffer", {"a": torch.zeros(1)}, {"a": torch.zeros(1).double()}))
+        ["buffer 'a' is torch.float64 in the state and torch.float32 in the model: convert the model first, with
+        model.to(torch.float64)"]
+    """
+    matched = match_names(found, [*expected, *optional])
+    for name in sorted((expected.keys() ^ matched.keys()) - set(optional)):
+        others = (found if name in expected else expected).keys() - {name}
+        where = source if name in expected else "model"
+        yield f"{kind} {name!r} is not in the {where}{suggest(name, others).replace('; ', ', ')}"
+    for name in sorted(expected.keys() & matched.keys()):
+        ours, theirs = expected[name], matched[name]
+        if is_lazy(ours):
+            yield f"{kind} {name!r} has no shape in the model yet: call the model on a batch before loading"
+        elif ours.shape != theirs.shape:
+            shapes = f"{tuple(theirs.shape)} in the {source} and {tuple(ours.shape)} in the model"
+            yield f"{kind} {name!r} has shape {shapes}"
+        elif ours.dtype != theirs.dtype:
+            fix = f"convert the model first, with model.to({theirs.dtype})"
+            yield f"{kind} {name!r} is {theirs.dtype} in the {source} and {ours.dtype} in the model: {fix}"
+
+
+def match_names(saved: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return saved values under the names of a model, where they differ only in names that wrappers add.
+
+    Example:
+        >>> match_names({"module.weight": 1, "scale": 2}, ["weight", "scale"])
+        {'weight': 1, 'scale': 2}
+    """
+    names = set(names)
+    if saved.keys() <= names:
+        return dict(saved)
+    plain: dict[str, list[str]] = {}
+    for name in names - saved.keys():
+        plain.setdefault(without_wrappers(name), []).append(name)
+    matched: dict[str, Any] = {}
+    for name, value in saved.items():
+        candidates = [] if name in names else plain.get(without_wrappers(name), [])
+        new = candidates[0] if len(candidates) == 1 else name
+        matched[name if new in matched else new] = value
+    return matched
+
+
+def _empty_buffers(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Return the place of each registered buffer that is None, by name."""
+    return {
+        f"{path}.{key}" if path else key: (buffers_in(module), key)
+        for path, module in named_modules(model)
+        for key, buffer in buffers_in(module).items()
+        if buffer is None
+    }
+
+
+def _is_same(live: Tensor, tensor: Tensor) -> bool:
+    """Return whether a tensor is a view of exactly the live one."""
+    try:
+        return live.is_set_to(tensor)
+    except NotImplementedError:  # torch cannot compare sparse and meta tensors
+        return False
