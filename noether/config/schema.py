@@ -176,7 +176,8 @@ class TrainerSettings:
         max_batch_size: Largest number of samples in one forward pass; larger updates accumulate gradients. None for no
             limit.
         eval_batch_size: Samples of one forward pass in evaluation; None for the number in training.
-        loss: Dotted path of a pure function `(outputs, batch) -> {name: mean over samples}`.
+        loss: Dotted path of a pure function `(outputs, batch) -> {name: mean over samples}`, or of one that returns one
+            loss; a `noether.Mean` gives a loss another weight than the samples.
         evaluate: Metrics to measure during training, and their interval; None to measure none.
         evaluate_first: Whether to measure them before the first update too.
         device: `cpu`, `cuda`, `cuda:1` and the like, or `auto` for the best available.

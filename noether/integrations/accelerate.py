@@ -26,7 +26,8 @@
 Differences from noether's own trainer and from `Session`:
 
 - Accelerate divides every loss by `gradient_accumulation_steps`: a short last micro-batch weighs as much as a full one, and
-  a short last group of an epoch makes a smaller update. The losses in events are weighted by samples.
+  a short last group of an epoch makes a smaller update. The losses in events are weighted by samples, or by their own
+  weights (`noether.Mean`), which the gradients are not.
 - `accumulation_steps` of a micro-batch in a short last group is the number of a full group. With
   `GradientAccumulationPlugin(sync_with_dataloader=False)` the last group of an epoch is completed in the next one, and a
   run that resumes at the end of such an epoch does not have its gradients.
@@ -50,6 +51,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from noether.core.run import Run
+from noether.core.tensors.means import Mean, read_weight
 from noether.session.errors import SessionError
 from noether.session.session import Session
 from noether.session.timing import Clock
@@ -174,18 +176,24 @@ class AcceleratedSession:
                 self.session.end_epoch(cut_short=self.session.is_over)
             self.session.end()
 
-    def backward(self, losses: Tensor | Mapping[str, Tensor], outputs: Any = None, **keywords: Any) -> None:
+    def backward(
+        self, losses: Tensor | Mean | Mapping[str, Tensor | Mean], outputs: Any = None, **keywords: Any
+    ) -> None:
         """Compute gradients of the sum of the losses as `accelerator.backward` does, and report the micro-batch.
 
         Args:
-            losses: The mean loss of the micro-batch, or several by name.
+            losses: The mean loss of the micro-batch, or several by name; a `Mean` gives a loss its weight in the means
+                of events, and one of weight 0 is left out.
             outputs: Outputs of the model, for callbacks that track them.
             keywords: Further arguments of `accelerator.backward`.
         """
         named = losses if isinstance(losses, Mapping) else {"total": losses}
-        self._accelerator.backward(sum(named.values()), **keywords)
+        means = {name: _to_mean(name, loss) for name, loss in named.items()}
+        terms = [mean.of_batch for mean in means.values() if mean.weight != 0]
+        if terms:
+            self._accelerator.backward(sum(terms), **keywords)
         self.session.micro_batch(
-            {name: self._mean_over_ranks(loss.detach()) for name, loss in named.items()},
+            {name: self._mean_over_ranks(mean) for name, mean in means.items()},
             outputs=outputs,
             samples=self._samples(),
             of=self._accelerator.gradient_accumulation_steps,
@@ -241,11 +249,24 @@ class AcceleratedSession:
         samples: Tensor = accelerator.reduce(torch.tensor(size, device=accelerator.device), "sum")
         return int(samples)
 
-    def _mean_over_ranks(self, loss: Tensor) -> Tensor:
+    def _mean_over_ranks(self, mean: Mean) -> Tensor | Mean:
+        loss, weight = mean.of_batch.detach(), mean.weight
         if self._accelerator.num_processes == 1:
-            return loss
-        mean: Tensor = self._accelerator.reduce(loss.clone(), "mean")
-        return mean
+            return loss if weight is None else Mean(loss, weight)
+        if weight is None:
+            averaged: Tensor = self._accelerator.reduce(loss.clone(), "mean")
+            return averaged
+        terms = torch.stack([loss.double() * weight if weight else loss.new_zeros((), dtype=torch.float64),
+                             torch.tensor(weight, dtype=torch.float64, device=loss.device)])  # fmt: skip
+        total, weights = self._accelerator.reduce(terms, "sum")
+        return Mean(total / weights, weights)
+
+
+def _to_mean(name: str, loss: Tensor | Mean) -> Mean:
+    """Return a loss as a mean whose weight is a number, or None."""
+    if not isinstance(loss, Mean):
+        return Mean(loss)
+    return loss if loss.weight is None else Mean(loss.of_batch, read_weight(name, loss.weight))
 
 
 def epoch_lengths(loader: Any, steps: int, processes: int) -> dict[str, int]:

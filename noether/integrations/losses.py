@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 
+from noether.core.tensors.means import Mean
+
 
 def losses_of(outputs: Any) -> Mapping[str, Any]:
     """Return the losses in the output of a step: a number, a 0-dimensional tensor, or the entry `loss` of a mapping.
+
+    A `Mean` of one of these gives the loss its weight.
 
     Raises:
         TypeError: If the output is something else.
@@ -19,6 +23,8 @@ def losses_of(outputs: Any) -> Mapping[str, Any]:
         ({'total': 0.5}, {'total': 0.5})
     """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if isinstance(loss, Mean):
+        return {"total": loss}
     if isinstance(loss, (int, float)) or (isinstance(loss, torch.Tensor) and loss.numel() == 1):
         return {"total": loss.reshape(()) if isinstance(loss, torch.Tensor) else float(loss)}
     if outputs is None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noether.core.tensors.losses import weights_of, with_total
+from noether.core.tensors.losses import loss_weights, with_total
 from noether.core.tensors.means import Mean, read_weight
 from noether.core.tensors.tree import FrozenDict
 
@@ -118,11 +118,11 @@ def mean_losses(micro_batches: Sequence[MicroBatch]) -> Losses:
         return micro_batches[0].losses
     parts: dict[str, list[tuple[Any, float]]] = {}
     for each in micro_batches:
-        weights = weights_of(each.losses)
+        weights = loss_weights(each.losses)
         for name, loss in each.losses.items():
             parts.setdefault(name, []).append((loss, weights.get(name, each.samples)))
     means = {name: _mean(weighted) for name, weighted in parts.items()}
-    if not any(weights_of(each.losses) for each in micro_batches):
+    if not any(loss_weights(each.losses) for each in micro_batches):
         return FrozenDict(means)
     named = {name: mean for name, mean in means.items() if name != "total" or len(means) == 1}
     return with_total(named, {name: sum(weight for _, weight in parts[name]) for name in named})

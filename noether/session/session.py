@@ -11,7 +11,7 @@ from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.event_fields import check_fields
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.tensors.losses import weights_of
+from noether.core.tensors.losses import loss_weights
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session import settings
 from noether.session.errors import SessionError
@@ -329,7 +329,7 @@ class Session(SessionEvents):
             **times,
             **self.stopwatch.read(),
         }
-        if weights := weights_of(reported):
+        if weights := loss_weights(reported):
             known["loss_weights"] = weights
         if grad_norm is not None or skipped:
             known["grad_norm"] = grad_norm

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from noether.core.callback import label_of
 from noether.core.callbacks.lr_on_plateau import ReduceLROnPlateauCallback
@@ -120,27 +119,12 @@ def complete_run(
     if loss is not None and "forward" in vars(run):
         raise SessionError("loss= and run=Run(forward=...) are given: keep one of them")
     frozen = frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
-    predict = None if loss is None else forward(model, _NamedLosses(loss), precision=precision)
+    predict = None if loss is None else forward(model, loss, precision=precision)
     run_id = None if directory is None else directory.run_id
     run = fill_run(run, data=data, forward=predict, frozen=frozen, run_id=run_id)
     if "data" not in vars(run):
         return run
     return run.replace(data={key: evaluation_data(each, model, seed, key) for key, each in run.data.items()})
-
-
-class _NamedLosses:
-    """A loss function that may return one loss, as one that returns named losses."""
-
-    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
-        self._loss = loss
-
-    def __call__(self, outputs: Any, batch: Any) -> Mapping[str, Tensor]:
-        losses = self._loss(outputs, batch)
-        if not isinstance(losses, (Tensor, Mapping)):
-            raise SessionError(
-                f"loss= returned a {type(losses).__name__}: return a tensor, or {{name: tensor}}, without .item()"
-            )
-        return {"total": losses} if isinstance(losses, Tensor) else losses
 
 
 def fill_run(run: Run, **known: Any) -> Run:

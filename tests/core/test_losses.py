@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noether import Mean, TrainState, forward
-from noether.core.tensors.losses import WeightedLosses, detach_losses, read_losses, sum_as_total, weights_of
+from noether.core.tensors.losses import WeightedLosses, detach_losses, loss_weights, read_losses, sum_as_total
 from noether.core.tensors.means import read_weight
 
 ONE = torch.tensor(1.0)
@@ -25,13 +25,13 @@ def test_one_tensor_is_the_loss():
     assert dict(read_losses(ONE, loss_function)) == {"loss": 1.0, "total": 1.0}
     weighted = read_losses(Mean(ONE, weight=3), loss_function)
     assert dict(weighted) == {"loss": 1.0, "total": 1.0}
-    assert weights_of(weighted) == {"loss": 3}
+    assert loss_weights(weighted) == {"loss": 3}
 
 
 def test_losses_are_named_and_summed():
     assert dict(read_losses({"a": ONE, "b": 2 * ONE}, loss_function)) == {"a": 1, "b": 2, "total": 3}
     assert dict(read_losses({"total": ONE}, loss_function)) == {"total": 1}
-    assert weights_of(read_losses({"a": ONE, "b": Mean(ONE)}, loss_function)) == {}
+    assert loss_weights(read_losses({"a": ONE, "b": Mean(ONE)}, loss_function)) == {}
 
 
 @pytest.mark.parametrize("wrong", [{}, {"total": ONE, "a": ONE}, {"total": ONE, "a": Mean(ONE, weight=0)}], ids=str)
@@ -112,4 +112,4 @@ def test_forward_returns_tensors_and_their_weights():
     losses, _ = predict(TrainState.from_module(model), torch.ones(3, 2))
     assert list(losses) == ["ce", "l1", "total"]
     assert all(isinstance(loss, torch.Tensor) for loss in losses.values())
-    assert weights_of(losses) == {"ce": 3}
+    assert loss_weights(losses) == {"ce": 3}

@@ -20,7 +20,7 @@ from reference import (
     weights,
 )
 
-from noether import AfterUpdate, TrainingIteration, compose
+from noether import AfterUpdate, Mean, TrainingIteration, compose
 from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
 from noether.integrations.accelerate import AcceleratedSession
 from noether.testing import assert_same
@@ -170,6 +170,26 @@ def test_gradients_are_measured_before_they_are_clipped():
     assert [float(event.grad_norm) for event in collector.of(AfterUpdate)] == pytest.approx(clipped)
 
 
+def test_the_weight_of_a_loss_is_used_in_its_means():
+    collector = EventCollector()
+    accelerator, network, optimizer, _, loader, watched, _ = make_parts(2, reducer=collector)
+    weights = iter([30, 10, 0, 5] * len(loader) * EPOCHS)
+    seen = []
+    for batch in watched.batches(loader):
+        with accelerator.accumulate(network):
+            mean, weight = loss(network(batch[0]), batch)["ce"], next(weights)
+            seen.append((mean.item(), weight))
+            watched.backward({"ce": Mean(mean if weight else mean * torch.nan, weight=weight)})
+            optimizer.step()
+            optimizer.zero_grad()
+        watched.update()
+    events = collector.of(AfterUpdate)
+    (a, m), (b, n) = seen[:2]
+    assert float(events[0].losses["ce"]) == pytest.approx((a * m + b * n) / (m + n))
+    assert [event.loss_weights["ce"] for event in events[:2]] == [40, 5]
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+
+
 def on_two_processes():
     torch.set_num_threads(1)
     # This process is a fork, and inherits the accelerator's global state.
@@ -185,6 +205,10 @@ def on_two_processes():
     losses = torch.stack([event.losses["ce"] for event in updates])
     assert_same(*accelerator.gather(losses).chunk(2))  # both have the mean over both
     assert recorder.lines[-1][1] == "E3_U6_S24"
+    weighted = [Mean(torch.tensor(1.0), 3), Mean(torch.tensor(5.0), 1)], [Mean(torch.tensor(torch.nan), 0)] * 2
+    for ranks, expected in zip(weighted, ((2.0, 4), (torch.nan, 0)), strict=True):
+        mean = parts[-2]._mean_over_ranks(ranks[accelerator.process_index])  # noqa: SLF001  # without a training
+        assert_same((float(mean.of_batch), int(mean.weight)), expected)
 
 
 # Newer versions of Python warn of every fork of a process with threads.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from noether import Mean, TrainState
-from noether.core.tensors.losses import weights_of
+from noether.core.tensors.losses import loss_weights
 from noether.testing import same
 from noether.training.step.compiled import CompiledStep
 from noether.training.step.optimizer import FunctionalOptimizer
@@ -199,5 +199,5 @@ def test_a_compiled_step_leaves_losses_with_weights_to_the_plain_step(caplog):
     compiled = CompiledStep(step)
     for _ in range(2):
         state, event = compiled(state, [torch.ones(2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
-    assert weights_of(event.losses) == {"loss": 3}
+    assert loss_weights(event.losses) == {"loss": 3}
     assert "updates are not compiled: the loss function gives weights (noether.Mean)" in caplog.text

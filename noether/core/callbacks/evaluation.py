@@ -13,7 +13,7 @@ from noether.core.callbacks.metric_functions import METRICS, MetricFunction, mea
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metrics import is_current, log, patterns_containing
-from noether.core.tensors.losses import name_of, sum_as_total, weights_of
+from noether.core.tensors.losses import loss_weights, name_of, sum_as_total
 from noether.core.tensors.means import Mean, Sum
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def _call_forward(forward: Callable[..., Any], state: TrainState, batch: Any) ->
         raise TypeError(
             f"{name_of(forward)}, the forward of the run, returned losses as a {type(losses).__name__}: {fix}"
         )
-    weights = weights_of(losses)
+    weights = loss_weights(losses)
     means = {name: loss if isinstance(loss, Mean) else Mean(loss, weights.get(name)) for name, loss in losses.items()}
     return means, outputs
 

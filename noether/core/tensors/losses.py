@@ -46,7 +46,7 @@ class WeightedLosses(FrozenDict):
         return WeightedLosses, (dict(self), dict(self.weights))
 
 
-def weights_of(losses: Mapping[str, Any]) -> Mapping[str, float]:
+def loss_weights(losses: Mapping[str, Any]) -> Mapping[str, float]:
     """Return the weights of the losses that have one, by name; the others are means over samples."""
     return losses.weights if isinstance(losses, WeightedLosses) else _NO_WEIGHTS
 
@@ -67,7 +67,7 @@ def read_losses(result: Any, function: Callable[..., Any]) -> Losses:
         >>> import torch
         >>> read_losses(torch.tensor(0.5), torch.nn.functional.mse_loss)
         FrozenDict({'loss': tensor(0.5000), 'total': tensor(0.5000)})
-        >>> weights_of(read_losses({"ce": Mean(torch.tensor(2.0), weight=12)}, torch.nn.functional.cross_entropy))
+        >>> loss_weights(read_losses({"ce": Mean(torch.tensor(2.0), weight=12)}, torch.nn.functional.cross_entropy))
         {'ce': 12}
     """
     if not isinstance(result, Mapping):

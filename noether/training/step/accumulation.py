@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from noether.core.errors import NoetherError
 from noether.core.tensors.batch import count_samples
-from noether.core.tensors.losses import WeightedLosses, weights_of, with_total
+from noether.core.tensors.losses import WeightedLosses, loss_weights, with_total
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Accumulation:
             if not self.outputs or self._losses.keys() == losses.keys():
                 self._shares = {names: samples / self._samples}
                 return [_scale(losses["total"], self._shares[names])]
-        self._regroup({**dict.fromkeys(_without_total(losses), samples), **weights_of(losses)})
+        self._regroup({**dict.fromkeys(_without_total(losses), samples), **loss_weights(losses)})
         return [_scale(reduce(add, [losses[name] for name in group]), share) for group, share in self._shares.items()]
 
     def add(self, result: BackwardResult) -> None:
