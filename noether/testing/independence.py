@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from noether.core.effect import Effect, SaveCheckpoint
 from noether.core.reducer import compose
+from noether.effects.interpreter import merge_effects
 from noether.testing.comparison import same
 from noether.testing.counterexamples import assert_law
 from noether.testing.metric_source import metric_source
 from noether.testing.run_differences import compare_runs
 from noether.testing.strategies import runs
-from noether.testing.traces import Trace, drive
+from noether.testing.traces import DrivenRun, Trace, drive
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hypothesis.strategies import SearchStrategy
 
     from noether.core.callback import Callback, Effects
-    from noether.core.effect import Effect
 
     Traces = SearchStrategy[Trace] | None
 
@@ -25,6 +29,9 @@ _EXAMPLES: Final = 100
 
 def check_independent(a: Callback, b: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
     """Raise unless two callbacks give the same states and effects in either order.
+
+    Effects are compared as the interpreter merges them, so two callbacks that set one entry of the summary, log one
+    key, save one tag or move one pointer depend on their order, unless they give it the same value.
 
     Args:
         a: One callback.
@@ -53,12 +60,40 @@ def check_independent(a: Callback, b: Callback, *, traces: Traces = None, exampl
     listed, swapped = compose(metrics, a, b), compose(metrics, b, a)
 
     def law(trace: Trace) -> None:
-        expected, found = drive(listed, trace), drive(swapped, trace)
+        expected, found = (_with_outcomes(drive(each, trace)) for each in (listed, swapped))
         reordered = found._replace(effects=tuple(map(_match_order, found.effects, expected.effects)))
         violation = "depend on their order: the run differs with the second one first"
         compare_runs(compose(a, b), violation, reordered, expected, trace)
 
     assert_law(law, runs() if traces is None else traces, examples=examples)
+
+
+@dataclass(frozen=True)
+class _Checkpoints(Effect):
+    """What the checkpoints that were requested at one event leave on disk.
+
+    Args:
+        saves: The last request for each tag.
+        pointers: Tag of the last checkpoint that takes each pointer.
+    """
+
+    saves: Mapping[str | None, SaveCheckpoint]
+    pointers: Mapping[str, str | None]
+
+
+def _with_outcomes(run: DrivenRun) -> DrivenRun:
+    """Return a run with the effects of each event as the interpreter would run them."""
+    return run._replace(effects=tuple(map(_outcome, run.effects)))
+
+
+def _outcome(effects: Effects) -> Effects:
+    merged = merge_effects(effects)
+    saves = [each for each in merged if isinstance(each, SaveCheckpoint)]
+    if not saves:
+        return merged
+    last = {each.tag: replace(each, models=tuple(sorted(each.models)), pointers=(), event_saves=()) for each in saves}
+    pointers = {pointer: each.tag for each in saves for pointer in each.pointers}
+    return (*(each for each in merged if not isinstance(each, SaveCheckpoint)), _Checkpoints(last, pointers))
 
 
 def _match_order(effects: Effects, others: Effects) -> Effects:
