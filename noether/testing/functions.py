@@ -48,7 +48,7 @@ def closure_of(function: FunctionType) -> dict[str, Any]:
 def globals_of(function: FunctionType) -> dict[str, Any]:
     """Return the globals of its module that a function names, and the attributes that it reads of user modules."""
     found: dict[str, Any] = {}
-    names = _names(function.__code__)
+    names = names_of(function.__code__)
     for name in names:
         if name not in function.__globals__:
             continue
@@ -133,7 +133,7 @@ def _is_empty(cell: CellType) -> bool:
 
 
 @cache
-def _names(code: CodeType) -> tuple[str, ...]:
+def names_of(code: CodeType) -> tuple[str, ...]:
     """Return the names of globals and attributes that a function uses, those of the functions inside it included."""
-    inner = [name for each in code.co_consts if isinstance(each, CodeType) for name in _names(each)]
+    inner = [name for each in code.co_consts if isinstance(each, CodeType) for name in names_of(each)]
     return tuple(dict.fromkeys([*code.co_names, *inner]))
