@@ -76,7 +76,13 @@ class TrainingIteration:
         return cls(**counts)
 
     def advance(self, *, samples: int) -> Self:
-        """Return the iteration after one more update of `samples` samples."""
+        """Return the iteration after one more update of `samples` samples.
+
+        Raises:
+            SettingsError: If `samples` is not a whole number >= 0.
+        """
+        if type(samples) is not int or samples < 0:
+            raise_problems([check_whole("samples", samples, at_least=0)])
         return type(self)(self.epoch, self.update + 1, self.sample + samples)
 
     def next_epoch(self) -> Self:

@@ -1,6 +1,7 @@
 """Laws of pytrees for the containers of a state, in torch's registries and in optree's."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -13,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from noether import TrainingIteration, TrainState
 from noether.core.state import Measured
-from noether.core.tensors.donation import NOT_DONATED, DonatedTree, donate, lease, was_donated
+from noether.core.tensors.donation import NOT_DONATED, DonatedError, DonatedTree, donate, lease, was_donated
+from noether.core.tensors.losses import WeightedLosses
 from noether.core.tensors.tree import FrozenDict, FrozenView
 
 optree = pytest.importorskip("optree")
@@ -223,6 +225,27 @@ def test_what_replaces_a_donated_tree_is_not_donated():
     assert mapped.params.owner is NOT_DONATED
     assert lease(mapped).params == {"weight": mapped.params["weight"]}
     assert type(lease(mapped).params) is FrozenDict
+
+
+def test_a_tree_that_was_taken_cannot_be_flattened():
+    params = DonatedTree({"weight": torch.ones(2)})
+    params.take()
+    for read in (pytree.tree_leaves, optree.tree_leaves, lambda tree: tree.copy(), lambda tree: tree.update({"a": 1})):
+        with pytest.raises(DonatedError, match="was donated"):
+            read(params)
+
+
+def test_a_donated_state_becomes_plain_data():
+    fields = dataclasses.asdict(donate(TrainState(params={"weight": torch.ones(2)})))
+    assert fields["params"]["weight"].tolist() == [1.0, 1.0]
+
+
+def test_every_kind_of_frozen_dict_is_a_pytree():
+    losses = WeightedLosses({"ce": torch.ones(())}, {"ce": 3})
+    doubled = pytree.tree_map(lambda loss: loss * 2, losses)
+    assert (type(doubled), doubled["ce"]) == (FrozenDict, 2)
+    means = torch.func.vmap(lambda each: WeightedLosses({"ce": each.mean()}, {"ce": 3}))(torch.ones(4, 2))
+    assert means["ce"].shape == (4,)
 
 
 def test_the_leaves_of_a_donated_tree_are_views():

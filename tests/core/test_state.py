@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from noether.core.errors import SettingsError
 from noether.core.iteration import TrainingIteration
 from noether.core.metrics import log
 from noether.core.state import Measured, TrainState
@@ -515,3 +516,12 @@ def test_memory_goes_to_the_device_of_the_model():
     on_cpu = torch.nn.Linear(2, 1)
     held = TrainState.from_module(on_cpu).remember("sums", {"a": torch.ones(2)})
     assert TrainState.from_module(on_cpu, saved=held).callback_states is held.callback_states
+
+
+@pytest.mark.parametrize("samples", [-1, 2.0, True, "4", None, torch.tensor(4)])
+def test_counts_advance_by_whole_numbers_only(samples):
+    start = TrainingIteration(0, 5, 20)
+    with pytest.raises(SettingsError, match=r"^samples: .* is not a whole number of at least 0"):
+        start.advance(samples=samples)
+    with pytest.raises(SettingsError, match=r"^samples: "):
+        TrainState(iteration=start).advance(samples=samples)

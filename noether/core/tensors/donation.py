@@ -28,7 +28,8 @@ class DonatedTree(FrozenView):
     read keeps its value. After `take`, reading raises an error.
 
     It is a pytree: `torch.func` and `tree_map` take it as it is. What they return in its place has the same type, as
-    `torch.func.hessian` and others require, but is not donated: its owner is `NOT_DONATED`.
+    `torch.func.hessian` and others require, but is not donated: its owner is `NOT_DONATED`. Only a transform inside of
+    a function that `torch.compile` compiles cannot take it: pass the params of `noether.lease(state)`.
 
     Args:
         tree: Nested mappings of tensors and scalars.
@@ -53,7 +54,8 @@ class DonatedTree(FrozenView):
     """`freeze` returns it unchanged, because its readers cannot write to it."""
 
     def __init__(self, tree: Mapping[str, Any], owner: object = None) -> None:
-        self._tree: Mapping[str, Any] | None = tree
+        # `dataclasses.asdict` constructs a dict of any class from pairs.
+        self._tree: Mapping[str, Any] | None = tree if isinstance(tree, dict) else dict(tree)
         self.owner = owner
         self.successor: DonatedTree | None = None
 

@@ -1,6 +1,33 @@
 """Pytrees: how `torch.func`, `torch.compile`, `tree_map` and optree take the containers of a state apart.
 
 Each class is registered where it is defined, so its objects are pytrees as soon as there are any.
+
+Example:
+    A callback that logs the largest gradient norm of a sample, and a product of the Hessian with a direction:
+
+    >>> import torch
+    >>> from torch.func import functional_call, grad, jvp, vmap
+    >>> from torch.utils import _pytree as pytree
+    >>> from noether import AfterUpdate, Run, TrainState, log, on
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> def loss(params, sample):
+    ...     return functional_call(model, params, sample).square().sum()
+    >>> @on(AfterUpdate)
+    ... def log_largest_gradient(state, event):
+    ...     (batch,) = event.data["probe"]
+    ...     gradients = vmap(grad(loss), in_dims=(None, 0))(state.params, batch)
+    ...     squares = sum(gradient.flatten(1).square().sum(1) for gradient in gradients.values())
+    ...     return log(state, event, {"grad_norm/largest": squares.sqrt().max()})
+    >>> state = TrainState(params={"weight": torch.tensor([[1.0, 0.0]])})
+    >>> run = Run(data={"probe": [torch.tensor([[1.0, 0.0], [3.0, 4.0]])]})
+    >>> _, effects = log_largest_gradient(state.advance(samples=2), AfterUpdate(run=run, samples=2))
+    >>> effects[0].values
+    FrozenDict({'grad_norm/largest': tensor(30.)})
+
+    >>> direction = pytree.tree_map(torch.ones_like, state.params)
+    >>> slope = grad(lambda params: loss(params, torch.tensor([3.0, 4.0])))
+    >>> jvp(slope, (state.params,), (direction,))[1]
+    FrozenDict({'weight': tensor([[42., 56.]])})
 """
 
 from __future__ import annotations
