@@ -14,7 +14,7 @@ attributes are all that a callback may add; each is optional:
 
 `CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have private attributes:
 `_listens` (see `listens_to`) and `_tracker` (see `tracker_of`), from which a reducer knows when it need not call them;
-`_parts` (see `parts_of`) and `_memory_names` (see `memory_names`), which show the checks what is inside.
+`_inside` (see `leaves_of`), `_parts` (see `parts_of`) and `_memory_names` (see `memory_names`), which show the inside.
 """
 
 from __future__ import annotations
@@ -180,6 +180,20 @@ def memory_names(callback: Callback, state: TrainState) -> tuple[str, ...]:
     """Return the name of each memory of `callback`; a name that callbacks inside of it share, as often as they do."""
     names = getattr(callback, "_memory_names", None)
     return tuple(init_of(callback, state) if names is None else names(state))
+
+
+def leaves_of(callback: Callback) -> tuple[Callback, ...]:
+    """Return the functions and objects inside of all decorators and reducers, in order.
+
+    Example:
+        >>> from noether import AfterEpoch, compose, on
+        >>> def say(state, event):
+        ...     return state, ()
+        >>> leaves_of(compose(on(AfterEpoch)(say), compose(say))) == (say, say)
+        True
+    """
+    inside: tuple[Callback, ...] | None = getattr(callback, "_inside", None)
+    return (callback,) if inside is None else tuple(leaf for each in inside for leaf in leaves_of(each))
 
 
 def parts_of(callback: Callback) -> tuple[Callback, ...]:

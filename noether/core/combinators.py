@@ -226,6 +226,10 @@ class _Wrapper:
         return listens_to(self.callback, event_type)
 
     @property
+    def _inside(self) -> tuple[Callback, ...]:
+        return (self.callback,)
+
+    @property
     def _parts(self) -> tuple[Callback, ...]:
         parts = parts_of(self.callback)
         whole = len(parts) == 1 and parts[0] is self.callback

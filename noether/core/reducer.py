@@ -174,6 +174,10 @@ class Reducer:
         return self._listeners_by_event[event_type]
 
     @property
+    def _inside(self) -> tuple[Callback, ...]:
+        return self.members
+
+    @property
     def _parts(self) -> tuple[Callback, ...]:
         return tuple(part for member in self.members for part in parts_of(member))
 

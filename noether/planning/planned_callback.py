@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
-from noether.core.callback import declaration_of, label_of, listens_to
+from noether.core.callback import declaration_of, label_of, leaves_of, listens_to
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping, MetricEarlyStopping
 from noether.core.callbacks.nan_guard import NanGuardCallback
 from noether.core.event import EVENTS, AfterTraining, AtEval, BeforeTraining
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from noether.planning.requests import Probe, SaveRequest
     from noether.planning.retention_forecast import CheckpointForecast
     from noether.training.configured_callbacks import ConfiguredCallback
+
+
+_STOPPERS: Final = (MetricEarlyStopping, NanGuardCallback)
 
 
 @final
@@ -103,7 +106,7 @@ def plan_callback(configured: ConfiguredCallback, probe: Probe, *, evaluate_firs
         probe_error = str(error)
     except UNSAVABLE_ERRORS as error:
         save_error = str(error)
-    stops = result.stops or isinstance(callback, (MetricEarlyStopping, NanGuardCallback))
+    stops = result.stops or any(isinstance(each, _STOPPERS) for each in leaves_of(callback))
     return PlannedCallback(
         callback=callback,
         path=configured.path,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import Tensor
 
+from noether.core.callback import leaves_of
 from noether.core.errors import check_whole, raise_problems
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.event_fields import check_fields
@@ -151,8 +152,8 @@ class Session(SessionEvents):
         members = settings.list_callbacks(callbacks)
         memory = None if scheduler is None else SchedulerMemory(scheduler)
         reducer = compose(*([] if memory is None else [memory]), *members)
-        settings.check_data(reducer.members, run)
-        settings.check_optimizer(reducer.members, watched)
+        settings.check_data(leaves_of(reducer), run)
+        settings.check_optimizer(leaves_of(reducer), watched)
         super().__init__(
             run=run,
             reducer=reducer,

@@ -227,3 +227,26 @@ def test_a_class_with_a_misspelt_hook_is_refused():
         SettingsError, match="Empty does nothing: define process_results; did you mean 'process_result'"
     ):
         Empty(every_n_epochs=1, dataset_key="val")
+
+
+def test_at_a_standalone_evaluation_only_data_iterators_and_at_eval_act():
+    class Fires(PeriodicCallback):
+        def periodic_callback(self, state, event, interval):
+            return state, (LogText(interval),)
+
+    class Evaluates(Fires):
+        def at_eval(self, state, event):
+            return state, (LogText("own hook"),)
+
+    run = Run(data={"val": [torch.tensor([1.0])]}, forward=None)
+    state = TrainState().advance(samples=1)
+    plain, own, iterator = (
+        Fires(every_n_epochs=1),
+        Evaluates(every_n_epochs=1),
+        Spread(every_n_epochs=9, dataset_key="val"),
+    )
+    assert plain(state, AtEval(run=run)) == (state, ())
+    assert own(state, AtEval(run=run))[1] == (LogText("own hook"),)
+    assert [listens_to(each, AtEval) for each in (plain, own, iterator)] == [False, True, True]
+    documented = " ".join(str(PeriodicCallback.periodic_callback.__doc__).split())
+    assert "any other callback does nothing there, unless it defines `at_eval`" in documented

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,28 @@ def test_a_single_callback_resumed_at_any_event_does_the_same(interval, n, cut, 
     event, before, after, effects = events[cut]
     loaded = save_and_load(before, event)
     assert same(compose(*alone)(loaded, event), (after, effects))
+
+
+def as_subclass(event):
+    """Return the event as one of a loop of the user's own: a subclass of a subclass, with a field more."""
+    base = type(event)
+    kind = dataclass(frozen=True, kw_only=True, eq=False)(
+        type(base.__name__, (base,), {"__annotations__": {"temperature": float}, "temperature": 0.5})
+    )
+    return type(base.__name__, (kind,), {}).of(**vars(event), temperature=0.25)
+
+
+@pytest.mark.parametrize(("interval", "n"), [("every_n_epochs", 1), ("every_n_updates", 2), ("every_n_samples", 7)])
+def test_every_callback_takes_a_subclass_of_an_event_for_its_base(interval, n):
+    members = all_examples(interval, n, at_end=True)
+    reducer, silent = compose(*members), compose(*members)
+    initial = start(reducer)
+    expected = list(continue_run(reducer, initial))
+    assert same(reducer(initial, as_subclass(AtEval(run=RUN))), silent(initial, AtEval(run=RUN)))
+    for event, before, after, effects in expected:
+        assert same(reducer(before, as_subclass(event)), (after, effects))
+        for member in members:
+            assert listens_to(member, type(as_subclass(event))) == listens_to(member, type(event))
+            result = member(before, event)
+            assert same(member(before, as_subclass(event)), result)
+            before, _ = result  # noqa: PLW2901  # a fold, as the reducer's

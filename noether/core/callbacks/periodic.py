@@ -19,6 +19,7 @@ from noether.core.event import (
     AtEval,
     BeforeTraining,
     Event,
+    kind_of,
 )
 from noether.core.schedules.gate import Gate, Interval
 from noether.core.schedules.schedule import INTERVALS
@@ -179,13 +180,14 @@ class PeriodicCallback(CallbackBase):
         return self.track_after_update_step if self._tracks else None  # type: ignore[return-value]  # only for updates
 
     def _listens(self, event_type: type[Event]) -> bool:
-        hooks = ["__call__", HOOKS.get(event_type, "__call__")]
-        if event_type is AfterAccumulationStep:
+        kind = kind_of(event_type)
+        hooks = ["__call__", HOOKS.get(kind, "__call__")]
+        if kind is AfterAccumulationStep:
             hooks.append("track_after_accumulation_step")
         return (
             any(self.overrides(hook, PeriodicCallback) for hook in hooks)
-            or self.gate.listens(event_type)
-            or (event_type is AfterUpdate and self._tracks)
+            or self.gate.listens(kind)
+            or (kind is AfterUpdate and self._tracks)
         )
 
 

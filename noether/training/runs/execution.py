@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, final
 
+from noether.core.callback import leaves_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.effect import SetSummary
@@ -142,5 +143,5 @@ def event_recorder(reducer: Reducer) -> ToLine:
     Args:
         reducer: The callbacks; the line contains the metrics that its data iterators measured.
     """
-    iterators = [member for member in reducer.members if isinstance(member, PeriodicDataIteratorCallback)]
+    iterators = [each for each in leaves_of(reducer) if isinstance(each, PeriodicDataIteratorCallback)]
     return event_line_builder([pattern for member in iterators for pattern in member.produces or ()], dataset_lengths)

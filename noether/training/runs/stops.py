@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from noether.config.serialization import resolve_config
-from noether.core.callback import label_of
+from noether.core.callback import label_of, leaves_of
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping
 from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
@@ -51,15 +51,16 @@ def clear_stop(
 def _is_changed(label: str | None, old: Config, new: Config) -> bool:
     """Return whether the callback with a label changed or is gone; any callback, if the label is unknown."""
     before, after = resolve_config(old)["callbacks"], resolve_config(new)["callbacks"]
-    labels = [set(map(label_of, compose(kind.build()).members)) for kind in old.callbacks]
+    built = [compose(kind.build()) for kind in old.callbacks]
+    labels = [set(map(label_of, (*each.members, *leaves_of(each)))) for each in built]
     named = [section for section, names in zip(before, labels, strict=True) if label in names]
     return any(section not in after for section in named or before)
 
 
 def _refuse_reached_stops(state: TrainState, experiment: Experiment) -> None:
     for configured in experiment.callbacks:
-        callback = configured.callback
-        if isinstance(callback, FixedUpdateEarlyStopping) and state.iteration.reached(callback.point):
+        fixed = [each for each in leaves_of(configured.callback) if isinstance(each, FixedUpdateEarlyStopping)]
+        for callback in (each for each in fixed if state.iteration.reached(each.point)):
             setting, _, count = callback.name_parts()[0].partition("=")
             message = f"{count} is reached at {state.iteration} already, so training would stop again at once; "
             path = (*configured.path, setting)
