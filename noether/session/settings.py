@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from noether.core.errors import check_whole, raise_problems, suggest
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.tensors.forward import forward
+from noether.core.tensors.losses import name_of
+from noether.core.tensors.means import Mean
 from noether.core.tensors.module import named_parameters
 from noether.session.errors import SessionError
 from noether.session.evaluation import evaluation_data
@@ -119,12 +122,30 @@ def complete_run(
     if loss is not None and "forward" in vars(run):
         raise SessionError("loss= and run=Run(forward=...) are given: keep one of them")
     frozen = frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
-    predict = None if loss is None else forward(model, loss, precision=precision)
+    predict = None if loss is None else forward(model, _SessionLoss(loss), precision=precision)
     run_id = None if directory is None else directory.run_id
     run = fill_run(run, data=data, forward=predict, frozen=frozen, run_id=run_id)
     if "data" not in vars(run):
         return run
     return run.replace(data={key: evaluation_data(each, model, seed, key) for key, each in run.data.items()})
+
+
+class _SessionLoss:
+    """A loss function under its own name, whose result is checked as that of `loss=`."""
+
+    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
+        self._loss = loss
+        update_wrapper(self, loss if hasattr(loss, "__qualname__") else type(loss), updated=())
+
+    def __call__(self, outputs: Any, batch: Any) -> Any:
+        losses = self._loss(outputs, batch)
+        if not isinstance(losses, (torch.Tensor, Mapping, Mean)):
+            found = "nothing" if losses is None else f"a {type(losses).__name__}"
+            raise SessionError(
+                f"loss= returned {found}: return a tensor, or {{name: tensor}}, without .item(), from "
+                f"{name_of(self._loss)}"
+            )
+        return losses
 
 
 def fill_run(run: Run, **known: Any) -> Run:
