@@ -9,6 +9,7 @@ from noether.testing.comparison import assert_same, differences, same
 from noether.testing.counterexamples import LawError
 from noether.testing.independence import check_independent
 from noether.testing.laws import check_composition, check_resumable
+from noether.testing.models import ModelArguments
 from noether.testing.purity import ImpureError, call_purely, check_pure
 from noether.testing.schedule_laws import check_schedule
 from noether.testing.traces import DrivenRun, Reading, Trace, drive, effects_of
@@ -17,6 +18,7 @@ __all__ = [
     "DrivenRun",
     "ImpureError",
     "LawError",
+    "ModelArguments",
     "Reading",
     "Trace",
     "assert_same",

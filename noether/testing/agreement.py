@@ -17,23 +17,24 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
 from noether.core.tensors.tree import FrozenDict, map_tensors
-from noether.testing.counterexamples import LawError, assert_law
+from noether.testing.counterexamples import LawError
 from noether.testing.functions import copy_callback
+from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import add_metric_source
 from noether.testing.other_process import call_in_other_processes
 from noether.testing.run_differences import compare_runs, event_text
-from noether.testing.strategies import runs
 from noether.testing.traces import DrivenRun, Trace, drive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Unpack
 
     from hypothesis.strategies import SearchStrategy
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
-    from noether.core.reducer import Reducer
     from noether.core.state import TrainState
+    from noether.testing.models import ModelArguments
 
     Traces = SearchStrategy[Trace] | None
 
@@ -49,7 +50,9 @@ _LATER_S: Final = 2.0**31
 _LARGE: Final = 2.0**50
 
 
-def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
+def check_rank_agreement(
+    callback: Callback, *, traces: Traces = None, examples: int = _EXAMPLES, **model: Unpack[ModelArguments]
+) -> None:
     """Raise unless every rank of a distributed run makes the same decisions.
 
     The ranks differ a lot in `time_s` and durations, in outputs, in the losses of accumulation steps, and in the
@@ -69,8 +72,10 @@ def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples:
 
     Args:
         callback: Any callback.
-        traces: The runs to try; None for all kinds.
+        traces: The runs to try; None for all kinds, long enough for the schedules of the callback.
         examples: Largest number of runs to try, >= 1.
+        model: What the callback sees of the model: `model=`, `losses=`, `outputs=`, `groups=`, `data=`, `forward=`; see
+            `noether.testing.ModelArguments`.
 
     Raises:
         LawError: With the simplest run in which two ranks disagree, and the first difference.
@@ -84,23 +89,22 @@ def check_rank_agreement(callback: Callback, *, traces: Traces = None, examples:
         Traceback (most recent call last):
         noether.testing.counterexamples.LawError: impatient makes different decisions on different ranks...
     """
-    complete = add_metric_source(callback)
     tried: dict[str, Trace] = {}
 
     def law(trace: Trace) -> None:
-        first, second = (_decisions(_drive_rank(complete, trace, rank)) for rank in (0, 1))
+        first, second = (_decisions(_drive_rank(callback, trace, rank)) for rank in (0, 1))
         compare_runs(callback, _VIOLATION, second, first, trace)
         tried[str(trace)] = trace
 
-    assert_law(law, runs() if traces is None else traces, examples=examples)
+    check_runs(callback, law, traces=traces, examples=examples, model=model)
     sent = list(tried.values())[-_SENT:]
-    expected = describe_decisions(complete, sent)
-    for found in call_in_other_processes(describe_decisions, complete, sent):
+    expected = describe_decisions(callback, sent)
+    for found in call_in_other_processes(describe_decisions, callback, sent):
         for trace, ours, theirs in zip(sent, expected, found, strict=True):
             _compare_processes(callback, trace, ours, theirs)
 
 
-def describe_decisions(callback: Reducer, traces: list[Trace]) -> list[list[list[str]]]:
+def describe_decisions(callback: Callback, traces: list[Trace]) -> list[list[list[str]]]:
     """Return for each run the decisions of a callback on rank 0, as `[event, path, text of the value]`."""
     driven = [_decisions(_drive_rank(callback, trace, 0)) for trace in traces]
     return [
@@ -125,9 +129,10 @@ def _compare_processes(callback: Callback, trace: Trace, ours: list[list[str]], 
     )
 
 
-def _drive_rank(callback: Reducer, trace: Trace, rank: int) -> DrivenRun:
+def _drive_rank(callback: Callback, trace: Trace, rank: int) -> DrivenRun:
     """Return the run of a callback as one of two ranks sees it."""
-    members = (_OnRank(member, rank, trace) for member in copy_callback(callback).members)
+    complete = add_metric_source(copy_callback(callback), finite=trace.finite_metrics)
+    members = (_OnRank(member, rank, trace) for member in complete.members)
     variables = {**dict.fromkeys(_RANK_VARIABLES, str(rank)), "WORLD_SIZE": "2"}
     with mock.patch.dict(os.environ, variables):
         return drive(compose(*members), trace.on_rank(rank))

@@ -9,25 +9,28 @@ from noether.core.effect import Effect, SaveCheckpoint
 from noether.core.reducer import compose
 from noether.effects.interpreter import merge_effects
 from noether.testing.comparison import same
-from noether.testing.counterexamples import assert_law
+from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import metric_source
 from noether.testing.run_differences import compare_runs
-from noether.testing.strategies import runs
 from noether.testing.traces import DrivenRun, Trace, drive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Unpack
 
     from hypothesis.strategies import SearchStrategy
 
     from noether.core.callback import Callback, Effects
+    from noether.testing.models import ModelArguments
 
     Traces = SearchStrategy[Trace] | None
 
 _EXAMPLES: Final = 100
 
 
-def check_independent(a: Callback, b: Callback, *, traces: Traces = None, examples: int = _EXAMPLES) -> None:
+def check_independent(
+    a: Callback, b: Callback, *, traces: Traces = None, examples: int = _EXAMPLES, **model: Unpack[ModelArguments]
+) -> None:
     """Raise unless two callbacks give the same states and effects in either order.
 
     Effects are compared as the interpreter merges them, so two callbacks that set one entry of the summary, log one
@@ -36,8 +39,10 @@ def check_independent(a: Callback, b: Callback, *, traces: Traces = None, exampl
     Args:
         a: One callback.
         b: The other callback.
-        traces: The runs to try; None for all kinds.
+        traces: The runs to try; None for all kinds, long enough for the schedules of the callback.
         examples: Largest number of runs to try, >= 1.
+        model: What the callback sees of the model: `model=`, `losses=`, `outputs=`, `groups=`, `data=`, `forward=`; see
+            `noether.testing.ModelArguments`.
 
     Raises:
         LawError: With the simplest run in which their order matters, and the first difference.
@@ -56,16 +61,16 @@ def check_independent(a: Callback, b: Callback, *, traces: Traces = None, exampl
         Traceback (most recent call last):
         noether.testing.counterexamples.LawError: scale and scale depend on their order...
     """
-    metrics = metric_source(compose(a, b))
-    listed, swapped = compose(metrics, a, b), compose(metrics, b, a)
 
     def law(trace: Trace) -> None:
-        expected, found = (_with_outcomes(drive(each, trace)) for each in (listed, swapped))
+        metrics = metric_source(compose(a, b), finite=trace.finite_metrics)
+        orders = (compose(metrics, a, b), compose(metrics, b, a))
+        expected, found = (_with_outcomes(drive(each, trace)) for each in orders)
         reordered = found._replace(effects=tuple(map(_match_order, found.effects, expected.effects)))
         violation = "depend on their order: the run differs with the second one first"
         compare_runs(compose(a, b), violation, reordered, expected, trace)
 
-    assert_law(law, runs() if traces is None else traces, examples=examples)
+    check_runs(compose(a, b), law, traces=traces, examples=examples, model=model)
 
 
 @dataclass(frozen=True)

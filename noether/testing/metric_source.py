@@ -22,8 +22,12 @@ _VALUES: Final = (0.0, 0.25, 0.5, 1.0, 1.0, 2.0, 3.0, math.nan, math.inf, -math.
 _MEASURED: Final = (AfterUpdate, AfterEpoch, AfterTraining, AtEval)
 
 
-def add_metric_source(tested: Callback) -> Reducer:
+def add_metric_source(tested: Callback, *, finite: bool = False) -> Reducer:
     """Return a callback composed with a source of the metrics that it consumes and does not produce.
+
+    Args:
+        tested: Any callback.
+        finite: Whether all values of the metrics are finite.
 
     Raises:
         TypeError: If it consumes stored weights instead of a metric.
@@ -37,17 +41,22 @@ def add_metric_source(tested: Callback) -> Reducer:
         >>> list(state.metrics)
         ['loss/val/total']
     """
-    return compose(metric_source(tested), tested)
+    return compose(metric_source(tested, finite=finite), tested)
 
 
-def metric_source(tested: Callback) -> Callback:
+def metric_source(tested: Callback, *, finite: bool = False) -> Callback:
     """Return a callback that logs the metrics that `tested` consumes and does not produce; `identity` if none.
 
     It leaves out a metric that the callback can do without (a `SkippableKey`) at some of the events.
 
+    Args:
+        tested: Any callback.
+        finite: Whether all values are finite.
+
     Raises:
         TypeError: If `tested` consumes stored weights instead of a metric.
     """
+    known = tuple(filter(math.isfinite, _VALUES)) if finite else _VALUES
     members = tested.members if isinstance(tested, Reducer) else (tested,)
     produced = [pattern for member in members for pattern in declaration_of(member).produces or ()]
     consumed = merge_keys(*(key for member in members for key in declaration_of(member).required))
@@ -66,7 +75,7 @@ def metric_source(tested: Callback) -> Callback:
         present = [
             key for key in keys if not isinstance(key, SkippableKey) or _hash(f"{key} is logged", state, event) % 2
         ]
-        values = {str(key): _VALUES[_hash(key, state, event) % len(_VALUES)] for key in present}
+        values = {str(key): known[_hash(key, state, event) % len(known)] for key in present}
         return log(state, event, values) if values else (state, ())
 
     return measure if keys else identity

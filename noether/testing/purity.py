@@ -10,9 +10,10 @@ from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
 from noether.core.tensors.tree import storages, tensors
 from noether.testing.comparison import differences, same
-from noether.testing.counterexamples import LawError, assert_law
+from noether.testing.counterexamples import LawError
 from noether.testing.forbidden_calls import call_watched
 from noether.testing.functions import copy_callback
+from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import add_metric_source
 from noether.testing.outside_memory import (
     GENERATORS,
@@ -23,17 +24,18 @@ from noether.testing.outside_memory import (
     marks_of,
     outside_memory,
 )
-from noether.testing.strategies import runs
 from noether.testing.traces import drive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Unpack
 
     from hypothesis.strategies import SearchStrategy
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.testing.models import ModelArguments
     from noether.testing.traces import Trace
 
 _Value = TypeVar("_Value")
@@ -48,7 +50,13 @@ class ImpureError(LawError):
     """A callback is not a pure function."""
 
 
-def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = None, examples: int = _EXAMPLES) -> None:
+def check_pure(
+    callback: Callback,
+    *,
+    traces: SearchStrategy[Trace] | None = None,
+    examples: int = _EXAMPLES,
+    **model: Unpack[ModelArguments],
+) -> None:
     """Raise unless `callback` is a pure function: two calls return the same, and nothing else changes.
 
     A source provides the metrics that it consumes and does not produce. After the random runs come a run of 60 updates
@@ -56,8 +64,10 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
 
     Args:
         callback: Any callback; the members of a reducer are checked one by one.
-        traces: The runs to try; None for all kinds.
+        traces: The runs to try; None for all kinds, long enough for the schedules of the callback.
         examples: Largest number of runs to try, >= 1.
+        model: What the callback sees of the model: `model=`, `losses=`, `outputs=`, `groups=`, `data=`, `forward=`; see
+            `noether.testing.ModelArguments`.
 
     Raises:
         ImpureError: If two results differ; if the state that it returns depends on `event.time_s`; if the callback
@@ -82,16 +92,21 @@ def check_pure(callback: Callback, *, traces: SearchStrategy[Trace] | None = Non
         _drive_purely(callback, trace, None)
         example[:] = [trace]
 
-    assert_law(law, runs() if traces is None else traces, examples=examples)
+    check_runs(callback, law, traces=traces, examples=examples, model=model)
     for trace in example:
-        _drive_purely(callback, replace(trace, run=trace.run.replace(end=_LONG_END), interruptions=()), None)
-        _drive_purely(callback, *_start_late(trace))
+        _drive_purely(callback, replace(_simplify(trace), run=trace.run.replace(end=_LONG_END)), None)
+        _drive_purely(callback, *_start_late(_simplify(trace)))
+
+
+def _simplify(trace: Trace) -> Trace:
+    """Return a trace that starts at update 0, and that nothing interrupts or stops."""
+    return replace(trace, first_update=0, interruptions=(), evaluations=(), stop=None)
 
 
 def _drive_purely(callback: Callback, trace: Trace, state: TrainState | None) -> None:
     """Drive a callback through a run with `call_purely`, from a state or from the start."""
     # A copy, because a callback that writes to itself would carry its writes into the next run.
-    members = add_metric_source(copy_callback(callback)).members
+    members = add_metric_source(copy_callback(callback), finite=trace.finite_metrics).members
     with draw_from_generators():
         drive(compose(*map(_PurityChecked, members)), trace, state, resumed=state is not None)
 
@@ -99,10 +114,9 @@ def _drive_purely(callback: Callback, trace: Trace, state: TrainState | None) ->
 def _start_late(trace: Trace) -> tuple[Trace, TrainState]:
     """Return the end of a long run like `trace`, and the state that it starts from."""
     update = _LATE_EPOCH * trace.run.updates_per_epoch
-    previous, start = trace.run.iteration_after(update - 1), trace.run.iteration_after(update)
-    late = trace.start().replace(previous=previous, iteration=start, epoch_start=start)
-    run = trace.run.replace(end=TrainingIteration(epoch=start.epoch + 2))
-    return replace(trace, run=run, interruptions=()), late
+    epoch = trace.run.iteration_after(update).epoch
+    late = replace(trace, run=trace.run.replace(end=TrainingIteration(epoch=epoch + 2)), first_update=update)
+    return late, late.start()
 
 
 def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[TrainState, Effects]:

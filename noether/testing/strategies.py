@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Unpack
 
 import torch
 from hypothesis import strategies as st
 
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.run import Run
+from noether.core.schedules.forecast import Occasions, count_until, nth_firing
 from noether.core.schedules.schedule import At, EveryNEpochs, EveryNSamples, EveryNUpdates
-from noether.core.state import Measured, TrainState
+from noether.core.state import Measured
+from noether.testing.models import ModelArguments, TracedModel
 from noether.testing.traces import Reading, Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from noether.core.schedules.base import Schedule
+    from noether.core.state import TrainState
 
 _LONGEST: Final = 60
 
@@ -42,15 +45,30 @@ def run_lengths(draw: Callable[..., Any], max_epochs: int = 6) -> Run:
     )
 
 
-def runs(*, max_epochs: int = 3, finite: bool = False, interrupted: bool = True) -> st.SearchStrategy[Trace]:
-    """Traces of runs as a real loop emits them: accumulation, short last batches, epochs, interruptions.
+def runs(
+    *,
+    max_epochs: int = 3,
+    finite: bool = False,
+    interrupted: bool = True,
+    empty: bool = False,
+    **model: Unpack[ModelArguments],
+) -> st.SearchStrategy[Trace]:
+    """Traces of runs as a real loop emits them.
 
-    Every dataset key names a dataset of a few batches. The forward uses the params of the trace and has two classes.
+    They have accumulation, short last batches, skipped updates, one or more parameter groups, evaluations,
+    interruptions; they end after an epoch or within one, or because another callback stops them. Some start shortly
+    before update 50, 100 or 1000, as a run that is resumed with new callbacks.
+
+    Every dataset key names a dataset of a few batches, and the forward uses the params of the trace and has two
+    classes, unless `model` says otherwise.
 
     Args:
         max_epochs: Largest number of epochs, >= 1.
-        finite: Whether all losses are finite.
+        finite: Whether all losses are finite, no update is skipped for another reason than that it is empty, and the
+            metrics that a law provides are finite.
         interrupted: Whether a process may end before the run does.
+        empty: Whether some updates are empty: all their micro-batches have no samples, so they have no losses.
+        model: What callbacks see of the model; see `ModelArguments`.
 
     Example:
         >>> from hypothesis import find
@@ -58,27 +76,88 @@ def runs(*, max_epochs: int = 3, finite: bool = False, interrupted: bool = True)
         >>> str(trace.run.final), trace.readings[0].losses
         ('E1_U1_S1', (0.0,))
     """
-    return _runs(max_epochs, finite, interrupted)
+    kinds = _Kinds(max_epochs, finite, interrupted, empty)
+    return _runs(kinds, TracedModel().with_arguments(**model), ())
+
+
+def runs_reaching(*schedules: Schedule | None) -> st.SearchStrategy[Trace]:
+    """Traces like those of `runs`, but each is long enough for a schedule to be due, or starts shortly before.
+
+    Args:
+        schedules: The schedules; None stands for runs of any length.
+
+    Example:
+        >>> from hypothesis import find
+        >>> str(find(runs_reaching(EveryNUpdates(5000)), lambda trace: True).run.final)
+        'E5000_U5000_S5000'
+    """
+    return _runs(_Kinds(), TracedModel(), schedules)
+
+
+class _Kinds(NamedTuple):
+    max_epochs: int = 3
+    finite: bool = False
+    interrupted: bool = True
+    empty: bool = False
 
 
 @st.composite
-def _runs(draw: Callable[..., Any], max_epochs: int, finite: bool, interrupted: bool) -> Trace:  # noqa: FBT001  # private
+def _runs(draw: Callable[..., Any], kinds: _Kinds, model: TracedModel, schedules: tuple[Schedule | None, ...]) -> Trace:
     batch, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
-    run = Run(
-        end=TrainingIteration(epoch=draw(st.integers(1, max_epochs))),
-        updates_per_epoch=-(-length // batch),
-        samples_per_epoch=length,
-        effective_batch_size=min(batch, length),
-        run_id="trace",
-        config={},
-        data=_AnyDataset(),
-        forward=_forward,
-        frozen=frozenset(),
+    shape = Run(
+        updates_per_epoch=-(-length // batch), samples_per_epoch=length, effective_batch_size=min(batch, length)
     )
-    reading = st.builds(Reading, st.lists(losses(finite=finite), min_size=1, max_size=3).map(tuple), _DURATIONS)
-    readings = draw(st.lists(reading, min_size=1, max_size=run.final.update).map(tuple))
-    stops = draw(cuts(run.final.update)) if interrupted else ()
-    return Trace(run, readings, stops, seed=draw(st.integers(0, 9)))
+    first, end = draw(_spans(shape, kinds, schedules))
+    run = shape.replace(end=end, run_id="trace", config={})
+    updates = run.final.update - first
+    readings = draw(st.lists(_readings(kinds), min_size=1, max_size=min(updates, _MOST_READINGS)).map(tuple))
+    places = cuts(updates).map(lambda found: tuple(run.iteration_after(first).epoch + first + each for each in found))
+    if "groups" not in model.given:
+        model = replace(model, groups=draw(st.sampled_from((("default",), ("default", "head")))))
+    trace = Trace(
+        run, readings, draw(places) if kinds.interrupted else (), seed=draw(st.integers(0, 9)), first_update=first,
+        evaluations=draw(st.one_of(st.just(()), places)), finite_metrics=kinds.finite,
+        stop=draw(st.one_of(st.none(), st.none(), st.none(), st.integers(first + 1, first + updates))),
+    )  # fmt: skip
+    return trace.with_model(model)
+
+
+@st.composite
+def _spans(
+    draw: Callable[..., Any], shape: Run, kinds: _Kinds, schedules: tuple[Schedule | None, ...]
+) -> tuple[int, TrainingIteration]:
+    """The completed updates at the start of a trace, and the end of its run."""
+    first, updates = 0, draw(st.integers(1, kinds.max_epochs)) * shape.updates_per_epoch
+    schedule = draw(st.sampled_from(schedules)) if schedules else None
+    due = None if schedule is None else _update_of_firing(schedule, draw(st.integers(1, 2)), shape)
+    if due is None:
+        first = draw(st.sampled_from((0, 0, *_LATE_STARTS)))
+    elif due > _MOST_READINGS:
+        first = due - draw(st.integers(1, 4))
+    last = max(first + updates, due or 0)
+    if draw(st.booleans()):  # it ends within an epoch
+        return first, TrainingIteration(update=draw(st.integers(max(due or 0, first + 1), last)))
+    return first, TrainingIteration(epoch=-(-last // shape.updates_per_epoch))
+
+
+_LATE_STARTS: Final = (48, 98, 998)
+_MOST_READINGS: Final = 12
+"""A schedule that is due later than this is reached by a run that starts late."""
+_FAR: Final = TrainingIteration(update=10**9)
+
+
+def _update_of_firing(schedule: Schedule, number: int, shape: Run) -> int | None:
+    """Return the number of the update at which a schedule is due for the n-th time, or for the first; None if never."""
+    run, occasions = shape.replace(end=_FAR), Occasions(schedule)
+    firings = min(number, count_until(occasions, run.final, run))
+    return nth_firing(occasions, firings, run).iteration.update if firings else None
+
+
+def _readings(kinds: _Kinds) -> st.SearchStrategy[Reading]:
+    measured = st.lists(losses(finite=kinds.finite), min_size=1, max_size=3).map(tuple)
+    skipped = st.just(False) if kinds.finite else st.sampled_from((False, False, True))
+    reading = st.builds(Reading, measured, _DURATIONS, skipped)
+    return st.one_of(reading, reading, st.builds(Reading, st.just(()), _DURATIONS)) if kinds.empty else reading
 
 
 def losses(*, finite: bool = False) -> st.SearchStrategy[float]:
@@ -188,29 +267,3 @@ def _compound_schedules(schedules: st.SearchStrategy[Schedule]) -> st.SearchStra
         st.builds(lambda schedule, point: schedule.starting(point), schedules, points()),
         st.builds(lambda schedule, point: schedule.until(point), schedules, points()),
     )
-
-
-@final
-class _AnyDataset(Mapping[str, Any]):
-    """Has a dataset under every key, because a tested callback may iterate any."""
-
-    def __getitem__(self, key: str) -> Any:
-        return _BATCHES
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("train", "val"))
-
-    def __len__(self) -> int:
-        return 2
-
-
-_BATCHES: Final = (
-    (torch.tensor([[1.0, 2.0], [-1.0, 0.5]]), torch.tensor([0, 1])),
-    (torch.tensor([[0.25, -3.0]]), torch.tensor([1])),
-)
-
-
-def _forward(state: TrainState, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
-    inputs, targets = batch
-    outputs = inputs * state.params["w"] + state.params["b"]
-    return {"total": torch.nn.functional.cross_entropy(outputs, targets)}, outputs

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 
 import torch
 
-from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
+from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
-from noether.core.state import TrainState
-from noether.core.tensors.tree import FrozenDict
+from noether.testing.models import TracedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.run import Run
+    from noether.core.state import TrainState
 
     Dispatch = Callable[[TrainState, Event], TrainState]
 
@@ -33,12 +33,19 @@ class Reading:
     """Losses and duration of one update.
 
     Args:
-        losses: Mean loss of each accumulation step. An update has as many steps, but at most one for each sample.
+        losses: Mean loss of each accumulation step. An update has as many steps, but at most one for each sample; it is
+            empty, without losses and samples, if there are none.
         duration_s: Seconds since the previous update.
+        skipped: Whether the loop skips the update, as one with gradients that are not finite.
     """
 
     losses: tuple[float, ...] = (1.0,)
     duration_s: float = 0.25
+    skipped: bool = False
+
+    def __str__(self) -> str:
+        text = "+".join(map(str, self.losses)) or "empty"  # a + joins the losses of one update
+        return f"{text} (skipped)" if self.skipped else text
 
 
 @final
@@ -46,12 +53,19 @@ class Reading:
 class Trace:
     """A run as data: its shape, the readings of each update, and where a process ends and another resumes.
 
+    A place in a run is its number of completed updates and ends of epochs, counted together.
+
     Args:
         run: Gives the end of the run and the sizes of its epochs and batches.
         readings: One for each update; the last one is repeated if the run has more updates.
-        interruptions: Numbers of updates and ends of epochs, counted together, after which a process ends; the next
-            process starts with `BeforeTraining(resumed=True)`.
+        interruptions: Places at which a process ends; the next process starts with `BeforeTraining(resumed=True)`.
         seed: Seed of the state at the start.
+        model: Params, names of losses and outputs, and datasets.
+        first_update: Completed updates at the start, >= 0; if there are any, the callbacks join a run that is resumed.
+        evaluations: Places at which the model is evaluated with `AtEval`.
+        stop: Number of the update at which another callback stops the run; None if none does.
+        finite_metrics: Whether a metric is finite that a law provides because a callback consumes it.
+        clock_s: Wall-clock time at update 0, in seconds since 1970.
 
     Example:
         >>> from noether import Run, TrainingIteration
@@ -65,21 +79,56 @@ class Trace:
     readings: tuple[Reading, ...] = (Reading(),)
     interruptions: tuple[int, ...] = ()
     seed: int = 0
+    model: TracedModel = field(default=TracedModel(), repr=False)
+    first_update: int = 0
+    evaluations: tuple[int, ...] = ()
+    stop: int | None = None
+    finite_metrics: bool = False
+    clock_s: float = 1e9
 
     def __str__(self) -> str:
         run = self.run
         sizes = f"{run.samples_per_epoch} samples per epoch in batches of {run.effective_batch_size}"
-        # A + joins the losses of one update.
-        losses = ", ".join("+".join(map(str, each.losses)) for each in self.readings)
-        cut = f", interrupted after {', '.join(map(str, self.interruptions))}" if self.interruptions else ""
-        return f"a run to {run.end}, {sizes}, losses {losses}, seed {self.seed}{cut}"
+        parts = [f"a run to {run.end}", sizes, f"losses {', '.join(map(str, self.readings))}", f"seed {self.seed}"]
+        if self.first_update:
+            parts.insert(1, f"resumed with new callbacks at {run.iteration_after(self.first_update)}")
+        if self.interruptions:
+            parts.append(f"interrupted after {', '.join(map(str, self.interruptions))}")
+        if self.evaluations:
+            parts.append(f"evaluated after {', '.join(map(str, self.evaluations))}")
+        if self.stop is not None:
+            parts.append(f"stopped at update {self.stop}")
+        if len(self.model.groups) > 1:
+            parts.append(f"parameter groups {', '.join(self.model.groups)}")
+        return ", ".join(parts)
 
     def start(self) -> TrainState:
-        """Return the state at the start: params `w` and `b`, a buffer, and the state of an optimizer."""
-        params = {"w": torch.tensor([1.0, -2.0]), "b": torch.tensor(0.5)}
-        moments = {name: {"exp_avg": torch.zeros_like(param)} for name, param in params.items()}
-        opt_state = {"state": moments, "groups": {}}
-        return TrainState(params=params, buffers={"seen": torch.tensor(0)}, opt_state=opt_state, seed=self.seed)
+        """Return the state at the start: the params of the model, a buffer, and the state of an optimizer."""
+        state = self.model.start(self.seed)
+        if not self.first_update:
+            return state
+        iteration = self.run.iteration_after(self.first_update)
+        before = self.run.iteration_after(self.first_update - 1)
+        start = self.run.iteration_after(iteration.epoch * self.run.updates_per_epoch)
+        return state.replace(iteration=iteration, previous=before, epoch_start=start)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all losses are finite and no metric of a law may be anything else."""
+        losses = (loss for reading in self.readings for loss in reading.losses)
+        return self.finite_metrics and all(map(math.isfinite, losses))
+
+    def with_finite_values(self) -> Trace:
+        """Return the trace with finite losses and metrics, and no skipped updates."""
+        readings = tuple(
+            replace(each, losses=tuple(loss if math.isfinite(loss) else 1.0 for loss in each.losses), skipped=False)
+            for each in self.readings
+        )
+        return replace(self, readings=readings, finite_metrics=True)
+
+    def with_model(self, model: TracedModel) -> Trace:
+        """Return the trace of the same run with another model."""
+        return replace(self, model=model, run=model.complete_run(self.run))
 
     def without_interruptions(self) -> Trace:
         """Return the trace of the same run in one process."""
@@ -91,8 +140,8 @@ class Trace:
         return replace(self, run=self.run.replace(rank=rank, world_size=2), readings=readings)
 
     def reading(self, update: int) -> Reading:
-        """Return the reading of the update with this index."""
-        return self.readings[min(update, len(self.readings) - 1)]
+        """Return the reading of the update after `update` others."""
+        return self.readings[min(update - self.first_update, len(self.readings) - 1)]
 
 
 class DrivenRun(NamedTuple):
@@ -133,17 +182,24 @@ def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, 
         driven.append((event, state, effects))
         return state
 
-    state = dispatch(trace.start() if state is None else state, BeforeTraining(run=run, resumed=resumed))
-    while (move := next_move(state, run)) is not Move.NOTHING:
+    if state is None:
+        state, resumed = trace.start(), trace.first_update > 0
+    state = dispatch(state, BeforeTraining(run=run, resumed=resumed, time_s=_time_s(state, trace)))
+    while True:
+        if _place(state) in trace.evaluations:
+            state = dispatch(state, AtEval(run=run, time_s=_time_s(state, trace)))
+        move = next_move(state, run)
+        if move is Move.NOTHING:
+            break
         if move is Move.END_TRAINING:
-            state = dispatch(state.replace(ended=True), AfterTraining(run=run))
+            state = dispatch(state.replace(ended=True), AfterTraining(run=run, time_s=_time_s(state, trace)))
             continue
         if move is Move.END_EPOCH:
-            state = dispatch(state.next_epoch(), AfterEpoch(run=run))
+            state = dispatch(state.next_epoch(), AfterEpoch(run=run, time_s=_time_s(state, trace)))
         else:
             state = _update(state, trace, dispatch)
-        if state.iteration.update + state.iteration.epoch in trace.interruptions:
-            state = dispatch(state, BeforeTraining(run=run, resumed=True))
+        if _place(state) in trace.interruptions:
+            state = dispatch(state, BeforeTraining(run=run, resumed=True, time_s=_time_s(state, trace)))
     events, states, effects = zip(*driven, strict=True)
     return DrivenRun(events, states, effects)
 
@@ -160,27 +216,52 @@ def effects_of(stream: DrivenRun | Iterable[Effects], kind: type[_EffectType]) -
     return [effect for effects in sequence for effect in effects if isinstance(effect, kind)]
 
 
+def _place(state: TrainState) -> int:
+    return state.iteration.update + state.iteration.epoch
+
+
+def _time_s(state: TrainState, trace: Trace) -> float:
+    return trace.clock_s + state.iteration.update + trace.run.rank / 8
+
+
 def _update(state: TrainState, trace: Trace, dispatch: Dispatch) -> TrainState:
     """Return the state after one update, which depends on the params, the losses and the hyperparams."""
-    run, update = trace.run, state.iteration.update
+    run, model, update = trace.run, trace.model, state.iteration.update
     reading = trace.reading(update)
     sizes = _sizes(run.iteration_after(update + 1).sample - run.iteration_after(update).sample, reading)
     offset = run.rank / 8  # each rank measures its own part of the batch
-    outputs = tuple({"drift": state.params["w"].abs() + offset, "scale": step + offset} for step in range(len(sizes)))
-    for step, (samples, loss) in enumerate(zip(sizes, reading.losses, strict=False)):
+    losses = [loss + offset for loss in reading.losses[: len(sizes)]]
+    outputs = tuple(model.outputs_of(update + step, loss) for step, loss in enumerate(losses))
+    for step, (samples, loss) in enumerate(zip(sizes, losses, strict=True)):
         seen = AfterAccumulationStep(
-            run=run, losses={"total": torch.tensor(loss + offset)}, outputs=outputs[step], samples=samples,
-            accumulation_step=step, accumulation_steps=len(sizes),
+            run=run, time_s=_time_s(state, trace), losses=model.losses_of(loss), outputs=outputs[step],
+            samples=samples, accumulation_step=step, accumulation_steps=len(sizes),
         )  # fmt: skip
         state = dispatch(state, seen)
-    loss = sum(loss * size for loss, size in zip(reading.losses, sizes, strict=False)) / sum(sizes)
-    lr = {"default": 0.1 * state.hyperparams["lr_scale"]}
     event = AfterUpdate(
-        run=run, time_s=1e9 + update + offset, samples=sum(sizes), losses={"total": torch.tensor(loss)}, lr=lr,
-        outputs=outputs, accumulated=sizes, weight_decay={"default": 0.01}, grad_norm=torch.tensor(abs(loss)),
-        finite=torch.tensor(math.isfinite(loss)), **_durations(reading.duration_s),
+        run=run, time_s=_time_s(state, trace) + 1, samples=sum(sizes), outputs=outputs, accumulated=sizes,
+        lr=model.learning_rates(state), weight_decay=model.weight_decay,
+        **_measurements(model, reading, sizes), **_durations(reading.duration_s),
     )  # fmt: skip
-    return dispatch(_optimizer_step(state, loss).advance(samples=sum(sizes)), event)
+    if not event.skipped:
+        state = model.step(state, _mean(reading, sizes))
+    state = state.advance(samples=sum(sizes))
+    if state.iteration.update == trace.stop:
+        state = state.request_stop("another callback stops the run")
+    return dispatch(state, event)
+
+
+def _measurements(model: TracedModel, reading: Reading, sizes: tuple[int, ...]) -> dict[str, Any]:
+    if not sizes:
+        return {"skipped": True}
+    loss = _mean(reading, sizes)
+    finite = torch.tensor(math.isfinite(loss) and not reading.skipped)
+    grad_norm = torch.tensor(math.inf if reading.skipped and math.isfinite(loss) else abs(loss))
+    return {"losses": model.losses_of(loss), "grad_norm": grad_norm, "finite": finite, "skipped": reading.skipped}
+
+
+def _mean(reading: Reading, sizes: tuple[int, ...]) -> float:
+    return sum(loss * size for loss, size in zip(reading.losses, sizes, strict=False)) / sum(sizes)
 
 
 def _durations(duration_s: float) -> dict[str, Any]:
@@ -189,17 +270,6 @@ def _durations(duration_s: float) -> dict[str, Any]:
 
 
 def _sizes(samples: int, reading: Reading) -> tuple[int, ...]:
-    """Return the samples of each accumulation step."""
+    """Return the samples of each accumulation step; empty if the update is."""
     steps = min(len(reading.losses), samples)
     return tuple(samples // steps + (step < samples % steps) for step in range(steps))
-
-
-def _optimizer_step(state: TrainState, loss: float) -> TrainState:
-    gradient = torch.tensor(loss if math.isfinite(loss) else math.nan).tanh()
-    scale = 0.1 * state.hyperparams["lr_scale"]
-    memory = {name: {"exp_avg": 0.5 * gradient.expand_as(param)} for name, param in state.params.items()}
-    return state.replace(
-        params=FrozenDict({name: 0.9 * param - scale * gradient for name, param in state.params.items()}),
-        buffers=FrozenDict({name: buffer + 1 for name, buffer in state.buffers.items()}),
-        opt_state={"state": memory, "groups": {}},
-    )

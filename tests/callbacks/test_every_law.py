@@ -9,7 +9,7 @@ from noether import (
     log,
     on,
 )
-from noether.core.callbacks import EMACallback, FixedUpdateEarlyStopping
+from noether.core.callbacks import EMACallback
 from noether.core.callbacks.registry import SHIPPED
 from noether.testing import (
     check_composition,
@@ -29,12 +29,16 @@ def notes(state, event):
     return log(state, event, {"noted": state.iteration.sample})
 
 
-STOPS = FixedUpdateEarlyStopping(stop_at_update=3, id="stops")
+@on(AfterUpdate)
+def stops(state, event):
+    return (state.request_stop("it is late") if state.iteration.update >= 6 else state), ()
+
+
 LAWS = {
     "pure": check_pure,
     "resumable": check_resumable,
     "rank agreement": check_rank_agreement,
-    "composition": lambda callback, examples: check_composition(callback, notes, STOPS, examples=examples),
+    "composition": lambda callback, examples: check_composition(callback, notes, stops, examples=examples),
     "independence": lambda callback, examples: check_independent(callback, notes, examples=examples),
 }
 

@@ -19,7 +19,7 @@ from noether import (
     compose,
     on,
 )
-from noether.core.event import AfterAccumulationStep
+from noether.core.event import AfterAccumulationStep, AtEval
 from noether.testing import Reading, Trace, assert_same, differences, drive, effects_of, same
 from noether.testing.strategies import iterations, losses, runs, states
 from noether.training.data.indexed import TrainingData
@@ -77,11 +77,15 @@ def test_a_trace_emits_the_events_of_the_trainer(length, batch, micro, epochs):
 
 
 @settings(max_examples=50)
-@given(runs())
+@given(runs(empty=True))
 def test_samples_are_counted_and_losses_weighted(trace):
     driven = drive(compose(), trace)
-    assert driven.states[-1].iteration == trace.run.final
+    start, end = trace.start().iteration, driven.states[-1].iteration
+    updates = [event for event in driven.events if isinstance(event, AfterUpdate)]
     assert driven.states[-1].ended
+    assert (end.epoch, end.update) == ((final := expected_end(trace)).epoch, final.update)
+    assert end.sample - start.sample == sum(event.samples for event in updates)
+    assert end.sample == final.sample or any(not event.samples for event in updates)
     steps = []
     for event in driven.events:
         if isinstance(event, AfterAccumulationStep):
@@ -89,19 +93,68 @@ def test_samples_are_counted_and_losses_weighted(trace):
         elif isinstance(event, AfterUpdate):
             assert [step.samples for step in steps] == list(event.accumulated)
             assert sum(event.accumulated) == event.samples
-            mean = sum(float(step.losses["total"]) * step.samples for step in steps) / event.samples
-            assert float(event.losses["total"]) == pytest.approx(mean, rel=1e-5, nan_ok=True) or not math.isfinite(mean)
+            assert event.skipped or event.samples
+            if event.samples:
+                mean = sum(float(step.losses["total"]) * step.samples for step in steps) / event.samples
+                close = pytest.approx(mean, rel=1e-5, nan_ok=True)
+                assert float(event.losses["total"]) == close or not math.isfinite(mean)
             steps = []
     starts = [event for event in driven.events if isinstance(event, BeforeTraining)]
-    assert [event.resumed for event in starts] == [False] + [True] * (len(starts) - 1)
-    places = range(1, trace.run.final.update + trace.run.end.epoch + 1)
-    assert len(starts) - 1 == len(set(trace.interruptions) & set(places))
+    assert [event.resumed for event in starts] == [trace.first_update > 0] + [True] * (len(starts) - 1)
+    first, last = start.epoch + start.update, end.epoch + end.update
+    assert len(starts) - 1 == len({place for place in trace.interruptions if first < place <= last})
+
+
+def expected_end(trace):
+    """Return the iteration at which a run ends if nothing but `trace.stop` stops it."""
+    return trace.run.final if trace.stop is None else trace.run.iteration_after(min(trace.stop, trace.run.final.update))
+
+
+def kinds_of(trace):
+    """Return the kinds of things that a run contains."""
+    updates = events_of(trace, AfterUpdate)
+    yield "starts late" if trace.first_update > 50 else "starts at 0"
+    yield "ends within an epoch" if trace.run.final.update % trace.run.updates_per_epoch else "ends after an epoch"
+    yield "stops early" if expected_end(trace) != trace.run.final else "reaches the end"
+    yield f"has {len(trace.model.groups)} parameter groups"
+    yield f"is interrupted {min(len(trace.interruptions), 1)} times"
+    yield f"is evaluated {min(len(events_of(trace, AtEval)), 1)} times"
+    for event in updates:
+        yield f"has {len(event.accumulated)} accumulation steps"
+        if event.samples:
+            finite = math.isfinite(event.losses["total"])
+            yield f"finite {bool(event.finite)}, skipped {event.skipped}, loss finite {finite}"
+
+
+def events_of(trace, kind):
+    return [event for event in drive(compose(), trace).events if isinstance(event, kind)]
+
+
+def test_runs_contain_what_real_ones_do():
+    found = set()
+
+    @settings(max_examples=200, derandomize=True)
+    @given(runs(empty=True))
+    def collect(trace):
+        found.update(kinds_of(trace))
+
+    collect()
+    assert found == {
+        "starts late", "starts at 0", "ends within an epoch", "ends after an epoch", "stops early", "reaches the end",
+        "has 1 parameter groups", "has 2 parameter groups", "is interrupted 0 times", "is interrupted 1 times",
+        "is evaluated 0 times", "is evaluated 1 times", "has 0 accumulation steps", "has 1 accumulation steps",
+        "has 2 accumulation steps", "has 3 accumulation steps", "finite True, skipped False, loss finite True",
+        "finite False, skipped False, loss finite False", "finite False, skipped True, loss finite True",
+        "finite False, skipped True, loss finite False",
+    }  # fmt: skip
 
 
 @settings(max_examples=30)
 @given(runs(finite=True, interrupted=False))
 def test_finite_runs_are_finite(trace):
     assert all(math.isfinite(loss) for reading in trace.readings for loss in reading.losses)
+    assert trace.is_finite
+    assert not any(event.skipped for event in events_of(trace, AfterUpdate))
     assert trace.interruptions == ()
 
 
