@@ -2,12 +2,14 @@
 
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from noether.config import ConfigError, load
+from noether.config.serialization import dump
 from noether.core.event import AtEval
 from noether.testing import same
 from noether.training.experiment import build
@@ -32,6 +34,12 @@ MODULE = """
 
     def loss(outputs, batch):
         return {"mse": (outputs - batch[1]).square().mean()}
+
+    def halves(batch):
+        return len(batch[0]) // 2
+
+    def fractions(batch):
+        return len(batch[0]) / 4
 """
 
 CONFIG = """
@@ -92,3 +100,33 @@ def test_an_evaluation_runs_before_the_callbacks_that_read_its_metrics(make_expe
 def test_a_seed_that_no_generator_takes_is_refused(make_experiment):
     with pytest.raises(ConfigError, match=r"run.seed: 99999999999999999999 is not below 9223372036854775808"):
         make_experiment("run.seed=99999999999999999999")
+
+
+def test_a_function_of_the_configuration_counts_the_samples_everywhere(make_experiment):
+    experiment = make_experiment("data.batch_size=drawn.halves")
+    assert list(experiment.run.data) == ["train", "val"]
+    assert experiment.run.config["data"]["batch_size"] == "drawn.halves"
+    state, batches = experiment.data.next_batches(experiment.state)
+    assert batches.sizes == (2,)
+    assert experiment.step(state, batches)[1].samples == experiment.step(state, [*batches])[1].samples == 2
+    assert [size for _, size in experiment.run.data["val"].with_sizes()] == [2, 2, 2]
+    assert experiment.run.count_samples(batches[0]) == 2
+
+
+def test_a_function_that_returns_no_whole_number_is_refused_with_its_place(make_experiment):
+    experiment = make_experiment("data.batch_size=drawn.fractions")
+    message = (
+        r"^--set data.batch_size=drawn.fractions: data.batch_size: drawn.fractions returned 1.0 as the number of samp"
+    )
+    with pytest.raises(ValueError, match=message):
+        experiment.data.next_batches(experiment.state)
+    with pytest.raises(ValueError, match=message):
+        list(experiment.run.data["val"].with_sizes())
+
+
+def test_a_configuration_with_such_a_function_is_written_as_it_was_read(make_experiment):
+    config = make_experiment("data.batch_size=drawn.halves").config
+    Path("again.yaml").write_text(dump(config))
+    again = load("again.yaml")
+    assert again == config
+    assert again.batch_size == "drawn.halves"
