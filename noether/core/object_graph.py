@@ -32,6 +32,9 @@ _OF_RNNS: Final = frozenset({"_flat_weights", "_flat_weight_refs"})
 
 LEAVES: Final = (int, float, str, bytes)
 _OPAQUE: Final = (type, types.ModuleType, nn.Parameter, torch.device, torch.dtype)
+_FRAMEWORKS: Final = ("lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "ignite")
+"""Libraries whose trainers a model may refer to; a trainer holds the optimizer, and thus all parameters."""
+
 _SEQUENCES: Final = (list, tuple, set, frozenset, deque)
 _LIBRARIES: Final = ("_io", "io", "torch", "numpy", "multiprocessing", "threading", "builtins", "functools", "abc")
 
@@ -43,11 +46,13 @@ class _Search(NamedTuple):
         generators: Types of random generators, which are not taken apart, and are found in classes and global names.
         max_objects: Largest number of objects.
         max_items: Largest number of items of a container.
+        closed: Libraries whose objects are not taken apart.
     """
 
     generators: tuple[type, ...]
     max_objects: int
     max_items: int
+    closed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def walk_model(model: nn.Module, generators: tuple[type, ...] = ()) -> Iterator[
         {'0._forward_hooks'}
     """
     modules = dict(model.named_modules())
-    search = _Search(generators, _MAX_OBJECTS_OF_MODEL, _MAX_OBJECTS_OF_MODEL)
+    search = _Search(generators, _MAX_OBJECTS_OF_MODEL, _MAX_OBJECTS_OF_MODEL, _FRAMEWORKS)
     roots = [root for name, module in modules.items() for root in _parts_of_module(name, module, search)]
     return _walk(roots, set(map(id, modules.values())), search)
 
@@ -131,7 +136,8 @@ def _walk(roots: list[HeldObject], seen: set[int], search: _Search) -> Iterator[
             continue
         seen.add(id(found.value))
         yield origin, found
-        if depth < _MAX_DEPTH and not isinstance(found.value, leaves):
+        is_closed = type(found.value).__module__.split(".")[0] in search.closed
+        if depth < _MAX_DEPTH and not is_closed and not isinstance(found.value, leaves):
             queue += [(inner, depth + 1, origin) for inner in _parts_of(found, search)]
 
 

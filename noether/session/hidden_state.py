@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from noether.core.object_graph import LEAVES, library_of, walk, walk_model
 from noether.session.randomness import GENERATORS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _MAX_LENGTH: Final = 200_000  # of a list of numbers
 _MAX_BYTES: Final = 1_000_000  # of a tensor or array
@@ -77,9 +80,14 @@ def hidden_state(loader: Any) -> dict[str, Any]:
     `set_epoch` are left out, since the loop sets their epoch; so are large containers, and modules, whose weights
     checkpoints hold.
     """
+    return _digests((found.path, found.value) for found in walk(loader, GENERATORS) if found.is_compared)
+
+
+def _digests(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a value or digest of each of some values by name; of those with the same name, by name and number."""
     digests: dict[str, Any] = {}
     left = _MAX_TOTAL_BYTES
-    for path, value in ((found.path, found.value) for found in walk(loader, GENERATORS) if found.is_compared):
+    for path, value in values:
         left -= 8 * len(value) if isinstance(value, (list, tuple, set, frozenset)) else getattr(value, "nbytes", 8)
         if left < 0:
             break
@@ -87,6 +95,65 @@ def hidden_state(loader: Any) -> dict[str, Any]:
             same_name = sum(name.split("#")[0] == path for name in digests) if path in digests else 0
             digests[f"{path}#{same_name + 1}" if same_name else path] = digest
     return digests
+
+
+@final
+class ModelWatch:
+    """Finds the attributes of a model that change from update to update, and that no checkpoint has.
+
+    The first update may fill caches, so the state after it is compared with that after the second.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> class Counting(nn.Linear):
+        ...     calls = 0
+        ...     def forward(self, x):
+        ...         self.calls += 1
+        ...         return super().forward(x)
+        >>> model = Counting(2, 1)
+        >>> watch = ModelWatch(model)
+        >>> for _ in range(2):
+        ...     _ = model(torch.ones(2))
+        ...     message = watch.describe_changes()
+        >>> message.partition(", ")[0]
+        'an update changed calls of the model'
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before: dict[str, Any] | None = None
+        self._is_done = False
+
+    def describe_changes(self) -> str | None:
+        """Return what is wrong after the second update of this process, and what to write instead; else None."""
+        if self._is_done:
+            return None
+        before, self._before = self._before, self._state()
+        if before is None:
+            return None
+        self._is_done = True
+        changed = [name.split(" ")[0] for name, now in self._before.items() if before.get(name, now) != now]
+        if not changed:
+            return None
+        return (
+            f"an update changed {', '.join(dict.fromkeys(changed))} of the model, which no checkpoint has: if forward "
+            "reads it, a resumed run computes something else; make it a buffer with register_buffer, or save it with "
+            "get_extra_state and set_extra_state"
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return _digests(
+            (attribute if attribute == found.path else f"{attribute} {found.path}", found.value)
+            for attribute, found in walk_model(self._model, GENERATORS)
+            if found.is_compared and attribute.rpartition(".")[2] != "training" and not _has_graph(found.value)
+        )
+
+
+def _has_graph(value: Any) -> bool:
+    """Return whether a value is a result of the last forward pass, which the next one cannot use."""
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _is_seedable(generator: Any) -> bool:

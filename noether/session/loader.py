@@ -157,19 +157,19 @@ def warn_if_unrepeatable(loader: Any) -> None:
     """Warn if an epoch of `loader` cannot be read again from its first batch."""
     name = type(loader).__name__
     if hasattr(loader, "__next__"):
-        _warn(
+        warn(
             f"the loader is an iterator ({name}), which yields one epoch, once: a resumed run continues exactly only "
             "if its new iterator begins with the same batches; pass an iterable, such as a DataLoader or a list"
         )
     held = {} if hasattr(loader, "__next__") else unseedable(loader)
     for path, kind in held.items():
-        _warn(
+        warn(
             f"the loader holds {path}, a {kind}, which no checkpoint can take back to where it was: draw from "
             "torch.Generator(), numpy.random.default_rng() or random.Random(), which the session seeds before each "
             "epoch, and make iterators in __iter__"
         )
     if getattr(loader, "persistent_workers", False):
-        _warn(
+        warn(
             f"the workers of the {name} stay alive between epochs, and no checkpoint has their random numbers: if "
             "the dataset draws any, pass persistent_workers=False to resume exactly"
         )
@@ -179,7 +179,7 @@ def warn_about_changes(before: dict[str, Any], after: dict[str, Any]) -> bool:
     """Warn about hidden state of a loader that an epoch changed; return whether there is any."""
     changed = [name for name, value in after.items() if before.get(name, value) != value]
     if changed:
-        _warn(
+        warn(
             f"an epoch changed {', '.join(changed)}, which no checkpoint has, so a resumed run may see another order: "
             "let the order depend on set_epoch(epoch), which is called before each epoch, or on torch's global "
             "generator"
@@ -187,7 +187,8 @@ def warn_about_changes(before: dict[str, Any], after: dict[str, Any]) -> bool:
     return bool(changed)
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Warn of what a resumed run cannot repeat."""
     warnings.warn(message, ResumeWarning, stacklevel=5)
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
-from noether.session.hidden_state import hidden_state
+from noether.session.hidden_state import ModelWatch, generators_of_model, hidden_state
 from noether.session.loader import (
     batch_seeder,
     batches_per_epoch,
     seed_pass,
     set_epoch,
+    warn,
     warn_about_changes,
     warn_if_unrepeatable,
 )
@@ -21,6 +22,8 @@ from noether.session.randomness import derive, seed_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from torch import nn
 
     from noether.core.callback import Effects
     from noether.core.event import Event
@@ -42,13 +45,14 @@ class BatchLoop:
     Args:
         session: Dispatches the events.
         loader: Yields the batches of an epoch, each time it is iterated.
+        model: The model of the loop.
         accumulation: Micro-batches of an update.
         seed: The run's seed.
     """
 
     produces: tuple[str, ...] = ()
 
-    def __init__(self, session: Session, loader: Any, accumulation: int, seed: int) -> None:
+    def __init__(self, session: Session, loader: Any, model: nn.Module, accumulation: int, seed: int) -> None:
         warn_if_unrepeatable(loader)
         self.length: int | None = None
         """Batches of the current epoch, as the loader announces them."""
@@ -62,6 +66,8 @@ class BatchLoop:
         self._is_reported = True
         self._hidden: dict[str, Any] | None = None  # at the first batch of the epoch before
         self._watches_hidden = True  # until the user was warned
+        self._generators = generators_of_model(model)
+        self._model_watch = ModelWatch(model)
 
     @property
     def is_last(self) -> bool | None:
@@ -191,10 +197,12 @@ class BatchLoop:
                     session.stopwatch.read()
                 continue
             self._batch, self._is_reported = batch, False
-            seed_all(derive(self._seed, "step", epoch, self._drawn))
+            seed_all(derive(self._seed, "step", epoch, self._drawn), self._generators)
             session.batch_arrived()
             yield batch
             self._check_complete()
+            if not session.pending_micro_batches and (changes := self._model_watch.describe_changes()) is not None:
+                warn(changes)
             if session.is_over and not session.pending_micro_batches:
                 return
         self._check_drawn(state)

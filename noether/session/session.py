@@ -211,7 +211,7 @@ class Session(SessionEvents):
         check_not_empty(loader)
         settings.check_scheduler_is_given(self._optimizer, self._scheduler, self._directory)
         seed = self._state.seed
-        loop = BatchLoop(self, loader, self._accumulation, seed)
+        loop = BatchLoop(self, loader, self._live.model, self._accumulation, seed)
         self._reducer = compose(loop, self._reducer)
         self._seeds_loop = self.resumes_within_epochs = True
         self.load()

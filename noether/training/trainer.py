@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import listens_to
 from noether.core.event import (
@@ -19,6 +20,7 @@ from noether.core.event import (
 from noether.core.loop import Move, dispatch, next_move
 from noether.core.pending import dispatch_pending, set_pending
 from noether.core.tensors.donation import was_donated
+from noether.session.hidden_state import ModelWatch
 from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt
 from noether.training.data.sample_counts import SampleCounts
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from noether.training.data.streamed import StreamedData
     from noether.training.step.compiled import CompiledStep
     from noether.training.step.step import Step
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 @final
@@ -131,11 +135,17 @@ class Trainer:
             step_s=stepped_s - loaded_s,
         )
         self._sample_counts.check(state.iteration.update, event.samples)
+        if (changes := self._model_watch.describe_changes()) is not None:
+            _LOGGER.warning(changes)
         return state.advance(samples=event.samples), event, stepped_s
 
     @cached_property
     def _sample_counts(self) -> SampleCounts:
         return SampleCounts(self.run)
+
+    @cached_property
+    def _model_watch(self) -> ModelWatch:
+        return ModelWatch(self.step.model)
 
     @cached_property
     def _is_observed(self) -> bool:

@@ -66,6 +66,25 @@ class Stream(IterableDataset):
         return map(Points().__getitem__, range(6))
 
 
+class OwnGenerators(nn.Linear):
+    """Draws from generators that it holds, and from one that its helper holds."""
+
+    def __init__(self):
+        super().__init__(2, 1)
+        self.numbers, self.torch = np.random.default_rng(), torch.Generator()
+        self.torch.seed()
+        self.helpers = [{"python": random.Random()}]  # noqa: S311  # no secret
+
+    def forward(self, x):
+        noise = self.numbers.random() + self.helpers[0]["python"].random()
+        return super().forward(x) + noise + torch.rand((), generator=self.torch)
+
+
+def make_drawing_loss():
+    generator = np.random.default_rng()
+    return lambda outputs, batch: {"square": outputs.square().mean() * generator.random()}
+
+
 def make_step(model, loss, *, donate, rank=0):
     optimizer = FunctionalOptimizer(torch.optim.AdamW, {"lr": 0.1})
     return Step(model=model, loss=loss, optimizer=optimizer, lr={"default": lambda _: 0.1}, donate=donate, rank=rank)
@@ -132,8 +151,10 @@ import random, numpy as np, torch
 from torch import nn
 
 class Data(torch.utils.data.Dataset):
+    def __init__(self): self.rng = np.random.default_rng()
     def __len__(self): return 8
-    def __getitem__(self, index): return torch.tensor([index + random.random(), np.random.rand()]) / 8
+    def __getitem__(self, index):
+        return torch.tensor([index + random.random() + self.rng.random(), np.random.rand()]) / 8
 
 class Drop(nn.Linear):
     def forward(self, x): return super().forward(x) * (random.random() + np.random.rand())

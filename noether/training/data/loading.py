@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from noether.core.errors import NoetherError
+from noether.session.hidden_state import generators_of
 from noether.session.randomness import derive, seed_all
 from noether.training.data.batches import collate
 from noether.training.data.interruptible import WAITING
@@ -140,13 +141,16 @@ class _SeededDataset(Dataset[Any]):
 
     def __init__(self, dataset: SizedDataset, name: str, seed: int) -> None:
         self._dataset, self._name, self._seed = dataset, name, seed
+        self._generators: list[Any] | None = None  # found in the process that reads the dataset
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Any:
         """Return a batch; in a worker a `_LoadError` if it cannot be loaded."""
         samples: list[Any] = []
+        if self._generators is None:
+            self._generators = generators_of(self._dataset)
         try:
             for epoch, index in keys:
-                seed_all(derive(self._seed, "sample", epoch, index))
+                seed_all(derive(self._seed, "sample", epoch, index), self._generators)
                 samples.append(self._dataset[index])
             return collate(self._dataset, samples)
         except Exception as error:

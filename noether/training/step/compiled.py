@@ -203,7 +203,7 @@ class CompiledStep:
     """
 
     def __init__(self, eager: Step) -> None:
-        self.eager = eager
+        self.eager, self.model = eager, eager.model
         self._compiled: CompiledUpdate | None = None
         self._is_disabled = False
 
