@@ -31,6 +31,7 @@ from noether.training.data.streamed import StreamedData, StreamedEvaluationData
 from noether.training.error_locations import locate_errors
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
+from noether.training.tied_parameters import check_chosen_modules, find_tied_names
 from noether.training.value_schedules import ValueSchedule, value_schedule
 from noether.training.weights import check_opt_state, fit_weights, load_weights, to_device
 
@@ -131,6 +132,7 @@ def build(
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
     state = state.replace(opt_state=optimizer.init(state.params), lengths=data.batching.lengths)
     callbacks = build_callbacks(config, state, run)
+    check_chosen_modules(config, callbacks, find_tied_names(network))
     streams = [data] if isinstance(data, StreamedData) else []
     reducer = compose(*streams, *(configured.callback for configured in callbacks))
     with locate_errors(config, ("model",)):  # it refuses a model that holds parameters outside of its modules
