@@ -59,8 +59,9 @@ from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.tensors.forward import forward
+from noether.core.tensors.live.loading import find_problems, write_model
 from noether.core.tensors.live.optimizer import write_optimizer
-from noether.core.tensors.live.weights import write_weights
+from noether.core.tensors.live.weights import raise_mismatch
 from noether.core.tensors.tree import map_tensors
 from noether.effects.checkpoints.state_codec import encode_state
 from noether.effects.disk.calls import DISK
@@ -332,14 +333,15 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
         trainer: A new trainer for the same model; the weights and the optimizer state are written into it.
 
     Raises:
-        KeyError: If the model does not have the weights of the state.
+        MismatchError: If the state does not fit the model and the optimizer; nothing is written then.
         ValueError: If the trainer has no model yet.
     """
     path = _checkpoint(trainer.args, saved.iteration.update)
     model, optimizer = trainer.model, trainer.create_optimizer()
     if model is None:
         raise ValueError("the trainer has a model_init and no model yet: give Trainer(model=...)")
-    write_weights(model, saved.params, saved.buffers)
+    raise_mismatch(find_problems(model, optimizer, saved))
+    write_model(model, saved)
     write_optimizer(saved.opt_state, model, optimizer, lr_scale=1.0)
     trainer.save_model(str(path))
     torch.save(optimizer.state_dict(), path / "optimizer.pt")

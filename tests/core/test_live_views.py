@@ -25,7 +25,9 @@ from noether import (
     log,
     open_run,
 )
-from noether.core.errors import StateWarning
+from noether.core.errors import StateWarning, WeightsError
+from noether.core.tensors.donation import lease, was_donated
+from noether.core.tensors.stored_weights import use_weights
 from noether.core.tensors.tree import FrozenDict
 from noether.effects import Console
 from noether.testing import same
@@ -300,3 +302,24 @@ def test_the_memory_of_a_parameter_has_the_name_that_it_has_now():
     nn.utils.parametrizations.weight_norm(model[0])
     with pytest.warns(StateWarning, match="does not train"):  # weight_norm makes two parameters of one
         assert "0.bias" in state.opt_state["state"]
+
+
+@pytest.mark.parametrize("part", ["params", "buffers", "opt_state"])
+def test_a_lease_of_a_live_state_keeps_its_values(part):
+    model, optimizer = trained()
+    kept = lease(TrainState.from_module(model, optimizer))
+    before = copy.deepcopy(getattr(kept, part))
+    step(model, optimizer)
+    assert same(getattr(kept, part), before)
+    assert not was_donated(kept)
+
+
+def test_averages_of_another_shape_are_refused():
+    state = TrainState.from_module(nn.Linear(2, 3)).remember("weights/a", {"params": {"bias": torch.ones(1)}})
+    with pytest.raises(WeightsError, match=r"a: params: 'bias' has shape \(1,\), and \(3,\) in the model"):
+        use_weights(state, "a")
+    state = state.remember("weights/a", {"params": {"module.bias": torch.ones(3), "b": torch.ones(3)}})
+    with pytest.raises(WeightsError, match="a: params have 'b', and the model does not"):
+        use_weights(state, "a")
+    state = state.remember("weights/a", {"params": {"module.bias": torch.ones(3)}})
+    assert use_weights(state, "a").params["bias"].tolist() == [1.0] * 3

@@ -132,7 +132,7 @@ class CheckpointCallback(PeriodicCallback):
 
 
 def _describe_saves(save: SaveCheckpoint, state: TrainState, count: int, *, keep: int | None) -> str:
-    weights = _total_bytes((state.params, state.buffers)) if save.weights else 0
+    weights = _total_bytes((state.params, state.buffers, state.extra_state)) if save.weights else 0
     optimizer = _total_bytes((state.opt_state, state.callback_states)) if save.optimizer else 0
     # The optimizer allocates its memory at the first update; before that, only the size of the weights is known.
     unknown = " and the optimizer's memory" if save.optimizer and not state.iteration.update else ""

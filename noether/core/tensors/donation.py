@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.errors import NoetherError
+from noether.core.tensors.live.views import LiveView
 from noether.core.tensors.torch_internals import storage_handle, storage_use_count
-from noether.core.tensors.tree import FrozenDict, FrozenView, map_leaves
+from noether.core.tensors.tree import FrozenDict, FrozenView, clone_tensors, map_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -173,7 +174,8 @@ def donate(state: TrainState) -> TrainState:
 def lease(state: TrainState) -> TrainState:
     """Return the state with views in place of donated trees: no update overwrites its tensors while it is alive.
 
-    Nothing is copied until an update has to write.
+    Nothing is copied until an update has to write. Tensors of a live module or optimizer are copied now, because their
+    updates know of no state.
 
     Example:
         >>> from noether import TrainState
@@ -183,8 +185,7 @@ def lease(state: TrainState) -> TrainState:
         >>> kept.params["weight"]
         tensor([1., 1.])
     """
-    trees = {name: getattr(state, name) for name in ("params", "buffers", "opt_state", "callback_states")}
-    return state.replace(**{name: _view_donated(tree) for name, tree in trees.items()})
+    return state.replace(**{name: _view_donated(_copy_live(vars(state)[name])) for name in _TREES})
 
 
 def was_donated(state: TrainState) -> bool:
@@ -198,14 +199,21 @@ def was_donated(state: TrainState) -> bool:
         (True, False)
     """
     try:
-        lease(state)
+        for name in _TREES:
+            _view_donated(vars(state)[name])
     except DonatedError:
         return True
     return False
 
 
+def _copy_live(tree: Any) -> Any:
+    return clone_tensors(tree.read()) if isinstance(tree, LiveView) else tree
+
+
 def _view_donated(tree: Any) -> Any:
     """Return `tree` with donated trees replaced by views; the same object if it contains none."""
+    if isinstance(tree, LiveView):
+        return tree
     if isinstance(tree, DonatedTree):
         return FrozenDict(tree)
     if isinstance(tree, FrozenDict):
@@ -229,6 +237,7 @@ def _view_untracked(leaf: Any) -> Any:
 
 NOT_DONATED: Final = object()
 """Owner of a tree that no update may take, such as the result of `tree_map` on a donated one."""
+_TREES: Final = ("params", "buffers", "extra_state", "opt_state", "callback_states")
 ALREADY_UPDATED: Final = object()
 """Owner of a tree that the pending event updated in place before it was cut short: the callback leaves it as it is."""
 _OF_ONE_TENSOR: Final = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.errors import WeightsError, suggest
+from noether.core.tensors.live.weights import match_names
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def use_weights(state: TrainState, weights: str) -> TrainState:
     """Return the state with its params and buffers replaced by `weights`, which may cover a sub-module only.
 
     Raises:
-        WeightsError: If no callback stores these weights; the message lists those that are stored.
+        WeightsError: If no callback stores these weights, or they are not those of this model; the message lists those
+            that are stored, or what differs.
 
     Example:
         >>> from noether import TrainState
@@ -81,9 +83,18 @@ def use_weights(state: TrainState, weights: str) -> TrainState:
             f"no weights {weights!r} are stored; stored: {', '.join(known) or 'none'}{suggest(weights, known)}"
         )
     stored = state.callback_states[name]
-    return state.replace(**{field: _overwrite(getattr(state, field), new) for field, new in stored.items()})
+    return state.replace(
+        **{field: _overwrite(f"{weights}: {field}", getattr(state, field), new) for field, new in stored.items()}
+    )
 
 
-def _overwrite(tensors: Mapping[str, Any], new: Mapping[str, Any]) -> FrozenDict:
+def _overwrite(owner: str, tensors: Mapping[str, Any], new: Mapping[str, Any]) -> FrozenDict:
     """Return `tensors` with those in `new` replaced, in the dtype that they had."""
-    return FrozenDict({**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in new.items()}})
+    stored = match_names(new, tensors)
+    for name, tensor in stored.items():
+        if name not in tensors:
+            raise WeightsError(f"{owner} have {name!r}, and the model does not")
+        if tensor.shape != tensors[name].shape:
+            shapes = f"{tuple(tensor.shape)}, and {tuple(tensors[name].shape)} in the model"
+            raise WeightsError(f"{owner}: {name!r} has shape {shapes}")
+    return FrozenDict({**tensors, **{name: tensor.to(tensors[name].dtype) for name, tensor in stored.items()}})

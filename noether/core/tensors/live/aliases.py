@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from noether.core.tensors.live.views import LiveView, ModuleView
 from noether.core.tensors.module import named_buffers, named_parameters
 from noether.core.tensors.torch_internals import storage_handle, storage_use_count
-from noether.core.tensors.tree import LEAVES, map_tensors, storages
+from noether.core.tensors.tree import LEAVES, FrozenDict, map_tensors, storages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,17 +56,23 @@ def copy_aliases(fields: Mapping[str, Any], tree: Any) -> Any:
 
 
 def _find_shared(tree: Any, found: list[Tensor]) -> None:
-    """Append the tensors whose storage has other users to `found`."""
-    if isinstance(tree, torch.Tensor):
+    """Append the tensors whose storage has other users to `found`; it runs at every update."""
+    kind = type(tree)
+    if kind is torch.Tensor or isinstance(tree, torch.Tensor):
         if _has_other_users(tree):
             found.append(tree)
-    elif isinstance(tree, (dict, list, tuple, Mapping)):
-        for value in tree.values() if isinstance(tree, (dict, Mapping)) else tree:
-            if type(value) not in _SCALARS:  # lists of numbers may be long
-                _find_shared(value, found)
+        return
+    if kind is FrozenDict or isinstance(tree, Mapping):
+        values: Iterable[Any] = tree.values()
+    elif kind is tuple or isinstance(tree, (list, tuple)):
+        values = tree
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for each in dataclasses.fields(tree):
-            _find_shared(getattr(tree, each.name), found)
+        values = [getattr(tree, each.name) for each in dataclasses.fields(tree)]
+    else:
+        return
+    for value in values:
+        if type(value) not in _SCALARS:  # lists of numbers may be long
+            _find_shared(value, found)
 
 
 def _has_other_users(tensor: Tensor) -> bool:
