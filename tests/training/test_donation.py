@@ -79,7 +79,7 @@ class Plain(nn.Module):
 
 def initial_state(step):
     torch.manual_seed(0)
-    state = TrainState.from_module(type(step.model)())
+    state = lease(TrainState.from_module(type(step.model)()))  # values, without the module
     return state.replace(opt_state=step.optimizer.init(state.params))
 
 
