@@ -7,7 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from noether.core.callables import describe_misfit, held_objects, unbound_settings
-from noether.core.callback import check_readings, declaration_of, label_of, tracker_of
+from noether.core.callback import check_readings, declaration_of, init_of, label_of, tracker_of
 from noether.core.effect import Effect
 from noether.core.errors import CallbackError
 from noether.core.schedules.gate import Gate
@@ -75,12 +75,22 @@ def check_bound(callback: Callback) -> None:
 def _check_hides_nothing(callback: Callback) -> None:
     """Refuse a partial or wrapped function without the memory and readings of the callback inside."""
     inner: Any = callback.func if isinstance(callback, functools.partial) else _own(callback).get("__wrapped__")
-    for name in ("init", "readings") if inner is not None else ():
-        if getattr(inner, name, ()) and not getattr(callback, name, ()):
+    if inner is None:
+        return
+    hidden = {"init": _has_memory(inner), "readings": bool(getattr(inner, "readings", ()))}
+    for name in (name for name, is_set in hidden.items() if is_set):
+        if not getattr(callback, name, ()):
             raise CallbackError(
                 f"the wrapper around {label_of(inner)} hides its {name}: wrap the function inside instead, or set "
                 f"wrapper.{name} = callback.{name}"
             )
+
+
+def _has_memory(callback: Callback) -> bool:
+    try:
+        return bool(init_of(callback, TrainState()))
+    except Exception:  # noqa: BLE001  # a memory may depend on what this state does not have
+        return True
 
 
 def _own(value: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.callback import label_of
 from noether.core.effect import LogScalars, MeasurePeakMemory, SaveTensors, SetSummary
@@ -10,7 +10,7 @@ from noether.core.errors import NoetherError
 from noether.core.tensors.tree import SCALARS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
     from noether.core.callback import Callback, Effects
     from noether.core.effect import Effect
@@ -21,7 +21,7 @@ class OverwriteError(NoetherError, ValueError):
     """Two callbacks write the same thing at one event, so the value of the first would be lost."""
 
 
-def check_overwrites(requests: Iterable[tuple[Callback, Effects]], event: Event) -> None:
+def check_overwrites(requests: Sequence[tuple[Callback, Effects]], event: Event) -> None:
     """Refuse effects of one event of which a later one replaces what an earlier one writes.
 
     Checkpoints of one tag are merged, and a pointer that moves twice names the later checkpoint: nothing is lost there.
@@ -34,6 +34,8 @@ def check_overwrites(requests: Iterable[tuple[Callback, Effects]], event: Event)
         OverwriteError: If two effects log different values of one metric, set one summary entry to different values, or
             save different tensors under one name.
     """
+    if not _may_overwrite(requests):
+        return
     written: dict[tuple[str, str], tuple[Callback, Any]] = {}
     for callback, effects in requests:
         for effect in effects:
@@ -42,6 +44,23 @@ def check_overwrites(requests: Iterable[tuple[Callback, Effects]], event: Event)
                 # Tensors are compared by identity: to read one, the device would have to finish its work.
                 if earlier is not value and not (type(earlier) is type(value) in SCALARS and earlier == value):
                     raise OverwriteError(_describe(place, first, callback, event))
+
+
+def _may_overwrite(requests: Sequence[tuple[Callback, Effects]]) -> bool:
+    """Return False if all that the effects write is metrics, each once: the usual case, which is found fast."""
+    metrics: set[str] = set()
+    count = 0
+    for _, effects in requests:
+        for effect in effects:
+            if type(effect) is LogScalars:
+                metrics.update(effect.values)
+                count += len(effect.values)
+            elif isinstance(effect, _WRITING_TYPES):
+                return True
+    return len(metrics) < count
+
+
+_WRITING_TYPES: Final = (LogScalars, SetSummary, SaveTensors, MeasurePeakMemory)
 
 
 def _writes(effect: Effect) -> Iterator[tuple[tuple[str, str], Any]]:

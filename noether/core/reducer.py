@@ -90,6 +90,7 @@ class Reducer:
         # Both depend on the members and the type only, so threads may fill them in at the same time.
         self._listeners_by_event: dict[type[Event], tuple[Callback, ...]] = {}
         self._selectors: dict[type[Event], Callable[[TrainState], tuple[_Call, ...]]] = {}
+        self._select_at_update = self._find_selector(AfterUpdate)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the state after all members, and their effects in the same order."""
@@ -99,7 +100,7 @@ class Reducer:
         requests: tuple[tuple[Callback, Effects], ...] = ()
         member: Callback = identity
         try:
-            select = self._selectors.get(type(event)) or self._make_selector(type(event))
+            select = self._select_at_update if type(event) is AfterUpdate else self._find_selector(type(event))
             for member, call in select(state):
                 result = call(state, event)
                 try:
@@ -184,8 +185,10 @@ class Reducer:
     def _memory_names(self, state: TrainState) -> tuple[str, ...]:
         return tuple(name for member in self.members for name in memory_names(member, state))
 
-    def _make_selector(self, event_type: type[Event]) -> Callable[[TrainState], tuple[_Call, ...]]:
+    def _find_selector(self, event_type: type[Event]) -> Callable[[TrainState], tuple[_Call, ...]]:
         """Return the function that selects what to call at an event of this type."""
+        if event_type in self._selectors:
+            return self._selectors[event_type]
         calls = tuple((member, member) for member in self._listeners(event_type))
         at_update = issubclass(event_type, AfterUpdate)
         selector = _CallsAtUpdates(self.members, event_type).select if at_update else lambda _: calls

@@ -221,6 +221,19 @@ def test_a_partial_does_not_hide_memory_and_readings():
     norm = callback("norm", init=lambda state: 0, readings=("grad_norm",))(lambda state, event: (state, ()))
     with pytest.raises(TypeError, match="the wrapper around norm hides its init"):
         compose(functools.partial(norm))
+    with pytest.raises(TypeError, match="the wrapper around norm hides its init"):
+        compose(functools.wraps(norm)(lambda state, event: norm(state, event)))  # noqa: PLW0108  # a user's decorator
+    reads = callback("norm", readings=("grad_norm",))(lambda state, event: (state, ()))
+    with pytest.raises(TypeError, match="the wrapper around norm hides its readings"):
+        compose(functools.partial(reads))
+
+
+def test_a_wrapper_around_a_callback_without_memory_is_accepted():
+    say = every_n_updates(2)(lambda state, event: (state, (LogText("x"),)))
+    timed = functools.wraps(say)(lambda state, event: say(state, event))  # noqa: PLW0108  # a user's decorator
+    state = TrainState().advance(samples=1)
+    assert compose(timed)(state, AfterUpdate())[1] == ()
+    assert compose(timed)(state.advance(samples=1), AfterUpdate())[1] == (LogText("x"),)
 
 
 # ------------------------------------------------------------------------------------------------ lost values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Final, dataclass_transform
+from typing import TYPE_CHECKING, Any, Final, dataclass_transform
 
 from noether.core.callbacks.hooks import find_hook_problems, find_scalars
 from noether.core.errors import raise_problems
@@ -61,8 +61,6 @@ class CallbackBase:
 
     id: str | None = None
 
-    hooks: ClassVar[tuple[str, ...]] = (*HOOKS.values(), "init")
-
     def __init_subclass__(cls, **options: Any) -> None:  # options of a metaclass, such as ABCMeta
         super().__init_subclass__(**options)
         dataclass(frozen=True, kw_only=True)(cls)
@@ -77,7 +75,7 @@ class CallbackBase:
     def problems(self) -> Iterator[Problem | None]:
         """Yield each problem of hooks and settings; a subclass adds its own after `yield from super().problems()`."""
         unused = self._check_hooks()
-        yield from find_hook_problems(self, self.hooks) if unused is None else (unused,)
+        yield from find_hook_problems(self, self._hook_names()) if unused is None else (unused,)
         yield from (check_reading(type(self).__name__, name) for name in self.readings)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
@@ -149,6 +147,10 @@ class CallbackBase:
         # A class with its own `__call__` may act on any event.
         hooks = ("__call__", HOOKS.get(kind_of(event_type), "__call__"))
         return any(self.overrides(hook, CallbackBase) for hook in hooks)
+
+    def _hook_names(self) -> tuple[str, ...]:
+        """Return the names of the methods that noether calls and a subclass may define."""
+        return (*HOOKS.values(), "init")
 
     def _check_hooks(self) -> Problem | None:
         """Return the problem of a class that overrides no hook, most often because a name is misspelt."""

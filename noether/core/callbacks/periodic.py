@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.callback_checks import check_result
 from noether.core.callbacks.base import HOOKS, CallbackBase
@@ -70,8 +70,6 @@ class PeriodicCallback(CallbackBase):
     every_n_samples: int | None = None
     at_end: bool = False
 
-    hooks: ClassVar = (*CallbackBase.hooks, *_PERIODIC_HOOKS)
-
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings; a subclass adds its own after `yield from super().problems()`."""
         yield from super().problems()
@@ -83,6 +81,9 @@ class PeriodicCallback(CallbackBase):
             both = " and ".join(f"{name}: {value!r}" for name, value in given.items())
             yield Problem(list(given)[-1], f"{both} are both set; give exactly one of {names}")
         yield from (check_whole(name, value) for name, value in given.items())
+
+    def _hook_names(self) -> tuple[str, ...]:
+        return (*super()._hook_names(), *_PERIODIC_HOOKS)
 
     def _check_hooks(self) -> Problem | None:
         hooks = ("__call__", *HOOKS.values(), *_PERIODIC_HOOKS)
@@ -224,13 +225,14 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     batch_size: int | None = None
     weights: str | None = None
 
-    hooks: ClassVar = (*PeriodicCallback.hooks, "process_data", "process_results")
-
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
         yield from super().problems()
         if self.batch_size is not None:
             yield check_whole("batch_size", self.batch_size)
+
+    def _hook_names(self) -> tuple[str, ...]:
+        return (*super()._hook_names(), "process_data", "process_results")
 
     def _check_hooks(self) -> Problem | None:
         hooks = ("process_data", "periodic_callback", "process_results")
