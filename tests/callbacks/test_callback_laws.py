@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples import all_examples, sometimes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +32,7 @@ from noether.core.tensors.memory import check_memory
 from noether.core.tensors.tree import FrozenDict
 from noether.effects import CheckpointStore
 from noether.testing import call_purely, same
+from noether.testing.shipped import all_examples, sometimes
 
 
 def forward(state, batch):

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from examples import SETTINGS
 
 from noether.core.callbacks import (
     BestCheckpointCallback,
@@ -20,6 +19,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.callbacks.registry import SHIPPED
 from noether.core.errors import SettingsError
 from noether.core.schedules.schedule import INTERVALS
+from noether.testing.shipped import SETTINGS
 
 REQUIRED = {
     kind: settings[0]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from examples import SETTINGS, all_examples
 
 from noether.core.callbacks.evaluation import OfflineLossCallback
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
@@ -12,6 +11,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
+from noether.testing.shipped import SETTINGS, all_examples
 
 NEED_FACTS = {"ParamCountCallback", "DatasetStatsCallback", "HyperparamsCallback"}
 EXAMPLES = [
