@@ -70,13 +70,13 @@ def register_state(state_type: type[Any], *tuple_types: type[Any]) -> None:
 
     def flatten_state(state: Any) -> Flat:
         entries = {name: getattr(state, name) for name in names}
-        weights = {name: FrozenDict(_read(entries[name])) for name in _WEIGHTS if isinstance(entries[name], Mapping)}
+        weights = {name: FrozenDict(entries[name]) for name in _WEIGHTS if isinstance(entries[name], Mapping)}
         return _take_apart("state", entries, weights)
 
     def flatten_tree(wrapper: StateTree) -> Flat:
         tree = wrapper.tree
         if isinstance(tree, Mapping):
-            return _take_apart("dict", _read(tree))
+            return _take_apart("dict", dict(tree))
         kind = type(tree).__name__
         return _take_apart(kind if kind in builders else "tuple", dict(enumerate(tree)))
 
@@ -92,10 +92,6 @@ def register_state(state_type: type[Any], *tuple_types: type[Any]) -> None:
 
 def _tuple_builder(tuple_type: type[Any]) -> Callable[[dict[Any, Any]], Any]:
     return lambda entries: tuple_type(*entries.values())
-
-
-def _read(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return tree.tree_entries() if isinstance(tree, FrozenDict) else dict(tree)
 
 
 def _take_apart(kind: str, entries: dict[Any, Any], weights: Mapping[str, Any] = FrozenDict()) -> Flat:

@@ -8,7 +8,7 @@ import torch
 
 from noether.core.errors import NoetherError
 from noether.core.tensors.live.views import LiveView
-from noether.core.tensors.torch_internals import storage_handle, storage_use_count
+from noether.core.tensors.torch_internals import select_view, storage_handle, storage_use_count
 from noether.core.tensors.tree import FrozenDict, FrozenView, clone_tensors, map_leaves
 
 if TYPE_CHECKING:
@@ -73,12 +73,6 @@ class DonatedTree(FrozenView):
 
     def __repr__(self) -> str:
         return "DonatedTree(donated)" if self._tree is None else super().__repr__()
-
-    def tree_entries(self) -> dict[str, Any]:
-        """Return views of the entries that no transform of `torch.func` tracks, as `detach` inside of one would."""
-        if self.owner is NOT_DONATED:
-            return dict(self._readable_tree())
-        return {key: map_leaves(_view_untracked, entry) for key, entry in self._readable_tree().items()}
 
     @classmethod
     def from_entries(cls, entries: dict[str, Any]) -> DonatedTree:
@@ -228,11 +222,7 @@ def _has_other_users(storage: torch.UntypedStorage) -> bool:
 
 
 def _view(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _view_untracked(leaf: Any) -> Any:
-    return leaf.data if isinstance(leaf, torch.Tensor) else leaf
+    return select_view()(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 NOT_DONATED: Final = object()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from noether.core.tensors.torch_internals import buffers_in, children_in, parameters_in
+from noether.core.tensors.torch_internals import buffers_in, children_in, parameters_in, select_view
 from noether.core.tensors.tree import FrozenDict, move_to_device, tensors
 
 if TYPE_CHECKING:
@@ -102,12 +102,14 @@ def without_wrappers(name: str) -> str:
 
 def params_of(model: nn.Module) -> FrozenDict:
     """Return the parameters of `model` by name; the tensors share its memory."""
-    return FrozenDict({name: parameter.detach() for name, parameter in named_parameters(model).items()})
+    view = select_view()
+    return FrozenDict({name: view(parameter) for name, parameter in named_parameters(model).items()})
 
 
 def buffers_of(model: nn.Module) -> FrozenDict:
     """Return the buffers of `model` by name; the tensors share its memory."""
-    return FrozenDict({name: buffer.detach() for name, buffer in named_buffers(model).items()})
+    view = select_view()
+    return FrozenDict({name: view(buffer) for name, buffer in named_buffers(model).items()})
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from noether.core.tensors.torch_internals import register_torch_pytree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 try:
     from optree import GetAttrEntry, GetItemEntry, register_pytree_node
@@ -85,28 +85,25 @@ def register_pytree(
     _register_optree(cls, flatten, unflatten, has_fields=has_fields)
 
 
-def register_mapping(
-    cls: type[Any], read: Callable[[Any], dict[str, Any]], build: Callable[[dict[str, Any]], Any]
-) -> None:
+def register_mapping(cls: type[Mapping[str, Any]], build: Callable[[dict[str, Any]], Any]) -> None:
     """Register a class of mappings like dict: each value is a child.
 
     Torch orders the values of a dict as they were inserted, optree by key, and so they do with these.
 
     Args:
         cls: The class.
-        read: Returns the entries of a mapping.
-        build: Returns the mapping of these entries.
+        build: Returns the mapping of some entries.
     """
 
     def flatten(tree: Any) -> Flat:
-        entries = read(tree)
+        entries = dict(tree)
         return Flat(tuple(entries.values()), tuple(entries), tuple(entries))
 
     def unflatten(keys: Any, children: Iterable[Any]) -> Any:
         return build(dict(zip(keys, children, strict=True)))
 
     def flatten_sorted(tree: Any) -> Flat:
-        entries = read(tree)
+        entries = dict(tree)
         keys = sorted(entries)
         return Flat([entries[key] for key in keys], _InsertedKeys(entries), keys)
 

@@ -91,14 +91,35 @@ def buffer_dicts(model: nn.Module) -> list[dict[str, Tensor | None]]:
     return list(map(buffers_in, model.modules()))
 
 
-children_in: Final[Callable[[nn.Module], dict[str, nn.Module | None]]] = attrgetter("_modules")
-"""Return the dict of the submodules of a module; reading all names by generators takes four times as long."""
+def children_in(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the dict of the submodules of a module; reading all names by generators takes four times as long."""
+    return module._modules  # noqa: SLF001  # torch has no public dict; a compiler cannot read through an `attrgetter`
 
-parameters_in: Final[Callable[[nn.Module], dict[str, nn.Parameter | None]]] = attrgetter("_parameters")
-"""Return the dict of the parameters of a module; see `children_in`."""
 
-buffers_in: Final[Callable[[nn.Module], dict[str, Tensor | None]]] = attrgetter("_buffers")
-"""Return the dict of the buffers of a module; see `children_in`."""
+def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the dict of the parameters of a module; see `children_in`."""
+    return module._parameters  # noqa: SLF001  # likewise
+
+
+def buffers_in(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the dict of the buffers of a module; see `children_in`."""
+    return module._buffers  # noqa: SLF001  # likewise
+
+
+def select_view() -> Callable[[Tensor], Tensor]:
+    """Return the function that makes a view of a tensor without a gradient: `detach` or, in a transform, another one.
+
+    Inside of a transform of `torch.func`, `detach` returns a tensor that the transform tracks already, and that no
+    further argument of it may be.
+    """
+    return torch.Tensor.detach if _innermost_transform() is None else _read_data
+
+
+_innermost_transform: Final[Callable[[], Any]] = _find("_C._functorch.peek_interpreter_stack")
+
+
+def _read_data(tensor: Tensor) -> Tensor:
+    return tensor.data
 
 
 def register_torch_pytree(
@@ -306,6 +327,20 @@ def _check_pytrees() -> None:
     _expect(torch.func.grad(lambda box: box.tensor.square().sum())(box).tensor.tolist(), [2.0, 2.0, 2.0])
 
 
+def _check_select_view() -> None:
+    tensor = torch.ones(2)
+    tensor.add_(1)
+    _expect(write_counts([select_view()(tensor)]), [1])  # a write to one of them is counted for both
+    views: list[Tensor] = []
+
+    def read_view(factor: Tensor) -> Tensor:
+        views.append(select_view()(tensor))
+        return factor.sum()
+
+    torch.func.grad(read_view)(torch.ones(1))
+    _expect(views[0].data_ptr() == tensor.data_ptr(), expected=True)  # a tracked tensor has no memory of its own
+
+
 class _Scaling:
     """Multiplies by one number that a compiled call has to read again, and by one that it may treat as fixed."""
 
@@ -337,6 +372,7 @@ _CHECKS: Final = (
     _Check("foreach_add_, foreach_lerp, foreach_lerp_", "step counters of Adam, averages of weights", _check_foreach),
     _Check("fused_adam_, fused_adamw_", "updates of fused Adam and AdamW", _check_fused_adam),
     _Check("register_torch_pytree", "torch.func and tree_map take states", _check_pytrees),
+    _Check("select_view", "states are read inside of transforms of torch.func", _check_select_view),
     _Check("optimizer_attributes", "memory that an optimizer class keeps on itself", _check_optimizer_attributes),
     _Check("compile_graph", "compiled updates", _check_compile_graph),
 )

@@ -48,11 +48,7 @@ class FrozenDict(dict[str, Any]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        register_mapping(cls, cls.tree_entries, cls.from_entries)
-
-    def tree_entries(self) -> dict[str, Any]:
-        """Return the entries for a pytree, whose leaves they are or contain."""
-        return dict(self)
+        register_mapping(cls, cls.from_entries)
 
     @classmethod
     def from_entries(cls, entries: dict[str, Any]) -> FrozenDict:
@@ -133,7 +129,7 @@ class FrozenView(FrozenDict):
         return f"{type(self).__name__}({dict(self)})"
 
 
-register_mapping(FrozenDict, FrozenDict.tree_entries, FrozenDict.from_entries)
+register_mapping(FrozenDict, FrozenDict.from_entries)
 
 
 def _is_same(entry: Any, value: Any) -> bool:

@@ -14,6 +14,7 @@ from noether.core.tensors.live.views import LiveView
 from noether.core.tensors.live.weights import match_names, raise_mismatch
 from noether.core.tensors.module import named_parameters
 from noether.core.tensors.step_counters import counts_on_device, move_memory
+from noether.core.tensors.torch_internals import select_view
 from noether.core.tensors.tree import FrozenDict, FrozenView, freeze, map_leaves, pack, plain_number, unpack
 
 if TYPE_CHECKING:
@@ -190,4 +191,4 @@ def _warn_of_replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> None:
 
 
 def _view(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+    return select_view()(leaf) if isinstance(leaf, torch.Tensor) else leaf
