@@ -23,6 +23,7 @@ from noether.effects import Console
 from noether.testing import same
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
+from noether.training.weights import fit_weights
 
 
 def make(outputs=1, dtype=torch.float32, seed=0):
@@ -218,6 +219,26 @@ def test_a_run_resumes_with_other_wrappers(first, second):
     assert same(fresh.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_checkpoint_whose_names_have_wrappers_resumes(prefix):
+    """As earlier versions saved those of `torch.compile` and DDP."""
+    model, optimizer = make()
+    state = on_disk(train(model, optimizer))
+
+    def add_prefix(tree):
+        return {f"{prefix}{name}": value for name, value in tree.items()}
+
+    groups = tuple({k: v for k, v in group.items() if k != "params"} for group in state.opt_state["groups"])
+    opt_state = {"state": add_prefix(state.opt_state["state"]), "groups": groups}
+    saved = state.replace(params=add_prefix(state.params), buffers=add_prefix(state.buffers), opt_state=opt_state)
+    other, fresh = make(seed=3)
+    saved.into_module(other, fresh)
+    assert same(contents(other, fresh), contents(model, optimizer))
+    fitted = fit_weights(on_disk(TrainState.from_module(other)), saved)
+    assert same((dict(fitted.params), dict(fitted.buffers)), (dict(state.params), dict(state.buffers)))
+    assert fitted.opt_state["state"].keys() == state.opt_state["state"].keys()
+
+
 @pytest.mark.usefixtures("process_group")
 def test_names_of_distributed_data_parallel():
     model, _ = make()
@@ -324,6 +345,18 @@ def test_extra_state_returns_from_a_checkpoint(tmp_path_factory, extra):
     assert other[0].calls == 2
     assert same(other[0].extra, unpack({"x": other[0].extra})["x"])
     assert same(dict(TrainState.from_module(other).extra_state), dict(TrainState.from_module(model).extra_state))
+
+
+def test_an_asynchronous_save_has_the_extra_state_of_its_moment(tmp_path):
+    model, optimizer = counting()
+    with open_run(tmp_path, Console(RichConsole(file=io.StringIO())), asynchronous=True) as run:
+        state = TrainState.from_module(model, optimizer)
+        for _ in range(3):
+            train(model, optimizer, 1)
+            state = state.advance(samples=1)
+            run.interpreter([SaveCheckpoint()], state, AfterTraining(run=Run()))
+    tags = [run.checkpoints.load(manifest).extra_state["0"]["calls"] for manifest in run.checkpoints.manifests()]
+    assert tags == [1, 2, 3]
 
 
 def test_extra_state_belongs_to_the_weights_of_its_sub_module(tmp_path):

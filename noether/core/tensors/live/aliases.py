@@ -62,7 +62,7 @@ def _find_shared(tree: Any, found: list[Tensor]) -> None:
         if _has_other_users(tree):
             found.append(tree)
         return
-    if kind is FrozenDict or isinstance(tree, Mapping):
+    if kind is FrozenDict or kind is dict or isinstance(tree, Mapping):
         values: Iterable[Any] = tree.values()
     elif kind is tuple or isinstance(tree, (list, tuple)):
         values = tree
