@@ -8,7 +8,7 @@ import inspect
 import types
 from contextlib import suppress
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,9 +129,9 @@ def _function_of(target: Any) -> Any:
 def held_objects(target: Any) -> Iterator[Any]:
     """Yield the objects that a call of `target` may call.
 
-    They are the function in a `functools.partial` or below a decorator, the owner of a bound method, the attributes of
-    an instance, and the variables from outside that a function uses for more than their attributes; of those of its
-    module, functions are left out.
+    They are the function and arguments in a `functools.partial`, the owner of a bound method, the attributes of an
+    instance, and the attributes and defaults of a function with the variables from outside that it uses for more than
+    their attributes; of those of its module, functions are left out. Lists, tuples and dicts are looked into.
 
     Example:
         >>> def repeat(callback):
@@ -140,21 +140,41 @@ def held_objects(target: Any) -> Iterator[Any]:
         [<built-in function len>]
     """
     if isinstance(target, functools.partial):
-        yield target.func
+        held = [target.func, *target.args, target.keywords]
     elif isinstance(target, types.MethodType):
-        yield target.__self__
+        held = [target.__self__]
     elif isinstance(target, types.FunctionType):
-        yield from [target.__wrapped__] if hasattr(target, "__wrapped__") else []
-        yield from _variables_from_outside(target)
+        defaults = [*(target.__defaults__ or ()), target.__kwdefaults__ or {}]
+        held = [vars(target), *defaults, *_variables_from_outside(target)]
     else:
-        for value in getattr(target, "__dict__", {}).values():
-            yield from value if isinstance(value, list | tuple) else [value]
+        slots = (name for base in type(target).__mro__ for name in vars(base).get("__slots__", ()))
+        held = [getattr(target, "__dict__", {}), *(getattr(target, name, None) for name in slots)]
+    for each in held:
+        yield from _flatten_containers(each)
+
+
+_LONGEST: Final = 100
+_DEEPEST: Final = 4
+"""Containers that are longer or deeper hold data, not callbacks."""
+
+
+def _flatten_containers(value: Any, depth: int = 0) -> Iterator[Any]:
+    """Yield the elements of nested lists, tuples and dicts, or the value itself."""
+    if not isinstance(value, list | tuple | dict):
+        yield value
+    elif len(value) <= _LONGEST and depth < _DEEPEST:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _flatten_containers(part, depth + 1)
+
+
+_CALLING: Final = ("__call__", "after_", "track_", "periodic_callback")
+"""How the attributes begin through which a function calls a callback."""
 
 
 def _variables_from_outside(function: types.FunctionType) -> Iterator[Any]:
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     for load, following in pairwise(dis.get_instructions(function)):
-        if following.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        if following.opname in ("LOAD_ATTR", "LOAD_METHOD") and not following.argval.startswith(_CALLING):
             continue  # it reads an attribute, such as the name of a callback
         if load.opname == "LOAD_GLOBAL" and not inspect.isroutine(value := function.__globals__.get(load.argval)):
             yield value

@@ -176,6 +176,41 @@ def call_global(state, event):
     return GLOBAL_LOSS(state, event)
 
 
+class Slot:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = {"a": [inner]}
+
+    def __call__(self, state, event):
+        return self.inner["a"][0](state, event)
+
+
+def call_default(state, event, inner=GLOBAL_LOSS):
+    return inner(state, event)
+
+
+def call_keyword(state, event, *, inner=GLOBAL_LOSS):
+    return inner(state, event)
+
+
+def call_given(state, event, *, inner):
+    return inner(state, event)
+
+
+def call_hook(state, event):
+    return GLOBAL_LOSS.after_update(state, event)
+
+
+def call_each(callbacks):
+    def call(state, event):
+        for each in callbacks:
+            state, _ = each(state, event)
+        return state, ()
+
+    return call
+
+
 def track(body):
     return callback("mean", init=lambda state: 0, track=lambda memory, event: memory)(body)
 
@@ -195,6 +230,12 @@ def track(body):
         quiet(compose(track(lambda state, event: (state, ())))),
         OnlineLossCallback(every_n_updates=2).after_update,
         call_global,
+        call_default,
+        call_keyword,
+        call_hook,
+        call_each([GLOBAL_LOSS]),
+        functools.partial(call_given, inner=GLOBAL_LOSS),
+        Slot(GLOBAL_LOSS),
         quiet(every_n_updates(3)(lambda state, event: (state, ()))),
         callback("outer")(compose(Quiet(EMACallback(every_n_updates=2, target_factors=(0.5,))))),
     ],
@@ -204,6 +245,14 @@ def test_what_tracks_or_has_a_schedule_is_found_inside_of_functions_and_objects(
         limit(hidden)
     with pytest.raises(TypeError, match=r"tracks every update|already has a schedule"):
         limit(compose(lambda state, event: (state, ()), hidden))
+
+
+def test_data_that_a_callback_holds_is_not_searched():
+    cycle = [Quiet(lambda state, event: (state, ()))]
+    cycle.append(cycle)
+    holder = Quiet(lambda state, event: (state, ()))
+    holder.data, holder.cycle, holder.itself = list(range(10**6)), cycle, holder
+    assert every_n_updates(1)(holder)(TrainState().advance(samples=1), AfterUpdate())[1] == ()
 
 
 def test_a_function_may_read_the_attributes_of_a_scheduled_callback():
