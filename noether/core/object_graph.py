@@ -115,7 +115,8 @@ def walk_model(model: nn.Module, generators: tuple[type, ...] = ()) -> Iterator[
 
 def _parts_of_module(name: str, module: nn.Module, search: _Search) -> Iterator[HeldObject]:
     kind = type(module)
-    is_own = library_of(kind) is None
+    is_adapter = kind.__module__.startswith("noether.integrations")  # reads its parameters from their places
+    is_own = library_of(kind) is None and not is_adapter
     is_searched = is_own or kind.__module__.startswith("torch.nn.modules")  # not a wrapper, which lists parameters
     is_saved = kind.get_extra_state is not nn.Module.get_extra_state  # by the module's own method
     left_out = _REGISTERED | _OF_RNNS | set(getattr(kind, "exchanged_attributes", ()))
