@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from noether.core.callback import label_of
 from noether.core.effect import Effect, SaveCheckpoint
+from noether.core.overwrites import OverwriteError
 from noether.core.reducer import compose
 from noether.effects.interpreter import merge_effects
 from noether.testing.comparison import same
+from noether.testing.counterexamples import LawError
 from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import metric_source
 from noether.testing.run_differences import compare_runs
@@ -65,7 +68,10 @@ def check_independent(
     def law(trace: Trace) -> None:
         metrics = metric_source(compose(a, b), finite=trace.finite_metrics)
         orders = (compose(metrics, a, b), compose(metrics, b, a))
-        expected, found = (_with_outcomes(drive(each, trace)) for each in orders)
+        try:
+            expected, found = (_with_outcomes(drive(each, trace)) for each in orders)
+        except OverwriteError as error:
+            raise LawError(f"{label_of(a)} and {label_of(b)} depend on their order: {error}\n  in {trace}") from error
         reordered = found._replace(effects=tuple(map(_match_order, found.effects, expected.effects)))
         violation = "depend on their order: the run differs with the second one first"
         compare_runs(compose(a, b), violation, reordered, expected, trace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -143,13 +144,15 @@ def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[Tr
     arguments = {"state": vars(state), "event": vars(event), "event.run": vars(event.run)}
     copied, marks = copy_values(arguments), _marks(arguments)
     attributes, memory, settings = _attribute_ids(callback), outside_memory(callback), global_settings()
+    modules = len(sys.modules)
     first = call_watched(name, ImpureError, callback, state, event)
     _check_arguments(name, arguments, copied, marks)
+    if len(sys.modules) == modules:  # importing a module may change settings, but only once
+        _check_settings(name, settings)
     other_state, other_event = _with_fields(state, copied["state"]), _with_fields(event, copied["event"])
     later = other_event.replace(time_s=event.time_s + _LATER_S)
     second = call_watched(name, ImpureError, callback, other_state, later)
     repeated = second if same(first, second) else call_watched(name, ImpureError, callback, other_state, other_event)
-    _check_settings(name, settings)
     if _attribute_ids(callback) != attributes:
         raise ImpureError(f"{name} assigns to itself; keep memory in the state: state.remember(...)")
     if not same(first, repeated):
