@@ -85,7 +85,8 @@ def _differences(a: Any, b: Any, path: str, outer: frozenset[tuple[int, int]]) -
             yield path or "the value", *_describe_tensors(a, b)
         return
     parts, others = (None, None) if type(a) in SCALARS else (_parts(a), _parts(b))
-    if parts is not None and others is not None and (type(a) is type(b) or isinstance(a, Mapping)):
+    alike = type(a) is type(b) or (isinstance(a, Mapping) and isinstance(b, Mapping))
+    if alike and parts is not None and others is not None:
         outer |= {(id(a), id(b))}
         for key in [*parts, *(key for key in others if key not in parts)]:
             name, _ = parts.get(key) or others[key]
