@@ -164,7 +164,7 @@ class _OnRank:
 
 def _measure_on_rank(event: Event, rank: int, update: int) -> Event:
     """Return an event with the measurements of a rank: rank 0 is fast, rank 1 slow, late, and has other data."""
-    changes: dict[str, Any] = {"time_s": event.time_s + rank * _LATER_S}
+    changes: dict[str, Any] = {"time_s": event.time_s + _LATER_S if rank else event.time_s * 1e-9}
     if isinstance(event, AfterUpdate):
         factor = 1e6 if rank else 1e-6
         durations = {name: getattr(event, name) for name in _DURATIONS}
