@@ -14,6 +14,7 @@ from noether.core.iteration import COUNTERS
 from noether.core.reducer import Reducer, compose, identity
 from noether.core.schedules.schedule import At
 from noether.core.schedules.window import START
+from noether.testing.functions import attribute_of
 from noether.testing.metric_source import metric_source
 from noether.testing.traces import drive
 
@@ -145,7 +146,7 @@ class _Observer:
         return after, effects
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._part.callback, name)
+        return attribute_of(self._part.callback, name)
 
 
 def _acts(callback: Callback, before: TrainState, after: TrainState, event: Event) -> bool:

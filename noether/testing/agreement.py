@@ -18,7 +18,7 @@ from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.testing.counterexamples import LawError
-from noether.testing.functions import copy_callback
+from noether.testing.functions import attribute_of, copy_callback
 from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import add_metric_source
 from noether.testing.other_process import call_in_other_processes
@@ -159,7 +159,7 @@ class _OnRank:
         return result
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._callback, name)
+        return attribute_of(self._callback, name)
 
 
 def _measure_on_rank(event: Event, rank: int, update: int) -> Event:

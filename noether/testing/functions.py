@@ -61,6 +61,18 @@ def globals_of(function: FunctionType) -> dict[str, Any]:
     return found
 
 
+def attribute_of(callback: Any, name: str) -> Any:
+    """Return an attribute of a callback for an object that stands for it.
+
+    Raises:
+        AttributeError: If it has none, or if the name is one of those by which `inspect` would take that object for a
+            function, with the parameters of the callback.
+    """
+    if name.startswith("__") and name != "__name__":
+        raise AttributeError(name)
+    return getattr(callback, name)
+
+
 def copy_callback(callback: _Value) -> _Value:
     """Return a deep copy of a callback, with copies of the closures, defaults and attributes of its functions.
 

@@ -13,7 +13,7 @@ from noether.core.tensors.tree import storages, tensors
 from noether.testing.comparison import differences, same
 from noether.testing.counterexamples import LawError
 from noether.testing.forbidden_calls import call_watched
-from noether.testing.functions import copy_callback
+from noether.testing.functions import attribute_of, copy_callback
 from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import add_metric_source
 from noether.testing.outside_memory import (
@@ -173,7 +173,7 @@ class _PurityChecked:
         return call_purely(self._callback, state, event)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._callback, name)
+        return attribute_of(self._callback, name)
 
 
 def _attribute_ids(callback: Callback) -> dict[str, int]:
