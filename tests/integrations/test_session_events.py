@@ -200,9 +200,13 @@ def test_a_checkpoint_inside_an_update_has_the_state_before_it():
 
 
 def test_what_a_callback_changes_is_written_into_the_model():
+    returned = []
+
     @on(AfterUpdate)
     def halve(state, event):
-        return state.replace(params={name: p * 0.5 for name, p in state.params.items()}), ()
+        params = {name: p * 0.5 for name, p in state.params.items()}
+        returned.extend(params.values())
+        return state.replace(params=params), ()
 
     network = nn.Linear(2, 1)
     session = Session(halve, run=Run(), model=network, interpreter=Recorder())
@@ -211,7 +215,8 @@ def test_what_a_callback_changes_is_written_into_the_model():
     session.micro_batch({"mse": 0.0}, samples=1)
     session.update()
     assert_same(weights(network), {name: w * 0.5 for name, w in before.items()})
-    assert session.state.params["weight"].data_ptr() != network.weight.data_ptr()
+    assert session.state.params["weight"].data_ptr() == network.weight.data_ptr()  # the state views the model again
+    assert all(p.data_ptr() != network.weight.data_ptr() for p in returned)
 
 
 def test_an_update_without_a_loss_was_skipped():

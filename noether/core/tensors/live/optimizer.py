@@ -96,7 +96,7 @@ def find_optimizer_problems(opt_state: Mapping[str, Any], model: nn.Module, opti
     """Yield in which parameters, shapes and groups a saved memory differs from a live optimizer."""
     parameters = named_parameters(model)
     names = {parameter: name for name, parameter in parameters.items()}
-    if replaced := _replaced(optimizer, names):
+    if replaced := _describe_replaced(optimizer, names):
         yield f"the optimizer does not hold {replaced}, set after it was made: make the optimizer after the model"
     for name, memory in match_names(opt_state.get("state", {}), parameters).items():
         if name not in parameters:
@@ -127,12 +127,12 @@ def _find_group_problems(
         expected = list(match_names(dict.fromkeys(theirs.get(_MEMBERS, members)), members))
         if expected != members:
             yield (
-                f"parameter group {index} has {len(expected)} parameters in the state ({_listed(expected)}), and "
-                f"{len(members)} in the optimizer ({_listed(members)})"
+                f"parameter group {index} has {len(expected)} parameters in the state ({_join_names(expected)}), and "
+                f"{len(members)} in the optimizer ({_join_names(members)})"
             )
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     shown = 3
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
@@ -168,7 +168,7 @@ def _scale_lr(optimizer: Optimizer, scale: float) -> None:
             group["lr_scale"] = scale
 
 
-def _replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> str:
+def _describe_replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> str:
     """Return the names of the parameters that took the place of others that the optimizer still holds, or nothing."""
     held = {parameter for group in optimizer.param_groups for parameter in group[_MEMBERS]}
     lost = [parameter.shape for parameter in held if parameter not in names]
@@ -179,7 +179,7 @@ def _replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> str:
 
 
 def _warn_of_replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> None:
-    if optimizer not in _REPORTED and (replaced := _replaced(optimizer, names)):
+    if optimizer not in _REPORTED and (replaced := _describe_replaced(optimizer, names)):
         _REPORTED.add(optimizer)
         warnings.warn(
             f"the optimizer does not train {replaced}: the model got a new parameter there after the optimizer was "
