@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from noether.core.tensors.torch_internals import write_counts
 from noether.testing.functions import closure_of, globals_of, is_library
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
 def marks_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
     """Return for each tensor how often it was written to, whether it requires a gradient, and its gradient's id."""
     return {
-        name: (None if each.is_inference() else each._version, each.requires_grad, each.is_leaf and id(each.grad))  # noqa: SLF001  # torch has no public count
+        name: (
+            None if each.is_inference() else write_counts([each]),
+            each.requires_grad,
+            each.is_leaf and id(each.grad),
+        )
         for name, each in tensors.items()
     }
 

@@ -90,7 +90,9 @@ class DonatedTree(FrozenView):
 
     def __getitem__(self, key: str) -> Any:
         entry = self._readable_tree()[key]
-        return entry if self.owner is NOT_DONATED else map_leaves(_view, entry)
+        if self.owner is NOT_DONATED:
+            return entry
+        return select_view()(entry) if isinstance(entry, torch.Tensor) else map_leaves(_view, entry)
 
     def _readable_tree(self) -> Mapping[str, Any]:
         if self._tree is None:
