@@ -57,7 +57,7 @@ def runs(
 
     They have accumulation, short last batches, skipped updates, one or more parameter groups, evaluations,
     interruptions; they end after an epoch or within one, or because another callback stops them. Some start shortly
-    before update 50, 100 or 1000, as a run that is resumed with new callbacks.
+    before update 50, 100 or 1000, as a run that is resumed with new callbacks. Some have events of subclasses.
 
     Every dataset key names a dataset of a few batches, and the forward uses the params of the trace and has two
     classes, unless `model` says otherwise.
@@ -116,7 +116,7 @@ def _runs(draw: Callable[..., Any], kinds: _Kinds, model: TracedModel, schedules
         model = replace(model, groups=draw(st.sampled_from((("default",), ("default", "head")))))
     trace = Trace(
         run, readings, draw(places) if kinds.interrupted else (), seed=draw(st.integers(0, 9)), first_update=first,
-        evaluations=draw(st.one_of(st.just(()), places)), finite_metrics=kinds.finite,
+        evaluations=draw(st.one_of(st.just(()), places)), finite_metrics=kinds.finite, own_events=draw(_RARELY),
         stop=draw(st.one_of(st.none(), st.none(), st.none(), st.integers(first + 1, first + updates))),
     )  # fmt: skip
     return trace.with_model(model)
@@ -140,6 +140,7 @@ def _spans(
     return first, TrainingIteration(epoch=-(-last // shape.updates_per_epoch))
 
 
+_RARELY: Final = st.sampled_from((False, False, False, True))
 _LATE_STARTS: Final = (48, 98, 998)
 _MOST_READINGS: Final = 12
 """A schedule that is due later than this is reached by a run that starts late."""

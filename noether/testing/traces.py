@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, final
 
 import torch
 
-from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
+from noether.core.event import (
+    EVENTS,
+    AfterAccumulationStep,
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    AtEval,
+    BeforeTraining,
+)
 from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
 from noether.testing.models import TracedModel
@@ -25,6 +33,8 @@ if TYPE_CHECKING:
     Dispatch = Callable[[TrainState, Event], TrainState]
 
 _EffectType = TypeVar("_EffectType", bound="Effect")
+_EventType = TypeVar("_EventType", bound="Event")
+_OWN_EVENTS: Final[dict[type[Event], Any]] = {kind: type(f"Own{kind.__name__}", (kind,), {}) for kind in EVENTS}
 
 
 @final
@@ -66,6 +76,7 @@ class Trace:
         stop: Number of the update at which another callback stops the run; None if none does.
         finite_metrics: Whether a metric is finite that a law provides because a callback consumes it.
         clock_s: Wall-clock time at update 0, in seconds since 1970.
+        own_events: Whether the events are of subclasses, as a loop may define them.
 
     Example:
         >>> from noether import Run, TrainingIteration
@@ -85,6 +96,7 @@ class Trace:
     stop: int | None = None
     finite_metrics: bool = False
     clock_s: float = 1e9
+    own_events: bool = False
 
     def __str__(self) -> str:
         run = self.run
@@ -100,6 +112,8 @@ class Trace:
             parts.append(f"stopped at update {self.stop}")
         if len(self.model.groups) > 1:
             parts.append(f"parameter groups {', '.join(self.model.groups)}")
+        if self.own_events:
+            parts.append("with events of subclasses")
         return ", ".join(parts)
 
     def start(self) -> TrainState:
@@ -138,6 +152,12 @@ class Trace:
         """Return the trace that one of two ranks sees; losses, outputs and durations differ between the ranks."""
         readings = tuple(replace(each, duration_s=each.duration_s + rank) for each in self.readings)
         return replace(self, run=self.run.replace(rank=rank, world_size=2), readings=readings)
+
+    def event(self, kind: type[_EventType], **fields: Any) -> _EventType:
+        """Return an event of this run, of the given type or of a subclass."""
+        chosen: Any = _OWN_EVENTS[kind] if self.own_events else kind
+        made: _EventType = chosen(run=self.run, **fields)
+        return made
 
     def reading(self, update: int) -> Reading:
         """Return the reading of the update after `update` others."""
@@ -184,22 +204,22 @@ def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, 
 
     if state is None:
         state, resumed = trace.start(), trace.first_update > 0
-    state = dispatch(state, BeforeTraining(run=run, resumed=resumed, time_s=_time_s(state, trace)))
+    state = dispatch(state, trace.event(BeforeTraining, resumed=resumed, time_s=_time_s(state, trace)))
     while True:
         if _place(state) in trace.evaluations:
-            state = dispatch(state, AtEval(run=run, time_s=_time_s(state, trace)))
+            state = dispatch(state, trace.event(AtEval, time_s=_time_s(state, trace)))
         move = next_move(state, run)
         if move is Move.NOTHING:
             break
         if move is Move.END_TRAINING:
-            state = dispatch(state.replace(ended=True), AfterTraining(run=run, time_s=_time_s(state, trace)))
+            state = dispatch(state.replace(ended=True), trace.event(AfterTraining, time_s=_time_s(state, trace)))
             continue
         if move is Move.END_EPOCH:
-            state = dispatch(state.next_epoch(), AfterEpoch(run=run, time_s=_time_s(state, trace)))
+            state = dispatch(state.next_epoch(), trace.event(AfterEpoch, time_s=_time_s(state, trace)))
         else:
             state = _update(state, trace, dispatch)
         if _place(state) in trace.interruptions:
-            state = dispatch(state, BeforeTraining(run=run, resumed=True, time_s=_time_s(state, trace)))
+            state = dispatch(state, trace.event(BeforeTraining, resumed=True, time_s=_time_s(state, trace)))
     events, states, effects = zip(*driven, strict=True)
     return DrivenRun(events, states, effects)
 
@@ -233,13 +253,13 @@ def _update(state: TrainState, trace: Trace, dispatch: Dispatch) -> TrainState:
     losses = [loss + offset for loss in reading.losses[: len(sizes)]]
     outputs = tuple(model.outputs_of(update + step, loss) for step, loss in enumerate(losses))
     for step, (samples, loss) in enumerate(zip(sizes, losses, strict=True)):
-        seen = AfterAccumulationStep(
-            run=run, time_s=_time_s(state, trace), losses=model.losses_of(loss), outputs=outputs[step],
+        seen = trace.event(
+            AfterAccumulationStep, time_s=_time_s(state, trace), losses=model.losses_of(loss), outputs=outputs[step],
             samples=samples, accumulation_step=step, accumulation_steps=len(sizes),
         )  # fmt: skip
         state = dispatch(state, seen)
-    event = AfterUpdate(
-        run=run, time_s=_time_s(state, trace) + 1, samples=sum(sizes), outputs=outputs, accumulated=sizes,
+    event = trace.event(
+        AfterUpdate, time_s=_time_s(state, trace) + 1, samples=sum(sizes), outputs=outputs, accumulated=sizes,
         lr=model.learning_rates(state), weight_decay=model.weight_decay,
         **_measurements(model, reading, sizes), **_durations(reading.duration_s),
     )  # fmt: skip

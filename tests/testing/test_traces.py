@@ -117,6 +117,7 @@ def kinds_of(trace):
     yield "ends within an epoch" if trace.run.final.update % trace.run.updates_per_epoch else "ends after an epoch"
     yield "stops early" if expected_end(trace) != trace.run.final else "reaches the end"
     yield f"has {len(trace.model.groups)} parameter groups"
+    yield "has own events" if type(updates[0]) is not AfterUpdate else "has events of noether"
     yield f"is interrupted {min(len(trace.interruptions), 1)} times"
     yield f"is evaluated {min(len(events_of(trace, AtEval)), 1)} times"
     for event in updates:
@@ -141,6 +142,7 @@ def test_runs_contain_what_real_ones_do():
     collect()
     assert found == {
         "starts late", "starts at 0", "ends within an epoch", "ends after an epoch", "stops early", "reaches the end",
+        "has own events", "has events of noether",
         "has 1 parameter groups", "has 2 parameter groups", "is interrupted 0 times", "is interrupted 1 times",
         "is evaluated 0 times", "is evaluated 1 times", "has 0 accumulation steps", "has 1 accumulation steps",
         "has 2 accumulation steps", "has 3 accumulation steps", "finite True, skipped False, loss finite True",
