@@ -91,8 +91,7 @@ def walk_model(model: nn.Module, generators: tuple[type, ...] = ()) -> Iterator[
     """Yield what the modules of a model hold beside their parameters, buffers and sub-modules.
 
     Of modules that wrap others, such as `DistributedDataParallel`, it yields only what their hooks hold. What a module
-    with `get_extra_state` holds is saved, so it is no hidden state. Attributes that a class names in
-    `exchanged_attributes` are left out: its forward exchanges their tensors, as an adapter of another framework does.
+    with `get_extra_state` holds is saved, so it is no hidden state.
 
     Args:
         model: The model.
@@ -119,9 +118,8 @@ def _parts_of_module(name: str, module: nn.Module, search: _Search) -> Iterator[
     is_own = library_of(kind) is None and not is_adapter
     is_searched = is_own or kind.__module__.startswith("torch.nn.modules")  # not a wrapper, which lists parameters
     is_saved = kind.get_extra_state is not nn.Module.get_extra_state  # by the module's own method
-    left_out = _REGISTERED | _OF_RNNS | set(getattr(kind, "exchanged_attributes", ()))
     for attribute, value in list(vars(module).items()):
-        if attribute in _HOOKS or (is_searched and attribute not in left_out):
+        if attribute in _HOOKS or (is_searched and attribute not in _REGISTERED | _OF_RNNS):
             path = f"{name}.{attribute}" if name else attribute
             yield HeldObject(path, value, is_compared=is_own and not is_saved)
     yield from _class_generators(kind, search) if is_own else ()

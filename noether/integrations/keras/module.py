@@ -47,8 +47,6 @@ class KerasModule(nn.Module):
         ['batch_normalization.moving_mean', 'batch_normalization.moving_variance']
     """
 
-    exchanged_attributes = ("_keras",)  # `forward` computes with the parameters of this module, not with its variables
-
     def __init__(self, model: Any) -> None:
         super().__init__()
         if not model.built:
