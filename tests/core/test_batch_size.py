@@ -110,7 +110,9 @@ def test_tensors_that_disagree_are_refused_with_their_shapes(batch, shapes):
     assert Run(batch_size=lambda each: 8).count_samples(batch) == 8
 
 
-@pytest.mark.parametrize("batch", ["text", ["a", "b"], {"loss": torch.tensor(1.0)}, object(), 3], ids=repr)
+@pytest.mark.parametrize(
+    "batch", ["text", ["a", "b"], {"loss": torch.tensor(1.0)}, object(), 3], ids=lambda batch: type(batch).__name__
+)
 def test_a_batch_without_tensors_is_refused(batch):
     with pytest.raises(
         ValueError, match=f"no tensor with a dimension is found in the batch, a {type(batch).__name__}: "
