@@ -44,7 +44,7 @@ def check_callback(callback: Any, caller: str) -> None:
         raise CallbackError(f"{expected} {callback!r}{hint}")
     if misfit := describe_misfit(callback, "state", "event"):
         raise CallbackError(f"{expected} {label_of(callback)!r}, which {misfit}")
-    _check_hides_nothing(callback)
+    _check_wrapper(callback)
     declared = declaration_of(callback)
     check_key_tuples(declared.label, produces=declared.produces, consumes=declared.consumes, readings=declared.readings)
     check_readings(callback)
@@ -72,9 +72,10 @@ def check_bound(callback: Callback) -> None:
         raise CallbackError(f"{label} has no value for {', '.join(names)}: pass functools.partial({label}, {given})")
 
 
-def _check_hides_nothing(callback: Callback) -> None:
+def _check_wrapper(callback: Callback) -> None:
     """Refuse a partial or wrapped function without the memory and readings of the callback inside."""
-    inner: Any = callback.func if isinstance(callback, functools.partial) else _own(callback).get("__wrapped__")
+    attributes: Any = getattr(callback, "__dict__", {})  # not those of its class, such as noether's decorators
+    inner = callback.func if isinstance(callback, functools.partial) else attributes.get("__wrapped__")
     if inner is None:
         return
     hidden = {"init": _has_memory(inner), "readings": bool(getattr(inner, "readings", ()))}
@@ -91,12 +92,6 @@ def _has_memory(callback: Callback) -> bool:
         return bool(init_of(callback, TrainState()))
     except Exception:  # noqa: BLE001  # a memory may depend on what this state does not have
         return True
-
-
-def _own(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object that are its own, not those of its class."""
-    attributes: dict[str, Any] = getattr(value, "__dict__", {})
-    return attributes
 
 
 def check_unscheduled(callback: Callback, gate: str) -> None:

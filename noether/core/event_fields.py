@@ -34,10 +34,10 @@ class FieldRule(NamedTuple):
 
 
 def check_fields(event_type: type[Event], fields: Mapping[str, Any]) -> None:
-    """Raise an error for the fields that are not what the event documents; defaults are not looked at.
+    """Raise an error for the fields that are not what the event documents; defaults are not checked.
 
     Args:
-        event_type: The type of the event. Fields that a subclass adds or declares again are its own affair.
+        event_type: The type of the event. Fields that a subclass adds or declares again are not checked.
         fields: The value of each field.
 
     Raises:

@@ -27,7 +27,7 @@ _REGISTERED: Final = frozenset({"_parameters", "_buffers", "_modules"})
 """Attributes of a module whose content a state or the walk over all modules has."""
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_RNNS: Final = frozenset({"_flat_weights", "_flat_weight_refs"})
+_RNN_ATTRIBUTES: Final = frozenset({"_flat_weights", "_flat_weight_refs"})
 """Attributes that torch's recurrent modules set to their current parameters whenever these are exchanged."""
 
 LEAVES: Final = (int, float, str, bytes)
@@ -47,10 +47,10 @@ class _Search(NamedTuple):
     """What a walk looks for, and its bounds.
 
     Args:
-        generators: Types of random generators, which are not taken apart, and are found in classes and global names.
+        generators: Types of random generators, whose content is not searched; classes and global names are.
         max_objects: Largest number of objects.
         max_items: Largest number of items of a container.
-        closed: Libraries whose objects are not taken apart.
+        closed: Libraries whose objects are not searched.
     """
 
     generators: tuple[type, ...]
@@ -119,7 +119,7 @@ def _parts_of_module(name: str, module: nn.Module, search: _Search) -> Iterator[
     is_searched = is_own or kind.__module__.startswith("torch.nn.modules")  # not a wrapper, which lists parameters
     is_saved = kind.get_extra_state is not nn.Module.get_extra_state  # by the module's own method
     for attribute, value in list(vars(module).items()):
-        if attribute in _HOOKS or (is_searched and attribute not in _REGISTERED | _OF_RNNS):
+        if attribute in _HOOKS or (is_searched and attribute not in _REGISTERED | _RNN_ATTRIBUTES):
             path = f"{name}.{attribute}" if name else attribute
             yield HeldObject(path, value, is_compared=is_own and not is_saved)
     yield from _class_generators(kind, search) if is_own else ()

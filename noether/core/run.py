@@ -26,7 +26,7 @@ def _optional() -> Any:
 
 
 _LEAST: Final = {"updates_per_epoch": 1, "samples_per_epoch": 1, "effective_batch_size": 1, "rank": 0, "world_size": 1}
-_DEFAULTED: Final = ("rank", "world_size", "batch_size")
+_NEVER_NONE: Final = ("rank", "world_size", "batch_size")
 _TYPES: Final[dict[str, tuple[Any, str]]] = {
     "end": (TrainingIteration, "a point of the run; write e.g. TrainingIteration(epoch=10)"),
     "run_id": (str, "text"),
@@ -40,7 +40,7 @@ _TYPES: Final[dict[str, tuple[Any, str]]] = {
 
 def _find_problems(given: Mapping[str, Any]) -> Iterator[Problem | None]:
     """Yield the problem of each field of a run that is neither None nor what `Run` documents."""
-    given = {name: value for name, value in given.items() if value is not None or name in _DEFAULTED}
+    given = {name: value for name, value in given.items() if value is not None or name in _NEVER_NONE}
     for name in _LEAST.keys() & given.keys():
         yield check_whole(f"Run.{name}", given[name], at_least=_LEAST[name])
     for name, (kind, expected) in _TYPES.items():

@@ -175,8 +175,8 @@ class TrainState:
         if len(fields) != len(_FIELD_NAMES):
             unknown = next(name for name in fields if name not in _FIELD_NAMES)
             raise TypeError(f"a state has no field {unknown!r}; it has {', '.join(_FIELD_NAMES)}")
-        if not _REMEMBERED.isdisjoint(changes) and views_live_tensors(fields):
-            fields.update(_copy_aliases(vars(self), fields, _REMEMBERED & changes.keys()))
+        if not _LASTING_FIELDS.isdisjoint(changes) and views_live_tensors(fields):
+            fields.update(_copy_aliases(vars(self), fields, _LASTING_FIELDS & changes.keys()))
         return state
 
     def advance(self, *, samples: int, epoch_batches: int = 0) -> Self:
@@ -291,7 +291,7 @@ def _freeze_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 _FIELD_NAMES: Final = tuple(each.name for each in dataclasses.fields(TrainState))
-_REMEMBERED: Final = frozenset({"callback_states", "metrics", "hyperparams"})
+_LASTING_FIELDS: Final = frozenset({"callback_states", "metrics", "hyperparams"})
 """Fields with tensors that are read after later updates."""
 
 for _name in VIEWS:

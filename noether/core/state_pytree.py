@@ -71,14 +71,14 @@ def register_state(state_type: type[Any], *tuple_types: type[Any]) -> None:
     def flatten_state(state: Any) -> Flat:
         entries = {name: getattr(state, name) for name in names}
         weights = {name: FrozenDict(entries[name]) for name in _WEIGHTS if isinstance(entries[name], Mapping)}
-        return _take_apart("state", entries, weights)
+        return _flatten_entries("state", entries, weights)
 
     def flatten_tree(wrapper: StateTree) -> Flat:
         tree = wrapper.tree
         if isinstance(tree, Mapping):
-            return _take_apart("dict", dict(tree))
+            return _flatten_entries("dict", dict(tree))
         kind = type(tree).__name__
-        return _take_apart(kind if kind in builders else "tuple", dict(enumerate(tree)))
+        return _flatten_entries(kind if kind in builders else "tuple", dict(enumerate(tree)))
 
     def unflatten(structure: Structure, children: Iterable[Any]) -> Any:
         kind, entries = structure
@@ -94,8 +94,8 @@ def _tuple_builder(tuple_type: type[Any]) -> Callable[[dict[Any, Any]], Any]:
     return lambda entries: tuple_type(*entries.values())
 
 
-def _take_apart(kind: str, entries: dict[Any, Any], weights: Mapping[str, Any] = FrozenDict()) -> Flat:
-    """Take a container apart; the values of `weights` are children as they are, as all their values are leaves."""
+def _flatten_entries(kind: str, entries: dict[Any, Any], weights: Mapping[str, Any] = FrozenDict()) -> Flat:
+    """Flatten a container; the values of `weights` are children as they are, as all their values are leaves."""
     structure = (
         kind,
         FrozenDict({key: _LEAF if _is_leaf(value) else _describe(value) for key, value in entries.items()}),

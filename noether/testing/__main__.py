@@ -1,4 +1,4 @@
-"""`python -m noether.testing`: hold every shipped callback to every law, and print how often it acted."""
+"""`python -m noether.testing`: check every law for every shipped callback, and print how often it acted."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_row(name: str, law: str, examples: int) -> Exception | None:
-    """Hold one callback to one law and print the line; return the error if the law does not hold."""
+    """Check one law for one callback and print the line; return the error if the law does not hold."""
     tested, failure = law_example(name, "every_n_updates", 2), None
     with record_runs() as tried:
         try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from noether.testing.traces import Trace
 
 _WRAPPERS: Final = (Gated, On, When, Remembering, Bound)
-_GATED: Final = (AfterUpdate, AfterEpoch, AfterTraining)
+_GATE_EVENTS: Final = (AfterUpdate, AfterEpoch, AfterTraining)
 
 
 @final
@@ -97,7 +97,7 @@ def count_acts(callback: Callback, traces: Iterable[Trace], *, every: bool = Fal
     return parts
 
 
-def explain_silence(part: Part, traces: Iterable[Trace]) -> str:
+def explain_inactivity(part: Part, traces: Iterable[Trace]) -> str:
     """Return why a part did not act in runs, as far as that is known."""
     decorator = part.decorator
     if part.schedule is not None:
@@ -154,6 +154,6 @@ def _acts(callback: Callback, before: TrainState, after: TrainState, event: Even
     hook = next((hook for kind, hook in HOOKS.items() if isinstance(event, kind)), "__call__")
     if not isinstance(callback, PeriodicCallback) or callback.overrides(hook, PeriodicCallback):
         return after is not before
-    if isinstance(event, _GATED) and callback.gate.opens(before, event) is not None:
+    if isinstance(event, _GATE_EVENTS) and callback.gate.opens(before, event) is not None:
         return True
     return any(getattr(after, name) is not getattr(before, name) for name in vars(before) if name != "callback_states")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     Traces = SearchStrategy[Trace] | None
 
 _EXAMPLES: Final = 100
-_SENT: Final = 20
+_REPEATED_RUNS: Final = 20
 """Number of runs that other processes repeat."""
 _VIOLATION: Final = (
     "makes different decisions on different ranks; decide from values that all ranks share: rank 1 differs"
@@ -97,7 +97,7 @@ def check_rank_agreement(
         tried[str(trace)] = trace
 
     check_runs(callback, law, traces=traces, examples=examples, model=model)
-    sent = list(tried.values())[-_SENT:]
+    sent = list(tried.values())[-_REPEATED_RUNS:]
     expected = describe_decisions(callback, sent)
     for found in call_in_other_processes(describe_decisions, callback, sent):
         for trace, ours, theirs in zip(sent, expected, found, strict=True):
@@ -170,9 +170,7 @@ def _measure_on_rank(event: Event, rank: int, update: int) -> Event:
         durations = {name: getattr(event, name) for name in _DURATIONS}
         changes |= {name: value * factor for name, value in durations.items() if value is not None}
     if rank and isinstance(event, (AfterUpdate, AfterAccumulationStep)):
-        changes["outputs"] = map_tensors(
-            lambda each: each + _LARGE if each.is_floating_point() else each, event.outputs
-        )
+        changes["outputs"] = map_tensors(_shift_floats, event.outputs)
     if rank and isinstance(event, AfterAccumulationStep):
         changes["losses"] = _shift_losses(event.losses, update + event.accumulation_step)
     return event.replace(**changes)

@@ -116,7 +116,7 @@ def _parts(value: Any) -> dict[Any, tuple[str, Any]] | None:
 
 
 def _key(key: Any) -> Any:
-    """Return what tells a key of a mapping or an element of a set from others: 1, 1.0 and True are three."""
+    """Return what distinguishes keys of a mapping or elements of a set: 1, 1.0 and True are three."""
     if isinstance(key, float):
         return type(key), "nan" if math.isnan(key) else key.hex()
     if isinstance(key, (tuple, frozenset)):

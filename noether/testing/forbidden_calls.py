@@ -39,8 +39,8 @@ _RANDOM: Final = _Kind(
     "make a generator from the seed: torch.Generator().manual_seed(state.seed)",
 )
 
-# A call of a function in C, by the module of the function. A dict names the kind of some functions, the other ones are
-# of the first kind; None allows a function.
+# A call of a function in C, by the module of the function. It is of the first kind, unless the dict has another kind
+# for the function; None allows it.
 _TIMES: Final = {"strptime": None, "localtime": _ZONE, "ctime": _ZONE, "mktime": _ZONE}
 _SYSTEM: Final = {
     **dict.fromkeys(("fspath", "_path_normpath", "_path_splitroot", "WIFEXITED", "WEXITSTATUS", "strerror")),
@@ -94,7 +94,7 @@ _PYTHON_FUNCTIONS: Final = {
 }
 """Functions in Python that reach the world through native code, by module and qualified name."""
 
-_AUDITED: Final = (
+_AUDIT_EVENTS: Final = (
     "open", "socket.", "subprocess.", "os.", "shutil.", "tempfile.", "urllib.", "sqlite3.", "http.", "ftplib.",
     "smtplib.", "glob.", "pathlib.", "mmap.", "fcntl.", "ctypes.dlopen", "webbrowser.", "syslog.", "pty.", "winreg.",
 )  # fmt: skip
@@ -185,7 +185,7 @@ _hooks: list[Any] = []
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _watches or not event.startswith(_AUDITED):
+    if not _watches or not event.startswith(_AUDIT_EVENTS):
         return
     thread = threading.get_ident()
     watch = next((each for each in reversed(_watches) if each.thread == thread), None)

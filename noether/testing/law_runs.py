@@ -1,4 +1,4 @@
-"""Holds a law to runs, and refuses a law that holds only because the callback never acted."""
+"""Checks a law in many runs, and refuses a law that holds only because the callback never acted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import label_of
-from noether.testing.acts import count_acts, explain_silence, parts_of
+from noether.testing.acts import count_acts, explain_inactivity, parts_of
 from noether.testing.counterexamples import LawError, assert_law
 from noether.testing.hints import explain_error
 from noether.testing.models import TracedModel
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MORE_EXAMPLES: Final = 10
 """Runs to try for each part of a callback that did not act in the first ones."""
-_recorded: ContextVar[list[Trace] | None] = ContextVar("_recorded", default=None)
+_recorded_runs: ContextVar[list[Trace] | None] = ContextVar("_recorded_runs", default=None)
 
 
 def check_runs(
@@ -53,29 +53,29 @@ def check_runs(
         Exception: Another error that the callback raised.
     """
     TracedModel().with_arguments(**model)  # raises for wrong arguments, outside of any run
-    held = _HeldLaw(callback, law, model)
+    tested = _TestedLaw(callback, law, model)
     if traces is not None:
-        held.try_runs(traces, others, examples)
+        tested.try_runs(traces, others, examples)
     else:
-        held.try_runs(runs_reaching(*held.schedules), others, examples)
-        for part in count_acts(callback, held.tried):
+        tested.try_runs(runs_reaching(*tested.schedules), others, examples)
+        for part in count_acts(callback, tested.tried):
             if not part.acts and part.schedule is not None:
-                held.try_runs(runs_reaching(part.schedule), others, _MORE_EXAMPLES)
-    for part in count_acts(callback, held.tried):
+                tested.try_runs(runs_reaching(part.schedule), others, _MORE_EXAMPLES)
+    for part in count_acts(callback, tested.tried):
         if not part.acts:
             raise LawError(
-                f"{part.label} never acted in {len(held.tried)} runs; give traces=... that reach it, such as "
-                f"traces=runs(max_epochs=20): {explain_silence(part, held.tried)}"
+                f"{part.label} never acted in {len(tested.tried)} runs; give traces=... that reach it, such as "
+                f"traces=runs(max_epochs=20): {explain_inactivity(part, tested.tried)}"
             )
-    recorded = _recorded.get()
+    recorded = _recorded_runs.get()
     if recorded is not None:
-        recorded.extend(held.tried)
+        recorded.extend(tested.tried)
 
 
 @final
 @dataclass
-class _HeldLaw:
-    """A law of a callback, and the runs that it was held to."""
+class _TestedLaw:
+    """A law of a callback, and the runs in which it was checked."""
 
     callback: Callback
     law: Callable[..., object]
@@ -94,7 +94,7 @@ class _HeldLaw:
             return trace.with_model(model.fitted_to(callbacks))
 
         try:
-            assert_law(self._hold, traces.map(prepare), *others, examples=examples)
+            assert_law(self._check, traces.map(prepare), *others, examples=examples)
         except LawError:
             raise
         except Exception as error:
@@ -103,7 +103,7 @@ class _HeldLaw:
             self._explain(error, self.tried[-1])
             raise
 
-    def _hold(self, trace: Trace, *values: Any) -> None:
+    def _check(self, trace: Trace, *values: Any) -> None:
         self.tried.append(trace)
         self.law(trace, *values)
 
@@ -130,8 +130,8 @@ def record_runs() -> Iterator[list[Trace]]:
         True
     """
     traces = list[Trace]()
-    token = _recorded.set(traces)
+    token = _recorded_runs.set(traces)
     try:
         yield traces
     finally:
-        _recorded.reset(token)
+        _recorded_runs.reset(token)

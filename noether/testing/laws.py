@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     Traces = SearchStrategy[Trace] | None
 
 _EXAMPLES: Final = 100
-_UNSAVED: Final = (AfterAccumulationStep, AtEval)
+_UNSAVED_EVENTS: Final = (AfterAccumulationStep, AtEval)
 """Events after which no loop saves a state to resume from."""
-_UNFLUSHED: Final = Disk(lambda function, *arguments: None if function is fsync else function(*arguments))
+_DISK_WITHOUT_FLUSH: Final = Disk(lambda function, *arguments: None if function is fsync else function(*arguments))
 
 
 def check_resumable(
@@ -77,7 +77,7 @@ def check_resumable(
         trace = trace.without_interruptions()  # of which these cuts are the stronger form
         # Each part of the run has a fresh copy of the callback, so that memory outside of the state is lost at a cut.
         uncut = drive(copy_callback(complete), trace)
-        cuttable = [i for i, event in enumerate(uncut.events) if not isinstance(event, _UNSAVED)]
+        cuttable = [i for i, event in enumerate(uncut.events) if not isinstance(event, _UNSAVED_EVENTS)]
         states, start = uncut.states, 0  # after the first cut, those of the resumed run, which starts at that cut
         for cut in (cuttable[place] for place in places if place < len(cuttable)):
             state = _save_and_load(callback, states[cut - start], uncut.events[cut])
@@ -145,7 +145,7 @@ def check_composition(
 def _save_and_load(callback: Callback, state: TrainState, event: Event) -> TrainState:
     """Return a state as the checkpoint store loads it back."""
     with tempfile.TemporaryDirectory() as directory:
-        store = CheckpointStore(Path(directory), "law", _UNFLUSHED)
+        store = CheckpointStore(Path(directory), "law", _DISK_WITHOUT_FLUSH)
         try:
             store.save(SaveCheckpoint(tag="cut"), state, event)
         except TypeError as error:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 _VALUES: Final = (0.0, 0.25, 0.5, 1.0, 1.0, 2.0, 3.0, math.nan, math.inf, -math.inf)
-_MEASURED: Final = (AfterUpdate, AfterEpoch, AfterTraining, AtEval)
+_METRIC_EVENTS: Final = (AfterUpdate, AfterEpoch, AfterTraining, AtEval)
 
 
 def add_metric_source(tested: Callback, *, finite: bool = False) -> Reducer:
@@ -70,7 +70,7 @@ def metric_source(tested: Callback, *, finite: bool = False) -> Callback:
             )
 
     @callback("measured", produces=keys)
-    @on(*_MEASURED)
+    @on(*_METRIC_EVENTS)
     def measure(state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         present = [
             key for key in keys if not isinstance(key, SkippableKey) or _hash(f"{key} is logged", state, event) % 2

@@ -175,7 +175,7 @@ def _slots(cls: type) -> list[str]:
 
 
 def _leaf(value: Any) -> Any:
-    """Return what tells whether a value without parts has changed."""
+    """Return what changes if a value without parts changes."""
     if isinstance(value, torch.Tensor) and value.numel() > _LARGE:
         return id(value), *marks_of({"": value}).values()
     if isinstance(value, (torch.Tensor, np.ndarray)):

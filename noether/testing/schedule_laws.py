@@ -31,8 +31,8 @@ def check_schedule(schedule: Schedule, *, examples: int = _EXAMPLES) -> None:
     - Whether it is due at a sample does not depend on how samples are split into batches.
 
     Args:
-        schedule: Any schedule: one of noether, or of your own subclass of `Schedule`, which has `members`, or of
-            `OneCounter`, which says where the thresholds lie on one counter.
+        schedule: Any schedule. Users define one as a subclass of `Schedule` that has `members`, or of `OneCounter` that
+            says where the thresholds lie on one counter.
         examples: Largest number of runs to try for each law, >= 1.
 
     Raises:

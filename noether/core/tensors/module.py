@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_WRAPPED: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPER_NAMES: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names below which wrappers of torch keep the module: `torch.compile`, FSDP and activation checkpointing."""
-_PARALLEL: Final = "module"
+_PARALLEL_NAME: Final = "module"
 """The name in `DataParallel` and `DistributedDataParallel`; in any other module it is a name of the user's."""
 
 
@@ -97,7 +97,7 @@ def without_wrappers(name: str) -> str:
         >>> without_wrappers("module.body._orig_mod.weight")
         'body.weight'
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED and part != _PARALLEL)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES and part != _PARALLEL_NAME)
 
 
 def params_of(model: nn.Module) -> FrozenDict:
@@ -132,9 +132,9 @@ def move_to_model(model: nn.Module, tree: Any) -> Any:
 
 def _wrapped_name(module: nn.Module, children: Mapping[str, Any]) -> str | None:
     """Return the name below which a wrapper keeps its module; None if it is no wrapper."""
-    if _PARALLEL in children and isinstance(module, (DataParallel, DistributedDataParallel)):
-        return _PARALLEL
-    return None if _WRAPPED.isdisjoint(children) else next(name for name in children if name in _WRAPPED)
+    if _PARALLEL_NAME in children and isinstance(module, (DataParallel, DistributedDataParallel)):
+        return _PARALLEL_NAME
+    return None if _WRAPPER_NAMES.isdisjoint(children) else next(name for name in children if name in _WRAPPER_NAMES)
 
 
 def _members_by_name(model: nn.Module, members_of: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pytrees: how `torch.func`, `torch.compile`, `tree_map` and optree take the containers of a state apart.
+"""Pytrees: how `torch.func`, `torch.compile`, `tree_map` and optree flatten the containers of a state.
 
 Each class is registered where it is defined, so its objects are pytrees as soon as there are any.
 
@@ -49,7 +49,7 @@ except ImportError:  # not installed, or a version without these names
 
 
 class Flat(NamedTuple):
-    """A container taken apart.
+    """A flattened container.
 
     Args:
         children: Its children, which are leaves or containers again.
@@ -75,7 +75,7 @@ def register_pytree(
 
     Args:
         cls: The class; module and name identify it in serialized structures.
-        flatten: Takes an object apart.
+        flatten: Returns the children and the structure of an object.
         unflatten: `(context, children) -> object`; children may be anything, such as placeholders of a transform.
         dump: Returns a context as JSON.
         load: Returns the context that was dumped.

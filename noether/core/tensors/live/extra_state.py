@@ -17,7 +17,7 @@ from noether.core.tensors.tree import FrozenDict, clone_tensors, freeze, pack, u
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_CHECKED: WeakSet[nn.Module] = WeakSet()
+_CHECKED_MODELS: WeakSet[nn.Module] = WeakSet()
 """Models whose extra state can be saved, as far as it was there at the start."""
 _EMPTY: Final = FrozenDict()
 
@@ -93,9 +93,9 @@ def check_extra_state(model: nn.Module) -> None:
     Raises:
         ExtraStateError: As `read_extra_state`.
     """
-    if model not in _CHECKED:
+    if model not in _CHECKED_MODELS:
         read_extra_state(model)
-        _CHECKED.add(model)
+        _CHECKED_MODELS.add(model)
 
 
 def modules_with_extra_state(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -27,7 +27,7 @@ _ELEMENTWISE: Final = frozenset(
      "square_avg", "step_size", "sum"}
 )  # fmt: skip
 """Memory of torch's optimizers that has one value for each value of the parameter."""
-_REPORTED: WeakSet[Any] = WeakSet()
+_WARNED_OPTIMIZERS: WeakSet[Any] = WeakSet()
 """Optimizers of which a warning said that they hold parameters that the model no longer has."""
 
 
@@ -50,7 +50,7 @@ class BorrowedOptState(LiveView, FrozenView):
             {**group, _MEMBERS: tuple(names[p] for p in group[_MEMBERS] if p in names)}
             for group in self._optimizer.param_groups
         ]
-        # Views: who remembers one of them can be told by the number of users of its storage.
+        # Views: the number of users of a storage then shows whether something else still holds the tensor.
         return FrozenDict(state=map_leaves(_view, state), groups=freeze(map_leaves(plain_number, groups)))
 
     def views(self, optimizer: Optimizer) -> bool:
@@ -179,8 +179,8 @@ def _describe_replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> str:
 
 
 def _warn_of_replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> None:
-    if optimizer not in _REPORTED and (replaced := _describe_replaced(optimizer, names)):
-        _REPORTED.add(optimizer)
+    if optimizer not in _WARNED_OPTIMIZERS and (replaced := _describe_replaced(optimizer, names)):
+        _WARNED_OPTIMIZERS.add(optimizer)
         warnings.warn(
             f"the optimizer does not train {replaced}: the model got a new parameter there after the optimizer was "
             "made, as by load_state_dict(assign=True), and the memory of the former one is not saved; make the "
