@@ -72,6 +72,9 @@ class ConfigError(NoetherError):
         self.problems = tuple(sorted(problems, key=lambda each: (each.place.line is None, each.place.line or 0)))
         super().__init__("\n".join(map(str, self.problems)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,), vars(self)
+
 
 def format_path(path: SettingPath) -> str:
     """Return `path` as messages show it.

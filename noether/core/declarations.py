@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter as Multiset
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from noether.core.callback import (
     Callback,
@@ -44,6 +44,9 @@ class DeclarationError(NoetherError, ValueError):
     def __init__(self, misfits: Sequence[Misfit]) -> None:
         self.misfits = tuple(misfits)
         super().__init__("\n".join(misfit.message for misfit in self.misfits))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.misfits,), vars(self)
 
 
 def check_declarations(callbacks: Sequence[Callback], state: TrainState, run: Run) -> None:

@@ -60,7 +60,7 @@ def test_an_interval_that_is_not_a_whole_number(kind, interval, n):
 
 @KINDS
 def test_an_unknown_setting(kind):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'every_n_epoch'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'every_n_epoch'; did you mean 'every_n_epochs'"):
         kind(**REQUIRED[kind], every_n_epoch=1)
 
 

@@ -191,23 +191,22 @@ def test_wrong_types_in_settings_of_a_dataset_are_refused_with_file_and_line(min
     assert problems(data=data) == [f"nested.yaml:4: data.train.{message}"]
 
 
+LATE = "but its result is needed at once"
 NO_CALLBACKS = {
-    "mine.three": "a function",
-    "mine.one": "a function",
+    "mine.three": "a function, which takes (state, event, other), not (state, event)",
+    "mine.one": "a function, which takes (state), not (state, event)",
     "mine.nothing": "a function",
-    "mine.late": "an async function",
-    "mine.stream": "an async function",
-    "mine.steps": "a generator function",
+    "mine.late": f"an async function, {LATE}",
+    "mine.stream": f"an async function, {LATE}",
+    "mine.steps": f"a generator function, {LATE}",
     "mine.short": "a lambda, which has no name",
-    "mine.bound_late": "an async function",
+    "mine.bound_late": f"an async function, {LATE}",
     "mine.act": "of type ReLU",
     "mine.tower": "of type Tower",
     "mine.show": "a function",
     "mine.Silent": "a class",
     "mine.Odd": "a class",
     "mine.Late": "a class",
-    "mine.LateHook": "a class",
-    "mine.Yields": "a class",
     "mine.Plain": "a class",
     "mine.Points": "a dataset class",
     "torch.nn.ReLU": "a model class",
@@ -227,6 +226,18 @@ def test_what_is_no_callback_is_refused_with_file_and_line(mine, kind, what):
 
 
 @pytest.mark.parametrize(
+    ("callback", "problem"),
+    [
+        ("{kind: mine.LateHook}", f"LateHook.after_update is an async function, {LATE}: write def after_update(self, "),
+        ("{kind: mine.Yields, every_n_epochs: 1}", f"Yields.periodic_callback is a generator function, {LATE}: write "),
+    ],
+)
+def test_a_hook_that_does_not_return_at_once_is_refused_by_name(mine, callback, problem):
+    (found,) = problems(callback=callback)
+    assert found.startswith(f"nested.yaml:8: callbacks[0]: {problem}")
+
+
+@pytest.mark.parametrize(
     "kind", ["mine.fine", "mine.factor", "mine.bound", "mine.plain", "noether.core.reducer.identity"]
 )
 def test_callbacks_of_every_form_are_accepted(mine, kind):
@@ -236,10 +247,10 @@ def test_callbacks_of_every_form_are_accepted(mine, kind):
 @pytest.mark.parametrize(
     ("loss", "what"),
     [
-        ("mine.one", "a function"),
-        ("mine.three", "a function"),
-        ("mine.late", "an async function"),
-        ("mine.steps", "a generator function"),
+        ("mine.one", "a function, which takes (state), not (outputs, batch)"),
+        ("mine.three", "a function, which takes (state, event, other), not (outputs, batch)"),
+        ("mine.late", f"an async function, {LATE}"),
+        ("mine.steps", f"a generator function, {LATE}"),
     ],
 )
 def test_what_is_no_loss_is_refused_with_file_and_line(mine, loss, what):

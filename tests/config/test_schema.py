@@ -46,7 +46,7 @@ EVALUATE = "evaluate: {val: [loss, accuracy], every_n_epochs: 1}"
         ("  train:", "  trian:", ["4: data.train: is missing; training uses that dataset; did you mean 'trian'?"]),
         ("  train:", "  batch_size: shop.los\n  train:", ["5: data.batch_size: 'shop.los': 'shop' has no 'los'; did you mean 'loss'?"]),
         ("  train:", "  batch_size: shop.loss\n  train:",
-         ["5: data.batch_size: 'shop.loss' is a function, expected a function of one batch: a callable that is not a class, called with (batch)"]),
+         ["5: data.batch_size: 'shop.loss' is a function, which takes (outputs, batch), not (batch), expected a function of one batch: a callable that is not a class, called with (batch)"]),
         ("  train:", "  batch_size: 4\n  train:", ["5: data.batch_size: 4 is not text"]),
         ("  train:", "  batch_size: {kind: shop.Digits}\n  train:",
          ["5: data.batch_size: is no dataset, but the dotted path of a function (batch) -> number of samples; rename the dataset"]),

@@ -7,8 +7,11 @@ import pickle
 import module_callbacks
 import pytest
 
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.combinators import every_n_updates
+from noether.core.declarations import DeclarationError, Misfit
 from noether.core.effect import LogText
+from noether.core.errors import Problem, SettingsError
 from noether.core.event import AfterUpdate
 from noether.core.reducer import compose
 from noether.core.state import TrainState
@@ -57,3 +60,19 @@ def test_a_spawned_process_decides_the_same():
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(module_callbacks.texts_by_name, (module_callbacks.EXAMPLES,))
     assert found == module_callbacks.texts_by_name(module_callbacks.EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SettingsError([Problem("keep", "-1 is not a whole number of at least 1"), Problem("", "no interval is set")]),
+        DeclarationError([Misfit(module_callbacks.texts_of_a_run, "a and b both produce 'loss'")]),
+        ConfigError([LocatedProblem(Place("a.yaml", 3), ("callbacks", 2), "is missing")]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_a_spawned_process_says_the_same_in_its_parent(error):
+    error.add_note("raised by the callback 'say'")
+    loaded = pickle.loads(pickle.dumps(error))  # noqa: S301
+    assert (type(loaded), str(loaded), loaded.__notes__) == (type(error), str(error), error.__notes__)
+    assert vars(loaded).keys() == vars(error).keys()

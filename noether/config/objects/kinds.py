@@ -14,7 +14,7 @@ from noether.config.errors import InvalidValueError
 from noether.config.objects.callables import is_foreign, is_from, is_lambda
 from noether.config.objects.import_policy import import_allowed
 from noether.config.structure.signatures import signature_parameters
-from noether.core.callables import accepts, describe_deferred, may_accept
+from noether.core.callables import accepts, describe_deferred, describe_misfit, may_accept
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,12 +67,14 @@ class Role:
         fits: Returns whether an object fits.
         expected: Description of the objects that fit, for messages.
         given: Parameters that the caller passes when it builds the object; they are no settings.
+        arguments: What the caller passes when it calls the object, if that is a function.
     """
 
     name: str
     fits: Callable[[object], bool]
     expected: str
     given: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
 
 def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path | None = None) -> Any:
@@ -95,7 +97,7 @@ def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path |
     """
     target = import_allowed(path, allow, run_dir)
     if not role.fits(target):
-        raise InvalidValueError(f"{path!r} is {_describe(target)}, expected {role.name}: {role.expected}")
+        raise InvalidValueError(f"{path!r} is {_describe(target, role)}, expected {role.name}: {role.expected}")
     return target
 
 
@@ -122,15 +124,18 @@ def check_constructible(path: str, target: object) -> None:
         )
 
 
-def _describe(target: object) -> str:
-    """Return the role that an object fits, or else its type, for a message."""
+def _describe(target: object, expected: Role) -> str:
+    """Return the role that an object fits, or else its type and why a function does not fit the expected role."""
     if isinstance(target, type):
         fitting = [role.name for role in (MODEL, DATASET, OPTIMIZER, CALLBACK) if role.fits(target)]
         return f"{fitting[0]} class" if fitting else "a class"
-    if late := describe_deferred(target):
-        return late
+    if deferred := describe_deferred(target):
+        return f"{deferred}, but its result is needed at once"
     if inspect.isroutine(target):
-        return "a lambda, which has no name" if is_lambda(target) else "a function"
+        if is_lambda(target):
+            return "a lambda, which has no name"
+        misfit = describe_misfit(target, *expected.arguments) if expected.arguments else None
+        return f"a function, which {misfit}" if misfit else "a function"
     return "a module" if isinstance(target, types.ModuleType) else f"of type {type(target).__name__}"
 
 
@@ -232,10 +237,26 @@ CALLBACK = Role(
     "a callback",
     is_callback,
     "a subclass of CallbackBase, or a function (state, event) -> (state, effects)",
+    arguments=("state", "event"),
 )
 PART = Role("a part of another object", _is_part, "a class of yours, a dataset or a model")
 FUNCTION = Role("a function", _is_function, "a callable that is not a class")
-OUTPUT_FUNCTION = Role("a function", _reads_outputs, "a callable that is not a class, called with (outputs, batch)")
-BATCH_FUNCTION = Role("a function of one batch", _counts_samples, "a callable that is not a class, called with (batch)")
-HANDLER = Role("a function", _is_handler, "a callable that is not a class, called with (effect, state, event)")
+OUTPUT_FUNCTION = Role(
+    "a function",
+    _reads_outputs,
+    "a callable that is not a class, called with (outputs, batch)",
+    arguments=("outputs", "batch"),
+)
+BATCH_FUNCTION = Role(
+    "a function of one batch",
+    _counts_samples,
+    "a callable that is not a class, called with (batch)",
+    arguments=("batch",),
+)
+HANDLER = Role(
+    "a function",
+    _is_handler,
+    "a callable that is not a class, called with (effect, state, event)",
+    arguments=("effect", "state", "event"),
+)
 EFFECT = Role("a type of effect", lambda target: isinstance(target, type), "a class")

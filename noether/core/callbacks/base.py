@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, dataclass_transform
+from typing import TYPE_CHECKING, Any, Final, Self, dataclass_transform
 
 from noether.core.callbacks.hooks import find_hook_problems, find_scalars
-from noether.core.errors import raise_problems
+from noether.core.errors import raise_problems, suggest
 from noether.core.event import (
     AfterAccumulationStep,
     AfterEpoch,
@@ -67,6 +68,20 @@ class CallbackBase:
         readings = vars(cls).get("readings")
         if isinstance(readings, tuple):  # a property is checked on the instance
             raise_problems(check_reading(cls.__name__, name) for name in readings)
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:  # noqa: ARG004  # `__init__` takes or refuses them
+        """Return the instance to initialize.
+
+        Raises:
+            TypeError: If there is no such setting, naming the nearest.
+        """
+        known = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in known)
+        for name in () if takes_any else settings.keys() - {each.name for each in known}:
+            names = [each.name for each in known]
+            hint = suggest(name, names) or f"; it has {', '.join(names)}"
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument {name!r}{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         raise_problems(find_scalars(self))  # those that follow may iterate the settings

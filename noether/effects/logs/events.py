@@ -70,6 +70,8 @@ def event_line_builder(
 ) -> Callable[[Effects, TrainState, Event], Mapping[str, Any]]:
     """Return a function that builds the line of an event from its effects, state and event.
 
+    An event that derives from none of `EVENTS` has a line for the reader, without readings; a replay leaves it out.
+
     Args:
         measured: Patterns of the metric keys that data iterators produce.
         lengths: Returns the number of samples of each dataset of a run.
@@ -80,9 +82,11 @@ def event_line_builder(
         values = {
             key: value for key, value in scalars.items() if any(keys_overlap(pattern, key) for pattern in measured)
         }
-        defaults = _DEFAULTS[kind_of(type(event))].items()
+        defaults = _DEFAULTS.get(kind_of(type(event)), _EMPTY).items()
         changed = {name: value for name, default in defaults if (value := getattr(event, name)) is not default}
         line = {**position_fields(state, event), "readings": _encode_scalars(changed)}
+        if kind_of(type(event)) not in _DEFAULTS:
+            line["custom"] = True
         if values:
             line["measured"] = _encode_scalars(values)
         if isinstance(event, BeforeTraining):
@@ -97,25 +101,29 @@ def event_line_builder(
 
 
 def read_events(path: Path, disk: Disk) -> Iterator[RecordedEvent]:
-    """Yield the events of a file in order; a partial last line is skipped.
+    """Yield the events of a file in order; a partial last line, and events that only their loop knows, are skipped.
 
     Raises:
         LogError: If another line is not a recorded event, with its line number.
     """
     for number, line in enumerate(io.BytesIO(read_file(path, disk)), start=1):
         try:
-            yield _decode_event(line.decode())
+            event = _decode_event(line.decode())
         except Exception as error:  # anyone may have written the file, so a decoder can fail in any way
             if not line.endswith(b"\n"):  # the partial last line
                 return
             text = line[:80].decode(errors="backslashreplace")
             raise LogError(f"{path}:{number}: not a recorded event: {text!r}") from error
+        if event is not None:
+            yield event
 
 
-def _decode_event(text: str) -> RecordedEvent:
+def _decode_event(text: str) -> RecordedEvent | None:
     line, end = _JSON.raw_decode(text)
     if text[end:] not in ("\n", ""):
         raise ValueError("a line holds more than one value")
+    if line.get("custom") is True:
+        return None
     run, lengths = line.get("run"), None
     if run is not None:
         lengths = run["lengths"]

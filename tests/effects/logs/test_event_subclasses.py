@@ -8,7 +8,7 @@ import torch
 
 from noether.core.combinators import every_n_updates, on
 from noether.core.effect import LogText, SaveCheckpoint
-from noether.core.event import AfterUpdate, BeforeTraining
+from noether.core.event import AfterUpdate, BeforeTraining, Event
 from noether.core.loop import dispatch
 from noether.core.metrics import log
 from noether.core.pending import dispatch_pending, set_pending
@@ -16,6 +16,8 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.effects import open_run
+from noether.effects.disk.calls import DISK
+from noether.effects.logs.events import event_line_builder, read_events
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,3 +66,21 @@ def test_only_the_subclass_is_heard_by_a_callback_on_it():
     assert reducer(state, AfterUpdate(samples=4))[1] == ()
     assert reducer(state, AfterSearch(samples=4))[1] == (LogText("temperature 0.0"),)
     assert reducer(state, AfterUpdate(samples=4))[1] == ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AfterGeneration(Event):
+    temperature: float = 0.0
+
+
+def test_an_event_of_a_kind_of_its_own_is_recorded_and_left_out_of_a_replay(tmp_path, caplog):
+    reducer = compose(on(AfterGeneration)(lambda state, event: log(state, event, {"score": event.temperature})))
+    with open_run(tmp_path) as run:
+        interpret = run.recording_interpreter(run.interpreter, event_line_builder(["score"], lambda _: {}))
+        state = dispatch(TrainState().advance(samples=4), AfterGeneration(temperature=0.5), reducer, interpret)
+        dispatch(state.advance(samples=4), AfterUpdate(samples=4), reducer, interpret)
+    assert not caplog.records
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["after_generation", "after_update"]
+    assert lines[0]["measured"] == {"score": 0.5}
+    assert [each.kind for each in read_events(tmp_path / "events.jsonl", DISK)] == [AfterUpdate]
