@@ -14,7 +14,7 @@ from noether.core.iteration import COUNTERS
 from noether.core.reducer import Reducer, compose, identity
 from noether.core.schedules.schedule import At
 from noether.core.schedules.window import START
-from noether.testing.functions import attribute_of
+from noether.testing.functions import CallbackProxy
 from noether.testing.metric_source import metric_source
 from noether.testing.traces import drive
 
@@ -115,7 +115,7 @@ def explain_inactivity(part: Part, traces: Iterable[Trace]) -> str:
 
 
 def _observe(callback: Callback, parts: list[Part], outer: Part | None = None) -> Callback:
-    """Return the callback with an observer around each of its parts, and append the parts to `parts`."""
+    """Return the callback with a proxy around each of its parts that counts, and append the parts to `parts`."""
     if isinstance(callback, Reducer):
         members = [_observe(each, parts, outer and replace(outer, label=label_of(each))) for each in callback.members]
         return compose(*members) if outer is None else compose(*members).without_checks()
@@ -128,13 +128,14 @@ def _observe(callback: Callback, parts: list[Part], outer: Part | None = None) -
     if callback is identity:
         return callback
     parts.append(outer)
-    return _Observer(outer)
+    return _CountingProxy(outer)
 
 
-class _Observer:
-    """Calls a callback and counts what it does; its declarations are those of the callback."""
+class _CountingProxy(CallbackProxy):
+    """Calls a callback and counts what it does."""
 
     def __init__(self, part: Part) -> None:
+        super().__init__(part.callback)
         self._part = part
 
     def __call__(self, state: TrainState, event: Event, **settings: Any) -> tuple[TrainState, Effects]:
@@ -144,9 +145,6 @@ class _Observer:
         self._part.effects += len(effects)
         self._part.acts += bool(effects) or self._part.decorator is not None or _acts(call, state, after, event)
         return after, effects
-
-    def __getattr__(self, name: str) -> Any:
-        return attribute_of(self._part.callback, name)
 
 
 def _acts(callback: Callback, before: TrainState, after: TrainState, event: Event) -> bool:

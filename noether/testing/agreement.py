@@ -18,7 +18,7 @@ from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
 from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.testing.counterexamples import LawError
-from noether.testing.functions import attribute_of, copy_callback
+from noether.testing.functions import CallbackProxy, copy_callback
 from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import add_metric_source
 from noether.testing.other_process import call_in_other_processes
@@ -132,17 +132,17 @@ def _compare_processes(callback: Callback, trace: Trace, ours: list[list[str]], 
 def _drive_rank(callback: Callback, trace: Trace, rank: int) -> DrivenRun:
     """Return the run of a callback as one of two ranks sees it."""
     complete = add_metric_source(copy_callback(callback), finite=trace.finite_metrics)
-    members = (_OnRank(member, rank, trace) for member in complete.members)
+    members = (_RankProxy(member, rank, trace) for member in complete.members)
     variables = {**dict.fromkeys(_RANK_VARIABLES, str(rank)), "WORLD_SIZE": "2"}
     with mock.patch.dict(os.environ, variables):
         return drive(compose(*members), trace.on_rank(rank))
 
 
-class _OnRank:
-    """Calls a callback with the events of one rank; its declarations are those of the callback."""
+class _RankProxy(CallbackProxy):
+    """Calls a callback with the events of one rank."""
 
     def __init__(self, callback: Callback, rank: int, trace: Trace) -> None:
-        self._callback = callback
+        super().__init__(callback)
         self._rank = rank
         self._trace = trace
 
@@ -157,9 +157,6 @@ class _OnRank:
             )
             compare_runs(self._callback, _VIOLATION, found, expected, self._trace)
         return result
-
-    def __getattr__(self, name: str) -> Any:
-        return attribute_of(self._callback, name)
 
 
 def _measure_on_rank(event: Event, rank: int, update: int) -> Event:

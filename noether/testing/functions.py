@@ -1,4 +1,4 @@
-"""What functions hold and refer to, and copies of callbacks whose functions share no memory with the originals."""
+"""What functions hold and refer to, and copies and proxies of callbacks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from noether.core.callback import Callback
 
 _Value = TypeVar("_Value")
 _LIBRARIES: Final = tuple({str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")})
@@ -61,16 +63,21 @@ def globals_of(function: FunctionType) -> dict[str, Any]:
     return found
 
 
-def attribute_of(callback: Any, name: str) -> Any:
-    """Return an attribute of a callback for an object that stands for it.
+class CallbackProxy:
+    """Base of objects that call a callback in a special way; they have its name, memory and declarations.
 
-    Raises:
-        AttributeError: If it has none, or if the name is one of those by which `inspect` would take that object for a
-            function, with the parameters of the callback.
+    Args:
+        callback: The callback.
     """
-    if name.startswith("__") and name != "__name__":
-        raise AttributeError(name)
-    return getattr(callback, name)
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
+
+    def __getattr__(self, name: str) -> Any:
+        # By the other special names, `inspect` would take this object for a function with the parameters of another.
+        if name.startswith("__") and name != "__name__":
+            raise AttributeError(name)
+        return getattr(self._callback, name)
 
 
 def copy_callback(callback: _Value) -> _Value:

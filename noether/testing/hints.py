@@ -1,4 +1,4 @@
-"""Explains errors of callbacks that come from the made-up names and values in the runs of a law."""
+"""Explains errors of callbacks that come from the synthetic names and values in the runs of a law."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from noether.core.errors import OutputError
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.tensors.tree import FrozenDict
+from noether.testing.functions import CallbackProxy
 from noether.testing.metric_source import add_metric_source
 from noether.testing.traces import drive
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def explain_error(callback: Callback, trace: Trace, error: Exception) -> str | None:
-    """Return which argument gives what a callback misses in a made-up run, or None if that is not the reason.
+    """Return which argument gives what a callback misses in a synthetic run, or None if that is not the reason.
 
     It drives the callback through the run again: with mappings that know which argument adds a name, and with values
     that are all finite.
@@ -31,7 +32,7 @@ def explain_error(callback: Callback, trace: Trace, error: Exception) -> str | N
         error: The error.
     """
     if isinstance(error, KeyError):
-        missing = _error_of(_Naming(callback), trace)
+        missing = _error_of(_ExplainingProxy(callback), trace)
         if isinstance(missing, _MissingNameError):
             return missing.text
     if isinstance(error, OutputError):
@@ -44,7 +45,7 @@ def explain_error(callback: Callback, trace: Trace, error: Exception) -> str | N
     )
 
 
-def _error_of(callback: Callback | _Naming, trace: Trace) -> Exception | None:
+def _error_of(callback: Callback | _ExplainingProxy, trace: Trace) -> Exception | None:
     """Return the error that a callback raises in a run, or None."""
     try:
         drive(add_metric_source(callback, finite=trace.finite_metrics), trace)
@@ -59,7 +60,7 @@ class _MissingNameError(KeyError):
         self.text = text
 
 
-class _Named(FrozenDict):
+class _ExplainingDict(FrozenDict):
     """A mapping whose error for a missing key names the argument that adds it."""
 
     __slots__ = ("_place", "_right")
@@ -79,21 +80,16 @@ class _Named(FrozenDict):
 _MODEL: Final = "model=, a torch.nn.Module that has it"
 
 
-class _Naming:
-    """Calls a callback with mappings that know the argument that adds a name; its declarations are the callback's."""
-
-    def __init__(self, callback: Callback) -> None:
-        self._callback = callback
+class _ExplainingProxy(CallbackProxy):
+    """Calls a callback with mappings that know the argument that adds a name."""
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         named = state.replace(
-            params=_Named(state.params, "state.params", _MODEL), buffers=_Named(state.buffers, "state.buffers", _MODEL)
+            params=_ExplainingDict(state.params, "state.params", _MODEL),
+            buffers=_ExplainingDict(state.buffers, "state.buffers", _MODEL),
         )
         after, effects = self._callback(named, _name_fields(event))
         return (state if after is named else after), effects
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._callback, name)
 
 
 def _name_fields(event: Event) -> Event:
@@ -101,14 +97,14 @@ def _name_fields(event: Event) -> Event:
         return event
     steps = event.outputs if isinstance(event, AfterUpdate) else (event.outputs,)
     outputs = tuple(
-        _Named(each, "event.outputs", "outputs={{{0!r}: torch.zeros(4)}}") if isinstance(each, dict) else each
+        _ExplainingDict(each, "event.outputs", "outputs={{{0!r}: torch.zeros(4)}}") if isinstance(each, dict) else each
         for each in steps
     )
     fields = {
-        "losses": _Named(event.losses, "event.losses", "losses=({0!r},)"),
+        "losses": _ExplainingDict(event.losses, "event.losses", "losses=({0!r},)"),
         "outputs": outputs if isinstance(event, AfterUpdate) else outputs[0],
     }
     for name in ("lr", "weight_decay"):
         if isinstance(event, AfterUpdate):
-            fields[name] = _Named(getattr(event, name), f"event.{name}", "groups=({0!r},)")
+            fields[name] = _ExplainingDict(getattr(event, name), f"event.{name}", "groups=({0!r},)")
     return event.replace(**fields)

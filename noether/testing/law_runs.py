@@ -49,7 +49,7 @@ def check_runs(
 
     Raises:
         LawError: If the law does not hold, if a part of the callback never acted, or if the callback raised an error
-            because a name or a value in the run was made up.
+            because a name or a value in the run is synthetic.
         Exception: Another error that the callback raised.
     """
     TracedModel().with_arguments(**model)  # raises for wrong arguments, outside of any run
@@ -108,7 +108,7 @@ class _TestedLaw:
         self.law(trace, *values)
 
     def _explain(self, error: Exception, trace: Trace) -> None:
-        """Raise an error that says what to give in place of what is made up, if that is the reason of `error`."""
+        """Raise an error that says which argument to give, if synthetic names or values are the reason of `error`."""
         hint = explain_error(self.callback, trace, error)
         if hint is None:
             error.add_note(f"in {trace}")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ModelArguments(TypedDict, total=False):
-    """Keyword arguments of every law and of `runs`; what is left out is made up.
+    """Keyword arguments of every law and of `runs`; what is left out is synthetic.
 
     Args:
         model: A module, or its parameters by name. The runs start from its values; they neither call nor change it.
@@ -81,8 +81,8 @@ class TracedModel:
         outputs: Outputs of one micro-batch, as an example.
         groups: Names of the parameter groups.
         data: Datasets by key.
-        forward: `(state, batch) -> (losses, outputs)`; None for a made-up one, which depends on the parameters.
-        given: Names of the arguments that were given; the others are made up.
+        forward: `(state, batch) -> (losses, outputs)`; None for a synthetic one, which depends on the parameters.
+        given: Names of the arguments that were given; the others are synthetic.
 
     Example:
         >>> model = TracedModel().with_arguments(model=torch.nn.Linear(2, 1), losses=("mse",))
@@ -147,7 +147,7 @@ class TracedModel:
 
     def fields_of_run(self) -> dict[str, Any]:
         """Return the fields of a `Run` that describe the model."""
-        return {"data": self.data, "forward": self.forward or self._made_up_forward, "frozen": self.frozen}
+        return {"data": self.data, "forward": self.forward or self._synthetic_forward, "frozen": self.frozen}
 
     def complete_run(self, run: Run) -> Run:
         """Return a run with these fields, except those that it has and that were not given here."""
@@ -199,7 +199,7 @@ class TracedModel:
         floats = {name: param for name, param in params.items() if param.is_floating_point() or param.is_complex()}
         return {name: param for name, param in floats.items() if name not in self.frozen}
 
-    def _made_up_forward(self, state: TrainState, batch: tuple[Tensor, Tensor]) -> tuple[Mapping[str, Tensor], Any]:
+    def _synthetic_forward(self, state: TrainState, batch: tuple[Tensor, Tensor]) -> tuple[Mapping[str, Tensor], Any]:
         """Return losses and scores of two classes, which depend on all parameters."""
         inputs, targets = batch
         shift = sum((param.float().mean() for param in self._trained(state.params).values()), torch.tensor(0.0))

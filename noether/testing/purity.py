@@ -13,7 +13,7 @@ from noether.core.tensors.tree import storages, tensors
 from noether.testing.comparison import differences, same
 from noether.testing.counterexamples import LawError
 from noether.testing.forbidden_calls import call_watched
-from noether.testing.functions import attribute_of, copy_callback
+from noether.testing.functions import CallbackProxy, copy_callback
 from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import add_metric_source
 from noether.testing.outside_memory import (
@@ -109,7 +109,7 @@ def _drive_purely(callback: Callback, trace: Trace, state: TrainState | None) ->
     # A copy, because a callback that writes to itself would carry its writes into the next run.
     members = add_metric_source(copy_callback(callback), finite=trace.finite_metrics).members
     with draw_from_generators():
-        drive(compose(*map(_PurityChecked, members)), trace, state, resumed=state is not None)
+        drive(compose(*map(_PurityProxy, members)), trace, state, resumed=state is not None)
 
 
 def _start_late(trace: Trace) -> tuple[Trace, TrainState]:
@@ -163,17 +163,11 @@ def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[Tr
     return first
 
 
-class _PurityChecked:
-    """Calls a callback with `call_purely`; its declarations are those of the callback."""
-
-    def __init__(self, callback: Callback) -> None:
-        self._callback = callback
+class _PurityProxy(CallbackProxy):
+    """Calls a callback with `call_purely`."""
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         return call_purely(self._callback, state, event)
-
-    def __getattr__(self, name: str) -> Any:
-        return attribute_of(self._callback, name)
 
 
 def _attribute_ids(callback: Callback) -> dict[str, int]:

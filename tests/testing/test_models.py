@@ -81,9 +81,9 @@ SOUND = {
     "groups": (rate, {"groups": ("body", "head")}),
     "groups of a callback": (LrCallback(every_n_updates=1), {"groups": ("body",)}),
     "an output": (TrackOutputsCallback(every_n_updates=1, keys=("x",)), {"outputs": {"x": torch.ones(4)}}),
-    "a made-up output": (TrackOutputsCallback(every_n_updates=1, keys=("residual",)), {}),
+    "a synthetic output": (TrackOutputsCallback(every_n_updates=1, keys=("residual",)), {}),
     "a sub-module": (EMACallback(every_n_epochs=1, target_factors=(0.9,), model_paths=("encoder",)), {"model": nested}),
-    "a made-up sub-module": (EMACallback(every_n_epochs=1, target_factors=(0.9,), model_paths=("encoder",)), {}),
+    "a synthetic sub-module": (EMACallback(every_n_epochs=1, target_factors=(0.9,), model_paths=("encoder",)), {}),
     "a saved sub-module": (CheckpointCallback(every_n_epochs=1, save_weights=True, model_names=("encoder",)), {}),
     "the best of a sub-module": (
         BestCheckpointCallback(every_n_epochs=1, metric_key="loss/x", model_names=("encoder",)), {},
