@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, final
 from noether.core.callback import declaration_of, label_of
 from noether.core.callbacks.base import HOOKS
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.combinators import Bound, Gated, On, Remembering, When
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate
 from noether.core.iteration import COUNTERS
 from noether.core.reducer import Reducer, compose, identity
 from noether.core.schedules.schedule import At
 from noether.core.schedules.window import START
+from noether.core.wrappers import Bound, Gated, On, Remembering, When
 from noether.testing.functions import CallbackProxy
 from noether.testing.metric_source import metric_source
 from noether.testing.traces import drive
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.testing.traces import Trace
 
-_WRAPPERS: Final = (Gated, On, When, Remembering, Bound)
+_WRAPPERS: Final = (Gated, On, When, Remembering, Bound)  # final classes, which a type checker can tell apart
 _GATE_EVENTS: Final = (AfterUpdate, AfterEpoch, AfterTraining)
 
 

@@ -3,12 +3,13 @@
 import functools
 
 from noether.core.callbacks import OnlineLossCallback
-from noether.core.combinators import bind_settings, callback, every_n_updates, on, when
+from noether.core.combinators import callback, every_n_updates, on, when
 from noether.core.effect import LogText
 from noether.core.event import AfterEpoch, AfterUpdate, BeforeTraining
 from noether.core.reducer import compose
 from noether.core.schedules.schedule import EveryNUpdates
 from noether.core.state import TrainState
+from noether.core.wrappers import bind_settings
 
 
 def plain(state, event, *, text="plain"):

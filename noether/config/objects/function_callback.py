@@ -76,8 +76,9 @@ class FunctionCallbackFactory:
             raise InvalidValueError("at_end needs an interval: every_n_epochs, every_n_updates or every_n_samples")
         # Imported here, because it imports torch and a configuration can be read without it.
         from noether.core import combinators
+        from noether.core.wrappers import bind_settings
 
-        callback = combinators.bind_settings(self.function, settings) if settings else self.function
+        callback = bind_settings(self.function, settings) if settings else self.function
         for name, value in chosen.items():
             callback = getattr(combinators, name)(value, at_end=at_end)(callback)
         return callback
