@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from noether.core.errors import Problem, raise_problems, suggest
-from noether.core.event_fields import check_fields
+from noether.core.event_fields import check_fields, separate_means
 from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
 
@@ -37,6 +37,7 @@ class Event:
     time_s: float = 0.0
 
     def __post_init__(self) -> None:
+        vars(self).update(separate_means(type(self), vars(self)))
         check_fields(type(self), vars(self))
 
     @classmethod
@@ -74,6 +75,7 @@ class Event:
             >>> AfterUpdate(samples=4).replace(duration_s=0.5).samples
             4
         """
+        changes |= separate_means(type(self), changes)
         check_fields(type(self), changes)
         return self.complete(**changes)
 
@@ -149,7 +151,8 @@ class AfterUpdate(Event):
     Args:
         samples: Samples of the update, over accumulation steps and ranks; 0 if all its micro-batches were empty.
         losses: Mean of each loss by name over the accumulation steps and ranks that have it, each 0-dimensional,
-            weighted by samples or by `loss_weights`; `total` is their sum.
+            weighted by samples or by `loss_weights`; `total` is their sum. A loop may give a loss as
+            `Mean(loss, weight=n)`: then n is its entry in `loss_weights`, and with weight 0 it is left out.
         loss_weights: Sum of the weights of each loss that has other weights than `samples`; usually empty.
         outputs: The model's outputs, one entry per accumulation step.
         accumulated: Samples of each accumulation step, one entry for each of `outputs`; empty micro-batches have none.
@@ -166,6 +169,12 @@ class AfterUpdate(Event):
         forward_s: Seconds of `step_s` in forward passes and losses; None if the step does not measure it.
         backward_s: Seconds in backward passes, likewise.
         optimizer_s: Seconds in the optimizer, clipping included, likewise.
+
+    Example:
+        >>> from noether import Mean
+        >>> event = AfterUpdate(samples=4, losses={"ce": Mean(0.5, weight=120), "l1": 0.25})
+        >>> event.losses, event.loss_weights
+        (FrozenDict({'ce': 0.5, 'l1': 0.25}), {'ce': 120})
     """
 
     samples: int = 0

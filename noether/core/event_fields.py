@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from noether.core.errors import Problem, is_number, raise_problems
 from noether.core.run import Run
+from noether.core.tensors.losses import separate_weights
+from noether.core.tensors.means import Mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +60,33 @@ def check_fields(event_type: type[Event], fields: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise_problems(_find_problem(event_type, rules[name], fields[name]) for name in wrong)
+
+
+def separate_means(event_type: type[Event], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `losses` and `loss_weights` of an event whose losses have a `Mean` among them; else no fields.
+
+    Raises:
+        SettingsError: If a weight is not one finite number >= 0.
+
+    Example:
+        >>> from noether import AfterUpdate, Mean
+        >>> separate_means(AfterUpdate, {"losses": {"ce": Mean(0.5, weight=12)}})["loss_weights"]
+        {'ce': 12}
+    """
+    losses = fields.get("losses")
+    if not isinstance(losses, (dict, Mapping)) or Mean not in map(type, losses.values()):
+        return {}
+    rules = _rules_of(event_type)
+    if "losses" not in rules:
+        return {}
+    try:
+        separated = separate_weights(losses)
+    except ValueError as error:
+        raise_problems([Problem(f"{event_type.__name__}.losses", str(error))])
+    given = fields.get("loss_weights", {})
+    if "loss_weights" not in rules or not isinstance(given, Mapping):
+        return {"losses": separated}
+    return {"losses": separated, "loss_weights": {**given, **separated.weights}}
 
 
 _RULES_OF: Final[dict[type[Event], dict[str, FieldRule]]] = {}
@@ -137,7 +166,9 @@ _RULES: Final = {
     "resumed": _FLAG,
     "samples": FieldRule(_is_count, "a whole number >= 0", "len(batch)"),
     "losses": FieldRule(
-        _is_named_numbers, "a mapping from name to number or 0-dimensional tensor", "{'total': loss.mean().detach()}"
+        _is_named_numbers,
+        "a mapping from name to number, 0-dimensional tensor or Mean",
+        "{'total': loss.mean().detach()}",
     ),
     "loss_weights": FieldRule(_is_named_numbers, "a mapping from name of a loss to number", "{'ce': 12}"),
     "accumulated": FieldRule(

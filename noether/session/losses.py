@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from noether.core.tensors.losses import loss_weights, with_total
-from noether.core.tensors.means import Mean, read_weight
+from noether.core.tensors.losses import loss_weights, separate_weights, with_total
+from noether.core.tensors.means import Mean
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -67,18 +67,11 @@ def named_losses(losses: ReportedLosses) -> Losses:
             f"'total' is reported beside {others}, whose sum the session adds as 'total': leave 'total' out in "
             "session.update(losses) and session.micro_batch(losses)"
         )
-    weights = {
-        name: read_weight(name, loss.weight)
-        for name, loss in losses.items()
-        if isinstance(loss, Mean) and loss.weight is not None
-    }
-    named = {name: _detach(name, loss) for name, loss in losses.items()}
-    return with_total({name: loss for name, loss in named.items() if weights.get(name) != 0}, weights)
+    separated = separate_weights(losses)
+    return with_total({name: _detach(name, loss) for name, loss in separated.items()}, separated.weights)
 
 
 def _detach(name: Any, loss: Any) -> Any:
-    if isinstance(loss, Mean):
-        loss = loss.of_batch
     if not isinstance(name, str):
         raise TypeError(f"the name of a loss is {name!r}, of type {type(name).__name__}: use text, {{'mse': loss}}")
     if isinstance(loss, Tensor):

@@ -13,6 +13,7 @@ from noether.core.callbacks import OnlineLossCallback
 from noether.core.callbacks.online_loss import OnlineLoss
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval
 from noether.core.state import TrainState
+from noether.core.tensors.means import Mean
 from noether.core.tensors.tree import FrozenDict
 from noether.testing import same
 
@@ -61,6 +62,15 @@ def test_the_mean_of_an_interval_in_samples(updates, n):
             expected = np.average(losses, weights=sizes)
             np.testing.assert_allclose(values[0][f"loss/online/a/S{n}"].item(), expected, rtol=1e-12, atol=1e-12)
             since = []
+
+
+def test_a_loop_of_the_users_own_gives_losses_their_weights():
+    callback = OnlineLossCallback(every_n_updates=3)
+    state, effects = TrainState(), ()
+    for loss, tokens in ((1.0, 10), (NAN, 0), (3.0, 30)):
+        event = AfterUpdate(samples=4, losses={"ce": Mean(torch.tensor(loss), weight=tokens)})
+        state, effects = callback(state.advance(samples=4), event)
+    assert effects[0].values == {"loss/online/ce/U3": 2.5}
 
 
 def test_single_precision_losses_are_summed_in_double():

@@ -22,9 +22,11 @@ from noether.core.event import (
 )
 from noether.core.run import Run
 from noether.core.tensors.donation import DonatedTree
+from noether.core.tensors.means import Mean
 from noether.core.tensors.tree import FrozenDict
 
 SCALAR = torch.tensor(0.5)
+NAN = float("nan")
 NUMBERS = [0.5, 3, -1.0, float("nan"), float("inf"), SCALAR, np.float32(0.5), np.float64(0.5), np.int64(3), np.ones(())]
 NO_NUMBERS = ["0.5", True, 1j, [0.5], (0.5,), torch.ones(1), torch.ones(2, 2), np.ones(3), object(), {"a": 1}]
 MAPPINGS = [{}, *({"a": number} for number in NUMBERS), FrozenDict(a=1.0), DonatedTree({"a": SCALAR})]
@@ -78,10 +80,24 @@ def test_the_message_names_value_and_fix_of_each_wrong_field():
         AfterUpdate(lr=0.003, losses={"ce": torch.ones(4), "l1": 0.5}, samples="8")
     assert str(caught.value) == (
         "AfterUpdate.samples: '8' is not a whole number >= 0; write e.g. len(batch)\n"
-        "AfterUpdate.losses: {'ce': a Tensor of shape (4,)} is not a mapping from name to number or 0-dimensional "
-        "tensor; write e.g. {'total': loss.mean().detach()}\n"
+        "AfterUpdate.losses: {'ce': a Tensor of shape (4,)} is not a mapping from name to number, 0-dimensional "
+        "tensor or Mean; write e.g. {'total': loss.mean().detach()}\n"
         "AfterUpdate.lr: 0.003 is not a mapping from parameter group to number; write e.g. {'default': 0.003}"
     )
+
+
+def test_a_loss_may_be_given_as_a_mean_with_its_weight():
+    losses = {"ce": Mean(SCALAR, weight=torch.tensor(12)), "l1": Mean(0.25), "absent": Mean(NAN, weight=0), "mse": 2.0}
+    for event in (AfterUpdate(losses=losses, loss_weights={"mse": 3}), AfterUpdate().replace(losses=losses)):
+        assert event.losses == {"ce": SCALAR, "l1": 0.25, "mse": 2.0}
+        assert {**event.loss_weights, "mse": 3} == {"ce": 12, "mse": 3}
+    assert AfterAccumulationStep(losses=losses).losses == {"ce": SCALAR, "l1": 0.25, "mse": 2.0}
+
+
+@pytest.mark.parametrize("weight", [-1, NAN, float("inf"), "3", True, torch.ones(2)], ids=repr)
+def test_a_mean_without_a_sensible_weight_is_refused_by_the_name_of_the_field(weight):
+    with pytest.raises(SettingsError, match=r"^AfterUpdate\.losses: the weight of 'ce' is .*: pass Mean"):
+        AfterUpdate(losses={"ce": Mean(SCALAR, weight=weight)})
 
 
 @given(step=st.integers(0, 9), steps=st.integers(1, 9))

@@ -94,6 +94,26 @@ def read_losses(result: Any, function: Callable[..., Any]) -> Losses:
     return with_total(losses, weights)
 
 
+def separate_weights(losses: Mapping[str, Any]) -> WeightedLosses:
+    """Return losses of which some are a `Mean` as values and weights, without those of weight 0.
+
+    Raises:
+        ValueError: If a weight is not one finite number >= 0.
+
+    Example:
+        >>> separate_weights({"ce": Mean(2.0, weight=12), "l1": 0.5, "absent": Mean(0.0, weight=0)}).weights
+        {'ce': 12}
+    """
+    weights = {
+        name: read_weight(name, loss.weight)
+        for name, loss in losses.items()
+        if isinstance(loss, Mean) and loss.weight is not None
+    }
+    values = {name: loss.of_batch if isinstance(loss, Mean) else loss for name, loss in losses.items()}
+    present = {name: value for name, value in values.items() if weights.get(name) != 0}
+    return WeightedLosses(present, {name: weight for name, weight in weights.items() if weight})
+
+
 def with_total(losses: Mapping[str, Any], weights: Mapping[str, float]) -> Losses:
     """Return losses with their sum as `total`, and with the weights that are not 0.
 
