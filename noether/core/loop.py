@@ -43,7 +43,9 @@ def dispatch(
 
         check_result(reducer, result)
     state, effects = result
-    interpreter(state.copy_aliases(effects) if effects else effects, state, event)
+    if effects and not getattr(reducer, "copies_aliases", False):
+        effects = state.copy_aliases(effects)
+    interpreter(effects, state, event)
     return state
 
 

@@ -84,6 +84,9 @@ class Reducer:
     member changes a field of the state that only the loop may change.
     """
 
+    copies_aliases = True
+    """Effects that it returns are copies where they would change with a live model; `dispatch` copies others."""
+
     def __init__(self, members: tuple[Callback, ...], *, outermost: bool = True) -> None:
         self.members = members
         self._outermost = outermost
@@ -124,7 +127,7 @@ class Reducer:
             raise
         if effects and isinstance(event, AfterAccumulationStep):
             raise ValueError(f"{effects[0]!r} was requested after an accumulation step; log and save after an update")
-        return state, state.copy_aliases(effects) if effects else effects
+        return state, state.copy_aliases(effects) if effects and self._outermost else effects
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.members, self._outermost)

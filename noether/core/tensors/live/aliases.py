@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from noether.core.iteration import TrainingIteration
 from noether.core.tensors.live.views import LiveView, ModuleView
 from noether.core.tensors.module import named_buffers, named_parameters
 from noether.core.tensors.torch_internals import storage_handle, storage_use_count
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _OF_ONE_TENSOR: Final = 2
 """Users of a storage that one tensor uses: the tensor, and the storage object through which the count is read."""
-_SCALARS: Final = LEAVES - {torch.Tensor}
+_WITHOUT_TENSORS: Final = LEAVES - {torch.Tensor} | {TrainingIteration, frozenset}
 
 
 def views_live_tensors(fields: Mapping[str, Any]) -> bool:
@@ -62,16 +62,18 @@ def _find_shared(tree: Any, found: list[Tensor]) -> None:
         if _has_other_users(tree):
             found.append(tree)
         return
-    if kind is FrozenDict or kind is dict or isinstance(tree, Mapping):
+    if kind is FrozenDict or kind is dict:
         values: Iterable[Any] = tree.values()
     elif kind is tuple or isinstance(tree, (list, tuple)):
         values = tree
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        values = [getattr(tree, each.name) for each in dataclasses.fields(tree)]
+    elif (fields := getattr(kind, "__dataclass_fields__", None)) is not None:
+        values = [getattr(tree, name) for name in fields]
+    elif isinstance(tree, Mapping):
+        values = tree.values()
     else:
         return
     for value in values:
-        if type(value) not in _SCALARS:  # lists of numbers may be long
+        if type(value) not in _WITHOUT_TENSORS:  # lists of numbers may be long
             _find_shared(value, found)
 
 
