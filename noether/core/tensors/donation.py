@@ -8,7 +8,13 @@ import torch
 
 from noether.core.errors import NoetherError
 from noether.core.tensors.live.views import LiveView
-from noether.core.tensors.torch_internals import select_view, storage_handle, storage_use_count
+from noether.core.tensors.torch_internals import (
+    USERS_OF_ONE_TENSOR,
+    has_other_users,
+    select_view,
+    storage_handle,
+    storage_use_count,
+)
 from noether.core.tensors.tree import FrozenDict, FrozenView, clone_tensors, map_leaves
 
 if TYPE_CHECKING:
@@ -129,7 +135,7 @@ class OwnedStorages:
     def __init__(self, places: Sequence[tuple[dict[str, Any], str]], shared: int = 0) -> None:
         self._places = places
         self._left_behind: dict[int, torch.Tensor] = {}
-        self._unshared_counts = [_OF_ONE_TENSOR + (index < shared) for index in range(len(places))]
+        self._unshared_counts = [USERS_OF_ONE_TENSOR + (index < shared) for index in range(len(places))]
         self._read_storages()
 
     def _read_storages(self) -> None:
@@ -150,7 +156,7 @@ class OwnedStorages:
     def _replace(self, index: int) -> None:
         tree, key = self._places[index]
         target, shared = self._left_behind.pop(index, None), tree[key]
-        if target is None or _has_other_users(target.untyped_storage()):
+        if target is None or has_other_users(target.untyped_storage()):
             target = torch.empty_like(shared)
         tree[key], self._left_behind[index] = target.copy_(shared), shared
 
@@ -218,11 +224,6 @@ def _view_donated(tree: Any) -> Any:
     return tree
 
 
-def _has_other_users(storage: torch.UntypedStorage) -> bool:
-    """Return whether a storage has other users than the one tensor that is known to use it."""
-    return storage_use_count(storage_handle(storage)) > _OF_ONE_TENSOR
-
-
 def _view(leaf: Any) -> Any:
     return select_view()(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
@@ -232,5 +233,3 @@ NOT_DONATED: Final = object()
 _TREES: Final = ("params", "buffers", "extra_state", "opt_state", "callback_states")
 ALREADY_UPDATED: Final = object()
 """Owner of a tree that the pending event updated in place before it was cut short: the callback leaves it as it is."""
-_OF_ONE_TENSOR: Final = 2
-"""Users of a storage that one tensor uses: the tensor, and the storage object through which we read the count."""

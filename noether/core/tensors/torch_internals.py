@@ -34,7 +34,10 @@ def _find(path: str) -> Any:
 
 
 storage_use_count: Final[Callable[[int], int]] = _find("_C._storage_Use_Count")
-"""Return how many objects use the storage with a handle; torch has no public count. For one tensor it is 2."""
+"""Return how many objects use the storage with a handle; torch has no public count."""
+
+USERS_OF_ONE_TENSOR: Final = 2
+"""The count of a storage that one tensor uses: the tensor, and the storage object through which the count is read."""
 
 foreach_add_: Final[Callable[[Sequence[Tensor], float], None]] = _find("_foreach_add_")
 """Add a number to each tensor in place, in one call; torch has no public name for the foreach functions."""
@@ -64,6 +67,11 @@ _write_count: Final = attrgetter("_version")
 def storage_handle(storage: torch.UntypedStorage) -> int:
     """Return the handle of a storage, which `storage_use_count` takes. It is valid while `storage` is referenced."""
     return int(storage._cdata)  # noqa: SLF001  # torch has no public handle
+
+
+def has_other_users(storage: torch.UntypedStorage) -> bool:
+    """Return whether a storage has other users than one tensor that is known to use it."""
+    return storage_use_count(storage_handle(storage)) > USERS_OF_ONE_TENSOR
 
 
 def write_counts(tensors: Iterable[Tensor]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from noether.core.tensors.torch_internals import run_backward
+from noether.core.tensors.torch_internals import run_backward, write_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -105,3 +105,21 @@ def describe_nonfinite(losses: Losses, grads: Grads) -> str:
     ]
     others = len(nonfinite) - _SHOWN
     return ", ".join(nonfinite[:_SHOWN]) + (f" (and {others} more)" if others > 0 else "")
+
+
+def refuse_writes(params: Mapping[str, Tensor], counts: Sequence[int]) -> None:
+    """Refuse a model whose forward wrote to its parameters.
+
+    Args:
+        params: The parameters by name, after forward.
+        counts: Their `write_counts` before it; at least one differs.
+
+    Raises:
+        ValueError: With the name of the first parameter that was written to.
+    """
+    now = write_counts(params.values())
+    changed = (name for name, count, before in zip(params, now, counts, strict=True) if count != before)
+    raise ValueError(
+        f"the model writes to its parameter {next(changed)!r} in forward, but a model must not write to tensors of "
+        "a state: compute with a clamped or renormalized copy, or make it a buffer"
+    )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from noether.core.event import AfterAccumulationStep
 from noether.core.tensors.batch import batch_size, model_arguments
-from noether.core.tensors.donation import DonatedTree
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.extra_state import read_extra_state, set_extra_state
 from noether.core.tensors.losses import detach_losses, read_losses
@@ -22,12 +21,14 @@ from noether.core.tensors.tree import FrozenDict, map_tensors
 from noether.session.hidden_state import generators_of_model
 from noether.session.randomness import derive, seed_all
 from noether.training.step.accumulation import Accumulation, BackwardResult, Gradients, RegroupError, drop_empty
+from noether.training.step.apply import apply_gradients
 from noether.training.step.gradients import (
     all_finite,
     clip_norm,
     clip_values,
     compute_gradients,
     describe_nonfinite,
+    refuse_writes,
     total_norm,
 )
 from noether.training.step.model_tensors import ModelTensors
@@ -272,7 +273,7 @@ class Step:
                 losses, outputs = self._forward(batch)
         terms = objectives(losses)
         if write_counts(params.values()) != counts:
-            _refuse_writing(params, counts)
+            refuse_writes(params, counts)
         if times is not None:
             times.stop("forward_s")
         # torch.func.grad_and_value gives the same bits, but takes longer: see benchmarks/step.py.
@@ -312,44 +313,15 @@ class Step:
         grads, grad_norm = self.clip(result.grads)
         settings = self.settings_for(state)
         if not skipped:
-            state = self._update(state, grads, settings, result.buffers)
+            state = apply_gradients(
+                state, grads, settings, result.buffers, model=self.model, optimizer=self.optimizer, donate=self.donate
+            )
             if state.extra_state:
                 state = state.replace(extra_state=read_extra_state(self.model))
         seconds = {} if times is None else times.stop("optimizer_s")
         return state, make_event(
             result.losses, outputs, samples, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **seconds
         )
-
-    def _update(self, state: TrainState, grads: Grads, settings: Settings, buffers: Mapping[str, Tensor]) -> TrainState:
-        """Return the state with new params and optimizer memory, written in place where `donate` allows it."""
-        present = {name: grad for name, grad in grads.items() if grad is not None}
-        model_tensors = self._take(state, present) if self.donate else None
-        if model_tensors is not None:
-            model_tensors.write(self.optimizer, present, settings)
-            return model_tensors.donate_to(state, buffers)
-        params, opt_state = self.optimizer.update(present, state.opt_state, state.params, settings=settings)
-        if self.donate and self.optimizer.can_write(present, opt_state, params):
-            model_tensors = ModelTensors(self.model, self.optimizer.trainable(params), params, opt_state)
-            return model_tensors.donate_to(state, buffers)
-        return state.replace(params=params, opt_state=opt_state, buffers=buffers)
-
-    def _take(self, state: TrainState, grads: Mapping[str, Tensor]) -> ModelTensors | None:
-        """Take the tensors from the state and return them, or return None if the update cannot write to them."""
-        model_tensors = ModelTensors.of(state, self.model)
-        if model_tensors is not None:
-            if not model_tensors.can_write(self.optimizer, grads):
-                return None
-            model_tensors.take_from(state)
-            return model_tensors
-        params, opt_state = state.params, state.opt_state
-        if not isinstance(params, DonatedTree) or not isinstance(opt_state, DonatedTree) or params.owner is not None:
-            return None
-        # First update of a new or resumed run. The optimizer's class would copy the params to create its memory.
-        if not self.optimizer.can_write(grads, self.optimizer.add_first_memory(opt_state, params, grads), params):
-            return None
-        taken = params.take()
-        memory = self.optimizer.add_first_memory(opt_state.take(), taken, grads)
-        return ModelTensors(self.model, self.optimizer.trainable(taken), taken, memory)
 
     def settings_for(self, state: TrainState) -> dict[str, dict[str, float]]:
         """Return the scheduled settings of the optimizer for the next update of `state`, by group."""
@@ -395,12 +367,3 @@ class Step:
 def _total(losses: Losses) -> Sequence[Tensor]:
     """Return the objectives of an update with one micro-batch."""
     return [losses["total"]] if losses else []
-
-
-def _refuse_writing(params: Mapping[str, Tensor], counts: Sequence[int]) -> None:
-    now = write_counts(params.values())
-    changed = (name for name, count, before in zip(params, now, counts, strict=True) if count != before)
-    raise ValueError(
-        f"the model writes to its parameter {next(changed)!r} in forward, but a model must not write to tensors of "
-        "a state: compute with a clamped or renormalized copy, or make it a buffer"
-    )

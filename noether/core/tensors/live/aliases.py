@@ -10,14 +10,12 @@ import torch
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.live.views import LiveView, ModuleView
 from noether.core.tensors.module import named_buffers, named_parameters
-from noether.core.tensors.torch_internals import storage_handle, storage_use_count
+from noether.core.tensors.torch_internals import has_other_users
 from noether.core.tensors.tree import LEAVES, FrozenDict, map_tensors, storages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OF_ONE_TENSOR: Final = 2
-"""Users of a storage that one tensor uses: the tensor, and the storage object through which the count is read."""
 _WITHOUT_TENSORS: Final = LEAVES - {torch.Tensor} | {TrainingIteration, frozenset}
 
 
@@ -59,7 +57,7 @@ def _find_shared(tree: Any, found: list[Tensor]) -> None:
     """Append the tensors whose storage has other users to `found`; it runs at every update."""
     kind = type(tree)
     if kind is torch.Tensor or isinstance(tree, torch.Tensor):
-        if _has_other_users(tree):
+        if _shares_storage(tree):
             found.append(tree)
         return
     if kind is FrozenDict or kind is dict:
@@ -77,9 +75,9 @@ def _find_shared(tree: Any, found: list[Tensor]) -> None:
             _find_shared(value, found)
 
 
-def _has_other_users(tensor: Tensor) -> bool:
+def _shares_storage(tensor: Tensor) -> bool:
     try:
-        return storage_use_count(storage_handle(tensor.untyped_storage())) > _OF_ONE_TENSOR
+        return has_other_users(tensor.untyped_storage())
     except NotImplementedError:  # a sparse tensor has no storage of its own
         return False
 
