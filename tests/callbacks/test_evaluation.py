@@ -118,8 +118,25 @@ def test_a_metric_with_another_shape_is_refused(shape):
         values(
             MetricCallback(every_n_epochs=1, dataset_key="val", metric=shapeless), [(torch.zeros(3), torch.zeros(3))]
         )
-    right = "return one value for each sample, (batch,), or their mean, ()"
+    right = (
+        "return one value for each sample, (batch,), or their mean, (); if only n samples count, "
+        "noether.Mean(mean, weight=n)"
+    )
     assert str(refused.value) == f"'metric/shapeless' has shape {shape} for 3 samples; {right}"
+
+
+def test_a_metric_leaves_out_batches_and_samples_as_its_message_says():
+    def of_positive(outputs, batch):
+        positive = batch[0][batch[0] > 0]
+        return Mean(positive.mean(), weight=len(positive)) if len(positive) else result
+
+    callback = MetricCallback(every_n_epochs=1, dataset_key="val", metric=of_positive)
+    batches = [(torch.tensor(xs), torch.zeros(len(xs))) for xs in ([1.0, -9.0], [-9.0], [3.0, 5.0])]
+    result = None
+    with pytest.raises(TypeError, match=r"for a batch that does not count, noether\.Mean\(0\.0, weight=0\)$"):
+        values(callback, batches)
+    result = Mean(0.0, weight=0)
+    assert values(callback, batches) == {"val/of_positive": 3.0}
 
 
 def test_difference_to_the_online_loss_of_the_same_interval():

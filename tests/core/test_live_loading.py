@@ -377,6 +377,35 @@ def test_extra_state_that_cannot_be_saved_is_refused_at_the_start(value):
         Session([], interpreter=lambda *_: None, model=model, optimizer=optimizer, max_updates=1)
 
 
+class OneWay(nn.Linear):
+    """Returns extra state, and cannot take it back."""
+
+    def get_extra_state(self):
+        return 1
+
+
+class Strict(OneWay):
+    """Takes only extra state of version 2."""
+
+    def set_extra_state(self, state):
+        raise ValueError("version 2 only")
+
+
+def test_a_module_that_cannot_take_its_extra_state_back_is_refused_at_the_start():
+    model = nn.Sequential(OneWay(2, 1))
+    message = r"^'0' \(OneWay\) defines get_extra_state without set_extra_state, .*: define both$"
+    with pytest.raises(ExtraStateError, match=message):
+        TrainState.from_module(model)
+    with pytest.raises(ExtraStateError, match=message):
+        Session([], interpreter=lambda *_: None, model=model, max_updates=1)
+
+
+def test_a_module_that_does_not_accept_its_extra_state_is_named():
+    saved = TrainState.from_module(nn.Sequential(Strict(2, 1))).advance(samples=1)
+    with pytest.raises(ExtraStateError, match=r"^set_extra_state of '0' \(Strict\) raised ValueError: version 2"):
+        saved.into_module(nn.Sequential(Strict(2, 1)))
+
+
 def test_a_checkpoint_without_extra_state_loads_with_one_warning():
     model, optimizer = counting()
     saved = on_disk(train(model, optimizer)).replace(extra_state={})

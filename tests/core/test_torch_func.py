@@ -5,7 +5,17 @@ import torch
 from torch.func import functional_call, functionalize, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from noether import AfterUpdate, TrainingIteration, TrainState, on
+from noether import (
+    AfterUpdate,
+    BeforeTraining,
+    TrainingIteration,
+    TrainState,
+    callback,
+    compose,
+    every_n_updates,
+    log,
+    on,
+)
 from noether.core.tensors.donation import donate, lease
 from noether.core.tensors.tree import FrozenDict
 
@@ -127,6 +137,23 @@ def test_a_whole_state_is_differentiated(make_state):
     assert slopes.iteration == TrainingIteration(0, 1, 5)
     _, tangent = jvp(lambda state: loss(state.params, BATCH), (state,), (ones_like(state),))
     assert_same(tangent, jvp(lambda params: loss(params, BATCH), (state.params,), (ones_like(state.params),))[1])
+
+
+def test_a_reducer_runs_on_the_members_of_stacked_states():
+    @callback("largest", init=lambda state: {"norm": torch.zeros(())})
+    @every_n_updates(1)
+    def remember_largest(state, event):
+        norm = state.params["weight"].norm().maximum(state.memory("largest")["norm"])
+        return log(state.remember("largest", {"norm": norm}), event, {"norm": norm})
+
+    def run(state):
+        state, _ = reducer(state, BeforeTraining())
+        return reducer(state.advance(samples=1), AfterUpdate(samples=1))[0]
+
+    reducer = compose(remember_largest)
+    members = [TrainState(params={"weight": torch.full((4,), value)}) for value in (1.0, 2.0, 3.0)]
+    result = vmap(run)(pytree.tree_map(lambda *tensors: torch.stack(tensors), *members))
+    assert result.memory("largest")["norm"].tolist() == result.metrics["norm"].value.tolist() == [2.0, 4.0, 6.0]
 
 
 @every_state

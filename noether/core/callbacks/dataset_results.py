@@ -88,12 +88,18 @@ def _term_and_factor(name: str, mean: Mean, samples: int, weight: float) -> tupl
     of_batch = torch.as_tensor(of_batch) if isinstance(of_batch, (int, float)) else of_batch
     if not isinstance(of_batch, torch.Tensor):
         found = "None" if of_batch is None else f"a {type(of_batch).__name__}"
-        raise TypeError(f"the mean {name!r} is {found}: return one number for the batch, or one value for each sample")
+        raise TypeError(
+            f"the mean {name!r} is {found}: return one number for the batch, or one value for each sample; for a batch "
+            "that does not count, noether.Mean(0.0, weight=0)"
+        )
     if not of_batch.ndim:
         return of_batch if of_batch.is_floating_point() else of_batch.double(), weight
     if of_batch.shape != (samples,) or mean.weight is not None:
         given = f"for {samples} samples" if mean.weight is None else "and a weight"
-        right = "return one value for each sample, (batch,), or their mean, ()"
+        right = (
+            "return one value for each sample, (batch,), or their mean, (); if only n samples count, "
+            "noether.Mean(mean, weight=n)"
+        )
         raise ValueError(f"{name!r} has shape {tuple(of_batch.shape)} {given}; {right}")
     return of_batch.sum(dtype=torch.float64), 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Never
 
 import torch
@@ -249,9 +250,16 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
 
 
 def storages(tree: Any) -> set[int]:
-    """Return the addresses of the storages of the tensors in `tree`; empty and meta tensors are left out."""
+    """Return the addresses of the storages of the tensors in `tree`.
+
+    Tensors without one are left out: empty, meta and sparse ones, and those inside of a transform of `torch.func`.
+    """
     allocated = (tensor for _, tensor in tensors(tree) if tensor.numel() and not tensor.is_meta)
-    return {tensor.untyped_storage().data_ptr() for tensor in allocated}
+    addresses: set[int] = set()
+    for tensor in allocated:
+        with suppress(NotImplementedError):
+            addresses.add(tensor.untyped_storage().data_ptr())
+    return addresses
 
 
 def plain_number(value: Any) -> Any:

@@ -23,7 +23,7 @@ _EMPTY: Final = FrozenDict()
 
 
 class ExtraStateError(NoetherError, TypeError):
-    """A module returns extra state that a checkpoint cannot contain."""
+    """A module returns extra state that a checkpoint cannot contain, or does not take back what it returned."""
 
 
 def read_extra_state(model: nn.Module) -> FrozenDict:
@@ -59,11 +59,15 @@ def write_extra_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
 
 
 def set_extra_state(model: nn.Module, values: Mapping[str, Any]) -> list[str]:
-    """Call `set_extra_state` of each module that has an entry in `values`; return descriptions of the others."""
+    """Call `set_extra_state` of each module that has an entry in `values`; return descriptions of the others.
+
+    Raises:
+        ExtraStateError: If one of them raises an exception.
+    """
     owners = dict(modules_with_extra_state(model))
     matched = match_names(values, owners)
     for path in owners.keys() & matched.keys():
-        owners[path].set_extra_state(unpack(matched[path]))
+        _write(path, owners[path], matched[path])
     return [_describe(path, module) for path, module in owners.items() if path not in matched]
 
 
@@ -88,12 +92,18 @@ def find_extra_state_problems(model: nn.Module, saved: Mapping[str, Any]) -> lis
 
 
 def check_extra_state(model: nn.Module) -> None:
-    """Refuse a model whose extra state no checkpoint can contain; a model is checked once.
+    """Refuse a model whose extra state no checkpoint can contain, or that cannot take it back; it is checked once.
 
     Raises:
-        ExtraStateError: As `read_extra_state`.
+        ExtraStateError: As `read_extra_state`; or if a module has no `set_extra_state`.
     """
     if model not in _CHECKED_MODELS:
+        for path, module in modules_with_extra_state(model):
+            if type(module).set_extra_state is nn.Module.set_extra_state:
+                raise ExtraStateError(
+                    f"{_describe(path, module)} defines get_extra_state without set_extra_state, so a resumed run "
+                    "could not give the module its extra state back: define both"
+                )
         read_extra_state(model)
         _CHECKED_MODELS.add(model)
 
@@ -112,6 +122,16 @@ def _read(path: str, module: nn.Module) -> Any:
         raise ExtraStateError(
             f"get_extra_state of {_describe(path, module)} returns a value that a checkpoint cannot contain: {error}; "
             "return tensors, numbers, text, None, lists, tuples, and dicts with text as keys"
+        ) from error
+
+
+def _write(path: str, module: nn.Module, saved: Any) -> None:
+    try:
+        module.set_extra_state(unpack(saved))
+    except Exception as error:
+        raise ExtraStateError(
+            f"set_extra_state of {_describe(path, module)} raised {type(error).__name__}: {error}; it got what "
+            "get_extra_state returned as the state was saved: let it accept that, or build the model as it was saved"
         ) from error
 
 
