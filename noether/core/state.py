@@ -11,8 +11,8 @@ from noether.core.state_pytree import register_state
 from noether.core.tensors.live.aliases import copy_aliases, views_live_tensors
 from noether.core.tensors.live.extra_state import check_extra_state
 from noether.core.tensors.live.loading import load_into
-from noether.core.tensors.live.optimizer import BorrowedOptState
-from noether.core.tensors.live.views import VIEWS, ReadWhenAccessed, views_of
+from noether.core.tensors.live.optimizer import OptimizerView
+from noether.core.tensors.live.views import VIEWS, LiveField, views_of
 from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
 from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
@@ -143,7 +143,7 @@ class TrainState:
         check_extra_state(model)
         if saved is not None:
             load_into(model, optimizer, saved)
-        opt_state = _EMPTY if optimizer is None else BorrowedOptState(model, optimizer)
+        opt_state = _EMPTY if optimizer is None else OptimizerView(model, optimizer)
         views: dict[str, Any] = {**views_of(model), "opt_state": opt_state}
         if saved is None:
             return cls(**views, seed=seed)
@@ -295,5 +295,5 @@ _LASTING_FIELDS: Final = frozenset({"callback_states", "metrics", "hyperparams"}
 """Fields with tensors that are read after later updates."""
 
 for _name in VIEWS:
-    setattr(TrainState, _name, ReadWhenAccessed(_name, _EMPTY))
+    setattr(TrainState, _name, LiveField(_name, _EMPTY))
 register_state(TrainState, Measured)

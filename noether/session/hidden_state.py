@@ -63,7 +63,7 @@ def generators_of_model(model: nn.Module, *functions: Any) -> list[Any]:
     return list(generators.values())
 
 
-def unseedable(loader: Any) -> dict[str, str]:
+def find_unseedable(loader: Any) -> dict[str, str]:
     """Return the type of each generator that cannot be seeded and each iterator that a loader holds, by path."""
     return {
         found.path: type(found.value).__name__

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 
 from noether.core.object_graph import LINKS
 from noether.session.errors import ResumeWarning, SessionError
-from noether.session.hidden_state import generators_of, unseedable
+from noether.session.hidden_state import find_unseedable, generators_of
 from noether.session.randomness import derive, seed_all, seed_generator, seed_torch
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def warn_if_unrepeatable(loader: Any) -> None:
             f"the loader is an iterator ({name}), which yields one epoch, once: a resumed run continues exactly only "
             "if its new iterator begins with the same batches; pass an iterable, such as a DataLoader or a list"
         )
-    held = {} if hasattr(loader, "__next__") else unseedable(loader)
+    held = {} if hasattr(loader, "__next__") else find_unseedable(loader)
     for path, kind in held.items():
         warn(
             f"the loader holds {path}, a {kind}, which no checkpoint can take back to where it was: draw from "

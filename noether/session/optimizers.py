@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from torch.nn.utils import get_total_norm
 
-from noether.core.tensors.live.optimizer import BorrowedOptState, find_optimizer_problems, is_written, write_optimizer
+from noether.core.tensors.live.optimizer import OptimizerView, find_optimizer_problems, is_written, write_optimizer
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
 
@@ -48,7 +48,7 @@ class LiveOptimizer(Protocol):
         """Fields of `AfterUpdate` for the last step: `lr`, `weight_decay`, and those that `watch` was asked for."""
 
     def find_problems(self, opt_state: Mapping[str, Any]) -> Iterable[str]:
-        """Return in what a saved memory differs from the optimizer, so that it cannot be loaded."""
+        """Return the differences between a saved memory and the optimizer that prevent loading it."""
 
     def load(self, opt_state: Mapping[str, Any]) -> None:
         """Write a saved memory into the optimizer."""
@@ -96,7 +96,7 @@ class TorchOptimizer:
             )
         self._model, self._optimizer = model, optimizer
         self.lr_scale = 1.0
-        self.opt_state: Mapping[str, Any] = BorrowedOptState(model, optimizer)
+        self.opt_state: Mapping[str, Any] = OptimizerView(model, optimizer)
         self.steps = 0
         self._measures: list[tuple[str, Callable[[list[Tensor]], Tensor]]] = []
         self._readings: dict[str, Any] | None = None
@@ -114,7 +114,7 @@ class TorchOptimizer:
         return self._read_rates() if self._readings is None else self._readings
 
     def find_problems(self, opt_state: Mapping[str, Any]) -> Iterable[str]:
-        """Return in which parameters, shapes and groups a saved memory differs from that of the optimizer."""
+        """Return each difference in parameters, shapes and groups between a saved memory and the optimizer."""
         if not is_written(opt_state, self._optimizer):
             return ()
         return find_optimizer_problems(opt_state, self._model, self._optimizer)

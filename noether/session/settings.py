@@ -17,7 +17,7 @@ from noether.core.run import Run
 from noether.core.tensors.forward import forward
 from noether.core.tensors.losses import name_of
 from noether.core.tensors.means import Mean
-from noether.core.tensors.module import named_parameters
+from noether.core.tensors.module import frozen_names
 from noether.session.errors import SessionError
 from noether.session.evaluation import evaluation_data
 from noether.session.optimizers import TorchOptimizer
@@ -121,7 +121,7 @@ def complete_run(
         )
     if loss is not None and "forward" in vars(run):
         raise SessionError("loss= and run=Run(forward=...) are given: keep one of them")
-    frozen = frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
+    frozen = frozen_names(model)
     predict = None if loss is None else forward(model, _SessionLoss(loss), precision=precision)
     run_id = None if directory is None else directory.run_id
     run = fill_run(run, data=data, forward=predict, frozen=frozen, run_id=run_id)

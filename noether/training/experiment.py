@@ -19,7 +19,7 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.forward import forward
-from noether.core.tensors.module import device_of, named_parameters
+from noether.core.tensors.module import device_of, frozen_names
 from noether.core.tensors.step_counters import counts_on_device
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from noether.training.configured_callbacks import ConfiguredCallback
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-_TIMED = frozenset({"forward_s", "backward_s", "optimizer_s"})
+_TIME_READINGS = frozenset({"forward_s", "backward_s", "optimizer_s"})
 _SAMPLE_LIMIT = 2**63
 """A manifest can store only smaller counts."""
 
@@ -148,7 +148,7 @@ def build(
             nonfinite=config.trainer.nonfinite,
             grad_norm="grad_norm" in reducer.readings,
             finite="finite" in reducer.readings,
-            elapsed_s=time.perf_counter if _TIMED & set(reducer.readings) else None,
+            elapsed_s=time.perf_counter if _TIME_READINGS & set(reducer.readings) else None,
             batch_size=run.batch_size,
             donate=config.trainer.donate,
         )
@@ -289,7 +289,7 @@ def _build_optimizer(config: Config, model: nn.Module) -> FunctionalOptimizer:
     settings = {**optimizer.kind.settings, "lr": optimizer.lr}
     if optimizer.weight_decay is not None:
         settings["weight_decay"] = optimizer.weight_decay
-    frozen = frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
+    frozen = frozen_names(model)
     with locate_errors(config, ("optimizer",)):
         return FunctionalOptimizer(cast("Any", optimizer.kind.target), settings, optimizer.groups, frozen)
 

@@ -135,7 +135,7 @@ def test_every_loss_has_its_own_denominator(updates):
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-12, nan_ok=True)
 
 
-def test_memory_of_an_earlier_version_goes_on():
+def test_a_run_resumes_with_memory_of_an_earlier_version():
     callback = OnlineLossCallback(every_n_updates=2)
     state, _ = go(callback, [(4, {"total": 1.0}, False)])
     memory = FrozenDict(sums=state.memory(callback.name)["sums"], samples=4)

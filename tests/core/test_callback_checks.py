@@ -172,7 +172,7 @@ DECORATORS = {
         (lambda: None, r"got '<lambda>', which takes \(\), not \(state, event\)"),
     ],
 )
-def test_decorators_refuse_what_is_no_callback_in_the_same_words(decorate, wrong, message):
+def test_decorators_refuse_other_objects_with_one_message(decorate, wrong, message):
     with pytest.raises(CallbackError, match=rf" takes callbacks \(state, event\) -> \(state, effects\), {message}"):
         decorate(wrong)
 

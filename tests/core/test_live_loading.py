@@ -74,7 +74,7 @@ def with_optimizer(model):
 
 @pytest.mark.parametrize(("build", "messages"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("load", ["from_module", "session"])
-def test_what_does_not_fit_is_refused_whole(build, messages, load):
+def test_a_state_that_does_not_fit_is_refused_as_a_whole(build, messages, load):
     saved = on_disk(train(*make(seed=1)))
     model, optimizer = build()
     before = contents(model, optimizer)

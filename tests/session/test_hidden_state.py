@@ -23,7 +23,7 @@ from torch.utils.data import (
 import noether
 from noether.core import object_graph
 from noether.session.errors import ResumeWarning
-from noether.session.hidden_state import generators_of, hidden_state, unseedable
+from noether.session.hidden_state import find_unseedable, generators_of, hidden_state
 from noether.session.loader import batch_seeder, seed_pass, set_epoch
 from noether.session.randomness import seed_all
 from noether.testing import assert_same
@@ -321,7 +321,7 @@ def test_the_search_of_a_large_loader_is_bounded():
     found = list(object_graph.walk(loader))  # the walk that all three searches share
     assert 500 < len(found) <= object_graph.MAX_OBJECTS  # of 37,449 nodes
     assert not any(isinstance(each.value, str) for each in found)  # the three million paths are one value
-    for search in (generators_of, unseedable, hidden_state):
+    for search in (generators_of, find_unseedable, hidden_state):
         assert not search(loader) or search is hidden_state
     assert "Node.data" not in hidden_state(loader)
 

@@ -169,7 +169,7 @@ def refuses_nan_of_a_loss(state, event):
     ],
     ids=["loss", "metric", "OnlineLossCallback", "MetricEarlyStopping"],
 )
-def test_a_callback_that_refuses_nan_is_told_apart(tested, law):
+def test_the_error_of_a_callback_that_refuses_nan_names_finite_runs(tested, law):
     with pytest.raises(LawError, match=r"not finite; if that is meant, check it with traces=runs\(finite=True\)"):
         law(tested, examples=200)
     law(tested, traces=runs(finite=True), examples=20)

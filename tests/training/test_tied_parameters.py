@@ -24,7 +24,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize("part", PARTS, ids=[part["kind"].rpartition(".")[2] for part in PARTS])
-def test_a_part_with_a_tied_parameter_is_refused_unless_it_is_whole(tiny_module, part):
+def test_sub_modules_that_leave_out_a_tied_parameter_are_refused(tiny_module, part):
     Path("tiny.py").write_text(Path("tiny.py").read_text() + TIED)
     (setting,) = {"model_names", "model_paths"} & part.keys()
 

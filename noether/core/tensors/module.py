@@ -68,6 +68,11 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     return _members_by_name(model, buffers_in)
 
 
+def frozen_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that require no gradient, so that no optimizer updates them."""
+    return frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
+
+
 def names_in_model(model: nn.Module) -> dict[str, str]:
     """Return the name in the model of each tensor whose name has a wrapper in it; empty for most models.
 

@@ -91,7 +91,7 @@ class KerasOptimizer:
             self._unscaled = None
 
     def find_problems(self, opt_state: Mapping[str, Any]) -> Iterator[str]:
-        """Yield in which variables, shapes and dtypes a saved state differs from that of the optimizer."""
+        """Yield each difference in variables, shapes and dtypes between a saved state and the optimizer."""
         if not len(opt_state) or opt_state is self.opt_state:
             return
         live = {name: each.value for name, each in _by_slot(self._slots()).items()}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from noether.core.run import Run
 
 _LOGGER: Final = logging.getLogger(__name__)
-_DIFFERENT: Final = (
+_COUNT_DIFFERS: Final = (
     "update %d trained on %d samples, and the dataset gave %d: max_samples and every_n_samples count the samples that "
     "are trained on, while the plan counts all; this is logged once"
 )
@@ -66,7 +66,7 @@ class SampleCounts:
         if not samples:
             self._warn_once(EMPTY_UPDATE, update + 1)
         elif samples != given:
-            self._warn_once(_DIFFERENT, update + 1, samples, given)
+            self._warn_once(_COUNT_DIFFERS, update + 1, samples, given)
 
     def _warn_once(self, message: str, *values: int) -> None:
         if message not in self._warned:

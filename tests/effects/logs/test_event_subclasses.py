@@ -60,7 +60,7 @@ def test_a_pending_subclass_is_dispatched_again():
         dispatch_pending(state, Run(), compose(show), lambda effects, state, event: None)
 
 
-def test_only_the_subclass_is_heard_by_a_callback_on_it():
+def test_a_callback_on_a_subclass_ignores_its_base():
     state = TrainState().advance(samples=4)
     reducer = compose(show)
     assert reducer(state, AfterUpdate(samples=4))[1] == ()

@@ -31,7 +31,7 @@ _WARNED_OPTIMIZERS: WeakSet[Any] = WeakSet()
 """Optimizers of which a warning said that they hold parameters that the model no longer has."""
 
 
-class BorrowedOptState(LiveView, FrozenView):
+class OptimizerView(LiveView, FrozenView):
     """The memory of a live optimizer by parameter name, read from the optimizer and the model at each access."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -88,12 +88,12 @@ def write_optimizer(opt_state: Mapping[str, Any], model: nn.Module, optimizer: O
 
 def is_written(opt_state: Mapping[str, Any], optimizer: Optimizer) -> bool:
     """Return whether loading writes a memory into `optimizer`: it is not empty, and not that of `optimizer`."""
-    borrowed = isinstance(opt_state, BorrowedOptState) and opt_state.views(optimizer)
+    borrowed = isinstance(opt_state, OptimizerView) and opt_state.views(optimizer)
     return bool(len(opt_state)) and not borrowed
 
 
 def find_optimizer_problems(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> Iterator[str]:
-    """Yield in which parameters, shapes and groups a saved memory differs from a live optimizer."""
+    """Yield each difference in parameters, shapes and groups between a saved memory and a live optimizer."""
     parameters = named_parameters(model)
     names = {parameter: name for name, parameter in parameters.items()}
     if replaced := _describe_replaced(optimizer, names):

@@ -66,7 +66,7 @@ class ModuleView(LiveView):
         return PARTS[self.part](self.model)
 
 
-class ReadWhenAccessed:
+class LiveField:
     """A field of a frozen dataclass that reads a `LiveView` at each access, and returns any other value as it is.
 
     Args:

@@ -83,7 +83,7 @@ def write_weights(model: nn.Module, params: Mapping[str, Tensor], buffers: Mappi
 
 
 def find_weight_problems(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[str]:
-    """Return in which parameters and buffers a saved state differs from a live model, by name."""
+    """Return each difference between params and buffers of a saved state and those of a live model, by name."""
     late = _empty_buffers(model).keys() & match_names(buffers, _empty_buffers(model)).keys()
     return [
         *find_differences("parameter", named_parameters(model), params),
