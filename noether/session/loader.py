@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from noether.core.object_graph import LINKS
+from noether.core.tensors.batch import UnknownBatchSizeError
 from noether.session.errors import ResumeWarning, SessionError
 from noether.session.hidden_state import find_unseedable, generators_of
 from noether.session.randomness import derive, seed_all, seed_generator, seed_torch
@@ -44,7 +45,10 @@ def epoch_lengths(data: Any, batches: int | None, steps: int, batch_size: Callab
 def _batch_sizes(data: Any, batch_size: Callable[[Any], int]) -> list[int]:
     """Return the samples of each batch in one pass over `data`; empty if only reading it would tell."""
     if isinstance(data, (list, tuple)):
-        return [batch_size(batch) for batch in data]
+        try:
+            return [batch_size(batch) for batch in data]
+        except UnknownBatchSizeError:  # the loop may pass the samples of each batch
+            return []
     size, dataset = getattr(data, "batch_size", None), getattr(data, "dataset", None)
     if not isinstance(size, int) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return []

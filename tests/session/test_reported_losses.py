@@ -112,3 +112,16 @@ def test_a_pending_event_keeps_the_weights():
     state = set_pending(TrainState().advance(samples=4), event)
     _, readings = take_pending(decode_state(encode_state(state)))
     assert (dict(readings["losses"]), readings["loss_weights"]) == (dict(losses), {"ce": 30})
+
+
+@pytest.mark.parametrize(
+    "batch", [["a", "b"], {"weight_of_class": torch.ones(3), "x": torch.ones(2, 2)}], ids=["text", "sizes"]
+)
+def test_a_loop_gives_the_samples_of_batches_that_do_not_tell_them(batch):
+    session, logged = make([OnlineLossCallback(every_n_updates=3)], max_updates=3)
+    losses = iter([1.0, 2.0, 6.0])
+    for count, _ in enumerate(session.batches([batch] * 3), 1):
+        session.update(next(losses), samples=count)
+    assert session.state.iteration.sample == 6
+    assert session.state.lengths == {"updates_per_epoch": 3}
+    assert logged == {"loss/online/total/U3": pytest.approx((1 + 4 + 18) / 6)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, final
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+from noether.core.errors import NoetherError
 from noether.core.tensors.losses import name_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ _SEQUENCES: Final = frozenset({tuple, list})
 _SCALARS: Final = frozenset({str, bytes, int, float, bool, complex, type(None)})
 
 
+class UnknownBatchSizeError(NoetherError, ValueError):
+    """The shapes in a batch do not tell its number of samples."""
+
+
 def batch_size(batch: Any) -> int:
     """Return the number of samples in `batch`: the first dimension of its tensors, which has to be the same for all.
 
@@ -38,8 +43,8 @@ def batch_size(batch: Any) -> int:
     them.
 
     Raises:
-        ValueError: If `batch` contains no tensor with a dimension, or tensors that differ in their first dimension,
-            such as packed point clouds, or weights of classes beside samples.
+        UnknownBatchSizeError: If `batch` contains no tensor with a dimension, or tensors that differ in their first
+            dimension, such as packed point clouds, or weights of classes beside samples.
 
     Example:
         >>> import torch
@@ -57,7 +62,7 @@ def batch_size(batch: Any) -> int:
         found = f"the tensors of the batch, a {type(batch).__name__}, differ in their first dimension ({shapes})"
     else:
         found = f"no tensor with a dimension is found in the batch, a {type(batch).__name__}"
-    raise ValueError(
+    raise UnknownBatchSizeError(
         f"{found}: pass run=noether.Run(batch_size=...), a function of the batch that returns its number of samples; "
         "in a configuration, data.batch_size: module.function"
     )
