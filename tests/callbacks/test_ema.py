@@ -144,6 +144,20 @@ def test_an_average_of_half_precision_params_moves():
     assert use_weights(state, "ema=0.999").params["w"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_an_average_follows_a_model_that_is_moved_to_another_dtype(dtype):
+    ema = EMACallback(every_n_updates=1, target_factors=(0.5,))
+    model = nn.Linear(1, 1, bias=False)
+    state, _ = compose(ema)(TrainState.from_module(model), BeforeTraining())
+    first = model.weight.item()
+    model.to(dtype)
+    model.weight.data.fill_(8.0)
+    state, _ = compose(ema)(state.advance(samples=1), AfterUpdate(samples=1))
+    average = state.memory("weights/ema=0.5")["params"]["weight"]
+    assert average.dtype is (torch.float32 if dtype is torch.bfloat16 else dtype)
+    assert average.item() == pytest.approx((first + 8) / 2)
+
+
 def test_a_resumed_run_with_other_model_paths_is_refused():
     params = {"body.w": torch.ones(2), "head.w": torch.ones(2)}
     state = start(ema(), params=params)

@@ -214,7 +214,12 @@ def _move(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tenso
     if not names:
         return FrozenDict(copies)
     targets = [_upcast(params[name]) for name in names]
-    results = torch_internals.foreach_lerp([averages[name] for name in names], targets, weight)
+    # A model may have been moved, as by `model.to(torch.float64)`.
+    starts = [
+        average if average.dtype is target.dtype else average.to(target)
+        for average, target in zip(map(averages.__getitem__, names), targets, strict=True)
+    ]
+    results = torch_internals.foreach_lerp(starts, targets, weight)
     return FrozenDict({**copies, **dict(zip(names, results, strict=True))})
 
 
