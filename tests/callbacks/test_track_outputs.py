@@ -24,6 +24,7 @@ from noether.effects.interpreter import merge_effects
 from noether.testing import same
 
 NAN = math.nan
+PATTERNS = "; if only some updates have it, write patterns: [drift]"
 VALUES = st.floats(-1e3, 1e3)
 
 
@@ -355,9 +356,9 @@ def test_produces_and_name():
     ("returned", "message"),
     [
         ({"drifts": 1.0, "b": 2.0}, "no 'drift'; it returns 'drifts', 'b'; did you mean 'drifts'?"),
-        ({"b": 2.0}, "no 'drift'; it returns 'b'"),
-        ({}, "no 'drift'; it returns none"),
-        (({"b": 2.0},), "no 'drift'; it returns 'b'"),
+        ({"b": 2.0}, f"no 'drift'; it returns 'b'{PATTERNS}"),
+        ({}, f"no 'drift'; it returns none{PATTERNS}"),
+        (({"b": 2.0},), f"no 'drift'; it returns 'b'{PATTERNS}"),
         (None, "nothing; to track outputs, return a dict"),
         ((torch.ones(2),), "a Tensor; to track outputs, return a dict"),
         (([1.0],), "a list; to track outputs, return a dict"),
@@ -418,10 +419,17 @@ def test_a_pattern_that_matches_nothing_logs_nothing():
     assert requests == [()]
 
 
-def test_an_output_missing_from_an_accumulation_step_is_refused():
-    callback = TrackOutputsCallback(every_n_updates=1, patterns=("a",))
-    with pytest.raises(OutputError, match="the model returns no 'a'; it returns 'b'"):
-        go(callback, [{"outputs": ({"a": 1.0}, {"b": 1.0}), "accumulated": (2, 2)}])
+@pytest.mark.parametrize("chosen", [{"keys": ("a", "b")}, {"patterns": ("a", "b")}], ids=["keys", "patterns"])
+def test_the_mean_of_an_output_counts_the_accumulation_steps_that_have_it(chosen):
+    callback = TrackOutputsCallback(every_n_updates=2, **chosen)
+    updates = [
+        {"outputs": ({"a": 1.0}, {"b": 7.0}), "accumulated": (1, 3)},
+        {"outputs": ({"b": 1.0}, {"a": 3.0, "b": 1.0}), "accumulated": (1, 3)},
+    ]
+    _, requests = go(callback, updates)
+    assert logged_values(requests[-1]) == {"a/U2": (1 + 3 * 3) / 4, "b/U2": (3 * 7 + 4 * 1) / 7}
+    last = TrackOutputsCallback(every_n_updates=2, reduce="last", **chosen)
+    assert logged_values(go(last, updates)[1][-1]) == {"a/U2": 3.0, "b/U2": 1.0}
 
 
 @given(VALUES)

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 class TrackOutputsCallback(PeriodicCallback):
     """Logs `{key}/{interval}` for entries of the dict that the model returns in training.
 
-    An output with several entries is averaged over them, and accumulation steps are weighted by their samples. Updates
-    that were skipped because they were not finite do not count.
+    An output with several entries is averaged over them, and accumulation steps are weighted by their samples; those
+    without the output do not count, nor do updates that were skipped because they were not finite.
 
     Args:
-        keys: Exact names of the outputs to track.
-        patterns: Parts of names of outputs to track. Give `keys`, `patterns` or both.
+        keys: Exact names of the outputs to track, which every update has.
+        patterns: Parts of names of outputs to track, which some updates may have. Give `keys`, `patterns` or both.
         reduce: `mean` over all updates since the last firing, or `last` for the last update only.
         log_output: Whether to log the outputs.
         save_output: Whether to save the outputs to `tensors/outputs/`: with `mean` their means, with `last` the whole
@@ -139,8 +139,11 @@ class TrackOutputsCallback(PeriodicCallback):
         samples = event.samples if self.reduce == "mean" else 1
         reduced: dict[str, FrozenDict] = {}
         for name in self._chosen_names(steps):
-            values = [step[name] for step in steps]
-            reduced[name] = FrozenDict(sum=_mean(name, values, sizes) * samples, samples=samples)
+            values = [step[name] for step in steps if name in step]
+            parts = tuple(size for step, size in zip(steps, sizes, strict=True) if name in step)
+            # Not all steps may have it: it is the mean of those that do.
+            weight = samples if len(parts) == len(sizes) else samples * sum(parts) / sum(sizes)
+            reduced[name] = FrozenDict(sum=_mean(name, values, parts) * weight, samples=weight)
             if self.reduce == "last" and self.save_output and to_tensor(values[0]).ndim:
                 reduced[name] = reduced[name] | {"whole": torch.cat(list(map(to_tensor, values)))}
         return FrozenDict(reduced)
@@ -155,15 +158,14 @@ class TrackOutputsCallback(PeriodicCallback):
         return steps
 
     def _chosen_names(self, steps: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return the names of the chosen outputs, which every accumulation step must return."""
-        names = [n for n in steps[0] if n in self.keys or any(pattern in n for pattern in self.patterns)]
-        for name in (*self.keys, *names):
-            for outputs in steps:
-                if name not in outputs:
-                    known = ", ".join(map(repr, outputs)) or "none"
-                    like = suggest(name, outputs)
-                    raise OutputError(f"{self.name}: the model returns no {name!r}; it returns {known}{like}")
-        return names
+        """Return the names of the chosen outputs; all `keys` are among them."""
+        outputs = {name: None for step in steps for name in step}
+        for key in self.keys:
+            if steps and key not in outputs:
+                known = ", ".join(map(repr, outputs)) or "none"
+                fix = suggest(key, outputs) or f"; if only some updates have it, write patterns: [{key}]"
+                raise OutputError(f"{self.name}: the model returns no {key!r}; it returns {known}{fix}")
+        return [name for name in outputs if name in self.keys or any(pattern in name for pattern in self.patterns)]
 
 
 def _add(totals: Mapping[str, Any], outputs: Mapping[str, Any]) -> FrozenDict:
