@@ -168,7 +168,11 @@ def label_of(callback: Callback | Callable[..., Any]) -> str:
 
 
 def init_of(callback: Callback, state: TrainState) -> Mapping[str, Memory]:
-    """Return the memory that `callback` starts with, by name."""
+    """Return the memory that `callback` starts with, by name.
+
+    Raises:
+        CallbackError: If its `init` returns something else than a mapping.
+    """
     init = getattr(callback, "init", None)
     memory: Mapping[str, Memory] = {} if init is None else init(state)
     if not isinstance(memory, Mapping):

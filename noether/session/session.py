@@ -234,9 +234,9 @@ class Session(SessionEvents):
 
         Args:
             losses: Mean loss, or losses by name; `total` is added as their sum. They are detached. A `Mean` gives a
-                loss its weight in the mean over micro-batches and updates. Empty if the
-                framework left the micro-batch out: an update of nothing else counts as skipped. So does an update whose
-                micro-batches have no samples; their losses are ignored.
+                loss its weight in the mean over micro-batches and updates. Empty if the framework left the micro-batch
+                out. An update of such micro-batches only counts as skipped, and so does one whose micro-batches have no
+                samples; the losses of these are ignored.
             outputs: What the model returned, for callbacks that track it.
             samples: Its samples, >= 0; by default those of the batch that `batches` yielded.
             of: Micro-batches of this update; by default as `accumulation` says.
@@ -299,7 +299,7 @@ class Session(SessionEvents):
             mean: Losses of the update, in place of the sample-weighted mean over its micro-batches.
             grad_norm: 2-norm of the gradients, such as `clip_grad_norm_` returns; by default that of the gradients as
                 the optimizer steps, if a callback reads it.
-            finite: Whether losses and gradients are finite; by default looked at if a callback reads it.
+            finite: Whether losses and gradients are finite; by default checked if a callback reads it.
             forward_s: Seconds in forward passes, if the loop measured them.
             backward_s: Seconds in backward passes, likewise.
             optimizer_s: Seconds in the optimizer, likewise.

@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 
 
 def compare_runs(callback: Callback, violation: str, found: DrivenRun, expected: DrivenRun, trace: Trace) -> None:
-    """Raise a LawError with the first difference between two runs, if there is one."""
+    """Raise an error with the first difference between two runs, if there is one.
+
+    Args:
+        callback: The callback that the law is about.
+        violation: What the callback does wrong, for the message.
+        found: One run.
+        expected: The run that it should equal.
+        trace: The trace of both.
+
+    Raises:
+        LawError: If the runs differ.
+    """
     difference = _first_difference(found, expected)
     if difference is not None:
         labels = " and ".join(map(label_of, getattr(callback, "members", (callback,))))
