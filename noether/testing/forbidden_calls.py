@@ -106,7 +106,7 @@ _NATIVE_OPERATIONS: Final = "/proc/thread-self/io"
 """Where Linux counts how much a thread has read and written."""
 
 
-def call_watched(name: str, error_type: type[Exception], function: Callable[..., _Result], *arguments: Any) -> _Result:
+def watch_call(name: str, error_type: type[Exception], function: Callable[..., _Result], *arguments: Any) -> _Result:
     """Return `function(*arguments)`; raise where it reads a clock, does I/O, or uses another global.
 
     It watches this thread only, with its profile function and an audit hook, and replaces nothing. A profile function
@@ -204,7 +204,7 @@ def _find_c_call(function: Any, frame: FrameType) -> _Forbidden:
         in_memory = isinstance(owner, (io.StringIO, io.BytesIO)) and owner not in {sys.stdout, sys.stderr}
         return None if in_memory else (_IO, f"{function.__qualname__}()")
     if isinstance(owner, dt.date) or (isinstance(owner, type) and issubclass(owner, dt.date)):
-        return _unless_pure(_METHODS_OF_DATES.get(name), function.__qualname__, frame)
+        return _forbid_unless_pure(_METHODS_OF_DATES.get(name), function.__qualname__, frame)
     if isinstance(owner, _GENERATORS) and _is_global_generator(owner):
         return _RANDOM, f"{function.__qualname__}()"
     return None
@@ -218,10 +218,10 @@ def _find_function(module: str | None, name: str, frame: FrameType) -> _Forbidde
     usual, others = _MODULES.get(module, (None, {}))
     kind = others.get(name, usual) if usual is not None else _FUNCTIONS.get((module, name))
     public = {"posix": "os.", "nt": "os.", "io": "", "_io": "", "builtins": ""}.get(module, f"{module.lstrip('_')}.")
-    return _unless_pure(kind, f"{public}{name}", frame)
+    return _forbid_unless_pure(kind, f"{public}{name}", frame)
 
 
-def _unless_pure(kind: _Kind | None, name: str, frame: FrameType) -> _Forbidden:
+def _forbid_unless_pure(kind: _Kind | None, name: str, frame: FrameType) -> _Forbidden:
     """Return the kind and the call of a function, unless it is pure with as many arguments as it is called with."""
     if kind is None:
         return None

@@ -91,7 +91,7 @@ class _TestedLaw:
 
         def prepare(trace: Trace) -> Trace:
             model = trace.model.with_arguments(**self.model) if self.model else trace.model
-            return trace.with_model(model.fitted_to(callbacks))
+            return trace.with_model(model.fit_to(callbacks))
 
         try:
             assert_law(self._check, traces.map(prepare), *others, examples=examples)

@@ -126,7 +126,7 @@ class TracedModel:
                 changes["forward"] = _call_module(arguments["model"], tuple(changes.get("losses", self.losses)))
         return replace(self, **changes, given=self.given | arguments.keys() | (changes.keys() & {"forward"}))
 
-    def fitted_to(self, callbacks: Iterable[Callback]) -> TracedModel:
+    def fit_to(self, callbacks: Iterable[Callback]) -> TracedModel:
         """Return the model with the sub-modules and outputs added that callbacks name in their settings.
 
         Parameters that were given with `model=`, and outputs that were given with `outputs=`, stay as they are.

@@ -12,7 +12,7 @@ from noether.core.reducer import compose
 from noether.core.tensors.tree import storages, tensors
 from noether.testing.comparison import differences, same
 from noether.testing.counterexamples import LawError
-from noether.testing.forbidden_calls import call_watched
+from noether.testing.forbidden_calls import watch_call
 from noether.testing.functions import CallbackProxy, copy_callback
 from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import add_metric_source
@@ -145,14 +145,14 @@ def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[Tr
     copied, marks = copy_values(arguments), _marks(arguments)
     attributes, memory, settings = _attribute_ids(callback), outside_memory(callback), global_settings()
     modules = len(sys.modules)
-    first = call_watched(name, ImpureError, callback, state, event)
+    first = watch_call(name, ImpureError, callback, state, event)
     _check_arguments(name, arguments, copied, marks)
     if len(sys.modules) == modules:  # importing a module may change settings, but only once
         _check_settings(name, settings)
     other_state, other_event = _with_fields(state, copied["state"]), _with_fields(event, copied["event"])
     later = other_event.replace(time_s=event.time_s + _LATER_S)
-    second = call_watched(name, ImpureError, callback, other_state, later)
-    repeated = second if same(first, second) else call_watched(name, ImpureError, callback, other_state, other_event)
+    second = watch_call(name, ImpureError, callback, other_state, later)
+    repeated = second if same(first, second) else watch_call(name, ImpureError, callback, other_state, other_event)
     if _attribute_ids(callback) != attributes:
         raise ImpureError(f"{name} assigns to itself; keep memory in the state: state.remember(...)")
     if not same(first, repeated):

@@ -43,7 +43,7 @@ def check_chosen_modules(config: Config, callbacks: Sequence[ConfiguredCallback]
     for each in callbacks:
         for setting in ("model_names", "model_paths"):
             chosen = getattr(each.callback, setting, ())
-            for name, stored in () if None in chosen else _find_left_out(chosen, tied):
+            for name, stored in () if None in chosen else _find_omitted(chosen, tied):
                 raise config.error(
                     (*each.path, setting),
                     f"{name!r} is tied to {stored!r}, the name that the state has for both, and {list(chosen)} leaves "
@@ -51,7 +51,7 @@ def check_chosen_modules(config: Config, callbacks: Sequence[ConfiguredCallback]
                 )
 
 
-def _find_left_out(chosen: Sequence[str], tied: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _find_omitted(chosen: Sequence[str], tied: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name, stored in tied.items():
         if any(name.startswith(f"{path}.") for path in chosen) and not any(
             stored.startswith(f"{path}.") for path in chosen

@@ -12,7 +12,7 @@ import torch
 
 from noether import AfterUpdate, LogText, TrainState, on
 from noether.testing import ImpureError, call_purely, check_pure
-from noether.testing.forbidden_calls import call_watched
+from noether.testing.forbidden_calls import watch_call
 
 EVENT = AfterUpdate(samples=4)
 
@@ -89,7 +89,7 @@ def test_other_threads_are_left_alone():
 
 def test_an_error_of_the_callback_is_raised():
     with pytest.raises(IndexError, match="no such batch"):
-        call_watched("fails", ImpureError, fails, None, None)
+        watch_call("fails", ImpureError, fails, None, None)
 
 
 def test_a_forbidden_call_is_reported_though_the_callback_fails_after_it():
@@ -99,4 +99,4 @@ def test_a_forbidden_call_is_reported_though_the_callback_fails_after_it():
         raise IndexError("hidden")
 
     with pytest.raises(ImpureError, match=r"hides reads the state of the process: os.getpid\(\)"):
-        call_watched("hides", ImpureError, hides, None, None)
+        watch_call("hides", ImpureError, hides, None, None)

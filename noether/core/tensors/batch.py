@@ -136,7 +136,7 @@ def _add_sizes(batch: Any, sizes: set[int], depth: int = 0) -> None:
         for part in batch.values():
             _add_sizes(part, sizes, depth)
     elif kind not in _SCALARS:
-        size = _own_size(batch)
+        size = _declared_size(batch)
         if size is not None:
             sizes.add(size)
             return
@@ -144,8 +144,8 @@ def _add_sizes(batch: Any, sizes: set[int], depth: int = 0) -> None:
             _add_sizes(part, sizes, depth + 1)
 
 
-def _own_size(batch: Any) -> int | None:
-    """Return the size that an object gives itself, or None."""
+def _declared_size(batch: Any) -> int | None:
+    """Return the size that an object declares, or None."""
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
     for name in ("num_graphs", "batch_size"):
@@ -178,7 +178,7 @@ def _shapes_in(batch: Any, name: str = "batch", depth: int = 0) -> Iterator[tupl
     if type(batch) in _SCALARS:
         return
     is_container = isinstance(batch, (Mapping, tuple, list))
-    size = None if type(batch) in {tuple, list, dict} else _own_size(batch)
+    size = None if type(batch) in {tuple, list, dict} else _declared_size(batch)
     if size is not None:
         yield name, (size,)
         return
