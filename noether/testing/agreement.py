@@ -45,7 +45,10 @@ _VIOLATION: Final = (
     "makes different decisions on different ranks; decide from values that all ranks share: rank 1 differs"
 )
 _DURATIONS: Final = ("duration_s", "data_s", "step_s", "forward_s", "backward_s", "optimizer_s")
-_RANK_VARIABLES: Final = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_RANK_VARIABLES: Final = (
+    "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "PMIX_RANK", "MPI_LOCALRANKID", "GROUP_RANK", "NODE_RANK",
+)  # fmt: skip
 _LATER_S: Final = 2.0**31
 _LARGE: Final = 2.0**50
 
@@ -55,9 +58,10 @@ def check_rank_agreement(
 ) -> None:
     """Raise unless every rank of a distributed run makes the same decisions.
 
-    The ranks differ a lot in `time_s` and durations, in outputs, in the losses of accumulation steps, and in the
-    environment variables that launchers set. Decisions of a callback are: where it stops, the params, buffers and
-    hyperparams that it sets, which metrics it measured at which iteration, and which checkpoints it requests. Ranks
+    The ranks differ a lot in `time_s` and durations, in outputs, in the losses of accumulation steps, in the
+    environment variables that launchers set, and in the rank that `torch.distributed` gives. Decisions of a callback
+    are: where it stops, the params, buffers and hyperparams that it sets, which metrics it measured at which iteration,
+    and which checkpoints it requests. Ranks
     that disagree on one wait for each other forever, or train different models.
 
     The losses of `AfterUpdate` are means over all ranks, but only in loops that average them. So a callback may log and
@@ -134,7 +138,9 @@ def _drive_rank(callback: Callback, trace: Trace, rank: int) -> DrivenRun:
     complete = add_metric_source(copy_callback(callback), finite=trace.finite_metrics)
     members = (_RankProxy(member, rank, trace) for member in complete.members)
     variables = {**dict.fromkeys(_RANK_VARIABLES, str(rank)), "WORLD_SIZE": "2"}
-    with mock.patch.dict(os.environ, variables):
+    functions: dict[str, Any] = {"is_initialized": lambda: True, "get_world_size": lambda *_, **__: 2}
+    functions["get_rank"] = functions["get_node_local_rank"] = lambda *_, **__: rank
+    with mock.patch.dict(os.environ, variables), mock.patch.multiple(torch.distributed, **functions):
         return drive(compose(*members), trace.on_rank(rank))
 
 

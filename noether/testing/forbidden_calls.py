@@ -6,14 +6,17 @@ import datetime as dt
 import dis
 import gc
 import io
+import math
 import random
 import sys
 import threading
-from types import ModuleType
+from types import BuiltinMethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+
+from noether.testing.functions import is_library
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +41,8 @@ _RANDOM: Final = _Kind(
     "draws from a global random generator",
     "make a generator from the seed: torch.Generator().manual_seed(state.seed)",
 )
+_SETTING: Final = _Kind("changes a setting of the process", "a callback changes nothing but the state that it returns")
+_RANK: Final = _Kind("reads the rank of the process", "take it from the event: event.run.rank, event.run.world_size")
 
 # A call of a function in C, by the module of the function. It is of the first kind, unless the dict has another kind
 # for the function; None allows it.
@@ -73,9 +78,15 @@ _FUNCTIONS: Final = {
     ("gc", "collect"): _PROCESS,
     ("gc", "get_objects"): _PROCESS,
     ("sys", "getrefcount"): _PROCESS,
+    ("sys", "settrace"): _SETTING,
+    ("sys", "setswitchinterval"): _SETTING,
+    ("_locale", "setlocale"): _SETTING,
+    ("atexit", "register"): _SETTING,
 }
 _STREAM: Final[type] = io.IOBase.__bases__[0]  # the class in C: testing for the abstract one takes longer
 _GENERATORS: Final = (random.Random, torch.Generator, np.random.RandomState)
+_OBJECTS: Final = {"sqlite3": _IO, "mmap": _IO}
+"""Modules in C, all methods of whose objects are forbidden."""
 _NATIVE_WRITERS: Final = frozenset({"serialize_file", "tofile"})
 _METHODS_OF_DATES: Final = {
     "now": _CLOCK, "utcnow": _CLOCK, "today": _CLOCK, "fromtimestamp": _ZONE, "astimezone": _ZONE,
@@ -85,14 +96,33 @@ _ARGUMENTS_OF_PURE_CALLS: Final = {
 }  # fmt: skip
 """Functions that read no clock and no time zone if they get this many arguments."""
 
+_READS_OF_ENVIRONMENT: Final = ("__getitem__", "__iter__", "__len__")
+_READS_OF_RANK: Final = ("is_initialized", "get_rank", "get_world_size", "get_node_local_rank")
+_SETTINGS_OF_LOGGING: Final = (
+    "basicConfig", "disable", "captureWarnings", "addLevelName", "FileHandler.__init__", "Handler.setLevel",
+    *(f"Logger.{name}" for name in ("setLevel", "addHandler", "removeHandler", "addFilter", "removeFilter")),
+)  # fmt: skip
 _PYTHON_FUNCTIONS: Final = {
-    **{("os", f"_Environ.{name}"): _ENVIRONMENT for name in ("__getitem__", "__setitem__", "__delitem__", "__iter__")},
+    **{("os", f"_Environ.{name}"): _ENVIRONMENT for name in ("__setitem__", "__delitem__")},
+    **{("os", f"_Environ.{name}"): _ENVIRONMENT for name in _READS_OF_ENVIRONMENT},
+    **{("torch.distributed.distributed_c10d", name): _RANK for name in _READS_OF_RANK},
+    **{("logging", name): _SETTING for name in _SETTINGS_OF_LOGGING},
+    ("logging.config", "dictConfig"): _SETTING,
+    ("logging.config", "fileConfig"): _SETTING,
+    ("platform", "uname"): _PROCESS,
+    ("torch.cuda.random", "manual_seed"): _RANDOM,
+    ("torch.cuda.random", "manual_seed_all"): _RANDOM,
     ("torch.serialization", "_open_zipfile_writer_file.__init__"): _IO,
     ("torch.serialization", "_open_zipfile_reader.__init__"): _IO,
     ("safetensors.torch", "load_file"): _IO,
     ("safetensors.numpy", "load_file"): _IO,
 }
 """Functions in Python that reach the world through native code, by module and qualified name."""
+_ALLOWED_IN_PACKAGES: Final = frozenset(
+    [("os", f"_Environ.{name}") for name in _READS_OF_ENVIRONMENT]
+    + [("torch.distributed.distributed_c10d", name) for name in _READS_OF_RANK]
+)
+"""Functions that installed packages may call, as for their own settings; torch does so at a first use."""
 
 _AUDIT_EVENTS: Final = (
     "open", "socket.", "subprocess.", "os.", "shutil.", "tempfile.", "urllib.", "sqlite3.", "http.", "ftplib.",
@@ -101,7 +131,8 @@ _AUDIT_EVENTS: Final = (
 """Beginnings of the names of audit events (docs.python.org/3/library/audit_events.html)."""
 _DIAGNOSTICS: Final = frozenset({"logging", "warnings", "traceback", "linecache"})
 """Modules that may do anything: what they write is for the developer, and no result depends on it."""
-_IMPORTS: Final = ("importlib.", "zipimport")
+_LOADERS: Final = ("importlib.", "zipimport", "inspect", "matplotlib.font_manager")
+"""Modules that read what is installed: modules, their source, fonts."""
 _NATIVE_OPERATIONS: Final = "/proc/thread-self/io"
 """Where Linux counts how much a thread has read and written."""
 
@@ -126,15 +157,21 @@ def watch_call(name: str, error_type: type[Exception], function: Callable[..., _
     if not _hooks:  # once, because Python cannot remove an audit hook
         sys.addaudithook(_audit)
         _hooks.append(_audit)
-    previous, written, collects = sys.getprofile(), _bytes_written(), gc.isenabled()
+    previous: Any = sys.getprofile()
+    written, collects = _bytes_written(), gc.isenabled()
     gc.disable()  # a collection calls finalizers and the callbacks of others, such as hypothesis, which reads a clock
     _watches.append(watch)
     sys.setprofile(watch.profile)
     try:
         return function(*arguments)
     finally:
-        sys.setprofile(previous)
+        if sys.getprofile() != watch.profile:  # then the calls since were not seen
+            watch.found = watch.found or error_type(f"{name} {_SETTING.does}: sys.setprofile(); {_SETTING.hint}")
+        sys.setprofile(None)
         _watches.remove(watch)
+        if previous is not None:
+            # The profiler of `cProfile` is no function, and can only be enabled again.
+            (sys.setprofile if callable(previous) else type(previous).enable)(previous)
         if collects:
             gc.enable()
         if watch.found is None and not watch.has_diagnostics and _bytes_written() != written:
@@ -167,12 +204,14 @@ class _Watch:
 
     def refuse(self, kind: _Kind, call: str, frame: FrameType | None) -> None:
         """Raise the error of a forbidden call, unless it is part of an import or of a diagnostic."""
+        if call.startswith("logging.") and frame is not None:
+            frame = frame.f_back  # user code may not configure what is itself a diagnostic
         while frame is not None and frame is not self._boundary:
             module = frame.f_globals.get("__name__", "")
             if module in _DIAGNOSTICS:
                 self.has_diagnostics = True
                 return
-            if module.startswith(_IMPORTS):
+            if module == "matplotlib" or module.startswith(_LOADERS):
                 return
             frame = frame.f_back
         self.found = self.found or self._error_type(f"{self._name} {kind.does}: {call}; {kind.hint}")
@@ -201,8 +240,10 @@ def _find_c_call(function: Any, frame: FrameType) -> _Forbidden:
     if name in _NATIVE_WRITERS:
         return _IO, f"{name}()"
     if isinstance(owner, _STREAM):
-        in_memory = isinstance(owner, (io.StringIO, io.BytesIO)) and owner not in {sys.stdout, sys.stderr}
-        return None if in_memory else (_IO, f"{function.__qualname__}()")
+        return None if _is_in_memory(owner) else (_IO, f"{function.__qualname__}()")
+    module = type(owner).__module__
+    if module in _OBJECTS or (module == "_csv" and not _is_in_memory(_stream_of_writer(owner))):
+        return _OBJECTS.get(module, _IO), f"{module.lstrip('_')}.{function.__qualname__}()"
     if isinstance(owner, dt.date) or (isinstance(owner, type) and issubclass(owner, dt.date)):
         return _forbid_unless_pure(_METHODS_OF_DATES.get(name), function.__qualname__, frame)
     if isinstance(owner, _GENERATORS) and _is_global_generator(owner):
@@ -217,6 +258,8 @@ def _find_function(module: str | None, name: str, frame: FrameType) -> _Forbidde
         return _IO, f"{module}.{name}()"
     usual, others = _MODULES.get(module, (None, {}))
     kind = others.get(name, usual) if usual is not None else _FUNCTIONS.get((module, name))
+    if (name == "print" and _prints_into_memory(frame)) or (name == "urandom" and _has_seed(frame)):
+        return None
     public = {"posix": "os.", "nt": "os.", "io": "", "_io": "", "builtins": ""}.get(module, f"{module.lstrip('_')}.")
     return _forbid_unless_pure(kind, f"{public}{name}", frame)
 
@@ -226,11 +269,14 @@ def _forbid_unless_pure(kind: _Kind | None, name: str, frame: FrameType) -> _For
     if kind is None:
         return None
     enough = _ARGUMENTS_OF_PURE_CALLS.get(name)
-    if enough is not None:
-        operation, count = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
-        if not dis.opname[operation].startswith("CALL") or "EX" in dis.opname[operation] or count >= enough:
-            return None
-    return kind, f"{name}()"
+    return None if enough is not None and _count_arguments(frame) >= enough else (kind, f"{name}()")
+
+
+def _count_arguments(frame: FrameType) -> float:
+    """Return with how many arguments a call that begins is made; infinity if that is unknown."""
+    operation, count = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
+    known = dis.opname[operation].startswith("CALL") and "EX" not in dis.opname[operation]
+    return count if known else math.inf
 
 
 _python_calls: dict[int, tuple[CodeType, _Forbidden]] = {}  # by id; a code object is slow to hash
@@ -244,10 +290,53 @@ def _find_python_call(frame: FrameType) -> _Forbidden:
         kind = _PYTHON_FUNCTIONS.get((module, code.co_qualname))
         found = None if kind is None else (kind, f"{module}.{code.co_qualname.replace('_Environ.', 'environ.')}()")
         # A profile function does not see calls of classes, such as this one.
-        if "datetime64" in code.co_names and not {"now", "today"}.isdisjoint(code.co_consts):
-            found = _CLOCK, "numpy.datetime64('now' or 'today')"
+        if "datetime64" in code.co_names:
+            values = *code.co_consts, *frame.f_locals.values()
+            if any(isinstance(each, str) and each in {"now", "today"} for each in values):
+                found = _CLOCK, "numpy.datetime64('now' or 'today')"
         _python_calls[id(code)] = code, found
-    return _python_calls[id(code)][1]
+    found = _python_calls[id(code)][1]
+    if found is None or _is_in_memory(frame.f_locals.get("name_or_buffer")):  # given to torch
+        return None
+    if not _is_called_by_package(frame):
+        return found
+    return None if (frame.f_globals.get("__name__", ""), code.co_qualname) in _ALLOWED_IN_PACKAGES else found
+
+
+def _is_called_by_package(frame: FrameType) -> bool:
+    """Return whether an installed package, and not the tested code, calls a function, perhaps through `os`."""
+    caller = frame.f_back
+    while caller is not None and caller.f_globals.get("__name__", "") in {"os", "collections.abc"}:
+        caller = caller.f_back
+    module = "" if caller is None else caller.f_globals.get("__name__", "")
+    package = module.partition(".")[0]
+    return package != "noether" and package not in sys.stdlib_module_names and is_library(module)
+
+
+def _is_in_memory(stream: Any) -> bool:
+    return isinstance(stream, (io.StringIO, io.BytesIO)) and stream not in {sys.stdout, sys.stderr}
+
+
+def _stream_of_writer(writer: Any) -> Any:
+    """Return the stream of a writer of `csv`, which holds its method `write`."""
+    methods = (each for each in gc.get_referents(writer) if isinstance(each, BuiltinMethodType))
+    return next((each.__self__ for each in methods), None)
+
+
+def _prints_into_memory(frame: FrameType) -> bool:
+    """Return whether a call of `print` that begins writes to a local variable that is a stream in memory."""
+    before = [each for each in dis.get_instructions(frame.f_code) if each.offset <= frame.f_lasti]
+    values = [each for each in before if each.opname not in {"KW_NAMES", "PRECALL"}][:-1]
+    if values and values[-1].opname == "LOAD_CONST" and values[-1].argval == ("file",):  # since Python 3.13
+        values.pop()
+    return bool(values) and _is_in_memory(frame.f_locals.get(values[-1].argval))
+
+
+def _has_seed(frame: FrameType | None) -> bool:
+    """Return whether the entropy is for `RandomState(seed)`, which then replaces it."""
+    while frame is not None and frame.f_globals.get("__name__", "") in {"random", "secrets"}:
+        frame = frame.f_back
+    return frame is not None and "RandomState" in frame.f_code.co_names and _count_arguments(frame) > 0
 
 
 def _is_global_generator(generator: Any) -> bool:

@@ -11,7 +11,7 @@ from noether.core.callback import label_of
 from noether.testing.acts import count_acts, explain_inactivity, parts_of
 from noether.testing.counterexamples import LawError, assert_law
 from noether.testing.hints import explain_error
-from noether.testing.models import TracedModel
+from noether.testing.models import TracedModel, read_datasets
 from noether.testing.strategies import runs_reaching
 from noether.testing.traces import Trace
 
@@ -52,6 +52,8 @@ def check_runs(
             because a name or a value in the run is synthetic.
         Exception: Another error that the callback raised.
     """
+    if "data" in model:
+        model = {**model, "data": read_datasets(model["data"])}  # once, because each run takes them
     TracedModel().with_arguments(**model)  # raises for wrong arguments, outside of any run
     tested = _TestedLaw(callback, law, model)
     if traces is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypedDict, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from noether.core.callbacks.track_outputs import TrackOutputsCallback
 from noether.core.state import TrainState
@@ -121,7 +123,7 @@ class TracedModel:
         if "groups" in arguments:
             changes["groups"] = _names("groups", arguments["groups"])
         if "data" in arguments:
-            changes["data"] = _check_datasets(arguments["data"])
+            changes["data"] = read_datasets(arguments["data"])
             if "forward" not in arguments and isinstance(arguments.get("model"), nn.Module):
                 changes["forward"] = _call_module(arguments["model"], tuple(changes.get("losses", self.losses)))
         return replace(self, **changes, given=self.given | arguments.keys() | (changes.keys() & {"forward"}))
@@ -157,7 +159,10 @@ class TracedModel:
 
     def start(self, seed: int) -> TrainState:
         """Return the state before the first update."""
-        moments = {name: {"exp_avg": torch.zeros_like(param)} for name, param in self._trained(self.params).items()}
+        moments = {
+            name: {"exp_avg": torch.zeros_like(_computable(param))}
+            for name, param in self._trained(self.params).items()
+        }
         opt_state = {"state": moments, "groups": {}}
         return TrainState(
             params=clone_tensors(self.params), buffers=clone_tensors(self.buffers), opt_state=opt_state, seed=seed
@@ -168,8 +173,10 @@ class TracedModel:
         gradient = torch.tensor(loss if math.isfinite(loss) else math.nan).tanh()
         scale = 0.1 * state.hyperparams["lr_scale"]
         trained = self._trained(state.params)
-        changed = {name: (0.9 * param - scale * gradient).to(param.dtype) for name, param in trained.items()}
-        memory = {name: {"exp_avg": torch.zeros_like(p) + 0.5 * gradient} for name, p in trained.items()}
+        changed = {
+            name: (0.9 * _computable(param) - scale * gradient).to(param.dtype) for name, param in trained.items()
+        }
+        memory = {name: {"exp_avg": torch.zeros_like(_computable(p)) + 0.5 * gradient} for name, p in trained.items()}
         return state.replace(
             params=FrozenDict({**state.params, **changed}),
             buffers=FrozenDict({name: _next_buffer(buffer) for name, buffer in state.buffers.items()}),
@@ -212,6 +219,12 @@ def _read_weights(model: Any) -> dict[str, Any]:
     """Return copies of the parameters and buffers of a model, and the names of the parameters that are frozen."""
     if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(f"model: give a torch.nn.Module or its parameters by name, not {type(model).__name__}")
+    weights = model if isinstance(model, Mapping) else dict(chain(model.named_parameters(), model.named_buffers()))
+    for name, tensor in weights.items():
+        if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+            raise TypeError(
+                f"model: {name} has no values yet; call a lazy module with a batch, or leave the meta device"
+            )
     if isinstance(model, nn.Module):
         state = TrainState.from_module(model)
         params, buffers = dict(state.params), dict(state.buffers)
@@ -239,13 +252,19 @@ def _names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-def _check_datasets(data: Any) -> Mapping[str, Any]:
+def read_datasets(data: Any) -> Mapping[str, Any]:
+    """Return datasets with the batches of each `DataLoader` as a tuple: each iteration of it draws random numbers.
+
+    Raises:
+        TypeError: If there are no datasets by key, or if one can be iterated once only.
+    """
     if not isinstance(data, Mapping):
         raise TypeError(f"data: give datasets by key, like data={{'val': batches}}, not {type(data).__name__}")
     for key, batches in data.items():
         if iter(batches) is batches:
             raise TypeError(f"data: {key!r} can be iterated once only; give a list of batches or a DataLoader")
-    return data
+    loaders = {key: batches for key, batches in data.items() if isinstance(batches, DataLoader)}
+    return {**data, **{key: tuple(loader) for key, loader in loaders.items()}} if loaders else data
 
 
 def _call_module(module: nn.Module, losses: tuple[str, ...]) -> Forward:
@@ -266,6 +285,11 @@ def _call_module(module: nn.Module, losses: tuple[str, ...]) -> Forward:
     return forward
 
 
+def _computable(tensor: Tensor) -> Tensor:
+    """Return the tensor as float32 if torch cannot compute with its dtype, which has 8 bits."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
 def _next_buffer(buffer: Tensor) -> Tensor:
     if buffer.dtype == torch.bool:
         return buffer
@@ -274,5 +298,5 @@ def _next_buffer(buffer: Tensor) -> Tensor:
 
 def _vary(tensor: Tensor, number: int, shift: float) -> Tensor:
     if tensor.is_floating_point() or tensor.is_complex():
-        return (tensor + shift).to(tensor.dtype)
+        return (_computable(tensor) + shift).to(tensor.dtype)
     return tensor.flatten().roll(number).reshape(tensor.shape)

@@ -1,31 +1,22 @@
-"""Copies of what a callback can change: its arguments, memory outside of the state, and global settings."""
+"""Copies of what a callback can change: its arguments, and memory outside of the state."""
 
 from __future__ import annotations
 
-import decimal
 import functools
-import gc
 import itertools
 import operator
-import os
 import random
-import sys
 import types
-import warnings
 from collections import deque
 from collections.abc import Mapping
-from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from noether.core.tensors.torch_internals import write_counts
 from noether.testing.functions import closure_of, globals_of, is_library
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _LARGE: Final = 1 << 16
 """Elements from which on a tensor outside of the arguments is not copied; its count of writes is compared instead."""
@@ -195,44 +186,3 @@ def _leaf(value: Any) -> Any:
     if hasattr(value, "getvalue"):  # of StringIO and BytesIO
         return value.getvalue()
     return type(value), id(value), operator.length_hint(value, 0)  # the length of an iterator is what it has left
-
-
-def global_settings() -> dict[str, Any]:
-    """Return the states of the global generators, and the settings of the process that a callback could change."""
-    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  # the global generator is the one to watch
-    return {
-        "random": random.getstate(),
-        "numpy.random": (numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"]),
-        "torch.random": torch.get_rng_state().numpy().tobytes(),
-        "os.environ": dict(os.environ),
-        "the working directory": os.getcwd(),  # noqa: PTH109  # faster
-        "sys.path": list(sys.path),
-        "sys.stdout": sys.stdout,
-        "sys.stderr": sys.stderr,
-        "the recursion limit": sys.getrecursionlimit(),
-        "warnings.filters": list(warnings.filters),
-        "numpy.geterr()": np.geterr(),
-        "the context of decimal": repr(decimal.getcontext()),
-        "gc.isenabled()": gc.isenabled(),
-        "torch.get_default_dtype()": torch.get_default_dtype(),
-        "torch.is_grad_enabled()": torch.is_grad_enabled(),
-        "torch.get_num_threads()": torch.get_num_threads(),
-        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
-    }
-
-
-GENERATORS: Final = frozenset({"random", "numpy.random", "torch.random"})
-"""The entries of `global_settings` that are states of random generators."""
-
-
-@contextmanager
-def draw_from_generators() -> Iterator[None]:
-    """Give the global generators states that no seed sets, so that setting a seed shows; restore them at the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # the global generator
-    random.random(), np.random.random_sample(), torch.rand(())  # noqa: NPY002, S311  # as above
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002  # as above
-        torch.set_rng_state(states[2])

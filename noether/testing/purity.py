@@ -14,14 +14,12 @@ from noether.testing.comparison import differences, same
 from noether.testing.counterexamples import LawError
 from noether.testing.forbidden_calls import watch_call
 from noether.testing.functions import CallbackProxy, copy_callback
+from noether.testing.global_settings import GENERATORS, global_settings, keep_settings
 from noether.testing.law_runs import check_runs
 from noether.testing.metric_source import add_metric_source
 from noether.testing.outside_memory import (
-    GENERATORS,
     cached_names,
     copy_values,
-    draw_from_generators,
-    global_settings,
     marks_of,
     outside_memory,
 )
@@ -108,7 +106,7 @@ def _drive_purely(callback: Callback, trace: Trace, state: TrainState | None) ->
     """Drive a callback through a run with `call_purely`, from a state or from the start."""
     # A copy, because a callback that writes to itself would carry its writes into the next run.
     members = add_metric_source(copy_callback(callback), finite=trace.finite_metrics).members
-    with draw_from_generators():
+    with keep_settings():
         drive(compose(*map(_PurityProxy, members)), trace, state, resumed=state is not None)
 
 
@@ -146,9 +144,9 @@ def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[Tr
     attributes, memory, settings = _attribute_ids(callback), outside_memory(callback), global_settings()
     modules = len(sys.modules)
     first = watch_call(name, ImpureError, callback, state, event)
-    _check_arguments(name, arguments, copied, marks)
     if len(sys.modules) == modules:  # importing a module may change settings, but only once
         _check_settings(name, settings)
+    _check_arguments(name, arguments, copied, marks)
     other_state, other_event = _with_fields(state, copied["state"]), _with_fields(event, copied["event"])
     later = other_event.replace(time_s=event.time_s + _LATER_S)
     second = watch_call(name, ImpureError, callback, other_state, later)

@@ -49,6 +49,11 @@ def weight_norm(state, event):
     return log(state, event, {"weight_norm": state.params["weight"].norm()})
 
 
+@every_n_updates(2)
+def weight_norm_of_8_bits(state, event):
+    return log(state, event, {"weight_norm": state.params["weight"].float().norm()})
+
+
 @every_n_updates(1)
 def ratio(state, event):
     return log(state, event, {"ratio": event.losses["mse"] / event.losses["total"]})
@@ -71,7 +76,15 @@ def rate(state, event):
 
 nested = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
 batches = [(torch.randn(5, 3), torch.arange(5) % 4), (torch.randn(2, 3), torch.tensor([3, 0]))]
+loader = torch.utils.data.DataLoader(
+    torch.utils.data.TensorDataset(torch.randn(5, 3), torch.arange(5) % 4), batch_size=2, shuffle=True
+)
 SOUND = {
+    "a shuffling loader": (
+        MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy"),
+        {"model": nn.Linear(3, 4), "data": {"val": loader}},
+    ),
+    "a dtype of 8 bits": (weight_norm_of_8_bits, {"model": {"weight": torch.ones(2).to(torch.float8_e4m3fn)}}),
     "a weight": (weight_norm, {"model": nn.Linear(2, 1)}),
     "weights by name": (weight_norm, {"model": {"weight": torch.ones(3)}}),
     "a loss": (ratio, {"losses": ("mse",)}),
@@ -227,12 +240,14 @@ def test_the_runs_do_not_change_the_model():
     [
         ({"modl": 1}, "unknown argument 'modl'; the model of a run has data, forward, groups, losses, model, outputs"),
         ({"model": 3}, "model: give a torch.nn.Module or its parameters by name, not int"),
+        ({"model": nn.Linear(2, 1, device="meta")}, "model: weight has no values yet"),
+        ({"model": nn.LazyLinear(1)}, "model: weight has no values yet"),
         ({"losses": ()}, r"losses: give names, like losses=\('mse',\)"),
         ({"groups": (1,)}, "groups: give names"),
         ({"data": [1]}, "data: give datasets by key"),
         ({"data": {"val": iter([1])}}, "data: 'val' can be iterated once only"),
     ],
-    ids=["unknown", "model", "losses", "groups", "data", "iterator"],
+    ids=["unknown", "model", "meta", "lazy", "losses", "groups", "data", "iterator"],
 )
 def test_wrong_arguments_are_refused(given, message):
     for refuse in (lambda: check_pure(ratio, **given), lambda: runs(**given)):

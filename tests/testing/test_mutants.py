@@ -2,16 +2,22 @@
 
 import builtins
 import contextlib
+import cProfile
+import csv
 import datetime as dt
 import decimal
 import functools
 import importlib.util
 import itertools
+import locale
+import logging
 import os
+import platform
 import random
 import resource
 import secrets
 import socket
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -41,6 +47,7 @@ from noether.testing import (
 FOLDER = tempfile.TemporaryDirectory()
 PATH = str(Path(FOLDER.name, "file"))
 STREAM = Path(PATH).open("w+")  # noqa: SIM115  # a mutant writes to a file that is open already
+DATABASE = sqlite3.connect(":memory:")
 CALLS = []
 TOTAL = 0
 
@@ -49,6 +56,7 @@ TOTAL = 0
 def files():
     yield
     STREAM.close()
+    DATABASE.close()
     FOLDER.cleanup()
 
 
@@ -205,6 +213,11 @@ def clamps_outputs(state, event):
         event.outputs[0]["drift"].numpy().fill(7)
 
 
+def hides_and_prints(state, event):
+    sys.setprofile(None)
+    sys.stdout.write("")
+
+
 def seeds(seed):
     return does(lambda state, event: seed(0))
 
@@ -215,6 +228,7 @@ RANDOM = "draws from a global random generator"
 ZONE = "reads the time zone"
 ENVIRONMENT = "uses environment variables"
 PROCESS = "reads the state of the process"
+SETTING = "changes a setting of the process"
 
 IMPURE = {
     # It writes.
@@ -223,6 +237,9 @@ IMPURE = {
     "print, error hidden": (every_n_updates(1)(prints_and_hides_the_error), r"does I/O: print\(\)"),
     "file opened before": (does(lambda s, e: STREAM.write("x")), r"does I/O: TextIOWrapper.write\(\)"),
     "file read": (does(lambda s, e: STREAM.read()), r"does I/O: TextIOWrapper.read\(\)"),
+    "csv.writer": (does(lambda s, e: csv.writer(STREAM).writerow([1])), r"does I/O: csv.writer.writerow\(\)"),
+    "database": (does(lambda s, e: DATABASE.execute("select 1")), r"does I/O: sqlite3.Connection.execute\(\)"),
+    "print to a stream": (does(lambda s, e, f=STREAM: print("x", file=f)), r"does I/O: print\(\)"),  # the fault
     "os.write": (does(lambda s, e: os.write(STREAM.fileno(), b"x")), "does I/O"),
     "os.mkdir": (does(lambda s, e: os.mkdir(f"{PATH}.d")), r"does I/O: os.mkdir\(\)"),  # noqa: PTH102
     "open": (does(lambda s, e: builtins.open(PATH)), r"does I/O: open"),  # noqa: PTH123, SIM115
@@ -280,6 +297,24 @@ IMPURE = {
         does(lambda s, e: setattr(decimal.getcontext(), "prec", s.iteration.update + 1)),
         "changes the context of decimal",
     ),
+    "cuda seed": (does(lambda s, e: torch.cuda.manual_seed_all(0)), RANDOM),
+    "locale": (does(lambda s, e: locale.setlocale(locale.LC_ALL, "C")), rf"{SETTING}: locale.setlocale\(\)"),
+    "profile function": (does(hides_and_prints), rf"{SETTING}: sys.setprofile\(\)"),
+    "level of a logger": (does(lambda s, e: logging.getLogger("noether.mutant").setLevel(20)), f"{SETTING}: logging"),
+    "file of a logger": (does(lambda s, e: logging.FileHandler(f"{PATH}.log")), f"{SETTING}: logging.FileHandler"),
+    "basicConfig": (does(lambda s, e: logging.basicConfig(filename=f"{PATH}.log")), f"{SETTING}: logging.basicConfig"),
+    "default device": (
+        does(lambda s, e: torch.set_default_device("meta" if s.iteration.update % 2 else "cpu")),
+        r"changes torch.get_default_device\(\)",
+    ),
+    "matmul precision": (
+        does(lambda s, e: torch.set_float32_matmul_precision("high")),
+        r"changes torch.get_float32_matmul_precision\(\)",
+    ),
+    "cudnn": (
+        does(lambda s, e: setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)),
+        "changes torch.backends.cudnn.benchmark",
+    ),
     "sys.path": (does(lambda s, e: sys.path.append("x")), "changes sys.path"),
     # It reads the world.
     "helper's clock": (
@@ -291,6 +326,7 @@ IMPURE = {
     "gmtime": (says(time.gmtime), r"reads the clock: time.gmtime\(\)"),
     "date.today": (says(dt.date.today), r"reads the clock: date.today\(\)"),
     "datetime64": (says(lambda: np.datetime64("today")), r"reads the clock: numpy.datetime64"),
+    "datetime64 of a default": (says(lambda now="now": np.datetime64(now)), r"reads the clock: numpy.datetime64"),
     "fromtimestamp": (
         every_n_epochs(1)(lambda s, e: (s, (LogText(str(dt.datetime.fromtimestamp(e.time_s))),))),  # noqa: DTZ006  # the fault under test
         ZONE,
@@ -302,8 +338,14 @@ IMPURE = {
         says(lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0),
         rf"{PROCESS}: resource.getrusage\(\)",
     ),
+    "node": (says(platform.node), rf"{PROCESS}: platform.uname\(\)"),
+    "rank of torch": (
+        says(lambda: torch.distributed.get_rank() if torch.distributed.is_initialized() else 0),
+        r"reads the rank of the process: torch.distributed.*is_initialized\(\)",
+    ),
     "host name": (says(socket.gethostname), r"does I/O: socket.gethostname\(\)"),
     "environment": (says(lambda: os.environ.get("NOETHER_STOP")), ENVIRONMENT),
+    "size of the environment": (says(lambda: len(os.environ)), ENVIRONMENT),
     "getenv": (says(lambda: os.getenv("NOETHER_STOP")), ENVIRONMENT),
     "identity": (on(AfterUpdate)(lambda s, e: (s, (LogText(str(id(e))),))), "returns another result"),
     # Its memory is not that of the run.
@@ -318,6 +360,18 @@ IMPURE = {
     ),
     "memory aliases params": (remembers_the_params, "memory 'first' shares storage with the params"),
 }
+
+
+def test_check_pure_restores_the_settings_that_a_callback_changed():
+    with pytest.raises(ImpureError, match=r"changes torch\.get_default_dtype"):
+        check_pure(does(lambda state, event: torch.set_default_dtype(torch.float64)), examples=5)
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_a_profiler_is_on_again_after_a_law():
+    with cProfile.Profile() as profiler:
+        check_pure(says(lambda: "nothing"), examples=2)
+        assert sys.getprofile() is profiler
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # a refused mutant cannot close what it opened

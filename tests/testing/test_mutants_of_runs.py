@@ -95,6 +95,11 @@ DISAGREE = {
     "sum of durations": (on(AfterUpdate)(sums_durations), RANKS),
     "RANK": (stops(on(AfterUpdate), lambda s, e: os.environ.get("RANK", "0") == "1"), RANKS),
     "LOCAL_RANK": (stops(on(AfterUpdate), lambda s, e: os.environ.get("LOCAL_RANK") == "0"), RANKS),
+    "rank of torch": (
+        stops(on(AfterUpdate), lambda s, e: torch.distributed.is_initialized() and torch.distributed.get_rank() == 0),
+        RANKS,
+    ),
+    "rank of a node": (stops(on(AfterUpdate), lambda s, e: os.environ.get("NODE_RANK") == "0"), RANKS),
     "large loss": (stops(on(AfterUpdate), lambda s, e: float(e.losses["total"]) > 1e6), RANKS),
     "low loss": (stops(on(AfterUpdate), lambda s, e: float(e.losses["total"]) < -1e6), RANKS),
     "loss of a micro-batch": (stops(on(AfterAccumulationStep), lambda s, e: e.losses["total"] > 1e6), RANKS),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from noether import AfterEpoch, AfterUpdate, Effect, LogText, callback, every_n_epochs, every_n_updates, log, on
 from noether.core.tensors.tree import map_tensors
@@ -94,6 +95,27 @@ def differentiates(state, event):
     return torch.equal(gradient, other)
 
 
+def prints_into_memory(state, event):
+    stream = io.StringIO()
+    print(state.iteration, file=stream)  # it is no I/O
+    return stream.getvalue()
+
+
+def saves_into_memory(state, event):
+    stream = io.BytesIO()
+    torch.save(dict(state.params), stream)
+    stream.seek(0)
+    return torch.load(stream)["w"].tolist()
+
+
+def draws_a_figure(state, event):
+    stream = io.BytesIO()
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    figure.savefig(stream, format="raw")
+    return len(stream.getvalue())
+
+
 def writes_to_a_clone(state, event):
     clone = state.params["w"].clone()
     clone.mul_(2).numpy()[0] = 0.0
@@ -134,6 +156,11 @@ SOUND = {
     "torch": says(lambda s, e: torch.stack([p.norm() for p in s.params.values()]).sum().item()),
     "linear algebra": says(lambda s, e: torch.linalg.svdvals(torch.eye(2) + s.iteration.update).max().item()),
     "gradients": says(differentiates),
+    "hessian": says(lambda s, e: torch.func.hessian(lambda w: (w**3).sum())(s.params["w"]).tolist()),
+    "print into memory": says(prints_into_memory),
+    "save into memory": says(saves_into_memory),
+    "figure": says(draws_a_figure),
+    "RandomState": says(lambda s, e: np.random.RandomState(s.seed).rand()),
     "a clone": says(writes_to_a_clone),
     "numpy": says(lambda s, e: np.sort(s.params["w"].numpy()[::-1] * 2).tolist()),
     "array in an effect": every_n_epochs(1)(lambda s, e: (s, (LogHistogram(np.arange(s.iteration.epoch + 3)),))),
