@@ -121,7 +121,9 @@ class TrainState:
 
         So it shows what model and optimizer have now, also after `p.data = ...`, `.to(dtype)`, a buffer that is
         assigned, or `load_state_dict(assign=True)`. What a callback remembers of it is copied. Names have no parts of
-        wrappers such as `torch.compile` and DDP, so a run may resume with or without them.
+        wrappers such as `torch.compile` and DDP, so a run may resume with or without them. For the same reason pass
+        `torch.func.functional_call` the module inside of a wrapper, such as `model.module` of DDP: given the wrapper,
+        it may compute with the weights of the model.
 
         Args:
             model: The model, whose params, buffers and extra state the state views.

@@ -323,3 +323,23 @@ def test_averages_of_another_shape_are_refused():
         use_weights(state, "a")
     state = state.remember("weights/a", {"params": {"module.bias": torch.ones(3)}})
     assert use_weights(state, "a").params["bias"].tolist() == [1.0] * 3
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "compile_model", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(4, 2))], ids=["script", "trace"]
+)
+def test_a_state_reads_a_module_of_torchscript_as_one_of_python(compile_model):
+    def train(wrap):
+        torch.manual_seed(0)
+        model = wrap(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.PReLU(2))))
+        optimizer = torch.optim.Adam(model.parameters())
+        state = TrainState.from_module(model, optimizer)
+        model(torch.arange(8.0).reshape(4, 2)).square().sum().backward()
+        optimizer.step()
+        return state
+
+    state, expected = train(compile_model), train(lambda model: model)
+    assert list(state.params) == ["0.weight", "0.bias", "1.0.weight"]
+    torch.testing.assert_close(dict(state.params), dict(expected.params))
+    assert state.opt_state["state"].keys() == expected.opt_state["state"].keys()

@@ -139,7 +139,8 @@ def _wrapped_name(module: nn.Module, children: Mapping[str, Any]) -> str | None:
     """Return the name below which a wrapper keeps its module; None if it is no wrapper."""
     if _PARALLEL_NAME in children and isinstance(module, (DataParallel, DistributedDataParallel)):
         return _PARALLEL_NAME
-    return None if _WRAPPER_NAMES.isdisjoint(children) else next(name for name in children if name in _WRAPPER_NAMES)
+    names = children.keys()  # the modules of a scripted module can be read by name only, not iterated
+    return None if _WRAPPER_NAMES.isdisjoint(names) else next(filter(_WRAPPER_NAMES.__contains__, names))
 
 
 def _members_by_name(model: nn.Module, members_of: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
