@@ -51,14 +51,16 @@ def check_callback(callback: Any, caller: str) -> None:
 
 
 def check_key_tuples(label: str, **declared: Any) -> None:
-    """Refuse a single text where a callback declares several keys, as its letters would count as keys.
+    """Refuse what is not several keys, such as a single text, whose letters would count as keys.
 
     Raises:
-        CallbackError: If one of `declared` is text, with its name.
+        CallbackError: If one of `declared` is text or a method, with its name.
     """
     for name, keys in declared.items():
         if isinstance(keys, str):
             raise CallbackError(f"{label}: {name} is {keys!r}, not a tuple: write ({keys!r},)")
+        if callable(keys):
+            raise CallbackError(f"{label}: {name} is a method, not a tuple: write @property above def {name}")
 
 
 def check_bound(callback: Callback) -> None:
@@ -104,7 +106,8 @@ def check_unscheduled(callback: Callback, gate: str) -> None:
     Raises:
         CallbackError: If it tracks, has a schedule, or calls a callback that does.
     """
-    for each in _callbacks_inside(callback):
+    # Reducers and decorators come last, so that the message names the callback in them.
+    for each in sorted(_callbacks_inside(callback), key=lambda inside: hasattr(inside, "_inside")):
         if tracker_of(each) is not None:
             raise CallbackError(
                 f"{label_of(each)} tracks every update, but behind {gate} it would miss some: "
@@ -134,8 +137,7 @@ def check_effects(callback: Callback, effects: Any, hook: str = "") -> None:
     if isinstance(effects, tuple):
         for each in effects:
             if not isinstance(each, Effect):
-                fix = f"effects are objects such as LogText({str(each)!r})"
-                raise CallbackError(f"{_name(callback, hook)} returned {each!r} among its effects: {fix}")
+                raise CallbackError(f"{_name(callback, hook)} returned {_describe_no_effect(each)}")
     elif isinstance(effects, Effect):
         fix = "write `return state, (effect,)`"
         raise CallbackError(f"{_name(callback, hook)} returned {effects!r} as effects, not a tuple: {fix}")
@@ -170,6 +172,16 @@ def check_result(callback: Callback, result: Any, hook: str = "") -> None:
             "write `return state, ()` where it does nothing"
         )
     check_effects(callback, result[1], hook)
+
+
+def _describe_no_effect(value: Any) -> str:
+    if isinstance(value, TrainState):
+        return "a state among its effects: write `return log(...)`, which is (state, effects) already"
+    if isinstance(value, type):
+        return f"the class {value.__name__} among its effects: write {value.__name__}(...)"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} among its effects: write `return state, (*first, *second)`"
+    return f"{value!r} among its effects: effects are objects such as LogText({str(value)!r})"
 
 
 def _name(callback: Callback, hook: str) -> str:

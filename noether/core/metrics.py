@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, SupportsFloat
 
 import torch
@@ -13,8 +14,6 @@ from noether.core.state import Measured
 from noether.core.tensors.tree import SCALARS, FrozenDict, plain_number
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from noether.core.event import Event
     from noether.core.state import TrainState
 
@@ -38,6 +37,7 @@ def log(
 
     Raises:
         ValueError: If a tensor is not 0-dimensional.
+        TypeError: If `values` is no mapping, or one of them no number.
 
     Example:
         >>> from noether import AfterUpdate, TrainState
@@ -45,6 +45,8 @@ def log(
         >>> effects[0].values["loss/train"], state.metrics["loss/train"].value
         (0.5, 0.5)
     """
+    if not isinstance(values, (dict, Mapping)):  # testing for a dict is faster
+        raise TypeError(f"log takes values by metric key, such as {{'loss/mine': 0.5}}; got {values!r}")
     numbers = FrozenDict(values)
     if not _NUMBERS.issuperset(map(type, values.values())):
         numbers = FrozenDict({key: _number(key, value) for key, value in values.items()})

@@ -122,7 +122,8 @@ def test_a_metric_with_another_shape_is_refused(shape):
         "return one value for each sample, (batch,), or their mean, (); if only n samples count, "
         "noether.Mean(mean, weight=n)"
     )
-    assert str(refused.value) == f"'metric/shapeless' has shape {shape} for 3 samples; {right}"
+    source = "process_data of MetricCallback/E1/val/shapeless"
+    assert str(refused.value) == f"{source}: 'metric/shapeless' has shape {shape} for 3 samples; {right}"
 
 
 def test_a_metric_leaves_out_batches_and_samples_as_its_message_says():
@@ -406,3 +407,32 @@ def test_means_of_any_dtype_are_in_double_precision(dtype):
     found = values(MetricCallback(every_n_epochs=1, dataset_key="val", metric=third), batches)["val/third"]
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx(2 / 3, rel=1e-12)
+
+
+def results_of(*batches):
+    class Collect(PeriodicDataIteratorCallback):
+        def process_data(self, state, batch, forward):
+            return {"error": batch}
+
+        def process_results(self, state, event, results):
+            return log(state, event, {"error": results["error"].mean()})
+
+    run = Run(data={"val": batches}, forward=None, batch_size=lambda batch: 4)
+    return Collect(every_n_epochs=1, dataset_key="val", id="mine")(TrainState().next_epoch(), AfterEpoch(run=run))
+
+
+@pytest.mark.parametrize(
+    "batches", [(torch.tensor(3), Mean(torch.tensor(0.5))), (Mean(0.5), torch.ones(4)), (torch.ones(4), Sum(2.0))]
+)
+def test_a_result_that_is_combined_in_two_ways_is_refused(batches):
+    with pytest.raises(
+        ValueError, match=r"^process_data of mine returned 'error' as .* for one batch, and as .* for ano"
+    ):
+        results_of(*batches)
+
+
+def test_shapes_that_cannot_be_concatenated_are_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"^process_data of mine returned 'error' in shapes that cannot be concatenated"
+    ):
+        results_of(torch.ones(4, 2), torch.ones(4, 3))

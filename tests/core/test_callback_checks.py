@@ -1,15 +1,27 @@
 """Common slips in callbacks: refused where they are composed if that shows them, else at the event, with the fix."""
 
 import functools
+import re
+from dataclasses import FrozenInstanceError
 
 import pytest
 
-from noether.core.callbacks import CallbackBase, EMACallback, PeriodicCallback, PeriodicDataIteratorCallback
+from noether.core.callbacks import (
+    BestCheckpointCallback,
+    CallbackBase,
+    CheckpointCallback,
+    EMACallback,
+    OfflineLossCallback,
+    OnlineLossCallback,
+    PeriodicCallback,
+    PeriodicDataIteratorCallback,
+)
 from noether.core.combinators import callback, every_n_epochs, every_n_samples, every_n_updates, on, when
 from noether.core.effect import LogText
 from noether.core.errors import CallbackError, SettingsError
 from noether.core.event import AfterEpoch, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch
+from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.core.schedules.schedule import EveryNUpdates
 from noether.core.state import TrainState
@@ -302,3 +314,98 @@ def test_a_misspelt_hook_is_refused_with_the_right_name(base, name, hook):
 def test_a_single_value_for_a_list_is_refused():
     with pytest.raises(SettingsError, match=r"^target_factors: 0.999 is not a list; write \[0.999\]$"):
         EMACallback(every_n_updates=1, target_factors=0.999)
+
+
+@pytest.mark.parametrize("name", ["on_train_epoch_end", "_periodic_callback", "periodic_callback"])
+def test_a_class_of_which_no_method_is_called_is_refused(name):
+    with pytest.raises(
+        SettingsError, match=rf"^Mine does nothing, as noether never calls {name}: define one of before_"
+    ):
+        subclass(**{name: nothing_in})()
+
+
+@pytest.mark.parametrize("base", [CallbackBase, PeriodicCallback])
+@pytest.mark.parametrize("name", ["_after_training", "after_trainings"])
+def test_a_name_close_to_a_hook_is_refused_beside_other_hooks(base, name):
+    hook = "after_update" if base is CallbackBase else "periodic_callback"
+    with pytest.raises(
+        SettingsError, match=rf"^Mine\.{name} is no hook, so it is never called; did you mean 'after_tr"
+    ):
+        subclass(base, **{hook: lambda self, *args: (args[0], ()), name: nothing_in})(**settings_of(base))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (EMACallback, {"target_factors": None}, r"^target_factors: None is not a list; leave it out$"),
+        (BestCheckpointCallback, {"metric_key": ["loss/val"]}, r"^metric_key: \['loss/val'\] is not text$"),
+        (BestCheckpointCallback, {"metric_key": None}, "^metric_key: None is not text$"),
+        (CheckpointCallback, {"save_weights": "yes"}, "^save_weights: 'yes' is not True or False$"),
+        (CheckpointCallback, {"at_end": "no"}, "^at_end: 'no' is not True or False$"),
+        (OfflineLossCallback, {"dataset_key": "val", "weights": 0.9}, "^weights: 0.9 is not text$"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(kind, settings, message):
+    with pytest.raises(SettingsError, match=message):
+        kind(every_n_epochs=1, **settings)
+
+
+def test_an_assignment_to_a_callback_says_where_settings_and_memory_are():
+    class Count(CallbackBase):
+        def after_update(self, state, event):
+            self.count = 1
+            return state, ()
+
+    class Init(CallbackBase):
+        def __init__(self, count):
+            self.count = count
+
+    right = (
+        "cannot assign to field 'count' of {}, which is frozen: a setting is a field of the class, `count: ...`, with"
+    )
+    with pytest.raises(FrozenInstanceError, match=re.escape(right.format("Count"))):
+        Count()(STATE, AfterUpdate())
+    with pytest.raises(FrozenInstanceError, match=re.escape(right.format("Init"))):
+        Init(3)
+
+
+@pytest.mark.parametrize(
+    ("effects", "message"),
+    [
+        (
+            lambda state, event: log(state, event, {"a": 1.0}),
+            r"a state among its effects: write `return log\(\.\.\.\)`",
+        ),
+        (lambda state, event: (LogText,), r"the class LogText among its effects: write LogText\(\.\.\.\)"),
+        (
+            lambda state, event: ((LogText("x"),),),
+            r"a tuple among its effects: write `return state, \(\*first, \*second",
+        ),
+    ],
+)
+def test_what_is_no_effect_is_refused_with_what_to_write(effects, message):
+    def mine(state, event):
+        return state, effects(state, event)
+
+    with pytest.raises(CallbackError, match=f"^mine returned {message}"):
+        compose(mine)(STATE, AfterUpdate())
+
+
+def test_declarations_that_are_methods_or_text_are_refused():
+    with pytest.raises(CallbackError, match="consumes is a method, not a tuple: write @property above def consumes"):
+        compose(subclass(after_update=nothing_in, consumes=lambda self: ("loss",))())
+    with pytest.raises(SettingsError, match=r"readings is 'grad_norm', not a tuple: write \('grad_norm',\)"):
+        subclass(after_update=nothing_in, readings="grad_norm")()
+
+
+def test_a_gate_around_a_reducer_names_the_member_that_tracks():
+    with pytest.raises(
+        CallbackError, match=r"^OnlineLossCallback/U1 tracks every update, but behind when it would miss"
+    ):
+        when(lambda state, event: True)(compose(OnlineLossCallback(every_n_updates=1)))
+
+
+@pytest.mark.parametrize("values", [0.5, None, [("loss", 0.5)]])
+def test_metrics_without_names_are_refused(values):
+    with pytest.raises(TypeError, match=r"^log takes values by metric key, such as "):
+        log(STATE, AfterUpdate(), values)

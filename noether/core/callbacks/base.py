@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self, dataclass_transform
 
-from noether.core.callbacks.hooks import find_hook_problems, find_scalars
-from noether.core.errors import raise_problems, suggest
+from noether.core.callbacks.hooks import find_hook_problems, find_mistyped
+from noether.core.errors import Problem, raise_problems, suggest
 from noether.core.event import (
     AfterAccumulationStep,
     AfterEpoch,
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
-    from noether.core.errors import Problem
     from noether.core.state import Memory, TrainState
 
 HOOKS: Final[dict[type[Event], str]] = {
@@ -36,6 +35,14 @@ HOOKS: Final[dict[type[Event], str]] = {
     AfterTraining: "after_training",
     AtEval: "at_eval",
 }
+
+
+def _refuse_assignment(callback: CallbackBase, name: str, value: object) -> None:  # noqa: ARG001  # as in `object`
+    raise FrozenInstanceError(
+        f"cannot assign to field {name!r} of {type(callback).__name__}, which is frozen: a setting is a field of the "
+        f"class, `{name}: ...`, without __init__; what a callback remembers is in the state, "
+        "`state.remember(self.name, memory)`"
+    )
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -65,6 +72,7 @@ class CallbackBase:
     def __init_subclass__(cls, **options: Any) -> None:  # options of a metaclass, such as ABCMeta
         super().__init_subclass__(**options)
         dataclass(frozen=True, kw_only=True)(cls)
+        cls.__setattr__ = _refuse_assignment  # type: ignore[method-assign,assignment]
         readings = vars(cls).get("readings")
         if isinstance(readings, tuple):  # a property is checked on the instance
             raise_problems(check_reading(cls.__name__, name) for name in readings)
@@ -84,14 +92,19 @@ class CallbackBase:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        raise_problems(find_scalars(self))  # those that follow may iterate the settings
+        raise_problems(find_mistyped(self))  # those that follow may iterate the settings
         raise_problems(self.problems())
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield each problem of hooks and settings; a subclass adds its own after `yield from super().problems()`."""
         unused = self._check_hooks()
         yield from find_hook_problems(self, self._hook_names()) if unused is None else (unused,)
-        yield from (check_reading(type(self).__name__, name) for name in self.readings)
+        label = type(self).__name__
+        readings: Any = self.readings
+        if isinstance(readings, str):
+            yield Problem("", f"{label}: readings is {readings!r}, not a tuple: write ({readings!r},)")
+        else:
+            yield from (check_reading(label, name) for name in readings)
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the result of the hook for this type of event."""
@@ -169,7 +182,14 @@ class CallbackBase:
 
     def _check_hooks(self) -> Problem | None:
         """Return the problem of a class that overrides no hook, most often because a name is misspelt."""
-        return None
+        kind, hooks = type(self), (*HOOKS.values(), "__call__", "init")
+        own = [name for name, value in vars(kind).items() if callable(value) and not name.startswith("__")]
+        if not own or any(self.overrides(hook, CallbackBase) for hook in hooks):
+            return None
+        if any(find_hook_problems(self, self._hook_names())):  # it has a misspelt name, which is reported
+            return None
+        fix = f"define one of {', '.join(HOOKS.values())}, or __call__"
+        return Problem("", f"{kind.__name__} does nothing, as noether never calls {', '.join(own)}: {fix}")
 
     @classmethod
     def overrides(cls, hook: str, base: type) -> bool:

@@ -32,6 +32,7 @@ class DatasetResults:
         self._terms: dict[str, torch.Tensor] = {}
         self._weights: dict[str, float] = {}
         self._parts: dict[str, list[torch.Tensor]] = {}
+        self._kinds: dict[str, str] = {}
         self._samples = 0
 
     def add(self, results: Any, samples: int) -> None:
@@ -56,6 +57,7 @@ class DatasetResults:
         for name, value in results.items():
             if name == "samples":
                 raise ValueError("process_data returned a result named 'samples', which is the number of samples")
+            self._check_kind(name, value)
             if isinstance(value, Mean):
                 self._add_mean(name, value, samples)
             elif isinstance(value, torch.Tensor) and value.ndim:
@@ -69,12 +71,32 @@ class DatasetResults:
         The mean of a result covers the batches that have it; it is NaN if all its weights are 0.
         """
         means = {name: total / self._weights[name] for name, total in self._terms.items()}
-        parts = {name: torch.cat(values) for name, values in self._parts.items()}
+        parts = {name: self._concatenate(name, values) for name, values in self._parts.items()}
         return FrozenDict({**self._sums, **means, **parts, "samples": self._samples})
+
+    def _check_kind(self, name: str, value: Any) -> None:
+        """Refuse a result that is combined in another way than in the batches before: only one of them would count."""
+        is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0
+        kind = "a Mean" if isinstance(value, Mean) else "one value per sample" if is_tensor else "a Sum or a count"
+        before = self._kinds.setdefault(name, kind)
+        if kind != before:
+            raise ValueError(
+                f"{self._source} returned {name!r} as {kind} for one batch, and as {before} for another: return the "
+                "same for every batch"
+            )
+
+    def _concatenate(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
+        shapes = list(dict.fromkeys(tuple(value.shape[1:]) for value in values))
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{self._source} returned {name!r} in shapes that cannot be concatenated, (batch, *{shapes[0]}) and "
+                f"(batch, *{shapes[1]}): return the same shape for every batch, or a Mean"
+            )
+        return torch.cat(values)
 
     def _add_mean(self, name: str, mean: Mean, samples: int) -> None:
         weight = samples if mean.weight is None else read_weight(name, mean.weight)
-        term, factor = _term_and_factor(name, mean, samples, weight)
+        term, factor = _term_and_factor(f"{self._source}: {name!r}", mean, samples, weight)
         self._weights[name] = self._weights.get(name, 0) + weight
         if not weight:  # the mean over nothing is NaN, and so is its product with 0
             self._terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=term.device))
@@ -82,15 +104,15 @@ class DatasetResults:
             _add(self._terms, name, term, factor)
 
 
-def _term_and_factor(name: str, mean: Mean, samples: int, weight: float) -> tuple[torch.Tensor, float]:
+def _term_and_factor(source: str, mean: Mean, samples: int, weight: float) -> tuple[torch.Tensor, float]:
     """Return a tensor and a factor whose product is the sum that a mean is taken over."""
     of_batch: Any = mean.of_batch
     of_batch = torch.as_tensor(of_batch) if isinstance(of_batch, (int, float)) else of_batch
     if not isinstance(of_batch, torch.Tensor):
         found = "None" if of_batch is None else f"a {type(of_batch).__name__}"
         raise TypeError(
-            f"the mean {name!r} is {found}: return one number for the batch, or one value for each sample; for a batch "
-            "that does not count, noether.Mean(0.0, weight=0)"
+            f"{source} is a Mean of {found}: return one number for the batch, or one value for each sample; for a "
+            "batch that does not count, noether.Mean(0.0, weight=0)"
         )
     if not of_batch.ndim:
         return of_batch if of_batch.is_floating_point() else of_batch.double(), weight
@@ -100,7 +122,7 @@ def _term_and_factor(name: str, mean: Mean, samples: int, weight: float) -> tupl
             "return one value for each sample, (batch,), or their mean, (); if only n samples count, "
             "noether.Mean(mean, weight=n)"
         )
-        raise ValueError(f"{name!r} has shape {tuple(of_batch.shape)} {given}; {right}")
+        raise ValueError(f"{source} has shape {tuple(of_batch.shape)} {given}; {right}")
     return of_batch.sum(dtype=torch.float64), 1
 
 
