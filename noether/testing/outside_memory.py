@@ -5,21 +5,38 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import queue
 import random
+import threading
 import types
+from array import array
 from collections import deque
 from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from noether.core.tensors.torch_internals import write_counts
 from noether.testing.functions import closure_of, globals_of, is_library
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _LARGE: Final = 1 << 16
 """Elements from which on a tensor outside of the arguments is not copied; its count of writes is compared instead."""
+_WALKED: Final = (
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    LRScheduler,
+    types.SimpleNamespace,
+    queue.Queue,
+    threading.Event,
+)
+"""Classes of libraries whose objects are compared by their attributes."""
 _MOST_OBJECTS: Final = 10_000
 
 
@@ -101,6 +118,15 @@ def outside_memory(callback: Any) -> dict[str, Any]:
     return found
 
 
+class _Names:
+    """Stands for the names that a module has, and for what they name."""
+
+    __slots__ = ("ids",)
+
+    def __init__(self, names: Mapping[str, Any]) -> None:
+        self.ids = frozenset((name, id(value)) for name, value in names.items() if not name.startswith(("__", "@")))
+
+
 def _parts(value: Any) -> dict[str, Any] | None:
     """Return the parts of an object by the end of their path; None for a value without parts."""
     if isinstance(value, Mapping):
@@ -108,11 +134,7 @@ def _parts(value: Any) -> dict[str, Any] | None:
     if isinstance(value, (list, tuple, deque)):
         return {f"[{index}]": item for index, item in enumerate(value)}
     if isinstance(value, types.FunctionType):
-        if is_library(value.__module__ or "") and not value.__closure__:
-            return {}
-        named = {f" (global {name})": item for name, item in globals_of(value).items()}
-        defaults = {" (defaults)": value.__defaults__, " (keyword defaults)": value.__kwdefaults__}
-        return {**_attributes(closure_of(value)), **defaults, **_attributes(vars(value)), **named}
+        return _function_parts(value)
     if isinstance(value, types.MethodType):
         return {"": value.__self__, f".{value.__name__}": value.__func__}
     if isinstance(value, functools.partial):
@@ -127,6 +149,17 @@ def _parts(value: Any) -> dict[str, Any] | None:
     own = {name: each for name, each in getattr(value, "__dict__", {}).items() if name not in cached_names(kind)}
     slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
     return {**_attributes({**own, **slots}), f" ({type(value).__name__})": type(value)}
+
+
+def _function_parts(value: Any) -> dict[str, Any]:
+    if is_library(value.__module__ or "") and not value.__closure__:
+        return {}
+    if hasattr(value, "registry") and hasattr(value, "_clear_cache"):  # of `functools.singledispatch`
+        return {"": value.__wrapped__, **{f"[{kind.__name__}]": each for kind, each in value.registry.items()}}
+    named = {f" (global {name})": item for name, item in globals_of(value).items()}
+    defaults = {" (defaults)": value.__defaults__, " (keyword defaults)": value.__kwdefaults__}
+    names = {" (names of its module)": _Names(value.__globals__)} if not is_library(value.__module__ or "") else {}
+    return {**names, **_attributes(closure_of(value)), **defaults, **_attributes(vars(value)), **named}
 
 
 def _class_parts(cls: type) -> dict[str, Any]:
@@ -155,7 +188,7 @@ def _is_walked(value: Any) -> bool:
         return False
     module = type(value).__module__
     own = module.partition(".")[0] == "noether" or not is_library(module)
-    return own or isinstance(value, (torch.nn.Module, types.SimpleNamespace))
+    return own or isinstance(value, _WALKED)
 
 
 def _slots(cls: type) -> list[str]:
@@ -165,24 +198,32 @@ def _slots(cls: type) -> list[str]:
     ]
 
 
+_COPIES: Final[tuple[tuple[type | tuple[type, ...], Callable[[Any], Any]], ...]] = (
+    ((set, bytearray), lambda value: value.copy()),
+    (array, lambda value: value[:]),
+    (_Names, lambda value: hash(value.ids)),
+    (torch.Generator, lambda value: value.get_state()),
+    (random.Random, lambda value: value.getstate()),
+    (np.random.Generator, lambda value: value.bit_generator.state),
+    (np.random.RandomState, lambda value: copy_values(value.get_state(legacy=False))),
+    (itertools.count, repr),
+    (types.GeneratorType, lambda value: value.gi_frame and (value.gi_frame.f_lasti, repr(value.gi_frame.f_locals))),
+    (ContextVar, lambda value: value.get(None)),
+)
+"""How to copy what changes in an object of a library."""
+
+
 def _leaf(value: Any) -> Any:
     """Return what changes if a value without parts changes."""
+    if isinstance(value, (str, int, float, complex, bytes, bool, type(None), frozenset)):
+        return value
     if isinstance(value, torch.Tensor) and value.numel() > _LARGE:
         return id(value), *marks_of({"": value}).values()
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return copy_values(value)
-    if isinstance(value, (str, int, float, complex, bytes, bool, type(None), frozenset)):
-        return value
-    if isinstance(value, (set, bytearray)):
-        return value.copy()
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
-    if isinstance(value, itertools.count):
-        return repr(value)
+    for kind, copy in _COPIES:
+        if isinstance(value, kind):
+            return copy(value)
     if hasattr(value, "getvalue"):  # of StringIO and BytesIO
         return value.getvalue()
     return type(value), id(value), operator.length_hint(value, 0)  # the length of an iterator is what it has left

@@ -147,17 +147,19 @@ def call_purely(callback: Callback, state: TrainState, event: Event) -> tuple[Tr
     if len(sys.modules) == modules:  # importing a module may change settings, but only once
         _check_settings(name, settings)
     _check_arguments(name, arguments, copied, marks)
+    # Memory may return to what it was at the second call, as that of a switch does.
+    changed_attributes, changed_memory = _attribute_ids(callback), outside_memory(callback)
     other_state, other_event = _with_fields(state, copied["state"]), _with_fields(event, copied["event"])
     later = other_event.replace(time_s=event.time_s + _LATER_S)
     second = watch_call(name, ImpureError, callback, other_state, later)
     repeated = second if same(first, second) else watch_call(name, ImpureError, callback, other_state, other_event)
-    if _attribute_ids(callback) != attributes:
+    if changed_attributes != attributes:
         raise ImpureError(f"{name} assigns to itself; keep memory in the state: state.remember(...)")
     if not same(first, repeated):
         hint = "keep its memory in the state: state.remember(...)"
         raise ImpureError(f"{name} returns another result when called again with the same arguments; {hint}")
     _check_state(name, first[0], second[0])
-    _check_outside(name, memory, outside_memory(callback))
+    _check_outside(name, memory, changed_memory)
     return first
 
 

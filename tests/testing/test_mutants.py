@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import contextvars
 import cProfile
 import csv
 import datetime as dt
@@ -13,6 +14,7 @@ import locale
 import logging
 import os
 import platform
+import queue
 import random
 import resource
 import secrets
@@ -48,6 +50,12 @@ FOLDER = tempfile.TemporaryDirectory()
 PATH = str(Path(FOLDER.name, "file"))
 STREAM = Path(PATH).open("w+")  # noqa: SIM115  # a mutant writes to a file that is open already
 DATABASE = sqlite3.connect(":memory:")
+MODEL = torch.nn.Linear(1, 1)
+OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
+QUEUE = queue.Queue()
+CONTEXT = contextvars.ContextVar("CONTEXT", default=0)
+LEGACY = np.random.RandomState(0)
+NUMBERS = iter(number for number in range(10**6))
 CALLS = []
 TOTAL = 0
 
@@ -261,6 +269,13 @@ IMPURE = {
     # It keeps memory outside of the state.
     "global": (does(counts_globally), f"{OUTSIDE}, in .*TOTAL"),
     "global list": (does(lambda s, e: CALLS.append(0)), f"{OUTSIDE}, in .*CALLS"),
+    "a name of the module": (does(lambda s, e: globals().update(SEEN=s.iteration.update)), f"{OUTSIDE}, in .*names"),
+    "mode of a model": (does(lambda s, e: MODEL.train(not MODEL.training)), f"{OUTSIDE}, in .*MODEL"),
+    "optimizer": (does(lambda s, e: OPTIMIZER.param_groups[0].update(lr=s.iteration.update)), f"{OUTSIDE}, in .*OPTIM"),
+    "queue": (does(lambda s, e: QUEUE.put(1)), f"{OUTSIDE}, in .*QUEUE"),
+    "context variable": (does(lambda s, e: CONTEXT.set(CONTEXT.get() + 1)), f"{OUTSIDE}, in .*CONTEXT"),
+    "legacy generator": (does(lambda s, e: LEGACY.rand()), f"{OUTSIDE}, in .*LEGACY"),
+    "generator expression": (does(lambda s, e: next(NUMBERS)), f"{OUTSIDE}, in .*NUMBERS"),
     "class attribute": (on(AfterUpdate)(CountsOnItsClass()), f"{OUTSIDE}, in .*total"),
     "box": (on(AfterUpdate)(CountsInABox()), f"{OUTSIDE}, in .*box"),
     "slot": (on(AfterUpdate)(CountsInASlot()), f"{OUTSIDE}, in .*n"),

@@ -35,6 +35,16 @@ def squares(n):
     return tuple(i * i for i in range(n))
 
 
+@functools.singledispatch
+def describe(value):
+    return "a value"
+
+
+@describe.register
+def _describe_int(value: int):
+    return "a number"
+
+
 @dataclass(frozen=True)
 class Range:
     low: float
@@ -166,6 +176,7 @@ SOUND = {
     "array in an effect": every_n_epochs(1)(lambda s, e: (s, (LogHistogram(np.arange(s.iteration.epoch + 3)),))),
     "dicts": says(lambda s, e: {NAMES[name]: param.sum().item() for name, param in s.params.items()}),
     "groups": says(groups),
+    "singledispatch": says(lambda s, e: describe(s.iteration.update)),
     "lru_cache": says(lambda s, e: squares(s.iteration.update % 5)),
     "dataclass": says(lambda s, e: replace(Range(0.0, 1.0), high=float(s.iteration.update)).width),
     "cached property": Scales(Range(0.0, 2.0)),
