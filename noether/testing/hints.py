@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.core.errors import OutputError
+from noether.core.errors import NoetherError, OutputError
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.tensors.tree import FrozenDict
 from noether.testing.functions import CallbackProxy
@@ -54,7 +54,7 @@ def _error_of(callback: Callback | _ExplainingProxy, trace: Trace) -> Exception 
     return None
 
 
-class _MissingNameError(KeyError):
+class _MissingNameError(NoetherError, KeyError):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
