@@ -21,7 +21,18 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from noether import AfterEpoch, AfterUpdate, Effect, LogText, callback, every_n_epochs, every_n_updates, log, on
+from noether import (
+    AfterEpoch,
+    AfterTraining,
+    AfterUpdate,
+    Effect,
+    LogText,
+    callback,
+    every_n_epochs,
+    every_n_updates,
+    log,
+    on,
+)
 from noether.core.tensors.tree import map_tensors
 from noether.testing import check_pure, check_rank_agreement, check_resumable
 
@@ -169,7 +180,7 @@ SOUND = {
     "hessian": says(lambda s, e: torch.func.hessian(lambda w: (w**3).sum())(s.params["w"]).tolist()),
     "print into memory": says(prints_into_memory),
     "save into memory": says(saves_into_memory),
-    "figure": says(draws_a_figure),
+    "figure": on(AfterTraining)(lambda s, e: (s, (LogText(str(draws_a_figure(s, e))),))),
     "RandomState": says(lambda s, e: np.random.RandomState(s.seed).rand()),
     "a clone": says(writes_to_a_clone),
     "numpy": says(lambda s, e: np.sort(s.params["w"].numpy()[::-1] * 2).tolist()),
