@@ -249,13 +249,12 @@ def test_a_loss_function_that_returns_a_number_is_named():
         run(session, lambda batch: (optimizer.step(), session.update(0.5)))
 
 
-def test_a_batch_of_unknown_size_says_how_to_give_it():
+@pytest.mark.parametrize("loader", [DataLoader(["a", "b"]), ["a", "b"]], ids=["loader", "list"])
+def test_a_batch_of_unknown_size_says_how_to_give_it(loader):
     session, _, optimizer = make()
     message = r"is found in the batch, a (str|list): pass run=noether\.Run\(batch_size=\.\.\.\), a function"
     with pytest.raises(ValueError, match=message):
-        iterate(session.batches(DataLoader(["a", "b"])), lambda batch: (optimizer.step(), session.update(0.5)))
-    with pytest.raises(ValueError, match=message):
-        make()[0].batches(["a", "b"])
+        iterate(session.batches(loader), lambda batch: (optimizer.step(), session.update(0.5)))
     make(run=Run(batch_size=len))[0].batches(["a", "b"])
 
 

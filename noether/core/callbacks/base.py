@@ -183,7 +183,7 @@ class CallbackBase:
     def _check_hooks(self) -> Problem | None:
         """Return the problem of a class that overrides no hook, most often because a name is misspelt."""
         kind, hooks = type(self), (*HOOKS.values(), "__call__", "init")
-        own = [name for name, value in vars(kind).items() if callable(value) and not name.startswith("__")]
+        own = [name for name, value in vars(kind).items() if callable(value) and not hasattr(CallbackBase, name)]
         if not own or any(self.overrides(hook, CallbackBase) for hook in hooks):
             return None
         if any(find_hook_problems(self, self._hook_names())):  # it has a misspelt name, which is reported
