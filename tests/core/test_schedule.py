@@ -167,6 +167,17 @@ def test_points_lie_on_one_counter():
             At(*wrong)
 
 
+@pytest.mark.parametrize("wrong", [3, None, "E3", (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("setting", ["At", "starting", "until"])
+def test_a_point_that_is_none_is_refused(setting, wrong):
+    functions = {"At": At, "starting": EveryNUpdates(1).starting, "until": EveryNUpdates(1).until}
+    with pytest.raises(SettingsError) as refused:
+        functions[setting](wrong)
+    assert str(refused.value).startswith(
+        f"{setting}: {wrong!r} is not a point of a run: write TrainingIteration(epoch=3)"
+    )
+
+
 def test_until_the_start_is_refused():
     with pytest.raises(SettingsError, match="until: E0_U0_S0"):
         EveryNUpdates(1).until(TrainingIteration())

@@ -175,7 +175,12 @@ class OneCounter(Schedule):
         return Thresholds(**{self.counter: threshold})
 
     def starting(self, point: TrainingIteration) -> Self:
-        """Return the schedule that is not due before `point` is reached."""
+        """Return the schedule that is not due before `point` is reached.
+
+        Raises:
+            SettingsError: If `point` is no `TrainingIteration`.
+        """
+        raise_problems([check_point("starting", point)])
         start = TrainingIteration(*(max(getattr(self.window.start, c), getattr(point, c)) for c in COUNTERS))
         return self.within(Window(start, self.window.until))
 
@@ -183,13 +188,28 @@ class OneCounter(Schedule):
         """Return the schedule that is due for the last time at the update that reaches `point`.
 
         Raises:
-            SettingsError: If `point` is the start of the run.
+            SettingsError: If `point` is the start of the run, or no `TrainingIteration`.
         """
+        raise_problems([check_point("until", point)])
         if point == START:
             right = "the point must be greater than zero, e.g. TrainingIteration(epoch=2)"
             raise_problems([Problem("until", f"{START} is the start of the run; {right}")])
         last = Thresholds(*(getattr(point, counter) or None for counter in COUNTERS))
         return self.within(Window(self.window.start, earliest_thresholds((self.window.until, last))))
+
+
+def check_point(name: str, point: object) -> Problem | None:
+    """Return the problem of a setting that has to be a point of a run, or None.
+
+    Example:
+        >>> print(check_point("until", 3))
+        until: 3 is not a point of a run: write TrainingIteration(epoch=3), TrainingIteration(update=3) or ...
+    """
+    if isinstance(point, TrainingIteration):
+        return None
+    n = point if type(point) is int and point > 0 else 3
+    right = f"TrainingIteration(epoch={n}), TrainingIteration(update={n}) or TrainingIteration(sample={n})"
+    return Problem(name, f"{point!r} is not a point of a run: write {right}")
 
 
 def _unite(members: Iterable[OneCounter]) -> Union:

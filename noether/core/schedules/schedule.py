@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self, final
 
 from noether.core.errors import Problem, check_whole, raise_problems
 from noether.core.iteration import COUNTERS, LETTERS, Counter, TrainingIteration
-from noether.core.schedules.base import OneCounter
+from noether.core.schedules.base import OneCounter, check_point
 from noether.core.schedules.counting import updates_crossing_multiples
 from noether.core.schedules.window import ALWAYS, START, Window
 
@@ -126,7 +126,7 @@ class At(OneCounter):
         window: The part of the run in which it may be due.
 
     Raises:
-        SettingsError: If no point is given, or the points lie on different counters.
+        SettingsError: If no point is given, one is no `TrainingIteration`, or they lie on different counters.
 
     Example:
         >>> At(TrainingIteration(update=1), TrainingIteration(update=10)).next_due(TrainingIteration(update=1))
@@ -137,6 +137,7 @@ class At(OneCounter):
     window: Window
 
     def __init__(self, *points: TrainingIteration, window: Window = ALWAYS) -> None:
+        raise_problems(check_point("At", point) for point in points)
         used = {name for point in points for name in COUNTERS if getattr(point, name)}
         if len(used) != 1 or START in points:
             right = "points on one counter, e.g. At(TrainingIteration(update=100)); unite two counters with |"
