@@ -36,10 +36,11 @@ def epoch_lengths(data: Any, batches: int | None, steps: int, batch_size: Callab
         return {}
     updates = {"updates_per_epoch": -(-batches // steps)}
     sizes = _batch_sizes(data, batch_size)
-    if not sizes:
+    used = [sizes[index % len(sizes)] for index in range(batches)] if sizes else []
+    first = sum(used[:steps])
+    if not first:  # unknown, or the batches of the first update are empty, so that it tells nothing about the others
         return updates
-    used = [sizes[index % len(sizes)] for index in range(batches)]
-    return {**updates, "samples_per_epoch": sum(used), "effective_batch_size": sum(used[:steps])}
+    return {**updates, "samples_per_epoch": sum(used), "effective_batch_size": first}
 
 
 def _batch_sizes(data: Any, batch_size: Callable[[Any], int]) -> list[int]:

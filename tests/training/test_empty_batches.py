@@ -334,6 +334,11 @@ def test_a_session_skips_an_update_without_samples_and_says_so_once(caplog):
     assert len([each for each in messages if each.startswith("update 2 has no samples")]) == 1
 
 
+def test_a_session_may_begin_with_an_update_without_samples():
+    heard, _ = run_session([None, None, make_batch(0), make_batch(1)], accumulation=2)
+    assert [event["samples"] for _, event in heard if "skipped" in event] == [0, 6, 0, 6]
+
+
 def test_a_session_refuses_an_epoch_without_samples():
     with pytest.raises(SessionError, match="no batch of epoch 0 has samples: check which samples the loader leaves"):
         run_session([None, None])
