@@ -82,7 +82,7 @@ def test_other_threads_are_left_alone():
 
     thread = threading.Thread(target=work)
     thread.start()
-    call_purely(waits, TrainState(), EVENT)
+    watch_call("waits", ImpureError, waits, TrainState(), EVENT)
     thread.join()
     assert len(answers) == 1
 
