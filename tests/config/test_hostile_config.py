@@ -32,7 +32,8 @@ BASE = {
 
 
 @pytest.fixture(autouse=True)
-def folder(shop):
+def folder(shop, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # importing the shop would write files, too
     (shop / "hostile").mkdir()
     (shop / "hostile/evil.py").write_text(EVIL)
     yield shop
