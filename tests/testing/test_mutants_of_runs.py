@@ -70,7 +70,7 @@ def counts_in_a_default():
 )
 def test_check_resumable_catches_memory_that_a_cut_loses(make):
     with pytest.raises(LawError, match="does not resume exactly"):
-        check_resumable(make())
+        check_resumable(make(), examples=500)
 
 
 def stops(gate, decide):
