@@ -89,9 +89,9 @@ class Wrapper:
     def _parts(self) -> tuple[Callback, ...]:
         parts = parts_of(self.callback)
         whole = len(parts) == 1 and parts[0] is self.callback
-        return (self,) if whole else tuple(self._around(part) for part in parts)  # type: ignore[return-value]  # subclasses are callable
+        return (self,) if whole else tuple(self._wrap_part(part) for part in parts)  # type: ignore[return-value]  # subclasses are callable
 
-    def _around(self, part: Callback) -> Callback:
+    def _wrap_part(self, part: Callback) -> Callback:
         return replace(self, callback=part)  # type: ignore[return-value]  # subclasses are callable
 
     def _memory_names(self, state: TrainState) -> tuple[str, ...]:
@@ -255,7 +255,7 @@ class Remembering(Wrapper):
         memory = {} if self.own_init is None else {self.name: self.own_init(state)}
         return {**super().init(state), **memory}
 
-    def _around(self, part: Callback) -> Callback:
+    def _wrap_part(self, part: Callback) -> Callback:
         return replace(self, callback=part, name=f"{self.name}/{label_of(part)}")
 
     @property

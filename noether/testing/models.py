@@ -161,7 +161,7 @@ class TracedModel:
         """Return the state before the first update."""
         moments = {
             name: {"exp_avg": torch.zeros_like(_computable(param))}
-            for name, param in self._trained(self.params).items()
+            for name, param in self._select_trained(self.params).items()
         }
         opt_state = {"state": moments, "groups": {}}
         return TrainState(
@@ -172,7 +172,7 @@ class TracedModel:
         """Return the state after an optimizer step, which depends on the params, the loss and the hyperparams."""
         gradient = torch.tensor(loss if math.isfinite(loss) else math.nan).tanh()
         scale = 0.1 * state.hyperparams["lr_scale"]
-        trained = self._trained(state.params)
+        trained = self._select_trained(state.params)
         changed = {
             name: (0.9 * _computable(param) - scale * gradient).to(param.dtype) for name, param in trained.items()
         }
@@ -202,14 +202,14 @@ class TracedModel:
         """The weight decay of each parameter group."""
         return FrozenDict(dict.fromkeys(self.groups, 0.01))
 
-    def _trained(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _select_trained(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         floats = {name: param for name, param in params.items() if param.is_floating_point() or param.is_complex()}
         return {name: param for name, param in floats.items() if name not in self.frozen}
 
     def _synthetic_forward(self, state: TrainState, batch: tuple[Tensor, Tensor]) -> tuple[Mapping[str, Tensor], Any]:
         """Return losses and scores of two classes, which depend on all parameters."""
         inputs, targets = batch
-        shift = sum((param.float().mean() for param in self._trained(state.params).values()), torch.tensor(0.0))
+        shift = sum((param.float().mean() for param in self._select_trained(state.params).values()), torch.tensor(0.0))
         outputs = inputs * (1 + shift) + shift
         loss = torch.nn.functional.cross_entropy(outputs, targets)
         return {name: multiple * loss for name, multiple in self.losses.items()}, outputs

@@ -38,7 +38,7 @@ def batch_size(batch: Any) -> int:
     """Return the number of samples in `batch`: the first dimension of its tensors, which has to be the same for all.
 
     Tensors are looked for in tuples, lists, mappings, dataclasses and other objects; those without a dimension do not
-    count. An object that knows its size is asked for it: `num_graphs`, `batch_size`, or the sequences of a
+    count. An object may tell its own size: by `num_graphs` or `batch_size`, or as the number of sequences of a
     `PackedSequence`. None and an empty container have no samples; a `collate` that finds no usable sample may return
     them.
 

@@ -152,7 +152,7 @@ def match_names(saved: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
 
 
 def _empty_buffers(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Return the place of each registered buffer that is None, by name."""
+    """Return, for each buffer that is registered as None, the dict and the key under which its module keeps it."""
     return {
         f"{path}.{key}" if path else key: (buffers_in(module), key)
         for path, module in named_modules(model)
