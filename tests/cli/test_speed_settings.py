@@ -1,5 +1,6 @@
 """`trainer.donate` and `trainer.compile` from the command line do not change what a run computes."""
 
+import pytest
 from command import EXACT, SMALL, last_files, noether, only_run, timeless, weights
 
 from noether.testing import same
@@ -18,6 +19,7 @@ def test_donation_does_not_change_results(tmp_path):
     assert timeless(donated) == timeless(pure)
 
 
+@pytest.mark.slow
 def test_a_resumed_compiled_run_equals_the_uncut_run(tmp_path):
     compiled = ("trainer.compile=true", "model.dropout=0.1")
     (uncut, output), (cut, _) = (

@@ -106,6 +106,7 @@ def holding(phases, tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_calls_of_the_disk_equals_the_uncut_run():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.kill", "--kills", "20"],

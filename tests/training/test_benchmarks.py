@@ -14,15 +14,28 @@ ROOT = Path(__file__).parents[2]
     [
         ("step", ("--rounds", "2", "--updates", "2"), {"mutable loop": 2, "noether step": 4}),
         ("session", ("--rounds", "2", "--updates", "2"), {"bare loop": 1, "Session": 1}),
-        ("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 4}),
+        pytest.param(
+            *("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 4}),
+            marks=pytest.mark.slow,
+        ),
         ("dispatch", ("--rounds", "2"), {"noether": 3}),
-        ("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
+        pytest.param(
+            *("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
+            marks=pytest.mark.slow,
+        ),
         ("ema", ("--rounds", "2", "--params", "1000"), {"torch": 1, "noether": 2}),
         ("saving", ("--rounds", "2", "--params", "1000"), {"one copy": 1, "noether": 2}),
         ("scaling", ("--rounds", "2"), {"1,000 callbacks": 2, "1,000,000,000 updates": 1}),
         ("checkpoint", ("--rounds", "2", "--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
         ("replay", ("--rounds", "2", "--updates", "200"), {"callbacks that decide": 1, "and two that look": 1}),
-        ("startup", ("--rounds", "1"), {"noether --help": 1, "noether validate": 2, "import torch, every name": 1}),
+        pytest.param(
+            *(
+                "startup",
+                ("--rounds", "1"),
+                {"noether --help": 1, "noether validate": 2, "import torch, every name": 1},
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_benchmark_measures(name, arguments, rows):

@@ -108,6 +108,7 @@ def test_an_update_equals_the_one_without_its_empty_micro_batches(options, rows)
     assert same(make_updates(*make_step(**options), with_empty), make_updates(*make_step(**options), without))
 
 
+@pytest.mark.slow
 def test_a_compiled_update_equals_the_one_without_its_empty_micro_batches():
     torch.compiler.reset()
     rows = [[make_batch(0), None], [None], [make_batch(1), EMPTY["tuple"]()], [make_batch(2), None, make_batch(3, 2)]]
