@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from noether.core.callbacks.track_outputs import TrackOutputsCallback
 from noether.core.state import TrainState
+from noether.core.tensors.modes import evaluation_mode
 from noether.core.tensors.tree import FrozenDict, clone_tensors, map_tensors, tensors
 
 if TYPE_CHECKING:
@@ -272,13 +273,8 @@ def _call_module(module: nn.Module, losses: tuple[str, ...]) -> Forward:
 
     def forward(state: TrainState, batch: Any) -> tuple[Mapping[str, Tensor], Any]:
         inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        training = module.training
-        module.eval()
-        try:
-            with torch.no_grad():
-                outputs = torch.func.functional_call(module, (dict(state.params), dict(state.buffers)), (inputs,))
-        finally:
-            module.train(training)
+        with evaluation_mode(module), torch.no_grad():
+            outputs = torch.func.functional_call(module, (dict(state.params), dict(state.buffers)), (inputs,))
         loss = sum((tensor.abs().float().mean() for _, tensor in tensors({"outputs": outputs})), torch.tensor(0.0))
         return dict.fromkeys(losses, loss), outputs
 

@@ -19,6 +19,7 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.forward import forward
+from noether.core.tensors.modes import start_training_mode
 from noether.core.tensors.module import device_of, frozen_names
 from noether.core.tensors.step_counters import counts_on_device
 from noether.core.tensors.tree import clone_tensors
@@ -261,8 +262,9 @@ def _check_end(config: Config, run: Run) -> None:
 def _build_model(config: Config, make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
     seed_all(derive(config.run.seed, "params"))
     with locate_errors(config, ("model",)):
-        model = make()
-    return model.to(device).train()
+        model = make().to(device)
+        start_training_mode(model)
+    return model
 
 
 def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> TrainState:

@@ -20,6 +20,7 @@ from noether.core.event import (
 from noether.core.loop import Move, dispatch, next_move
 from noether.core.pending import dispatch_pending, set_pending
 from noether.core.tensors.donation import was_donated
+from noether.core.tensors.modes import ModeWatch, describe_evaluation_mode, find_trained_parts_in_evaluation
 from noether.session.hidden_state import ModelWatch
 from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt
@@ -27,6 +28,8 @@ from noether.training.data.sample_counts import SampleCounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import nn
 
     from noether.core.callback import Effects
     from noether.core.reducer import Reducer
@@ -80,6 +83,7 @@ class Trainer:
         try:  # all in one frame: another one would keep the tensors of the initial state alive until the end
             try:
                 event = self._make_event(BeforeTraining, resumed=resumed)
+                _log_modes(self.step.model)
                 state = dispatch(state, event, self.reducer, self.interpreter)
                 if resumed:
                     event = self._make_event(AfterUpdate)
@@ -135,17 +139,26 @@ class Trainer:
             step_s=stepped_s - loaded_s,
         )
         self._sample_counts.check(state.iteration.update, event.samples)
-        if (changes := self._model_watch.describe_changes()) is not None:
-            _LOGGER.warning(changes)
+        self._warn_of_changes(state.iteration.epoch)
         return state.advance(samples=event.samples), event, stepped_s
 
     @cached_property
     def _sample_counts(self) -> SampleCounts:
         return SampleCounts(self.run)
 
+    def _warn_of_changes(self, epoch: int) -> None:
+        """Name what updates changed of the model, and no checkpoint has."""
+        for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
+            if changes is not None:
+                _LOGGER.warning(changes)
+
     @cached_property
     def _model_watch(self) -> ModelWatch:
         return ModelWatch(self.step.model)
+
+    @cached_property
+    def _mode_watch(self) -> ModeWatch:
+        return ModeWatch(self.step.model)
 
     @cached_property
     def _is_observed(self) -> bool:
@@ -162,6 +175,14 @@ class Trainer:
 
     def _make_event(self, event_type: type[Event], **fields: Any) -> Event:
         return event_type.of(run=self.run, time_s=self.clock.wall_s(), **fields)
+
+
+def _log_modes(model: nn.Module) -> None:
+    """Log that a model, or trained parts of it, are in evaluation mode as training begins."""
+    if (described := describe_evaluation_mode(model)) is not None:
+        _LOGGER.warning(described)
+    elif parts := find_trained_parts_in_evaluation(model):
+        _LOGGER.info("in evaluation mode, as the model was constructed, but trained: %s", ", ".join(parts))
 
 
 def _settle(settled: TrainState | None, state: TrainState, event: Event | None) -> TrainState | None:

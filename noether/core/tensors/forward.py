@@ -12,6 +12,7 @@ from noether.core.tensors.batch import model_arguments
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.extra_state import modules_with_extra_state, use_extra_state
 from noether.core.tensors.losses import detach_losses, read_losses
+from noether.core.tensors.modes import evaluation_mode
 from noether.core.tensors.module import device_of, named_parameters, rename_for_model
 from noether.core.tensors.tree import map_tensors
 
@@ -60,6 +61,7 @@ class Forward:
         self._precision = precision
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
         self._has_extra_state = False  # set by `evaluating`
+        self._mode = False  # set by `evaluating`; a model may define `train`, and stay in training mode
         self._held: list[HeldTensor] | None = None  # found at the first call with other weights
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
@@ -69,7 +71,8 @@ class Forward:
             HiddenParameterError: If the state has other weights than the model, and the model holds a parameter in a
                 list, a closure or another object.
         """
-        if self._model_params is None or self._model.training:  # loading the batch may have changed the mode
+        # Loading the batch may have changed the mode.
+        if self._model_params is None or self._model.training is not self._mode:
             with self.evaluating():
                 return self(state, batch)
         with torch.no_grad():
@@ -81,17 +84,15 @@ class Forward:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Keep the model in evaluation mode for several calls, so that its mode changes once and not at each batch."""
-        training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
-        # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.
-        self._model_params = {} if self._autocasts() else named_parameters(self._model)
-        self._has_extra_state = any(modules_with_extra_state(self._model))
-        try:
-            yield
-        finally:
-            self._model_params = None
-            for module in training:
-                module.training = True
+        with evaluation_mode(self._model):
+            self._mode = self._model.training
+            # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.
+            self._model_params = {} if self._autocasts() else named_parameters(self._model)
+            self._has_extra_state = any(modules_with_extra_state(self._model))
+            try:
+                yield
+            finally:
+                self._model_params = None
 
     def _autocasts(self) -> bool:
         device_type = device_of(self._model.parameters()).type

@@ -63,7 +63,7 @@ class Step:
     `lr[group](u - 1) * state.hyperparams["lr_scale"]`.
 
     Args:
-        model: The architecture, in training mode; the step does not use its weights.
+        model: The architecture, whose modules have the modes in which they train; the step does not use its weights.
         loss: `(outputs, batch) -> {name: mean over samples}` or one loss, pure. A `Mean` gives a loss its weight in the
             mean over micro-batches; several micro-batches whose losses differ in weights, or in names, take one
             backward pass for each group of losses of equal weights.

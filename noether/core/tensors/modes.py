@@ -1,0 +1,133 @@
+"""Modes of the modules of a model: which of them train, and which stay in evaluation mode during training."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, final
+
+from noether.core.tensors.module import named_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+_SHOWN: Final = 5
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Return a context in which a model is in evaluation mode; afterwards each module has the mode that it had before.
+
+    `model.train()` could not restore the modes: it would train the parts that the user put into evaluation mode.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.Dropout())
+        >>> with evaluation_mode(model):
+        ...     print([module.training for module in model])
+        [False, False]
+        >>> [module.training for module in model]
+        [False, True]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def start_training_mode(model: nn.Module) -> None:
+    """Put a new model into training mode, without the parts that its constructor put into evaluation mode.
+
+    A class that defines `train` decides about its own parts.
+
+    Example:
+        >>> from torch import nn
+        >>> class FineTuned(nn.Sequential):
+        ...     def train(self, mode=True):
+        ...         super().train(mode)
+        ...         self[0].eval()
+        ...         return self
+        >>> model = FineTuned(nn.BatchNorm1d(2), nn.Dropout().eval(), nn.Linear(2, 1))
+        >>> start_training_mode(model)
+        >>> [module.training for module in model]
+        [False, False, True]
+    """
+    frozen = [module for module in model.modules() if not module.training]
+    model.train()
+    for module in frozen:
+        module.training = False
+
+
+def describe_evaluation_mode(model: nn.Module) -> str | None:
+    """Return what to write if a model as a whole is in evaluation mode where training begins; else None."""
+    if model.training:
+        return None
+    return (
+        f"{type(model).__name__} is in evaluation mode, and training keeps it there, without dropout and with the "
+        "stored statistics of batch norm: if that is not meant, call self.train() at the end of its constructor, or "
+        "model.train() before training"
+    )
+
+
+def find_trained_parts_in_evaluation(model: nn.Module) -> list[str]:
+    """Return the paths of the outermost modules in evaluation mode that have parameters to train.
+
+    Example:
+        >>> from torch import nn
+        >>> find_trained_parts_in_evaluation(nn.Sequential(nn.Linear(2, 2).eval(), nn.Dropout().eval()))
+        ['0']
+    """
+    found: list[str] = []
+    for path, module in named_modules(model):
+        is_inside = any(path.startswith(f"{outer}.") for outer in found)
+        if not module.training and not is_inside and any(each.requires_grad for each in module.parameters()):
+            found.append(path)
+    return found
+
+
+@final
+class ModeWatch:
+    """Finds modules whose mode changed between the first updates of two epochs; no checkpoint has the modes.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2).eval(), nn.Linear(2, 1))
+        >>> watch = ModeWatch(model)
+        >>> watch.describe_changes(epoch=0)
+        >>> _ = model.train()
+        >>> (watch.describe_changes(epoch=1) or "").partition(":")[0]
+        'the mode of 0 changed since epoch 0, and no checkpoint has it'
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._start: tuple[int, dict[str, bool]] | None = None
+        self._epoch: int | None = None
+        self._is_done = False
+
+    def describe_changes(self, epoch: int) -> str | None:
+        """Return, once, which modes changed since the first call, and what to write; it looks once in an epoch."""
+        if self._epoch == epoch or self._is_done:
+            return None
+        self._epoch = epoch
+        modes = {path: module.training for path, module in named_modules(self._model)}
+        if self._start is None:
+            self._start = epoch, modes
+            return None
+        since, before = self._start
+        changed = [path or "the model" for path, mode in modes.items() if before.get(path, mode) is not mode]
+        if not changed:
+            return None
+        self._is_done = True
+        names = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if changed[_SHOWN:] else "")
+        return (
+            f"the mode of {names} changed since epoch {since}, and no checkpoint has it: a resumed run begins with the "
+            "modes of the constructor, so set them from the epoch, as by `if epoch >= n`, and not once"
+        )
