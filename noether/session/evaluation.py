@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
+from noether.core.tensors.containers import move_batch
 from noether.core.tensors.module import device_of
-from noether.core.tensors.tree import map_tensors
 from noether.session.hidden_state import generators_of
 from noether.session.loader import seed_pass
 from noether.session.randomness import derive, preserve_generators
@@ -13,7 +13,6 @@ from noether.session.randomness import derive, preserve_generators
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    import torch
     from torch import nn
 
 
@@ -33,12 +32,8 @@ def evaluation_data(data: Iterable[Any], model: nn.Module, seed: int, key: str) 
     """
     if isinstance(data, (list, tuple)):
         device = device_of(model.parameters())
-        return [_move(device, batch) for batch in data]
+        return [move_batch(batch, device) for batch in data]
     return EvaluationData(data, model, derive(seed, f"evaluation of {key}"))
-
-
-def _move(device: torch.device, batch: Any) -> Any:
-    return batch if device.type == "cpu" else map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 @final
@@ -75,4 +70,4 @@ class EvaluationData:
         with preserve_generators(*generators_of(self._data)):
             seed_pass(self._data, self._seed, 0)  # without set_epoch: the training loader may share the dataset
             for batch in self._data:
-                yield _move(device, batch)
+                yield move_batch(batch, device)

@@ -91,7 +91,7 @@ def _merge(live: Any, saved: Any) -> Any:
 def _encode_keys(value: Any) -> Any:
     """Return `value` with text as the keys of every mapping: a mapping with other keys becomes a tuple of pairs."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_encode_keys(item) for item in value)
+        return [*map(_encode_keys, value)] if isinstance(value, list) else tuple(map(_encode_keys, value))
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
             return {key: _encode_keys(item) for key, item in value.items()}
@@ -101,7 +101,7 @@ def _encode_keys(value: Any) -> Any:
 
 def _decode_keys(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(_decode_keys(item) for item in value)
+        return [*map(_decode_keys, value)] if isinstance(value, list) else tuple(map(_decode_keys, value))
     if isinstance(value, dict):
         if _ITEMS in value:
             return {key: _decode_keys(item) for key, item in value[_ITEMS]}

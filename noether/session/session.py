@@ -12,8 +12,9 @@ from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.event_fields import check_fields
 from noether.core.reducer import compose
 from noether.core.run import Run
+from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.losses import loss_weights
-from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.core.tensors.tree import FrozenDict
 from noether.session import settings
 from noether.session.errors import SessionError
 from noether.session.events import SessionEvents

@@ -16,7 +16,8 @@ from noether.core.callback import label_of
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
-from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.core.tensors.containers import map_tensors
+from noether.core.tensors.tree import FrozenDict
 from noether.testing.counterexamples import LawError
 from noether.testing.functions import CallbackProxy, copy_callback
 from noether.testing.law_runs import check_runs

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from noether.core.callbacks.track_outputs import TrackOutputsCallback
 from noether.core.state import TrainState
+from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.modes import evaluation_mode
-from noether.core.tensors.tree import FrozenDict, clone_tensors, map_tensors, tensors
+from noether.core.tensors.tree import FrozenDict, clone_tensors, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -33,7 +33,7 @@ from noether import (
     log,
     on,
 )
-from noether.core.tensors.tree import map_tensors
+from noether.core.tensors.containers import map_tensors
 from noether.testing import check_pure, check_rank_agreement, check_resumable
 
 LOGGER = logging.getLogger(__name__)

@@ -54,7 +54,7 @@ def _build_nested(value: Any) -> Any:
         return value.build()
     if isinstance(value, Mapping):
         return {key: _build_nested(each) for key, each in value.items()}
-    return type(value)(map(_build_nested, value)) if isinstance(value, (list, tuple)) else value
+    return type(value)(map(_build_nested, value)) if type(value) in {list, tuple} else value  # no named tuple
 
 
 @final

@@ -9,12 +9,12 @@ import torch
 from torch.func import functional_call
 
 from noether.core.tensors.batch import model_arguments
+from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.extra_state import modules_with_extra_state, use_extra_state
 from noether.core.tensors.losses import detach_losses, read_losses
 from noether.core.tensors.modes import evaluation_mode
 from noether.core.tensors.module import device_of, named_parameters, rename_for_model
-from noether.core.tensors.tree import map_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from noether.core.tensors.torch_internals import register_torch_pytree
+from noether.core.tensors.torch_internals import find_torch_pytree, register_torch_pytree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -113,6 +113,34 @@ def register_mapping(cls: type[Mapping[str, Any]], build: Callable[[dict[str, An
 
     register_torch_pytree(cls, flatten, unflatten, dump=list, load=tuple, has_fields=False)
     _register_optree(cls, flatten_sorted, unflatten_sorted, has_fields=False)
+
+
+def find_pytree_rule(cls: type[Any]) -> Callable[[Any], tuple[Iterable[Any], Callable[[list[Any]], Any]]] | None:
+    """Return how torch or optree flattens a class: `container -> (children, children -> container)`; else None.
+
+    Named tuples have no rule of their own here: theirs call the constructor.
+
+    Example:
+        >>> children, unflatten = find_pytree_rule(dict)({"a": 1, "b": 2})
+        >>> unflatten([child + 1 for child in children])
+        {'a': 2, 'b': 3}
+    """
+    rule = find_torch_pytree(cls)
+    if rule is None and _HAS_OPTREE and not issubclass(cls, tuple):
+        rule = _find_optree_rule(cls)
+    return rule
+
+
+def _find_optree_rule(cls: type[Any]) -> Any:
+    entry: Any = register_pytree_node.get(cls)
+    if entry is None:
+        return None
+
+    def flatten(container: Any) -> tuple[Iterable[Any], Callable[[list[Any]], Any]]:
+        children, context, *_ = entry.flatten_func(container)
+        return children, lambda mapped: entry.unflatten_func(context, mapped)
+
+    return flatten
 
 
 class _InsertedKeys(tuple[str, ...]):

@@ -167,6 +167,23 @@ def register_torch_pytree(
     )
 
 
+def find_torch_pytree(cls: type[Any]) -> Callable[[Any], tuple[Sequence[Any], Callable[[list[Any]], Any]]] | None:
+    """Return how torch flattens a class that is registered as a pytree; else None.
+
+    Returns:
+        `container -> (children, children -> container)`, or None.
+    """
+    node: Any = torch.utils._pytree.SUPPORTED_NODES.get(cls)  # noqa: SLF001  # as `register_torch_pytree`
+    if node is None:
+        return None
+
+    def flatten(container: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]:
+        children, context = node.flatten_fn(container)
+        return children, lambda mapped: node.unflatten_fn(mapped, context)
+
+    return flatten
+
+
 @cache
 def optimizer_attributes() -> frozenset[str]:
     """Return the names of the attributes that torch itself sets on every optimizer.
@@ -333,6 +350,8 @@ def _check_pytrees() -> None:
     _expect([pytree.keystr(path) for path, _ in paths], [".tensor"])
     _expect(pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure, expected=True)
     _expect(torch.func.grad(lambda box: box.tensor.square().sum())(box).tensor.tolist(), [2.0, 2.0, 2.0])
+    children, unflatten = find_torch_pytree(_Box)(box)  # type: ignore[misc]  # it is registered
+    _expect(unflatten([child + 1 for child in children]).tensor.tolist(), [2.0, 2.0, 2.0])
 
 
 def _check_select_view() -> None:
@@ -379,7 +398,7 @@ _CHECKS: Final = (
     _Check("children_in, parameters_in, buffers_in", "states read live modules", _check_members),
     _Check("foreach_add_, foreach_lerp, foreach_lerp_", "step counters of Adam, averages of weights", _check_foreach),
     _Check("fused_adam_, fused_adamw_", "updates of fused Adam and AdamW", _check_fused_adam),
-    _Check("register_torch_pytree", "torch.func and tree_map take states", _check_pytrees),
+    _Check("register_torch_pytree, find_torch_pytree", "trees of states and outputs", _check_pytrees),
     _Check("select_view", "states are read inside of transforms of torch.func", _check_select_view),
     _Check("optimizer_attributes", "memory that an optimizer class keeps on itself", _check_optimizer_attributes),
     _Check("compile_graph", "compiled updates", _check_compile_graph),

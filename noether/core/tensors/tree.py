@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import numbers
 from collections.abc import Mapping
 from contextlib import suppress
@@ -223,30 +222,6 @@ def move_to_device(device: torch.device, tree: Any) -> Any:
         device(type='meta')
     """
     return map_leaves(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Return a batch or outputs with `function` applied to every tensor; containers keep their types.
-
-    Mappings, lists, tuples, named tuples and dataclasses are searched; any other value is returned unchanged.
-
-    Example:
-        >>> map_tensors(lambda tensor: tensor + 1, [torch.tensor(1), {"name": "x"}])
-        [tensor(2), {'name': 'x'}]
-    """
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
-        return dataclasses.replace(value, **{name: map_tensors(function, item) for name, item in fields.items()})
-    if isinstance(value, Mapping):
-        items = {key: map_tensors(function, item) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]  # mappings are constructed from a dict
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(map_tensors(function, item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(function, item) for item in value)
-    return value
 
 
 def storages(tree: Any) -> set[int]:

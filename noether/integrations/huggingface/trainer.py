@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from noether.core.tensors.tree import map_tensors
+from noether.core.tensors.containers import map_tensors
 from noether.integrations.huggingface.callback import NoetherCallback, StoppedRunError
 from noether.integrations.huggingface.outputs import drop_loss
 

@@ -10,12 +10,10 @@ from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from noether.core.errors import check_whole, raise_problems
 from noether.core.tensors.batch import collated_size, count_samples
-from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    import torch
 
 
 @final
@@ -161,10 +159,3 @@ def collate_of(dataset: Any) -> Callable[[list[Any]], Any] | None:
     if parts and len(set(map(type, parts))) == 1:
         return collate_of(parts[0])
     return getattr(dataset, "collate", None)
-
-
-def move_batch(batch: Any, device: torch.device) -> Any:
-    """Return a batch on `device`."""
-    if device.type == "cpu":
-        return batch
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)

@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import IterableDataset, Sampler
 
 from noether.core.tensors.batch import SizedBatches
+from noether.core.tensors.containers import move_batch
 from noether.session.randomness import derive, seed_all
-from noether.training.data.batches import Batching, SampleCounter, move_batch
+from noether.training.data.batches import Batching, SampleCounter
 from noether.training.data.loading import LoadedBatches
 
 if TYPE_CHECKING:

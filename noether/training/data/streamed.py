@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.tensors.batch import SizedBatches
+from noether.core.tensors.containers import move_batch
 from noether.core.tensors.tree import clone_tensors, pack, unpack
 from noether.session.randomness import derive, seed_all
-from noether.training.data.batches import Batching, SampleCounter, collate, move_batch
+from noether.training.data.batches import Batching, SampleCounter, collate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
 from noether.core.tensors.batch import SizedBatches, model_arguments
+from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.live.extra_state import modules_with_extra_state
 from noether.core.tensors.losses import WeightedLosses, read_losses
 from noether.core.tensors.module import names_in_model
 from noether.core.tensors.torch_internals import compile_graph
-from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.core.tensors.tree import FrozenDict
 from noether.training.step import kernels
 from noether.training.step.accumulation import add_terms, drop_empty
 from noether.training.step.gradients import traceable_total_norm

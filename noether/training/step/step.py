@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from noether.core.event import AfterAccumulationStep
 from noether.core.tensors.batch import batch_size, model_arguments
+from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.extra_state import read_extra_state, set_extra_state
 from noether.core.tensors.losses import detach_losses, read_losses
 from noether.core.tensors.module import names_in_model
 from noether.core.tensors.torch_internals import reparametrize, write_counts
-from noether.core.tensors.tree import FrozenDict, map_tensors
+from noether.core.tensors.tree import FrozenDict
 from noether.session.hidden_state import generators_of_model
 from noether.session.randomness import derive, seed_all
 from noether.training.step.accumulation import Accumulation, BackwardResult, Gradients, RegroupError, drop_empty

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from noether.core.iteration import TrainingIteration
+from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.live.views import LiveView, ModuleView
 from noether.core.tensors.module import named_buffers, named_parameters
 from noether.core.tensors.torch_internals import has_other_users
-from noether.core.tensors.tree import LEAVES, FrozenDict, map_tensors, storages
+from noether.core.tensors.tree import LEAVES, FrozenDict, storages
 
 if TYPE_CHECKING:
     from torch import Tensor
