@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -14,124 +13,166 @@ from noether.cli.output import echo, printable
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.core.callback import label_of, listens_to
-from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
+from noether.core.effect import SaveCheckpoint
 from noether.core.errors import WeightsError
 from noether.core.event import AtEval
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.tensors.stored_weights import find_weights, memory_of, name_in_tags, use_weights
 from noether.core.tensors.tree import clone_tensors
-from noether.effects import CheckpointError, CheckpointStore, Interpreter
-from noether.effects.disk.encoding import to_plain
-from noether.effects.disk.files import make_directories, os_error_text, replace_text
+from noether.effects import CheckpointError
+from noether.effects.checkpoints.reader import CheckpointReader
+from noether.effects.disk.files import os_error_text
+from noether.effects.evaluation_logs import EvaluationLogs
+from noether.effects.run_directory import CHECKPOINTS
+from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.experiment import build
 from noether.training.runs.directories import load_run_config
+from noether.training.runs.evaluated_data import check_datasets, evaluate_on
 from noether.training.runs.interruption import Interruption
-from noether.training.runs.services import add_handlers
+from noether.training.runs.services import add_handlers, evaluation_services
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
     from noether.core.reducer import Reducer
     from noether.core.state import TrainState
+    from noether.effects import Interpreter
     from noether.effects.checkpoints.manifest import Manifest
+    from noether.effects.run_directory import Interpret
 
 
-def evaluate(run_dir: Path, checkpoint: str, weights: str | None, settings: Sequence[str], allow: Sequence[str]) -> int:
+def evaluate(
+    run_dir: Path,
+    checkpoint: str,
+    weights: str | None,
+    settings: Sequence[str],
+    allow: Sequence[str],
+    data: Sequence[str] = (),
+) -> int:
     """Evaluate a checkpoint with the data iterators of its run; print the metrics and write `eval/TAG.json`.
 
-    Where the file cannot be written, as in a run that is read-only, a warning says so and the command succeeds. A
-    signal ends the evaluation at the next batch. Returns the exit code.
+    All that callbacks request at `AtEval` is carried out, except checkpoints. The run itself is not changed, and not
+    locked. Where `eval/` cannot be written, as in a run that is read-only, a warning says so and the command succeeds.
+    A signal ends the evaluation at the next batch. Returns the exit code.
 
     Args:
         run_dir: The run directory.
-        checkpoint: Tag of the checkpoint, or a pointer.
+        checkpoint: A name of the checkpoint, as in `find_tag`.
         weights: Averaged weights to evaluate, such as `ema=0.999`, which a callback keeps in the checkpoint; the file
             is then `eval/TAG.ema=0.999.json`. None for the training weights.
         settings: Overrides such as `data.val.split=test`.
         allow: Further prefixes of modules that `kind` may name.
+        data: Datasets to evaluate in place of those that the callbacks name, one after the other, as `evaluate_on`
+            says; the files are then `eval/TAG.test.json`.
 
     Raises:
-        ConfigError: If `run_dir` is not the directory of a run, or the checkpoint or the weights do not exist.
+        ConfigError: If `run_dir` is not the directory of a run, or the checkpoint, the weights or a dataset do not
+            exist.
         CheckpointError: If the checkpoint is damaged, or contains none of the weights that its callbacks evaluate.
     """
     config = load_run_config(run_dir, settings, allow)
     experiment = build(config, run_id=run_dir.resolve().name, fresh=False)
-    if not listens_to(experiment.reducer, AtEval):
+    data = tuple(dict.fromkeys(data))
+    check_datasets(data, experiment)
+    if not data and not listens_to(experiment.reducer, AtEval):
         raise config.error(
-            ("callbacks",), "no callback evaluates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}"
+            ("callbacks",),
+            "no callback evaluates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}, or give --data NAME",
         )
-    store = CheckpointStore(run_dir / "checkpoints", experiment.run.run_id)
-    manifest = _find_checkpoint(store, checkpoint)
-    state = experiment.to_device(store.load(manifest))
+    reader = CheckpointReader(run_dir / CHECKPOINTS)
+    manifest, saved = _load(reader, checkpoint)
+    state = experiment.to_device(saved)
     if manifest.weights_of is not None:  # the checkpoint stores averaged weights as its params: remember them as such
         averaged = {"params": state.params, "buffers": state.buffers}
         state = state.remember(memory_of(manifest.weights_of), clone_tensors(averaged))
-    name = manifest.tag
-    if weights is not None:
-        state = _use_weights(state, weights, store)
-        name = f"{name}.{name_in_tags(weights)}"
-    metrics: dict[str, Any] = {}
-    interruption = Interruption(second_kills=True)
-    reducer = _drop_callbacks_without_weights(experiment.reducer, state)
-    if not listens_to(reducer, AtEval):
+    state = state if weights is None else _use_weights(state, weights, reader)
+    members = _drop_callbacks_without_weights(experiment.reducer, state)
+    passes = {f".{key}": evaluate_on(members, key) for key in data} or {"": [compose(*members)]}
+    if not any(listens_to(reducer, AtEval) for reducers in passes.values() for reducer in reducers):
         raise CheckpointError(
             f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"
         )
-    interpreter = add_handlers(_collecting_interpreter(metrics), config)
+    name = manifest.tag if weights is None else f"{manifest.tag}.{name_in_tags(weights)}"
+    services, missing = evaluation_services(run_dir, config, weights or manifest.weights_of)
+    for service in missing:
+        echo(f"Warning: {service} is not installed, so the evaluation is not logged there", err=True)
+    interruption = Interruption(second_kills=True)
     with interruption, closing(experiment):
-        try:
-            dispatch(state, AtEval(run=interruptible(experiment.run, interruption)), reducer, interpreter)
-        except DataInterrupt:
-            echo(f"interrupted in the evaluation of {name}; nothing was written")
-            return interruption.exit_code
-    _print_metrics(name, metrics)
-    _write_metrics(run_dir / "eval" / f"{name}.json", metrics)
+        event = AtEval(run=interruptible(experiment.run, interruption), time_s=Clock().wall_s())
+        for suffix, reducers in passes.items():
+            logs = EvaluationLogs(run_dir, name + suffix, services=services)
+            interpret = _without_checkpoints(add_handlers(logs.interpreter, config))
+            with closing(logs):
+                try:
+                    for reducer in reducers:
+                        dispatch(state, event, reducer, interpret)
+                except DataInterrupt:
+                    echo(f"interrupted in the evaluation of {name}{suffix}; its metrics were not written")
+                    return interruption.exit_code
+                _print_metrics(name + suffix, logs.metrics)
+                _write(logs)
     return 0
 
 
-def _find_checkpoint(store: CheckpointStore, checkpoint: str) -> Manifest:
-    try:
-        return store.find(checkpoint)
-    except CheckpointError as error:
-        raise ConfigError([LocatedProblem(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
+def _load(reader: CheckpointReader, checkpoint: str) -> tuple[Manifest, TrainState]:
+    """Return the checkpoint of a name and its state; a training process may replace it meanwhile, as `latest`."""
+    before = None
+    while True:
+        try:
+            manifest = reader.find(checkpoint)
+        except CheckpointError as error:
+            raise ConfigError([LocatedProblem(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
+        try:
+            return manifest, reader.load(manifest)
+        except CheckpointError:
+            if manifest == before:
+                raise
+            before = manifest
 
 
-def _drop_callbacks_without_weights(reducer: Reducer, state: TrainState) -> Reducer:
-    """Return the reducer without callbacks whose weights the checkpoint does not contain, and print their names."""
+def _without_checkpoints(interpret: Interpreter) -> Interpret:
+    """Return an interpreter that leaves out checkpoints, and says so: an evaluation does not change its run."""
+
+    def run_others(effects: Effects, state: TrainState, event: Event) -> None:
+        saves = [effect for effect in effects if isinstance(effect, SaveCheckpoint)]
+        if saves:
+            tags = ", ".join(dict.fromkeys(save.tag or str(state.iteration) for save in saves))
+            echo(f"Warning: an evaluation saves no checkpoint, so the callbacks do not get {tags}", err=True)
+        interpret([effect for effect in effects if not isinstance(effect, SaveCheckpoint)], state, event)
+
+    return run_others
+
+
+def _drop_callbacks_without_weights(reducer: Reducer, state: TrainState) -> list[Callback]:
+    """Return the callbacks without those whose weights the checkpoint does not contain, and print their names."""
     known = (None, *find_weights(state))
     dropped = [member for member in reducer.members if getattr(member, "weights", None) not in known]
     for member in dropped:
         echo(f"{label_of(member)} is skipped: the checkpoint does not contain its weights")
-    return compose(*(member for member in reducer.members if not any(member is each for each in dropped)))
+    return [member for member in reducer.members if not any(member is each for each in dropped)]
 
 
-def _use_weights(state: TrainState, weights: str, store: CheckpointStore) -> TrainState:
+def _use_weights(state: TrainState, weights: str, reader: CheckpointReader) -> TrainState:
     try:
         return use_weights(state, weights)
     except WeightsError as error:
-        pointers = [name for name in store.pointers() if name.endswith(f".{name_in_tags(weights)}")]
+        pointers = [name for name in reader.pointers() if name.endswith(f".{name_in_tags(weights)}")]
         fix = f"; use --checkpoint {' or '.join(pointers)} without --weights" if pointers else ""
         raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), f"{error}{fix}")]) from error
 
 
-def _collecting_interpreter(metrics: dict[str, Any]) -> Interpreter:
-    def collect(effect: LogScalars, _state: object, _event: object) -> None:
-        metrics.update({key: to_plain(value) for key, value in effect.values.items()})
-
-    ignored = (LogText, SetSummary, SaveTensors, MeasurePeakMemory, ShowProgress)
-    return Interpreter({LogScalars: [collect], **dict.fromkeys(ignored, ())})
-
-
-def _write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+def _write(logs: EvaluationLogs) -> None:
     """Write the metrics to a file and print its path, or warn that it cannot be written."""
     try:
-        make_directories(path.parent)
-        replace_text(path, json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+        path = logs.write()
     except OSError as error:
-        echo(f"Warning: the metrics above cannot be written to {path}: {os_error_text(error)}", err=True)
+        text = os_error_text(error)
+        echo(f"Warning: the metrics above cannot be written to {logs.planned_path()}: {text}", err=True)
     else:
         echo(f"written to {path}")
 

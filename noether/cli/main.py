@@ -31,6 +31,9 @@ _ALLOW = click.option(
     multiple=True,
     help="Let `kind` in YAML name modules that begin with PREFIX; repeatable.",
 )
+_CHECKPOINT_NAMES = (
+    "Tag of a checkpoint, e.g. E10_U200_S800, or a part of it, e.g. E10; a pointer, e.g. latest; newest, or best"
+)
 _CONFIG_ERROR = 2
 
 
@@ -96,24 +99,36 @@ def train(
     default="latest",
     show_default=True,
     metavar="TAG",
-    help="Tag of a checkpoint, e.g. E10_U200_S800, or name of a pointer, e.g. latest.",
+    help=f"{_CHECKPOINT_NAMES}.",
 )
 @click.option(
     "--weights", metavar="NAME", help="Evaluate averaged weights, e.g. ema=0.999, in place of the training weights."
 )
+@click.option(
+    "--data",
+    metavar="NAME",
+    multiple=True,
+    help="Evaluate this dataset of the configuration in place of those that the callbacks name; repeatable.",
+)
 @_SET
 @_ALLOW
 def evaluate(
-    run_dir: Path, checkpoint: str, weights: str | None, settings: tuple[str, ...], allow: tuple[str, ...]
+    run_dir: Path,
+    checkpoint: str,
+    weights: str | None,
+    data: tuple[str, ...],
+    settings: tuple[str, ...],
+    allow: tuple[str, ...],
 ) -> None:
-    """Evaluate a checkpoint of a run.
+    """Evaluate a checkpoint of a run, which may be training meanwhile.
 
-    The callbacks of the run that iterate datasets evaluate it. Their metrics are printed and written to RUN_DIR/eval.
+    The callbacks of the run that iterate datasets evaluate it. Their metrics are printed and written to RUN_DIR/eval,
+    where no earlier file is overwritten, and to the log services of the run.
     """
     from noether.cli import evaluate as command
 
     with _errors_as_messages():
-        sys.exit(command.evaluate(run_dir, checkpoint, weights, settings, allow))
+        sys.exit(command.evaluate(run_dir, checkpoint, weights, settings, allow, data))
 
 
 @main.command()

@@ -68,6 +68,9 @@ class LogGuard:
 
     Only `RunMovedError` passes, because it concerns everything that the run writes.
 
+    Args:
+        outcome: What goes on although a log failed, for messages.
+
     Example:
         >>> def write(line):
         ...     raise OSError(28, "No space left on device")
@@ -79,8 +82,9 @@ class LogGuard:
         {'metrics.jsonl': 2}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outcome: str = "training continues") -> None:
         self.failures: dict[str, int] = {}
+        self._outcome = outcome
 
     def guard(self, name: str, write: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         """Return a function that calls `write` and raises nothing but `RunMovedError`.
@@ -99,7 +103,7 @@ class LogGuard:
                 self.failures[name] = self.failures.get(name, 0) + 1
                 if self.failures[name] == 1:
                     reason = escape_controls(f"{type(error).__name__}: {error}", keep="\n")
-                    _LOGGER.warning("%s failed and may have lost log entries; training continues: %s", name, reason)
+                    _LOGGER.warning("%s failed and may have lost log entries; %s: %s", name, self._outcome, reason)
 
         return guarded
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from command import SMALL, contents, invoke, lines, only_run
 
-from noether.cli import evaluate
+from noether.effects import evaluation_logs
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,18 @@ def test_eval_equals_the_measurements_in_training(finished_run, tmp_path, argume
     assert contents(finished_run).keys() - before.keys() == {(tmp_path / file).relative_to(finished_run)}
 
 
-def test_a_second_eval_replaces_the_file(finished_run, tmp_path):
-    (finished_run / "eval").mkdir()
-    (finished_run / "eval/E1_U38_S1205.json").write_text("{}")
-    invoke("eval", finished_run, "--checkpoint", "E1_U38_S1205", cwd=tmp_path)
-    assert json.loads((finished_run / "eval/E1_U38_S1205.json").read_text())["val/accuracy"] > 0
+def test_a_second_eval_overwrites_nothing(finished_run, tmp_path):
+    first = finished_run / "eval/E1_U38_S1205.json"
+    first.parent.mkdir()
+    first.write_text("{}")
+    output = invoke("eval", finished_run, "--checkpoint", "E1", "--data", "val", cwd=tmp_path)
+    output += invoke("eval", finished_run, "--checkpoint", "U38", cwd=tmp_path)
+    files = ["E1_U38_S1205.2.json", "E1_U38_S1205.json", "E1_U38_S1205.val.json"]
+    assert sorted(path.name for path in first.parent.iterdir()) == files
+    assert (first.read_text(), output.count("written to")) == ("{}", 2)
+    metrics = [json.loads((first.parent / name).read_text()) for name in files[::2]]
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["val/accuracy"] > 0
 
 
 def test_eval_of_a_run_that_cannot_be_written_prints_the_metrics_and_warns(finished_run, tmp_path, monkeypatch):
@@ -52,7 +59,7 @@ def test_eval_of_a_run_that_cannot_be_written_prints_the_metrics_and_warns(finis
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(run / "eval"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "make_directories", refuse)
+        patched.setattr(evaluation_logs, "make_directories", refuse)
         output = invoke("eval", run, cwd=tmp_path).splitlines()
     file = run / "eval/E2_U76_S2410.json"
     warning = f"Warning: the metrics above cannot be written to {file}"
@@ -104,7 +111,7 @@ def test_eval_needs_a_data_iterator(tmp_path):
     output = invoke("eval", run, cwd=tmp_path, code=2)
     assert output == (
         f"Error: {run}/config.yaml:{_line(tmp_path / run, 'callbacks:')}: callbacks: no callback evaluates data; "
-        "add trainer.evaluate: {val: [loss], every_n_epochs: 1}\n"
+        "add trainer.evaluate: {val: [loss], every_n_epochs: 1}, or give --data NAME\n"
     )
 
 

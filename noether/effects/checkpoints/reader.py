@@ -6,7 +6,6 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING, Final
 
-from noether.core.errors import suggest
 from noether.effects.checkpoints.contents import ContentError, read_state
 from noether.effects.checkpoints.listing import (
     CheckpointError,
@@ -18,6 +17,7 @@ from noether.effects.checkpoints.listing import (
     read_ended,
     read_error,
 )
+from noether.effects.checkpoints.names import find_tag
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import read_file
 
@@ -55,24 +55,19 @@ class CheckpointReader:
         return self._list().targets
 
     def find(self, name: str) -> Manifest:
-        """Return the manifest of the checkpoint with this tag, or that this pointer names.
+        """Return the manifest of the checkpoint that a name means: its tag, a part of that, a pointer, or `newest`.
+
+        Args:
+            name: As in `find_tag`.
 
         Raises:
-            CheckpointError: If it is damaged or does not exist; the message names those that exist.
+            CheckpointError: If it is damaged or does not exist, or the name means several; the message lists them.
         """
         listing = self._list()
-        tag = listing.targets.get(name, name)
-        for error in (listing.broken.get(name), listing.damaged.get(tag)):
-            if error is not None:
-                raise error
-        manifests = {manifest.tag: manifest for manifest in listing.manifests}
-        if tag not in manifests:
-            known = [*listing.targets, *manifests]
-            names = ", ".join(known) or "none"
-            raise CheckpointError(
-                f"no checkpoint {name!r} in {self._directory}; there are: {names}{suggest(name, known)}"
-            )
-        return manifests[tag]
+        tag = find_tag(name, listing, self._directory)
+        if (error := listing.damaged.get(tag)) is not None:
+            raise error
+        return next(manifest for manifest in listing.manifests if manifest.tag == tag)
 
     def newest(self) -> Manifest | None:
         """Return the manifest of the newest resumable checkpoint, or None; its files are not verified."""

@@ -26,6 +26,8 @@ class WeightsAndBiases:
         project: Name of the project; None for the default of the service.
         entity: Team or user; None for the default of the service.
         mode: `online`, `offline` (`wandb sync` uploads later) or `disabled`; None for the value of `WANDB_MODE`.
+        group: Group of runs that the service shows together; None for none.
+        job_type: What the run does, such as `eval`; None for the default of the service.
 
     Raises:
         ImportError: If wandb is not installed.
@@ -41,12 +43,15 @@ class WeightsAndBiases:
         project: str | None = None,
         entity: str | None = None,
         mode: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
     ) -> None:
         import wandb
 
         self._wandb: Any = wandb
         self._directory = directory
         self._settings = {"id": run_id, "name": run_id, "project": project, "entity": entity, "mode": mode}
+        self._settings |= {key: value for key, value in (("group", group), ("job_type", job_type)) if value is not None}
         self._run: Any = None
         self._start_error: str | None = None  # not the error itself, whose traceback would keep states alive
 

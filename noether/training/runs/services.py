@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from noether.config.objects.import_policy import import_path
+from noether.core.tensors.stored_weights import name_in_tags
 from noether.effects import open_run
+from noether.effects.disk.files import make_directories
 from noether.effects.logs.tensorboard import TensorBoard
 from noether.effects.logs.wandb import WeightsAndBiases
 from noether.effects.run_logs import LOG_EFFECTS
@@ -29,10 +32,14 @@ def check_services(config: Config) -> None:
     """
     services = {"tensorboard": config.run.tensorboard, "wandb": config.run.wandb is not None}
     for name, is_used in services.items():
-        spec = find_spec(name)
-        # A folder of that name, such as the one that wandb creates, is a package without a file.
-        if is_used and (spec is None or spec.origin is None):
+        if is_used and not _is_installed(name):
             raise config.error(("run", name), f"{name} is not installed; run: pip install 'noether[{name}]'")
+
+
+def _is_installed(name: str) -> bool:
+    spec = find_spec(name)
+    # A folder of that name, such as the one that wandb creates, is a package without a file.
+    return spec is not None and spec.origin is not None
 
 
 def open_directory(path: Path, config: Config, *, with_services: bool = True) -> RunDirectory:
@@ -74,3 +81,39 @@ def _services(path: Path, config: Config) -> list[LogService]:
         run_id = f"{config.run.name}-{path.name}"
         services.append(WeightsAndBiases(path / "wandb", run_id, **vars(config.run.wandb)))
     return services
+
+
+def evaluation_services(path: Path, config: Config, weights: str | None) -> tuple[list[LogService], list[str]]:
+    """Return the services that receive an evaluation, and the names of those that are not installed.
+
+    In each service evaluations are a separate run beside that of training, whose charts stay as they are: `eval`, or
+    `eval.ema=0.999` for stored weights. The values have the keys of training, at the update of the checkpoint.
+
+    Args:
+        path: The run directory.
+        config: The configuration of the run.
+        weights: Name of the stored weights that are evaluated; None for those in training.
+    """
+    path, name = path.resolve(), "eval" if weights is None else f"eval.{name_in_tags(weights)}"
+    services: list[LogService] = []
+    missing: list[str] = []
+    if config.run.tensorboard:
+        if _is_installed("tensorboard"):
+            _make_parent(path / "tensorboard")
+            services.append(TensorBoard(path / "tensorboard" / name))
+        else:
+            missing.append("tensorboard")
+    if config.run.wandb is not None:
+        if _is_installed("wandb"):
+            run_id, settings = f"{config.run.name}-{path.name}", vars(config.run.wandb)
+            _make_parent(path / "wandb")
+            evaluation = {"run_id": f"{run_id}-{name}", "group": run_id, "job_type": "eval"}
+            services.append(WeightsAndBiases(path / "wandb" / name, **evaluation, **settings))
+        else:
+            missing.append("wandb")
+    return services, missing
+
+
+def _make_parent(path: Path) -> None:
+    with suppress(OSError):  # the service reports why it cannot write there
+        make_directories(path)
