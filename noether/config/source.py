@@ -182,7 +182,8 @@ for _tag, _pattern, _first in SCALARS:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _RADIX = {"0o": 8, "0x": 16}
 _SCALARS: dict[str, Callable[[str], object]] = {
-    f"{_TAG}str": lambda text: text.encode().decode(),  # fails for half of a surrogate pair
+    # JSON writes an emoji as a surrogate pair; this fails for half of one.
+    f"{_TAG}str": lambda text: text.encode("utf-16", "surrogatepass").decode("utf-16"),
     f"{_TAG}bool": lambda text: {"true": True, "false": False}[text.lower()],
     # Through decimal text, because Python refuses to print an integer with too many decimals.
     f"{_TAG}int": lambda text: int(str(int(text, _RADIX.get(text[:2], 10)))),

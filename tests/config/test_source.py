@@ -39,6 +39,7 @@ def refusal(text):
         ("~", None),
         ('"1"', "1"),
         ("!!str 5", "5"),
+        (r'"\ud83d\ude80"', "\U0001f680"),
         ("-.inf", -math.inf),
     ],
 )
