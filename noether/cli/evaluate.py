@@ -16,6 +16,7 @@ from noether.core.callback import label_of, listens_to
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import WeightsError
 from noether.core.event import AtEval
+from noether.core.file_names import escape_name
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.tensors.stored_weights import find_weights, memory_of, name_in_tags, use_weights
@@ -92,7 +93,7 @@ def evaluate(
         state = state.remember(memory_of(manifest.weights_of), clone_tensors(averaged))
     state = state if weights is None else _use_weights(state, weights, reader)
     members = _drop_callbacks_without_weights(experiment.reducer, state)
-    passes = {f".{key}": evaluate_on(members, key) for key in data} or {"": [compose(*members)]}
+    passes = {f".{escape_name(key)}": evaluate_on(members, key) for key in data} or {"": [compose(*members)]}
     if not any(listens_to(reducer, AtEval) for reducers in passes.values() for reducer in reducers):
         raise CheckpointError(
             f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"

@@ -28,6 +28,7 @@ EffectType: TypeAlias = Annotated[str, kinds.EFFECT]
 Metric: TypeAlias = Annotated[str, "metric"]
 
 _SEED_LIMIT: Final = 2**63
+_NAME_BYTES: Final = 255
 
 
 @final
@@ -87,6 +88,8 @@ class RunSettings:
         if not re.fullmatch(r"[\w.-]+", self.name) or not self.name.strip("."):
             message = f"{self.name!r} is not the name of a folder; use letters, digits, '.', '_', '-'"
             yield Problem("name", message)
+        elif (size := len(self.name.encode())) > _NAME_BYTES:
+            yield Problem("name", f"has {size} bytes, and the name of a folder has at most {_NAME_BYTES}")
         if "\0" in self.output:
             yield Problem("output", f"{self.output!r} cannot be the name of a file; remove the null character")
         if not self.output.strip():

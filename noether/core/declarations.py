@@ -88,7 +88,8 @@ def _duplicate_keys(callbacks: Sequence[Callback], declared: Sequence[Declaratio
     for (_, first), (callback, second) in combinations(zip(callbacks, declared, strict=True), 2):
         for key in second.produces or ():
             if any(keys_overlap(key, other) for other in first.produces or ()):
-                yield Misfit(callback, f"{second.label} and {first.label} both produce {key!r}; remove one")
+                other = ", or watch another metric_key" if hasattr(callback, "metric_key") else ""
+                yield Misfit(callback, f"{second.label} and {first.label} both produce {key!r}; remove one{other}")
 
 
 def _missing_metrics(callbacks: Sequence[Callback], declared: Sequence[Declaration], run: Run) -> Iterator[Misfit]:

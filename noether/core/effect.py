@@ -84,7 +84,8 @@ class SaveTensors(Effect):
     """Write tensors to `tensors/{name}.safetensors` in the run's directory.
 
     Args:
-        name: Path below that directory, such as `outputs/E1_U100_S800`.
+        name: Path below that directory, such as `outputs/E1_U100_S800`. Characters other than letters, digits and
+            `_-=.` are escaped in it, and so is what would lead out of the directory: see `escape_path`.
         tensors: Tensor by name.
     """
 

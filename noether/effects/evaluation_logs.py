@@ -8,6 +8,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
+from noether.core.file_names import escape_path
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, replace_file, replace_text
@@ -146,7 +147,7 @@ class EvaluationLogs:
         self.summary |= {key: to_plain(value) for key, value in effect.values.items()}
 
     def _save_tensors(self, effect: SaveTensors, _state: TrainState, _event: Event) -> None:
-        path = self._claim() / "tensors" / f"{effect.name}.safetensors"
+        path = self._claim() / "tensors" / f"{escape_path(effect.name)}.safetensors"
         make_directories(path.parent, self._disk)
         replace_file(path, tensor_pieces(effect.tensors), self._disk)
 

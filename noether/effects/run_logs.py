@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 
 from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary, ShowProgress
+from noether.core.file_names import escape_path
 from noether.core.text import escape_controls
 from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.finalizers import finalize
@@ -240,7 +241,7 @@ class RunLogs:
 
     def _save_tensors(self, effect: SaveTensors, _state: TrainState, _event: Event) -> None:
         self._access.check()
-        path = self._access.path / "tensors" / f"{effect.name}.safetensors"
+        path = self._access.path / "tensors" / f"{escape_path(effect.name)}.safetensors"
         make_directories(path.parent, self._disk)
         replace_file(path, tensor_pieces(effect.tensors), self._disk)
 

@@ -35,6 +35,7 @@ EVALUATE = "evaluate: {val: [loss, accuracy], every_n_epochs: 1}"
     ("old", "new", "message"),
     [
         ("name: digits", "nam: digits", ["1: run.name: is missing", "1: run.nam: unknown setting; did you mean 'name'?"]),
+        ("name: digits", f"name: {'ä' * 128}", ["1: run.name: has 256 bytes, and the name of a folder has at most 255"]),
         ("name: digits", "name: a/b", ["1: run.name: 'a/b' is not the name of a folder; use letters, digits, '.', '_', '-'"]),
         ("name: digits", "name: digits, seed: -1", ["1: run.seed: -1 is not a whole number of at least 0"]),
         ("name: digits", "name: digits, handlers: {shop.Net: os.system}",

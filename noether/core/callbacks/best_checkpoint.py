@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfinite, min_delta_problem
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, check_whole
+from noether.core.file_names import best_pointer
 from noether.core.tensors.stored_weights import measured_weights, memory_of, name_in_tags
 from noether.core.tensors.tree import FrozenDict
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 @final
 class BestCheckpointCallback(MetricWatcher):
-    """Saves a checkpoint whenever a metric improves; the pointer `best_model.{metric}` follows it (`/` becomes `.`).
+    """Saves a checkpoint whenever a metric improves; the pointer `best_model.{metric}` follows it.
+
+    In the pointer's name `/` becomes `.`, and other characters than letters, digits and `_-=` are escaped, as in
+    `best_model.val.recall%4010` for `val/recall@10`; `noether eval --checkpoint` takes `best_model.val/recall@10` too.
 
     For each tolerance k, the pointer `best_model.{metric}.tolerance={k}` names the best checkpoint that a run with
     early stopping after k firings would have had. Checkpoints that no pointer names are removed. Values that are not
@@ -79,8 +83,11 @@ class BestCheckpointCallback(MetricWatcher):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """A key for the pointer, which refuses a second callback that moves it: each would remove the other's saves."""
-        return (f"checkpoints/{self.pointer}",)
+        """A key for the pointer, which refuses a second callback that moves it: each would remove the other's saves.
+
+        Its letters are small, because some file systems ignore their case.
+        """
+        return (f"checkpoints/{self.pointer.lower()}",)
 
     @property
     def consumes(self) -> tuple[str, ...]:
@@ -90,7 +97,7 @@ class BestCheckpointCallback(MetricWatcher):
     @property
     def pointer(self) -> str:
         """Name of the pointer to the best checkpoint."""
-        return f"best_model.{self.metric_key.replace('/', '.')}"
+        return best_pointer(self.metric_key)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return a memory without a best value."""
@@ -111,7 +118,7 @@ class BestCheckpointCallback(MetricWatcher):
         state = state.remember(self.name, FrozenDict(best=value, since=0, longest=memory["longest"]))
         # Early stopping would have ended a run whose longest wait reached its tolerance.
         running = [k for k in self.tolerances if memory["longest"] < k]
-        pointers = (self.pointer, *(f"{self.pointer}.tolerance={k}" for k in running))
+        pointers = tuple(best_pointer(self.metric_key, k) for k in (None, *running))
         save = SaveCheckpoint(models=self.model_names, pointers=pointers, retention=FrozenDict({self.name: 0}))
         weights = measured_weights(state, self.metric_key) if self.weights_of is None else self.weights_of
         if weights is None:

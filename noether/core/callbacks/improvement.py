@@ -112,6 +112,8 @@ class MetricWatcher(PeriodicCallback):
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
         yield from super().problems()
+        if not self.metric_key:
+            yield Problem("metric_key", "is empty; give the key of a metric, such as 'val/accuracy'")
         yield mode_problem(self.metric_key, self.mode)
         yield check_choice("missing", self.missing, ("skip", "raise"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.errors import WeightsError, suggest
+from noether.core.file_names import escape_name
 from noether.core.tensors.live.weights import match_names
 from noether.core.tensors.tree import FrozenDict
 
@@ -43,7 +44,7 @@ def name_in_tags(weights: str) -> str:
         >>> name_in_tags("slow/ema=0.999")
         'slow.ema=0.999'
     """
-    return weights.replace("/", ".")
+    return escape_name(weights)
 
 
 def measured_weights(state: TrainState, metric_key: str) -> str | None:

@@ -22,7 +22,7 @@ FORMAT: Final = 3
 _ADDED_IN_FORMAT_3: Final = ("requests", "pointers")
 MAX_BYTES: Final = 1 << 24
 """Largest size of a manifest, which lists at most four files and the saves of one event."""
-NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=\-]{0,199}", re.ASCII)
+NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=%\-]{0,199}", re.ASCII)
 """The names of checkpoints and pointers; none is a path to another directory."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 

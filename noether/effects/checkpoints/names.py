@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from noether.core.errors import suggest
+from noether.core.file_names import describe_name, find_name
 from noether.effects.checkpoints.contents import WEIGHTS
 from noether.effects.checkpoints.listing import CheckpointError
 
@@ -26,7 +27,8 @@ _PART: Final = re.compile(r"(?P<counts>[EUS]\d+(?:_[EUS]\d+)*)(?P<suffix>\..+)?"
 def find_tag(name: str, listing: Listing, directory: Path) -> str:
     """Return the tag of the checkpoint that a name means.
 
-    A name is a tag; a pointer, such as `latest` or `best_model.val.accuracy` (also written `best_model.val/accuracy`);
+    A name is a tag; a pointer, such as `latest` or `best_model.val.accuracy`, or with the metric key as it was logged,
+    such as `best_model.val/recall@10` for `best_model.val.recall%4010`;
     a part of a tag's iteration that only one saved iteration has, such as `E30`, `U300` or `E30.ema=0.999`; `newest`,
     the newest checkpoint with all training weights; or `best`, if only one checkpoint is the best of a metric.
 
@@ -39,11 +41,11 @@ def find_tag(name: str, listing: Listing, directory: Path) -> str:
         CheckpointError: If the name means none of them, or several; the message lists them.
     """
     manifests = listing.manifests
-    for written in (name, name.replace("/", ".")):
-        if written in listing.broken:
-            raise listing.broken[written]
-        if (tag := listing.targets.get(written)) is not None:
-            return tag
+    name = find_name(name, [entry.name for entry in listing.pointers])
+    if name in listing.broken:
+        raise listing.broken[name]
+    if (tag := listing.targets.get(name)) is not None:
+        return tag
     if name in listing.damaged or any(manifest.tag == name for manifest in manifests):
         return name
     if name == BEST:
@@ -57,7 +59,7 @@ def find_tag(name: str, listing: Listing, directory: Path) -> str:
             f"{name!r} may be any of {len(found)} checkpoints in {directory}: {tags}; give one of them"
         )
     known = [*listing.targets, *(manifest.tag for manifest in manifests)]
-    names = ", ".join(known) or "none"
+    names = ", ".join(map(describe_name, known)) or "none"
     raise CheckpointError(f"no checkpoint {name!r} in {directory}; there are: {names}{suggest(name, known)}")
 
 

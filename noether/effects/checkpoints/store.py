@@ -345,6 +345,6 @@ class CheckpointStore(CheckpointReader):
 def _check_name(role: str, name: str) -> None:
     if not NAME.fullmatch(name):
         raise CheckpointError(
-            f"{role} {name!r} is not a valid name: use up to 200 letters, digits and '_.=-', and start with a letter, "
+            f"{role} {name!r} is not a valid name: use up to 200 letters, digits and '_.=%-', and start with a letter, "
             "a digit or '_'"
         )

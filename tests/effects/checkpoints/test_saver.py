@@ -302,7 +302,7 @@ def test_process_waits_for_its_last_save_at_exit(tmp_path):
 
 def test_failure_at_exit_is_written_to_standard_error(tmp_path):
     process = train_without_close(tmp_path / "run", "no/name")
-    assert "tag 'no/name' is not a valid name: use up to 200 letters, digits and '_.=-'" in process.stderr
+    assert "tag 'no/name' is not a valid name: use up to 200 letters, digits and '_.=%-'" in process.stderr
 
 
 def test_saves_of_one_event_do_not_wait_for_each_other(tmp_path, gate, gated_disk):

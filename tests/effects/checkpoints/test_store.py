@@ -331,7 +331,7 @@ def test_error_for_an_unknown_name_lists_the_known_ones(store, folder):
     "effect", [SaveCheckpoint(tag="a/b"), SaveCheckpoint(tag=".x"), SaveCheckpoint(pointers=("a b",))]
 )
 def test_invalid_names_are_refused(store, effect):
-    with pytest.raises(CheckpointError, match=r"is not a valid name: use up to 200 letters, digits and '_\.=-'"):
+    with pytest.raises(CheckpointError, match=r"is not a valid name: use up to 200 letters, digits and '_\.=%-'"):
         store.save(effect, state_at(1), UPDATE)
 
 
