@@ -7,13 +7,14 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from noether.config.compatibility import translation_of
 from noether.config.objects.function_callback import FunctionCallbackFactory
 from noether.config.objects.kinds import CALLBACK, resolve
+from noether.config.structure.converter import is_function_type
 from noether.config.structure.signatures import parameters
 from noether.core.callback import declaration_of
 from noether.core.callbacks.periodic import PeriodicCallback
@@ -153,7 +154,7 @@ def type_in_words(annotation: Any) -> str:
         return " | ".join(map(str, inside))
     if origin in (tuple, list, Sequence):
         return f"list of {', '.join(type_in_words(each) for each in inside if each is not Ellipsis)}"
-    if origin is Callable:
+    if origin is not type and is_function_type(annotation):
         return "dotted path of a function"
     return _WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeAlias, final
 
 from noether.config.errors import ConfigError, LocatedProblem, Place, SettingPath
 from noether.config.objects import kinds
+from noether.config.objects.functions import FunctionKind, MetricKind, metric_label
 from noether.config.objects.kinds import Kind
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings, check_number
 from noether.config.source import Source  # noqa: TC001 - the annotations of a dataclass are read at run time
@@ -21,11 +22,13 @@ ENDS = ("max_epochs", "max_updates", "max_samples")
 Model: TypeAlias = Annotated[Kind, kinds.MODEL]
 Dataset: TypeAlias = Annotated[Kind, kinds.DATASET]
 Callback: TypeAlias = Annotated[Kind, kinds.CALLBACK]
-Loss: TypeAlias = Annotated[str, kinds.OUTPUT_FUNCTION]
-BatchFunction: TypeAlias = Annotated[str, kinds.BATCH_FUNCTION]
-Handler: TypeAlias = Annotated[str, kinds.HANDLER]
+Function: TypeAlias = FunctionKind | Kind | Callable[..., Any] | str
+"""A function as an entry that was read from YAML; in Python also the function itself, or its dotted path."""
+Loss: TypeAlias = Annotated[Function, kinds.OUTPUT_FUNCTION]
+BatchFunction: TypeAlias = Annotated[Function, kinds.BATCH_FUNCTION]
+Handler: TypeAlias = Annotated[Function, kinds.HANDLER]
 EffectType: TypeAlias = Annotated[str, kinds.EFFECT]
-Metric: TypeAlias = Annotated[str, "metric"]
+Metric: TypeAlias = Annotated[MetricKind | Callable[..., Any] | str, kinds.METRIC]
 
 _SEED_LIMIT: Final = 2**63
 _NAME_BYTES: Final = 255
@@ -58,7 +61,8 @@ class RunSettings:
         output: Folder of all output.
         seed: Seed of parameters, data order, dropout and augmentation; from 0 to 2**63 - 1.
         init_from: Checkpoint whose weights the run starts with; None for newly initialized weights.
-        handlers: Maps the dotted path of a type of effect to the dotted path of its handler `(effect, state, event)`.
+        handlers: Maps the dotted path of a type of effect to its handler `(effect, state, event)`, as for
+            `trainer.loss`.
         tensorboard: Whether to write metrics to TensorBoard too, in the run's folder `tensorboard`.
         wandb: Settings for logging metrics to Weights & Biases too; None to not use it.
 
@@ -108,7 +112,8 @@ class EvaluateSettings:
         every_n_epochs: Interval in epochs; give exactly one interval.
         every_n_updates: Interval in updates.
         every_n_samples: Interval in samples.
-        datasets: For each dataset key a list of `loss`, names of metrics, or dotted paths of functions.
+        datasets: For each dataset key a list of `loss`, names of metrics, dotted paths of functions, or `{kind: ...}`
+            with the settings of a function or class and a `name`.
 
     Raises:
         SettingsError: If there is not exactly one interval, it is not a whole number, or no metric is listed.
@@ -133,8 +138,11 @@ class EvaluateSettings:
         for key, metrics in self.datasets.items():
             if not metrics:
                 yield Problem(key, "names no metric; expected for example [loss, accuracy]")
-            if len(set(metrics)) < len(metrics):
-                yield Problem(key, f"{list(metrics)} names a metric twice; remove one")
+            labels = ["loss" if metric == "loss" else f"metric {metric_label(metric)}" for metric in metrics]
+            if len(set(labels)) < len(labels):
+                shown = [label.removeprefix("metric ") for label in labels]
+                fix = " or give it another name" if any(isinstance(each, MetricKind) for each in metrics) else ""
+                yield Problem(key, f"{shown} names a metric twice; remove one{fix}")
 
 
 @final
@@ -180,7 +188,8 @@ class TrainerSettings:
             limit.
         eval_batch_size: Samples of one forward pass in evaluation; None for the number in training.
         loss: Dotted path of a pure function `(outputs, batch) -> {name: mean over samples}`, or of one that returns one
-            loss; a `noether.Mean` gives a loss another weight than the samples.
+            loss; a `noether.Mean` gives a loss another weight than the samples. With settings, `{kind: mine.huber,
+            delta: 0.5}`: the further parameters of the function, or those of a class whose instance is the loss.
         evaluate: Metrics to measure during training, and their interval; None to measure none.
         evaluate_first: Whether to measure them before the first update too.
         device: `cpu`, `cuda`, `cuda:1` and the like, or `auto` for the best available.
@@ -297,9 +306,10 @@ class Config:
         optimizer: The optimizer.
         trainer: How the run is trained, and where it ends.
         callbacks: The callbacks in the order of their calls.
-        batch_size: Dotted path of a function `batch -> number of samples`, in YAML `data.batch_size`; None to count the
-            samples that are collated into a batch. It is needed for a dataset whose `collate` leaves samples out of
-            batches whose tensors differ in their first dimension, or where a sample is something else than an item.
+        batch_size: Function `batch -> number of samples` as for `trainer.loss`, in YAML `data.batch_size`; None to
+            count the samples that are collated into a batch. It is needed for a dataset whose `collate` leaves samples
+            out of batches whose tensors differ in their first dimension, or where a sample is something else than an
+            item.
         source: The text that it was read from, for messages; equality ignores it.
 
     Raises:

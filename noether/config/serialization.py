@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from noether.config.objects.functions import FunctionKind, MetricKind, describe_function
 from noether.config.objects.kinds import Kind
 from noether.config.schema import CheckpointSettings, Config, EvaluateSettings, OptimizerSettings
 from noether.config.source import SCALARS
@@ -37,8 +39,8 @@ def dump(config: Config) -> str:
 
 @singledispatch
 def _plain_value(value: Any) -> Any:
-    if inspect.isroutine(value) or isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
+    if inspect.isroutine(value) or isinstance(value, (type, functools.partial)):
+        return _plain_value(describe_function(value))
     return _plain_fields(value) if dataclasses.is_dataclass(value) else value
 
 
@@ -51,7 +53,20 @@ def _(value: Config) -> dict[str, Any]:
 
 @_plain_value.register
 def _(value: Kind) -> dict[str, Any]:
-    return {"kind": value.path, **_plain_value(value.settings)}
+    kind = {"kind": value.path} if value.path else {}
+    return {**kind, **_plain_value(value.settings)}
+
+
+@_plain_value.register
+def _(value: FunctionKind) -> dict[str, Any] | str:
+    return {"kind": value.path, **_plain_value(value.settings)} if value.settings else value.path
+
+
+@_plain_value.register
+def _(value: MetricKind) -> Any:
+    entry = _plain_value(value.entry)
+    named = {} if value.name is None else {"name": value.name}
+    return {**({"kind": entry} if isinstance(entry, str) else entry), **named} if named else entry
 
 
 @_plain_value.register

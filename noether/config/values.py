@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import ConfigError, InvalidValueError, LocatedProblem, Place
+from noether.config.objects.functions import describe_function
 from noether.config.source import MAX_LEVELS, Source
 
 if TYPE_CHECKING:
@@ -17,15 +18,18 @@ def source_from_values(values: Mapping[str, Any]) -> Source:
     """Return the source of a configuration that is given as a mapping; its settings have paths, but no file and line.
 
     Args:
-        values: Sections of mappings, lists, tuples, paths, text, numbers, true, false and None.
+        values: Sections of mappings, lists, tuples, paths, text, numbers, true, false and None. A function or class
+            in a module stands for its dotted path; a `functools.partial` of one, for its `kind` and settings.
 
     Raises:
         ConfigError: With the path of every value that YAML could not contain.
 
     Example:
-        >>> source_from_values({"trainer": {"loss": print}})
+        >>> source_from_values({"trainer": {"loss": source_from_values}}).data
+        {'trainer': {'loss': 'noether.config.values.source_from_values'}}
+        >>> source_from_values({"data": {"train": object()}})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        noether.config.errors.ConfigError: trainer.loss: <built-in function print> is not a plain value;
+        noether.config.errors.ConfigError: data.train: <object object at 0x...> is not a plain value;
         write a function or class as its dotted path, such as 'package.module.name'
     """
     problems: list[LocatedProblem] = []
@@ -54,6 +58,12 @@ def _plain(value: Any, path: SettingPath, problems: list[LocatedProblem]) -> Any
             return kind(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if callable(value):
+        try:
+            return _plain(describe_function(value), path, problems)
+        except InvalidValueError as error:
+            problems.append(LocatedProblem(Place(""), path, str(error)))
+            return None
     message = (
         f"{value!r} is not a plain value; write a function or class as its dotted path, such as 'package.module.name'"
     )

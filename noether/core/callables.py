@@ -14,6 +14,32 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def signature_of(target: Any) -> inspect.Signature:
+    """Return the signature with which `target` is called.
+
+    A function that `functools.wraps` made look like another one has its own, unless it takes any arguments
+    (`*args, **kwargs`), which it passes on to that one.
+
+    Raises:
+        TypeError: If it is not callable.
+        ValueError: If it has no signature, like some functions written in C.
+
+    Example:
+        >>> def scaled(outputs, batch, factor): ...
+        >>> @functools.wraps(scaled)
+        ... def doubled(outputs, batch): return scaled(outputs, batch, 2)
+        >>> signature_of(doubled)
+        <Signature (outputs, batch)>
+    """
+    function = without_partial(target)
+    if isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
+        own = inspect.signature(target, follow_wrapped=False)
+        kinds = {each.kind for each in own.parameters.values()}
+        if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            return own
+    return inspect.signature(target)
+
+
 def accepts(target: Any, *arguments: str) -> bool:
     """Return whether `target` can be called with these positional arguments; keyword-only parameters are settings.
 
@@ -22,7 +48,7 @@ def accepts(target: Any, *arguments: str) -> bool:
         (True, False)
     """
     try:
-        signature = inspect.signature(target)  # raises if it is not callable
+        signature = signature_of(target)  # raises if it is not callable
         positional = [each for each in signature.parameters.values() if each.kind is not each.KEYWORD_ONLY]
         signature.replace(parameters=positional).bind(*arguments)
     except (TypeError, ValueError):
@@ -33,7 +59,7 @@ def accepts(target: Any, *arguments: str) -> bool:
 def may_accept(target: Any, *arguments: str) -> bool:
     """Return whether `target` can be called with these positional arguments; True if it has no signature to read."""
     try:
-        inspect.signature(target)
+        signature_of(target)
     except ValueError:  # a function written in C
         return True
     except TypeError:
@@ -62,21 +88,22 @@ def describe_misfit(target: Any, *arguments: str) -> str | None:
     expected = ", ".join(arguments)
     if not may_accept(target, *arguments):
         return f"takes {_signature_text(target)}, not ({expected})"
-    names = _positional_names(target)
+    names = positional_names(target)
     if any(name in arguments and arguments.index(name) != index for index, name in enumerate(names)):
         return f"takes {_signature_text(target)}, not ({expected})"
     return None
 
 
 def _signature_text(target: Any) -> str:
-    signature = inspect.signature(target)
+    signature = signature_of(target)
     bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=signature.empty))
 
 
-def _positional_names(target: Any) -> list[str]:
+def positional_names(target: Any) -> list[str]:
+    """Return the names of the parameters that `target` takes by position; none if it has no signature to read."""
     try:
-        signature = inspect.signature(target)
+        signature = signature_of(target)
     except ValueError:
         return []
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -91,7 +118,7 @@ def unbound_settings(target: Any) -> list[str]:
         ['factor']
     """
     try:
-        signature = inspect.signature(target)
+        signature = signature_of(target)
     except (TypeError, ValueError):
         return []
     settings = (each for each in signature.parameters.values() if each.kind is each.KEYWORD_ONLY)

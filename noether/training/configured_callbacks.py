@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from noether.config.errors import ConfigError
-from noether.config.objects.import_policy import import_path
+from noether.config.objects.functions import build_metric
 from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
@@ -72,8 +72,8 @@ def _build_evaluations(config: Config) -> list[EvaluateCallback]:
     intervals = {name: getattr(evaluate, name) for name in INTERVALS}
     evaluations = []
     for key, measures in evaluate.datasets.items():
-        functions = tuple(import_path(measure) if "." in measure else measure for measure in measures)
         with locate_errors(config, ("trainer", "evaluate", key)):
+            functions = tuple(map(build_metric, measures))
             evaluations.append(EvaluateCallback(dataset_key=key, measures=functions, **intervals))
     return evaluations
 

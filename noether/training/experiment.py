@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from torch.utils.data import IterableDataset
 
-from noether.config.objects.import_policy import import_path
+from noether.config.objects.functions import build_function
+from noether.config.objects.kinds import build_nested
 from noether.config.optimizer_settings import ScheduleSettings
 from noether.config.schema import ENDS
 from noether.config.serialization import resolve_config
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from noether.config.schema import Config
+    from noether.config.errors import SettingPath
+    from noether.config.schema import Config, Function
     from noether.core.reducer import Reducer
     from noether.training.configured_callbacks import ConfiguredCallback
 
@@ -114,7 +116,12 @@ def build(
     datasets = _build_datasets(config)
     data = _build_training_data(config, datasets["train"], device)
     network = _build_model(config, model or config.model.build, device)
-    count = {} if config.batch_size is None else {"batch_size": import_path(config.batch_size)}
+    count = (
+        {}
+        if config.batch_size is None
+        else {"batch_size": _build_function(config, ("data", "batch_size"), config.batch_size)}
+    )
+    loss = _build_function(config, ("trainer", "loss"), config.trainer.loss)
     run = Run(
         end=configured_end(config),
         updates_per_epoch=data.batching.updates_per_epoch,
@@ -123,7 +130,7 @@ def build(
         run_id=run_id,
         config=resolve_config(config),
         data=_build_evaluation_data(config, datasets, device),
-        forward=forward(network, import_path(config.trainer.loss), precision=_PRECISIONS[config.trainer.precision]),
+        forward=forward(network, loss, precision=_PRECISIONS[config.trainer.precision]),
         **count,
     )
     _check_end(config, run)
@@ -139,7 +146,7 @@ def build(
     with locate_errors(config, ("model",)):  # it refuses a model that holds parameters outside of its modules
         step = Step(
             model=network,
-            loss=import_path(config.trainer.loss),
+            loss=loss,
             optimizer=optimizer,
             lr=lr,
             weight_decay=weight_decay,
@@ -239,7 +246,12 @@ def _sample_counter(config: Config, dataset: Any) -> SampleCounter:
     if config.batch_size is None:
         return SampleCounter(dataset)
     setting = f"{config.place(('data', 'batch_size'))}: data.batch_size: "
-    return SampleCounter(dataset, import_path(config.batch_size), setting)
+    return SampleCounter(dataset, _build_function(config, ("data", "batch_size"), config.batch_size), setting)
+
+
+def _build_function(config: Config, path: SettingPath, function: Function) -> Any:
+    with locate_errors(config, path):
+        return build_function(function)
 
 
 def configured_end(config: Config) -> TrainingIteration:
@@ -288,7 +300,7 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> TrainSta
 
 def _build_optimizer(config: Config, model: nn.Module) -> FunctionalOptimizer:
     optimizer = config.optimizer
-    settings = {**optimizer.kind.settings, "lr": optimizer.lr}
+    settings = {**build_nested(optimizer.kind.settings), "lr": optimizer.lr}
     if optimizer.weight_decay is not None:
         settings["weight_decay"] = optimizer.weight_decay
     frozen = frozen_names(model)

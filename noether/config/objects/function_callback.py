@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -51,7 +52,9 @@ class FunctionCallbackFactory:
 
     @property
     def _settings(self) -> list[inspect.Parameter]:
-        named = parameters(inspect.unwrap(self.function)).values()
+        # Decorators of noether pass settings on; one of the user is called with them, so its own signature counts.
+        function = inspect.unwrap(self.function, stop=lambda each: isinstance(each, types.FunctionType))
+        named = parameters(function).values()
         return [each for each in named if each.kind is each.KEYWORD_ONLY]
 
     def __call__(

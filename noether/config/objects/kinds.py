@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import types
 import typing
@@ -14,19 +15,27 @@ from noether.config.errors import InvalidValueError
 from noether.config.objects.callables import is_foreign, is_from, is_lambda
 from noether.config.objects.import_policy import import_allowed
 from noether.config.structure.signatures import signature_parameters
-from noether.core.callables import accepts, describe_deferred, describe_misfit, may_accept
+from noether.core.callables import accepts, describe_deferred, describe_misfit, may_accept, signature_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+class Entry:
+    """Base of the objects named in a configuration; `build` returns the object."""
+
+    def build(self) -> Any:
+        """Return the object."""
+        raise NotImplementedError
+
+
 @final
 @dataclass(frozen=True)
-class Kind:
+class Kind(Entry):
     """An object named in a configuration, with its checked settings.
 
     Args:
-        path: The dotted path as it was written.
+        path: The dotted path as it was written; empty for a dataclass that a setting's annotation names.
         target: The class or function at that path.
         settings: Keyword arguments, with defaults filled in.
         instance: The object, if checking its settings constructed it already; None if not.
@@ -38,23 +47,29 @@ class Kind:
 
     path: str
     target: Callable[..., Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     instance: Any = field(default=None, compare=False, repr=False)
 
     def build(self, *args: object) -> Any:
         """Return the object: `instance` if there is one, otherwise the target called with `args` and the settings.
 
-        A `Kind` in the settings, or in a list or mapping there, is built first.
+        An object named in the settings, or in a list or mapping there, is built first.
         """
-        return self.target(*args, **_build_nested(self.settings)) if self.instance is None else self.instance
+        return self.target(*args, **build_nested(self.settings)) if self.instance is None else self.instance
 
 
-def _build_nested(value: Any) -> Any:
-    if isinstance(value, Kind):
-        return value.build()
+def build_nested(value: Any) -> Any:
+    """Return a setting with every object built that is named in it, or in a list or mapping there.
+
+    Example:
+        >>> build_nested({"sizes": [Kind("builtins.int", int), 2]})
+        {'sizes': [0, 2]}
+    """
     if isinstance(value, Mapping):
-        return {key: _build_nested(each) for key, each in value.items()}
-    return type(value)(map(_build_nested, value)) if type(value) in {list, tuple} else value  # no named tuple
+        return {key: build_nested(each) for key, each in value.items()}
+    if type(value) in {list, tuple, set, frozenset}:  # no named tuple
+        return type(value)(map(build_nested, value))
+    return value.build() if isinstance(value, Entry) else value
 
 
 @final
@@ -97,8 +112,21 @@ def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path |
     """
     target = import_allowed(path, allow, run_dir)
     if not role.fits(target):
-        raise InvalidValueError(f"{path!r} is {_describe(target, role)}, expected {role.name}: {role.expected}")
+        message = f"{path!r} is {_describe(target, role)}, expected {role.name}: {role.expected}"
+        raise InvalidValueError(f"{message}{_hint(path, target, role)}")
     return target
+
+
+def _hint(path: object, target: object, role: Role) -> str:
+    """Return what to write in place of a class, or of an object of torch that takes other arguments."""
+    if not role.arguments or role is CALLBACK:
+        return ""
+    if is_from(target, "torch") and (isinstance(target, type) or not inspect.isroutine(target)):
+        call = f"{getattr(target, '__name__', type(target).__name__)}()(outputs, batch[1])"
+        return f"; call it in a function of yours, such as def loss(outputs, batch): return {{'loss': {call}}}"
+    if isinstance(target, type) and can_serve(target, role):
+        return f"; for an instance of the class, write {{kind: {path}}}"
+    return ""
 
 
 def check_constructible(path: str, target: object) -> None:
@@ -213,7 +241,8 @@ def _is_part(target: object) -> bool:
 
 
 def _reads_outputs(target: object) -> bool:
-    return _is_function(target) and may_accept(target, "outputs", "batch") and not describe_deferred(target)
+    is_called_so = may_accept(target, "outputs", "batch") and not _is_loss_of_torch(target)
+    return _is_function(target) and is_called_so and not describe_deferred(target)
 
 
 def _counts_samples(target: object) -> bool:
@@ -226,6 +255,33 @@ def _is_handler(target: object) -> bool:
 
 def _is_function(target: object) -> bool:
     return callable(target) and not isinstance(target, type)
+
+
+def can_serve(target: Any, role: Role) -> bool:
+    """Return whether `target`, or an instance of it if it is a class, can be called as `role` says, with settings."""
+    if not callable(target) or not role.arguments:
+        return callable(target)
+    called: Any = target
+    if isinstance(target, type):
+        method = "forward" if _is_model(target) else "__call__"
+        if is_foreign(target) or method not in dir(target):
+            return False
+        called = functools.partial(getattr(target, method), target)
+    if describe_deferred(called) or _is_loss_of_torch(target):
+        return False
+    try:
+        positional = [each for each in signature_of(called).parameters.values() if each.kind is not each.KEYWORD_ONLY]
+        inspect.Signature(positional[: len(role.arguments)]).bind(*role.arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a function written in C
+        return True
+    return True
+
+
+def _is_loss_of_torch(target: object) -> bool:
+    """Return whether `target` is a loss module of torch, which is called with (outputs, targets)."""
+    return type(target).__module__ == "torch.nn.modules.loss"
 
 
 MODEL = Role("a model", _is_model, "a subclass of torch.nn.Module, or a function annotated to return one")
@@ -241,12 +297,14 @@ CALLBACK = Role(
 )
 PART = Role("a part of another object", _is_part, "a class of yours, a dataset or a model")
 FUNCTION = Role("a function", _is_function, "a callable that is not a class")
+SETTING_FUNCTION = Role("a function", callable, "a callable")
 OUTPUT_FUNCTION = Role(
     "a function",
     _reads_outputs,
     "a callable that is not a class, called with (outputs, batch)",
     arguments=("outputs", "batch"),
 )
+METRIC = dataclasses.replace(OUTPUT_FUNCTION)
 BATCH_FUNCTION = Role(
     "a function of one batch",
     _counts_samples,

@@ -36,13 +36,24 @@ def construct(converter: Converter, target: Callable[..., Any], value: object, *
     Raises:
         cattrs.errors.ClassValidationError: With every problem of the settings, including those the constructor raises.
     """
-    return construct_with_settings(converter, target, value, **given)[0]
+    return construct_with_settings(converter, target, value, dict, **given)[0]
 
 
 def construct_with_settings(
-    converter: Converter, target: Callable[..., Any], value: object, **given: object
+    converter: Converter,
+    target: Callable[..., Any],
+    value: object,
+    build: Callable[[dict[str, Any]], dict[str, Any]],
+    **given: object,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the result of `construct` and the keyword arguments that `arguments` found in `value`.
+
+    Args:
+        converter: As for `construct`.
+        target: As for `construct`.
+        value: As for `construct`.
+        build: Makes what `target` is called with of the keyword arguments.
+        given: As for `construct`.
 
     Raises:
         cattrs.errors.ClassValidationError: As `construct`.
@@ -55,7 +66,7 @@ def construct_with_settings(
         written: Mapping[str, object] = value if isinstance(value, dict) else {}
         received |= {name: written.get(name, _MISSING) for name in invalid if name in parameters(target)}
     try:
-        instance = target(**given, **received)
+        instance = target(**given, **build(received))
     except SettingsError as error:
         errors = _merge_errors(invalid, error)
     except Exception as error:  # noqa: BLE001 - as in `structure`; an invalid value, reported already, may have caused it

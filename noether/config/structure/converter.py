@@ -110,6 +110,17 @@ def has_origin(*origins: object) -> Callable[[Any], bool]:
     return lambda kind: any((typing.get_origin(kind) or kind) is origin for origin in origins)
 
 
+def is_function_type(kind: Any) -> bool:
+    """Return whether a setting of this type holds a function or a class: a `Callable`, a `type` or a callable protocol.
+
+    Example:
+        >>> is_function_type(Callable[[int], int]), is_function_type(type[int]), is_function_type(int)
+        (True, True, False)
+    """
+    is_protocol = getattr(kind, "_is_protocol", False) and "__call__" in vars(kind)
+    return is_protocol or has_origin(Callable, type)(kind)
+
+
 def _structure_literal(value: object, kind: object) -> object:
     choices = typing.get_args(kind)
     if any(value == each and type(value) is type(each) for each in choices):
@@ -121,13 +132,15 @@ def _structure_literal(value: object, kind: object) -> object:
 def _structure_union(converter: Converter, value: object, kind: object) -> object:
     """Return `value` as the first member that accepts it, trying the value's own type first.
 
-    Text with a dot is the path of a function if one of the members is a function type, even if another one is text.
+    Text with a dot, or a mapping with a `kind` of that form, names a function if one of the members is a function type,
+    even if another one is text or a mapping.
     """
     members = [each for each in typing.get_args(kind) if each is not type(None)]
     if value is None and type(None) in typing.get_args(kind):
         return None
-    if isinstance(value, str) and "." in value:
-        members = list(filter(has_origin(Callable, type), members))[:1] or members
+    path = value.get("kind") if isinstance(value, dict) else value
+    if isinstance(path, str) and "." in path:
+        members = list(filter(is_function_type, members))[:1] or members
     if len(members) == 1:
         return converter.structure(value, members[0])
     for member in sorted(members, key=lambda member: member is not type(value)):

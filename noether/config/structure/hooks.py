@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Final, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast, get_args, get_origin
 
 from noether.config.compatibility import ConfigWarning, translate_settings
 from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, raise_together
 from noether.config.objects.function_callback import FunctionCallbackFactory
+from noether.config.objects.functions import FunctionKind, MetricKind
 from noether.config.objects.kinds import (
     CALLBACK,
     DATASET,
-    FUNCTION,
+    METRIC,
     MODEL,
     OPTIMIZER,
-    OUTPUT_FUNCTION,
     PART,
+    SETTING_FUNCTION,
     Kind,
     Role,
+    build_nested,
+    can_serve,
     check_constructible,
     resolve,
 )
@@ -34,20 +36,21 @@ from noether.config.schema import (
     OptimizerSettings,
 )
 from noether.config.structure.construction import arguments, construct, construct_with_settings
-from noether.config.structure.converter import has_origin, make_converter
+from noether.config.structure.converter import has_origin, is_function_type, make_converter
 from noether.config.structure.signatures import parameters
+from noether.core.callables import positional_names, unbound_settings
 from noether.core.errors import Problem, SettingsError, suggest
 from noether.core.schedules.schedule import INTERVALS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from cattrs import Converter
 
+    from noether.config.schema import Function
     from noether.config.source import Source
 
-_SETTING_FUNCTION: Final = dataclasses.replace(FUNCTION, fits=callable, expected="a callable")
 _OPTIMIZER_FIELDS: Final = tuple(each.name for each in dataclasses.fields(OptimizerSettings) if each.name != "kind")
 
 
@@ -58,10 +61,11 @@ def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | 
     converter.register_structure_hook(EvaluateSettings, lambda value, _: _structure_evaluate(converter, value))
     converter.register_structure_hook(CheckpointSettings, lambda value, _: _structure_checkpoints(converter, value))
     converter.register_structure_hook(OptimizerSettings, lambda value, _: _structure_optimizer(kinds, value))
-    converter.register_structure_hook(Config, lambda value, _: _structure_config(converter, value, source))
-    converter.register_structure_hook_func(
-        has_origin(Callable, type), lambda value, _: kinds.resolve(value, _SETTING_FUNCTION)
-    )
+    converter.register_structure_hook(Config, lambda value, _: _structure_config(kinds, value))
+    converter.register_structure_hook_func(lambda kind: kind in (Any, object), lambda value, _: kinds.nested(value))
+    converter.register_structure_hook_func(_is_dataclass_of_user, kinds.structure_dataclass)
+    converter.register_structure_hook_func(is_function_type, lambda value, _: kinds.function(value, SETTING_FUNCTION))
+    converter.register_structure_hook_func(_is_metric_type, lambda value, _: kinds.metric(value))
     for role, base in _PART_TYPES.items():
         converter.register_structure_hook_func(partial(_derives_from, base), partial(_structure_part, kinds, role))
     converter.register_structure_hook_func(
@@ -79,27 +83,90 @@ class _KindHooks:
     source: Source
     run_dir: Path | None
 
-    def structure(self, value: object, kind: type, role: Role | str) -> object:
-        if kind is Kind and isinstance(role, Role):
+    def structure(self, value: object, kind: type, role: Role) -> object:
+        if kind is Kind:
             return self.callback(value) if role is CALLBACK else self.kind(value, role)
+        if isinstance(value, dict) and kind is not str:
+            return self.metric(value) if role is METRIC else self.function(value, role)
         path: str = self.converter.structure(value, str)
-        # Text without a dot names a metric of noether; the callback that measures it checks the name.
-        if isinstance(role, Role) or "." in path:
-            self.resolve(path, role if isinstance(role, Role) else OUTPUT_FUNCTION)
+        if "." in path or role is not METRIC:  # a metric without a dot is one of noether's, which its callback checks
+            self.resolve_function(path, role)
         return path
 
     def resolve(self, path: object, role: Role) -> Any:
         return resolve(path, role, self.allow, self.run_dir)
 
+    def resolve_function(self, path: str, role: Role) -> Any:
+        """Return the function at a path without settings."""
+        target = self.resolve(path, role)
+        missing = unbound_settings(target) if role.arguments else []
+        if missing:
+            write = ", ".join(f"{name}: ..." for name in missing)
+            raise InvalidValueError(
+                f"{path!r} needs the setting {' and '.join(missing)}: write {{kind: {path}, {write}}}"
+            )
+        return target
+
+    def fits(self, path: object, role: Role) -> bool:
+        """Return whether the object at a path may be imported and fits a role."""
+        try:
+            self.resolve(path, role)
+        except InvalidValueError:
+            return False
+        return True
+
     def kind(self, value: object, role: Role) -> Kind:
         """Return an entry with checked settings, nested entries included; `Kind.build` constructs them later."""
         path, target, written = self.read_entry(value, role)
-        settings, errors = arguments(self.converter, target, written, given=role.given)
-        for name, setting in settings.items():
-            with collect_errors(errors, name):
-                settings[name] = self.nested(setting)
+        return Kind(path, target, self.settings(target, written, role.given))
+
+    def settings(self, target: Any, written: Mapping[str, object], given: Iterable[str] = ()) -> dict[str, Any]:
+        """Return checked settings of a class or function, nested entries included."""
+        settings, errors = arguments(self.converter, target, written, given=given)
         raise_together(errors, Kind)
-        return Kind(path, target, settings)
+        return settings
+
+    def function(self, value: object, role: Role, beside: Iterable[str] = ()) -> FunctionKind | Kind:
+        """Return the entry of a function, or of a class that makes one: a dotted path, or a `kind` with settings.
+
+        Args:
+            value: The entry.
+            role: What the function is called with.
+            beside: Settings of the entry that are not the function's.
+        """
+        if not isinstance(value, dict):
+            path: str = self.converter.structure(value, str)
+            return FunctionKind(path, self.resolve_function(path, role))
+        path, target, written = self.read_entry(value, dataclasses.replace(role, fits=partial(can_serve, role=role)))
+        written = {name: each for name, each in written.items() if name not in beside}
+        if isinstance(target, type):
+            return Kind(path, target, self.settings(target, written))
+        # Those that its caller passes by position are no settings.
+        passed = positional_names(target)
+        given = passed[: len(role.arguments)] if role.arguments else [each for each in passed if each not in written]
+        return FunctionKind(path, target, self.settings(target, written, given))
+
+    def metric(self, value: object) -> MetricKind:
+        """Return the entry of a metric that is not one of noether's."""
+        entry = self.function(value, METRIC, beside=("name",))
+        errors: list[Exception] = []
+        name = None
+        if isinstance(value, dict) and "name" in value:
+            with collect_errors(errors, "name"):
+                name = self.converter.structure(value["name"], str)
+                if not name.strip():
+                    raise InvalidValueError(f"{name!r} is no name for a metric; leave it out or write one")
+                if "name" in parameters(entry.target):
+                    raise InvalidValueError(
+                        f"is the name of the metric, so {entry.path} cannot have a parameter of that name; rename it"
+                    )
+        raise_together(errors, MetricKind)
+        return MetricKind(entry, name)
+
+    def structure_dataclass(self, value: object, kind: type) -> Kind:
+        """Return the entry of a dataclass in settings, which is constructed now so that it checks its own."""
+        instance, settings = construct_with_settings(self.converter, kind, value, build_nested)
+        return Kind("", kind, settings, instance)
 
     def nested(self, value: Any) -> Any:
         """Return a setting with each mapping in it that has a dotted path as `kind` structured as an entry."""
@@ -126,7 +193,7 @@ class _KindHooks:
             target = FunctionCallbackFactory(target)
         if "name" not in parameters(target):
             written.pop("name", None)  # in YAML, any callback may have a label for the reader
-        instance, settings = construct_with_settings(self.converter, target, written)
+        instance, settings = construct_with_settings(self.converter, target, written, build_nested)
         # Imported here, because it imports torch and an invalid entry is refused without it.
         from noether.core.callback_checks import check_bound, check_callback
 
@@ -155,6 +222,15 @@ class _KindHooks:
             check_constructible(value["kind"], target)
         raise_together(errors, Kind)
         return value["kind"], target, {name: each for name, each in value.items() if name != "kind"}
+
+
+def _is_dataclass_of_user(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind) and not kind.__module__.startswith("noether.")
+
+
+def _is_metric_type(kind: Any) -> bool:
+    name = (getattr(kind, "__module__", ""), getattr(kind, "__name__", ""))
+    return name == ("noether.core.callbacks.metric_functions", "MetricFunction")
 
 
 _PART_TYPES: Final = {DATASET: ("torch.utils.data.dataset", "Dataset"), MODEL: ("torch.nn.modules.module", "Module")}
@@ -194,25 +270,26 @@ def _structure_evaluate(converter: Converter, value: object) -> object:
     return section
 
 
-def _structure_config(converter: Converter, value: object, source: Source) -> object:
+def _structure_config(kinds: _KindHooks, value: object) -> object:
     """Return the configuration; `data.batch_size`, which is no dataset, is the field `batch_size`."""
     data = value.get("data") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(data, dict) or "batch_size" not in data:
-        return construct(converter, Config, value, source=source, batch_size=None)
+        return construct(kinds.converter, Config, value, source=kinds.source, batch_size=None)
     rest = {**value, "data": {name: each for name, each in data.items() if name != "batch_size"}}
     errors: list[Exception] = []
-    function = None
+    function: Function | None = None
     with collect_errors(errors, "data"):
         problems: list[Exception] = []
         with collect_errors(problems, "batch_size"):
-            if isinstance(data["batch_size"], dict):
+            entry = data["batch_size"]
+            if isinstance(entry, dict) and kinds.fits(entry.get("kind"), DATASET):
                 raise InvalidValueError(
                     "is no dataset, but the dotted path of a function (batch) -> number of samples; rename the dataset"
                 )
-            function = converter.structure(data["batch_size"], BatchFunction)
+            function = kinds.converter.structure(entry, cast("Any", BatchFunction))
         raise_together(problems, Config)
     with collect_errors(errors):
-        config = construct(converter, Config, rest, source=source, batch_size=function)
+        config = construct(kinds.converter, Config, rest, source=kinds.source, batch_size=function)
     raise_together(errors, Config)
     return config
 

@@ -9,6 +9,8 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any
 
+from noether.core.callables import signature_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def signature_parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return every parameter of `target`; a function written in C without a signature takes any keyword argument."""
     try:
-        return list(inspect.signature(target).parameters.values())
+        return list(signature_of(target).parameters.values())
     except (TypeError, ValueError):
         return [inspect.Parameter("settings", inspect.Parameter.VAR_KEYWORD)]
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
+from noether.core.callables import without_partial
 from noether.core.callback import OptionalKey
-from noether.core.callbacks.metric_functions import METRICS, MetricFunction, mean_of_output
+from noether.core.callbacks.metric_functions import METRICS, MetricFunction, NamedMetric, mean_of_output
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metrics import is_current, log, patterns_containing
@@ -141,8 +142,9 @@ class MetricCallback(_Evaluation):
 
     Args:
         dataset_key: Name of the dataset to evaluate.
-        metric: `accuracy`, `binary_accuracy`, or a pure function of outputs and batch (in YAML its dotted path) that
-            returns one value per sample, `(batch,)`, or the mean over the batch, `()`.
+        metric: `accuracy`, `binary_accuracy`, or a pure function of outputs and batch (in YAML its dotted path, or
+            `{kind: mine.within, tol: 0.03, name: within_3}`) that returns one value per sample, `(batch,)`, or the mean
+            over the batch, `()`.
         batch_size: Samples per batch, >= 1; None for that of the trainer.
         weights: Name of the weights to evaluate, such as `ema=0.999`; None for those in training.
         every_n_epochs: Epochs between firings, >= 1.
@@ -214,7 +216,8 @@ class EvaluateCallback(_Evaluation):
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
         yield from super().problems()
-        if not self.measures or len({metric_name(m) for m in self.measures}) < len(self.measures):
+        names = ["loss" if measure == "loss" else f"metric {metric_name(measure)}" for measure in self.measures]
+        if not names or len(set(names)) < len(names):
             yield Problem(
                 "measures", f"{list(self.measures)} is not a list of different measures, like [loss, accuracy]"
             )
@@ -231,7 +234,12 @@ class EvaluateCallback(_Evaluation):
 
 def metric_name(metric: str | MetricFunction) -> str:
     """Return the name of a metric in keys."""
-    return metric if isinstance(metric, str) else str(getattr(metric, "__name__", type(metric).__name__))
+    if isinstance(metric, str):
+        return metric
+    if isinstance(metric, NamedMetric):
+        return metric.name
+    function = metric if hasattr(metric, "__name__") else without_partial(metric)
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _metric_problem(setting: str, metric: object) -> Problem | None:

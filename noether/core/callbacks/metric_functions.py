@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 import torch
 
 from noether.core.errors import NoetherError, OutputError
 from noether.core.tensors.batch import target_of
-from noether.core.tensors.means import Mean
 
-MetricFunction = Callable[[Any, Any], torch.Tensor | Mean]
-"""A pure function `(outputs, batch)` that returns one value per sample, `(batch,)`, or their mean, `()`.
+if TYPE_CHECKING:
+    from noether.core.tensors.means import Mean
 
-It returns `Mean(value, weight=n)` if that is the mean over something else than samples.
-"""
+
+class MetricFunction(Protocol):
+    """A pure function `(outputs, batch)` that returns one value per sample, `(batch,)`, or their mean, `()`.
+
+    It returns `Mean(value, weight=n)` if that is the mean over something else than samples. In YAML a setting of this
+    type is a dotted path, or a `kind` with settings and a `name`; it becomes a `NamedMetric`.
+    """
+
+    def __call__(self, outputs: Any, batch: Any, /) -> torch.Tensor | Mean:
+        """Return the values, or their mean."""
+
+
+@final
+@dataclass(frozen=True)
+class NamedMetric:
+    """A metric with the name that it has in metric keys.
+
+    Args:
+        name: The name.
+        function: The metric.
+
+    Example:
+        >>> half = NamedMetric("half", lambda outputs, batch: outputs / 2)
+        >>> half(torch.tensor([3.0]), None)
+        tensor([1.5000])
+    """
+
+    name: str
+    function: MetricFunction
+
+    def __call__(self, outputs: Any, batch: Any) -> torch.Tensor | Mean:
+        """Return the result of the metric."""
+        return self.function(outputs, batch)
 
 
 _GIVE_FUNCTION: Final = "give a function of outputs and batch that returns one value per sample, (batch,)"

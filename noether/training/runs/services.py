@@ -6,6 +6,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from noether.config.objects.functions import build_function
 from noether.config.objects.import_policy import import_path
 from noether.core.tensors.stored_weights import name_in_tags
 from noether.effects import open_run
@@ -13,6 +14,7 @@ from noether.effects.disk.files import make_directories
 from noether.effects.logs.tensorboard import TensorBoard
 from noether.effects.logs.wandb import WeightsAndBiases
 from noether.effects.run_logs import LOG_EFFECTS
+from noether.training.error_locations import locate_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,9 +67,10 @@ def add_handlers(
         config: The configuration.
         guard: Wraps handlers of logs by name, so that their failures do not stop training.
     """
-    for effect_type, path in config.run.handlers.items():
-        kind, handler = import_path(effect_type), import_path(path)
-        handler = guard(path, handler) if issubclass(kind, LOG_EFFECTS) else handler
+    for effect_type, entry in config.run.handlers.items():
+        with locate_errors(config, ("run", "handlers", effect_type)):
+            kind, handler = import_path(effect_type), build_function(entry)
+        handler = guard(str(getattr(entry, "path", entry)), handler) if issubclass(kind, LOG_EFFECTS) else handler
         interpreter = interpreter.with_handlers(kind, handler)
     return interpreter
 
