@@ -10,8 +10,9 @@ from noether.core.iteration import TrainingIteration
 from noether.core.state_pytree import register_state
 from noether.core.tensors.live.aliases import copy_aliases, views_live_tensors
 from noether.core.tensors.live.extra_state import check_extra_state
+from noether.core.tensors.live.held_parameters import refuse_foreign_parameters, warn_of_held_parameters
 from noether.core.tensors.live.loading import load_into
-from noether.core.tensors.live.optimizer import OptimizerView
+from noether.core.tensors.live.optimizer import view_optimizer
 from noether.core.tensors.live.views import VIEWS, LiveField, views_of
 from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
 from noether.core.tensors.module import move_to_model
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
-    from torch.optim import Optimizer
+
+    from noether.core.tensors.live.optimizer import Optimizers
 
 Memory = Any
 """The memory of one callback: a tree of JSON scalars, tuples, dicts and tensors."""
@@ -54,7 +56,7 @@ class TrainState:
         params: The model's parameters by name.
         buffers: The model's buffers by name.
         extra_state: What modules of the model return from `get_extra_state`, by their path.
-        opt_state: The optimizer's memory.
+        opt_state: The optimizer's memory; of several optimizers that of each, by its name.
         hyperparams: Values that a callback may set; `lr_scale` multiplies the learning rate of every later update.
         metrics: The last value of each metric and where it was measured.
         callback_states: Each callback's memory by name.
@@ -112,7 +114,7 @@ class TrainState:
     def from_module(
         cls,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         *,
         saved: TrainState | None = None,
         seed: int = 0,
@@ -127,14 +129,17 @@ class TrainState:
 
         Args:
             model: The model, whose params, buffers and extra state the state views.
-            optimizer: The optimizer; its memory is read whenever the state is saved.
-            saved: A loaded state to resume; it is written into the model and optimizer first.
+            optimizer: The optimizer, or several by name, as `{"g": adam_g, "d": adam_d}`; their memory is read whenever
+                the state is saved. A parameter that requires a gradient and that none of them holds is named once.
+            saved: A loaded state to resume; it is written into the model and optimizer first. Parameter groups that the
+                saved run added while it trained are added to the optimizer, so a loop that adds one at some epoch has
+                to see whether it is there. `requires_grad` of the parameters in groups becomes as it was.
             seed: The seed of all random numbers of the run; `saved` has its own.
 
         Raises:
             MismatchError: If names, shapes or dtypes of `saved` are not those of the model, or its parameter groups not
-                those of the optimizer; the message lists all differences, and nothing is written. It is a KeyError and
-                a ValueError.
+                those of the optimizer; the message lists all differences, and nothing is written. Also if the optimizer
+                holds parameters that the model does not have. It is a KeyError and a ValueError.
             ExtraStateError: If `get_extra_state` of a module returns what no checkpoint can contain.
 
         Example:
@@ -145,14 +150,17 @@ class TrainState:
         check_extra_state(model)
         if saved is not None:
             load_into(model, optimizer, saved)
-        opt_state = _EMPTY if optimizer is None else OptimizerView(model, optimizer)
+        if optimizer is not None:
+            refuse_foreign_parameters(model, optimizer)
+            warn_of_held_parameters(model, optimizer)
+        opt_state = _EMPTY if optimizer is None else view_optimizer(model, optimizer)
         views: dict[str, Any] = {**views_of(model), "opt_state": opt_state}
         if saved is None:
             return cls(**views, seed=seed)
         moved = {name: move_to_model(model, getattr(saved, name)) for name in ("callback_states", "pending")}
         return cls(**{**vars(saved), **views, **moved})
 
-    def into_module(self, model: nn.Module, optimizer: Optimizer | None = None) -> Self:
+    def into_module(self, model: nn.Module, optimizer: Optimizers | None = None) -> Self:
         """Write the state into a live model and optimizer, and return the state that views them.
 
         Call it after loading a checkpoint, or after a dispatch that changed params or hyperparams. Learning rates are

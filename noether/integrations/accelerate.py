@@ -36,7 +36,10 @@ Differences from noether's own trainer and from `Session`:
   `Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))`. Dropout draws from torch's
   generator, whose state is in the checkpoints of accelerate and not in those of noether.
 - Save a checkpoint of accelerate right after `session.update()`, not inside of an update.
-- With a gradient scaler `grad_norm` is that of scaled gradients. `forward_s`, `backward_s` and `optimizer_s` are missing.
+- A gradient scaler is accelerate's; noether's checkpoints hold its scale, and `grad_norm` is that of unscaled gradients.
+  `forward_s`, `backward_s` and `optimizer_s` are missing.
+- Of several optimizers, a batch may step any: it is one update. Report the sum of all losses to `session.backward` where
+  their gradients belong together, or call `accelerator.backward` for some and `session.backward` for the last.
 - On several processes losses are averaged, samples summed (including those that accelerate repeats to fill up batches),
   and the main process runs effects: `open_run(path, rank=accelerator.process_index)`.
 """  # noqa: E501  # a table
@@ -79,8 +82,9 @@ class AcceleratedSession:
         callbacks: One callback, or several in order.
         accelerator: The accelerator.
         model: The model, prepared.
-        optimizer: Its optimizer, prepared.
-        scheduler: A scheduler of the learning rate, prepared; noether's checkpoints then hold its position.
+        optimizer: Its optimizer, prepared, or several by name, as `{"g": adam_g, "d": adam_d}`.
+        scheduler: A scheduler of the learning rate, prepared, or several by name; noether's checkpoints then hold its
+            position.
         directory: The run on disk, `noether.open_run(path, rank=accelerator.process_index)`; if it holds a checkpoint,
             the run resumes there.
         interpreter: Runs effects; by default that of the directory.
@@ -139,8 +143,9 @@ class AcceleratedSession:
         self.session = Session(
             callbacks,
             model=self._model,
-            optimizer=getattr(optimizer, "optimizer", optimizer),  # accelerate's wrapper has no hooks
-            scheduler=getattr(scheduler, "scheduler", scheduler),
+            optimizer=_unwrap(optimizer, "optimizer"),  # accelerate's wrapper has no hooks
+            scheduler=_unwrap(scheduler, "scheduler"),
+            scaler=accelerator.scaler,
             directory=directory,
             interpreter=interpreter,
             data=data,
@@ -199,7 +204,9 @@ class AcceleratedSession:
             of=self._accelerator.gradient_accumulation_steps,
         )
         if self._accelerator.sync_gradients and "grad_norm" in self.session.readings:
-            self._grad_norm = get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+            norm = get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+            scaler = self._accelerator.scaler
+            self._grad_norm = norm if scaler is None else norm / scaler.get_scale()
 
     def update(self) -> None:
         """Report the update, if the micro-batch completed one. Call it once per batch, after `scheduler.step`.
@@ -260,6 +267,13 @@ class AcceleratedSession:
                              torch.tensor(weight, dtype=torch.float64, device=loss.device)])  # fmt: skip
         total, weights = self._accelerator.reduce(terms, "sum")
         return Mean(total / weights, weights)
+
+
+def _unwrap(prepared: Any, kind: str) -> Any:
+    """Return what accelerate wrapped, or several by name."""
+    if isinstance(prepared, Mapping):
+        return {name: getattr(each, kind, each) for name, each in prepared.items()}
+    return getattr(prepared, kind, prepared)
 
 
 def _to_mean(name: str, loss: Tensor | Mean) -> Mean:

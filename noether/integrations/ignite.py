@@ -5,7 +5,7 @@
 | `STARTED` | `BeforeTraining` | `resumed` if the session was loaded, or its directory holds a checkpoint |
 | `GET_BATCH_COMPLETED` | | the time before it was spent waiting for data |
 | `ITERATION_COMPLETED` | `AfterAccumulationStep`, if a callback listens | losses and outputs from `engine.state.output`, samples from `engine.state.batch` |
-| the same, once the optimizer has stepped | `AfterUpdate` | sums and sample-weighted means of the iterations since the last update; learning rates of the step |
+| the same, once an optimizer has stepped | `AfterUpdate` | sums and sample-weighted means of the iterations since the last update; learning rates of the step |
 | the same, after `accumulation` iterations without a step | `AfterUpdate(skipped=True)` | as when a gradient scaler skips a step |
 | `EPOCH_COMPLETED` | `AfterEpoch` | |
 | `COMPLETED` | `AfterTraining`, after the `AfterEpoch` of a full epoch | after `terminate()`, ignite does not fire `EPOCH_COMPLETED` |
@@ -25,6 +25,8 @@ Differences from noether's own trainer:
   noether checkpoint has to be from the end of an epoch. Load checkpoints of ignite as in any ignite script.
 - A scheduler of the learning rate resumes from noether's checkpoints if `attach` received it; otherwise a resume refuses
   torch's schedulers. The user saves schedulers of other settings.
+- The scale of a `GradScaler` is in noether's checkpoints if `attach` received the scaler.
+- Of several optimizers, an iteration may step any: it is one update. `optim/lr` has one key for each.
 - One process: losses are not gathered over ranks.
 """  # noqa: E501  # a table
 
@@ -37,6 +39,7 @@ from ignite.engine import DeterministicEngine, Events
 
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
+from noether.core.tensors.live.optimizer import by_name
 from noether.integrations.losses import losses_of
 from noether.session.loader import epoch_lengths
 from noether.session.session import Session
@@ -48,11 +51,11 @@ if TYPE_CHECKING:
     import torch
     from ignite.engine import Engine
     from torch import nn
-    from torch.optim import Optimizer
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.core.tensors.live.optimizer import Optimizers
     from noether.effects import RunDirectory
 
 _CLOCK: Final = Clock()
@@ -64,8 +67,9 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
     callbacks: Callback | Sequence[Callback],
     *,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizers,
     scheduler: Any = None,
+    scaler: Any = None,
     losses: Callable[[Any], Mapping[str, Any]] = losses_of,
     accumulation: int = 1,
     directory: RunDirectory | None = None,
@@ -83,9 +87,10 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
         engine: The engine.
         callbacks: One callback, or several in order.
         model: The module that holds all trained parameters.
-        optimizer: The optimizer that the engine's step uses.
-        scheduler: The scheduler of the learning rate, of torch or of ignite; noether's checkpoints then hold its
-            position. If it is stepped after an iteration, attach its handler before.
+        optimizer: The optimizer that the engine's step uses, or several by name, as `{"g": adam_g, "d": adam_d}`.
+        scheduler: The scheduler of the learning rate, of torch or of ignite, or several by name; noether's checkpoints
+            then hold its position. If it is stepped after an iteration, attach its handler before.
+        scaler: The `torch.amp.GradScaler` of the step; noether's checkpoints then hold its scale.
         losses: Returns mean losses by name from the engine's output; `total` is added as their sum.
         accumulation: Iterations of one update.
         directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
@@ -121,6 +126,7 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
+        scaler=scaler,
         directory=directory,
         interpreter=interpreter,
         data=data,
@@ -130,7 +136,8 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
         clock=clock,
         run=run,
     )
-    has_hidden_scheduler = scheduler is None and any("initial_lr" in group for group in optimizer.param_groups)
+    groups = [group for each in by_name(optimizer).values() for group in each.param_groups]
+    has_hidden_scheduler = scheduler is None and any("initial_lr" in group for group in groups)
     handlers = _Handlers(session, accumulation, losses, has_hidden_scheduler=has_hidden_scheduler)
     engine.add_event_handler(Events.STARTED, handlers.begin)
     engine.add_event_handler(Events.GET_BATCH_COMPLETED, session.batch_arrived)

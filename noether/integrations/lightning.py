@@ -24,9 +24,12 @@ Differences from noether's trainer:
 - `forward_s`, `backward_s` and `optimizer_s` are missing. Callbacks evaluate in the precision of the parameters.
 - When Lightning resumes within an epoch, it reads its loader from the first batch, unless the loader has `state_dict` and
   `load_state_dict`; with those, Lightning's checkpoints resume exactly. A noether checkpoint does not contain the
-  loader, so it has to be from the end of an epoch; and it contains one scheduler, which must not depend on metrics. In
+  loader, so it has to be from the end of an epoch; and it contains schedulers, which must not depend on metrics. In
   other cases resume from a checkpoint of Lightning.
-- Only one process and one optimizer: losses are not gathered over ranks.
+- Of several optimizers, which Lightning steps by hand, a batch may step any: it is one update. Their names are their
+  indices, as in `optim/lr/0`. `max_steps` of Lightning counts the steps of all.
+- A gradient scaler of `precision="16-mixed"` is Lightning's; noether's checkpoints hold its scale too.
+- Only one process: losses are not gathered over ranks.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -37,10 +40,13 @@ from typing import TYPE_CHECKING, Any, Final, final
 from lightning.pytorch import Callback as LightningCallback
 from torch.nn.utils import get_total_norm
 
+from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import updates_in_epoch
 from noether.core.run import Run
+from noether.core.tensors.tree import FrozenDict
 from noether.integrations.losses import losses_of
+from noether.session import settings
 from noether.session.loader import epoch_lengths
 from noether.session.session import Session
 from noether.session.timing import Clock
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
 
 _CLOCK: Final = Clock()
 _RUN: Final = Run()
+_STEPS: Final = "lightning_steps"
 
 
 @final
@@ -107,9 +114,9 @@ class NoetherCallback(LightningCallback):
     ) -> None:
         super().__init__()
         self._losses = losses
+        self._callbacks = callbacks
         self._make_session = partial(
             Session,
-            callbacks,
             directory=directory,
             interpreter=interpreter,
             data=data,
@@ -121,14 +128,22 @@ class NoetherCallback(LightningCallback):
         )
         self.session: Session | None = None
         self._saved: dict[str, Any] | None = None
-        self._grad_norm: Tensor | None = None
+        self._grad_norms: dict[Any, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the run, or resume it from an earlier fit, Lightning's checkpoint, or the directory."""
         _check(trainer)
         saved = self.state_dict()  # after an earlier fit, whose optimizer no longer exists
-        scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
-        session = self._make_session(model=pl_module, optimizer=trainer.optimizers[0], scheduler=scheduler)
+        session = self._make_session(
+            [
+                *([_StepCount(trainer)] if len(trainer.optimizers) > 1 else []),
+                *settings.list_callbacks(self._callbacks),
+            ],
+            model=pl_module,
+            optimizer=_by_index(trainer.optimizers),
+            scheduler=_by_index([each.scheduler for each in trainer.lr_scheduler_configs]),
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+        )
         self.session = session
         if saved:
             session.load_state_dict(saved)
@@ -148,7 +163,7 @@ class NoetherCallback(LightningCallback):
         """Measure the norm of the gradients, if a callback reads it."""
         if "grad_norm" in self._running.readings:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._grad_norm = get_total_norm(grads)
+            self._grad_norms[optimizer] = get_total_norm(grads)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -162,15 +177,15 @@ class NoetherCallback(LightningCallback):
         losses = {} if automatic and outputs is None else self._losses(outputs)
         session.micro_batch(losses, outputs=outputs, samples=session.run.count_samples(batch), of=steps)
         optimizer_steps = session.steps
-        if optimizer_steps > 1:
+        if optimizer_steps > 1 and len(trainer.optimizers) == 1:
             raise ValueError(
                 f"the optimizer made {optimizer_steps} steps in one training_step, and an update is one "
                 "step: step once per batch"
             )
         last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
         if optimizer_steps or (automatic and (last or session.pending_micro_batches == steps)):
-            session.update(skipped=not optimizer_steps, grad_norm=self._grad_norm)
-            self._grad_norm = None
+            norms, self._grad_norms = list(self._grad_norms.values()), {}
+            session.update(skipped=not optimizer_steps, grad_norm=_total(norms))
         self._apply_stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,11 +228,41 @@ class NoetherCallback(LightningCallback):
             trainer.should_stop = True
 
 
+@final
+class _StepCount:
+    """A member of a reducer that remembers how many steps Lightning counts, where an update may have several."""
+
+    produces: tuple[str, ...] = ()
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return the state that remembers the number."""
+        return (state.remember(_STEPS, self._read()), ()) if isinstance(event, AfterUpdate) else (state, ())
+
+    def init(self, state: TrainState) -> Mapping[str, Any]:
+        """Return the number at the start."""
+        return {_STEPS: self._read()}
+
+    def _read(self) -> FrozenDict:
+        return FrozenDict(steps=int(self._trainer.global_step))
+
+
+def _total(norms: list[Tensor]) -> Tensor | None:
+    """Return the norm of the gradients of all optimizers from that of each."""
+    return get_total_norm(norms) if len(norms) > 1 else next(iter(norms), None)
+
+
+def _by_index(parts: list[Any]) -> Any:
+    """Return one optimizer or scheduler as it is, several by their index, and None for none."""
+    return {str(index): each for index, each in enumerate(parts)} if len(parts) > 1 else next(iter(parts), None)
+
+
 def _check(trainer: Trainer) -> None:
-    if len(trainer.optimizers) != 1:
+    if not trainer.optimizers:
         raise ValueError(
-            f"{type(trainer.lightning_module).__name__}.configure_optimizers returns {len(trainer.optimizers)} "
-            "optimizers, and an update is one step of one optimizer: return one, with parameter groups"
+            f"{type(trainer.lightning_module).__name__}.configure_optimizers returns no optimizer: return one"
         )
     if trainer.world_size != 1:
         raise ValueError(
@@ -237,6 +282,8 @@ def _run_facts(trainer: Trainer, session: Session) -> dict[str, Any]:
 def _end(trainer: Trainer, updates_per_epoch: int | None) -> TrainingIteration | None:
     """Return the end that the run reaches first, or None if it has no end."""
     epochs, updates = trainer.max_epochs, trainer.max_steps
+    if len(trainer.optimizers) > 1 and updates >= 0:
+        return None  # Lightning ends after steps of all optimizers, of which an update has any number
     if epochs is None or epochs < 0:
         return None if updates < 0 else TrainingIteration(update=updates)
     if updates < 0 or (updates_per_epoch is not None and epochs * updates_per_epoch <= updates):
@@ -248,10 +295,10 @@ def _check_resumable(trainer: Trainer, state: TrainState) -> None:
     """Refuse to resume from a noether checkpoint that lacks a part that Lightning needs."""
     at, configs = state.iteration, trainer.lr_scheduler_configs
     instead = "resume from a checkpoint of Lightning, with fit(ckpt_path=...)"
-    if len(configs) > 1 or any(each.reduce_on_plateau for each in configs):
+    if any(each.reduce_on_plateau for each in configs):
         raise ValueError(
-            f"the run resumes at {at}, but a noether checkpoint contains one scheduler that does not depend on "
-            f"metrics, not {[type(each.scheduler).__name__ for each in configs]}: {instead}"
+            f"the run resumes at {at}, but a noether checkpoint contains schedulers that do not depend on metrics, not "
+            f"{[type(each.scheduler).__name__ for each in configs]}: {instead}"
         )
     if _completed_epochs(trainer, state) is None:
         raise ValueError(
@@ -275,7 +322,8 @@ def _completed_epochs(trainer: Trainer, state: TrainState) -> int | None:
 def _move_trainer(trainer: Trainer, state: TrainState, *, loaded: bool) -> None:
     """Move a new trainer to the iteration of the state; a trainer that Lightning resumed must be there already."""
     at = state.iteration
-    if trainer.global_step == at.update:
+    steps = state.callback_states.get(_STEPS, {"steps": at.update})["steps"]
+    if trainer.global_step == steps:
         return
     if not loaded or trainer.global_step:
         raise ValueError(
@@ -286,6 +334,6 @@ def _move_trainer(trainer: Trainer, state: TrainState, *, loaded: bool) -> None:
     automatic, manual = loop.epoch_loop.automatic_optimization, loop.epoch_loop.manual_optimization
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
         vars(epochs).update(ready=epoch, started=epoch, processed=epoch, completed=epoch)
-    for steps in (automatic.optim_progress.optimizer.step.total, manual.optim_step_progress.total):
-        vars(steps).update(ready=at.update, completed=at.update)
+    for progress in (automatic.optim_progress.optimizer.step.total, manual.optim_step_progress.total):
+        vars(progress).update(ready=steps, completed=steps)
     loop.epoch_loop._batches_that_stepped = at.update  # noqa: SLF001  # Lightning's loggers count by it

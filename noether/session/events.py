@@ -64,8 +64,9 @@ class SessionEvents(SessionState):
         if saved is None:
             return False
         self._live.load(saved)
-        if self._scheduler is not None:
-            self._scheduler.restore(saved)
+        for memory in (self._scheduler, self._scaler):
+            if memory is not None:
+                memory.restore(saved)
         self._state, self._remembers = saved, True
         return True
 
@@ -107,6 +108,8 @@ class SessionEvents(SessionState):
             self._state, self._micro_batches = self._settled, []
         self._model_status, self._current_dispatch, self._recorded_error, self._has_begun = "settled", None, None, False
         loaded, resumed = self.load(), self._remembers
+        if resumed and not loaded and self._scaler is not None:
+            self._scaler.restore(self._state)  # not every framework does
         if self._directory is not None:
             self._directory.truncate_logs(self._state if resumed else None)
             self._directory.complete_saves(self._state if resumed else None)
@@ -201,13 +204,15 @@ class SessionEvents(SessionState):
         self.close()
 
     def check_scheduler_position(self) -> None:
-        """Refuse a scheduler that was stepped after `update`, where no checkpoint sees it.
+        """Refuse a scheduler or scaler that was stepped after `update`, where no checkpoint sees it.
 
         Raises:
             SessionError: If it was.
         """
         if self._scheduler is not None and not self._micro_batches and not self._scheduler.is_current(self._state):
             raise SessionError("the scheduler was stepped after session.update(...): call scheduler.step() before it")
+        if self._scaler is not None and not self._micro_batches and not self._scaler.is_current(self._state):
+            raise SessionError("the scaler was updated after session.update(...): call scaler.update() before it")
 
     @property
     def _updates_per_epoch(self) -> int | None:

@@ -1,4 +1,4 @@
-"""A live optimizer: its memory, its steps, their learning rates, and the gradients that they see.
+"""Live optimizers: their memory, their steps, the learning rates of these, and the gradients that they see.
 
 Schedulers write learning rates into the optimizer, over any scale that is there. So `lr_scale` is multiplied in for
 one step only and removed after it: a scheduler never sees it, and the learning rate of every update is the scheduler's
@@ -7,21 +7,29 @@ times the scale, as in noether's own trainer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
-from torch.nn.utils import get_total_norm
+import torch
 
-from noether.core.tensors.live.optimizer import OptimizerView, find_optimizer_problems, is_written, write_optimizer
+from noether.core.tensors.live.held_parameters import refuse_foreign_parameters, warn_of_held_parameters
+from noether.core.tensors.live.optimizer import (
+    by_name,
+    find_optimizer_problems,
+    is_written,
+    view_optimizer,
+    write_optimizer,
+)
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
+from noether.session.optimizer_watch import MEASURES, OptimizerWatch, all_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-_HOOKS: Final = "_noether_hooks"
+    from noether.core.tensors.live.optimizer import Optimizers
 
 
 class LiveOptimizer(Protocol):
@@ -45,7 +53,7 @@ class LiveOptimizer(Protocol):
 
     @property
     def readings(self) -> Mapping[str, Any]:
-        """Fields of `AfterUpdate` for the last step: `lr`, `weight_decay`, and those that `watch` was asked for."""
+        """Fields of `AfterUpdate` for this update: `lr`, `weight_decay`, and those that `watch` was asked for."""
 
     def find_problems(self, opt_state: Mapping[str, Any]) -> Iterable[str]:
         """Return the differences between a saved memory and the optimizer that prevent loading it."""
@@ -59,20 +67,23 @@ class LiveOptimizer(Protocol):
     def gradients_are_finite(self) -> bool | None:
         """Return whether the current gradients are finite; None without gradients, or without access to them."""
 
+    def end_update(self) -> None:
+        """Forget the readings of the update that was reported."""
+
     def release(self) -> None:
         """Stop watching the optimizer."""
 
 
 @final
 class TorchOptimizer:
-    """An optimizer of `torch.optim`, watched by hooks on its steps.
+    """One or several optimizers of `torch.optim`, watched by hooks on their steps.
 
     Args:
-        model: Names its parameters.
-        optimizer: The optimizer.
+        model: Names their parameters.
+        optimizer: The optimizer, or several by name.
 
     Raises:
-        SessionError: If the optimizer holds a parameter that the model does not have.
+        SessionError: If an optimizer holds a parameter that the model does not have, or cannot have its name.
 
     Example:
         >>> import torch
@@ -85,118 +96,107 @@ class TorchOptimizer:
         (1, {'default': 0.25}, 0.5, tensor(True))
     """
 
-    measures: frozenset[str] = frozenset({"finite", "grad_norm"})
+    measures: frozenset[str] = frozenset(MEASURES)
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        known = set(model.parameters())
-        if strange := sum(p not in known for group in optimizer.param_groups for p in group["params"]):
-            raise SessionError(
-                f"{strange} parameters of the optimizer are not parameters of the model: pass model= the module that "
-                "holds them all, and make the optimizer once that module is complete"
-            )
+    def __init__(self, model: nn.Module, optimizer: Optimizers) -> None:
+        refuse_foreign_parameters(model, optimizer, SessionError)
         self._model, self._optimizer = model, optimizer
-        self.lr_scale = 1.0
-        self.opt_state: Mapping[str, Any] = OptimizerView(model, optimizer)
-        self.steps = 0
-        self._measures: list[tuple[str, Callable[[list[Tensor]], Tensor]]] = []
-        self._readings: dict[str, Any] | None = None
-        self._unscaled: list[Any] | None = None
-        self._hooks: tuple[Any, ...] = ()
+        self._watches = [OptimizerWatch(each, name) for name, each in by_name(optimizer).items()]
+        self.opt_state: Mapping[str, Any] = view_optimizer(model, optimizer)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups."""
-        return self._optimizer.param_groups
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers."""
+        return [each.optimizer for each in self._watches]
+
+    @property
+    def lr_scale(self) -> float:
+        """Multiplies the learning rates of every later step."""
+        return self._watches[0].lr_scale
+
+    @lr_scale.setter
+    def lr_scale(self, scale: float) -> None:
+        for each in self._watches:
+            each.lr_scale = scale
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of all optimizers since they were wrapped."""
+        return sum([each.steps for each in self._watches])
 
     @property
     def readings(self) -> Mapping[str, Any]:
-        """Readings of the last step; before the first, learning rate and weight decay of the next one."""
-        return self._read_rates() if self._readings is None else self._readings
+        """Readings of this update: of the last step of each optimizer; of one that made none, the rates of its next."""
+        if len(self._watches) == 1:
+            watch = self._watches[0]
+            rates, measured = watch.rates, dict(watch.measured)
+        else:
+            each_rates = [each.rates for each in self._watches]
+            rates = {key: {name: r for rates in each_rates for name, r in rates[key].items()} for key in each_rates[0]}
+            measured = _merge([each.measured for each in self._watches if each.measured])
+        return {**{key: FrozenDict(by_group) for key, by_group in rates.items()}, **measured}
 
     def find_problems(self, opt_state: Mapping[str, Any]) -> Iterable[str]:
-        """Return each difference in parameters, shapes and groups between a saved memory and the optimizer."""
+        """Return each difference in parameters, shapes and groups between a saved memory and the optimizers."""
         if not is_written(opt_state, self._optimizer):
             return ()
         return find_optimizer_problems(opt_state, self._model, self._optimizer)
 
     def load(self, opt_state: Mapping[str, Any]) -> None:
-        """Write a saved memory into the optimizer, its learning rates without the scale."""
+        """Write a saved memory into the optimizers, their learning rates without the scale."""
         write_optimizer(opt_state, self._model, self._optimizer, lr_scale=1.0)
 
     def watch(self, readings: Collection[str] = ()) -> None:
-        """Register hooks on the optimizer's steps, in place of those of an earlier run."""
-        for hook in getattr(self._optimizer, _HOOKS, ()):
-            hook.remove()
-        self._measures = [(name, measure) for name, measure in _MEASURES.items() if name in readings]
-        optimizer = self._optimizer
-        self._hooks = (optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after))
-        setattr(optimizer, _HOOKS, self._hooks)  # where a later run finds them if an exception ends this one
+        """Register hooks on the steps, in place of those of an earlier run; warn of parameters that none holds."""
+        warn_of_held_parameters(self._model, self._optimizer)
+        for each in self._watches:
+            each.watch(readings)
 
     def gradients_are_finite(self) -> bool | None:
         """Return whether the current gradients are finite; None without gradients."""
-        gradients = self._gradients()
-        return bool(_all_finite(gradients)) if gradients else None
+        gradients = [gradient for each in self._watches for gradient in each.gradients]
+        return bool(all_finite(gradients)) if gradients else None
+
+    def end_update(self) -> None:
+        """Forget the readings of this update."""
+        for each in self._watches:
+            each.end_update()
 
     def release(self) -> None:
         """Remove the hooks of this run; those of a later run stay."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _before(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        self._restore_lr()  # if the step before this one raised
-        self._readings = self._read_rates()
-        closure = arguments[1] if len(arguments) > 1 else keywords.get("closure")
-        if self._measures and closure is None:
-            self._measure()
-        self._unscaled = [group["lr"] for group in optimizer.param_groups]
-        if self.lr_scale != 1.0:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self.lr_scale
-
-    def _after(self, *_: Any) -> None:
-        self._restore_lr()
-        self.steps += 1
-        if self._measures and self._measures[0][0] not in (self._readings or {}):
-            self._measure()  # a closure computed the gradients
-
-    def _restore_lr(self) -> None:
-        if self._unscaled is not None:
-            for group, lr in zip(self._optimizer.param_groups, self._unscaled, strict=True):
-                group["lr"] = lr
-        self._unscaled = None
-
-    def _read_rates(self) -> dict[str, Any]:
-        groups = self._optimizer.param_groups
-        names = ["default"] if len(groups) == 1 else [str(g.get("name", index)) for index, g in enumerate(groups)]
-        named = list(zip(names, groups, strict=True))
-        return {
-            "lr": FrozenDict({name: float(group["lr"] * self.lr_scale) for name, group in named}),
-            "weight_decay": FrozenDict({n: float(g["weight_decay"]) for n, g in named if "weight_decay" in g}),
-        }
-
-    def _measure(self) -> None:
-        assert self._readings is not None  # noqa: S101  # read as the step begins
-        gradients = self._gradients()
-        self._readings.update((name, measure(gradients)) for name, measure in self._measures)
-
-    def _gradients(self) -> list[Tensor]:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return [grad.coalesce().values() if grad.is_sparse else grad for grad in gradients]
+        for each in self._watches:
+            each.release()
 
 
-def is_skipped(optimizer: LiveOptimizer | None, steps: int, losses: Mapping[str, Any]) -> bool:
+def _merge(measured: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the readings of all gradients together from those of each optimizer that made a step."""
+    if len(measured) <= 1:
+        return dict(*measured)
+    together: dict[str, Tensor] = {}
+    for key in measured[0]:
+        values = torch.stack([each[key].to(measured[0][key].device) for each in measured])
+        together[key] = values.all() if key == "finite" else torch.linalg.vector_norm(values)
+    return together
+
+
+def is_skipped(
+    optimizer: LiveOptimizer | None, steps: int, losses: Mapping[str, Any], *, lowered: bool = False
+) -> bool:
     """Return whether an update was skipped: it has no losses, or the optimizer made no step for infinite gradients.
 
     Args:
         optimizer: The optimizer, if the run has one.
         steps: Its steps since the last update.
         losses: The losses of the update.
+        lowered: Whether a gradient scaler lowered its scale.
 
     Raises:
         SessionError: If the optimizer made no step, and its gradients do not tell why.
     """
     if optimizer is None or steps or not losses:
         return not losses
+    if lowered:
+        return True
     finite = optimizer.gradients_are_finite()
     # A GradScaler leaves out infinite gradients; a loop may have zeroed them since.
     if finite is False or (finite is None and optimizer.steps):
@@ -205,14 +205,3 @@ def is_skipped(optimizer: LiveOptimizer | None, steps: int, losses: Mapping[str,
         "the optimizer made no step since the last update: call optimizer.step() before session.update(losses); if "
         "the loop left the step out, session.update(losses, skipped=True)"
     )
-
-
-def _all_finite(gradients: list[Tensor]) -> Tensor:
-    # The largest absolute value is finite only if all are; unlike the 2-norm it does not overflow.
-    return get_total_norm(gradients, float("inf")).isfinite()
-
-
-_MEASURES: Final[Mapping[str, Callable[[list[Tensor]], Tensor]]] = {
-    "finite": _all_finite,
-    "grad_norm": get_total_norm,
-}

@@ -1,4 +1,4 @@
-"""The position of a learning-rate scheduler of torch, as a memory in the state."""
+"""The positions of learning-rate schedulers of torch, as a memory in the state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.event import AfterUpdate, Event
+from noether.core.tensors.live.weights import raise_mismatch
 from noether.core.tensors.tree import FrozenDict, freeze, pack, unpack
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ class SchedulerMemory:
     """A member of a reducer that keeps the position of a live scheduler in the state, so that a checkpoint holds it.
 
     Args:
-        scheduler: The scheduler, of torch or with a `state_dict` as torch's. Step it before an update is reported.
+        scheduler: The scheduler, of torch or with a `state_dict` as torch's, or several by name. Step it before an
+            update is reported.
 
     Raises:
         TypeError: If its `state_dict` contains something that no checkpoint can hold.
@@ -39,7 +41,7 @@ class SchedulerMemory:
     produces: tuple[str, ...] = ()
 
     def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+        self._scheduler = NamedSchedulers(scheduler) if isinstance(scheduler, Mapping) else scheduler
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the state that remembers the scheduler's position."""
@@ -59,9 +61,10 @@ class SchedulerMemory:
 
     def is_current(self, state: TrainState) -> bool:
         """Return whether the scheduler was not stepped since `state` remembered its position."""
-        steps = getattr(self._scheduler, "last_epoch", None)
-        memory = state.callback_states.get(MEMORY, {})
-        return steps is None or memory.get("last_epoch", steps) == steps
+        scheduler, memory = self._scheduler, state.callback_states.get(MEMORY, {})
+        if isinstance(scheduler, NamedSchedulers):
+            return all(_is_at(each, memory.get(name, {})) for name, each in scheduler.members.items())
+        return _is_at(scheduler, memory)
 
     def state_dict(self, state: TrainState) -> dict[str, Any]:
         """Return the `state_dict` that the scheduler has at the position that a state remembers."""
@@ -71,6 +74,42 @@ class SchedulerMemory:
     def _position(self) -> FrozenDict:
         packed: FrozenDict = freeze(pack("the scheduler", _encode_keys(self._scheduler.state_dict())))
         return packed
+
+
+@final
+class NamedSchedulers:
+    """Several schedulers with the `state_dict` of each under its name.
+
+    Args:
+        members: The schedulers by name.
+    """
+
+    def __init__(self, members: Mapping[str, Any]) -> None:
+        self.members = dict(members)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of each."""
+        return {name: each.state_dict() for name, each in self.members.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Write the position of each.
+
+        Raises:
+            MismatchError: If `saved` is of schedulers with other names.
+        """
+        raise_mismatch(
+            f"the state has {'no ' if name in self.members else 'a '}scheduler {name!r}, and the run has "
+            f"{', '.join(map(repr, self.members))}"
+            for name in sorted(saved.keys() ^ self.members.keys())
+        )
+        for name, each in self.members.items():
+            each.load_state_dict(saved[name])
+
+
+def _is_at(scheduler: Any, memory: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler was not stepped since a memory was made of it; True if it does not tell."""
+    steps = getattr(scheduler, "last_epoch", None)
+    return steps is None or bool(memory.get("last_epoch", steps) == steps)
 
 
 def position(state: TrainState) -> dict[str, Any]:

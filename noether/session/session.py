@@ -24,6 +24,7 @@ from noether.session.loader import check_not_empty, epoch_lengths, has_exact_len
 from noether.session.loop import BatchLoop
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
 from noether.session.optimizers import is_skipped
+from noether.session.scaler import ScalerMemory
 from noether.session.scheduler import SchedulerMemory
 from noether.session.timing import Clock
 
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
-    from torch.optim import Optimizer
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.core.tensors.live.optimizer import Optimizers
     from noether.effects import RunDirectory
     from noether.session.losses import ReportedLosses
     from noether.session.optimizers import LiveOptimizer
@@ -63,8 +64,7 @@ class Session(SessionEvents):
     A run that is cut at any update and resumed equals the uncut run bit for bit, if the loader yields the same epochs
     again under the same seeds. Generators that the loader, its samplers, datasets and transforms hold are seeded before
     each epoch. A `ResumeWarning` names at the start what cannot be seeded, and at the first batch of the second epoch
-    other state of theirs that the first one changed. The loop saves state that the session does not know, such as the
-    scale of a `GradScaler`.
+    other state of theirs that the first one changed. The loop saves state that the session does not know.
 
     If the loop ends before the run does (`break`, an exception, Ctrl-C, `sys.exit`), the session saves a state from which
     the run continues exactly: the one before the current update until the optimizer steps, the one after it once
@@ -80,9 +80,14 @@ class Session(SessionEvents):
         directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
         interpreter: Runs effects, `(effects, state, event) -> None`; by default that of the directory.
         model: The module that holds all trained parameters, on its final device.
-        optimizer: Its optimizer; without one no learning rate is scaled and no optimizer memory saved.
-        scheduler: The scheduler of the learning rate, whose position becomes part of every checkpoint. Step it before
-            `update`.
+        optimizer: Its optimizer, or several by name, as `{"g": adam_g, "d": adam_d}`, of which an update may step any;
+            without one no learning rate is scaled and no optimizer memory saved. Parameters that require a gradient and
+            that none of them holds are named at the start.
+        scheduler: The scheduler of the learning rate, or several by name, whose position becomes part of every
+            checkpoint. Step it before `update`.
+        scaler: The `torch.amp.GradScaler` of the loop, whose scale becomes part of every checkpoint. Call its `step` and
+            `update` before `update` of the session. An update whose step it left out counts as skipped; with several
+            optimizers only if it left out all of them.
         data: What callbacks evaluate, by dataset key: anything that yields batches.
         loss: `(outputs, batch) -> {name: mean over samples}` or one loss, for evaluations.
         max_epochs: Epochs after which training ends, >= 1.
@@ -129,8 +134,9 @@ class Session(SessionEvents):
         directory: RunDirectory | None = None,
         interpreter: Callable[[Effects, TrainState, Event], None] | None = None,
         model: nn.Module,
-        optimizer: Optimizer | LiveOptimizer | None = None,
+        optimizer: Optimizers | LiveOptimizer | None = None,
         scheduler: Any = None,
+        scaler: Any = None,
         data: Mapping[str, Iterable[Any]] | None = None,
         loss: Callable[[Any, Any], Any] | None = None,
         max_epochs: int | None = None,
@@ -144,6 +150,7 @@ class Session(SessionEvents):
     ) -> None:
         settings.check_directory(directory, interpreter)
         settings.check_scheduler(scheduler, optimizer)
+        settings.check_scaler(scaler)
         raise_problems([check_whole("accumulation", accumulation), check_whole("seed", seed, at_least=-(2**63))])
         settings.check_parts(model=model, loss=loss, precision=precision, interpreter=interpreter, seed=seed, run=run)
         run = settings.end_of_run(run, max_epochs, max_updates, max_samples)
@@ -152,7 +159,8 @@ class Session(SessionEvents):
         watched = settings.watch_optimizer(model, optimizer)
         members = settings.list_callbacks(callbacks)
         memory = None if scheduler is None else SchedulerMemory(scheduler)
-        reducer = compose(*([] if memory is None else [memory]), *members)
+        scale = None if scaler is None else ScalerMemory(scaler)
+        reducer = compose(*(each for each in (memory, scale) if each is not None), *members)
         settings.check_data(leaves_of(reducer), run)
         settings.check_optimizer(leaves_of(reducer), watched)
         super().__init__(
@@ -160,12 +168,13 @@ class Session(SessionEvents):
             reducer=reducer,
             live=LiveState(model, watched),
             scheduler=memory,
+            scaler=scale,
             interpreter=interpreter or directory.interpreter,  # type: ignore[union-attr]  # one of them is there
             directory=directory,
             seed=seed,
             clock=clock,
         )
-        self._accumulation = accumulation
+        self._accumulation, self._given_scheduler = accumulation, scheduler
         self._loop: BatchLoop | None = None
 
     @property
@@ -210,7 +219,7 @@ class Session(SessionEvents):
         settings.check_single_process(self.run)
         settings.check_epochs(loader, self.run)
         check_not_empty(loader)
-        settings.check_scheduler_is_given(self._optimizer, self._scheduler, self._directory)
+        settings.check_scheduler_is_given(self._optimizer, self._given_scheduler, self._directory)
         seed = self._state.seed
         loop = BatchLoop(self, loader, self._live.model, self._accumulation, seed)
         self._reducer = compose(loop, self._reducer)
@@ -296,7 +305,7 @@ class Session(SessionEvents):
             outputs: Likewise.
             samples: Likewise.
             skipped: Whether the optimizer left the update out, as under a `GradScaler`; by default whether it made no
-                step and its gradients are not finite.
+                step, and the scaler lowered its scale or the gradients are not finite.
             mean: Losses of the update, in place of the sample-weighted mean over its micro-batches.
             grad_norm: 2-norm of the gradients, such as `clip_grad_norm_` returns; by default that of the gradients as
                 the optimizer steps, if a callback reads it.
@@ -317,7 +326,10 @@ class Session(SessionEvents):
         self._check_update()
         counted, self._micro_batches = [each for each in self._micro_batches if each.samples], []
         reported = mean_losses(counted) if mean is None or not counted else named_losses(mean)
-        skipped = is_skipped(self._optimizer, self.steps, reported) if skipped is None else skipped or not reported
+        if skipped is None:
+            lowered = self._scaler is not None and self._scaler.has_lowered(self._state)
+            skipped = is_skipped(self._optimizer, self.steps, reported, lowered=lowered)
+        skipped = skipped or not reported
         rates = {} if self._optimizer is None else self._optimizer.readings
         if finite is None and "finite" in self.readings:
             finite = not skipped and is_finite(reported["total"]) & rates.get("finite", True)
@@ -341,6 +353,8 @@ class Session(SessionEvents):
         state = self._state.advance(samples=samples, epoch_batches=self._epoch_batches)
         self._dispatch(state, AfterUpdate, samples=samples, **known)
         self._steps_before += self.steps
+        if self._optimizer is not None:
+            self._optimizer.end_update()
 
     @property
     def _running_loop(self) -> BatchLoop:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from noether.effects import RunDirectory
     from noether.session.live_state import LiveState
     from noether.session.losses import MicroBatch
+    from noether.session.scaler import ScalerMemory
     from noether.session.scheduler import SchedulerMemory
     from noether.session.timing import Clock
 
@@ -38,19 +39,21 @@ class SessionState:
         reducer: The callbacks, composed.
         live: The model and the optimizer.
         scheduler: The scheduler's memory, if the run has one.
+        scaler: The gradient scaler's memory, if the run has one.
         interpreter: Runs effects.
         directory: The run on disk, if there is one.
         seed: The run's seed.
         clock: Reads the time.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # every part of a run, by name
         self,
         *,
         run: Run,
         reducer: Reducer,
         live: LiveState,
         scheduler: SchedulerMemory | None,
+        scaler: ScalerMemory | None,
         interpreter: Callable[[Effects, TrainState, Event], None],
         directory: RunDirectory | None,
         seed: int,
@@ -60,7 +63,8 @@ class SessionState:
         self.readings = frozenset(reducer.readings)
         """Costly fields of `AfterUpdate` that a callback needs, such as `grad_norm`."""
         self.stopwatch = Stopwatch(clock.elapsed_s)
-        self._reducer, self._live, self._optimizer, self._scheduler = reducer, live, live.optimizer, scheduler
+        self._reducer, self._live, self._optimizer = reducer, live, live.optimizer
+        self._scheduler, self._scaler = scheduler, scaler
         self._interpreter, self._directory, self._clock = interpreter, directory, clock
         self._state = TrainState(seed=seed)
         self._remembers = False
@@ -122,7 +126,9 @@ class SessionState:
         if self._model_status == "partly written" or not (between_epochs or self.resumes_within_epochs):
             return None
         if isinstance(event, AfterUpdate):
-            return set_pending(state if self._scheduler is None else self._scheduler(state, event)[0], event)
+            for memory in (self._scheduler, self._scaler):
+                state = state if memory is None else memory(state, event)[0]
+            return set_pending(state, event)
         if self._model_status == "settled":
             return self._live.view(self._state)
         if self._optimizer is None or self.steps:

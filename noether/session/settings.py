@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch import nn
-    from torch.optim import Optimizer
 
     from noether.core.callback import Callback
+    from noether.core.tensors.live.optimizer import Optimizers
     from noether.effects import RunDirectory
     from noether.session.optimizers import LiveOptimizer
 
@@ -160,31 +160,58 @@ def fill_run(run: Run, **known: Any) -> Run:
     return run.replace(**{name: value for name, value in known.items() if value is not None and name not in vars(run)})
 
 
-def watch_optimizer(model: nn.Module, optimizer: Optimizer | LiveOptimizer | None) -> LiveOptimizer | None:
-    """Return `optimizer` as one that a session can watch.
+def watch_optimizer(model: nn.Module, optimizer: Optimizers | LiveOptimizer | None) -> LiveOptimizer | None:
+    """Return `optimizer`, or several by name, as one that a session can watch.
 
     Raises:
-        SessionError: If it holds a parameter that the model does not have.
+        SessionError: If it holds a parameter that the model does not have, or cannot be watched.
     """
     if optimizer is None or hasattr(optimizer, "opt_state"):
         return optimizer  # type: ignore[return-value]  # a torch optimizer has no opt_state
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise SessionError(f"optimizer= takes an optimizer of torch.optim, got {type(optimizer).__name__}")
+    if not isinstance(optimizer, (torch.optim.Optimizer, Mapping)):
+        raise SessionError(
+            f"optimizer= takes an optimizer of torch.optim, got {type(optimizer).__name__}; several by name, as in "
+            "optimizer={'g': adam_g, 'd': adam_d}"
+        )
     return TorchOptimizer(model, optimizer)
 
 
 def check_scheduler(scheduler: Any, optimizer: Any) -> None:
     """Refuse a scheduler that changes another optimizer.
 
+    Args:
+        scheduler: The scheduler, or several by name.
+        optimizer: The optimizer, or several by name.
+
     Raises:
         SessionError: If it does.
     """
-    theirs = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
-    groups = getattr(optimizer, "param_groups", None)
-    if scheduler is not None and not hasattr(scheduler, "state_dict"):
-        raise SessionError(f"scheduler= takes a scheduler with state_dict(), got {type(scheduler).__name__}")
-    if theirs is not None and groups is not None and theirs is not groups:
-        raise SessionError("the scheduler changes another optimizer: pass the one that it was made for as optimizer=")
+    known = [getattr(each, "param_groups", None) for each in _members(optimizer)]
+    for each in () if scheduler is None else _members(scheduler):
+        theirs = getattr(getattr(each, "optimizer", None), "param_groups", None)
+        if not hasattr(each, "state_dict"):
+            raise SessionError(
+                f"scheduler= takes a scheduler with state_dict(), got {type(each).__name__}; several by name"
+            )
+        if theirs is not None and None not in known and all(theirs is not groups for groups in known):
+            raise SessionError(
+                "the scheduler changes another optimizer: pass the one that it was made for as optimizer="
+            )
+
+
+def _members(parts: Any) -> list[Any]:
+    """Return one part, or several by name, as a list."""
+    return list(parts.values()) if isinstance(parts, Mapping) else [parts]
+
+
+def check_scaler(scaler: Any) -> None:
+    """Refuse what is not a gradient scaler.
+
+    Raises:
+        SessionError: If it is something else.
+    """
+    if scaler is not None and not (hasattr(scaler, "state_dict") and hasattr(scaler, "get_scale")):
+        raise SessionError(f"scaler= takes a torch.amp.GradScaler, got {type(scaler).__name__}")
 
 
 def check_directory(directory: Any, interpreter: Any) -> None:
@@ -262,15 +289,23 @@ def check_single_process(run: Run) -> None:
 def check_scheduler_is_given(optimizer: Any, scheduler: Any, directory: Any) -> None:
     """Refuse a loop with a scheduler of which the session does not know.
 
+    Args:
+        optimizer: The optimizer as the session watches it.
+        scheduler: The scheduler, or several by name.
+        directory: The run on disk.
+
     Raises:
         SessionError: If there is one, and a directory to resume from.
     """
-    groups = getattr(optimizer, "param_groups", ())
-    if scheduler is None and directory is not None and any("initial_lr" in group for group in groups):
-        raise SessionError(
-            "a scheduler changes the learning rates of the optimizer, and a resumed run would begin it at its start: "
-            "pass scheduler= to the session"
-        )
+    schedulers = [] if scheduler is None else _members(scheduler)
+    ours = [getattr(each, "optimizer", None) for each in schedulers]
+    for each in getattr(optimizer, "optimizers", ()):
+        is_known = any(theirs is None or theirs.param_groups is each.param_groups for theirs in ours)
+        if directory is not None and not is_known and any("initial_lr" in group for group in each.param_groups):
+            raise SessionError(
+                "a scheduler changes the learning rates of the optimizer, and a resumed run would begin it at its "
+                "start: pass scheduler= to the session"
+            )
 
 
 def check_epochs(loader: Any, run: Run) -> None:

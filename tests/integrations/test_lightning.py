@@ -378,18 +378,6 @@ def test_a_manual_step_has_to_return_its_loss(tmp_path):
         fit(Silent(), loader(points(8)), NoetherCallback(compose(), interpreter=Recorder()), root=tmp_path)
 
 
-class Several(Module):
-    def configure_optimizers(self):
-        return [optimizer(self.network), optimizer(self.network)]
-
-
-def test_several_optimizers_are_refused(tmp_path):
-    module = Several()
-    module.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"Several.configure_optimizers returns 2 optimizers"):
-        fit(module, loader(points(8)), make_callback(module, Recorder()), root=tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_a_batch_that_is_left_out_is_a_skipped_update(tmp_path):
     heard = []

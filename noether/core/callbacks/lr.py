@@ -27,7 +27,10 @@ class LrCallback(PeriodicCallback):
     """Logs the learning rate `optim/lr` and the weight decay `optim/wd` of the last update.
 
     It also fires at the first update. With several parameter groups, the keys are `optim/lr/{group}` and
-    `optim/wd/{group}`.
+    `optim/wd/{group}`. A run that began with one group keeps `optim/lr` for it when others are added, each under
+    its name. In a `Session` a group is named by its entry `name`, else by its index; a second group of one name
+    adds its index, as in `head/2`. Of several optimizers, the keys are `optim/lr/{optimizer}`, and
+    `optim/lr/{optimizer}/{group}` for named and further groups.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -67,20 +70,27 @@ class LrCallback(PeriodicCallback):
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Remember the values, for a firing at the end of an epoch or of training."""
-        return state.remember(self.name, _by_key(event)), ()
+        return state.remember(self.name, _by_key(state, event)), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log the values of the last update."""
-        values = _by_key(event) if isinstance(event, AfterUpdate) else self.memory(state)
+        values = _by_key(state, event) if isinstance(event, AfterUpdate) else self.memory(state)
         return log(state, event, values) if values else (state, ())
 
 
-def _by_key(event: AfterUpdate) -> FrozenDict:
+def _by_key(state: TrainState, event: AfterUpdate) -> FrozenDict:
     """Return the learning rates and weight decays of an update by metric key."""
-    single = len(event.lr) <= 1
+    # The group that was alone at the first update keeps the key without a name.
+    alone = (
+        next(iter(event.lr or event.weight_decay), None) if len(event.lr) <= 1 or "optim/lr" in state.metrics else None
+    )
     readings = (("optim/lr", event.lr), ("optim/wd", event.weight_decay))
     return FrozenDict(
-        {key if single else f"{key}/{group}": value for key, groups in readings for group, value in groups.items()}
+        {
+            key if group == alone else f"{key}/{group}": value
+            for key, groups in readings
+            for group, value in groups.items()
+        }
     )
 
 

@@ -95,6 +95,7 @@ class NoetherCallback(TrainerCallback):
         )
         self._session: Session | None = None
         self._model: Any = None
+        self._scaler: Any = None
         self._parts: list[Tensor] = []
         self._grad_norm: Tensor | None = None
 
@@ -131,7 +132,8 @@ class NoetherCallback(TrainerCallback):
             of=of,
         )
         if len(self._parts) == of and "grad_norm" in session.readings:
-            self._grad_norm = get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+            norm = get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+            self._grad_norm = norm if self._scaler is None else norm / self._scaler.get_scale()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -143,12 +145,14 @@ class NoetherCallback(TrainerCallback):
             FileNotFoundError: If the checkpoint to resume from does not contain the state of the run.
         """
         self._model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._scaler = getattr(optimizer, "scaler", None)  # of accelerate, with fp16
         self._parts, self._grad_norm = [], None
         self._session = session = self._make_session(
             run=_fill_run(self._run, self._model, args, state, kwargs["train_dataloader"]),
             model=self._model,
             optimizer=getattr(optimizer, "optimizer", optimizer),  # inside of the wrapper of accelerate
             scheduler=kwargs["lr_scheduler"],
+            scaler=self._scaler,
         )
         if self.resume_from is not None:
             session.load_state_dict(read_memory(self.resume_from))

@@ -120,6 +120,9 @@ class KerasOptimizer:
         """Return None: Keras does not show the gradients."""
         return None
 
+    def end_update(self) -> None:
+        """Do nothing: the learning rate is read at every batch."""
+
     def release(self) -> None:
         """Restore the learning rate."""
         self.restore_lr()

@@ -11,12 +11,12 @@ from noether.core.tensors.live.weights import find_weight_problems, raise_mismat
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.optim import Optimizer
 
     from noether.core.state import TrainState
+    from noether.core.tensors.live.optimizer import Optimizers
 
 
-def load_into(model: nn.Module, optimizer: Optimizer | None, saved: TrainState) -> None:
+def load_into(model: nn.Module, optimizer: Optimizers | None, saved: TrainState) -> None:
     """Write a saved state into a live model and optimizer, after checking all of it.
 
     Raises:
@@ -43,7 +43,7 @@ def write_model(model: nn.Module, saved: TrainState) -> None:
         write_extra_state(model, extra_state)
 
 
-def find_problems(model: nn.Module, optimizer: Optimizer | None, saved: TrainState) -> list[str]:
+def find_problems(model: nn.Module, optimizer: Optimizers | None, saved: TrainState) -> list[str]:
     """Return every part of a saved state that does not fit a live model and optimizer."""
     problems = find_weight_problems(model, saved.params, saved.buffers)
     problems += find_extra_state_problems(model, saved.extra_state)

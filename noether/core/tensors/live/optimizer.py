@@ -1,4 +1,4 @@
-"""The memory of a live optimizer by parameter name, and writing a saved one into it."""
+"""The memory of one or several live optimizers by parameter name, and writing a saved one into them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from weakref import WeakSet
 import torch
 
 from noether.core.errors import StateWarning
+from noether.core.tensors.live.groups import MEMBERS, find_group_problems, read_groups, saved_groups, write_groups
 from noether.core.tensors.live.views import LiveView
 from noether.core.tensors.live.weights import match_names, raise_mismatch
 from noether.core.tensors.module import named_parameters
 from noether.core.tensors.step_counters import counts_on_device, move_memory
 from noether.core.tensors.torch_internals import select_view
-from noether.core.tensors.tree import FrozenDict, FrozenView, freeze, map_leaves, pack, plain_number, unpack
+from noether.core.tensors.tree import FrozenDict, FrozenView, freeze, map_leaves, pack, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-_MEMBERS: Final = "params"
+    Optimizers = Optimizer | Mapping[str, Optimizer]
+
+PARTS: Final = frozenset({"state", "groups", "shared", "attributes"})
+"""Entries of the memory of one optimizer, which no optimizer of several may have as its name."""
 _ELEMENTWISE: Final = frozenset(
     {"acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev",
      "square_avg", "step_size", "sum"}
@@ -46,14 +50,10 @@ class OptimizerView(LiveView, FrozenView):
             for parameter, memory in self._optimizer.state.items()
             if parameter in names
         }
-        groups = [
-            {**group, _MEMBERS: tuple(names[p] for p in group[_MEMBERS] if p in names)}
-            for group in self._optimizer.param_groups
-        ]
         # Views: the number of users of a storage then shows whether something else still holds the tensor.
-        return FrozenDict(state=map_leaves(_view, state), groups=freeze(map_leaves(plain_number, groups)))
+        return FrozenDict(state=map_leaves(_view, state), groups=read_groups(self._optimizer.param_groups, names))
 
-    def views(self, optimizer: Optimizer) -> bool:
+    def views(self, optimizer: Optimizers) -> bool:
         """Return whether this is the memory of `optimizer` itself."""
         return self._optimizer is optimizer
 
@@ -67,33 +67,94 @@ class OptimizerView(LiveView, FrozenView):
         return 2
 
 
+class OptimizersView(LiveView, FrozenView):
+    """The memory of several live optimizers, each under its name."""
+
+    def __init__(self, model: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
+        self._views = {name: OptimizerView(model, optimizer) for name, optimizer in optimizers.items()}
+
+    def read(self) -> FrozenDict:
+        """Return the memory that each optimizer has now."""
+        return FrozenDict({name: view.read() for name, view in self._views.items()})
+
+    def views(self, optimizer: Optimizers) -> bool:
+        """Return whether this is the memory of these same optimizers."""
+        return (
+            isinstance(optimizer, Mapping)
+            and optimizer.keys() == self._views.keys()
+            and all(view.views(optimizer[name]) for name, view in self._views.items())
+        )
+
+    def __getitem__(self, key: str) -> Any:
+        return self._views[key].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+
+def view_optimizer(model: nn.Module, optimizer: Optimizers) -> OptimizerView | OptimizersView:
+    """Return the memory of a live optimizer, or of several by name, read at each access."""
+    return OptimizersView(model, optimizer) if isinstance(optimizer, Mapping) else OptimizerView(model, optimizer)
+
+
+def by_name(optimizer: Optimizers) -> Mapping[str, Optimizer]:
+    """Return optimizers by name; the name of a single one is empty."""
+    return optimizer if isinstance(optimizer, Mapping) else {"": optimizer}
+
+
 @torch.no_grad()
-def write_optimizer(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, *, lr_scale: float) -> None:
-    """Write saved memory into a live optimizer, and scale its learning rates; calling it twice scales once.
+def write_optimizer(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizers, *, lr_scale: float) -> None:
+    """Write saved memory into live optimizers, and scale their learning rates; calling it twice scales once.
+
+    Parameter groups that the saved run added while it trained are added, and the members of all groups get the
+    `requires_grad` that they had.
 
     Args:
         opt_state: The saved memory; if empty or a view of `optimizer`, its memory is left unchanged.
         model: The model, which names the parameters.
-        optimizer: The live optimizer.
-        lr_scale: The scale of its learning rates afterwards.
+        optimizer: The live optimizer, or several by name.
+        lr_scale: The scale of the learning rates afterwards.
 
     Raises:
         MismatchError: If the memory belongs to other parameters, shapes or groups; nothing is written then.
     """
-    if is_written(opt_state, optimizer):
+    is_new = is_written(opt_state, optimizer)
+    if is_new:
         raise_mismatch(find_optimizer_problems(opt_state, model, optimizer))
-        _write_opt_state(model, optimizer, opt_state)
-    _scale_lr(optimizer, lr_scale)
+    for name, each in by_name(optimizer).items():
+        if is_new:
+            _write_memory(model, each, opt_state[name] if name else opt_state)
+        _scale_lr(each, lr_scale)
 
 
-def is_written(opt_state: Mapping[str, Any], optimizer: Optimizer) -> bool:
+def is_written(opt_state: Mapping[str, Any], optimizer: Optimizers) -> bool:
     """Return whether loading writes a memory into `optimizer`: it is not empty, and not that of `optimizer`."""
-    borrowed = isinstance(opt_state, OptimizerView) and opt_state.views(optimizer)
+    borrowed = isinstance(opt_state, (OptimizerView, OptimizersView)) and opt_state.views(optimizer)
     return bool(len(opt_state)) and not borrowed
 
 
-def find_optimizer_problems(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> Iterator[str]:
-    """Yield each difference in parameters, shapes and groups between a saved memory and a live optimizer."""
+def find_optimizer_problems(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizers) -> Iterator[str]:
+    """Yield each difference in parameters, shapes and groups between a saved memory and live optimizers."""
+    saved = {"": opt_state} if not PARTS.isdisjoint(opt_state) else opt_state
+    live = by_name(optimizer)
+    if saved.keys() != live.keys():
+        yield f"the state has the memory of {_list_names(saved)}, and the run has {_list_names(live)}"
+        return
+    for name, each in live.items():
+        prefix = f"optimizer {name!r}: " if name else ""
+        yield from (prefix + problem for problem in _find_problems(saved[name], model, each))
+
+
+def _list_names(optimizers: Mapping[str, Any]) -> str:
+    if "" in optimizers:
+        return "one optimizer without a name"
+    return f"optimizers named {', '.join(map(repr, optimizers))}"
+
+
+def _find_problems(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> Iterator[str]:
     parameters = named_parameters(model)
     names = {parameter: name for name, parameter in parameters.items()}
     if replaced := _describe_replaced(optimizer, names):
@@ -103,7 +164,7 @@ def find_optimizer_problems(opt_state: Mapping[str, Any], model: nn.Module, opti
             yield f"the optimizer's memory of {name!r} is of a parameter that is not in the model"
         else:
             yield from _find_memory_problems(name, memory, parameters[name], optimizer.state.get(parameters[name], {}))
-    yield from _find_group_problems(_saved_groups(opt_state), optimizer.param_groups, names)
+    yield from find_group_problems(saved_groups(opt_state), optimizer.param_groups, names)
 
 
 def _find_memory_problems(
@@ -116,47 +177,15 @@ def _find_memory_problems(
             yield f"{key} of {name!r} has shape {tuple(value.shape)} in the state, and {of} has {tuple(ours.shape)}"
 
 
-def _find_group_problems(
-    saved: list[Mapping[str, Any]], live: list[dict[str, Any]], names: Mapping[Any, str]
-) -> Iterator[str]:
-    if len(saved) != len(live):
-        yield f"the state has {len(saved)} parameter groups, and the optimizer {len(live)}"
-        return
-    for index, (theirs, ours) in enumerate(zip(saved, live, strict=True)):
-        members = [names[parameter] for parameter in ours[_MEMBERS] if parameter in names]
-        expected = list(match_names(dict.fromkeys(theirs.get(_MEMBERS, members)), members))
-        if expected != members:
-            yield (
-                f"parameter group {index} has {len(expected)} parameters in the state ({_join_names(expected)}), and "
-                f"{len(members)} in the optimizer ({_join_names(members)})"
-            )
-
-
-def _join_names(names: list[str]) -> str:
-    shown = 3
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-
-
-def _write_opt_state(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str, Any]) -> None:
+def _write_memory(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str, Any]) -> None:
     parameters = named_parameters(model)
-    on_device = any(map(counts_on_device, optimizer.param_groups))
     memories = unpack(match_names(opt_state.get("state", {}), parameters))  # before the memory that it may view is gone
-    groups = [
-        unpack({key: value for key, value in group.items() if key != _MEMBERS}) for group in _saved_groups(opt_state)
-    ]
+    on_device = any(map(counts_on_device, optimizer.param_groups))
+    write_groups(saved_groups(opt_state), optimizer, parameters)
     optimizer.state.clear()  # a parameter without memory in the state loses the memory that it has
     for name, memory in memories.items():
         parameter = parameters[name]
         optimizer.state[parameter] = move_memory(memory, parameter.device, on_device=on_device)
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group.pop("lr_scale", None)  # the saved group says how its learning rate is scaled
-        group.update(saved, **{_MEMBERS: group[_MEMBERS]})
-
-
-def _saved_groups(opt_state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = opt_state.get("groups", ())
-    # A functional optimizer stores them by name, in the same order.
-    return list(groups.values() if isinstance(groups, Mapping) else groups)
 
 
 def _scale_lr(optimizer: Optimizer, scale: float) -> None:
@@ -170,7 +199,7 @@ def _scale_lr(optimizer: Optimizer, scale: float) -> None:
 
 def _describe_replaced(optimizer: Optimizer, names: Mapping[Any, str]) -> str:
     """Return the names of the parameters that took the place of others that the optimizer still holds, or nothing."""
-    held = {parameter for group in optimizer.param_groups for parameter in group[_MEMBERS]}
+    held = {parameter for group in optimizer.param_groups for parameter in group[MEMBERS]}
     lost = [parameter.shape for parameter in held if parameter not in names]
     if not lost:
         return ""

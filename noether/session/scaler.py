@@ -1,0 +1,85 @@
+"""The scale of a `torch.amp.GradScaler`, as a memory in the state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, final
+
+from noether.core.event import AfterUpdate, Event
+from noether.core.tensors.tree import FrozenDict, freeze, pack, unpack
+from noether.session.errors import SessionError
+from noether.session.loader import warn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from noether.core.callback import Effects
+    from noether.core.state import Memory, TrainState
+
+MEMORY: Final = "grad_scaler"
+
+
+@final
+class ScalerMemory:
+    """A member of a reducer that keeps the scale of a live gradient scaler in the state, so that a checkpoint holds it.
+
+    Args:
+        scaler: The scaler. Call its `update` before an update is reported.
+
+    Example:
+        >>> import torch
+        >>> from noether import TrainState
+        >>> scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        >>> memory = ScalerMemory(scaler).init(TrainState())["grad_scaler"]
+        >>> memory["scale"], memory["growth_interval"]
+        (8.0, 2)
+    """
+
+    produces: tuple[str, ...] = ()
+
+    def __init__(self, scaler: Any) -> None:
+        self._scaler = scaler
+
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return the state that remembers the scale."""
+        return (state.remember(MEMORY, self._read()), ()) if isinstance(event, AfterUpdate) else (state, ())
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as for every callback
+        """Return the scale at which the scaler starts."""
+        return {MEMORY: self._read()}
+
+    def _listens(self, event_type: type[Event]) -> bool:
+        return issubclass(event_type, AfterUpdate)
+
+    def restore(self, state: TrainState) -> None:
+        """Write the scale that a state remembers into the scaler.
+
+        Raises:
+            SessionError: If the scaler was disabled where the state was saved, and is not now, or the other way round.
+        """
+        saved = state.callback_states.get(MEMORY)
+        if saved is None:
+            warn(
+                f"the saved run at {state.iteration} has no scale of a gradient scaler, so it begins again at "
+                f"{self._scaler.get_scale()}: a resumed run may skip other updates"
+            )
+            return
+        if bool(saved) != self._scaler.is_enabled():
+            was, now = ("enabled", "disabled") if saved else ("disabled", "enabled")
+            raise SessionError(
+                f"the gradient scaler was {was} in the saved run, and is {now}: make it with enabled={bool(saved)}"
+            )
+        if saved:
+            self._scaler.load_state_dict(unpack(saved))
+
+    def is_current(self, state: TrainState) -> bool:
+        """Return whether the scaler was not updated since `state` remembered its scale."""
+        return bool(self._read() == state.callback_states.get(MEMORY, self._read()))
+
+    def has_lowered(self, state: TrainState) -> bool:
+        """Return whether the scale is lower than the one that `state` remembers: gradients were not finite."""
+        before = state.callback_states.get(MEMORY, {}).get("scale")
+        return before is not None and bool(self._scaler.get_scale() < before)
+
+    def _read(self) -> FrozenDict:
+        packed: FrozenDict = freeze(pack("the gradient scaler", self._scaler.state_dict()))
+        return packed
