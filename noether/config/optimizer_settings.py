@@ -25,7 +25,7 @@ class ParamGroup:
     Args:
         name: What logs and checkpoints call the group; `default` is the group of all other parameters.
         match: Patterns as in `fnmatch` (`*` also matches dots). A parameter is in the first group of which one pattern
-            matches its name.
+            matches its name, or one of its names if it is tied.
         lr: Learning rate of the group, at least 0; None for that of the optimizer.
         weight_decay: Weight decay of the group, at least 0; None for that of the optimizer.
         frozen: Whether the parameters are excluded from training.

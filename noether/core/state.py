@@ -56,6 +56,8 @@ class TrainState:
         params: The model's parameters by name.
         buffers: The model's buffers by name.
         extra_state: What modules of the model return from `get_extra_state`, by their path.
+        tied_names: Other names that the model has for a tensor, such as a tied weight: its name in this state, by each
+            other name.
         opt_state: The optimizer's memory; of several optimizers that of each, by its name.
         hyperparams: Values that a callback may set; `lr_scale` multiplies the learning rate of every later update.
         metrics: The last value of each metric and where it was measured.
@@ -95,6 +97,7 @@ class TrainState:
     params: Mapping[str, torch.Tensor] = _EMPTY
     buffers: Mapping[str, torch.Tensor] = _EMPTY
     extra_state: Mapping[str, Any] = _EMPTY
+    tied_names: Mapping[str, str] = _EMPTY
     opt_state: Mapping[str, Any] = _EMPTY
     hyperparams: Mapping[str, Any] = _HYPERPARAMS
     metrics: Mapping[str, Measured] = _EMPTY

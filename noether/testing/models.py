@@ -80,6 +80,7 @@ class TracedModel:
     Args:
         params: Parameters by name, with their first values.
         buffers: Buffers by name, likewise.
+        tied_names: The name in these of each tensor that the model has under another name, too, by the other name.
         frozen: Names of the parameters that do not change.
         losses: Each loss as a multiple of the loss of the reading, by name.
         outputs: Outputs of one micro-batch, as an example.
@@ -96,6 +97,7 @@ class TracedModel:
 
     params: Mapping[str, Tensor] = _PARAMS
     buffers: Mapping[str, Tensor] = _BUFFERS
+    tied_names: Mapping[str, str] = FrozenDict()
     frozen: frozenset[str] = frozenset()
     losses: Mapping[str, float] = FrozenDict(total=1.0)
     outputs: Any = _OUTPUTS
@@ -166,9 +168,8 @@ class TracedModel:
             for name, param in self._select_trained(self.params).items()
         }
         opt_state = {"state": moments, "groups": {}}
-        return TrainState(
-            params=clone_tensors(self.params), buffers=clone_tensors(self.buffers), opt_state=opt_state, seed=seed
-        )
+        params, buffers = clone_tensors(self.params), clone_tensors(self.buffers)
+        return TrainState(params=params, buffers=buffers, tied_names=self.tied_names, opt_state=opt_state, seed=seed)
 
     def step(self, state: TrainState, loss: float) -> TrainState:
         """Return the state after an optimizer step, which depends on the params, the loss and the hyperparams."""
@@ -229,12 +230,12 @@ def _read_weights(model: Any) -> dict[str, Any]:
             )
     if isinstance(model, nn.Module):
         state = TrainState.from_module(model)
-        params, buffers = dict(state.params), dict(state.buffers)
+        params, buffers, tied_names = dict(state.params), dict(state.buffers), state.tied_names
         originals = zip(params, model.parameters(), strict=True)
         frozen = frozenset(name for name, original in originals if not original.requires_grad)
     else:
-        params, buffers, frozen = dict(model), {}, frozenset[str]()
-    return {"params": _copy(params), "buffers": _copy(buffers), "frozen": frozen}
+        params, buffers, tied_names, frozen = dict(model), {}, FrozenDict(), frozenset[str]()
+    return {"params": _copy(params), "buffers": _copy(buffers), "tied_names": tied_names, "frozen": frozen}
 
 
 def _copy(weights: Mapping[str, Tensor]) -> FrozenDict:

@@ -33,7 +33,6 @@ from noether.training.data.streamed import StreamedData, StreamedEvaluationData
 from noether.training.error_locations import locate_errors
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
-from noether.training.tied_parameters import check_chosen_modules, find_tied_names
 from noether.training.value_schedules import ValueSchedule, value_schedule
 from noether.training.weights import check_opt_state, fit_weights, load_weights, to_device
 
@@ -135,12 +134,11 @@ def build(
     )
     _check_end(config, run)
     state = _initial_state(config, network, fresh=fresh)
-    optimizer = _build_optimizer(config, network)
+    optimizer = _build_optimizer(config, network, state.tied_names)
     lr, weight_decay = build_value_schedules(config, optimizer, state, run)
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
     state = state.replace(opt_state=optimizer.init(state.params), lengths=data.batching.lengths)
     callbacks = build_callbacks(config, state, run)
-    check_chosen_modules(config, callbacks, find_tied_names(network))
     streams = [data] if isinstance(data, StreamedData) else []
     reducer = compose(*streams, *(configured.callback for configured in callbacks))
     with locate_errors(config, ("model",)):  # it refuses a model that holds parameters outside of its modules
@@ -284,7 +282,8 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> TrainSta
     with locate_errors(config, ("model",)):  # the parameters of a lazy module have no shape
         state = TrainState.from_module(model, seed=config.run.seed)
         params, buffers = clone_tensors(state.params), clone_tensors(state.buffers)
-        state = state.replace(params=params, buffers=buffers, extra_state=state.extra_state)
+        fixed = {"extra_state": state.extra_state, "tied_names": state.tied_names}  # values, no views of the model
+        state = state.replace(params=params, buffers=buffers, **fixed)
     if not fresh or config.run.init_from is None:
         return state
     path = Path(config.run.init_from)
@@ -298,14 +297,14 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> TrainSta
 # Step
 
 
-def _build_optimizer(config: Config, model: nn.Module) -> FunctionalOptimizer:
+def _build_optimizer(config: Config, model: nn.Module, tied: Mapping[str, str]) -> FunctionalOptimizer:
     optimizer = config.optimizer
     settings = {**build_nested(optimizer.kind.settings), "lr": optimizer.lr}
     if optimizer.weight_decay is not None:
         settings["weight_decay"] = optimizer.weight_decay
     frozen = frozen_names(model)
     with locate_errors(config, ("optimizer",)):
-        return FunctionalOptimizer(cast("Any", optimizer.kind.target), settings, optimizer.groups, frozen)
+        return FunctionalOptimizer(cast("Any", optimizer.kind.target), settings, optimizer.groups, frozen, tied)
 
 
 def build_value_schedules(

@@ -54,27 +54,27 @@ def fit_weights(ours: TrainState, theirs: TrainState) -> TrainState:
     Raises:
         CheckpointError: If names, shapes or dtypes of params or buffers differ; the message lists them.
     """
-    fitted: dict[str, Mapping[str, Any]] = {}
+    fitted: dict[str, Mapping[str, Any]] = {"tied_names": ours.tied_names}
     problems: list[str] = []
     for kind, field in (("parameter", "params"), ("buffer", "buffers")):
         expected, found = getattr(ours, field), getattr(theirs, field)
-        problems += find_differences(kind, expected, found, source="checkpoint")
-        fitted[field] = match_names(found, expected)
+        problems += find_differences(kind, expected, found, tied=ours.tied_names, source="checkpoint")
+        fitted[field] = match_names(found, expected, ours.tied_names)
     extra = match_names(theirs.extra_state, ours.extra_state)
     problems += [f"extra state of {path!r} is not in the model" for path in extra.keys() - ours.extra_state.keys()]
     if problems:
         raise CheckpointError(join_problems(problems))
     if missing := [path or "the model" for path in ours.extra_state if path not in extra]:
         _LOGGER.warning("the checkpoint has no extra state of %s, which starts as in a new model", ", ".join(missing))
-    opt_state = _rename_memories(theirs.opt_state, ours.params)
+    opt_state = _rename_memories(theirs.opt_state, ours)
     return theirs.replace(**fitted, extra_state={**ours.extra_state, **extra}, opt_state=opt_state)
 
 
-def _rename_memories(opt_state: Mapping[str, Any], names: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rename_memories(opt_state: Mapping[str, Any], ours: TrainState) -> Mapping[str, Any]:
     memories = opt_state.get("state", {})
-    if memories.keys() <= names.keys():
+    if memories.keys() <= ours.params.keys():
         return opt_state
-    return FrozenDict({**opt_state, "state": FrozenDict(match_names(memories, names))})
+    return FrozenDict({**opt_state, "state": FrozenDict(match_names(memories, ours.params, ours.tied_names))})
 
 
 def check_opt_state(optimizer: FunctionalOptimizer, state: TrainState) -> None:

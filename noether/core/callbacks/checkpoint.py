@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
 from noether.core.errors import Problem, check_whole
+from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tree import FrozenDict, tensors
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ class CheckpointCallback(PeriodicCallback):
     with weights, optimizer and state. By default the newest checkpoint has all of them, and older ones only weights.
     Before training, the callback writes to the console how many checkpoints there will be and how large one is.
 
+    `load_state_dict` takes the file of weights as it is; a tied weight is written under each of its names:
+
+    ```python
+    from safetensors.torch import load_file
+
+    weights = load_file("runs/NAME/RUN_ID/checkpoints/TAG/weights.safetensors")
+    model.load_state_dict(weights)
+    model.head.load_state_dict({n.removeprefix("head."): w for n, w in weights.items() if n.startswith("head.")})
+    ```
+
     Args:
         save_weights: Whether every checkpoint has the weights.
         save_optim: Whether every checkpoint has the optimizer and the run's state.
@@ -38,7 +49,7 @@ class CheckpointCallback(PeriodicCallback):
         save_latest_optim: Whether the newest checkpoint has the optimizer and the run's state. At least one of the
             four must be true.
         model_names: Sub-modules whose weights to save, by their name in the model; empty for all. A checkpoint with
-            the optimizer has the weights of all sub-modules.
+            the optimizer has the weights of all sub-modules. The names in the file are those in the whole model.
         keep: Number of newest checkpoints to keep, >= 1; None keeps all. A checkpoint that a pointer names, and the
             newest one to resume from, are kept in any case.
         every_n_epochs: Epochs between firings, >= 1.
@@ -132,7 +143,7 @@ class CheckpointCallback(PeriodicCallback):
 
 
 def _describe_saves(save: SaveCheckpoint, state: TrainState, count: int, *, keep: int | None) -> str:
-    weights = _total_bytes((state.params, state.buffers, state.extra_state)) if save.weights else 0
+    weights = _total_bytes((weights_by_name(state, save.models), state.extra_state)) if save.weights else 0
     optimizer = _total_bytes((state.opt_state, state.callback_states)) if save.optimizer else 0
     # The optimizer allocates its memory at the first update; before that, only the size of the weights is known.
     unknown = " and the optimizer's memory" if save.optimizer and not state.iteration.update else ""

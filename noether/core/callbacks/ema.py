@@ -13,10 +13,11 @@ from noether.core.errors import Problem, WeightsError, raise_problems, suggest
 from noether.core.tensors import torch_internals
 from noether.core.tensors.donation import ALREADY_UPDATED, DonatedTree, OwnedStorages
 from noether.core.tensors.stored_weights import memory_of, name_in_tags
+from noether.core.tensors.tied_names import add_tied, is_at, names_below
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, AfterUpdate, BeforeTraining, Event
@@ -106,8 +107,9 @@ class EMACallback(PeriodicCallback):
         Raises:
             SettingsError: If one of `model_paths` names no sub-module with parameters.
         """
-        raise_problems(_path_problem(path, index, state.params) for index, path in enumerate(self.model_paths))
-        params, buffers = self._select(state.params), self._select(state.buffers)
+        names = add_tied(state.params, state.tied_names)
+        raise_problems(_path_problem(path, index, names) for index, path in enumerate(self.model_paths))
+        params, buffers = self._select(state)
         return {
             memory_of(name): FrozenDict(
                 params=FrozenDict({path: _upcast(tensor).clone() for path, tensor in params.items()}),
@@ -124,7 +126,7 @@ class EMACallback(PeriodicCallback):
         """
         for name in map(memory_of, self._averages):
             average = state.callback_states.get(name)
-            if average is not None and average["params"].keys() != self._select(state.params).keys():
+            if average is not None and average["params"].keys() != self._select(state)[0].keys():
                 raise WeightsError(
                     f"{name!r} has other parameters than model_paths of {self.name} chooses: restore the former "
                     f"model_paths, or restart the average with --drop-memory {name}"
@@ -135,7 +137,7 @@ class EMACallback(PeriodicCallback):
         """Move every average towards the weights."""
         if event.skipped:
             return state, ()
-        params, buffers = self._select(state.params), self._select(state.buffers)
+        params, buffers = self._select(state)
         move = _move_in_place if isinstance(state.params, DonatedTree) else _move
         for name, factor in self._averages.items():
             memory = state.callback_states.get(memory_of(name))
@@ -182,23 +184,25 @@ class EMACallback(PeriodicCallback):
         """Whether `model_paths` chooses a part of the model only."""
         return bool(self.model_paths) and None not in self.model_paths
 
-    def _select(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Return the tensors of the sub-modules in `model_paths`."""
+    def _select(self, state: TrainState) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        """Return the params and buffers that the model has below one of `model_paths` under any of their names."""
         if not self._partial:
-            return tensors
-        return {name: tensor for name, tensor in tensors.items() if _is_below(name, self.model_paths)}
+            return state.params, state.buffers
+        paths, tied = [path for path in self.model_paths if path is not None], state.tied_names
+        params, buffers = state.params, state.buffers
+        chosen = {*names_below(params, paths, tied).values(), *names_below(buffers, paths, tied).values()}
+        return (
+            {name: tensor for name, tensor in params.items() if name in chosen},
+            {name: tensor for name, tensor in buffers.items() if name in chosen},
+        )
 
 
 def _is_decay(factor: object) -> bool:
     return isinstance(factor, float) and 0 < factor < 1
 
 
-def _is_below(name: str, paths: Iterable[str | None]) -> bool:
-    return any(name.startswith(f"{path}.") for path in paths)
-
-
 def _path_problem(path: str | None, index: int, params: Mapping[str, torch.Tensor]) -> Problem | None:
-    if path is None or any(_is_below(name, [path]) for name in params):
+    if path is None or any(name != path and is_at(name, path) for name in params):
         return None
     modules = dict.fromkeys(
         ".".join(name.split(".")[:depth]) for name in params for depth in range(1, name.count(".") + 1)

@@ -12,7 +12,7 @@ from noether.core.tensors.torch_internals import buffers_in, children_in, parame
 from noether.core.tensors.tree import FrozenDict, move_to_device, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -42,15 +42,26 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         seen.add(id(module))
         found.append(pair)
         if children := children_in(module):  # most modules have none
-            wrapped = _wrapped_name(module, children)
-            prefix = f"{path}." if path else ""
-            named = [
-                (path if name == wrapped else prefix + name, child)
-                for name, child in children.items()
-                if child is not None
-            ]
-            stack += reversed(named)
+            stack += reversed(_named_children(path, module, children))
     return found
+
+
+def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module with its path, without the names of wrappers, and a shared module once for each of its paths.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> [path for path, _ in all_paths(torch.nn.Sequential(layer, layer))]
+        ['', '0', '1']
+    """
+    stack: list[tuple[str, nn.Module, frozenset[int]]] = [("", model, frozenset())]
+    while stack:
+        path, module, parents = stack.pop()
+        yield path, module
+        if children := children_in(module):
+            parents |= {id(module)}
+            named = _named_children(path, module, children)
+            stack += [(name, child, parents) for name, child in reversed(named) if id(child) not in parents]
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -133,6 +144,15 @@ def move_to_model(model: nn.Module, tree: Any) -> Any:
     if all(tensor.device == device for _, tensor in tensors(tree)):
         return tree
     return move_to_device(device, tree)
+
+
+def _named_children(path: str, module: nn.Module, children: Mapping[str, Any]) -> list[tuple[str, nn.Module]]:
+    """Return the children of the module at `path` with their paths, without the names of wrappers."""
+    wrapped = _wrapped_name(module, children)
+    prefix = f"{path}." if path else ""
+    return [
+        (path if name == wrapped else prefix + name, child) for name, child in children.items() if child is not None
+    ]
 
 
 def _wrapped_name(module: nn.Module, children: Mapping[str, Any]) -> str | None:

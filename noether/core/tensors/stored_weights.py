@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 from noether.core.errors import WeightsError, suggest
 from noether.core.file_names import escape_name
 from noether.core.tensors.live.weights import match_names
+from noether.core.tensors.tied_names import names_below
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
+
+    from torch import Tensor
 
     from noether.core.state import TrainState
 
@@ -84,14 +87,33 @@ def use_weights(state: TrainState, weights: str) -> TrainState:
             f"no weights {weights!r} are stored; stored: {', '.join(known) or 'none'}{suggest(weights, known)}"
         )
     stored = state.callback_states[name]
+    tied = state.tied_names
     return state.replace(
-        **{field: _overwrite(f"{weights}: {field}", getattr(state, field), new) for field, new in stored.items()}
+        **{field: _overwrite(f"{weights}: {field}", getattr(state, field), new, tied) for field, new in stored.items()}
     )
 
 
-def _overwrite(owner: str, tensors: Mapping[str, Any], new: Mapping[str, Any]) -> FrozenDict:
+def weights_by_name(state: TrainState, models: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return params and buffers of a state under all names that the model has for them, in the order of the state.
+
+    Args:
+        state: The state.
+        models: Paths of sub-modules; names outside of all of these are left out. Empty for the whole model.
+
+    Example:
+        >>> from noether import TrainState
+        >>> import torch
+        >>> params = {"emb.weight": torch.tensor(1.0), "head.bias": torch.tensor(2.0)}
+        >>> weights_by_name(TrainState(params=params, tied_names={"head.weight": "emb.weight"}), ["head"])
+        {'head.bias': tensor(2.), 'head.weight': tensor(1.)}
+    """
+    weights = {**state.params, **state.buffers}
+    return {name: weights[own] for name, own in names_below(weights, models, state.tied_names).items()}
+
+
+def _overwrite(owner: str, tensors: Mapping[str, Any], new: Mapping[str, Any], tied: Mapping[str, str]) -> FrozenDict:
     """Return `tensors` with those in `new` replaced, in the dtype that they had."""
-    stored = match_names(new, tensors)
+    stored = {tied.get(name, name): tensor for name, tensor in match_names(new, [*tensors, *tied]).items()}
     for name, tensor in stored.items():
         if name not in tensors:
             raise WeightsError(f"{owner} have {name!r}, and the model does not")

@@ -114,6 +114,11 @@ def buffers_in(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers  # noqa: SLF001  # likewise
 
 
+def non_persistent_in(module: nn.Module) -> set[str]:
+    """Return the keys of the buffers of a module that its `state_dict` leaves out."""
+    return module._non_persistent_buffers_set  # noqa: SLF001  # torch has no public name for it
+
+
 def select_view() -> Callable[[Tensor], Tensor]:
     """Return the function that makes a view of a tensor without a gradient: `detach` or, in a transform, another one.
 
@@ -296,6 +301,8 @@ def _check_members() -> None:
     norm = model[0]
     _expect(children_in(model), {"0": norm})
     _expect((list(parameters_in(norm)), next(iter(buffers_in(norm)))), (["weight", "bias"], "running_mean"))
+    norm.register_buffer("cache", torch.zeros(1), persistent=False)
+    _expect(non_persistent_in(norm), {"cache"})
 
 
 def _check_foreach() -> None:
@@ -395,7 +402,7 @@ _CHECKS: Final = (
     _Check("run_backward", "gradients of the step on the CPU", _check_run_backward),
     _Check("reparametrize", "the step calls the model with the weights of a state", _check_reparametrize),
     _Check("buffer_dicts", "the step places buffers in the model", _check_buffer_dicts),
-    _Check("children_in, parameters_in, buffers_in", "states read live modules", _check_members),
+    _Check("children_in, parameters_in, buffers_in, non_persistent_in", "states read live modules", _check_members),
     _Check("foreach_add_, foreach_lerp, foreach_lerp_", "step counters of Adam, averages of weights", _check_foreach),
     _Check("fused_adam_, fused_adamw_", "updates of fused Adam and AdamW", _check_fused_adam),
     _Check("register_torch_pytree, find_torch_pytree", "trees of states and outputs", _check_pytrees),

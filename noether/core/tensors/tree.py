@@ -237,6 +237,20 @@ def storages(tree: Any) -> set[int]:
     return addresses
 
 
+def have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors have one shape and dtype, and the same bits; a NaN equals one with the same bits.
+
+    Example:
+        >>> zero = torch.tensor(0.0)
+        >>> have_same_bits(zero, torch.tensor(0.0)), have_same_bits(zero, torch.tensor(-0.0))
+        (True, False)
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    bits = [tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return torch.equal(*bits)
+
+
 def plain_number(value: Any) -> Any:
     """Return a number of another type, such as numpy's, as an int or a float of equal value; anything else unchanged.
 

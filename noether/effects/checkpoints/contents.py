@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.errors import NoetherError
 from noether.core.state import TrainState
-from noether.core.tensors.stored_weights import use_weights
+from noether.core.tensors.stored_weights import use_weights, weights_by_name
+from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, names_below
+from noether.core.tensors.tree import have_same_bits
 from noether.effects.checkpoints.state_codec import decode_mapping, decode_state, encode_state, error_text
 from noether.effects.disk.encoding import encode_tree
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
@@ -30,8 +32,7 @@ MEMORY: Final = "state.safetensors"
 FILES: Final = frozenset({WEIGHTS, OPTIMIZER, STATE, MEMORY})
 """The names that a file of a checkpoint can have, its manifest aside."""
 
-EXTRA_STATE: Final = "_extra_state"
-"""The entry of a file of weights, and the part of its names, for extra state; torch has the same name for it."""
+_TIED_NAMES: Final = "tied_names"
 _WEIGHT_KINDS: Final = ("params", "buffers")
 
 
@@ -61,46 +62,55 @@ def checkpoint_files(effect: SaveCheckpoint, state: TrainState) -> dict[str, Pie
     """
     files: dict[str, Pieces] = {}
     if effect.weights:
-        weights = select_weights(effect, state)
-        order = {kind: [name for name in getattr(state, kind) if name in weights] for kind in _WEIGHT_KINDS}
-        facts = _encode_extra_state(effect, state, weights)
-        files[WEIGHTS] = _name_part("weights", tensor_pieces(weights, order=order, **facts))
+        files[WEIGHTS] = _name_part("weights", _weights_file(effect, state))
     return files | (_state_files(state) if effect.optimizer else {})
 
 
 def select_weights(effect: SaveCheckpoint, state: TrainState) -> dict[str, torch.Tensor]:
-    """Return the weights that a checkpoint of `state` holds, by name.
+    """Return the weights that a checkpoint of `state` holds, under all names that the model has for them.
 
     Raises:
         ModelNamesError: If the model has no weights below the requested names of sub-modules.
         WeightsError: If no callback keeps the requested weights.
     """
     source = state if effect.weights_of is None else use_weights(state, effect.weights_of)
-    models = effect.models
-    weights = {
-        name: tensor for name, tensor in {**source.params, **source.buffers}.items() if _is_requested(name, models)
-    }
-    if models and not weights:
-        known = ", ".join(state.params)
-        raise ModelNamesError(f"model_names: no weights below {', '.join(models)}; there are: {known}")
+    weights = weights_by_name(source, effect.models)
+    if effect.models and not weights:
+        known = ", ".join(add_tied(state.params, state.tied_names))
+        raise ModelNamesError(f"model_names: no weights below {', '.join(effect.models)}; there are: {known}")
     return weights
 
 
-def _is_requested(name: str, models: tuple[str, ...]) -> bool:
-    """Return whether a name lies below one of the requested sub-modules; all do if none is requested."""
-    return not models or any(f"{name}.".startswith(f"{model}.") for model in models)
+def _weights_file(effect: SaveCheckpoint, state: TrainState) -> Pieces:
+    """Return a file of weights, which `load_state_dict` of the model takes: each tensor is there under all its names.
+
+    The facts beside the tensors name each tensor once, in the order of the state, and then its other names.
+    """
+    weights = select_weights(effect, state)
+    first: dict[str, str] = {}  # the first name in the file, by the name in the state
+    for name in weights:
+        first.setdefault(state.tied_names.get(name, name), name)
+    order = {kind: [first[name] for name in getattr(state, kind) if name in first] for kind in _WEIGHT_KINDS}
+    facts = _encode_extra_state(effect, state, weights)
+    tied = {name: first.get(own, own) for name, own in state.tied_names.items() if name in weights}
+    if tied := {name: own for name, own in tied.items() if name != own}:
+        facts[_TIED_NAMES] = tied  # left out otherwise, as earlier versions have no such entry
+    return tensor_pieces(weights, order=order, **facts)
 
 
 def _encode_extra_state(
     effect: SaveCheckpoint, state: TrainState, weights: dict[str, torch.Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Return the extra state of the requested sub-modules as JSON values, and add its tensors to `weights`."""
+    names = {path: f"{path}.{EXTRA_STATE}".lstrip(".") for path in state.extra_state}
+    chosen = names_below(names.values(), effect.models, state.tied_names)
     encoded = {
-        path: encode_tree(value, weights, f"{path}.{EXTRA_STATE}".lstrip("."))
+        path: encode_tree(value, weights, names[path])
         for path, value in state.extra_state.items()
-        if _is_requested(path, effect.models)
+        if names[path] in chosen.values()
     }
-    return {EXTRA_STATE: encoded} if encoded else {}  # left out otherwise, as earlier versions have no such entry
+    weights.update({name: weights[own] for name, own in chosen.items() if name != own and own in weights})
+    return {EXTRA_STATE: encoded} if encoded else {}  # likewise
 
 
 def read_state(files: Mapping[str, bytes], iteration: TrainingIteration) -> TrainState:
@@ -177,7 +187,7 @@ def _decode_state_file(
 
 
 def _split_weights(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return params, buffers and extra state, in the order in which they were saved.
+    """Return params, buffers, extra state and tied names, in the order in which they were saved.
 
     A sum over all of them, such as a gradient norm, depends on their order in its last bits.
     """
@@ -187,9 +197,13 @@ def _split_weights(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
     names = {kind: list(each) for kind, each in weights.items()}
     extra = decode_mapping(EXTRA_STATE, facts.get(EXTRA_STATE, {}), tensors)
     used = {name for each in names.values() for name in each} | _names_of_tensors(facts.get(EXTRA_STATE, {}))
-    if names != facts["order"] or used != set(tensors):
+    tied = facts.get(_TIED_NAMES, {})
+    if names != facts["order"] or used | tied.keys() != set(tensors) or not set(tied.values()) <= used - tied.keys():
         raise ValueError("its tensors do not match the stored order")
-    return {**weights, "extra_state": extra}
+    for name, own in tied.items():
+        if not have_same_bits(tensors[name], tensors[own]):
+            raise ValueError(f"{name!r} and {own!r} are one tensor of the model, and have different values")
+    return {**weights, "extra_state": extra, "tied_names": tied}
 
 
 def _names_of_tensors(encoded: Any) -> set[str]:

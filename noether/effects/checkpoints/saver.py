@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     OnError = Literal["stop", "warn"]
 
 _LOGGER: Final = logging.getLogger(__name__)
-_TREES: Final = ("params", "buffers", "extra_state", "opt_state", "hyperparams", "callback_states", "pending")
+_TREES: Final = (
+    "params",
+    "buffers",
+    "extra_state",
+    "tied_names",
+    "opt_state",
+    "hyperparams",
+    "callback_states",
+    "pending",
+)
 
 
 @final

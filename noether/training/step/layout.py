@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from noether.config.optimizer_settings import DEFAULT_GROUP
 from noether.core.errors import Problem, raise_problems, suggest
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,7 +70,10 @@ class UpdateCopies(NamedTuple):
 
 
 def assign_groups(
-    names: Sequence[str], groups: Sequence[ParamGroup], frozen: frozenset[str]
+    names: Sequence[str],
+    groups: Sequence[ParamGroup],
+    frozen: frozenset[str],
+    tied: Mapping[str, str] = FrozenDict(),
 ) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     """Return the names of the parameters of each group that has any, and of all trained parameters.
 
@@ -77,12 +81,18 @@ def assign_groups(
         names: Names of all parameters.
         groups: The first that matches a name wins; the group of all other parameters comes last.
         frozen: Names of parameters that are not trained.
+        tied: The one of `names` for each other name of a parameter; patterns match any of its names.
 
     Raises:
-        SettingsError: If a pattern matches no parameter or no parameter is trained.
+        SettingsError: If a pattern matches no parameter, no parameter is trained, or two groups match different names
+            of one parameter.
     """
-    raise_problems(list(_find_unmatched(names, groups, frozen)))
-    group_of = {name: _group_of(name, groups, frozen) for name in names}
+    others = {name: [name] for name in names}
+    for other, name in tied.items():
+        if name in others:  # not a buffer
+            others[name].append(other)
+    raise_problems(list(_find_unmatched([each for every in others.values() for each in every], groups, frozen)))
+    group_of = {name: None if name in frozen else _group_of(every, groups) for name, every in others.items()}
     order = [*(group.name for group in groups if not group.frozen), DEFAULT_GROUP]
     members = {group: tuple(name for name in names if group_of[name] == group) for group in order}
     members = {group: params for group, params in members.items() if params}
@@ -91,14 +101,30 @@ def assign_groups(
     return members, tuple(name for name in names if group_of[name] is not None)
 
 
-def _group_of(name: str, groups: Sequence[ParamGroup], frozen: frozenset[str]) -> str | None:
-    """Return the name of the group of a parameter, or None if the parameter is frozen."""
-    if name in frozen:
-        return None
-    for group in groups:
-        if any(fnmatchcase(name, pattern) for pattern in group.match):
-            return None if group.frozen else group.name
-    return DEFAULT_GROUP
+def _group_of(names: Sequence[str], groups: Sequence[ParamGroup]) -> str | None:
+    """Return the name of the group of a parameter with these names, or None if its group is frozen.
+
+    Raises:
+        SettingsError: If the first group that matches one of the names, and a later group, match different names.
+    """
+    matched = [(group, {name for name in names if _matches(group, name)}) for group in groups]
+    matched = [(group, found) for group, found in matched if found]
+    if not matched:
+        return DEFAULT_GROUP
+    first, found = matched[0]
+    for other, others in matched[1:]:
+        if found.isdisjoint(others):
+            one, two = min(found), min(others)
+            message = (
+                f"matches {two!r}, and the group {first.name!r} matches {one!r}, but the model has one parameter under "
+                f"both names (tied weights): let only one of the two groups match it"
+            )
+            raise_problems([Problem(f"groups.{other.name}.match", message)])
+    return None if first.frozen else first.name
+
+
+def _matches(group: ParamGroup, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in group.match)
 
 
 def _find_unmatched(names: Sequence[str], groups: Sequence[ParamGroup], frozen: frozenset[str]) -> Iterator[Problem]:

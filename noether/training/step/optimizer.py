@@ -61,6 +61,7 @@ class FunctionalOptimizer:
         groups: Parameters with separate settings; the first group that matches wins. The class gets the groups in this
             order, and last the group `default` of all other parameters.
         frozen: Exact names of further parameters not to train, e.g. those that require no gradient.
+        tied: Names that the groups may match, too: the name in `params`, by each other name of a parameter.
 
     Raises:
         SettingsError: If the class needs a closure, has no such setting, or refuses the value of one.
@@ -84,6 +85,7 @@ class FunctionalOptimizer:
     settings: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[ParamGroup, ...] = ()
     frozen: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
     # A layout is a pure function of the settings and the names of the parameters, cached because it takes long.
     _layouts: dict[tuple[str, ...], Layout] = field(init=False, repr=False, default_factory=dict)
 
@@ -300,7 +302,7 @@ class FunctionalOptimizer:
         return self._layouts[names]
 
     def _make_layout(self, names: tuple[str, ...]) -> Layout:
-        members, trainable = assign_groups(names, self.groups, self.frozen)
+        members, trainable = assign_groups(names, self.groups, self.frozen, self.tied)
         params = placeholders(members)
         instance = self._construct(params)
         raise_problems([stored_params_problem(instance, params)])

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 from noether.core.tensors.live.extra_state import read_extra_state
 from noether.core.tensors.module import buffers_of, params_of
+from noether.core.tensors.tied_names import find_tied_names
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Part = Literal["params", "buffers", "extra_state"]
+Part = Literal["params", "buffers", "extra_state", "tied_names"]
 
 PARTS: Final[Mapping[Part, Callable[[nn.Module], FrozenDict]]] = {
     "params": params_of,
     "buffers": buffers_of,
     "extra_state": read_extra_state,
+    "tied_names": find_tied_names,
 }
 """The fields of a state that a module has, and the function that reads each."""
 
@@ -38,7 +40,7 @@ class LiveView:
 
 @final
 class ModuleView(LiveView):
-    """What a state holds in place of params, buffers or extra state of a live module.
+    """What a state holds in place of params, buffers, extra state or tied names of a live module.
 
     It finds tensors by path and name at each read, so a state shows what the module has now, such as tensors that were
     assigned, converted, loaded with `assign=True` or registered later.

@@ -9,8 +9,9 @@ from torch.nn.parameter import is_lazy
 
 from noether.core.errors import NoetherError, suggest
 from noether.core.tensors.module import device_of, named_buffers, named_modules, named_parameters, without_wrappers
+from noether.core.tensors.tied_names import find_tied_names
 from noether.core.tensors.torch_internals import buffers_in
-from noether.core.tensors.tree import storages
+from noether.core.tensors.tree import FrozenDict, have_same_bits, storages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -70,7 +71,8 @@ def write_weights(model: nn.Module, params: Mapping[str, Tensor], buffers: Mappi
     raise_mismatch(find_weight_problems(model, params, buffers))
     live = {**named_parameters(model), **named_buffers(model)}
     places = _empty_buffers(model)
-    saved = {**match_names(params, live), **match_names(buffers, [*live, *places])}
+    tied = find_tied_names(model)
+    saved = {**match_names(params, live, tied), **match_names(buffers, [*live, *places], tied)}
     changed = {name: tensor for name, tensor in saved.items() if name not in live or not _is_same(live[name], tensor)}
     viewed = storages(live)  # a view of a tensor that is written to first would change: a copy is written
     changed = {name: each.clone() if storages(each) & viewed else each for name, each in changed.items()}
@@ -85,9 +87,10 @@ def write_weights(model: nn.Module, params: Mapping[str, Tensor], buffers: Mappi
 def find_weight_problems(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[str]:
     """Return each difference between params and buffers of a saved state and those of a live model, by name."""
     late = _empty_buffers(model).keys() & match_names(buffers, _empty_buffers(model)).keys()
+    tied = find_tied_names(model)
     return [
-        *find_differences("parameter", named_parameters(model), params),
-        *find_differences("buffer", named_buffers(model), buffers, optional=late),
+        *find_differences("parameter", named_parameters(model), params, tied=tied),
+        *find_differences("buffer", named_buffers(model), buffers, optional=late, tied=tied),
     ]
 
 
@@ -97,6 +100,7 @@ def find_differences(
     found: Mapping[str, Tensor],
     *,
     optional: Iterable[str] = (),
+    tied: Mapping[str, str] = FrozenDict(),
     source: str = "state",
 ) -> Iterator[str]:
     """Yield each difference between the tensors of a model and saved ones: names, shapes and dtypes.
@@ -106,6 +110,7 @@ def find_differences(
         expected: Tensors of the model by name.
         found: Saved tensors by name.
         optional: Names that only the saved tensors may have.
+        tied: As for `match_names`.
         source: Where the saved tensors are, for the message.
 
     Example:
@@ -113,7 +118,8 @@ def find_differences(
         ["buffer 'a' is torch.float64 in the state and torch.float32 in the model: convert the model first, with
         model.to(torch.float64)"]
     """
-    matched = match_names(found, [*expected, *optional])
+    yield from find_tied_differences(found, tied)
+    matched = match_names(found, [*expected, *optional], tied)
     for name in sorted((expected.keys() ^ matched.keys()) - set(optional)):
         others = (found if name in expected else expected).keys() - {name}
         where = source if name in expected else "model"
@@ -130,25 +136,55 @@ def find_differences(
             yield f"{kind} {name!r} is {theirs.dtype} in the {source} and {ours.dtype} in the model: {fix}"
 
 
-def match_names(saved: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def match_names(
+    saved: Mapping[str, Any], names: Iterable[str], tied: Mapping[str, str] = FrozenDict()
+) -> dict[str, Any]:
     """Return saved values under the names of a model, where they differ only in names that wrappers add.
+
+    Args:
+        saved: Saved values by name.
+        names: Names in the model.
+        tied: One of `names` for each other name that the model has for it; saved values may have either.
 
     Example:
         >>> match_names({"module.weight": 1, "scale": 2}, ["weight", "scale"])
         {'weight': 1, 'scale': 2}
+        >>> match_names({"head.weight": 1}, ["emb.weight"], {"head.weight": "emb.weight"})
+        {'emb.weight': 1}
     """
     names = set(names)
     if saved.keys() <= names:
         return dict(saved)
+    own_names = {**{name: name for name in names}, **{other: name for other, name in tied.items() if name in names}}
     plain: dict[str, list[str]] = {}
-    for name in names - saved.keys():
+    for name in own_names.keys() - saved.keys():
         plain.setdefault(without_wrappers(name), []).append(name)
     matched: dict[str, Any] = {}
     for name, value in saved.items():
-        candidates = [] if name in names else plain.get(without_wrappers(name), [])
+        candidates = [] if name in own_names else plain.get(without_wrappers(name), [])
         new = candidates[0] if len(candidates) == 1 else name
         matched[name if new in matched else new] = value
-    return matched
+    renamed: dict[str, Any] = {}
+    for name, value in matched.items():
+        renamed.setdefault(own_names.get(name, name), value)
+    return renamed
+
+
+def find_tied_differences(saved: Mapping[str, Any], tied: Mapping[str, str]) -> Iterator[str]:
+    """Yield each pair of saved tensors with different values that a model has as one tensor under two names.
+
+    Example:
+        >>> saved = {"emb.weight": torch.zeros(1), "head.weight": torch.ones(1)}
+        >>> list(find_tied_differences(saved, {"head.weight": "emb.weight"}))
+        ["'emb.weight' and 'head.weight' have different values, and are one tensor (tied) in the model"]
+    """
+    first = {own: own for own in tied.values()}
+    for other, own in tied.items():
+        if other in saved:
+            known = first[own] if first[own] in saved else other
+            first[own] = known
+            if not have_same_bits(saved[known], saved[other]):
+                yield f"{known!r} and {other!r} have different values, and are one tensor (tied) in the model"
 
 
 def _empty_buffers(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
