@@ -7,6 +7,7 @@ version of torch has changed. A name that torch no longer has fails when it is c
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext, suppress
 from functools import cache
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from noether.core.errors import NoetherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -200,14 +203,37 @@ def optimizer_attributes() -> frozenset[str]:
     return frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"_need_device_dtype_check_for_fused"}
 
 
+_REFUSED: Final = "not compiled: "
+_REGISTERED: Final = re.compile(r"\._(parameters|buffers)$")
 _DEFINITIONS: Final = (FunctionType, BuiltinFunctionType, ModuleType, type)
 _DEFINITION_GUARD: Final = re.compile(r"G\['\w+'\]|G\['__import_(torch|noether)\w*'\][.\w]*")
 
 
-def compile_graph(
-    function: Callable[..., Any], *, fixed: tuple[str, ...] = (), backend: str = "inductor"
-) -> Callable[..., Any]:
-    """Return `function` compiled as one graph, for static shapes, without the guards that cannot fail.
+class NewGraphError(NoetherError):
+    """A call compiled a graph, which has not run yet: nothing is changed but the generators of torch; call again."""
+
+
+class RefusedGraphError(NoetherError):
+    """A function that a `CompiledGraph` does not compile; the message says why."""
+
+
+class Trace(NamedTuple):
+    """What one graph would do.
+
+    Args:
+        changes: Where the function changes Python objects that exist already, such as `self.calls`.
+        unused: For each call of `torch.func.grad` the indices of the inputs that its output does not depend on.
+    """
+
+    changes: list[str]
+    unused: list[frozenset[int]]
+
+
+class CompiledGraph:
+    """A function compiled as one graph, for static shapes, without the guards that cannot fail.
+
+    A call that has to compile a graph raises an error and changes nothing, so it may use the caller's own tensors and
+    objects. The next call runs the graph.
 
     Torch evaluates about a thousand guards before each call, which takes as long as some of the kernels. Half of them
     check that the name of a function, class or module still has the same meaning, or check a value that `fixed` names;
@@ -217,12 +243,111 @@ def compile_graph(
         function: The function to compile.
         fixed: Beginnings of the names of values that never change, such as `self._names`.
         backend: Name of the compiler.
+        refuse: Returns why a function that does this is not compiled, or None.
     """
 
-    def keep(guards: Sequence[Any]) -> list[bool]:
-        return [not (_is_definition(guard) or guard.name.startswith(fixed)) for guard in guards]
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        refuse: Callable[[Trace], str | None],
+        fixed: tuple[str, ...] = (),
+        backend: str = "inductor",
+    ) -> None:
+        self._has_begun = False  # whether the last call ran its graph
+        self._begin: Callable[[], object] = nullcontext
+        self._backend, self._refuse = backend, refuse
 
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options={"guard_filter_fn": keep})
+        def keep(guards: Sequence[Any]) -> list[bool]:
+            return [not (_is_definition(guard) or guard.name.startswith(fixed)) for guard in guards]
+
+        self._function = torch.compile(
+            function, fullgraph=True, dynamic=False, backend=self._compile, options={"guard_filter_fn": keep}
+        )
+
+    def __call__(self, *args: Any, begin: Callable[[], object]) -> Any:
+        """Run the graph for these arguments.
+
+        Args:
+            args: The arguments of the function.
+            begin: Is called right before the graph runs, which may write to tensors.
+
+        Raises:
+            NewGraphError: If this call compiled it.
+            RefusedGraphError: If it cannot be compiled, or is refused; then nothing has run.
+        """
+        self._has_begun, self._begin = False, begin
+        try:
+            return self._function(*args)
+        except NewGraphError:
+            raise
+        except Exception as error:  # whatever it is: torch, its compiler and what they trace have errors of their own
+            if self._has_begun:
+                raise
+            _, marker, reason = str(error).partition(_REFUSED)  # torch adds words before and after it
+            raise RefusedGraphError(reason.splitlines()[0] if marker else str(error)) from error
+
+    def _compile(self, graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        reason = self._refuse(_read_trace(graph))
+        if reason is not None:
+            raise RefusedGraphError(_REFUSED + reason)
+        run = torch._dynamo.backends.registry.lookup_backend(self._backend)(graph, inputs)  # noqa: SLF001  # the compilers by name
+        is_new = True
+
+        def call(*args: Any) -> Any:
+            nonlocal is_new
+            if is_new:
+                is_new = False
+                raise NewGraphError
+            self._has_begun = True
+            self._begin()
+            return run(*args)
+
+        return call
+
+
+def refuse_to_compile(reason: str) -> None:
+    """End the compilation of the function that calls this."""
+    torch._dynamo.graph_break(_REFUSED + reason)  # noqa: SLF001  # torch.compiler has no function for it
+
+
+def _read_trace(graph: Any) -> Trace:
+    """Return what the graph that torch is compiling would do; only its backend can call this."""
+    mutations = torch._dynamo.variables.base  # noqa: SLF001  # torch tells no backend what else a function changes
+    existing = (mutations.AttributeMutationExisting, mutations.ValueMutationExisting)
+    effects = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.side_effects  # noqa: SLF001
+    changes = []
+    for changed in effects._get_modified_vars():  # noqa: SLF001
+        if isinstance(changed.mutation_type, existing) and (source := getattr(changed, "source", None)) is not None:
+            name = source.name if isinstance(source.name, str) else source.name()
+            attributes = effects.store_attr_mutations.get(changed, {})
+            changes += [f"{name}.{attribute}" for attribute in attributes] or [name]
+    # A functional call exchanges these, and returns them.
+    return Trace([name for name in changes if not _REGISTERED.search(name)], _find_unused(graph))
+
+
+def _find_unused(graph: Any) -> list[frozenset[int]]:
+    """Return `Trace.unused` of a graph, by running it without values: torch returns zeros for an unused input."""
+    unused = []
+
+    class Interpreter(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is _autograd_grad():
+                outputs, inputs = ([each for each in args[0] if each.requires_grad], args[1])
+                grads = torch.autograd.grad(outputs, inputs, retain_graph=True, allow_unused=True) if outputs else ()
+                used = {index for index, grad in enumerate(grads) if grad is not None}
+                unused.append(frozenset(range(len(inputs))) - used)
+            return super().call_function(target, args, kwargs)
+
+    examples = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+    modes = [each.fake_mode for each in examples if hasattr(each, "fake_mode")]
+    with modes[0] if modes else nullcontext():
+        Interpreter(graph).run(*[each.clone() if isinstance(each, Tensor) else each for each in examples])
+    return unused
+
+
+def _autograd_grad() -> Any:
+    return torch._functorch.eager_transforms._autograd_grad  # noqa: SLF001  # the node of a gradient in a graph
 
 
 def _is_definition(guard: Any) -> bool:
@@ -387,13 +512,30 @@ class _Scaling:
 
 def _check_compile_graph() -> None:
     scaling = _Scaling()
-    compiled = compile_graph(scaling.__call__, fixed=("self.fixed",), backend="eager")
-    found = [float(compiled(torch.ones(())))]
+    traces: list[Trace] = []
+    compiled = CompiledGraph(scaling.__call__, fixed=("self.fixed",), backend="eager", refuse=traces.append)
+
+    def call() -> float | None:
+        try:
+            return float(compiled(torch.ones(()), begin=nullcontext))
+        except NewGraphError:
+            return None
+
+    found = [call(), call()]
     scaling.fixed = 100.0
-    found.append(float(compiled(torch.ones(()))))
+    found.append(call())
     scaling.read = 3.0
-    found.append(float(compiled(torch.ones(()))))
-    _expect(found, [20.0, 20.0, 300.0])
+    found += [call(), call()]
+    _expect(found, [None, 20.0, 20.0, None, 300.0])
+
+    def count(inputs: tuple[Tensor, Tensor]) -> Any:
+        scaling.read += 1
+        return torch.func.grad(lambda inputs: inputs[0].square())(inputs)
+
+    with suppress(NewGraphError):
+        CompiledGraph(count, backend="eager", refuse=traces.append)((torch.ones(()), torch.ones(())), begin=nullcontext)
+    _expect(([name.rpartition(".")[2] for name in traces[-1].changes], traces[-1].unused), (["read"], [{1}]))
+    _expect(scaling.read, 3.0)
 
 
 _CHECKS: Final = (
@@ -408,7 +550,7 @@ _CHECKS: Final = (
     _Check("register_torch_pytree, find_torch_pytree", "trees of states and outputs", _check_pytrees),
     _Check("select_view", "states are read inside of transforms of torch.func", _check_select_view),
     _Check("optimizer_attributes", "memory that an optimizer class keeps on itself", _check_optimizer_attributes),
-    _Check("compile_graph", "compiled updates", _check_compile_graph),
+    _Check("CompiledGraph", "compiled updates", _check_compile_graph),
 )
 
 if __name__ == "__main__":
