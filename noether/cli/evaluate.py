@@ -29,7 +29,7 @@ from noether.effects.run_directory import CHECKPOINTS
 from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.experiment import build
-from noether.training.runs.directories import load_run_config
+from noether.training.runs.directories import load_checkpoint, load_run_config
 from noether.training.runs.evaluated_data import check_datasets, evaluate_on
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.services import add_handlers, evaluation_services
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from noether.core.reducer import Reducer
     from noether.core.state import TrainState
     from noether.effects import Interpreter
-    from noether.effects.checkpoints.manifest import Manifest
     from noether.effects.run_directory import Interpret
 
 
@@ -86,7 +85,7 @@ def evaluate(
             "no callback evaluates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}, or give --data NAME",
         )
     reader = CheckpointReader(run_dir / CHECKPOINTS)
-    manifest, saved = _load(reader, checkpoint)
+    manifest, saved = load_checkpoint(reader, checkpoint)
     state = experiment.to_device(saved)
     if manifest.weights_of is not None:  # the checkpoint stores averaged weights as its params: remember them as such
         averaged = {"params": state.params, "buffers": state.buffers}
@@ -118,22 +117,6 @@ def evaluate(
                 _print_metrics(name + suffix, logs.metrics)
                 _write(logs)
     return 0
-
-
-def _load(reader: CheckpointReader, checkpoint: str) -> tuple[Manifest, TrainState]:
-    """Return the checkpoint of a name and its state; a training process may replace it meanwhile, as `latest`."""
-    before = None
-    while True:
-        try:
-            manifest = reader.find(checkpoint)
-        except CheckpointError as error:
-            raise ConfigError([LocatedProblem(Place(f"--checkpoint {checkpoint}"), (), str(error))]) from error
-        try:
-            return manifest, reader.load(manifest)
-        except CheckpointError:
-            if manifest == before:
-                raise
-            before = manifest
 
 
 def _without_checkpoints(interpret: Interpreter) -> Interpret:

@@ -61,18 +61,31 @@ def main() -> None:
 @click.option(
     "--continue", "continue_stopped", is_flag=True, help="With --resume: continue a run that a callback stopped."
 )
+@click.option(
+    "--checkpoint",
+    metavar="TAG",
+    help=f"With --resume: where to resume, in place of the newest checkpoint. {_CHECKPOINT_NAMES}.",
+)
+@click.option(
+    "--into",
+    metavar="NEW_RUN_DIR",
+    type=click.Path(path_type=Path),
+    help="With --resume: start a new run at the checkpoint, and leave the run in RUN_DIR as it is.",
+)
 @_SET
 @_ALLOW
-def train(
+def train(  # noqa: PLR0913, PLR0917  # click passes one argument for each option
     config: Path | None,
     resume: Path | None,
     smoke: bool,  # noqa: FBT001  # click passes it by name
     drop_memory: tuple[str, ...],
     continue_stopped: bool,  # noqa: FBT001  # click passes it by name
+    checkpoint: str | None,
+    into: Path | None,
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    """Train a new run from CONFIG, or resume a run."""
+    """Train a new run from CONFIG, resume a run, or start a new run at a checkpoint of another one."""
     if (config is None) == (resume is None):
         raise click.UsageError("give either CONFIG or --resume RUN_DIR")
     if resume is not None and smoke:
@@ -81,6 +94,9 @@ def train(
         raise click.UsageError("--drop-memory needs --resume")
     if continue_stopped and resume is None:
         raise click.UsageError("--continue needs --resume")
+    for option, value in (("--checkpoint", checkpoint), ("--into", into)):
+        if value is not None and resume is None:
+            raise click.UsageError(f"{option} needs --resume")
     from noether.cli import train as commands
 
     with _errors_as_messages():
@@ -89,7 +105,17 @@ def train(
         elif config is not None:
             sys.exit(commands.start(config, settings, allow))
         elif resume is not None:
-            sys.exit(commands.resume(resume, settings, allow, drop_memory, continue_stopped=continue_stopped))
+            sys.exit(
+                commands.resume(
+                    resume,
+                    settings,
+                    allow,
+                    drop_memory,
+                    continue_stopped=continue_stopped,
+                    checkpoint=checkpoint,
+                    into=into,
+                )
+            )
 
 
 @main.command("eval")

@@ -40,14 +40,25 @@ def resume(
     drop_memory: Sequence[str],
     *,
     continue_stopped: bool,
+    checkpoint: str | None = None,
+    into: Path | None = None,
 ) -> int:
-    """Resume a run from its newest checkpoint; return the exit code.
+    """Resume a run from its newest checkpoint, or start a new one at a checkpoint of it; return the exit code.
 
     Raises:
         ConfigError: If `run_dir` is not the directory of a run, or a setting is changed that may not change.
         UnclaimedMemoryError: If the run holds memory that no callback claims and that is not dropped.
     """
-    continuing = partial(resume_run, run_dir, settings, allow, drop_memory, continue_stopped=continue_stopped)
+    continuing = partial(
+        resume_run,
+        run_dir,
+        settings,
+        allow,
+        drop_memory,
+        continue_stopped=continue_stopped,
+        checkpoint=checkpoint,
+        into=into,
+    )
     return _run(continuing, allow)
 
 

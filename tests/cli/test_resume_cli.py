@@ -238,3 +238,18 @@ def test_a_changed_output_moves_the_run(finished_run, tmp_path):
     assert not finished_run.exists()
     assert pointer(moved, "last").startswith("E3_")
     assert "output: there" in (moved / "config.yaml").read_text()
+
+
+def test_a_new_run_starts_at_an_older_checkpoint(finished_run, tmp_path):
+    run, before = relative(finished_run, tmp_path), contents(finished_run)
+    output = invoke("train", "--resume", run, "--checkpoint", "E1", cwd=tmp_path, code=2)
+    assert output.startswith("Error: --checkpoint E1: the run would lose what it did after E1_U38_S1205: give --into ")
+    output = invoke("train", "--resume", run, "--checkpoint", "E1", "--into", "out/small/branch", cwd=tmp_path)
+    assert output.splitlines()[0] == f"out/small/branch starts at E1_U38_S1205 of {run}"
+    assert output.splitlines()[-1] == "ended at E2_U76_S2410; the run is in out/small/branch"
+    assert contents(finished_run) == before
+    branch = tmp_path / "out/small/branch"
+    assert last_files(branch, *EXACT) == last_files(finished_run, *EXACT)
+    assert timeless(branch) == timeless(finished_run)
+    for option in ("--checkpoint", "--into"):
+        assert f"{option} needs --resume" in invoke("train", "small.yaml", option, "x", cwd=tmp_path, code=2)

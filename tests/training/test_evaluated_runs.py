@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import CALLBACKS, MODULE, contents, make_config
 
-from noether.cli.evaluate import _load, evaluate
+from noether.cli.evaluate import evaluate
 from noether.config import ConfigError
 from noether.core.callbacks import EvaluateCallback, MetricCallback, OfflineLossCallback
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.effects import CheckpointError, open_run
 from noether.training.runs import services
+from noether.training.runs.directories import load_checkpoint
 from noether.training.runs.evaluated_data import evaluate_on
 from noether.training.runs.train import train
 
@@ -233,7 +234,7 @@ def test_a_checkpoint_that_training_replaces_meanwhile_is_found_again():
         return torch.zeros(())
 
     reader = SimpleNamespace(find=lambda _: next(found), load=load)
-    assert _load(reader, "latest") == ("E2", torch.zeros(()))
+    assert load_checkpoint(reader, "latest") == ("E2", torch.zeros(()))
     damaged = SimpleNamespace(find=lambda _: "E1", load=load)
     with pytest.raises(CheckpointError, match="is missing"):
-        _load(damaged, "latest")
+        load_checkpoint(damaged, "latest")

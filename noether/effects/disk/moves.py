@@ -196,7 +196,7 @@ def _copy_tree(
         elif kind == "directory":
             _copy_tree(path, journal, unchanging, texts, disk)
         elif kind == "file":
-            _copy_file(path, target / name, is_unchanging=inner.parts[0] in unchanging, disk=disk)
+            copy_file(path, target / name, is_unchanging=inner.parts[0] in unchanging, disk=disk)
         elif kind == "link":
             disk.symbolic_link(_link_text(path, root, disk), target / name)
         else:
@@ -206,7 +206,15 @@ def _copy_tree(
     disk.fsync_directory(target)
 
 
-def _copy_file(path: Path, target: Path, *, is_unchanging: bool, disk: Disk) -> None:
+def copy_file(path: Path, target: Path, *, is_unchanging: bool, disk: Disk = DISK) -> None:
+    """Copy a file and flush it to the disk.
+
+    Args:
+        path: The file.
+        target: The copy; it must not exist.
+        is_unchanging: Whether the file is never written to again, so that it may get a second name in place of a copy.
+        disk: The disk.
+    """
     if is_unchanging:
         with suppress(OSError):
             disk.hard_link(path, target)

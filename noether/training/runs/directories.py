@@ -1,4 +1,4 @@
-"""The directory of a run: its configuration, where a move left it, and the directory to which it moves."""
+"""The directory of a run: its configuration and checkpoints, where a move left it, and where it moves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from noether.config import ConfigError, load
 from noether.config.changes import refuse_changes
 from noether.config.errors import LocatedProblem, Place
 from noether.config.serialization import dump
+from noether.effects import CheckpointError
 from noether.effects.disk.files import os_error_text
 from noether.effects.disk.moves import finish_move, move_directory
 from noether.effects.run_directory import CONFIG_FILE
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from noether.config import Config
+    from noether.core.state import TrainState
+    from noether.effects.checkpoints.manifest import Manifest
+    from noether.effects.checkpoints.reader import CheckpointReader
 
 _OUTPUT: Final = "run.output="
 
@@ -84,6 +88,33 @@ def target_directory(run_dir: Path, old: Config, config: Config) -> Path:
     if target.resolve().is_relative_to(run):
         raise config.error(("run", "output"), f"{str(target)!r} lies in the run itself; give a folder outside of it")
     return target
+
+
+def load_checkpoint(reader: CheckpointReader, name: str) -> tuple[Manifest, TrainState]:
+    """Return the checkpoint that a name means, and its state.
+
+    A training process may replace the checkpoint of a pointer meanwhile; then the name is looked up again.
+
+    Args:
+        reader: The checkpoints of the run.
+        name: As in `find_tag`.
+
+    Raises:
+        ConfigError: If the name means no checkpoint, or several.
+        CheckpointError: If the checkpoint is damaged.
+    """
+    before = None
+    while True:
+        try:
+            manifest = reader.find(name)
+        except CheckpointError as error:
+            raise ConfigError([LocatedProblem(Place(f"--checkpoint {name}"), (), str(error))]) from error
+        try:
+            return manifest, reader.load(manifest)
+        except CheckpointError:
+            if manifest == before:
+                raise
+            before = manifest
 
 
 def move_run(run_dir: Path, target: Path, old: Config, config: Config) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from traceback import walk_tb
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from noether.effects.checkpoints.contents import WEIGHTS
 from noether.effects.disk.files import replace_text
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
+from noether.training.runs.branching import check_newest, check_target, load_resumable, make_branch
 from noether.training.runs.directories import find_run, load_run_config, move_run, target_directory
 from noether.training.runs.ending import record_refusal
 from noether.training.runs.execution import TrainedRun, execute, write_ending
@@ -41,17 +43,21 @@ if TYPE_CHECKING:
     from noether.training.runs.interruption import Interruption
 
 
-def resume_run(
+def resume_run(  # noqa: PLR0913  # the options of the command line
     run_dir: Path,
     overrides: Sequence[str],
     allow: Sequence[str],
     drop_memory: Sequence[str],
     *,
     continue_stopped: bool = False,
+    checkpoint: str | None = None,
+    into: Path | None = None,
     interruption: Interruption,
     notify: Callable[[str], None],
 ) -> TrainedRun:
     """Resume a run from its newest checkpoint, or start it again if it never saved one.
+
+    With `into`, a new run starts exactly at a checkpoint, and the run itself stays as it is.
 
     Args:
         run_dir: The run directory; a changed `run.output` moves it first.
@@ -60,12 +66,16 @@ def resume_run(
         drop_memory: Names of memories to drop although no callback claims them.
         continue_stopped: Whether the run continues if a callback stopped it. It does so too if its end or the settings
             of that callback change.
+        checkpoint: Name of the checkpoint, as in `find_tag`; None for the newest. Without `into` it has to be the one
+            from which the run resumes.
+        into: Directory of the new run; None to resume the run itself.
         interruption: Receives signals during training.
         notify: Receives lines for the user.
 
     Raises:
-        ConfigError: As `load_run_config`, or if a dropped memory does not exist, a callback would stop the run
-            again at once, or the training set has another length than when the run began.
+        ConfigError: As `load_run_config`, or if the checkpoint is not one to resume from, a dropped memory does not
+            exist, a callback would stop the run again at once, or the training set has another length than when the
+            run began.
         UnclaimedMemoryError: If the run holds memory that no callback claims and that is not dropped.
         CheckpointError: If there are checkpoints, and the run can be resumed from none of them; or if there are none
             although the run had saved some.
@@ -76,37 +86,51 @@ def resume_run(
         notify(f"{given} moved to {run_dir}")
     old, config = load_run_config(run_dir, (), allow), load_run_config(run_dir, overrides, allow)
     check_services(config)
+    adapt = partial(_adapt, old=old, drop_memory=drop_memory, continue_stopped=continue_stopped)
+    if into is not None:
+        check_target(run_dir, into, old, config)
+        manifest, branched = load_resumable(run_dir, checkpoint, allow)
+        experiment = build(config, run_id=into.resolve().name, fresh=False)
+        adapt(branched, experiment, run_dir)  # before anything is written
+        make_branch(run_dir, into, manifest, branched, notify)
+        with open_directory(into, config) as directory:
+            saved = directory.load()
+            state, notes = adapt(saved, experiment, into, directory)
+            return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
     target = target_directory(run_dir, old, config)
     with open_directory(run_dir, config) as directory:
         saved = _load_newest(directory, allow)
+        if checkpoint is not None:
+            check_newest(directory, checkpoint, saved)
         experiment = build(config, run_id=directory.run_id, fresh=saved is None)
         # All that can be refused is refused here, before anything is written.
-        state, notes = _adapt(saved, old, experiment, directory, drop_memory, continue_stopped=continue_stopped)
+        state, notes = adapt(saved, experiment, run_dir, directory)
         if target == run_dir:
             return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
     move_run(run_dir, target, old, config)
     notify(f"{run_dir} moved to {target}")
     with open_directory(target, config) as directory:
         saved = directory.load()  # again: the directory was unlocked for a moment
-        state, notes = _adapt(saved, old, experiment, directory, drop_memory, continue_stopped=continue_stopped)
+        state, notes = adapt(saved, experiment, target, directory)
         return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
 
 
 def _adapt(
     saved: TrainState | None,
-    old: Config,
     experiment: Experiment,
-    directory: RunDirectory,
-    drop_memory: Sequence[str],
+    run_dir: Path,
+    directory: RunDirectory | None = None,
     *,
+    old: Config,
+    drop_memory: Sequence[str],
     continue_stopped: bool,
 ) -> tuple[TrainState | None, list[str]]:
-    """Return the state in which the run continues, and lines for the user."""
+    """Return the state in which the run continues, and lines for the user; a traceback goes to an open directory."""
     if saved is None:
         return None, []
-    state = _check_lengths(_drop_memory(experiment.to_device(saved), drop_memory), experiment, directory.path)
+    state = _check_lengths(_drop_memory(experiment.to_device(saved), drop_memory), experiment, run_dir)
     state, notes = clear_stop(state, old, experiment, continue_stopped=continue_stopped)
-    with record_refusal(directory, state):
+    with nullcontext() if directory is None else record_refusal(directory, state):
         _try_start(state, experiment)
     return state, [*notes, *describe_jumps(state, old, experiment)]
 

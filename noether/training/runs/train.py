@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _LOGGER: Final = logging.getLogger(__name__)
 
 
-def train(
+def train(  # noqa: PLR0913  # all but one are keywords, as the options of the command line
     config: str | Path | Mapping[str, Any] | None = None,
     *,
     resume: str | Path | None = None,
@@ -41,6 +41,8 @@ def train(
     output: str | Path | None = None,
     drop_memory: Sequence[str] = (),
     continue_stopped: bool = False,
+    checkpoint: str | None = None,
+    into: str | Path | None = None,
     allow: Sequence[str] = (),
 ) -> TrainedRun:
     """Train a configured run, or resume one; the same as `noether train` on the command line.
@@ -62,6 +64,10 @@ def train(
         drop_memory: With `resume`: names of callback memories to drop although no callback claims them.
         continue_stopped: With `resume`: whether the run continues if a callback stopped it. It does so too if its end
             or the settings of that callback change.
+        checkpoint: With `resume`: the checkpoint at which the run resumes, such as `E30`, `best` or `latest`; None for
+            the newest. An older one needs `into`.
+        into: With `resume`: directory of a new run that starts exactly at the checkpoint, with the log up to it; the
+            run in `resume` stays as it is.
         allow: Prefixes of modules that `kind` may name besides noether, torch and modules in the working directory.
 
     Returns:
@@ -94,6 +100,8 @@ def train(
         raise TypeError("drop_memory needs resume=RUN_DIR")
     if continue_stopped and resume is None:
         raise TypeError("continue_stopped needs resume=RUN_DIR")
+    if resume is None and (checkpoint is not None or into is not None):
+        raise TypeError(f"{'into' if checkpoint is None else 'checkpoint'} needs resume=RUN_DIR")
     if output is not None:
         overrides = [*overrides, f"run.output={json.dumps(str(output))}"]
     interruption, notify = Interruption(), _LOGGER.info
@@ -104,6 +112,8 @@ def train(
             allow,
             drop_memory,
             continue_stopped=continue_stopped,
+            checkpoint=checkpoint,
+            into=None if into is None else Path(into),
             interruption=interruption,
             notify=notify,
         )
