@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from noether.config.errors import ConfigError, LocatedProblem
+from noether.config.references import resolve_references
 from noether.config.schema import ENDS, Callback, Config
 from noether.config.source import apply_overrides, read
 from noether.config.structure.converter import structure
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def load(
     path: str | Path, overrides: Iterable[str] = (), allow: Sequence[str] = (), run_dir: Path | None = None
 ) -> Config:
-    """Return the configuration in a YAML file.
+    """Return the configuration in a YAML file, with its references such as `${trainer.max_epochs}` resolved.
 
     Args:
         path: The file.
@@ -48,7 +49,7 @@ def from_source(source: Source, allow: Sequence[str] = (), run_dir: Path | None 
     Raises:
         ConfigError: With every problem, each with its place.
     """
-    source = _drop_replaced_ends(source)
+    source = resolve_references(_drop_replaced_ends(source))
     config: Config = _structure_or_raise(source, (), Config, make_config_converter(allow, source, run_dir))
     return config
 
@@ -87,6 +88,7 @@ def _structure_callbacks(source: Source, allow: Sequence[str]) -> tuple[Kind, ..
     if "callbacks" not in source.data:
         message = f"has no list of `callbacks`{suggest('callbacks', source.data)}"
         raise ConfigError([LocatedProblem(source.place(()), (), message)])
+    source = resolve_references(source, "callbacks")
     callbacks: tuple[Kind, ...] = _structure_or_raise(
         source, ("callbacks",), tuple[Callback, ...], make_config_converter(allow, source)
     )

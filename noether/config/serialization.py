@@ -15,6 +15,7 @@ import yaml
 
 from noether.config.objects.functions import FunctionKind, MetricKind, describe_function
 from noether.config.objects.kinds import Kind
+from noether.config.references import escape_references
 from noether.config.schema import CheckpointSettings, Config, EvaluateSettings, OptimizerSettings
 from noether.config.source import SCALARS
 
@@ -33,7 +34,8 @@ def resolve_config(config: Config) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """Return `config` as YAML text, which loads as an equal configuration."""
-    text: str = yaml.dump(resolve_config(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    values = escape_references(resolve_config(config))
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
 
 

@@ -37,6 +37,7 @@ class Source:
         file: The file, as the user named it.
         data: Its plain values: mappings, lists, text, numbers, true, false and null.
         places: Place of each value by its path; a value in a mapping has the place of its key.
+        references: Text of each reference such as `${trainer.max_epochs}` that was resolved, by its path.
 
     Example:
         >>> source = parse("trainer:\n  max_epochs: 10\n", "a.yaml").override("trainer.max_epochs=20")
@@ -49,6 +50,12 @@ class Source:
     file: str
     data: dict[str, Any]
     places: Mapping[SettingPath, Place]
+    references: Mapping[SettingPath, str] = field(default_factory=dict)
+
+    def reference(self, path: SettingPath) -> str | None:
+        """Return the text of the reference that gave the value at `path`, or a value around it; None if none did."""
+        found = (self.references.get(path[:length]) for length in range(len(path), -1, -1))
+        return next(filter(None, found), None)
 
     def place(self, path: SettingPath) -> Place:
         """Return where the value at `path` was written, or the nearest value around it that was written."""
@@ -192,6 +199,23 @@ _SCALARS: dict[str, Callable[[str], object]] = {
 }
 
 
+class EnvironmentText(str):
+    """The value of an environment variable: a text, or what it means in YAML where a setting is no text.
+
+    Example:
+        >>> EnvironmentText("10"), EnvironmentText("10").scalar, EnvironmentText("ten").scalar
+        ('10', 10, 'ten')
+    """
+
+    __slots__ = ()
+
+    @property
+    def scalar(self) -> object:
+        """Its value as a scalar of YAML."""
+        tag = next((tag for tag, pattern, _ in SCALARS if re.fullmatch(pattern, self)), f"{_TAG}str")
+        return _SCALARS.get(tag, str)(str(self))
+
+
 @dataclass
 class _Builder:
     """Turns nodes into values and records their places and problems."""
@@ -264,7 +288,7 @@ def _build_value(text: str, place: Place, path: SettingPath, builder: _Builder) 
     except _TooManyError:
         raise ConfigError([LocatedProblem(place, (), _TOO_MANY)]) from None
     except yaml.MarkedYAMLError as error:
-        raise ConfigError([_syntax_problem(error, place)]) from None
+        raise ConfigError([_syntax_problem(error, place, text)]) from None
     except yaml.reader.ReaderError as error:
         line = None if place.origin.startswith("--set") else text.count("\n", 0, error.position) + 1
         message = f"does not parse: the character {chr(int(error.character))!r} is not allowed"
@@ -274,9 +298,11 @@ def _build_value(text: str, place: Place, path: SettingPath, builder: _Builder) 
     return value
 
 
-def _syntax_problem(error: yaml.MarkedYAMLError, place: Place) -> LocatedProblem:
+def _syntax_problem(error: yaml.MarkedYAMLError, place: Place, text: str) -> LocatedProblem:
     reason = ", ".join(filter(None, [error.context, error.problem]))
     mark = error.problem_mark or error.context_mark
+    if mark is not None and "${" in "".join(text.split("\n")[mark.line : mark.line + 1]):
+        reason += "; between braces or brackets, put a reference in quotes: '${...}'"
     if mark is None or place.origin.startswith("--set"):
         return LocatedProblem(place, (), f"does not parse: {reason}")
     return LocatedProblem(replace(place, line=mark.line + 1), (), f"column {mark.column + 1}: does not parse: {reason}")

@@ -19,6 +19,7 @@ from cattrs import Converter
 from cattrs.errors import IterableValidationError
 
 from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, problems_in, type_name
+from noether.config.source import EnvironmentText
 from noether.config.structure.construction import construct
 from noether.core.errors import suggest
 
@@ -62,7 +63,10 @@ def structure(
         return (using or make_converter()).structure(source.value(path), target)
     except Exception as error:  # noqa: BLE001 - whatever a constructor raises is a problem of its settings
         located = [((*path, *inner), message) for inner, message in problems_in(error)]
-        problems.extend(LocatedProblem(source.place(each), each, message) for each, message in located)
+        for each, message in located:
+            reference = source.reference(each)
+            origin = "" if reference is None else f" (written as {reference})"
+            problems.append(LocatedProblem(source.place(each), each, f"{message}{origin}"))
         return None
 
 
@@ -80,7 +84,7 @@ def make_converter() -> Converter:
     for kind, noun in _NOUNS.items():
         converter.register_structure_hook(kind, _scalar_hook(kind, noun))
     hooks: tuple[tuple[Callable[[Any], bool], Callable[[Any, Any], Any]], ...] = (
-        (lambda kind: kind in (Any, object), lambda value, _: value),
+        (lambda kind: kind in (Any, object), lambda value, _: read_untyped(value)),
         (dataclasses.is_dataclass, lambda value, kind: construct(converter, kind, value)),
         (has_origin(Mapping, dict), lambda value, kind: _structure_mapping(converter, value, kind)),
         (has_origin(*_SEQUENCES), lambda value, kind: _structure_sequence(converter, value, kind)),
@@ -94,6 +98,8 @@ def make_converter() -> Converter:
 
 def _scalar_hook(kind: object, noun: str) -> Callable[[Any, Any], Any]:
     def structure_scalar(value: object, _: object) -> object:
+        if isinstance(value, EnvironmentText):
+            value = str(value) if kind in (str, Path) else value.scalar
         if kind is float and type(value) is int and abs(value) < 2**1023:  # larger ones overflow
             return float(value)
         if kind is Path and type(value) is str:
@@ -103,6 +109,11 @@ def _scalar_hook(kind: object, noun: str) -> Callable[[Any, Any], Any]:
         return value
 
     return structure_scalar
+
+
+def read_untyped(value: object) -> object:
+    """Return a value for a setting of any type."""
+    return value.scalar if isinstance(value, EnvironmentText) else value
 
 
 def has_origin(*origins: object) -> Callable[[Any], bool]:
@@ -123,6 +134,8 @@ def is_function_type(kind: Any) -> bool:
 
 def _structure_literal(value: object, kind: object) -> object:
     choices = typing.get_args(kind)
+    if isinstance(value, EnvironmentText):
+        value = str(value) if str(value) in choices else value.scalar
     if any(value == each and type(value) is type(each) for each in choices):
         return value
     close = suggest(value, [each for each in choices if isinstance(each, str)]) if isinstance(value, str) else ""
@@ -136,6 +149,8 @@ def _structure_union(converter: Converter, value: object, kind: object) -> objec
     even if another one is text or a mapping.
     """
     members = [each for each in typing.get_args(kind) if each is not type(None)]
+    if isinstance(value, EnvironmentText) and str not in members:
+        value = value.scalar
     if value is None and type(None) in typing.get_args(kind):
         return None
     path = value.get("kind") if isinstance(value, dict) else value

@@ -36,7 +36,7 @@ from noether.config.schema import (
     OptimizerSettings,
 )
 from noether.config.structure.construction import arguments, construct, construct_with_settings
-from noether.config.structure.converter import has_origin, is_function_type, make_converter
+from noether.config.structure.converter import has_origin, is_function_type, make_converter, read_untyped
 from noether.config.structure.signatures import parameters
 from noether.core.callables import positional_names, unbound_settings
 from noether.core.errors import Problem, SettingsError, suggest
@@ -170,6 +170,7 @@ class _KindHooks:
 
     def nested(self, value: Any) -> Any:
         """Return a setting with each mapping in it that has a dotted path as `kind` structured as an entry."""
+        value = read_untyped(value)
         if isinstance(value, dict) and "." in str(value.get("kind")):
             return self.kind(value, PART)
         if not isinstance(value, (dict, list, tuple)):
@@ -214,14 +215,15 @@ class _KindHooks:
             hint = f": write {{kind: {value}}}" if isinstance(value, str) and "." in value else ""
             raise InvalidValueError(f"{value!r} is not a mapping with a `kind`{hint}")
         errors: list[Exception] = []
-        target: Any = None
+        path = target = None
         with collect_errors(errors, "kind"):
             if "kind" not in value:
                 raise InvalidValueError(f"is missing; expected {role.expected}")
-            target = self.resolve(value["kind"], role)
-            check_constructible(value["kind"], target)
+            path = str(value["kind"]) if isinstance(value["kind"], str) else value["kind"]
+            target = self.resolve(path, role)
+            check_constructible(path, target)
         raise_together(errors, Kind)
-        return value["kind"], target, {name: each for name, each in value.items() if name != "kind"}
+        return path, target, {name: each for name, each in value.items() if name != "kind"}
 
 
 def _is_dataclass_of_user(kind: Any) -> bool:

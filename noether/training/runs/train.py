@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.config.loading import from_source
+from noether.config.references import escape_references
 from noether.config.serialization import dump
 from noether.config.source import apply_overrides, read
 from noether.config.values import source_from_values
@@ -103,7 +104,7 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
     if resume is None and (checkpoint is not None or into is not None):
         raise TypeError(f"{'into' if checkpoint is None else 'checkpoint'} needs resume=RUN_DIR")
     if output is not None:
-        overrides = [*overrides, f"run.output={json.dumps(str(output))}"]
+        overrides = [*overrides, f"run.output={json.dumps(escape_references(str(output)))}"]
     interruption, notify = Interruption(), _LOGGER.info
     if resume is not None:
         return resume_run(
