@@ -1,7 +1,7 @@
 """Reads YAML text into frozen settings and reports every problem at once, each with file and line.
 
-A line here may touch YAML text, signatures and importlib; it computes with no tensor, and imports a module of the user
-only after `objects.import_policy` allowed it.
+A line here may touch YAML text, environment variables, signatures and importlib; it computes with no tensor, and
+imports a module of the user only after `objects.import_policy` allowed it.
 """
 
 from __future__ import annotations
