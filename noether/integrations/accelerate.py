@@ -31,10 +31,10 @@ Differences from noether's own trainer and from `Session`:
 - `accumulation_steps` of a micro-batch in a short last group is the number of a full group. With
   `GradientAccumulationPlugin(sync_with_dataloader=False)` the last group of an epoch is completed in the next one, and a
   run that resumes at the end of such an epoch does not have its gradients.
-- The random numbers of the loop are accelerate's, not derived from `seed`. A resume finds the remaining batches of an
-  epoch if their order is a function of the epoch: without shuffling, or with
-  `Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))`. Dropout draws from torch's
-  generator, whose state is in the checkpoints of accelerate and not in those of noether.
+- The session seeds torch, numpy and `random` as in a plain loop: the order of an epoch from `(seed, epoch)`, dropout and
+  augmentation from `(seed, epoch, batch)`, those of later ranks from their rank too. So a resume is exact, also within an
+  epoch, whose batches it reads again from the first. A `SeedableRandomSampler` keeps the seed that it took from torch's
+  generator in `prepare`: call `accelerate.utils.set_seed` before.
 - Save a checkpoint of accelerate right after `session.update()`, not inside of an update.
 - A gradient scaler is accelerate's; noether's checkpoints hold its scale, and `grad_norm` is that of unscaled gradients.
   `forward_s`, `backward_s` and `optimizer_s` are missing.
@@ -46,7 +46,9 @@ Differences from noether's own trainer and from `Session`:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
@@ -56,6 +58,10 @@ from torch.nn.utils import get_total_norm
 from noether.core.run import Run
 from noether.core.tensors.means import Mean, read_weight
 from noether.session.errors import SessionError
+from noether.session.hidden_state import generators_of_model
+from noether.session.loader import seed_pass, set_epoch, warn_if_unrepeatable
+from noether.session.loop import log_skipped
+from noether.session.randomness import derive, preserve_generators, seed_all
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -72,6 +78,7 @@ if TYPE_CHECKING:
 
 _CLOCK: Final = Clock()
 _RUN: Final = Run()
+_NO_BATCH: Final[Any] = object()
 
 
 @final
@@ -93,7 +100,7 @@ class AcceleratedSession:
         max_epochs: Epochs after which training ends, >= 1.
         max_updates: Updates after which training ends, >= 1.
         max_samples: Samples after which training ends, >= 1; at most one of the three.
-        seed: Seeds the random numbers of callbacks.
+        seed: Seeds the random numbers of the loop and of callbacks.
         precision: Autocast dtype of evaluations.
         clock: Reads the time.
         run: Further facts about the run.
@@ -158,7 +165,8 @@ class AcceleratedSession:
             clock=clock,
             run=run.replace(rank=accelerator.process_index, world_size=accelerator.num_processes),
         )
-        self.session.resumes_within_epochs = True
+        self.session.seeds_loop = self.session.resumes_within_epochs = True
+        self._generators = generators_of_model(self._model)
         self._batch: Any = None
         self._grad_norm: Tensor | None = None
 
@@ -168,14 +176,10 @@ class AcceleratedSession:
         Args:
             loader: The training data, prepared.
         """
-        steps = self._accelerator.gradient_accumulation_steps
-        self.session.load()
-        known: dict[str, Any] = {**epoch_lengths(loader, steps, self._accelerator.num_processes)}
-        if known and len(loader) % steps and not self._accelerator.gradient_state.sync_with_dataloader:
-            known = {}  # an epoch ends inside of an update, and the next one has another number of updates
-        self.session.count_batches(known.get("updates_per_epoch"), steps)
-        self.session.begin(**known)
-        with self.session.save_where_it_ends():
+        warn_if_unrepeatable(loader)
+        # Accelerate takes the seed of a shuffling sampler from torch's generator as it prepares a loader.
+        with preserve_generators(), self.session.save_where_it_ends():
+            self._begin(loader)
             while not self.session.is_over:
                 yield from self._epoch(loader)
                 self.session.end_epoch(cut_short=self.session.is_over)
@@ -234,17 +238,39 @@ class AcceleratedSession:
         """
         self.session.load_state_dict(saved)
 
+    def _begin(self, loader: Any) -> None:
+        """Load the run to resume, if there is one, and dispatch `BeforeTraining`."""
+        steps = self._accelerator.gradient_accumulation_steps
+        self.session.load()
+        known: dict[str, Any] = {**epoch_lengths(loader, steps, self._accelerator.num_processes)}
+        if known and len(loader) % steps and not self._accelerator.gradient_state.sync_with_dataloader:
+            known = {}  # an epoch ends inside of an update, and the next one has another number of updates
+        self.session.count_batches(known.get("updates_per_epoch"), steps)
+        self.session.begin(**known)
+
     def _epoch(self, loader: Any) -> Iterator[Any]:
         """Yield the batches that are left of the epoch, while the run is not over."""
-        counted = self.session.state.epoch_batches
-        left = self._accelerator.skip_first_batches(loader, counted) if counted else loader
-        if hasattr(left, "set_epoch"):
-            left.set_epoch(self.session.state.iteration.epoch)
-        for batch in left:
-            self.session.batch_arrived()
+        session, rank, start_s = self.session, self._accelerator.process_index, time.perf_counter()
+        seed, epoch, counted = session.state.seed, session.state.iteration.epoch, session.state.epoch_batches
+        set_epoch(loader, epoch)
+        seed_pass(loader, seed, epoch)  # the same on all processes, which share the order of samples
+        batches = iter(loader)
+        for index in count():
+            session.stopwatch.wait_begins()
+            seed_all(derive(seed, "batch", epoch, index, rank))
+            batch = next(batches, _NO_BATCH)
+            if batch is _NO_BATCH:
+                return
+            if index < counted:
+                if index + 1 == counted:
+                    log_skipped(counted, epoch, time.perf_counter() - start_s)
+                    session.stopwatch.read()
+                continue
+            seed_all(derive(seed, "step", epoch, index, rank), self._generators)
+            session.batch_arrived()
             self._batch = batch
             yield batch
-            if self.session.is_over:
+            if session.is_over:
                 return
 
     def _samples(self) -> int:

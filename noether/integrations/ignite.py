@@ -3,6 +3,7 @@
 | ignite | noether | with |
 |---|---|---|
 | `STARTED` | `BeforeTraining` | `resumed` if the session was loaded, or its directory holds a checkpoint |
+| `EPOCH_STARTED` | | in a resumed run, restores the random generators, once |
 | `GET_BATCH_COMPLETED` | | the time before it was spent waiting for data |
 | `ITERATION_COMPLETED` | `AfterAccumulationStep`, if a callback listens | losses and outputs from `engine.state.output`, samples from `engine.state.batch` |
 | the same, once an optimizer has stepped | `AfterUpdate` | sums and sample-weighted means of the iterations since the last update; learning rates of the step |
@@ -23,6 +24,10 @@ Differences from noether's own trainer:
   `optimizer_s` are missing: all three happen inside of the step.
 - `DeterministicEngine` resumes in the middle of an epoch; `Engine` reads an epoch from its first batch, so there a
   noether checkpoint has to be from the end of an epoch. Load checkpoints of ignite as in any ignite script.
+- The order of a shuffling loader and dropout are drawn from the global random generators. Their states, those of
+  generators that the model or the loader holds, and the seed of a `DeterministicEngine` are in the checkpoints, so a
+  resume is exact. Two exceptions: inside of an epoch, a dataset without workers that draws random numbers, and an
+  `Engine` whose `epoch_length` is not that of the loader, of which a warning at the resume tells.
 - A scheduler of the learning rate resumes from noether's checkpoints if `attach` received it; otherwise a resume refuses
   torch's schedulers. The user saves schedulers of other settings.
 - The scale of a `GradScaler` is in noether's checkpoints if `attach` received the scaler.
@@ -41,7 +46,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.tensors.live.optimizer import by_name
 from noether.integrations.losses import losses_of
-from noether.session.loader import epoch_lengths
+from noether.session.loader import batches_per_epoch, epoch_lengths, warn
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -140,7 +145,8 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
     has_hidden_scheduler = scheduler is None and any("initial_lr" in group for group in groups)
     handlers = _Handlers(session, accumulation, losses, has_hidden_scheduler=has_hidden_scheduler)
     engine.add_event_handler(Events.STARTED, handlers.begin)
-    engine.add_event_handler(Events.GET_BATCH_COMPLETED, session.batch_arrived)
+    engine.add_event_handler(Events.EPOCH_STARTED, handlers.begin_epoch)
+    engine.add_event_handler(Events.GET_BATCH_COMPLETED, handlers.take_batch)
     engine.add_event_handler(Events.ITERATION_COMPLETED, handlers.iterate)
     engine.add_event_handler(Events.EPOCH_COMPLETED, handlers.end_epoch)
     engine.add_event_handler(Events.COMPLETED, session.end)
@@ -168,6 +174,12 @@ class _Handlers:
             )
         state, session = engine.state, self._session
         loaded = session.load()
+        if isinstance(engine, DeterministicEngine):
+            if session.saved_seed is not None:
+                state.seed = session.saved_seed  # it drew another one as this handler was called
+            # From these, it would draw the order of the rest of an epoch; `take_batch` restores ours.
+            state.rng_states = None  # type: ignore[attr-defined]  # ignite sets it late
+        session.remember_generators(state.dataloader, seed=getattr(state, "seed", None))
         if loaded and self._has_hidden_scheduler:
             raise ValueError(
                 f"the run resumes at {session.state.iteration}, and its checkpoint does not hold the position of the "
@@ -179,6 +191,15 @@ class _Handlers:
         lengths: dict[str, Any] = epoch_lengths(state.dataloader, batches, self._accumulation, batch_size)
         session.begin(end=self._end(engine), epoch_is_full=epoch_is_full, **lengths)
         self._apply_stop(engine)
+
+    def begin_epoch(self, engine: Engine) -> None:
+        if not self._session.state.epoch_batches:
+            self._session.restore_generators()  # ignite makes the iterator next, which draws the order
+
+    def take_batch(self, engine: Engine) -> None:
+        # Within an epoch, a DeterministicEngine has drawn the order again from its seed.
+        self._session.restore_generators()
+        self._session.batch_arrived()
 
     def iterate(self, engine: Engine) -> None:
         session, outputs = self._session, engine.state.output
@@ -237,4 +258,10 @@ class _Handlers:
                 "batch: use DeterministicEngine, or save at the end of epochs"
             )
         engine.state.iteration, engine.state.epoch = expected, epoch
+        loader = batches_per_epoch(engine.state.dataloader)
+        if self._session.stop is None and not skips and (into_epoch or (loader and length % loader)):
+            warn(
+                f"the run resumes at {at}, iteration {expected}, in the midst of the loader, and Engine reads it from "
+                "its first batch: use DeterministicEngine, or resume at the end of an epoch that reads all batches"
+            )
         return is_full

@@ -3,6 +3,7 @@
 | Lightning | noether | with |
 |---|---|---|
 | `on_train_start` | `BeforeTraining` | `resumed` if Lightning's checkpoint has the callbacks' state, or the directory has a checkpoint |
+| `on_train_epoch_start` | | in a resumed run, restores the random generators, once |
 | `on_train_batch_start` | | ends the wait for data |
 | `on_before_optimizer_step` | | `grad_norm` before gradient clipping, if a callback reads it |
 | `on_train_batch_end` | `AfterAccumulationStep`, if a callback handles it | losses and outputs from the result of `training_step`, samples of the batch |
@@ -29,6 +30,10 @@ Differences from noether's trainer:
 - Of several optimizers, which Lightning steps by hand, a batch may step any: it is one update. Their names are their
   indices, as in `optim/lr/0`. `max_steps` of Lightning counts the steps of all.
 - A gradient scaler of `precision="16-mixed"` is Lightning's; noether's checkpoints hold its scale too.
+- Lightning draws the order of a shuffling loader, and dropout its masks, from the global random generators. Their states,
+  and those of generators that the module or the loader holds, are in noether's checkpoints and in Lightning's: a resume at
+  the end of an epoch is exact. It is not where a validation that draws random numbers comes between a checkpoint of
+  Lightning and the end of the epoch, or where workers persist, whose generators no checkpoint has.
 - Only one process: losses are not gathered over ranks.
 """  # noqa: E501  # a table
 
@@ -145,6 +150,7 @@ class NoetherCallback(LightningCallback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
         )
         self.session = session
+        session.remember_generators(trainer.train_dataloader)
         if saved:
             session.load_state_dict(saved)
         loaded = session.load()
@@ -154,6 +160,18 @@ class NoetherCallback(LightningCallback):
         session.begin(**_run_facts(trainer, session))
         self._saved = None
         self._apply_stop(trainer)
+        loop = trainer.fit_loop
+        reloads: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]  # Lightning sets it late
+        if reloads or loop.restarted_mid_epoch:
+            session.restore_generators()  # before Lightning makes the next loader, or reads the next batch
+        if loop.restarted_mid_epoch and loop.epoch_loop.batch_progress.is_last_batch:
+            _renew_iterator(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the random generators of a resumed run, from which Lightning draws the order of the epoch next."""
+        self._running.restore_generators()
+        if trainer.fit_loop.is_resuming:
+            _renew_iterator(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record the time at which the batch arrived."""
@@ -268,6 +286,15 @@ def _check(trainer: Trainer) -> None:
         raise ValueError(
             f"this training has {trainer.world_size} processes, and losses are not gathered over them: use devices=1"
         )
+
+
+def _renew_iterator(trainer: Trainer) -> None:
+    """Make a new iterator of the loader, as Lightning does before each epoch but the first that it resumes."""
+    loop = trainer.fit_loop
+    combined, fetcher = loop._combined_loader, loop._data_fetcher  # noqa: SLF001  # Lightning shows them nowhere else
+    if combined is None or fetcher is None or all(hasattr(each, "load_state_dict") for each in combined.flattened):
+        return  # a loader with a position was moved there
+    iter(fetcher)
 
 
 def _run_facts(trainer: Trainer, session: Session) -> dict[str, Any]:

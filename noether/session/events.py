@@ -63,6 +63,7 @@ class SessionEvents(SessionState):
             saved = self._directory.load()
         if saved is None:
             return False
+        saved = self._take_generators(saved)
         self._live.load(saved)
         for memory in (self._scheduler, self._scaler):
             if memory is not None:
@@ -255,11 +256,13 @@ class SessionEvents(SessionState):
         self._forget_lengths(compare_epoch_lengths(self._state, self.run))
         self._epoch_batches = 0
         self._seed_event("end of epoch")
+        self._note_generators()
         self._dispatch(self._state.next_epoch(), AfterEpoch)
+        self._note_generators()
 
     def _seed_event(self, purpose: str) -> None:
         """Seed the global generators, if the loop is the session's: a resumed run then evaluates as the uncut one."""
-        if self._seeds_loop:
+        if self.seeds_loop:
             seed_all(derive(self._state.seed, purpose, self._state.iteration.epoch))
 
     def _dispatch(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
@@ -267,7 +270,10 @@ class SessionEvents(SessionState):
         before = self._live.view(state)
         self._current_dispatch = before, event
         try:
-            after = dispatch(before, event, self._reducer, self._interpreter)
+            interpreter = self._interpreter
+            if self._generators is not None:
+                interpreter = self._generators.with_states(interpreter)
+            after = dispatch(before, event, self._reducer, interpreter)
             model_status, self._model_status = self._model_status, "partly written"
             self._live.write_changes(before, after)
         except Exception as error:

@@ -195,7 +195,7 @@ class BatchLoop:
             self._is_last = is_last
             if self._drawn <= counted:
                 if self._drawn == counted:
-                    _log_skipped(counted, epoch, time.perf_counter() - start_s)
+                    log_skipped(counted, epoch, time.perf_counter() - start_s)
                     session.stopwatch.read()
                 continue
             self._batch, self._is_reported = batch, False
@@ -293,7 +293,8 @@ class BatchLoop:
         self._session.check_scheduler_position()
 
 
-def _log_skipped(batches: int, epoch: int, duration_s: float) -> None:
+def log_skipped(batches: int, epoch: int, duration_s: float) -> None:
+    """Log how long a resumed run read batches that it had counted; a warning if that was long."""
     level = logging.WARNING if duration_s > _SLOW_S else logging.INFO
     _LOGGER.log(
         level,

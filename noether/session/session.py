@@ -223,7 +223,7 @@ class Session(SessionEvents):
         seed = self._state.seed
         loop = BatchLoop(self, loader, self._live.model, self._accumulation, seed)
         self._reducer = compose(loop, self._reducer)
-        self._seeds_loop = self.resumes_within_epochs = True
+        self.seeds_loop = self.resumes_within_epochs = True
         self.load()
         if self._remembers:
             self._state = loop.resume(self._state)

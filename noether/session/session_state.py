@@ -12,6 +12,7 @@ from noether.core.state import TrainState
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.effects.run_ending import record_failure, save_interrupted
+from noether.session.generators import MEMORY, GeneratorStates, take_states, warn_without_states
 from noether.session.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class SessionState:
         self._interpreter, self._directory, self._clock = interpreter, directory, clock
         self._state = TrainState(seed=seed)
         self._remembers = False
-        self._seeds_loop = False
+        self.seeds_loop = False
         self._micro_batches: list[MicroBatch] = []
         self._settled = self._state  # as it was before the current update began
         self._steps_before = 0  # of the optimizer, at the last update
@@ -80,6 +81,9 @@ class SessionState:
         self._epoch_batches = 0  # drawn in this epoch; `state.epoch_batches` are those that an update counted
         self._carries_gradients = False  # whether an epoch ended inside of an update
         self._trusts_lengths = True  # whether an epoch ends after the number of updates that the loader announced
+        self._generators: GeneratorStates | None = None  # if a framework draws from them
+        self._saved_generators: Mapping[str, Any] | None = None  # those of the state to resume, until they are restored
+        self._epoch_generators: Mapping[str, Any] | None = None  # as the last epoch ended
         self.resumes_within_epochs = False
         """Whether a resumed loop skips the batches of an epoch that are counted; not every framework does."""
 
@@ -130,10 +134,55 @@ class SessionState:
                 state = state if memory is None else memory(state, event)[0]
             return set_pending(state, event)
         if self._model_status == "settled":
-            return self._live.view(self._state)
+            return self._with_generators(self._live.view(self._state))
         if self._optimizer is None or self.steps:
             return None
-        return self._live.view_before_update(self._settled if self._micro_batches else self._state)
+        before = self._settled if self._micro_batches else self._state
+        return self._with_generators(self._live.view_before_update(before))
+
+    def remember_generators(self, loader: Any = None, **of_framework: Any) -> None:
+        """Save the states of random generators in every checkpoint: a framework's loop draws from them.
+
+        Args:
+            loader: The training data, which may hold generators.
+            of_framework: `seed` and `counters` as for `GeneratorStates`.
+        """
+        self._generators = GeneratorStates(self._live.model, loader, **of_framework)
+
+    @property
+    def saved_seed(self) -> int | None:
+        """The seed that the framework drew as the run started, if this is not its start; to be set after `load`."""
+        given = None if self._generators is None else self._generators.seed
+        seed: int | None = (self._saved_generators or {}).get("seed", given)
+        return seed
+
+    def restore_generators(self) -> None:
+        """Restore the generators of the run that was resumed, once; a no-op in a new run.
+
+        A framework's loop calls this where it continues exactly as it did after the checkpoint: at the end of an epoch,
+        before it draws the order of the next one.
+        """
+        saved, self._saved_generators = self._saved_generators, None
+        if saved is None or self._generators is None:
+            return
+        if saved:
+            self._generators.restore(saved)
+        else:
+            warn_without_states()
+
+    def _take_generators(self, saved: TrainState) -> TrainState:
+        """Return a loaded state without the states of generators, which `restore_generators` restores."""
+        saved, self._epoch_generators = take_states(saved)
+        self._saved_generators = self._epoch_generators or {}
+        return saved
+
+    def _note_generators(self) -> None:
+        """Read the states of generators at the end of an epoch, which a save before the next update needs."""
+        self._epoch_generators = None if self._generators is None else self._generators.read()
+
+    def _with_generators(self, state: TrainState) -> TrainState:
+        """Return a state that is saved between epochs, with the generators as they were at the end of the last one."""
+        return state if self._epoch_generators is None else state.remember(MEMORY, self._epoch_generators)
 
     def record_failure(self, error: Exception) -> None:
         """Save what an exception would lose, and add notes to it that say where; a no-op without an open directory.
@@ -215,7 +264,8 @@ class SessionState:
         Returns:
             Plain values and tensors, which torch reads back with `weights_only=True`.
         """
-        return encode_state(self._settled if self._micro_batches else self._state)
+        state = self._settled if self._micro_batches else self._state
+        return encode_state(state if self._generators is None else state.remember(MEMORY, self._generators.read()))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Recall what `state_dict` returned, before `begin`; the framework restores model, optimizer and scheduler.
@@ -223,5 +273,5 @@ class SessionState:
         Raises:
             ValueError: If `saved` is not a result of `state_dict`.
         """
-        self._state = decode_state(saved)
+        self._state = self._take_generators(decode_state(saved))
         self._remembers = True

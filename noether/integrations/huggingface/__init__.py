@@ -32,7 +32,8 @@ Differences from noether's trainer:
 - An evaluation by the trainer (`eval_strategy`) dispatches no event. Callbacks evaluate `Run(data={...})` with the loss
   of the model, or with `Run(forward=...)`.
 - The order of data is a function of `args.data_seed` and the epoch. Dropout draws from torch's generator, whose state is
-  in the checkpoints of transformers and not in those of noether.
+  in the checkpoints of transformers and of noether; `to_checkpoint` writes it. Within an epoch, transformers restores it
+  after it has read the batches of the next update, so there a dataset that draws random numbers itself draws others.
 - Several processes must have batches of the same size, as accelerate makes them by default: samples are counted as
   those of this process times the number of processes, including samples repeated at the end of an epoch.
 - With a gradient scaler, `grad_norm` is that of scaled gradients. `forward_s`, `backward_s`, `optimizer_s` are missing.

@@ -16,6 +16,7 @@ from noether.effects.checkpoints.state_codec import encode_state
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
+from noether.session.generators import take_states, unpack_states, warn_without_states
 from noether.session.scheduler import SchedulerMemory, position
 
 if TYPE_CHECKING:
@@ -54,12 +55,30 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
     scheduler = trainer.lr_scheduler  # None if the trainer creates it in `train`
     scheduler_state = position(saved) if scheduler is None else SchedulerMemory(scheduler).state_dict(saved)
     torch.save(scheduler_state, path / "scheduler.pt")
-    state = TrainerState(global_step=saved.iteration.update, train_batch_size=trainer.args.train_batch_size)
+    exported = [each for each in (*trainer.callback_handler.callbacks, trainer.control) if hasattr(each, "state")]
+    state = TrainerState(
+        global_step=saved.iteration.update,
+        train_batch_size=trainer.args.train_batch_size,
+        stateful_callbacks=exported,
+    )
     # transformers compares these with its arguments and warns if they differ.
     state.compute_steps(trainer.args, trainer.args.max_steps)  # type: ignore[no-untyped-call]  # transformers'
     state.save_to_json(str(path / "trainer_state.json"))
     write_memory(path, encode_state(saved))
+    _write_generators(path, saved)
     return str(path)
+
+
+def _write_generators(path: Path, saved: TrainState) -> None:
+    """Write the states of random generators as transformers reads them."""
+    _, states = take_states(saved)
+    if states is None:
+        warn_without_states()
+        return
+    known = unpack_states(states)
+    if cuda := known.pop("cuda"):
+        known["cuda"] = cuda[torch.cuda.current_device()] if torch.cuda.is_available() else cuda[0]
+    torch.save({"cpu": known.pop("torch"), **known}, path / "rng_state.pth")
 
 
 def checkpoint_path(args: TrainingArguments, update: int) -> Path:

@@ -7,6 +7,7 @@ the model object and reads its result. `noether.integrations.keras.module` descr
 | Keras | noether | with |
 |---|---|---|
 | `on_train_begin` | `BeforeTraining`, then a missing `AfterEpoch` | `resumed` if its directory has a checkpoint |
+| `on_epoch_begin` | | in a resumed run, restores the random generators, once |
 | `on_train_batch_begin` | | ends the wait for data; multiplies the learning rate by `lr_scale` |
 | `model.compute_loss` in training | `AfterAccumulationStep`, if a callback handles it | all its fields; no gradients are computed yet |
 | `on_train_batch_end` | | restores the learning rate |
@@ -30,8 +31,9 @@ Differences from noether's trainer:
   remaining batches and `epochs` one more than the completed epochs, then with all batches. Pass
   `Run(end=..., updates_per_epoch=...)` then, because neither call gives them. The callback sets the epoch to start with,
   instead of `initial_epoch`.
-- `shuffle=True` and dropout of torch modules draw from torch's global generator, which no checkpoint contains: a resume
-  is exact if the order of data is a function of the epoch. Seeds of Keras' dropout are buffers and are saved.
+- `shuffle=True` and dropout of torch modules draw from torch's global generator. Its state, and the counters of Keras'
+  dropout, are in noether's checkpoints and in `session.state_dict()`: a resume at the end of an epoch is exact. It is not
+  with `steps_per_epoch`, where Keras reads on in its data, nor for a `PyDataset` that shuffles itself in `on_epoch_end`.
 - Files that Keras saves (`model.save`, `BackupAndRestore`) contain weights and optimizer. `callback.session.state_dict()`
   contains the rest of the run; pass it to a new callback as `remembered=`.
 - An update that a `LossScaleOptimizer` skips counts as any other. Keras does not show gradients: callbacks that
@@ -159,8 +161,14 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         epoch = self.params["epochs"] if session.is_over else session.state.iteration.epoch
         self.model._initial_epoch = epoch or None  # noqa: SLF001
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Restore the random generators of a resumed run, from which Keras draws the order of the epoch next."""
+        if not self.session.state.epoch_batches:
+            self.session.restore_generators()
+
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Record the time and scale the learning rate."""
+        self.session.restore_generators()  # within an epoch
         self.session.batch_arrived()
         self._session_and_optimizer()[1].scale_lr()
         self._awaits_loss = True
@@ -205,6 +213,9 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             self._optimizer = KerasOptimizer(module)
             run = fill_run(self._run, forward=module.evaluate)
             self._session = self._make_session(run=run, model=module, optimizer=self._optimizer)
+            # Files of Keras do not have the counters of dropout and augmentation layers.
+            seeds = {name: each for name, each in module.named_buffers() if name.endswith("seed_generator_state")}
+            self._session.remember_generators(counters=seeds)
             if self._remembered:
                 self._session.load_state_dict(self._remembered)
         return self._session, self._optimizer
