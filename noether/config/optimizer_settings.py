@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping  # noqa: TC003  # cattrs reads the annotations when it structures YAML
+from collections.abc import Callable, Mapping  # noqa: TC003  # cattrs reads the annotations when it structures YAML
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, final
 
+from noether.config.errors import InvalidValueError
+from noether.config.objects.functions import Function, build_function
+from noether.config.objects.kinds import FACTOR
 from noether.core.errors import Problem, check_choice, check_whole, is_number, raise_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+ScheduleKind: TypeAlias = Annotated[Function, FACTOR]
 
 DEFAULT_GROUP: Final = "default"
 """The group of every parameter that no `ParamGroup` matches."""
@@ -85,9 +91,12 @@ class ScheduleSettings:
     """Schedule of a hyperparameter over a run; its factors multiply the base value.
 
     Args:
-        kind: `constant`, `linear`, `cosine`, `polynomial` (to `end_factor` at the end of the run) or `step`.
-        length: Updates from the start of the run to the end of `linear`, `cosine` and `polynomial`, warm-up included;
-            after it the value stays. None for the length of the run, which changes if a resumed run gets another end.
+        kind: `constant`, `linear`, `cosine`, `polynomial` (to `end_factor` at the end of the run) or `step`; or the
+            dotted path of a pure function from progress, which grows from 0 to 1 over the length, to a factor of at
+            least 0. In YAML the settings of that function are beside the path. In Python the function itself is
+            possible.
+        length: Updates from the start of the run to the end of all but `constant` and `step`, warm-up included; after
+            it the value stays. None for the length of the run, which changes if a resumed run gets another end.
         warmup_updates: Length of a linear warm-up in updates; 0 for no warm-up.
         warmup_epochs: Length of the warm-up in epochs; give at most one of the two.
         warmup_start_factor: Factor at the start of the warm-up, at least 0; None is 0.
@@ -111,7 +120,7 @@ class ScheduleSettings:
         gamma: 0 is not a number above 0
     """
 
-    kind: str = "constant"
+    kind: ScheduleKind = "constant"
     length: int | None = None
     warmup_updates: int = 0
     warmup_epochs: int = 0
@@ -128,10 +137,34 @@ class ScheduleSettings:
     @property
     def has_length(self) -> bool:
         """Whether the schedule runs to an end, which `length` or the end of the run gives."""
-        return "length" in _SETTINGS_OF_KIND[self.kind]
+        return "length" in self._settings_of_kind
+
+    @property
+    def label(self) -> str:
+        """The kind for messages: its name, or the dotted path of a function."""
+        return self.kind if isinstance(self.kind, str) else getattr(self.kind, "path", None) or repr(self.kind)
+
+    @cached_property
+    def factor(self) -> Callable[[float], float] | None:
+        """The function of progress, if the kind is one."""
+        if isinstance(self.kind, str) and "." not in self.kind:
+            return None
+        factor: Callable[[float], float] = build_function(self.kind)
+        return factor
+
+    @property
+    def _settings_of_kind(self) -> tuple[str, ...]:
+        return ("length",) if self.factor is not None else _SETTINGS_OF_KIND.get(self.label, ())
 
     def _value_problems(self) -> Iterator[Problem | None]:
-        yield check_choice("kind", self.kind, _SETTINGS_OF_KIND)
+        if self.factor is None:
+            yield check_choice("kind", self.kind, _SETTINGS_OF_KIND)
+        else:
+            try:
+                for progress in (0.0, 0.5, 1.0):
+                    call_factor(self.factor, progress, self.label)
+            except InvalidValueError as error:
+                yield Problem("kind", str(error))
         for name, above in (("warmup_start_factor", False), ("end_factor", False), ("power", True), ("gamma", True)):
             if getattr(self, name) is not None:
                 yield check_number(name, getattr(self, name), above=above)
@@ -140,12 +173,12 @@ class ScheduleSettings:
         yield _check_increasing("milestone_updates", self.milestone_updates)
 
     def _kind_problems(self) -> Iterator[Problem]:
-        if self.kind not in _SETTINGS_OF_KIND:
+        if self.factor is None and self.kind not in _SETTINGS_OF_KIND:
             return
         for name in ("length", "end_factor", "power", "gamma", "milestone_epochs", "milestone_updates"):
-            if name not in _SETTINGS_OF_KIND[self.kind] and getattr(self, name) not in (None, ()):
+            if name not in self._settings_of_kind and getattr(self, name) not in (None, ()):
                 kinds = " and ".join(kind for kind, names in _SETTINGS_OF_KIND.items() if name in names)
-                yield Problem(name, f"is a setting of {kinds}, and kind is {self.kind}; remove it or change kind")
+                yield Problem(name, f"is a setting of {kinds}, and kind is {self.label}; remove it or change kind")
         if self.kind == "step" and bool(self.milestone_epochs) == bool(self.milestone_updates):
             yield Problem("milestone_epochs", "step needs either milestone_epochs or milestone_updates, e.g. [30, 60]")
 
@@ -158,6 +191,9 @@ class ScheduleSettings:
             yield Problem("warmup_start_factor", "there is no warm-up; give warmup_updates or warmup_epochs")
 
 
+SETTINGS_OF_ALL: Final = ("length", "warmup_updates", "warmup_epochs", "warmup_start_factor")
+"""Settings beside the dotted path of a function that are not those of the function."""
+
 _SETTINGS_OF_KIND: Final[Mapping[str, tuple[str, ...]]] = {
     "constant": (),
     "linear": ("length", "end_factor"),
@@ -165,6 +201,26 @@ _SETTINGS_OF_KIND: Final[Mapping[str, tuple[str, ...]]] = {
     "step": ("gamma", "milestone_epochs", "milestone_updates"),
     "polynomial": ("length", "end_factor", "power"),
 }
+
+
+def call_factor(factor: Callable[[float], float], progress: float, label: str) -> float:
+    """Return the factor that a function returns for a progress in [0, 1].
+
+    Raises:
+        InvalidValueError: If the function, called `label`, raises an error, or returns no finite number of at least 0.
+
+    Example:
+        >>> call_factor(lambda progress: -progress, 0.5, "mine.halves")
+        Traceback (most recent call last):
+        noether.config.errors.InvalidValueError: mine.halves returned -0.5 at progress 0.5, not a finite number >= 0
+    """
+    try:
+        value = factor(progress)
+    except Exception as error:
+        raise InvalidValueError(f"{label} raised {type(error).__name__} at progress {progress}: {error}") from error
+    if check_number(label, value) is not None:
+        raise InvalidValueError(f"{label} returned {value!r} at progress {progress}, not a finite number >= 0")
+    return value
 
 
 def check_number(setting: str, value: object, *, above: bool = False) -> Problem | None:

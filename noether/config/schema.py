@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, final
 
 from noether.config.errors import ConfigError, LocatedProblem, Place, SettingPath
 from noether.config.objects import kinds
-from noether.config.objects.functions import FunctionKind, MetricKind, metric_label
+from noether.config.objects.functions import Function, MetricKind, metric_label
 from noether.config.objects.kinds import Kind
 from noether.config.optimizer_settings import ParamGroup, ScheduleSettings, check_number
 from noether.config.source import Source  # noqa: TC001 - the annotations of a dataclass are read at run time
@@ -22,8 +22,6 @@ ENDS = ("max_epochs", "max_updates", "max_samples")
 Model: TypeAlias = Annotated[Kind, kinds.MODEL]
 Dataset: TypeAlias = Annotated[Kind, kinds.DATASET]
 Callback: TypeAlias = Annotated[Kind, kinds.CALLBACK]
-Function: TypeAlias = FunctionKind | Kind | Callable[..., Any] | str
-"""A function as an entry that was read from YAML; in Python also the function itself, or its dotted path."""
 Loss: TypeAlias = Annotated[Function, kinds.OUTPUT_FUNCTION]
 BatchFunction: TypeAlias = Annotated[Function, kinds.BATCH_FUNCTION]
 Handler: TypeAlias = Annotated[Function, kinds.HANDLER]

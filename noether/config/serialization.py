@@ -15,6 +15,7 @@ import yaml
 
 from noether.config.objects.functions import FunctionKind, MetricKind, describe_function
 from noether.config.objects.kinds import Kind
+from noether.config.optimizer_settings import SETTINGS_OF_ALL, ScheduleSettings
 from noether.config.references import escape_references
 from noether.config.schema import CheckpointSettings, Config, EvaluateSettings, OptimizerSettings
 from noether.config.source import SCALARS
@@ -75,6 +76,16 @@ def _(value: MetricKind) -> Any:
 def _(value: OptimizerSettings) -> dict[str, Any]:
     fields = _plain_fields(value)
     return {**fields.pop("kind"), **fields}
+
+
+@_plain_value.register
+def _(value: ScheduleSettings) -> dict[str, Any]:
+    fields = _plain_fields(value)
+    if value.factor is None:
+        return fields
+    kind = fields["kind"]
+    entry = {"kind": kind} if isinstance(kind, str) else kind
+    return {**entry, **{name: each for name, each in fields.items() if name in SETTINGS_OF_ALL}}
 
 
 @_plain_value.register

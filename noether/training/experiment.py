@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from noether.config.errors import SettingPath
-    from noether.config.schema import Config, Function
+    from noether.config.objects.functions import Function
+    from noether.config.schema import Config
     from noether.core.reducer import Reducer
     from noether.training.configured_callbacks import ConfiguredCallback
 

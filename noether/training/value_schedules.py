@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from noether.config.optimizer_settings import call_factor
 from noether.core.errors import Problem, check_whole, raise_problems
 
 if TYPE_CHECKING:
@@ -180,6 +181,36 @@ class StepDecay:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Custom:
+    """A base value times a function of progress, the share of the updates that are completed.
+
+    Args:
+        base: Value at factor 1.
+        factor: Pure function from progress, in [0, 1], to a finite factor >= 0.
+        updates: Length in updates, at least 1; after it the progress stays 1.
+        label: Name of the function in messages.
+
+    Raises:
+        InvalidValueError: In a call, if the function returns something else.
+
+    Example:
+        >>> [Custom(base=0.1, factor=lambda progress: 1 - progress, updates=4)(position) for position in (0, 2, 4, 9)]
+        [0.1, 0.05, 0.0, 0.0]
+    """
+
+    base: float
+    factor: Callable[[float], float]
+    updates: int
+    label: str = "the function of progress"
+
+    def __call__(self, position: int) -> float:
+        """Return the value at `position`."""
+        progress = min(position, self.updates) / self.updates
+        return self.base * call_factor(self.factor, progress, self.label)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Warmup:
     """Linear from `start` to the first value of another schedule, then that schedule; torch's `SequentialLR`.
 
@@ -227,10 +258,12 @@ def _after_warmup(
             [
                 Problem(
                     setting,
-                    f"a warm-up of {warmup} updates takes all {length}, leaving none for {settings.kind}",
+                    f"a warm-up of {warmup} updates takes all {length}, leaving none for {settings.label}",
                 )
             ]
         )
+    if settings.factor is not None:
+        return Custom(base=base, factor=settings.factor, updates=updates, label=settings.label)
     end = base * _or(settings.end_factor, 0.0)
     if settings.kind == "linear":
         return Linear(start=base, end=end, updates=updates)

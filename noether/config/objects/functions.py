@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from noether.config.errors import InvalidValueError
 from noether.config.objects.import_policy import import_path
 from noether.config.objects.kinds import Entry, Kind, build_nested
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 
 @final
@@ -73,6 +74,10 @@ class MetricKind(Entry):
         from noether.core.callbacks.metric_functions import NamedMetric
 
         return NamedMetric(self.label, self.entry.build())
+
+
+Function: TypeAlias = FunctionKind | Kind | Callable[..., Any] | str
+"""A function as a section holds it: an entry of YAML or a dotted path; in Python also the function itself."""
 
 
 def build_function(function: Entry | Callable[..., Any] | str) -> Any:

@@ -83,6 +83,7 @@ class Role:
         expected: Description of the objects that fit, for messages.
         given: Parameters that the caller passes when it builds the object; they are no settings.
         arguments: What the caller passes when it calls the object, if that is a function.
+        has_names: Whether text without a dot is the name of an object of noether, which its reader checks.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Role:
     expected: str
     given: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    has_names: bool = False
 
 
 def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path | None = None) -> Any:
@@ -304,7 +306,14 @@ OUTPUT_FUNCTION = Role(
     "a callable that is not a class, called with (outputs, batch)",
     arguments=("outputs", "batch"),
 )
-METRIC = dataclasses.replace(OUTPUT_FUNCTION)
+METRIC = dataclasses.replace(OUTPUT_FUNCTION, has_names=True)
+FACTOR = Role(
+    "a function of progress",
+    lambda target: _is_function(target) and may_accept(target, "progress") and not describe_deferred(target),
+    "a callable that is not a class, called with (progress) in [0, 1]",
+    arguments=("progress",),
+    has_names=True,
+)
 BATCH_FUNCTION = Role(
     "a function of one batch",
     _counts_samples,

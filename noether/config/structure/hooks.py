@@ -15,6 +15,7 @@ from noether.config.objects.functions import FunctionKind, MetricKind
 from noether.config.objects.kinds import (
     CALLBACK,
     DATASET,
+    FACTOR,
     METRIC,
     MODEL,
     OPTIMIZER,
@@ -27,6 +28,7 @@ from noether.config.objects.kinds import (
     check_constructible,
     resolve,
 )
+from noether.config.optimizer_settings import SETTINGS_OF_ALL, ScheduleSettings
 from noether.config.schema import (
     BatchFunction,
     CheckpointSettings,
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
     from cattrs import Converter
 
-    from noether.config.schema import Function
+    from noether.config.objects.functions import Function
     from noether.config.source import Source
 
 _OPTIMIZER_FIELDS: Final = tuple(each.name for each in dataclasses.fields(OptimizerSettings) if each.name != "kind")
@@ -60,6 +62,7 @@ def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | 
     kinds = _KindHooks(converter, tuple(allow), source, run_dir)
     converter.register_structure_hook(EvaluateSettings, lambda value, _: _structure_evaluate(converter, value))
     converter.register_structure_hook(CheckpointSettings, lambda value, _: _structure_checkpoints(converter, value))
+    converter.register_structure_hook(ScheduleSettings, lambda value, _: _structure_schedule(kinds, value))
     converter.register_structure_hook(OptimizerSettings, lambda value, _: _structure_optimizer(kinds, value))
     converter.register_structure_hook(Config, lambda value, _: _structure_config(kinds, value))
     converter.register_structure_hook_func(lambda kind: kind in (Any, object), lambda value, _: kinds.nested(value))
@@ -89,7 +92,7 @@ class _KindHooks:
         if isinstance(value, dict) and kind is not str:
             return self.metric(value) if role is METRIC else self.function(value, role)
         path: str = self.converter.structure(value, str)
-        if "." in path or role is not METRIC:  # a metric without a dot is one of noether's, which its callback checks
+        if "." in path or not role.has_names:
             self.resolve_function(path, role)
         return path
 
@@ -120,13 +123,15 @@ class _KindHooks:
         path, target, written = self.read_entry(value, role)
         return Kind(path, target, self.settings(target, written, role.given))
 
-    def settings(self, target: Any, written: Mapping[str, object], given: Iterable[str] = ()) -> dict[str, Any]:
+    def settings(
+        self, target: Any, written: Mapping[str, object], given: Iterable[str] = (), beside: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Return checked settings of a class or function, nested entries included."""
-        settings, errors = arguments(self.converter, target, written, given=given)
+        settings, errors = arguments(self.converter, target, written, given=given, beside=beside)
         raise_together(errors, Kind)
         return settings
 
-    def function(self, value: object, role: Role, beside: Iterable[str] = ()) -> FunctionKind | Kind:
+    def function(self, value: object, role: Role, beside: Sequence[str] = ()) -> FunctionKind | Kind:
         """Return the entry of a function, or of a class that makes one: a dotted path, or a `kind` with settings.
 
         Args:
@@ -140,11 +145,11 @@ class _KindHooks:
         path, target, written = self.read_entry(value, dataclasses.replace(role, fits=partial(can_serve, role=role)))
         written = {name: each for name, each in written.items() if name not in beside}
         if isinstance(target, type):
-            return Kind(path, target, self.settings(target, written))
+            return Kind(path, target, self.settings(target, written, (), beside))
         # Those that its caller passes by position are no settings.
         passed = positional_names(target)
         given = passed[: len(role.arguments)] if role.arguments else [each for each in passed if each not in written]
-        return FunctionKind(path, target, self.settings(target, written, given))
+        return FunctionKind(path, target, self.settings(target, written, given, beside))
 
     def metric(self, value: object) -> MetricKind:
         """Return the entry of a metric that is not one of noether's."""
@@ -309,6 +314,20 @@ def _structure_checkpoints(converter: Converter, value: object) -> object:
         section = construct(converter, CheckpointSettings, rest, asynchronous=asynchronous)
     raise_together(errors, CheckpointSettings)
     return section
+
+
+def _structure_schedule(kinds: _KindHooks, value: object) -> object:
+    """Return a schedule; beside the path of a function, every key that is no setting of all schedules is one of it."""
+    path = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(path, str) or "." not in path:
+        return construct(kinds.converter, ScheduleSettings, value)
+    fields = {name: each for name, each in value.items() if name in SETTINGS_OF_ALL}
+    kind = kinds.function(value, FACTOR, beside=SETTINGS_OF_ALL)
+    for name in SETTINGS_OF_ALL:
+        if name in parameters(kind.target):
+            message = f"has the parameter {name}, which is a setting of every schedule; rename it"
+            raise SettingsError([Problem("kind", f"{kind.path} {message}")])
+    return construct(kinds.converter, ScheduleSettings, fields, kind=kind)
 
 
 def _structure_optimizer(kinds: _KindHooks, value: object) -> object:
