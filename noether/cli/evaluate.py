@@ -26,6 +26,7 @@ from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.disk.files import os_error_text
 from noether.effects.evaluation_logs import EvaluationLogs
 from noether.effects.run_directory import CHECKPOINTS
+from noether.session.processes import refuse_several_processes
 from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.experiment import build
@@ -71,10 +72,12 @@ def evaluate(
             says; the files are then `eval/TAG.test.json`.
 
     Raises:
+        ProcessesError: If this is one of several processes.
         ConfigError: If `run_dir` is not the directory of a run, or the checkpoint, the weights or a dataset do not
             exist.
         CheckpointError: If the checkpoint is damaged, or contains none of the weights that its callbacks evaluate.
     """
+    refuse_several_processes()
     config = load_run_config(run_dir, settings, allow)
     experiment = build(config, run_id=run_dir.resolve().name, fresh=False)
     data = tuple(dict.fromkeys(data))

@@ -232,3 +232,19 @@ def _global_generators(function: types.FunctionType, search: _Search) -> Iterato
         value = function.__globals__.get(name)
         if isinstance(value, search.generators):
             yield HeldObject(name, value, is_compared=False)
+
+
+def parts_of_loader(loader: Any) -> list[Any]:
+    """Return a loader, its datasets and its samplers, each once.
+
+    Example:
+        >>> [type(part).__name__ for part in parts_of_loader(torch.utils.data.DataLoader([1, 2]))]
+        ['DataLoader', 'list', 'SequentialSampler', 'BatchSampler']
+    """
+    parts = [loader]
+    for part in parts:  # grows while it is read
+        inner = [getattr(part, name, None) for name in LINKS if name != "datasets"]
+        if isinstance(members := getattr(part, "datasets", None), (list, tuple)):  # of a ConcatDataset
+            inner += members
+        parts += [each for each in inner if each is not None and all(each is not known for known in parts)]
+    return parts

@@ -41,7 +41,9 @@ Differences from noether's own trainer and from `Session`:
 - Of several optimizers, a batch may step any: it is one update. Report the sum of all losses to `session.backward` where
   their gradients belong together, or call `accelerator.backward` for some and `session.backward` for the last.
 - On several processes losses are averaged, samples summed (including those that accelerate repeats to fill up batches),
-  and the main process runs effects: `open_run(path, rank=accelerator.process_index)`.
+  and the main process runs effects: `open_run(path, rank=accelerator.process_index)`. Other readings, such as outputs and
+  durations, are those of each process: let no callback stop a run by them. Every process evaluates all of `data`, and a
+  loader that `prepare` has split is refused.
 """  # noqa: E501  # a table
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ from noether.core.run import Run
 from noether.core.tensors.live.optimizer import by_name
 from noether.integrations.losses import losses_of
 from noether.session.loader import batches_per_epoch, epoch_lengths, warn
+from noether.session.processes import refuse_several_processes
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -168,10 +169,7 @@ class _Handlers:
         self._has_hidden_scheduler = has_hidden_scheduler
 
     def begin(self, engine: Engine) -> None:
-        if idist.get_world_size() != 1:
-            raise ValueError(
-                f"this training has {idist.get_world_size()} processes, and losses are not gathered over them: use one"
-            )
+        refuse_several_processes("run the engine in one", count=idist.get_world_size())
         state, session = engine.state, self._session
         loaded = session.load()
         if isinstance(engine, DeterministicEngine):

@@ -53,6 +53,7 @@ from noether.core.tensors.tree import FrozenDict
 from noether.integrations.losses import losses_of
 from noether.session import settings
 from noether.session.loader import epoch_lengths
+from noether.session.processes import refuse_several_processes
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -282,10 +283,7 @@ def _check(trainer: Trainer) -> None:
         raise ValueError(
             f"{type(trainer.lightning_module).__name__}.configure_optimizers returns no optimizer: return one"
         )
-    if trainer.world_size != 1:
-        raise ValueError(
-            f"this training has {trainer.world_size} processes, and losses are not gathered over them: use devices=1"
-        )
+    refuse_several_processes("pass Trainer(devices=1, num_nodes=1)", count=trainer.world_size)
 
 
 def _renew_iterator(trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
+from noether.core.shards import check_not_sharded
 from noether.core.tensors.containers import move_batch
 from noether.core.tensors.module import device_of
 from noether.session.hidden_state import generators_of
@@ -25,11 +26,15 @@ def evaluation_data(data: Iterable[Any], model: nn.Module, seed: int, key: str) 
         seed: The run's seed.
         key: The dataset key.
 
+    Raises:
+        ShardedDataError: If `data` is split over processes.
+
     Example:
         >>> import torch
         >>> evaluation_data([torch.ones(2)], torch.nn.Linear(2, 1), seed=0, key="val")
         [tensor([1., 1.])]
     """
+    check_not_sharded(data, key)
     if isinstance(data, (list, tuple)):
         device = device_of(model.parameters())
         return [move_batch(batch, device) for batch in data]

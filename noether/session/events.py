@@ -22,6 +22,7 @@ from noether.session.lengths import (
     without_fields,
 )
 from noether.session.losses import EMPTY_UPDATE
+from noether.session.processes import refuse_several_processes
 from noether.session.randomness import derive, seed_all
 from noether.session.session_state import SessionState
 from noether.session.settings import fill_run
@@ -96,8 +97,13 @@ class SessionEvents(SessionState):
             What `load` returns.
 
         Raises:
+            ProcessesError: If this is one of several processes of `torch.distributed`, and `run=` does not say so.
             LogError: If the log in the directory is damaged.
         """
+        if self._given.world_size == 1:  # else the framework gathers losses and samples over ranks
+            refuse_several_processes(
+                "report losses and samples of all ranks, and pass run=Run(rank=..., world_size=...)", launched=False
+            )
         self.run = fill_run(
             self._given,
             end=end,

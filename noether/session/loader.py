@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
-from noether.core.object_graph import LINKS
+from noether.core.object_graph import parts_of_loader
 from noether.core.tensors.batch import UnknownBatchSizeError
 from noether.session.errors import ResumeWarning, SessionError
 from noether.session.hidden_state import find_unseedable, generators_of
@@ -119,7 +119,7 @@ def _length(value: Any) -> int | None:
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Call `set_epoch(epoch)` on the loader, its samplers and its dataset where it exists."""
-    for part in _parts(loader):
+    for part in parts_of_loader(loader):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
@@ -195,14 +195,3 @@ def warn_about_changes(before: dict[str, Any], after: dict[str, Any]) -> bool:
 def warn(message: str) -> None:
     """Warn of what a resumed run cannot repeat."""
     warnings.warn(message, ResumeWarning, stacklevel=5)
-
-
-def _parts(loader: Any) -> list[Any]:
-    """Return the loader, its datasets and its samplers, each once."""
-    parts = [loader]
-    for part in parts:  # grows while it is read
-        inner = [getattr(part, name, None) for name in LINKS if name != "datasets"]
-        if isinstance(members := getattr(part, "datasets", None), (list, tuple)):  # of a ConcatDataset
-            inner += members
-        parts += [each for each in inner if each is not None and all(each is not known for known in parts)]
-    return parts

@@ -24,6 +24,7 @@ from noether.session.loader import check_not_empty, epoch_lengths, has_exact_len
 from noether.session.loop import BatchLoop
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
 from noether.session.optimizers import is_skipped
+from noether.session.processes import refuse_several_processes
 from noether.session.scaler import ScalerMemory
 from noether.session.scheduler import SchedulerMemory
 from noether.session.timing import Clock
@@ -208,6 +209,7 @@ class Session(SessionEvents):
             continue_stopped: Whether a saved run continues that a callback stopped; otherwise it has ended.
 
         Raises:
+            ProcessesError: If this is one of several processes.
             SessionError: If batches are iterated a second time, the loader is empty, or the saved run does not fit it.
             CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
         """
@@ -216,7 +218,9 @@ class Session(SessionEvents):
                 "session.batches(...) yields every epoch, once: write one loop, without `for epoch in ...` around it; "
                 "to resume, make a new Session"
             )
-        settings.check_single_process(self.run)
+        refuse_several_processes(
+            "use noether.integrations.accelerate.AcceleratedSession; if this is the only process, unset WORLD_SIZE"
+        )
         settings.check_epochs(loader, self.run)
         check_not_empty(loader)
         settings.check_scheduler_is_given(self._optimizer, self._given_scheduler, self._directory)

@@ -7,7 +7,6 @@ from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from noether.core.callback import label_of
 from noether.core.callbacks.lr_on_plateau import ReduceLROnPlateauCallback
@@ -271,19 +270,6 @@ def check_optimizer(members: tuple[Callback, ...], optimizer: LiveOptimizer | No
         if reads and (optimizer is None or "grad_norm" not in optimizer.measures):
             fix = "pass optimizer=" if optimizer is None else "drop the callback"
             raise SessionError(f"{label_of(member)} reads grad_norm, which this loop does not measure: {fix}")
-
-
-def check_single_process(run: Run) -> None:
-    """Refuse a plain loop on several processes, whose losses nothing would gather.
-
-    Raises:
-        SessionError: If `torch.distributed` runs several.
-    """
-    if run.world_size == 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise SessionError(
-            f"this training has {dist.get_world_size()} processes, and session.batches gathers no losses over them: "
-            "use noether.integrations.accelerate.AcceleratedSession"
-        )
 
 
 def check_scheduler_is_given(optimizer: Any, scheduler: Any, directory: Any) -> None:

@@ -20,9 +20,11 @@ from reference import (
     weights,
 )
 
-from noether import AfterUpdate, Mean, TrainingIteration, compose
+from noether import AfterUpdate, Mean, Session, TrainingIteration, compose
 from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
+from noether.core.shards import ShardedDataError
 from noether.integrations.accelerate import AcceleratedSession
+from noether.session.processes import ProcessesError
 from noether.testing import assert_same
 
 SIZE = 2
@@ -205,6 +207,13 @@ def on_two_processes():
     losses = torch.stack([event.losses["ce"] for event in updates])
     assert_same(*accelerator.gather(losses).chunk(2))  # both have the mean over both
     assert recorder.lines[-1][1] == "E3_U6_S24"
+    with pytest.raises(ShardedDataError, match=r"data\['val'\] yields one of 2 shares: its BatchSamplerShard"):
+        Session([], interpreter=recorder, model=model(), data={"val": parts[4]})
+    session = Session([], interpreter=recorder, model=model())
+    with pytest.raises(ProcessesError, match=r"one of 2 processes of torch.distributed, .* run=Run\(rank="):
+        session.begin()
+    with pytest.raises(ProcessesError, match=r"one of 2 processes of torch.distributed.*AcceleratedSession"):
+        session.batches([torch.ones(1)])
     weighted = [Mean(torch.tensor(1.0), 3), Mean(torch.tensor(5.0), 1)], [Mean(torch.tensor(torch.nan), 0)] * 2
     for ranks, expected in zip(weighted, ((2.0, 4), (torch.nan, 0)), strict=True):
         mean = parts[-2]._mean_over_ranks(ranks[accelerator.process_index])  # noqa: SLF001  # without a training

@@ -23,6 +23,7 @@ from noether.core.event import (
 )
 from noether.core.schedules.gate import Gate, Interval
 from noether.core.schedules.schedule import INTERVALS
+from noether.core.shards import check_not_sharded
 from noether.core.tensors.means import Mean, Sum
 from noether.core.tensors.stored_weights import memory_of, use_weights
 
@@ -305,10 +306,13 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         if "forward" not in given:
             fix = "pass Run(forward=...), a function (state, batch) -> (losses, outputs), or use a Session"
             raise_problems([Problem("", f"{self.name} evaluates the model, and the run has no forward: {fix}")])
+        check_not_sharded(known[self.dataset_key], self.dataset_key)
         return state, ()
 
     def at_eval(self, state: TrainState, event: AtEval) -> tuple[TrainState, Effects]:
         """Fire at every standalone evaluation."""
+        if self.dataset_key in event.data:
+            check_not_sharded(event.data[self.dataset_key], self.dataset_key)
         return self.periodic_callback(state, event, "eval")
 
     def _batches(self, event: Event) -> Iterable[Any]:

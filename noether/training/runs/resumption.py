@@ -21,6 +21,7 @@ from noether.effects import CheckpointError
 from noether.effects.checkpoints.contents import WEIGHTS
 from noether.effects.disk.files import replace_text
 from noether.effects.run_directory import CONFIG_FILE
+from noether.session.processes import refuse_several_processes
 from noether.training.experiment import build
 from noether.training.runs.branching import check_newest, check_target, load_resumable, make_branch
 from noether.training.runs.directories import find_run, load_run_config, move_run, target_directory
@@ -73,6 +74,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         notify: Receives lines for the user.
 
     Raises:
+        ProcessesError: If this is one of several processes.
         ConfigError: As `load_run_config`, or if the checkpoint is not one to resume from, a dropped memory does not
             exist, a callback would stop the run again at once, or the training set has another length than when the
             run began.
@@ -81,6 +83,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
             although the run had saved some.
         OSError: If the run cannot be moved.
     """
+    refuse_several_processes()
     given, run_dir = run_dir, find_run(run_dir, overrides)
     if run_dir != given:
         notify(f"{given} moved to {run_dir}")

@@ -11,6 +11,7 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterTraining, AtEval
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import dispatch
+from noether.session.processes import refuse_several_processes
 from noether.training.experiment import build
 from noether.training.runs.execution import make_trainer
 from noether.training.runs.services import add_handlers, open_directory
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def smoke_test(config: Config) -> None:
     """Make one update, one evaluation and one save that is loaded again; nothing stays on the disk."""
+    refuse_several_processes()
     experiment = build(config, run_id="smoke")
     run = experiment.run.replace(end=TrainingIteration(update=1))
     with (

@@ -19,6 +19,7 @@ from noether.config.source import apply_overrides, read
 from noether.config.values import source_from_values
 from noether.effects.disk.files import make_directories, replace_text
 from noether.effects.run_directory import CONFIG_FILE
+from noether.session.processes import refuse_several_processes
 from noether.training.experiment import build
 from noether.training.runs.execution import execute
 from noether.training.runs.interruption import Interruption
@@ -78,6 +79,7 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
         TypeError: If neither or both of `config` and `resume` are given.
         ConfigError: If the configuration is wrong, with the path of each wrong setting; this creates no directory.
         LockedError: If another process trains the run.
+        ProcessesError: If this is one of several processes that a launcher such as torchrun started.
 
     Example:
         >>> import noether, tempfile
@@ -132,8 +134,10 @@ def start_run(config: Config, *, interruption: Interruption, notify: Callable[[s
         notify: Receives lines for the user.
 
     Raises:
+        ProcessesError: If this is one of several processes.
         ConfigError: If the configuration is wrong; this creates no directory.
     """
+    refuse_several_processes()
     check_services(config)
     experiment = build(config)
     path = _make_run_directory(Path(config.run.output) / config.run.name)
