@@ -191,7 +191,8 @@ class TrainerSettings:
         evaluate: Metrics to measure during training, and their interval; None to measure none.
         evaluate_first: Whether to measure them before the first update too.
         device: `cpu`, `cuda`, `cuda:1` and the like, or `auto` for the best available.
-        precision: dtype of the forward pass.
+        precision: dtype of the forward pass. With `float16` losses are scaled before the backward pass, as by
+            `torch.amp.GradScaler`; an update whose gradients overflow is skipped, and checkpoints hold the scale.
         nonfinite: What to do with an update whose loss or gradient is not finite.
         clip_grad_norm: Largest norm of all gradients together, above 0; None for no clipping.
         clip_grad_value: Largest absolute value of a gradient, above 0; None for no clipping.
@@ -226,7 +227,7 @@ class TrainerSettings:
     evaluate: EvaluateSettings | None = None
     evaluate_first: bool = False
     device: str = "cpu"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     nonfinite: Literal["apply", "skip", "raise"] = "apply"
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, final
 
 from noether.core.event import AfterUpdate, Event
+from noether.core.tensors.memory import GRAD_SCALER
 from noether.core.tensors.tree import FrozenDict, freeze, pack, unpack
 from noether.session.errors import SessionError
 from noether.session.loader import warn
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 
     from noether.core.callback import Effects
     from noether.core.state import Memory, TrainState
-
-MEMORY: Final = "grad_scaler"
 
 
 @final
@@ -41,11 +40,11 @@ class ScalerMemory:
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the state that remembers the scale."""
-        return (state.remember(MEMORY, self._read()), ()) if isinstance(event, AfterUpdate) else (state, ())
+        return (state.remember(GRAD_SCALER, self._read()), ()) if isinstance(event, AfterUpdate) else (state, ())
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as for every callback
         """Return the scale at which the scaler starts."""
-        return {MEMORY: self._read()}
+        return {GRAD_SCALER: self._read()}
 
     def _listens(self, event_type: type[Event]) -> bool:
         return issubclass(event_type, AfterUpdate)
@@ -56,7 +55,7 @@ class ScalerMemory:
         Raises:
             SessionError: If the scaler was disabled where the state was saved, and is not now, or the other way round.
         """
-        saved = state.callback_states.get(MEMORY)
+        saved = state.callback_states.get(GRAD_SCALER)
         if saved is None:
             warn(
                 f"the saved run at {state.iteration} has no scale of a gradient scaler, so it begins again at "
@@ -73,11 +72,11 @@ class ScalerMemory:
 
     def is_current(self, state: TrainState) -> bool:
         """Return whether the scaler was not updated since `state` remembered its scale."""
-        return bool(self._read() == state.callback_states.get(MEMORY, self._read()))
+        return bool(self._read() == state.callback_states.get(GRAD_SCALER, self._read()))
 
     def has_lowered(self, state: TrainState) -> bool:
         """Return whether the scale is lower than the one that `state` remembers: gradients were not finite."""
-        before = state.callback_states.get(MEMORY, {}).get("scale")
+        before = state.callback_states.get(GRAD_SCALER, {}).get("scale")
         return before is not None and bool(self._scaler.get_scale() < before)
 
     def _read(self) -> FrozenDict:

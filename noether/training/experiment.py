@@ -31,6 +31,7 @@ from noether.training.data.batches import SampleCounter
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.streamed import StreamedData, StreamedEvaluationData
 from noether.training.error_locations import locate_errors
+from noether.training.step.loss_scaling import LossScaling, find_float16_problem
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.value_schedules import ValueSchedule, value_schedule
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from noether.core.reducer import Reducer
     from noether.training.configured_callbacks import ConfiguredCallback
 
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TIME_READINGS = frozenset({"forward_s", "backward_s", "optimizer_s"})
 _SAMPLE_LIMIT = 2**63
 """A manifest can store only smaller counts."""
@@ -140,8 +141,9 @@ def build(
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
     state = state.replace(opt_state=optimizer.init(state.params), lengths=data.batching.lengths)
     callbacks = build_callbacks(config, state, run)
-    streams = [data] if isinstance(data, StreamedData) else []
-    reducer = compose(*streams, *(configured.callback for configured in callbacks))
+    scaling = _build_loss_scaling(config, state, device)
+    members = [each for each in (data, scaling) if isinstance(each, (StreamedData, LossScaling))]
+    reducer = compose(*members, *(configured.callback for configured in callbacks))
     with locate_errors(config, ("model",)):  # it refuses a model that holds parameters outside of its modules
         step = Step(
             model=network,
@@ -150,6 +152,7 @@ def build(
             lr=lr,
             weight_decay=weight_decay,
             precision=_PRECISIONS[config.trainer.precision],
+            loss_scaling=scaling,
             clip_grad_norm=config.trainer.clip_grad_norm,
             clip_grad_value=config.trainer.clip_grad_value,
             nonfinite=config.trainer.nonfinite,
@@ -185,6 +188,14 @@ def _device(config: Config) -> torch.device:
         message = f"{name!r} cannot be used here: {reason}; write 'auto' to take a GPU if there is one"
         raise config.error(("trainer", "device"), message) from error
     return torch.device(name)
+
+
+def _build_loss_scaling(config: Config, state: TrainState, device: torch.device) -> LossScaling | None:
+    if config.trainer.precision != "float16":
+        return None
+    if problem := find_float16_problem(device, state.params):
+        raise config.error(("trainer", "precision"), problem)
+    return LossScaling()
 
 
 def _build_datasets(config: Config) -> dict[str, Any]:

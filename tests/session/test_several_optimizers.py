@@ -1,5 +1,7 @@
 """Runs with several optimizers: each is saved under its name and resumed exactly; what none of them holds is named."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from noether import AfterUpdate, GradNormCallback, LrCallback, Session, TrainState, compose, dispatch, on, open_run
-from noether.core.callbacks import CheckpointCallback
+from noether.core.callbacks import CheckpointCallback, NanGuardCallback
 from noether.core.errors import StateWarning
 from noether.core.tensors.live.weights import MismatchError
 from noether.session.errors import SessionError
@@ -233,3 +235,20 @@ def test_schedulers_by_name_have_to_be_those_of_the_optimizers(tmp_path):
     torch.optim.lr_scheduler.StepLR(optimizers["d"], 2)
     with open_run(tmp_path) as directory, pytest.raises(SessionError, match="pass scheduler= to the session"):
         Session([], scheduler={"g": known}, directory=directory, **parts).batches(BATCHES)
+
+
+def test_a_rollback_restores_the_memory_of_each_optimizer():
+    gan, snapshots = make_gan(), []
+    optimizers = make_optimizers(gan)
+    guard = NanGuardCallback(action="rollback", every_n_updates=1, tolerance=1)
+    session = Session([guard], interpreter=lambda *_: None, model=gan, optimizer=optimizers, max_updates=3)
+    for x in session.batches(BATCHES):
+        losses = play(gan, optimizers, x, steps_g=1)
+        snapshots.append({name: copy.deepcopy(each.state_dict()["state"]) for name, each in optimizers.items()})
+        if session.state.iteration.update == 1:
+            gan["g"].weight.data.fill_(torch.nan)
+            losses = {"game": torch.tensor(torch.nan)}
+        session.update(losses)
+        if session.state.iteration.update == 2:
+            assert_same({name: each.state_dict()["state"] for name, each in optimizers.items()}, snapshots[0])
+            assert gan["g"].weight.isfinite().all()

@@ -19,8 +19,14 @@ class Data(torch.utils.data.Dataset):
 def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 1))
 
+def make_half() -> nn.Module:
+    return make_model().half()
+
 def loss(outputs, batch):
     return {"square": outputs.square().mean()}
+
+def steep_loss(outputs, batch):
+    return {"square": 1000 * outputs.square().mean()}
 
 def nan_loss(outputs, batch):
     return {"square": outputs.square().mean() * float("nan")}

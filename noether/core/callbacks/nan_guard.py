@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from noether.core.callbacks.improvement import NONFINITE, is_nonfinite
@@ -9,6 +10,8 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, LogText, SetSummary
 from noether.core.errors import check_choice, check_whole
 from noether.core.metrics import log
+from noether.core.tensors.live.optimizer import PARTS
+from noether.core.tensors.memory import GRAD_SCALER
 from noether.core.tensors.stored_weights import find_weights, memory_of
 from noether.core.tensors.tree import FrozenDict, clone_tensors, tensors
 
@@ -39,6 +42,9 @@ class NanGuardCallback(PeriodicCallback):
     `trainer.nonfinite: apply`; with `skip` it looks at loss and gradients and leaves the update out, which is the
     better choice with this callback. If you call `dispatch` yourself, pass `AfterUpdate(finite=...)` and write a
     rollback into model and optimizer with `state = state.into_module(model, optimizer)`.
+
+    Under a gradient scaler, of a `Session` or with `trainer.precision: float16`, gradients that overflow while the
+    scale is above 1 do not count if the loss is finite: the scaler skips that update and lowers the scale.
 
     Args:
         tolerance: Updates in a row that are not finite after which the callback acts, >= 1.
@@ -94,7 +100,8 @@ class NanGuardCallback(PeriodicCallback):
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Count updates that are not finite, and act if there are too many."""
-        if event.skipped and not event.samples:  # without samples, it says nothing about the weights
+        # Without samples, or with an overflow under a gradient scaler, it says nothing about the weights.
+        if event.skipped and (not event.samples or _is_overflow(state, event)):
             return state, ()
         memory = self.memory(state)
         if bool(event.finite) and not event.skipped:
@@ -127,16 +134,34 @@ class NanGuardCallback(PeriodicCallback):
 
 
 def _weights(state: TrainState) -> dict[str, Any]:
-    # Without the optimizer's groups: learning rates follow the counters, and a rollback keeps those.
-    opt_state = {name: part for name, part in state.opt_state.items() if name != "groups"}
-    weights = {"params": state.params, "buffers": state.buffers, "opt_state": opt_state}
+    weights = {"params": state.params, "buffers": state.buffers, "opt_state": _without_groups(state.opt_state)}
     return {**weights, "extra_state": state.extra_state} if state.extra_state else weights
+
+
+def _is_overflow(state: TrainState, event: AfterUpdate) -> bool:
+    """Return whether a gradient scaler skipped the update, and its lower scale may avoid that."""
+    scale = state.callback_states.get(GRAD_SCALER, {}).get("scale", 0)
+    return scale >= 1 and "total" in event.losses and math.isfinite(event.losses["total"])
+
+
+def _without_groups(opt_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return memory of optimizers without groups: learning rates follow the counters, which a rollback keeps."""
+    if PARTS.isdisjoint(opt_state):  # several optimizers by name
+        return {name: _without_groups(each) for name, each in opt_state.items()}
+    return {name: part for name, part in opt_state.items() if name != "groups"}
+
+
+def _add_groups(opt_state: Mapping[str, Any], now: Mapping[str, Any]) -> FrozenDict:
+    """Return memory of optimizers with the groups that they have now."""
+    if PARTS.isdisjoint(now):
+        return FrozenDict({name: _add_groups(opt_state[name], each) for name, each in now.items()})
+    return FrozenDict({**now, **opt_state})
 
 
 def _roll_back(state: TrainState, snapshot: Mapping[str, Any]) -> TrainState:
     """Return the state with the weights of a snapshot; averages that are not finite restart from them."""
     restored = clone_tensors(snapshot)
-    state = state.replace(**{**restored, "opt_state": FrozenDict({**state.opt_state, **restored["opt_state"]})})
+    state = state.replace(**{**restored, "opt_state": _add_groups(restored["opt_state"], state.opt_state)})
     for weights in find_weights(state):
         average = state.callback_states[memory_of(weights)]
         if not _is_finite(average, snapshot):

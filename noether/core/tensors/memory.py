@@ -15,6 +15,8 @@ from noether.core.tensors.tree import LEAVES, MAX_LEVELS, FrozenDict
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+GRAD_SCALER: Final = "grad_scaler"
+"""Name of the memory of a gradient scaler: the entries of `torch.amp.GradScaler.state_dict()`."""
 _LEVELS: Final = MAX_LEVELS - 1
 """How deep memory may be nested: one level less than a tree, as a state has it in a dict by name."""
 _CONTAINERS: Final = frozenset({dict, FrozenDict, tuple, list})

@@ -154,6 +154,8 @@ def _obstacle(step: Step) -> str | None:
     """Return why no update of `step` can be compiled as a whole, or None."""
     if not kernels.has_kernel(step.optimizer.optimizer):
         return f"torch.compile can trace Adam, AdamW and SGD, not {step.optimizer.optimizer.__name__}"
+    if step.loss_scaling is not None:
+        return "precision: float16 decides in the middle of an update whether gradients overflowed"
     if step.nonfinite != "apply":
         return f"nonfinite: {step.nonfinite} decides in the middle of an update"
     if any(not isinstance(schedule, Constant) for schedule in step.weight_decay.values()):

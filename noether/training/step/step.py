@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from noether.core.tensors.hidden_parameters import HeldTensor
     from noether.core.tensors.losses import Losses, LossResult
     from noether.training.step.accumulation import Grads
+    from noether.training.step.loss_scaling import LossScaling
     from noether.training.step.optimizer import FunctionalOptimizer
     from noether.training.value_schedules import ValueSchedule
 
@@ -72,6 +73,8 @@ class Step:
         lr: Learning rate by parameter group, as a function of the number of completed updates.
         weight_decay: Weight decay by parameter group, likewise; empty for an optimizer that has none.
         precision: Autocast dtype of forward pass and loss, or None.
+        loss_scaling: Scales losses in the backward pass, for float16; None to leave them. Losses, gradient norms and
+            limits are of unscaled gradients. An update whose gradients are not finite is skipped.
         clip_grad_norm: Largest 2-norm of all gradients together, or None.
         clip_grad_value: Largest absolute value of a gradient's entry, or None.
         nonfinite: Reaction to a loss or gradient that is not finite. `apply` makes the update and does not check the
@@ -110,6 +113,7 @@ class Step:
     lr: Mapping[str, ValueSchedule]
     weight_decay: Mapping[str, ValueSchedule] = field(default_factory=dict)
     precision: torch.dtype | None = None
+    loss_scaling: LossScaling | None = None
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
     nonfinite: Nonfinite = "apply"
@@ -151,7 +155,7 @@ class Step:
         self.prepare(state)
         times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
         if len(batches) == 1 and observe is None:  # the common case, which needs no means
-            result = self._run_backward(state, state.buffers, batches[0], _total, times)
+            result = self._run_backward(state, state.buffers, batches[0], self._scale(state, _total), times)
             grads, losses, outputs, buffers = result
             return self._apply(state, Gradients(grads[0] if grads else {}, losses, buffers), (outputs,), samples, times)
         state, accumulation, buffers = self._accumulate(state, batches, samples, times, observe)
@@ -171,9 +175,8 @@ class Step:
         while index < len(batches):
             batch, size = batches[index], samples[index]
             try:
-                result = self._run_backward(
-                    state, buffers, batch, partial(accumulation.objectives, samples=size), times
-                )
+                objectives = self._scale(state, partial(accumulation.objectives, samples=size))
+                result = self._run_backward(state, buffers, batch, objectives, times)
             except RegroupError as error:  # computes the gradients again, with the same random numbers
                 accumulation, buffers, index = Accumulation(sum(samples), error.groups), state.buffers, 0
                 self.prepare(state)
@@ -304,14 +307,14 @@ class Step:
         """Apply the gradients unless the update is skipped; return the state and the event."""
         if not result.losses:  # all have weight 0
             return state, make_event(result.losses, outputs, samples, self.settings_for(state), skipped=True)
-        finite = self._is_finite(result.losses, result.grads)
-        skipped = self.nonfinite != "apply" and not finite
-        if skipped and self.nonfinite == "raise":
+        grads = result.grads if self.loss_scaling is None else self.loss_scaling.unscale(state, result.grads)
+        finite, skipped = self._check_finite(result.losses, result.grads)
+        if skipped and self.nonfinite == "raise" and not self._may_overflow(state, result.losses):
             raise FloatingPointError(
-                f"update {state.iteration.update + 1}: {describe_nonfinite(result.losses, result.grads)}; nothing was "
+                f"update {state.iteration.update + 1}: {describe_nonfinite(result.losses, grads)}; nothing was "
                 "applied. Lower the learning rate, clip gradients, or skip such updates with trainer.nonfinite: skip"
             )
-        grads, grad_norm = self.clip(result.grads)
+        grads, grad_norm = self.clip(grads)
         settings = self.settings_for(state)
         if not skipped:
             state = apply_gradients(
@@ -319,6 +322,8 @@ class Step:
             )
             if state.extra_state:
                 state = state.replace(extra_state=read_extra_state(self.model))
+        if self.loss_scaling is not None:
+            state = self.loss_scaling.advance(state, finite=not skipped or bool(all_finite(result.grads)))
         seconds = {} if times is None else times.stop("optimizer_s")
         return state, make_event(
             result.losses, outputs, samples, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **seconds
@@ -332,13 +337,30 @@ class Step:
             settings[group]["weight_decay"] = schedule(position)
         return settings
 
-    def _is_finite(self, losses: Losses, grads: Grads) -> Tensor | bool | None:
-        """Return whether the total loss is finite, and the gradients too unless `nonfinite` is `apply`; or None."""
-        if not self.finite and self.nonfinite == "apply":
-            return None
+    def _check_finite(self, losses: Losses, grads: Grads) -> tuple[Tensor | bool | None, bool]:
+        """Return whether the losses are finite, and the gradients where they are checked, and whether to skip them."""
+        if not self.finite and not self.checks_gradients:
+            return None, False
         total = losses["total"]
         finite = total - total == 0  # `isfinite` takes four times as long
-        return finite if self.nonfinite == "apply" else bool(finite & all_finite(grads))
+        if not self.checks_gradients:
+            return finite, False
+        gradients = all_finite(grads)
+        both = bool(finite & gradients)
+        return both, not both if self.nonfinite != "apply" else not bool(gradients)
+
+    @property
+    def checks_gradients(self) -> bool:
+        """Whether an update whose gradients are not finite is left out, which is decided in the middle of it."""
+        return self.nonfinite != "apply" or self.loss_scaling is not None
+
+    def _may_overflow(self, state: TrainState, losses: Losses) -> bool:
+        """Return whether gradients that are not finite may be an overflow, which a lower scale avoids."""
+        scaling = self.loss_scaling
+        return scaling is not None and scaling.scale(state) > 1 and bool(losses["total"].isfinite())
+
+    def _scale(self, state: TrainState, objectives: Objectives) -> Objectives:
+        return objectives if self.loss_scaling is None else self.loss_scaling.scale_objectives(state, objectives)
 
     def clip(
         self, grads: Grads, norm_of: Callable[[Mapping[str, Tensor | None]], Tensor] = total_norm
