@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeAlias, final
 
 from noether.config.errors import ConfigError, LocatedProblem, Place, SettingPath
+from noether.config.init_settings import InitSettings  # noqa: TC001 - read at run time, as below
 from noether.config.objects import kinds
 from noether.config.objects.functions import Function, MetricKind, metric_label
 from noether.config.objects.kinds import Kind
@@ -58,7 +59,8 @@ class RunSettings:
         name: Folder of the runs, under `output`.
         output: Folder of all output.
         seed: Seed of parameters, data order, dropout and augmentation; from 0 to 2**63 - 1.
-        init_from: Checkpoint whose weights the run starts with; None for newly initialized weights.
+        init_from: Checkpoint or file whose weights the run starts with; None for newly initialized weights. A resumed
+            run ignores it.
         handlers: Maps the dotted path of a type of effect to its handler `(effect, state, event)`, as for
             `trainer.loss`.
         tensorboard: Whether to write metrics to TensorBoard too, in the run's folder `tensorboard`.
@@ -78,7 +80,7 @@ class RunSettings:
     name: str
     output: str = "runs"
     seed: int = 0
-    init_from: str | None = None
+    init_from: InitSettings | None = None
     handlers: Mapping[EffectType, Handler] = field(default_factory=dict)
     tensorboard: bool = False
     wandb: WandbSettings | None = None

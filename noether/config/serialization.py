@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from noether.config.init_settings import InitSettings
 from noether.config.objects.functions import FunctionKind, MetricKind, describe_function
 from noether.config.objects.kinds import Kind
 from noether.config.optimizer_settings import SETTINGS_OF_ALL, ScheduleSettings
@@ -92,6 +93,12 @@ def _(value: ScheduleSettings) -> dict[str, Any]:
 def _(value: EvaluateSettings) -> dict[str, Any]:
     fields = _plain_fields(value)
     return {**fields.pop("datasets"), **fields}
+
+
+@_plain_value.register
+def _(value: InitSettings) -> dict[str, Any] | str:
+    fields = {name: each for name, each in _plain_fields(value).items() if each}
+    return value.path if fields.keys() == {"path"} else fields
 
 
 @_plain_value.register

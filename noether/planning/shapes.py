@@ -52,7 +52,7 @@ def build_on_meta(config: Config) -> MetaExperiment:
         ConfigError: As `build` does.
     """
     notes: list[str] = []
-    experiment = build(_meta_config(config), fresh=False, model=partial(_build_model, config, notes))
+    experiment = build(_meta_config(config), model=partial(_build_model, config, notes))
     initial = experiment.state.replace(callback_states=experiment.reducer.init(experiment.state))
     updated = initial.replace(opt_state=_opt_state(experiment, notes))
     return MetaExperiment(replace(experiment, state=initial), updated, notes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -31,11 +30,12 @@ from noether.training.data.batches import SampleCounter
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.streamed import StreamedData, StreamedEvaluationData
 from noether.training.error_locations import locate_errors
+from noether.training.initial_weights import load_weights
 from noether.training.step.loss_scaling import LossScaling, find_float16_problem
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.value_schedules import ValueSchedule, value_schedule
-from noether.training.weights import check_opt_state, fit_weights, load_weights, to_device
+from noether.training.weights import check_opt_state, fit_weights, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -68,6 +68,7 @@ class Experiment:
         reducer: The same callbacks, composed.
         step: Makes one update.
         data: Returns the batches.
+        notes: Lines for the user on what the run starts from.
     """
 
     config: Config
@@ -78,6 +79,7 @@ class Experiment:
     reducer: Reducer
     step: Step
     data: TrainingData | StreamedData
+    notes: tuple[str, ...] = ()
 
     def close(self) -> None:
         """Stop the processes that load samples; a later use starts them again."""
@@ -135,7 +137,7 @@ def build(
         **count,
     )
     _check_end(config, run)
-    state = _initial_state(config, network, fresh=fresh)
+    state, notes = _initial_state(config, network, fresh=fresh)
     optimizer = _build_optimizer(config, network, state.tied_names)
     lr, weight_decay = build_value_schedules(config, optimizer, state, run)
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
@@ -171,6 +173,7 @@ def build(
         reducer=reducer,
         step=step,
         data=data,
+        notes=notes,
     )
 
 
@@ -289,21 +292,25 @@ def _build_model(config: Config, make: Callable[[], nn.Module], device: torch.de
     return model
 
 
-def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> TrainState:
-    """Return the state that a new run starts from; its tensors are copies, so the live model does not change them."""
+def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> tuple[TrainState, tuple[str, ...]]:
+    """Return the state that a new run starts from, and a line on weights that it takes from elsewhere.
+
+    Its tensors are copies, so the live model does not change them.
+    """
     with locate_errors(config, ("model",)):  # the parameters of a lazy module have no shape
         state = TrainState.from_module(model, seed=config.run.seed)
         params, buffers = clone_tensors(state.params), clone_tensors(state.buffers)
         fixed = {"extra_state": state.extra_state, "tied_names": state.tied_names}  # values, no views of the model
         state = state.replace(params=params, buffers=buffers, **fixed)
     if not fresh or config.run.init_from is None:
-        return state
-    path = Path(config.run.init_from)
+        return state, ()
+    path = ("run", "init_from")
     try:
-        return load_weights(state, path)
+        with locate_errors(config, path):
+            state, line = load_weights(state, config.run.init_from)
     except CheckpointError as error:
-        message = f"{str(path)!r}: {error}; give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
-        raise config.error(("run", "init_from"), message) from error
+        raise config.error(path, str(error)) from error
+    return state, (line,)
 
 
 # Step

@@ -9,37 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from noether.core.tensors.live.weights import find_differences, join_problems, match_names
-from noether.core.tensors.module import device_of
 from noether.core.tensors.step_counters import move_memory
 from noether.core.tensors.tree import FrozenDict, move_to_device
-from noether.effects import CheckpointError, CheckpointStore
+from noether.effects import CheckpointError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from noether.core.state import TrainState
     from noether.training.step.optimizer import FunctionalOptimizer
 
 _LOGGER: Final = logging.getLogger(__name__)
-
-
-def load_weights(state: TrainState, checkpoint: Path) -> TrainState:
-    """Return `state` with the weights of a checkpoint, on the device of the state.
-
-    Args:
-        state: A state of the same model.
-        checkpoint: Its path, such as `runs/NAME/RUN_ID/checkpoints/latest`.
-
-    Raises:
-        CheckpointError: If there is no such checkpoint, it is damaged, or it belongs to another model.
-    """
-    store = CheckpointStore(checkpoint.parent, run_id="")
-    loaded = fit_weights(state, store.load(store.find(checkpoint.name)))
-    device = device_of(state.params.values())
-    weights: dict[str, Any] = {"extra_state": move_to_device(device, loaded.extra_state)}
-    for field in ("params", "buffers"):
-        weights[field] = {name: getattr(loaded, field)[name].to(device) for name in getattr(state, field)}
-    return state.replace(**weights)
 
 
 def fit_weights(ours: TrainState, theirs: TrainState) -> TrainState:

@@ -195,23 +195,27 @@ def test_init_from_starts_with_the_weights_of_another_run(finished_run, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("model", "why"),
+    ("model", "why", "right"),
     [
         (
             "{kind: noether.examples.digits.ConvNet, width: 8}",
             "parameter 'features.0.weight' has shape (4, 1, 3, 3) in the checkpoint and (8, 1, 3, 3) in the model; ",
+            'leave_out: ["features.0.*"',
         ),
-        ("{kind: torch.nn.Linear, in_features: 8, out_features: 10}", "parameter 'bias' is not in the checkpoint"),
+        (
+            "{kind: torch.nn.Linear, in_features: 8, out_features: 10}",
+            "parameter 'bias' is not in the checkpoint",
+            'leave_out: ["bias", "features.*", "head.*", "weight"]',
+        ),
     ],
 )
-def test_init_from_refuses_weights_of_another_model(finished_run, tmp_path, model, why):
+def test_init_from_refuses_weights_of_another_model(finished_run, tmp_path, model, why, right):
     source = finished_run / "checkpoints/last"
     changes = ["--set", f"run.init_from={source}", "--set", "run.output=new", "--set", f"model={model}"]
     output = invoke("train", "small.yaml", *changes, cwd=tmp_path, code=2)
-    right = "give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest"
     assert output.startswith(f"Error: --set run.init_from={source}: run.init_from: '{source}': ")
     assert why in output
-    assert output.endswith(f"; {right}\n")
+    assert f"; to start without these, write init_from: {{path: {source}, {right}" in output
     assert not (tmp_path / "new").exists()
 
 

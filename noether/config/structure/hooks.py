@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast, get_args, get_ori
 
 from noether.config.compatibility import ConfigWarning, translate_settings
 from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, raise_together
+from noether.config.init_settings import InitSettings
 from noether.config.objects.function_callback import FunctionCallbackFactory
 from noether.config.objects.functions import FunctionKind, MetricKind
 from noether.config.objects.kinds import (
@@ -63,6 +64,7 @@ def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | 
     converter.register_structure_hook(EvaluateSettings, lambda value, _: _structure_evaluate(converter, value))
     converter.register_structure_hook(CheckpointSettings, lambda value, _: _structure_checkpoints(converter, value))
     converter.register_structure_hook(ScheduleSettings, lambda value, _: _structure_schedule(kinds, value))
+    converter.register_structure_hook(InitSettings, lambda value, _: _structure_init(converter, value))
     converter.register_structure_hook(OptimizerSettings, lambda value, _: _structure_optimizer(kinds, value))
     converter.register_structure_hook(Config, lambda value, _: _structure_config(kinds, value))
     converter.register_structure_hook_func(lambda kind: kind in (Any, object), lambda value, _: kinds.nested(value))
@@ -299,6 +301,15 @@ def _structure_config(kinds: _KindHooks, value: object) -> object:
         config = construct(kinds.converter, Config, rest, source=kinds.source, batch_size=function)
     raise_together(errors, Config)
     return config
+
+
+def _structure_init(converter: Converter, value: object) -> object:
+    """Return the section `init_from`, which may be a path alone."""
+    if isinstance(value, str):
+        return InitSettings(path=value)
+    if not isinstance(value, dict):
+        raise InvalidValueError(f"{value!r} is not a path, and not a mapping such as {{path: pre.pt, prefix: net.}}")
+    return construct(converter, InitSettings, value)
 
 
 def _structure_checkpoints(converter: Converter, value: object) -> object:

@@ -16,7 +16,7 @@ from safetensors.torch import load
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-_FACTS: Final = "noether"
+FACTS: Final = "noether"
 METADATA: Final = "__metadata__"
 """The one name that no tensor in a file can have."""
 _LENGTH_BYTES: Final = 8
@@ -74,7 +74,7 @@ def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator
     if other := {name: str(each.dtype) for name, each in tensors.items() if each.dtype not in _DTYPES}:
         facts["dtypes"] = {name: dtype.removeprefix("torch.") for name, dtype in other.items()}
     # The format allows only text as metadata.
-    header: dict[str, Any] = {METADATA: {_FACTS: json.dumps(facts)}}
+    header: dict[str, Any] = {METADATA: {FACTS: json.dumps(facts)}}
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -98,7 +98,7 @@ def read_tensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any
     """
     tensors = _load(content)  # which also validates the header
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    facts = json.loads(json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])[METADATA][_FACTS])
+    facts = json.loads(json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])[METADATA][FACTS])
     for name, dtype in facts.get("dtypes", {}).items():
         tensors[name] = _from_bytes(tensors[name], dtype)
     return tensors | {name: _with_stride(tensors[name], stride) for name, stride in facts["strides"].items()}, facts

@@ -140,6 +140,8 @@ def start_run(config: Config, *, interruption: Interruption, notify: Callable[[s
     refuse_several_processes()
     check_services(config)
     experiment = build(config)
+    for note in experiment.notes:
+        notify(note)
     path = _make_run_directory(Path(config.run.output) / config.run.name)
     experiment = replace(experiment, run=experiment.run.replace(run_id=path.name))
     with open_directory(path, config) as directory:

@@ -14,7 +14,7 @@ from noether.core.tensors.torch_internals import buffers_in
 from noether.core.tensors.tree import FrozenDict, have_same_bits, storages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -119,9 +119,23 @@ def find_differences(
         model.to(torch.float64)"]
     """
     yield from find_tied_differences(found, tied)
-    matched = match_names(found, [*expected, *optional], tied)
+    yield from compare_tensors(kind, expected, match_names(found, [*expected, *optional], tied), set(optional), source)
+
+
+def compare_tensors(
+    kind: str, expected: Mapping[str, Tensor], matched: Mapping[str, Tensor], optional: Collection[str], source: str
+) -> Iterator[str]:
+    """Yield each difference as `find_differences` does, between tensors whose names are those of the model already.
+
+    Args:
+        kind: As for `find_differences`, and so are `expected`, `optional` and `source`.
+        expected: Tensors of the model by name.
+        matched: Saved tensors by name in the model.
+        optional: Names that only the saved tensors may have.
+        source: Where the saved tensors are.
+    """
     for name in sorted((expected.keys() ^ matched.keys()) - set(optional)):
-        others = (found if name in expected else expected).keys() - {name}
+        others = (matched if name in expected else expected).keys() - {name}
         where = source if name in expected else "model"
         yield f"{kind} {name!r} is not in the {where}{suggest(name, others).replace('; ', ', ')}"
     for name in sorted(expected.keys() & matched.keys()):
