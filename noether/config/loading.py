@@ -30,6 +30,9 @@ def load(
 ) -> Config:
     """Return the configuration in a YAML file, with its references such as `${trainer.max_epochs}` resolved.
 
+    References may also name environment variables, whose values are then part of the configuration and of the
+    `config.yaml` of its run; `noether.config.references` describes the syntax.
+
     Args:
         path: The file.
         overrides: `key=value` each, as after `--set`, e.g. `trainer.max_epochs=20`. An end replaces the file's end.

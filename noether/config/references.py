@@ -115,6 +115,9 @@ class _Resolution:
 
     def _resolve(self, value: Any, path: SettingPath) -> Any:
         if isinstance(value, dict):
+            for key in filter(_OPENING.search, value):
+                message = "is a key, which cannot be a reference; write the name itself"
+                self.problems.append(LocatedProblem(self.source.place((*path, key)), (*path, key), message))
             return {key: self.resolve(each, (*path, key)) for key, each in value.items()}
         if isinstance(value, list):
             return [self.resolve(each, (*path, index)) for index, each in enumerate(value)]

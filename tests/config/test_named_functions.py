@@ -1,5 +1,6 @@
 """Functions and classes that a configuration names are written as they were read, with their settings."""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from noether.config.loading import from_source
 from noether.config.objects.functions import build_function, describe_function
 from noether.config.serialization import dump, resolve_config
 from noether.config.values import source_from_values
+from noether.core.callbacks.evaluation import metric_name
+from noether.core.callbacks.metric_functions import NamedMetric
+from noether.core.tensors.losses import name_of
 
 MODULE = """
 from __future__ import annotations
@@ -329,11 +333,13 @@ def test_functions_that_no_path_imports_are_refused_in_one_line(mine, monkeypatc
 
     def of_script(outputs, batch): ...
 
-    of_script.__module__ = "__main__"
+    of_script.__module__, of_script.__qualname__ = "__main__", "of_script"
     for function, reason in {
         local: "is made inside of another function or object, so config.yaml cannot name it",
         (lambda outputs, batch: outputs): "<lambda> is made inside of another function",
         of_script: "is defined in the script that runs, which a resumed run or `noether eval` cannot import: move it",
+        sys.modules["mine"].Huber(3.0): "is an object that config.yaml cannot name: give its class and settings, "
+        "{'kind': Huber, ...}, or define it in a module",
         functools.partial(within, 1): "binds 1 by position: bind settings by name",
     }.items():
         with pytest.raises(ConfigError, match=r"^trainer\.loss: [^\n]*$") as refused:
@@ -349,6 +355,20 @@ def test_a_described_function_is_the_one_that_its_path_imports(function):
     module, _, name = path.rpartition(".")
     target = function.func if isinstance(function, functools.partial) else function
     assert getattr(sys.modules[module], name) is target
+
+
+def test_a_function_in_a_section_made_in_python_is_written_as_its_path(mine):
+    config = configure()
+    mse = sys.modules["mine"].mse
+    trainer = dataclasses.replace(config.trainer, loss=mse)
+    assert build_function(trainer.loss) is mse
+    assert dump(dataclasses.replace(config, trainer=trainer)) == dump(config)
+
+
+def test_a_partial_has_the_name_of_its_function():
+    assert metric_name(functools.partial(describe_function, tol=0.3)) == "describe_function"
+    assert metric_name(NamedMetric("half", describe_function)) == "half"
+    assert name_of(functools.partial(describe_function)) == "noether.config.objects.functions.describe_function"
 
 
 def test_a_class_given_from_python_without_a_module_is_refused():

@@ -125,14 +125,23 @@ def test_every_wrong_reference_is_reported_at_once():
     ]
 
 
-@pytest.mark.parametrize("text", [
+MANY = [
     "\n".join(["a0: [x, x]", *(f"a{n + 1}: ['${{a{n}}}', '${{a{n}}}']" for n in range(40))]),
     "\n".join(["a0: xxxxxxxx", *(f"a{n + 1}: ${{a{n}}}${{a{n}}}" for n in range(60))]),
     "\n".join(["a0: x", *(f"a{n + 1}: {{b: '${{a{n}}}'}}" for n in range(300))]),
     "\n".join([*(f"a{n}: ${{a{n + 1}}}" for n in range(300)), "a300: 1"]),
     f"a: {'${' * 2000}b{'}' * 2000}",
     f"a: {'${' * 2000}",
-])  # fmt: skip
+]  # fmt: skip
+
+
+def test_a_key_is_no_reference():
+    assert refusal("a: {'${b}': 1}\nb: c") == (
+        "a.yaml:1: a.${b}: is a key, which cannot be a reference; write the name itself"
+    )
+
+
+@pytest.mark.parametrize("text", MANY, ids=["values", "text", "levels", "chain", "closed", "open"])
 def test_references_do_not_take_all_memory(text):
     assert "too many" in refusal(text) or "too deeply" in refusal(text)
 

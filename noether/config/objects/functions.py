@@ -131,18 +131,22 @@ def describe_function(function: Any) -> str | dict[str, Any]:
 def _path_of(target: Any) -> str:
     """Return the path that leads to `target`: its own name, or else another one in its module."""
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
-    shown = name or repr(target)
-    if module == "__main__":
-        raise InvalidValueError(
-            f"{shown} is defined in the script that runs, which a resumed run or `noether eval` cannot import: move it "
-            f"to a module, such as mine.py, and write from mine import {str(name).partition('.')[0]}"
-        )
-    found = sys.modules.get(str(module))
+    found = None if module == "__main__" else sys.modules.get(str(module))
     for each in () if found is None else filter(None, (name, *vars(found))):
         if _is_at(found, each, target):
             return f"{module}.{each}"
+    if name is None:
+        raise InvalidValueError(
+            f"{target!r} is an object that config.yaml cannot name: give its class and settings, "
+            f"{{'kind': {type(target).__name__}, ...}}, or define it in a module and give its dotted path"
+        )
+    if module == "__main__" and "<" not in name:
+        raise InvalidValueError(
+            f"{name} is defined in the script that runs, which a resumed run or `noether eval` cannot import: move it "
+            f"to a module, such as mine.py, and write from mine import {name.partition('.')[0]}"
+        )
     raise InvalidValueError(
-        f"{shown} is made inside of another function or object, so config.yaml cannot name it: define it in a module "
+        f"{name} is made inside of another function or object, so config.yaml cannot name it: define it in a module "
         "and give it or its dotted path"
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from torch import Tensor
 
+from noether.core.callables import without_partial
 from noether.core.tensors.means import Mean, read_weight
 from noether.core.tensors.tree import FrozenDict
 
@@ -145,12 +146,13 @@ def detach_losses(losses: Losses) -> Losses:
 
 
 def name_of(function: Any) -> str:
-    """Return the name of a function, for messages.
+    """Return the name of a function, or of that inside of a `functools.partial`, for messages.
 
     Example:
         >>> name_of(read_losses)
         'noether.core.tensors.losses.read_losses'
     """
+    function = function if hasattr(function, "__qualname__") else without_partial(function)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 
