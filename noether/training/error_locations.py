@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
 
 from noether.config.errors import ConfigError
 from noether.core.errors import NoetherError, SettingsError
@@ -13,6 +17,10 @@ if TYPE_CHECKING:
 
     from noether.config.errors import SettingPath
     from noether.config.schema import Config
+
+
+_TORCH: Final = str(Path(torch.__file__).parent)
+"""The folder of torch, whose lines are of no use in a message."""
 
 
 def describe_error(error: BaseException) -> str:
@@ -37,16 +45,27 @@ def locate_errors(config: Config, path: SettingPath) -> Iterator[None]:
         path: The section that describes the object that the block builds.
 
     Raises:
-        ConfigError: If the block raises a SettingsError, ValueError, TypeError or RuntimeError; torch raises the last
-            one for impossible sizes.
+        ConfigError: If the block raises an error. Its message says in which line, unless it is one that explains
+            itself: a SettingsError, ValueError, TypeError or RuntimeError, which torch raises for impossible sizes.
     """
     try:
         yield
     except SettingsError as error:
         errors = [config.error((*path, *_setting_path(config, each.setting)), each.message) for each in error.problems]
         raise ConfigError([problem for each in errors for problem in each.problems]) from error
+    except (NotImplementedError, RecursionError) as error:  # without a message of use
+        raise config.error(path, _with_line(error)) from error
     except (ValueError, TypeError, RuntimeError) as error:
         raise config.error(path, str(error)) from error
+    except Exception as error:
+        raise config.error(path, _with_line(error)) from error
+
+
+def _with_line(error: Exception) -> str:
+    """Return an error in one line, with the place in the code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if not frame.filename.startswith(_TORCH)), frames[-1])
+    return f"{describe_error(error)}, raised at {last.filename}:{last.lineno}"
 
 
 def _setting_path(config: Config, setting: str) -> SettingPath:

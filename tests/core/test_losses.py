@@ -55,10 +55,12 @@ def test_names_that_cannot_be_summed_are_refused(wrong):
         ({"mse": 0.5}, r"returned the loss 'mse' as a float: return a 0-dimensional tensor, without \.item\(\)"),
         ({"mse": None}, "returned the loss 'mse' as None"),
         ({"mse": ONE * 1j}, "returned the loss 'mse' of type torch.complex64, but it must be one real number"),
+        ({"mse": ONE, "n": ONE.long()}, "returned the loss 'n' of type torch.int64, but it must be one real number of"),
+        ({"mse": np.float32(1)}, "returned the loss 'mse' as a float32: return a 0-dimensional tensor"),
         ({3: ONE}, "returned the loss 3, whose name is not text"),
     ],
     ids=["none", "float", "tuple", "shape-1", "shape-4", "named-vector", "mean-vector", "named-float", "named-none",
-         "complex", "number-as-name"],
+         "complex", "whole-number", "number-of-numpy", "number-as-name"],
 )  # fmt: skip
 def test_other_results_are_refused_with_the_name_of_the_function(result, message):
     with pytest.raises(TypeError, match=rf"test_losses\.loss_function {message}") as refused:

@@ -108,8 +108,8 @@ def _term_and_factor(source: str, mean: Mean, samples: int, weight: float) -> tu
     """Return a tensor and a factor whose product is the sum that a mean is taken over."""
     of_batch: Any = mean.of_batch
     of_batch = torch.as_tensor(of_batch) if isinstance(of_batch, (int, float)) else of_batch
-    if not isinstance(of_batch, torch.Tensor):
-        found = "None" if of_batch is None else f"a {type(of_batch).__name__}"
+    if not isinstance(of_batch, torch.Tensor) or of_batch.is_complex():
+        found = "None" if of_batch is None else f"a {getattr(of_batch, 'dtype', type(of_batch).__name__)}"
         raise TypeError(
             f"{source} is a Mean of {found}: return one number for the batch, or one value for each sample; for a "
             "batch that does not count, noether.Mean(0.0, weight=0)"

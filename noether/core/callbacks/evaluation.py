@@ -14,6 +14,7 @@ from noether.core.callbacks.metric_functions import METRICS, MetricFunction, Nam
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metrics import is_current, log, patterns_containing
+from noether.core.tensors.calls import call_with_outputs
 from noether.core.tensors.losses import loss_weights, name_of, sum_as_total
 from noether.core.tensors.means import Mean, Sum
 
@@ -51,7 +52,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
             results |= {"weighted": 1} if any(loss.weight is not None for loss in losses.values()) else {}
         for name, metric in self._metrics.items():
             function = METRICS[metric] if isinstance(metric, str) else metric
-            value = function(outputs, batch)
+            value = call_with_outputs(function, outputs, batch, f"metric {name}")
             results[f"metric/{name}"] = value if isinstance(value, Mean) else Mean(value)
         if self._output_patterns:
             results |= _mean_outputs(outputs, self._output_patterns)

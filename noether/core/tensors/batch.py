@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import islice
 from operator import index
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, Final, Self, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, final
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from noether.core.errors import NoetherError
 from noether.core.tensors.losses import name_of
+from noether.core.tensors.module import wrapped_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -212,32 +214,87 @@ def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
     """Return the positional and keyword arguments for calling `model` on `batch`.
 
     A tuple or list is `(inputs, *targets)`: the model gets the first entry. From a mapping the model gets the entries
-    that its `forward` names. A tensor is passed unchanged.
+    that its `forward` names. Any other batch is passed unchanged. A `forward` that requires one argument only gets the
+    whole batch if that is named `batch`, or annotated as a mapping and the batch is one.
 
     Example:
         >>> import torch
         >>> model_arguments(torch.nn.Linear(3, 1), ("inputs", "targets"))
         (('inputs',), {})
+        >>> class Whole(torch.nn.Module):
+        ...     def forward(self, batch):
+        ...         return batch["image"]
+        >>> model_arguments(Whole(), {"image": "pixels", "label": "cat"})
+        (({'image': 'pixels', 'label': 'cat'},), {})
     """
     if isinstance(batch, (tuple, list)):
-        return (batch[0],), {}
+        return (batch,) if _signature_of(model).takes_batch else (batch[0],), {}
     if isinstance(batch, torch.Tensor) or not isinstance(batch, Mapping):
         return (batch,), {}
+    signature = _signature_of(model)
+    if signature.names is None:
+        return (), dict(batch)
+    if (signature.takes_batch or signature.takes_mapping) and signature.required not in batch:
+        return (batch,), {}
+    return (), {name: batch[name] for name in signature.names if name in batch}
+
+
+class _Signature(NamedTuple):
+    """What a `forward` takes.
+
+    Args:
+        names: Names of its parameters; None if it accepts any keyword.
+        required: The parameter without default, if there is one only.
+        takes_batch: Whether that is the whole batch.
+        takes_mapping: Whether that is annotated as a mapping.
+    """
+
+    names: tuple[str, ...] | None
+    required: str | None
+    takes_batch: bool
+    takes_mapping: bool
+
+
+def _signature_of(model: nn.Module) -> _Signature:
+    while (wrapped := wrapped_module(model)) is not None:  # a wrapper takes whatever the module takes
+        model = wrapped
     function = getattr(model.forward, "__func__", None)
-    names = _parameter_names(model.forward) if function is None else _method_parameters(function)
-    return (), dict(batch) if names is None else {name: batch[name] for name in names if name in batch}
+    return _read_signature(model.forward) if function is None else _read_method(function)
 
 
 @lru_cache  # reading a signature is as slow as a small model; the key is a function, which keeps no model alive
-def _method_parameters(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    names = _parameter_names(function)
-    return None if names is None else names[1:]
+def _read_method(function: Callable[..., Any]) -> _Signature:
+    return _read_signature(function, bound=False)
 
 
-def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """Return the names of a function's parameters, or None if it accepts any keyword."""
-    parameters = inspect.signature(function).parameters.values()
-    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else tuple(p.name for p in parameters)
+def _read_signature(function: Callable[..., Any], *, bound: bool = True) -> _Signature:
+    parameters = list(inspect.signature(function).parameters.values())[0 if bound else 1 :]
+    required = [p for p in parameters if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]
+    only = required[0] if len(required) == 1 and required[0].kind is not required[0].KEYWORD_ONLY else None
+    has_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return _Signature(
+        names=None if has_any else tuple(p.name for p in parameters),
+        required=None if only is None else only.name,
+        takes_batch=only is not None and only.name == "batch",
+        takes_mapping=only is not None and _is_mapping(_annotation(function, only)),
+    )
+
+
+def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    """Return the annotation of a parameter; if it is text whose names are not there at runtime, the text."""
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    try:
+        return typing.get_type_hints(function)[parameter.name]
+    except Exception:  # noqa: BLE001  # an annotation may be any expression
+        return parameter.annotation
+
+
+def _is_mapping(annotation: Any) -> bool:
+    if isinstance(annotation, str):
+        return annotation.rpartition(".")[2].partition("[")[0] in {"dict", "Dict", "Mapping", "MutableMapping"}
+    kind = typing.get_origin(annotation) or annotation
+    return typing.is_typeddict(kind) or (isinstance(kind, type) and issubclass(kind, Mapping))
 
 
 def target_of(batch: Any) -> torch.Tensor:

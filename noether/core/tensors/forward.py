@@ -6,13 +6,12 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch.func import functional_call
 
-from noether.core.tensors.batch import model_arguments
+from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.extra_state import modules_with_extra_state, use_extra_state
-from noether.core.tensors.losses import detach_losses, read_losses
+from noether.core.tensors.losses import detach_losses
 from noether.core.tensors.modes import evaluation_mode
 from noether.core.tensors.module import device_of, named_parameters, rename_for_model
 
@@ -102,20 +101,17 @@ class Forward:
     def _evaluate(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> tuple[Losses, Any]:
         with use_extra_state(self._model, state.extra_state) if self._has_extra_state else nullcontext():
             outputs = self._call_model(model_params, state, batch)
-        losses = read_losses(self._loss(outputs, batch), self._loss)
+        losses = compute_losses(self._loss, outputs, batch)
         # Detached, as a returned parameter would change with the next update.
         return detach_losses(losses), map_tensors(torch.Tensor.detach, outputs)
 
     def _call_model(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> Any:
-        arguments, keywords = model_arguments(self._model, batch)
         # Copies, as a module may write to its buffers even in evaluation mode.
         weights = {name: buffer.clone() for name, buffer in state.buffers.items()}
         if not _are_same(model_params, state.params):
             self._check_held_tensors(state)
             weights |= state.params
-        if not weights:  # calling the model directly is faster
-            return self._model(*arguments, **keywords)
-        return functional_call(self._model, rename_for_model(self._model, weights), arguments, keywords)
+        return call_model(self._model, batch, rename_for_model(self._model, weights) if weights else None)
 
     def _check_held_tensors(self, state: TrainState) -> None:
         """Refuse to exchange weights where the model computes with others, which it holds in a list or a closure."""

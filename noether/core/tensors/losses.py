@@ -83,7 +83,7 @@ def read_losses(result: Any, function: Callable[..., Any]) -> Losses:
             value = loss.of_batch
             if loss.weight is not None:
                 weights[name] = read_weight(name, loss.weight)
-        if not isinstance(value, Tensor) or value.ndim or value.is_complex() or type(name) is not str:
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point() or type(name) is not str:
             raise TypeError(_describe_loss(name, value, function))
         if weights.get(name) != 0:
             losses[name] = value
@@ -174,4 +174,4 @@ def _describe_loss(name: object, value: object, function: Callable[..., Any]) ->
         )
     if value.ndim:
         return f"{where} of shape {tuple(value.shape)}, but it must be one real number: take the mean, {name}.mean()"
-    return f"{where} of type {value.dtype}, but it must be one real number"
+    return f"{where} of type {value.dtype}, but it must be one real number of floating point"

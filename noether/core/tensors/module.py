@@ -84,6 +84,18 @@ def frozen_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
 
 
+def wrapped_module(module: nn.Module) -> nn.Module | None:
+    """Return the module that a wrapper of torch wraps, such as `torch.compile` or DDP; None if it is no wrapper.
+
+    Example:
+        >>> wrapped_module(torch.nn.DataParallel(torch.nn.Linear(2, 1)))
+        Linear(in_features=2, out_features=1, bias=True)
+    """
+    children = children_in(module)
+    name = _wrapped_name(module, children) if children else None
+    return None if name is None else children[name]
+
+
 def names_in_model(model: nn.Module) -> dict[str, str]:
     """Return the name in the model of each tensor whose name has a wrapper in it; empty for most models.
 

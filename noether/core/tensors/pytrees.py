@@ -118,7 +118,7 @@ def register_mapping(cls: type[Mapping[str, Any]], build: Callable[[dict[str, An
 def find_pytree_rule(cls: type[Any]) -> Callable[[Any], tuple[Iterable[Any], Callable[[list[Any]], Any]]] | None:
     """Return how torch or optree flattens a class: `container -> (children, children -> container)`; else None.
 
-    Named tuples have no rule of their own here: theirs call the constructor.
+    Rules of named tuples are left out, as they call the constructor.
 
     Example:
         >>> children, unflatten = find_pytree_rule(dict)({"a": 1, "b": 2})

@@ -281,7 +281,7 @@ class CompiledGraph:
             return self._function(*args)
         except NewGraphError:
             raise
-        except Exception as error:  # whatever it is: torch, its compiler and what they trace have errors of their own
+        except Exception as error:  # torch, its compiler and the traced code raise errors of any type
             if self._has_begun:
                 raise
             _, marker, reason = str(error).partition(_REFUSED)  # torch adds words before and after it

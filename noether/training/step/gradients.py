@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from noether.core.tensors.losses import name_of
 from noether.core.tensors.torch_internals import run_backward, write_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from noether.training.step.accumulation import Grads, Losses
 
@@ -43,6 +44,8 @@ def compute_gradients(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: boo
             f"the loss has shape {tuple(loss.shape)} and type {loss.dtype}, but it must be one real number: take "
             "the mean over samples"
         )
+    if not loss.requires_grad:
+        return [None] * len(leaves)
     if type(loss) is Tensor and loss.is_cpu:
         grads = run_backward(loss, leaves, keep_graph=keep_graph)
     else:
@@ -105,6 +108,23 @@ def describe_nonfinite(losses: Losses, grads: Grads) -> str:
     ]
     others = len(nonfinite) - _SHOWN
     return ", ".join(nonfinite[:_SHOWN]) + (f" (and {others} more)" if others > 0 else "")
+
+
+def refuse_constants(losses: Losses, function: Callable[..., Any]) -> None:
+    """Refuse losses none of which has a graph.
+
+    Args:
+        losses: The losses by name.
+        function: The loss function.
+
+    Raises:
+        ValueError: With the names of the losses.
+    """
+    names = ", ".join(repr(name) for name in losses if name != "total")
+    raise ValueError(
+        f"{name_of(function)} returned {names or 'its loss'} without a gradient: the model and the loss must not call "
+        "detach(), item(), numpy() or torch.no_grad() on the way to it, or compute it from argmax or round alone"
+    )
 
 
 def refuse_writes(params: Mapping[str, Tensor], counts: Sequence[int]) -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from noether.core.event import AfterAccumulationStep
-from noether.core.tensors.batch import batch_size, model_arguments
+from noether.core.tensors.batch import batch_size
+from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.extra_state import read_extra_state, set_extra_state
-from noether.core.tensors.losses import detach_losses, read_losses
+from noether.core.tensors.losses import detach_losses
 from noether.core.tensors.module import names_in_model
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict
@@ -29,6 +30,7 @@ from noether.training.step.gradients import (
     clip_values,
     compute_gradients,
     describe_nonfinite,
+    refuse_constants,
     refuse_writes,
     total_norm,
 )
@@ -282,6 +284,8 @@ class Step:
             times.stop("forward_s")
         # torch.func.grad_and_value gives the same bits, but takes longer: see benchmarks/step.py.
         inputs, last = list(leaves.values()), len(terms) - 1
+        if terms and True not in [term.requires_grad for term in terms]:
+            refuse_constants(losses, self.loss)
         grads = [compute_gradients(term, inputs, keep_graph=index < last) for index, term in enumerate(terms)]
         if times is not None:
             times.stop("backward_s")
@@ -292,9 +296,8 @@ class Step:
         )
 
     def _forward(self, batch: Any) -> tuple[Losses, Any]:
-        arguments, keywords = model_arguments(self.model, batch)
-        outputs = self.model(*arguments, **keywords)
-        return read_losses(self.loss(outputs, batch), self.loss), outputs
+        outputs = call_model(self.model, batch)
+        return compute_losses(self.loss, outputs, batch), outputs
 
     def _apply(
         self,
