@@ -196,6 +196,7 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
     of a last batch of one sample if the model fails on it.
     """
     from noether.config import load
+    from noether.config.default_callbacks import default_names
 
     with _errors_as_messages():
         loaded = load(config, settings, allow)
@@ -210,6 +211,8 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
             echo(f"Warning: {warning}", err=True)
         count = len(experiment.reducer.members)
         echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
+        if loaded.source is not None and (names := default_names(loaded.source)):
+            echo(f"default callbacks: {', '.join(names)}")
 
 
 @main.command()

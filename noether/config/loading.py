@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from noether.config.default_callbacks import list_callbacks
 from noether.config.errors import ConfigError, LocatedProblem
 from noether.config.references import resolve_references
 from noether.config.schema import ENDS, Callback, Config
@@ -52,7 +53,7 @@ def from_source(source: Source, allow: Sequence[str] = (), run_dir: Path | None 
     Raises:
         ConfigError: With every problem, each with its place.
     """
-    source = resolve_references(_drop_replaced_ends(source))
+    source = list_callbacks(resolve_references(_drop_replaced_ends(source)))
     config: Config = _structure_or_raise(source, (), Config, make_config_converter(allow, source, run_dir))
     return config
 
@@ -91,7 +92,7 @@ def _structure_callbacks(source: Source, allow: Sequence[str]) -> tuple[Kind, ..
     if "callbacks" not in source.data:
         message = f"has no list of `callbacks`{suggest('callbacks', source.data)}"
         raise ConfigError([LocatedProblem(source.place(()), (), message)])
-    source = resolve_references(source, "callbacks")
+    source = list_callbacks(resolve_references(source, "callbacks"))
     callbacks: tuple[Kind, ...] = _structure_or_raise(
         source, ("callbacks",), tuple[Callback, ...], make_config_converter(allow, source)
     )

@@ -306,7 +306,9 @@ class Config:
         data: Datasets by key; training uses `train`.
         optimizer: The optimizer.
         trainer: How the run is trained, and where it ends.
-        callbacks: The callbacks in the order of their calls.
+        callbacks: The callbacks in the order of their calls. In YAML, `default` stands for callbacks that log losses,
+            learning rate and progress, evaluate `val`, and keep the newest and the best checkpoint; so does a
+            configuration without `callbacks`.
         batch_size: Function `batch -> number of samples` as for `trainer.loss`, in YAML `data.batch_size`; None to
             count the samples that are collated into a batch. It is needed for a dataset whose `collate` leaves samples
             out of batches whose tensors differ in their first dimension, or where a sample is something else than an

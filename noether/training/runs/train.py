@@ -91,6 +91,7 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
         ...     "optimizer": {"kind": "torch.optim.SGD", "lr": 0.1},
         ...     "trainer": {"max_updates": 2, "effective_batch_size": 8,
         ...                 "loss": "noether.examples.digits.cross_entropy"},
+        ...     "callbacks": [],  # left out, or "default": losses, learning rate, progress, and checkpoints
         ... }
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = train(config, output=folder)
