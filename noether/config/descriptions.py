@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from noether.config.compatibility import translation_of
+from noether.config.compatibility import current_path, translation_of
+from noether.config.errors import InvalidValueError
 from noether.config.objects.function_callback import FunctionCallbackFactory
 from noether.config.objects.kinds import CALLBACK, resolve
 from noether.config.structure.converter import is_function_type
@@ -92,7 +93,11 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
         Setting(name='factor', type='number', default='0.1', text='Factor for the learning rate, in (0, 1).')
     """
     path = kind if "." in kind else f"{PREFIX}.{kind}"
-    target = resolve(path, CALLBACK, allow)
+    try:
+        target = resolve(path, CALLBACK, allow)
+    except InvalidValueError:
+        path = current_path(path)
+        target = resolve(path, CALLBACK, allow)
     aliases = known_kinds().get(getattr(target, "__name__", ""), ()) if path.startswith(f"{PREFIX}.") else ()
     if path.removeprefix(f"{PREFIX}.") in aliases:
         path = f"{PREFIX}.{target.__name__}"

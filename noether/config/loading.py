@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from noether.config.default_callbacks import list_callbacks
 from noether.config.errors import ConfigError, LocatedProblem
+from noether.config.older_layout import read_older_layout
 from noether.config.references import resolve_references
+from noether.config.repeated_callbacks import find_repeated, warn_of_repeated
 from noether.config.schema import ENDS, Callback, Config
 from noether.config.source import apply_overrides, read
 from noether.config.structure.converter import structure
@@ -53,7 +55,7 @@ def from_source(source: Source, allow: Sequence[str] = (), run_dir: Path | None 
     Raises:
         ConfigError: With every problem, each with its place.
     """
-    source = list_callbacks(resolve_references(_drop_replaced_ends(source)))
+    source = list_callbacks(read_older_layout(resolve_references(_drop_replaced_ends(source))))
     config: Config = _structure_or_raise(source, (), Config, make_config_converter(allow, source, run_dir))
     return config
 
@@ -69,8 +71,13 @@ def load_callbacks(path: str | Path, allow: Sequence[str] = ()) -> Any:
         ConfigError: With every problem of the callbacks, each with file and line.
     """
     from noether.core.reducer import compose
+    from noether.core.run import Run
 
-    return compose(*(kind.build() for kind in _structure_callbacks(read(path), allow)))
+    source = read(path)
+    callbacks = [kind.build() for kind in _structure_callbacks(source, allow)]
+    repeated = find_repeated(callbacks, Run())
+    warn_of_repeated(callbacks, repeated, source)
+    return compose(*(each for index, each in enumerate(callbacks) if index not in repeated))
 
 
 def replace_callbacks(config: Config, path: str | Path, allow: Sequence[str] = ()) -> Config:
@@ -89,6 +96,7 @@ def replace_callbacks(config: Config, path: str | Path, allow: Sequence[str] = (
 
 
 def _structure_callbacks(source: Source, allow: Sequence[str]) -> tuple[Kind, ...]:
+    source = read_older_layout(source)
     if "callbacks" not in source.data:
         message = f"has no list of `callbacks`{suggest('callbacks', source.data)}"
         raise ConfigError([LocatedProblem(source.place(()), (), message)])

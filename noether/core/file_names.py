@@ -50,7 +50,7 @@ def escape_name(text: str) -> str:
     def translate(found: re.Match[str]) -> str:
         return found["same"] or ("." if found["dot"] else _percent_encode(found[0]))
 
-    return _shorten(_TRANSLATED.sub(translate, text), text, MAX_LENGTH)
+    return _limit_length(_TRANSLATED.sub(translate, text), text, MAX_LENGTH)
 
 
 def unescape_name(name: str) -> str | None:
@@ -135,7 +135,7 @@ def _escape_part(part: str) -> str:
     escaped = _UNSAFE_IN_PATHS.sub(lambda found: _percent_encode(found[0]), part)
     if _DEVICE.match(escaped):
         escaped = _percent_encode(escaped[0]) + escaped[1:]
-    return _shorten(escaped or "%", part, _MAX_PART)
+    return _limit_length(escaped or "%", part, _MAX_PART)
 
 
 def _candidates(text: str) -> Iterator[str]:
@@ -159,7 +159,7 @@ def _percent_encode(text: str) -> str:
     return "".join(f"%{byte:02X}" for byte in text.encode(errors="surrogatepass"))
 
 
-def _shorten(escaped: str, text: str, length: int) -> str:
+def _limit_length(escaped: str, text: str, length: int) -> str:
     """Return an escaped text, or if it is longer than `length`, its beginning and a hash of the text."""
     if len(escaped) <= length:
         return escaped

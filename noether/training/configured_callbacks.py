@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, final
 
 from noether.config.errors import ConfigError
 from noether.config.objects.functions import build_metric
+from noether.config.repeated_callbacks import find_repeated, warn_of_repeated
 from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
@@ -47,8 +48,11 @@ def build_callbacks(
     Raises:
         ConfigError: If the callbacks do not fit together, or do not fit the model.
     """
+    listed = [kind.build() for kind in config.callbacks]
+    repeated = find_repeated(listed, run)
+    warn_of_repeated(listed, repeated, config.source)
     configured = [ConfiguredCallback(each, ("callbacks",)) for each in before]
-    configured += [ConfiguredCallback(kind.build(), ("callbacks", i)) for i, kind in enumerate(config.callbacks)]
+    configured += [ConfiguredCallback(each, ("callbacks", i)) for i, each in enumerate(listed) if i not in repeated]
     for evaluation in _build_evaluations(config):
         readers = (index for index, each in enumerate(configured) if _reads(each.callback, evaluation))
         section = ("trainer", "evaluate", evaluation.dataset_key)

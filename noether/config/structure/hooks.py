@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast, get_args, get_origin
 
-from noether.config.compatibility import ConfigWarning, translate_settings
+from noether.config.compatibility import (
+    SECTIONS,
+    TRAINER,
+    ConfigWarning,
+    current_path,
+    translate,
+    translate_settings,
+)
 from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, raise_together
 from noether.config.init_settings import InitSettings
 from noether.config.objects.function_callback import FunctionCallbackFactory
@@ -37,6 +44,7 @@ from noether.config.schema import (
     EvaluateSettings,
     Metric,
     OptimizerSettings,
+    TrainerSettings,
 )
 from noether.config.structure.construction import arguments, construct, construct_with_settings
 from noether.config.structure.converter import has_origin, is_function_type, make_converter, read_untyped
@@ -51,6 +59,8 @@ if TYPE_CHECKING:
 
     from cattrs import Converter
 
+    from noether.config.compatibility import Translation
+    from noether.config.errors import SettingPath
     from noether.config.objects.functions import Function
     from noether.config.source import Source
 
@@ -65,6 +75,7 @@ def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | 
     converter.register_structure_hook(CheckpointSettings, lambda value, _: _structure_checkpoints(converter, value))
     converter.register_structure_hook(ScheduleSettings, lambda value, _: _structure_schedule(kinds, value))
     converter.register_structure_hook(InitSettings, lambda value, _: _structure_init(converter, value))
+    converter.register_structure_hook(TrainerSettings, lambda value, _: _structure_trainer(kinds, value))
     converter.register_structure_hook(OptimizerSettings, lambda value, _: _structure_optimizer(kinds, value))
     converter.register_structure_hook(Config, lambda value, _: _structure_config(kinds, value))
     converter.register_structure_hook_func(lambda kind: kind in (Any, object), lambda value, _: kinds.nested(value))
@@ -196,7 +207,7 @@ class _KindHooks:
         if isinstance(target, type):
             written, ignored = translate_settings(target, written)
             for problem in ignored:
-                self.warn(value, problem)
+                self.warn((*self.path_of(value), problem.setting), problem.message)
         else:
             target = FunctionCallbackFactory(target)
         if "name" not in parameters(target):
@@ -209,12 +220,15 @@ class _KindHooks:
         check_bound(instance)
         return Kind(path, target, settings, instance)
 
-    def warn(self, callback: object, problem: Problem) -> None:
-        """Warn about a setting of one of the callbacks, with its place."""
-        callbacks = self.source.data.get("callbacks", [])
-        path = ("callbacks", next(i for i, each in enumerate(callbacks) if each is callback), problem.setting)
-        located = LocatedProblem(self.source.place(path), path, problem.message)
+    def warn(self, path: SettingPath, message: str) -> None:
+        """Warn about a setting, with its place."""
+        located = LocatedProblem(self.source.place(path), path, message)
         warnings.warn(str(located), ConfigWarning, stacklevel=2)
+
+    def path_of(self, callback: object) -> SettingPath:
+        """Return the path of one of the callbacks."""
+        callbacks = self.source.data.get("callbacks", [])
+        return ("callbacks", next(i for i, each in enumerate(callbacks) if each is callback))
 
     def read_entry(self, value: object, role: Role) -> tuple[str, Any, dict[str, object]]:
         """Return the `kind` of an entry, the object at that path, and the settings beside it."""
@@ -227,6 +241,8 @@ class _KindHooks:
             if "kind" not in value:
                 raise InvalidValueError(f"is missing; expected {role.expected}")
             path = str(value["kind"]) if isinstance(value["kind"], str) else value["kind"]
+            if role is CALLBACK and isinstance(path, str) and not self.fits(path, role):
+                path = current_path(path)
             target = self.resolve(path, role)
             check_constructible(path, target)
         raise_together(errors, Kind)
@@ -281,24 +297,15 @@ def _structure_evaluate(converter: Converter, value: object) -> object:
 
 def _structure_config(kinds: _KindHooks, value: object) -> object:
     """Return the configuration; `data.batch_size`, which is no dataset, is the field `batch_size`."""
-    data = value.get("data") if isinstance(value, dict) else None
-    if not isinstance(value, dict) or not isinstance(data, dict) or "batch_size" not in data:
-        return construct(kinds.converter, Config, value, source=kinds.source, batch_size=None)
-    rest = {**value, "data": {name: each for name, each in data.items() if name != "batch_size"}}
-    errors: list[Exception] = []
+    sections, errors = _translate(kinds, SECTIONS, value, ())
     function: Function | None = None
-    with collect_errors(errors, "data"):
-        problems: list[Exception] = []
-        with collect_errors(problems, "batch_size"):
-            entry = data["batch_size"]
-            if isinstance(entry, dict) and kinds.fits(entry.get("kind"), DATASET):
-                raise InvalidValueError(
-                    "is no dataset, but the dotted path of a function (batch) -> number of samples; rename the dataset"
-                )
-            function = kinds.converter.structure(entry, cast("Any", BatchFunction))
-        raise_together(problems, Config)
+    data = sections.get("data") if isinstance(sections, dict) else None
+    if isinstance(sections, dict) and isinstance(data, dict) and "batch_size" in data:
+        sections = {**sections, "data": {name: each for name, each in data.items() if name != "batch_size"}}
+        with collect_errors(errors, "data"):
+            function = _structure_batch_function(kinds, data["batch_size"])
     with collect_errors(errors):
-        config = construct(kinds.converter, Config, rest, source=kinds.source, batch_size=function)
+        config = construct(kinds.converter, Config, sections, source=kinds.source, batch_size=function)
     raise_together(errors, Config)
     return config
 
@@ -310,6 +317,40 @@ def _structure_init(converter: Converter, value: object) -> object:
     if not isinstance(value, dict):
         raise InvalidValueError(f"{value!r} is not a path, and not a mapping such as {{path: pre.pt, prefix: net.}}")
     return construct(converter, InitSettings, value)
+
+
+def _structure_batch_function(kinds: _KindHooks, entry: object) -> Function:
+    errors: list[Exception] = []
+    function: Any = None
+    with collect_errors(errors, "batch_size"):
+        if isinstance(entry, dict) and kinds.fits(entry.get("kind"), DATASET):
+            raise InvalidValueError(
+                "is no dataset, but the dotted path of a function (batch) -> number of samples; rename the dataset"
+            )
+        function = kinds.converter.structure(entry, cast("Any", BatchFunction))
+    raise_together(errors, Config)
+    return cast("Function", function)
+
+
+def _structure_trainer(kinds: _KindHooks, value: object) -> object:
+    """Return the section `trainer`, with the settings of a class-based framework translated."""
+    settings, errors = _translate(kinds, TRAINER, value, ("trainer",))
+    with collect_errors(errors):
+        section = construct(kinds.converter, TrainerSettings, settings)
+    raise_together(errors, TrainerSettings)
+    return section
+
+
+def _translate(
+    kinds: _KindHooks, translation: Translation, value: object, path: SettingPath
+) -> tuple[object, list[Exception]]:
+    """Return a section with its settings translated, and the errors of those that are refused; warn of the others."""
+    if not isinstance(value, dict):
+        return value, []
+    settings, without_effect, refusals = translate(translation, value)
+    for problem in without_effect:
+        kinds.warn((*path, problem.setting), problem.message)
+    return settings, [SettingsError(refusals)] if refusals else []
 
 
 def _structure_checkpoints(converter: Converter, value: object) -> object:
