@@ -55,9 +55,16 @@ def from_source(source: Source, allow: Sequence[str] = (), run_dir: Path | None 
     Raises:
         ConfigError: With every problem, each with its place.
     """
-    source = list_callbacks(read_older_layout(resolve_references(_drop_replaced_ends(source))))
+    source = read_older_layout(resolve_references(_drop_replaced_ends(source)))
+    if "callbacks" in source.data:
+        source = list_callbacks(source)
     config: Config = _structure_or_raise(source, (), Config, make_config_converter(allow, source, run_dir))
-    return config
+    if "callbacks" in source.data:
+        return config
+    source = list_callbacks(
+        source
+    )  # only now: these import torch, and mistakes in the other sections are found without
+    return dataclasses.replace(config, callbacks=_structure_list(source, allow), source=source)
 
 
 def load_callbacks(path: str | Path, allow: Sequence[str] = ()) -> Any:
@@ -100,7 +107,10 @@ def _structure_callbacks(source: Source, allow: Sequence[str]) -> tuple[Kind, ..
     if "callbacks" not in source.data:
         message = f"has no list of `callbacks`{suggest('callbacks', source.data)}"
         raise ConfigError([LocatedProblem(source.place(()), (), message)])
-    source = list_callbacks(resolve_references(source, "callbacks"))
+    return _structure_list(list_callbacks(resolve_references(source, "callbacks")), allow)
+
+
+def _structure_list(source: Source, allow: Sequence[str]) -> tuple[Kind, ...]:
     callbacks: tuple[Kind, ...] = _structure_or_raise(
         source, ("callbacks",), tuple[Callback, ...], make_config_converter(allow, source)
     )
