@@ -25,6 +25,7 @@ Dataset: TypeAlias = Annotated[Kind, kinds.DATASET]
 Callback: TypeAlias = Annotated[Kind, kinds.CALLBACK]
 Loss: TypeAlias = Annotated[Function, kinds.OUTPUT_FUNCTION]
 BatchFunction: TypeAlias = Annotated[Function, kinds.BATCH_FUNCTION]
+Sampler: TypeAlias = Annotated[Kind, kinds.SAMPLER]
 Handler: TypeAlias = Annotated[Function, kinds.HANDLER]
 EffectType: TypeAlias = Annotated[str, kinds.EFFECT]
 Metric: TypeAlias = Annotated[MetricKind | Callable[..., Any] | str, kinds.METRIC]
@@ -200,6 +201,12 @@ class TrainerSettings:
         clip_grad_value: Largest absolute value of a gradient, above 0; None for no clipping.
         num_workers: Number of processes that load data; with 0 the training process loads it.
         drop_last: Whether to leave out the last batch of an epoch if it is short.
+        shuffle: Whether each epoch reads the samples in another order, a function of the seed and the epoch. None
+            shuffles, unless `sampler` or a stream gives the order.
+        sampler: Dotted path, or `kind` with settings, of a sampler such as `torch.utils.data.WeightedRandomSampler`, or
+            of a function that returns the indices of an epoch. It is called for each epoch with those of `dataset`,
+            `seed`, `epoch` and `generator` that it has parameters for; `set_epoch(epoch)` is called where it exists.
+            It may yield batches of `effective_batch_size` samples.
         checkpoints: How checkpoints are written.
         donate: Whether an update may write to the tensors of the state that it starts from: faster, with less memory,
             and the same bits. A tensor that a callback keeps is copied first.
@@ -235,6 +242,8 @@ class TrainerSettings:
     clip_grad_value: float | None = None
     num_workers: int = 0
     drop_last: bool = False
+    shuffle: bool | None = None
+    sampler: Sampler | None = None
     checkpoints: CheckpointSettings = CheckpointSettings()
     donate: bool = True
     compile: bool = False
@@ -250,6 +259,8 @@ class TrainerSettings:
             yield None if getattr(self, name) is None else check_whole(name, getattr(self, name))
         for name in ("clip_grad_norm", "clip_grad_value"):
             yield None if getattr(self, name) is None else check_number(name, getattr(self, name), above=True)
+        if self.shuffle is not None and self.sampler is not None:
+            yield Problem("shuffle", "the sampler gives the order of the samples; remove one of them")
         if self.clip_grad_norm is not None and self.clip_grad_value is not None:
             yield Problem("clip_grad_value", "clip_grad_norm is given too; remove one of them")
         yield check_whole("num_workers", self.num_workers, at_least=0)

@@ -28,6 +28,7 @@ from noether.session.randomness import derive, seed_all
 from noether.training.configured_callbacks import build_callbacks
 from noether.training.data.batches import SampleCounter
 from noether.training.data.indexed import EvaluationData, TrainingData
+from noether.training.data.orders import SamplerOrder
 from noether.training.data.streamed import StreamedData, StreamedEvaluationData
 from noether.training.error_locations import locate_errors
 from noether.training.initial_weights import load_weights
@@ -226,14 +227,34 @@ def _build_training_data(config: Config, dataset: Any, device: torch.device) -> 
     if is_stream and trainer.num_workers:
         message = "workers cannot read an IterableDataset; set num_workers to 0"
         raise config.error(("trainer", "num_workers"), message)
+    sampler = _build_sampler(config, dataset)
     try:
         if is_stream:
             return StreamedData(dataset, **settings)
-        return TrainingData(dataset, **settings, num_workers=trainer.num_workers)
+        order: dict[str, Any] = {"shuffle": trainer.shuffle is not False, "sampler": sampler}
+        return TrainingData(dataset, **settings, **order, num_workers=trainer.num_workers)
     except TypeError as error:
         raise config.error(("data", "train"), str(error)) from error
     except ValueError as error:
         raise config.error(("trainer", "effective_batch_size"), str(error)) from error
+
+
+def _build_sampler(config: Config, dataset: Any) -> SamplerOrder | None:
+    """Return the order of `trainer.sampler`; refuse an order for a stream, which has its own."""
+    trainer = config.trainer
+    name = "sampler" if trainer.sampler is not None else "shuffle"
+    if isinstance(dataset, IterableDataset) and getattr(trainer, name):
+        kind = type(dataset).__name__
+        message = (
+            f"data.train is a stream ({kind}), which gives its own order; remove it, and order samples in __iter__"
+        )
+        raise config.error(("trainer", name), message)
+    if trainer.sampler is None or not hasattr(dataset, "__len__"):
+        return None
+    with locate_errors(config, ("trainer", "sampler")):
+        return SamplerOrder(
+            trainer.sampler, dataset, seed=config.run.seed, effective_batch_size=trainer.effective_batch_size
+        )
 
 
 def _build_evaluation_data(

@@ -326,4 +326,10 @@ HANDLER = Role(
     "a callable that is not a class, called with (effect, state, event)",
     arguments=("effect", "state", "event"),
 )
+SAMPLER = Role(
+    "a sampler",
+    lambda target: callable(target) and not describe_deferred(target),
+    "a class of samplers, or a function that returns the indices of the samples of an epoch",
+    given=("dataset", "data_source", "seed", "epoch", "generator"),
+)
 EFFECT = Role("a type of effect", lambda target: isinstance(target, type), "a class")

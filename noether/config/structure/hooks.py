@@ -28,6 +28,7 @@ from noether.config.objects.kinds import (
     MODEL,
     OPTIMIZER,
     PART,
+    SAMPLER,
     SETTING_FUNCTION,
     Kind,
     Role,
@@ -101,6 +102,8 @@ class _KindHooks:
 
     def structure(self, value: object, kind: type, role: Role) -> object:
         if kind is Kind:
+            if role is SAMPLER and isinstance(value, str):
+                value = {"kind": value}
             return self.callback(value) if role is CALLBACK else self.kind(value, role)
         if isinstance(value, dict) and kind is not str:
             return self.metric(value) if role is METRIC else self.function(value, role)

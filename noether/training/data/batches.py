@@ -74,23 +74,6 @@ class Batching:
             drop_last=int(self.drop_last),
         )
 
-    def check_length(self, dataset: Any, epoch: int) -> None:
-        """Refuse a training set that has another length than when training began.
-
-        Args:
-            dataset: The training set.
-            epoch: The epoch that begins.
-
-        Raises:
-            ValueError: If its length changed.
-        """
-        if (length := len(dataset)) != self.length:
-            raise ValueError(
-                f"{type(dataset).__name__} has {length} samples at the start of epoch {epoch}, and had {self.length} "
-                "when training began: return the same __len__ during the whole run, because schedules and the order of "
-                "samples depend on it"
-            )
-
     def parts(self, update: int) -> list[slice]:
         """Return the slices of the epoch's order that are the micro-batches of an update.
 
@@ -101,6 +84,25 @@ class Batching:
         end = min(begin + self.effective_batch_size, self.samples_per_epoch)
         size = self.max_batch_size or self.effective_batch_size
         return [slice(at, min(at + size, end)) for at in range(begin, end, size)]
+
+
+def check_length(dataset: Any, length: int, epoch: int) -> None:
+    """Refuse a training set that has another length than when training began.
+
+    Args:
+        dataset: The training set.
+        length: Its length when training began.
+        epoch: The epoch that begins.
+
+    Raises:
+        ValueError: If its length changed.
+    """
+    if (now := len(dataset)) != length:
+        raise ValueError(
+            f"{type(dataset).__name__} has {now} samples at the start of epoch {epoch}, and had {length} when training "
+            "began: return the same __len__ during the whole run, because schedules and the order of samples depend on "
+            "it"
+        )
 
 
 @final

@@ -13,31 +13,16 @@ from torch.utils.data import IterableDataset, Sampler
 from noether.core.tensors.batch import SizedBatches
 from noether.core.tensors.containers import move_batch
 from noether.session.randomness import derive, seed_all
-from noether.training.data.batches import Batching, SampleCounter
+from noether.training.data.batches import Batching, SampleCounter, check_length
 from noether.training.data.loading import LoadedBatches
+from noether.training.data.orders import epoch_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
-
-
-def epoch_order(seed: int, epoch: int, samples: int) -> list[int]:
-    """Return the indices of the samples in the order in which an epoch reads them.
-
-    Args:
-        seed: The run's seed.
-        epoch: The epoch, counted from 0.
-        samples: Number of samples.
-
-    Example:
-        >>> epoch_order(0, 0, 4) == epoch_order(0, 0, 4), sorted(epoch_order(0, 1, 4))
-        (True, [0, 1, 2, 3])
-    """
-    generator = torch.Generator().manual_seed(derive(seed, "order", epoch))
-    order: list[int] = torch.randperm(samples, generator=generator).tolist()
-    return order
+    from noether.training.data.orders import SamplerOrder
 
 
 @final
@@ -50,6 +35,8 @@ class TrainingData:
         effective_batch_size: Samples of an update, <= the length of the dataset.
         max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
         drop_last: Whether to leave out the last update of an epoch if it is short.
+        shuffle: Whether the order of each epoch is drawn from `(seed, epoch)`; otherwise samples come in order.
+        sampler: The order of each epoch, in place of that.
         num_workers: Processes that load samples; 0 loads in this process. The batches do not depend on it.
         device: Device of the batches.
         name: Key of the dataset in the configuration, for messages.
@@ -77,13 +64,17 @@ class TrainingData:
         effective_batch_size: int,
         max_batch_size: int | None = None,
         drop_last: bool = False,
+        shuffle: bool = True,
+        sampler: SamplerOrder | None = None,
         num_workers: int = 0,
         device: torch.device | str = "cpu",
         name: str = "",
         count_samples: SampleCounter | None = None,
     ) -> None:
         self._count_samples = count_samples or SampleCounter(dataset)
-        self.batching = Batching(_length(dataset), effective_batch_size, max_batch_size, drop_last)
+        self._length, self._shuffle, self._sampler = _length(dataset), shuffle, sampler
+        length = self._length if sampler is None else sampler.length
+        self.batching = Batching(length, effective_batch_size, max_batch_size, drop_last)
         self._dataset = dataset
         self._seed = seed
         self._num_workers = num_workers
@@ -105,7 +96,7 @@ class TrainingData:
             ValueError: If an epoch begins, and the dataset has another length than when training began.
         """
         if iteration.update % self.batching.updates_per_epoch == 0:
-            self.batching.check_length(self._dataset, iteration.epoch)
+            check_length(self._dataset, self._length, iteration.epoch)
         if self._loading is None or iteration.update != self._expected or iteration.update == last:
             self.close()
             # A run that ends at a number of samples goes on if `collate` left some out.
@@ -144,10 +135,15 @@ class TrainingData:
         while last is None or update < last:
             epoch = update // self.batching.updates_per_epoch
             if epoch != order_epoch:
-                order, order_epoch = epoch_order(self._seed, epoch, self.batching.length), epoch
+                order, order_epoch = self._order(epoch), epoch
             for part in self.batching.parts(update):
                 yield [(epoch, index) for index in order[part]]
             update += 1
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._sampler is not None:
+            return self._sampler(epoch)
+        return epoch_order(self._seed, epoch, self._length) if self._shuffle else list(range(self._length))
 
 
 @final

@@ -11,7 +11,7 @@ from noether.core.tensors.batch import SizedBatches
 from noether.core.tensors.containers import move_batch
 from noether.core.tensors.tree import clone_tensors, pack, unpack
 from noether.session.randomness import derive, seed_all
-from noether.training.data.batches import Batching, SampleCounter, collate
+from noether.training.data.batches import Batching, SampleCounter, check_length, collate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -86,7 +86,7 @@ class StreamedData:
         """Return the state with the new position, and the micro-batches of its next update."""
         parts = self.batching.parts(state.iteration.update)
         if parts[0].start == 0:
-            self.batching.check_length(self._dataset, state.iteration.epoch)
+            check_length(self._dataset, self.batching.length, state.iteration.epoch)
         self._move_to(state.memory(MEMORY), parts[0].start)
         samples = [[self._sample(state.iteration.epoch, i) for i in range(part.start, part.stop)] for part in parts]
         if parts[-1].stop == self.batching.samples_per_epoch:
