@@ -14,6 +14,7 @@ import click
 
 from noether.cli.output import discard_unwritten, echo, printable
 from noether.core.errors import NoetherError
+from noether.core.text import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -209,8 +210,8 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
         experiment = build(loaded)
         for warning in find_single_sample_warnings(experiment):
             echo(f"Warning: {warning}", err=True)
-        count = len(experiment.reducer.members)
-        echo(f"{config} is valid: {count} callbacks, {experiment.run.final.update} updates")
+        count, updates = len(experiment.reducer.members), experiment.run.final.update
+        echo(f"{config} is valid: {count_of(count, 'callback')}, {count_of(updates, 'update')}")
         if loaded.source is not None and (names := default_names(loaded.source)):
             echo(f"default callbacks: {', '.join(names)}")
 

@@ -12,6 +12,7 @@ from noether.core.errors import NoetherError, suggest
 from noether.core.event import BeforeTraining
 from noether.core.state import Measured
 from noether.core.tensors.tree import SCALARS, FrozenDict, plain_number
+from noether.core.text import count_of
 
 if TYPE_CHECKING:
     from noether.core.event import Event
@@ -103,7 +104,7 @@ def current(state: TrainState, key: str) -> float:
     if age:
         known = ", ".join(repr(name) for name in state.metrics if is_current(state, name)) or "none"
         raise MetricError(
-            f"metric {key!r} is {age} updates old: it was measured at {measured}, and the state is at "
+            f"metric {key!r} is {count_of(age, 'update')} old: it was measured at {measured}, and the state is at "
             f"{state.iteration}; current metrics: {known}. Give its producer the same interval, and list it first"
         )
     return float(value)

@@ -1,4 +1,4 @@
-"""Text for a person: control characters made visible."""
+"""Text for a person: control characters made visible, counts and sizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Final
 _CONTROLS: Final = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
 )
+
+_THOUSAND: Final = 1000
 
 
 def escape_controls(text: str, keep: str = "") -> str:
@@ -32,3 +34,32 @@ def escape_controls(text: str, keep: str = "") -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def count_of(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with what it counts, in the singular for one.
+
+    Args:
+        number: The number.
+        noun: What it counts.
+        plural: Its plural; None to append an s.
+
+    Example:
+        >>> count_of(1, "checkpoint"), count_of(1200, "checkpoint"), count_of(0, "batch", "batches")
+        ('1 checkpoint', '1,200 checkpoints', '0 batches')
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as text.
+
+    Example:
+        >>> format_bytes(999), format_bytes(1_230), format_bytes(1_508_884), format_bytes(2.5e12)
+        ('999 B', '1.23 kB', '1.51 MB', '2.50 TB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if round(count) < _THOUSAND:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= _THOUSAND
+    return f"{count:,.2f} TB"

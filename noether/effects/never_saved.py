@@ -11,6 +11,7 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from noether.core.text import count_of
 from noether.effects.disk.files import read_file, write_new_file
 from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
 
@@ -73,8 +74,8 @@ def _describe_lines(content: bytes) -> str:
     lines = content.splitlines()
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         last = json.loads(lines[-1])
-        return f"has {len(lines)} lines up to E{last['epoch']}_U{last['update']}_S{last['sample']}"
-    return f"has {len(lines)} lines"
+        return f"has {count_of(len(lines), 'line')} up to E{last['epoch']}_U{last['update']}_S{last['sample']}"
+    return f"has {count_of(len(lines), 'line')}"
 
 
 def _describe_summary(content: bytes) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 
 from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary, ShowProgress
 from noether.core.file_names import escape_path
-from noether.core.text import escape_controls
+from noether.core.text import count_of, escape_controls
 from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.finalizers import finalize
 from noether.effects.disk.path_checks import RunMovedError
@@ -223,7 +223,9 @@ class RunLogs:
         self.events.truncate(state)
         if removed:
             _LOGGER.info(
-                "removed %d lines of %s that the resumed run logs again", removed, self._access.path / METRICS_FILE
+                "removed %s of %s that the resumed run logs again",
+                count_of(removed, "line"),
+                self._access.path / METRICS_FILE,
             )
         for service in self._services:
             self.guard(service.name, service.resume)(state)

@@ -9,6 +9,7 @@ from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.schedules.forecast import Occasions, firings
 from noether.core.schedules.schedule import INTERVALS
+from noether.core.text import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ def _schedule_warnings(config: Config, run: Run) -> Iterator[LocatedProblem]:
     for section in ("schedule", "weight_decay_schedule"):
         length = getattr(getattr(config.optimizer, section), "length", None)
         if length is not None and length > run.final.update:
-            message = f"the run ends after {run.final.update} updates, before the schedule reaches its end"
+            message = f"the run ends after {count_of(run.final.update, 'update')}, before the schedule reaches its end"
             yield _warning(config, ("optimizer", section, "length"), message)
 
 
@@ -106,7 +107,8 @@ def _unsaved_weights_warnings(config: Config, planned: Sequence[PlannedCallback]
         message = f"a metric decides whether weights are saved, so the last ones may be lost; add {_CHECKPOINTS}"
         yield _warning(config, saving[-1][0].path, message)
     elif last < run.final.update:
-        lost = f"the {run.final.update - last} updates up to the end at {run.final} are lost"
+        missed = run.final.update - last
+        lost = f"the {count_of(missed, 'update')} up to the end at {run.final} {'is' if missed == 1 else 'are'} lost"
         fix = f"write at_end: true, or add {_CHECKPOINTS}"
         yield _warning(config, saver.path, f"{saver.name} saves last at {run.iteration_after(last)}; {lost}; {fix}")
 

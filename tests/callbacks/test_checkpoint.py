@@ -72,26 +72,26 @@ def test_between_firings_nothing_is_requested():
 @pytest.mark.parametrize(
     ("settings", "state", "text"),
     [
-        ({"save_latest_optim": False}, TrainState(), "c: 4 checkpoints of 2.00 MB will be written, 4 of them kept"),
+        ({"save_latest_optim": False}, TrainState(), "c: 4 checkpoints of 2 MB will be written, 4 of them kept"),
         (
             {"keep": 3},
             TrainState().advance(samples=4),
-            f"c: {WRITTEN.format(4, '2.00', 3)}; {WRITTEN.format(4, '6.00', 1)}",
+            f"c: {WRITTEN.format(4, '2', 3)}; {WRITTEN.format(4, '6', 1)}",
         ),
         (
             {"save_weights": True, "save_optim": True, "keep": 2},
             TrainState(),
-            "c: 4 checkpoints of 6.00 MB and the optimizer's memory will be written, 2 of them kept",
+            "c: 4 checkpoints of 6 MB and the optimizer's memory will be written, 2 of them kept",
         ),
         (
             {"save_weights": True, "save_optim": True, "keep": 9},
             TrainState().advance(samples=4),
-            "c: 4 checkpoints of 6.00 MB will be written, 4 of them kept",
+            "c: 4 checkpoints of 6 MB will be written, 4 of them kept",
         ),
         (
             {"save_weights": False, "save_latest_optim": False},
             TrainState(iteration=TrainingIteration(2, 4, 16)),
-            "c: 2 checkpoints of 2.00 MB will be written, 1 of them kept",
+            "c: 2 checkpoints of 2 MB will be written, 1 of them kept",
         ),
     ],
 )
@@ -102,6 +102,14 @@ def test_the_forecast_before_training(settings, state, text):
     callback = CheckpointCallback(every_n_epochs=1, id="c", **settings)
     assert callback(state, BeforeTraining(run=RUN)) == (state, (LogText(text),))
     assert callback(state, BeforeTraining(run=RUN, resumed=True)) == (state, (LogText(text),))
+
+
+def test_one_small_checkpoint_is_forecast_in_words_that_fit():
+    callback = CheckpointCallback(every_n_epochs=9, id="c", save_latest_optim=False)
+    state = TrainState(params={"w": torch.zeros(300)})
+    assert callback(state, BeforeTraining(run=RUN))[1] == (
+        LogText("c: 1 checkpoint of 1.2 kB will be written and kept"),
+    )
 
 
 def test_a_run_without_an_end_has_no_forecast():

@@ -259,6 +259,22 @@ def test_unknown_weights_are_refused_with_the_known_ones():
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"keep": 0}, "keep: 0 is not a whole number of at least 1"),
+        (
+            {"keep": 2, "save_weights": False},
+            "keep: has no effect without save_weights: leave it out, or set save_weights to true",
+        ),
+    ],
+)
+def test_a_number_to_keep_without_meaning_is_refused(settings, problem):
+    with pytest.raises(SettingsError) as refused:
+        ema(**settings)
+    assert [str(each) for each in refused.value.problems] == [problem]
+
+
 # --- requests
 
 
@@ -274,6 +290,7 @@ def save(factor, *, keep, pointer=None, models=()):
     [
         ({}, [save(0.5, keep=None)], [save(0.5, keep=0, pointer="last")]),
         ({"save_last_weights": False}, [save(0.5, keep=None)], []),
+        ({"keep": 3}, [save(0.5, keep=3)], [save(0.5, keep=0, pointer="last")]),
         ({"save_weights": False}, [], [save(0.5, keep=0, pointer="last")]),
         ({"save_weights": False, "save_last_weights": False}, [], []),
         (

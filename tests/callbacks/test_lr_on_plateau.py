@@ -83,7 +83,7 @@ def test_a_reduction_is_reported():
     ]  # at min_scale nothing more is reported
     _, _, requests = go(reduce(mode="higher", tolerance=1), [0.5, 0.5])
     assert requests[1] == (
-        LogText("learning rate times 0.5: loss/val/total has not been higher than 0.5 for 1 firings"),
+        LogText("learning rate times 0.5: loss/val/total has not been higher than 0.5 for 1 firing"),
     )
 
 

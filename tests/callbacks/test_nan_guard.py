@@ -112,7 +112,8 @@ def test_only_updates_in_a_row_count(tolerance):
     state, _ = go(member, start(member), *almost)
     assert (state.stop, state.memory(member.name)["in_row"]) == (None, 0)
     state, requests = go(member, state, *[(0.0, NONFINITE)] * tolerance)
-    assert state.stop == f"{tolerance} updates in a row were not finite"
+    many = f"{tolerance} updates in a row were not finite"
+    assert state.stop == (many if tolerance > 1 else "1 update was not finite")
     assert [effects[0] for effects in requests] == [nonfinite(n) for n in range(1, tolerance + 1)]
 
 
@@ -227,7 +228,7 @@ def test_a_rollback_computed_by_hand():
 def test_before_the_first_firing_it_rolls_back_to_the_start():
     member = rollback(every_n_updates=100, tolerance=1)
     state, requests = go(member, start(member, 9.0), 1.0, 2.0, (INF, NONFINITE))
-    assert requests[-1][1] == LogText("1 updates in a row were not finite: back to the weights of E0_U0_S0")
+    assert requests[-1][1] == LogText("1 update was not finite: back to the weights of E0_U0_S0")
     assert same(weights_of(state), weights_of(TrainState(**weights(9.0))))
 
 
@@ -258,7 +259,7 @@ def test_a_rollback_at_a_firing_takes_no_snapshot_and_names_the_source():
     member = rollback(tolerance=1, every_n_updates=2)
     state, requests = go(member, start(member), 1.0, 2.0, 3.0, (NAN, NONFINITE), (NAN, NONFINITE))
     assert [effect.text for effects in requests for effect in effects if isinstance(effect, LogText)] == [
-        "1 updates in a row were not finite: back to the weights of E0_U2_S8"
+        "1 update was not finite: back to the weights of E0_U2_S8"
     ] * 2
     assert same(state.params["w"], torch.tensor([2.0, 0.0]))
 
@@ -303,7 +304,7 @@ def test_it_stops_after_max_rollbacks():
     assert [len(effects) for effects in requests] == [0, 0, 2, 0, 2, 0]
     assert (state.stop, state.memory(member.name)["rollbacks"]) == (None, 2)
     state, requests = go(member, state, (NAN, NONFINITE))
-    reason = "1 updates in a row were not finite, after 2 rollbacks"
+    reason = "1 update was not finite, after 2 rollbacks"
     assert (state.stop, requests) == (reason, [(nonfinite(1), LogText(f"stopping: {reason}"))])
     assert math.isnan(state.params["w"][0])
 

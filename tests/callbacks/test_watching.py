@@ -168,7 +168,7 @@ def test_a_missing_target_is_refused():
 )
 def test_a_value_that_is_not_current_is_refused(callback):
     state, _ = go(callback, [0.5])
-    with pytest.raises(MetricError, match="metric 'val/accuracy' is 1 updates old: it was measured at E1_U1_S1"):
+    with pytest.raises(MetricError, match="metric 'val/accuracy' is 1 update old: it was measured at E1_U1_S1"):
         callback(state.advance(samples=1).next_epoch(), AfterEpoch())
     with pytest.raises(MetricError, match="no metric 'val/accuracy' was measured yet; measured: none"):
         callback(TrainState().next_epoch(), AfterEpoch())

@@ -71,7 +71,7 @@ def test_logs_are_not_truncated_for_checkpoints_that_are_gone(tmp_path, asynchro
     lines = (path / "metrics.jsonl").read_bytes()
     with (
         open_run(path) as directory,
-        pytest.raises(CheckpointError, match=r"metrics.jsonl has 1 lines up to E0_U1_S4: mount the disk"),
+        pytest.raises(CheckpointError, match=r"metrics.jsonl has 1 line up to E0_U1_S4: mount the disk"),
     ):
         directory.resume()
     assert (path / "metrics.jsonl").read_bytes() == lines != b""

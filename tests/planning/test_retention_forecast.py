@@ -136,7 +136,8 @@ def checkpoint_callbacks(draw, name):
 def ema_callbacks(draw, name):
     saves = {key: draw(st.booleans()) for key in ("save_weights", "save_last_weights", "save_latest_weights")}
     paths = draw(st.sampled_from(((), ("a",))))
-    return EMACallback(id=name, target_factors=(0.5, 0.25), model_paths=paths, at_end=draw(st.booleans()),
+    keep = draw(keeps) if saves["save_weights"] else None
+    return EMACallback(id=name, target_factors=(0.5, 0.25), model_paths=paths, at_end=draw(st.booleans()), keep=keep,
                        **saves, **draw(intervals))  # fmt: skip
 
 

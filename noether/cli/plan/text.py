@@ -10,6 +10,7 @@ from rich.table import Table
 
 from noether.cli.output import printable
 from noether.cli.plan.timeline import ASCII_MARKS, UNICODE_MARKS, row, scale
+from noether.core.text import count_of, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,7 +27,6 @@ _MIN_COLUMNS: Final = 20
 """Minimum width of the names and of the timeline."""
 _SAVE_COLUMNS: Final = ("written", "kept", "of each", "in all")
 _EVALUATION_COLUMNS: Final = ("evaluations", "samples")
-_THOUSAND: Final = 1000
 
 
 def print_plan(plan: Plan, file: str) -> None:
@@ -52,20 +52,6 @@ def print_interval(fired: Iterable[tuple[PlannedCallback, Firings]], where: str)
     for planned, firings in fired:
         table.add_row(printable(planned.name), str(firings.first), str(firings.last), f"{firings.count:,}")
     _print_list(table, f"nothing fires {where}")
-
-
-def format_bytes(count: float) -> str:
-    """Return a number of bytes as text.
-
-    Example:
-        >>> format_bytes(999), format_bytes(999_999), format_bytes(1_508_884), format_bytes(2.5e12)
-        ('999 B', '1 MB', '1.51 MB', '2.50 TB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if round(count) < _THOUSAND:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= _THOUSAND
-    return f"{count:,.2f} TB"
 
 
 def _console() -> Console:
@@ -96,8 +82,8 @@ def _plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
 def _heading(plan: Plan, file: str) -> str:
     final, frozen = plan.run.final, f", {plan.frozen_params:,} frozen" if plan.frozen_params else ""
     return (
-        f"{file}: {final.epoch:,} epochs, {final.update:,} updates, {final.sample:,} samples; "
-        f"{plan.trainable_params:,} parameters{frozen}\n"
+        f"{file}: {count_of(final.epoch, 'epoch')}, {count_of(final.update, 'update')}, "
+        f"{count_of(final.sample, 'sample')}; {count_of(plan.trainable_params, 'parameter')}{frozen}\n"
     )
 
 

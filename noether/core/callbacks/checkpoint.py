@@ -10,6 +10,7 @@ from noether.core.effect import LogText, SaveCheckpoint
 from noether.core.errors import Problem, check_whole
 from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tree import FrozenDict, tensors
+from noether.core.text import count_of, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,10 +148,10 @@ def _describe_saves(save: SaveCheckpoint, state: TrainState, count: int, *, keep
     optimizer = _total_bytes((state.opt_state, state.callback_states)) if save.optimizer else 0
     # The optimizer allocates its memory at the first update; before that, only the size of the weights is known.
     unknown = " and the optimizer's memory" if save.optimizer and not state.iteration.update else ""
-    remaining = count if keep is None else min(count, keep)
-    size = f"{(weights + optimizer) / 1e6:.2f} MB"
-    checkpoints = "checkpoint" if count == 1 else "checkpoints"
-    return f"{count} {checkpoints} of {size}{unknown} will be written, {remaining} of them kept"
+    saves = f"{count_of(count, 'checkpoint')} of {format_bytes(weights + optimizer)}{unknown} will be written"
+    return (
+        f"{saves} and kept" if count == 1 else f"{saves}, {count if keep is None else min(count, keep):,} of them kept"
+    )
 
 
 def _total_bytes(tree: object) -> int:

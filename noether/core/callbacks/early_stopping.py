@@ -11,6 +11,7 @@ from noether.core.effect import LogText
 from noether.core.errors import Problem, check_choice, check_whole
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.tree import FrozenDict
+from noether.core.text import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -59,7 +60,7 @@ class MetricEarlyStopping(MetricWatcher):
         ...     state, _ = log(state.next_epoch(), AfterEpoch(), {"val/accuracy": accuracy})
         ...     state, _ = stopping(state, AfterEpoch())
         >>> state.stop
-        'val/accuracy has not been higher than 0.9 for 1 of 1 firings'
+        'val/accuracy has not been higher than 0.9 for 1 of 1 firing'
     """
 
     tolerance: int
@@ -108,7 +109,7 @@ class MetricEarlyStopping(MetricWatcher):
         if since < self.tolerance:
             return None
         beyond = "finite" if best is None else f"{self.direction} than {best:.6g}"
-        return f"{self.metric_key} has not been {beyond} for {since} of {self.tolerance} firings"
+        return f"{self.metric_key} has not been {beyond} for {since} of {count_of(self.tolerance, 'firing')}"
 
 
 @final

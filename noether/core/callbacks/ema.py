@@ -9,7 +9,7 @@ import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
-from noether.core.errors import Problem, WeightsError, raise_problems, suggest
+from noether.core.errors import Problem, WeightsError, check_whole, raise_problems, suggest
 from noether.core.tensors import torch_internals
 from noether.core.tensors.donation import ALREADY_UPDATED, DonatedTree, OwnedStorages
 from noether.core.tensors.stored_weights import memory_of, name_in_tags
@@ -40,10 +40,12 @@ class EMACallback(PeriodicCallback):
     Args:
         target_factors: Decays, each in (0, 1), without duplicates. A decay of 0.999 averages about 1000 updates.
         model_paths: Sub-modules to average, by their path in the model; empty, or with null in it, for the whole model.
-        save_weights: Whether to save the averages at the interval, as checkpoints `TAG.ema=FACTOR` that are all kept.
+        save_weights: Whether to save the averages at the interval, as checkpoints `TAG.ema=FACTOR`.
         save_last_weights: Whether to save the averages after training, with the pointer `last.ema=FACTOR`.
         save_latest_weights: Whether to save the averages at the interval with the pointer `latest.ema=FACTOR`, and to
             keep the newest ones.
+        keep: With `save_weights`: number of newest checkpoints of each average to keep, >= 1; None keeps all. Those
+            that a pointer names are kept in any case.
         every_n_epochs: Epochs between saves, >= 1.
         every_n_updates: Updates between saves, >= 1.
         every_n_samples: Samples between saves, >= 1; give exactly one of the three.
@@ -77,12 +79,17 @@ class EMACallback(PeriodicCallback):
     save_weights: bool = True
     save_last_weights: bool = True
     save_latest_weights: bool = False
+    keep: int | None = None
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
         yield from super().problems()
         if self.id is not None and not _NAME.fullmatch(self.id):
             yield Problem("id", f"{self.id!r} becomes part of checkpoint names; use letters, digits, '_', '.' and '-'")
+        if self.keep is not None:
+            yield check_whole("keep", self.keep)
+            if not self.save_weights:
+                yield Problem("keep", "has no effect without save_weights: leave it out, or set save_weights to true")
         if not self.target_factors or len(set(self.target_factors)) < len(self.target_factors):
             yield Problem("target_factors", f"{list(self.target_factors)} is not a list of different factors")
         for index, factor in enumerate(self.target_factors):
@@ -157,16 +164,16 @@ class EMACallback(PeriodicCallback):
         if not (self.save_weights or self.save_latest_weights):
             return state, ()
         pointer = "latest" if self.save_latest_weights else None
-        return state, self._requests(state, pointer, keep_all=self.save_weights)
+        return state, self._requests(state, pointer, keep=self.keep if self.save_weights else 0)
 
     def after_training(self, state: TrainState, event: AfterTraining) -> tuple[TrainState, Effects]:
         """Request the last checkpoints of the averages."""
         state, effects = super().after_training(state, event)
         if not self.save_last_weights:
             return state, effects
-        return state, (*effects, *self._requests(state, "last", keep_all=False))
+        return state, (*effects, *self._requests(state, "last", keep=0))
 
-    def _requests(self, state: TrainState, pointer: str | None, *, keep_all: bool) -> tuple[SaveCheckpoint, ...]:
+    def _requests(self, state: TrainState, pointer: str | None, *, keep: int | None) -> tuple[SaveCheckpoint, ...]:
         return tuple(
             SaveCheckpoint(
                 tag=f"{state.iteration}.{name_in_tags(name)}",
@@ -174,7 +181,7 @@ class EMACallback(PeriodicCallback):
                 weights_of=name,
                 models=tuple(path for path in self.model_paths if path is not None) if self._partial else (),
                 pointers=() if pointer is None else (f"{pointer}.{name_in_tags(name)}",),
-                retention=FrozenDict({memory_of(name): None if keep_all else 0}),
+                retention=FrozenDict({memory_of(name): keep}),
             )
             for name in self._averages
         )

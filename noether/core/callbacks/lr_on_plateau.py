@@ -8,6 +8,7 @@ from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfi
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_whole, is_number
 from noether.core.tensors.tree import FrozenDict
+from noether.core.text import count_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -112,7 +113,7 @@ class ReduceLROnPlateauCallback(MetricWatcher):
         if after >= before:
             return state, ()
         beyond = "finite" if best is None else f"{self.direction} than {best:.6g}"
-        reason = f"{self.metric_key} has not been {beyond} for {self.tolerance} firings"
+        reason = f"{self.metric_key} has not been {beyond} for {count_of(self.tolerance, 'firing')}"
         text = f"learning rate times {after / before:.6g}: {reason}"
         hyperparams = FrozenDict({**state.hyperparams, "lr_scale": after})
         return state.replace(hyperparams=hyperparams), (LogText(text),)

@@ -123,7 +123,8 @@ class NanGuardCallback(PeriodicCallback):
         if state.stop is not None:
             return state, ()
         memory = self.memory(state)
-        reason = f"{memory['in_row']} updates in a row were not finite"
+        in_row = memory["in_row"]
+        reason = "1 update was not finite" if in_row == 1 else f"{in_row} updates in a row were not finite"
         if self.action == "rollback" and memory["rollbacks"] < self.max_rollbacks:
             text = f"{reason}: back to the weights of {memory['taken']}"
             counts = {"in_row": 0, "rollbacks": memory["rollbacks"] + 1}

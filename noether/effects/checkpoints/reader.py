@@ -145,5 +145,6 @@ class CheckpointReader:
         reasons = [*map(str, damaged), *partial, *map(str, removed)]
         if reasons:
             total = len(damaged) + len(partial)
-            headline = f"the run cannot resume from any of the {total} checkpoints in {self._directory}:"
+            any_of = "the checkpoint" if total == 1 else f"any of the {total} checkpoints"
+            headline = f"the run cannot resume from {any_of} in {self._directory}:"
             raise CheckpointError("\n  ".join([headline, *reasons]))

@@ -57,7 +57,7 @@ def _describe_no_run(path: Path) -> str:
     fix = "give one like runs/NAME/RUN_ID"
     if runs:
         newest = max(runs, key=lambda run: [int(digits) for digits in re.findall(r"\d+", run.name)])
-        fix = f"the newest of the {len(runs)} runs in it is {newest}"
+        fix = f"the newest of the {len(runs)} runs in it is {newest}" if len(runs) > 1 else f"the run in it is {newest}"
     return f"is not the directory of a run: it has no {CONFIG_FILE}; {fix}"
 
 

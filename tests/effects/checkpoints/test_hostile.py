@@ -81,7 +81,7 @@ def refusal(store, name="x"):
     assert {Path(each).parent.name for each in opened_paths(events)} <= {"x"}
     message = str(load_error.value)
     first, *reasons = str(recover_error.value).splitlines()
-    assert first.startswith("the run cannot resume from any of the 1 checkpoints")
+    assert first.startswith("the run cannot resume from the checkpoint in ")
     assert [reason.strip().partition(": ")[0] for reason in reasons] == [message.partition(": ")[0]]
     return message
 
