@@ -36,19 +36,20 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def count_of(number: int, noun: str, plural: str | None = None) -> str:
+def count_of(number: int, noun: str, plural: str | None = None, form: str = "") -> str:
     """Return a number with what it counts, in the singular for one.
 
     Args:
         number: The number.
         noun: What it counts.
         plural: Its plural; None to append an s.
+        form: Format of the number, such as `,`.
 
     Example:
-        >>> count_of(1, "checkpoint"), count_of(1200, "checkpoint"), count_of(0, "batch", "batches")
-        ('1 checkpoint', '1,200 checkpoints', '0 batches')
+        >>> count_of(1, "checkpoint"), count_of(1200, "update", form=","), count_of(0, "batch", "batches")
+        ('1 checkpoint', '1,200 updates', '0 batches')
     """
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+    return f"{number:{form}} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def format_bytes(count: float) -> str:

@@ -89,6 +89,30 @@ def test_the_closed_form_over_a_thousand_updates(dtype, rtol, center):
 FLOATS = st.sampled_from([torch.float32, torch.float64])
 
 
+@settings(max_examples=30)
+@given(st.floats(0.01, 0.999), st.integers(0, 8), st.booleans(), st.integers(0, 15), st.integers(0, 15))
+def test_averaging_starts_at_an_update_and_its_decay_grows_as_in_tensorflow(factor, begin, warmup, cut, updates):
+    callback = ema(factor, start_at_update=begin, warmup=warmup)
+    params = torch.randn(updates + 1, 3, generator=torch.Generator().manual_seed(updates), dtype=torch.float64)
+    state = start(callback, params={"w": params[0]})
+    expected = params[0]
+    for update, param in enumerate(params[1:], 1):
+        if update == cut:  # what a checkpoint holds; the callback keeps nothing
+            callback = ema(factor, start_at_update=begin, warmup=warmup)
+            state = TrainState(iteration=state.iteration, callback_states=state.callback_states)
+        state = update_once(callback, state, params={"w": param})
+        averaged = update - begin - 1
+        decay = min(factor, (1 + averaged) / (10 + averaged)) if warmup else factor
+        expected = param if averaged < 0 else decay * expected + (1 - decay) * param
+        torch.testing.assert_close(average_of(state, f"ema={factor}")["params"]["w"], expected)
+        assert averaged >= 0 or torch.equal(average_of(state, f"ema={factor}")["params"]["w"], param)
+
+
+def test_a_start_below_zero_is_refused():
+    with pytest.raises(SettingsError, match="start_at_update: -1 is not a whole number of at least 0"):
+        ema(start_at_update=-1)
+
+
 def network():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, bias=False))
 

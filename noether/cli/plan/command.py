@@ -13,10 +13,11 @@ import click
 
 from noether.cli.output import echo
 from noether.cli.plan.json import interval_json, plan_json, point_json
-from noether.cli.plan.text import format_bytes, print_interval, print_plan, print_point
+from noether.cli.plan.text import print_interval, print_plan, print_point
 from noether.core.errors import SettingsError
 from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.schedules.forecast import events_at, fires, firings
+from noether.core.text import format_bytes
 from noether.planning.plan import make_plan
 
 if TYPE_CHECKING:

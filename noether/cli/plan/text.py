@@ -81,9 +81,10 @@ def _plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 def _heading(plan: Plan, file: str) -> str:
     final, frozen = plan.run.final, f", {plan.frozen_params:,} frozen" if plan.frozen_params else ""
+    params = count_of(plan.trainable_params, "parameter", form=",")
     return (
-        f"{file}: {count_of(final.epoch, 'epoch')}, {count_of(final.update, 'update')}, "
-        f"{count_of(final.sample, 'sample')}; {count_of(plan.trainable_params, 'parameter')}{frozen}\n"
+        f"{file}: {count_of(final.epoch, 'epoch', form=',')}, {count_of(final.update, 'update', form=',')}, "
+        f"{count_of(final.sample, 'sample', form=',')}; {params}{frozen}\n"
     )
 
 

@@ -31,7 +31,8 @@ class EMACallback(PeriodicCallback):
 
     The averages start as the params before training. After each update
     `average = factor * average + (1 - factor) * params`, in float32 or more; buffers and integers are copied. Updates
-    that were skipped because they were not finite do not count.
+    that were skipped because they were not finite do not count. The untrained weights are in the average for about
+    `1 / (1 - factor)` updates, unless `start_at_update` or `warmup` is set.
 
     To evaluate an average, give `weights: ema=0.999` to a callback that iterates data and list it after this one; the
     weights in training do not change. The averages are part of every resumable checkpoint, so they resume exactly. A
@@ -46,6 +47,11 @@ class EMACallback(PeriodicCallback):
             keep the newest ones.
         keep: With `save_weights`: number of newest checkpoints of each average to keep, >= 1; None keeps all. Those
             that a pointer names are kept in any case.
+        start_at_update: Number of updates before averaging starts, >= 0; up to there the averages are copies of the
+            weights.
+        warmup: Whether the decay grows to its factor, so that early weights are forgotten: the n-th update that is
+            averaged, from 0, has the decay `min(factor, (1 + n) / (10 + n))`, as in `tf.train.ExponentialMovingAverage`
+            with `num_updates`. n is counted from the number of updates, so it resumes exactly.
         every_n_epochs: Epochs between saves, >= 1.
         every_n_updates: Updates between saves, >= 1.
         every_n_samples: Samples between saves, >= 1; give exactly one of the three.
@@ -80,6 +86,8 @@ class EMACallback(PeriodicCallback):
     save_last_weights: bool = True
     save_latest_weights: bool = False
     keep: int | None = None
+    start_at_update: int = 0
+    warmup: bool = False
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
@@ -90,6 +98,7 @@ class EMACallback(PeriodicCallback):
             yield check_whole("keep", self.keep)
             if not self.save_weights:
                 yield Problem("keep", "has no effect without save_weights: leave it out, or set save_weights to true")
+        yield check_whole("start_at_update", self.start_at_update, at_least=0)
         if not self.target_factors or len(set(self.target_factors)) < len(self.target_factors):
             yield Problem("target_factors", f"{list(self.target_factors)} is not a list of different factors")
         for index, factor in enumerate(self.target_factors):
@@ -154,10 +163,17 @@ class EMACallback(PeriodicCallback):
             if isinstance(averages, DonatedTree) and averages.owner is ALREADY_UPDATED:
                 averages = FrozenDict(averages)  # the same event did it, before it was cut short
             else:
-                averages = move(averages, params, 1 - factor)
+                averages = move(averages, params, 1 - self._decay(factor, state.iteration.update))
             average = FrozenDict(params=averages, buffers=clone_tensors(buffers))
             state = state.remember(memory_of(name), average)
         return state, ()
+
+    def _decay(self, factor: float, update: int) -> float:
+        """Return the weight of the average at an update, counted from 1."""
+        n = update - 1 - self.start_at_update
+        if n < 0:
+            return 0.0
+        return min(factor, (1 + n) / (10 + n)) if self.warmup else factor
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Request checkpoints of the averages."""
