@@ -120,6 +120,7 @@ def test_a_path_that_exists_stays(path):
         ({"skip_nan_loss": False}, {"nonfinite": "apply"}),
         ({"precision": "fp32"}, {"precision": "float32"}),
         ({"precision": "bf16"}, {"precision": "bfloat16"}),
+        ({"precision": "fp16"}, {"precision": "float16"}),
         ({"max_updates": None, "tracker": None, "start_at_epoch": None, "skip_nan_loss": None}, {}),
     ],
 )

@@ -1,41 +1,26 @@
-"""How the sections of a configuration, and the objects that they name, are structured from plain values."""
+"""How the sections of a configuration are structured from plain values."""
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast, get_args, get_origin
 
 from noether.config.compatibility import (
     SECTIONS,
     TRAINER,
-    ConfigWarning,
-    current_path,
     translate,
-    translate_settings,
 )
-from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, raise_together
+from noether.config.errors import InvalidValueError, collect_errors, raise_together
 from noether.config.init_settings import InitSettings
-from noether.config.objects.function_callback import FunctionCallbackFactory
-from noether.config.objects.functions import FunctionKind, MetricKind
 from noether.config.objects.kinds import (
-    CALLBACK,
     DATASET,
     FACTOR,
-    METRIC,
     MODEL,
     OPTIMIZER,
-    PART,
-    SAMPLER,
     SETTING_FUNCTION,
     Kind,
     Role,
-    build_nested,
-    can_serve,
-    check_constructible,
-    resolve,
 )
 from noether.config.optimizer_settings import SETTINGS_OF_ALL, ScheduleSettings
 from noether.config.schema import (
@@ -47,15 +32,15 @@ from noether.config.schema import (
     OptimizerSettings,
     TrainerSettings,
 )
-from noether.config.structure.construction import arguments, construct, construct_with_settings
-from noether.config.structure.converter import has_origin, is_function_type, make_converter, read_untyped
+from noether.config.structure.construction import arguments, construct
+from noether.config.structure.converter import has_origin, is_function_type, make_converter
+from noether.config.structure.entries import EntryHooks
 from noether.config.structure.signatures import parameters
-from noether.core.callables import positional_names, unbound_settings
 from noether.core.errors import Problem, SettingsError, suggest
 from noether.core.schedules.schedule import INTERVALS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from cattrs import Converter
@@ -71,7 +56,7 @@ _OPTIMIZER_FIELDS: Final = tuple(each.name for each in dataclasses.fields(Optimi
 def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | None = None) -> Converter:
     """Return the strict converter with the hooks of a configuration: named objects, and sections with open settings."""
     converter = make_converter()
-    kinds = _KindHooks(converter, tuple(allow), source, run_dir)
+    kinds = EntryHooks(converter, tuple(allow), source, run_dir)
     converter.register_structure_hook(EvaluateSettings, lambda value, _: _structure_evaluate(converter, value))
     converter.register_structure_hook(CheckpointSettings, lambda value, _: _structure_checkpoints(converter, value))
     converter.register_structure_hook(ScheduleSettings, lambda value, _: _structure_schedule(kinds, value))
@@ -89,167 +74,6 @@ def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | 
         has_origin(Annotated), lambda value, kind: kinds.structure(value, *get_args(kind))
     )
     return converter
-
-
-@dataclass(frozen=True)
-class _KindHooks:
-    """Structures settings that name an object by its dotted path."""
-
-    converter: Converter
-    allow: tuple[str, ...]
-    source: Source
-    run_dir: Path | None
-
-    def structure(self, value: object, kind: type, role: Role) -> object:
-        if kind is Kind:
-            if role is SAMPLER and isinstance(value, str):
-                value = {"kind": value}
-            return self.callback(value) if role is CALLBACK else self.kind(value, role)
-        if isinstance(value, dict) and kind is not str:
-            return self.metric(value) if role is METRIC else self.function(value, role)
-        path: str = self.converter.structure(value, str)
-        if "." in path or not role.has_names:
-            self.resolve_function(path, role)
-        return path
-
-    def resolve(self, path: object, role: Role) -> Any:
-        return resolve(path, role, self.allow, self.run_dir)
-
-    def resolve_function(self, path: str, role: Role) -> Any:
-        """Return the function at a path without settings."""
-        target = self.resolve(path, role)
-        missing = unbound_settings(target) if role.arguments else []
-        if missing:
-            write = ", ".join(f"{name}: ..." for name in missing)
-            raise InvalidValueError(
-                f"{path!r} needs the setting {' and '.join(missing)}: write {{kind: {path}, {write}}}"
-            )
-        return target
-
-    def fits(self, path: object, role: Role) -> bool:
-        """Return whether the object at a path may be imported and fits a role."""
-        try:
-            self.resolve(path, role)
-        except InvalidValueError:
-            return False
-        return True
-
-    def kind(self, value: object, role: Role) -> Kind:
-        """Return an entry with checked settings, nested entries included; `Kind.build` constructs them later."""
-        path, target, written = self.read_entry(value, role)
-        return Kind(path, target, self.settings(target, written, role.given))
-
-    def settings(
-        self, target: Any, written: Mapping[str, object], given: Iterable[str] = (), beside: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """Return checked settings of a class or function, nested entries included."""
-        settings, errors = arguments(self.converter, target, written, given=given, beside=beside)
-        raise_together(errors, Kind)
-        return settings
-
-    def function(self, value: object, role: Role, beside: Sequence[str] = ()) -> FunctionKind | Kind:
-        """Return the entry of a function, or of a class that makes one: a dotted path, or a `kind` with settings.
-
-        Args:
-            value: The entry.
-            role: What the function is called with.
-            beside: Settings of the entry that are not the function's.
-        """
-        if not isinstance(value, dict):
-            path: str = self.converter.structure(value, str)
-            return FunctionKind(path, self.resolve_function(path, role))
-        path, target, written = self.read_entry(value, dataclasses.replace(role, fits=partial(can_serve, role=role)))
-        written = {name: each for name, each in written.items() if name not in beside}
-        if isinstance(target, type):
-            return Kind(path, target, self.settings(target, written, (), beside))
-        # Those that its caller passes by position are no settings.
-        passed = positional_names(target)
-        given = passed[: len(role.arguments)] if role.arguments else [each for each in passed if each not in written]
-        return FunctionKind(path, target, self.settings(target, written, given, beside))
-
-    def metric(self, value: object) -> MetricKind:
-        """Return the entry of a metric that is not one of noether's."""
-        entry = self.function(value, METRIC, beside=("name",))
-        errors: list[Exception] = []
-        name = None
-        if isinstance(value, dict) and "name" in value:
-            with collect_errors(errors, "name"):
-                name = self.converter.structure(value["name"], str)
-                if not name.strip():
-                    raise InvalidValueError(f"{name!r} is no name for a metric; leave it out or write one")
-                if "name" in parameters(entry.target):
-                    raise InvalidValueError(
-                        f"is the name of the metric, so {entry.path} cannot have a parameter of that name; rename it"
-                    )
-        raise_together(errors, MetricKind)
-        return MetricKind(entry, name)
-
-    def structure_dataclass(self, value: object, kind: type) -> Kind:
-        """Return the entry of a dataclass in settings, which is constructed now so that it checks its own."""
-        instance, settings = construct_with_settings(self.converter, kind, value, build_nested)
-        return Kind("", kind, settings, instance)
-
-    def nested(self, value: Any) -> Any:
-        """Return a setting with each mapping in it that has a dotted path as `kind` structured as an entry."""
-        value = read_untyped(value)
-        if isinstance(value, dict) and "." in str(value.get("kind")):
-            return self.kind(value, PART)
-        if not isinstance(value, (dict, list, tuple)):
-            return value
-        parts = dict(value if isinstance(value, dict) else enumerate(value))
-        errors: list[Exception] = []
-        for part, inner in parts.items():
-            with collect_errors(errors, part):
-                parts[part] = self.nested(inner)
-        raise_together(errors, Kind)
-        return parts if isinstance(value, dict) else type(value)(parts.values())
-
-    def callback(self, value: object) -> Kind:
-        """Return the entry of a callback, which is constructed now so that its constructor checks the settings."""
-        path, target, written = self.read_entry(value, CALLBACK)
-        if isinstance(target, type):
-            written, ignored = translate_settings(target, written)
-            for problem in ignored:
-                self.warn((*self.path_of(value), problem.setting), problem.message)
-        else:
-            target = FunctionCallbackFactory(target)
-        if "name" not in parameters(target):
-            written.pop("name", None)  # in YAML, any callback may have a label for the reader
-        instance, settings = construct_with_settings(self.converter, target, written, build_nested)
-        # Imported here, because it imports torch and an invalid entry is refused without it.
-        from noether.core.callback_checks import check_bound, check_callback
-
-        check_callback(instance, "callbacks")
-        check_bound(instance)
-        return Kind(path, target, settings, instance)
-
-    def warn(self, path: SettingPath, message: str) -> None:
-        """Warn about a setting, with its place."""
-        located = LocatedProblem(self.source.place(path), path, message)
-        warnings.warn(str(located), ConfigWarning, stacklevel=2)
-
-    def path_of(self, callback: object) -> SettingPath:
-        """Return the path of one of the callbacks."""
-        callbacks = self.source.data.get("callbacks", [])
-        return ("callbacks", next(i for i, each in enumerate(callbacks) if each is callback))
-
-    def read_entry(self, value: object, role: Role) -> tuple[str, Any, dict[str, object]]:
-        """Return the `kind` of an entry, the object at that path, and the settings beside it."""
-        if not isinstance(value, dict):
-            hint = f": write {{kind: {value}}}" if isinstance(value, str) and "." in value else ""
-            raise InvalidValueError(f"{value!r} is not a mapping with a `kind`{hint}")
-        errors: list[Exception] = []
-        path = target = None
-        with collect_errors(errors, "kind"):
-            if "kind" not in value:
-                raise InvalidValueError(f"is missing; expected {role.expected}")
-            path = str(value["kind"]) if isinstance(value["kind"], str) else value["kind"]
-            if role is CALLBACK and isinstance(path, str) and not self.fits(path, role):
-                path = current_path(path)
-            target = self.resolve(path, role)
-            check_constructible(path, target)
-        raise_together(errors, Kind)
-        return path, target, {name: each for name, each in value.items() if name != "kind"}
 
 
 def _is_dataclass_of_user(kind: Any) -> bool:
@@ -270,7 +94,7 @@ def _derives_from(base: tuple[str, str], kind: Any) -> bool:
     return any((each.__module__, each.__name__) == base for each in bases)
 
 
-def _structure_part(kinds: _KindHooks, role: Role, value: object, kind: Any) -> Kind:
+def _structure_part(kinds: EntryHooks, role: Role, value: object, kind: Any) -> Kind:
     """Return the entry of a dataset or model that is a setting of another one."""
     part, expected = kinds.kind(value, role), get_origin(kind) or kind
     if isinstance(part.target, type) and not issubclass(part.target, expected):
@@ -298,7 +122,7 @@ def _structure_evaluate(converter: Converter, value: object) -> object:
     return section
 
 
-def _structure_config(kinds: _KindHooks, value: object) -> object:
+def _structure_config(kinds: EntryHooks, value: object) -> object:
     """Return the configuration; `data.batch_size`, which is no dataset, is the field `batch_size`."""
     sections, errors = _translate(kinds, SECTIONS, value, ())
     function: Function | None = None
@@ -322,7 +146,7 @@ def _structure_init(converter: Converter, value: object) -> object:
     return construct(converter, InitSettings, value)
 
 
-def _structure_batch_function(kinds: _KindHooks, entry: object) -> Function:
+def _structure_batch_function(kinds: EntryHooks, entry: object) -> Function:
     errors: list[Exception] = []
     function: Any = None
     with collect_errors(errors, "batch_size"):
@@ -335,7 +159,7 @@ def _structure_batch_function(kinds: _KindHooks, entry: object) -> Function:
     return cast("Function", function)
 
 
-def _structure_trainer(kinds: _KindHooks, value: object) -> object:
+def _structure_trainer(kinds: EntryHooks, value: object) -> object:
     """Return the section `trainer`, with the settings of a class-based framework translated."""
     settings, errors = _translate(kinds, TRAINER, value, ("trainer",))
     with collect_errors(errors):
@@ -345,7 +169,7 @@ def _structure_trainer(kinds: _KindHooks, value: object) -> object:
 
 
 def _translate(
-    kinds: _KindHooks, translation: Translation, value: object, path: SettingPath
+    kinds: EntryHooks, translation: Translation, value: object, path: SettingPath
 ) -> tuple[object, list[Exception]]:
     """Return a section with its settings translated, and the errors of those that are refused; warn of the others."""
     if not isinstance(value, dict):
@@ -371,7 +195,7 @@ def _structure_checkpoints(converter: Converter, value: object) -> object:
     return section
 
 
-def _structure_schedule(kinds: _KindHooks, value: object) -> object:
+def _structure_schedule(kinds: EntryHooks, value: object) -> object:
     """Return a schedule; beside the path of a function, every key that is no setting of all schedules is one of it."""
     path = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(path, str) or "." not in path:
@@ -385,7 +209,7 @@ def _structure_schedule(kinds: _KindHooks, value: object) -> object:
     return construct(kinds.converter, ScheduleSettings, fields, kind=kind)
 
 
-def _structure_optimizer(kinds: _KindHooks, value: object) -> object:
+def _structure_optimizer(kinds: EntryHooks, value: object) -> object:
     """Return the section `optimizer`, in which every key that is no field is a setting of the optimizer's class."""
     path, target, written = kinds.read_entry(value, OPTIMIZER)
     fields = {name: each for name, each in written.items() if name in _OPTIMIZER_FIELDS}

@@ -1,0 +1,209 @@
+"""Entries of a configuration: objects named by their dotted path, each with its settings beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from noether.config.compatibility import ConfigWarning, current_path, translate_settings
+from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, raise_together
+from noether.config.objects.function_callback import FunctionCallbackFactory
+from noether.config.objects.functions import FunctionKind, MetricKind
+from noether.config.objects.kinds import (
+    CALLBACK,
+    METRIC,
+    PART,
+    SAMPLER,
+    Kind,
+    Role,
+    build_nested,
+    can_serve,
+    check_constructible,
+    resolve,
+)
+from noether.config.structure.construction import arguments, construct_with_settings
+from noether.config.structure.converter import read_untyped
+from noether.config.structure.signatures import parameters
+from noether.core.callables import positional_names, unbound_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from cattrs import Converter
+
+    from noether.config.errors import SettingPath
+    from noether.config.source import Source
+
+
+@dataclass(frozen=True)
+class EntryHooks:
+    """Structures settings that name an object by its dotted path.
+
+    Args:
+        converter: Structures all other settings.
+        allow: Prefixes of modules that may be named, beside those that are always allowed.
+        source: The document, for the places of warnings.
+        run_dir: As for `import_allowed`.
+    """
+
+    converter: Converter
+    allow: tuple[str, ...]
+    source: Source
+    run_dir: Path | None
+
+    def structure(self, value: object, kind: type, role: Role) -> object:
+        """Return an entry, or the text of a path or a name, as an annotation with a role asks for it."""
+        if kind is Kind:
+            if role is SAMPLER and isinstance(value, str):
+                value = {"kind": value}
+            return self.callback(value) if role is CALLBACK else self.kind(value, role)
+        if isinstance(value, dict) and kind is not str:
+            return self.metric(value) if role is METRIC else self.function(value, role)
+        path: str = self.converter.structure(value, str)
+        if "." in path or not role.has_names:
+            self.resolve_function(path, role)
+        return path
+
+    def resolve(self, path: object, role: Role) -> Any:
+        """Return the object at a path."""
+        return resolve(path, role, self.allow, self.run_dir)
+
+    def resolve_function(self, path: str, role: Role) -> Any:
+        """Return the function at a path without settings."""
+        target = self.resolve(path, role)
+        missing = unbound_settings(target) if role.arguments else []
+        if missing:
+            write = ", ".join(f"{name}: ..." for name in missing)
+            raise InvalidValueError(
+                f"{path!r} needs the setting {' and '.join(missing)}: write {{kind: {path}, {write}}}"
+            )
+        return target
+
+    def fits(self, path: object, role: Role) -> bool:
+        """Return whether the object at a path may be imported and fits a role."""
+        try:
+            self.resolve(path, role)
+        except InvalidValueError:
+            return False
+        return True
+
+    def kind(self, value: object, role: Role) -> Kind:
+        """Return an entry with checked settings, nested entries included; `Kind.build` constructs them later."""
+        path, target, written = self.read_entry(value, role)
+        return Kind(path, target, self.settings(target, written, role.given))
+
+    def settings(
+        self, target: Any, written: Mapping[str, object], given: Iterable[str] = (), beside: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Return checked settings of a class or function, nested entries included."""
+        settings, errors = arguments(self.converter, target, written, given=given, beside=beside)
+        raise_together(errors, Kind)
+        return settings
+
+    def function(self, value: object, role: Role, beside: Sequence[str] = ()) -> FunctionKind | Kind:
+        """Return the entry of a function, or of a class that makes one: a dotted path, or a `kind` with settings.
+
+        Args:
+            value: The entry.
+            role: What the function is called with.
+            beside: Settings of the entry that are not the function's.
+        """
+        if not isinstance(value, dict):
+            path: str = self.converter.structure(value, str)
+            return FunctionKind(path, self.resolve_function(path, role))
+        path, target, written = self.read_entry(value, dataclasses.replace(role, fits=partial(can_serve, role=role)))
+        written = {name: each for name, each in written.items() if name not in beside}
+        if isinstance(target, type):
+            return Kind(path, target, self.settings(target, written, (), beside))
+        # Those that its caller passes by position are no settings.
+        passed = positional_names(target)
+        given = passed[: len(role.arguments)] if role.arguments else [each for each in passed if each not in written]
+        return FunctionKind(path, target, self.settings(target, written, given, beside))
+
+    def metric(self, value: object) -> MetricKind:
+        """Return the entry of a metric that is not one of noether's."""
+        entry = self.function(value, METRIC, beside=("name",))
+        errors: list[Exception] = []
+        name = None
+        if isinstance(value, dict) and "name" in value:
+            with collect_errors(errors, "name"):
+                name = self.converter.structure(value["name"], str)
+                if not name.strip():
+                    raise InvalidValueError(f"{name!r} is no name for a metric; leave it out or write one")
+                if "name" in parameters(entry.target):
+                    raise InvalidValueError(
+                        f"is the name of the metric, so {entry.path} cannot have a parameter of that name; rename it"
+                    )
+        raise_together(errors, MetricKind)
+        return MetricKind(entry, name)
+
+    def structure_dataclass(self, value: object, kind: type) -> Kind:
+        """Return the entry of a dataclass in settings, which is constructed now so that it checks its own."""
+        instance, settings = construct_with_settings(self.converter, kind, value, build_nested)
+        return Kind("", kind, settings, instance)
+
+    def nested(self, value: Any) -> Any:
+        """Return a setting with each mapping in it that has a dotted path as `kind` structured as an entry."""
+        value = read_untyped(value)
+        if isinstance(value, dict) and "." in str(value.get("kind")):
+            return self.kind(value, PART)
+        if not isinstance(value, (dict, list, tuple)):
+            return value
+        parts = dict(value if isinstance(value, dict) else enumerate(value))
+        errors: list[Exception] = []
+        for part, inner in parts.items():
+            with collect_errors(errors, part):
+                parts[part] = self.nested(inner)
+        raise_together(errors, Kind)
+        return parts if isinstance(value, dict) else type(value)(parts.values())
+
+    def callback(self, value: object) -> Kind:
+        """Return the entry of a callback, which is constructed now so that its constructor checks the settings."""
+        path, target, written = self.read_entry(value, CALLBACK)
+        if isinstance(target, type):
+            written, ignored = translate_settings(target, written)
+            for problem in ignored:
+                self.warn((*self.path_of(value), problem.setting), problem.message)
+        else:
+            target = FunctionCallbackFactory(target)
+        if "name" not in parameters(target):
+            written.pop("name", None)  # in YAML, any callback may have a label for the reader
+        instance, settings = construct_with_settings(self.converter, target, written, build_nested)
+        # Imported here, because it imports torch and an invalid entry is refused without it.
+        from noether.core.callback_checks import check_bound, check_callback
+
+        check_callback(instance, "callbacks")
+        check_bound(instance)
+        return Kind(path, target, settings, instance)
+
+    def warn(self, path: SettingPath, message: str) -> None:
+        """Warn about a setting, with its place."""
+        located = LocatedProblem(self.source.place(path), path, message)
+        warnings.warn(str(located), ConfigWarning, stacklevel=2)
+
+    def path_of(self, callback: object) -> SettingPath:
+        """Return the path of one of the callbacks."""
+        callbacks = self.source.data.get("callbacks", [])
+        return ("callbacks", next(i for i, each in enumerate(callbacks) if each is callback))
+
+    def read_entry(self, value: object, role: Role) -> tuple[str, Any, dict[str, object]]:
+        """Return the `kind` of an entry, the object at that path, and the settings beside it."""
+        if not isinstance(value, dict):
+            hint = f": write {{kind: {value}}}" if isinstance(value, str) and "." in value else ""
+            raise InvalidValueError(f"{value!r} is not a mapping with a `kind`{hint}")
+        errors: list[Exception] = []
+        path = target = None
+        with collect_errors(errors, "kind"):
+            if "kind" not in value:
+                raise InvalidValueError(f"is missing; expected {role.expected}")
+            path = str(value["kind"]) if isinstance(value["kind"], str) else value["kind"]
+            if role is CALLBACK and isinstance(path, str) and not self.fits(path, role):
+                path = current_path(path)
+            target = self.resolve(path, role)
+            check_constructible(path, target)
+        raise_together(errors, Kind)
+        return path, target, {name: each for name, each in value.items() if name != "kind"}
