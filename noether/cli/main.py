@@ -287,6 +287,12 @@ def _errors_as_messages() -> Iterator[None]:
         raise  # the reader closed the pipe, as `head` does: click exits without a message
     except (NoetherError, OSError, FloatingPointError) as error:
         raise _CommandError(error, 1) from error
+    except Exception as error:
+        from noether.core.tensors.calls import CallNote
+
+        if CallNote not in map(type, getattr(error, "__notes__", ())):
+            raise
+        raise _CommandError(error, 1) from error
 
 
 @contextmanager
@@ -312,6 +318,8 @@ class _CommandError(NoetherError, click.ClickException):
     """A message on the standard error, and an exit code."""
 
     def __init__(self, error: Exception, exit_code: int) -> None:
-        message = "\n  ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+        is_plain = isinstance(error, (NoetherError, OSError, FloatingPointError)) and str(error)
+        text = str(error) if is_plain else f"{type(error).__name__}: {error}".removesuffix(": ")
+        message = "\n  ".join([text, *getattr(error, "__notes__", ())])
         super().__init__(printable(message))
         self.exit_code = exit_code  # type: ignore[misc]  # click declares it on the class and reads it on the instance

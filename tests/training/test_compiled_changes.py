@@ -151,11 +151,16 @@ def test_a_cache_that_the_first_call_fills_is_compiled(caplog):
     assert not warnings_in(caplog)
 
 
-def test_batches_of_many_lengths_go_on_without_compilation(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("lengths", "limit"),
+    [((4, 4, 5, 6), "_MAX_GRAPHS"), ((4, 5, 6, 7), "_MAX_WITHOUT_REUSE")],
+    ids=["some", "all"],
+)
+def test_batches_of_many_lengths_go_on_without_compilation(lengths, limit, monkeypatch, caplog):
     """As dion#23: each length takes a graph, and torch limits their number."""
-    monkeypatch.setattr(compiled, "_MAX_GRAPHS", 2)
+    monkeypatch.setattr(compiled, limit, 2)
     expected, found = (
-        train(step, updates=6, lengths=(4, 5, 6, 7))
+        train(step, updates=6, lengths=lengths)
         for step in (make_step(Net()), CompiledStep(make_step(Net(), donate=True)))
     )
     torch.testing.assert_close(found, expected)

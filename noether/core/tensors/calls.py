@@ -30,6 +30,12 @@ _LETTERS: Final = 60
 _INTEGERS: Final = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
+class CallNote(str):
+    """A note on an error of the user's model, loss or metric, which says what failed."""
+
+    __slots__ = ()
+
+
 def call_model(model: nn.Module, batch: Any, weights: dict[str, Tensor] | None = None) -> Any:
     """Return the outputs of a model for a batch.
 
@@ -48,7 +54,7 @@ def call_model(model: nn.Module, batch: Any, weights: dict[str, Tensor] | None =
             return functional_call(model, weights, arguments, keywords)
         return model(*arguments, **keywords)  # faster
     except Exception as error:
-        error.add_note(_describe_place(error, model, batch))
+        error.add_note(CallNote(_describe_place(error, model, batch)))
         raise
 
 
@@ -88,7 +94,7 @@ def call_with_outputs(function: Callable[[Any, Any], Any], outputs: Any, batch: 
         return function(outputs, batch)
     except Exception as error:
         called = f"outputs {describe_value(outputs)} and the whole batch {describe_value(batch)}"
-        error.add_note(f"in the {what or f'loss {name_of(function)}'}, called with {called}")
+        error.add_note(CallNote(f"in the {what or f'loss {name_of(function)}'}, called with {called}"))
         raise
 
 

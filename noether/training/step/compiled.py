@@ -33,6 +33,8 @@ _WORDS: Final = 60
 """Largest number of words of a compiler's message to log; some messages take pages."""
 _MAX_GRAPHS: Final = 8
 """Largest number of graphs, as torch has it; each takes seconds to compile."""
+_MAX_WITHOUT_REUSE: Final = 5
+"""Largest number of graphs as long as each has made one update only: probably, nearly all batches have other shapes."""
 _MAX_IN_A_ROW: Final = 4
 """Number of updates in a row that may need another graph though their shapes have one already."""
 
@@ -56,6 +58,7 @@ class CompiledStep:
         self._shapes: set[Any] = set()
         self._graphs = 0
         self._graphs_in_a_row = 0
+        self._has_reused = False
 
     def __call__(
         self, state: TrainState, batches: Sequence[Any], observe: Observer | None = None
@@ -114,8 +117,10 @@ class CompiledStep:
         *_, batches, samples, _, _ = arguments
         shapes = _shapes(batches), samples
         has_graph, is_new = shapes in self._shapes, False
-        if not has_graph and self._graphs >= _MAX_GRAPHS:
-            self._disable(f"the batches have more than {_MAX_GRAPHS} shapes, and each takes a graph: pad them to a few")
+        if not has_graph and self._graphs >= (_MAX_GRAPHS if self._has_reused else _MAX_WITHOUT_REUSE):
+            self._disable(
+                f"the batches have more than {self._graphs} shapes, and each takes a graph: pad them to a few"
+            )
         self._shapes.add(shapes)
         while not self._is_disabled:
             self.eager.prepare(state)  # the compiler draws random numbers
@@ -130,7 +135,8 @@ class CompiledStep:
                 self._was_refused = True  # the first call may fill a cache: try again at the next update
                 break
             else:
-                self._graphs_in_a_row = self._graphs_in_a_row if is_new else 0
+                if not is_new:
+                    self._has_reused, self._graphs_in_a_row = True, 0
                 return result
         return None
 
