@@ -122,9 +122,7 @@ def test_a_smoke_test_and_an_evaluation_answer_as_training_does(folder):
     (folder / "config.yaml").write_text(json.dumps(configuration(evaluate=evaluate)))
     invoke("train", "config.yaml", cwd=folder)
     (run,) = (folder / "out/first").iterdir()
-    (folder / "mine.py").write_text(
-        MODULE.replace("def mse(outputs, batch):\n", "def mse(outputs, batch):\n    None[0]\n")
-    )
+    (folder / "mine.py").write_text(MODULE.replace('outputs, batch["label"]', 'outputs, batch["target"]'))
     for argv in (("train", "config.yaml", "--smoke"), ("eval", run)):
         output = invoke(*argv, cwd=folder, code=1)
         assert "Error: KeyError: 'target'\n  in the loss mine.mse, called with outputs (4, 1) float32" in output
