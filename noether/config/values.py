@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,7 @@ def _plain(value: Any, path: SettingPath, problems: list[LocatedProblem]) -> Any
         problems.append(LocatedProblem(Place(""), path[:1], "is nested too deeply"))
         return None
     if isinstance(value, Mapping):
-        keys = [key for key in value if not isinstance(key, str)]
-        problems += [
-            LocatedProblem(Place(""), path, f"the key {key!r} is not text; write {str(key)!r}") for key in keys
-        ]
-        return {str(key): _plain(each, (*path, str(key)), problems) for key, each in value.items()}
+        return _plain_mapping(value, path, problems)
     if isinstance(value, (list, tuple)):
         return [_plain(each, (*path, index), problems) for index, each in enumerate(value)]
     if value is None or isinstance(value, bool):
@@ -69,3 +66,12 @@ def _plain(value: Any, path: SettingPath, problems: list[LocatedProblem]) -> Any
     )
     problems.append(LocatedProblem(Place(""), path, message))
     return None
+
+
+def _plain_mapping(value: Mapping[Any, Any], path: SettingPath, problems: list[LocatedProblem]) -> dict[str, Any]:
+    kind = value.get("kind")
+    if isinstance(kind, functools.partial) and not kind.args:
+        value = {**value, "kind": kind.func, **kind.keywords}
+    keys = [key for key in value if not isinstance(key, str)]
+    problems += [LocatedProblem(Place(""), path, f"the key {key!r} is not text; write {str(key)!r}") for key in keys]
+    return {str(key): _plain(each, (*path, str(key)), problems) for key, each in value.items()}

@@ -229,6 +229,29 @@ def test_a_dataclass_in_settings_gets_the_functions_that_it_names(mine):
     assert (type(style).__name__, style.function, style.size) == ("Act", sys.modules["mine"].strict, 3)
 
 
+@pytest.mark.parametrize("entry", [
+    "{kind: torch.hub.load, repo_or_dir: a, model: b}",
+    "{kind: torch.jit.load, f: a}",
+    "{kind: torch.package.PackageImporter, file_or_buffer: a}",
+    "{kind: noether.effects.disk.files.replace_text, text: a}",
+    "{kind: noether.effects.CheckpointStore, path: a}",
+    "{kind: mine.functools.partial, func: mine.mse}",
+])  # fmt: skip
+@pytest.mark.parametrize("place", ["LOSS", "MODEL"])
+def test_a_configuration_gives_no_settings_to_functions_that_run_code(mine, place, entry):
+    message = refusal(**{place: FORMS[place][0].format(entry)})
+    assert "named.yaml:" in message
+    assert any(words in message for words in ("gets no settings", "expected a function", "is not an allowed prefix"))
+
+
+def test_functions_of_torch_and_parts_of_models_take_settings(mine):
+    entry = (
+        "{kind: torch.nn.functional.leaky_relu, negative_slope: 0.5}, {kind: torch.nn.LeakyReLU, negative_slope: 0.5}"
+    )
+    acts = configure(MODEL=f"{{kind: mine.Net, acts: [{entry}]}}").model.build().used[2]
+    assert [float(act(torch.tensor(-1.0))) for act in acts] == [-0.5, -0.5]
+
+
 @pytest.mark.parametrize(("metric", "key"), [
     ("mine.strict", "val/strict"),
     ("mine.close", "val/close"),
@@ -320,8 +343,11 @@ def test_a_function_given_from_python_gets_the_path_that_imports_it(mine, path):
 def test_a_partial_given_from_python_is_stored_as_settings(mine):
     configure()
     metric = functools.partial(sys.modules["mine"].within, tol=0.3)
-    config = from_source(source_from_values(values(evaluate={"val": [metric], "every_n_epochs": 1})))
-    assert "- kind: mine.within\n      tol: 0.3\n" in dump(config)
+    named = {"kind": metric, "name": "close"}
+    config = from_source(source_from_values(values(evaluate={"val": [metric, named], "every_n_epochs": 1})))
+    assert "- kind: mine.within\n      tol: 0.3\n    - kind: mine.within\n      tol: 0.3\n      name: close" in dump(
+        config
+    )
     check_round_trip(config)
 
 

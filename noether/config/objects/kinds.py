@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -279,6 +280,20 @@ def can_serve(target: Any, role: Role) -> bool:
     except ValueError:  # a function written in C
         return True
     return True
+
+
+def takes_settings(target: Any) -> bool:
+    """Return whether a configuration, which may come from a stranger, gives settings to a function or class.
+
+    It does to those of the user, to datasets, models and functions of `torch.nn.functional`. Others, such as
+    `torch.hub.load`, could run code that the settings name.
+    """
+    if isinstance(target, type):
+        return _is_part(target)
+    functional = sys.modules.get("torch.nn.functional")
+    is_known = any(target is each for each in vars(functional).values()) if functional else False
+    in_examples = str(getattr(target, "__module__", "")).startswith("noether.examples.")
+    return is_known or in_examples or not (is_foreign(target) or is_from(target, "noether"))
 
 
 def _is_loss_of_torch(target: object) -> bool:

@@ -23,6 +23,7 @@ from noether.config.objects.kinds import (
     can_serve,
     check_constructible,
     resolve,
+    takes_settings,
 )
 from noether.config.structure.construction import arguments, construct_with_settings
 from noether.config.structure.converter import read_untyped
@@ -117,6 +118,8 @@ class EntryHooks:
             return FunctionKind(path, self.resolve_function(path, role))
         path, target, written = self.read_entry(value, dataclasses.replace(role, fits=partial(can_serve, role=role)))
         written = {name: each for name, each in written.items() if name not in beside}
+        if (written or isinstance(target, type)) and not takes_settings(target):
+            raise InvalidValueError(f"{path!r} gets no settings from a configuration; call it in a function of yours")
         if isinstance(target, type):
             return Kind(path, target, self.settings(target, written, (), beside))
         # Those that its caller passes by position are no settings.
