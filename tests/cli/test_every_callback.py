@@ -48,6 +48,8 @@ OTHERS = [name for name in SHIPPED if f".{name}," not in CALLBACKS and f".{name}
 CALLBACKS += "".join(indent(f"{describe(name).yaml}\n", "  ") for name in OTHERS if name not in ELSEWHERE)
 EVERYTHING = SMALL.partition("callbacks:\n")[0].replace("max_epochs: 2", "max_epochs: 9") + CALLBACKS
 WARNED = (
+    "Warning: all.yaml:44: callbacks[16].tolerances: k ends here at k firings in a row without improvement, as early "
+    "stopping does, and at k + 1 in the class-based framework: if [1] was written for that, write [2]\n"
     "Warning: all.yaml:39: callbacks[12].batch_size: has no meaning for OnlineLossCallback and is left out: "
     "it iterates no dataset\n"
 )
