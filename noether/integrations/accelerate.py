@@ -38,8 +38,8 @@ Differences from noether's own trainer and from `Session`:
 - Save a checkpoint of accelerate right after `session.update()`, not inside of an update.
 - A gradient scaler is accelerate's; noether's checkpoints hold its scale, and `grad_norm` is that of unscaled gradients.
   `forward_s`, `backward_s` and `optimizer_s` are missing.
-- Of several optimizers, a batch may step any: it is one update. Report the sum of all losses to `session.backward` where
-  their gradients belong together, or call `accelerator.backward` for some and `session.backward` for the last.
+- Of several optimizers, a batch may step any: it is one update. Call `accelerator.backward` for some losses and
+  `session.backward` for the last. Then `grad_norm` is that of the gradients as each optimizer steps, after clipping.
 - On several processes losses are averaged, samples summed (including those that accelerate repeats to fill up batches),
   and the main process runs effects: `open_run(path, rank=accelerator.process_index)`. Other readings, such as outputs and
   durations, are those of each process: let no callback stop a run by them. Every process evaluates all of `data`, and a
@@ -171,6 +171,7 @@ class AcceleratedSession:
         self._generators = generators_of_model(self._model)
         self._batch: Any = None
         self._grad_norm: Tensor | None = None
+        self._has_several = isinstance(optimizer, Mapping)  # of which each has its own gradients as it steps
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """Yield the batches that are left of the run, epoch after epoch, and dispatch the events between them.
@@ -209,7 +210,7 @@ class AcceleratedSession:
             samples=self._samples(),
             of=self._accelerator.gradient_accumulation_steps,
         )
-        if self._accelerator.sync_gradients and "grad_norm" in self.session.readings:
+        if self._accelerator.sync_gradients and "grad_norm" in self.session.readings and not self._has_several:
             norm = get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
             scaler = self._accelerator.scaler
             self._grad_norm = norm if scaler is None else norm / scaler.get_scale()
