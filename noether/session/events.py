@@ -115,6 +115,8 @@ class SessionEvents(SessionState):
             self._state, self._micro_batches = self._settled, []
         self._model_status, self._current_dispatch, self._recorded_error, self._has_begun = "settled", None, None, False
         loaded, resumed = self.load(), self._remembers
+        if resumed and self._scheduler is not None:
+            self._scheduler.check_groups()
         if resumed and self._scaler is not None and not self._scaler.is_current(self._state):
             self._scaler.restore(self._state)  # not every framework does
         if self._directory is not None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 class ScalerMemory:
     """A member of a reducer that keeps the scale of a live gradient scaler in the state, so that a checkpoint holds it.
 
+    A `Session` takes the scaler itself. In a loop that calls `dispatch`, `memory = ScalerMemory(scaler)` is the first
+    callback, and `memory.restore(state)` follows `TrainState.from_module(..., saved=state)`.
+
     Args:
         scaler: The scaler. Call its `update` before an update is reported.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from noether.core.event import AfterUpdate, Event
 from noether.core.tensors.live.weights import raise_mismatch
 from noether.core.tensors.tree import FrozenDict, freeze, pack, unpack
+from noether.session.errors import SessionError
 
 if TYPE_CHECKING:
     from noether.core.callback import Effects
@@ -65,6 +66,24 @@ class SchedulerMemory:
         if isinstance(scheduler, NamedSchedulers):
             return all(_is_at(each, memory.get(name, {})) for name, each in scheduler.members.items())
         return _is_at(scheduler, memory)
+
+    def check_groups(self) -> None:
+        """Refuse a scheduler that has not one function for each parameter group after a load.
+
+        Raises:
+            SessionError: If there is one; its next step would fail.
+        """
+        scheduler = self._scheduler
+        for each in scheduler.members.values() if isinstance(scheduler, NamedSchedulers) else [scheduler]:
+            for part in (each, *getattr(each, "_schedulers", ())):  # of a SequentialLR
+                groups = len(getattr(getattr(part, "optimizer", None), "param_groups", ()))
+                functions = len(getattr(part, "lr_lambdas", ()) or ())
+                if groups and functions and groups != functions:
+                    raise SessionError(
+                        f"{type(part).__name__} has {functions} functions, and its optimizer {groups} parameter "
+                        "groups: the saved run added some; call session.load(), append their functions to "
+                        "scheduler.lr_lambdas, and go on"
+                    )
 
     def state_dict(self, state: TrainState) -> dict[str, Any]:
         """Return the `state_dict` that the scheduler has at the position that a state remembers."""

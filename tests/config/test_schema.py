@@ -343,3 +343,12 @@ def test_an_unknown_reading_is_refused_with_file_and_line(digits, monkeypatch, e
     assert message.startswith(f"digits.yaml:20: {place}: ")
     assert "declares the unknown reading 'grad_nrom'" in message
     assert message.endswith("; did you mean 'grad_norm'?")
+
+
+@pytest.mark.parametrize(
+    "several", ["{g: {kind: torch.optim.SGD}, d: {kind: torch.optim.SGD}}", "[{kind: torch.optim.SGD}]"]
+)
+def test_several_optimizers_are_refused_with_the_way_out(digits, several):
+    digits()
+    with pytest.raises(ConfigError, match=r"optimizer: lists several optimizers.*, with noether.Session\(optimizer="):
+        load("digits.yaml", [f"optimizer={several}"])

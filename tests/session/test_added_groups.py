@@ -10,6 +10,7 @@ from noether import AfterUpdate, LrCallback, Session, TrainState, compose, dispa
 from noether.core.callbacks import CheckpointCallback
 from noether.core.errors import StateWarning
 from noether.core.tensors.live.weights import MismatchError
+from noether.session.errors import SessionError
 from noether.session.optimizer_watch import name_groups
 from noether.testing import assert_same
 
@@ -189,3 +190,33 @@ def test_groups_have_different_names_that_an_added_group_does_not_change(names, 
     assert len(set(found)) == len(found) == len(groups)
     if len(groups) > 2 or optimizer:
         assert name_groups(groups[:-1], optimizer) == found[:-1]
+
+
+def train_scheduled(path, updates, *, repair=False):
+    net, optimizer = make("adam")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (1 + update))
+    with open_run(path) as directory:
+        parts = {"directory": directory, "model": net, "optimizer": optimizer, "scheduler": scheduler}
+        session = Session([], max_updates=updates, **parts)
+        if repair and session.load():
+            scheduler.lr_lambdas.append(lambda update: 1)
+        for x in session.batches(BATCHES):
+            if session.state.iteration.update == 0:
+                act(net, optimizer, "add", True)
+                optimizer.param_groups[1]["initial_lr"] = 0.03
+                scheduler.base_lrs.append(0.03)
+                scheduler.lr_lambdas.append(lambda update: 1)
+            loss = step(net, optimizer, x)
+            scheduler.step()
+            session.update(loss)
+    return describe(net, optimizer)
+
+
+def test_a_scheduler_without_a_function_for_an_added_group_is_refused(tmp_path):
+    uncut = train_scheduled(tmp_path / "uncut", 4)
+    train_scheduled(tmp_path / "cut", 2)
+    with pytest.raises(
+        SessionError, match=r"LambdaLR has 1 functions, and its optimizer 2 parameter groups: .* append"
+    ):
+        train_scheduled(tmp_path / "cut", 4)
+    assert_same(train_scheduled(tmp_path / "cut", 4, repair=True), uncut)

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from noether import AfterUpdate, GradNormCallback, Session, on, open_run
-from noether.core.callbacks import NanGuardCallback
+from noether import AfterUpdate, GradNormCallback, Session, TrainState, compose, dispatch, on, open_run
+from noether.core.callbacks import CheckpointCallback, NanGuardCallback
 from noether.session.errors import SessionError
 from noether.session.loader import ResumeWarning
+from noether.session.scaler import ScalerMemory
 from noether.testing import assert_same
 
 BATCHES = [torch.randn(4, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -115,3 +116,30 @@ def test_a_scale_that_the_saved_run_does_not_have_is_named(tmp_path):
 def test_something_else_than_a_scaler_is_refused():
     with pytest.raises(SessionError, match=r"scaler= takes a torch.amp.GradScaler, got int"):
         Session([], interpreter=lambda *_: None, model=nn.Linear(2, 1), scaler=3)
+
+
+def test_a_plain_loop_keeps_the_scale_with_a_member_of_its_reducer(tmp_path):
+    def train(path, updates):
+        torch.manual_seed(0)
+        model, scaler = nn.Linear(2, 1), make_scaler()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        memory = ScalerMemory(scaler)
+        reducer = compose(memory, CheckpointCallback(every_n_updates=updates))
+        with open_run(path) as directory:
+            state = TrainState.from_module(model, sgd, saved=directory.load())
+            if state.iteration.update:
+                memory.restore(state)
+            while (at := state.iteration.update) < updates:
+                sgd.zero_grad()
+                loss = model(BATCHES[at % 3]).square().mean()
+                scaler.scale(loss).backward()
+                before = scaler.get_scale()
+                scaler.step(sgd)
+                scaler.update()
+                event = AfterUpdate(samples=4, losses={"total": loss.detach()}, skipped=scaler.get_scale() < before)
+                state = dispatch(state.advance(samples=4), event, reducer, directory.interpreter)
+        return model.state_dict(), sgd.state_dict(), scaler.state_dict()
+
+    uncut = train(tmp_path / "uncut", 5)
+    train(tmp_path / "cut", 2)
+    assert_same(train(tmp_path / "cut", 5), uncut)

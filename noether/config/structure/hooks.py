@@ -211,6 +211,12 @@ def _structure_schedule(kinds: EntryHooks, value: object) -> object:
 
 def _structure_optimizer(kinds: EntryHooks, value: object) -> object:
     """Return the section `optimizer`, in which every key that is no field is a setting of the optimizer's class."""
+    several = list(value.values()) if isinstance(value, dict) and "kind" not in value else value
+    if isinstance(several, list) and any(isinstance(each, dict) and "kind" in each for each in several):
+        raise InvalidValueError(
+            "lists several optimizers, and this trainer steps one: write one, with groups: for other settings of some "
+            "parameters, or step several in a loop of yours, with noether.Session(optimizer={name: ...})"
+        )
     path, target, written = kinds.read_entry(value, OPTIMIZER)
     fields = {name: each for name, each in written.items() if name in _OPTIMIZER_FIELDS}
     others = {name: each for name, each in written.items() if name not in _OPTIMIZER_FIELDS}
