@@ -208,6 +208,8 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
 
         check_services(loaded)
         experiment = build(loaded)
+        for note in experiment.notes:
+            echo(note)
         for warning in find_single_sample_warnings(experiment):
             echo(f"Warning: {warning}", err=True)
         count, updates = len(experiment.reducer.members), experiment.run.final.update

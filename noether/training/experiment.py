@@ -14,6 +14,7 @@ from noether.config.objects.kinds import build_nested
 from noether.config.optimizer_settings import ScheduleSettings
 from noether.config.schema import ENDS
 from noether.config.serialization import resolve_config
+from noether.core.errors import Problem, SettingsError
 from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose
 from noether.core.run import Run
@@ -325,12 +326,11 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> tuple[Tr
         state = state.replace(params=params, buffers=buffers, **fixed)
     if not fresh or config.run.init_from is None:
         return state, ()
-    path = ("run", "init_from")
-    try:
-        with locate_errors(config, path):
+    with locate_errors(config, ("run", "init_from")):
+        try:
             state, line = load_weights(state, config.run.init_from)
-    except CheckpointError as error:
-        raise config.error(path, str(error)) from error
+        except CheckpointError as error:
+            raise SettingsError([Problem("", str(error))]) from error
     return state, (line,)
 
 

@@ -25,10 +25,8 @@ def requests(**settings):
     return CheckpointCallback(every_n_epochs=1, id="c", **settings)(STATE, AfterEpoch(run=RUN))[1]
 
 
-def save(*, weights, optimizer, keep, pointers=("latest",), models=()):
-    return (
-        SaveCheckpoint(weights=weights, optimizer=optimizer, models=models, pointers=pointers, retention={"c": keep}),
-    )
+def save(*, weights, optimizer, keep, pointers=("latest",), **part):
+    return (SaveCheckpoint(weights=weights, optimizer=optimizer, pointers=pointers, retention={"c": keep}, **part),)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +43,18 @@ def save(*, weights, optimizer, keep, pointers=("latest",), models=()):
         ({"save_latest_optim": False}, save(weights=True, optimizer=False, keep=None)),
         (
             {"save_latest_optim": False, "model_names": ("a",)},
-            save(weights=True, optimizer=False, keep=None, models=("a",)),
+            save(weights=True, optimizer=False, keep=None, models=("a",), tag="E1_U1_S4.a", pointers=("latest.a",)),
+        ),
+        (
+            {"save_latest_optim": False, "model_names": ("a.b", "c")},
+            save(
+                weights=True,
+                optimizer=False,
+                keep=None,
+                models=("a.b", "c"),
+                tag="E1_U1_S4.a.b-c",
+                pointers=("latest.a.b-c",),
+            ),
         ),
         ({"save_optim": True, "model_names": ("a",)}, save(weights=True, optimizer=True, keep=None)),
     ],

@@ -92,7 +92,7 @@ def test_checkpoints_with_weights_only_are_not_resumed_from(finished_run, tmp_pa
     changes.append("trainer.checkpoints.at_end=false")
     invoke("train", "small.yaml", *set_options(changes), cwd=tmp_path)
     run = only_run(tmp_path / "new/small")
-    newest = json.loads((run / "checkpoints" / pointer(run, "latest") / "MANIFEST.json").read_text())
+    newest = json.loads((run / "checkpoints" / pointer(run, "latest.head") / "MANIFEST.json").read_text())
     assert (newest["iteration"], newest["models"]) == ("E1_U40_S1269", ["head"])
     # The best checkpoint, at the end of the first epoch, is complete.
     changes = ["trainer.max_epochs=2", "callbacks.3.model_names=[]", "callbacks.3.save_optim=true"]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import CALLBACKS, make_config
 from torch import nn
 
-from noether import BeforeTraining, Run, SaveCheckpoint, TrainingIteration, TrainState
+from noether import BeforeTraining, Run, SaveCheckpoint, Session, TrainingIteration, TrainState, open_run
 from noether.config import ConfigError
 from noether.config.optimizer_settings import DEFAULT_GROUP, ParamGroup
 from noether.core.callbacks import CheckpointCallback, EMACallback
@@ -83,12 +83,8 @@ def test_the_size_of_a_checkpoint_counts_each_name():
     run = Run(end=TrainingIteration(epoch=1), updates_per_epoch=2, samples_per_epoch=4, effective_batch_size=2)
     for models, numbers in (((), 12), (("head",), 6), (("emb", "head"), 12)):
         callback = CheckpointCallback(every_n_epochs=1, model_names=models, save_latest_optim=False)
-        scale = 10_000  # the line says millions of bytes
-        big = state.replace(
-            params={name: each.repeat(scale, *[1] * (each.ndim - 1)) for name, each in state.params.items()}
-        )
-        (line,) = callback(big, BeforeTraining(run=run))[1]
-        assert f"of {numbers * 4 * scale / 1e6:.2f} MB" in line.text
+        (line,) = callback(state, BeforeTraining(run=run))[1]
+        assert f"of {numbers * 4} B" in line.text
 
 
 def group(name, *match, **more):
@@ -172,3 +168,38 @@ def test_a_state_shows_names_that_are_tied_later():
     model.head.weight = model.emb.weight
     assert state.tied_names == {"head.weight": "emb.weight"}
     assert SaveCheckpoint(models=("head",)).models == ("head",)
+
+
+def test_a_loop_of_the_users_saves_averages_and_resumes_tied_weights(tmp_path):
+    def run_until(updates, *, tie=True):
+        torch.manual_seed(0)
+        model = Tied(tie=tie)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        callbacks = [
+            EMACallback(every_n_updates=1, target_factors=(0.5,), model_paths=("head",)),
+            CheckpointCallback(every_n_updates=1),
+            CheckpointCallback(every_n_updates=1, id="part", model_names=("head",), save_latest_optim=False),
+        ]
+        with open_run(tmp_path / "run") as directory:
+            session = Session(callbacks, directory=directory, model=model, optimizer=optimizer, max_updates=updates)
+            for batch in session.batches([torch.ones(2, 2)] * 4):
+                loss = model.head(model.emb(batch)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                session.update(loss)
+        return model
+
+    run_until(2)
+    model = run_until(3)
+    checkpoints = tmp_path / "run/checkpoints"
+    whole, part, average = (
+        load_file(checkpoints / (checkpoints / pointer).read_text().split()[0] / "weights.safetensors")
+        for pointer in ("latest", "latest.head", "last.ema=0.5")
+    )
+    Tied().load_state_dict(whole)
+    assert all(torch.equal(each, whole[name]) for name, each in model.state_dict().items())
+    assert part == {name: each for name, each in part.items() if torch.equal(each, whole[name])}
+    assert part.keys() == average.keys() == {"head.weight", "head.bias"}
+    with pytest.raises(MismatchError, match=r"parameter 'head.weight' is not in the state"):
+        run_until(4, tie=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
 from noether.core.errors import Problem, check_whole
+from noether.core.file_names import escape_name
 from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tree import FrozenDict, tensors
 from noether.core.text import count_of, format_bytes
@@ -49,8 +50,9 @@ class CheckpointCallback(PeriodicCallback):
         save_latest_weights: Whether the newest checkpoint has the weights.
         save_latest_optim: Whether the newest checkpoint has the optimizer and the run's state. At least one of the
             four must be true.
-        model_names: Sub-modules whose weights to save, by their name in the model; empty for all. A checkpoint with
-            the optimizer has the weights of all sub-modules. The names in the file are those in the whole model.
+        model_names: Sub-modules whose weights to save, by their name in the model; empty for all. Such a
+            checkpoint has them in its tag and pointers, as in `latest.head`; the names in its file are those in the
+            whole model. A checkpoint with the optimizer has the weights of all sub-modules.
         keep: Number of newest checkpoints to keep, >= 1; None keeps all. A checkpoint that a pointer names, and the
             newest one to resume from, are kept in any case.
         every_n_epochs: Epochs between firings, >= 1.
@@ -122,18 +124,23 @@ class CheckpointCallback(PeriodicCallback):
             pointers=pointers,
             retention=FrozenDict({self.name: self.keep if self._saves_each else 0}),
         )
-        newest = replace(newest, models=self._models(newest))
+        newest = self._limit(newest, state)
         if not self._saves_each or (newest.weights, newest.optimizer) == (self.save_weights, self.save_optim):
             return (newest,)
         # The newest checkpoint has more than the others: it is a second checkpoint with its own retention.
         each = replace(newest, weights=self.save_weights, optimizer=self.save_optim, pointers=())
         return (
-            replace(each, models=self._models(each)),
+            self._limit(each, state),
             replace(newest, tag=f"{state.iteration}.latest", retention=FrozenDict({f"{self.name}/latest": 0})),
         )
 
-    def _models(self, save: SaveCheckpoint) -> tuple[str, ...]:
-        return () if save.optimizer else self.model_names  # an optimizer is useless without all weights
+    def _limit(self, save: SaveCheckpoint, state: TrainState) -> SaveCheckpoint:
+        """Return the request for the weights in `model_names` only, under their name, if it is not for more."""
+        if save.optimizer or not self.model_names:  # an optimizer is useless without all weights
+            return save
+        part = escape_name("-".join(self.model_names).replace(".", "/"))
+        pointers = tuple(f"{pointer}.{part}" for pointer in save.pointers)
+        return replace(save, models=self.model_names, tag=f"{state.iteration}.{part}", pointers=pointers)
 
     def _forecast(self, state: TrainState, run: Run) -> str:
         count = self.gate.schedule.count(state.iteration, run.final, run) + 1

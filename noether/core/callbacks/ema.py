@@ -13,7 +13,7 @@ from noether.core.errors import Problem, WeightsError, check_whole, raise_proble
 from noether.core.tensors import torch_internals
 from noether.core.tensors.donation import ALREADY_UPDATED, DonatedTree, OwnedStorages
 from noether.core.tensors.stored_weights import memory_of, name_in_tags
-from noether.core.tensors.tied_names import add_tied, is_at, names_below
+from noether.core.tensors.tied_names import add_tied, names_below
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _is_decay(factor: object) -> bool:
 
 
 def _path_problem(path: str | None, index: int, params: Mapping[str, torch.Tensor]) -> Problem | None:
-    if path is None or any(name != path and is_at(name, path) for name in params):
+    if path is None or any(name.startswith(f"{path}.") for name in params):
         return None
     modules = dict.fromkeys(
         ".".join(name.split(".")[:depth]) for name in params for depth in range(1, name.count(".") + 1)

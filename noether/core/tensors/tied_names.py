@@ -71,15 +71,7 @@ def names_below(names: Collection[str], paths: Collection[str], tied: Mapping[st
         >>> names_below(["emb.weight", "head.bias"], ["head"], {"head.weight": "emb.weight"})
         {'head.bias': 'head.bias', 'head.weight': 'emb.weight'}
     """
-    every = add_tied({name: name for name in names}, tied)
-    return {name: own for name, own in every.items() if not paths or any(is_at(name, path) for path in paths)}
-
-
-def is_at(name: str, path: str) -> bool:
-    """Return whether a name is the path of a module or lies below it.
-
-    Example:
-        >>> is_at("head.weight", "head"), is_at("heads.0.weight", "head")
-        (True, False)
-    """
-    return f"{name}.".startswith(f"{path}.")
+    starts = tuple(f"{path}." for path in paths) or ("",)
+    below = {name: name for name in names if f"{name}.".startswith(starts)}
+    below.update({other: name for other, name in tied.items() if name in names and f"{other}.".startswith(starts)})
+    return below
