@@ -54,9 +54,11 @@ def _move_callbacks(source: Source) -> Source:
         message = f"callbacks are given at the top level too ({source.place(_CALLBACKS)}); leave them out here"
         raise ConfigError([LocatedProblem(source.place(_TRAINER), _TRAINER, message)])
     moved = {(*_CALLBACKS, *path[2:]): place for path, place in source.places.items() if path[:2] == _TRAINER}
+    written = {(*_CALLBACKS, *path[2:]): text for path, text in source.references.items() if path[:2] == _TRAINER}
     source = source.without(_TRAINER)
     data = source.data if callbacks is None else {**source.data, "callbacks": callbacks}
-    return replace(source, data=data, places={**source.places, **moved})
+    references = {**source.references, **written}
+    return replace(source, data=data, places={**source.places, **moved}, references=references)
 
 
 def _is_of_class_based_framework(entry: Any) -> bool:

@@ -72,6 +72,10 @@ def _plain_mapping(value: Mapping[Any, Any], path: SettingPath, problems: list[L
     kind = value.get("kind")
     if isinstance(kind, functools.partial) and not kind.args:
         value = {**value, "kind": kind.func, **kind.keywords}
-    keys = [key for key in value if not isinstance(key, str)]
-    problems += [LocatedProblem(Place(""), path, f"the key {key!r} is not text; write {str(key)!r}") for key in keys]
-    return {str(key): _plain(each, (*path, str(key)), problems) for key, each in value.items()}
+    plain: dict[str, Any] = {}
+    for key, each in value.items():
+        name = _plain(key, path, problems) if callable(key) else key  # a type of effect, whose handler is the value
+        if not isinstance(name, str):
+            problems.append(LocatedProblem(Place(""), path, f"the key {key!r} is not text; write {str(key)!r}"))
+        plain[str(name)] = _plain(each, (*path, str(name)), problems)
+    return plain

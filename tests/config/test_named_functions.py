@@ -109,6 +109,8 @@ def ring(effect, state, event, *, times: int = 1): ...
 @functools.lru_cache(None)
 def cached(outputs, batch): return outputs.mean()
 
+def repeat(text, times: int): return text * times
+def shout(state, event, *, words: Callable, ending: Callable | None = None): return state, (LogText(words("hey")),)
 def say(state, event, *, text: str = "hello"): return state, (LogText(text),)
 
 def quiet(callback):
@@ -309,6 +311,16 @@ def test_wrong_settings_of_a_function_are_refused_with_file_line_and_fix(mine, p
     assert message in refusal(**{place: entry})
 
 
+def test_a_setting_of_a_function_callback_is_the_function_that_it_names(mine):
+    from noether import AfterEpoch, TrainState
+
+    entry = "{kind: mine.shout, words: {kind: mine.repeat, times: 2}, ending: mine.close}"
+    config = configure(CALLBACK=entry)
+    check_round_trip(config)
+    assert config.callbacks[0].build()(TrainState(), AfterEpoch())[1][0].text == "heyhey"
+    assert "ending: mine.close" in dump(config)
+
+
 def test_a_decorator_that_passes_no_settings_on_gets_none(mine):
     assert "callbacks[0].text: unknown setting" in refusal(CALLBACK="{kind: mine.quiet_say, text: hi}")
     from noether import AfterEpoch, TrainState
@@ -349,6 +361,13 @@ def test_a_partial_given_from_python_is_stored_as_settings(mine):
         config
     )
     check_round_trip(config)
+
+
+def test_a_type_of_effect_given_from_python_is_the_key_of_its_handler(mine):
+    configure()
+    module = sys.modules["mine"]
+    plain = source_from_values({"run": {"handlers": {module.Ring: functools.partial(module.ring, times=3)}}}).data
+    assert plain == {"run": {"handlers": {"mine.Ring": {"kind": "mine.ring", "times": 3}}}}
 
 
 def test_functions_that_no_path_imports_are_refused_in_one_line(mine, monkeypatch):
