@@ -199,7 +199,8 @@ class TrainerSettings:
         nonfinite: What to do with an update whose loss or gradient is not finite.
         clip_grad_norm: Largest norm of all gradients together, above 0; None for no clipping.
         clip_grad_value: Largest absolute value of a gradient, above 0; None for no clipping.
-        num_workers: Number of processes that load data; with 0 the training process loads it.
+        num_workers: Number of processes that load data; with 0 the training process loads it. Of a stream, each reads a
+            share, which its `__iter__` finds by `torch.utils.data.get_worker_info()`; a resumed run needs as many.
         drop_last: Whether to leave out the last batch of an epoch if it is short.
         shuffle: Whether each epoch reads the samples in another order, a function of the seed and the epoch. None
             shuffles, unless `sampler` or a stream gives the order.

@@ -225,12 +225,10 @@ def _build_training_data(config: Config, dataset: Any, device: torch.device) -> 
         "count_samples": _sample_counter(config, dataset),
     }
     is_stream = isinstance(dataset, IterableDataset)
-    if is_stream and trainer.num_workers:
-        message = "workers cannot read an IterableDataset; set num_workers to 0"
-        raise config.error(("trainer", "num_workers"), message)
     sampler = _build_sampler(config, dataset)
     try:
         if is_stream:
+            settings |= {"num_workers": trainer.num_workers, "run_samples": _samples_of_run(config)}
             return StreamedData(dataset, **settings)
         order: dict[str, Any] = {"shuffle": trainer.shuffle is not False, "sampler": sampler}
         return TrainingData(dataset, **settings, **order, num_workers=trainer.num_workers)
@@ -238,6 +236,13 @@ def _build_training_data(config: Config, dataset: Any, device: torch.device) -> 
         raise config.error(("data", "train"), str(error)) from error
     except ValueError as error:
         raise config.error(("trainer", "effective_batch_size"), str(error)) from error
+
+
+def _samples_of_run(config: Config) -> int | None:
+    """Return the samples after which the run ends; None if it ends after epochs."""
+    trainer = config.trainer
+    updates = -(-(trainer.max_samples or 0) // trainer.effective_batch_size) or trainer.max_updates
+    return None if updates is None else updates * trainer.effective_batch_size
 
 
 def _build_sampler(config: Config, dataset: Any) -> SamplerOrder | None:

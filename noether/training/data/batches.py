@@ -26,6 +26,8 @@ class Batching:
         effective_batch_size: Samples of an update, in [1, length].
         max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
         drop_last: Whether to leave out the last update of an epoch if it is short.
+        is_known: Whether the training set has this length; otherwise it is that of the run, which is one epoch.
+        stream_workers: Processes over which a stream is split; None for other datasets.
 
     Raises:
         SettingsError: If a size is not a whole number >= 1.
@@ -43,6 +45,8 @@ class Batching:
     effective_batch_size: int
     max_batch_size: int | None = None
     drop_last: bool = False
+    is_known: bool = True
+    stream_workers: int | None = None
 
     def __post_init__(self) -> None:
         sizes = {"effective_batch_size": self.effective_batch_size, "max_batch_size": self.max_batch_size}
@@ -66,12 +70,16 @@ class Batching:
     @property
     def lengths(self) -> Mapping[str, int]:
         """The sizes that the order of the batches, the schedules and the end of a run depend on."""
+        lengths = {"effective_batch_size": self.effective_batch_size, "drop_last": int(self.drop_last)}
+        if self.stream_workers is not None:
+            lengths["num_workers"] = self.stream_workers
+        if not self.is_known:
+            return FrozenDict(lengths)
         return FrozenDict(
             training_samples=self.length,
             updates_per_epoch=self.updates_per_epoch,
             samples_per_epoch=self.samples_per_epoch,
-            effective_batch_size=self.effective_batch_size,
-            drop_last=int(self.drop_last),
+            **lengths,
         )
 
     def parts(self, update: int) -> list[slice]:

@@ -156,7 +156,8 @@ class _SeededDataset(Dataset[Any]):
         except Exception as error:
             failed = [index for _, index in keys[len(samples) :][:1] or keys]
             what = f"sample{'s' if len(failed) > 1 else ''} {', '.join(map(str, failed))}"
-            place = f"while loading {what} of {self._name} ({type(self._dataset).__name__})"
+            describe = getattr(self._dataset, "describe_place", None)  # of a share of a stream
+            place = describe() if describe else f"while loading {what} of {self._name} ({type(self._dataset).__name__})"
             if get_worker_info() is not None:
                 return _LoadError(error, place)
             if isinstance(error, StopIteration):

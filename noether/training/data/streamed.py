@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -9,9 +10,9 @@ import torch
 
 from noether.core.tensors.batch import SizedBatches
 from noether.core.tensors.containers import move_batch
-from noether.core.tensors.tree import clone_tensors, pack, unpack
 from noether.session.randomness import derive, seed_all
 from noether.training.data.batches import Batching, SampleCounter, check_length, collate
+from noether.training.data.readers import StreamReader, WorkerStreamReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
 
 MEMORY: Final = "data/train"
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 @final
@@ -31,8 +33,10 @@ class StreamedData:
     last sample of an epoch, the position is the start of the next one. The object is also a callback, so that the
     reducer fills in its memory before training and accepts that memory on resume.
 
+    A dataset without `__len__` is read again whenever it ends, and the run is one epoch.
+
     Args:
-        dataset: It has `__len__` (samples of an epoch), `state_dict` and `load_state_dict`.
+        dataset: It has `state_dict` and `load_state_dict`, and `__len__` if the samples of an epoch are known.
         seed: The run's seed; the random numbers of a sample are a function of its position in its epoch.
         effective_batch_size: Samples of an update, <= the length of the dataset.
         max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
@@ -40,15 +44,18 @@ class StreamedData:
         device: Device of the batches.
         name: Key of the dataset in the configuration, for messages.
         count_samples: Counts the samples of its batches; None to count those that were collated.
+        num_workers: Processes that each read a share of it, by `torch.utils.data.get_worker_info()`; 0 reads it in this
+            process. The order depends on it, so a resumed run needs the same number.
+        run_samples: Samples of the whole run, for a dataset without a length; None if it has no such end.
 
     Raises:
-        TypeError: If the dataset has no length or no `state_dict`.
+        TypeError: If the dataset has no `state_dict`, or neither it nor the run has a length.
         ValueError: If it is shorter than a batch.
     """
 
     produces: tuple[str, ...] = ()
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # every setting, by name
         self,
         dataset: Any,
         *,
@@ -59,17 +66,31 @@ class StreamedData:
         device: torch.device | str = "cpu",
         name: str = "",
         count_samples: SampleCounter | None = None,
+        num_workers: int = 0,
+        run_samples: int | None = None,
     ) -> None:
         self._count_samples = count_samples or SampleCounter(dataset)
         _check_stream(dataset)
-        self.batching = Batching(len(dataset), effective_batch_size, max_batch_size, drop_last)
+        self._has_length = hasattr(dataset, "__len__")
+        length = len(dataset) if self._has_length else _length_of_run(dataset, run_samples)
+        self.batching = Batching(
+            length,
+            effective_batch_size,
+            max_batch_size,
+            drop_last,
+            is_known=self._has_length,
+            stream_workers=num_workers,
+        )
         self._dataset = dataset
-        self._seed = seed
         self._device = torch.device(device)
         self._name = name
-        self._start = _position(dataset)
-        self._reading: Iterator[Any] = iter(())
+        self._reader: StreamReader | WorkerStreamReader = StreamReader(dataset, seed)
+        if num_workers:
+            size = effective_batch_size
+            self._reader = WorkerStreamReader(dataset, seed, workers=num_workers, size=size, name=name)
+        self._start = self._reader.position()
         self._position: Memory = None
+        self._ended_at: int | None = None  # samples of the run when the stream last ended
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:  # noqa: ARG002  # a callback takes both
         """Return the state as it is."""
@@ -85,45 +106,62 @@ class StreamedData:
     def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, SizedBatches]:  # noqa: ARG002  # a stream is not prefetched
         """Return the state with the new position, and the micro-batches of its next update."""
         parts = self.batching.parts(state.iteration.update)
-        if parts[0].start == 0:
+        if parts[0].start == 0 and self._has_length:
             check_length(self._dataset, self.batching.length, state.iteration.epoch)
         self._move_to(state.memory(MEMORY), parts[0].start)
-        samples = [[self._sample(state.iteration.epoch, i) for i in range(part.start, part.stop)] for part in parts]
-        if parts[-1].stop == self.batching.samples_per_epoch:
+        epoch = state.iteration.epoch if self._has_length else 0  # a longer run is the same epoch
+        samples = [[self._sample(epoch, i) for i in range(part.start, part.stop)] for part in parts]
+        if parts[-1].stop == self.batching.samples_per_epoch and self._has_length:
             for index in range(parts[-1].stop, self.batching.length):  # samples that drop_last leaves out
                 self._sample(state.iteration.epoch, index)
-        state = state.remember(MEMORY, _position(self._dataset))
+            self._reader.finish()
+        state = state.remember(MEMORY, self._reader.position())
         self._position = state.memory(MEMORY)
         batches = [collate(self._dataset, part) for part in samples]
         sizes = [self._count_samples(batch, len(part)) for batch, part in zip(batches, samples, strict=True)]
         return state, SizedBatches([move_batch(batch, self._device) for batch in batches], sizes)
 
     def close(self) -> None:
-        """Release the iterator."""
-        self._reading, self._position = iter(()), None
+        """Release the iterator, and stop the workers."""
+        self._reader.close()
+        self._position = None
 
     def _move_to(self, position: Memory, sample: int) -> None:
         """Move the dataset to a position, after `sample` samples of the epoch."""
-        is_there = position is self._position  # the same object, unless the caller passed another state
-        if not is_there:
-            self._dataset.load_state_dict(unpack(position))
-        if not is_there or sample == 0:
-            self._reading = iter(self._dataset)
+        if position is not self._position:  # the same object, unless the caller passed another state
+            self._reader.move_to(position)
+        elif sample == 0:
+            self._reader.begin()
 
     def _sample(self, epoch: int, index: int) -> Any:
-        seed_all(derive(self._seed, "sample", epoch, index))
         try:
-            return next(self._reading)
+            sample = self._reader.read(epoch, index)
         except StopIteration:
-            name = type(self._dataset).__name__
+            self._refuse_end(epoch, index)
+            _LOGGER.info("%s ended after %d samples of the run: it is read again", type(self._dataset).__name__, index)
+            self._reader.begin()
+            return self._sample(epoch, index)
+        except Exception as error:
+            if isinstance(self._reader, StreamReader):  # an error in a worker says where it was raised
+                error.add_note(_describe_place(self._name, self._dataset, index))
+            raise
+        return sample
+
+    def _refuse_end(self, epoch: int, index: int) -> None:
+        """Refuse an end before the length of the stream, and a stream without a length that yields nothing."""
+        name = type(self._dataset).__name__
+        if self._has_length:
             raise ValueError(
                 f"{name} ended after {index} samples of epoch {epoch}, but its __len__ is {self.batching.length}: "
                 "return from __len__ the number of samples that __iter__ yields in every epoch; after the last of them "
                 "state_dict() has to be the start of the next epoch"
             ) from None
-        except Exception as error:
-            error.add_note(_describe_place(self._name, self._dataset, index))
-            raise
+        if index == self._ended_at:
+            raise ValueError(
+                f"{name} yields no sample, after {index} samples of the run: after its last sample, state_dict() has "
+                "to be the start of the next pass, in which __iter__ yields samples again"
+            ) from None
+        self._ended_at = index
 
 
 @final
@@ -220,15 +258,19 @@ def _describe_place(name: str, dataset: Any, samples: int) -> str:
     return f"while loading the next sample of {key}, after {samples} samples of the epoch"
 
 
-def _position(dataset: Any) -> Memory:
-    """Return a copy of a dataset's position: the dataset may later write to the tensors that it returned."""
-    return clone_tensors(pack("state_dict of the training set", dataset.state_dict()))
-
-
 def _check_stream(dataset: Any) -> None:
-    missing = [name for name in ("__len__", "state_dict", "load_state_dict") if not hasattr(dataset, name)]
+    missing = [name for name in ("state_dict", "load_state_dict") if not hasattr(dataset, name)]
     if missing:
         raise TypeError(
             f"{type(dataset).__name__} has no {', '.join(missing)}, so a resumed run could not find its position: an "
-            "IterableDataset needs __len__ (samples of an epoch), state_dict and load_state_dict"
+            "IterableDataset needs state_dict and load_state_dict, and __len__ (samples of an epoch) to count epochs"
         )
+
+
+def _length_of_run(dataset: Any, samples: int | None) -> int:
+    if samples is None:
+        raise TypeError(
+            f"{type(dataset).__name__} has no __len__, so its epochs have no known end: end the run by "
+            "trainer.max_updates or trainer.max_samples, or return the samples of an epoch from __len__"
+        )
+    return samples
