@@ -187,10 +187,10 @@ for _tag, _pattern, _first in SCALARS:
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _RADIX = {"0o": 8, "0x": 16}
 _SCALARS: dict[str, Callable[[str], object]] = {
-    # JSON writes an emoji as a surrogate pair; this fails for half of one.
-    f"{_TAG}str": lambda text: text.encode("utf-16", "surrogatepass").decode("utf-16"),
+    f"{_TAG}str": lambda text: _join_pairs(text).encode().decode(),  # fails for half of a surrogate pair
     f"{_TAG}bool": lambda text: {"true": True, "false": False}[text.lower()],
     # Through decimal text, because Python refuses to print an integer with too many decimals.
     f"{_TAG}int": lambda text: int(str(int(text, _RADIX.get(text[:2], 10)))),
@@ -243,7 +243,7 @@ class _Builder:
     def mapping(self, node: yaml.MappingNode, path: SettingPath, around: tuple[yaml.Node, ...]) -> dict[str, object]:
         values: dict[str, object] = {}
         for key_node, value_node in node.value:
-            key = key_node.value
+            key = _join_pairs(key_node.value) if isinstance(key_node.value, str) else None
             if key_node.tag == f"{_TAG}merge":
                 self.add_problem(key_node, path, "`<<` is not part of YAML 1.2; write these settings out")
             elif key_node.tag != f"{_TAG}str" or not isinstance(key, str) or _SURROGATE.search(key):
@@ -270,6 +270,11 @@ class _Builder:
         """Record a problem and return None, which takes the place of the value."""
         self.problems.append(LocatedProblem(self.place_of(node), path, message))
         return None
+
+
+def _join_pairs(text: str) -> str:
+    """Return text in which each surrogate pair, as JSON writes an emoji, is one character."""
+    return _PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
 
 
 def _quote(node: yaml.Node) -> str:

@@ -1,4 +1,5 @@
 # ruff: noqa: E501 - a whole message stays in one piece
+import json
 import math
 
 import pytest
@@ -46,6 +47,11 @@ def refusal(text):
 def test_scalars_are_those_of_yaml_1_2(text, value):
     read_value = parse(f"a: {text}", "a.yaml").data["a"]
     assert (read_value, type(read_value)) == (value, type(value))
+
+
+@given(st.dictionaries(st.text(), st.text(), max_size=3))
+def test_any_text_that_json_escapes_is_read_as_it_is(values):
+    assert parse(json.dumps({"data": values}), "a.json").data == {"data": values}
 
 
 @given(st.floats(allow_nan=False))
