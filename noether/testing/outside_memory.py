@@ -67,7 +67,7 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
         return type(value)({key: copy_values(item, memo) for key, item in value.items()})
     if isinstance(value, tuple):
         items = [copy_values(item, memo) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
     if type(value) in {list, set, deque}:
         return type(value)(copy_values(item, memo) for item in value)
     return value

@@ -16,7 +16,11 @@ from torch.utils import _pytree as pytree
 from transformers import BatchEncoding
 from transformers.modeling_outputs import CausalLMOutput
 
+from noether import TrainState, forward
 from noether.core.tensors.containers import map_tensors, move_batch
+from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.step import Step
+from noether.training.value_schedules import Constant
 
 META = torch.device("meta")
 RUNS: list[type] = []
@@ -244,6 +248,7 @@ def attribute_names(value):
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 def test_the_identity_returns_an_equal_object_and_runs_no_constructor(maker):
+    """As Lightning#10308, accelerate#4162 (a defaultdict), Lightning#9208, #9930 (`InitVar`, `__post_init__`)."""
     value = maker(torch.arange(3.0))
     before = parts_of(value)
     RUNS.clear()
@@ -259,6 +264,32 @@ def test_every_tensor_is_reached(maker):
     assert "[0, 1, 2]" not in str(parts_of(outputs))
     if isinstance(outputs, CausalLMOutput):
         assert outputs.logits is outputs["logits"]
+
+
+@pytest.mark.parametrize("name", ["defaultdict", "post_init", "InitVar", "namedtuple-subclass", "ModelOutput", "attrs"])
+def test_losses_and_callbacks_get_the_outputs_that_the_model_returned(name):
+    returned, given = [], []
+
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            returned.append(MAKERS[name](super().forward(x)))
+            return returned[-1]
+
+    def loss(outputs, batch):
+        given.append(outputs)
+        found = []
+        map_tensors(lambda tensor: found.append(tensor) or tensor, outputs)
+        return found[0].mean()
+
+    model = Net(2, 1)
+    state, batch = TrainState.from_module(model), torch.ones(3, 2)
+    _, outputs = forward(model, loss)(state, batch)
+    optimizer = FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1})
+    _, event = Step(model=model, loss=loss, optimizer=optimizer, lr={"default": Constant(value=0.1)})(state, [batch])
+    assert all(a is b for a, b in zip(given, returned, strict=True))
+    for seen, original in zip((outputs, *event.outputs), returned, strict=True):
+        assert type(seen) is type(original)
+        assert parts_of(seen) == parts_of(original)
 
 
 def test_the_copy_is_another_object_that_shares_nothing_written_to():

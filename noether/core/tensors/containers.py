@@ -110,6 +110,8 @@ def _map_object(function: Callable[[Any], Any], value: Any, other: Callable[[Any
     if isinstance(value, PackedSequence):
         data, order, inverse = map(apply, (value.data, value.sorted_indices, value.unsorted_indices))
         return value._replace(data=data, sorted_indices=order, unsorted_indices=inverse)
+    if hasattr(kind, "_make") and not getattr(value, "__dict__", None):  # a named tuple; a compiler can trace this
+        return kind._make([apply(item) for item in value])
     if kind is MappingProxyType:
         return MappingProxyType(apply(dict(value)))
     if rule := find_pytree_rule(kind):
