@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from noether.core.iteration import TrainingIteration
@@ -55,6 +55,11 @@ class TrainState:
             that counts only updates.
         params: The model's parameters by name.
         buffers: The model's buffers by name.
+        non_persistent: Its buffers with `persistent=False`, by name. No file of weights has them; a resumable
+            checkpoint has those that training changed.
+        constructed: Dtype and shape of each buffer as the constructor of the model made it, `none` if it was None, and
+            a digest of a non-persistent one; None if no model is known. A buffer that training gave another form loads
+            into a model whose constructor makes the same.
         extra_state: What modules of the model return from `get_extra_state`, by their path.
         tied_names: Other names that the model has for a tensor, such as a tied weight: its name in this state, by each
             other name.
@@ -96,6 +101,8 @@ class TrainState:
     epoch_batches: int = 0
     params: Mapping[str, torch.Tensor] = _EMPTY
     buffers: Mapping[str, torch.Tensor] = _EMPTY
+    non_persistent: Mapping[str, torch.Tensor] = _EMPTY
+    constructed: Mapping[str, str] | None = field(default=None, compare=False)
     extra_state: Mapping[str, Any] = _EMPTY
     tied_names: Mapping[str, str] = _EMPTY
     opt_state: Mapping[str, Any] = _EMPTY
@@ -151,13 +158,13 @@ class TrainState:
             ['bias', 'weight']
         """
         check_extra_state(model)
+        views: dict[str, Any] = views_of(model)  # before a load, which may change what the constructor made
         if saved is not None:
             load_into(model, optimizer, saved)
         if optimizer is not None:
             refuse_foreign_parameters(model, optimizer)
             warn_of_held_parameters(model, optimizer)
-        opt_state = _EMPTY if optimizer is None else view_optimizer(model, optimizer)
-        views: dict[str, Any] = {**views_of(model), "opt_state": opt_state}
+        views["opt_state"] = _EMPTY if optimizer is None else view_optimizer(model, optimizer)
         if saved is None:
             return cls(**views, seed=seed)
         moved = {name: move_to_model(model, getattr(saved, name)) for name in ("callback_states", "pending")}

@@ -127,6 +127,8 @@ class SessionEvents(SessionState):
         names = ("callback_states", "pending")
         moved = {name: move_to_model(self._live.model, getattr(self._state, name)) for name in names}
         self._state = self._state.replace(**moved)
+        if self._remembers:
+            self._live.load_non_persistent(self._state)
         self._remembers = True
         if self._optimizer is not None:
             self._optimizer.watch(self.readings)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
+from noether.core.tensors.live.buffers import split_buffers
 from noether.core.tensors.live.extra_state import check_extra_state, modules_with_extra_state, read_extra_state
-from noether.core.tensors.live.loading import find_problems, write_model
-from noether.core.tensors.live.views import PARTS, views_of
+from noether.core.tensors.live.loading import find_problems, write_model, write_non_persistent
+from noether.core.tensors.live.views import PARTS, ModuleView, views_of
 from noether.core.tensors.live.weights import raise_mismatch
-from noether.core.tensors.module import named_buffers
+from noether.core.tensors.module import named_buffers, non_persistent_names
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class LiveState:
 
     def view_before_update(self, state: TrainState) -> TrainState:
         """Return `state` as `view` does, but with what the last `copy_buffers` copied: no step was made since."""
-        return self.view(state).replace(buffers=FrozenDict(self._copies), extra_state=self._extra_state)
+        fields = split_buffers(self._copies, non_persistent_names(self.model))
+        return self.view(state).replace(**fields, extra_state=self._extra_state)
 
     def load(self, saved: TrainState) -> None:
         """Write all of a saved state into model and optimizer.
@@ -84,6 +86,11 @@ class LiveState:
         if optimizer is not None:
             optimizer.load(opt_state)
         self.apply_lr_scale(saved)
+
+    def load_non_persistent(self, saved: TrainState) -> None:
+        """Write the non-persistent buffers of a saved state, of which the checkpoints of frameworks have none."""
+        if type(vars(saved)["non_persistent"]) is not ModuleView:
+            write_non_persistent(self.model, saved)
 
     def write_changes(self, before: TrainState, after: TrainState) -> None:
         """Write into model and optimizer what callbacks changed between a state that viewed them and `after`."""

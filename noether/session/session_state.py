@@ -264,7 +264,7 @@ class SessionState:
         Returns:
             Plain values and tensors, which torch reads back with `weights_only=True`.
         """
-        state = self._settled if self._micro_batches else self._state
+        state = self._live.view_before_update(self._settled) if self._micro_batches else self._state
         return encode_state(state if self._generators is None else state.remember(MEMORY, self._generators.read()))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

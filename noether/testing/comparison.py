@@ -105,7 +105,9 @@ def _parts(value: Any) -> dict[Any, tuple[str, Any]] | None:
     if isinstance(value, type):
         return None
     if dataclasses.is_dataclass(value):
-        attributes = {each.name: getattr(value, each.name, _NOTHING) for each in dataclasses.fields(value)}
+        attributes = {
+            each.name: getattr(value, each.name, _NOTHING) for each in dataclasses.fields(value) if each.compare
+        }
     elif isinstance(value, FunctionType):
         attributes = {"__code__": value.__code__, "__defaults__": value.__defaults__, **closure_of(value)}
     elif type(value).__eq__ is _COMPARES_IDENTITY and hasattr(value, "__dict__") and not _is_figure(value):

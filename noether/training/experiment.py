@@ -20,6 +20,7 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.forward import forward
+from noether.core.tensors.live.views import PARTS
 from noether.core.tensors.modes import start_training_mode
 from noether.core.tensors.module import device_of, frozen_names
 from noether.core.tensors.step_counters import counts_on_device
@@ -95,7 +96,7 @@ class Experiment:
         Raises:
             CheckpointError: If its weights do not fit this model.
         """
-        state = fit_weights(self.state, state)
+        state = fit_weights(self.state, state, self.model)
         check_opt_state(self.step.optimizer, state)
         groups = self.step.optimizer.group_settings(self.state.params).values()
         device = device_of(self.state.params.values())
@@ -326,9 +327,8 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> tuple[Tr
     """
     with locate_errors(config, ("model",)):  # the parameters of a lazy module have no shape
         state = TrainState.from_module(model, seed=config.run.seed)
-        params, buffers = clone_tensors(state.params), clone_tensors(state.buffers)
-        fixed = {"extra_state": state.extra_state, "tied_names": state.tied_names}  # values, no views of the model
-        state = state.replace(params=params, buffers=buffers, **fixed)
+        copies = {field: clone_tensors(getattr(state, field)) for field in PARTS}
+        state = state.replace(**copies)
     if not fresh or config.run.init_from is None:
         return state, ()
     with locate_errors(config, ("run", "init_from")):

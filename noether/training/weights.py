@@ -8,36 +8,50 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from noether.core.tensors.live.buffers import find_late, find_reshaped, move_non_persistent, register_late
 from noether.core.tensors.live.weights import find_differences, join_problems, match_names
 from noether.core.tensors.step_counters import move_memory
 from noether.core.tensors.tree import FrozenDict, move_to_device
 from noether.effects import CheckpointError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from noether.core.state import TrainState
     from noether.training.step.optimizer import FunctionalOptimizer
 
 _LOGGER: Final = logging.getLogger(__name__)
 
 
-def fit_weights(ours: TrainState, theirs: TrainState) -> TrainState:
+def fit_weights(ours: TrainState, theirs: TrainState, model: nn.Module) -> TrainState:
     """Return a loaded state with its weights under the names of this model.
 
-    A checkpoint of an earlier version has no extra state; the state then has that of the model, with a warning.
+    A buffer has the shape and dtype with which it was saved if the constructor of the model made what that of the saved
+    one did. A non-persistent buffer that was not saved is as the constructor made it. A checkpoint of an earlier
+    version has no extra state; the state then has that of the model, with a warning.
 
     Args:
         ours: A state of this model.
         theirs: The loaded state.
+        model: The model, in which places of buffers that its forward registers are prepared.
 
     Raises:
         CheckpointError: If names, shapes or dtypes of params or buffers differ; the message lists them.
     """
-    fitted: dict[str, Mapping[str, Any]] = {"tied_names": ours.tied_names}
-    problems: list[str] = []
-    for kind, field in (("parameter", "params"), ("buffer", "buffers")):
-        expected, found = getattr(ours, field), getattr(theirs, field)
-        problems += find_differences(kind, expected, found, tied=ours.tied_names, source="checkpoint")
-        fitted[field] = match_names(found, expected, ours.tied_names)
+    theirs, tied = move_non_persistent(theirs, ours.non_persistent), ours.tied_names
+    reshaped, late = find_reshaped(model, theirs), find_late(ours.constructed or {})
+    buffers = {name: buffer for name, buffer in theirs.buffers.items() if name not in reshaped}
+    expected = {name: buffer for name, buffer in ours.buffers.items() if name not in reshaped}
+    problems = [
+        *find_differences("parameter", ours.params, theirs.params, tied=tied, source="checkpoint"),
+        *find_differences("buffer", expected, buffers, optional=late, tied=tied, source="checkpoint"),
+    ]
+    fitted: dict[str, Mapping[str, Any]] = {
+        "params": match_names(theirs.params, ours.params, tied),
+        "buffers": match_names(theirs.buffers, [*ours.buffers, *reshaped], tied),
+        "non_persistent": {**ours.non_persistent, **theirs.non_persistent},
+        "tied_names": tied,
+    }
     extra = match_names(theirs.extra_state, ours.extra_state)
     problems += [f"extra state of {path!r} is not in the model" for path in extra.keys() - ours.extra_state.keys()]
     if problems:
@@ -45,7 +59,9 @@ def fit_weights(ours: TrainState, theirs: TrainState) -> TrainState:
     if missing := [path or "the model" for path in ours.extra_state if path not in extra]:
         _LOGGER.warning("the checkpoint has no extra state of %s, which starts as in a new model", ", ".join(missing))
     opt_state = _rename_memories(theirs.opt_state, ours)
-    return theirs.replace(**fitted, extra_state={**ours.extra_state, **extra}, opt_state=opt_state)
+    register_late(model, theirs)
+    extra_state = {**ours.extra_state, **extra}
+    return theirs.replace(**fitted, constructed=ours.constructed, extra_state=extra_state, opt_state=opt_state)
 
 
 def _rename_memories(opt_state: Mapping[str, Any], ours: TrainState) -> Mapping[str, Any]:
@@ -101,7 +117,7 @@ def to_device(state: TrainState, device: torch.device, *, counts_on_device: bool
     """
     if device.type == "cpu":
         return state
-    names = ("params", "buffers", "extra_state", "callback_states", "hyperparams", "pending")
+    names = ("params", "buffers", "non_persistent", "extra_state", "callback_states", "hyperparams", "pending")
     trees = {name: move_to_device(device, getattr(state, name)) for name in names}
     metrics = {
         key: metric._replace(value=move_to_device(device, metric.value)) for key, metric in state.metrics.items()

@@ -234,7 +234,7 @@ def test_a_checkpoint_whose_names_have_wrappers_resumes(prefix):
     other, fresh = make(seed=3)
     saved.into_module(other, fresh)
     assert same(contents(other, fresh), contents(model, optimizer))
-    fitted = fit_weights(on_disk(TrainState.from_module(other)), saved)
+    fitted = fit_weights(on_disk(TrainState.from_module(other)), saved, other)
     assert same((dict(fitted.params), dict(fitted.buffers)), (dict(state.params), dict(state.buffers)))
     assert fitted.opt_state["state"].keys() == state.opt_state["state"].keys()
 

@@ -33,7 +33,7 @@ class Overriding(nn.Sequential):
 
 
 class Stubborn(nn.Sequential):
-    """Trains whatever it is told, as dropout that samples at inference."""
+    """Trains in every mode, as dropout that samples at inference."""
 
     def train(self, mode=True):  # noqa: FBT002  # as in torch
         return super().train(True)

@@ -203,7 +203,7 @@ def functional_loop(case, updates=UPDATES):
             "lr": outputs.lr,
             "outputs": outputs.outputs,
             "params": state.params,
-            "buffers": state.buffers,
+            "buffers": {**state.buffers, **state.non_persistent},
             "opt_state": state.opt_state["state"],
         }
         state = state.advance(samples=outputs.samples)

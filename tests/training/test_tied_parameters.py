@@ -143,8 +143,9 @@ def test_saved_weights_load_whichever_name_is_the_first(head_first):
     saved.into_module(model)
     name = "emb.weight" if head_first else "head.weight"
     assert torch.equal(model.head.weight, saved.params[name])
-    ours = TrainState.from_module(Tied(head_first=head_first))
-    fitted = fit_weights(ours, saved)
+    fresh = Tied(head_first=head_first)
+    ours = TrainState.from_module(fresh)
+    fitted = fit_weights(ours, saved, fresh)
     assert fitted.params.keys() == ours.params.keys()
     assert fitted.tied_names == ours.tied_names
 

@@ -136,7 +136,8 @@ class NanGuardCallback(PeriodicCallback):
 
 def _weights(state: TrainState) -> dict[str, Any]:
     weights = {"params": state.params, "buffers": state.buffers, "opt_state": _without_groups(state.opt_state)}
-    return {**weights, "extra_state": state.extra_state} if state.extra_state else weights
+    more = {name: getattr(state, name) for name in ("non_persistent", "extra_state")}
+    return {**weights, **{name: part for name, part in more.items() if part}}
 
 
 def _is_overflow(state: TrainState, event: AfterUpdate) -> bool:
@@ -185,4 +186,5 @@ def _is_finite(tree: Mapping[str, Any], snapshot: Mapping[str, Any]) -> bool:
 
 def _copy_like(average: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> FrozenDict:
     """Return copies of the weights under the names of an average, in its dtypes."""
-    return FrozenDict({name: weights[name].to(tensor.dtype, copy=True) for name, tensor in average.items()})
+    # A buffer that forward makes may be in only one of them.
+    return FrozenDict({name: weights.get(name, tensor).to(tensor.dtype, copy=True) for name, tensor in average.items()})

@@ -230,6 +230,6 @@ def _view(leaf: Any) -> Any:
 
 NOT_DONATED: Final = object()
 """Owner of a tree that no update may take, such as the result of `tree_map` on a donated one."""
-_TREES: Final = ("params", "buffers", "extra_state", "opt_state", "callback_states")
+_TREES: Final = ("params", "buffers", "non_persistent", "extra_state", "opt_state", "callback_states")
 ALREADY_UPDATED: Final = object()
 """Owner of a tree that the pending event updated in place before it was cut short: the callback leaves it as it is."""

@@ -10,6 +10,7 @@ import torch
 from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
+from noether.core.tensors.live.buffers import BufferPlaces
 from noether.core.tensors.live.extra_state import modules_with_extra_state, use_extra_state
 from noether.core.tensors.losses import detach_losses
 from noether.core.tensors.modes import evaluation_mode
@@ -59,6 +60,7 @@ class Forward:
         self._loss = loss
         self._precision = precision
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
+        self._buffers = BufferPlaces(model)  # renewed by `evaluating`
         self._has_extra_state = False  # set by `evaluating`
         self._mode = False  # set by `evaluating`; a model may define `train`, and stay in training mode
         self._held: list[HeldTensor] | None = None  # found at the first call with other weights
@@ -85,6 +87,7 @@ class Forward:
         """Keep the model in evaluation mode for several calls, so that its mode changes once and not at each batch."""
         with evaluation_mode(self._model):
             self._mode = self._model.training
+            self._buffers = BufferPlaces(self._model)
             # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.
             self._model_params = {} if self._autocasts() else named_parameters(self._model)
             self._has_extra_state = any(modules_with_extra_state(self._model))
@@ -106,20 +109,20 @@ class Forward:
         return detach_losses(losses), map_tensors(torch.Tensor.detach, outputs)
 
     def _call_model(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> Any:
-        # Copies, as a module may write to its buffers even in evaluation mode.
-        weights = {name: buffer.clone() for name, buffer in state.buffers.items()}
-        if not _are_same(model_params, state.params):
-            self._check_held_tensors(state)
-            weights |= state.params
-        return call_model(self._model, batch, rename_for_model(self._model, weights) if weights else None)
+        buffers = self._buffers.collect(state)
+        with self._buffers.exchange(buffers):  # by copies: a module may write to its buffers even in evaluation mode
+            if _are_same(model_params, state.params):
+                return call_model(self._model, batch)
+            self._check_held_tensors(state, buffers)
+            return call_model(self._model, batch, rename_for_model(self._model, state.params))
 
-    def _check_held_tensors(self, state: TrainState) -> None:
+    def _check_held_tensors(self, state: TrainState, buffers: Mapping[str, Tensor]) -> None:
         """Refuse to exchange weights where the model computes with others, which it holds in a list or a closure."""
         if self._held is None:
             self._held = [held for held in find_held_tensors(self._model, self._loss) if held.name is not None]
         if self._held and not _are_same(named_parameters(self._model), state.params):
             refuse_parameters(self._held)
-            check_buffers(self._held, state.buffers)
+            check_buffers(self._held, buffers)
 
 
 def _are_same(model_params: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:

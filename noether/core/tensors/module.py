@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from noether.core.tensors.torch_internals import buffers_in, children_in, parameters_in, select_view
+from noether.core.tensors.torch_internals import buffers_in, children_in, non_persistent_in, parameters_in, select_view
 from noether.core.tensors.tree import FrozenDict, move_to_device, tensors
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     return _members_by_name(model, buffers_in)
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that `model.state_dict()` has, by name, without the names of wrappers."""
+    return _members_by_name(model, _persistent_in)
+
+
 def frozen_names(model: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that require no gradient, so that no optimizer updates them."""
     return frozenset(name for name, parameter in named_parameters(model).items() if not parameter.requires_grad)
@@ -135,9 +140,36 @@ def params_of(model: nn.Module) -> FrozenDict:
 
 
 def buffers_of(model: nn.Module) -> FrozenDict:
-    """Return the buffers of `model` by name; the tensors share its memory."""
+    """Return the buffers of `model` that its `state_dict` has, by name; the tensors share its memory."""
     view = select_view()
-    return FrozenDict({name: view(buffer) for name, buffer in named_buffers(model).items()})
+    return FrozenDict({name: view(buffer) for name, buffer in persistent_buffers(model).items()})
+
+
+def non_persistent_of(model: nn.Module) -> FrozenDict:
+    """Return the buffers of `model` that its `state_dict` leaves out, by name; the tensors share its memory."""
+    names = non_persistent_names(model)
+    if not names:
+        return FrozenDict()
+    view = select_view()
+    return FrozenDict({name: view(buffer) for name, buffer in named_buffers(model).items() if name in names})
+
+
+def non_persistent_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of the buffers with `persistent=False`, those that are None included.
+
+    Example:
+        >>> model = nn.Module()
+        >>> model.register_buffer("table", torch.ones(2), persistent=False)
+        >>> model.register_buffer("scale", torch.ones(2))
+        >>> sorted(non_persistent_names(model)), list(persistent_buffers(model))
+        (['table'], ['scale'])
+    """
+    return frozenset(
+        f"{path}.{key}" if path else key
+        for path, module in named_modules(model)
+        for key in non_persistent_in(module)
+        if key in buffers_in(module)
+    )
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:
@@ -173,6 +205,11 @@ def _wrapped_name(module: nn.Module, children: Mapping[str, Any]) -> str | None:
         return _PARALLEL_NAME
     names = children.keys()  # the modules of a scripted module can be read by name only, not iterated
     return None if _WRAPPER_NAMES.isdisjoint(names) else next(filter(_WRAPPER_NAMES.__contains__, names))
+
+
+def _persistent_in(module: nn.Module) -> Mapping[str, Any]:
+    others, buffers = non_persistent_in(module), buffers_in(module)
+    return {key: buffer for key, buffer in buffers.items() if key not in others} if others else buffers
 
 
 def _members_by_name(model: nn.Module, members_of: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.errors import WeightsError, suggest
 from noether.core.file_names import escape_name
+from noether.core.tensors.live.buffers import changed_forms
 from noether.core.tensors.live.weights import match_names
 from noether.core.tensors.tied_names import names_below
 from noether.core.tensors.tree import FrozenDict
@@ -86,10 +87,13 @@ def use_weights(state: TrainState, weights: str) -> TrainState:
         raise WeightsError(
             f"no weights {weights!r} are stored; stored: {', '.join(known) or 'none'}{suggest(weights, known)}"
         )
-    stored = state.callback_states[name]
-    tied = state.tied_names
+    stored, tied = state.callback_states[name], state.tied_names
+    reshaped = {"params": frozenset[str](), "buffers": frozenset(changed_forms(state))}
     return state.replace(
-        **{field: _overwrite(f"{weights}: {field}", getattr(state, field), new, tied) for field, new in stored.items()}
+        **{
+            field: _overwrite(f"{weights}: {field}", getattr(state, field), new, tied, reshaped[field])
+            for field, new in stored.items()
+        }
     )
 
 
@@ -111,10 +115,18 @@ def weights_by_name(state: TrainState, models: Collection[str] = ()) -> dict[str
     return {name: weights[own] for name, own in names_below(weights, models, state.tied_names).items()}
 
 
-def _overwrite(owner: str, tensors: Mapping[str, Any], new: Mapping[str, Any], tied: Mapping[str, str]) -> FrozenDict:
-    """Return `tensors` with those in `new` replaced, in the dtype that they had."""
+def _overwrite(
+    owner: str,
+    tensors: Mapping[str, Any],
+    new: Mapping[str, Any],
+    tied: Mapping[str, str],
+    reshaped: Collection[str],
+) -> FrozenDict:
+    """Return `tensors` with those in `new` replaced, in the dtype that they had; those in `reshaped` have any shape."""
     stored = {tied.get(name, name): tensor for name, tensor in match_names(new, [*tensors, *tied]).items()}
     for name, tensor in stored.items():
+        if name in reshaped:
+            continue
         if name not in tensors:
             raise WeightsError(f"{owner} have {name!r}, and the model does not")
         if tensor.shape != tensors[name].shape:

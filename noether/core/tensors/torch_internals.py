@@ -97,11 +97,6 @@ def run_backward(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = F
     return gradients
 
 
-def buffer_dicts(model: nn.Module) -> list[dict[str, Tensor | None]]:
-    """Return the dict of buffers of each module; `setattr` takes longer and registers what it assigns."""
-    return list(map(buffers_in, model.modules()))
-
-
 def children_in(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return the dict of the submodules of a module; reading all names by generators takes four times as long."""
     return module._modules  # noqa: SLF001  # torch has no public dict; a compiler cannot read through an `attrgetter`
@@ -113,13 +108,13 @@ def parameters_in(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 def buffers_in(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the dict of the buffers of a module; see `children_in`."""
+    """Return the dict of the buffers of a module; `setattr` takes longer and registers what it assigns."""
     return module._buffers  # noqa: SLF001  # likewise
 
 
-def non_persistent_in(module: nn.Module) -> set[str]:
-    """Return the keys of the buffers of a module that its `state_dict` leaves out."""
-    return module._non_persistent_buffers_set  # noqa: SLF001  # torch has no public name for it
+def non_persistent_in(module: nn.Module) -> frozenset[str] | set[str]:
+    """Return the names of the buffers of a module that its `state_dict` leaves out; torch has no public set."""
+    return getattr(module, "_non_persistent_buffers_set", frozenset())
 
 
 def select_view() -> Callable[[Tensor], Tensor]:
@@ -415,10 +410,12 @@ def _check_reparametrize() -> None:
     _expect(model.weight is before, expected=True)
 
 
-def _check_buffer_dicts() -> None:
+def _check_buffers() -> None:
     model = nn.BatchNorm1d(1)
-    buffer_dicts(model)[0]["running_mean"] = replaced = torch.ones(1)
+    buffers_in(model)["running_mean"] = replaced = torch.ones(1)
     _expect(model.running_mean is replaced, expected=True)
+    model.register_buffer("table", torch.ones(1), persistent=False)
+    _expect(non_persistent_in(model), {"table"})
 
 
 def _check_members() -> None:
@@ -543,8 +540,8 @@ _CHECKS: Final = (
     _Check("write_counts", "the step refuses a model that writes to its parameters", _check_write_counts),
     _Check("run_backward", "gradients of the step on the CPU", _check_run_backward),
     _Check("reparametrize", "the step calls the model with the weights of a state", _check_reparametrize),
-    _Check("buffer_dicts", "the step places buffers in the model", _check_buffer_dicts),
-    _Check("children_in, parameters_in, buffers_in, non_persistent_in", "states read live modules", _check_members),
+    _Check("buffers_in, non_persistent_in", "calls with the buffers of a state", _check_buffers),
+    _Check("children_in, parameters_in", "states read live modules", _check_members),
     _Check("foreach_add_, foreach_lerp, foreach_lerp_", "step counters of Adam, averages of weights", _check_foreach),
     _Check("fused_adam_, fused_adamw_", "updates of fused Adam and AdamW", _check_fused_adam),
     _Check("register_torch_pytree, find_torch_pytree", "trees of states and outputs", _check_pytrees),

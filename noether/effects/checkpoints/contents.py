@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.errors import NoetherError
 from noether.core.state import TrainState
+from noether.core.tensors.live.buffers import changed_forms, describe_form
 from noether.core.tensors.stored_weights import use_weights, weights_by_name
 from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, names_below
 from noether.core.tensors.tree import have_same_bits
@@ -33,6 +34,8 @@ FILES: Final = frozenset({WEIGHTS, OPTIMIZER, STATE, MEMORY})
 """The names that a file of a checkpoint can have, its manifest aside."""
 
 _TIED_NAMES: Final = "tied_names"
+_CONSTRUCTED: Final = "constructed"
+"""The entry of a file of weights with the forms of buffers that training gave another one."""
 _WEIGHT_KINDS: Final = ("params", "buffers")
 
 
@@ -95,6 +98,8 @@ def _weights_file(effect: SaveCheckpoint, state: TrainState) -> Pieces:
     tied = {name: first.get(own, own) for name, own in state.tied_names.items() if name in weights}
     if tied := {name: own for name, own in tied.items() if name != own}:
         facts[_TIED_NAMES] = tied  # left out otherwise, as earlier versions have no such entry
+    if forms := {first[name]: form for name, form in changed_forms(state).items() if name in first}:
+        facts[_CONSTRUCTED] = forms  # likewise
     return tensor_pieces(weights, order=order, **facts)
 
 
@@ -203,7 +208,11 @@ def _split_weights(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
     for name, own in tied.items():
         if not have_same_bits(tensors[name], tensors[own]):
             raise ValueError(f"{name!r} and {own!r} are one tensor of the model, and have different values")
-    return {**weights, "extra_state": extra, "tied_names": tied}
+    forms = facts.get(_CONSTRUCTED, {})
+    if not all(name in names["buffers"] and isinstance(form, str) for name, form in forms.items()):
+        raise ValueError(f"{_CONSTRUCTED} does not describe its buffers")
+    constructed = {name: describe_form(buffer) for name, buffer in weights["buffers"].items()} | forms
+    return {**weights, "extra_state": extra, "tied_names": tied, "constructed": constructed}
 
 
 def _names_of_tensors(encoded: Any) -> set[str]:

@@ -35,6 +35,7 @@ _LOGGER: Final = logging.getLogger(__name__)
 _TREES: Final = (
     "params",
     "buffers",
+    "non_persistent",
     "extra_state",
     "tied_names",
     "opt_state",

@@ -15,6 +15,7 @@ from cattrs.preconf.json import make_converter
 
 from noether.core.iteration import TrainingIteration
 from noether.core.state import Measured, TrainState
+from noether.core.tensors.live.buffers import changed_buffers
 from noether.core.tensors.memory import check_memory, check_savable
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.encoding import decode_tree, encode_tree
@@ -45,6 +46,7 @@ class _Values:
     hyperparams: Any
     metrics: Any
     callback_states: Any
+    non_persistent: Any = None
     pending: Any = None
     stopped_by: str | None = None
     epoch_start: TrainingIteration = _START
@@ -54,6 +56,8 @@ class _Values:
 
 def encode_state(state: TrainState) -> dict[str, Any]:
     """Return all of `state` but params, buffers and opt_state as plain values.
+
+    Of the buffers with `persistent=False`, it contains those that training changed.
 
     Returns:
         JSON values under `state` and tensors by dotted path under `tensors`. torch reads both back from a framework's
@@ -93,6 +97,8 @@ def encode_state(state: TrainState) -> dict[str, Any]:
         values["epoch_batches"] = state.epoch_batches
     if state.lengths:
         values["lengths"] = dict(state.lengths)
+    if changed := changed_buffers(state):
+        values["non_persistent"] = encode_tree(changed, tensors, "non_persistent")
     if state.pending is not None:
         values["pending"] = encode_tree(state.pending, tensors, "pending")
     return {"state": values, "tensors": tensors}
@@ -119,7 +125,11 @@ def decode_state(saved: Mapping[str, Any]) -> TrainState:
     names = ("hyperparams", "metrics", "callback_states")
     trees = {name: decode_mapping(name, getattr(values, name), saved["tensors"]) for name in names}
     metrics = {key: Measured(value, TrainingIteration.parse(at)) for key, (value, at) in trees["metrics"].items()}
-    pending = None if values.pending is None else decode_mapping("pending", values.pending, saved["tensors"])
+    optional = {
+        name: decode_mapping(name, getattr(values, name), saved["tensors"])
+        for name in ("non_persistent", "pending")
+        if getattr(values, name) is not None
+    }
     return TrainState(
         iteration=values.iteration,
         previous=values.previous,
@@ -127,11 +137,10 @@ def decode_state(saved: Mapping[str, Any]) -> TrainState:
         stopped_by=values.stopped_by,
         ended=values.ended,
         seed=values.seed,
-        pending=pending,
         epoch_start=values.epoch_start,
         epoch_batches=values.epoch_batches,
         lengths=FrozenDict(values.lengths),
-        **{**trees, "metrics": metrics},
+        **{**trees, "metrics": metrics, **optional},
     )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from noether.core.state import TrainState
+    from noether.core.tensors.tree import FrozenDict
     from noether.training.step.accumulation import Grads
     from noether.training.step.optimizer import FunctionalOptimizer
 
@@ -21,7 +22,7 @@ def apply_gradients(
     state: TrainState,
     grads: Grads,
     settings: Mapping[str, Mapping[str, float]],
-    buffers: Mapping[str, Tensor],
+    buffers: Mapping[str, FrozenDict],
     *,
     model: nn.Module,
     optimizer: FunctionalOptimizer,
@@ -33,7 +34,7 @@ def apply_gradients(
         state: The state before the update.
         grads: Gradients by parameter, None where the loss does not depend on one.
         settings: Settings of the optimizer by group.
-        buffers: The new buffers.
+        buffers: The fields of the state that hold the new buffers.
         model: The architecture, whose parameters become the tensors of the state if `donate` is set.
         optimizer: Computes new params from gradients.
         donate: Whether to write to the tensors of a donated state, and to donate those of the new one.
@@ -47,7 +48,7 @@ def apply_gradients(
     if donate and optimizer.can_write(present, opt_state, params):
         model_tensors = ModelTensors(model, optimizer.trainable(params), params, opt_state)
         return model_tensors.donate_to(state, buffers)
-    return state.replace(params=params, opt_state=opt_state, buffers=buffers)
+    return state.replace(params=params, opt_state=opt_state, **buffers)
 
 
 def _take_tensors(

@@ -82,16 +82,18 @@ class CompiledStep:
             if model_tensors is not None:
                 model_tensors.take_from(state)
 
-        result = self._run(update, state, (params, opt_state, state.buffers, batches, samples, settings, begin))
+        buffers = eager.buffers.collect(state)
+        result = self._run(update, state, (params, opt_state, buffers, batches, samples, settings, begin))
         if result is None:
             return eager(state, batches, observe)
+        fields = eager.buffers.split(result.buffers)
         if eager.donate:
             model_tensors = model_tensors or ModelTensors(
                 eager.model, eager.optimizer.trainable(params), params, opt_state
             )
-            state = model_tensors.donate_to(state, result.buffers)
+            state = model_tensors.donate_to(state, fields)
         else:
-            state = state.replace(params=params, opt_state=opt_state, buffers=result.buffers)
+            state = state.replace(params=params, opt_state=opt_state, **fields)
         readings = {"grad_norm": result.grad_norm, "finite": result.finite}
         return state, make_event(FrozenDict(result.losses), result.outputs, samples, settings, **readings)
 

@@ -78,7 +78,7 @@ class CompiledUpdate:
         self._groups = {group: ({**settings, **decay.get(group, {})}, names) for group, (settings, names) in members}
         self._names = tuple(params)
         self._places = tuple((name, key) for name, tensors in memory.items() for key in tensors)
-        self._buffers = tuple(state.buffers)
+        self._buffers = tuple(step.buffers.collect(state))
         self._lr = [torch.tensor(torch.nan) for _ in self._groups]
         self._rates: list[float] = []
         self._graph = CompiledGraph(self._update, fixed=_FIXED, refuse=self._refuse)

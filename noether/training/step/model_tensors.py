@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 from torch import Tensor
 
 from noether.core.tensors.donation import DonatedTree, OwnedStorages
-from noether.core.tensors.module import named_buffers, named_parameters
-from noether.core.tensors.torch_internals import buffer_dicts
-from noether.core.tensors.tree import FrozenDict
+from noether.core.tensors.module import named_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +15,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from noether.core.state import TrainState
+    from noether.core.tensors.tree import FrozenDict
     from noether.training.step.optimizer import FunctionalOptimizer
 
     Writer = Callable[[Mapping[str, Tensor], Mapping[str, Mapping[str, Any]]], None]
-
-_NO_BUFFERS: Final = FrozenDict()
 
 
 @final
@@ -60,7 +57,6 @@ class ModelTensors:
         self.parameters = named_parameters(model)
         self.leaves = {name: self.parameters[name] for name in trainable}
         self._ordered_parameters = [self.parameters[name] for name in self.params]
-        self._buffer_places = _buffer_places(model)
         self._storages = OwnedStorages(
             [
                 *((self.params, name) for name in trainable),
@@ -79,22 +75,10 @@ class ModelTensors:
         owner = state.params.owner
         return owner if isinstance(owner, cls) and owner.model is model and state.opt_state.owner is owner else None
 
-    def set_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Prepare the model for a call: its parameters are the tensors, its buffers copies of `buffers`."""
+    def bind(self) -> None:
+        """Prepare the model for a call: its parameters are the tensors."""
         if not self._is_bound():
             self._bind()
-        if buffers:
-            copies = {name: buffer.clone() for name, buffer in buffers.items()}
-            for place, key, name in self._buffer_places:
-                place[key] = copies[name]
-
-    def get_buffers(self, names: Mapping[str, Any]) -> FrozenDict:
-        """Return the model's buffers after a call, in the order of `names`."""
-        if not names:
-            return _NO_BUFFERS
-        # Batch norm writes to the copies, other modules assign new tensors: the place holds the current one either way.
-        current = {name: place[key] for place, key, name in self._buffer_places}
-        return FrozenDict({name: current[name].detach() for name in names})
 
     def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
         """Return whether `optimizer` can write an update with these gradients."""
@@ -126,16 +110,20 @@ class ModelTensors:
 
     def unshare(self) -> None:
         """Replace tensors that something else holds by copies, so that all may be written to."""
-        if not self._is_bound():  # the number of users of a storage includes the model's parameter
-            self._bind()
+        self.bind()  # the number of users of a storage includes the model's parameter
         if self._storages.unshare():
             self._bind()
             self._writer = None
 
-    def donate_to(self, state: TrainState, buffers: Mapping[str, Tensor]) -> TrainState:
-        """Return the state with these tensors as params and optimizer memory; the next update may take them."""
+    def donate_to(self, state: TrainState, buffers: Mapping[str, FrozenDict]) -> TrainState:
+        """Return the state with these tensors as params and optimizer memory; the next update may take them.
+
+        Args:
+            state: The state before the update.
+            buffers: The fields of the state that hold buffers.
+        """
         return state.replace(
-            params=DonatedTree(self.params, self), opt_state=DonatedTree(self.opt_state, self), buffers=buffers
+            params=DonatedTree(self.params, self), opt_state=DonatedTree(self.opt_state, self), **buffers
         )
 
     def _bind(self) -> None:
@@ -152,14 +140,3 @@ class ModelTensors:
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
-
-
-def _buffer_places(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
-    """Return for each place that holds a buffer of `model` the dict, the key in it, and the buffer's name."""
-    names = {id(buffer): name for name, buffer in named_buffers(model).items()}
-    return [
-        (buffers, key, names[id(buffer)])
-        for buffers in buffer_dicts(model)
-        for key, buffer in buffers.items()
-        if buffer is not None
-    ]

@@ -15,6 +15,7 @@ from noether.core.tensors.batch import batch_size
 from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
+from noether.core.tensors.live.buffers import BufferPlaces
 from noether.core.tensors.live.extra_state import read_extra_state, set_extra_state
 from noether.core.tensors.losses import detach_losses
 from noether.core.tensors.module import names_in_model
@@ -128,6 +129,7 @@ class Step:
 
     def __post_init__(self) -> None:
         refuse_parameters(self._held_tensors)
+        _ = self.buffers  # before a call changes what the constructor of the model made
 
     def __call__(
         self, state: TrainState, batches: Sequence[Any], observe: Observer | None = None
@@ -157,7 +159,9 @@ class Step:
         self.prepare(state)
         times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
         if len(batches) == 1 and observe is None:  # the common case, which needs no means
-            result = self._run_backward(state, state.buffers, batches[0], self._scale(state, _total), times)
+            result = self._run_backward(
+                state, self.buffers.collect(state), batches[0], self._scale(state, _total), times
+            )
             grads, losses, outputs, buffers = result
             return self._apply(state, Gradients(grads[0] if grads else {}, losses, buffers), (outputs,), samples, times)
         state, accumulation, buffers = self._accumulate(state, batches, samples, times, observe)
@@ -173,14 +177,15 @@ class Step:
         observe: Observer | None,
     ) -> tuple[TrainState, Accumulation, Mapping[str, Tensor]]:
         """Return the state with callbacks' memory, the means over the micro-batches, and the new buffers."""
-        accumulation, buffers, index, observed = Accumulation(sum(samples)), state.buffers, 0, 0
+        start = self.buffers.collect(state)
+        accumulation, buffers, index, observed = Accumulation(sum(samples)), start, 0, 0
         while index < len(batches):
             batch, size = batches[index], samples[index]
             try:
                 objectives = self._scale(state, partial(accumulation.objectives, samples=size))
                 result = self._run_backward(state, buffers, batch, objectives, times)
             except RegroupError as error:  # computes the gradients again, with the same random numbers
-                accumulation, buffers, index = Accumulation(sum(samples), error.groups), state.buffers, 0
+                accumulation, buffers, index = Accumulation(sum(samples), error.groups), start, 0
                 self.prepare(state)
                 continue
             accumulation.add(result)
@@ -210,7 +215,7 @@ class Step:
         if state.extra_state:
             set_extra_state(self.model, state.extra_state)
         if self._held_tensors:
-            check_buffers(self._held_tensors, state.buffers)
+            check_buffers(self._held_tensors, self.buffers.collect(state))
 
     @cached_property
     def _generators(self) -> list[Any]:
@@ -230,7 +235,7 @@ class Step:
     @torch.enable_grad()
     def compute_result(self, state: TrainState, batch: Any) -> BackwardResult:
         """Return the result of one batch, without an update."""
-        return self._run_backward(state, state.buffers, batch, _total, None)
+        return self._run_backward(state, self.buffers.collect(state), batch, _total, None)
 
     def _run_backward(
         self,
@@ -243,20 +248,22 @@ class Step:
         """Return gradients of the objectives, losses, outputs and new buffers."""
         model_tensors = ModelTensors.of(state, self.model)
         if model_tensors is not None:
-            model_tensors.set_buffers(buffers)
+            model_tensors.bind()
+            self.buffers.place(buffers)
             result = self._differentiate(batch, model_tensors.parameters, model_tensors.leaves, objectives, times)
-            return BackwardResult(*result, model_tensors.get_buffers(buffers))
+            return BackwardResult(*result, self.buffers.read())
         params = {name: param.detach() for name, param in state.params.items()}
         leaves = {name: params[name].requires_grad_() for name in self.optimizer.trainable(params)}
         names = self._names_in_model
-        weights = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
-        if names:
-            weights = {names.get(name, name): tensor for name, tensor in weights.items()}
-        with reparametrize(self.model, weights, tie_weights=True):
+        weights = {names.get(name, name): tensor for name, tensor in params.items()} if names else dict(params)
+        with self.buffers.exchange(buffers), reparametrize(self.model, weights, tie_weights=True):
             result = self._differentiate(batch, params, leaves, objectives, times)
-        # Batch norm writes to the copies, other modules assign new tensors: `weights` holds the current one either way.
-        current = {name: weights[names.get(name, name)].detach() for name in buffers}
-        return BackwardResult(*result, FrozenDict(current))
+            return BackwardResult(*result, self.buffers.read())
+
+    @cached_property
+    def buffers(self) -> BufferPlaces:
+        """The places of the model's buffers."""
+        return BufferPlaces(self.model)
 
     @cached_property
     def _names_in_model(self) -> dict[str, str]:
@@ -320,8 +327,9 @@ class Step:
         grads, grad_norm = self.clip(grads)
         settings = self.settings_for(state)
         if not skipped:
+            buffers = self.buffers.split(result.buffers)
             state = apply_gradients(
-                state, grads, settings, result.buffers, model=self.model, optimizer=self.optimizer, donate=self.donate
+                state, grads, settings, buffers, model=self.model, optimizer=self.optimizer, donate=self.donate
             )
             if state.extra_state:
                 state = state.replace(extra_state=read_extra_state(self.model))

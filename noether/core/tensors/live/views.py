@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal, final
 
+from noether.core.tensors.live.buffers import describe_constructed
 from noether.core.tensors.live.extra_state import read_extra_state
-from noether.core.tensors.module import buffers_of, params_of
+from noether.core.tensors.module import buffers_of, non_persistent_of, params_of
 from noether.core.tensors.tied_names import find_tied_names
 from noether.core.tensors.tree import FrozenDict
 
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Part = Literal["params", "buffers", "extra_state", "tied_names"]
+Part = Literal["params", "buffers", "non_persistent", "extra_state", "tied_names"]
 
 PARTS: Final[Mapping[Part, Callable[[nn.Module], FrozenDict]]] = {
     "params": params_of,
     "buffers": buffers_of,
+    "non_persistent": non_persistent_of,
     "extra_state": read_extra_state,
     "tied_names": find_tied_names,
 }
@@ -93,6 +95,6 @@ VIEWS: Final = (*PARTS, "opt_state")
 """The fields of a state that may hold a `LiveView`."""
 
 
-def views_of(model: nn.Module) -> dict[str, ModuleView]:
-    """Return the fields of a state that view a live module."""
-    return {part: ModuleView(model, part) for part in PARTS}
+def views_of(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of a state that view a live module, and what its constructor made of its buffers."""
+    return {**{part: ModuleView(model, part) for part in PARTS}, "constructed": describe_constructed(model)}

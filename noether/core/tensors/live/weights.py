@@ -8,7 +8,16 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from noether.core.errors import NoetherError, suggest
-from noether.core.tensors.module import device_of, named_buffers, named_modules, named_parameters, without_wrappers
+from noether.core.tensors.live.buffers import describe_constructed, find_late
+from noether.core.tensors.module import (
+    device_of,
+    named_buffers,
+    named_modules,
+    named_parameters,
+    non_persistent_names,
+    persistent_buffers,
+    without_wrappers,
+)
 from noether.core.tensors.tied_names import find_tied_names
 from noether.core.tensors.torch_internals import buffers_in
 from noether.core.tensors.tree import FrozenDict, have_same_bits, storages
@@ -59,38 +68,59 @@ def join_problems(problems: list[str]) -> str:
 
 
 @torch.no_grad()
-def write_weights(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+def write_weights(
+    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], reshaped: Collection[str] = ()
+) -> None:
     """Write params and buffers into a live model, after checking all of them.
 
     Names may have the parts that `torch.compile`, DDP and FSDP add. A buffer that the model has as None is set.
+
+    Args:
+        model: The model.
+        params: Its parameters by name.
+        buffers: Its buffers, those with `persistent=False` among them if they are to be written, too.
+        reshaped: Names of the buffers that training gave another form than the constructor of the model.
 
     Raises:
         MismatchError: If the model does not have exactly these parameters and buffers, with these shapes and dtypes;
             the message names all that differ.
     """
-    raise_mismatch(find_weight_problems(model, params, buffers))
+    raise_mismatch(find_weight_problems(model, params, buffers, reshaped))
     live = {**named_parameters(model), **named_buffers(model)}
-    places = _empty_buffers(model)
-    tied = find_tied_names(model)
+    places, tied = dict(_buffer_places(model)), find_tied_names(model)
     saved = {**match_names(params, live, tied), **match_names(buffers, [*live, *places], tied)}
     changed = {name: tensor for name, tensor in saved.items() if name not in live or not _is_same(live[name], tensor)}
     viewed = storages(live)  # a view of a tensor that is written to first would change: a copy is written
     changed = {name: each.clone() if storages(each) & viewed else each for name, each in changed.items()}
     for name, tensor in changed.items():
-        if name in live:
+        if name in live and (live[name].shape, live[name].dtype) == (tensor.shape, tensor.dtype):
             live[name].copy_(tensor)
         else:
             place, key = places[name]
             place[key] = tensor.to(device_of(model.parameters()), copy=True)
+    for name in places.keys() & _late_names(model) - saved.keys():  # forward had not filled them yet
+        place, key = places[name]
+        place[key] = None
 
 
-def find_weight_problems(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[str]:
-    """Return each difference between params and buffers of a saved state and those of a live model, by name."""
-    late = _empty_buffers(model).keys() & match_names(buffers, _empty_buffers(model)).keys()
-    tied = find_tied_names(model)
+def find_weight_problems(
+    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], reshaped: Collection[str] = ()
+) -> list[str]:
+    """Return each difference between params and buffers of a saved state and those of a live model, by name.
+
+    Args:
+        model: The model.
+        params: Saved parameters by name.
+        buffers: Saved buffers by name.
+        reshaped: Names of the buffers that may have any form.
+    """
+    live, tied = persistent_buffers(model), find_tied_names(model)
+    saved = match_names(buffers, [*live, *dict(_buffer_places(model))], tied)
+    strict = [{name: each for name, each in tensors.items() if name not in reshaped} for tensors in (live, saved)]
+    late = _late_names(model) | non_persistent_names(model)
     return [
         *find_differences("parameter", named_parameters(model), params, tied=tied),
-        *find_differences("buffer", named_buffers(model), buffers, optional=late, tied=tied),
+        *find_differences("buffer", *strict, optional=late, tied=tied),
     ]
 
 
@@ -109,7 +139,7 @@ def find_differences(
         kind: What the tensors are, for the message.
         expected: Tensors of the model by name.
         found: Saved tensors by name.
-        optional: Names that only the saved tensors may have.
+        optional: Names that only one side may have.
         tied: As for `match_names`.
         source: Where the saved tensors are, for the message.
 
@@ -201,14 +231,18 @@ def find_tied_differences(saved: Mapping[str, Any], tied: Mapping[str, str]) -> 
                 yield f"{known!r} and {other!r} have different values, and are one tensor (tied) in the model"
 
 
-def _empty_buffers(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Return, for each buffer that is registered as None, the dict and the key under which its module keeps it."""
-    return {
-        f"{path}.{key}" if path else key: (buffers_in(module), key)
-        for path, module in named_modules(model)
-        for key, buffer in buffers_in(module).items()
-        if buffer is None
-    }
+def _buffer_places(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
+    """Yield, for each buffer and each that is None, the dict and the key under which its module keeps it."""
+    for path, module in named_modules(model):
+        for key in buffers_in(module):
+            yield f"{path}.{key}" if path else key, (buffers_in(module), key)
+
+
+def _late_names(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that are None, or were as the constructor made them."""
+    constructed = describe_constructed(model)
+    empty = {name for name, (place, key) in _buffer_places(model) if place[key] is None or name not in constructed}
+    return empty | find_late(constructed)
 
 
 def _is_same(live: Tensor, tensor: Tensor) -> bool:

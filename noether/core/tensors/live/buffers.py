@@ -1,0 +1,314 @@
+"""The places of a live model's buffers: what its constructor made there, and calls with the buffers of a state."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from noether.core.tensors.module import named_modules, non_persistent_names
+from noether.core.tensors.torch_internals import buffers_in, non_persistent_in
+from noether.core.tensors.tree import FrozenDict
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+
+    from noether.core.state import TrainState
+
+_NONE: Final = "none"
+_MISSING: Final = "missing"
+_NO_BUFFERS: Final = FrozenDict()
+_CONSTRUCTED: WeakKeyDictionary[nn.Module, FrozenDict] = WeakKeyDictionary()
+"""What `describe_constructed` returned for each model."""
+
+
+def describe_constructed(model: nn.Module) -> FrozenDict:
+    """Return the form of each buffer as the constructor of a model made it; read once, when a model is first seen.
+
+    Returns:
+        Dtype and shape by name, `none` for a buffer that is None; of a non-persistent buffer also a digest.
+
+    Example:
+        >>> model = torch.nn.BatchNorm1d(2)
+        >>> describe_constructed(model)["running_mean"]
+        'float32[2]'
+        >>> model.running_mean = torch.zeros(3)
+        >>> describe_constructed(model)["running_mean"]
+        'float32[2]'
+    """
+    if model not in _CONSTRUCTED:
+        _CONSTRUCTED[model] = FrozenDict(_describe_places(model, non_persistent_names(model)))
+    return _CONSTRUCTED[model]
+
+
+def describe_form(buffer: Tensor) -> str:
+    """Return dtype and shape as text.
+
+    Example:
+        >>> describe_form(torch.zeros(0, 2))
+        'float32[0,2]'
+    """
+    return f"{str(buffer.dtype).removeprefix('torch.')}[{','.join(map(str, buffer.shape))}]"
+
+
+def describe_values(buffer: Tensor) -> str:
+    """Return dtype and shape with a digest of the values; of a tensor without values, no digest.
+
+    Example:
+        >>> describe_values(torch.zeros(1)) == describe_values(torch.ones(1))
+        False
+    """
+    if buffer.is_meta:
+        return describe_form(buffer)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _dense_parts(buffer.detach().cpu()):
+        plain = part.resolve_conj().resolve_neg().contiguous()
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{describe_form(buffer)} {digest.hexdigest()}"
+
+
+def _dense_parts(buffer: Tensor) -> Iterable[Tensor]:
+    """Return dense tensors that have the values of a buffer of any kind."""
+    if buffer.is_nested:
+        return buffer.unbind()
+    if buffer.is_quantized:
+        return [buffer.int_repr()]
+    if buffer.layout is torch.strided:
+        return [buffer]
+    sparse = buffer.to_sparse().coalesce()
+    return [sparse.indices(), sparse.values()]
+
+
+def changed_buffers(state: TrainState) -> dict[str, Tensor]:
+    """Return the non-persistent buffers whose values are not those that the constructor made.
+
+    Example:
+        >>> from noether import TrainState
+        >>> class Cached(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_buffer("table", torch.ones(2), persistent=False)
+        >>> model = Cached()
+        >>> state = TrainState.from_module(model)
+        >>> changed_buffers(state)
+        {}
+        >>> _ = model.table.zero_()
+        >>> changed_buffers(state)
+        {'table': tensor([0., 0.])}
+    """
+    before = state.constructed or {}
+    return {name: each for name, each in state.non_persistent.items() if before.get(name) != describe_values(each)}
+
+
+def changed_forms(state: TrainState) -> dict[str, str]:
+    """Return, for each buffer whose dtype or shape is not that which the constructor made, what it made.
+
+    Example:
+        >>> from noether import TrainState
+        >>> model = torch.nn.Module()
+        >>> model.register_buffer("scale", None)
+        >>> state = TrainState.from_module(model)
+        >>> model.scale = torch.ones(2)
+        >>> changed_forms(state)
+        {'scale': 'none'}
+    """
+    before = state.constructed
+    if before is None:  # nothing is known of the model
+        return {}
+    forms = {name: before.get(name, _MISSING) for name in state.buffers}
+    return {name: form for name, form in forms.items() if form != describe_form(state.buffers[name])}
+
+
+def find_reshaped(model: nn.Module, saved: TrainState) -> set[str]:
+    """Return the names of the buffers of a saved state that may have another form than those of a model.
+
+    These are the ones that training gave another form than the constructor made, in the state or in the model, if the
+    constructor of the model makes the same; and non-persistent ones that forward registers in a module of the model.
+    """
+    constructed, before = describe_constructed(model), saved.constructed or {}
+    live = {name: form for name, form in _describe_places(model, ()).items() if form != constructed.get(name)}
+    same = {
+        name for name in live.keys() & before.keys() & saved.buffers.keys() if before[name] == constructed.get(name)
+    }
+    late = {*changed_forms(saved).items(), *((name, _MISSING) for name in saved.non_persistent)}
+    paths = dict(named_modules(model)).keys()
+    return same | {
+        name for name, form in late if constructed.get(name, _MISSING) == form and name.rpartition(".")[0] in paths
+    }
+
+
+def move_non_persistent(saved: TrainState, ours: Mapping[str, Tensor]) -> TrainState:
+    """Return a state that an earlier version saved, which had non-persistent buffers among the others.
+
+    Args:
+        saved: The saved state.
+        ours: Non-persistent buffers of the model; one of another form stays as the model has it.
+    """
+    moved = saved.buffers.keys() & ours.keys()
+    if not moved:
+        return saved
+    fitting = {name for name in moved if describe_form(saved.buffers[name]) == describe_form(ours[name])}
+    kept = {name: saved.buffers[name] for name in fitting}
+    buffers = {name: buffer for name, buffer in saved.buffers.items() if name not in moved}
+    return saved.replace(buffers=buffers, non_persistent={**kept, **saved.non_persistent})
+
+
+def find_late(constructed: Mapping[str, str]) -> set[str]:
+    """Return the names of the buffers that the constructor left None."""
+    return {name for name, form in constructed.items() if form == _NONE}
+
+
+def split_buffers(buffers: Mapping[str, Tensor], non_persistent: Collection[str]) -> dict[str, FrozenDict]:
+    """Return the fields of a state that hold these buffers.
+
+    Args:
+        buffers: All buffers of a model by name.
+        non_persistent: Names of those with `persistent=False`.
+
+    Example:
+        >>> split_buffers({"scale": torch.ones(1), "table": torch.zeros(1)}, ["table"])
+        {'buffers': FrozenDict({'scale': tensor([1.])}), 'non_persistent': FrozenDict({'table': tensor([0.])})}
+    """
+    if not non_persistent:
+        return {"buffers": FrozenDict(buffers), "non_persistent": _NO_BUFFERS}
+    return {
+        "buffers": FrozenDict({name: buffer for name, buffer in buffers.items() if name not in non_persistent}),
+        "non_persistent": FrozenDict({name: buffer for name, buffer in buffers.items() if name in non_persistent}),
+    }
+
+
+@final
+class BufferPlaces:
+    """The places of a model's buffers, for calls with the buffers of a state.
+
+    A model may fill a buffer that is None, or register one, in forward. A state has what forward made; before the next
+    call, a place of which the state has no buffer is again as the constructor made it.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> model = torch.nn.BatchNorm1d(1)
+        >>> places = BufferPlaces(model)
+        >>> buffers = places.read()
+        >>> with places.exchange(buffers):
+        ...     _ = model(torch.tensor([[1.0], [3.0]]))
+        ...     after = places.read()
+        >>> [float(each["running_mean"]) for each in (buffers, after, places.read())]
+        [0.0, 0.20000000298023224, 0.0]
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._constructed = describe_constructed(model)
+        self._dicts = [(f"{path}." if path else "", buffers_in(module)) for path, module in named_modules(model)]
+        self._read_places()
+
+    def collect(self, state: TrainState) -> Mapping[str, Tensor]:
+        """Return all buffers of a state, for a call."""
+        non_persistent = state.non_persistent
+        return FrozenDict({**state.buffers, **non_persistent}) if non_persistent else state.buffers
+
+    def split(self, buffers: Mapping[str, Tensor]) -> dict[str, FrozenDict]:
+        """Return the fields of a state that hold these buffers."""
+        return split_buffers(buffers, self._non_persistent)
+
+    def place(self, buffers: Mapping[str, Tensor]) -> None:
+        """Put copies of buffers into the model."""
+        if self._count() != len(self._places):
+            self._read_places()
+        if not self._places and not buffers:
+            return
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        late = []
+        for place, key, name, first in self._places:
+            copy = copies.get(name)
+            if copy is None:
+                copy = copies.get(first)  # a buffer at two places has the name of the first
+                if copy is None and name not in self._constructed:
+                    late.append((place, key))
+            place[key] = copy
+        if late:  # forward registered them, and the state has none
+            for place, key in late:
+                del place[key]
+            self._read_places()
+        if not copies.keys() <= self._names:
+            self._register({name: copy for name, copy in copies.items() if name not in self._names})
+
+    def read(self) -> FrozenDict:
+        """Return the buffers in the model by name, each once, without gradients."""
+        if self._count() != len(self._places):
+            self._read_places()
+        if not self._places:
+            return _NO_BUFFERS
+        found: dict[int, tuple[str, Tensor]] = {}
+        # Batch norm writes to the copies, other modules assign new tensors: the place holds the current one either way.
+        for place, key, name, _ in self._places:
+            buffer = place[key]
+            if buffer is not None and id(buffer) not in found:
+                found[id(buffer)] = name, buffer
+        return FrozenDict({name: buffer.detach() for name, buffer in found.values()})
+
+    @contextmanager
+    def exchange(self, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Return a context in which the model has copies of other buffers."""
+        before = [dict(place.items()) for _, place in self._dicts]
+        self.place(buffers)
+        try:
+            yield
+        finally:
+            for (_, place), held in zip(self._dicts, before, strict=True):
+                for key in [key for key in place.keys() if key not in held]:  # noqa: SIM118  # TorchScript has no other
+                    del place[key]
+                for key, buffer in held.items():
+                    place[key] = buffer
+
+    def _count(self) -> int:
+        return sum([len(place) for _, place in self._dicts])
+
+    def _read_places(self) -> None:
+        first: dict[int, str] = {}
+        self._places: list[tuple[dict[str, Any], str, str, str]] = []
+        for prefix, place in self._dicts:
+            for key, buffer in place.items():
+                name = prefix + key
+                alias = name if buffer is None else first.setdefault(id(buffer), name)
+                self._places.append((place, key, name, alias))
+        self._names = {name for _, _, name, _ in self._places}
+        self._non_persistent = non_persistent_names(self._model)
+
+    def _register(self, buffers: Mapping[str, Tensor]) -> None:
+        """Register buffers that forward registered before, maybe in another process."""
+        modules = dict(named_modules(self._model))
+        for name, buffer in buffers.items():
+            path, _, key = name.rpartition(".")
+            modules[path].register_buffer(key, buffer, persistent=key not in non_persistent_in(modules[path]))
+        self._read_places()
+
+
+def register_late(model: nn.Module, saved: TrainState) -> None:
+    """Register the buffers of a saved state that forward of the model registers at its first call, as None."""
+    names, modules = find_reshaped(model, saved) - describe_constructed(model).keys(), dict(named_modules(model))
+    for name in sorted(names):
+        path, _, key = name.rpartition(".")
+        if key not in buffers_in(modules[path]):
+            modules[path].register_buffer(key, None, persistent=name in saved.buffers)
+
+
+def _describe_places(model: nn.Module, digested: Collection[str]) -> dict[str, str]:
+    """Return the form of each buffer, of those in `digested` with a digest."""
+    forms = {}
+    for path, module in named_modules(model):
+        for key, buffer in buffers_in(module).items():
+            name = f"{path}.{key}" if path else key
+            if buffer is None or is_lazy(buffer):
+                forms[name] = _NONE
+            else:
+                forms[name] = describe_values(buffer) if name in digested else describe_form(buffer)
+    return forms
