@@ -20,8 +20,9 @@ from reference import (
     weights,
 )
 
-from noether import AfterAccumulationStep, AfterUpdate, Run, TrainingIteration, compose
+from noether import AfterAccumulationStep, AfterUpdate, Run, TrainingIteration, compose, on, open_run
 from noether.core.callbacks import (
+    CheckpointCallback,
     FixedUpdateEarlyStopping,
     GradNormCallback,
     LrCallback,
@@ -457,3 +458,57 @@ def test_a_callback_receives_no_events_after_an_exception():
     assert len(collector.events) == seen
     assert recorder.lines[-1][0] == "AfterTraining"
     assert "compute_loss" not in vars(model)
+
+
+class Gan(keras.Model):
+    """Steps the discriminator at each batch, and the generator at every second one."""
+
+    def __init__(self):
+        super().__init__(name="gan")
+        keras.utils.set_random_seed(0)
+        self.g, self.d = keras.layers.Dense(3), keras.layers.Dense(1)
+        self.g_optimizer, self.d_optimizer = keras.optimizers.Adam(0.05), keras.optimizers.SGD(0.1, momentum=0.9)
+        self.turns = 0
+        self.compile()
+        self(torch.zeros(1, 3))
+
+    def call(self, x):
+        return self.d(self.g(x))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):  # noqa: FBT002  # Keras'
+        return keras.ops.mean(keras.ops.tanh(y_pred))
+
+    def train_step(self, data):
+        x, _ = data
+        self.turns += 1
+        for name, sign in [("d", 1)] + [("g", -1)] * (self.turns % 2):
+            self.zero_grad()
+            outputs = self(x)
+            loss = sign * (self.compute_loss(x, None, outputs) if name == "d" else keras.ops.mean(outputs))
+            loss.backward()
+            variables = getattr(self, name).trainable_variables
+            with torch.no_grad():
+                gradients = [variable.value.grad for variable in variables]
+                getattr(self, f"{name}_optimizer").apply(gradients, variables)
+        return {"loss": loss.detach()}
+
+
+def test_a_model_that_steps_two_optimizers_resumes_exactly(tmp_path):
+    # keras-team/keras#10806
+    rates = []
+    note = on(AfterUpdate)(lambda state, event: (rates.append(dict(event.lr)), (state, ()))[1])
+
+    def train(path, epochs):
+        model = Gan()
+        with open_run(path) as directory:
+            callback = NoetherCallback([note, CheckpointCallback(every_n_epochs=1)], directory=directory)
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+            model.fit(x, torch.zeros(8), batch_size=4, epochs=epochs, verbose=0, shuffle=False, callbacks=[callback])
+        return weights(KerasModule(model)), callback.session.state.opt_state
+
+    uncut = train(tmp_path / "uncut", 4)
+    train(tmp_path / "cut", 2)
+    assert_same(train(tmp_path / "cut", 4), uncut)
+    assert uncut[1].keys() == {"g_optimizer", "d_optimizer", "optimizer"}
+    assert len(uncut[1]["d_optimizer"]["state"]) == len(uncut[1]["g_optimizer"]["state"]) == 2
+    assert rates[0].keys() == {"g_optimizer", "d_optimizer"}

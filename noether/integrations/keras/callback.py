@@ -38,6 +38,8 @@ Differences from noether's trainer:
   contains the rest of the run; pass it to a new callback as `remembered=`.
 - An update that a `LossScaleOptimizer` skips counts as any other. Keras does not show gradients: callbacks that
   read `grad_norm` are refused, and `finite` is that of the loss.
+- A model whose `train_step` steps several optimizers, such as `self.g_optimizer` and `self.d_optimizer`, is saved with
+  each under the name of its attribute; a batch is one update, and calls `self.compute_loss` once.
 - A model with `jit_compile=True` is refused, because no callback can run inside of a compiled step.
 """  # noqa: E501  # a table
 
@@ -52,7 +54,7 @@ from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
 from noether.integrations.keras.backend import keras
 from noether.integrations.keras.module import KerasModule
-from noether.integrations.keras.optimizer import KerasOptimizer
+from noether.integrations.keras.optimizers import wrap_optimizers
 from noether.session.session import Session
 from noether.session.settings import fill_run
 from noether.session.timing import Clock
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.state import TrainState
     from noether.effects import RunDirectory
+    from noether.integrations.keras.optimizer import KerasOptimizer
+    from noether.integrations.keras.optimizers import KerasOptimizers
 
 _CLOCK: Final = Clock()
 _RUN: Final = Run()
@@ -116,7 +120,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             Session, callbacks, directory=directory, interpreter=interpreter, data=data, seed=seed, clock=clock
         )
         self._session: Session | None = None
-        self._optimizer: KerasOptimizer | None = None
+        self._optimizer: KerasOptimizer | KerasOptimizers | None = None
         self._losses: list[Tensor] = []
         self._awaits_loss = False
 
@@ -206,11 +210,11 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         else:
             self.session.close()
 
-    def _session_and_optimizer(self) -> tuple[Session, KerasOptimizer]:
+    def _session_and_optimizer(self) -> tuple[Session, KerasOptimizer | KerasOptimizers]:
         """Return the session and the optimizer, created at the first call because Keras sets the model late."""
         if self._session is None or self._optimizer is None:
             module = KerasModule(self.model)
-            self._optimizer = KerasOptimizer(module)
+            self._optimizer = wrap_optimizers(module)
             run = fill_run(self._run, forward=module.evaluate)
             self._session = self._make_session(run=run, model=module, optimizer=self._optimizer)
             # Files of Keras do not have the counters of dropout and augmentation layers.

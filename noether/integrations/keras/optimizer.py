@@ -25,17 +25,19 @@ class KerasOptimizer:
 
     Args:
         module: The module that wraps the model.
+        optimizer: One of several optimizers of the model, which its first step builds; by default the only one, for
+            all trainable variables.
 
     Raises:
         ValueError: If the model is not compiled.
     """
 
-    def __init__(self, module: KerasModule) -> None:
+    def __init__(self, module: KerasModule, optimizer: Any = None) -> None:
         model = module.keras
-        if getattr(model, "optimizer", None) is None:
+        if optimizer is None and getattr(model, "optimizer", None) is None:
             raise ValueError(f"{model.name} has no optimizer: call model.compile(optimizer=..., loss=...) first")
-        self._module, self._optimizer = module, model.optimizer
-        if not self._optimizer.built:
+        self._module, self._optimizer = module, model.optimizer if optimizer is None else optimizer
+        if optimizer is None and not self._optimizer.built:
             self._optimizer.build(model.trainable_variables)
         self.lr_scale = 1.0
         self.measures: frozenset[str] = frozenset()
@@ -58,6 +60,22 @@ class KerasOptimizer:
     def belongs_to(self, model: Any) -> bool:
         """Return whether this is the optimizer of this same model object."""
         return self._module.keras is model and self._optimizer is model.optimizer
+
+    def is_attribute(self, model: Any, name: str) -> bool:
+        """Return whether a model has this optimizer as the attribute `name`."""
+        return getattr(model, name, None) is self._optimizer
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the optimizer has made a step."""
+        return int(self._inner.iterations) > 0
+
+    def build_for(self, opt_state: Mapping[str, Any]) -> None:
+        """Build an optimizer that has made no step yet for the variables of a saved state."""
+        names = opt_state["state"]
+        if not self._optimizer.built and names:
+            variables = self._module.keras.trainable_variables
+            self._optimizer.build([each for each in variables if self._module.name_of(each) in names])
 
     def check_update_boundary(self) -> None:
         """Refuse an optimizer that has accumulated the gradients of only a part of an update.
