@@ -333,7 +333,7 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> tuple[Tr
         return state, ()
     with locate_errors(config, ("run", "init_from")):
         try:
-            state, line = load_weights(state, config.run.init_from)
+            state, line = load_weights(state, config.run.init_from, model)
         except CheckpointError as error:
             raise SettingsError([Problem("", str(error))]) from error
     return state, (line,)

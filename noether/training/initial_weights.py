@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from noether.core.errors import Problem, raise_problems, suggest
+from noether.core.tensors.live.buffers import find_late, find_reshaped, register_late
 from noether.core.tensors.live.weights import (
     compare_tensors,
     find_tied_differences,
@@ -25,6 +26,8 @@ from noether.effects.checkpoints.weight_files import read_weights
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
+    from torch import nn
+
     from noether.config.init_settings import InitSettings
     from noether.core.state import TrainState
 
@@ -33,14 +36,16 @@ _WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoi
 _SHOWN: Final = 6
 
 
-def load_weights(state: TrainState, settings: InitSettings) -> tuple[TrainState, str]:
+def load_weights(state: TrainState, settings: InitSettings, model: nn.Module) -> tuple[TrainState, str]:
     """Return `state` with the weights that the settings choose, on its device, and a line that says which these are.
 
-    A tensor of a narrower dtype than the model has is converted; no other conversion is made.
+    A tensor of a narrower dtype than the model has is converted; no other conversion is made. Non-persistent buffers
+    are as the constructor made them. Buffers that the model makes or reshapes in forward are taken as they were saved.
 
     Args:
         state: The state of the model, as initialized.
         settings: Where the weights are, and which to take.
+        model: The model, in which places of buffers that its forward registers are prepared.
 
     Raises:
         CheckpointError: If they cannot be read, or do not fit the model; the message lists what to write.
@@ -56,16 +61,13 @@ def load_weights(state: TrainState, settings: InitSettings) -> tuple[TrainState,
     outside = len(saved.values) - len(values)
     omitted = _find_omitted(settings.leave_out, [*every, *values])
     _check_tied(omitted, state.tied_names)
-    values = {name: value for name, value in values.items() if name not in omitted}
-    expected = {name: value for name, value in own.items() if name not in omitted}
-    found = _match(values, expected, state.tied_names)
-    problems = [*find_tied_differences(_tensors(values), state.tied_names)]
-    problems += _find_problems(state, expected, found, saved.source)
-    if problems:
-        raise CheckpointError(f"{settings.path!r}: {join_problems(problems)}; {_way_out(settings, expected, found)}")
-    taken = {name: found[name] for name in expected if name in found}
-    if not taken:
-        raise CheckpointError(f"{settings.path!r}: leave_out leaves nothing to take; remove init_from")
+    values = {name: value for name, value in values.items() if name not in {*omitted, *state.non_persistent}}
+    reshaped = set() if saved.state is None else find_reshaped(model, saved.state)
+    late = {name: values.pop(name) for name in reshaped | find_late(state.constructed or {}) if name in values}
+    expected = {name: value for name, value in own.items() if name not in {*omitted, *late}}
+    taken = late | _fit(state, settings, expected, values, saved.source)
+    if saved.state is not None:
+        register_late(model, saved.state.replace(buffers=late))
     key = "" if saved.key is None else f" ({saved.key!r} in it)"
     parts = [
         f"starts from {settings.path}{key}: {len(taken)} tensors taken",
@@ -127,6 +129,24 @@ def _check_tied(omitted: Collection[str], tied: Mapping[str, str]) -> None:
             one, two = (other, name) if other in omitted else (name, other)
             message = f"{one!r} is tied to {two!r} in the model, which is not left out: leave out both or none"
             raise_problems([Problem("leave_out", message)])
+
+
+def _fit(
+    state: TrainState, settings: InitSettings, expected: Mapping[str, Any], values: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Return the values under the names of the state, if they are what the model expects.
+
+    Raises:
+        CheckpointError: If they are not, with each difference and what to write.
+    """
+    found = _match(values, expected, state.tied_names)
+    problems = [*find_tied_differences(_tensors(values), state.tied_names)]
+    problems += _find_problems(state, expected, found, source)
+    if problems:
+        raise CheckpointError(f"{settings.path!r}: {join_problems(problems)}; {_way_out(settings, expected, found)}")
+    if expected.keys().isdisjoint(found):
+        raise CheckpointError(f"{settings.path!r}: leave_out leaves nothing to take; remove init_from")
+    return {name: found[name] for name in expected if name in found}
 
 
 def _match(values: Mapping[str, Any], expected: Mapping[str, Any], tied: Mapping[str, str]) -> dict[str, Any]:
@@ -215,9 +235,10 @@ def _replace_weights(state: TrainState, taken: Mapping[str, Any]) -> TrainState:
     """Return the state with the values taken, on the device of the state."""
     device = device_of(state.params.values())
     fields: dict[str, Mapping[str, Any]] = {}
-    for field in ("params", "buffers"):
+    late = [name for name in taken if name not in state.params and not name.endswith(EXTRA_STATE)]
+    for field, names in (("params", state.params), ("buffers", dict.fromkeys([*state.buffers, *late]))):
         ours = getattr(state, field)
-        fields[field] = {name: taken[name].to(device, copy=True) if name in taken else ours[name] for name in ours}
+        fields[field] = {name: taken[name].to(device, copy=True) if name in taken else ours[name] for name in names}
     extra = {
         path: move_to_device(device, freeze(pack("it", taken[name]))) if name in taken else value
         for path, value in state.extra_state.items()

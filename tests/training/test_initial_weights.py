@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_runs import make_config
 from torch import nn
 
-from noether import TrainState
+from noether import AfterUpdate, SaveCheckpoint, TrainState, open_run
 from noether.cli.main import main
 from noether.config import ConfigError
 from noether.config.init_settings import InitSettings
@@ -52,7 +52,8 @@ def save(path, content):
 
 
 def load(path, model=None, **more):
-    return load_weights(TrainState.from_module(model or Net()), InitSettings(path=str(path), **more))
+    model = model or Net()
+    return load_weights(TrainState.from_module(model), InitSettings(path=str(path), **more), model)
 
 
 def all_weights(state):
@@ -273,6 +274,42 @@ def test_extra_state_in_a_file_of_torch_is_taken(tmp_path):
         CheckpointError, match=r"extra state '0._extra_state' is not in the model; .*\[\"0._extra_state\"\]"
     ):
         load(save(path, saved.state_dict()), nn.Sequential(nn.Linear(2, 2)))
+
+
+class Growing(nn.Module):
+    """Has a cache that no checkpoint has, a buffer that forward makes, and one that it makes longer."""
+
+    def __init__(self, length=2):
+        super().__init__()
+        self.lin = nn.Linear(2, 2)
+        self.register_buffer("table", torch.ones(length), persistent=False)
+        self.register_buffer("scale", None)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.scale = torch.full((3,), 5.0)
+        self.seen = torch.cat([self.seen, torch.ones(1)])
+        return self.lin(x)
+
+
+def test_buffers_that_forward_makes_are_taken_and_caches_are_not(tmp_path):
+    model = Growing()
+    model(torch.ones(1, 2))
+    weights = model.state_dict()
+    path = save(tmp_path / "w.pt", {**weights, "table": torch.zeros(8)})
+    with pytest.raises(CheckpointError, match=r"'seen' has shape \(2,\) in the file and \(1,\) in the model"):
+        load(path, Growing(16))
+    state, line = load(path, Growing(16), leave_out=("seen",))
+    assert state.buffers["scale"].tolist() == [5.0] * 3
+    assert line == f"starts from {path}: 3 tensors taken; left as initialized: seen"
+    trained = Growing()
+    saved = TrainState.from_module(trained)
+    trained(torch.ones(1, 2))
+    with open_run(tmp_path / "run") as directory:
+        directory.interpreter([SaveCheckpoint(tag="x")], saved.advance(samples=1), AfterUpdate(samples=1))
+    state, _ = load(tmp_path / "run/checkpoints/x", Growing(16))
+    assert {name: each.tolist() for name, each in state.buffers.items()} == {"scale": [5.0] * 3, "seen": [0.0, 1.0]}
+    assert torch.equal(state.non_persistent["table"], torch.ones(16))
 
 
 def invoke(*arguments, code=0):

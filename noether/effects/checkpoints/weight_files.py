@@ -46,11 +46,13 @@ class SavedWeights(NamedTuple):
             `_extra_state`.
         source: What they were read from, in a word.
         key: Key of the state dict in the file; None if the file is one.
+        state: The state in a checkpoint; None for a file.
     """
 
     values: Mapping[str, Any]
     source: str
     key: str | None = None
+    state: TrainState | None = None
 
 
 def read_weights(path: Path, key: str | None = None) -> SavedWeights:
@@ -72,7 +74,8 @@ def read_weights(path: Path, key: str | None = None) -> SavedWeights:
     _refuse_key(key)
     store = CheckpointReader(path.parent)
     try:
-        return SavedWeights(_values_of(store.load(store.find(path.name))), "checkpoint")
+        state = store.load(store.find(path.name))
+        return SavedWeights(_values_of(state), "checkpoint", state=state)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest") from error
 
