@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import enum
 import types
 from typing import Any, NamedTuple, Self
 
@@ -323,6 +324,24 @@ def test_a_map_of_a_composition_is_the_composition_of_maps(tree):
     twice = map_tensors(lambda tensor: tensor * 3, map_tensors(lambda tensor: tensor + 1, tree))
     assert parts_of(once) == parts_of(twice)
     assert parts_of(map_tensors(lambda tensor: tensor, tree)) == parts_of(tree)
+
+
+@dataclasses.dataclass
+class Level:
+    """The values of an enumeration."""
+
+    number: int
+
+
+class Stage(Level, enum.Enum):
+    """Its members are dataclasses."""
+
+    FIRST = 1
+
+
+def test_members_of_an_enumeration_and_modules_are_no_copies():
+    values = [Stage.FIRST, torch.nn.Linear(1, 1)]
+    assert all(a is b for a, b in zip(map_tensors(torch.clone, values), values, strict=True))
 
 
 def test_objects_may_refer_to_each_other():

@@ -1,9 +1,13 @@
 """Models and losses that change Python objects, or need many graphs, train as without compilation, with one warning."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from noether import Session
+from noether.core.callbacks import OfflineLossCallback
 from noether.core.state import TrainState
 from noether.core.tensors.donation import DonatedError
 from noether.core.tensors.torch_internals import CompiledGraph
@@ -218,3 +222,32 @@ def test_an_error_of_the_device_is_raised_and_leaves_no_half_updated_state(monke
         step(state, batch)
     with pytest.raises(DonatedError):
         dict(state.params)
+
+
+def run_session(plain, model):
+    """Return the losses of three updates, each evaluated, and the params after them."""
+    losses, optimizer = [], torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = [(torch.ones(size, 3), torch.zeros(size, 2)) for size in (2, 3)]
+    session = Session(
+        OfflineLossCallback(every_n_updates=1, dataset_key="val"), interpreter=lambda effects, state, event: None,
+        model=model, optimizer=optimizer, loss=square, data={"val": batches[:1]}, max_updates=3,
+    )  # fmt: skip
+    for batch in session.batches(batches):
+        losses.append(square(model(batch[0]), batch)["square"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+        session.update(losses[-1])
+        losses.append(session.state.metrics["loss/val/square"].value)
+    return losses, dict(plain.named_parameters()), plain.calls
+
+
+@pytest.mark.filterwarnings("ignore:an update changed:noether.session.errors.ResumeWarning")
+def test_a_session_takes_a_compiled_model_that_counts_its_calls():
+    found = []
+    for compile_model in (lambda model: model, partial(torch.compile, backend="eager")):
+        torch.manual_seed(0)
+        plain = Net(count)
+        found.append(run_session(plain, compile_model(plain)))
+    torch.testing.assert_close(*found)
+    assert found[0][-1] == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserList, defaultdict, deque
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from types import BuiltinFunctionType, MappingProxyType, MemberDescriptorType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _SCALARS: Final = frozenset({str, bytes, int, float, bool, complex, type(None), torch.Size})
 _COPIED: Final = (Mapping, list, tuple, deque, UserList, SimpleNamespace)
 """Containers that no pytree rule knows, such as a user's subclass of dict; dataclasses and attrs classes, too."""
+
+_UNIQUE: Final = (Module, Enum)
+"""Types whose objects have no copies, though they may be dataclasses."""
 
 
 def map_tensors(
@@ -120,7 +124,7 @@ def _map_object(function: Callable[[Any], Any], value: Any, other: Callable[[Any
     is_container = (
         isinstance(value, _COPIED) or hasattr(kind, "__dataclass_fields__") or hasattr(kind, "__attrs_attrs__")
     )
-    return _copy_container(value, apply, copies) if is_container and not isinstance(value, Module) else other(value)
+    return _copy_container(value, apply, copies) if is_container and not isinstance(value, _UNIQUE) else other(value)
 
 
 def _copy_container(value: Any, apply: Callable[[Any], Any], copies: Copies) -> Any:
