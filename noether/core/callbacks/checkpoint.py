@@ -36,13 +36,11 @@ class CheckpointCallback(PeriodicCallback):
 
     `load_state_dict` takes the file of weights as it is; a tied weight is written under each of its names:
 
-    ```python
-    from safetensors.torch import load_file
+        from safetensors.torch import load_file
 
-    weights = load_file("runs/NAME/RUN_ID/checkpoints/TAG/weights.safetensors")
-    model.load_state_dict(weights)
-    model.head.load_state_dict({n.removeprefix("head."): w for n, w in weights.items() if n.startswith("head.")})
-    ```
+        weights = load_file("runs/NAME/RUN_ID/checkpoints/TAG/weights.safetensors")
+        model.load_state_dict(weights)
+        model.head.load_state_dict({n.removeprefix("head."): w for n, w in weights.items() if n.startswith("head.")})
 
     Args:
         save_weights: Whether every checkpoint has the weights.
