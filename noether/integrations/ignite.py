@@ -143,6 +143,7 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
         run=run,
     )
     groups = [group for each in by_name(optimizer).values() for group in each.param_groups]
+    session.continue_after_end = "call engine.run with a larger max_epochs, which counts from the start of the run"
     has_hidden_scheduler = scheduler is None and any("initial_lr" in group for group in groups)
     handlers = _Handlers(session, accumulation, losses, has_hidden_scheduler=has_hidden_scheduler)
     engine.add_event_handler(Events.STARTED, handlers.begin)

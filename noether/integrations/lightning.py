@@ -151,6 +151,7 @@ class NoetherCallback(LightningCallback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
         )
         self.session = session
+        session.continue_after_end = "give the Trainer a larger max_epochs or max_steps, which count from the start"
         session.remember_generators(trainer.train_dataloader)
         if saved:
             session.load_state_dict(saved)

@@ -143,6 +143,7 @@ class SessionEvents(SessionState):
         if epoch_is_full or (self._trusts_lengths and (was_full or self._is_full())):
             self._dispatch_epoch_end()
         self._has_begun = True
+        self._warn_if_ended()
         self.stopwatch.read()
         return loaded
 

@@ -228,12 +228,12 @@ class Session(SessionEvents):
         loop = BatchLoop(self, loader, self._live.model, self._accumulation, seed)
         self._reducer = compose(loop, self._reducer)
         self.seeds_loop = self.resumes_within_epochs = True
+        self.continue_after_stop = "call session.batches(loader, continue_stopped=True)"
         self.load()
         if self._remembers:
             self._state = loop.resume(self._state)
             if continue_stopped:
                 self._state = self._state.replace(stop=None, stopped_by=None)
-            self._warn_if_ended()
         loop.prepare_epoch(self._state.iteration.epoch)
         self._trusts_lengths = has_exact_length(loader)  # else the loop reads the epoch again, to find its end
         lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.count_samples)

@@ -84,6 +84,9 @@ class SessionState:
         self._generators: GeneratorStates | None = None  # if a framework draws from them
         self._saved_generators: Mapping[str, Any] | None = None  # those of the state to resume, until they are restored
         self._epoch_generators: Mapping[str, Any] | None = None  # as the last epoch ended
+        self.continue_after_end = "pass a later max_epochs, max_updates or max_samples"
+        self.continue_after_stop = "change the setting of the callback that stopped it, in a new run"
+        """What to write where a run has ended and is resumed: after its end, and after a callback stopped it."""
         self.resumes_within_epochs = False
         """Whether a resumed loop skips the batches of an epoch that are counted; not every framework does."""
 
@@ -215,12 +218,11 @@ class SessionState:
         if not self.is_over or not self._state.ended:
             return
         _LOGGER.warning(
-            "the run has ended at %s%s, so no batch is left: to continue it, %s; for a new run, pass another directory",
+            "the run has ended at %s%s, so no batch is left: to continue it, %s; for a new run, pass another directory "
+            "or, without one, make a new callback or session",
             self._state.iteration,
             "" if self.stop is None else f": {self.stop}",
-            "pass a later max_epochs, max_updates or max_samples"
-            if self.stop is None
-            else "call session.batches(loader, continue_stopped=True)",
+            self.continue_after_end if self.stop is None else self.continue_after_stop,
         )
 
     def leave(self) -> None:

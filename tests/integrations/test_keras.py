@@ -512,3 +512,48 @@ def test_a_model_that_steps_two_optimizers_resumes_exactly(tmp_path):
     assert uncut[1].keys() == {"g_optimizer", "d_optimizer", "optimizer"}
     assert len(uncut[1]["d_optimizer"]["state"]) == len(uncut[1]["g_optimizer"]["state"]) == 2
     assert rates[0].keys() == {"g_optimizer", "d_optimizer"}
+
+
+def test_a_second_fit_says_that_the_run_has_ended_and_trains_with_more_epochs(caplog):
+    model, line = classifier(sgd()), "the run has ended at E1_U5_S10, so no batch is left: to continue it, call fit"
+    _, callback = fit_keras(model, reducer=compose(), epochs=1)
+    assert line not in caplog.text
+    before = weights(KerasModule(model))
+    fit_keras(model, callback=callback, epochs=1)
+    assert_same(weights(KerasModule(model)), before)
+    assert line in caplog.text
+    fit_keras(model, callback=callback, epochs=2)
+    assert callback.session.state.iteration.epoch == 2
+
+
+def test_epochs_may_differ_in_length_between_two_calls_of_fit(caplog):
+    model = classifier(sgd())
+    _, callback = fit_keras(model, samples=points(10), reducer=compose(), epochs=1)
+    fit_keras(model, samples=points(6), callback=callback, epochs=3)
+    assert str(callback.session.state.iteration) == "E3_U11_S22"  # epochs of 5, 3 and 3 updates of two samples
+    assert "the session ignores updates_per_epoch" in caplog.text
+
+
+class Changing(keras.utils.PyDataset):
+    """Another number of batches in each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.epoch = 0
+
+    def __len__(self):
+        return (3, 2, 1)[min(self.epoch, 2)]
+
+    def __getitem__(self, index):
+        return tuple(part[2 * index : 2 * index + 2] for part in stack(POINTS))
+
+    def on_epoch_end(self):
+        self.epoch += 1
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_data_set_may_change_its_length_between_epochs(caplog):
+    callback = NoetherCallback(compose(), interpreter=Recorder(), clock=STILL)
+    classifier(sgd()).fit(Changing(), epochs=3, verbose=0, callbacks=[callback])
+    assert callback.session.state.iteration.epoch == 3
+    assert "the session ignores updates_per_epoch" in caplog.text

@@ -154,6 +154,7 @@ class NoetherCallback(TrainerCallback):
             scheduler=kwargs["lr_scheduler"],
             scaler=self._scaler,
         )
+        session.continue_after_end = "set a larger num_train_epochs or max_steps in TrainingArguments"
         session.remember_generators(kwargs["train_dataloader"])  # transformers restores them
         if self.resume_from is not None:
             session.load_state_dict(read_memory(self.resume_from))

@@ -217,6 +217,9 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             self._optimizer = wrap_optimizers(module)
             run = fill_run(self._run, forward=module.evaluate)
             self._session = self._make_session(run=run, model=module, optimizer=self._optimizer)
+            self._session.continue_after_end = (
+                "call fit with more epochs, which count from the start of the run, such as epochs=6 after epochs=3"
+            )
             # Files of Keras do not have the counters of dropout and augmentation layers.
             seeds = {name: each for name, each in module.named_buffers() if name.endswith("seed_generator_state")}
             self._session.remember_generators(counters=seeds)
