@@ -103,8 +103,7 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
         path = f"{PREFIX}.{target.__name__}"
     doc = _docstring(target if isinstance(target, type) else inspect.unwrap(target))
     settings = _settings(target)
-    text = _CODE.sub(lambda code: textwrap.indent(code[1], "    "), _SECTION.sub("", _YAML.sub("", doc)))
-    text = re.sub(r"\n{3,}", "\n\n", text).strip()
+    text = re.sub(r"\n{3,}", "\n\n", _SECTION.sub("", _YAML.sub("", doc))).strip()
     return Description(
         kind=path,
         aliases=aliases,
@@ -172,7 +171,6 @@ def _to_yaml(default: object) -> str:
 
 
 _YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_CODE = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SECTION = re.compile(r"^(Args|Raises|Returns|Example):\n((?:[ ]+.*\n?|\n)*)", re.MULTILINE)
 _ARGUMENT = re.compile(r"^(\w+): (.*(?:\n[ ]+.*)*)", re.MULTILINE)
 
