@@ -340,6 +340,8 @@ def test_a_run_starts_from_its_own_files_and_keeps_the_setting_as_written(tiny_m
     assert train(tiny(copy)).state.params["weight"].tolist() == [[7.0, 7.0]]
     with pytest.raises(ConfigError, match=r"run.init_from: 'out/tiny/.*': it is a whole run: .*/checkpoints/newest"):
         train(tiny(str(run.directory)))
+    with pytest.raises(ConfigError, match=r"it is a folder of checkpoints: .* such as .*/checkpoints/newest"):
+        train(tiny(str(run.directory / "checkpoints")))
     Path("pre.pt").unlink()
     assert train(resume=run.directory, overrides=["trainer.max_epochs=2"]).finished
 

@@ -84,8 +84,9 @@ def _read_directory(path: Path, key: str | None) -> SavedWeights:
     for name in _FILES:
         if (path / name).is_file():
             return _read_file(path / name, key)
-    if (path / "checkpoints").is_dir():
-        raise CheckpointError(f"it is a whole run: give one of its checkpoints, such as {path / 'checkpoints/newest'}")
+    for folder, what in ((path / "checkpoints", "a whole run"), (path, "a folder of checkpoints")):
+        if folder.is_dir() and (folder is not path or any(path.glob(f"*/{MANIFEST}"))):
+            raise CheckpointError(f"it is {what}: give one of its checkpoints, such as {folder / 'newest'}")
     raise CheckpointError(f"the directory has none of {', '.join(_FILES)}")
 
 
