@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from noether.core.object_graph import LEAVES, library_of, walk, walk_model
+from noether.core.tensors.module import named_modules
 from noether.session.randomness import GENERATORS
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class ModelWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._paths = {path for path, _ in named_modules(model)}
         self._before: dict[str, Any] | None = None
         self._is_done = False
 
@@ -134,6 +136,14 @@ class ModelWatch:
         if before is None:
             return None
         self._is_done = True
+        made = [
+            f"{path} ({type(each).__name__})" for path, each in named_modules(self._model) if path not in self._paths
+        ]
+        if made:
+            return (
+                f"the first updates made {', '.join(made)} in the model: its parameters are not trained unless the "
+                "optimizer got them, and a resumed run does not have it; make it in the constructor"
+            )
         changed = [name.split(" ")[0] for name, now in self._before.items() if before.get(name, now) != now]
         if not changed:
             return None

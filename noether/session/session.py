@@ -154,6 +154,7 @@ class Session(SessionEvents):
         settings.check_scaler(scaler)
         raise_problems([check_whole("accumulation", accumulation), check_whole("seed", seed, at_least=-(2**63))])
         settings.check_parts(model=model, loss=loss, precision=precision, interpreter=interpreter, seed=seed, run=run)
+        settings.check_savable(model, directory)
         run = settings.end_of_run(run, max_epochs, max_updates, max_samples)
         parts = {"model": model, "data": data, "loss": loss, "precision": precision, "directory": directory}
         run = settings.complete_run(run, seed=seed, **parts)  # type: ignore[arg-type]  # by name

@@ -16,7 +16,8 @@ from noether.core.run import Run
 from noether.core.tensors.forward import forward
 from noether.core.tensors.losses import name_of
 from noether.core.tensors.means import Mean
-from noether.core.tensors.module import frozen_names
+from noether.core.tensors.module import frozen_names, named_parameters, persistent_buffers
+from noether.effects.disk.tensor_files import describe_unsavable
 from noether.session.errors import SessionError
 from noether.session.evaluation import evaluation_data
 from noether.session.optimizers import TorchOptimizer
@@ -55,6 +56,18 @@ def check_parts(*, model: Any, loss: Any, precision: Any, interpreter: Any, seed
         raise SessionError(f"seed={seed} is too large: pass a whole number below 2**63")
     if not isinstance(run, Run):
         raise SessionError(f"run= takes a noether.Run, not {run!r}: write run=noether.Run(batch_size=...)")
+
+
+def check_savable(model: nn.Module, directory: RunDirectory | None) -> None:
+    """Refuse a model whose weights no checkpoint of a directory can contain.
+
+    Raises:
+        SessionError: If there is such a tensor.
+    """
+    if directory is None:
+        return
+    if (problem := describe_unsavable({**named_parameters(model), **persistent_buffers(model)})) is not None:
+        raise SessionError(f"model=: {problem}")
 
 
 def end_of_run(run: Run, max_epochs: int | None, max_updates: int | None, max_samples: int | None) -> Run:

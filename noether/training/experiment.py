@@ -26,6 +26,7 @@ from noether.core.tensors.module import device_of, frozen_names
 from noether.core.tensors.step_counters import counts_on_device
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
+from noether.effects.disk.tensor_files import describe_unsavable
 from noether.session.randomness import derive, seed_all
 from noether.training.configured_callbacks import build_callbacks
 from noether.training.data.batches import SampleCounter
@@ -327,6 +328,8 @@ def _initial_state(config: Config, model: nn.Module, *, fresh: bool) -> tuple[Tr
     """
     with locate_errors(config, ("model",)):  # the parameters of a lazy module have no shape
         state = TrainState.from_module(model, seed=config.run.seed)
+        if (problem := describe_unsavable({**state.params, **state.buffers})) is not None:
+            raise config.error(("model",), problem)
         copies = {field: clone_tensors(getattr(state, field)) for field in PARTS}
         state = state.replace(**copies)
     if not fresh or config.run.init_from is None:

@@ -84,6 +84,7 @@ class Trainer:
             try:
                 event = self._make_event(BeforeTraining, resumed=resumed)
                 _log_modes(self.step.model)
+                _ = self._model_watch  # before an update makes modules
                 state = dispatch(state, event, self.reducer, self.interpreter)
                 if resumed:
                     event = self._make_event(AfterUpdate)

@@ -1,22 +1,27 @@
 """State that modules make in forward, or that `state_dict` leaves out: a resumed run equals the uncut one."""
 
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from safetensors.torch import load
+from tiny_runs import make_config
 from torch import nn
 
 import noether
 from noether import Session, TrainState, open_run
+from noether.config import ConfigError
 from noether.core.callbacks import CheckpointCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.tensors.live.buffers import changed_buffers
 from noether.core.tensors.live.weights import MismatchError
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.contents import checkpoint_files, read_state
+from noether.session.errors import SessionError
 from noether.testing import same
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
@@ -313,3 +318,98 @@ def test_a_checkpoint_of_an_earlier_version_has_non_persistent_buffers_among_the
     assert fitted.non_persistent["table"].tolist() == [first + index for index in range(length)]
     saved.into_module(model)
     assert model.table.tolist() == [first + index for index in range(length)]
+
+
+class Making(nn.Module):
+    """Makes a part at its first call, which no optimizer gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.norm = nn.Linear(2, 1), None
+
+    def forward(self, x):
+        if self.norm is None:
+            self.norm = nn.LayerNorm(2)
+        return self.lin(self.norm(x))
+
+
+def test_a_module_that_forward_makes_is_named():
+    model = Making()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = Session([], interpreter=lambda *_: None, model=model, optimizer=optimizer, max_updates=3)
+
+    def train():
+        for x in session.batches(list(map(batch, range(UPDATES)))):
+            value = model(x).square().mean()
+            value.backward()
+            optimizer.step()
+            session.update(value)
+
+    with pytest.warns(UserWarning, match=r"the first updates made norm \(LayerNorm\) in the model") as caught:
+        train()
+    assert sum("norm" in str(each.message) for each in caught) == 1
+
+
+SAVED_DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
+SAVED_DTYPES = [each for each in SAVED_DTYPES if not re.match(r"torch\.(q|bits|u?int[1-7]$)", str(each))]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf:UserWarning")
+@pytest.mark.parametrize("dtype", SAVED_DTYPES, ids=str)
+def test_every_dtype_of_dense_weights_is_saved_and_restored(dtype):
+    values = torch.arange(16 * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(4, 4)
+    if dtype is torch.bool:
+        values = torch.tensor([[True, False], [False, True]])
+    model, other = nn.Module(), nn.Module()
+    model.register_buffer("x", values)
+    other.register_buffer("x", torch.zeros_like(values))
+    on_disk(TrainState.from_module(model)).into_module(other)
+    assert same(other.x, values)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex32], ids=str)
+def test_complex_weights_load_in_plain_torch(dtype):
+    values = torch.complex(torch.randn(2, 3), torch.randn(2, 3)).to(dtype)
+    model = nn.Module()
+    model.register_buffer("x", values)
+    file = b"".join(checkpoint_files(SaveCheckpoint(), TrainState.from_module(model))["weights.safetensors"])
+    assert same(torch.view_as_complex(load(file)["x"]), values)
+
+
+class Sparse(nn.Module):
+    def __init__(self, *, persistent: bool):
+        super().__init__()
+        self.lin = nn.Linear(2, 1)
+        self.register_buffer("adjacency", torch.eye(4).to_sparse(), persistent=persistent)
+
+    def forward(self, x):
+        return self.lin(self.adjacency @ x)
+
+
+SPARSE = """
+class Sparse(nn.Module):
+    def __init__(self, persistent: bool):
+        super().__init__()
+        self.lin = nn.Linear(2, 1)
+        self.register_buffer("adjacency", torch.eye(4).to_sparse(), persistent=persistent)
+    def forward(self, x):
+        return self.lin(self.adjacency @ x)
+"""
+
+
+def test_weights_that_no_file_can_hold_are_refused_before_training(tmp_path, tiny_module):
+    model = Sparse(persistent=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        open_run(tmp_path / "run") as directory,
+        pytest.raises(SessionError, match=r"adjacency is of type torch.float32, torch.sparse_coo"),
+    ):
+        Session([], directory=directory, model=model, optimizer=optimizer, max_updates=1)
+    Path("tiny.py").write_text(Path("tiny.py").read_text() + SPARSE)
+    config = make_config(max_epochs=1)
+    with pytest.raises(ConfigError, match=r"model.*adjacency .* register a constant with persistent=False"):
+        noether.train(config | {"model": {"kind": "tiny.Sparse", "persistent": True}})
+    assert not list(Path().rglob("metrics.jsonl"))
+    run = noether.train(config | {"model": {"kind": "tiny.Sparse", "persistent": False}})
+    assert run.finished

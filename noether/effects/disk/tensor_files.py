@@ -44,7 +44,9 @@ _OTHER_DTYPES: Final = {
     for each in vars(torch).values()
     if isinstance(each, torch.dtype) and each not in _DTYPES and not str(each).startswith(("torch.q", "torch.bits"))
 }
-"""Dtypes that the format does not have, by name; their values are stored as bytes."""
+"""Dtypes that the format does not have, by name; their values are stored as bytes, or as parts."""
+_PARTS: Final = {torch.complex128: torch.float64, torch.complex32: torch.float16}
+"""Dtypes of real and imaginary part, which `torch.view_as_real` returns; any reader can join them again."""
 
 
 def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator[bytes | memoryview]:
@@ -54,7 +56,8 @@ def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator
     for Python's global lock once for each of them.
 
     Args:
-        tensors: Tensor by name, on any device. A dtype that the format does not have is stored as bytes.
+        tensors: Tensor by name, on any device. Of a dtype that the format does not have, complex128 and complex32 are
+            stored as `torch.view_as_real` returns them, the others as bytes.
         facts: JSON values that are stored beside them.
 
     Raises:
@@ -81,7 +84,8 @@ def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator
         if tensor.dtype in _DTYPES:
             dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
         else:
-            dtype, shape = "U8", [*tensor.shape, tensor.element_size()]
+            stored = _PARTS.get(tensor.dtype, torch.uint8)
+            dtype, shape = _DTYPES[stored], [*tensor.shape, tensor.element_size() // stored.itemsize]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
@@ -104,11 +108,32 @@ def read_tensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any
     return tensors | {name: _with_stride(tensors[name], stride) for name, stride in facts["strides"].items()}, facts
 
 
+def find_unsavable(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Yield a line for each tensor that no file can hold, such as a sparse or a quantized one.
+
+    Example:
+        >>> list(find_unsavable({"adjacency": torch.eye(2).to_sparse()}))
+        ['adjacency is of type torch.float32, torch.sparse_coo on cpu, which cannot be saved']
+    """
+    for name, tensor in tensors.items():
+        dense = tensor.layout is torch.strided and not tensor.is_nested
+        if not dense or (tensor.dtype not in _DTYPES and tensor.dtype not in _OTHER_DTYPES.values()):
+            kind = "nested" if tensor.is_nested else tensor.layout
+            yield f"{name} is of type {tensor.dtype}, {kind} on {tensor.device}, which cannot be saved"
+
+
+def describe_unsavable(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return which weights of a model no checkpoint can contain, and what to write instead; None if there are none."""
+    problems = "; ".join(find_unsavable(tensors))
+    fix = "store dense tensors, and register a constant with persistent=False"
+    return f"{problems}: {fix}" if problems else None
+
+
 def _check(name: str, tensor: torch.Tensor) -> None:
-    dense = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
-    if not dense or (tensor.dtype not in _DTYPES and tensor.dtype not in _OTHER_DTYPES.values()):
-        kind = "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{name} is of type {tensor.dtype}, {kind} on {tensor.device}, which cannot be saved")
+    for problem in find_unsavable({name: tensor}):
+        raise TypeError(problem)
+    if tensor.is_meta:
+        raise TypeError(f"{name} is of type {tensor.dtype}, {tensor.layout} on meta, which cannot be saved")
     if name == METADATA or name.encode(errors="ignore").decode() != name:
         raise TypeError(f"a tensor has the name {name!r:.80}, which cannot be saved")
 
@@ -123,9 +148,10 @@ def _tensor_bytes(name: str, tensor: torch.Tensor) -> memoryview:
 
 
 def _from_bytes(content: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the tensor of a dtype that the format does not have; its bytes are the last dimension."""
+    """Return the tensor of a dtype that the format does not have; its bytes or parts are the last dimension."""
     dtype = _OTHER_DTYPES[name]
-    if content.dtype is not torch.uint8 or content.shape[-1] != dtype.itemsize:
+    known = content.dtype in {torch.uint8, _PARTS.get(dtype, torch.uint8)}  # earlier versions stored bytes of all
+    if not known or content.shape[-1] * content.element_size() != dtype.itemsize:
         raise ValueError(f"the bytes of a tensor are no values of {name}")
     return content.view(dtype).squeeze(-1)
 
