@@ -180,11 +180,12 @@ def watch_optimizer(model: nn.Module, optimizer: Optimizers | LiveOptimizer | No
     """
     if optimizer is None or hasattr(optimizer, "opt_state"):
         return optimizer  # type: ignore[return-value]  # a torch optimizer has no opt_state
-    if not isinstance(optimizer, (torch.optim.Optimizer, Mapping)):
-        raise SessionError(
-            f"optimizer= takes an optimizer of torch.optim, got {type(optimizer).__name__}; several by name, as in "
-            "optimizer={'g': adam_g, 'd': adam_d}"
-        )
+    for each in _members(optimizer):
+        if not isinstance(each, torch.optim.Optimizer):
+            raise SessionError(
+                f"optimizer= takes an optimizer of torch.optim, got {type(each).__name__}; several by name, as in "
+                "optimizer={'g': adam_g, 'd': adam_d}"
+            )
     return TorchOptimizer(model, optimizer)
 
 

@@ -211,7 +211,7 @@ def foreign(**names):
     (lambda gan: foreign(named=True), r"\(weight of shape \(1, 3\), bias of shape \(1,\)\): pass model="),
     (lambda gan: {"state": make_optimizers(gan)["g"]}, "'state' cannot name an optimizer"),
     (lambda gan: {"g/a": make_optimizers(gan)["g"]}, "'g/a' cannot name an optimizer"),
-    (lambda gan: {"g": 3}, "takes an optimizer of torch.optim as 'g', got int"),
+    (lambda gan: {"g": 3}, "takes an optimizer of torch.optim( as 'g')?, got int"),
     (lambda gan: dict.fromkeys("gd", make_optimizers(gan)["g"]), "has one optimizer under two names"),
     (lambda gan: {}, "is an empty mapping: pass None"),
 ], ids=["foreign", "foreign-names", "reserved", "slash", "int", "twice", "empty"])  # fmt: skip

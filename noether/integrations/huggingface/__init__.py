@@ -27,6 +27,7 @@ Differences from noether's trainer:
   an update it is the sum of the shares of its micro-batches. If the loss is a mean over each micro-batch, transformers
   divides by their number and not by their samples: the sum is their plain mean, including a short last one.
 - If transformers stops for another reason, the run has not ended: it can resume, and `AfterTraining` is not dispatched.
+- With `fp16` the gradient scaler is accelerate's; noether's checkpoints hold its scale, and `grad_norm` is unscaled.
 - The learning rate is the scheduler's times `hyperparams["lr_scale"]`; transformers logs the scheduler's.
 - transformers ends a run by `max_steps`, so `run.end` is a number of updates.
 - An evaluation by the trainer (`eval_strategy`) dispatches no event. Callbacks evaluate `Run(data={...})` with the loss

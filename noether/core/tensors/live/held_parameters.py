@@ -6,8 +6,6 @@ import warnings
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from torch.optim import Optimizer
-
 from noether.core.errors import StateWarning
 from noether.core.tensors.live.groups import MEMBERS, join_names
 from noether.core.tensors.live.optimizer import PARTS, by_name
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
+    from torch.optim import Optimizer
 
     from noether.core.tensors.live.optimizer import Optimizers
 
@@ -92,7 +91,7 @@ def _find_name_problem(optimizers: Mapping[Any, Any]) -> str | None:
     for name, each in optimizers.items():
         if not isinstance(name, str) or name in PARTS or "/" in name:
             return f"{name!r} cannot name an optimizer: take another text, without slash, such as 'generator'"
-        if not isinstance(each, Optimizer):
+        if not hasattr(each, "param_groups"):
             return f"optimizer= takes an optimizer of torch.optim as {name!r}, got {type(each).__name__}"
     if len(set(map(id, optimizers.values()))) < len(optimizers):
         return "optimizer= has one optimizer under two names: pass each once"
