@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from noether.core.event import AfterEpoch, AfterTraining
 from noether.core.schedules.forecast import Occasions, events_at, fires
 from noether.core.schedules.schedule import EveryNEpochs, EveryNUpdates
 from noether.core.state import TrainState
 from noether.effects.checkpoints.contents import requested_files
-from noether.effects.checkpoints.retention import is_resumable
+from noether.effects.checkpoints.retention import RESUMABLE_FILES, is_resumable
+from noether.effects.checkpoints.reuse import contains_models
 from noether.effects.interpreter import unite_saves
 from noether.effects.run_ending import save_at_end
 from noether.planning.checkpoint_counts import group_by_slot, requests_at_end
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from noether.core.effect import SaveCheckpoint
     from noether.core.run import Run
     from noether.planning.requests import Probe
+
+OF_THE_RUN: Final = (None, "{}.latest")
+"""Tags of the checkpoints of the run's state that callbacks request, without that of the end."""
 
 
 def find_end_request(requests: Sequence[SaveRequest], probe: Probe) -> SaveRequest | None:
@@ -62,7 +66,7 @@ def join_end_requests(
     """Return the requests with those after training moved to the event before it, where the store saves only there.
 
     After training the store moves only pointers if the event before, which has the same iteration, saved all that is
-    requested; see `covers` in `noether.effects.checkpoints.reuse`.
+    requested, under any of the tags of the run's state; see `covers_end` in `noether.effects.checkpoints.reuse`.
 
     Args:
         requests: The requests.
@@ -70,31 +74,55 @@ def join_end_requests(
         run: The run.
         fewest: Whether to assume that the event before saves enough where a metric decides it.
     """
-    all_by_slot = group_by_slot(among)
-    moved: list[SaveRequest] = []
-    for slot, own in group_by_slot(requests).items():
-        at_end, before = requests_at_end(own, run)
-        all_at_end, all_before = requests_at_end(all_by_slot[slot], run)
-        if not at_end or not before:
-            continue
-        certain_before = [request for request in all_before if request.certain]
-        if all(request.certain for request in (*all_at_end, *all_before)):
-            joins = _covers(before, at_end)
-        else:
-            same_models = len({request.save.models for request in (*all_at_end, *all_before)}) == 1
-            joins = same_models and _files(all_at_end) <= _files(certain_before)
-            joins = joins or (fewest and _files(at_end) <= _files(all_before))
-        moved += at_end if joins else []
-    return [replace(each, occasions=_before_end(run), at_end=True) if each in moved else each for each in requests]
+    own_by_slot, all_by_slot = group_by_slot(requests), group_by_slot(among)
+    targets: dict[int, str | None] = {}  # tag of the checkpoint before, by index of the request
+    for slot, own in own_by_slot.items():
+        at_end, _ = requests_at_end(own, run)
+        all_at_end, _ = requests_at_end(all_by_slot[slot], run)
+        for tag in (slot[0], *(tag for tag in OF_THE_RUN if slot[0] in OF_THE_RUN and slot[1] is None)):
+            _, before = requests_at_end(own_by_slot.get((tag, slot[1]), ()), run)
+            _, all_before = requests_at_end(all_by_slot.get((tag, slot[1]), ()), run)
+            if at_end and before and _join((before, at_end), (all_before, all_at_end), fewest=fewest):
+                targets |= {index: tag for index, each in enumerate(requests) if any(each is one for one in at_end)}
+                break
+    moved = [_move(each, targets[index], run) if index in targets else each for index, each in enumerate(requests)]
+    whole, newest = ((tag, None) for tag in OF_THE_RUN)
+    _, before_whole = requests_at_end(all_by_slot.get(whole, ()), run)
+    if fewest and _files(before_whole) >= RESUMABLE_FILES:  # one checkpoint of the event before may replace both
+        once = Occasions(None, (AfterTraining,))
+        return [_retag(each, whole[0]) if each.slot == newest and each.occasions == once else each for each in moved]
+    return moved
+
+
+def _join(
+    own: tuple[Sequence[SaveRequest], Sequence[SaveRequest]],
+    among: tuple[Sequence[SaveRequest], Sequence[SaveRequest]],
+    *,
+    fewest: bool,
+) -> bool:
+    """Return whether requests after training join the checkpoint of requests before it; both are pairs of these."""
+    (before, at_end), (all_before, all_at_end) = own, among
+    certain_before = [request for request in all_before if request.certain]
+    if all(request.certain for request in (*all_at_end, *all_before)):
+        return _covers(before, at_end)
+    surely = bool(certain_before) and _covers(certain_before, all_at_end)
+    return surely or (fewest and _files(at_end) <= _files(all_before))
+
+
+def _move(request: SaveRequest, tag: str | None, run: Run) -> SaveRequest:
+    """Return a request after training as one that the event before makes, for the checkpoint with a tag."""
+    return replace(_retag(request, tag), occasions=_before_end(run), at_end=True)
+
+
+def _retag(request: SaveRequest, tag: str | None) -> SaveRequest:
+    return replace(request, save=replace(request.save, tag=tag))
 
 
 def _covers(before: Sequence[SaveRequest], at_end: Sequence[SaveRequest]) -> bool:
     """Return whether a checkpoint made by `before` has all that the requests `at_end` ask for."""
-    models = []
-    for group in (before, at_end):
-        (save,) = unite_saves([request.save for request in group])
-        models.append(save.models if save.weights else ())
-    return models[0] == models[1] and _files(at_end) <= _files(before)
+    (saved,), (asked,) = (unite_saves([each.save for each in group]) for group in (before, at_end))
+    models = not asked.weights or contains_models(saved.models if saved.weights else (), asked.models)
+    return models and _files(at_end) <= _files(before)
 
 
 def _files(requests: Iterable[SaveRequest]) -> set[str]:

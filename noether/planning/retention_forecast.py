@@ -27,7 +27,7 @@ from noether.planning.checkpoint_counts import (
     part_sizes,
     requests_at_end,
 )
-from noether.planning.end_checkpoint import join_end_requests
+from noether.planning.end_checkpoint import OF_THE_RUN, join_end_requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -97,6 +97,11 @@ def forecast_checkpoints(requests: Sequence[SaveRequest], run: Run) -> Checkpoin
     )
 
 
+def _moment(slot: tuple[str | None, str | None]) -> object:
+    """Return what a slot has in common with those whose checkpoints of one iteration count once for an owner."""
+    return None if slot[0] in OF_THE_RUN and slot[1] is None else slot
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class _RetentionRule:
@@ -129,7 +134,10 @@ class _RetentionRule:
         """Return the number of counted checkpoints up to an update."""
         first, *others = map(group_by_slot, self.counted)
         if not self.counts_copies:
-            return sum(count_moments(requests, through, run) for requests in first.values())
+            moments: dict[object, list[SaveRequest]] = {}
+            for slot, requests in first.items():
+                moments.setdefault(_moment(slot), []).extend(requests)
+            return sum(count_moments(requests, through, run) for requests in moments.values())
         return sum(
             count_common_events([requests, *(other[slot] for other in others)], through, run)
             for slot, requests in first.items()
@@ -231,7 +239,8 @@ def _count_kept_at(
         for index in reversed(_order_by_rule(rule, checkpoints, requests)):
             event, making = checkpoints[index]
             if rule.counts(making):
-                copy = making[0].slot, event if rule.counts_copies else event.iteration
+                slot = making[0].slot
+                copy = (slot, event) if rule.counts_copies else (_moment(slot), event.iteration)
                 if rule.keeps(making, newer + ages.setdefault(copy, len(ages))):
                     kept.add(index)
     total = CheckpointTotal()

@@ -21,7 +21,7 @@ from noether.core.tensors.tree import FrozenDict, tensors
 from noether.effects.checkpoints.contents import STATE, WEIGHTS, select_weights
 from noether.effects.checkpoints.manifest import Manifest, Part
 from noether.effects.checkpoints.retention import select_prunable, unite_limits
-from noether.effects.checkpoints.reuse import covers
+from noether.effects.checkpoints.reuse import covers, covers_end
 from noether.effects.interpreter import merge_effects
 from noether.planning.planned_callback import plan_callback
 from noether.planning.requests import Probe
@@ -65,8 +65,11 @@ class Store:
 
     def find(self, save, state, event):
         """Return the tag of a checkpoint that makes a save after training unnecessary."""
-        saved = [tag for tag, (each, _) in self.existing.items() if covers(each, save, state.iteration)]
-        return saved[-1] if saved and isinstance(event, AfterTraining) else None
+        if not isinstance(event, AfterTraining):
+            return None
+        saved = {rule: [tag for tag, (each, _) in self.existing.items() if rule(each, save, state.iteration)]
+                 for rule in (covers, covers_end)}  # fmt: skip
+        return next((tags[-1] for tags in saved.values() if tags), None)
 
     def write(self, save, state, event):
         files = [name for name, asked in ((WEIGHTS, save.weights), (STATE, save.optimizer)) if asked]

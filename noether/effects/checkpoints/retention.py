@@ -2,7 +2,7 @@
 
 The store applies these rules to the checkpoints on disk, and `noether plan` forecasts them. A checkpoint stays if
 - one of its owners (the callbacks that requested it) still keeps it: it is among the owner's newest `keep`, where
-  copies (`TAG` and `TAG.2` of one iteration) count once;
+  copies (`TAG` and `TAG.2` of one iteration) count once, and so do `TAG` and `TAG.latest`;
 - a pointer such as `latest` names it; or
 - it is the newest resumable checkpoint known to be intact, or a newer resumable one.
 """
@@ -92,7 +92,7 @@ def tags_kept_by_owners(ordered: Sequence[Manifest]) -> set[str]:
     for manifest in reversed(ordered):
         for owner, keep in manifest.retention.items():
             own = ages.setdefault(owner, {})
-            if is_kept(own.setdefault(manifest.slot, len(own) + 1), keep):
+            if is_kept(own.setdefault(manifest.moment, len(own) + 1), keep):
                 tags.add(manifest.tag)
     return tags
 

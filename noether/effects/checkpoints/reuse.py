@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from noether.core.event import AfterTraining
 from noether.effects.checkpoints.contents import STATE, WEIGHTS, checkpoint_files, requested_files
+from noether.effects.checkpoints.manifest import OF_THE_RUN
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from noether.core.effect import SaveCheckpoint
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
@@ -26,17 +31,58 @@ def covers(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingIteration
         >>> covers(saved, SaveCheckpoint(optimizer=False), at), covers(saved, SaveCheckpoint(), at)
         (True, False)
     """
-    models = effect.models if effect.weights else ()
-    return (
-        saved.slot == (effect.tag or str(iteration), iteration, effect.weights_of)
-        and saved.models == models
-        and requested_files(effect) <= saved.parts.keys()
-    )
+    return _has_slot(saved, effect, iteration) and saved.models == _models(effect) and _has_files(saved, effect)
+
+
+def covers_end(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingIteration) -> bool:
+    """Return whether a checkpoint from before the end of training makes a request after training unnecessary.
+
+    Other than for `covers`, weights of the whole model are enough for a request of a part. And it does not tell a
+    checkpoint from the newest one and from that of the end, such as `TAG` from `TAG.latest`: what an event before has
+    saved under one of these tags is not saved again under another.
+
+    Example:
+        >>> from noether import SaveCheckpoint, TrainingIteration
+        >>> from noether.effects.checkpoints.manifest import Manifest, Part
+        >>> at, file = TrainingIteration(update=1), Part(size_bytes=0, sha256="")
+        >>> saved = Manifest(tag="E0_U1_S0.latest", run_id="r", segment=1, parent=None, event="AfterUpdate",
+        ...                  parts={"weights.safetensors": file, "state.json": file}, iteration=at, retention={})
+        >>> covers(saved, SaveCheckpoint(optimizer=False), at), covers_end(saved, SaveCheckpoint(optimizer=False), at)
+        (False, True)
+    """
+    if not _has_files(saved, effect) or (effect.weights and not contains_models(saved.models, effect.models)):
+        return False
+    tags = [f"{iteration}{suffix}" for suffix in OF_THE_RUN]
+    is_of_run = saved.weights_of is None is effect.weights_of and (effect.tag or str(iteration)) in tags
+    is_before = saved.event != AfterTraining.__name__ and saved.iteration == iteration and saved.slot[0] in tags
+    return _has_slot(saved, effect, iteration) or (is_of_run and is_before)
+
+
+def contains_models(saved: Collection[str], requested: Collection[str]) -> bool:
+    """Return whether weights of some sub-modules contain those of others; empty stands for the whole model.
+
+    Example:
+        >>> contains_models((), ("head",)), contains_models(("head", "body"), ("head",)), contains_models(("head",), ())
+        (True, True, False)
+    """
+    return not saved or (bool(requested) and set(requested) <= set(saved))
+
+
+def _has_slot(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingIteration) -> bool:
+    return saved.slot == (effect.tag or str(iteration), iteration, effect.weights_of)
+
+
+def _has_files(saved: Manifest, effect: SaveCheckpoint) -> bool:
+    return requested_files(effect) <= saved.parts.keys()
+
+
+def _models(effect: SaveCheckpoint) -> tuple[str, ...]:
+    return effect.models if effect.weights else ()
 
 
 def same_weights(saved: Manifest, effect: SaveCheckpoint, state: TrainState) -> bool:
     """Return whether a checkpoint has the weights that a save of `state` would write, if it would write any."""
-    return not effect.weights or _same_files(saved, effect, state, [WEIGHTS])
+    return not effect.weights or _same_files(saved, replace(effect, models=saved.models), state, [WEIGHTS])
 
 
 def same_content(saved: Manifest, effect: SaveCheckpoint, state: TrainState) -> bool:

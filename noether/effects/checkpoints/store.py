@@ -22,7 +22,7 @@ from noether.effects.checkpoints.manifest import NAME, Manifest, Part, recorded_
 from noether.effects.checkpoints.pointers import Pointers
 from noether.effects.checkpoints.pruning import Pruner
 from noether.effects.checkpoints.reader import CheckpointReader
-from noether.effects.checkpoints.reuse import covers, differs_only_in_end, same_content, same_weights
+from noether.effects.checkpoints.reuse import covers, covers_end, differs_only_in_end, same_content, same_weights
 from noether.effects.checkpoints.writer import Writer
 from noether.effects.disk.calls import DISK
 from noether.effects.logs.jsonl import LogCount
@@ -98,7 +98,7 @@ class CheckpointStore(CheckpointReader):
             self._pruner.add_owners(saved.tag, effect.retention)
         requests = recorded_saves(effect)
         self._pointers.claim(saved, [pointer for request in requests for pointer in request.pointers])
-        self._finish(saved, requests, listing, lambda: state)
+        self._finish(saved, requests, listing, lambda: state, at_end=kind is AfterTraining)
         if existing is not None and isinstance(event, AfterTraining):
             self._mark_ended(saved, effect, state, fsync_logs)
 
@@ -122,7 +122,8 @@ class CheckpointStore(CheckpointReader):
         listing = self._list()
         existing = {each.tag: each for each in listing.manifests}
         pointers = {pointer: existing[tag] for pointer, tag in manifest.pointers.items() if tag in existing}
-        self._finish(manifest, manifest.requests, listing, lambda: self.load(manifest), pointers)
+        at_end = manifest.event == AfterTraining.__name__
+        self._finish(manifest, manifest.requests, listing, lambda: self.load(manifest), pointers, at_end=at_end)
 
     def holds(self, state: TrainState) -> bool:
         """Return whether a run can resume at `state` or later: this process has a resumable checkpoint from there.
@@ -175,7 +176,9 @@ class CheckpointStore(CheckpointReader):
         self, manifests: Sequence[Manifest], effect: SaveCheckpoint, state: TrainState, event: type[Event]
     ) -> Manifest | None:
         """Return the checkpoint in which this moment is already saved as `effect` requests, if there is one."""
-        found = (saved for saved in reversed(manifests) if covers(saved, effect, state.iteration))
+        found = [saved for saved in reversed(manifests) if covers(saved, effect, state.iteration)]
+        if event is AfterTraining:
+            found += [each for each in reversed(manifests) if covers_end(each, effect, state.iteration)]
         return next((saved for saved in found if self._is_saved(saved, effect, state, event)), None)
 
     def _is_saved(self, saved: Manifest, effect: SaveCheckpoint, state: TrainState, event: type[Event]) -> bool:
@@ -253,6 +256,8 @@ class CheckpointStore(CheckpointReader):
         listing: Listing,
         load_state: Callable[[], TrainState],
         pointers: Mapping[str, Manifest] | None = None,
+        *,
+        at_end: bool,
     ) -> None:
         """Do what remains of an event once one of its checkpoints is on the disk: other saves, pointers, retention.
 
@@ -262,6 +267,7 @@ class CheckpointStore(CheckpointReader):
             listing: The directory before the save.
             load_state: Returns the state, for saves that do not exist yet.
             pointers: Checkpoints by name of further pointers to set to them.
+            at_end: Whether the event is the end of training.
         """
         existing = {each.tag: each for each in (*listing.manifests, saved)}
         targets, errors = dict(pointers or {}), []
@@ -269,7 +275,7 @@ class CheckpointStore(CheckpointReader):
             self._pointers.move(saved, pointers)
         for index, request in enumerate(requests, 1):
             try:
-                found = self._find_of_event([*existing.values()], saved, request)
+                found = self._find_of_event([*existing.values()], saved, request, at_end=at_end)
                 found = found or self._save_beside(saved, request, load_state())
                 existing[found.tag] = found
                 moved = dict.fromkeys(request.pointers, found)
@@ -293,14 +299,14 @@ class CheckpointStore(CheckpointReader):
             raise errors[0]
 
     def _find_of_event(
-        self, manifests: Sequence[Manifest], saved: Manifest, request: SaveCheckpoint
+        self, manifests: Sequence[Manifest], saved: Manifest, request: SaveCheckpoint, *, at_end: bool
     ) -> Manifest | None:
         """Return the checkpoint that a request made at the event of `saved`, if it exists."""
-        for each in reversed(manifests):
-            is_of_event = each.segment == saved.segment or each.tag in self._committed
-            if is_of_event and covers(each, request, saved.iteration):
-                return each
-        return None
+        own = [each for each in reversed(manifests) if each.segment == saved.segment or each.tag in self._committed]
+        found = [each for each in own if covers(each, request, saved.iteration)]
+        if at_end:
+            found += [each for each in own if covers_end(each, request, saved.iteration)]
+        return next(iter(found), None)
 
     def _save_beside(self, saved: Manifest, request: SaveCheckpoint, state: TrainState) -> Manifest:
         """Save the state of a checkpoint once more, as another request of its event asks for, unless that exists."""
