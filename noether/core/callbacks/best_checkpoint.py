@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
 
+    _Ranking = tuple[tuple[float, int], ...]  # value and number of the pointer, the best first
+
 
 @final
 class BestCheckpointCallback(MetricWatcher):
@@ -29,7 +32,9 @@ class BestCheckpointCallback(MetricWatcher):
     `best_model.val.recall%4010` for `val/recall@10`; `noether eval --checkpoint` takes `best_model.val/recall@10` too.
 
     For each tolerance k, the pointer `best_model.{metric}.tolerance={k}` names the best checkpoint that a run with
-    early stopping after k firings would have had. Checkpoints that no pointer names are removed. Values that are not
+    early stopping after k firings would have had. With `keep: k`, the pointers `top_1.{metric}` to `top_k.{metric}`
+    name the k best checkpoints, in no order: a better one takes the pointer of the worst. Of equal values the first
+    stays. Checkpoints that no pointer names are removed. Values that are not
     finite never improve. List this callback after the one that logs the metric.
 
     The pointers name the weights that were measured: for a metric whose key ends in the name of stored weights, such as
@@ -40,6 +45,7 @@ class BestCheckpointCallback(MetricWatcher):
         metric_key: The metric to watch, such as `val/accuracy`.
         mode: Whether `higher` or `lower` is better; None derives it from the key.
         min_delta: Improvement over the best value that is too small to count, >= 0.
+        keep: Number of best checkpoints to keep, >= 1.
         tolerances: Numbers of firings in a row without improvement, each >= 1, without duplicates.
         missing: If the metric is not current at a firing: `raise` raises an error; `skip` saves nothing, and the firing
             does not count towards a tolerance.
@@ -69,6 +75,7 @@ class BestCheckpointCallback(MetricWatcher):
     """
 
     min_delta: float = 0.0
+    keep: int = 1
     tolerances: tuple[int, ...] = ()
     model_names: tuple[str, ...] = ()
     weights_of: str | None = None
@@ -77,6 +84,7 @@ class BestCheckpointCallback(MetricWatcher):
         """Yield the problems of the settings."""
         yield from super().problems()
         yield min_delta_problem(self.min_delta)
+        yield check_whole("keep", self.keep)
         yield from (check_whole("tolerances", tolerance) for tolerance in self.tolerances)
         if len(set(self.tolerances)) < len(self.tolerances):
             yield Problem("tolerances", f"{list(self.tolerances)} has duplicates; give each tolerance once")
@@ -104,21 +112,37 @@ class BestCheckpointCallback(MetricWatcher):
         return {self.name: FrozenDict(best=None, since=0, longest=0)}
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Request a checkpoint if the metric improved."""
+        """Request a checkpoint if the metric improved, or is among the best."""
         if is_nonfinite(state):
             return state, ()
         value, memory = self.read_metric(state, self.metric_key), self.memory(state)
         if value is None:
             return state, ()
-        if not improves(value, memory["best"], self.direction, self.min_delta):
-            report = self.report_infinity(state, value)
-            since = memory["since"] + 1
-            longest = max(since, memory["longest"])
-            return state.remember(self.name, FrozenDict(best=memory["best"], since=since, longest=longest)), report
-        state = state.remember(self.name, FrozenDict(best=value, since=0, longest=memory["longest"]))
-        # Early stopping would have ended a run whose longest wait reached its tolerance.
-        running = [k for k in self.tolerances if memory["longest"] < k]
-        pointers = tuple(best_pointer(self.metric_key, k) for k in (None, *running))
+        number, top = self._rank(value, memory.get("top", ()))
+        pointers = [] if number is None else [f"top_{number}.{self.pointer.partition('.')[2]}"]
+        report: Effects = ()
+        if improves(value, memory["best"], self.direction, self.min_delta):
+            # Early stopping would have ended a run whose longest wait reached its tolerance.
+            running = [k for k in self.tolerances if memory["longest"] < k]
+            pointers = [*(best_pointer(self.metric_key, k) for k in (None, *running)), *pointers]
+            memory = FrozenDict(best=value, since=0, longest=memory["longest"])
+        else:
+            report, since = self.report_infinity(state, value), memory["since"] + 1
+            memory = FrozenDict(best=memory["best"], since=since, longest=max(since, memory["longest"]))
+        state = state.remember(self.name, memory if self.keep == 1 else FrozenDict({**memory, "top": top}))
+        return self._save(state, tuple(pointers)) if pointers else (state, report)
+
+    def _rank(self, value: float, top: _Ranking) -> tuple[int | None, _Ranking]:
+        """Return the number of the pointer to set if a value is among the best ones, or None, and those with it."""
+        better = [each for each in top if not improves(value, each[0], self.direction)]
+        if self.keep == 1 or len(better) >= self.keep or not math.isfinite(value):
+            return None, top
+        worse = top[len(better) :]
+        number = len(top) + 1 if len(top) < self.keep else worse[-1][1]
+        return number, (*better, (value, number), *worse)[: self.keep]
+
+    def _save(self, state: TrainState, pointers: tuple[str, ...]) -> tuple[TrainState, Effects]:
+        """Request a checkpoint of the weights that were measured."""
         save = SaveCheckpoint(models=self.model_names, pointers=pointers, retention=FrozenDict({self.name: 0}))
         weights = measured_weights(state, self.metric_key) if self.weights_of is None else self.weights_of
         if weights is None:
