@@ -90,6 +90,10 @@ class InvalidValueError(NoetherError, ValueError):
     """A value does not fit its setting; the message quotes the value and says what to write instead."""
 
 
+class NamedObjectError(InvalidValueError):
+    """The object at a dotted path cannot be used; what a constructor says about the path itself helps less."""
+
+
 @contextmanager
 def collect_errors(errors: list[Exception], part: str | int | None = None) -> Iterator[None]:
     """Append an exception of the body to `errors`, located in `part`: a key of a mapping or an index of a list."""

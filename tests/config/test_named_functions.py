@@ -263,12 +263,15 @@ def test_functions_of_torch_and_parts_of_models_take_settings(mine):
     ("{kind: mine.within, tol: 0.03}", "val/within"),
     ("{kind: mine.within, tol: 0.03, name: within_3}", "val/within_3"),
     ("{kind: mine.Huber, name: huber}", "val/huber"),
+    ("{kind: accuracy, name: top_1}", "val/top_1"),
+    ("{kind: accuracy}", "val/accuracy"),
 ])  # fmt: skip
 def test_a_metric_has_the_name_that_is_written(mine, metric, key):
     callback = "{kind: noether.core.callbacks.MetricCallback, every_n_epochs: 1, dataset_key: val, metric: METRIC}"
     config = configure(CALLBACK=callback, METRIC=metric)
     from noether.training.configured_callbacks import _build_evaluations
 
+    check_round_trip(config)
     assert config.callbacks[0].build().produces == (key,)
     assert key in _build_evaluations(config)[0].produces
 
@@ -293,13 +296,18 @@ REFUSED = {
         "{kind: mine.within, tol: yes}": "named.yaml:12: trainer.evaluate.val[1].tol: 'yes' is not a number",
         "{kind: mine.within, name: ''}": "trainer.evaluate.val[1].name: '' is no name for a metric",
         "{kind: mine.within, name: 3}": "trainer.evaluate.val[1].name: 3 is not text",
+        "{kind: acuracy, name: a}": "val[1].kind: 'acuracy' is not 'accuracy', 'binary_accuracy', or the dotted path "
+        "of a function; did you mean 'accuracy'?",
+        "{kind: accuracy, k: 5}": "val[1].k: unknown setting; known are no settings",
         "{kind: mine.named, name: a}": "mine.named cannot have a parameter of that name; rename it",
         "mine.within, {kind: mine.within, tol: 0.03}": "trainer.evaluate.val: ['loss', 'within', 'within'] names a "
         "metric twice; remove one or give it another name",
     },
     "COUNT": {"{kind: mine.count, per: 1.5}": "named.yaml:6: data.batch_size.per: 1.5 is not a whole number"},
     "HANDLER": {"{kind: mine.ring, volume: 3}": "run.handlers.mine.Ring.volume: unknown setting; known are times"},
-    "CALLBACK": {"{kind: mine.Watch, metric: {kind: mine.within, tol: much}}": "named.yaml:14: callbacks[0].metric."
+    "CALLBACK": {"{kind: noether.core.callbacks.MetricCallback, every_n_epochs: 1, dataset_key: val, metric: mine.los}":
+                 "callbacks[0].metric: 'mine.los': 'mine' has no 'los'; did you mean",
+                 "{kind: mine.Watch, metric: {kind: mine.within, tol: much}}": "named.yaml:14: callbacks[0].metric."
                  "tol: 'much' is not a number"},
 }  # fmt: skip
 

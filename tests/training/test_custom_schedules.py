@@ -111,6 +111,7 @@ NAMES = "'constant', 'linear', 'cosine', 'step', 'polynomial'"
 
 @pytest.mark.parametrize(("schedule", "message"), [
     ({"kind": "cosin"}, f"optimizer.schedule.kind: 'cosin' is not one of {NAMES}; did you mean 'cosine'?"),
+    ("tiny.halves", "optimizer.schedule: 'tiny.halves' is not a mapping of settings: write {kind: tiny.halves}"),
     ({"kind": "tiny.halfs"}, "optimizer.schedule.kind: 'tiny.halfs': 'tiny' has no 'halfs'; did you mean 'halves'?"),
     ({"kind": "tiny.halves", "lenght": 3}, "optimizer.schedule.lenght: unknown setting; did you mean 'length'?"),
     ({"kind": "tiny.halves", "gamma": 3}, "optimizer.schedule.gamma: unknown setting; known are "),

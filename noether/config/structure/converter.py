@@ -145,7 +145,7 @@ def _structure_literal(value: object, kind: object) -> object:
 def _structure_union(converter: Converter, value: object, kind: object) -> object:
     """Return `value` as the first member that accepts it, trying the value's own type first.
 
-    Text with a dot, or a mapping with a `kind` of that form, names a function if one of the members is a function type,
+    Text with a dot, or a mapping with a text as its `kind`, names a function if one of the members is a function type,
     even if another one is text or a mapping.
     """
     members = [each for each in typing.get_args(kind) if each is not type(None)]
@@ -154,7 +154,7 @@ def _structure_union(converter: Converter, value: object, kind: object) -> objec
     if value is None and type(None) in typing.get_args(kind):
         return None
     path = value.get("kind") if isinstance(value, dict) else value
-    if isinstance(path, str) and "." in path:
+    if isinstance(path, str) and ("." in path or path is not value):
         members = list(filter(is_function_type, members))[:1] or members
     if len(members) == 1:
         return converter.structure(value, members[0])

@@ -9,7 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from noether.config.compatibility import ConfigWarning, current_path, translate_settings
-from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, raise_together
+from noether.config.errors import (
+    InvalidValueError,
+    LocatedProblem,
+    NamedObjectError,
+    collect_errors,
+    raise_together,
+)
 from noether.config.objects.function_callback import FunctionCallbackFactory
 from noether.config.objects.functions import FunctionKind, MetricKind
 from noether.config.objects.kinds import (
@@ -29,6 +35,7 @@ from noether.config.structure.construction import arguments, construct_with_sett
 from noether.config.structure.converter import read_untyped
 from noether.config.structure.signatures import parameters
 from noether.core.callables import positional_names, unbound_settings
+from noether.core.errors import suggest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -71,7 +78,10 @@ class EntryHooks:
 
     def resolve(self, path: object, role: Role) -> Any:
         """Return the object at a path."""
-        return resolve(path, role, self.allow, self.run_dir)
+        try:
+            return resolve(path, role, self.allow, self.run_dir)
+        except InvalidValueError as error:
+            raise NamedObjectError(str(error)) from None
 
     def resolve_function(self, path: str, role: Role) -> Any:
         """Return the function at a path without settings."""
@@ -127,9 +137,15 @@ class EntryHooks:
         given = passed[: len(role.arguments)] if role.arguments else [each for each in passed if each not in written]
         return FunctionKind(path, target, self.settings(target, written, given, beside))
 
-    def metric(self, value: object) -> MetricKind:
-        """Return the entry of a metric that is not one of noether's."""
-        entry = self.function(value, METRIC, beside=("name",))
+    def metric(self, value: object) -> MetricKind | str:
+        """Return the entry of a metric, or the name of one of noether's that has no other name."""
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if isinstance(kind, str) and isinstance(value, dict) and "." not in kind:
+            if set(value) == {"kind"}:
+                return str(kind)
+            entry: FunctionKind | Kind = self.metric_of_noether(str(kind), value)
+        else:
+            entry = self.function(value, METRIC, beside=("name",))
         errors: list[Exception] = []
         name = None
         if isinstance(value, dict) and "name" in value:
@@ -143,6 +159,22 @@ class EntryHooks:
                     )
         raise_together(errors, MetricKind)
         return MetricKind(entry, name)
+
+    def metric_of_noether(self, kind: str, value: Mapping[str, object]) -> FunctionKind:
+        """Return the entry of a metric that noether knows by name."""
+        # Imported here, because it imports torch and a configuration can be read without it.
+        from noether.core.callbacks.metric_functions import METRICS
+
+        errors: list[Exception] = []
+        with collect_errors(errors, "kind"):
+            if kind not in METRICS:
+                known = ", ".join(map(repr, METRICS))
+                raise InvalidValueError(
+                    f"{kind!r} is not {known}, or the dotted path of a function{suggest(kind, METRICS)}"
+                )
+        raise_together(errors, MetricKind)
+        written = {name: each for name, each in value.items() if name not in ("kind", "name")}
+        return FunctionKind(kind, METRICS[kind], self.settings(METRICS[kind], written, METRIC.arguments))
 
     def structure_dataclass(self, value: object, kind: type) -> Kind:
         """Return the entry of a dataclass in settings, which is constructed now so that it checks its own."""

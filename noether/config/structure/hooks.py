@@ -197,6 +197,8 @@ def _structure_checkpoints(converter: Converter, value: object) -> object:
 
 def _structure_schedule(kinds: EntryHooks, value: object) -> object:
     """Return a schedule; beside the path of a function, every key that is no setting of all schedules is one of it."""
+    if isinstance(value, str):
+        raise InvalidValueError(f"{value!r} is not a mapping of settings: write {{kind: {value}}}")
     path = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(path, str) or "." not in path:
         return construct(kinds.converter, ScheduleSettings, value)
