@@ -124,7 +124,8 @@ def test_output_moves_a_resumed_run():
         ("trainer", "max_epohcs", 3, "trainer.max_epohcs: unknown setting; did you mean 'max_epochs'?"),
         ("optimizer", "lr", "fast", "optimizer.lr: 'fast' is not a number"),
         ("model", "kind", f"{DIGITS}.ConvNte", f"model.kind: '{DIGITS}.ConvNte': '{DIGITS}' has no 'ConvNte'; did you"),
-        ("model", "width", object, "model.width: <class 'object'> is not a plain value; write a function or class as"),
+        ("model", "width", {8}, "model.width: {8} is not a plain value; write a function or class as"),
+        ("model", "width", object, "model.width: 'builtins.object' is not a whole number"),
         ("run", 3, "x", "run: the key 3 is not text"),
     ],
 )  # fmt: skip
