@@ -247,11 +247,16 @@ def uncut_weights(name, folder):
         return weights(TRAINERS[name](directory, folder, None, None))
 
 
-@pytest.mark.parametrize("cut", [8, 6], ids=["at the end of an epoch", "inside of an epoch"])
-@pytest.mark.parametrize(
-    ("name", "resume"),
-    [(name, by) for name in TRAINERS for by in ("noether", "own") if (name, by) != ("huggingface", "own")],
-)
+BOTH = ("noether", "own")
+CASES = [
+    *((name, by, 8) for name in TRAINERS for by in BOTH if (name, by) != ("huggingface", "own")),
+    *((name, by, 6) for name in ("deterministic ignite", "accelerate") for by in BOTH),
+    ("huggingface", "noether", 6),
+    WARNED,
+]
+
+
+@pytest.mark.parametrize(("name", "resume", "cut"), CASES)
 def test_shuffling_and_dropout_resume_exactly_or_with_a_warning(name, resume, cut, tmp_path, uncut_folder):
     seed_all(7)
     open_directory = partial(open_silent, tmp_path / "noether") if resume == "noether" else nullcontext

@@ -97,7 +97,7 @@ class SamplerOrder:
         }  # fmt: skip
         with preserve_generators():
             seed_all(seed)
-            sampler = self._target(**_accepted(self._target, given), **build_nested(self._settings))
+            sampler = self._target(**_accepted_arguments(self._target, given), **build_nested(self._settings))
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
             for number, generator in enumerate(generators_of(sampler)):
@@ -135,7 +135,7 @@ class SamplerOrder:
         return indices
 
 
-def _accepted(target: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _accepted_arguments(target: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments for which a callable has parameters."""
     known = inspect.signature(target).parameters
     return {name: value for name, value in given.items() if name in known}
