@@ -15,6 +15,7 @@ from torch import nn
 import noether
 from noether import Session, TrainState, open_run
 from noether.config import ConfigError
+from noether.config.init_settings import InitSettings
 from noether.core.callbacks import CheckpointCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.tensors.live.buffers import changed_buffers
@@ -23,6 +24,7 @@ from noether.effects import CheckpointError
 from noether.effects.checkpoints.contents import checkpoint_files, read_state
 from noether.session.errors import SessionError
 from noether.testing import same
+from noether.training.initial_weights import load_weights
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
 from noether.training.weights import fit_weights
@@ -413,3 +415,14 @@ def test_weights_that_no_file_can_hold_are_refused_before_training(tmp_path, tin
     assert not list(Path().rglob("metrics.jsonl"))
     run = noether.train(config | {"model": {"kind": "tiny.Sparse", "persistent": False}})
     assert run.finished
+
+
+@pytest.mark.parametrize("kind", [Lazy, Registering, Growing, Converting, Writing])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_new_run_starts_from_the_buffers_of_a_checkpoint(tmp_path, kind, persistent):
+    _, saved = train_session(tmp_path, [(kind, persistent)], 2)
+    model = make_model([(kind, persistent)])
+    fresh = TrainState.from_module(model)
+    state, _ = load_weights(fresh, InitSettings(path=str(tmp_path / "checkpoints/latest")), model)
+    assert same({**state.params, **state.buffers}, dict(saved["model"]))
+    assert same(dict(state.non_persistent), dict(fresh.non_persistent))
