@@ -107,9 +107,9 @@ class LossScaling:
         memory = self._memory(state)
         scale, tracker = memory["scale"], memory["_growth_tracker"] + 1
         if not finite:
-            scale, tracker = _round(scale * memory["backoff_factor"]), 0
+            scale, tracker = _to_single(scale * memory["backoff_factor"]), 0
         elif tracker >= memory["growth_interval"]:
-            grown = _round(scale * memory["growth_factor"])
+            grown = _to_single(scale * memory["growth_factor"])
             scale, tracker = grown if math.isfinite(grown) else scale, 0
         return state.remember(GRAD_SCALER, FrozenDict({**memory, "scale": scale, "_growth_tracker": tracker}))
 
@@ -118,7 +118,7 @@ class LossScaling:
         return memory
 
 
-def _round(scale: float) -> float:
+def _to_single(scale: float) -> float:
     """Return a scale as the nearest number in single precision."""
     return math.inf if scale > _LARGEST else float(torch.tensor(scale, dtype=torch.float32))
 
