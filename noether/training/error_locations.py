@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from noether.config.schema import Config
 
 
-_TORCH: Final = str(Path(torch.__file__).parent)
+_TORCH: Final = str(Path(inspect.getfile(torch)).parent)
 """The folder of torch, whose lines are of no use in a message."""
 
 

@@ -325,7 +325,7 @@ def _find_unused(graph: Any) -> list[frozenset[int]]:
     """Return `Trace.unused` of a graph, by running it without values: torch returns zeros for an unused input."""
     unused = []
 
-    class Interpreter(torch.fx.Interpreter):
+    class GradientReader(torch.fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             if target is _autograd_grad():
                 outputs, inputs = ([each for each in args[0] if each.requires_grad], args[1])
@@ -337,7 +337,7 @@ def _find_unused(graph: Any) -> list[frozenset[int]]:
     examples = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
     modes = [each.fake_mode for each in examples if hasattr(each, "fake_mode")]
     with modes[0] if modes else nullcontext():
-        Interpreter(graph).run(*[each.clone() if isinstance(each, Tensor) else each for each in examples])
+        GradientReader(graph).run(*[each.clone() if isinstance(each, Tensor) else each for each in examples])
     return unused
 
 
