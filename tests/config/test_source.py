@@ -49,7 +49,8 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
     assert (read_value, type(read_value)) == (value, type(value))
 
 
-@given(st.dictionaries(st.text(), st.text(), max_size=3))
+# YAML 1.2 limits a key on the line of its value to 1024 characters, and JSON writes one character as up to 12.
+@given(st.dictionaries(st.text(max_size=80), st.text(), max_size=3))
 def test_any_text_that_json_escapes_is_read_as_it_is(values):
     assert parse(json.dumps({"data": values}), "a.json").data == {"data": values}
 
