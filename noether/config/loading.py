@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from noether.config.default_callbacks import list_callbacks
 from noether.config.errors import ConfigError, LocatedProblem
 from noether.config.older_layout import read_older_layout
-from noether.config.references import resolve_references
+from noether.config.references import VARS, resolve_references
 from noether.config.repeated_callbacks import find_repeated, warn_of_repeated
 from noether.config.schema import ENDS, Callback, Config
 from noether.config.source import apply_overrides, read
@@ -58,7 +59,10 @@ def from_source(source: Source, allow: Sequence[str] = (), run_dir: Path | None 
     source = read_older_layout(resolve_references(_drop_replaced_ends(source)))
     if "callbacks" in source.data:
         source = list_callbacks(source)
-    config: Config = _structure_or_raise(source, (), Config, make_config_converter(allow, source, run_dir))
+    try:
+        config: Config = _structure_or_raise(source, (), Config, make_config_converter(allow, source, run_dir))
+    except ConfigError as error:
+        raise ConfigError([_name_vars(each, source) for each in error.problems]) from None
     if "callbacks" in source.data:
         return config
     source = list_callbacks(
@@ -125,6 +129,16 @@ def _drop_replaced_ends(source: Source) -> Source:
         for path in given:
             source = source if source.is_overridden(path) else source.without(path)
     return source
+
+
+def _name_vars(problem: LocatedProblem, source: Source) -> LocatedProblem:
+    """Return a problem; if it is a name beside the sections that references read, say where such values belong."""
+    name = ".".join(map(str, problem.path))
+    is_read = any(re.search(rf"\$\{{\s*{re.escape(name)}\s*[.}}\[]", each) for each in source.references.values())
+    if len(problem.path) != 1 or not problem.message.startswith("unknown setting") or not is_read:
+        return problem
+    message = f"is no section; values that only references read belong in {VARS}: write ${{{VARS}.{name}}} for them"
+    return dataclasses.replace(problem, message=message)
 
 
 def _structure_or_raise(source: Source, path: SettingPath, target: Any, converter: Converter) -> Any:

@@ -214,7 +214,8 @@ class _Resolution:
                 at = format_path((*walked, index))
                 raise InvalidValueError(f"{reference.text}: nothing is written at {at}{_hint(key, value)}")
             value, walked = value[index], (*walked, index)
-        self._read.add(walked[:2])
+        is_chosen = any(isinstance(part, _Reference) for part in reference.parts)  # it may name any value beside it
+        self._read.add(walked[:1] if is_chosen else walked[:2])
         return value if is_resolved else self._enter(value, walked, reference)
 
     def _enter(self, value: Any, path: SettingPath, reference: _Reference) -> Any:

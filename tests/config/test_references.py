@@ -209,6 +209,8 @@ def test_a_variable_is_a_text_where_the_setting_is_a_text(environment):
     ("'${data.train.kind}'", "'${trainer.loss}'", "a.yaml:6: data.val.kind: 'shop.loss' is a function, expected a "),
     ("act: gelu", "act: gelu, depth: 2", "a.yaml:1: vars.depth: no reference reads it; write ${vars.depth} where"),
     ("'${vars.width}'", "${vars.width}", "put a reference in quotes: '${...}'"),
+    ("seed: '${env:COUNT}'}", "seed: '${count}'}\ncount: 7",
+     "a.yaml:3: count: is no section; values that only references read belong in vars: write ${vars.count} for them"),
     ("${.every_n_epochs}", "${.every_n_epoch}",
      "a.yaml:16: callbacks[0].tolerance: ${.every_n_epoch}: nothing is written at callbacks[0].every_n_epoch; did you"),
 ])  # fmt: skip
@@ -218,6 +220,11 @@ def test_a_value_of_another_type_is_reported_at_the_reference(environment, old, 
     with pytest.raises(ConfigError) as refused:
         load("a.yaml")
     assert message in str(refused.value)
+
+
+def test_a_reference_may_choose_the_value_that_it_reads():
+    text = "vars: {size: small, small: 8, large: 64}\nwidth: ${vars.${vars.size}}"
+    assert resolve_references(parse(text, "a.yaml")).data == {"width": 8}
 
 
 def test_the_error_of_an_override_names_the_override(environment):
