@@ -234,6 +234,7 @@ PLACE = "bad.yaml:24: callbacks[0]"
 NO_PRODUCER = "which no callback produces; produced before it: nothing"
 MODULES = "the model has features, features.0, features.1, features.3, features.4, head, head.1"
 EMA = "noether.core.callbacks.EMACallback"
+SAVES = "noether.core.callbacks.CheckpointCallback"
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,11 @@ EMA = "noether.core.callbacks.EMACallback"
         (
             f"{{kind: {EMA}, every_n_epochs: 1, target_factors: [0.9], model_paths: [heed]}}",
             f"{PLACE}.model_paths[0]: 'heed' names no sub-module with parameters; {MODULES}; did you mean 'head'?",
+            2,
+        ),
+        (
+            f"{{kind: {SAVES}, every_n_epochs: 1, model_names: [head, heed]}}",
+            f"{PLACE}.model_names[1]: no weights below 'heed'; {MODULES}; did you mean 'head'?",
             2,
         ),
         (

@@ -186,11 +186,8 @@ WARNED = {
         ),
     ),
     "unknown model_names": (
-        [("save_optim: true\n", "save_optim: false\n    save_latest_optim: false\n    model_names: [haed]\n")],
-        (
-            ":39: callbacks[3].model_names: CheckpointCallback/E1 requests a checkpoint that cannot be saved: "
-            "no weights below haed; there are: features.0.weight, "
-        ),
+        [(SAVING, SAVING + "  - kind: saver.haed\n    every_n_updates: 30\n")],
+        ":41: callbacks[5].model_names: haed requests a checkpoint that cannot be saved: no weights below haed",
     ),
 }
 SAVER = '''\
@@ -207,6 +204,11 @@ def save(state, event):
     """Save and print."""
     print("saving")
     return state, (SaveCheckpoint(),)
+
+
+def haed(state, event):
+    """Save a module that the model does not have."""
+    return state, (SaveCheckpoint(models=("haed",)),)
 '''
 
 

@@ -10,7 +10,7 @@ from noether.core.callbacks.improvement import MetricWatcher, improves, is_nonfi
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, check_whole
 from noether.core.file_names import best_pointer
-from noether.core.tensors.stored_weights import measured_weights, memory_of, name_in_tags
+from noether.core.tensors.stored_weights import check_model_names, measured_weights, memory_of, name_in_tags
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -108,7 +108,12 @@ class BestCheckpointCallback(MetricWatcher):
         return best_pointer(self.metric_key)
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
-        """Return a memory without a best value."""
+        """Return a memory without a best value.
+
+        Raises:
+            SettingsError: If the model has no weights below one of `model_names`.
+        """
+        check_model_names(state, self.model_names)
         return {self.name: FrozenDict(best=None, since=0, longest=0)}
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:

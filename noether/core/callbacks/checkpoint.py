@@ -9,18 +9,18 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
 from noether.core.errors import Problem, check_whole
 from noether.core.file_names import escape_name
-from noether.core.tensors.stored_weights import weights_by_name
+from noether.core.tensors.stored_weights import check_model_names, weights_by_name
 from noether.core.tensors.tree import FrozenDict, tensors
 from noether.core.text import count_of, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, BeforeTraining, Event
     from noether.core.run import Run
     from noether.core.schedules.gate import Interval
-    from noether.core.state import TrainState
+    from noether.core.state import Memory, TrainState
 
 
 _FORECAST_NEEDS: Final = ("end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size")
@@ -100,6 +100,15 @@ class CheckpointCallback(PeriodicCallback):
     def _saves_each(self) -> bool:
         """Whether each checkpoint is kept, not only the newest."""
         return self.save_weights or self.save_optim
+
+    def init(self, state: TrainState) -> Mapping[str, Memory]:
+        """Return no memory.
+
+        Raises:
+            SettingsError: If the model has no weights below one of `model_names`.
+        """
+        check_model_names(state, self.model_names)
+        return {}
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Write how many checkpoints the schedule will save, and their size."""

@@ -9,11 +9,11 @@ import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
-from noether.core.errors import Problem, WeightsError, check_whole, raise_problems, suggest
+from noether.core.errors import Problem, WeightsError, check_whole, raise_problems
 from noether.core.tensors import torch_internals
 from noether.core.tensors.donation import ALREADY_UPDATED, DonatedTree, OwnedStorages
 from noether.core.tensors.stored_weights import memory_of, name_in_tags
-from noether.core.tensors.tied_names import add_tied, names_below
+from noether.core.tensors.tied_names import add_tied, list_modules, names_below
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
@@ -227,11 +227,8 @@ def _is_decay(factor: object) -> bool:
 def _path_problem(path: str | None, index: int, params: Mapping[str, torch.Tensor]) -> Problem | None:
     if path is None or any(name.startswith(f"{path}.") for name in params):
         return None
-    modules = dict.fromkeys(
-        ".".join(name.split(".")[:depth]) for name in params for depth in range(1, name.count(".") + 1)
-    )
-    known = f"; the model has {', '.join(modules) or 'none'}{suggest(path, modules)}"
-    return Problem(f"model_paths.{index}", f"{path!r} names no sub-module with parameters{known}")
+    message = f"{path!r} names no sub-module with parameters; {list_modules(path, params)}"
+    return Problem(f"model_paths.{index}", message)
 
 
 def _move(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tensor], weight: float) -> FrozenDict:

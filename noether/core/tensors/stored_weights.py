@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.core.errors import WeightsError, suggest
+from noether.core.errors import Problem, WeightsError, raise_problems, suggest
 from noether.core.file_names import escape_name
 from noether.core.tensors.live.buffers import changed_forms
 from noether.core.tensors.live.weights import match_names
-from noether.core.tensors.tied_names import names_below
+from noether.core.tensors.tied_names import list_modules, names_below
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -113,6 +113,32 @@ def weights_by_name(state: TrainState, models: Collection[str] = ()) -> dict[str
     """
     weights = {**state.params, **state.buffers}
     return {name: weights[own] for name, own in names_below(weights, models, state.tied_names).items()}
+
+
+def check_model_names(state: TrainState, models: Collection[str]) -> None:
+    """Refuse paths of sub-modules below which a model has no weights; a state without weights has no such paths.
+
+    Args:
+        state: A state of the model.
+        models: Paths of sub-modules, or names of tensors, as in the setting `model_names`.
+
+    Raises:
+        SettingsError: If there are no weights below one of them; the message lists the modules that have some.
+
+    Example:
+        >>> from noether import TrainState
+        >>> import torch
+        >>> state = TrainState(params={"head.bias": torch.tensor(2.0)})
+        >>> check_model_names(state, ["tail"])
+        Traceback (most recent call last):
+        noether.core.errors.SettingsError: model_names.0: no weights below 'tail'; the model has head
+    """
+    names = weights_by_name(state) if models else {}
+    raise_problems(
+        Problem(f"model_names.{index}", f"no weights below {path!r}; {list_modules(path, names)}")
+        for index, path in enumerate(models)
+        if names and not names_below(names, [path], {})
+    )
 
 
 def _overwrite(

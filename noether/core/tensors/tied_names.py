@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
+from noether.core.errors import suggest
 from noether.core.tensors.module import all_paths
 from noether.core.tensors.torch_internals import buffers_in, non_persistent_in, parameters_in
 from noether.core.tensors.tree import FrozenDict
@@ -75,3 +76,16 @@ def names_below(names: Collection[str], paths: Collection[str], tied: Mapping[st
     below = {name: name for name in names if f"{name}.".startswith(starts)}
     below.update({other: name for other, name in tied.items() if name in names and f"{other}.".startswith(starts)})
     return below
+
+
+def list_modules(path: str, names: Collection[str]) -> str:
+    """Return a text with all modules that have one of `names`, and the nearest one to an unknown path.
+
+    Example:
+        >>> list_modules("heads", ["body.0.weight", "head.bias"])
+        "the model has body, body.0, head; did you mean 'head'?"
+    """
+    modules = dict.fromkeys(
+        ".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)
+    )
+    return f"the model has {', '.join(modules) or 'none'}{suggest(path, modules)}"
