@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.config.errors import ConfigError, LocatedProblem
+from noether.core.callbacks.registry import EXPORTS
 from noether.core.schedules.schedule import INTERVALS
 
 if TYPE_CHECKING:
@@ -22,8 +23,12 @@ _FIRINGS: Final = 10
 def list_callbacks(source: Source) -> Source:
     """Return a source whose callbacks are all listed: an absent list, and `default`, become the default callbacks.
 
+    Where the list has a callback of its own for the learning rate, the progress, or the best value of the same metric,
+    it takes the place of the default one.
+
     Raises:
-        ConfigError: If the value of `callbacks` is null.
+        ConfigError: If the value of `callbacks` is null, `default` is listed twice, or the list measures a loss that
+            the default callbacks measure.
 
     Example:
         >>> from noether.config.source import parse
@@ -38,7 +43,7 @@ def list_callbacks(source: Source) -> Source:
     entries = [DEFAULT] if listed == DEFAULT else listed
     if not isinstance(entries, list) or DEFAULT not in entries:
         return source
-    defaults, callbacks = _defaults(source), list[Any]()
+    defaults, callbacks = _leave_out_listed(_defaults(source), entries, source), list[Any]()
     places = {path: place for path, place in source.places.items() if path[:1] != ("callbacks",) or len(path) == 1}
     for index, entry in enumerate(entries):
         added = defaults if entry == DEFAULT else [entry]
@@ -46,6 +51,52 @@ def list_callbacks(source: Source) -> Source:
             places |= _move_places(source, ("callbacks", index), ("callbacks", number))
         callbacks += added
     return replace(source, data={**source.data, "callbacks": callbacks}, places=places)
+
+
+def _leave_out_listed(defaults: list[dict[str, Any]], entries: list[Any], source: Source) -> list[dict[str, Any]]:
+    """Return the default callbacks that the list does not have itself."""
+    problems = {}
+    if entries.count(DEFAULT) > 1:
+        second = entries.index(DEFAULT, entries.index(DEFAULT) + 1)
+        problems[second] = f"`{DEFAULT}` is listed twice; remove one"
+    added = list(defaults)
+    for default in defaults:
+        like = [i for i, entry in enumerate(entries) if isinstance(entry, Mapping) and _does_same(entry, default)]
+        name = _name_of(default)
+        if like and name not in _MEASURES:
+            added.remove(default)
+        elif like:
+            problems[like[0]] = (
+                f"`{DEFAULT}` measures this too: remove this {name}, or list all callbacks in place of `{DEFAULT}`"
+            )
+    if problems:
+        paths = {("callbacks", index): each for index, each in problems.items()}
+        raise ConfigError([LocatedProblem(source.place(path), path, each) for path, each in paths.items()])
+    return added
+
+
+_MEASURES: Final = ("OnlineLossCallback", "OfflineLossCallback")
+"""Default callbacks whose metrics others of them read."""
+_SAME: Final[Mapping[str, tuple[str, ...]]] = {
+    "OnlineLossCallback": tuple(INTERVALS),
+    "LrCallback": (),
+    "ProgressCallback": (),
+    "OfflineLossCallback": ("dataset_key", "weights"),
+    "BestCheckpointCallback": ("metric_key", "model_names"),
+}
+"""Settings in which a callback equals the default one of its kind where both would write the same."""
+
+
+def _does_same(entry: Mapping[str, Any], default: Mapping[str, Any]) -> bool:
+    name = _name_of(default)
+    return _name_of(entry) == name and all(entry.get(each) == default.get(each) for each in _SAME.get(name, ("kind",)))
+
+
+def _name_of(entry: Mapping[str, Any]) -> str:
+    """Return the name of the shipped callback that an entry names by its path or an alias; empty for any other."""
+    module, _, name = str(entry.get("kind")).rpartition(".")
+    is_shipped = module.startswith("noether.") and name in EXPORTS
+    return str(EXPORTS[name].load().__name__) if is_shipped else ""
 
 
 def default_names(source: Source) -> list[str]:
@@ -126,8 +177,14 @@ def _watch_evaluated(evaluate: Mapping[str, Any]) -> dict[str, Any]:
     datasets = sorted((name for name in evaluate if name not in INTERVALS), key=lambda name: name != _VALIDATION)
     for name in datasets:
         measures = evaluate[name] if isinstance(evaluate[name], list) else []
-        names = sorted((each for each in measures if isinstance(each, str)), key=lambda each: each != "loss")
-        for key in (f"loss/{name}/total" if each == "loss" else f"{name}/{each}" for each in names if "." not in each):
+        for measure in sorted(measures, key=lambda each: each != "loss"):
+            key = f"loss/{name}/total" if measure == "loss" else f"{name}/{_label_of(measure)}"
             if direction_of(key) is not None:
                 return {**interval, "metric_key": key}
     return {}
+
+
+def _label_of(measure: Any) -> str:
+    """Return the name of a metric in its key, from what a configuration has written for it."""
+    entry = measure if isinstance(measure, Mapping) else {"kind": measure}
+    return str(entry.get("name", str(entry.get("kind")).rpartition(".")[2]))

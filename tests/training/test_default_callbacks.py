@@ -77,8 +77,20 @@ def test_a_run_lists_them_in_its_configuration_and_resumes_with_them(tiny_module
     [
         ({"val": ["loss", "accuracy"], "every_n_updates": 3}, ("every_n_updates", "loss/val/total")),
         ({"val": ["accuracy"], "every_n_epochs": 2}, ("every_n_epochs", "val/accuracy")),
-        ({"train": ["loss"], "val": ["tiny.loss"], "every_n_epochs": 1}, ("every_n_epochs", "loss/train/total")),
-        ({"val": ["tiny.loss"], "every_n_updates": 1}, ("every_n_epochs", "loss/online/total/E1")),
+        ({"train": ["loss"], "val": ["tiny.loss"], "every_n_epochs": 1}, ("every_n_epochs", "val/loss")),
+        (
+            {"train": ["loss"], "val": [{"kind": "tiny.loss", "name": "size"}], "every_n_epochs": 1},
+            ("every_n_epochs", "loss/train/total"),
+        ),
+        ({"val": ["tiny.loss"], "every_n_updates": 1}, ("every_n_updates", "val/loss")),
+        (
+            {"val": [{"kind": "tiny.loss", "name": "top-1 accuracy"}], "every_n_updates": 1},
+            ("every_n_updates", "val/top-1 accuracy"),
+        ),
+        (
+            {"val": [{"kind": "tiny.loss", "name": "size"}], "every_n_updates": 1},
+            ("every_n_epochs", "loss/online/total/E1"),
+        ),
     ],
 )
 def test_what_trainer_evaluate_measures_is_not_measured_again(tiny_module, evaluate, best):
@@ -110,6 +122,45 @@ def test_trainer_evaluate_and_the_default_callbacks_train_together(tiny_module):
 def test_default_stands_for_them_and_an_empty_list_for_none(tiny_module, listed, expected):
     text = yaml.safe_dump(without_callbacks()) + listed
     assert names(from_source(parse(text, "a.yaml"))) == expected
+
+
+CALLBACKS = "noether.core.callbacks"
+OFFLINE = {"kind": f"{CALLBACKS}.OfflineLossCallback", "every_n_epochs": 2, "dataset_key": "val"}
+
+
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [
+        ({"kind": f"{CALLBACKS}.LR", "every_n_updates": 1}, "LrCallback"),
+        ({"kind": f"{CALLBACKS}.ProgressCallback", "every_n_updates": 1}, "ProgressCallback"),
+        (
+            {"kind": f"{CALLBACKS}.BestCheckpointCallback", "every_n_epochs": 1, "metric_key": "loss/val/total"},
+            "BestCheckpointCallback",
+        ),
+    ],
+)
+def test_a_callback_of_the_list_takes_the_place_of_a_default_one(tiny_module, own, name):
+    config = {**without_callbacks(VAL), "callbacks": ["default", own]}
+    defaults = [each for each in [*LOGS, "OfflineLossCallback", *SAVES] if each != name]
+    assert names(load_values(config)) == [*defaults, own["kind"].rpartition(".")[2]]
+    noether.train(config)
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (
+            ["default", OFFLINE],
+            "callbacks[1]: `default` measures this too: remove this OfflineLossCallback, or list all",
+        ),
+        (["default", "default"], "callbacks[1]: `default` is listed twice; remove one"),
+    ],
+)
+def test_what_the_default_callbacks_measure_is_refused_beside_them(tiny_module, listed, message):
+    with pytest.raises(ConfigError) as refused:
+        load_values({**without_callbacks(VAL), "callbacks": listed})
+    assert str(refused.value).startswith(message)
+    load_values({**without_callbacks(VAL), "callbacks": ["default", {**OFFLINE, "dataset_key": "train"}]})
 
 
 @pytest.mark.parametrize(
