@@ -90,7 +90,7 @@ def check_opt_state(optimizer: FunctionalOptimizer, state: TrainState) -> None:
         optimizer.check_names(state.opt_state, state.params)
         if memories:
             meta = move_to_device(torch.device("meta"), state.params)
-            expected = optimizer.add_first_memory({}, meta, memories)["state"]
+            expected = optimizer.add_first_memory({}, meta, memories).get("state", {})
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"opt_state: it does not belong to this optimizer: {error}") from error
     for name, memory in expected.items():

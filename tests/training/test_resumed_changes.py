@@ -16,6 +16,7 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterTraining
 from noether.core.reducer import UnclaimedMemoryError
 from noether.effects import CheckpointError, open_run
+from noether.testing import same
 from noether.training.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("tiny_module")
@@ -36,6 +37,13 @@ def train_until_killed(*argv, at):
     environment = {**os.environ, "KILL_AT": str(at), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "RMSprop"])
+def test_a_run_with_any_optimizer_resumes_exactly(name):
+    config = {"optimizer": {"kind": f"torch.optim.{name}"}}
+    run = train(resume=train(make_config(**config, max_epochs=2)).directory, overrides=["trainer.max_epochs=4"])
+    assert same(run.state, train(make_config(**config)).state)
 
 
 # A run that a callback stopped

@@ -53,3 +53,13 @@ def test_memory_of_another_optimizer_is_refused():
     ):
         with pytest.raises(CheckpointError, match=rf"^opt_state: .*{message}"):
             check_opt_state(adam, state.replace(opt_state={**state.opt_state, "state": wrong}))
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "Adafactor", "ASGD", "NAdam", "RMSprop", "Rprop"])
+def test_memory_of_a_class_without_a_kernel_belongs_to_that_class(name):
+    optimizer = FunctionalOptimizer(getattr(torch.optim, name), {"lr": 0.1})
+    params = {"w": torch.ones(2)}
+    state = TrainState(params=params, opt_state=optimizer.update(params, optimizer.init(params), params)[1])
+    check_opt_state(optimizer, state)
+    with pytest.raises(CheckpointError, match=r"does not belong to this optimizer: .*'c'"):
+        check_opt_state(optimizer, state.replace(opt_state={**state.opt_state, "state": {"c": {}}}))
