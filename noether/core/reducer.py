@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     _Call = tuple[Callback, Callback]  # a member, and the callable to call for it
 
 
+LOOP_MEMORY: Final = "session"
+"""Name of what a loop of a `Session` or of a framework remembers, and prefix of further such names.
+
+It is no callback's memory: a loop that does not claim it, such as a plain one that resumes the run, goes on without it.
+"""
+
+
 class UnclaimedMemoryError(NoetherError, LookupError):
     """A saved run contains the memory of a callback that the resumed run does not have."""
 
@@ -203,6 +210,7 @@ class Reducer:
         check_declarations(self.members, state, event.run)
         initial = self.init(state)
         if event.resumed:
+            state = _drop_memory_of_loops(state, initial)
             _check_claimed(state, initial)
         missing = {name: memory for name, memory in initial.items() if name not in state.callback_states}
         if not missing:
@@ -320,12 +328,19 @@ def _check_change(member: Callback, before: TrainState, result: tuple[TrainState
         )
 
 
+def _drop_memory_of_loops(state: TrainState, initial: Mapping[str, Any]) -> TrainState:
+    """Return the state without what another kind of loop remembered: it is outdated once that loop resumes again."""
+    names = set(state.callback_states) - set(initial)
+    return state.forget(*(name for name in names if name.partition("/")[0] == LOOP_MEMORY))
+
+
 def _check_claimed(state: TrainState, initial: Mapping[str, Any]) -> None:
     for name in state.callback_states:
         if name not in initial:
             raise UnclaimedMemoryError(
                 f"the saved run contains memory of {name!r}, which no callback claims{suggest(name, initial) or '.'} "
-                f"Give a callback that id, or drop the memory with --drop-memory {name}"
+                f"Give a callback that id, or drop the memory with --drop-memory {name}, in Python with "
+                f"drop_memory=[{name!r}] of noether.open_run or noether.train"
             )
 
 

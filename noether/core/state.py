@@ -254,6 +254,16 @@ class TrainState:
             return self
         return self.replace(callback_states=FrozenDict({**self.callback_states, name: freeze_memory(name, memory)}))
 
+    def forget(self, *names: str) -> Self:
+        """Return the state without the memories `names`; the same state if it has none of them.
+
+        Example:
+            >>> TrainState().remember("count", 3).forget("count", "sum").callback_states
+            FrozenDict({})
+        """
+        rest = {name: memory for name, memory in self.callback_states.items() if name not in names}
+        return self if len(rest) == len(self.callback_states) else self.replace(callback_states=FrozenDict(rest))
+
     def copy_aliases(self, tree: Any) -> Any:
         """Return `tree` with copies of tensors that share memory with the live model and optimizer of this state.
 

@@ -45,7 +45,7 @@ _Arguments = ParamSpec("_Arguments")
 _LOGGER: Final = logging.getLogger(__name__)
 
 
-def open_run(
+def open_run(  # noqa: PLR0913  # every setting, by name
     directory: str | Path,
     console: Console | None = None,
     *,
@@ -54,6 +54,7 @@ def open_run(
     borrowed: bool = True,
     on_error: OnError = "stop",
     services: Sequence[LogService] = (),
+    drop_memory: Sequence[str] = (),
     disk: Disk = DISK,
 ) -> RunDirectory:
     """Open a run directory, created if it does not exist, and lock it against other processes and other open runs.
@@ -71,6 +72,8 @@ def open_run(
             copies them first.
         on_error: What to do if a checkpoint cannot be written: `stop` raises, `warn` continues without it.
         services: Other destinations of logs.
+        drop_memory: Names of memories that a saved state may have, and that are left out as it is loaded, such as that
+            of a callback that the run no longer has.
         disk: The disk.
 
     Raises:
@@ -99,6 +102,7 @@ def open_run(
         borrowed=borrowed,
         on_error=on_error,
         services=services,
+        drop_memory=drop_memory,
         disk=disk,
     )
 
@@ -121,10 +125,11 @@ class RunDirectory:
         borrowed: As in `open_run`.
         on_error: As in `open_run`.
         services: Other destinations of logs.
+        drop_memory: As in `open_run`.
         disk: The disk.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # every setting, by name
         self,
         path: Path,
         access: RunAccess,
@@ -134,6 +139,7 @@ class RunDirectory:
         borrowed: bool,
         on_error: OnError,
         services: Sequence[LogService],
+        drop_memory: Sequence[str],
         disk: Disk,
     ) -> None:
         self.path = path
@@ -141,6 +147,7 @@ class RunDirectory:
         self.checkpoints = CheckpointStore(access.path / CHECKPOINTS, self.run_id, disk)
         self._access = access
         self._disk = disk
+        self._drop_memory = (drop_memory,) if isinstance(drop_memory, str) else tuple(drop_memory)
         self._loaded: Manifest | None = None  # the checkpoint of the loaded state
         self._saved_lines = UNKNOWN_COUNT  # metrics lines when the loaded state was saved
         # The interpreter has the logs and the access, and may outlive this object: the run stays locked meanwhile.
@@ -205,7 +212,7 @@ class RunDirectory:
         state, manifest = found
         self._loaded = manifest
         self._saved_lines = LogCount(manifest.log_lines, manifest.log_lines_lost)
-        return state
+        return state.forget(*self._drop_memory)
 
     def truncate_logs(self, state: TrainState | None) -> int:
         """Remove the log lines after `state`, or all lines for a new run; return the number of metrics lines removed.

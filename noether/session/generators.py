@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from noether.core.effect import SaveCheckpoint
+from noether.core.reducer import LOOP_MEMORY
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import ResumeWarning
 from noether.session.hidden_state import generators_of, generators_of_model
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.state import Memory, TrainState
 
-MEMORY: Final = "session/generators"
+MEMORY: Final = f"{LOOP_MEMORY}/generators"
 _NOTHING: Final[Mapping[str, Tensor]] = FrozenDict()
 
 
@@ -114,8 +115,7 @@ def take_states(state: TrainState) -> tuple[TrainState, Mapping[str, Any] | None
     """Return a loaded state without the states of generators, and these; None if it has none."""
     if MEMORY not in state.callback_states:
         return state, None
-    others = {name: memory for name, memory in state.callback_states.items() if name != MEMORY}
-    return state.replace(callback_states=FrozenDict(others)), state.memory(MEMORY)
+    return state.forget(MEMORY), state.memory(MEMORY)
 
 
 def unpack_states(saved: Mapping[str, Any]) -> dict[str, Any]:

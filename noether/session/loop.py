@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final, final
 
+from noether.core.reducer import LOOP_MEMORY
 from noether.core.tensors.modes import ModeWatch, describe_evaluation_mode
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from noether.core.state import Memory, TrainState
     from noether.session.session import Session
 
-MEMORY: Final = "session"
+MEMORY: Final = LOOP_MEMORY
 _NO_BATCH: Final[Any] = object()
 _SLOW_S: Final = 10.0
 _LOGGER: Final = logging.getLogger(__name__)

@@ -158,7 +158,8 @@ def test_unclaimed_memory_is_named(finished_run, tmp_path):
     assert output == (
         "Error: the saved run contains memory of 'OnlineLossCallback/U5', which no callback claims; did you mean "
         "'OnlineLossCallback/U10'? Give a callback that id, or drop the memory with "
-        "--drop-memory OnlineLossCallback/U5\n"
+        "--drop-memory OnlineLossCallback/U5, in Python with drop_memory=['OnlineLossCallback/U5'] of noether.open_run "
+        "or noether.train\n"
     )
     assert contents(tmp_path) == before
 

@@ -277,11 +277,20 @@ def test_unclaimed_memory_is_refused_on_resume():
         reducer(saved, BeforeTraining(resumed=True))
     assert str(refused.value) == (
         "the saved run contains memory of 'Progress/U10', which no callback claims; did you mean 'Progress/U20'? "
-        "Give a callback that id, or drop the memory with --drop-memory Progress/U10"
+        "Give a callback that id, or drop the memory with --drop-memory Progress/U10, in Python with "
+        "drop_memory=['Progress/U10'] of noether.open_run or noether.train"
     )
     with pytest.raises(LookupError, match=r"which no callback claims\. Give a callback that id"):
         compose()(saved, BeforeTraining(resumed=True))
     assert reducer(saved, BeforeTraining())[0].memory("Progress/U10") == 1  # a new run may begin from any state
+
+
+def test_memory_of_another_kind_of_loop_is_left_out_on_resume():
+    saved = TrainState(callback_states={"session": {"accumulation": 2}, "session/generators": 1, "count": 3})
+    state, _ = compose(remembering("count", 0))(saved, BeforeTraining(resumed=True))
+    assert state.callback_states == {"count": 3}
+    with pytest.raises(LookupError, match="'sessions'"):
+        compose()(TrainState(callback_states={"sessions": 1}), BeforeTraining(resumed=True))
 
 
 def test_missing_memory_is_filled_in_on_resume():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_loop import SCHEDULERS, Loop, Points
+from plain_loop import SCHEDULERS, Loop, Points, make_model
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
 import noether
@@ -264,3 +264,31 @@ def test_every_n_epochs_fires_and_totals_are_added(tmp_path):
     assert list(itertools.islice(loop.session.state.metrics, 3)) == [
         "loss/online/ce/E1", "loss/online/size/E1", "loss/online/total/E1"
     ]  # fmt: skip
+
+
+def test_a_plain_loop_resumes_what_a_session_saved(tmp_path):
+    Loop(tmp_path / "run", [SAVE, noether.OnlineLossCallback(every_n_epochs=1)]).train(cut=3, leave="break")
+    model, reducer = make_model(), noether.compose(SAVE, noether.OnlineLossCallback(every_n_epochs=1))
+    with noether.open_run(tmp_path / "run") as run:
+        saved = run.resume()
+        assert "session" in saved.callback_states
+        state = noether.TrainState.from_module(model, torch.optim.Adam(model.parameters()), saved=saved)
+        state = noether.dispatch(state, noether.BeforeTraining(resumed=True), reducer, run.interpreter)
+    assert state.iteration == saved.iteration
+    assert list(state.callback_states) == ["OnlineLossCallback/E1"]
+
+
+def test_a_session_resumes_without_a_callback_that_was_removed(tmp_path):
+    Loop(tmp_path / "run", [SAVE, noether.OnlineLossCallback(every_n_epochs=3)]).train(cut=3, leave="break")
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def resume(**settings):
+        with noether.open_run(tmp_path / "run", **settings) as run:
+            session = noether.Session([SAVE], directory=run, model=model, optimizer=optimizer)
+            next(session.batches([(torch.ones(4, 3), torch.ones(4))] * 10))
+            return session.state
+
+    with pytest.raises(LookupError, match=r"drop_memory=\['OnlineLossCallback/E3'\]"):
+        resume()
+    assert list(resume(drop_memory=["OnlineLossCallback/E3", "a name that it lacks"]).callback_states) == ["session"]

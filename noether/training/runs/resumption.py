@@ -231,8 +231,7 @@ def _drop_memory(state: TrainState, names: Sequence[str]) -> TrainState:
             known = ", ".join(map(repr, state.callback_states)) or "none"
             message = f"the run has no such memory; it has {known}"
             raise ConfigError([LocatedProblem(Place(f"--drop-memory {name}"), (), message)])
-    remaining = {name: memory for name, memory in state.callback_states.items() if name not in names}
-    return state.replace(callback_states=FrozenDict(remaining))
+    return state.forget(*names)
 
 
 def _check_lengths(state: TrainState, experiment: Experiment, run_dir: Path) -> TrainState:
