@@ -32,7 +32,7 @@ def direction_of(metric_key: str) -> Mode | None:
     """Return the direction that the words of a metric key imply; None if they imply neither or both.
 
     Example:
-        >>> direction_of("val/accuracy"), direction_of("loss/val/total"), direction_of("val/dice")
+        >>> direction_of("val/accuracy@5"), direction_of("loss/val/total"), direction_of("val/dice")
         ('higher', 'lower', None)
     """
     words = set(_words(metric_key))
@@ -42,7 +42,7 @@ def direction_of(metric_key: str) -> Mode | None:
 
 
 def _words(metric_key: str) -> list[str]:
-    return re.split(r"[/_.\-=]", metric_key.lower())
+    return re.split(r"[\W_]+", metric_key.lower())
 
 
 def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
