@@ -86,7 +86,11 @@ def train(  # noqa: PLR0913, PLR0917  # click passes one argument for each optio
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    """Train a new run from CONFIG, resume a run, or start a new run at a checkpoint of another one."""
+    """Train a new run from CONFIG, resume a run, or start a new run at a checkpoint of another one.
+
+    Exit codes: 0 at the end of the run; 75 after trainer.max_hours, and 128 plus its number after a signal, such as 143
+    after SIGTERM: the run is saved and can be resumed; 2 for a wrong command or configuration; 1 after any other error.
+    """
     if (config is None) == (resume is None):
         raise click.UsageError("give either CONFIG or --resume RUN_DIR")
     if resume is not None and smoke:

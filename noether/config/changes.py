@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "run.tensorboard",
     "run.wandb",
     *(f"trainer.{end}" for end in ENDS),
+    "trainer.max_hours",
     "trainer.device",
     "trainer.num_workers",
     "trainer.evaluate",

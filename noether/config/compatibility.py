@@ -101,6 +101,7 @@ TRAINER: Final = Translation(
         "kind": "there is one trainer; what yours computes as the loss is a function, in trainer.loss",
         **{f"log_{name}": _LOG % name for name in INTERVALS},
         "max_skipped_updates": "list noether.core.callbacks.NanGuardCallback with tolerance: N",
+        "max_time": "write max_hours, such as 11.5: the hours after which the run is saved and left, to be resumed",
         "skip_nan_loss_max_count": "list noether.core.callbacks.NanGuardCallback with tolerance: N",
         "start_at_epoch": _RESUME,
         "target_properties": _PROPERTIES,
@@ -118,7 +119,7 @@ SECTIONS: Final = Translation(
         "debug": "try a run with noether train --smoke",
         "master_port": _DISTRIBUTED,
         "overwrite_output": "each run has a directory of its own",
-        "slurm": "start noether train in your own job script",
+        "slurm": "start noether train in your own job script, with trainer.max_hours below its limit",
         "store_code_in_output": "code is not copied",
     },
     replaced={

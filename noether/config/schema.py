@@ -184,6 +184,10 @@ class TrainerSettings:
         max_updates: End of the run in updates.
         max_samples: End of the run in samples. As for intervals in samples, those that the dataset's `collate` leaves
             out do not count; the plan counts all.
+        max_hours: Time of one process, above 0, such as 11.5 for jobs of 12 hours; None for no limit. It counts from
+            the start of `noether train`. Once it has passed, the run is saved and left as at a SIGTERM, with exit code
+            75: after the current update, or before the next batch of an evaluation. It is no end of training: a resumed
+            run has the full time again.
         effective_batch_size: Samples of one update, at least 1.
         max_batch_size: Largest number of samples in one forward pass; larger updates accumulate gradients. None for no
             limit.
@@ -230,6 +234,7 @@ class TrainerSettings:
     max_epochs: int | None = None
     max_updates: int | None = None
     max_samples: int | None = None
+    max_hours: float | None = None
     effective_batch_size: int
     max_batch_size: int | None = None
     eval_batch_size: int | None = None
@@ -258,7 +263,7 @@ class TrainerSettings:
         yield check_whole("effective_batch_size", self.effective_batch_size)
         for name in ("max_batch_size", "eval_batch_size"):
             yield None if getattr(self, name) is None else check_whole(name, getattr(self, name))
-        for name in ("clip_grad_norm", "clip_grad_value"):
+        for name in ("max_hours", "clip_grad_norm", "clip_grad_value"):
             yield None if getattr(self, name) is None else check_number(name, getattr(self, name), above=True)
         if self.shuffle is not None and self.sampler is not None:
             yield Problem("shuffle", "the sampler gives the order of the samples; remove one of them")

@@ -60,8 +60,7 @@ class Trainer:
         finish: Called with the state that the trainer is about to return; not if it interrupts a new run before its
             first update, which then starts again.
         fail: Called with an exception before the trainer raises it, with the last settled state (None if it is lost,
-            or if the run has to start again), and with the state and the event at which the exception was raised. Not
-            called with the KeyboardInterrupt of a second signal.
+            or if the run has to start again), and with the state and the event at which the exception was raised.
         clock: Where the trainer reads time.
     """
 
@@ -170,9 +169,8 @@ class Trainer:
         return dispatch(state, event, self.reducer, self.interpreter)
 
     def _report(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None) -> None:
-        if not (isinstance(error, KeyboardInterrupt) and self.interrupted()):  # a second signal asks to end at once
-            at = self._make_event(AfterUpdate) if event is None else event
-            self.fail(error, _settle(settled, state, event), state, at)
+        at = self._make_event(AfterUpdate) if event is None else event
+        self.fail(error, _settle(settled, state, event), state, at)
 
     def _make_event(self, event_type: type[Event], **fields: Any) -> Event:
         return event_type.of(run=self.run, time_s=self.clock.wall_s(), **fields)

@@ -1,13 +1,17 @@
-"""A run that fails or is interrupted anywhere resumes to the bits and the log of the uncut run."""
+"""A run that fails, is interrupted or runs out of time anywhere resumes to the bits and the log of the uncut run."""
 
 import contextlib
 import json
 import sys
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from noether.session.timing import Clock
+from noether.training.runs.execution import TimeLimitError
+from noether.training.runs.interruption import Interruption
 from noether.training.runs.train import train
 
 CALLBACKS = "noether.core.callbacks"
@@ -23,14 +27,18 @@ from torch import nn
 from noether import Effect, log
 from noether.core.callbacks.base import CallbackBase
 
-CUT = None  # place, count
+CUT = [None, 0]  # place, count
+TIME_IS_OVER = False  # at CUT, in place of an exception or a signal
 CALLS = Counter()
+HOURS = [0.0]
 
 
 def pass_by(place):
     CALLS[place] += 1
-    if CUT == (place, CALLS[place]):
-        if place == "evaluation":
+    if CUT == [place, CALLS[place]]:
+        if TIME_IS_OVER:
+            HOURS[0] += 10
+        elif place == "evaluation":
             signal.raise_signal(signal.SIGTERM)
         else:
             raise ConnectionError(f"{place} failed")
@@ -92,7 +100,7 @@ def make_config(folder, *, donate):
         },
         "optimizer": {"kind": "torch.optim.AdamW", "lr": 0.05},
         "trainer": {"effective_batch_size": 4, "max_batch_size": 2, "loss": "flaky.loss", "max_epochs": 2,
-                    "donate": donate, "evaluate": {"val": ["loss"], "every_n_updates": 2}},
+                    "max_hours": 9.5, "donate": donate, "evaluate": {"val": ["loss"], "every_n_updates": 2}},
         "callbacks": [
             {"kind": f"{CALLBACKS}.OnlineLossCallback", "every_n_updates": 1},
             {"kind": "flaky.Act", "place": "callback"},
@@ -109,10 +117,12 @@ def flaky(tmp_path_factory):
     """The user's module, imported from a working directory."""
     folder = tmp_path_factory.mktemp("flaky")
     (folder / "flaky.py").write_text(MODULE)
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         sys.path.insert(0, str(folder))
         import flaky
 
+        clock = Clock(elapsed_s=lambda: 3600 * flaky.HOURS[0])
+        patch.setattr("noether.training.runs.train.Interruption", partial(Interruption, clock=clock))
         yield flaky
     sys.path.remove(str(folder))
     del sys.modules["flaky"]
@@ -128,25 +138,27 @@ def results(run):
 
 @pytest.fixture(scope="module")
 def uncut(flaky, tmp_path_factory):
-    flaky.CUT = None
+    flaky.CUT = [None, 0]
     flaky.CALLS.clear()
     run = train(make_config(tmp_path_factory.mktemp("uncut"), donate=True))
     return results(run), dict(flaky.CALLS)
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(PLACES), st.floats(0, 1, exclude_max=True)), min_size=1, max_size=2),
+    st.lists(
+        st.tuples(st.sampled_from(PLACES), st.floats(0, 1, exclude_max=True), st.booleans()), min_size=1, max_size=2
+    ),
     st.booleans(),
 )
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=45, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_run_that_is_cut_anywhere_resumes_to_the_uncut_run(tmp_path_factory, flaky, uncut, cuts, donate):
     expected, calls = uncut
     folder = tmp_path_factory.mktemp("cut")
     start = {"config": make_config(folder, donate=donate)}
-    for cut in [*((place, 1 + int(where * calls[place])) for place, where in cuts), None]:
-        flaky.CUT = cut
+    for cut in [*((place, 1 + int(where * calls[place]), over) for place, where, over in cuts), (None, 0, False)]:
+        *flaky.CUT, flaky.TIME_IS_OVER = cut
         flaky.CALLS.clear()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, TimeLimitError):
             run = train(**start)
         start = {"resume": next((folder / "fails").iterdir())}
     assert run.finished
@@ -155,7 +167,7 @@ def test_a_run_that_is_cut_anywhere_resumes_to_the_uncut_run(tmp_path_factory, f
 
 @pytest.mark.parametrize("place", PLACES[:-1])
 def test_the_exception_is_raised_unchanged_with_notes(tmp_path, flaky, uncut, place):
-    flaky.CUT = place, uncut[1][place]
+    flaky.CUT, flaky.TIME_IS_OVER = [place, uncut[1][place]], False
     flaky.CALLS.clear()
     with pytest.raises(ConnectionError, match=f"{place} failed") as raised:
         train(make_config(tmp_path, donate=True))

@@ -1,4 +1,4 @@
-"""Signals are caught once, in this process only, and leave an evaluation at its next batch."""
+"""Signals are caught once, in this process only; they and a time limit leave an evaluation at its next batch."""
 
 import multiprocessing
 import signal
@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from noether.core.run import Run
+from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.runs.interruption import SIGNALS, Interruption
 
@@ -60,16 +61,39 @@ class Batched(list):
         return [self[at : at + batch_size] for at in range(0, len(self), batch_size)]
 
 
+def test_the_first_reason_decides_the_exit_code():
+    hours = [1]
+    with Interruption(clock=Clock(elapsed_s=lambda: 3600 * hours[0])) as interruption:
+        interruption.limit_time(2)
+        hours[0] = 2.9
+        assert (interruption(), interruption.exit_code, interruption.reason) == (False, 0, "")
+        hours[0] = 3
+        assert interruption()
+        signal.raise_signal(signal.SIGTERM)
+        assert (interruption(), interruption.exit_code) == (True, 75)
+    with Interruption(clock=Clock(elapsed_s=lambda: 3600 * hours[0])) as interruption:
+        interruption.limit_time(2)
+        signal.raise_signal(signal.SIGTERM)
+        hours[0] = 10
+        assert (interruption(), interruption.exit_code, interruption.reason) == (True, 143, "")
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
-def test_an_evaluation_is_left_before_the_next_batch(batch_size):
-    interruption = Interruption()
+@pytest.mark.parametrize("by_time", [True, False])
+def test_an_evaluation_is_left_before_the_next_batch(batch_size, by_time):
+    hours = [0]
+    interruption = Interruption(clock=Clock(elapsed_s=lambda: 3600 * hours[0]))
+    interruption.limit_time(2.5)
     data = interruptible(Run(data={"val": Batched(range(6))}), interruption).data["val"]
     batches = data if batch_size is None else data.batched(batch_size)
     with interruption:
         batches = iter(batches)
         next(batches)
         next(batches)
-        signal.raise_signal(signal.SIGTERM)
+        if by_time:
+            hours[0] = 3
+        else:
+            signal.raise_signal(signal.SIGTERM)
         with pytest.raises(DataInterrupt):
             next(batches)
     assert len(data) == 6

@@ -1,4 +1,4 @@
-"""Data that a signal interrupts: an evaluation is left before its next batch, a wait for workers at once."""
+"""Data that an interruption leaves: an evaluation before its next batch, a wait for workers at once at a signal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class DataInterrupt(BaseException):
-    """Leaves an evaluation, or a wait for a batch, after a signal; no `except Exception` of a callback catches it."""
+    """Leaves an evaluation or a wait for a batch at an interruption; no `except Exception` of a callback catches it."""
 
 
 @final
@@ -22,12 +22,12 @@ class _Waiting:
 
     def __init__(self) -> None:
         self.interrupted: Callable[[], bool] = lambda: False
-        """Returns whether a signal was received; set while signals are caught."""
+        """Returns whether the run is interrupted; set while signals are caught."""
         self._is_waiting = False
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raise `DataInterrupt` if a signal was received before the block, or is received in it."""
+        """Raise `DataInterrupt` if the run is interrupted before the block, or by a signal in it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,11 +55,11 @@ WAITING: Final = _Waiting()
 
 @final
 class InterruptibleData:
-    """A dataset in batches that raises `DataInterrupt` before the first batch after a signal.
+    """A dataset in batches that raises `DataInterrupt` before the first batch after an interruption.
 
     Args:
         data: The batches.
-        interrupted: Returns whether a signal was received.
+        interrupted: Returns whether the run is interrupted.
 
     Example:
         >>> data = InterruptibleData([1, 2], interrupted=lambda: False)
@@ -92,5 +92,5 @@ class InterruptibleData:
 
 
 def interruptible(run: Run, interrupted: Callable[[], bool]) -> Run:
-    """Return the run with datasets that raise `DataInterrupt` before the first batch after a signal."""
+    """Return the run with datasets that raise `DataInterrupt` before the first batch after an interruption."""
     return run.replace(data={key: InterruptibleData(data, interrupted) for key, data in run.data.items()})

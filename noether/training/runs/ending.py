@@ -1,4 +1,4 @@
-"""How a run ends: at its end, at a signal, or at an exception; what is saved there, and what is said."""
+"""How a run ends: at its end, interrupted, or at an exception; what is saved there, and what is said."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.effects import RunDirectory
     from noether.effects.run_directory import Interpret
+    from noether.training.runs.interruption import Interruption
 
 _FAILURE: Final = "_noether_failure"
 
@@ -82,16 +83,18 @@ class Ending:
         run: The run.
         directory: Its open directory.
         interpret: Runs the effects.
+        interruption: Receives the signals.
         at_end: Whether to save the end of training.
     """
 
     run: Run
     directory: RunDirectory
     interpret: Interpret
+    interruption: Interruption
     at_end: bool
 
     def finish(self, state: TrainState) -> None:
-        """Save the state at the end of the run, or where a signal interrupted it.
+        """Save the state at the end of the run, or where it was interrupted.
 
         Raises:
             CheckpointError: If this checkpoint, or an earlier one in the background, cannot be written.
@@ -106,12 +109,16 @@ class Ending:
     def fail(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event) -> None:
         """Save the settled state after an exception, and attach to the exception what the run left behind.
 
+        Do neither after the KeyboardInterrupt of a second signal, which asks to end at once.
+
         Args:
             error: The exception.
             settled: The state from which the run continues exactly; None if there is none.
             state: The state at the event.
             event: The event at which the exception was raised.
         """
+        if isinstance(error, KeyboardInterrupt) and self.interruption.is_signal:
+            return
         places = tuple(getattr(error, "__notes__", ()))
         record_failure(error, self.directory, settled, (state, event), self.interpret)
         outcome = tuple(getattr(error, "__notes__", ()))[len(places) :]

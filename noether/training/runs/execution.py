@@ -10,6 +10,7 @@ from noether.core.callback import leaves_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.effect import SetSummary
+from noether.core.errors import NoetherError
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.donation import donate
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from noether.training.runs.interruption import Interruption
 
 
+class TimeLimitError(NoetherError, RuntimeError):
+    """The time of one process is too short for the run to get any further."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
@@ -43,12 +48,15 @@ class TrainedRun:
     Args:
         directory: The run directory, with checkpoints, logs and `summary.json`.
         state: The final state.
-        finished: Whether the run reached its end or stopped early; False if a signal interrupted it.
+        finished: Whether the run reached its end or stopped early; False if a signal or `trainer.max_hours` interrupted
+            it.
+        interrupted_by: Why it was interrupted, if not for a signal.
     """
 
     directory: Path
     state: TrainState
     finished: bool
+    interrupted_by: str = ""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -58,10 +66,8 @@ class TrainedRun:
     @property
     def ending(self) -> str:
         """Where the run ended and why, such as `ended at E2_U76_S2410`."""
-        if not self.finished:
-            return f"interrupted at {self.state.iteration}"
-        reason = "" if self.state.stop is None else f": {self.state.stop}"
-        return f"ended at {self.state.iteration}{reason}"
+        what, reason = ("ended", self.state.stop) if self.finished else ("interrupted", self.interrupted_by)
+        return f"{what} at {self.state.iteration}{f': {reason}' if reason else ''}"
 
 
 def execute(
@@ -80,9 +86,14 @@ def execute(
         directory: Its open directory.
         state: Where training begins.
         resumed: Whether the state is that of a checkpoint.
-        interruption: Receives signals during training.
+        interruption: Receives signals during training; its clock counts `trainer.max_hours`.
         notify: Receives a line for the user at the end.
+
+    Raises:
+        TimeLimitError: If `trainer.max_hours` passed before an update was completed.
     """
+    max_hours = experiment.config.trainer.max_hours
+    interruption.limit_time(max_hours)
     interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
     interpret: Interpret = interpreter
     if experiment.config.trainer.record == "events":
@@ -94,19 +105,26 @@ def execute(
             run=experiment.run,
             directory=directory,
             interpret=interpret,
+            interruption=interruption,
             at_end=experiment.config.trainer.checkpoints.at_end,
         )
         trainer = make_trainer(experiment, interpret, interruption)
+        begin = state.iteration
         start = donate(state) if experiment.step.donate else state
         del state  # the first state would otherwise stay in memory during the whole training
         final = replace(trainer, finish=ending.finish, fail=ending.fail)(start, resumed=resumed)
     finished = next_move(final, experiment.run) is Move.NOTHING
-    run = TrainedRun(directory=directory.path, state=final, finished=finished)
+    run = TrainedRun(directory=directory.path, state=final, finished=finished, interrupted_by=interruption.reason)
     write_ending(run, experiment, interpreter)
     if not finished:
         is_saved = directory.checkpoints.holds(final)
         notify(f"saved {final.iteration}" if is_saved else "nothing is saved: the first update was not completed")
     notify(f"{run.ending}; the run is in {directory.path}")
+    if interruption.is_time_over and not finished and final.iteration == begin:
+        raise TimeLimitError(
+            f"trainer.max_hours: {max_hours:g} is too short: the process ends where it began, at {final.iteration}, "
+            "and so would one that resumes the run; give it more hours"
+        )
     return run
 
 

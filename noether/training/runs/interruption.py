@@ -1,4 +1,4 @@
-"""Interruption of a run by a signal: the loop saves at the next update, or in an evaluation at the next batch.
+"""Interruption by a signal or a time limit: the loop saves at the next update, or in an evaluation at the next batch.
 
 A signal while the run waits for a process that loads samples ends the wait.
 """
@@ -11,6 +11,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
+from noether.session.timing import Clock
 from noether.training.data.interruptible import WAITING
 
 if TYPE_CHECKING:
@@ -19,18 +20,23 @@ if TYPE_CHECKING:
 SIGNALS: Final[tuple[signal.Signals, ...]] = tuple(
     each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")
 )
+TIME_LIMIT_CODE: Final = 75
+"""Exit code of a process that a time limit ended: EX_TEMPFAIL, at which job scripts start it again."""
+_HOUR_S: Final = 3600.0
+_CLOCK: Final = Clock()
 
 
 @final
 class Interruption:
-    """Catches the first SIGINT, SIGTERM or SIGHUP in a `with` block; only in the main thread, where Python allows it.
+    """Catches the first SIGINT, SIGTERM or SIGHUP in a `with` block, and knows whether a time limit has passed.
 
-    A SIGHUP that the process ignores, as under `nohup`, stays ignored. Processes that are forked inside the block have
-    the handlers from before it.
+    It catches signals only in the main thread, where Python allows it. A SIGHUP that the process ignores, as under
+    `nohup`, stays ignored. Processes that are forked inside the block have the handlers from before it.
 
     Args:
         second_kills: Whether a second signal ends the process at once. By default the handlers that were installed
             before the block receive it: usually a second Ctrl-C raises KeyboardInterrupt.
+        clock: Reads the time, which counts from here.
 
     Example:
         >>> with Interruption() as interruption:
@@ -39,19 +45,53 @@ class Interruption:
         (True, 143)
     """
 
-    def __init__(self, *, second_kills: bool = False) -> None:
+    def __init__(self, *, second_kills: bool = False, clock: Clock = _CLOCK) -> None:
         self._second_kills = second_kills
         self._received: int | None = None
+        self._elapsed_s, self._began_s = clock.elapsed_s, clock.elapsed_s()
+        self._max_hours: float | None = None
+        self._is_time_over = False
         self._outer = WAITING.interrupted  # of an enclosing block
         self._previous: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
-        """Return whether a signal was received."""
+        """Return whether a signal was received or the time is over."""
+        if self._received is None and self._max_hours is not None:
+            self._is_time_over = self._is_time_over or self._elapsed_s() - self._began_s >= self._max_hours * _HOUR_S
+        return self._received is not None or self._is_time_over
+
+    def limit_time(self, hours: float | None) -> None:
+        """Interrupt once the hours since this object was made have passed; None sets no limit.
+
+        Example:
+            >>> seconds = iter([0.0, 1799.0, 1800.0])
+            >>> interruption = Interruption(clock=Clock(elapsed_s=lambda: next(seconds)))
+            >>> interruption.limit_time(0.5)
+            >>> interruption(), interruption(), interruption.exit_code, interruption.reason
+            (False, True, 75, 'trainer.max_hours (0.5) has passed')
+        """
+        self._max_hours = hours
+
+    @property
+    def is_signal(self) -> bool:
+        """Whether a signal was received."""
         return self._received is not None
 
     @property
+    def is_time_over(self) -> bool:
+        """Whether the time was over before a signal was received."""
+        return self._is_time_over
+
+    @property
+    def reason(self) -> str:
+        """Why the run is interrupted, if it is not for a signal; empty for a signal."""
+        return f"trainer.max_hours ({self._max_hours:g}) has passed" if self._is_time_over else ""
+
+    @property
     def exit_code(self) -> int:
-        """The exit code of a process that the signal ends: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP, or 0."""
+        """The exit code: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP, 75 if the time is over, or 0."""
+        if self._is_time_over:
+            return TIME_LIMIT_CODE
         return 0 if self._received is None else 128 + self._received
 
     def __enter__(self) -> Self:

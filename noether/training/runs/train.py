@@ -53,7 +53,8 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
 
     During training the first Ctrl-C (SIGINT), SIGTERM or SIGHUP saves the run after the current update, or before the
     next batch of an evaluation, and `train` returns it with `finished=False`; a second one has its usual effect, such
-    as KeyboardInterrupt. Python delivers signals to the main thread only: in another thread nothing interrupts the run.
+    as KeyboardInterrupt. Python delivers signals to the main thread only: in another thread none interrupts the run.
+    `trainer.max_hours`, counted from this call, saves and returns it in the same way.
 
     An error of a callback, the model, the data or the disk is raised unchanged, after the last settled state and the
     logs are saved. Its notes say where it was raised, what is saved, where the traceback is, and how to resume.
@@ -78,6 +79,7 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
     Raises:
         TypeError: If neither or both of `config` and `resume` are given.
         ConfigError: If the configuration is wrong, with the path of each wrong setting; this creates no directory.
+        TimeLimitError: If `trainer.max_hours` passed before an update was completed.
         LockedError: If another process trains the run.
         ProcessesError: If this is one of several processes that a launcher such as torchrun started.
 
