@@ -43,7 +43,7 @@ def list_callbacks(source: Source) -> Source:
     entries = [DEFAULT] if listed == DEFAULT else listed
     if not isinstance(entries, list) or DEFAULT not in entries:
         return source
-    defaults, callbacks = _leave_out_listed(_defaults(source), entries, source), list[Any]()
+    defaults, callbacks = _leave_out_listed(_default_entries(source), entries, source), list[Any]()
     places = {path: place for path, place in source.places.items() if path[:1] != ("callbacks",) or len(path) == 1}
     for index, entry in enumerate(entries):
         added = defaults if entry == DEFAULT else [entry]
@@ -120,7 +120,7 @@ def _move_places(source: Source, path: SettingPath, target: SettingPath) -> dict
     return {(*target, *known): place for known, place in inner.items()}
 
 
-def _defaults(source: Source) -> list[dict[str, object]]:
+def _default_entries(source: Source) -> list[dict[str, object]]:
     """Return the default callbacks.
 
     They fire at every epoch, or, in a run whose end is a number of updates or samples, ten times; and at the end. Of
@@ -138,7 +138,7 @@ def _defaults(source: Source) -> list[dict[str, object]]:
     name, number = next(iter(interval.items()))
     watch = {**often, "metric_key": f"loss/online/total/{INTERVALS[name](number)}"}
     if isinstance(evaluate, Mapping):
-        watch = _watch_evaluated(evaluate) or watch
+        watch = _find_watched_metric(evaluate) or watch
     elif _VALIDATION in data:
         callbacks.append(_entry("OfflineLossCallback", **often, dataset_key=_VALIDATION))
         watch = {**often, "metric_key": f"loss/{_VALIDATION}/total"}
@@ -166,7 +166,7 @@ def _interval(trainer: Mapping[str, Any]) -> dict[str, int]:
     return {"every_n_epochs": 1}
 
 
-def _watch_evaluated(evaluate: Mapping[str, Any]) -> dict[str, Any]:
+def _find_watched_metric(evaluate: Mapping[str, Any]) -> dict[str, Any]:
     """Return the interval of `trainer.evaluate`, and the key of a loss or metric there with a known direction, if any.
 
     The section may be wrong in any way, which is reported elsewhere.

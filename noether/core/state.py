@@ -10,7 +10,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.state_pytree import register_state
 from noether.core.tensors.live.aliases import copy_aliases, views_live_tensors
 from noether.core.tensors.live.extra_state import check_extra_state
-from noether.core.tensors.live.held_parameters import refuse_foreign_parameters, warn_of_held_parameters
+from noether.core.tensors.live.held_parameters import refuse_foreign_parameters, warn_of_unassigned_parameters
 from noether.core.tensors.live.loading import load_into
 from noether.core.tensors.live.optimizer import view_optimizer
 from noether.core.tensors.live.views import VIEWS, LiveField, views_of
@@ -163,7 +163,7 @@ class TrainState:
             load_into(model, optimizer, saved)
         if optimizer is not None:
             refuse_foreign_parameters(model, optimizer)
-            warn_of_held_parameters(model, optimizer)
+            warn_of_unassigned_parameters(model, optimizer)
         views["opt_state"] = _EMPTY if optimizer is None else view_optimizer(model, optimizer)
         if saved is None:
             return cls(**views, seed=seed)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.planning.requests import Probe
 
-OF_THE_RUN: Final = (None, "{}.latest")
-"""Tags of the checkpoints of the run's state that callbacks request, without that of the end."""
+RUN_STATE_TAGS: Final = (None, "{}.latest")
+"""Tags under which callbacks request checkpoints of the run's state; `TAG.end` is not requested by a callback."""
 
 
 def find_end_request(requests: Sequence[SaveRequest], probe: Probe) -> SaveRequest | None:
@@ -79,14 +79,14 @@ def join_end_requests(
     for slot, own in own_by_slot.items():
         at_end, _ = requests_at_end(own, run)
         all_at_end, _ = requests_at_end(all_by_slot[slot], run)
-        for tag in (slot[0], *(tag for tag in OF_THE_RUN if slot[0] in OF_THE_RUN and slot[1] is None)):
+        for tag in (slot[0], *(tag for tag in RUN_STATE_TAGS if slot[0] in RUN_STATE_TAGS and slot[1] is None)):
             _, before = requests_at_end(own_by_slot.get((tag, slot[1]), ()), run)
             _, all_before = requests_at_end(all_by_slot.get((tag, slot[1]), ()), run)
             if at_end and before and _join((before, at_end), (all_before, all_at_end), fewest=fewest):
                 targets |= {index: tag for index, each in enumerate(requests) if any(each is one for one in at_end)}
                 break
     moved = [_move(each, targets[index], run) if index in targets else each for index, each in enumerate(requests)]
-    whole, newest = ((tag, None) for tag in OF_THE_RUN)
+    whole, newest = ((tag, None) for tag in RUN_STATE_TAGS)
     _, before_whole = requests_at_end(all_by_slot.get(whole, ()), run)
     if fewest and _files(before_whole) >= RESUMABLE_FILES:  # one checkpoint of the event before may replace both
         once = Occasions(None, (AfterTraining,))

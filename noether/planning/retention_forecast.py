@@ -27,7 +27,7 @@ from noether.planning.checkpoint_counts import (
     part_sizes,
     requests_at_end,
 )
-from noether.planning.end_checkpoint import OF_THE_RUN, join_end_requests
+from noether.planning.end_checkpoint import RUN_STATE_TAGS, join_end_requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,8 +98,8 @@ def forecast_checkpoints(requests: Sequence[SaveRequest], run: Run) -> Checkpoin
 
 
 def _moment(slot: tuple[str | None, str | None]) -> object:
-    """Return what a slot has in common with those whose checkpoints of one iteration count once for an owner."""
-    return None if slot[0] in OF_THE_RUN and slot[1] is None else slot
+    """Return a key that slots share if their checkpoints of one iteration count once for an owner."""
+    return None if slot[0] in RUN_STATE_TAGS and slot[1] is None else slot
 
 
 @final

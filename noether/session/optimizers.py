@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 
 import torch
 
-from noether.core.tensors.live.held_parameters import refuse_foreign_parameters, warn_of_held_parameters
+from noether.core.tensors.live.held_parameters import refuse_foreign_parameters, warn_of_unassigned_parameters
 from noether.core.tensors.live.optimizer import (
     by_name,
     find_optimizer_problems,
@@ -148,7 +148,7 @@ class TorchOptimizer:
 
     def watch(self, readings: Collection[str] = ()) -> None:
         """Register hooks on the steps, in place of those of an earlier run; warn of parameters that none holds."""
-        warn_of_held_parameters(self._model, self._optimizer)
+        warn_of_unassigned_parameters(self._model, self._optimizer)
         for each in self._watches:
             each.watch(readings)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from noether.core.errors import Problem, raise_problems, suggest
-from noether.core.tensors.live.buffers import find_late, find_reshaped, register_late
+from noether.core.tensors.live.buffers import find_none_buffers, find_reshaped_buffers, register_forward_buffers
 from noether.core.tensors.live.weights import (
     compare_tensors,
     find_tied_differences,
@@ -18,7 +18,7 @@ from noether.core.tensors.live.weights import (
     match_names,
 )
 from noether.core.tensors.module import device_of
-from noether.core.tensors.tied_names import EXTRA_STATE, add_tied
+from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, extra_state_name
 from noether.core.tensors.tree import freeze, move_to_device, pack
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.weight_files import read_weights
@@ -62,12 +62,12 @@ def load_weights(state: TrainState, settings: InitSettings, model: nn.Module) ->
     omitted = _find_omitted(settings.leave_out, [*every, *values])
     _check_tied(omitted, state.tied_names)
     values = {name: value for name, value in values.items() if name not in {*omitted, *state.non_persistent}}
-    reshaped = set() if saved.state is None else find_reshaped(model, saved.state)
-    late = {name: values.pop(name) for name in reshaped | find_late(state.constructed or {}) if name in values}
+    reshaped = set() if saved.state is None else find_reshaped_buffers(model, saved.state)
+    late = {name: values.pop(name) for name in reshaped | find_none_buffers(state.constructed or {}) if name in values}
     expected = {name: value for name, value in own.items() if name not in {*omitted, *late}}
     taken = late | _fit(state, settings, expected, values, saved.source)
     if saved.state is not None:
-        register_late(model, saved.state.replace(buffers=late))
+        register_forward_buffers(model, saved.state.replace(buffers=late))
     key = "" if saved.key is None else f" ({saved.key!r} in it)"
     parts = [
         f"starts from {settings.path}{key}: {len(taken)} tensors taken",
@@ -80,7 +80,7 @@ def load_weights(state: TrainState, settings: InitSettings, model: nn.Module) ->
 
 def _named_values(state: TrainState) -> dict[str, Any]:
     """Return params, buffers and extra state of a state by name."""
-    extra = {f"{path}.{EXTRA_STATE}".lstrip("."): value for path, value in state.extra_state.items()}
+    extra = {extra_state_name(path): value for path, value in state.extra_state.items()}
     return {**state.params, **state.buffers, **extra}
 
 
@@ -143,7 +143,9 @@ def _fit(
     problems = [*find_tied_differences(_tensors(values), state.tied_names)]
     problems += _find_problems(state, expected, found, source)
     if problems:
-        raise CheckpointError(f"{settings.path!r}: {join_problems(problems)}; {_way_out(settings, expected, found)}")
+        raise CheckpointError(
+            f"{settings.path!r}: {join_problems(problems)}; {_describe_fix(settings, expected, found)}"
+        )
     if expected.keys().isdisjoint(found):
         raise CheckpointError(f"{settings.path!r}: leave_out leaves nothing to take; remove init_from")
     return {name: found[name] for name in expected if name in found}
@@ -196,11 +198,11 @@ def _shape(values: Mapping[str, Any], name: str) -> Any:
     return getattr(values.get(name), "shape", None)
 
 
-def _join_below(wrong: Collection[str], right: Collection[str]) -> list[str]:
+def _make_patterns(wrong: Collection[str], right: Collection[str]) -> list[str]:
     """Return patterns for all of the wrong names and none of the right ones, as short as modules allow.
 
     Example:
-        >>> _join_below({"head.0.weight", "head.0.bias", "scale"}, {"body.weight"})
+        >>> _make_patterns({"head.0.weight", "head.0.bias", "scale"}, {"body.weight"})
         ['head.*', 'scale']
     """
     patterns: dict[str, None] = {}
@@ -212,7 +214,7 @@ def _join_below(wrong: Collection[str], right: Collection[str]) -> list[str]:
     return list(patterns)
 
 
-def _way_out(settings: InitSettings, expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _describe_fix(settings: InitSettings, expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Return what to write in place of the settings."""
     wrong = _wrong_names(expected, found)
     if not wrong:
@@ -224,7 +226,7 @@ def _way_out(settings: InitSettings, expected: Mapping[str, Any], found: Mapping
         (prefix,) = fitting
         purpose = f"take the names that start with {prefix!r}"
     else:
-        leave_out += _join_below(wrong, {*expected, *found} - wrong)
+        leave_out += _make_patterns(wrong, {*expected, *found} - wrong)
         purpose = "start without these"
     more = {"key": settings.key, "prefix": prefix, "leave_out": leave_out}
     written = [f"path: {settings.path}", *(f"{name}: {json.dumps(value)}" for name, value in more.items() if value)]
@@ -242,7 +244,7 @@ def _replace_weights(state: TrainState, taken: Mapping[str, Any]) -> TrainState:
     extra = {
         path: move_to_device(device, freeze(pack("it", taken[name]))) if name in taken else value
         for path, value in state.extra_state.items()
-        for name in [f"{path}.{EXTRA_STATE}".lstrip(".")]
+        for name in [extra_state_name(path)]
     }
     return state.replace(**fields, extra_state=extra)
 

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from noether.core.tensors.live.buffers import find_late, find_reshaped, move_non_persistent, register_late
+from noether.core.tensors.live.buffers import (
+    find_none_buffers,
+    find_reshaped_buffers,
+    move_non_persistent,
+    register_forward_buffers,
+)
 from noether.core.tensors.live.weights import find_differences, join_problems, match_names
 from noether.core.tensors.step_counters import move_memory
 from noether.core.tensors.tree import FrozenDict, move_to_device
@@ -39,7 +44,7 @@ def fit_weights(ours: TrainState, theirs: TrainState, model: nn.Module) -> Train
         CheckpointError: If names, shapes or dtypes of params or buffers differ; the message lists them.
     """
     theirs, tied = move_non_persistent(theirs, ours.non_persistent), ours.tied_names
-    reshaped, late = find_reshaped(model, theirs), find_late(ours.constructed or {})
+    reshaped, late = find_reshaped_buffers(model, theirs), find_none_buffers(ours.constructed or {})
     buffers = {name: buffer for name, buffer in theirs.buffers.items() if name not in reshaped}
     expected = {name: buffer for name, buffer in ours.buffers.items() if name not in reshaped}
     problems = [
@@ -59,7 +64,7 @@ def fit_weights(ours: TrainState, theirs: TrainState, model: nn.Module) -> Train
     if missing := [path or "the model" for path in ours.extra_state if path not in extra]:
         _LOGGER.warning("the checkpoint has no extra state of %s, which starts as in a new model", ", ".join(missing))
     opt_state = _rename_memories(theirs.opt_state, ours)
-    register_late(model, theirs)
+    register_forward_buffers(model, theirs)
     extra_state = {**ours.extra_state, **extra}
     return theirs.replace(**fitted, constructed=ours.constructed, extra_state=extra_state, opt_state=opt_state)
 

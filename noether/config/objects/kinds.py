@@ -244,8 +244,8 @@ def _is_part(target: object) -> bool:
 
 
 def _reads_outputs(target: object) -> bool:
-    is_called_so = may_accept(target, "outputs", "batch") and not _is_loss_of_torch(target)
-    return _is_function(target) and is_called_so and not describe_deferred(target)
+    takes_outputs = may_accept(target, "outputs", "batch") and not _is_loss_of_torch(target)
+    return _is_function(target) and takes_outputs and not describe_deferred(target)
 
 
 def _counts_samples(target: object) -> bool:

@@ -70,15 +70,15 @@ class LrCallback(PeriodicCallback):
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Remember the values, for a firing at the end of an epoch or of training."""
-        return state.remember(self.name, _by_key(state, event)), ()
+        return state.remember(self.name, _values_by_key(state, event)), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log the values of the last update."""
-        values = _by_key(state, event) if isinstance(event, AfterUpdate) else self.memory(state)
+        values = _values_by_key(state, event) if isinstance(event, AfterUpdate) else self.memory(state)
         return log(state, event, values) if values else (state, ())
 
 
-def _by_key(state: TrainState, event: AfterUpdate) -> FrozenDict:
+def _values_by_key(state: TrainState, event: AfterUpdate) -> FrozenDict:
     """Return the learning rates and weight decays of an update by metric key."""
     # The group that was alone at the first update keeps the key without a name.
     alone = (

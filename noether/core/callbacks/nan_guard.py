@@ -10,7 +10,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, LogText, SetSummary
 from noether.core.errors import check_choice, check_whole
 from noether.core.metrics import log
-from noether.core.tensors.live.optimizer import PARTS
+from noether.core.tensors.live.optimizer import OPT_STATE_PARTS
 from noether.core.tensors.memory import GRAD_SCALER
 from noether.core.tensors.stored_weights import find_weights, memory_of
 from noether.core.tensors.tree import FrozenDict, clone_tensors, tensors
@@ -148,14 +148,14 @@ def _is_overflow(state: TrainState, event: AfterUpdate) -> bool:
 
 def _without_groups(opt_state: Mapping[str, Any]) -> dict[str, Any]:
     """Return memory of optimizers without groups: learning rates follow the counters, which a rollback keeps."""
-    if PARTS.isdisjoint(opt_state):  # several optimizers by name
+    if OPT_STATE_PARTS.isdisjoint(opt_state):  # several optimizers by name
         return {name: _without_groups(each) for name, each in opt_state.items()}
     return {name: part for name, part in opt_state.items() if name != "groups"}
 
 
 def _add_groups(opt_state: Mapping[str, Any], now: Mapping[str, Any]) -> FrozenDict:
     """Return memory of optimizers with the groups that they have now."""
-    if PARTS.isdisjoint(now):
+    if OPT_STATE_PARTS.isdisjoint(now):
         return FrozenDict({name: _add_groups(opt_state[name], each) for name, each in now.items()})
     return FrozenDict({**now, **opt_state})
 

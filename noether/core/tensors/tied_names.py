@@ -18,6 +18,16 @@ EXTRA_STATE: Final = "_extra_state"
 """The last part of the name of extra state, beside params and buffers; torch has the same name for it."""
 
 
+def extra_state_name(path: str) -> str:
+    """Return the name that a state dict has for the extra state of the module at a path.
+
+    Example:
+        >>> extra_state_name("body.norm"), extra_state_name("")
+        ('body.norm._extra_state', '_extra_state')
+    """
+    return f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
+
+
 def find_tied_names(model: nn.Module) -> FrozenDict:
     """Return the name in a state of each tensor that a model has under another name, too, by the other name.
 

@@ -10,7 +10,7 @@ from noether.core.errors import NoetherError
 from noether.core.state import TrainState
 from noether.core.tensors.live.buffers import changed_forms, describe_form
 from noether.core.tensors.stored_weights import use_weights, weights_by_name
-from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, names_below
+from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, extra_state_name, names_below
 from noether.core.tensors.tree import have_same_bits
 from noether.effects.checkpoints.state_codec import decode_mapping, decode_state, encode_state, error_text
 from noether.effects.disk.encoding import encode_tree
@@ -107,7 +107,7 @@ def _encode_extra_state(
     effect: SaveCheckpoint, state: TrainState, weights: dict[str, torch.Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Return the extra state of the requested sub-modules as JSON values, and add its tensors to `weights`."""
-    names = {path: f"{path}.{EXTRA_STATE}".lstrip(".") for path in state.extra_state}
+    names = {path: extra_state_name(path) for path in state.extra_state}
     chosen = names_below(names.values(), effect.models, state.tied_names)
     encoded = {
         path: encode_tree(value, weights, names[path])

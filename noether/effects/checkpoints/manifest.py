@@ -24,8 +24,8 @@ MAX_BYTES: Final = 1 << 24
 """Largest size of a manifest, which lists at most four files and the saves of one event."""
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=%\-]{0,199}", re.ASCII)
 """The names of checkpoints and pointers; none is a path to another directory."""
-OF_THE_RUN: Final = ("", ".latest", ".end")
-"""What follows the iteration in tags of the run's state: checkpoints of one moment that differ in retention."""
+RUN_STATE_SUFFIXES: Final = ("", ".latest", ".end")
+"""Ends of the tags under which a run saves its state: `TAG`, `TAG.latest` and `TAG.end` differ in retention only."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 # A request is recorded without the list of all requests, of which it is a part.
@@ -104,9 +104,9 @@ class Manifest:
 
     @property
     def moment(self) -> tuple[object, ...]:
-        """What it has in common with all checkpoints of the run's state at one iteration, and with its copies."""
+        """A key that all checkpoints of the run's state at one iteration share, and all copies of another one."""
         tag, iteration, weights_of = self.slot
-        is_of_run = weights_of is None and tag in [f"{iteration}{suffix}" for suffix in OF_THE_RUN]
+        is_of_run = weights_of is None and tag in [f"{iteration}{suffix}" for suffix in RUN_STATE_SUFFIXES]
         return (iteration,) if is_of_run else self.slot
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from noether.core.event import AfterTraining
 from noether.effects.checkpoints.contents import STATE, WEIGHTS, checkpoint_files, requested_files
-from noether.effects.checkpoints.manifest import OF_THE_RUN
+from noether.effects.checkpoints.manifest import RUN_STATE_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -37,9 +37,8 @@ def covers(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingIteration
 def covers_end(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingIteration) -> bool:
     """Return whether a checkpoint from before the end of training makes a request after training unnecessary.
 
-    Other than for `covers`, weights of the whole model are enough for a request of a part. And it does not tell a
-    checkpoint from the newest one and from that of the end, such as `TAG` from `TAG.latest`: what an event before has
-    saved under one of these tags is not saved again under another.
+    Unlike `covers`, it accepts weights of the whole model for a request of a part, and takes `TAG`, `TAG.latest` and
+    `TAG.end` for one checkpoint: what an earlier event saved under one of these tags is not saved again under another.
 
     Example:
         >>> from noether import SaveCheckpoint, TrainingIteration
@@ -52,7 +51,7 @@ def covers_end(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingItera
     """
     if not _has_files(saved, effect) or (effect.weights and not contains_models(saved.models, effect.models)):
         return False
-    tags = [f"{iteration}{suffix}" for suffix in OF_THE_RUN]
+    tags = [f"{iteration}{suffix}" for suffix in RUN_STATE_SUFFIXES]
     is_of_run = saved.weights_of is None is effect.weights_of and (effect.tag or str(iteration)) in tags
     is_before = saved.event != AfterTraining.__name__ and saved.iteration == iteration and saved.slot[0] in tags
     return _has_slot(saved, effect, iteration) or (is_of_run and is_before)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from noether.core.errors import suggest
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.stored_weights import weights_by_name
-from noether.core.tensors.tied_names import EXTRA_STATE
+from noether.core.tensors.tied_names import EXTRA_STATE, extra_state_name
 from noether.effects.checkpoints.contents import WEIGHTS, ContentError, read_state
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.manifest import MANIFEST
@@ -127,7 +127,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 
 def _values_of(state: TrainState) -> dict[str, Any]:
-    extra = {f"{path}.{EXTRA_STATE}".lstrip("."): value for path, value in state.extra_state.items()}
+    extra = {extra_state_name(path): value for path, value in state.extra_state.items()}
     return {**weights_by_name(state), **extra}
 
 

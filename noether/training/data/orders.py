@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from noether.config.objects.kinds import Kind
 
-_TO_CHECK: Final = "the number of samples of an epoch is fixed, because schedules and the end of a run depend on it"
+_WHY_FIXED: Final = "the number of samples of an epoch is fixed, because schedules and the end of a run depend on it"
 
 
 class SamplerError(NoetherError, ValueError):
@@ -85,7 +85,7 @@ class SamplerOrder:
         order = self._draw(epoch)
         if len(order) != self.length:
             raise SamplerError(
-                f"{self._name} yields {len(order)} indices in epoch {epoch}, and {self.length} in epoch 0: {_TO_CHECK}"
+                f"{self._name} yields {len(order)} indices in epoch {epoch}, and {self.length} in epoch 0: {_WHY_FIXED}"
             )
         return order
 
@@ -115,7 +115,7 @@ class SamplerOrder:
             if len(batch) != self._batch_size:
                 raise SamplerError(
                     f"{self._name} yields a batch of {len(batch)} samples, and trainer.effective_batch_size is "
-                    f"{self._batch_size}: yield batches of that size, only the last may be shorter; {_TO_CHECK}"
+                    f"{self._batch_size}: yield batches of that size, only the last may be shorter; {_WHY_FIXED}"
                 )
         return [index for batch in drawn for index in batch]
 

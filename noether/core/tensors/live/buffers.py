@@ -25,7 +25,7 @@ _NONE: Final = "none"
 _MISSING: Final = "missing"
 _NO_BUFFERS: Final = FrozenDict()
 _CONSTRUCTED: WeakKeyDictionary[nn.Module, FrozenDict] = WeakKeyDictionary()
-"""What `describe_constructed` returned for each model."""
+"""Result of `describe_constructed` for each model."""
 
 
 def describe_constructed(model: nn.Module) -> FrozenDict:
@@ -107,7 +107,7 @@ def changed_buffers(state: TrainState) -> dict[str, Tensor]:
 
 
 def changed_forms(state: TrainState) -> dict[str, str]:
-    """Return, for each buffer whose dtype or shape is not that which the constructor made, what it made.
+    """Return what the constructor made of each buffer that has another dtype or shape now.
 
     Example:
         >>> from noether import TrainState
@@ -125,11 +125,11 @@ def changed_forms(state: TrainState) -> dict[str, str]:
     return {name: form for name, form in forms.items() if form != describe_form(state.buffers[name])}
 
 
-def find_reshaped(model: nn.Module, saved: TrainState) -> set[str]:
-    """Return the names of the buffers of a saved state that may have another form than those of a model.
+def find_reshaped_buffers(model: nn.Module, saved: TrainState) -> set[str]:
+    """Return the names of the buffers of a saved state that may have another shape or dtype than those of a model.
 
-    These are the ones that training gave another form than the constructor made, in the state or in the model, if the
-    constructor of the model makes the same; and non-persistent ones that forward registers in a module of the model.
+    These are buffers that training reshaped or converted, in the state or in the model, if the constructor of the model
+    makes what that of the saved model made; and non-persistent buffers that forward registers in a module of the model.
     """
     constructed, before = describe_constructed(model), saved.constructed or {}
     live = {name: form for name, form in _describe_places(model, ()).items() if form != constructed.get(name)}
@@ -159,8 +159,8 @@ def move_non_persistent(saved: TrainState, ours: Mapping[str, Tensor]) -> TrainS
     return saved.replace(buffers=buffers, non_persistent={**kept, **saved.non_persistent})
 
 
-def find_late(constructed: Mapping[str, str]) -> set[str]:
-    """Return the names of the buffers that the constructor left None."""
+def find_none_buffers(constructed: Mapping[str, str]) -> set[str]:
+    """Return the names of the buffers that the constructor registered as None."""
     return {name for name, form in constructed.items() if form == _NONE}
 
 
@@ -187,8 +187,9 @@ def split_buffers(buffers: Mapping[str, Tensor], non_persistent: Collection[str]
 class BufferPlaces:
     """The places of a model's buffers, for calls with the buffers of a state.
 
-    A model may fill a buffer that is None, or register one, in forward. A state has what forward made; before the next
-    call, a place of which the state has no buffer is again as the constructor made it.
+    A place is an entry in the `_buffers` of a module. A model may fill a buffer that is None, or register one, in
+    forward. A state has the buffers that forward made; before the next call, `place` resets those that the state does
+    not have to what the constructor made.
 
     Args:
         model: The model.
@@ -292,9 +293,12 @@ class BufferPlaces:
         self._read_places()
 
 
-def register_late(model: nn.Module, saved: TrainState) -> None:
-    """Register the buffers of a saved state that forward of the model registers at its first call, as None."""
-    names, modules = find_reshaped(model, saved) - describe_constructed(model).keys(), dict(named_modules(model))
+def register_forward_buffers(model: nn.Module, saved: TrainState) -> None:
+    """Register, as None, the buffers of a saved state that the model registers at its first forward call."""
+    names, modules = (
+        find_reshaped_buffers(model, saved) - describe_constructed(model).keys(),
+        dict(named_modules(model)),
+    )
     for name in sorted(names):
         path, _, key = name.rpartition(".")
         if key not in buffers_in(modules[path]):

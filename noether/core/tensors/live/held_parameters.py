@@ -1,4 +1,4 @@
-"""Which parameters of a model its optimizers hold: what they lack is named, and what is not the model's refused."""
+"""Checks that optimizers hold the parameters of their model: refuses others, and warns of parameters in none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 from noether.core.errors import StateWarning
 from noether.core.tensors.live.groups import MEMBERS, join_names
-from noether.core.tensors.live.optimizer import PARTS, by_name
+from noether.core.tensors.live.optimizer import OPT_STATE_PARTS, by_name
 from noether.core.tensors.live.weights import MismatchError
 from noether.core.tensors.module import named_parameters
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     from noether.core.tensors.live.optimizer import Optimizers
 
-_NAMED: WeakSet[Any] = WeakSet()
-"""Optimizers of runs that have begun, for which everything was said."""
+_CHECKED_OPTIMIZERS: WeakSet[Any] = WeakSet()
+"""Optimizers that were checked at the start of a run: each is checked, and warned about, once."""
 
 
 def refuse_foreign_parameters(model: nn.Module, optimizer: Optimizers, error: type[Exception] = MismatchError) -> None:
-    """Refuse optimizers that hold parameters that the model does not have, as their run begins.
+    """Refuse optimizers with parameters that the model does not have, at the start of their run.
 
     Args:
         model: The model.
@@ -33,12 +33,12 @@ def refuse_foreign_parameters(model: nn.Module, optimizer: Optimizers, error: ty
         error: The exception to raise.
 
     Raises:
-        MismatchError: Or `error`, if one does, or if a name or an optimizer cannot be used.
+        MismatchError: If one has such a parameter, or if a name or an optimizer cannot be used; or `error` instead.
     """
     optimizers = by_name(optimizer)
     if problem := _find_name_problem(optimizers):
         raise error(problem)
-    if all(each in _NAMED for each in optimizers.values()):
+    if all(each in _CHECKED_OPTIMIZERS for each in optimizers.values()):
         return
     if foreign := _find_foreign(optimizers, set(named_parameters(model).values())):
         raise error(
@@ -47,7 +47,7 @@ def refuse_foreign_parameters(model: nn.Module, optimizer: Optimizers, error: ty
         )
 
 
-def warn_of_held_parameters(model: nn.Module, optimizer: Optimizers) -> None:
+def warn_of_unassigned_parameters(model: nn.Module, optimizer: Optimizers) -> None:
     """Warn of parameters that require a gradient and that no optimizer holds, or more than one; once per optimizer.
 
     Args:
@@ -59,14 +59,14 @@ def warn_of_held_parameters(model: nn.Module, optimizer: Optimizers) -> None:
         >>> model = torch.nn.Linear(2, 1)
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
-        ...     warn_of_held_parameters(model, torch.optim.SGD([model.weight], lr=0.1))
+        ...     warn_of_unassigned_parameters(model, torch.optim.SGD([model.weight], lr=0.1))
         >>> print(caught[0].message)
         no optimizer holds 1 of the parameters that require a gradient (bias), so they stay as they are: ...
     """
     optimizers = by_name(optimizer)
-    if all(each in _NAMED for each in optimizers.values()):
+    if all(each in _CHECKED_OPTIMIZERS for each in optimizers.values()):
         return
-    _NAMED.update(optimizers.values())
+    _CHECKED_OPTIMIZERS.update(optimizers.values())
     names = {parameter: name for name, parameter in named_parameters(model).items()}
     holders: dict[Any, set[str]] = {}
     for name, each in optimizers.items():
@@ -85,11 +85,11 @@ def warn_of_held_parameters(model: nn.Module, optimizer: Optimizers) -> None:
 
 
 def _find_name_problem(optimizers: Mapping[Any, Any]) -> str | None:
-    """Return what is wrong with a mapping of optimizers, or None."""
+    """Return the problem of a mapping of optimizers, or None."""
     if not optimizers:
         return "optimizer= is an empty mapping: pass None for a run without optimizer"
     for name, each in optimizers.items():
-        if not isinstance(name, str) or name in PARTS or "/" in name:
+        if not isinstance(name, str) or name in OPT_STATE_PARTS or "/" in name:
             return f"{name!r} cannot name an optimizer: take another text, without slash, such as 'generator'"
         if not hasattr(each, "param_groups"):
             return f"optimizer= takes an optimizer of torch.optim as {name!r}, got {type(each).__name__}"

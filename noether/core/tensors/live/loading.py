@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from noether.core.tensors.live.buffers import find_reshaped, move_non_persistent, register_late
+from noether.core.tensors.live.buffers import find_reshaped_buffers, move_non_persistent, register_forward_buffers
 from noether.core.tensors.live.extra_state import find_extra_state_problems, write_extra_state
 from noether.core.tensors.live.optimizer import find_optimizer_problems, is_written, write_optimizer
 from noether.core.tensors.live.views import ModuleView
@@ -42,10 +42,10 @@ def write_model(model: nn.Module, saved: TrainState) -> None:
     """
     saved = move_non_persistent(saved, non_persistent_of(model))
     buffers, extra_state = {**saved.buffers, **saved.non_persistent}, saved.extra_state
-    reshaped = find_reshaped(model, saved)
+    reshaped = find_reshaped_buffers(model, saved)
     problems = find_weight_problems(model, saved.params, buffers, reshaped)
     raise_mismatch([*problems, *find_extra_state_problems(model, extra_state)])
-    register_late(model, saved)
+    register_forward_buffers(model, saved)
     write_weights(model, saved.params, buffers, reshaped)
     view = vars(saved)["extra_state"]
     if not isinstance(view, ModuleView) or view.model is not model:
@@ -55,7 +55,7 @@ def write_model(model: nn.Module, saved: TrainState) -> None:
 @torch.no_grad()
 def write_non_persistent(model: nn.Module, saved: TrainState) -> None:
     """Write the non-persistent buffers of a saved state into a live model whose weights a framework loaded."""
-    register_late(model, saved)
+    register_forward_buffers(model, saved)
     device = device_of(model.parameters())
     for name, buffer in saved.non_persistent.items():
         path, _, key = name.rpartition(".")
@@ -66,7 +66,7 @@ def find_problems(model: nn.Module, optimizer: Optimizers | None, saved: TrainSt
     """Return every part of a saved state that does not fit a live model and optimizer."""
     saved = move_non_persistent(saved, non_persistent_of(model))
     buffers = {**saved.buffers, **saved.non_persistent}
-    problems = find_weight_problems(model, saved.params, buffers, find_reshaped(model, saved))
+    problems = find_weight_problems(model, saved.params, buffers, find_reshaped_buffers(model, saved))
     problems += find_extra_state_problems(model, saved.extra_state)
     opt_state = vars(saved)["opt_state"]  # which may view this optimizer
     if optimizer is not None and is_written(opt_state, optimizer):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Optimizers = Optimizer | Mapping[str, Optimizer]
 
-PARTS: Final = frozenset({"state", "groups", "shared", "attributes"})
+OPT_STATE_PARTS: Final = frozenset({"state", "groups", "shared", "attributes"})
 """Entries of the memory of one optimizer, which no optimizer of several may have as its name."""
 _ELEMENTWISE: Final = frozenset(
     {"acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev",
@@ -138,7 +138,7 @@ def is_written(opt_state: Mapping[str, Any], optimizer: Optimizers) -> bool:
 
 def find_optimizer_problems(opt_state: Mapping[str, Any], model: nn.Module, optimizer: Optimizers) -> Iterator[str]:
     """Yield each difference in parameters, shapes and groups between a saved memory and live optimizers."""
-    saved = {"": opt_state} if not PARTS.isdisjoint(opt_state) else opt_state
+    saved = {"": opt_state} if not OPT_STATE_PARTS.isdisjoint(opt_state) else opt_state
     live = by_name(optimizer)
     if saved.keys() != live.keys():
         yield f"the state has the memory of {_list_names(saved)}, and the run has {_list_names(live)}"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from noether.core.errors import NoetherError, suggest
-from noether.core.tensors.live.buffers import describe_constructed, find_late
+from noether.core.tensors.live.buffers import describe_constructed, find_none_buffers
 from noether.core.tensors.module import (
     device_of,
     named_buffers,
@@ -98,7 +98,7 @@ def write_weights(
         else:
             place, key = places[name]
             place[key] = tensor.to(device_of(model.parameters()), copy=True)
-    for name in places.keys() & _late_names(model) - saved.keys():  # forward had not filled them yet
+    for name in places.keys() & _find_forward_buffers(model) - saved.keys():  # forward had not filled them yet
         place, key = places[name]
         place[key] = None
 
@@ -117,7 +117,7 @@ def find_weight_problems(
     live, tied = persistent_buffers(model), find_tied_names(model)
     saved = match_names(buffers, [*live, *dict(_buffer_places(model))], tied)
     strict = [{name: each for name, each in tensors.items() if name not in reshaped} for tensors in (live, saved)]
-    late = _late_names(model) | non_persistent_names(model)
+    late = _find_forward_buffers(model) | non_persistent_names(model)
     return [
         *find_differences("parameter", named_parameters(model), params, tied=tied),
         *find_differences("buffer", *strict, optional=late, tied=tied),
@@ -238,11 +238,11 @@ def _buffer_places(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any]
             yield f"{path}.{key}" if path else key, (buffers_in(module), key)
 
 
-def _late_names(model: nn.Module) -> set[str]:
-    """Return the names of the buffers that are None, or were as the constructor made them."""
+def _find_forward_buffers(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that forward fills or registers."""
     constructed = describe_constructed(model)
     empty = {name for name, (place, key) in _buffer_places(model) if place[key] is None or name not in constructed}
-    return empty | find_late(constructed)
+    return empty | find_none_buffers(constructed)
 
 
 def _is_same(live: Tensor, tensor: Tensor) -> bool:
