@@ -17,13 +17,15 @@ class InitSettings:
     """Where a run takes its first weights from, and which. In YAML a path alone may be written for it.
 
     Args:
-        path: A checkpoint of noether, such as `runs/NAME/RUN_ID/checkpoints/newest`; a file `.pt`, `.pth`, `.bin`,
-            `.ckpt` or `.safetensors` with a state dict; or a directory with `weights.safetensors`,
+        path: A checkpoint of noether, such as `runs/NAME/RUN_ID/checkpoints/newest`; a file with a state dict, which is
+            `.safetensors` or saved by torch (`.pt`, `.pth.tar` and others); or a directory with `weights.safetensors`,
             `model.safetensors` or `pytorch_model.bin`. A file of torch may hold tensors and plain values only.
         key: Dotted key of the state dict in a file of torch; None if it has only one, or one named `state_dict`,
             `model_state_dict` or `model`.
         prefix: First part of names in the file, such as `net.`; it is removed, and names without it are ignored. What
             wrappers such as `torch.compile` and DDP add to all names is removed in any case.
+        into: Sub-module of the model that the file is of, such as `backbone`; the rest of the model starts as
+            initialized. Empty for the whole model.
         leave_out: Patterns as in `fnmatch` of names in the model that start as initialized, such as a new head, and of
             names in the file to ignore.
 
@@ -39,6 +41,7 @@ class InitSettings:
     path: str
     key: str | None = None
     prefix: str = ""
+    into: str = ""
     leave_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,7 +19,7 @@ from noether.core.tensors.live.weights import (
     match_names,
 )
 from noether.core.tensors.module import device_of
-from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, extra_state_name
+from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, extra_state_name, list_modules, names_below
 from noether.core.tensors.tree import freeze, move_to_device, pack
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.weight_files import read_weights
@@ -57,21 +58,25 @@ def load_weights(state: TrainState, settings: InitSettings, model: nn.Module) ->
         raise CheckpointError(f"{settings.path!r}: {error}") from error
     own = _named_values(state)
     every = add_tied(own, state.tied_names)
-    values = _select_prefix(saved.values, settings.prefix, every)
+    below = _names_below(settings.into, every)
+    values = _select_prefix(saved.values, settings.prefix, below)
     outside = len(saved.values) - len(values)
+    if settings.into:
+        values = {_join(settings.into, name): value for name, value in values.items()}
+        own = {name: own[name] for name in names_below(own, [settings.into], state.tied_names).values()}
     omitted = _find_omitted(settings.leave_out, [*every, *values])
     _check_tied(omitted, state.tied_names)
     values = {name: value for name, value in values.items() if name not in {*omitted, *state.non_persistent}}
-    reshaped = set() if saved.state is None else find_reshaped_buffers(model, saved.state)
+    reshaped = set() if saved.state is None or settings.into else find_reshaped_buffers(model, saved.state)
     late = {name: values.pop(name) for name in reshaped | find_none_buffers(state.constructed or {}) if name in values}
     expected = {name: value for name, value in own.items() if name not in {*omitted, *late}}
     taken = late | _fit(state, settings, expected, values, saved.source)
-    if saved.state is not None:
+    if saved.state is not None and not settings.into:
         register_forward_buffers(model, saved.state.replace(buffers=late))
     key = "" if saved.key is None else f" ({saved.key!r} in it)"
     parts = [
         f"starts from {settings.path}{key}: {len(taken)} tensors taken",
-        *_list_names("left as initialized", [name for name in own if name not in taken]),
+        *_list_names("left as initialized", [name for name in _named_values(state) if name not in taken]),
         *_list_names("left out of the file", [name for name in omitted if name not in every]),
         *([f"{outside} outside of the prefix"] if outside else []),
     ]
@@ -82,6 +87,22 @@ def _named_values(state: TrainState) -> dict[str, Any]:
     """Return params, buffers and extra state of a state by name."""
     extra = {extra_state_name(path): value for path, value in state.extra_state.items()}
     return {**state.params, **state.buffers, **extra}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path.rstrip('.')}.{name}"
+
+
+def _names_below(path: str, names: Collection[str]) -> Collection[str]:
+    """Return the names below a sub-module as they are in it; all names if the path is empty."""
+    if not path:
+        return names
+    start = _join(path, "")
+    below = [name.removeprefix(start) for name in names if name.startswith(start)]
+    if not below:
+        message = f"{path!r} names no sub-module with weights; {list_modules(path, names)}"
+        raise_problems([Problem("into", message)])
+    return below
 
 
 def _select_prefix(values: Mapping[str, Any], prefix: str, names: Collection[str]) -> dict[str, Any]:
@@ -113,7 +134,13 @@ def _find_omitted(patterns: Iterable[str], names: Iterable[str]) -> dict[str, st
     for index, pattern in enumerate(patterns):
         found = [name for name in names if fnmatchcase(name, pattern)]
         if not found:
-            hint = suggest(pattern.rstrip("*"), names) or f"; there are {', '.join(names[:_SHOWN])}, ..."
+            module = pattern.rstrip(".") + "."
+            is_module = any(name.startswith(module) for name in names)
+            hint = (
+                f"; write {module + '*'!r} for all below it"
+                if is_module
+                else suggest(pattern.rstrip("*"), names) or f"; there are {', '.join(names[:_SHOWN])}, ..."
+            )
             problems.append(
                 Problem(f"leave_out.{index}", f"{pattern!r} matches no name in the model or in the file{hint}")
             )
@@ -194,10 +221,6 @@ def _convert_dtype(value: Any, ours: Any) -> Any:
     return value
 
 
-def _shape(values: Mapping[str, Any], name: str) -> Any:
-    return getattr(values.get(name), "shape", None)
-
-
 def _make_patterns(wrong: Collection[str], right: Collection[str]) -> list[str]:
     """Return patterns for all of the wrong names and none of the right ones, as short as modules allow.
 
@@ -219,18 +242,42 @@ def _describe_fix(settings: InitSettings, expected: Mapping[str, Any], found: Ma
     wrong = _wrong_names(expected, found)
     if not wrong:
         return "convert the file, or build the model as it was saved"
-    missing, prefix, leave_out = wrong - found.keys(), settings.prefix, list(settings.leave_out)
-    longer = {name.removesuffix(each) for each in missing for name in found if name.endswith(f".{each}")}
-    fitting = [each for each in longer if all(_shape(found, each + name) == _shape(expected, name) for name in missing)]
-    if len(fitting) == 1 and not prefix:
-        (prefix,) = fitting
-        purpose = f"take the names that start with {prefix!r}"
-    else:
-        leave_out += _make_patterns(wrong, {*expected, *found} - wrong)
-        purpose = "start without these"
-    more = {"key": settings.key, "prefix": prefix, "leave_out": leave_out}
+    prefix, into, purposes = settings.prefix, settings.into, []
+    missing, extra = ({name: values[name] for name in sorted(wrong) if name in values} for values in (expected, found))
+    if not prefix and not into:
+        if prefix := _find_start(extra, missing):
+            purposes.append(f"take the names that start with {prefix!r}")
+            found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+        elif start := _find_start(missing, extra):
+            into = start.rstrip(".")
+            purposes.append(f"take them into {into!r}")
+            expected = {name: value for name, value in expected.items() if name.startswith(start)}
+            found = {start + name: value for name, value in found.items()}
+        wrong = _wrong_names(expected, found)
+    patterns = _make_patterns(wrong, {*expected, *found} - wrong)
+    if patterns:
+        purposes.append("start without these" if len(purposes) == 0 else f"start without {', '.join(patterns)}")
+    leave_out = [*settings.leave_out, *patterns]
+    more = {"key": settings.key, "prefix": prefix, "into": into, "leave_out": leave_out}
     written = [f"path: {settings.path}", *(f"{name}: {json.dumps(value)}" for name, value in more.items() if value)]
-    return f"to {purpose}, write init_from: {{{', '.join(written)}}}"
+    return f"to {' and '.join(purposes)}, write init_from: {{{', '.join(written)}}}"
+
+
+def _find_start(longer: Mapping[str, Any], shorter: Mapping[str, Any]) -> str:
+    """Return what most names of one mapping have before a name of the other whose value has the same shape, or "".
+
+    Example:
+        >>> _find_start({"net.bias": torch.ones(2), "net.scale": torch.ones(1)}, {"bias": torch.zeros(2)})
+        'net.'
+    """
+    starts = Counter(
+        long.removesuffix(short)
+        for long, value in longer.items()
+        for short, other in shorter.items()
+        if long.endswith(f".{short}") and getattr(value, "shape", None) == getattr(other, "shape", None)
+    )
+    (start, count), (_, next_count) = [*starts.most_common(2), ("", 0), ("", 0)][:2]
+    return start if count > next_count else ""
 
 
 def _replace_weights(state: TrainState, taken: Mapping[str, Any]) -> TrainState:

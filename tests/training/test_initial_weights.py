@@ -65,7 +65,7 @@ def are_filled(state, names=None, value=7.0):
     return all(bool((each == value).all()) for name, each in weights.items() if names is None or name in names)
 
 
-@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.bin", "w.ckpt", "w.safetensors"])
+@pytest.mark.parametrize("name", ["w.pt", "w.pth.tar", "W.PTH", "w", "w.bin", "w.ckpt", "w.safetensors"])
 def test_a_file_with_a_state_dict_gives_all_weights(tmp_path, name):
     state, line = load(save(tmp_path / name, filled(Net())))
     assert are_filled(state)
@@ -225,8 +225,48 @@ def test_a_prefix_that_is_missing_is_named(tmp_path):
         load(path, prefix="nets.")
 
 
+def written_in(error):
+    return yaml.safe_load(str(error.value).partition("write init_from: ")[2])
+
+
+def test_a_prefix_and_a_new_head_are_found_together(tmp_path):
+    path = save(tmp_path / "w.pt", prefixed("net.", filled(Net(classes=10))))
+    with pytest.raises(CheckpointError, match=r"to take the names .* with 'net.' and start without head.\*") as error:
+        load(path)
+    assert written_in(error) == {"path": str(path), "prefix": "net.", "leave_out": ["head.*"]}
+    assert load(path, prefix="net.", leave_out=("head.*",))[1].startswith(f"starts from {path}: 7 tensors taken")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_file_of_a_sub_module_is_taken_into_it(tmp_path, prefix):
+    weights = {**filled(nn.BatchNorm1d(2)), "fc.weight": torch.ones(1)}
+    path = save(tmp_path / "w.pt", prefixed(prefix, weights))
+    if not prefix:
+        with pytest.raises(CheckpointError, match=r"; to take them into 'norm' and start without norm.fc.*") as error:
+            load(path)
+        assert written_in(error) == {"path": str(path), "into": "norm", "leave_out": ["norm.fc.*"]}
+    state, line = load(path, into="norm", leave_out=("norm.fc.*",))
+    assert are_filled(state, {name for name in all_weights(state) if name.startswith("norm.")})
+    assert not are_filled(state, {"body.bias"})
+    assert line == (
+        f"starts from {path}: 5 tensors taken; left as initialized: body.weight, body.bias, head.weight, head.bias; "
+        "left out of the file: norm.fc.weight"
+    )
+    with pytest.raises(SettingsError, match=r"into: 'nrom' names no .*; the model has .*; did you mean 'norm'"):
+        load(path, into="nrom")
+
+
+def test_a_file_is_taken_into_a_module_with_a_tied_weight(tmp_path):
+    path = save(tmp_path / "w.pt", filled(nn.Linear(2, 2)))
+    state, _ = load(path, Net(classes=2, tie=True), into="head")
+    assert are_filled(state, {"body.weight", "head.bias"})
+    assert not are_filled(state, {"body.bias"})
+
+
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
     path = save(tmp_path / "w.pt", filled(Net()))
+    with pytest.raises(SettingsError, match=r"leave_out.0: 'head' matches no .*; write 'head.\*' for all below it"):
+        load(path, leave_out=("head",))
     with pytest.raises(SettingsError, match=r"leave_out.1: 'haed.weight' matches no .*; did you mean 'head.weight'"):
         load(path, leave_out=("head.*", "haed.weight"))
     with pytest.raises(CheckpointError, match="leaves nothing to take"):

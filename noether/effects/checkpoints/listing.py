@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ENDED: Final = ".ended"
 """File with the text of a pointer: the run ended at this checkpoint, which was saved just before."""
-_POINTER_BYTES: Final = 400
+MAX_POINTER_BYTES: Final = 400
 _POINTER: Final = re.compile(rf"{NAME.pattern} [0-9a-f]{{64}}\n", re.ASCII)
 _TEMPORARY_ERRORS: Final = {
     errno.EACCES,
@@ -187,7 +187,7 @@ def read_ended(directory: Path, disk: Disk) -> str | None:
     try:
         if disk.kind(directory / ENDED) is None:
             return None
-        return read_file(directory / ENDED, disk, limit=_POINTER_BYTES).decode()
+        return read_file(directory / ENDED, disk, limit=MAX_POINTER_BYTES).decode()
     except (OSError, UnicodeDecodeError):
         return None
 
@@ -201,7 +201,7 @@ def _pointer_target(path: Path, disk: Disk, manifests: Mapping[str, Manifest | N
         manifests: Manifest by tag of all checkpoints; None for a damaged one.
     """
     try:
-        text = read_file(path, disk, limit=_POINTER_BYTES).decode("ascii")
+        text = read_file(path, disk, limit=MAX_POINTER_BYTES).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{_printable(path)} is damaged, or not a pointer: {error}") from error
     tag, _, rest = text.partition(" ")

@@ -16,7 +16,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tied_names import EXTRA_STATE, extra_state_name
 from noether.effects.checkpoints.contents import WEIGHTS, ContentError, read_state
-from noether.effects.checkpoints.listing import CheckpointError
+from noether.effects.checkpoints.listing import MAX_POINTER_BYTES, CheckpointError
 from noether.effects.checkpoints.manifest import MANIFEST
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.checkpoints.state_codec import error_text
@@ -59,17 +59,18 @@ def read_weights(path: Path, key: str | None = None) -> SavedWeights:
     """Return the weights at a path, on the CPU; no code in a file is run.
 
     Args:
-        path: A checkpoint such as `runs/NAME/RUN_ID/checkpoints/latest`; a file `.pt`, `.pth`, `.bin`, `.ckpt` or
-            `.safetensors`; or a directory with `weights.safetensors`, `model.safetensors`, the index of several such
-            files, or `pytorch_model.bin`.
+        path: A checkpoint such as `runs/NAME/RUN_ID/checkpoints/latest`; a file `.safetensors`, or any other one that
+            torch saved, such as `.pt` or `.pth.tar`; or a directory with `weights.safetensors`, `model.safetensors`,
+            the index of several such files, or `pytorch_model.bin`.
         key: Dotted key of the state dict in a file of torch; None if there is only one, or one with a usual name.
 
     Raises:
         CheckpointError: If there are no weights, or they cannot be read; the message says what to give instead.
     """
+    path = path.expanduser()
     if path.is_dir() and not (path / MANIFEST).is_file():
         return _read_directory(path, key)
-    if path.suffix in _SUFFIXES and not (path.parent / path.name / MANIFEST).is_file():
+    if (path.suffix.lower() in _SUFFIXES or _is_large_file(path)) and not (path / MANIFEST).is_file():
         return _read_file(path, key)
     _refuse_key(key)
     store = CheckpointReader(path.parent)
@@ -78,6 +79,11 @@ def read_weights(path: Path, key: str | None = None) -> SavedWeights:
         return SavedWeights(_values_of(state), "checkpoint", state=state)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest") from error
+
+
+def _is_large_file(path: Path) -> bool:
+    """Return whether a path is that of a file larger than a pointer to a checkpoint, such as `model.pth.tar`."""
+    return path.is_file() and path.stat().st_size > MAX_POINTER_BYTES
 
 
 def _read_directory(path: Path, key: str | None) -> SavedWeights:
@@ -94,7 +100,7 @@ def _read_file(path: Path, key: str | None) -> SavedWeights:
     if not path.is_file():
         others = [each.name for each in path.parent.glob("*")] if path.parent.is_dir() else []
         raise CheckpointError(f"there is no such file{suggest(path.name, others)}")
-    if path.name != _INDEX and path.suffix != ".safetensors":
+    if path.name != _INDEX and path.suffix.lower() != ".safetensors":
         return _find_state_dict(_load_torch(path), key)
     _refuse_key(key)
     if path.name != _INDEX:
@@ -143,8 +149,10 @@ def _load_torch(path: Path) -> Any:
         elif found := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", text):
             held, saved = f"more than tensors ({found[1]})", f"torch.load({file}, weights_only=False)['state_dict']"
         else:
-            reason = text.splitlines()[0] if text and "weights_only" not in text else "its content is not readable"
-            raise CheckpointError(f"{path.name} is no file that torch saved: {reason}") from error
+            is_clear = " " in text and "weights_only" not in text
+            reason = text.splitlines()[0] if is_clear else "its content is not readable"
+            fix = "give a file of torch.save(model.state_dict(), ...) or a .safetensors file"
+            raise CheckpointError(f"{path.name} is no file that torch saved: {reason}; {fix}") from error
         raise CheckpointError(
             f"{path.name} holds {held}, and reading that can run any code: if you trust it, convert it in Python by "
             f"torch.save({saved}, 'weights.pt'){_OF_A_MODEL if '[' in saved else ''}, and give weights.pt"
