@@ -57,9 +57,9 @@ def evaluate(
 ) -> int:
     """Evaluate a checkpoint with the data iterators of its run; print the metrics and write `eval/TAG.json`.
 
-    All that callbacks request at `AtEval` is carried out, except checkpoints. The run itself is not changed, and not
-    locked. Where `eval/` cannot be written, as in a run that is read-only, a warning says so and the command succeeds.
-    A signal ends the evaluation at the next batch. Returns the exit code.
+    The command runs all effects that callbacks request at `AtEval`, except saves of checkpoints. It does not change or
+    lock the run. If it cannot write to `eval/`, as in a run that is read-only, it warns and succeeds. A signal ends the
+    evaluation at the next batch. Returns the exit code.
 
     Args:
         run_dir: The run directory.

@@ -148,13 +148,14 @@ _MODULES: Final = ("noether.core.callbacks", "noether.training.callbacks")
 
 
 def current_path(path: str) -> str:
-    """Return the path of a callback here; one of noether's in any module of a class-based framework has its last name.
+    """Return noether's path of a callback that YAML names by a module path of the class-based framework.
 
     Args:
-        path: A dotted path at which no callback is.
+        path: A dotted path at which there is no callback. One outside of noether's callback modules is returned as it
+            is.
 
     Raises:
-        InvalidValueError: If it is in no module of noether, and no callback has its last name.
+        InvalidValueError: If the path is in a module that does not exist, and no callback has its last part as name.
 
     Example:
         >>> current_path("noether.core.callbacks.early_stoppers.metric.MetricEarlyStopper")
@@ -233,7 +234,7 @@ def translate(
     Args:
         translation: The translation of the section.
         settings: Settings as YAML has them. Null counts as left out for a setting that is translated.
-        without_effect: What is said of a setting without effect.
+        without_effect: First words of the warning about a setting without effect.
 
     Example:
         >>> translate(TRAINER, {"use_torch_compile": True, "precision": "bf16"})[0]
@@ -249,8 +250,8 @@ def translate(
         if renamed.get(name) in given
     ]
     refused = {problem.setting for problem in refusals}
-    kept = {name: value for name, value in given.items() if name not in {*ignored, *refused}}
-    translated = {renamed.get(name, name): _translate_value(translation, name, value) for name, value in kept.items()}
+    read = {name: value for name, value in given.items() if name not in {*ignored, *refused}}
+    translated = {renamed.get(name, name): _translate_value(translation, name, value) for name, value in read.items()}
     warnings = [
         Problem(name, f"{without_effect} and is left out: {ignored[name]}") for name in given if name in ignored
     ]

@@ -91,7 +91,7 @@ class InvalidValueError(NoetherError, ValueError):
 
 
 class NamedObjectError(InvalidValueError):
-    """The object at a dotted path cannot be used; what a constructor says about the path itself helps less."""
+    """The object at a dotted path cannot be used; reported even if a constructor refuses the path as a value, too."""
 
 
 @contextmanager

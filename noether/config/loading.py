@@ -65,9 +65,7 @@ def from_source(source: Source, allow: Sequence[str] = (), run_dir: Path | None 
         raise ConfigError([_name_vars(each, source) for each in error.problems]) from None
     if "callbacks" in source.data:
         return config
-    source = list_callbacks(
-        source
-    )  # only now: these import torch, and mistakes in the other sections are found without
+    source = list_callbacks(source)  # after the other sections, because the default callbacks import torch
     return dataclasses.replace(config, callbacks=_structure_list(source, allow), source=source)
 
 

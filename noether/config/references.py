@@ -6,15 +6,15 @@ The syntax is that of OmegaConf, without its other resolvers and without express
 |---|---|
 | `${trainer.max_epochs}`, `${callbacks.0.every_n_epochs}` | the value written there, of any type |
 | `${.width}`, `${..seed}` | a setting beside this one, or beside the section around it |
-| `${env:NAME}`, `${oc.env:NAME}` | the variable, read as if it were written there; text where the setting is a text |
+| `${env:NAME}`, `${oc.env:NAME}` | the variable's value, read as YAML; kept as text where the setting is a text |
 | `${env:NAME,default}` | the default if the environment has no such variable; `null` for no value |
 | `runs/${run.name}-${env:USER}` | text with the values in it |
-| `$${name}` | the text `${name}`: of several dollars before a brace one is dropped |
+| `$${name}` | the text `${name}`; of several dollars before a brace, the first is removed |
 
-A reference may stand in a name or a default. References are resolved after `--set`. They read what is written, not the
-defaults of settings; values that are no settings have their place in the section `vars`. The `config.yaml` of a run
-contains the values, those of the environment too, so that a resume does not depend on it: keep secrets in variables
-that your own code reads.
+The name or the default in a reference may contain references. References are resolved after `--set`. They read values
+in the file, not the defaults of settings; the section `vars` is for values that are no settings. The `config.yaml` of
+a run contains the resolved values, those of the environment too, so that a resume does not depend on it: keep secrets
+in variables that your own code reads.
 """
 
 from __future__ import annotations
@@ -132,10 +132,10 @@ class _Resolution:
             return None
 
     def _limit(self, value: Any, depth: int) -> Any:
-        """Return `value`, or raise if all values that references stand for are more than a document may have."""
+        """Return `value`; refuse it if references expand to more values than a document may have."""
         self._size += len(value) * MAX_NODES // MAX_BYTES if isinstance(value, str) else 1
         if self._size > MAX_NODES or depth > MAX_LEVELS:
-            raise InvalidValueError("the values of the references are too many or too long for a configuration")
+            raise InvalidValueError("the references expand to too many values, or too long a text, for a configuration")
         for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             self._limit(each, depth + 1)
         return value
@@ -199,7 +199,8 @@ class _Resolution:
         keys += re.sub(r"\[(\w+)\]", r".\1", name[dots:]).split(".")
         if "" in keys or dots > len(path):
             raise InvalidValueError(
-                f"{reference.text}: is no reference; write ${{section.setting}} or ${{env:NAME}}, and $${{ for the text"
+                f"{reference.text}: is no reference; write ${{section.setting}} or ${{env:NAME}}, or $${{ for the text "
+                "${"
             )
         value: Any = self.source.data
         walked: SettingPath = ()
@@ -225,7 +226,9 @@ class _Resolution:
             refers = " -> ".join(format_path(each) for each in way if each == path or each in self.texts)
             raise InvalidValueError(f"{reference.text}: refers to itself: {refers}")
         if len(self._open) > MAX_LEVELS:
-            raise InvalidValueError(f"{reference.text}: too many references lead to each other")
+            raise InvalidValueError(
+                f"{reference.text}: too many references follow one another; at most {MAX_LEVELS} may"
+            )
         return self.resolve(value, path)
 
     def check_vars(self) -> None:
@@ -238,7 +241,7 @@ class _Resolution:
         for name in values if isinstance(values, dict) and not is_overridden else ():
             path = (VARS, name)
             if path not in self._read and (VARS,) not in self._read:
-                message = f"no reference reads it; write ${{vars.{name}}} where it is meant, or remove it"
+                message = f"no reference reads it; write ${{vars.{name}}} where the value belongs, or remove it"
                 self.problems.append(LocatedProblem(self.source.place(path), path, message))
 
 
@@ -268,7 +271,9 @@ def _split(text: str, start: int = 0, level: int = 0) -> tuple[list[str | _Refer
             continue
         inside, closing = _split(text, position, level + 1)
         if closing == len(text):
-            raise InvalidValueError(f"{text[end : end + 40]}: the brace is not closed; write }}, or $${{ for the text")
+            raise InvalidValueError(
+                f"{text[end : end + 40]}: the brace is not closed; write }}, or $${{ for the text ${{"
+            )
         parts += [*([literal] if literal else []), _Reference(text[end : closing + 1], inside)]
         literal, position = "", closing + 1
 

@@ -1,4 +1,4 @@
-"""Losses over a dataset that a list of callbacks measures twice, as lists for the class-based framework may."""
+"""Finds losses over a dataset that a list of callbacks measures twice, as lists of the class-based framework do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def find_repeated(callbacks: Sequence[Any], run: Run) -> dict[int, int]:
-    """Return each `OfflineLossCallback` that only measures what an earlier one of a shorter interval measures.
+    """Return each `OfflineLossCallback` that measures nothing beyond an earlier one with a shorter interval.
 
     Args:
         callbacks: The list of callbacks.
@@ -56,7 +56,7 @@ def find_repeated(callbacks: Sequence[Any], run: Run) -> dict[int, int]:
 def warn_of_repeated(callbacks: Sequence[Any], repeated: dict[int, int], source: Source | None) -> None:
     """Warn of each callback that is left out because an earlier one measures the same."""
     for index, earlier in repeated.items():
-        message = f"measures only what {callbacks[earlier].name} measures at these events too, and is left out"
+        message = f"measures only what {callbacks[earlier].name} measures at the same events, and is left out"
         path = ("callbacks", index)
         text = message if source is None else str(LocatedProblem(source.place(path), path, message))
         warnings.warn(text, ConfigWarning, stacklevel=2)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def signature_of(target: Any) -> inspect.Signature:
     """Return the signature with which `target` is called.
 
-    A function that `functools.wraps` made look like another one has its own, unless it takes any arguments
-    (`*args, **kwargs`), which it passes on to that one.
+    For a wrapper made with `functools.wraps`, this is the wrapper's own signature; if it has `*args` or `**kwargs`,
+    that of the wrapped function, because the wrapper passes them on.
 
     Raises:
         TypeError: If it is not callable.

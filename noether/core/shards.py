@@ -1,4 +1,4 @@
-"""Evaluation data of which each process reads a share, and which no single process can evaluate."""
+"""Refuses evaluation data that is split over processes, because results are not gathered over ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_not_sharded(data: Any, key: str) -> None:
         key: The dataset key, for the message.
 
     Raises:
-        ShardedDataError: If it is, with what splits it.
+        ShardedDataError: If the data is split; the message names the loader or sampler that splits it.
 
     Example:
         >>> from torch.utils.data import DataLoader, DistributedSampler

@@ -34,7 +34,7 @@ def branch_run(source: Path, target: Path, manifest: Manifest, state: TrainState
     It holds the configuration, the checkpoint, the lines that were logged up to it, and the checkpoints that pointers
     of the run name if they are not later. `summary.json` names the checkpoint. Files of checkpoints get a second name
     in place of a copy where the file system allows. The directory is written under a temporary name and renamed when
-    it is on the disk; what a killed process left of it, the next branch to the same path removes.
+    it is on the disk; the next branch to the same path removes what a killed process left.
 
     Args:
         source: The run directory; a process may be training the run.
@@ -44,7 +44,7 @@ def branch_run(source: Path, target: Path, manifest: Manifest, state: TrainState
         disk: The disk.
 
     Returns:
-        The pointers that the branch lacks, because they name later checkpoints by now, or are damaged.
+        The pointers that the branch does not have, because they name later checkpoints now, or are damaged.
 
     Raises:
         OSError: If the directory could not be written; then nothing exists at `target`.

@@ -1,4 +1,4 @@
-"""Where the effects of a standalone evaluation go: to `eval/` in the run directory, beside the logs of training."""
+"""Logs of a standalone evaluation, in `eval/` of the run directory, beside the logs of training."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class LogGuard:
     Only `RunMovedError` passes, because it concerns everything that the run writes.
 
     Args:
-        outcome: What goes on although a log failed, for messages.
+        outcome: What continues although a log failed, for messages.
 
     Example:
         >>> def write(line):

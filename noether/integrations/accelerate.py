@@ -42,7 +42,7 @@ Differences from noether's own trainer and from `Session`:
   `session.backward` for the last. Then `grad_norm` is that of the gradients as each optimizer steps, after clipping.
 - On several processes losses are averaged, samples summed (including those that accelerate repeats to fill up batches),
   and the main process runs effects: `open_run(path, rank=accelerator.process_index)`. Other readings, such as outputs and
-  durations, are those of each process: let no callback stop a run by them. Every process evaluates all of `data`, and a
+  durations, are those of each process: no callback may stop a run because of them. Every process evaluates all of `data`, and a
   loader that `prepare` has split is refused.
 """  # noqa: E501  # a table
 

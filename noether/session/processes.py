@@ -1,4 +1,4 @@
-"""The refusal of a training on several processes, until noether gathers losses and results over ranks."""
+"""Refuses training on several processes, because noether does not gather losses and results over ranks."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class SchedulerMemory:
                     raise SessionError(
                         f"{type(part).__name__} has {functions} functions, and its optimizer {groups} parameter "
                         "groups: the saved run added some; call session.load(), append their functions to "
-                        "scheduler.lr_lambdas, and go on"
+                        "scheduler.lr_lambdas, and then start the loop"
                     )
 
     def state_dict(self, state: TrainState) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class NamedSchedulers:
 
 
 def _is_at(scheduler: Any, memory: Mapping[str, Any]) -> bool:
-    """Return whether a scheduler was not stepped since a memory was made of it; True if it does not tell."""
+    """Return whether a scheduler has the position of its memory; True if it has no `last_epoch`."""
     steps = getattr(scheduler, "last_epoch", None)
     return steps is None or bool(memory.get("last_epoch", steps) == steps)
 

@@ -154,7 +154,7 @@ class SessionState:
 
     @property
     def saved_seed(self) -> int | None:
-        """The seed that the framework drew as the run started, if this is not its start; to be set after `load`."""
+        """The seed that the framework drew at the start of the run, which `load` may have read from a checkpoint."""
         given = None if self._generators is None else self._generators.seed
         seed: int | None = (self._saved_generators or {}).get("seed", given)
         return seed

@@ -190,21 +190,22 @@ def watch_optimizer(model: nn.Module, optimizer: Optimizers | LiveOptimizer | No
 
 
 def check_scheduler(scheduler: Any, optimizer: Any) -> None:
-    """Refuse a scheduler that changes another optimizer.
+    """Refuse a scheduler that cannot be saved, or that changes another optimizer.
 
     Args:
         scheduler: The scheduler, or several by name.
         optimizer: The optimizer, or several by name.
 
     Raises:
-        SessionError: If it does.
+        SessionError: If a scheduler has no `state_dict`, or was made for an optimizer that the session does not have.
     """
     known = [getattr(each, "param_groups", None) for each in _members(optimizer)]
     for each in () if scheduler is None else _members(scheduler):
         theirs = getattr(getattr(each, "optimizer", None), "param_groups", None)
         if not hasattr(each, "state_dict"):
             raise SessionError(
-                f"scheduler= takes a scheduler with state_dict(), got {type(each).__name__}; several by name"
+                f"scheduler= takes a scheduler with state_dict(), got {type(each).__name__}; several by name, as in "
+                "scheduler={'g': scheduler_g, 'd': scheduler_d}"
             )
         if theirs is not None and None not in known and all(theirs is not groups for groups in known):
             raise SessionError(

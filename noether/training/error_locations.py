@@ -54,7 +54,7 @@ def locate_errors(config: Config, path: SettingPath) -> Iterator[None]:
     except SettingsError as error:
         errors = [config.error((*path, *_setting_path(config, each.setting)), each.message) for each in error.problems]
         raise ConfigError([problem for each in errors for problem in each.problems]) from error
-    except (NotImplementedError, RecursionError) as error:  # without a message of use
+    except (NotImplementedError, RecursionError) as error:  # RuntimeErrors whose messages do not say what failed
         raise config.error(path, _with_line(error)) from error
     except (ValueError, TypeError, RuntimeError) as error:
         raise config.error(path, str(error)) from error

@@ -258,7 +258,8 @@ def _after_warmup(
             [
                 Problem(
                     setting,
-                    f"a warm-up of {warmup} updates takes all {length}, leaving none for {settings.label}",
+                    f"a warm-up of {warmup} updates takes all {length}, leaving none for {settings.label}: shorten it, "
+                    f"or {'train longer' if settings.length is None else 'increase length'}",
                 )
             ]
         )

@@ -90,7 +90,7 @@ def test_between_firings_nothing_is_requested():
         (
             {"save_weights": True, "save_optim": True, "keep": 2},
             TrainState(),
-            "c: 4 checkpoints of 6 MB and the optimizer's memory will be written, 2 of them kept",
+            "c: 4 checkpoints of 6 MB plus the optimizer's memory will be written, 2 of them kept",
         ),
         (
             {"save_weights": True, "save_optim": True, "keep": 9},

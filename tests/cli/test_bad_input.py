@@ -231,7 +231,10 @@ CASES = {
     ),
     "warm-up longer than the run": (
         [("lr: 2e-3", "lr: 2e-3\n  schedule:\n    kind: cosine\n    warmup_updates: 80")],
-        "bad.yaml:21: optimizer.schedule.warmup_updates: a warm-up of 80 updates takes all 76, leaving none for cosine",
+        (
+            "bad.yaml:21: optimizer.schedule.warmup_updates: a warm-up of 80 updates takes all 76, leaving none for "
+            "cosine: shorten it, or train longer"
+        ),
     ),
     "no train dataset": (
         [("  train:\n", "  trian:\n")],

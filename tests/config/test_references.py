@@ -108,7 +108,7 @@ def test_what_a_reference_stands_for(written, value):
     ("${}", "${}: is no reference"),
     ("${a..b}", "${a..b}: is no reference"),
     ("${....a}", "${....a}: is no reference"),
-    ("${epochs", "${epochs: the brace is not closed; write }, or $${ for the text"),
+    ("${epochs", "${epochs: the brace is not closed; write }, or $${ for the text ${"),
     ("x ${s.list}", "${s.list}: is a list, which cannot be a part of a text"),
     ("${a.${b", "the brace is not closed"),
 ])  # fmt: skip

@@ -34,8 +34,8 @@ class BestCheckpointCallback(MetricWatcher):
     For each tolerance k, the pointer `best_model.{metric}.tolerance={k}` names the best checkpoint that a run with
     early stopping after k firings would have had. With `keep: k`, the pointers `top_1.{metric}` to `top_k.{metric}`
     name the k best checkpoints, in no order: a better one takes the pointer of the worst. Of equal values the first
-    stays. Checkpoints that no pointer names are removed. Values that are not
-    finite never improve. List this callback after the one that logs the metric.
+    stays. Checkpoints that no pointer names are removed. Values that are not finite never improve. List this callback
+    after the one that logs the metric.
 
     The pointers name the weights that were measured: for a metric whose key ends in the name of stored weights, such as
     `val/accuracy/ema=0.999`, a checkpoint `TAG.ema=0.999` of that average. A run cannot resume from an average, so the
@@ -91,9 +91,9 @@ class BestCheckpointCallback(MetricWatcher):
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """A key for the pointer, which refuses a second callback that moves it: each would remove the other's saves.
+        """The pointer as a key: a second callback that moves it is refused, as each would remove the other's saves.
 
-        Its letters are small, because some file systems ignore their case.
+        The key is in lower case, because some file systems ignore case.
         """
         return (f"checkpoints/{self.pointer.lower()}",)
 

@@ -161,7 +161,7 @@ def _describe_saves(save: SaveCheckpoint, state: TrainState, count: int, *, keep
     weights = _total_bytes((weights_by_name(state, save.models), state.extra_state)) if save.weights else 0
     optimizer = _total_bytes((state.opt_state, state.callback_states)) if save.optimizer else 0
     # The optimizer allocates its memory at the first update; before that, only the size of the weights is known.
-    unknown = " and the optimizer's memory" if save.optimizer and not state.iteration.update else ""
+    unknown = " plus the optimizer's memory" if save.optimizer and not state.iteration.update else ""
     saves = f"{count_of(count, 'checkpoint')} of {format_bytes(weights + optimizer)}{unknown} will be written"
     return (
         f"{saves} and kept" if count == 1 else f"{saves}, {count if keep is None else min(count, keep):,} of them kept"

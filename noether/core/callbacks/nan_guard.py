@@ -100,7 +100,7 @@ class NanGuardCallback(PeriodicCallback):
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Count updates that are not finite, and act if there are too many."""
-        # Without samples, or with an overflow under a gradient scaler, it says nothing about the weights.
+        # An update without samples, or an overflow under a gradient scaler, says nothing about the weights.
         if event.skipped and (not event.samples or _is_overflow(state, event)):
             return state, ()
         memory = self.memory(state)

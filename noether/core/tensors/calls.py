@@ -1,4 +1,4 @@
-"""Calls of models and loss functions; what they raise gets a note that says where, and what they were called with."""
+"""Calls models, losses and metrics; a note on their errors says what failed, and with which inputs."""
 
 from __future__ import annotations
 

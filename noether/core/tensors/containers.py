@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict, UserList, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -134,7 +135,7 @@ def _copy_container(value: Any, apply: Callable[[Any], Any], copies: Copies) -> 
     copied: Any
     if isinstance(value, tuple):
         items = [apply(item) for item in tuple.__iter__(value)]
-        if not getattr(value, "__dict__", None) and all(map(_is, items, value)):
+        if not getattr(value, "__dict__", None) and all(map(operator.is_, items, value)):
             return value  # such as a time.struct_time
         copied = base.__new__(kind, items)
     else:
@@ -185,10 +186,6 @@ def _slots(kind: type) -> list[MemberDescriptorType]:
         for member in vars(base).values()
         if isinstance(member, MemberDescriptorType)
     ]
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 def _check_entries(value: Mapping[Any, Any], copies: Copies) -> None:

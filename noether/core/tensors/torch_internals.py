@@ -238,7 +238,7 @@ class CompiledGraph:
         function: The function to compile.
         fixed: Beginnings of the names of values that never change, such as `self._names`.
         backend: Name of the compiler.
-        refuse: Returns why a function that does this is not compiled, or None.
+        refuse: Returns why a function must not be compiled, from a trace of what it does, or None.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class SavedWeights(NamedTuple):
     Args:
         values: Tensors by name, under all names that they have; and extra state, by the path of its module and
             `_extra_state`.
-        source: What they were read from, in a word.
+        source: What they were read from: `checkpoint` or `file`.
         key: Key of the state dict in the file; None if the file is one.
         state: The state in a checkpoint; None for a file.
     """

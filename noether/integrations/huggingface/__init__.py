@@ -37,7 +37,7 @@ Differences from noether's trainer:
   after it has read the batches of the next update, so there a dataset that draws random numbers itself draws others.
 - Several processes must have batches of the same size, as accelerate makes them by default: samples are counted as
   those of this process times the number of processes, including samples repeated at the end of an epoch.
-  Losses are means over processes; other readings are those of each, so let no callback stop a run by them. Every process
+  Losses are means over processes; other readings are those of each, so no callback may stop a run because of them. Every process
   evaluates all of `data`, and a loader that is split over processes is refused.
 - With a gradient scaler, `grad_norm` is that of scaled gradients. `forward_s`, `backward_s`, `optimizer_s` are missing.
 - Models sharded by FSDP or DeepSpeed are not supported, because no process has the whole model; nor is a hyperparameter

@@ -111,14 +111,14 @@ def describe_nonfinite(losses: Losses, grads: Grads) -> str:
 
 
 def refuse_constants(losses: Losses, function: Callable[..., Any]) -> None:
-    """Refuse losses none of which has a graph.
+    """Refuse losses of which none has a gradient.
 
     Args:
         losses: The losses by name.
         function: The loss function.
 
     Raises:
-        ValueError: With the names of the losses.
+        ValueError: Always; the message names the losses.
     """
     names = ", ".join(repr(name) for name in losses if name != "total")
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Parameter groups of a live optimizer, also those that a saved run added while it trained."""
+"""Reads and writes the parameter groups of a live optimizer, also those that a saved run added while it trained."""
 
 from __future__ import annotations
 
@@ -111,10 +111,10 @@ def _describe(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_groups(saved: Sequence[Mapping[str, Any]], optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
-    """Write saved groups into a live optimizer, which gets those that it does not have; members train as saved.
+    """Write saved groups into a live optimizer: add those that it does not have, and set `requires_grad` as saved.
 
     Args:
-        saved: Groups for which `find_group_problems` finds none.
+        saved: Groups in which `find_group_problems` finds no problem.
         optimizer: The live optimizer.
         parameters: The parameters of the model by name.
     """
