@@ -29,6 +29,8 @@ Differences from noether's trainer:
   other cases resume from a checkpoint of Lightning.
 - Of several optimizers, which Lightning steps by hand, a batch may step any: it is one update. Their names are their
   indices, as in `optim/lr/0`. `max_steps` of Lightning counts the steps of all.
+- Of Lightning's callbacks, noether's checkpoints hold the state of finetuning callbacks, such as `BackboneFinetuning`; that
+  of others, such as Lightning's `EarlyStopping`, is in Lightning's checkpoints only.
 - A gradient scaler of `precision="16-mixed"` is Lightning's; noether's checkpoints hold its scale too.
 - Lightning draws the order of a shuffling loader, and dropout its masks, from the global random generators. Their states,
   and those of generators that the module or the loader holds, are in noether's checkpoints and in Lightning's: a resume at
@@ -45,11 +47,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 from lightning.pytorch import Callback as LightningCallback
 from torch.nn.utils import get_total_norm
 
-from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import updates_in_epoch
 from noether.core.run import Run
-from noether.core.tensors.tree import FrozenDict
+from noether.integrations.lightning_memory import STEPS, FinetuningMemory, StepCount
 from noether.integrations.losses import losses_of
 from noether.session import settings
 from noether.session.loader import epoch_lengths
@@ -72,7 +73,6 @@ if TYPE_CHECKING:
 
 _CLOCK: Final = Clock()
 _RUN: Final = Run()
-_STEPS: Final = "lightning_steps"
 
 
 @final
@@ -140,9 +140,11 @@ class NoetherCallback(LightningCallback):
         """Start the run, or resume it from an earlier fit, Lightning's checkpoint, or the directory."""
         _check(trainer)
         saved = self.state_dict()  # after an earlier fit, whose optimizer no longer exists
+        finetuning = FinetuningMemory(trainer)
         session = self._make_session(
             [
-                *([_StepCount(trainer)] if len(trainer.optimizers) > 1 else []),
+                *([StepCount(trainer)] if len(trainer.optimizers) > 1 else []),
+                *([finetuning] if finetuning else []),
                 *settings.list_callbacks(self._callbacks),
             ],
             model=pl_module,
@@ -158,6 +160,7 @@ class NoetherCallback(LightningCallback):
         loaded = session.load()
         if loaded:
             _check_resumable(trainer, session.state)
+            finetuning.restore(session.state)
         _move_trainer(trainer, session.state, loaded=loaded)
         session.begin(**_run_facts(trainer, session))
         self._saved = None
@@ -248,27 +251,6 @@ class NoetherCallback(LightningCallback):
             trainer.should_stop = True
 
 
-@final
-class _StepCount:
-    """A member of a reducer that remembers how many steps Lightning counts, where an update may have several."""
-
-    produces: tuple[str, ...] = ()
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return the state that remembers the number."""
-        return (state.remember(_STEPS, self._read()), ()) if isinstance(event, AfterUpdate) else (state, ())
-
-    def init(self, state: TrainState) -> Mapping[str, Any]:
-        """Return the number at the start."""
-        return {_STEPS: self._read()}
-
-    def _read(self) -> FrozenDict:
-        return FrozenDict(steps=int(self._trainer.global_step))
-
-
 def _total(norms: list[Tensor]) -> Tensor | None:
     """Return the norm of the gradients of all optimizers from that of each."""
     return get_total_norm(norms) if len(norms) > 1 else next(iter(norms), None)
@@ -348,7 +330,7 @@ def _completed_epochs(trainer: Trainer, state: TrainState) -> int | None:
 def _move_trainer(trainer: Trainer, state: TrainState, *, loaded: bool) -> None:
     """Move a new trainer to the iteration of the state; a trainer that Lightning resumed must be there already."""
     at = state.iteration
-    steps = state.callback_states.get(_STEPS, {"steps": at.update})["steps"]
+    steps = state.callback_states.get(STEPS, {"steps": at.update})["steps"]
     if trainer.global_step == steps:
         return
     if not loaded or trainer.global_step:

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from ignite.engine import Engine
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
@@ -227,6 +227,24 @@ def test_a_group_that_lightning_unfreezes_is_there_after_a_resume(cut, tmp_path)
     train(tmp_path / "cut", cut)
     assert_same(train(tmp_path / "cut", 4), uncut)
     assert {"optim/lr", "optim/lr/1"} <= uncut[2].keys()
+
+
+class Backbone(Net):
+    @property
+    def backbone(self):
+        return self.body
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_backbone_that_lightning_finetunes_keeps_its_learning_rates_after_a_resume(cut, tmp_path):
+    def train(path, epochs):
+        module, finetuning = Backbone(), BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda _: 1.5)
+        fit(module, path, epochs, [CheckpointCallback(every_n_epochs=1)], finetuning)
+        return module.state_dict(), module.adam.state_dict(), finetuning.previous_backbone_lr
+
+    uncut = train(tmp_path / "uncut", 4)
+    train(tmp_path / "cut", cut)
+    assert_same(train(tmp_path / "cut", 4), uncut)
 
 
 # Gradient scalers

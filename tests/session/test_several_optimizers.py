@@ -210,11 +210,12 @@ def foreign(**names):
      r"2 parameters of the optimizer are not .* of the model \('d': number 0 of group 0, of shape \(1, 3\), 'd'"),
     (lambda gan: foreign(named=True), r"\(weight of shape \(1, 3\), bias of shape \(1,\)\): pass model="),
     (lambda gan: {"state": make_optimizers(gan)["g"]}, "'state' cannot name an optimizer"),
+    (lambda gan: {"": make_optimizers(gan)["g"], "d": make_optimizers(gan)["d"]}, "'' cannot name an optimizer"),
     (lambda gan: {"g/a": make_optimizers(gan)["g"]}, "'g/a' cannot name an optimizer"),
     (lambda gan: {"g": 3}, "takes an optimizer of torch.optim( as 'g')?, got int"),
     (lambda gan: dict.fromkeys("gd", make_optimizers(gan)["g"]), "has one optimizer under two names"),
     (lambda gan: {}, "is an empty mapping: pass None"),
-], ids=["foreign", "foreign-names", "reserved", "slash", "int", "twice", "empty"])  # fmt: skip
+], ids=["foreign", "foreign-names", "reserved", "no-name", "slash", "int", "twice", "empty"])  # fmt: skip
 @pytest.mark.parametrize(("begin", "error"), [(begin_session, SessionError), (TrainState.from_module, MismatchError)])
 def test_optimizers_that_do_not_fit_are_refused(begin, error, make, message):
     gan = make_gan()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -13,8 +14,6 @@ from noether.core.tensors.live.weights import MismatchError
 from noether.core.tensors.module import named_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import nn
     from torch.optim import Optimizer
 
@@ -36,7 +35,7 @@ def refuse_foreign_parameters(model: nn.Module, optimizer: Optimizers, error: ty
         MismatchError: If one has such a parameter, or if a name or an optimizer cannot be used; or `error` instead.
     """
     optimizers = by_name(optimizer)
-    if problem := _find_name_problem(optimizers):
+    if problem := _find_name_problem(optimizer):
         raise error(problem)
     if all(each in _CHECKED_OPTIMIZERS for each in optimizers.values()):
         return
@@ -84,12 +83,14 @@ def warn_of_unassigned_parameters(model: nn.Module, optimizer: Optimizers) -> No
         )
 
 
-def _find_name_problem(optimizers: Mapping[Any, Any]) -> str | None:
-    """Return the problem of a mapping of optimizers, or None."""
+def _find_name_problem(optimizer: Optimizers) -> str | None:
+    """Return the problem of an optimizer, or of several by name, or None."""
+    optimizers: Mapping[Any, Any] = by_name(optimizer)
     if not optimizers:
         return "optimizer= is an empty mapping: pass None for a run without optimizer"
     for name, each in optimizers.items():
-        if not isinstance(name, str) or name in OPT_STATE_PARTS or "/" in name:
+        is_empty = not name and isinstance(optimizer, Mapping)  # a single optimizer has an empty name
+        if not isinstance(name, str) or name in OPT_STATE_PARTS or "/" in name or is_empty:
             return f"{name!r} cannot name an optimizer: take another text, without slash, such as 'generator'"
         if not hasattr(each, "param_groups"):
             return f"optimizer= takes an optimizer of torch.optim as {name!r}, got {type(each).__name__}"
