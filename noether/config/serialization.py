@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import inspect
 import re
@@ -118,6 +119,11 @@ def _(value: Mapping[str, object]) -> dict[str, Any]:
 @_plain_value.register(frozenset)
 def _(value: Collection[object]) -> list[Any]:
     return [_plain_value(each) for each in value]
+
+
+@_plain_value.register
+def _(value: enum.Enum) -> Any:
+    return value.value if isinstance(value.value, (str, int, float)) else value.name
 
 
 @_plain_value.register

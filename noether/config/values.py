@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,10 @@ def _plain(value: Any, path: SettingPath, problems: list[LocatedProblem]) -> Any
         return [_plain(each, (*path, index), problems) for index, each in enumerate(value)]
     if value is None or isinstance(value, bool):
         return value
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, numbers.Real):  # numbers of numpy, too
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if callable(value):

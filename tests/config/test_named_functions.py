@@ -23,6 +23,7 @@ from noether.core.tensors.losses import name_of
 MODULE = """
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,20 @@ class Points(torch.utils.data.Dataset):
         self.n, self.used = n, (transform, parts)
     def __len__(self): return self.n
     def __getitem__(self, i): return torch.full((1,), float(i)), torch.full((1,), 0.4)
+
+net = functools.partial(Net, layer=nn.Identity)
+points = functools.partial(Points, n=8)
+positional = functools.partial(Points, 8)
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = 2
+    PLAIN = None
+
+class Painted(Net):
+    def __init__(self, color: Color, others: tuple[Color, ...] = ()):
+        super().__init__()
+        self.colors = (color, *others)
 
 class Part:
     def __init__(self, function: Callable = len): self.function = function
@@ -219,11 +234,24 @@ def test_settings_of_a_function_or_class_are_written_as_they_were_read(mine, ent
      "'style': {'function': 'torch.nn.functional.gelu', 'size': 3}"),
     ("DATA", "{kind: mine.Points, parts: [{kind: mine.Part, function: mine.strict}]}",
      "[{'kind': 'mine.Part', 'function': 'mine.strict'}]"),
+    ("MODEL", "{kind: mine.net}", "{'kind': 'mine.net', 'layer': 'torch.nn.modules.linear.Identity', "),
+    ("DATA", "{kind: mine.points}", "'train': {'kind': 'mine.points', 'n': 8}"),
+    ("DATA", "{kind: mine.points, n: 2}", "'train': {'kind': 'mine.points', 'n': 2}"),
+    ("MODEL", "{kind: mine.Painted, color: red}", "'color': 'red'"),
+    ("MODEL", "{kind: mine.Painted, color: RED, others: [PLAIN, BLUE]}", "'color': 'red', 'others': ['PLAIN', "),
 ])  # fmt: skip
 def test_every_other_place_keeps_what_was_written(mine, place, entry, text):
     config = configure(**{place: entry})
     check_round_trip(config)
     assert text in str(resolve_config(config))
+
+
+def test_objects_of_a_partial_are_made_with_what_it_binds_and_members_of_enumerations_are_these(mine):
+    config = configure(MODEL="{kind: mine.net}", DATA="{kind: mine.points}")
+    assert (config.model.build().used[0], config.data["train"].build().n) == (torch.nn.Identity, 8)
+    painted = configure(MODEL="{kind: mine.Painted, color: red, others: [PLAIN]}").model.build()
+    color = sys.modules["mine"].Color
+    assert painted.colors == (color.RED, color.PLAIN)
 
 
 def test_a_dataclass_in_settings_gets_the_functions_that_it_names(mine):
@@ -290,6 +318,7 @@ REFUSED = {
         "mine.Huber": "for an instance of the class, write {kind: mine.Huber}",
         "{kind: torch.nn.CrossEntropyLoss}": "call it in a function of yours, such as def loss(outputs, batch): return "
         "{'loss': CrossEntropyLoss()(outputs, batch[1])}",
+        "[mine.mse, mine.mse]": "named.yaml:11: trainer.loss: ['mine.mse', 'mine.mse'] is a list; a single function",
         "mine.criterion": "return {'loss': CrossEntropyLoss()(outputs, batch[1])}",
     },
     "METRIC": {
@@ -304,9 +333,16 @@ REFUSED = {
         "metric twice; remove one or give it another name",
     },
     "COUNT": {"{kind: mine.count, per: 1.5}": "named.yaml:6: data.batch_size.per: 1.5 is not a whole number"},
+    "MODEL": {"{kind: mine.Painted, color: rad}": "named.yaml:2: model.color: 'rad' is not one of 'red', 2, PLAIN"},
+    "DATA": {"{kind: mine.positional}": "data.train.kind: 'mine.positional' is of type partial, expected a dataset",
+             "{kind: mine.Points, parts: [{kind: mine.mse}]}": "data.train.parts[0].kind: 'mine.mse' is a function, "
+             "expected a part of another object: a class of yours, a dataset or a model; for the function itself, "
+             "annotate the parameter as Callable"},
     "HANDLER": {"{kind: mine.ring, volume: 3}": "run.handlers.mine.Ring.volume: unknown setting; known are times"},
     "CALLBACK": {"{kind: noether.core.callbacks.MetricCallback, every_n_epochs: 1, dataset_key: val, metric: mine.los}":
                  "callbacks[0].metric: 'mine.los': 'mine' has no 'los'; did you mean",
+                 "{kind: mine.Watch, metric: accuracy, others: [[accuracy]]}": "others[0]: ['accuracy'] is "
+                 "not text or a function, given as its dotted path or as {kind: ...}",
                  "{kind: mine.Watch, metric: {kind: mine.within, tol: much}}": "named.yaml:14: callbacks[0].metric."
                  "tol: 'much' is not a number"},
 }  # fmt: skip

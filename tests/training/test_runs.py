@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -124,6 +125,8 @@ def test_output_moves_a_resumed_run():
         ("trainer", "max_epohcs", 3, "trainer.max_epohcs: unknown setting; did you mean 'max_epochs'?"),
         ("optimizer", "lr", "fast", "optimizer.lr: 'fast' is not a number"),
         ("model", "kind", f"{DIGITS}.ConvNte", f"model.kind: '{DIGITS}.ConvNte': '{DIGITS}' has no 'ConvNte'; did you"),
+        ("trainer", "max_epochs", np.int64(0), "trainer.max_epochs: 0 is not a whole number of at least 1"),
+        ("optimizer", "lr", np.float32(-1), "optimizer.lr: -1.0 is not a number of at least 0"),
         ("model", "width", {8}, "model.width: {8} is not a plain value; write a function or class as"),
         ("model", "width", object, "model.width: 'builtins.object' is not a whole number"),
         ("run", 3, "x", "run: the key 3 is not text"),

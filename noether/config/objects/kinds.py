@@ -121,7 +121,9 @@ def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path |
 
 
 def _hint(path: object, target: object, role: Role) -> str:
-    """Return what to write in place of a class, or of an object of torch that takes other arguments."""
+    """Return what to write in place of a class, of a function, or of an object of torch that takes other arguments."""
+    if role is PART and inspect.isroutine(target) and not is_foreign(target):
+        return "; for the function itself, annotate the parameter as Callable; for what it returns, annotate its return"
     if not role.arguments or role is CALLBACK:
         return ""
     if is_from(target, "torch") and (isinstance(target, type) or not inspect.isroutine(target)):
@@ -179,6 +181,8 @@ def _constructs(target: object, base: type) -> bool:
         return issubclass(target, base)
     if is_from(target, "torch"):
         return False
+    if isinstance(target, functools.partial) and not target.args:
+        return _constructs(target.func, base)
     try:
         result = typing.get_type_hints(target).get("return") if inspect.isfunction(target) else None
     except Exception:  # noqa: BLE001 - evaluating an annotation can raise anything

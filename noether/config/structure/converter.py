@@ -7,6 +7,7 @@ are written here because those of cattrs convert values where they can, and do n
 from __future__ import annotations
 
 import dataclasses
+import enum
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -89,6 +90,7 @@ def make_converter() -> Converter:
         (has_origin(Mapping, dict), lambda value, kind: _structure_mapping(converter, value, kind)),
         (has_origin(*_SEQUENCES), lambda value, kind: _structure_sequence(converter, value, kind)),
         (has_origin(typing.Literal), _structure_literal),
+        (lambda kind: isinstance(kind, type) and issubclass(kind, enum.Enum), _structure_member),
         (has_origin(typing.Union, types.UnionType), lambda value, kind: _structure_union(converter, value, kind)),
     )
     for predicate, hook in hooks:
@@ -142,6 +144,19 @@ def _structure_literal(value: object, kind: object) -> object:
     raise InvalidValueError(f"{value!r} is not one of {', '.join(map(repr, choices))}{close}")
 
 
+def _structure_member(value: object, kind: type[enum.Enum]) -> enum.Enum:
+    """Return the member of an enumeration with this value, or else with this name."""
+    found = [value, value.scalar] if isinstance(value, EnvironmentText) else [value]
+    members = [each for each in kind for one in found if each.value == one and type(each.value) is type(one)]
+    members += [each for each in kind if each.name == value]
+    if not members:
+        values = ", ".join(
+            repr(each.value) if isinstance(each.value, (str, int, float)) else each.name for each in kind
+        )
+        raise InvalidValueError(f"{value!r} is not one of {values}")
+    return members[0]
+
+
 def _structure_union(converter: Converter, value: object, kind: object) -> object:
     """Return `value` as the first member that accepts it, trying the value's own type first.
 
@@ -169,6 +184,8 @@ def _type_noun(kind: object) -> str:
         return "a list"
     if has_origin(typing.Literal)(kind):
         return " or ".join(map(repr, typing.get_args(kind)))
+    if is_function_type(kind):
+        return "a function, given as its dotted path or as {kind: ...}"
     return _NOUNS.get(kind) or f"a {type_name(kind)}"
 
 

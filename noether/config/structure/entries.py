@@ -17,10 +17,13 @@ from noether.config.errors import (
     raise_together,
 )
 from noether.config.objects.function_callback import FunctionCallbackFactory
-from noether.config.objects.functions import FunctionKind, MetricKind
+from noether.config.objects.functions import FunctionKind, MetricKind, describe_function
 from noether.config.objects.kinds import (
     CALLBACK,
+    DATASET,
     METRIC,
+    MODEL,
+    OUTPUT_FUNCTION,
     PART,
     SAMPLER,
     Kind,
@@ -71,7 +74,7 @@ class EntryHooks:
             return self.callback(value) if role is CALLBACK else self.kind(value, role)
         if isinstance(value, dict) and kind is not str:
             return self.metric(value) if role is METRIC else self.function(value, role)
-        path: str = self.converter.structure(value, str)
+        path = self.path(value, role)
         if "." in path or not role.has_names:
             self.resolve_function(path, role)
         return path
@@ -82,6 +85,12 @@ class EntryHooks:
             return resolve(path, role, self.allow, self.run_dir)
         except InvalidValueError as error:
             raise NamedObjectError(str(error)) from None
+
+    def path(self, value: object, role: Role) -> str:
+        """Return the text of a path or a name."""
+        if isinstance(value, list) and role is OUTPUT_FUNCTION:
+            raise InvalidValueError(f"{value!r} is a list; a single function may return several, as {{name: loss}}")
+        return str(self.converter.structure(value, str))
 
     def resolve_function(self, path: str, role: Role) -> Any:
         """Return the function at a path without settings."""
@@ -124,7 +133,7 @@ class EntryHooks:
             beside: Settings of the entry that are not the function's.
         """
         if not isinstance(value, dict):
-            path: str = self.converter.structure(value, str)
+            path = self.path(value, role)
             return FunctionKind(path, self.resolve_function(path, role))
         path, target, written = self.read_entry(value, dataclasses.replace(role, fits=partial(can_serve, role=role)))
         written = {name: each for name, each in written.items() if name not in beside}
@@ -241,4 +250,10 @@ class EntryHooks:
             target = self.resolve(path, role)
             check_constructible(path, target)
         raise_together(errors, Kind)
-        return path, target, {name: each for name, each in value.items() if name != "kind"}
+        bound: dict[str, object] = {}
+        if role in (MODEL, DATASET) and isinstance(target, partial):
+            bound = {
+                name: describe_function(each) if callable(each) else each for name, each in target.keywords.items()
+            }
+            target = target.func
+        return path, target, {**bound, **{name: each for name, each in value.items() if name != "kind"}}
