@@ -80,6 +80,40 @@ def test_a_parameter_named_batch_gets_all_of_a_tuple():
     assert model_arguments(TakesBatch(), {"batch": PAIR}) == ((), {"batch": PAIR})  # an entry of this name
 
 
+class TakesBatchOrNothing(Net):
+    def forward(self, batch=None, scale=1.0):
+        return self.body(batch["image"]) * scale
+
+
+class TakesAny(Net):
+    def forward(self, *args):
+        return self.body(args[0]["image"])
+
+
+class TakesOptional(Net):
+    def forward(self, pixels=None):
+        return torch.zeros(4, 1) if pixels is None else self.body(pixels)
+
+
+@pytest.mark.parametrize("model", [TakesBatchOrNothing, TakesAny])
+def test_a_model_that_requires_no_argument_gets_the_whole_batch(model):
+    assert call_model(model(), NAMED).shape == (4, 1)
+    assert model_arguments(TakesAny(), PAIR) == ((PAIR[0],), {})
+
+
+def test_a_model_that_takes_no_entry_of_a_batch_does_not_compute_with_its_defaults():
+    with pytest.raises(
+        TypeError, match=r"TakesOptional.forward\(pixels\) takes none of the entries .* image, label: name"
+    ):
+        call_model(TakesOptional(), NAMED)
+    assert call_model(TakesOptional(), {"pixels": PAIR[0], "label": PAIR[1]}).any()
+
+
+class TakesTensor(Net):
+    def forward(self, batch):
+        return self.body(batch)
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_a_wrapped_model_gets_what_the_model_gets(wrap):
     assert model_arguments(wrap(TakesKeyword()), NAMED) == ((), {"image": NAMED["image"]})
@@ -112,6 +146,7 @@ class Counts(Net):
             PAIR,
             "in the call of TakesTwo.forward(x, y) for the batch [(4, 2) float32, (4, 1) float32]: of a tuple",
         ),
+        (TakesTensor, PAIR, "named batch gets the whole batch: rename it to get the inputs alone"),
         (TakesKeyword, PAIR, "in the call of TakesKeyword.forward(*, image) for the batch"),
         (
             Net,
@@ -119,7 +154,7 @@ class Counts(Net):
             "in the call of Net.forward(x) for the batch {image: (4, 2) float32, label: (4, 1) float32}: of a",
         ),
     ],
-    ids=["shape", "index", "dtype", "kind", "two-arguments", "keyword", "unnamed-entry"],
+    ids=["shape", "index", "dtype", "kind", "two-arguments", "named-batch", "keyword", "unnamed-entry"],
 )
 def test_an_error_of_a_model_names_the_module_and_its_inputs(model, batch, note):
     network = model()

@@ -215,7 +215,11 @@ def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
 
     A tuple or list is `(inputs, *targets)`: the model gets the first entry. From a mapping the model gets the entries
     that its `forward` names. Any other batch is passed unchanged. A `forward` that requires one argument only gets the
-    whole batch if that is named `batch`, or annotated as a mapping and the batch is one.
+    whole batch if that is named `batch`, or annotated as a mapping and the batch is one. So does a first parameter
+    named `batch` if none is required, and `forward(*args)` for a mapping.
+
+    Raises:
+        TypeError: If `forward` requires no argument, and no entry of a mapping is one of its parameters.
 
     Example:
         >>> import torch
@@ -234,9 +238,26 @@ def model_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
     signature = _signature_of(model)
     if signature.names is None:
         return (), dict(batch)
-    if (signature.takes_batch or signature.takes_mapping) and signature.required not in batch:
+    if (signature.takes_batch or signature.takes_mapping) and signature.first not in batch:
         return (batch,), {}
-    return (), {name: batch[name] for name in signature.names if name in batch}
+    named = {name: batch[name] for name in signature.names if name in batch}
+    if not named and signature.names and not signature.is_required:  # it would compute with its defaults
+        raise TypeError(
+            f"{type(model).__name__}.forward({', '.join(signature.names)}) takes none of the entries of the batch, "
+            f"{', '.join(map(str, batch))}: name its parameters as the entries, or a single one batch to get all"
+        )
+    return (), named
+
+
+def takes_whole_batch(model: nn.Module) -> bool:
+    """Return whether the parameter of `forward` is named `batch`, so that it gets all of a tuple, too.
+
+    Example:
+        >>> import torch
+        >>> takes_whole_batch(torch.nn.Linear(3, 1))
+        False
+    """
+    return _signature_of(model).takes_batch
 
 
 class _Signature(NamedTuple):
@@ -244,13 +265,15 @@ class _Signature(NamedTuple):
 
     Args:
         names: Names of its parameters; None if it accepts any keyword.
-        required: The parameter without default, if there is one only.
-        takes_batch: Whether that is the whole batch.
-        takes_mapping: Whether that is annotated as a mapping.
+        first: The parameter without default, if there is one only; the first one if all have a default.
+        is_required: Whether a parameter has no default.
+        takes_batch: Whether the first one is the whole batch.
+        takes_mapping: Whether that is annotated as a mapping, or there are only variadic ones.
     """
 
     names: tuple[str, ...] | None
-    required: str | None
+    first: str | None
+    is_required: bool
     takes_batch: bool
     takes_mapping: bool
 
@@ -269,14 +292,19 @@ def _read_method(function: Callable[..., Any]) -> _Signature:
 
 def _read_signature(function: Callable[..., Any], *, bound: bool = True) -> _Signature:
     parameters = list(inspect.signature(function).parameters.values())[0 if bound else 1 :]
-    required = [p for p in parameters if p.default is p.empty and p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]
-    only = required[0] if len(required) == 1 and required[0].kind is not required[0].KEYWORD_ONLY else None
+    variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    named = [p for p in parameters if p.kind not in variadic]
+    required = [p for p in named if p.default is p.empty]
+    only = next(iter(required or named), None) if len(required) <= 1 else None
+    only = None if only is not None and only.kind is only.KEYWORD_ONLY else only
+    takes_any = not named and any(p.kind is p.VAR_POSITIONAL for p in parameters)
     has_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return _Signature(
-        names=None if has_any else tuple(p.name for p in parameters),
-        required=None if only is None else only.name,
+        names=None if has_any else tuple(p.name for p in named),
+        first=None if only is None else only.name,
+        is_required=bool(required),
         takes_batch=only is not None and only.name == "batch",
-        takes_mapping=only is not None and _is_mapping(_annotation(function, only)),
+        takes_mapping=takes_any or (only is not None and bool(required) and _is_mapping(_annotation(function, only))),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.func import functional_call
 
-from noether.core.tensors.batch import model_arguments
+from noether.core.tensors.batch import model_arguments, takes_whole_batch
 from noether.core.tensors.losses import name_of, read_losses
 from noether.core.tensors.module import named_modules
 
@@ -153,7 +153,10 @@ def _describe_place(error: Exception, model: nn.Module, batch: Any) -> str:
         described = type(module).__name__
     where = f"{path or 'forward of the model'} ({described})"
     called = ", ".join(f"{name} {describe_value(value)}" for name, value in _arguments(forwards[-1]))
-    return f"in {where}, called with {called}"
+    whole = ""
+    if isinstance(batch, (tuple, list)) and takes_whole_batch(model):
+        whole = "; a parameter of forward named batch gets the whole batch: rename it to get the inputs alone"
+    return f"in {where}, called with {called or 'other arguments'}{whole}"
 
 
 def _owner(frame: FrameType) -> Any:

@@ -169,9 +169,9 @@ def _describe_loss(name: object, value: object, function: Callable[..., Any]) ->
         return f"{where}, whose name is not text: return losses by name, such as {{'mse': mse}}"
     if not isinstance(value, Tensor):
         fix = ", without .item()" if isinstance(value, (int, float)) else ""
-        return (
-            f"{where} as {'None' if value is None else f'a {type(value).__name__}'}: return a 0-dimensional tensor{fix}"
-        )
+        kind = type(value).__name__
+        found = "None" if value is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+        return f"{where} as {found}: return a 0-dimensional tensor{fix}"
     if value.ndim:
         return f"{where} of shape {tuple(value.shape)}, but it must be one real number: take the mean, {name}.mean()"
     return f"{where} of type {value.dtype}, but it must be one real number of floating point"
