@@ -26,8 +26,9 @@ Differences from noether's own trainer:
   noether checkpoint has to be from the end of an epoch. Load checkpoints of ignite as in any ignite script.
 - The order of a shuffling loader and dropout are drawn from the global random generators. Their states, those of
   generators that the model or the loader holds, and the seed of a `DeterministicEngine` are in the checkpoints, so a
-  resume is exact. Two exceptions: inside of an epoch, a dataset without workers that draws random numbers, and an
-  `Engine` whose `epoch_length` is not that of the loader, of which a warning at the resume tells.
+  resume is exact. Three exceptions: inside of an epoch, a dataset without workers that draws random numbers; and two
+  that a warning at the resume names: an `Engine` whose `epoch_length` is not that of the loader, and one whose loader
+  has no workers and draws its order from a generator of its own, as `DataLoader(shuffle=True, generator=...)` does.
 - A scheduler of the learning rate resumes from noether's checkpoints if `attach` received it; otherwise a resume refuses
   torch's schedulers. The user saves schedulers of other settings.
 - The scale of a `GradScaler` is in noether's checkpoints if `attach` received the scaler.
@@ -41,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import ignite.distributed as idist
 from ignite.engine import DeterministicEngine, Events
+from torch.utils.data import RandomSampler
 
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
@@ -263,4 +265,17 @@ class _Handlers:
                 f"the run resumes at {at}, iteration {expected}, in the midst of the loader, and Engine reads it from "
                 "its first batch: use DeterministicEngine, or resume at the end of an epoch that reads all batches"
             )
+        if self._session.stop is None and not skips and _draws_order_late(engine.state.dataloader):
+            warn(
+                f"the run resumes at {at}, and Engine draws from the generator of the loader's RandomSampler once more "
+                "as it leaves an epoch, so the order differs from that of the uncut run: use DeterministicEngine, or a "
+                "DataLoader without generator="
+            )
         return is_full
+
+
+def _draws_order_late(loader: Any) -> bool:
+    """Return whether a loader draws from a generator of its own where it is asked for a batch after the last one."""
+    sampler = getattr(loader, "sampler", None)
+    is_own = isinstance(sampler, RandomSampler) and sampler.generator is not None and not sampler.replacement
+    return is_own and not loader.num_workers

@@ -271,6 +271,30 @@ def test_shuffling_and_dropout_resume_exactly_or_with_a_warning(name, resume, cu
         assert_same(weights(model), uncut_weights(name, uncut_folder(name)))
 
 
+@pytest.mark.parametrize("kind", ["Engine", "DeterministicEngine"])
+def test_ignite_says_where_a_generator_of_the_loader_gives_another_order(kind, tmp_path, monkeypatch):
+    plain = loader
+
+    def loader_with_generator():
+        made = plain()
+        made.sampler.generator = torch.Generator().manual_seed(3)
+        return made
+
+    monkeypatch.setitem(globals(), "loader", loader_with_generator)
+    seed_all(7)
+    with open_silent(tmp_path) as directory, pytest.raises(CutError):
+        train_ignite(directory, tmp_path, 8, None, kind=kind)
+    seed_all(8)
+    is_warned = kind == "Engine"
+    warned = pytest.warns(ResumeWarning, match="RandomSampler once more") if is_warned else nullcontext()
+    with open_silent(tmp_path) as directory, warned:
+        resumed = train_ignite(directory, tmp_path, None, "noether", kind=kind)
+    if not is_warned:
+        with open_silent(tmp_path / "uncut") as directory:
+            seed_all(7)
+            assert_same(weights(train_ignite(directory, tmp_path, None, None, kind=kind)), weights(resumed))
+
+
 @pytest.fixture(scope="module")
 def uncut_folder(tmp_path_factory):
     return cache(lambda name: tmp_path_factory.mktemp("uncut"))
