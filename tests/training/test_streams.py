@@ -46,6 +46,18 @@ class Sized(Stream):
         return self.length
 
 
+class Rewound(Sized):
+    """After the last sample it is at its end, and at the start again once a caller asked for one more."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        while self.at < self.length:
+            self.at += 1
+            if info is None or self.at % info.num_workers == info.id:
+                yield self.sample(self.at - 1)
+        self.at = 0
+
+
 class Whole(Sized):
     shares = False
 
@@ -56,7 +68,7 @@ class Constant(Whole):
 
 
 def make_data(kind, workers, **options):
-    run_samples = None if kind is Sized else 3 * UPDATES
+    run_samples = None if kind in {Sized, Rewound} else 3 * UPDATES
     return StreamedData(
         kind(**options), seed=5, effective_batch_size=3, max_batch_size=2, num_workers=workers, name="train",
         run_samples=run_samples,
@@ -95,6 +107,18 @@ def test_a_run_that_is_cut_anywhere_reads_the_same_samples(kind, workers):
         assert_same(rest, whole[cut:])
         assert_same(ends[-1].callback_states, states[-1].callback_states)
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_may_be_at_its_end_after_the_last_sample(workers):
+    whole, states = read(make_data(Rewound, workers))
+    assert [sorted(int(x[0]) for batch in whole[start : start + 4] for x in batch) for start in (0, 4)] == [
+        [*range(11)]
+    ] * 2
+    for cut in range(3, 6):
+        rest, ends = read(make_data(Rewound, workers), states[cut], UPDATES - cut)
+        assert_same(rest, whole[cut:])
+        assert_same(ends[-1].callback_states, states[-1].callback_states)
 
 
 def test_workers_that_each_read_the_whole_stream_are_refused_at_once():

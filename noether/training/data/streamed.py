@@ -30,8 +30,9 @@ class StreamedData:
     """An `IterableDataset` in batches; `TrainingData` does the same for datasets that are read by index.
 
     `dataset.state_dict()` returns its position; `load_state_dict()` and a new iterator continue from there. After the
-    last sample of an epoch, the position is the start of the next one. The object is also a callback, so that the
-    reducer fills in its memory before training and accepts that memory on resume.
+    last sample of an epoch, the position is the start of the next one, or the end: then a new iterator yields nothing,
+    and the one after it begins the next epoch. The object is also a callback, so that the reducer fills in its memory
+    before training and accepts that memory on resume.
 
     A dataset without `__len__` is read again whenever it ends, and the run is one epoch.
 
@@ -90,7 +91,9 @@ class StreamedData:
             self._reader = WorkerStreamReader(dataset, seed, workers=num_workers, size=size, name=name)
         self._start = self._reader.position()
         self._position: Memory = None
-        self._ended_at: int | None = None  # samples of the run when the stream last ended
+        self._ended_at: int | None = (
+            None  # the epoch or, without a length, the sample of the run at which the stream last ended
+        )
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:  # noqa: ARG002  # a callback takes both
         """Return the state as it is."""
@@ -138,7 +141,9 @@ class StreamedData:
             sample = self._reader.read(epoch, index)
         except StopIteration:
             self._refuse_end(epoch, index)
-            _LOGGER.info("%s ended after %d samples of the run: it is read again", type(self._dataset).__name__, index)
+            if not self._has_length:
+                name = type(self._dataset).__name__
+                _LOGGER.info("%s ended after %d samples of the run: it is read again", name, index)
             self._reader.begin()
             return self._sample(epoch, index)
         except Exception as error:
@@ -148,20 +153,26 @@ class StreamedData:
         return sample
 
     def _refuse_end(self, epoch: int, index: int) -> None:
-        """Refuse an end before the length of the stream, and a stream without a length that yields nothing."""
+        """Refuse an end before the length of the stream, and a stream that yields nothing.
+
+        At the first sample of an epoch, the position may be the end of the epoch before: the stream is read again.
+        """
         name = type(self._dataset).__name__
-        if self._has_length:
+        if self._has_length and index == 0 and self._ended_at != epoch:
+            self._ended_at = epoch
+        elif self._has_length:
             raise ValueError(
                 f"{name} ended after {index} samples of epoch {epoch}, but its __len__ is {self.batching.length}: "
                 "return from __len__ the number of samples that __iter__ yields in every epoch; after the last of them "
                 "state_dict() has to be the start of the next epoch"
             ) from None
-        if index == self._ended_at:
+        elif index == self._ended_at:
             raise ValueError(
                 f"{name} yields no sample, after {index} samples of the run: after its last sample, state_dict() has "
                 "to be the start of the next pass, in which __iter__ yields samples again"
             ) from None
-        self._ended_at = index
+        else:
+            self._ended_at = index
 
 
 @final
