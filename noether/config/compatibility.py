@@ -79,6 +79,7 @@ _LOG: Final = (
 )
 _TRACKER: Final = "write run.wandb: {project: NAME, mode: offline}, or run.tensorboard: true"
 _PROPERTIES: Final = "the model gets the batch: choose what it reads in the dataset, the model's forward or the loss"
+_CHECKPOINT: Final = "write run.init_from: {path: CHECKPOINT, leave_out: [PATTERN, ...]}"
 _DATASET: Final = "write it as a setting of each dataset in data"
 
 TRAINER: Final = Translation(
@@ -128,11 +129,16 @@ SECTIONS: Final = Translation(
         "dataset_root": _DATASET,
         "dataset_statistics": _DATASET,
         "datasets": "write data, with the datasets by key",
+        "defaults": "write all settings in one file; parts that several files share can be given by --set",
         "devices": "write trainer.device, such as cuda:1",
         "name": "write run.name",
         "num_workers": "write trainer.num_workers",
         "output_path": "write run.output",
         "resume_checkpoint": _RESUME,
+        "resume_output_path": _RESUME,
+        "resume_patterns_to_instantiate": _CHECKPOINT,
+        "resume_patterns_to_remove": _CHECKPOINT,
+        "resume_patterns_to_rename": "write run.init_from: {path: CHECKPOINT, prefix: PREFIX}",
         "resume_run_id": _RESUME,
         "resume_stage_name": _RESUME,
         "run_id": "the time at which a run starts is its id; name it by run.name",
@@ -233,7 +239,8 @@ def translate(
 
     Args:
         translation: The translation of the section.
-        settings: Settings as YAML has them. Null counts as left out for a setting that is translated.
+        settings: Settings as YAML has them. Null counts as left out for a setting that is translated; for one that is
+            refused, an empty mapping and `disabled` do, too.
         without_effect: First words of the warning about a setting without effect.
 
     Example:
@@ -243,6 +250,7 @@ def translate(
     renamed, ignored, replaced = translation.renamed, translation.ignored, translation.replaced
     nullable = {*renamed, *ignored, *replaced}
     given = {name: value for name, value in settings.items() if value is not None or name not in nullable}
+    given = {name: value for name, value in given.items() if name not in replaced or value not in _OFF}
     refusals = [Problem(name, f"is no setting here: {replaced[name]}") for name in given if name in replaced]
     refusals += [
         Problem(name, f"is an older name of {renamed[name]}, which is given too; leave it out")
@@ -256,6 +264,9 @@ def translate(
         Problem(name, f"{without_effect} and is left out: {ignored[name]}") for name in given if name in ignored
     ]
     return translated, warnings, refusals
+
+
+_OFF: Final[tuple[object, ...]] = ({}, "disabled")
 
 
 def _translate_value(translation: Translation, name: str, value: Any) -> Any:

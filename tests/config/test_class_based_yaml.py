@@ -121,6 +121,7 @@ def test_a_path_that_exists_stays(path):
         ({"precision": "fp32"}, {"precision": "float32"}),
         ({"precision": "bf16"}, {"precision": "bfloat16"}),
         ({"precision": "fp16"}, {"precision": "float16"}),
+        ({"tracker": "disabled", "initializer": {}}, {}),
         ({"max_updates": None, "tracker": None, "start_at_epoch": None, "skip_nan_loss": None}, {}),
     ],
 )
