@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.config.errors import ConfigError, InvalidValueError, LocatedProblem, format_path
-from noether.config.source import MAX_BYTES, MAX_LEVELS, MAX_NODES, EnvironmentText
+from noether.config.yaml_values import MAX_BYTES, MAX_LEVELS, MAX_NODES, EnvironmentText
 from noether.core.errors import suggest
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from noether.config.objects.kinds import Kind
 from noether.config.optimizer_settings import SETTINGS_OF_ALL, ScheduleSettings
 from noether.config.references import escape_references
 from noether.config.schema import CheckpointSettings, Config, EvaluateSettings, OptimizerSettings
-from noether.config.source import SCALARS
+from noether.config.yaml_values import SCALARS
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from noether.config.errors import ConfigError, InvalidValueError, LocatedProblem, Place
 from noether.config.objects.functions import describe_function
-from noether.config.source import MAX_LEVELS, Source
+from noether.config.source import Source
+from noether.config.yaml_values import MAX_LEVELS
 
 if TYPE_CHECKING:
     from noether.config.errors import SettingPath

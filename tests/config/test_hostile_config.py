@@ -190,7 +190,7 @@ FORBIDDEN = [
     "noether.effects.disk.calls.os.system",
     "noether.effects.disk.calls.sys.modules",
     "noether.config.objects.import_policy.importlib.import_module",
-    "noether.config.source.yaml.unsafe_load",
+    "noether.config.yaml_values.yaml.unsafe_load",
     "shop.torch.os.system",
     "shop.Net.__init__.__globals__",
     "shop.Net.__subclasses__",

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noether.config import ConfigError
-from noether.config.source import MAX_NODES, apply_overrides, parse, read
+from noether.config.source import apply_overrides, parse, read
+from noether.config.yaml_values import MAX_NODES
 
 
 def refusal(text):

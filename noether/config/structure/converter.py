@@ -20,8 +20,8 @@ from cattrs import Converter
 from cattrs.errors import IterableValidationError
 
 from noether.config.errors import InvalidValueError, LocatedProblem, collect_errors, problems_in, type_name
-from noether.config.source import EnvironmentText
 from noether.config.structure.construction import construct
+from noether.config.yaml_values import EnvironmentText
 from noether.core.errors import suggest
 
 if TYPE_CHECKING:
