@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from noether import Run, TrainingIteration
 from noether.testing import same
+from noether.training.data.batches import collate
 from noether.training.data.indexed import EvaluationData, TrainingData, epoch_order
 
 SEED = 7
@@ -355,3 +356,11 @@ def test_warnings_are_errors():
     """The tests with workers rely on it."""
     with pytest.raises(UserWarning, match="as if"):
         warnings.warn("as if", UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("second", [None, torch.zeros(2)], ids=["another type", "another shape"])
+def test_samples_that_torch_cannot_collate_are_answered_with_what_to_write(second):
+    with pytest.raises((TypeError, RuntimeError)) as raised:
+        collate([], [torch.zeros(3), second])
+    (note,) = raised.value.__notes__
+    assert note.endswith("for other samples, give list a method collate(samples) that returns a batch")

@@ -148,10 +148,17 @@ class SampleCounter:
 
 def collate(dataset: Any, samples: list[Any]) -> Any:
     """Return a batch of samples, made by the dataset's own `collate` if it has one."""
+    own = collate_of(dataset)
     try:
-        return (collate_of(dataset) or default_collate)(samples)
+        return (own or default_collate)(samples)
     except Exception as error:
-        error.add_note(f"while collating {len(samples)} samples into a batch")
+        note = f"while collating {len(samples)} samples into a batch"
+        if own is None:
+            note += (
+                "; torch collates tensors of one shape, numbers, texts, and tuples and dicts of these: for other "
+                f"samples, give {type(dataset).__name__} a method collate(samples) that returns a batch"
+            )
+        error.add_note(note)
         raise
 
 
