@@ -77,7 +77,7 @@ def _interval_warning(config: Config, planned: PlannedCallback, run: Run) -> Loc
     if is_listed and isinstance(planned.callback, PeriodicCallback) and not planned.firings.count:
         fix += ", or at_end: true"
     path = planned.path if is_listed else planned.path[:-1]  # all evaluations share one interval
-    return _warning(config, (*path, name), f"the run does not reach {value}, so {fires}: {end}; {fix}")
+    return _warning(config, (*path, name), f"the run does not reach {counter} {value}, so {fires}: {end}; {fix}")
 
 
 def _interval_setting(planned: PlannedCallback) -> tuple[str | None, int | None]:

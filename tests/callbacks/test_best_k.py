@@ -58,6 +58,6 @@ def test_a_checkpoint_that_is_among_the_best_is_requested_with_the_weights_that_
     assert (measured.tag, measured.weights_of) == ("E2_U0_S0.ema=0.5", "ema=0.5")
 
 
-def test_a_number_below_one_is_refused():
+def test_keep_below_one_is_refused():
     with pytest.raises(SettingsError, match="keep: 0 is not a whole number of at least 1"):
         best(keep=0)

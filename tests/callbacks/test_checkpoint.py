@@ -113,7 +113,7 @@ def test_the_forecast_before_training(settings, state, text):
     assert callback(state, BeforeTraining(run=RUN, resumed=True)) == (state, (LogText(text),))
 
 
-def test_one_small_checkpoint_is_forecast_in_words_that_fit():
+def test_one_small_checkpoint_is_forecast_in_the_singular_and_in_bytes():
     callback = CheckpointCallback(every_n_epochs=9, id="c", save_latest_optim=False)
     state = TrainState(params={"w": torch.zeros(300)})
     assert callback(state, BeforeTraining(run=RUN))[1] == (

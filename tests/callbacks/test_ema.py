@@ -293,7 +293,7 @@ def test_unknown_weights_are_refused_with_the_known_ones():
         ),
     ],
 )
-def test_a_number_to_keep_without_meaning_is_refused(settings, problem):
+def test_a_keep_without_meaning_is_refused(settings, problem):
     with pytest.raises(SettingsError) as refused:
         ema(**settings)
     assert [str(each) for each in refused.value.problems] == [problem]

@@ -86,7 +86,7 @@ def test_a_checkpoint_that_does_not_exist_is_answered_with_names_and_keys(run_of
         store.find("best_model.val/recall@11")
 
 
-def test_tensors_stay_in_the_run_whatever_their_name(run_of_all_keys):
+def test_tensors_of_any_name_stay_inside_of_the_run(run_of_all_keys):
     found = [path.relative_to(run_of_all_keys) for path in run_of_all_keys.rglob("val.safetensors")]
     assert list(map(str, found)) == ["tensors/.%2E/worst%2010%25/val.safetensors"]
 

@@ -135,8 +135,8 @@ WARNED = {
     "an interval longer than the run": (
         [("every_n_updates: 10", "every_n_updates: 100")],
         (
-            ":28: callbacks[0].every_n_updates: the run does not reach 100, so ProgressCallback/U100 never fires: "
-            f"{END}; write at most 76, or at_end: true"
+            ":28: callbacks[0].every_n_updates: the run does not reach update 100, so ProgressCallback/U100 never "
+            f"fires: {END}; write at most 76, or at_end: true"
         ),
     ),
     "an evaluation interval longer than the run": (
@@ -146,22 +146,22 @@ WARNED = {
             (BEST, BEST.replace("every_n_epochs: 1", "every_n_updates: 99")),
         ],
         (
-            ":25: trainer.evaluate.every_n_updates: the run does not reach 99, so EvaluateCallback/U99/val never "
-            f"fires: {END}; write at most 76"
+            ":25: trainer.evaluate.every_n_updates: the run does not reach update 99, so EvaluateCallback/U99/val "
+            f"never fires: {END}; write at most 76"
         ),
     ),
     "epochs of a run that ends before the first": (
         [("max_epochs: 2", "max_updates: 30"), ("every_n_updates: 5", "every_n_epochs: 1")],
         (
-            ":30: callbacks[1].every_n_epochs: the run does not reach 1, so OnlineLossCallback/E1 never fires: "
+            ":30: callbacks[1].every_n_epochs: the run does not reach epoch 1, so OnlineLossCallback/E1 never fires: "
             "the run ends at E0_U30_S960; count in updates instead, or at_end: true"
         ),
     ),
     "checkpoints at the end only": (
         [("    every_n_epochs: 1\n    save_weights", "    every_n_epochs: 3\n    save_weights")],
         (
-            ":35: callbacks[3].every_n_epochs: the run does not reach 3, so CheckpointCallback/E3 fires only at the "
-            f"end: {END}; write at most 2"
+            ":35: callbacks[3].every_n_epochs: the run does not reach epoch 3, so CheckpointCallback/E3 fires only at "
+            f"the end: {END}; write at most 2"
         ),
     ),
     "last weights saved only if a metric is good": (

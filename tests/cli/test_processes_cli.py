@@ -14,7 +14,7 @@ from noether.session.processes import ProcessesError
         ("eval missing", True), ("plan small.yaml", False), ("validate small.yaml", False), ("callbacks", False),
     ],
 )  # fmt: skip
-def test_only_what_trains_or_evaluates_is_refused_in_one_line(words, refused, tmp_path, monkeypatch):
+def test_only_commands_that_train_or_evaluate_are_refused_in_one_line(words, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "small.yaml").write_text(SMALL)
     (tmp_path / "missing").mkdir()

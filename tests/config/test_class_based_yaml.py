@@ -1,4 +1,4 @@
-"""YAML of the class-based framework: module paths, the trainer's settings, the layout, and what counts otherwise."""
+"""YAML of the class-based framework: module paths, settings of the trainer, layout, and `tolerances`."""
 
 import dataclasses
 import warnings

@@ -86,7 +86,7 @@ def test_a_reference_stands_for_the_value_that_is_written(tree, path):
     ("$a {a} $ {a} }", "$a {a} $ {a} }"),
     ("${s.literal}", "${a}"),
 ])  # fmt: skip
-def test_what_a_reference_stands_for(written, value):
+def test_a_reference_resolves_to_the_value_that_it_names(written, value):
     section = {"on": True, "none": None, "list": [4, 5], "inner": {"deep": 6}, "key": "deep", "again": "${s.inner}",
                "variable": "NAME", "literal": "$${a}", "beside": "b", "value": written}  # fmt: skip
     found = resolve(json.dumps({"a": 3, "s": section}))["s"]["value"]

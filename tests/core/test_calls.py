@@ -1,4 +1,4 @@
-"""What a model gets of a batch, and what a first mistake in a model or a loss is answered with."""
+"""Arguments that a model gets from a batch, and messages for first mistakes in a model or a loss."""
 
 from __future__ import annotations
 

@@ -470,7 +470,7 @@ def test_the_plan_ends_at_a_fixed_stop(folder, monkeypatch):
     assert [each.firings.count for each in plan.callbacks[1:3]] == [1, 0]
     (warning,) = plan.warnings
     assert str(warning).endswith(
-        "the run does not reach 3, so FixedUpdateEarlyStopping/stop_at_epoch=3 never fires: "
+        "the run does not reach epoch 3, so FixedUpdateEarlyStopping/stop_at_epoch=3 never fires: "
         "the run ends at E1_U13_S50; write at most 1"
     )
 

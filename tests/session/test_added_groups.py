@@ -126,7 +126,7 @@ def test_a_group_is_there_when_the_loop_asks_for_it(tmp_path):
     assert not net[1].weight.requires_grad
 
 
-def test_what_a_resumed_process_froze_is_said(tmp_path):
+def test_parameters_that_a_resumed_process_froze_are_named(tmp_path):
     train_session(tmp_path, "sgd", [], 1)
     net, optimizer = make("sgd")
     net.requires_grad_(False)

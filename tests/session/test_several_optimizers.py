@@ -1,4 +1,4 @@
-"""Runs with several optimizers: each is saved under its name and resumed exactly; what none of them holds is named."""
+"""Runs with several optimizers: each is saved under its name and resumed exactly; a warning names what none holds."""
 
 import copy
 

@@ -74,7 +74,7 @@ def test_a_branch_continues_with_other_settings_and_can_be_resumed(tiny_module, 
         ({"checkpoint": "E1", "into": "b", "drop_memory": ["x"]}, "--drop-memory x: the run has no such memory"),
     ],
 )
-def test_what_is_refused_leaves_no_branch(tiny_module, settings, message):
+def test_a_refused_branch_leaves_no_directory(tiny_module, settings, message):
     run = make_run()
     before = contents(Path())
     with pytest.raises(ConfigError) as error:

@@ -47,7 +47,7 @@ def names(config):
         ),
     ],
 )
-def test_losses_are_logged_and_the_newest_and_the_best_are_kept(tiny_module, config, updates, best):
+def test_losses_are_logged_and_the_newest_and_the_best_checkpoint_are_kept(tiny_module, config, updates, best):
     run = noether.train(config)
     lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     values = {line["update"]: line["metrics"][best] for line in lines if best in line["metrics"]}
@@ -59,7 +59,7 @@ def test_losses_are_logged_and_the_newest_and_the_best_are_kept(tiny_module, con
     assert {each.iteration.update for each in store.manifests()} == set(saved.values())
 
 
-def test_a_run_lists_them_in_its_configuration_and_resumes_with_them(tiny_module):
+def test_a_run_lists_default_callbacks_in_its_configuration_and_resumes_with_them(tiny_module):
     run = noether.train(without_callbacks(VAL, max_epochs=1))
     written = yaml.safe_load((run.directory / "config.yaml").read_text())["callbacks"]
     assert [each["kind"].rpartition(".")[2] for each in written] == [*LOGS, "OfflineLossCallback", *SAVES]
@@ -93,7 +93,7 @@ def test_a_run_lists_them_in_its_configuration_and_resumes_with_them(tiny_module
         ),
     ],
 )
-def test_what_trainer_evaluate_measures_is_not_measured_again(tiny_module, evaluate, best):
+def test_default_callbacks_do_not_repeat_measures_of_trainer_evaluate(tiny_module, evaluate, best):
     config = load_values(without_callbacks(VAL, evaluate=evaluate))
     assert names(config) == [*LOGS, *SAVES]
     settings = config.callbacks[-2].settings
@@ -119,7 +119,7 @@ def test_trainer_evaluate_and_the_default_callbacks_train_together(tiny_module):
         ),
     ],
 )
-def test_default_stands_for_them_and_an_empty_list_for_none(tiny_module, listed, expected):
+def test_default_stands_for_the_default_callbacks_and_an_empty_list_for_none(tiny_module, listed, expected):
     text = yaml.safe_dump(without_callbacks()) + listed
     assert names(from_source(parse(text, "a.yaml"))) == expected
 
@@ -180,6 +180,6 @@ def test_a_mistake_is_located_where_it_was_written(tiny_module, listed, message)
     assert str(refused.value) == message
 
 
-def test_another_loop_loads_them_by_name(tmp_path):
+def test_another_loop_loads_default_callbacks_by_name(tmp_path):
     (tmp_path / "callbacks.yaml").write_text("callbacks: default\n")
     assert [type(each).__name__ for each in load_callbacks(tmp_path / "callbacks.yaml").members] == [*LOGS, *SAVES]

@@ -211,7 +211,7 @@ TRAIN = {"every_n_updates": 50, "dataset_key": "train"}
         ),
     ],
 )  # fmt: skip
-def test_what_two_datasets_share_is_measured_once(callbacks, passes):
+def test_two_callbacks_that_measure_one_key_are_run_once(callbacks, passes):
     def say(state, event):
         return state, ()
 

@@ -199,7 +199,7 @@ def test_a_new_head_starts_as_initialized(tmp_path):
 
 @settings(max_examples=40)
 @given(st.sets(st.sampled_from(sorted(Net().state_dict()))), st.sets(st.sampled_from(["fc.weight", "fc.bias", "x"])))
-def test_what_an_error_says_to_write_makes_the_weights_fit(tmp_path_factory, missing, unexpected):
+def test_the_settings_that_an_error_suggests_make_the_weights_fit(tmp_path_factory, missing, unexpected):
     weights = {name: each for name, each in filled(Net()).items() if name not in missing}
     assume(weights)
     path = save(tmp_path_factory.mktemp("w") / "w.pt", {**weights, **{name: torch.zeros(1) for name in unexpected}})

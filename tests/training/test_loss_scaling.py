@@ -134,7 +134,7 @@ def test_the_scale_never_becomes_infinite():
     assert scaling.advance(TrainState(), finite=True).memory("grad_scaler")["scale"] == 2.0**127
 
 
-def test_what_float16_cannot_train_is_named(monkeypatch):
+def test_a_model_that_float16_cannot_train_is_named(monkeypatch):
     cpu = torch.device("cpu")
     assert find_float16_problem(cpu, {"weight": torch.zeros(1)}) is None
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: torch.no_grad())

@@ -90,7 +90,7 @@ def test_the_order_of_a_sampler_is_a_function_of_seed_and_epoch(name):
     (lambda: 3, "returns 3: return an iterable of indices"),
     (lambda: [[0, 1], [2, 3, 4]], "yields a batch of 2 samples, and trainer.effective_batch_size is 5: yield batches"),
 ])  # fmt: skip
-def test_what_is_no_order_of_an_epoch_is_refused(target, message):
+def test_a_sampler_that_yields_no_order_of_an_epoch_is_refused(target, message):
     with pytest.raises(SamplerError, match=f"^mine.sampler {message}"):
         SamplerOrder(Kind("mine.sampler", target), DATA, seed=0, effective_batch_size=5)(1)
 
@@ -162,7 +162,7 @@ def test_a_run_that_is_cut_reads_the_same_samples(order):
     ({"sampler": {**WEIGHTED, "weights": [0] * 8 + [1]}}, "tiny.Data", r"trainer.sampler: .* yields 8, which is no"),
     ({"sampler": "tiny.nothing"}, "tiny.Data", r"trainer.sampler\S*: .*nothing"),
 ])  # fmt: skip
-def test_an_order_that_cannot_be_is_refused_at_its_setting(trainer, data, message):
+def test_an_order_that_the_data_cannot_have_is_refused_at_its_setting(trainer, data, message):
     config = {**configure(**trainer), "data": {"train": {"kind": data}}}
     with pytest.raises(ConfigError, match=message):
         build(from_source(source_from_values(config)))

@@ -1,4 +1,4 @@
-"""Whatever chooses parameters by name takes each name of a tied one: parts, averages, groups and saved weights."""
+"""Settings that choose parameters by name accept each name of a tied one: parts, averages, groups, saved weights."""
 
 from pathlib import Path
 

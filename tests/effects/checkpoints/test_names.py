@@ -76,7 +76,7 @@ STORED = [
         ("best_model.val/accuracy", "E1_U4_S16"),
     ],
 )
-def test_names_of_checkpoints(name, tag):
+def test_a_name_finds_its_checkpoint(name, tag):
     pointers = {"best_model__val__accuracy": FIRST, "best_model__val__accuracy__tolerance=2": SECOND}
     assert find(name, STORED, **{pointer: str(at) for pointer, at in pointers.items()}) == tag
 
