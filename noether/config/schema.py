@@ -156,9 +156,12 @@ class CheckpointSettings:
         on_error: What a failed write does: `stop` ends training, `warn` continues without that checkpoint.
         at_end: Whether to save the end of training, by early stopping too, where no callback saves a checkpoint of it
             from which the run could be resumed.
+        every_n_minutes: Save after the first update that ends so many minutes, above 0, after the last checkpoint from
+            which the run could be resumed; None for no such saves. The checkpoint stays until the next of that kind is
+            saved. Time decides when, so the plan does not count these checkpoints; the run is the same with them.
 
     Raises:
-        SettingsError: If `on_error` has another value.
+        SettingsError: If a value is out of range.
 
     Example:
         >>> CheckpointSettings(on_error="ignore")
@@ -169,9 +172,16 @@ class CheckpointSettings:
     asynchronous: bool = True
     on_error: Literal["stop", "warn"] = "stop"
     at_end: bool = True
+    every_n_minutes: float | None = None
 
     def __post_init__(self) -> None:
-        raise_problems([check_choice("on_error", self.on_error, ("stop", "warn"))])
+        minutes = self.every_n_minutes
+        raise_problems(
+            [
+                check_choice("on_error", self.on_error, ("stop", "warn")),
+                None if minutes is None else check_number("every_n_minutes", minutes, above=True),
+            ]
+        )
 
 
 @final

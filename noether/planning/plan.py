@@ -108,6 +108,11 @@ def _notes(config: Config, planned: Sequence[PlannedCallback]) -> Iterator[str]:
             yield f"checkpoints of {each.name} are not counted: it cannot be called before training: {each.probe_error}"
         if each.stops:
             yield f"{each.name} may stop the run early; the plan is valid up to that point"
+    if config.trainer.checkpoints.every_n_minutes is not None:
+        yield (
+            "checkpoints of trainer.checkpoints.every_n_minutes are not counted: the time decides when it saves; the "
+            "newest of them is kept until the next checkpoint from which the run can resume"
+        )
     partly_probed = [p.name for p in planned if p.firings.count > PROBED_FIRINGS + 1 and not _is_shipped(config, p)]
     if partly_probed:
         yield (

@@ -95,7 +95,7 @@ def _unsaved_weights_warnings(config: Config, planned: Sequence[PlannedCallback]
     """Yield a warning if the weights at the end of training are not saved, or not for sure."""
     saving = [(each, request) for each in planned for request in each.requests if request.save.weights]
     if config.trainer.checkpoints.at_end:
-        if not saving:
+        if not saving and config.trainer.checkpoints.every_n_minutes is None:
             message = f"no callback saves checkpoints, so a run that is killed starts again; add {_CHECKPOINTS}"
             yield _warning(config, ("callbacks",), message)
         return

@@ -165,6 +165,20 @@ def test_a_run_that_is_cut_anywhere_resumes_to_the_uncut_run(tmp_path_factory, f
     assert results(run) == expected
 
 
+def test_an_interrupt_that_no_signal_sent_is_saved_after_the_time_limit_too(tmp_path, flaky, uncut, monkeypatch):
+    def act(state, event):
+        if state.iteration.update == 3:
+            flaky.HOURS[0] += 10
+            raise KeyboardInterrupt
+        return state, ()
+
+    monkeypatch.setattr(flaky.Act, "act", lambda self, state, event: act(state, event))
+    monkeypatch.setattr(flaky.Act, "after_update", flaky.Act.act)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train(make_config(tmp_path, donate=True))
+    assert any(note.startswith("the state at E1_U3_S10 is saved in ") for note in raised.value.__notes__)
+
+
 @pytest.mark.parametrize("place", PLACES[:-1])
 def test_the_exception_is_raised_unchanged_with_notes(tmp_path, flaky, uncut, place):
     flaky.CUT, flaky.TIME_IS_OVER = [place, uncut[1][place]], False

@@ -19,6 +19,7 @@ from noether.effects.logs.events import event_line_builder
 from noether.training.data.interruptible import interruptible
 from noether.training.runs.ending import Ending
 from noether.training.runs.services import add_handlers
+from noether.training.runs.timed_saves import TimedSaves
 from noether.training.step.compiled import CompiledStep
 from noether.training.trainer import Trainer
 
@@ -96,8 +97,10 @@ def execute(
     interruption.limit_time(max_hours)
     interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
     interpret: Interpret = interpreter
+    if (minutes := experiment.config.trainer.checkpoints.every_n_minutes) is not None:
+        interpret = TimedSaves(interpret, minutes)
     if experiment.config.trainer.record == "events":
-        interpret = directory.recording_interpreter(interpreter, event_recorder(experiment.reducer))
+        interpret = directory.recording_interpreter(interpret, event_recorder(experiment.reducer))
     with interruption, closing(experiment):
         facts = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
         interpreter([SetSummary(FrozenDict(facts))], state, AfterTraining(run=experiment.run))
