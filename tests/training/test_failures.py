@@ -176,7 +176,7 @@ def test_an_interrupt_that_no_signal_sent_is_saved_after_the_time_limit_too(tmp_
     monkeypatch.setattr(flaky.Act, "after_update", flaky.Act.act)
     with pytest.raises(KeyboardInterrupt) as raised:
         train(make_config(tmp_path, donate=True))
-    assert any(note.startswith("the state at E1_U3_S10 is saved in ") for note in raised.value.__notes__)
+    assert any(note.startswith("the state at E0_U3_S10 is saved in ") for note in raised.value.__notes__)
 
 
 @pytest.mark.parametrize("place", PLACES[:-1])
