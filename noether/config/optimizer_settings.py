@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, final
 
 from noether.config.errors import InvalidValueError
 from noether.config.objects.functions import Function, build_function
-from noether.config.objects.kinds import FACTOR
+from noether.config.objects.kinds import FACTOR, Kind
 from noether.core.errors import Problem, check_choice, check_whole, is_number, raise_problems
 
 if TYPE_CHECKING:
@@ -239,3 +239,39 @@ def _check_increasing(setting: str, value: tuple[int, ...]) -> Problem | None:
     if any(check_whole(setting, item) for item in value) or any(late <= early for early, late in pairwise(value)):
         return Problem(setting, f"{value!r} is not an increasing list of whole numbers of at least 1")
     return None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """The optimizer. In YAML the settings of its class are written beside the fields.
+
+    Args:
+        kind: Subclass of `torch.optim.Optimizer` with its settings, except the fields below.
+        lr: Base learning rate, at least 0, which `schedule` multiplies.
+        weight_decay: Base weight decay, at least 0; None for the default of the class.
+        schedule: Schedule of the learning rate; None for constant.
+        weight_decay_schedule: Schedule of the weight decay; None for constant.
+        groups: Groups of parameters with different settings.
+
+    Raises:
+        SettingsError: If a value is out of range.
+    """
+
+    kind: Kind
+    lr: float
+    weight_decay: float | None = None
+    schedule: ScheduleSettings | None = None
+    weight_decay_schedule: ScheduleSettings | None = None
+    groups: tuple[ParamGroup, ...] = ()
+
+    def __post_init__(self) -> None:
+        raise_problems(self._problems())
+
+    def _problems(self) -> Iterator[Problem | None]:
+        yield check_number("lr", self.lr)
+        yield None if self.weight_decay is None else check_number("weight_decay", self.weight_decay)
+        names = [getattr(group, "name", None) for group in self.groups]
+        for index, name in enumerate(names):
+            if name is not None and name in names[:index]:
+                yield Problem(f"groups.{index}.name", f"{name!r} is the name of an earlier group too; rename one")

@@ -12,7 +12,7 @@ from noether.config.init_settings import InitSettings  # noqa: TC001 - read at r
 from noether.config.objects import kinds
 from noether.config.objects.functions import Function, MetricKind, metric_label
 from noether.config.objects.kinds import Kind
-from noether.config.optimizer_settings import ParamGroup, ScheduleSettings, check_number
+from noether.config.optimizer_settings import OptimizerSettings, check_number
 from noether.config.source import Source  # noqa: TC001 - the annotations of a dataclass are read at run time
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest
 from noether.core.schedules.schedule import INTERVALS
@@ -284,42 +284,6 @@ class TrainerSettings:
             yield Problem("evaluate_first", "needs the setting `evaluate`, which is missing")
         if not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
             yield Problem("device", f"{self.device!r} is not a device such as 'auto', 'cpu', 'cuda' or 'cuda:1'")
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """The optimizer. In YAML the settings of its class are written beside the fields.
-
-    Args:
-        kind: Subclass of `torch.optim.Optimizer` with its settings, except the fields below.
-        lr: Base learning rate, at least 0, which `schedule` multiplies.
-        weight_decay: Base weight decay, at least 0; None for the default of the class.
-        schedule: Schedule of the learning rate; None for constant.
-        weight_decay_schedule: Schedule of the weight decay; None for constant.
-        groups: Groups of parameters with different settings.
-
-    Raises:
-        SettingsError: If a value is out of range.
-    """
-
-    kind: Kind
-    lr: float
-    weight_decay: float | None = None
-    schedule: ScheduleSettings | None = None
-    weight_decay_schedule: ScheduleSettings | None = None
-    groups: tuple[ParamGroup, ...] = ()
-
-    def __post_init__(self) -> None:
-        raise_problems(self._problems())
-
-    def _problems(self) -> Iterator[Problem | None]:
-        yield check_number("lr", self.lr)
-        yield None if self.weight_decay is None else check_number("weight_decay", self.weight_decay)
-        names = [getattr(group, "name", None) for group in self.groups]
-        for index, name in enumerate(names):
-            if name is not None and name in names[:index]:
-                yield Problem(f"groups.{index}.name", f"{name!r} is the name of an earlier group too; rename one")
 
 
 @final

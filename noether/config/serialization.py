@@ -17,9 +17,9 @@ import yaml
 from noether.config.init_settings import InitSettings
 from noether.config.objects.functions import FunctionKind, MetricKind, describe_function
 from noether.config.objects.kinds import Kind
-from noether.config.optimizer_settings import SETTINGS_OF_ALL, ScheduleSettings
+from noether.config.optimizer_settings import SETTINGS_OF_ALL, OptimizerSettings, ScheduleSettings
 from noether.config.references import escape_references
-from noether.config.schema import CheckpointSettings, Config, EvaluateSettings, OptimizerSettings
+from noether.config.schema import CheckpointSettings, Config, EvaluateSettings
 from noether.config.yaml_values import SCALARS
 
 if TYPE_CHECKING:

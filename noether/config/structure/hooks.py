@@ -22,14 +22,13 @@ from noether.config.objects.kinds import (
     Kind,
     Role,
 )
-from noether.config.optimizer_settings import SETTINGS_OF_ALL, ScheduleSettings
+from noether.config.optimizer_settings import SETTINGS_OF_ALL, OptimizerSettings, ScheduleSettings
 from noether.config.schema import (
     BatchFunction,
     CheckpointSettings,
     Config,
     EvaluateSettings,
     Metric,
-    OptimizerSettings,
     TrainerSettings,
 )
 from noether.config.structure.construction import arguments, construct
