@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from noether.core.object_graph import parts_of_loader
 from noether.core.tensors.batch import UnknownBatchSizeError
+from noether.core.tensors.tree import freeze, tensors
 from noether.session.errors import ResumeWarning, SessionError
 from noether.session.hidden_state import find_unseedable, generators_of
 from noether.session.randomness import derive, seed_all, seed_generator, seed_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 def epoch_lengths(data: Any, batches: int | None, steps: int, batch_size: Callable[[Any], int]) -> dict[str, int]:
@@ -115,6 +122,38 @@ def _length(value: Any) -> int | None:
         return len(value)
     except (TypeError, NotImplementedError):
         return None
+
+
+def describe_share(dataset: Any) -> str:
+    """Return how the workers of a stream read a share each."""
+    return (
+        f"yield the share of a worker from __iter__ of {type(dataset).__name__}, such as itertools.islice(samples, "
+        "info.id, None, info.num_workers) with info = torch.utils.data.get_worker_info()"
+    )
+
+
+def compare_workers(loader: Any, batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield the batches of a loader; log a warning if two workers yield the same first batch of a stream."""
+    is_shared = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+    before: list[Tensor] = []
+    for index, batch in enumerate(batches):
+        if is_shared and index < min(loader.num_workers, 2):
+            found = [tensor.clone() for _, tensor in tensors(freeze(batch))]
+            if index == 1 and _are_equal(before, found):
+                _LOGGER.warning(
+                    "the first batches of two workers are equal: each of the %d workers of the DataLoader reads all of "
+                    "the stream, so an epoch has every sample as many times: %s, or set num_workers=0",
+                    loader.num_workers,
+                    describe_share(loader.dataset),
+                )
+            before = found
+        yield batch
+
+
+def _are_equal(before: list[Tensor], found: list[Tensor]) -> bool:
+    """Return whether two batches are equal, and their samples are not, which would tell nothing."""
+    equal = len(before) == len(found) and all(map(torch.equal, before, found))
+    return equal and any(tensor.dim() > 0 and bool((tensor != tensor[:1]).any()) for tensor in found)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

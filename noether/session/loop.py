@@ -14,6 +14,7 @@ from noether.session.hidden_state import ModelWatch, generators_of_model, hidden
 from noether.session.loader import (
     batch_seeder,
     batches_per_epoch,
+    compare_workers,
     seed_pass,
     set_epoch,
     warn,
@@ -70,7 +71,7 @@ class BatchLoop:
         self._watches_hidden = True  # until the user was warned
         self._generators = generators_of_model(model)
         self._model, self._model_watch, self._mode_watch = model, ModelWatch(model), ModeWatch(model)
-        self._knows_mode = False
+        self._knows_mode = self._has_iterated = False
 
     @property
     def is_last(self) -> bool | None:
@@ -189,7 +190,7 @@ class BatchLoop:
         self.prepare_epoch(epoch)
         session.expect_updates(None if self.length is None else -(-self.length // self.accumulation))
         seed_pass(self._loader, self._seed, epoch)
-        for batch, is_last in self._draw(iter(self._loader), epoch):
+        for batch, is_last in self._draw(self._iterate(), epoch):
             self._drawn += 1
             if self._drawn == 1 and self._watches_hidden:
                 self._compare_hidden_state()
@@ -248,6 +249,12 @@ class BatchLoop:
         if self._hidden is not None and warn_about_changes(self._hidden, hidden):
             self._watches_hidden = False
         self._hidden = hidden
+
+    def _iterate(self) -> Iterator[Any]:
+        """Return an iterator over an epoch; in the first one, workers that read the same samples are named."""
+        iterator, is_first = iter(self._loader), not self._has_iterated
+        self._has_iterated = True
+        return compare_workers(self._loader, iterator) if is_first else iterator
 
     def _draw(self, iterator: Iterator[Any], epoch: int) -> Iterator[tuple[Any, bool | None]]:
         """Yield each batch, and whether it is the last of the epoch."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_loop import Loop, Points
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import noether
 from noether.core.event import AfterEpoch, AfterUpdate
@@ -276,3 +276,30 @@ def test_gradients_that_are_carried_over_the_end_of_an_epoch_are_named_once(capl
     assert (
         "epoch 0 ended inside of an update: the next epoch completes it with the gradients of the last 1 micro" in line
     )
+
+
+class Shared(IterableDataset):
+    """Eight samples, of which each worker reads all, or a share."""
+
+    def __init__(self, shares):
+        self.shares = shares
+
+    def __iter__(self):
+        info = get_worker_info()
+        share = slice(info.id, None, info.num_workers) if self.shares else slice(None)
+        return iter(POINTS.inputs[:8][share])
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_workers_that_each_read_the_whole_stream_are_named(shares, caplog):
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = noether.Session([], interpreter=lambda *_: None, model=model, optimizer=optimizer, max_epochs=1)
+    for batch in session.batches(DataLoader(Shared(shares), batch_size=2, num_workers=2)):
+        loss = model(batch).square().mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        session.update(loss)
+    named = [record.message for record in caplog.records if "each of the 2 workers" in record.message]
+    assert session.state.iteration.sample == (8 if shares else 16)
+    assert len(named) == (0 if shares else 1)
+    assert shares or "yield the share of a worker from __iter__ of Shared" in named[0]

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler, get_worker_info
 
 from noether.core.tensors.tree import FrozenDict, clone_tensors, pack, unpack
 from noether.session.hidden_state import generators_of
+from noether.session.loader import describe_share
 from noether.session.randomness import derive, seed_all
 from noether.training.data.loading import LoadedBatches
 
@@ -177,11 +178,7 @@ class WorkerStreamReader:
 
     @property
     def _fix(self) -> str:
-        return (
-            f"yield the share of a worker from __iter__ of {type(self._dataset).__name__}, such as "
-            "itertools.islice(samples, info.id, None, info.num_workers) with info = "
-            "torch.utils.data.get_worker_info(), or set trainer.num_workers to 0"
-        )
+        return f"{describe_share(self._dataset)}, or set trainer.num_workers to 0"
 
     def _leave_chunk_if_read(self) -> None:
         if self._current is not None and self._offset == len(self._current.samples):
