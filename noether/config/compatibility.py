@@ -239,8 +239,8 @@ def translate(
 
     Args:
         translation: The translation of the section.
-        settings: Settings as YAML has them. Null counts as left out for a setting that is translated; for one that is
-            refused, an empty mapping and `disabled` do, too.
+        settings: Settings as YAML has them. A setting that is translated counts as left out if it is null; one that
+            is refused, also if it is an empty mapping or `disabled`.
         without_effect: First words of the warning about a setting without effect.
 
     Example:
