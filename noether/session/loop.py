@@ -7,17 +7,16 @@ import time
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.reducer import LOOP_MEMORY
-from noether.core.tensors.modes import ModeWatch, describe_evaluation_mode
+from noether.core.tensors.modes import describe_evaluation_mode
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
-from noether.session.hidden_state import ModelWatch, generators_of_model, hidden_state
+from noether.session.hidden_state import generators_of_model, hidden_state
 from noether.session.loader import (
     batch_seeder,
     batches_per_epoch,
     compare_workers,
     seed_pass,
     set_epoch,
-    warn,
     warn_about_changes,
     warn_if_unrepeatable,
 )
@@ -70,7 +69,7 @@ class BatchLoop:
         self._hidden: dict[str, Any] | None = None  # at the first batch of the epoch before
         self._watches_hidden = True  # until the user was warned
         self._generators = generators_of_model(model)
-        self._model, self._model_watch, self._mode_watch = model, ModelWatch(model), ModeWatch(model)
+        self._model = model
         self._knows_mode = self._has_iterated = False
 
     @property
@@ -206,19 +205,16 @@ class BatchLoop:
             yield batch
             self._check_complete()
             if not session.pending_micro_batches:
-                self._warn_of_changes(epoch)
+                self._describe_mode()
             if session.is_over and not session.pending_micro_batches:
                 return
         self._check_drawn(state)
 
-    def _warn_of_changes(self, epoch: int) -> None:
-        """Name what is wrong with the modes of the model, and what updates changed of it that no checkpoint has."""
+    def _describe_mode(self) -> None:
+        """Log once that the model is in evaluation mode, if it is."""
         if not self._knows_mode and (described := describe_evaluation_mode(self._model)) is not None:
             _LOGGER.warning(described)
         self._knows_mode = True
-        for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
-            if changes is not None:
-                warn(changes)
 
     def _check_drawn(self, start: TrainState) -> None:
         """Refuse an epoch without batches or samples; warn if it is shorter than in the saved run.

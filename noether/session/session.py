@@ -14,13 +14,15 @@ from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.losses import loss_weights
+from noether.core.tensors.modes import ModeWatch
 from noether.core.tensors.tree import FrozenDict
 from noether.session import settings
 from noether.session.errors import SessionError
 from noether.session.events import SessionEvents
+from noether.session.hidden_state import ModelWatch
 from noether.session.lengths import Contradiction
 from noether.session.live_state import LiveState
-from noether.session.loader import check_not_empty, epoch_lengths, has_exact_length
+from noether.session.loader import check_not_empty, epoch_lengths, has_exact_length, warn
 from noether.session.loop import BatchLoop
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
 from noether.session.optimizers import is_skipped
@@ -177,6 +179,7 @@ class Session(SessionEvents):
             clock=clock,
         )
         self._accumulation, self._given_scheduler = accumulation, scheduler
+        self._model_watch, self._mode_watch = ModelWatch(model), ModeWatch(model)
         self._loop: BatchLoop | None = None
 
     @property
@@ -360,6 +363,14 @@ class Session(SessionEvents):
         self._steps_before += self.steps
         if self._optimizer is not None:
             self._optimizer.end_update()
+        self._warn_of_changes()
+
+    def _warn_of_changes(self) -> None:
+        """Name what updates change of the model that no checkpoint has."""
+        epoch = self._state.iteration.epoch
+        for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
+            if changes is not None:
+                warn(changes)
 
     @property
     def _running_loop(self) -> BatchLoop:
