@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from noether.core.errors import suggest
@@ -12,7 +13,6 @@ from noether.effects.checkpoints.listing import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-    from pathlib import Path
 
     from noether.effects.checkpoints.listing import Listing
     from noether.effects.checkpoints.manifest import Manifest
@@ -30,7 +30,8 @@ def find_tag(name: str, listing: Listing, directory: Path) -> str:
     A name is a tag; a pointer, such as `latest` or `best_model.val.accuracy`, or with the metric key as it was logged,
     such as `best_model.val/recall@10` for `best_model.val.recall%4010`;
     a part of a tag's iteration that only one saved iteration has, such as `E30`, `U300` or `E30.ema=0.999`; `newest`,
-    the newest checkpoint with all training weights; or `best`, if only one checkpoint is the best of a metric.
+    the newest checkpoint with all training weights; or `best`, if only one checkpoint is the best of a metric. It may
+    be a path to the checkpoint or the pointer in `directory`.
 
     Args:
         name: The name.
@@ -41,6 +42,8 @@ def find_tag(name: str, listing: Listing, directory: Path) -> str:
         CheckpointError: If the name means none of them, or several; the message lists them.
     """
     manifests = listing.manifests
+    if Path(name).resolve().parent == directory.resolve():
+        name = Path(name).name
     name = find_name(name, [entry.name for entry in listing.pointers])
     if name in listing.broken:
         raise listing.broken[name]

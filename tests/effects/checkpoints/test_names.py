@@ -74,6 +74,8 @@ STORED = [
         ("best", "E1_U4_S16"),
         ("best_model.val.accuracy", "E1_U4_S16"),
         ("best_model.val/accuracy", "E1_U4_S16"),
+        ("checkpoints/E1_U4_S16/", "E1_U4_S16"),
+        ("./checkpoints/best_model.val.accuracy", "E1_U4_S16"),
     ],
 )
 def test_a_name_finds_its_checkpoint(name, tag):
