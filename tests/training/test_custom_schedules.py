@@ -124,6 +124,7 @@ NAMES = "'constant', 'linear', 'cosine', 'step', 'polynomial'"
     ({"kind": "tiny.none"}, "optimizer.schedule.kind: tiny.none returned None at progress 0.0"),
     ({"kind": "tiny.nothing"}, "optimizer.schedule.kind: 'tiny.nothing' is a function, which takes (), not (progress)"),
     ({"kind": "tiny.Data"}, "optimizer.schedule.kind: 'tiny.Data' is a dataset class, expected a function of progress"),
+    ({"kind": "torch.optim.lr_scheduler.StepLR", "step_size": 2}, "; write a function of yours: def name(progress)"),
     ({"kind": "tiny.long"}, "optimizer.schedule.kind: tiny.long has the parameter length, which is a setting of every"),
 ])  # fmt: skip
 def test_a_function_that_is_no_schedule_is_refused_by_name(tiny, schedule, message):

@@ -127,6 +127,8 @@ def _hint(path: object, target: object, role: Role) -> str:
     if not role.arguments or role is CALLBACK:
         return ""
     if is_from(target, "torch") and (isinstance(target, type) or not inspect.isroutine(target)):
+        if "outputs" not in role.arguments:  # such as a scheduler of torch, which is no function of progress
+            return f"; write a function of yours: def name({', '.join(role.arguments)})"
         call = f"{getattr(target, '__name__', type(target).__name__)}()(outputs, batch[1])"
         return f"; call it in a function of yours, such as def loss(outputs, batch): return {{'loss': {call}}}"
     if isinstance(target, type) and can_serve(target, role):
