@@ -19,7 +19,8 @@ class InitSettings:
     Args:
         path: A checkpoint of noether, such as `runs/NAME/RUN_ID/checkpoints/newest`; a file with a state dict, which is
             `.safetensors` or saved by torch (`.pt`, `.pth.tar` and others); or a directory with `weights.safetensors`,
-            `model.safetensors` or `pytorch_model.bin`. A file of torch may hold tensors and plain values only.
+            `model.safetensors` or `pytorch_model.bin`, or with the index of several such files. A file
+            of torch may hold tensors and plain values only.
         key: Dotted key of the state dict in a file of torch; None if it has only one, or one named `state_dict`,
             `model_state_dict` or `model`.
         prefix: First part of names in the file, such as `net.`; it is removed, and names without it are ignored. What

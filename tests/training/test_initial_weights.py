@@ -82,14 +82,19 @@ def test_a_directory_gives_the_weights_in_its_file(tmp_path, name):
     assert are_filled(load(link)[0])
 
 
-def test_a_directory_gives_the_weights_in_several_files(tmp_path):
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+def test_a_directory_gives_the_weights_in_several_files(tmp_path, whole):
     weights = filled(Net())
-    names = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(weights)}
+    names = {name: f"{index % 2}-{whole}" for index, name in enumerate(weights)}
     for file in set(names.values()):
         save(tmp_path / file, {name: each for name, each in weights.items() if names[name] == file})
-    index = tmp_path / "model.safetensors.index.json"
+    index = tmp_path / f"{whole}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
     assert are_filled(load(tmp_path)[0])
+    for wrong in (f"2-{whole}", index.name):
+        index.write_text(json.dumps({"weight_map": {**names, "head.bias": wrong}}))
+        with pytest.raises(CheckpointError, match=f"lists '{wrong}', which is no file of weights in its directory"):
+            load(tmp_path)
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="does not list files of weights"):
         load(tmp_path)
@@ -176,10 +181,14 @@ def test_a_damaged_or_missing_file_is_refused(tmp_path):
     path = save(tmp_path / "w.safetensors", filled(Net()))
     with pytest.raises(CheckpointError, match=r"there is no such file; did you mean 'w.safetensors'"):
         load(tmp_path / "v.safetensors")
+    with pytest.raises(CheckpointError, match=r"there is no such file$"):
+        load(tmp_path / "best.pth.tar")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"w.safetensors is no safetensors file"):
         load(path)
-    with pytest.raises(CheckpointError, match=r"the directory has none of weights.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"has none of weights.safetensors, .*; give the file, such as .*w.safetensors$"
+    ):
         load(tmp_path)
 
 

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 
     from noether.core.state import TrainState
 
-_INDEX: Final = "model.safetensors.index.json"
-_FILES: Final = (WEIGHTS, "model.safetensors", _INDEX, "pytorch_model.bin")
+_INDEX: Final = ".index.json"
+_FILES: Final = (
+    WEIGHTS,
+    *(f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ("", _INDEX)),
+)
 """Files with all weights of a model in a directory; the first that exists is read."""
-_SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_SUFFIXES: Final = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
 _USUAL_KEYS: Final = ("state_dict", "model_state_dict", "model")
 """Keys under which a file usually has the weights in training, beside others such as an average."""
 _MAX_KEYS: Final = 3
@@ -70,7 +73,7 @@ def read_weights(path: Path, key: str | None = None) -> SavedWeights:
     path = path.expanduser()
     if path.is_dir() and not (path / MANIFEST).is_file():
         return _read_directory(path, key)
-    if (path.suffix.lower() in _SUFFIXES or _is_large_file(path)) and not (path / MANIFEST).is_file():
+    if (path.suffix.lower() in _SUFFIXES or _is_other_file(path)) and not (path / MANIFEST).is_file():
         return _read_file(path, key)
     _refuse_key(key)
     store = CheckpointReader(path.parent)
@@ -81,8 +84,10 @@ def read_weights(path: Path, key: str | None = None) -> SavedWeights:
         raise CheckpointError(f"{error}; give a checkpoint like runs/NAME/RUN_ID/checkpoints/latest") from error
 
 
-def _is_large_file(path: Path) -> bool:
-    """Return whether a path is that of a file larger than a pointer to a checkpoint, such as `model.pth.tar`."""
+def _is_other_file(path: Path) -> bool:
+    """Return whether a path such as `model.pth.tar` is that of a file larger than a pointer, or of no checkpoint."""
+    if not path.exists():
+        return path.name.endswith(_INDEX) or not _SUFFIXES.isdisjoint(path.suffixes)
     return path.is_file() and path.stat().st_size > MAX_POINTER_BYTES
 
 
@@ -93,24 +98,34 @@ def _read_directory(path: Path, key: str | None) -> SavedWeights:
     for folder, what in ((path / "checkpoints", "a whole run"), (path, "a folder of checkpoints")):
         if folder.is_dir() and (folder is not path or any(path.glob(f"*/{MANIFEST}"))):
             raise CheckpointError(f"it is {what}: give one of its checkpoints, such as {folder / 'newest'}")
-    raise CheckpointError(f"the directory has none of {', '.join(_FILES)}")
+    others = [each for each in sorted(path.iterdir()) if each.suffix.lower() in _SUFFIXES]
+    hint = f"; give the file, such as {others[0]}" if others else ""
+    raise CheckpointError(f"the directory has none of {', '.join(_FILES)}{hint}")
 
 
 def _read_file(path: Path, key: str | None) -> SavedWeights:
     if not path.is_file():
         others = [each.name for each in path.parent.glob("*")] if path.parent.is_dir() else []
         raise CheckpointError(f"there is no such file{suggest(path.name, others)}")
-    if path.name != _INDEX and path.suffix.lower() != ".safetensors":
+    if path.name.endswith(_INDEX):
+        return _read_parts(path, key)
+    if path.suffix.lower() != ".safetensors":
         return _find_state_dict(_load_torch(path), key)
     _refuse_key(key)
-    if path.name != _INDEX:
-        return SavedWeights(_read_safetensors(path), "file")
+    return SavedWeights(_read_safetensors(path), "file")
+
+
+def _read_parts(index: Path, key: str | None) -> SavedWeights:
+    """Return the weights in all files that an index lists, as transformers writes it."""
     try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        paths = [index.parent / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name} does not list files of weights: {error_text(error)}") from error
-    shards = [_read_safetensors(path.parent / name) for name in names]
-    return SavedWeights({name: tensor for shard in shards for name, tensor in shard.items()}, "file")
+        raise CheckpointError(f"{index.name} does not list files of weights: {error_text(error)}") from error
+    if wrong := [path.name for path in paths if not path.is_file() or path.name.endswith(_INDEX)]:
+        raise CheckpointError(f"{index.name} lists {wrong[0]!r}, which is no file of weights in its directory")
+    parts = [_read_file(path, key).values for path in paths]
+    return SavedWeights({name: tensor for part in parts for name, tensor in part.items()}, "file")
 
 
 def _refuse_key(key: str | None) -> None:
