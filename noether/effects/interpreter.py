@@ -12,6 +12,7 @@ from noether.core.errors import NoetherError, suggest
 from noether.core.reducer import attach_effects
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.contents import requested_files
+from noether.effects.checkpoints.manifest import NEWEST_TAG
 from noether.effects.checkpoints.retention import is_resumable, unite_limits
 from noether.effects.disk.encoding import NUMBER_TYPES
 
@@ -149,8 +150,8 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
 
     Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one. Of several
     `ShowProgress` the last due one remains, or the last if none is due. Checkpoints of one tag are united and come
-    last, so that a checkpoint is never ahead of the log. Among them, those to resume from come first: from one of
-    them, the others can be made again.
+    last, so that a checkpoint is never ahead of the log. A request for `TAG.latest` joins that for `TAG` if this is for
+    the whole state, too. Those to resume from come first: from one of them, the others can be made again.
 
     Example:
         >>> merge_effects([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
@@ -198,7 +199,7 @@ def _merge_tensors(effects: Sequence[Effect]) -> tuple[SaveTensors, ...]:
 
 
 def _merge_checkpoints(effects: Sequence[Effect]) -> tuple[SaveCheckpoint, ...]:
-    saves = tuple(sorted(unite_saves(effects), key=_can_be_resumed, reverse=True))
+    saves = tuple(sorted(_unite_newest(unite_saves(effects)), key=_can_be_resumed, reverse=True))
     return tuple(dataclasses.replace(save, event_saves=saves) for save in saves)
 
 
@@ -210,6 +211,15 @@ def unite_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
             key = effect.tag, effect.weights_of
             merged[key] = _unite_checkpoints(merged[key], effect) if key in merged else effect
     return list(merged.values())
+
+
+def _unite_newest(saves: list[SaveCheckpoint]) -> list[SaveCheckpoint]:
+    """Return the requests, with those for `TAG.latest` joined to that for `TAG` if this is for the whole state."""
+    if not any(save.tag is None and _can_be_resumed(save) for save in saves):
+        return saves
+    newest = [save.weights_of is None and NEWEST_TAG.fullmatch(save.tag or "") for save in saves]
+    renamed = zip(saves, newest, strict=True)
+    return unite_saves(dataclasses.replace(save, tag=None) if is_newest else save for save, is_newest in renamed)
 
 
 def _can_be_resumed(save: SaveCheckpoint) -> bool:

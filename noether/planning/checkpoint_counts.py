@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain
-from typing import TYPE_CHECKING, final
+from itertools import chain, combinations
+from typing import TYPE_CHECKING, Final, final
 
 from noether.core.schedules.forecast import Occasions, count_until, events_at, fires
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from noether.core.event import Event
     from noether.core.run import Run
     from noether.core.schedules.base import Schedule
     from noether.planning.requests import SaveRequest
+
+Slot = tuple[str | None, str | None]
+WHOLE: Final[Slot] = (None, None)
+"""The slot of `TAG`."""
+NEWEST: Final[Slot] = ("{}.latest", None)
+"""The slot of `TAG.latest`."""
 
 
 @final
@@ -43,28 +49,44 @@ class CheckpointTotal:
 
 
 def count_checkpoints(
-    requests: Iterable[SaveRequest], contents: Iterable[SaveRequest], through: int, run: Run
+    requests: Iterable[SaveRequest],
+    contents: Iterable[SaveRequest],
+    through: int,
+    run: Run,
+    deciding: Iterable[SaveRequest],
 ) -> CheckpointTotal:
     """Return the checkpoints that requests make; requests with one slot at one event make one checkpoint.
+
+    So do those for `TAG` and for `TAG.latest` where `TAG` holds the whole state; see `merge_effects`.
 
     Args:
         requests: The requests whose checkpoints count.
         contents: The requests that decide what is in a checkpoint: at one event each of them adds its parts.
         through: The last update that counts.
         run: The run.
+        deciding: The requests that decide where `TAG` holds the whole state.
     """
     count = size_bytes = 0
-    contents_by_slot = group_by_slot(contents)
-    for slot, own in group_by_slot(requests).items():
+    contents_by_slot, by_slot = group_by_slot(contents), group_by_slot(requests)
+    for slot, own in by_slot.items():
         count += count_events(own, through, run)
         for adding, part_bytes in _parts_by_requests(contents_by_slot[slot]):
             size_bytes += part_bytes * count_common_events([own, adding], through, run)
-    return CheckpointTotal(count, size_bytes)
+    both = [by_slot.get(WHOLE, []), by_slot.get(NEWEST, [])]
+    united = count_common_events([*both, *whole_state_requests(deciding)], through, run) if all(both) else 0
+    return CheckpointTotal(count - united, size_bytes - united * sum(part_sizes(both[1]).values()))
 
 
-def group_by_slot(requests: Iterable[SaveRequest]) -> Mapping[tuple[str | None, str | None], list[SaveRequest]]:
+def whole_state_requests(requests: Iterable[SaveRequest]) -> tuple[list[SaveRequest], list[SaveRequest]]:
+    """Return the requests that give `TAG` all weights, and those that give it optimizer and state."""
+    own = [request for request in requests if request.slot == WHOLE]
+    weights = [request for request in own if request.save.weights and not request.save.models]
+    return weights, [request for request in own if request.save.optimizer]
+
+
+def group_by_slot(requests: Iterable[SaveRequest]) -> dict[Slot, list[SaveRequest]]:
     """Return the requests by slot: those of one slot make one checkpoint where they are made at the same event."""
-    slots: dict[tuple[str | None, str | None], list[SaveRequest]] = defaultdict(list)
+    slots: dict[Slot, list[SaveRequest]] = defaultdict(list)
     for request in requests:
         slots[request.slot].append(request)
     return slots
@@ -108,13 +130,22 @@ def requests_at_end(requests: Iterable[SaveRequest], run: Run) -> tuple[list[Sav
 def count_common_events(groups: Sequence[Sequence[SaveRequest]], through: int, run: Run) -> int:
     """Return the number of events at which at least one request of every group is made.
 
+    They are counted by inclusion and exclusion, from the events of unions of the groups.
+
     Args:
-        groups: One or two groups of requests.
+        groups: One or more groups of requests.
         through: The last update that counts.
         run: The run.
     """
-    total = sum(count_events(requests, through, run) for requests in groups)
-    return total - count_events(chain.from_iterable(groups), through, run) if len(groups) > 1 else total
+    if not all(groups):
+        return 0
+    by_ids = {frozenset(map(id, requests)): requests for requests in groups}
+    smallest = [requests for ids, requests in by_ids.items() if not any(other < ids for other in by_ids)]
+    return sum(
+        (-1) ** (size + 1) * count_events(chain.from_iterable(chosen), through, run)
+        for size in range(1, len(smallest) + 1)
+        for chosen in combinations(smallest, size)
+    )
 
 
 def _parts_by_requests(requests: Sequence[SaveRequest]) -> Iterator[tuple[list[SaveRequest], int]]:

@@ -10,11 +10,11 @@ from noether.core.schedules.forecast import Occasions, events_at, fires
 from noether.core.schedules.schedule import EveryNEpochs, EveryNUpdates
 from noether.core.state import TrainState
 from noether.effects.checkpoints.contents import requested_files
-from noether.effects.checkpoints.retention import RESUMABLE_FILES, is_resumable
+from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.reuse import contains_models
 from noether.effects.interpreter import unite_saves
 from noether.effects.run_ending import save_at_end
-from noether.planning.checkpoint_counts import group_by_slot, requests_at_end
+from noether.planning.checkpoint_counts import NEWEST, WHOLE, group_by_slot, requests_at_end, whole_state_requests
 from noether.planning.requests import SaveRequest
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.planning.requests import Probe
 
-RUN_STATE_TAGS: Final = (None, "{}.latest")
+RUN_STATE_TAGS: Final = (WHOLE[0], NEWEST[0])
 """Tags under which callbacks request checkpoints of the run's state; `TAG.end` is not requested by a callback."""
 
 
@@ -86,11 +86,10 @@ def join_end_requests(
                 targets |= {index: tag for index, each in enumerate(requests) if any(each is one for one in at_end)}
                 break
     moved = [_move(each, targets[index], run) if index in targets else each for index, each in enumerate(requests)]
-    whole, newest = ((tag, None) for tag in RUN_STATE_TAGS)
-    _, before_whole = requests_at_end(all_by_slot.get(whole, ()), run)
-    if fewest and _files(before_whole) >= RESUMABLE_FILES:  # one checkpoint of the event before may replace both
+    _, before_whole = requests_at_end(all_by_slot.get(WHOLE, ()), run)
+    if fewest and all(whole_state_requests(before_whole)):  # one checkpoint of the event before may replace both
         once = Occasions(None, (AfterTraining,))
-        return [_retag(each, whole[0]) if each.slot == newest and each.occasions == once else each for each in moved]
+        return [_retag(each, None) if each.slot == NEWEST and each.occasions == once else each for each in moved]
     return moved
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, final
 
@@ -19,6 +20,8 @@ from noether.effects.checkpoints.contents import requested_files
 from noether.effects.checkpoints.retention import is_kept, is_resumable
 from noether.effects.interpreter import unite_saves
 from noether.planning.checkpoint_counts import (
+    NEWEST,
+    WHOLE,
     CheckpointTotal,
     count_checkpoints,
     count_common_events,
@@ -26,6 +29,7 @@ from noether.planning.checkpoint_counts import (
     group_by_slot,
     part_sizes,
     requests_at_end,
+    whole_state_requests,
 )
 from noether.planning.end_checkpoint import RUN_STATE_TAGS, join_end_requests
 
@@ -80,13 +84,14 @@ def forecast_checkpoints(requests: Sequence[SaveRequest], run: Run) -> Checkpoin
     certain = [request for request in requests if request.certain]
     fewest, most = (join_end_requests(certain, requests, run, fewest=fewest) for fewest in (True, False))
     requests = join_end_requests(requests, requests, run, fewest=False)
-    least_written, most_written = (count_checkpoints(each, each, end, run) for each in (fewest, requests))
-    least_kept = _count_kept(fewest, fewest, run)
-    most_kept = _count_kept(most, requests, run)
+    least_written = count_checkpoints(fewest, fewest, end, run, requests)
+    most_written = count_checkpoints(requests, requests, end, run, certain)
+    least_kept = _count_kept(fewest, fewest, run, requests)
+    most_kept = _count_kept(most, requests, run, certain)
     extra = _most_kept_by_metrics(requests, run)
     largest = max((sum(part_sizes(own).values()) for own in group_by_slot(requests).values()), default=0)
     most_kept_bytes = most_kept.size_bytes + extra * largest
-    permanent = count_checkpoints(_kept_forever(requests), requests, end, run)
+    permanent = count_checkpoints(_kept_forever(requests), requests, end, run, certain)
     return CheckpointForecast(
         written=Bounds(least_written.count, most_written.count),
         kept=Bounds(least_kept.count, most_kept.count + extra),
@@ -198,13 +203,16 @@ def _may_be_resumable(request: SaveRequest, requests: Iterable[SaveRequest]) -> 
     return with_weights and any(other.save.optimizer for other in same_slot) and request.save.weights_of is None
 
 
-def _count_kept(requests: Sequence[SaveRequest], contents: Sequence[SaveRequest], run: Run) -> CheckpointTotal:
+def _count_kept(
+    requests: Sequence[SaveRequest], contents: Sequence[SaveRequest], run: Run, deciding: Sequence[SaveRequest]
+) -> CheckpointTotal:
     """Return the checkpoints of `requests` that exist at the end of the run.
 
     Args:
         requests: The requests whose retention and pointers count, each made at all of its occasions.
         contents: The requests that decide what is in a checkpoint.
         run: The run.
+        deciding: The requests that decide where `TAG` holds the whole state, and `TAG.latest` is the same checkpoint.
     """
     end = run.final.update
     rules = list(_retention_rules(requests))
@@ -213,11 +221,12 @@ def _count_kept(requests: Sequence[SaveRequest], contents: Sequence[SaveRequest]
     total = CheckpointTotal()
     for low, high in pairwise([-1, *boundaries, end + 1]):
         if low >= 0:
-            total += _count_kept_at(low, requests, contents, rules, run)
+            total += _count_kept_at(low, requests, contents, rules, run, deciding)
         # After the one checkpoint that a limit of 1 keeps there is no newer one.
         kept = [own for start, keep, own in starts if start <= low and keep != 1]
         staying = [request for request in requests if any(request in own for own in kept)]
-        total += count_checkpoints(staying, contents, high - 1, run) - count_checkpoints(staying, contents, low, run)
+        count = partial(count_checkpoints, staying, contents, run=run, deciding=deciding)
+        total += count(high - 1) - count(low)
     return total
 
 
@@ -227,12 +236,16 @@ def _count_kept_at(
     contents: Sequence[SaveRequest],
     rules: Iterable[_RetentionRule],
     run: Run,
+    deciding: Sequence[SaveRequest],
 ) -> CheckpointTotal:
     """Return the checkpoints made at one update that exist at the end of the run, tested one by one."""
     checkpoints = []
     for event in events_at(update, run):
-        here = [request for request in requests if fires(request.occasions, event, run)]
-        checkpoints += [(event, making) for making in group_by_slot(here).values()]
+        here = group_by_slot(request for request in requests if fires(request.occasions, event, run))
+        whole = whole_state_requests(request for request in deciding if fires(request.occasions, event, run))
+        if WHOLE in here and NEWEST in here and all(whole):
+            here[WHOLE] += here.pop(NEWEST)
+        checkpoints += [(event, making) for making in here.values()]
     kept: set[int] = set()
     for rule in rules:
         newer, ages = rule.count(run.final.update, run) - rule.count(update, run), dict[object, int]()
@@ -261,8 +274,8 @@ def _order_by_rule(
     def key(index: int) -> tuple[bool, bool, int]:
         event, making = checkpoints[index]
         at_end = [each for each in making if each.at_end or event.event is AfterTraining]
-        (save,) = unite_saves([each.save for each in at_end or making])
-        resumable = is_resumable(requested_files(save), save.models, save.weights_of)
+        saves = unite_saves([each.save for each in at_end or making])
+        resumable = any(is_resumable(requested_files(save), save.models, save.weights_of) for save in saves)
         return bool(at_end), not resumable, min(requests.index(each) for each in at_end or making)
 
     indices = list(range(len(checkpoints)))
@@ -286,7 +299,7 @@ def _most_kept_by_metrics(requests: Sequence[SaveRequest], run: Run) -> int:
         for request in others
     )
     forever_count, other_count = (
-        count_checkpoints(each, each, run.final.update, run).count for each in (forever, others)
+        count_checkpoints(each, each, run.final.update, run, ()).count for each in (forever, others)
     )
     return forever_count + min(len(pointers) + sum(limits.values()) + resumable, other_count)
 

@@ -9,6 +9,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
 from noether.core.errors import Problem, check_whole
 from noether.core.file_names import escape_name
+from noether.core.schedules.forecast import Occasions, events_at, fires
 from noether.core.tensors.stored_weights import check_model_names, weights_by_name
 from noether.core.tensors.tree import FrozenDict, tensors
 from noether.core.text import count_of, format_bytes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, BeforeTraining, Event
+    from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
@@ -150,11 +152,17 @@ class CheckpointCallback(PeriodicCallback):
         return replace(save, models=self.model_names, tag=f"{state.iteration}.{part}", pointers=pointers)
 
     def _forecast(self, state: TrainState, run: Run) -> str:
-        count = self.gate.schedule.count(state.iteration, run.final, run) + 1
+        count = self._count_saves(state.iteration, run)
         first, *newest = self._requests(state)
         parts = [_describe_saves(first, state, count, keep=self.keep if self._saves_each else 1)]
         parts += [_describe_saves(save, state, count, keep=1) for save in newest]
         return f"{self.name}: {'; '.join(parts)}"
+
+    def _count_saves(self, start: TrainingIteration, run: Run) -> int:
+        """Return the number of iterations after `start` at which the callback saves, the end of training included."""
+        before_end = events_at(run.final.update, run)[-2:][:1]  # it has the iteration of the end
+        fires_there = any(fires(Occasions(self.gate.schedule), event, run) for event in before_end)
+        return max(1, self.gate.schedule.count(start, run.final, run) + (not fires_there))
 
 
 def _describe_saves(save: SaveCheckpoint, state: TrainState, count: int, *, keep: int | None) -> str:

@@ -26,6 +26,8 @@ NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=%\-]{0,199}", re.ASCII)
 """The names of checkpoints and pointers; none is a path to another directory."""
 RUN_STATE_SUFFIXES: Final = ("", ".latest", ".end")
 """Ends of the tags under which a run saves its state: `TAG`, `TAG.latest` and `TAG.end` differ in retention only."""
+NEWEST_TAG: Final = re.compile(r"E\d+_U\d+_S\d+\.latest", re.ASCII)
+"""The tags of newest checkpoints."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 # A request is recorded without the list of all requests, of which it is a part.

@@ -1,4 +1,4 @@
-"""The end of training is saved once, whatever combination of callbacks saves."""
+"""No two checkpoints of one iteration hold the same, whatever combination of callbacks saves."""
 
 import collections
 import tempfile
@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from small_run import open_small_run
 
 from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, Run, TrainingIteration, TrainState, compose
-from noether.core.callbacks import CheckpointCallback, EMACallback
+from noether.core.callbacks import BestCheckpointCallback, CheckpointCallback, EMACallback
+from noether.core.combinators import on
 from noether.core.loop import Move, dispatch, next_move
+from noether.core.metrics import log
 from noether.effects.run_ending import save_end
 
 KINDS = ("save_weights", "save_optim", "save_latest_weights", "save_latest_optim")
@@ -49,19 +51,37 @@ def train(folder, callbacks, epochs, updates_per_epoch):
         return directory.checkpoints.manifests()
 
 
+@on(AfterUpdate, AfterEpoch, AfterTraining)
+def measure(state, event):
+    return log(state, event, {"val/accuracy": (0.1, 0.4, 0.3, 0.5, 0.2)[state.iteration.update % 5]})
+
+
+AVERAGES = st.builds(lambda latest, interval: {"save_latest_weights": latest, **interval}, st.booleans(), INTERVALS)
+BEST = st.builds(
+    lambda at_end, keep, interval: {"at_end": at_end, "keep": keep, **interval},
+    st.booleans(), st.integers(1, 2), INTERVALS,
+)  # fmt: skip
+
+
 @settings(max_examples=25)
-@given(st.lists(CHECKPOINTS, min_size=1, max_size=3), st.booleans(), st.integers(1, 3), st.integers(1, 3))
-def test_no_copy_of_a_checkpoint_holds_what_the_checkpoint_holds(savers, averages, epochs, updates_per_epoch):
+@given(
+    st.lists(CHECKPOINTS, max_size=3), st.lists(BEST, max_size=1), st.lists(AVERAGES, max_size=1),
+    st.integers(1, 3), st.integers(1, 3),
+)  # fmt: skip
+def test_no_two_checkpoints_of_one_iteration_hold_the_same(savers, best, averages, epochs, updates_per_epoch):
     callbacks = [CheckpointCallback(id=f"saver{index}", **each) for index, each in enumerate(savers)]
-    callbacks += [EMACallback(every_n_updates=2, target_factors=(0.5,), save_latest_weights=True)] if averages else []
+    callbacks += [measure, *(BestCheckpointCallback(metric_key="val/accuracy", **each) for each in best)]
+    callbacks += [EMACallback(target_factors=(0.5,), **each) for each in averages]
     with tempfile.TemporaryDirectory() as folder:
         manifests = train(Path(folder), callbacks, epochs, updates_per_epoch)
-    groups = collections.defaultdict(list)
+    moments, slots = collections.defaultdict(list), collections.defaultdict(list)
     for manifest in manifests:
-        groups[manifest.slot].append(manifest)
-    for copies in groups.values():
-        files = [{name: part.sha256 for name, part in each.parts.items()} for each in copies]
-        assert len({tuple(sorted(each.items())) for each in files}) == len(files)
+        files = {name: part.sha256 for name, part in manifest.parts.items()}
+        slots[manifest.slot].append(files)
+        moments[manifest.iteration, manifest.weights_of, tuple(sorted(manifest.models))].append(files)
+    for checkpoints in moments.values():
+        assert all(checkpoints.count(files) == 1 for files in checkpoints)
+    for files in slots.values():
         # A later one was saved only because no earlier one had all of it.
         assert not any(later.items() <= earlier.items() for i, earlier in enumerate(files) for later in files[i + 1 :])
 
@@ -79,3 +99,13 @@ def test_two_intervals_meet_at_the_end(tmp_path, more, parts):
     manifests = train(tmp_path, callbacks, 2, 2)
     at_end = [each.tag for each in manifests if each.iteration.epoch == 2]
     assert sorted(at_end) == sorted(["E2_U4_S16", "E2_U4_S16.latest", *parts])
+
+
+def test_the_best_checkpoint_is_the_newest_one_too(tmp_path):
+    best = BestCheckpointCallback(every_n_epochs=1, metric_key="val/accuracy")
+    manifests = train(tmp_path, [CheckpointCallback(every_n_epochs=1), measure, best], 3, 1)
+    assert [(each.tag, each.resumable) for each in manifests] == [
+        ("E1_U1_S4", True),
+        ("E2_U2_S8", False),
+        ("E3_U3_S12", True),
+    ]
