@@ -24,7 +24,8 @@ MAX_BYTES: Final = 1 << 24
 """Largest size of a manifest, which lists at most four files and the saves of one event."""
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=%\-]{0,199}", re.ASCII)
 """The names of checkpoints and pointers; none is a path to another directory."""
-RUN_STATE_SUFFIXES: Final = ("", ".latest", ".end")
+END: Final = ".end"
+RUN_STATE_SUFFIXES: Final = ("", ".latest", END)
 """Ends of the tags under which a run saves its state: `TAG`, `TAG.latest` and `TAG.end` differ in retention only."""
 NEWEST_TAG: Final = re.compile(r"E\d+_U\d+_S\d+\.latest", re.ASCII)
 """The tags of newest checkpoints."""
@@ -100,9 +101,9 @@ class Manifest:
 
     @property
     def slot(self) -> tuple[str, TrainingIteration, str | None]:
-        """What it has in common with its copies: the tag without number, the iteration, whose weights it holds."""
+        """What it has in common with its copies: the name of the slot, the iteration, whose weights it holds."""
         tag = self.tag if self.number == 1 else self.tag.removesuffix(f".{self.number}")
-        return tag, self.iteration, self.weights_of
+        return name_of_slot(tag, self.iteration), self.iteration, self.weights_of
 
     @property
     def moment(self) -> tuple[object, ...]:
@@ -158,6 +159,16 @@ class Manifest:
         if manifest.dumps() != text:
             raise ManifestError("its content is not what was written")
         return manifest
+
+
+def name_of_slot(tag: str, iteration: TrainingIteration) -> str:
+    """Return what the tags of copies have in common: `TAG` for `TAG.end`, the copy of `TAG` with the whole state.
+
+    Example:
+        >>> name_of_slot("E1_U2_S8.end", TrainingIteration(1, 2, 8)), name_of_slot("my.end", TrainingIteration(1, 2, 8))
+        ('E1_U2_S8', 'my.end')
+    """
+    return str(iteration) if tag == f"{iteration}{END}" else tag
 
 
 def _text(content: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from noether.core.event import AfterTraining
 from noether.effects.checkpoints.contents import STATE, WEIGHTS, checkpoint_files, requested_files
-from noether.effects.checkpoints.manifest import RUN_STATE_SUFFIXES
+from noether.effects.checkpoints.manifest import RUN_STATE_SUFFIXES, name_of_slot
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -68,7 +68,8 @@ def contains_models(saved: Collection[str], requested: Collection[str]) -> bool:
 
 
 def _has_slot(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingIteration) -> bool:
-    return saved.slot == (effect.tag or str(iteration), iteration, effect.weights_of)
+    tag = name_of_slot(effect.tag or str(iteration), iteration)
+    return saved.slot == (tag, iteration, effect.weights_of)
 
 
 def _has_files(saved: Manifest, effect: SaveCheckpoint) -> bool:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from typing import TYPE_CHECKING
 
 from noether.core.errors import WeightsError
 from noether.core.event import AfterTraining, AfterUpdate, kind_of
-from noether.effects.checkpoints.contents import (
-    ModelNamesError,
-    checkpoint_files,
-    requested_files,
-)
-from noether.effects.checkpoints.listing import (
-    CheckpointError,
-    Listing,
-)
-from noether.effects.checkpoints.manifest import NAME, Manifest, Part, recorded_saves
+from noether.effects.checkpoints.contents import ModelNamesError, checkpoint_files, requested_files
+from noether.effects.checkpoints.listing import CheckpointError, Listing
+from noether.effects.checkpoints.manifest import END, NAME, Manifest, Part, recorded_saves
 from noether.effects.checkpoints.pointers import Pointers
 from noether.effects.checkpoints.pruning import Pruner
 from noether.effects.checkpoints.reader import CheckpointReader
+from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.reuse import covers, covers_end, differs_only_in_end, same_content, same_weights
 from noether.effects.checkpoints.writer import Writer
 from noether.effects.disk.calls import DISK
@@ -89,7 +83,7 @@ class CheckpointStore(CheckpointReader):
         listing = self._list()
         kind = kind_of(type(event))
         existing = self._find_saved(listing.manifests, effect, state, kind)
-        saved = existing or self._write(self._draft(effect, state.iteration, kind), effect, state, fsync_logs)
+        saved = existing or self._write(self._draft(effect, state.iteration, kind, listing), effect, state, fsync_logs)
         if existing is None:
             self._commit(saved)
         else:
@@ -205,10 +199,16 @@ class CheckpointStore(CheckpointReader):
         self._committed.add(manifest.tag)
         return True
 
-    def _draft(self, effect: SaveCheckpoint, iteration: TrainingIteration, event: type[Event]) -> Manifest:
-        """Return the manifest of a new checkpoint: its tag is the requested one, or `TAG.2`, ... if that is in use."""
+    def _draft(
+        self, effect: SaveCheckpoint, iteration: TrainingIteration, event: type[Event], listing: Listing
+    ) -> Manifest:
+        """Return the manifest of a new checkpoint: its tag is the requested one, or `TAG.end`, `TAG.2`, ..."""
         tag = effect.tag or str(iteration)
-        candidates = ((tag if number == 1 else f"{tag}.{number}", number) for number in count(1))
+        copies = ((tag if number == 1 else f"{tag}.{number}", number) for number in count(1))
+        whole = is_resumable(requested_files(effect), effect.models, effect.weights_of)
+        parts = [each.tag for each in listing.manifests if each.iteration == iteration and not each.resumable]
+        of_end = event is AfterTraining and whole and tag == str(iteration) and tag in parts
+        candidates = chain([(f"{tag}{END}", 1)] if of_end else [], copies)
         try:
             free, number = next(each for each in candidates if self._disk.kind(self._directory / each[0]) is None)
         except OSError as error:
@@ -310,9 +310,11 @@ class CheckpointStore(CheckpointReader):
 
     def _save_beside(self, saved: Manifest, request: SaveCheckpoint, state: TrainState) -> Manifest:
         """Save the state of a checkpoint once more, as another request of its event asks for, unless that exists."""
-        if (found := self._find_saved(self.manifests(), request, state, AfterUpdate)) is not None:
+        listing = self._list()
+        if (found := self._find_saved(listing.manifests, request, state, AfterUpdate)) is not None:
             return found
-        draft = self._draft(request, saved.iteration, AfterUpdate)
+        kind = AfterTraining if saved.event == AfterTraining.__name__ else AfterUpdate
+        draft = self._draft(request, saved.iteration, kind, listing)
         draft = replace(draft, run_id=saved.run_id, segment=saved.segment, parent=saved.parent, event=saved.event)
         if draft.resumable:
             draft = replace(draft, requests=saved.requests, pointers=saved.pointers)

@@ -109,3 +109,14 @@ def test_the_best_checkpoint_is_the_newest_one_too(tmp_path):
         ("E2_U2_S8", False),
         ("E3_U3_S12", True),
     ]
+
+
+def test_what_the_end_adds_to_a_checkpoint_is_named_so(tmp_path):
+    weights = {"save_latest_optim": False, "every_n_epochs": 1}
+    whole = CheckpointCallback(id="whole", every_n_updates=3, save_optim=True)
+    manifests = train(tmp_path, [CheckpointCallback(id="weights", **weights), whole], 2, 1)
+    assert [(each.tag, each.resumable) for each in manifests] == [
+        ("E1_U1_S4", False),
+        ("E2_U2_S8", False),
+        ("E2_U2_S8.end", True),
+    ]
