@@ -15,7 +15,7 @@ from noether.core.tensors.tree import FrozenDict, tensors
 from noether.core.text import count_of, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import AfterTraining, BeforeTraining, Event
@@ -147,9 +147,10 @@ class CheckpointCallback(PeriodicCallback):
         """Return the request for the weights in `model_names` only, under their name, if it is not for more."""
         if save.optimizer or not self.model_names:  # an optimizer is useless without all weights
             return save
-        part = escape_name("-".join(self.model_names).replace(".", "/"))
-        pointers = tuple(f"{pointer}.{part}" for pointer in save.pointers)
-        return replace(save, models=self.model_names, tag=f"{state.iteration}.{part}", pointers=pointers)
+        # Callbacks that list the same sub-modules in another order save one checkpoint.
+        tag = f"{state.iteration}.{_name_of_part(sorted(self.model_names))}"
+        pointers = tuple(f"{pointer}.{_name_of_part(self.model_names)}" for pointer in save.pointers)
+        return replace(save, models=self.model_names, tag=tag, pointers=pointers)
 
     def _forecast(self, state: TrainState, run: Run) -> str:
         count = self._count_saves(state.iteration, run)
@@ -163,6 +164,10 @@ class CheckpointCallback(PeriodicCallback):
         before_end = events_at(run.final.update, run)[-2:][:1]  # it has the iteration of the end
         fires_there = any(fires(Occasions(self.gate.schedule), event, run) for event in before_end)
         return max(1, self.gate.schedule.count(start, run.final, run) + (not fires_there))
+
+
+def _name_of_part(models: Iterable[str]) -> str:
+    return escape_name("-".join(models).replace(".", "/"))
 
 
 def _describe_saves(save: SaveCheckpoint, state: TrainState, count: int, *, keep: int | None) -> str:

@@ -120,3 +120,10 @@ def test_what_the_end_adds_to_a_checkpoint_is_named_so(tmp_path):
         ("E2_U2_S8", False),
         ("E2_U2_S8.end", True),
     ]
+
+
+def test_the_order_of_sub_modules_makes_no_second_checkpoint(tmp_path):
+    settings = {"save_latest_optim": False, "every_n_epochs": 1}
+    callbacks = [CheckpointCallback(id=f"of {a}", model_names=(a, b), **settings) for a, b in ("ab", "ba")]
+    manifests = train(tmp_path, callbacks, 1, 1)
+    assert [each.tag for each in manifests] == ["E1_U1_S4.a-b", "E1_U1_S4.end"]
