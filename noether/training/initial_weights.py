@@ -264,7 +264,7 @@ def _describe_fix(settings: InitSettings, expected: Mapping[str, Any], found: Ma
 
 
 def _find_start(longer: Mapping[str, Any], shorter: Mapping[str, Any]) -> str:
-    """Return what most names of one mapping have before a name of the other whose value has the same shape, or "".
+    """Return what one mapping has before most names of the other, where the values have the same shape; else "".
 
     Example:
         >>> _find_start({"net.bias": torch.ones(2), "net.scale": torch.ones(1)}, {"bias": torch.zeros(2)})
@@ -277,7 +277,7 @@ def _find_start(longer: Mapping[str, Any], shorter: Mapping[str, Any]) -> str:
         if long.endswith(f".{short}") and getattr(value, "shape", None) == getattr(other, "shape", None)
     )
     (start, count), (_, next_count) = [*starts.most_common(2), ("", 0), ("", 0)][:2]
-    return start if count > next_count else ""
+    return start if count > next_count and 2 * count > len(shorter) else ""
 
 
 def _replace_weights(state: TrainState, taken: Mapping[str, Any]) -> TrainState:

@@ -42,7 +42,8 @@ def find_tag(name: str, listing: Listing, directory: Path) -> str:
         CheckpointError: If the name means none of them, or several; the message lists them.
     """
     manifests = listing.manifests
-    if Path(name).resolve().parent == directory.resolve():
+    # No path has a null character; `resolve` raises for it.
+    if "\0" not in name and Path(name).resolve().parent == directory.resolve():
         name = Path(name).name
     name = find_name(name, [entry.name for entry in listing.pointers])
     if name in listing.broken:
