@@ -174,9 +174,12 @@ class BatchLoop:
         session = self._session
         with session.save_where_it_ends():
             try:
-                while not session.is_over:
+                # A run that was cut after its last update: only the loader knows whether that ended an epoch, too.
+                is_undecided = session.is_over and not session.state.ended and session.state.epoch_batches > 0
+                while is_undecided or not session.is_over:
                     yield from self._epoch(session.state)
                     session.end_epoch(cut_short=not self._is_last and session.is_over)
+                    is_undecided = False
             finally:
                 self._batch = _NO_BATCH
             session.end()
@@ -198,6 +201,8 @@ class BatchLoop:
                 if self._drawn == counted:
                     log_skipped(counted, epoch, time.perf_counter() - start_s)
                     session.stopwatch.read()
+                    if session.is_over:
+                        return
                 continue
             self._batch, self._is_reported = batch, False
             seed_all(derive(self._seed, "step", epoch, self._drawn), self._generators)

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain_loop import Loop, Points
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -118,6 +118,8 @@ def callbacks():
     leave=st.sampled_from(["raise", "break"]),
     cuts=st.lists(st.integers(1, 14), max_size=3),
 )
+@example(kind="sampler", lengths=[1, 1, 2], accumulation=1, end={"max_updates": 8}, leave="break", cuts=[8])
+@example(kind="unsized", lengths=[3, 5, 1], accumulation=2, end={"max_samples": 30}, leave="break", cuts=[5, 5])
 def test_uncut_equals_cut_anywhere(tmp_path_factory, kind, lengths, accumulation, end, leave, cuts):
     path = tmp_path_factory.mktemp("runs")
     whole, cut = (

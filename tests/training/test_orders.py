@@ -117,11 +117,9 @@ WEIGHTED = {"kind": "torch.utils.data.WeightedRandomSampler", "weights": [1, 9, 
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(tiny_module, tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "tiny", raising=False)
 
 
 def configure(**trainer):

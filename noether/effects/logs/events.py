@@ -126,6 +126,8 @@ def _decode_event(text: str) -> RecordedEvent | None:
         return None
     run, lengths = line.get("run"), None
     if run is not None:
+        if not isinstance(run, Mapping):  # torch warns of a tensor with text as its index
+            raise TypeError("its run is not a mapping")
         lengths = run["lengths"]
         run = {name: value for name, value in run.items() if name != "lengths"}
         run |= {"end": TrainingIteration.parse(run["end"]), "frozen": frozenset(run.get("frozen", ()))}
