@@ -9,42 +9,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+QUICK = [
+    ("session", ("--rounds", "2", "--updates", "2"), {"bare loop": 1, "Session": 1}),
+    ("ema", ("--rounds", "2", "--params", "1000"), {"torch": 1, "noether": 2}),
+    ("scaling", ("--rounds", "2"), {"1,000 callbacks": 2, "1,000,000,000 updates": 1}),
+    ("replay", ("--rounds", "2", "--updates", "200"), {"callbacks that decide": 1, "and two that look": 1}),
+]
+SLOW = [
+    ("step", ("--rounds", "2", "--updates", "2"), {"mutable loop": 2, "noether step": 4}),
+    ("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 4}),
+    ("dispatch", ("--rounds", "2"), {"noether": 3}),
+    ("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
+    ("saving", ("--rounds", "2", "--params", "1000"), {"one copy": 1, "noether": 2}),
+    ("checkpoint", ("--rounds", "2", "--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
+    ("startup", ("--rounds", "1"), {"noether --help": 1, "noether validate": 2, "import torch, every name": 1}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "arguments", "rows"),
-    [
-        pytest.param(
-            *("step", ("--rounds", "2", "--updates", "2"), {"mutable loop": 2, "noether step": 4}),
-            marks=pytest.mark.slow,
-        ),
-        ("session", ("--rounds", "2", "--updates", "2"), {"bare loop": 1, "Session": 1}),
-        pytest.param(
-            *("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 4}),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(*("dispatch", ("--rounds", "2"), {"noether": 3}), marks=pytest.mark.slow),
-        pytest.param(
-            *("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
-            marks=pytest.mark.slow,
-        ),
-        ("ema", ("--rounds", "2", "--params", "1000"), {"torch": 1, "noether": 2}),
-        pytest.param(
-            *("saving", ("--rounds", "2", "--params", "1000"), {"one copy": 1, "noether": 2}), marks=pytest.mark.slow
-        ),
-        ("scaling", ("--rounds", "2"), {"1,000 callbacks": 2, "1,000,000,000 updates": 1}),
-        pytest.param(
-            *("checkpoint", ("--rounds", "2", "--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
-            marks=pytest.mark.slow,
-        ),
-        ("replay", ("--rounds", "2", "--updates", "200"), {"callbacks that decide": 1, "and two that look": 1}),
-        pytest.param(
-            *(
-                "startup",
-                ("--rounds", "1"),
-                {"noether --help": 1, "noether validate": 2, "import torch, every name": 1},
-            ),
-            marks=pytest.mark.slow,
-        ),
-    ],
+    ("name", "arguments", "rows"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
 )
 def test_a_benchmark_measures(name, arguments, rows):
     done = subprocess.run(
