@@ -45,7 +45,7 @@ class OptimizerWatch:
         return self._rates if self.has_stepped else self._read_rates()
 
     @property
-    def measured(self) -> Mapping[str, Tensor]:
+    def measurements(self) -> Mapping[str, Tensor]:
         """Readings of the gradients at the last step of this update; empty if it made none."""
         return self._measured if self.has_stepped else {}
 

@@ -129,11 +129,11 @@ class TorchOptimizer:
         """Readings of this update: of the last step of each optimizer; of one that made none, the rates of its next."""
         if len(self._watches) == 1:
             watch = self._watches[0]
-            rates, measured = watch.rates, dict(watch.measured)
+            rates, measured = watch.rates, dict(watch.measurements)
         else:
             each_rates = [each.rates for each in self._watches]
             rates = {key: {name: r for rates in each_rates for name, r in rates[key].items()} for key in each_rates[0]}
-            measured = _merge([each.measured for each in self._watches if each.measured])
+            measured = _merge([each.measurements for each in self._watches if each.measurements])
         return {**{key: FrozenDict(by_group) for key, by_group in rates.items()}, **measured}
 
     def find_problems(self, opt_state: Mapping[str, Any]) -> Iterable[str]:

@@ -31,7 +31,7 @@ from noether.training.weights import fit_weights
 
 
 class Lazy(nn.Module):
-    """Fills a buffer that is None."""
+    """Sets a buffer that the constructor registered as None."""
 
     def __init__(self, *, persistent=True):
         super().__init__()

@@ -190,7 +190,7 @@ class EntryHooks:
         instance, settings = construct_with_settings(self.converter, kind, value, build_nested)
         return Kind("", kind, settings, instance)
 
-    def nested(self, value: Any) -> Any:
+    def structure_nested(self, value: Any) -> Any:
         """Return a setting with each mapping in it that has a dotted path as `kind` structured as an entry."""
         value = read_untyped(value)
         if isinstance(value, dict) and "." in str(value.get("kind")):
@@ -201,7 +201,7 @@ class EntryHooks:
         errors: list[Exception] = []
         for part, inner in parts.items():
             with collect_errors(errors, part):
-                parts[part] = self.nested(inner)
+                parts[part] = self.structure_nested(inner)
         raise_together(errors, Kind)
         return parts if isinstance(value, dict) else type(value)(parts.values())
 

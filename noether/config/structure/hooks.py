@@ -63,7 +63,9 @@ def make_config_converter(allow: Sequence[str], source: Source, run_dir: Path | 
     converter.register_structure_hook(TrainerSettings, lambda value, _: _structure_trainer(kinds, value))
     converter.register_structure_hook(OptimizerSettings, lambda value, _: _structure_optimizer(kinds, value))
     converter.register_structure_hook(Config, lambda value, _: _structure_config(kinds, value))
-    converter.register_structure_hook_func(lambda kind: kind in (Any, object), lambda value, _: kinds.nested(value))
+    converter.register_structure_hook_func(
+        lambda kind: kind in (Any, object), lambda value, _: kinds.structure_nested(value)
+    )
     converter.register_structure_hook_func(_is_dataclass_of_user, kinds.structure_dataclass)
     converter.register_structure_hook_func(is_function_type, lambda value, _: kinds.function(value, SETTING_FUNCTION))
     converter.register_structure_hook_func(_is_metric_type, lambda value, _: kinds.metric(value))

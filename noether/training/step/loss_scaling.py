@@ -85,11 +85,11 @@ class LossScaling:
         """Return `objectives` with every loss scaled."""
         scale = self.scale(state)
 
-        def scaled(losses: Losses) -> list[Tensor]:
+        def scale_losses(losses: Losses) -> list[Tensor]:
             # A tensor, as GradScaler has it: a loss in float16 becomes one in float32.
             return [term * torch.tensor(scale, device=term.device) for term in objectives(losses)]
 
-        return scaled
+        return scale_losses
 
     def unscale(self, state: TrainState, grads: Grads) -> Grads:
         """Return gradients of the losses from those of the scaled losses, in their dtypes."""

@@ -32,7 +32,7 @@ def describe_constructed(model: nn.Module) -> FrozenDict:
     """Return the form of each buffer as the constructor of a model made it; read once, when a model is first seen.
 
     Returns:
-        Dtype and shape by name, `none` for a buffer that is None; of a non-persistent buffer also a digest.
+        Dtype and shape by name, `none` for a buffer registered as None. For non-persistent buffers, a digest too.
 
     Example:
         >>> model = torch.nn.BatchNorm1d(2)
@@ -187,9 +187,9 @@ def split_buffers(buffers: Mapping[str, Tensor], non_persistent: Collection[str]
 class BufferPlaces:
     """The places of a model's buffers, for calls with the buffers of a state.
 
-    A place is an entry in the `_buffers` of a module. A model may fill a buffer that is None, or register one, in
-    forward. A state has the buffers that forward made; before the next call, `place` resets those that the state does
-    not have to what the constructor made.
+    A place is an entry in the `_buffers` of a module. The `forward` of a model may register a buffer, or set one that
+    was registered as None. A state has the buffers that forward made; before the next call, `place` resets those that
+    the state does not have to what the constructor made.
 
     Args:
         model: The model.

@@ -232,7 +232,7 @@ def find_tied_differences(saved: Mapping[str, Any], tied: Mapping[str, str]) -> 
 
 
 def _buffer_places(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Any], str]]]:
-    """Yield, for each buffer and each that is None, the dict and the key under which its module keeps it."""
+    """Yield the dict and the key under which a module keeps each buffer, those registered as None included."""
     for path, module in named_modules(model):
         for key in buffers_in(module):
             yield f"{path}.{key}" if path else key, (buffers_in(module), key)
