@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 _NOT_GIVEN: Final[Any] = object()
-_LONG_FIELDS: Final = ("data", "forward", "frozen")  # `repr` leaves them out
+_LONG_FIELDS: Final = ("data", "forward", "frozen", "gather")  # `repr` leaves them out
+
+
+def _gather_one(what: str, value: Any) -> Sequence[Any]:  # noqa: ARG001  # the name is for errors of several ranks
+    return (value,)
 
 
 def _optional() -> Any:
@@ -26,13 +30,14 @@ def _optional() -> Any:
 
 
 _LEAST: Final = {"updates_per_epoch": 1, "samples_per_epoch": 1, "effective_batch_size": 1, "rank": 0, "world_size": 1}
-_NEVER_NONE: Final = ("rank", "world_size", "batch_size")
+_NEVER_NONE: Final = ("rank", "world_size", "gather", "batch_size")
 _TYPES: Final[dict[str, tuple[Any, str]]] = {
     "end": (TrainingIteration, "a point of the run; write e.g. TrainingIteration(epoch=10)"),
     "run_id": (str, "text"),
     "config": (Mapping, "a mapping"),
     "data": (Mapping, "a mapping from key to dataset; write e.g. {'val': loader}"),
     "forward": (Callable, "a function (state, batch) -> (losses, outputs)"),
+    "gather": (Callable, "a function (name, value) -> values of all ranks"),
     "frozen": (AbstractSet, "a set of names of params; write e.g. frozenset({'head.weight'})"),
     "batch_size": (Callable, "a function batch -> number of samples"),
 }
@@ -69,6 +74,8 @@ class Run:
         data: Datasets for data-iterating callbacks by key; each is an iterable of batches.
         forward: `(state, batch) -> (losses, outputs)`, in evaluation mode and without gradients.
         frozen: Names of the params that the optimizer does not update.
+        gather: `(name of the exchange, value) -> the values of all ranks`, in their order; every rank calls it at the
+            same point. By default there is one rank.
         batch_size: `batch -> number of samples`; by default the first dimension of all tensors, see
             `noether.core.tensors.batch.batch_size`. The trainer's own data knows the sizes of its batches.
 
@@ -95,6 +102,7 @@ class Run:
     data: Mapping[str, Any] = _optional()
     forward: Callable[..., tuple[Mapping[str, torch.Tensor], Any]] = _optional()
     frozen: frozenset[str] = _optional()
+    gather: Callable[[str, Any], Sequence[Any]] = _gather_one
     batch_size: Callable[[Any], int] = batch_size
 
     def __post_init__(self) -> None:

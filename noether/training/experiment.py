@@ -25,6 +25,7 @@ from noether.core.tensors.modes import start_training_mode
 from noether.core.tensors.module import device_of, frozen_names
 from noether.core.tensors.step_counters import counts_on_device
 from noether.core.tensors.tree import clone_tensors
+from noether.distributed.ranks import ONE_PROCESS, Ranks
 from noether.effects import CheckpointError
 from noether.effects.disk.tensor_files import describe_unsavable
 from noether.session.randomness import derive, seed_all
@@ -72,6 +73,7 @@ class Experiment:
         reducer: The same callbacks, composed.
         step: Makes one update.
         data: Returns the batches.
+        ranks: The processes that train it.
         notes: Lines for the user on what the run starts from.
     """
 
@@ -83,6 +85,7 @@ class Experiment:
     reducer: Reducer
     step: Step
     data: TrainingData | StreamedData
+    ranks: Ranks = ONE_PROCESS
     notes: tuple[str, ...] = ()
 
     def close(self) -> None:
@@ -105,7 +108,12 @@ class Experiment:
 
 
 def build(
-    config: Config, run_id: str = "", *, fresh: bool = True, model: Callable[[], nn.Module] | None = None
+    config: Config,
+    run_id: str = "",
+    *,
+    fresh: bool = True,
+    model: Callable[[], nn.Module] | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Experiment:
     """Return the datasets, model, optimizer and callbacks that `config` describes.
 
@@ -114,6 +122,7 @@ def build(
         run_id: Name of the run.
         fresh: Whether the run starts here; a resumed run ignores `init_from`.
         model: Builds the model, in place of `config.model`.
+        ranks: The processes that train the run.
 
     Raises:
         ConfigError: If something is wrong that only the built objects show: a batch larger than the dataset, a
@@ -135,6 +144,9 @@ def build(
         samples_per_epoch=data.batching.samples_per_epoch,
         effective_batch_size=data.batching.effective_batch_size,
         run_id=run_id,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        gather=ranks.control.gather,
         config=resolve_config(config),
         data=_build_evaluation_data(config, datasets, device),
         forward=forward(network, loss, precision=_PRECISIONS[config.trainer.precision]),
@@ -164,6 +176,7 @@ def build(
             nonfinite=config.trainer.nonfinite,
             grad_norm="grad_norm" in reducer.readings,
             finite="finite" in reducer.readings,
+            rank=ranks.rank,
             elapsed_s=time.perf_counter if _TIME_READINGS & set(reducer.readings) else None,
             batch_size=run.batch_size,
             donate=config.trainer.donate,
@@ -177,6 +190,7 @@ def build(
         reducer=reducer,
         step=step,
         data=data,
+        ranks=ranks,
         notes=notes,
     )
 

@@ -1,0 +1,105 @@
+"""The ranks of a run: this process among those that train it together, and the groups over which they communicate."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final, final
+
+import torch
+import torch.distributed as dist
+
+from noether.distributed.channel import Channel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEFAULT_TIMEOUT_S: Final = 600.0
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the processes that train one run together.
+
+    Each of the three groups belongs to one kind of work and is never shared between threads: `training` reduces
+    gradients, on the device of the model; `control` reduces what events carry, and `saving` is for checkpoints, both on
+    the CPU.
+
+    Args:
+        rank: Index of this process, `0 <= rank < world_size`.
+        world_size: Number of processes.
+        training: Group for gradients, nccl for CUDA and gloo for the CPU; None for one process.
+        control: Channel of the main thread.
+        saving: Channel of the thread that saves.
+        timeout_s: Seconds that a rank waits for the others before it gives up.
+
+    Example:
+        >>> ranks = Ranks()
+        >>> ranks.rank, ranks.world_size, ranks.is_first
+        (0, 1, True)
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    training: dist.ProcessGroup | None = None
+    control: Channel = field(default_factory=Channel)
+    saving: Channel = field(default_factory=Channel)
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which logs."""
+        return self.rank == 0
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.world_size > 1
+
+
+ONE_PROCESS: Final = Ranks()
+"""The only process of a run."""
+
+
+def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of processes that a launcher such as torchrun started, as `WORLD_SIZE` says; else 1.
+
+    Example:
+        >>> launched_world_size({"WORLD_SIZE": "4"}), launched_world_size({})
+        (4, 1)
+    """
+    value = environment.get("WORLD_SIZE", "").strip()
+    return int(value) if value.isdecimal() and int(value) else 1
+
+
+def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = None) -> Ranks:
+    """Return the ranks of this run; it joins the processes that a launcher started, or a group that exists.
+
+    Args:
+        timeout_s: Seconds that a rank waits for the others before it gives up, above 0.
+        device: Device of the model; gradients are reduced by nccl on CUDA, and by gloo elsewhere.
+
+    Returns:
+        `ONE_PROCESS` if there is only one.
+    """
+    if not dist.is_available():
+        return ONE_PROCESS
+    timeout = timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        if launched_world_size() == 1:
+            return ONE_PROCESS
+        is_cuda = device is not None and device.type == "cuda"
+        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None)
+    if dist.get_world_size() == 1:
+        return ONE_PROCESS
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        training=dist.group.WORLD,
+        control=Channel(control),
+        saving=Channel(saving),
+        timeout_s=timeout_s,
+    )
