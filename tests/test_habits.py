@@ -18,6 +18,34 @@ def test_habit(command):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+TYPED = """
+from noether import CheckpointCallback, TrainState, open_run
+from noether.core.callbacks import ETA, PeriodicCallback
+reveal_type(TrainState().iteration.epoch)
+reveal_type(CheckpointCallback(every_n_epochs=1).keep)
+reveal_type(ETA(every_n_epochs=1).interval_name)
+TrainState().epochs
+"""
+
+
+def test_a_type_checker_knows_the_types(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(TYPED)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        str(file),
+    ]  # with the settings of this checkout, and the cache of the test before
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert [line.partition("mine.py:")[2] for line in run.stdout.splitlines()[:-1]] == [
+        '4: note: Revealed type is "int"',
+        '5: note: Revealed type is "int | None"',
+        '6: note: Revealed type is "str"',
+        '7: error: "TrainState" has no attribute "epochs"  [attr-defined]',
+    ]
+
+
 def test_top_level_holds_nothing_else():
     expected = {"pyproject.toml", "README.md", "noether", "tests", "configs", "benchmarks"}
     git = shutil.which("git")

@@ -186,6 +186,7 @@ def test_callbacks_that_read_params_are_skipped_with_their_consumers(paper, tmp_
     assert "saves E3_U45_S180" in output
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_is_one_record(tmp_path):
     (tmp_path / "small.yaml").write_text(SMALL)
     process = start("train", "small.yaml", *RECORD, "--set", "trainer.max_epochs=20", cwd=tmp_path)

@@ -26,6 +26,7 @@ def start_holding(folder, update, *argv):
     return process
 
 
+@pytest.mark.slow
 def test_tensorboard_has_each_update_once_after_a_kill_and_a_signal(tmp_path):
     (tmp_path / "paper.py").write_text(MODULE)
     text = PAPER

@@ -184,6 +184,7 @@ def test_the_lock_of_a_killed_process_is_free_while_its_workers_live(phases, tmp
     check_equal(run, only_run(phases / "out/paper"))
 
 
+@pytest.mark.slow
 def test_checkpoints_are_not_ordered_by_time(phases, tmp_path, holding):
     """After the clock was set back, the newest checkpoint has the oldest files and the run an older name."""
     process = holding("update 40", "--set", "trainer.checkpoints.async=false")  # so that all checkpoints are complete
@@ -292,6 +293,7 @@ def test_on_a_full_disk_the_run_stops_and_can_be_resumed_later(phases, tmp_path)
     check_equal(run, only_run(phases / "out/paper"))
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_with_warn_training_continues_and_counts_losses(phases, tmp_path):
     found, run = run_on_full_disk(phases, tmp_path, "warn")
     assert found["code"] == 0, found["stderr"]

@@ -111,8 +111,10 @@ def warnings_in(caplog):
 
 @pytest.mark.parametrize(
     ("cls", "settings"),
-    [(torch.optim.AdamW, {"fused": True}), (torch.optim.SGD, {"momentum": 0.9})],
-    ids=["adamw", "sgd"],
+    [
+        pytest.param(torch.optim.AdamW, {"fused": True}, id="adamw", marks=pytest.mark.slow),
+        pytest.param(torch.optim.SGD, {"momentum": 0.9}, id="sgd"),
+    ],
 )
 def test_updates_are_those_of_the_step_up_to_the_last_bits(cls, settings, caplog):
     """Both start each update from the same state: over many updates, Adam amplifies rounding errors."""

@@ -133,17 +133,18 @@ def train_with_fault(folder, reducer, at, kind, **settings):
     return False, len(faults.names)
 
 
-SETTINGS = {
-    "the newest is saved beside weights": ({}, 1),
-    "all are to resume from": ({"save_optim": True}, 3),
-}
+SETTINGS = [
+    pytest.param(({}, 3), id="the newest is saved beside weights"),
+    pytest.param(({}, 1), id="the newest is saved beside weights, each call", marks=pytest.mark.slow),
+    pytest.param(({"save_optim": True}, 3), id="all are to resume from"),
+]
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=SETTINGS)
+@pytest.fixture(scope="module", params=SETTINGS)
 def uncut(request, tmp_path_factory):
     """The callbacks of a run, a description of it, its number of calls that change the disk, the step between cuts."""
     folder = tmp_path_factory.mktemp("uncut") / "run"
-    settings, step = SETTINGS[request.param]
+    settings, step = request.param
     reducer = callbacks(**settings)
     _, calls = train_with_fault(folder, reducer, None, "kill")
     description = describe(folder)
