@@ -21,6 +21,8 @@ MAY_CHANGE = (
     *(f"trainer.{end}" for end in ENDS),
     "trainer.max_hours",
     "trainer.device",
+    "trainer.parallel",
+    "trainer.rank_timeout_s",
     "trainer.num_workers",
     "trainer.evaluate",
     "trainer.checkpoints",
@@ -34,7 +36,7 @@ MAY_CHANGE = (
 
 def changed_settings(old: Config, new: Config) -> tuple[str, ...]:
     """Return the dotted names of all settings that differ, in the order of the sections; a list is one setting."""
-    return tuple(".".join(path) for path, _, _ in _differences(resolve_config(old), resolve_config(new)))
+    return tuple(".".join(path) for path, _, _ in find_differences(resolve_config(old), resolve_config(new)))
 
 
 def refuse_changes(old: Config, new: Config) -> None:
@@ -45,7 +47,7 @@ def refuse_changes(old: Config, new: Config) -> None:
     """
     problems = [
         LocatedProblem(new.place(path), path, f"{_quote(before)} cannot become {_quote(after)} in a resumed run")
-        for path, before, after in _differences(resolve_config(old), resolve_config(new))
+        for path, before, after in find_differences(resolve_config(old), resolve_config(new))
         if not any(f"{'.'.join(path)}.".startswith(f"{name}.") for name in MAY_CHANGE)
     ]
     if problems:
@@ -56,10 +58,12 @@ def _quote(value: object) -> str:
     return "nothing" if value is None else repr(value)
 
 
-def _differences(old: object, new: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+def find_differences(
+    old: object, new: object, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     """Yield the path, the old and the new value of each setting that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            yield from _differences(old.get(key), new.get(key), (*path, key))
+            yield from find_differences(old.get(key), new.get(key), (*path, key))
     elif repr(old) != repr(new):  # by their text, so that NaN equals itself and True differs from 1
         yield path, old, new

@@ -227,6 +227,10 @@ class TrainerSettings:
             and the same bits. A tensor that a callback keeps is copied first.
         compile: Whether `torch.compile` compiles each update as a whole: faster after some seconds, and equal up to the
             last bits. If an update cannot be compiled, a warning says why.
+        parallel: What each of several processes, as torchrun starts them, holds: `replicate` for the whole model and
+            optimizer, with gradients averaged over processes. One process holds all.
+        rank_timeout_s: Seconds, above 0, that one of several processes waits for the others before it gives up. Rank 0
+            saves and closes the run within this time, too.
         record: `events` writes what `noether replay` needs to `events.jsonl`, which reads every loss from its device at
             every update. None writes nothing.
 
@@ -263,6 +267,8 @@ class TrainerSettings:
     checkpoints: CheckpointSettings = CheckpointSettings()
     donate: bool = True
     compile: bool = False
+    parallel: Literal["replicate", "shard"] = "replicate"
+    rank_timeout_s: float = 600.0
     record: Literal["events"] | None = None
 
     def __post_init__(self) -> None:
@@ -273,7 +279,7 @@ class TrainerSettings:
         yield check_whole("effective_batch_size", self.effective_batch_size)
         for name in ("max_batch_size", "eval_batch_size"):
             yield None if getattr(self, name) is None else check_whole(name, getattr(self, name))
-        for name in ("max_hours", "clip_grad_norm", "clip_grad_value"):
+        for name in ("max_hours", "clip_grad_norm", "clip_grad_value", "rank_timeout_s"):
             yield None if getattr(self, name) is None else check_number(name, getattr(self, name), above=True)
         if self.shuffle is not None and self.sampler is not None:
             yield Problem("shuffle", "the sampler gives the order of the samples; remove one of them")

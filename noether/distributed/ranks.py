@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 import torch.distributed as dist
 
+from noether.core.errors import NoetherError
 from noether.distributed.channel import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DEFAULT_TIMEOUT_S: Final = 600.0
+
+
+class LaunchError(NoetherError, RuntimeError):
+    """The environment names several processes, but does not say how they find each other."""
 
 
 @final
@@ -74,6 +79,31 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
     return int(value) if value.isdecimal() and int(value) else 1
 
 
+def check_launch(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse an environment that says that there are several processes, but not how they find each other.
+
+    Raises:
+        LaunchError: With the variables that are missing.
+
+    Example:
+        >>> check_launch({"WORLD_SIZE": "2", "RANK": "0"})
+        Traceback (most recent call last):
+        noether.distributed.ranks.LaunchError: WORLD_SIZE is set to 2, but not MASTER_ADDR, MASTER_PORT: ...
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        found = f"WORLD_SIZE is set to {launched_world_size(environment)}, but not {', '.join(missing)}"
+        fix = "start the processes with torchrun, or unset WORLD_SIZE if this is the only process"
+        raise LaunchError(f"{found}: {fix}")
+
+
+def count_processes() -> int:
+    """Return the number of processes in the group of torch.distributed, or that a launcher started; 1 for none."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return launched_world_size()
+
+
 def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = None) -> Ranks:
     """Return the ranks of this run; it joins the processes that a launcher started, or a group that exists.
 
@@ -83,6 +113,9 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
 
     Returns:
         `ONE_PROCESS` if there is only one.
+
+    Raises:
+        LaunchError: If the environment names several processes, but not how they find each other.
     """
     if not dist.is_available():
         return ONE_PROCESS
@@ -90,6 +123,7 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
     if not dist.is_initialized():
         if launched_world_size() == 1:
             return ONE_PROCESS
+        check_launch()
         is_cuda = device is not None and device.type == "cuda"
         dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None)
     if dist.get_world_size() == 1:

@@ -171,6 +171,11 @@ class RunDirectory:
         """Whether this process can write to the run: it opened the run, and did not close it."""
         return self._access.refusal is None
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes to the run: of several ranks only rank 0 does."""
+        return self._access.writes
+
     def check_location(self) -> None:
         """Raise an error if the run is closed, or its directory is not where it was opened.
 

@@ -56,12 +56,14 @@ def save_end(directory: RunDirectory, interpret: Interpret, state: TrainState, e
 def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_s: float) -> None:
     """Save a run that is interrupted before its end, under the pointer `latest`; return when this is on the disk.
 
-    It does nothing if this process has already saved a checkpoint from which the run resumes at `state`, or later.
-    The checkpoint stays until the resumed run has saved the next one from which it can resume.
+    It does nothing on other ranks than 0, or if this process has already saved a checkpoint from which the run resumes
+    at `state`, or later. The checkpoint stays until the resumed run has saved the next one from which it can resume.
 
     Raises:
         CheckpointError: If it cannot be saved, whatever `on_error` of the directory is.
     """
+    if not directory.writes:
+        return
     save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
     with suppress(CheckpointError):  # an earlier background save failed; the saver logged or will raise that
         directory.wait()

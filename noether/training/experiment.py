@@ -34,6 +34,7 @@ from noether.training.data.batches import SampleCounter
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.orders import SamplerOrder
 from noether.training.data.streamed import StreamedData, StreamedEvaluationData
+from noether.training.devices import choose_device
 from noether.training.error_locations import locate_errors
 from noether.training.initial_weights import load_weights
 from noether.training.step.loss_scaling import LossScaling, find_float16_problem
@@ -128,7 +129,7 @@ def build(
         ConfigError: If something is wrong that only the built objects show: a batch larger than the dataset, a
             parameter group that matches nothing, a metric that no callback produces.
     """
-    device = _device(config)
+    device = choose_device(config, are_several=ranks.are_several)
     datasets = _build_datasets(config)
     data = _build_training_data(config, datasets["train"], device)
     network = _build_model(config, model or config.model.build, device)
@@ -196,19 +197,6 @@ def build(
 
 
 # Data
-
-
-def _device(config: Config) -> torch.device:
-    name = config.trainer.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        message = f"{name!r} cannot be used here: {reason}; write 'auto' to take a GPU if there is one"
-        raise config.error(("trainer", "device"), message) from error
-    return torch.device(name)
 
 
 def _build_loss_scaling(config: Config, state: TrainState, device: torch.device) -> LossScaling | None:

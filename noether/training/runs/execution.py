@@ -94,7 +94,8 @@ def execute(
         TimeLimitError: If `trainer.max_hours` passed before an update was completed.
     """
     max_hours = experiment.config.trainer.max_hours
-    interruption.limit_time(max_hours)
+    ranks = experiment.ranks
+    interruption.limit_time(max_hours, counts=ranks.is_first)
     interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
     interpret: Interpret = interpreter
     if (minutes := experiment.config.trainer.checkpoints.every_n_minutes) is not None:
@@ -117,9 +118,11 @@ def execute(
         del state  # the first state would otherwise stay in memory during the whole training
         final = replace(trainer, finish=ending.finish, fail=ending.fail)(start, resumed=resumed)
     finished = next_move(final, experiment.run) is Move.NOTHING
+    if not finished:
+        interruption.share(experiment.run.gather)
     run = TrainedRun(directory=directory.path, state=final, finished=finished, interrupted_by=interruption.reason)
     write_ending(run, experiment, interpreter)
-    if not finished:
+    if not finished and ranks.is_first:
         is_saved = directory.checkpoints.holds(final)
         notify(f"saved {final.iteration}" if is_saved else "nothing is saved: the first update was not completed")
     notify(f"{run.ending}; the run is in {directory.path}")

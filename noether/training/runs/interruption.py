@@ -15,6 +15,7 @@ from noether.session.timing import Clock
 from noether.training.data.interruptible import WAITING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import FrameType, TracebackType
 
 SIGNALS: Final[tuple[signal.Signals, ...]] = tuple(
@@ -50,18 +51,23 @@ class Interruption:
         self._received: int | None = None
         self._elapsed_s, self._began_s = clock.elapsed_s, clock.elapsed_s()
         self._max_hours: float | None = None
+        self._counts_time = True
         self._is_time_over = False
         self._outer = WAITING.interrupted  # of an enclosing block
         self._previous: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
         """Return whether a signal was received or the time is over."""
-        if self._received is None and self._max_hours is not None:
+        if self._received is None and self._max_hours is not None and self._counts_time:
             self._is_time_over = self._is_time_over or self._elapsed_s() - self._began_s >= self._max_hours * _HOUR_S
         return self._received is not None or self._is_time_over
 
-    def limit_time(self, hours: float | None) -> None:
+    def limit_time(self, hours: float | None, *, counts: bool = True) -> None:
         """Interrupt once the hours since this object was made have passed; None sets no limit.
+
+        Args:
+            hours: The hours.
+            counts: Whether this process decides; of several ranks only rank 0 does, because their clocks differ.
 
         Example:
             >>> seconds = iter([0.0, 1799.0, 1800.0])
@@ -70,7 +76,16 @@ class Interruption:
             >>> interruption(), interruption(), interruption.exit_code, interruption.reason
             (False, True, 75, 'trainer.max_hours (0.5) has passed')
         """
-        self._max_hours = hours
+        self._max_hours, self._counts_time = hours, counts
+
+    def share(self, gather: Callable[[str, Any], Sequence[Any]]) -> None:
+        """Take over the reason of the first rank that has one, so that all ranks end with the same exit code.
+
+        Args:
+            gather: As `Run.gather`; all ranks call this at the same point.
+        """
+        reasons = gather("reasons of the interruption", (self._received, self._is_time_over))
+        self._received, self._is_time_over = next((each for each in reasons if any(each)), (None, False))
 
     @property
     def is_signal(self) -> bool:

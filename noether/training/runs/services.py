@@ -44,10 +44,12 @@ def _is_installed(name: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def open_directory(path: Path, config: Config, *, with_services: bool = True) -> RunDirectory:
-    """Open the directory of a run with the settings and services of its configuration."""
+def open_directory(path: Path, config: Config, *, with_services: bool = True, rank: int = 0) -> RunDirectory:
+    """Open the directory of a run with the settings and services of its configuration; only rank 0 writes there."""
+    with_services = with_services and rank == 0
     return open_run(
         path,
+        rank=rank,
         asynchronous=config.trainer.checkpoints.asynchronous,
         borrowed=False,  # the trainer never writes to the tensors of a state, so saves need no copy
         on_error=config.trainer.checkpoints.on_error,

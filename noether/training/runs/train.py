@@ -19,12 +19,12 @@ from noether.config.source import apply_overrides, read
 from noether.config.values import source_from_values
 from noether.effects.disk.files import make_directories, replace_text
 from noether.effects.run_directory import CONFIG_FILE
-from noether.session.processes import refuse_several_processes
 from noether.training.experiment import build
+from noether.training.runs.agreement import agree_to_start, ask_rank_0, join_ranks, notify_once, open_on_ranks
 from noether.training.runs.execution import execute
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
-from noether.training.runs.services import check_services, open_directory
+from noether.training.runs.services import check_services
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,7 +81,6 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
         ConfigError: If the configuration is wrong, with the path of each wrong setting; this creates no directory.
         TimeLimitError: If `trainer.max_hours` passed before an update was completed.
         LockedError: If another process trains the run.
-        ProcessesError: If this is one of several processes that a launcher such as torchrun started.
 
     Example:
         >>> import noether, tempfile
@@ -137,18 +136,23 @@ def start_run(config: Config, *, interruption: Interruption, notify: Callable[[s
         notify: Receives lines for the user.
 
     Raises:
-        ProcessesError: If this is one of several processes.
         ConfigError: If the configuration is wrong; this creates no directory.
     """
-    refuse_several_processes()
+    ranks = join_ranks(config)
+    notify = notify_once(ranks, notify)
     check_services(config)
-    experiment = build(config)
+    experiment = build(config, ranks=ranks)
+    agree_to_start(experiment)
+    if ranks.are_several:
+        notify(f"training on {ranks.world_size} ranks")
     for note in experiment.notes:
         notify(note)
-    path = _make_run_directory(Path(config.run.output) / config.run.name)
+    folder = Path(config.run.output) / config.run.name
+    path = Path(ask_rank_0(ranks, "run directory", lambda: str(_make_run_directory(folder))))
     experiment = replace(experiment, run=experiment.run.replace(run_id=path.name))
-    with open_directory(path, config) as directory:
-        replace_text(directory.path / CONFIG_FILE, dump(config))
+    with open_on_ranks(path, config, ranks) as directory:
+        if ranks.is_first:
+            replace_text(directory.path / CONFIG_FILE, dump(config))
         state = experiment.state
         return execute(experiment, directory, state, resumed=False, interruption=interruption, notify=notify)
 

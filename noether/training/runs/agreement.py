@@ -1,0 +1,111 @@
+"""What the ranks of a run agree on before one of them writes: the configuration, the data, the run directory."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from noether.config import ConfigError
+from noether.config.changes import find_differences
+from noether.config.errors import LocatedProblem
+from noether.config.serialization import resolve_config
+from noether.core.callbacks.summaries import dataset_lengths
+from noether.core.tensors.module import device_of
+from noether.distributed.ranks import Ranks, count_processes, join
+from noether.training.devices import choose_device
+from noether.training.runs.services import open_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from noether.config import Config
+    from noether.effects import RunDirectory
+    from noether.training.experiment import Experiment
+
+    Notify = Callable[[str], None]
+
+
+def join_ranks(config: Config) -> Ranks:
+    """Return the ranks that train a configuration, once all have joined.
+
+    Raises:
+        ConfigError: If `trainer.device` cannot be used here, or the ranks have different configurations.
+    """
+    device = choose_device(config, are_several=count_processes() > 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ranks = join(timeout_s=config.trainer.rank_timeout_s, device=device)
+    _require_same_config(ranks, config)
+    return ranks
+
+
+def _require_same_config(ranks: Ranks, config: Config) -> None:
+    """Refuse a configuration that another rank does not have, on all ranks."""
+    values = resolve_config(config)
+    digest = hashlib.sha256(repr(values).encode()).hexdigest()
+    if len(set(ranks.control.gather("hash of the configuration", digest))) == 1:
+        return
+    first, *others = ranks.control.gather("configuration", _plain_tree(values))
+    for rank, other in enumerate(others, 1):
+        for path, here, there in find_differences(first, other):
+            message = f"is {here!r} on rank 0 and {there!r} on rank {rank}; give all ranks the same configuration"
+            raise config.error(path, message)
+
+
+def _plain_tree(values: Any) -> Any:
+    """Return plain values as a tree that can be gathered: YAML has more kinds of values than JSON."""
+    if isinstance(values, dict):
+        return {str(key): _plain_tree(value) for key, value in values.items()}
+    return tuple(map(_plain_tree, values)) if isinstance(values, (list, tuple)) else repr(values)
+
+
+def agree_to_start(experiment: Experiment) -> None:
+    """Return once all ranks have built their experiment; until then none may write.
+
+    Raises:
+        ConfigError: If their datasets have different lengths, or their devices different types.
+    """
+    config, ranks = experiment.config, experiment.ranks
+    lengths = {**dataset_lengths(experiment.run), **experiment.data.batching.lengths}
+    facts = {"device": device_of(experiment.state.params.values()).type, "lengths": lengths}
+    first, *others = ranks.control.gather("start", facts)
+    for rank, other in enumerate(others, 1):
+        if first["device"] != other["device"]:
+            message = f"rank 0 trains on {first['device']} and rank {rank} on {other['device']}; write one of them"
+            raise config.error(("trainer", "device"), message)
+        for name in {**first["lengths"], **other["lengths"]}:
+            here, there = first["lengths"].get(name), other["lengths"].get(name)
+            if here != there:
+                message = f"{name} is {here} on rank 0 and {there} on rank {rank}; all ranks need the same data"
+                raise ConfigError([LocatedProblem(config.place(("data",)), ("data",), message)])
+
+
+def ask_rank_0(ranks: Ranks, what: str, make: Callable[[], Any]) -> Any:
+    """Return what `make` returns on rank 0, which alone calls it.
+
+    Args:
+        ranks: The ranks of the run.
+        what: Name of the exchange, for errors.
+        make: Returns a tree, as for `Channel.gather`; what it writes exists on return.
+    """
+    return ranks.control.gather(what, make() if ranks.is_first else None)[0]
+
+
+@contextmanager
+def open_on_ranks(path: Path, config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
+    """Open the directory of a run on all ranks, of which rank 0 writes; at the end, all wait until it has closed it.
+
+    A launcher ends all processes as soon as one has ended with an exit code other than 0.
+    """
+    with open_directory(path, config, rank=ranks.rank) as directory:
+        yield directory
+    ranks.control.reduce("run directory is closed")
+
+
+def notify_once(ranks: Ranks, notify: Notify) -> Notify:
+    """Return the function on rank 0, and one that says nothing on others."""
+    return notify if ranks.is_first else lambda _: None
