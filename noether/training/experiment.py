@@ -33,7 +33,8 @@ from noether.training.configured_callbacks import build_callbacks
 from noether.training.data.batches import SampleCounter
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.orders import SamplerOrder
-from noether.training.data.streamed import StreamedData, StreamedEvaluationData
+from noether.training.data.streamed import StreamedData
+from noether.training.data.streamed_evaluation import StreamedEvaluationData
 from noether.training.devices import choose_device
 from noether.training.error_locations import locate_errors
 from noether.training.initial_weights import load_weights
@@ -131,7 +132,7 @@ def build(
     """
     device = choose_device(config, are_several=ranks.are_several)
     datasets = _build_datasets(config)
-    data = _build_training_data(config, datasets["train"], device)
+    data = _build_training_data(config, datasets["train"], device, ranks)
     network = _build_model(config, model or config.model.build, device)
     count = (
         {}
@@ -217,7 +218,9 @@ def _build_datasets(config: Config) -> dict[str, Any]:
     return datasets
 
 
-def _build_training_data(config: Config, dataset: Any, device: torch.device) -> TrainingData | StreamedData:
+def _build_training_data(
+    config: Config, dataset: Any, device: torch.device, ranks: Ranks
+) -> TrainingData | StreamedData:
     trainer = config.trainer
     settings: dict[str, Any] = {
         "seed": config.run.seed,
@@ -227,6 +230,8 @@ def _build_training_data(config: Config, dataset: Any, device: torch.device) -> 
         "device": device,
         "name": "train",
         "count_samples": _sample_counter(config, dataset),
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
     }
     is_stream = isinstance(dataset, IterableDataset)
     sampler = _build_sampler(config, dataset)

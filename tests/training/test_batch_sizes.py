@@ -12,7 +12,8 @@ from noether.core.callbacks import MetricCallback, OfflineLossCallback, OnlineLo
 from noether.training.data.batches import SampleCounter
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.interruptible import interruptible
-from noether.training.data.streamed import StreamedData, StreamedEvaluationData
+from noether.training.data.streamed import StreamedData
+from noether.training.data.streamed_evaluation import StreamedEvaluationData
 from noether.training.step.compiled import CompiledStep
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step

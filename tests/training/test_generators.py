@@ -17,7 +17,7 @@ from noether.effects import CheckpointStore
 from noether.session.randomness import derive, seed_all
 from noether.testing import same
 from noether.training.data.indexed import EvaluationData
-from noether.training.data.streamed import StreamedEvaluationData
+from noether.training.data.streamed_evaluation import StreamedEvaluationData
 from noether.training.runs.train import train
 from noether.training.step.compiled import CompiledStep
 from noether.training.step.optimizer import FunctionalOptimizer

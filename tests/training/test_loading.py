@@ -16,7 +16,8 @@ from noether.training.data import loading
 from noether.training.data.indexed import EvaluationData, TrainingData
 from noether.training.data.interruptible import DataInterrupt
 from noether.training.data.loading import WorkerError
-from noether.training.data.streamed import StreamedData, StreamedEvaluationData
+from noether.training.data.streamed import StreamedData
+from noether.training.data.streamed_evaluation import StreamedEvaluationData
 from noether.training.runs.interruption import Interruption
 
 START = TrainingIteration()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 from torch.utils.data import ConcatDataset, Subset, default_collate
 
 from noether.core.errors import check_whole, raise_problems
+from noether.core.shares import share_of
 from noether.core.tensors.batch import collated_size, count_samples
 from noether.core.tensors.tree import FrozenDict
 
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Batching:
-    """Sizes of epochs, updates and micro-batches.
+    """Sizes of epochs and updates, and of the micro-batches of each rank.
 
     Args:
         length: Samples in the training set, >= 1.
-        effective_batch_size: Samples of an update, in [1, length].
-        max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
+        effective_batch_size: Samples of an update, over all ranks, in [1, length].
+        max_batch_size: Largest number of samples of a micro-batch of one rank, or None for no limit.
         drop_last: Whether to leave out the last update of an epoch if it is short.
         is_known: Whether the training set has this length; otherwise it is that of the run, which is one epoch.
         stream_workers: Processes over which a stream is split; None for other datasets.
@@ -82,16 +83,35 @@ class Batching:
             **lengths,
         )
 
-    def parts(self, update: int) -> list[slice]:
-        """Return the slices of the epoch's order that are the micro-batches of an update.
+    def places(self, update: int) -> range:
+        """Return the places in the epoch's order of the samples of an update, over all ranks.
 
         Args:
             update: Number of updates completed before it.
         """
         begin = update % self.updates_per_epoch * self.effective_batch_size
-        end = min(begin + self.effective_batch_size, self.samples_per_epoch)
+        return range(begin, min(begin + self.effective_batch_size, self.samples_per_epoch))
+
+    def parts(self, update: int, rank: int = 0, world_size: int = 1) -> list[slice]:
+        """Return the slices of the epoch's order that are the micro-batches of one rank in an update.
+
+        Args:
+            update: Number of updates completed before it.
+            rank: Index of the process; the micro-batches of all ranks, in their order, are the update.
+            world_size: Number of processes; a rank has no micro-batch if there are fewer samples than ranks.
+
+        Example:
+            >>> [Batching(length=10, effective_batch_size=5).parts(0, rank, 2) for rank in range(2)]
+            [[slice(0, 2, None)], [slice(2, 5, None)]]
+        """
+        places = self.places(update)
+        share = share_of(rank, world_size, len(places))
+        return [slice(part.start, part.stop) for part in self.cut(places[share.start : share.stop])]
+
+    def cut(self, places: range) -> list[range]:
+        """Return the places of each micro-batch; a stream cuts those that one rank reads."""
         size = self.max_batch_size or self.effective_batch_size
-        return [slice(at, min(at + size, end)) for at in range(begin, end, size)]
+        return [places[at : at + size] for at in range(0, len(places), size)]
 
 
 def check_length(dataset: Any, length: int, epoch: int) -> None:

@@ -1,6 +1,7 @@
 """Batches of datasets that are read by index.
 
-The order is a function of `(seed, epoch)`, and the augmentation of a sample is one of `(seed, epoch, index)`.
+The order is a function of `(seed, epoch)`, and the augmentation of a sample is one of `(seed, epoch, index)`. Of the
+samples of an update each rank takes its share, so neither depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch.utils.data import IterableDataset, Sampler
 
+from noether.core.shares import share_of
 from noether.core.tensors.batch import SizedBatches
 from noether.core.tensors.containers import move_batch
 from noether.session.randomness import derive, seed_all
@@ -32,8 +34,8 @@ class TrainingData:
     Args:
         dataset: It has `__len__` and `__getitem__`; if it has `collate`, that makes a batch from a list of samples.
         seed: The run's seed.
-        effective_batch_size: Samples of an update, <= the length of the dataset.
-        max_batch_size: Largest number of samples of a micro-batch, or None for no limit.
+        effective_batch_size: Samples of an update, over all ranks, <= the length of the dataset.
+        max_batch_size: Largest number of samples of a micro-batch of one rank, or None for no limit.
         drop_last: Whether to leave out the last update of an epoch if it is short.
         shuffle: Whether the order of each epoch is drawn from `(seed, epoch)`; otherwise samples come in order.
         sampler: The order of each epoch, in place of that.
@@ -41,6 +43,8 @@ class TrainingData:
         device: Device of the batches.
         name: Key of the dataset in the configuration, for messages.
         count_samples: Counts the samples of its batches; None to count those that were collated.
+        rank: Index of this process, which reads its share of each update only, see `Batching.parts`.
+        world_size: Number of processes.
 
     Raises:
         TypeError: If the dataset cannot be read by index.
@@ -70,8 +74,11 @@ class TrainingData:
         device: torch.device | str = "cpu",
         name: str = "",
         count_samples: SampleCounter | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._count_samples = count_samples or SampleCounter(dataset)
+        self._rank, self._world_size = rank, world_size
         self._length, self._shuffle, self._sampler = _length(dataset), shuffle, sampler
         length = self._length if sampler is None else sampler.length
         self.batching = Batching(length, effective_batch_size, max_batch_size, drop_last)
@@ -84,7 +91,7 @@ class TrainingData:
         self._loading: LoadedBatches | None = None
 
     def batch(self, iteration: TrainingIteration, *, last: int | None = None) -> SizedBatches:
-        """Return the micro-batches of the update that comes after `iteration`.
+        """Return the micro-batches of this rank in the update that comes after `iteration`; there may be none.
 
         Sequential calls prefetch; a jump restarts prefetching at the new position.
 
@@ -97,6 +104,11 @@ class TrainingData:
         """
         if iteration.update % self.batching.updates_per_epoch == 0:
             check_length(self._dataset, self._length, iteration.epoch)
+        parts = self._parts(iteration.update)
+        if not parts:  # the batch that is prefetched next is that of a later update
+            is_in_order = iteration.update == self._expected and iteration.update != last
+            self._expected = iteration.update + 1 if is_in_order else None
+            return SizedBatches((), ())
         if self._loading is None or iteration.update != self._expected or iteration.update == last:
             self.close()
             # A run that ends at a number of samples goes on if `collate` left some out.
@@ -112,7 +124,7 @@ class TrainingData:
         self._expected = None  # if a sample fails to load, the next call restarts prefetching
         batches: list[Any] = []
         sizes: list[int] = []
-        for part in self.batching.parts(iteration.update):
+        for part in parts:
             batch = next(self._loading)
             sizes.append(self._count_samples(batch, part.stop - part.start))  # on the CPU: a function may read values
             batches.append(move_batch(batch, self._device))
@@ -130,15 +142,18 @@ class TrainingData:
         self._loading, self._expected = None, None
 
     def micro_batches(self, start: int, last: int | None) -> Iterator[list[tuple[int, int]]]:
-        """Yield `(epoch, index)` of the samples of each micro-batch, after `start` updates and up to `last`."""
+        """Yield `(epoch, index)` of the samples of this rank's micro-batches, after `start` updates up to `last`."""
         update, order, order_epoch = start, list[int](), -1
         while last is None or update < last:
             epoch = update // self.batching.updates_per_epoch
             if epoch != order_epoch:
                 order, order_epoch = self._order(epoch), epoch
-            for part in self.batching.parts(update):
+            for part in self._parts(update):
                 yield [(epoch, index) for index in order[part]]
             update += 1
+
+    def _parts(self, update: int) -> list[slice]:
+        return self.batching.parts(update, self._rank, self._world_size)
 
     def _order(self, epoch: int) -> list[int]:
         if self._sampler is not None:
@@ -197,16 +212,30 @@ class EvaluationData:
     def __iter__(self) -> Iterator[Any]:
         return (move_batch(batch, self._device) for batch, _ in self._load())
 
-    def with_sizes(self) -> Iterator[tuple[Any, int]]:
-        """Yield the batches, each with its number of samples."""
-        for batch, given in self._load():
+    def with_sizes(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Any, int]]:
+        """Yield the batches, each with its number of samples: all, or the share of one rank of several.
+
+        Args:
+            rank: Index of the process; the batches of all ranks, in their order, are those of one process.
+            world_size: Number of processes; a rank has no batch if there are fewer batches than ranks.
+
+        Example:
+            >>> data = EvaluationData(torch.arange(5), seed=0, batch_size=2)
+            >>> [[size for _, size in data.with_sizes(rank, 2)] for rank in range(2)]
+            [[2], [2, 1]]
+        """
+        for batch, given in self._load(rank, world_size):
             size = self._count_samples(batch, given)
             yield move_batch(batch, self._device), size
 
-    def _load(self) -> Iterator[tuple[Any, int]]:
-        """Yield the batches on the CPU, each with the number of samples that were collated."""
+    def _load(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Any, int]]:
+        """Yield the batches of a rank on the CPU, each with the number of samples that were collated."""
         starts = range(0, self._length, self.batch_size)
-        indices = [[(0, i) for i in range(at, min(at + self.batch_size, self._length))] for at in starts]
+        share = share_of(rank, world_size, len(starts))
+        if not share:
+            return
+        own = starts[share.start : share.stop]
+        indices = [[(0, i) for i in range(at, min(at + self.batch_size, self._length))] for at in own]
         batches = LoadedBatches(
             self._dataset,
             name=self._name,
@@ -217,7 +246,7 @@ class EvaluationData:
         )
         self._open.append(batches)
         try:
-            for index, (batch, members) in enumerate(zip(batches, indices, strict=True)):
+            for index, batch, members in zip(share, batches, indices, strict=True):
                 # A model may draw random numbers in evaluation; they do not depend on which process loaded the batch.
                 seed_all(derive(self._seed, "evaluation", index))
                 yield batch, len(members)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 
+from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, kind_of
 from noether.core.tensors.batch import SizedBatches
 from noether.core.tensors.containers import move_batch
-from noether.session.randomness import derive, seed_all
 from noether.training.data.batches import Batching, SampleCounter, check_length, collate
 from noether.training.data.readers import StreamReader, WorkerStreamReader
+from noether.training.data.stream_shards import StreamShardError, check_positions_agree, shard_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from noether.core.callback import Effects
     from noether.core.event import Event
@@ -48,10 +48,14 @@ class StreamedData:
         num_workers: Processes that each read a share of it, by `torch.utils.data.get_worker_info()`; 0 reads it in this
             process. The order depends on it, so a resumed run needs the same number.
         run_samples: Samples of the whole run, for a dataset without a length; None if it has no such end.
+        rank: Index of this process, which reads every `world_size`-th sample from `dataset.shard(rank, world_size)`;
+            see `shard_stream`.
+        world_size: Number of processes. With several the memory is the position in the whole stream, so a run may
+            resume on another number of ranks.
 
     Raises:
-        TypeError: If the dataset has no `state_dict`, or neither it nor the run has a length.
-        ValueError: If it is shorter than a batch.
+        TypeError: If the dataset has no `state_dict`, neither it nor the run has a length, or it cannot be sharded.
+        ValueError: If it is shorter than a batch, or a batch is no multiple of the number of ranks.
     """
 
     produces: tuple[str, ...] = ()
@@ -69,9 +73,18 @@ class StreamedData:
         count_samples: SampleCounter | None = None,
         num_workers: int = 0,
         run_samples: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._count_samples = count_samples or SampleCounter(dataset)
+        self._rank, self._world_size = rank, world_size
         _check_stream(dataset)
+        reading = shard_stream(dataset, rank, world_size, num_workers=num_workers) if world_size > 1 else dataset
+        if effective_batch_size % world_size:
+            raise ValueError(
+                f"{effective_batch_size} is not a multiple of the number of ranks, {world_size}: each rank reads every "
+                f"{world_size}th sample of a stream, and all have to be at one position after an update"
+            )
         self._has_length = hasattr(dataset, "__len__")
         length = len(dataset) if self._has_length else _length_of_run(dataset, run_samples)
         self.batching = Batching(
@@ -85,7 +98,7 @@ class StreamedData:
         self._dataset = dataset
         self._device = torch.device(device)
         self._name = name
-        self._reader: StreamReader | WorkerStreamReader = StreamReader(dataset, seed)
+        self._reader: StreamReader | WorkerStreamReader = StreamReader(reading, seed)
         if num_workers:
             size = effective_batch_size
             self._reader = WorkerStreamReader(dataset, seed, workers=num_workers, size=size, name=name)
@@ -94,30 +107,38 @@ class StreamedData:
         self._ended_at: int | None = (
             None  # the epoch or, without a length, the sample of the run at which the stream last ended
         )
+        self._is_agreed = world_size == 1
 
-    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:  # noqa: ARG002  # a callback takes both
-        """Return the state as it is."""
+    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
+        """Return the state as it is, once all ranks agree on the position: after the first update and each epoch.
+
+        Raises:
+            StreamShardError: If they do not.
+        """
+        if self._listens(kind_of(type(event))) and not (self._is_agreed and isinstance(event, AfterUpdate)):
+            check_positions_agree(event.run, state.memory(MEMORY), self._name)
+            self._is_agreed = True
         return state, ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # the signature of a callback's init
         """Return the position at which the dataset starts."""
         return {MEMORY: self._start}
 
-    def _listens(self, event_type: type[Event]) -> bool:  # noqa: ARG002  # see `listens_to`
-        return False
+    def _listens(self, event_type: type[Event]) -> bool:  # see `listens_to`
+        return self._world_size > 1 and event_type in {AfterUpdate, AfterEpoch, AfterTraining}
 
     def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, SizedBatches]:  # noqa: ARG002  # a stream is not prefetched
         """Return the state with the new position, and the micro-batches of its next update."""
-        parts = self.batching.parts(state.iteration.update)
-        if parts[0].start == 0 and self._has_length:
+        places = self.batching.places(state.iteration.update)
+        if places.start == 0 and self._has_length:
             check_length(self._dataset, self.batching.length, state.iteration.epoch)
-        self._move_to(state.memory(MEMORY), parts[0].start)
+        self._move_to(state.memory(MEMORY), places.start)
         epoch = state.iteration.epoch if self._has_length else 0  # a longer run is the same epoch
-        samples = [[self._sample(epoch, i) for i in range(part.start, part.stop)] for part in parts]
-        if parts[-1].stop == self.batching.samples_per_epoch and self._has_length:
-            for index in range(parts[-1].stop, self.batching.length):  # samples that drop_last leaves out
-                self._sample(state.iteration.epoch, index)
-            self._reader.finish()
+        samples = [[self._sample(epoch, i) for i in part] for part in self.batching.cut(self._share(places))]
+        if places.stop == self.batching.samples_per_epoch and self._has_length:
+            for index in self._share(range(places.stop, self.batching.length)):  # those that drop_last leaves out
+                self._sample(epoch, index)
+            self._finish_epoch(epoch)
         state = state.remember(MEMORY, self._reader.position())
         self._position = state.memory(MEMORY)
         batches = [collate(self._dataset, part) for part in samples]
@@ -136,6 +157,24 @@ class StreamedData:
         elif sample == 0:
             self._reader.begin()
 
+    def _share(self, places: range) -> range:
+        """Return the places of this rank; the first of `places` is that of rank 0."""
+        return places[self._rank :: self._world_size]
+
+    def _finish_epoch(self, epoch: int) -> None:
+        """Move to the start of the next epoch, which a shard without a sample in the last update has not reached."""
+        if self._world_size == 1:
+            self._reader.finish()
+            return
+        try:
+            self._reader.read(epoch, self.batching.length)
+        except StopIteration:
+            return
+        raise StreamShardError(
+            f"{type(self._dataset).__name__}.shard({self._rank}, {self._world_size}) yields more than every "
+            f"{self._world_size}th of the {self.batching.length} samples of epoch {epoch}: end __iter__ after these"
+        )
+
     def _sample(self, epoch: int, index: int) -> Any:
         try:
             sample = self._reader.read(epoch, index)
@@ -148,7 +187,7 @@ class StreamedData:
             return self._sample(epoch, index)
         except Exception as error:
             if isinstance(self._reader, StreamReader):  # an error in a worker says where it was raised
-                error.add_note(_describe_place(self._name, self._dataset, index))
+                error.add_note(describe_place(self._name, self._dataset, index))
             raise
         return sample
 
@@ -158,13 +197,18 @@ class StreamedData:
         At the first sample of an epoch, the position may be the end of the epoch before: the stream is read again.
         """
         name = type(self._dataset).__name__
-        if self._has_length and index == 0 and self._ended_at != epoch:
+        if self._has_length and index < self._world_size and self._ended_at != epoch:
             self._ended_at = epoch
         elif self._has_length:
             raise ValueError(
                 f"{name} ended after {index} samples of epoch {epoch}, but its __len__ is {self.batching.length}: "
                 "return from __len__ the number of samples that __iter__ yields in every epoch; after the last of them "
                 "state_dict() has to be the start of the next epoch"
+            ) from None
+        elif self._world_size > 1:
+            raise StreamShardError(
+                f"{name} ended after {index} samples of the run: without __len__, the stream of several ranks must not "
+                "end; begin again in __iter__, or return the samples of an epoch from __len__"
             ) from None
         elif index == self._ended_at:
             raise ValueError(
@@ -175,95 +219,7 @@ class StreamedData:
             self._ended_at = index
 
 
-@final
-class StreamedEvaluationData:
-    """An `IterableDataset` from its start, in batches; `EvaluationData` does the same for datasets read by index.
-
-    Args:
-        dataset: It has `__len__`.
-        seed: The run's seed; the random numbers of a sample are a function of its position in epoch 0.
-        batch_size: Samples of a batch, >= 1.
-        device: Device of the batches.
-        name: Key of the dataset in the configuration, for messages.
-        count_samples: Counts the samples of its batches; None to count those that were collated.
-
-    Raises:
-        TypeError: If the dataset has no `__len__`.
-        ValueError: If it has no samples.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        *,
-        seed: int,
-        batch_size: int,
-        device: torch.device | str = "cpu",
-        name: str = "",
-        count_samples: SampleCounter | None = None,
-    ) -> None:
-        self._count_samples = count_samples or SampleCounter(dataset)
-        if not hasattr(dataset, "__len__"):
-            raise TypeError(f"{type(dataset).__name__} has no __len__, the number of its samples")
-        if not len(dataset):
-            raise ValueError("the dataset has no samples")
-        self._dataset = dataset
-        self._seed = seed
-        self.batch_size = batch_size
-        self._device = torch.device(device)
-        self._name = name
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (move_batch(batch, self._device) for batch, _ in self._load())
-
-    def with_sizes(self) -> Iterator[tuple[Any, int]]:
-        """Yield the batches, each with its number of samples."""
-        for batch, given in self._load():
-            size = self._count_samples(batch, given)
-            yield move_batch(batch, self._device), size
-
-    def _load(self) -> Iterator[tuple[Any, int]]:
-        """Yield the batches on the CPU, each with the number of samples that were collated."""
-        reading = self._samples()
-        for index in count():
-            samples = list(islice(reading, self.batch_size))
-            if not samples:
-                return
-            seed_all(derive(self._seed, "evaluation", index))
-            yield collate(self._dataset, samples), len(samples)
-
-    def batched(self, batch_size: int) -> StreamedEvaluationData:
-        """Return the same data in batches of another size."""
-        return StreamedEvaluationData(
-            self._dataset,
-            seed=self._seed,
-            batch_size=batch_size,
-            device=self._device,
-            name=self._name,
-            count_samples=self._count_samples,
-        )
-
-    def close(self) -> None:
-        """Do nothing: this process reads the samples."""
-
-    def _samples(self) -> Iterator[Any]:
-        reading = iter(self._dataset)
-        for index in count():
-            seed_all(derive(self._seed, "sample", 0, index))
-            try:
-                sample = next(reading)
-            except StopIteration:
-                return
-            except Exception as error:
-                error.add_note(_describe_place(self._name, self._dataset, index))
-                raise
-            yield sample
-
-
-def _describe_place(name: str, dataset: Any, samples: int) -> str:
+def describe_place(name: str, dataset: Any, samples: int) -> str:
     """Return a note that says which sample of an epoch could not be read."""
     key = f"data.{name} ({type(dataset).__name__})" if name else type(dataset).__name__
     return f"while loading the next sample of {key}, after {samples} samples of the epoch"
