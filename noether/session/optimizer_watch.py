@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, final
 
-from torch.nn.utils import get_total_norm
+from noether.core.tensors.dtensors import total_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -146,11 +146,11 @@ def name_groups(groups: list[dict[str, Any]], optimizer: str = "") -> list[str]:
 def all_finite(gradients: list[Tensor]) -> Tensor:
     """Return whether every entry of the gradients is finite."""
     # The largest absolute value is finite only if all are; unlike the 2-norm it does not overflow.
-    return get_total_norm(gradients, float("inf")).isfinite()
+    return total_norm(gradients, float("inf")).isfinite()
 
 
 MEASURES: Final[Mapping[str, Callable[[list[Tensor]], Tensor]]] = {
     "finite": all_finite,
-    "grad_norm": get_total_norm,
+    "grad_norm": total_norm,
 }
 """Readings of the gradients of a step by name."""

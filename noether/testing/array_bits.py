@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from noether.core.tensors.dtensors import is_distributed, local_part
+
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype by size in bytes, to compare floats as bits."""
 
@@ -15,7 +17,8 @@ _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 def same_tensors(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal in shape, dtype, device, layout and bits; all NaN are equal.
 
-    Tensors without data (on the meta device) are equal if the rest is.
+    Tensors without data (on the meta device) are equal if the rest is; DTensors, if the parts of this rank and the
+    placements are.
 
     Example:
         >>> same_tensors(torch.tensor([0.0]), torch.tensor([-0.0]))
@@ -32,6 +35,9 @@ def same_tensors(a: Tensor, b: Tensor) -> bool:
         return len(ours) == len(theirs) and all(map(same_tensors, ours, theirs))
     if (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
         return False
+    if is_distributed(a) or is_distributed(b):
+        placements = [getattr(each, "placements", None) for each in (a, b)]
+        return placements[0] == placements[1] and same_tensors(local_part(a), local_part(b))
     a, b = a.detach(), b.detach()
     if a.is_meta:
         return True

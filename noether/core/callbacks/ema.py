@@ -12,6 +12,7 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, check_whole, raise_problems
 from noether.core.tensors import torch_internals
 from noether.core.tensors.donation import ALREADY_UPDATED, DonatedTree, OwnedStorages
+from noether.core.tensors.dtensors import local_part, place_like, with_local_part
 from noether.core.tensors.stored_weights import memory_of, name_in_tags
 from noether.core.tensors.tied_names import add_tied, list_modules, names_below
 from noether.core.tensors.tree import FrozenDict, clone_tensors
@@ -237,14 +238,16 @@ def _move(averages: Mapping[str, torch.Tensor], params: Mapping[str, torch.Tenso
     copies = {name: params[name].clone() for name in averages if name not in names}
     if not names:
         return FrozenDict(copies)
-    targets = [_upcast(params[name]) for name in names]
+    targets = [_upcast(local_part(params[name])) for name in names]
+    averaged = [local_part(place_like(averages[name], params[name])) for name in names]
     # A model may have been moved, as by `model.to(torch.float64)`.
     starts = [
         average if average.dtype is target.dtype else average.to(target)
-        for average, target in zip(map(averages.__getitem__, names), targets, strict=True)
+        for average, target in zip(averaged, targets, strict=True)
     ]
     results = torch_internals.foreach_lerp(starts, targets, weight)
-    return FrozenDict({**copies, **dict(zip(names, results, strict=True))})
+    moved = {name: with_local_part(params[name], result) for name, result in zip(names, results, strict=True)}
+    return FrozenDict({**copies, **moved})
 
 
 def _move_in_place(
@@ -255,14 +258,14 @@ def _move_in_place(
         owned, tree = averages.owner, averages.take()
         owned.unshare()
     else:
-        tree = {name: tensor.clone() for name, tensor in averages.items()}
+        tree = {name: place_like(tensor, params[name]).clone() for name, tensor in averages.items()}
         owned = OwnedStorages([(tree, name) for name in tree])
     names = _names_to_average(tree)
     for name in tree.keys() - set(names):
         tree[name].copy_(params[name])
     if names:
-        targets = [_upcast(params[name]) for name in names]
-        torch_internals.foreach_lerp_([tree[name] for name in names], targets, weight)
+        targets = [_upcast(local_part(params[name])) for name in names]
+        torch_internals.foreach_lerp_([local_part(tree[name]) for name in names], targets, weight)
     moved = DonatedTree(tree, owned)
     if isinstance(averages, DonatedTree):
         averages.successor = moved  # if this event is cut short later, it is dispatched again from the new averages

@@ -8,6 +8,7 @@ import torch
 
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.metrics import log
+from noether.core.tensors.dtensors import whole_tensor
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class GradNormCallback(PeriodicCallback):
             return state, ()
         if event.grad_norm is None:
             raise ValueError(f"{self.name}: the loop measures no gradient norm; pass AfterUpdate(grad_norm=...)")
-        memory, norm = self.memory(state), torch.as_tensor(event.grad_norm, dtype=torch.float64).detach()
+        memory, norm = self.memory(state), _read_norm(event.grad_norm)
         largest = torch.maximum(norm, torch.as_tensor(memory["max"], dtype=torch.float64, device=norm.device))
         memory = FrozenDict(sum=memory["sum"] + norm, max=largest, updates=memory["updates"] + 1)
         return state.remember(self.name, memory), ()
@@ -83,3 +84,8 @@ class GradNormCallback(PeriodicCallback):
         mean, largest = self.produces
         state = state.remember(self.name, self.init(state)[self.name])
         return log(state, event, {mean: memory["sum"] / memory["updates"], largest: memory["max"]})
+
+
+def _read_norm(norm: torch.Tensor | float) -> torch.Tensor:
+    """Return a norm in double precision; `clip_grad_norm_` of a module of `fully_shard` returns a DTensor."""
+    return whole_tensor(torch.as_tensor(norm, dtype=torch.float64).detach())

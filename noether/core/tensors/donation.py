@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import torch
 
 from noether.core.errors import NoetherError
+from noether.core.tensors.dtensors import local_part
 from noether.core.tensors.live.views import LiveView
 from noether.core.tensors.torch_internals import (
     USERS_OF_ONE_TENSOR,
@@ -139,7 +140,7 @@ class OwnedStorages:
         self._read_storages()
 
     def _read_storages(self) -> None:
-        self._storages = [tree[key].untyped_storage() for tree, key in self._places]
+        self._storages = [local_part(tree[key]).untyped_storage() for tree, key in self._places]
         self._handles = [storage_handle(storage) for storage in self._storages]
 
     def unshare(self) -> bool:
@@ -156,7 +157,7 @@ class OwnedStorages:
     def _replace(self, index: int) -> None:
         tree, key = self._places[index]
         target, shared = self._left_behind.pop(index, None), tree[key]
-        if target is None or has_other_users(target.untyped_storage()):
+        if target is None or has_other_users(local_part(target).untyped_storage()):
             target = torch.empty_like(shared)
         tree[key], self._left_behind[index] = target.copy_(shared), shared
 

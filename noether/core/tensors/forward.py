@@ -6,9 +6,12 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
+from noether.core.tensors.dtensors import are_same_memory
+from noether.core.tensors.fully_sharded import is_fully_sharded, lend_weights, reshard
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.buffers import BufferPlaces
 from noether.core.tensors.live.extra_state import modules_with_extra_state, use_extra_state
@@ -56,11 +59,13 @@ class Forward:
     """Calls a model with the weights of a state, in evaluation mode and without gradients; made by `forward`."""
 
     def __init__(self, model: nn.Module, loss: Callable[[Any, Any], LossResult], precision: torch.dtype | None) -> None:
-        self._model = model
+        # DDP exchanges buffers in each forward pass, and ranks may evaluate different numbers of batches.
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._loss = loss
         self._precision = precision
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
         self._buffers = BufferPlaces(model)  # renewed by `evaluating`
+        self._is_fully_sharded = False  # set by `evaluating`
         self._has_extra_state = False  # set by `evaluating`
         self._mode = False  # set by `evaluating`; a model may define `train`, and stay in training mode
         self._held: list[HeldTensor] | None = None  # found at the first call with other weights
@@ -85,6 +90,9 @@ class Forward:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Keep the model in evaluation mode for several calls, so that its mode changes once and not at each batch."""
+        self._is_fully_sharded = any(map(is_fully_sharded, self._model.modules()))
+        if self._is_fully_sharded:
+            reshard(self._model)
         with evaluation_mode(self._model):
             self._mode = self._model.training
             self._buffers = BufferPlaces(self._model)
@@ -111,10 +119,17 @@ class Forward:
     def _call_model(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> Any:
         buffers = self._buffers.collect(state)
         with self._buffers.exchange(buffers):  # by copies: a module may write to its buffers even in evaluation mode
+            if self._is_fully_sharded:
+                return self._call_fully_sharded(state, batch)
             if _are_same(model_params, state.params):
                 return call_model(self._model, batch)
             self._check_held_tensors(state, buffers)
             return call_model(self._model, batch, rename_for_model(self._model, state.params))
+
+    def _call_fully_sharded(self, state: TrainState, batch: Any) -> Any:
+        own, params = named_parameters(self._model), state.params
+        with lend_weights(self._model, own, None if _are_same(own, params) else params):
+            return call_model(self._model, batch)
 
     def _check_held_tensors(self, state: TrainState, buffers: Mapping[str, Tensor]) -> None:
         """Refuse to exchange weights where the model computes with others, which it holds in a list or a closure."""
@@ -127,9 +142,6 @@ class Forward:
 
 def _are_same(model_params: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
     """Return whether `params` view the parameters of the model."""
-    try:
-        return len(model_params) == len(params) and all(
-            name in model_params and model_params[name].is_set_to(param) for name, param in params.items()
-        )
-    except NotImplementedError:  # torch cannot compare sparse and meta tensors
-        return False
+    return len(model_params) == len(params) and all(
+        name in model_params and are_same_memory(model_params[name], param) for name, param in params.items()
+    )

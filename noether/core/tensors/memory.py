@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from noether.core.tensors.dtensors import is_distributed
 from noether.core.tensors.tree import LEAVES, MAX_LEVELS, FrozenDict
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _freeze_exact(tree: Any, level: int) -> Any:
     if kind is tuple or kind is list:
         items = tuple(value if type(value) in LEAVES else _freeze_exact(value, level + 1) for value in tree)
         return tree if kind is tuple and all(map(is_, items, tree)) else items
-    if getattr(tree, "is_value", False):
+    if getattr(tree, "is_value", False) or is_distributed(tree):
         return tree
     raise TypeError
 
@@ -94,7 +95,7 @@ def check_savable(owner: str, tree: Any) -> None:
 def _find_problem(path: str, value: Any, level: int) -> str | None:
     """Return why a checkpoint cannot hold `value`, or None."""
     kind = type(value)
-    if kind is torch.Tensor:
+    if kind is torch.Tensor or is_distributed(value):
         return _find_tensor_problem(path or "it", value)
     if kind in LEAVES:
         return None

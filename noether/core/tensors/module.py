@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from noether.core.tensors.fully_sharded import is_fully_sharded, reshard
 from noether.core.tensors.torch_internals import buffers_in, children_in, non_persistent_in, parameters_in, select_view
 from noether.core.tensors.tree import FrozenDict, move_to_device, tensors
 
@@ -135,6 +136,8 @@ def without_wrappers(name: str) -> str:
 
 def params_of(model: nn.Module) -> FrozenDict:
     """Return the parameters of `model` by name; the tensors share its memory."""
+    if is_fully_sharded(model):
+        reshard(model)
     view = select_view()
     return FrozenDict({name: view(parameter) for name, parameter in named_parameters(model).items()})
 

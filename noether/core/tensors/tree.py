@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Never
 
 import torch
 
+from noether.core.tensors.dtensors import is_distributed, local_part, place_like
 from noether.core.tensors.pytrees import register_mapping
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ def _is_same(entry: Any, value: Any) -> bool:
     if entry is value or torch.compiler.is_compiling():  # a graph has no memory to compare
         return entry is value or isinstance(value, torch.Tensor)
     try:
-        return isinstance(entry, torch.Tensor) and isinstance(value, torch.Tensor) and entry.is_set_to(value)
+        if not isinstance(entry, torch.Tensor) or not isinstance(value, torch.Tensor):
+            return False
+        return local_part(entry).is_set_to(local_part(value))
     except NotImplementedError:  # torch cannot compare sparse and meta tensors
         return True
 
@@ -227,9 +230,11 @@ def move_to_device(device: torch.device, tree: Any) -> Any:
 def storages(tree: Any) -> set[int]:
     """Return the addresses of the storages of the tensors in `tree`.
 
-    Tensors without one are left out: empty, meta and sparse ones, and those inside of a transform of `torch.func`.
+    Tensors without one are left out: empty, meta and sparse ones, and those inside of a transform of `torch.func`. Of a
+    DTensor it is the storage of the part of this rank.
     """
-    allocated = (tensor for _, tensor in tensors(tree) if tensor.numel() and not tensor.is_meta)
+    parts = (local_part(tensor) for _, tensor in tensors(tree))
+    allocated = (tensor for tensor in parts if tensor.numel() and not tensor.is_meta)
     addresses: set[int] = set()
     for tensor in allocated:
         with suppress(NotImplementedError):
@@ -247,6 +252,8 @@ def have_same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if is_distributed(a) or is_distributed(b):
+        a, b = local_part(a), local_part(place_like(b, a))
     bits = [tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8) for tensor in (a, b)]
     return torch.equal(*bits)
 

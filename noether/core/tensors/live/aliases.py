@@ -9,6 +9,7 @@ import torch
 
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.containers import map_tensors
+from noether.core.tensors.dtensors import local_part
 from noether.core.tensors.live.views import LiveView, ModuleView
 from noether.core.tensors.module import named_buffers, named_parameters
 from noether.core.tensors.torch_internals import has_other_users
@@ -78,7 +79,7 @@ def _find_shared(tree: Any, found: list[Tensor]) -> None:
 
 def _shares_storage(tensor: Tensor) -> bool:
     try:
-        return has_other_users(tensor.untyped_storage())
+        return has_other_users(local_part(tensor).untyped_storage())
     except NotImplementedError:  # a sparse tensor has no storage of its own
         return False
 

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 
 from noether.core.errors import StateWarning
+from noether.core.tensors.dtensors import place_like
 from noether.core.tensors.live.groups import MEMBERS, find_group_problems, read_groups, saved_groups, write_groups
 from noether.core.tensors.live.views import LiveView
 from noether.core.tensors.live.weights import match_names, raise_mismatch
@@ -185,7 +186,14 @@ def _write_memory(model: nn.Module, optimizer: Optimizer, opt_state: Mapping[str
     optimizer.state.clear()  # a parameter without memory in the state loses the memory that it has
     for name, memory in memories.items():
         parameter = parameters[name]
-        optimizer.state[parameter] = move_memory(memory, parameter.device, on_device=on_device)
+        placed = {key: _place(value, parameter) for key, value in memory.items()}
+        optimizer.state[parameter] = move_memory(placed, parameter.device, on_device=on_device)
+
+
+def _place(value: Any, parameter: Tensor) -> Any:
+    """Return a memory that has one value for each value of its parameter in the placement of the parameter."""
+    is_elementwise = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    return place_like(value, parameter) if is_elementwise else value
 
 
 def _scale_lr(optimizer: Optimizer, scale: float) -> None:

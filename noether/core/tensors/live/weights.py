@@ -8,6 +8,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from noether.core.errors import NoetherError, suggest
+from noether.core.tensors.dtensors import are_same_memory, copy_into
 from noether.core.tensors.live.buffers import describe_constructed, find_none_buffers
 from noether.core.tensors.module import (
     device_of,
@@ -89,12 +90,14 @@ def write_weights(
     live = {**named_parameters(model), **named_buffers(model)}
     places, tied = dict(_buffer_places(model)), find_tied_names(model)
     saved = {**match_names(params, live, tied), **match_names(buffers, [*live, *places], tied)}
-    changed = {name: tensor for name, tensor in saved.items() if name not in live or not _is_same(live[name], tensor)}
+    changed = {
+        name: tensor for name, tensor in saved.items() if name not in live or not are_same_memory(live[name], tensor)
+    }
     viewed = storages(live)  # a view of a tensor that is written to first would change: a copy is written
     changed = {name: each.clone() if storages(each) & viewed else each for name, each in changed.items()}
     for name, tensor in changed.items():
         if name in live and (live[name].shape, live[name].dtype) == (tensor.shape, tensor.dtype):
-            live[name].copy_(tensor)
+            copy_into(live[name], tensor)
         else:
             place, key = places[name]
             place[key] = tensor.to(device_of(model.parameters()), copy=True)
@@ -243,11 +246,3 @@ def _find_forward_buffers(model: nn.Module) -> set[str]:
     constructed = describe_constructed(model)
     empty = {name for name, (place, key) in _buffer_places(model) if place[key] is None or name not in constructed}
     return empty | find_none_buffers(constructed)
-
-
-def _is_same(live: Tensor, tensor: Tensor) -> bool:
-    """Return whether a tensor is a view of exactly the live one."""
-    try:
-        return live.is_set_to(tensor)
-    except NotImplementedError:  # torch cannot compare sparse and meta tensors
-        return False
