@@ -232,14 +232,18 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
     "--png", metavar="FILE", type=click.Path(path_type=Path), help="Also draw the timeline into FILE, as a PNG image."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option(
+    "--ranks", metavar="N", type=click.IntRange(min=1), default=1, help="Plan for N processes, as torchrun starts them."
+)
 @_SET
 @_ALLOW
-def plan(
+def plan(  # noqa: PLR0917  # click passes one argument for each option
     config: Path,
     at: str | None,
     between: tuple[str, str] | None,
     png: Path | None,
     as_json: bool,  # noqa: FBT001  # click passes it by name
+    ranks: int,
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
@@ -255,7 +259,7 @@ def plan(
     with _errors_as_messages():
         command.check_picture(png)
         points = command.parse_points(at, between)
-        command.show_plan(load(config, settings, allow), str(config), points, png, as_json=as_json)
+        command.show_plan(load(config, settings, allow), str(config), points, png, as_json=as_json, world_size=ranks)
 
 
 @main.command()

@@ -10,6 +10,7 @@ from noether.core.callbacks.summaries import param_counts
 from noether.core.reducer import Reducer
 from noether.planning.end_checkpoint import find_end_request
 from noether.planning.planned_callback import plan_callback
+from noether.planning.rank_shares import describe_shares, find_rank_warnings
 from noether.planning.requests import PROBED_FIRINGS, Probe
 from noether.planning.retention_forecast import forecast_checkpoints
 from noether.planning.shapes import build_on_meta
@@ -42,6 +43,7 @@ class Plan:
         checkpoints: Forecast of all checkpoints together.
         warnings: Likely mistakes, each with the place of the setting.
         notes: What the plan does not know, and why.
+        world_size: Number of ranks.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Plan:
     checkpoints: CheckpointForecast
     warnings: tuple[LocatedProblem, ...]
     notes: tuple[str, ...]
+    world_size: int = 1
 
     @property
     def evaluations(self) -> tuple[Evaluations, ...]:
@@ -59,11 +62,16 @@ class Plan:
         return tuple(each.evaluations for each in self.callbacks if each.evaluations is not None)
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, *, world_size: int = 1) -> Plan:
     """Return the plan of the run that `config` describes; it trains and writes nothing.
 
     It constructs the datasets for their lengths, the model for its shapes. A long run takes no more time than a short
-    one, except with schedules that unite several numbers of samples; see `Schedule.count`.
+    one, except with schedules that unite several numbers of samples; see `Schedule.count`. When callbacks fire does not
+    depend on the number of ranks.
+
+    Args:
+        config: The configuration.
+        world_size: Number of ranks that will train it, >= 1.
 
     Raises:
         ConfigError: If the datasets, the model or the callbacks show that a setting is wrong, as `build` does.
@@ -76,15 +84,21 @@ def make_plan(config: Config) -> Plan:
     requests = [request for each in planned for request in each.requests]
     end = find_end_request(requests, probe) if config.trainer.checkpoints.at_end else None
     counts = param_counts(experiment.state.params, run.frozen)
+    checkpoints = forecast_checkpoints(requests if end is None else [*requests, end], run)
     return Plan(
         config=config,
         run=run,
         trainable_params=counts["params/trainable"],
         frozen_params=counts["params/frozen"],
         callbacks=planned,
-        checkpoints=forecast_checkpoints(requests if end is None else [*requests, end], run),
-        warnings=(*find_warnings(config, planned, run), *find_single_sample_warnings(experiment)),
-        notes=(*notes, *_notes(config, planned)),
+        checkpoints=checkpoints,
+        warnings=(
+            *find_warnings(config, planned, run),
+            *find_single_sample_warnings(experiment, world_size),
+            *find_rank_warnings(experiment, checkpoints, world_size),
+        ),
+        notes=(*notes, *_notes(config, planned), *describe_shares(experiment, world_size)),
+        world_size=world_size,
     )
 
 

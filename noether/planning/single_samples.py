@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from noether.training.experiment import Experiment
 
 
-def find_single_sample_warnings(experiment: Experiment) -> Iterator[LocatedProblem]:
+def find_single_sample_warnings(experiment: Experiment, world_size: int = 1) -> Iterator[LocatedProblem]:
     """Yield a warning for each kind of batch that has one sample, on which the model fails and would not with two.
 
     It calls the model on one and on two samples of a dataset, if the run has such a batch; on the meta device that
@@ -25,16 +25,17 @@ def find_single_sample_warnings(experiment: Experiment) -> Iterator[LocatedProbl
 
     Args:
         experiment: The experiment; its state and the weights of its model stay as they are.
+        world_size: Number of ranks, each of which trains on its share of an update.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the loss may warn of shapes, and the same batch comes in training
-        yield from _training_warnings(experiment)
+        yield from _training_warnings(experiment, world_size)
         yield from _evaluation_warnings(experiment)
 
 
-def _training_warnings(experiment: Experiment) -> Iterator[LocatedProblem]:
+def _training_warnings(experiment: Experiment, world_size: int) -> Iterator[LocatedProblem]:
     run, batching = experiment.run, experiment.data.batching
-    whole, last = _micro_batch_sizes(batching, 0), _micro_batch_sizes(batching, batching.updates_per_epoch - 1)
+    whole, last = (_micro_batch_sizes(batching, at, world_size) for at in (0, batching.updates_per_epoch - 1))
     if 1 not in (*whole, *(last if run.final.update >= batching.updates_per_epoch else ())):
         return
     error = _find_failure(lambda batch: experiment.step.find_unused(experiment.state, batch), run.data.get("train"))
@@ -44,6 +45,8 @@ def _training_warnings(experiment: Experiment) -> Iterator[LocatedProblem]:
         where, fix = "the last update of an epoch has", "drop_last: true or another effective_batch_size"
     elif len(whole) == 1:
         where, fix = "every update has", "a larger effective_batch_size"
+    elif world_size > 1:
+        where, fix = "a rank has in every update", "a larger effective_batch_size or another max_batch_size"
     else:
         where, fix = "every update has", "another max_batch_size"
     if 1 not in whole and len(last) > 1:
@@ -71,8 +74,9 @@ def _evaluation_warnings(experiment: Experiment) -> Iterator[LocatedProblem]:
             yield from experiment.config.error(configured.path, message).problems
 
 
-def _micro_batch_sizes(batching: Batching, update: int) -> list[int]:
-    return [part.stop - part.start for part in batching.parts(update)]
+def _micro_batch_sizes(batching: Batching, update: int, world_size: int) -> set[int]:
+    """Return the different sizes of the micro-batches of an update on all ranks."""
+    return {part.stop - part.start for rank in range(world_size) for part in batching.parts(update, rank, world_size)}
 
 
 def _find_failure(call: Callable[[Any], object], data: Any) -> str | None:

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import signal
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
@@ -50,6 +52,10 @@ _RANK_VARIABLES: Final = (
     "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "OMPI_COMM_WORLD_RANK",
     "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK", "PMIX_RANK", "MPI_LOCALRANKID", "GROUP_RANK", "NODE_RANK",
 )  # fmt: skip
+_SIGNALS: Final = [
+    each for each in signal.Signals if each.name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM")
+]
+"""Signals with which a cluster announces that it will end a process, and those that are free."""
 _LATER_S: Final = 2.0**31
 _LARGE: Final = 2.0**50
 
@@ -60,7 +66,8 @@ def check_rank_agreement(
     """Raise unless every rank of a distributed run makes the same decisions.
 
     The ranks differ a lot in `time_s` and durations, in outputs, in the losses of accumulation steps, in the
-    environment variables that launchers set, and in the rank that `torch.distributed` gives. Decisions of a callback
+    environment variables that launchers set, in the rank that `torch.distributed` gives, and in signals: handlers that
+    a callback installs are called on one rank only. Decisions of a callback
     are: where it stops, the params, buffers and hyperparams that it sets, which metrics it measured at which iteration,
     and which checkpoints it requests. Ranks
     that disagree on one wait for each other forever, or train different models.
@@ -141,8 +148,32 @@ def _drive_rank(callback: Callback, trace: Trace, rank: int) -> DrivenRun:
     variables = {**dict.fromkeys(_RANK_VARIABLES, str(rank)), "WORLD_SIZE": "2"}
     functions: dict[str, Any] = {"is_initialized": lambda: True, "get_world_size": lambda *_, **__: 2}
     functions["get_rank"] = functions["get_node_local_rank"] = lambda *_, **__: rank
-    with mock.patch.dict(os.environ, variables), mock.patch.multiple(torch.distributed, **functions):
+    environment, distributed = (
+        mock.patch.dict(os.environ, variables),
+        mock.patch.multiple(torch.distributed, **functions),
+    )
+    with environment, distributed, _keep_signal_handlers():
         return drive(compose(*members), trace.on_rank(rank))
+
+
+@contextmanager
+def _keep_signal_handlers() -> Iterator[None]:
+    """Install the handlers of signals again that were installed before the block."""
+    before = _signal_handlers()
+    try:
+        yield
+    finally:
+        for number in _find_new_handlers(before):
+            signal.signal(number, before[number])
+
+
+def _signal_handlers() -> dict[int, Any]:
+    return {number: signal.getsignal(number) for number in _SIGNALS}
+
+
+def _find_new_handlers(before: Mapping[int, Any]) -> dict[int, Any]:
+    """Return the handlers of signals that are others than before."""
+    return {number: handler for number, handler in _signal_handlers().items() if handler is not before[number]}
 
 
 class _RankProxy(CallbackProxy):
@@ -152,9 +183,14 @@ class _RankProxy(CallbackProxy):
         super().__init__(callback)
         self._rank = rank
         self._trace = trace
+        self._handlers = _signal_handlers()
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         event = _measure_on_rank(event, self._rank, state.iteration.update)
+        if self._rank:
+            for number, handler in _find_new_handlers(self._handlers).items():
+                if callable(handler):  # of the callback: this rank receives the signal, rank 0 does not
+                    handler(number, None)
         result = self._callback(state, event)
         if self._rank and isinstance(event, AfterUpdate):
             local = event.replace(losses=_shift_losses(event.losses, state.iteration.update))

@@ -45,8 +45,8 @@ def test_the_whole_plan_in_a_separate_process(small):
 
 def test_json_has_stable_keys(small):
     plan = plan_json(small)
-    assert list(plan) == ["config", "end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size", "params",
-                          "callbacks", "checkpoints", "evaluations", "disk", "warnings", "notes"]  # fmt: skip
+    assert list(plan) == ["config", "end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size", "ranks",
+                          "params", "callbacks", "checkpoints", "evaluations", "disk", "warnings", "notes"]  # fmt: skip
     assert plan["end"] == {"epoch": 2, "update": 76, "sample": 2410, "iteration": "E2_U76_S2410"}
     assert plan["evaluations"] == {"count": 2, "samples": 592}
     assert plan["disk"]["path"] == str(small)

@@ -2,6 +2,7 @@
 
 import enum
 import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from noether import (
     AfterAccumulationStep,
     AfterEpoch,
     AfterUpdate,
+    BeforeTraining,
     LogScalars,
     SaveCheckpoint,
     SaveTensors,
@@ -85,6 +87,19 @@ def sums_durations(state, event):
     return (state.request_stop("late") if total > 100 else state), effects
 
 
+class StopsAtASignal:
+    """It installs a handler of its own, as scripts for clusters do, and stops where the signal arrives."""
+
+    def __call__(self, state, event):
+        if isinstance(event, BeforeTraining):
+            self.received = False
+            signal.signal(signal.SIGUSR1, self.receive)
+        return (state.request_stop("a signal") if self.received else state), ()
+
+    def receive(self, number, frame):
+        self.received = True
+
+
 RANKS = "different decisions on different ranks"
 HASHES = "different decisions in a process with another hash seed"
 DISAGREE = {
@@ -102,6 +117,7 @@ DISAGREE = {
     "rank of a node": (stops(on(AfterUpdate), lambda s, e: os.environ.get("NODE_RANK") == "0"), RANKS),
     "large loss": (stops(on(AfterUpdate), lambda s, e: float(e.losses["total"]) > 1e6), RANKS),
     "low loss": (stops(on(AfterUpdate), lambda s, e: float(e.losses["total"]) < -1e6), RANKS),
+    "signal": (StopsAtASignal(), RANKS),
     "loss of a micro-batch": (stops(on(AfterAccumulationStep), lambda s, e: e.losses["total"] > 1e6), RANKS),
     "outputs": (stops(on(AfterUpdate), lambda s, e: bool(e.outputs[0]["drift"].max() > 1e6)), RANKS),
     "checkpoint of one rank": (

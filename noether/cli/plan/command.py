@@ -58,7 +58,9 @@ def parse_points(at: str | None, between: tuple[str, str] | None) -> Points:
     return () if at is None else ((at, _parse_point(at, f"--at {at}")),)
 
 
-def show_plan(config: Config, file: str, points: Points, png: Path | None, *, as_json: bool) -> None:
+def show_plan(
+    config: Config, file: str, points: Points, png: Path | None, *, as_json: bool, world_size: int = 1
+) -> None:
     """Print the plan of a run or, with points, the callbacks that fire there.
 
     Raises:
@@ -67,7 +69,7 @@ def show_plan(config: Config, file: str, points: Points, png: Path | None, *, as
         UsageError: If a point does not lie in the run.
     """
     with redirect_stdout(sys.stderr):  # datasets and callbacks of the user may print
-        plan = make_plan(config)
+        plan = make_plan(config, world_size=world_size)
     updates = _updates(points, plan.run)
     if not points:
         _show_all(plan, file, as_json=as_json)

@@ -5,6 +5,7 @@
     config                 the file
     end                    {"epoch", "update", "sample", "iteration"}: where the run ends if nothing stops it early
     updates_per_epoch, samples_per_epoch, effective_batch_size
+    ranks                  number of processes that train it
     params                 {"trainable", "frozen"}: number of parameters
     callbacks              in their order, each
         name, path         its name in messages, and the setting that describes it, such as "callbacks[2]"
@@ -52,6 +53,7 @@ def plan_json(plan: Plan, file: str, disk: dict[str, Any], warnings: Sequence[st
         updates_per_epoch=run.updates_per_epoch,
         samples_per_epoch=run.samples_per_epoch,
         effective_batch_size=run.effective_batch_size,
+        ranks=plan.world_size,
         params={"trainable": plan.trainable_params, "frozen": plan.frozen_params},
         callbacks=[_callback(each) for each in plan.callbacks],
         checkpoints=_checkpoints(plan.checkpoints),

@@ -82,9 +82,10 @@ def _plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
 def _heading(plan: Plan, file: str) -> str:
     final, frozen = plan.run.final, f", {plan.frozen_params:,} frozen" if plan.frozen_params else ""
     params = count_of(plan.trainable_params, "parameter", form=",")
+    ranks = f"; {plan.world_size} ranks" if plan.world_size > 1 else ""
     return (
         f"{file}: {count_of(final.epoch, 'epoch', form=',')}, {count_of(final.update, 'update', form=',')}, "
-        f"{count_of(final.sample, 'sample', form=',')}; {params}{frozen}\n"
+        f"{count_of(final.sample, 'sample', form=',')}; {params}{frozen}{ranks}\n"
     )
 
 
