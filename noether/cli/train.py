@@ -86,7 +86,9 @@ def _run(train: Callable[..., TrainedRun], allow: Sequence[str]) -> int:
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     if run.finished:
         return 0
-    print_line(_resume_command(run.directory, allow))
+    if run.rank == 0:
+        hint = " (under torchrun, any number of ranks can resume it)" if run.world_size > 1 else ""
+        print_line(_resume_command(run.directory, allow) + hint)
     return interruption.exit_code
 
 

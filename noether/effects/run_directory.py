@@ -176,6 +176,11 @@ class RunDirectory:
         """Whether this process writes to the run: of several ranks only rank 0 does."""
         return self._access.writes
 
+    @property
+    def loaded(self) -> Manifest | None:
+        """The checkpoint that `load` or `resume` loaded; None before, and for a new run."""
+        return self._loaded
+
     def check_location(self) -> None:
         """Raise an error if the run is closed, or its directory is not where it was opened.
 

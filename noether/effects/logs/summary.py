@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
@@ -117,3 +118,16 @@ class Summary:
     def discard_buffer(self) -> None:
         """Discard the buffered entries."""
         self._buffer = {}
+
+
+def read_summary(path: Path, disk: Disk = DISK) -> dict[str, Any]:
+    """Return the entries of a summary; none if the file does not exist or is damaged.
+
+    Args:
+        path: The file `summary.json`.
+        disk: The disk.
+    """
+    with suppress(OSError, ValueError, RecursionError):
+        entries = json.loads(read_file(path, disk))
+        return entries if isinstance(entries, dict) else {}
+    return {}

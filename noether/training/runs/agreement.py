@@ -15,6 +15,9 @@ from noether.config.serialization import resolve_config
 from noether.core.callbacks.summaries import dataset_lengths
 from noether.core.tensors.module import device_of
 from noether.distributed.ranks import Ranks, count_processes, join
+from noether.effects import CheckpointError, RunDirectory
+from noether.effects.checkpoints.reader import CheckpointReader
+from noether.effects.run_directory import CHECKPOINTS
 from noether.training.devices import choose_device
 from noether.training.runs.services import open_directory
 
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from noether.config import Config
-    from noether.effects import RunDirectory
+    from noether.core.state import TrainState
+    from noether.effects.checkpoints.manifest import Manifest
     from noether.training.experiment import Experiment
 
     Notify = Callable[[str], None]
@@ -82,6 +86,43 @@ def agree_to_start(experiment: Experiment) -> None:
             if here != there:
                 message = f"{name} is {here} on rank 0 and {there} on rank {rank}; all ranks need the same data"
                 raise ConfigError([LocatedProblem(config.place(("data",)), ("data",), message)])
+
+
+def load_newest(
+    directory: RunDirectory, ranks: Ranks, load: Callable[[RunDirectory], TrainState | None] = RunDirectory.load
+) -> TrainState | None:
+    """Return the state from which the run resumes: rank 0 chooses the checkpoint, and the others load the same.
+
+    Args:
+        directory: The open directory of the run.
+        ranks: The ranks of the run.
+        load: Loads it on rank 0.
+
+    Raises:
+        CheckpointError: If this rank does not see the checkpoint, or it is damaged.
+    """
+    state = load(directory) if ranks.is_first else None
+    tag = ask_rank_0(ranks, "checkpoint", lambda: None if directory.loaded is None else directory.loaded.tag)
+    return state if ranks.is_first or tag is None else load_tag(directory.path, tag, ranks)[1]
+
+
+def load_tag(run_dir: Path, tag: str, ranks: Ranks) -> tuple[Manifest, TrainState]:
+    """Return a checkpoint that rank 0 chose, and its state.
+
+    Raises:
+        CheckpointError: If this rank does not see it, or it is damaged.
+    """
+    path = run_dir / CHECKPOINTS / tag
+    if not path.is_dir():
+        raise CheckpointError(f"rank {ranks.rank} does not see {path}, which rank 0 does: all ranks need the same disk")
+    reader = CheckpointReader(run_dir / CHECKPOINTS)
+    manifest = reader.find(tag)
+    return manifest, reader.load(manifest)
+
+
+def on_ranks(ranks: Ranks) -> str:
+    """Return ` on N ranks`, or nothing for one process."""
+    return f" on {ranks.world_size} ranks" if ranks.are_several else ""
 
 
 def ask_rank_0(ranks: Ranks, what: str, make: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ from noether.config.errors import LocatedProblem, Place
 from noether.config.serialization import dump
 from noether.effects import CheckpointError
 from noether.effects.disk.files import os_error_text
-from noether.effects.disk.moves import finish_move, move_directory
+from noether.effects.disk.moves import move_directory
 from noether.effects.run_directory import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -62,19 +62,14 @@ def _describe_no_run(path: Path) -> str:
 
 
 def find_run(run_dir: Path, overrides: Sequence[str]) -> Path:
-    """Return the run directory after finishing a move of it that was killed, whose command may be repeated.
-
-    Raises:
-        LockedError: If another process is moving it.
-        OSError: If the move cannot be finished.
-    """
+    """Return the run directory, or that to which a killed move took it, whose command may be repeated."""
     outputs = [each.removeprefix(_OUTPUT) for each in overrides if each.startswith(_OUTPUT)]
     if outputs and not run_dir.exists():
         run = run_dir.resolve()
         moved = Path(outputs[-1].strip("\"'")) / run.parent.name / run.name
         if (moved / CONFIG_FILE).is_file():
-            run_dir = moved
-    return finish_move(run_dir)
+            return moved
+    return run_dir
 
 
 def target_directory(run_dir: Path, old: Config, config: Config) -> Path:

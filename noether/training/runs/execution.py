@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callback import leaves_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
@@ -12,10 +12,13 @@ from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.effect import SetSummary
 from noether.core.errors import NoetherError
 from noether.core.event import AfterTraining
+from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move
 from noether.core.tensors.donation import donate
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.logs.events import event_line_builder
+from noether.effects.logs.summary import read_summary
+from noether.effects.run_logs import SUMMARY_FILE
 from noether.training.data.interruptible import interruptible
 from noether.training.runs.ending import Ending
 from noether.training.runs.services import add_handlers
@@ -52,12 +55,16 @@ class TrainedRun:
         finished: Whether the run reached its end or stopped early; False if a signal or `trainer.max_hours` interrupted
             it.
         interrupted_by: Why it was interrupted, if not for a signal.
+        rank: Rank of this process.
+        world_size: Number of processes that trained it.
     """
 
     directory: Path
     state: TrainState
     finished: bool
     interrupted_by: str = ""
+    rank: int = 0
+    world_size: int = 1
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -103,7 +110,8 @@ def execute(
     if experiment.config.trainer.record == "events":
         interpret = directory.recording_interpreter(interpret, event_recorder(experiment.reducer))
     with interruption, closing(experiment):
-        facts = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
+        facts: dict[str, Any] = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
+        facts |= _world_sizes(directory, ranks.world_size, state.iteration)
         interpreter([SetSummary(FrozenDict(facts))], state, AfterTraining(run=experiment.run))
         ending = Ending(
             run=experiment.run,
@@ -120,7 +128,14 @@ def execute(
     finished = next_move(final, experiment.run) is Move.NOTHING
     if not finished:
         interruption.share(experiment.run.gather)
-    run = TrainedRun(directory=directory.path, state=final, finished=finished, interrupted_by=interruption.reason)
+    run = TrainedRun(
+        directory=directory.path,
+        state=final,
+        finished=finished,
+        interrupted_by=interruption.reason,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
     write_ending(run, experiment, interpreter)
     if not finished and ranks.is_first:
         is_saved = directory.checkpoints.holds(final)
@@ -132,6 +147,25 @@ def execute(
             "and so would one that resumes the run; give it more hours"
         )
     return run
+
+
+def _world_sizes(directory: RunDirectory, world_size: int, begin: TrainingIteration) -> dict[str, Any]:
+    """Return the entry `world_size` of the summary: on how many ranks the run trained, by the point where that began.
+
+    Args:
+        directory: The open directory of the run.
+        world_size: The number of ranks now.
+        begin: Where they begin.
+
+    Returns:
+        Nothing for a run that only one process has trained.
+    """
+    before = read_summary(directory.path / SUMMARY_FILE).get("world_size", {}) if directory.writes else {}
+    before = before if isinstance(before, dict) else {}  # a callback may have set an entry of this name
+    if world_size == 1 and not before:
+        return {}
+    valid = {at: size for at, size in before.items() if not TrainingIteration.parse(at).reached(begin)}
+    return {"world_size": {**valid, str(begin): world_size}}
 
 
 def make_trainer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from contextlib import nullcontext, suppress
 from functools import partial
+from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING
 
@@ -20,20 +21,29 @@ from noether.core.tensors.tree import FrozenDict
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.contents import WEIGHTS
 from noether.effects.disk.files import replace_text
+from noether.effects.disk.moves import finish_move
 from noether.effects.run_directory import CONFIG_FILE
-from noether.session.processes import refuse_several_processes
 from noether.training.experiment import build
+from noether.training.runs.agreement import (
+    agree_to_start,
+    ask_rank_0,
+    join_ranks,
+    load_newest,
+    load_tag,
+    notify_once,
+    on_ranks,
+    open_on_ranks,
+)
 from noether.training.runs.branching import check_newest, check_target, load_resumable, make_branch
 from noether.training.runs.directories import find_run, load_run_config, move_run, target_directory
 from noether.training.runs.ending import record_refusal
 from noether.training.runs.execution import TrainedRun, execute, write_ending
-from noether.training.runs.services import check_services, open_directory
+from noether.training.runs.services import check_services
 from noether.training.runs.stops import clear_stop
 from noether.training.runs.value_jumps import describe_jumps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from noether.config import Config
     from noether.core.iteration import TrainingIteration
@@ -74,7 +84,6 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         notify: Receives lines for the user.
 
     Raises:
-        ProcessesError: If this is one of several processes.
         ConfigError: As `load_run_config`, or if the checkpoint is not one to resume from, a dropped memory does not
             exist, a callback would stop the run again at once, or the training set has another length than when the
             run began.
@@ -83,8 +92,10 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
             although the run had saved some.
         OSError: If the run cannot be moved.
     """
-    refuse_several_processes()
-    given, run_dir = run_dir, find_run(run_dir, overrides)
+    given, found = run_dir, find_run(run_dir, overrides)
+    ranks = join_ranks(load_run_config(found, overrides, allow))
+    notify = notify_once(ranks, notify)
+    run_dir = Path(ask_rank_0(ranks, "move that was killed", lambda: str(finish_move(found))))
     if run_dir != given:
         notify(f"{given} moved to {run_dir}")
     old, config = load_run_config(run_dir, (), allow), load_run_config(run_dir, overrides, allow)
@@ -92,28 +103,32 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
     adapt = partial(_adapt, old=old, drop_memory=drop_memory, continue_stopped=continue_stopped)
     if into is not None:
         check_target(run_dir, into, old, config)
-        manifest, branched = load_resumable(run_dir, checkpoint, allow)
-        experiment = build(config, run_id=into.resolve().name, fresh=False)
+        chosen = load_resumable(run_dir, checkpoint, allow) if ranks.is_first else None
+        tag = ask_rank_0(ranks, "checkpoint", lambda: chosen and chosen[0].tag)
+        manifest, branched = chosen or load_tag(run_dir, tag, ranks)
+        experiment = build(config, run_id=into.resolve().name, fresh=False, ranks=ranks)
         adapt(branched, experiment, run_dir)  # before anything is written
-        make_branch(run_dir, into, manifest, branched, notify)
-        with open_directory(into, config) as directory:
-            saved = directory.load()
+        agree_to_start(experiment)
+        ask_rank_0(ranks, "branch", lambda: make_branch(run_dir, into, manifest, branched, notify))
+        with open_on_ranks(into, config, ranks) as directory:
+            saved = load_newest(directory, ranks)
             state, notes = adapt(saved, experiment, into, directory)
             return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
     target = target_directory(run_dir, old, config)
-    with open_directory(run_dir, config) as directory:
-        saved = _load_newest(directory, allow)
+    with open_on_ranks(run_dir, config, ranks) as directory:
+        saved = load_newest(directory, ranks, partial(_load, allow=allow))
         if checkpoint is not None:
             check_newest(directory, checkpoint, saved)
-        experiment = build(config, run_id=directory.run_id, fresh=saved is None)
+        experiment = build(config, run_id=directory.run_id, fresh=saved is None, ranks=ranks)
         # All that can be refused is refused here, before anything is written.
         state, notes = adapt(saved, experiment, run_dir, directory)
+        agree_to_start(experiment)
         if target == run_dir:
             return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
-    move_run(run_dir, target, old, config)
+    ask_rank_0(ranks, "move", lambda: move_run(run_dir, target, old, config))
     notify(f"{run_dir} moved to {target}")
-    with open_directory(target, config) as directory:
-        saved = directory.load()  # again: the directory was unlocked for a moment
+    with open_on_ranks(target, config, ranks) as directory:
+        saved = load_newest(directory, ranks)  # again: the directory was unlocked for a moment
         state, notes = adapt(saved, experiment, target, directory)
         return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
 
@@ -167,14 +182,17 @@ def _continue(
     """Train from `state` in the open directory of the run; do nothing if the run has ended."""
     if state is not None and next_move(state, experiment.run) is Move.NOTHING:
         directory.complete_saves(state)
-        run = TrainedRun(directory=directory.path, state=state, finished=True)
+        ranks = experiment.ranks
+        run = TrainedRun(
+            directory=directory.path, state=state, finished=True, rank=ranks.rank, world_size=ranks.world_size
+        )
         write_ending(run, experiment, directory.interpreter)
         notify(f"{directory.path} already {run.ending}; to continue it, {_ways_to_continue(run, experiment)}")
         return run
     if state is None:
-        notify(f"{directory.path} has no checkpoint: training starts at update 0")
+        notify(f"{directory.path} has no checkpoint: training starts at update 0{on_ranks(experiment.ranks)}")
     else:
-        notify(f"resuming at {state.iteration}")
+        notify(f"resuming at {state.iteration}{on_ranks(experiment.ranks)}")
     for note in notes:
         notify(note)
     if removed := directory.truncate_logs(state):
@@ -185,7 +203,8 @@ def _continue(
         save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(continued=0))
         directory.interpreter([save], state, AfterUpdate(run=experiment.run))
         directory.wait()
-    replace_text(directory.path / CONFIG_FILE, dump(experiment.config))
+    if directory.writes:
+        replace_text(directory.path / CONFIG_FILE, dump(experiment.config))
     resumed = state is not None
     state = experiment.state if state is None else state
     return execute(experiment, directory, state, resumed=resumed, interruption=interruption, notify=notify)
@@ -201,7 +220,7 @@ def _ways_to_continue(run: TrainedRun, experiment: Experiment) -> str:
     return f"give --continue, change the settings of {stopper}, or {later_end}"
 
 
-def _load_newest(directory: RunDirectory, allow: Sequence[str]) -> TrainState | None:
+def _load(directory: RunDirectory, allow: Sequence[str]) -> TrainState | None:
     """Return the newest state of a run; if only parts were saved, the error gives the command that uses them."""
     try:
         return directory.load()

@@ -20,7 +20,7 @@ from noether.config.values import source_from_values
 from noether.effects.disk.files import make_directories, replace_text
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
-from noether.training.runs.agreement import agree_to_start, ask_rank_0, join_ranks, notify_once, open_on_ranks
+from noether.training.runs.agreement import agree_to_start, ask_rank_0, join_ranks, notify_once, on_ranks, open_on_ranks
 from noether.training.runs.execution import execute
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
@@ -144,7 +144,7 @@ def start_run(config: Config, *, interruption: Interruption, notify: Callable[[s
     experiment = build(config, ranks=ranks)
     agree_to_start(experiment)
     if ranks.are_several:
-        notify(f"training on {ranks.world_size} ranks")
+        notify(f"training{on_ranks(ranks)}")
     for note in experiment.notes:
         notify(note)
     folder = Path(config.run.output) / config.run.name
