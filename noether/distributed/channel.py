@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
@@ -10,14 +11,13 @@ import torch
 import torch.distributed as dist
 
 from noether.core.errors import NoetherError
+from noether.distributed.failures import Failures
+from noether.distributed.reductions import Numbers
 from noether.effects.disk.encoding import decode_tree, encode_tree
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    Column = np.ndarray[Any, np.dtype[np.float64]]
-    Reduction = Callable[[Column], Any]
+    from collections.abc import Mapping
 
 _FRAME_BYTES: Final = 1024
 """What one collective carries of each rank; longer contents take a second one."""
@@ -40,14 +40,23 @@ class Channel:
 
     Args:
         group: A gloo group of all ranks; None for one process, which exchanges nothing.
+        failures: Where ranks report failures, and find out why an exchange failed.
+
+    Attributes:
+        collectives: Number of collectives so far.
+        sent_bytes: Bytes that this rank gave to them.
 
     Example:
         >>> Channel().gather("greeting", {"text": "hello"})
         [{'text': 'hello'}]
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, failures: Failures | None = None) -> None:
         self._group = group
+        self._failures = failures or Failures()
+        self._thread: threading.Thread | None = None
+        self.collectives = 0
+        self.sent_bytes = 0
         self._world_size = 1 if group is None else group.size()
 
     def reduce(
@@ -67,35 +76,27 @@ class Channel:
             sums: Numbers to add up.
             means: Value and weight by name; the mean of the values of weight above 0, NaN if there is none.
             largest: Numbers of which the largest is wanted; NaN if one is NaN. A flag is 0 or 1.
-            smallest: Numbers of which the smallest is wanted.
+            smallest: Numbers of which the smallest is wanted; NaN if one is NaN.
             of_rank_0: Numbers of which that of rank 0 is wanted, such as those of its clock.
 
         Raises:
             RankMismatchError: If the ranks reduce other names.
+            RankError: If another rank failed, ended or hangs.
+            ValueError: If two numbers have one name, or a weight is below 0 or NaN.
 
         Example:
             >>> Channel().reduce("losses", sums={"samples": 4}, means={"mse": (0.5, 4)})
             {'samples': 4.0, 'mse': 0.5}
         """
-        plain = {"sums": sums or {}, "largest": largest or {}, "smallest": smallest or {}, "of rank 0": of_rank_0 or {}}
-        means = means or {}
-        parts = [f"{kind} {', '.join(sorted(each))}" for kind, each in {**plain, "means": means}.items() if each]
-        text = f"{what}: {'; '.join(parts)}"
-        numbers = [float(each[name]) for each in plain.values() for name in sorted(each)]
-        numbers += [float(number) for name in sorted(means) for number in means[name]]
-        contents = self.exchange(text, np.asarray(numbers, dtype=np.float64).tobytes())
-        table = np.stack([np.frombuffer(content, dtype=np.float64) for content in contents])
-        results: dict[str, float] = {}
-        reductions: tuple[Reduction, ...] = (_sum_in_order, np.max, np.min, _first)
-        start = 0
-        for each, reduction in zip(plain.values(), reductions, strict=True):
-            for name in sorted(each):
-                results[name] = float(reduction(table[:, start]))
-                start += 1
-        for name in sorted(means):
-            results[name] = _weighted_mean(table[:, start], table[:, start + 1])
-            start += 2
-        return results
+        numbers = Numbers(
+            sums=sums or {},
+            means=means or {},
+            largest=largest or {},
+            smallest=smallest or {},
+            of_rank_0=of_rank_0 or {},
+        )
+        contents = self.exchange(what, numbers.pack().tobytes(), kind=numbers.describe())
+        return numbers.reduce(np.stack([np.frombuffer(content, dtype=np.float64) for content in contents]))
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """Return a value of each rank, in the order of ranks.
@@ -106,23 +107,46 @@ class Channel:
 
         Raises:
             RankMismatchError: If the ranks gather other things.
+            RankError: If another rank failed, ended or hangs.
             TypeError: If the tree has another part.
         """
         if self._group is None:
             return [value]
         tensors: dict[str, torch.Tensor] = {}
         tree = encode_tree(value, tensors)
-        contents = self.exchange(what, b"".join(tensor_pieces(tensors, tree=tree)))
+        contents = self.exchange(what, b"".join(tensor_pieces(tensors, tree=tree)), kind="gather")
         return [_decode(content) for content in contents]
 
-    def exchange(self, what: str, content: bytes) -> list[bytes]:
+    def exchange(self, what: str, content: bytes, *, kind: str = "bytes") -> list[bytes]:
         """Return the content of each rank, in the order of ranks.
+
+        Args:
+            what: Name of the exchange, for errors.
+            content: The bytes of this rank.
+            kind: What they are, which has to be the same on all ranks.
 
         Raises:
             RankMismatchError: If the ranks exchange other things.
+            RankError: If another rank failed, ended or hangs.
+            RuntimeError: If another thread of this process uses the channel.
         """
         if self._group is None:
             return [content]
+        self._check_thread(what)
+        with self._failures.explain(what):
+            return self._exchange(f"{what}: {kind}", content)
+
+    def _check_thread(self, what: str) -> None:
+        """Refuse a second thread: the order of its exchanges could differ between ranks."""
+        thread = threading.current_thread()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = thread
+        if self._thread is not thread:
+            raise RuntimeError(
+                f"{what}: thread {thread.name} uses a channel of thread {self._thread.name}; give each thread its own"
+            )
+
+    def _exchange(self, what: str, content: bytes) -> list[bytes]:
         expected = hashlib.sha256(what.encode()).digest()[:_HASH_BYTES]
         header = expected + len(content).to_bytes(_HASH_BYTES, "little")
         frames = self._gather_bytes((header + content)[:_FRAME_BYTES], _FRAME_BYTES)
@@ -140,6 +164,8 @@ class Channel:
         """Return `size` bytes of each rank; shorter contents are padded."""
         own = torch.frombuffer(bytearray(content.ljust(size, b"\0")), dtype=torch.uint8)
         received = [torch.empty(size, dtype=torch.uint8) for _ in range(self._world_size)]
+        self.collectives += 1
+        self.sent_bytes += size
         dist.all_gather(received, own, group=self._group)
         return [each.numpy().tobytes() for each in received]
 
@@ -154,18 +180,3 @@ class Channel:
 def _decode(content: bytes) -> Any:
     tensors, facts = read_tensors(content)
     return decode_tree(facts["tree"], tensors)
-
-
-def _sum_in_order(column: Column) -> float:
-    return float(sum(column.tolist()))
-
-
-def _first(column: Column) -> Any:
-    return column[0]
-
-
-def _weighted_mean(values: Column, weights: Column) -> float:
-    """Return the mean of the values that have a weight; a value without one may be anything."""
-    present = weights > 0
-    total = _sum_in_order(weights[present])
-    return _sum_in_order(values[present] * weights[present]) / total if total else float("nan")

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Final, final
 
 import torch
 import torch.distributed as dist
 
 from noether.core.errors import NoetherError
+from noether.core.tensors.torch_internals import default_store
 from noether.distributed.channel import Channel
+from noether.distributed.failures import Failures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DEFAULT_TIMEOUT_S: Final = 600.0
+_RESTARTS: Final = "TORCHELASTIC_RESTART_COUNT"
+_JOINS: Final = count()
 
 
 class LaunchError(NoetherError, RuntimeError):
-    """The environment names several processes, but does not say how they find each other."""
+    """The processes of a run do not find each other."""
 
 
 @final
@@ -38,6 +44,7 @@ class Ranks:
         training: Group for gradients, nccl for CUDA and gloo for the CPU; None for one process.
         control: Channel of the main thread.
         saving: Channel of the thread that saves.
+        failures: Where ranks report failures. A collective over `training` belongs in `failures.explain("what")`.
         timeout_s: Seconds that a rank waits for the others before it gives up.
 
     Example:
@@ -51,6 +58,7 @@ class Ranks:
     training: dist.ProcessGroup | None = None
     control: Channel = field(default_factory=Channel)
     saving: Channel = field(default_factory=Channel)
+    failures: Failures = field(default_factory=Failures)
     timeout_s: float = DEFAULT_TIMEOUT_S
 
     @property
@@ -70,6 +78,8 @@ ONE_PROCESS: Final = Ranks()
 
 def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Return the number of processes that a launcher such as torchrun started, as `WORLD_SIZE` says; else 1.
+
+    Slurm and MPI set other variables, also for independent processes: alone these do not count.
 
     Example:
         >>> launched_world_size({"WORLD_SIZE": "4"}), launched_world_size({})
@@ -107,6 +117,8 @@ def count_processes() -> int:
 def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = None) -> Ranks:
     """Return the ranks of this run; it joins the processes that a launcher started, or a group that exists.
 
+    All processes have to call it, also if each has the group already, and as often as the others.
+
     Args:
         timeout_s: Seconds that a rank waits for the others before it gives up, above 0.
         device: Device of the model; gradients are reduced by nccl on CUDA, and by gloo elsewhere.
@@ -115,25 +127,66 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
         `ONE_PROCESS` if there is only one.
 
     Raises:
-        LaunchError: If the environment names several processes, but not how they find each other.
+        LaunchError: If `WORLD_SIZE` is set, but not what a launcher sets beside it; or if other processes do not join.
     """
     if not dist.is_available():
         return ONE_PROCESS
+    from torch.distributed.distributed_c10d import PrefixStore  # which some builds of torch lack
+
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         if launched_world_size() == 1:
             return ONE_PROCESS
-        check_launch()
-        is_cuda = device is not None and device.type == "cuda"
-        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None)
-    if dist.get_world_size() == 1:
+        _make_default_group(device, timeout)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
         return ONE_PROCESS
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return Ranks(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        training=dist.group.WORLD,
-        control=Channel(control),
-        saving=Channel(saving),
+    # A name that only this call has: an adopted group may have been in use, and its store holds what was written then.
+    (name, *_) = Channel(control).gather("name of the run", secrets.token_hex(8))
+    failures = Failures(
+        PrefixStore(f"noether/failures/{name}", default_store()),
+        rank=rank,
+        world_size=world_size,
         timeout_s=timeout_s,
     )
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        training=_find_training_group(device, timeout),
+        control=Channel(control, failures),
+        saving=Channel(saving, failures),
+        failures=failures,
+        timeout_s=timeout_s,
+    )
+
+
+def _make_default_group(device: torch.device | None, timeout: timedelta) -> None:
+    check_launch()
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    is_cuda = device is not None and device.type == "cuda"
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # The store of torchrun outlives a restart, with the addresses of the processes from before it.
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=PrefixStore(f"noether/{os.environ.get(_RESTARTS, '0')}/{next(_JOINS)}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if is_cuda else None,
+        )
+    except RuntimeError as error:
+        waited = f"{timeout.total_seconds():g} s"
+        raise LaunchError(f"rank {os.environ['RANK']} waited {waited} for the others to join: {error}") from error
+
+
+def _find_training_group(device: torch.device | None, timeout: timedelta) -> dist.ProcessGroup | None:
+    """Return the group of all ranks if it can reduce tensors on the device, else a new one."""
+    kind = "cpu" if device is None else device.type
+    group: dist.ProcessGroup | None = dist.group.WORLD
+    if f"{kind}:" not in dist.get_backend_config():
+        group = dist.new_group(backend="nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    return group

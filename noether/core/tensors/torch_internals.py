@@ -57,6 +57,9 @@ fused_adam_: Final[Callable[..., None]] = _find("_fused_adam_")
 fused_adamw_: Final[Callable[..., None]] = _find("_fused_adamw_")
 """Write an update of AdamW in one kernel; see `fused_adam_`."""
 
+default_store: Final[Callable[[], Any]] = _find("distributed.distributed_c10d._get_default_store")
+"""Return the store of the default process group; a group that a framework made has no public way to it."""
+
 reparametrize: Final[Callable[..., Any]] = _find("nn.utils.stateless._reparametrize_module")
 """Return a context in which a module has other parameters and buffers.
 
@@ -535,6 +538,22 @@ def _check_compile_graph() -> None:
     _expect(scaling.read, 3.0)
 
 
+def _check_default_store() -> None:
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed import HashStore  # type: ignore[attr-defined]  # exported without being listed
+    from torch.distributed.distributed_c10d import Store
+
+    is_new = not torch.distributed.is_initialized()
+    if is_new:
+        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        _expect(isinstance(default_store(), Store), expected=True)
+    finally:
+        if is_new:
+            torch.distributed.destroy_process_group()
+
+
 _CHECKS: Final = (
     _Check("storage_use_count, storage_handle", "donation finds tensors that have other users", _check_storages),
     _Check("write_counts", "the step refuses a model that writes to its parameters", _check_write_counts),
@@ -548,6 +567,7 @@ _CHECKS: Final = (
     _Check("select_view", "states are read inside of transforms of torch.func", _check_select_view),
     _Check("optimizer_attributes", "memory that an optimizer class keeps on itself", _check_optimizer_attributes),
     _Check("CompiledGraph", "compiled updates", _check_compile_graph),
+    _Check("default_store", "failures of a rank that joined a group which exists", _check_default_store),
 )
 
 if __name__ == "__main__":

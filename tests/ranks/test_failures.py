@@ -1,0 +1,153 @@
+"""A rank that fails, is killed or hangs ends all ranks, and all of them name it."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import outcomes_on_ranks, run_on_ranks
+
+from noether.distributed.failures import RankError
+from noether.distributed.ranks import ONE_PROCESS, LaunchError, join
+
+TIMEOUT_S = 2
+
+
+def join_impatient_ranks():
+    """Return ranks that wait for a short time, but not while the processes start."""
+    join(timeout_s=60)
+    return join(timeout_s=TIMEOUT_S)
+
+
+def reduce_gradients(ranks):
+    with ranks.failures.explain("reduction of gradients"):
+        dist.all_reduce(torch.ones(1000), group=ranks.training)
+
+
+COLLECTIVES = {
+    "reduction of gradients": reduce_gradients,
+    "losses": lambda ranks: ranks.control.reduce("losses", sums={"samples": 1}),
+    "save": lambda ranks: ranks.saving.gather("save", "x" * 2000),
+}
+
+
+def fail(ranks, how):
+    if how == "raise":
+        ranks.failures.report(ValueError("no such file"))
+        raise ValueError("no such file")
+    if how == "kill":
+        signal.raise_signal(signal.SIGKILL)
+    while ranks.failures.first() is None:  # hangs until the others give up
+        time.sleep(0.05)
+    os._exit(3)
+
+
+def meet_failure(what, faulty, how):
+    """Return what each rank that is not faulty learns, and whether it is the one that shows it."""
+    ranks = join_impatient_ranks()
+    COLLECTIVES[what](ranks)  # works
+    if ranks.rank == faulty:
+        fail(ranks, how)
+    with pytest.raises(RankError) as caught:
+        COLLECTIVES[what](ranks)
+    failure = caught.value.failure
+    assert ranks.failures.first() == failure
+    assert ranks.failures.report(KeyError("a later error")) == failure
+    return str(caught.value), failure.rank, failure.reporter
+
+
+ABSENT = "rank {0} ended or hangs during {1}"
+EXPECTED = {
+    ("raise", "plain"): "rank {0} failed: ValueError: no such file",
+    ("kill", "plain"): "rank {0} ended without a message (killed, or out of memory?) during {1}",
+    ("hang", "plain"): "rank {0} hangs: the others waited 2 s for it in {1}",
+    ("raise", "detail"): "rank {0} failed: ValueError: no such file",
+    ("kill", "detail"): ABSENT,
+    ("hang", "detail"): ABSENT,
+}
+
+
+def check_failure(what, faulty, how, debug):
+    outcomes = outcomes_on_ranks(meet_failure, 3, what, faulty, how, limit_s=30, detail=debug == "detail")
+    learned = [value for kind, value in outcomes if kind == "returned"]
+    assert len(learned) == 2, outcomes
+    assert learned[0] == learned[1]
+    text, rank, reporter = learned[0]
+    assert text == EXPECTED[how, debug].format(faulty, what)
+    assert rank == faulty
+    assert (reporter == faulty) == (how == "raise")
+
+
+@pytest.mark.parametrize(
+    ("what", "faulty", "how"),
+    [("reduction of gradients", 0, "kill"), ("losses", 1, "hang"), ("save", 2, "raise")],
+)
+def test_all_ranks_name_the_rank_that_failed(what, faulty, how):
+    check_failure(what, faulty, how, "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", COLLECTIVES)
+@pytest.mark.parametrize("faulty", range(3))
+@pytest.mark.parametrize(("how", "debug"), EXPECTED)
+def test_all_ranks_name_the_rank_that_failed_in_each_collective(what, faulty, how, debug):
+    check_failure(what, faulty, how, debug)
+
+
+def wait_in_different_places():
+    ranks = join_impatient_ranks()
+    ranks.control.reduce("losses", sums={"samples": 1})
+    with pytest.raises(RankError) as caught:
+        COLLECTIVES["save" if ranks.rank else "losses"](ranks)
+    return str(caught.value)
+
+
+def test_ranks_that_wait_in_different_places_name_them():
+    expected = "the ranks lost each other after up to 2 s: rank 0 in losses, rank 1 in save"
+    assert run_on_ranks(wait_in_different_places, 2, detail=False) == [expected] * 2
+
+
+def join_again():
+    results = []
+    for _ in range(2):
+        ranks = join(timeout_s=30)
+        again = join(timeout_s=30)  # adopts the group of the first
+        ranks.failures.report(ValueError("of an earlier run"))
+        results.append((again.failures.first(), again.control.reduce("ranks", sums={"ranks": 1})["ranks"]))
+        dist.barrier()
+        dist.destroy_process_group()
+    return results
+
+
+def test_ranks_join_again_and_adopt_a_group():
+    assert run_on_ranks(join_again, 2) == [[(None, 2), (None, 2)]] * 2
+
+
+def test_an_incomplete_launch_says_how_to_start(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(
+        LaunchError, match=r"WORLD_SIZE is set to 2, but not MASTER_ADDR, MASTER_PORT: start .* torchrun"
+    ):
+        join()
+
+
+def test_processes_of_slurm_are_independent(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert join() is ONE_PROCESS
+
+
+def wait_alone():
+    try:
+        join(timeout_s=1)
+    except LaunchError as error:
+        return str(error)
+
+
+def test_a_rank_that_no_other_joins_says_so():
+    text = run_on_ranks(wait_alone, 1, environment={"WORLD_SIZE": "2"})[0]
+    assert text.startswith("rank 0 waited 1 s for the others to join: ")
