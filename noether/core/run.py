@@ -24,6 +24,13 @@ def _gather_one(what: str, value: Any) -> Sequence[Any]:  # noqa: ARG001  # the 
     return (value,)
 
 
+def _refuse_gather(what: str, value: Any) -> Sequence[Any]:  # noqa: ARG001  # the signature of `Run.gather`
+    raise RuntimeError(
+        f"{what}: this run has several ranks, and cannot gather from them: pass Run(gather=...), a function (name, "
+        "value) -> values of all ranks, such as noether.distributed.ranks.join().control.gather"
+    )
+
+
 def _optional() -> Any:
     # A default would be a class attribute; with a factory, reading a field that was not given calls `__getattr__`.
     return field(default_factory=lambda: _NOT_GIVEN)
@@ -75,7 +82,7 @@ class Run:
         forward: `(state, batch) -> (losses, outputs)`, in evaluation mode and without gradients.
         frozen: Names of the params that the optimizer does not update.
         gather: `(name of the exchange, value) -> the values of all ranks`, in their order; every rank calls it at the
-            same point. By default there is one rank.
+            same point. By default there is one rank; with several, a run without it raises an error where it is called.
         batch_size: `batch -> number of samples`; by default the first dimension of all tensors, see
             `noether.core.tensors.batch.batch_size`. The trainer's own data knows the sizes of its batches.
 
@@ -110,6 +117,8 @@ class Run:
             if value is _NOT_GIVEN:
                 object.__delattr__(self, name)
         raise_problems(_find_problems(vars(self)))
+        if self.gather in (_gather_one, _refuse_gather):
+            object.__setattr__(self, "gather", _gather_one if self.world_size == 1 else _refuse_gather)
 
     if not TYPE_CHECKING:  # a type checker would otherwise accept any name
 
@@ -141,7 +150,7 @@ class Run:
         return count_samples(batch, self.batch_size)
 
     def sized_batches(self, data: Iterable[Any]) -> Iterable[tuple[Any, int]]:
-        """Yield the batches of a dataset and their numbers of samples; noether's own data knows them.
+        """Yield all batches of a dataset and their numbers of samples; noether's own data knows them.
 
         Example:
             >>> import torch

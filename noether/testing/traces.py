@@ -151,7 +151,8 @@ class Trace:
     def on_rank(self, rank: int) -> Trace:
         """Return the trace that one of two ranks sees; losses, outputs and durations differ between the ranks."""
         readings = tuple(replace(each, duration_s=each.duration_s + rank) for each in self.readings)
-        return replace(self, run=self.run.replace(rank=rank, world_size=2), readings=readings)
+        run = self.run.replace(rank=rank, world_size=2, gather=lambda _, value: (value, value))
+        return replace(self, run=run, readings=readings)
 
     def event(self, kind: type[_EventType], **fields: Any) -> _EventType:
         """Return an event of this run, of the given type or of a subclass."""

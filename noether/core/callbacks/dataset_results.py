@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Final, NamedTuple, final
 
 import torch
 
 from noether.core.tensors.means import Mean, Sum, read_weight
 from noether.core.tensors.tree import FrozenDict
+
+_MEAN: Final = "a Mean"
+_SUM: Final = "a Sum or a count"
+_PER_SAMPLE: Final = "one value per sample"
+
+
+class BatchResult(NamedTuple):
+    """What one batch contributes to a result of the dataset.
+
+    Args:
+        kind: How it is combined with those of other batches, for messages.
+        tensor: Values to concatenate, `(batch, ...)`; or `()`, which is added to a sum.
+        factor: The sum grows by `factor * tensor`.
+        weight: The sum of the weights of a `Mean` grows by it.
+    """
+
+    kind: str
+    tensor: torch.Tensor
+    factor: float = 1
+    weight: float = 0
+
+
+def source_of(callback: str) -> str:
+    """Return what returned a result, for messages."""
+    return f"process_data of {callback}"
 
 
 @final
@@ -27,7 +52,7 @@ class DatasetResults:
     """
 
     def __init__(self, callback: str = "a callback") -> None:
-        self._source = f"process_data of {callback}"
+        self._source = source_of(callback)
         self._sums: dict[str, torch.Tensor] = {}
         self._terms: dict[str, torch.Tensor] = {}
         self._weights: dict[str, float] = {}
@@ -36,34 +61,28 @@ class DatasetResults:
         self._samples = 0
 
     def add(self, results: Any, samples: int) -> None:
-        """Add the results of a batch of `samples` samples.
-
-        Args:
-            results: What `process_data` returned.
-            samples: Samples of the batch.
+        """Add the results of a batch of `samples` samples; arguments and errors as for `read_results`.
 
         Raises:
-            TypeError: If `results` is not a mapping, or a result is something else than a tensor, `Mean` or `Sum`.
-            ValueError: If a result is named `samples`, is one floating-point number that may be a mean or a sum, or is
-                a `Mean` of a shape other than `()` and `(samples,)`.
+            ValueError: If a result is combined in another way than in a batch before.
         """
-        if not isinstance(results, Mapping):
-            found = "nothing" if results is None else f"a {type(results).__name__}"
-            raise TypeError(
-                f"{self._source} returned {found}: return results by name, such as {{'error': noether.Mean(error)}}, "
-                "or {} for none"
-            )
+        self.add_batch(read_results(self._source, results, samples), samples)
+
+    def add_batch(self, results: Mapping[str, BatchResult], samples: int) -> None:
+        """Add what a batch of `samples` samples contributes.
+
+        Raises:
+            ValueError: If a result is combined in another way than in a batch before.
+        """
         self._samples += samples
-        for name, value in results.items():
-            if name == "samples":
-                raise ValueError("process_data returned a result named 'samples', which is the number of samples")
-            self._check_kind(name, value)
-            if isinstance(value, Mean):
-                self._add_mean(name, value, samples)
-            elif isinstance(value, torch.Tensor) and value.ndim:
-                self._parts.setdefault(name, []).append(value)
+        for name, result in results.items():
+            self._check_kind(name, result.kind)
+            if result.kind == _PER_SAMPLE:
+                self._parts.setdefault(name, []).append(result.tensor)
+            elif result.kind == _SUM:
+                _add(self._sums, name, result.tensor)
             else:
-                _add(self._sums, name, _read_sum(f"{self._source} returned {name!r}", value))
+                self._add_mean(name, result)
 
     def values(self) -> Mapping[str, Any]:
         """Return the results of the whole dataset by name, and their number of samples as `samples`.
@@ -74,10 +93,8 @@ class DatasetResults:
         parts = {name: self._concatenate(name, values) for name, values in self._parts.items()}
         return FrozenDict({**self._sums, **means, **parts, "samples": self._samples})
 
-    def _check_kind(self, name: str, value: Any) -> None:
+    def _check_kind(self, name: str, kind: str) -> None:
         """Refuse a result that is combined in another way than in the batches before: only one of them would count."""
-        is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0
-        kind = "a Mean" if isinstance(value, Mean) else "one value per sample" if is_tensor else "a Sum or a count"
         before = self._kinds.setdefault(name, kind)
         if kind != before:
             raise ValueError(
@@ -94,14 +111,49 @@ class DatasetResults:
             )
         return torch.cat(values)
 
-    def _add_mean(self, name: str, mean: Mean, samples: int) -> None:
-        weight = samples if mean.weight is None else read_weight(name, mean.weight)
-        term, factor = _term_and_factor(f"{self._source}: {name!r}", mean, samples, weight)
-        self._weights[name] = self._weights.get(name, 0) + weight
-        if not weight:  # the mean over nothing is NaN, and so is its product with 0
-            self._terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=term.device))
+    def _add_mean(self, name: str, mean: BatchResult) -> None:
+        self._weights[name] = self._weights.get(name, 0) + mean.weight
+        if not mean.weight:  # the mean over nothing is NaN, and so is its product with 0
+            self._terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=mean.tensor.device))
         else:
-            _add(self._terms, name, term, factor)
+            _add(self._terms, name, mean.tensor, mean.factor)
+
+
+def read_results(source: str, results: Any, samples: int) -> dict[str, BatchResult]:
+    """Return what a batch contributes to the results of the dataset, by name.
+
+    Args:
+        source: What returned the results, for messages; see `source_of`.
+        results: What `process_data` returned.
+        samples: Samples of the batch.
+
+    Raises:
+        TypeError: If `results` is not a mapping, or a result is something else than a tensor, `Mean` or `Sum`.
+        ValueError: If a result is named `samples`, is one floating-point number that may be a mean or a sum, or is a
+            `Mean` of a shape other than `()` and `(samples,)`.
+
+    Example:
+        >>> read_results("process_data", {"correct": 3}, samples=4)
+        {'correct': BatchResult(kind='a Sum or a count', tensor=tensor(3), factor=1, weight=0)}
+    """
+    if not isinstance(results, Mapping):
+        found = "nothing" if results is None else f"a {type(results).__name__}"
+        raise TypeError(
+            f"{source} returned {found}: return results by name, such as {{'error': noether.Mean(error)}}, or {{}} for "
+            "none"
+        )
+    if "samples" in results:
+        raise ValueError("process_data returned a result named 'samples', which is the number of samples")
+    return {name: _read_result(source, name, value, samples) for name, value in results.items()}
+
+
+def _read_result(source: str, name: str, value: Any, samples: int) -> BatchResult:
+    if isinstance(value, Mean):
+        weight = samples if value.weight is None else read_weight(name, value.weight)
+        return BatchResult(_MEAN, *_term_and_factor(f"{source}: {name!r}", value, samples, weight), weight)
+    if isinstance(value, torch.Tensor) and value.ndim:
+        return BatchResult(_PER_SAMPLE, value)
+    return BatchResult(_SUM, _read_sum(f"{source} returned {name!r}", value))
 
 
 def _term_and_factor(source: str, mean: Mean, samples: int, weight: float) -> tuple[torch.Tensor, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from noether.core.callback_checks import check_result
 from noether.core.callbacks.base import HOOKS, CallbackBase
 from noether.core.callbacks.dataset_results import DatasetResults
+from noether.core.callbacks.rank_results import results_over_ranks
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_whole, raise_problems, suggest
 from noether.core.event import (
@@ -25,6 +26,7 @@ from noether.core.schedules.gate import Gate, Interval
 from noether.core.schedules.schedule import INTERVALS
 from noether.core.shards import check_not_sharded
 from noether.core.tensors.means import Mean, Sum
+from noether.core.tensors.module import device_of
 from noether.core.tensors.stored_weights import memory_of, use_weights
 
 if TYPE_CHECKING:
@@ -283,11 +285,20 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Iterate the dataset, and call `process_results` with its results."""
         evaluated = state if self.weights is None else use_weights(state, self.weights)
-        results, forward = DatasetResults(self.name), event.run.forward
+        run, data, forward = event.run, self._batches(event), event.run.forward
+
+        def process(batch: Any) -> Any:
+            return self.process_data(evaluated, batch, forward)
+
         with getattr(forward, "evaluating", nullcontext)():
-            for batch, size in event.run.sized_batches(self._batches(event)):
-                if size:
-                    results.add(self.process_data(evaluated, batch, forward), size)
+            if run.world_size == 1:
+                results = DatasetResults(self.name)
+                for batch, size in run.sized_batches(data):
+                    if size:
+                        results.add(process(batch), size)
+            else:
+                device = device_of(evaluated.params.values())
+                results = results_over_ranks(run, self.dataset_key, data, process, self.name, device)
         values = results.values()
         if not values["samples"]:
             return state, (LogText(f"{self.name}: no batch of {self.dataset_key} has samples, so nothing is measured"),)
