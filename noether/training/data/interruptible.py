@@ -1,4 +1,8 @@
-"""Data that an interruption leaves: an evaluation before its next batch, a wait for workers at once at a signal."""
+"""Data that an interruption leaves: an evaluation before its next batch, a wait for workers at once at a signal.
+
+Several ranks leave an evaluation together: the one that is interrupted stops reading its share, and says so at the next
+exchange, where all of them leave.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from noether.core.run import Run
 
@@ -24,11 +28,12 @@ class _Waiting:
         self.interrupted: Callable[[], bool] = lambda: False
         """Returns whether the run is interrupted; set while signals are caught."""
         self._is_waiting = False
+        self._is_kept = False
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Raise `DataInterrupt` if the run is interrupted before the block, or by a signal in it."""
-        if threading.current_thread() is not threading.main_thread():
+        if self._is_kept or threading.current_thread() is not threading.main_thread():
             yield
             return
         self._is_waiting = True
@@ -38,6 +43,15 @@ class _Waiting:
             yield
         finally:
             self._is_waiting = False
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Let no wait inside the block be interrupted."""
+        before, self._is_kept = self._is_kept, True
+        try:
+            yield
+        finally:
+            self._is_kept = before
 
     def leave(self) -> None:
         """Raise `DataInterrupt` if the main thread waits; for signal handlers.
@@ -57,9 +71,13 @@ WAITING: Final = _Waiting()
 class InterruptibleData:
     """A dataset in batches that raises `DataInterrupt` before the first batch after an interruption.
 
+    On several ranks, the share of a rank ends there, and a rank that iterates all batches is not interrupted: no rank
+    may leave alone.
+
     Args:
         data: The batches.
         interrupted: Returns whether the run is interrupted.
+        leaving: Is told that this rank has left its share; None for one process.
 
     Example:
         >>> data = InterruptibleData([1, 2], interrupted=lambda: False)
@@ -67,14 +85,17 @@ class InterruptibleData:
         ([1, 2], 2)
     """
 
-    def __init__(self, data: Any, interrupted: Callable[[], bool]) -> None:
-        self._data, self._interrupted = data, interrupted
+    def __init__(self, data: Any, interrupted: Callable[[], bool], leaving: LeavingTogether | None = None) -> None:
+        self._data, self._interrupted, self._leaving = data, interrupted, leaving
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._interrupt(self._data)
+        return self._iterate(self._data)
+
+    def _iterate(self, batches: Iterable[Any]) -> Iterator[Any]:
+        return self._interrupt(batches) if self._leaving is None else _iterate_to_end(batches)
 
     def _interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -82,15 +103,76 @@ class InterruptibleData:
                 raise DataInterrupt
             yield batch
 
+    def _iterate_share(self, batches: Iterable[Any], leaving: LeavingTogether) -> Iterator[Any]:
+        try:
+            yield from self._interrupt(batches)
+        except DataInterrupt:
+            leaving.has_left = True
+
+    def _with_sizes(self, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        batches = self._data.with_sizes(rank, world_size)
+        if world_size == 1 or self._leaving is None:
+            return self._iterate(batches)
+        return self._iterate_share(batches, self._leaving)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
         found = getattr(self._data, name)
         if name == "with_sizes":
-            return lambda: self._interrupt(found())
-        return found if name != "batched" else lambda size: InterruptibleData(found(size), self._interrupted)
+            return self._with_sizes
+        if name == "batched":
+            return lambda size: InterruptibleData(found(size), self._interrupted, self._leaving)
+        return found
+
+
+def _iterate_to_end(batches: Iterable[Any]) -> Iterator[Any]:
+    iterator = iter(batches)
+    while True:
+        with WAITING.kept():
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
+
+
+@final
+class LeavingTogether:
+    """Lets all ranks leave an evaluation at the exchange after one of them has left its share of the data.
+
+    Args:
+        gather: As `Run.gather`.
+
+    Example:
+        >>> leaving = LeavingTogether(lambda what, value: [value, {"has_left": True, "value": 0}])
+        >>> leaving.gather("results", 1)
+        Traceback (most recent call last):
+        noether.training.data.interruptible.DataInterrupt
+    """
+
+    def __init__(self, gather: Callable[[str, Any], Sequence[Any]]) -> None:
+        self._gather = gather
+        self.has_left = False
+        """Whether this rank has left its share."""
+
+    def gather(self, what: str, value: Any) -> Sequence[Any]:
+        """Return the values of all ranks.
+
+        Raises:
+            DataInterrupt: On all ranks, if one has left its share.
+        """
+        answers = self._gather(what, {"has_left": self.has_left, "value": value})
+        if any(answer["has_left"] for answer in answers):
+            raise DataInterrupt
+        return [answer["value"] for answer in answers]
 
 
 def interruptible(run: Run, interrupted: Callable[[], bool]) -> Run:
-    """Return the run with datasets that raise `DataInterrupt` before the first batch after an interruption."""
-    return run.replace(data={key: InterruptibleData(data, interrupted) for key, data in run.data.items()})
+    """Return the run with datasets that raise `DataInterrupt` before the first batch after an interruption.
+
+    On several ranks its `gather` raises it, on all of them, once one has left its share of the data.
+    """
+    leaving = None if run.world_size == 1 else LeavingTogether(run.gather)
+    data = {key: InterruptibleData(data, interrupted, leaving) for key, data in run.data.items()}
+    return run.replace(data=data) if leaving is None else run.replace(data=data, gather=leaving.gather)
