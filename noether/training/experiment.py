@@ -40,6 +40,7 @@ from noether.training.error_locations import locate_errors
 from noether.training.initial_weights import load_weights
 from noether.training.step.loss_scaling import LossScaling, find_float16_problem
 from noether.training.step.optimizer import FunctionalOptimizer
+from noether.training.step.parallel_modules import refuse_cpu_sync_norms
 from noether.training.step.step import Step
 from noether.training.value_schedules import ValueSchedule, value_schedule
 from noether.training.weights import check_opt_state, fit_weights, to_device
@@ -183,6 +184,8 @@ def build(
             batch_size=run.batch_size,
             donate=config.trainer.donate,
         )
+        if ranks.are_several:
+            refuse_cpu_sync_norms(network, device)
     return Experiment(
         config=config,
         model=network,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import listens_to
@@ -21,10 +21,13 @@ from noether.core.loop import Move, dispatch, next_move
 from noether.core.pending import dispatch_pending, set_pending
 from noether.core.tensors.donation import was_donated
 from noether.core.tensors.modes import ModeWatch, describe_evaluation_mode, find_trained_parts_in_evaluation
+from noether.distributed.ranks import ONE_PROCESS, Ranks
 from noether.session.hidden_state import ModelWatch
 from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt
 from noether.training.data.sample_counts import SampleCounts
+from noether.training.replicated.loop import ReplicatedUpdates
+from noether.training.replicated.step import ReplicatedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,9 +51,12 @@ _LOGGER: Final = logging.getLogger(__name__)
 class Trainer:
     """Trains a state. It keeps no position: the state holds it.
 
+    On several ranks, each runs this loop, and all make the same moves: an interruption of one rank is that of all, who
+    hear of it with the gradients of an update and leave after its event. The times of events are those of rank 0.
+
     Args:
         run: The facts that stay fixed during the run.
-        step: Makes one update.
+        step: Makes one update; on several ranks a `ReplicatedStep`.
         data: Returns the batches.
         reducer: The callbacks, composed.
         interpreter: Runs their effects.
@@ -62,10 +68,11 @@ class Trainer:
         fail: Called with an exception before the trainer raises it, with the last settled state (None if it is lost,
             or if the run has to start again), and with the state and the event at which the exception was raised.
         clock: Where the trainer reads time.
+        ranks: The processes that train the run.
     """
 
     run: Run
-    step: Step | CompiledStep
+    step: Step | CompiledStep | ReplicatedStep
     data: TrainingData | StreamedData
     reducer: Reducer
     interpreter: Callable[[Effects, TrainState, Event], None]
@@ -74,6 +81,7 @@ class Trainer:
     finish: Callable[[TrainState], None] = lambda state: None  # noqa: ARG005  # names the argument
     fail: Callable[[BaseException, TrainState | None, TrainState, Event], None] = lambda *_: None
     clock: Clock = Clock()
+    ranks: Ranks = ONE_PROCESS
 
     def __call__(self, state: TrainState, *, resumed: bool = False) -> TrainState:
         """Return the state at the end of the run, or where it was interrupted."""
@@ -82,8 +90,7 @@ class Trainer:
         try:  # all in one frame: another one would keep the tensors of the initial state alive until the end
             try:
                 event = self._make_event(BeforeTraining, resumed=resumed)
-                _log_modes(self.step.model)
-                _ = self._model_watch  # before an update makes modules
+                self._describe_model()
                 state = dispatch(state, event, self.reducer, self.interpreter)
                 if resumed:
                     event = self._make_event(AfterUpdate)
@@ -93,7 +100,8 @@ class Trainer:
                     state = dispatch(state, event, self.reducer, self.interpreter)
                 settled, event = state, None
                 since_s = self.clock.elapsed_s()
-                while (move := next_move(state, self.run)) is not Move.NOTHING and not self.interrupted():
+                _ = self._updates  # whose clock starts here
+                while (move := next_move(state, self.run)) is not Move.NOTHING and not self._is_interrupted():
                     if move is Move.UPDATE:
                         state, event, since_s = self._update(state, since_s)
                     elif move is Move.END_EPOCH:
@@ -120,16 +128,28 @@ class Trainer:
 
     def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, AfterUpdate, float]:
         """Return the state after one update, its event, and the time at which it was completed."""
-        waiting_s = self.clock.elapsed_s()
         try:
-            state, batches = self.data.next_batches(state, last=self._last_update)
-            loaded_s = self.clock.elapsed_s()
-            state, event = self.step(state, batches, self._observe if self._is_observed else None)
+            after, event, since_s = self._make_update(state, since_s)
         except DataInterrupt:
             raise
         except BaseException as error:
             error.add_note(f"in update {state.iteration.update + 1}")
             raise
+        self._sample_counts.check(state.iteration.update, event.samples)
+        self._warn_of_changes(state.iteration.epoch)
+        return after.advance(samples=event.samples), event, since_s
+
+    def _make_update(self, state: TrainState, since_s: float) -> tuple[TrainState, AfterUpdate, float]:
+        """Return the state after one update that is not counted yet, its event, and the time at its end."""
+        observe = self._observe if self._is_observed else None
+        if self._updates is not None:
+            next_batches = partial(self.data.next_batches, last=self._last_update)
+            state, event = self._updates.make(state, next_batches, observe)
+            return state, event.complete(run=self.run), since_s
+        waiting_s = self.clock.elapsed_s()
+        state, batches = self.data.next_batches(state, last=self._last_update)
+        loaded_s = self.clock.elapsed_s()
+        state, event = self.step(state, batches, observe)
         stepped_s = self.clock.elapsed_s()
         event = event.complete(
             run=self.run,
@@ -138,16 +158,32 @@ class Trainer:
             data_s=loaded_s - waiting_s,
             step_s=stepped_s - loaded_s,
         )
-        self._sample_counts.check(state.iteration.update, event.samples)
-        self._warn_of_changes(state.iteration.epoch)
-        return state.advance(samples=event.samples), event, stepped_s
+        return state, event, stepped_s
+
+    @cached_property
+    def _updates(self) -> ReplicatedUpdates | None:
+        """Makes updates on several ranks; None for one process."""
+        step = self.step
+        return ReplicatedUpdates(step, self.clock, self.interrupted) if isinstance(step, ReplicatedStep) else None
 
     @cached_property
     def _sample_counts(self) -> SampleCounts:
         return SampleCounts(self.run)
 
+    @cached_property
+    def _is_interrupted(self) -> Callable[[], bool]:
+        return self.interrupted if self._updates is None else self._updates.are_interrupted
+
+    def _describe_model(self) -> None:
+        """Log which parts are in evaluation mode, and begin to watch what updates change; rank 0 does it for all."""
+        if self.ranks.is_first:
+            _log_modes(self.step.model)
+            _ = self._model_watch  # before an update makes modules
+
     def _warn_of_changes(self, epoch: int) -> None:
-        """Name what updates changed of the model, and no checkpoint has."""
+        """Name what updates changed of the model, and no checkpoint has; rank 0 does it for all."""
+        if not self.ranks.is_first:
+            return
         for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
             if changes is not None:
                 _LOGGER.warning(changes)
@@ -169,11 +205,16 @@ class Trainer:
         return dispatch(state, event, self.reducer, self.interpreter)
 
     def _report(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None) -> None:
-        at = self._make_event(AfterUpdate) if event is None else event
+        at = AfterUpdate.of(run=self.run, time_s=self.clock.wall_s()) if event is None else event
         self.fail(error, _settle(settled, state, event), state, at)
 
     def _make_event(self, event_type: type[Event], **fields: Any) -> Event:
-        return event_type.of(run=self.run, time_s=self.clock.wall_s(), **fields)
+        """Return an event at the time of rank 0; all ranks make it."""
+        time_s = self.clock.wall_s()
+        if self.ranks.are_several:
+            name = f"time of {event_type.__name__}"
+            time_s = self.ranks.control.reduce(name, of_rank_0={"time_s": time_s})["time_s"]
+        return event_type.of(run=self.run, time_s=time_s, **fields)
 
 
 def _log_modes(model: nn.Module) -> None:

@@ -28,7 +28,8 @@ def test_the_self_test_names_what_is_broken_and_what_uses_it(monkeypatch):
         f"run_backward (gradients of the step on the CPU) does not work with torch {torch.__version__}"
     )
     assert broken[1].startswith(
-        "foreach_add_, foreach_lerp, foreach_lerp_ (step counters of Adam, averages of weights)"
+        "foreach_add_, foreach_copy_, foreach_lerp, foreach_lerp_ (step counters of Adam, averages of weights, "
+        "gradients of several ranks)"
     )
     assert "expected [[1.0], [2.0, 2.0]], got [[0.0], [1.0, 1.0]]" in broken[1]
 

@@ -45,6 +45,9 @@ USERS_OF_ONE_TENSOR: Final = 2
 foreach_add_: Final[Callable[[Sequence[Tensor], float], None]] = _find("_foreach_add_")
 """Add a number to each tensor in place, in one call; torch has no public name for the foreach functions."""
 
+foreach_copy_: Final[Callable[[Sequence[Tensor], Sequence[Tensor]], None]] = _find("_foreach_copy_")
+"""Copy each tensor to another, in one call; torch has no public name for the foreach functions."""
+
 foreach_lerp: Final[Callable[[Sequence[Tensor], Sequence[Tensor], float], tuple[Tensor, ...]]] = _find("_foreach_lerp")
 """Interpolate each tensor towards another, in one call; torch has no public name for the foreach functions."""
 
@@ -439,6 +442,8 @@ def _check_foreach() -> None:
     _expect(out_of_place, [[2.0], [2.5, 2.5]])
     foreach_lerp_(tensors, ends, 0.5)
     _expect([tensor.tolist() for tensor in tensors], out_of_place)
+    foreach_copy_(tensors, ends)
+    _expect([tensor.tolist() for tensor in tensors], [[3.0], [3.0, 3.0]])
 
 
 def _check_fused_adam() -> None:
@@ -561,7 +566,11 @@ _CHECKS: Final = (
     _Check("reparametrize", "the step calls the model with the weights of a state", _check_reparametrize),
     _Check("buffers_in, non_persistent_in", "calls with the buffers of a state", _check_buffers),
     _Check("children_in, parameters_in", "states read live modules", _check_members),
-    _Check("foreach_add_, foreach_lerp, foreach_lerp_", "step counters of Adam, averages of weights", _check_foreach),
+    _Check(
+        "foreach_add_, foreach_copy_, foreach_lerp, foreach_lerp_",
+        "step counters of Adam, averages of weights, gradients of several ranks",
+        _check_foreach,
+    ),
     _Check("fused_adam_, fused_adamw_", "updates of fused Adam and AdamW", _check_fused_adam),
     _Check("register_torch_pytree, find_torch_pytree", "trees of states and outputs", _check_pytrees),
     _Check("select_view", "states are read inside of transforms of torch.func", _check_select_view),

@@ -69,6 +69,6 @@ class SampleCounts:
             self._warn_once(_COUNT_DIFFERS, update + 1, samples, given)
 
     def _warn_once(self, message: str, *values: int) -> None:
-        if message not in self._warned:
+        if message not in self._warned and self._run.rank == 0:
             self._warned.add(message)
             _LOGGER.warning(message, *values)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import leaves_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
@@ -20,6 +21,7 @@ from noether.effects.logs.events import event_line_builder
 from noether.effects.logs.summary import read_summary
 from noether.effects.run_logs import SUMMARY_FILE
 from noether.training.data.interruptible import interruptible
+from noether.training.replicated.step import ReplicatedStep
 from noether.training.runs.ending import Ending
 from noether.training.runs.services import add_handlers
 from noether.training.runs.timed_saves import TimedSaves
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from noether.effects.run_directory import Interpret
     from noether.training.experiment import Experiment
     from noether.training.runs.interruption import Interruption
+    from noether.training.step.step import Step
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 class TimeLimitError(NoetherError, RuntimeError):
@@ -181,13 +186,26 @@ def make_trainer(
     """
     return Trainer(
         run=interruptible(run or experiment.run, interrupted),
-        step=CompiledStep(experiment.step) if experiment.config.trainer.compile else experiment.step,
+        step=_choose_step(experiment),
         data=experiment.data,
         reducer=experiment.reducer,
         interpreter=interpret,
         evaluate_first=experiment.config.trainer.evaluate_first,
         interrupted=interrupted,
+        ranks=experiment.ranks,
     )
+
+
+def _choose_step(experiment: Experiment) -> Step | CompiledStep | ReplicatedStep:
+    compiles = experiment.config.trainer.compile
+    if not experiment.ranks.are_several:
+        return CompiledStep(experiment.step) if compiles else experiment.step
+    if compiles and experiment.ranks.is_first:
+        _LOGGER.warning(
+            "updates are not compiled: several ranks reduce gradients in the middle of an update; training continues "
+            "as with trainer.compile: false"
+        )
+    return ReplicatedStep(experiment.step, experiment.ranks)
 
 
 def write_ending(run: TrainedRun, experiment: Experiment, interpreter: Interpreter) -> None:

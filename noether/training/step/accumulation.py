@@ -120,12 +120,23 @@ class Accumulation:
             add_terms(sums, grads)
         return sums
 
+    def weighted_grads(self, factors: Mapping[tuple[str, ...], float]) -> Grads:
+        """Return the sum over the groups of losses of their gradients times factors.
+
+        Args:
+            factors: By group.
+        """
+        sums: Grads = {}
+        for group, grads in self._grads.items():
+            add_terms(sums, _scale_all(grads, factors[group]))
+        return sums
+
     @property
     def losses(self) -> Losses:
         """The mean losses by name, with their sum as `total`; none if they all had weight 0."""
         if self._groups is None:
             return FrozenDict(self._losses)
-        return with_total(self._losses, {name: self._weights[g] for g in self._groups for name in g})
+        return with_total(self._losses, {name: self._weights.get(g, 0) for g in self._groups for name in g})
 
     def objectives(self, losses: Losses, samples: int) -> list[Tensor]:
         """Return what has to be differentiated for the next micro-batch.
@@ -142,7 +153,7 @@ class Accumulation:
             if not self.outputs or self._losses.keys() == losses.keys():
                 self._shares = {names: samples / self._samples}
                 return [_scale(losses["total"], self._shares[names])]
-        self._regroup({**dict.fromkeys(_without_total(losses), samples), **loss_weights(losses)})
+        self._regroup({**dict.fromkeys(without_total(losses), samples), **loss_weights(losses)})
         return [_scale(reduce(add, [losses[name] for name in group]), share) for group, share in self._shares.items()]
 
     def add(self, result: BackwardResult) -> None:
@@ -158,7 +169,7 @@ class Accumulation:
         """Set the groups of losses, and the share of the next micro-batch in the mean of each group that it has."""
         before = self._groups
         if before is None:
-            before = [_without_total(self._losses)] if self.outputs else []
+            before = [without_total(self._losses)] if self.outputs else []
         groups = _split(before, weights)
         if self.outputs and (self._groups is None or not set(before) <= set(groups)):
             raise RegroupError(groups)
@@ -170,7 +181,7 @@ class Accumulation:
                 self._shares[group] = weight / self._weights[group]
 
 
-def _without_total(losses: Losses) -> tuple[str, ...]:
+def without_total(losses: Losses) -> tuple[str, ...]:
     """Return the names of losses without that of their sum, which stays if it is the only one."""
     return tuple(name for name in losses if name != "total") or tuple(losses)
 

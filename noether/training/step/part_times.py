@@ -25,7 +25,8 @@ class PartTimes:
 
     def __init__(self, elapsed_s: Callable[[], float]) -> None:
         self._elapsed_s = elapsed_s
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        """Seconds of each part so far."""
         self.start()
 
     def start(self) -> None:
@@ -35,6 +36,6 @@ class PartTimes:
     def stop(self, part: str) -> Mapping[str, float]:
         """Count the time since the last start or stop as `part`, and return the seconds of all parts so far."""
         now_s = self._elapsed_s()
-        self._seconds[part] = self._seconds.get(part, 0.0) + now_s - self._since_s
+        self.seconds[part] = self.seconds.get(part, 0.0) + now_s - self._since_s
         self._since_s = now_s
-        return self._seconds
+        return self.seconds

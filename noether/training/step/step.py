@@ -36,6 +36,7 @@ from noether.training.step.gradients import (
     total_norm,
 )
 from noether.training.step.model_tensors import ModelTensors
+from noether.training.step.parallel_modules import refuse_parallel_modules
 from noether.training.step.part_times import PartTimes
 from noether.training.step.update_event import make_event
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.core.tensors.hidden_parameters import HeldTensor
     from noether.core.tensors.losses import Losses, LossResult
-    from noether.training.step.accumulation import Grads
+    from noether.training.step.accumulation import Grads, Groups
     from noether.training.step.loss_scaling import LossScaling
     from noether.training.step.optimizer import FunctionalOptimizer
     from noether.training.value_schedules import ValueSchedule
@@ -94,6 +95,7 @@ class Step:
 
     Raises:
         HiddenParameterError: If the model or the loss holds a parameter in a list, a closure or another object.
+        ParallelModuleError: If the model was prepared by `DistributedDataParallel` or FSDP.
 
     Example:
         >>> from noether import TrainState
@@ -128,6 +130,7 @@ class Step:
     donate: bool = False
 
     def __post_init__(self) -> None:
+        refuse_parallel_modules(self.model)
         refuse_parameters(self._held_tensors)
         _ = self.buffers  # before a call changes what the constructor of the model made
 
@@ -163,22 +166,32 @@ class Step:
                 state, self.buffers.collect(state), batches[0], self._scale(state, _total), times
             )
             grads, losses, outputs, buffers = result
-            return self._apply(state, Gradients(grads[0] if grads else {}, losses, buffers), (outputs,), samples, times)
-        state, accumulation, buffers = self._accumulate(state, batches, samples, times, observe)
+            return self.apply(state, Gradients(grads[0] if grads else {}, losses, buffers), (outputs,), samples, times)
+        state, accumulation, buffers = self.accumulate(state, batches, samples, times, observe)
         gradients = Gradients(accumulation.grads, accumulation.losses, buffers)
-        return self._apply(state, gradients, tuple(accumulation.outputs), samples, times)
+        return self.apply(state, gradients, tuple(accumulation.outputs), samples, times)
 
-    def _accumulate(
+    def accumulate(
         self,
         state: TrainState,
         batches: Sequence[Any],
         samples: Sequence[int],
         times: PartTimes | None,
         observe: Observer | None,
+        groups: Groups | None = None,
     ) -> tuple[TrainState, Accumulation, Mapping[str, Tensor]]:
-        """Return the state with callbacks' memory, the means over the micro-batches, and the new buffers."""
+        """Return the state with callbacks' memory, the means over the micro-batches, and the new buffers.
+
+        Args:
+            state: The state, for which `prepare` was called.
+            batches: Micro-batches with samples.
+            samples: Samples of each.
+            times: Counts the seconds.
+            observe: As for a call.
+            groups: Groups of losses that get a gradient each; None to find them.
+        """
         start = self.buffers.collect(state)
-        accumulation, buffers, index, observed = Accumulation(sum(samples)), start, 0, 0
+        accumulation, buffers, index, observed = Accumulation(sum(samples), groups), start, 0, 0
         while index < len(batches):
             batch, size = batches[index], samples[index]
             try:
@@ -306,7 +319,7 @@ class Step:
         outputs = call_model(self.model, batch)
         return compute_losses(self.loss, outputs, batch), outputs
 
-    def _apply(
+    def apply(
         self,
         state: TrainState,
         result: Gradients,
@@ -314,7 +327,15 @@ class Step:
         samples: tuple[int, ...],
         times: PartTimes | None,
     ) -> tuple[TrainState, AfterUpdate]:
-        """Apply the gradients unless the update is skipped; return the state and the event."""
+        """Apply the gradients unless the update is skipped; return the state and the event.
+
+        Args:
+            state: The state before the update.
+            result: Gradients, losses, and the buffers after the update.
+            outputs: Outputs of each micro-batch.
+            samples: Samples of each.
+            times: Counts the seconds.
+        """
         if not result.losses:  # all have weight 0
             return state, make_event(result.losses, outputs, samples, self.settings_for(state), skipped=True)
         grads = result.grads if self.loss_scaling is None else self.loss_scaling.unscale(state, result.grads)
