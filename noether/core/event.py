@@ -61,7 +61,7 @@ class Event:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The datasets for data-iterating callbacks, by key."""
+        """The datasets for data-iterating callbacks, by key; to iterate one yields all its batches, on every rank."""
         return self.run.data
 
     def replace(self, **changes: Any) -> Self:
@@ -122,7 +122,8 @@ class AfterAccumulationStep(Event):
     """The gradients of one micro-batch are computed; the optimizer has not stepped. Logging or saving here is an error.
 
     Args:
-        losses: Mean loss of the micro-batch by name, each 0-dimensional.
+        losses: Mean loss of the micro-batch by name, each 0-dimensional. On several ranks each has micro-batches and
+            accumulation steps of its own, in other numbers than other ranks, so a callback cannot combine them here.
         outputs: The model's output for it.
         samples: Samples in the micro-batch, >= 1.
         accumulation_step: Index of the micro-batch in its update, `0 <= accumulation_step < accumulation_steps`.
@@ -154,7 +155,8 @@ class AfterUpdate(Event):
             weighted by samples or by `loss_weights`; `total` is their sum. A loop may give a loss as
             `Mean(loss, weight=n)`: then n is its entry in `loss_weights`, and with weight 0 it is left out.
         loss_weights: Sum of the weights of each loss that has other weights than `samples`; usually empty.
-        outputs: The model's outputs, one entry per accumulation step.
+        outputs: The model's outputs, one entry per accumulation step of this rank, which may have none. On several
+            ranks, a callback that remembers or logs something made of them combines that by `run.gather`.
         accumulated: Samples of each accumulation step, one entry for each of `outputs`; empty micro-batches have none.
         lr: Learning rate of the update by parameter group.
         weight_decay: Weight decay of the update by parameter group.

@@ -78,7 +78,9 @@ class Run:
         rank: Index of this process, `0 <= rank < world_size`.
         world_size: Number of processes.
         config: The resolved configuration as plain values.
-        data: Datasets for data-iterating callbacks by key; each is an iterable of batches.
+        data: Datasets for data-iterating callbacks by key; each is an iterable of batches. On several ranks, one that
+            has a method `with_sizes(rank, world_size)` yields from it the share of a rank, `(batch, samples)`; of any
+            other, every rank iterates all batches.
         forward: `(state, batch) -> (losses, outputs)`, in evaluation mode and without gradients.
         frozen: Names of the params that the optimizer does not update.
         gather: `(name of the exchange, value) -> the values of all ranks`, in their order; every rank calls it at the

@@ -1,13 +1,14 @@
 """Evaluations on several ranks have the bits of one process; ranks that disagree or are interrupted act together."""
 
 import random
+from itertools import chain
 
 import torch
 from processes import run_on_ranks
 
 from noether import Run, TrainState, log
-from noether.core.callbacks import Mean, PeriodicDataIteratorCallback, Sum
-from noether.core.event import AfterEpoch
+from noether.core.callbacks import Mean, PeriodicDataIteratorCallback, Sum, TrackOutputsCallback
+from noether.core.event import AfterEpoch, AfterUpdate
 from noether.distributed.ranks import join
 from noether.testing import assert_same
 from noether.training.data.indexed import EvaluationData
@@ -79,7 +80,44 @@ def results_have_the_bits_of_one_process():
             run = run.replace(data={"val": [batch for batch in data["val"] if len(batch)]})
             callback = RandomResults(every_n_epochs=1, dataset_key="val", seed=seed)
             assert_same(evaluate(callback, run), evaluate(callback, Run(data=run.data, forward=None)))
+    for seed in range(SEEDS):
+        draw = random.Random(seed)  # noqa: S311
+        track_random_outputs(draw, ranks)
     return measured
+
+
+def track_random_outputs(draw, ranks):
+    """Compare what `TrackOutputsCallback` remembers and requests on three ranks with one process that has all steps."""
+    callback = TrackOutputsCallback(
+        **{draw.choice(["every_n_updates", "every_n_epochs"]): draw.choice([1, 2])},
+        keys=("a",), patterns=("b",), reduce=draw.choice(["mean", "last"]), save_output=True,
+        at_end=draw.random() < 0.5,
+    )  # fmt: skip
+    run = Run(rank=ranks.rank, world_size=3, gather=ranks.control.gather)
+    one = own = TrainState(params={"w": torch.zeros(1)})
+    for _ in range(3):
+        sizes = [[draw.choice([0, 1, 3]) for _ in range(draw.choice([0, 1, 2]))] for _ in range(3)]
+        sizes[draw.randrange(3)].append(2)
+        steps = [[random_outputs(draw, size) for size in each] for each in sizes]
+        fields = {"samples": sum(map(sum, sizes)), "skipped": draw.random() < 0.2}
+        whole = AfterUpdate(outputs=[*chain(*steps)], accumulated=(*chain(*sizes),), **fields)
+        nothing = draw.choice([None, ()])
+        event = AfterUpdate(
+            outputs=steps[ranks.rank] or nothing, accumulated=tuple(sizes[ranks.rank]), run=run, **fields
+        )
+        one, expected = callback(one.advance(samples=fields["samples"]), whole)
+        own, effects = callback(own.advance(samples=fields["samples"]), event)
+        assert_same((own, effects), (one, expected))
+    one, own = one.next_epoch(), own.next_epoch()
+    assert_same(callback(own, AfterEpoch(run=run)), callback(one, AfterEpoch()))
+
+
+def random_outputs(draw, samples):
+    a = torch.tensor(
+        [draw.uniform(-1e6, 1e6) for _ in range(samples)], dtype=draw.choice([torch.float32, torch.float64])
+    )
+    outputs = {"a": a, "b": draw.random(), "bb": a.reshape(-1, 1).int(), "c": "text"}
+    return {name: value for name, value in outputs.items() if draw.random() < 0.8 or name == "a"}
 
 
 class Losses(PeriodicDataIteratorCallback):

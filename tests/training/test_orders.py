@@ -88,6 +88,7 @@ def test_the_order_of_a_sampler_is_a_function_of_seed_and_epoch(name):
     (lambda: [0.5], "yields 0.5, which is no index"),
     (list, "yields no index: check its settings"),
     (lambda: 3, "returns 3: return an iterable of indices"),
+    (lambda dataset: DistributedSampler(dataset, 2, 0), "yields one of 2 shares, as its num_replicas says"),
     (lambda: [[0, 1], [2, 3, 4]], "yields a batch of 2 samples, and trainer.effective_batch_size is 5: yield batches"),
 ])  # fmt: skip
 def test_a_sampler_that_yields_no_order_of_an_epoch_is_refused(target, message):

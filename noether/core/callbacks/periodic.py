@@ -201,6 +201,10 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
     A subclass defines `process_data`, which is called for each batch that has samples, and `process_results`, which is
     called once with the results of all batches. It also fires at every standalone evaluation.
 
+    On several ranks, each calls `process_data` for its share of the batches, and `process_results` with the results of
+    all ranks, which have the bits of one process. A subclass that overrides `periodic_callback` and iterates
+    `event.data` by itself gets all batches on every rank.
+
     Args:
         dataset_key: Name of the dataset in `event.data`.
         batch_size: Samples per batch, >= 1; None for the batches of the dataset.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 import torch
 
+from noether.core.callbacks.dataset_results import BatchResult
 from noether.core.callbacks.metric_functions import mean_of_output, to_tensor
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.rank_results import pack_batches, unpack_batches
 from noether.core.effect import Effect, SaveTensors
 from noether.core.errors import OutputError, Problem, check_choice, suggest
 from noether.core.event import AfterUpdate
 from noether.core.metrics import log, patterns_containing
+from noether.core.tensors.module import device_of
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ class TrackOutputsCallback(PeriodicCallback):
 
     An output with several entries is averaged over them, and accumulation steps are weighted by their samples; those
     without the output do not count, nor do updates that were skipped because they were not finite.
+
+    On several ranks it combines the outputs of all, by one exchange: at every update for a mean and for an interval in
+    epochs, else when it fires.
 
     Args:
         keys: Exact names of the outputs to track, which every update has.
@@ -103,7 +109,7 @@ class TrackOutputsCallback(PeriodicCallback):
         """Add the outputs of the update, or remember them if `reduce` is `last`."""
         if event.skipped:
             return state, ()
-        outputs = self._reduce(event)
+        outputs = self._reduce(state, event)
         if self.reduce == "mean":
             outputs = _add(self.memory(state), outputs)
         return state.remember(self.name, outputs), ()
@@ -115,7 +121,7 @@ class TrackOutputsCallback(PeriodicCallback):
             outputs = self.memory(state)
             state = state.remember(self.name, FrozenDict())
         elif isinstance(event, AfterUpdate) and not event.skipped:
-            outputs = self._reduce(event)
+            outputs = self._reduce(state, event)
         if not outputs:
             return state, ()
         means = {name: output["sum"] / output["samples"] for name, output in outputs.items()}
@@ -129,43 +135,104 @@ class TrackOutputsCallback(PeriodicCallback):
             effects = (*effects, SaveTensors(name=name, tensors=FrozenDict(tensors)))
         return state, effects
 
-    def _reduce(self, event: AfterUpdate) -> FrozenDict:
+    def _reduce(self, state: TrainState, event: AfterUpdate) -> FrozenDict:
         """Return sum, number of samples and, if it will be saved whole, the tensor of each chosen output, by name."""
-        steps = self._outputs_of_steps(event)
-        sizes = event.accumulated or (1,) * len(steps)
-        # A step without samples has outputs without a mean.
-        steps = [step for step, size in zip(steps, sizes, strict=True) if size]
-        sizes = tuple(filter(None, sizes))
+        steps = self._gather_steps(state, event)
         samples = event.samples if self.reduce == "mean" else 1
         reduced: dict[str, FrozenDict] = {}
-        for name in self._chosen_names(steps):
-            values = [step[name] for step in steps if name in step]
-            parts = tuple(size for step, size in zip(steps, sizes, strict=True) if name in step)
+        for name in self._chosen_names([step.names for step in steps]):
+            present = [step for step in steps if name in step.means]
+            sizes = [step.samples for step in present]
             # Not all steps may have it: it is the mean of those that do.
-            weight = samples if len(parts) == len(sizes) else samples * sum(parts) / sum(sizes)
-            reduced[name] = FrozenDict(sum=_mean(name, values, parts) * weight, samples=weight)
-            if self.reduce == "last" and self.save_output and to_tensor(values[0]).ndim:
-                reduced[name] = reduced[name] | {"whole": torch.cat(list(map(to_tensor, values)))}
+            weight: float = samples
+            if len(present) < len(steps):
+                weight = samples * sum(sizes) / sum(step.samples for step in steps)
+            terms = [step.means[name] * (step.samples / sum(sizes)) for step in present]
+            reduced[name] = FrozenDict(sum=torch.stack(terms).sum() * weight, samples=weight)
+            if name in present[0].values and present[0].values[name].ndim:
+                reduced[name] = reduced[name] | {"whole": torch.cat([step.values[name] for step in present])}
         return FrozenDict(reduced)
 
-    def _outputs_of_steps(self, event: AfterUpdate) -> Sequence[Mapping[str, Any]]:
+    def _gather_steps(self, state: TrainState, event: AfterUpdate) -> list[_StepOutputs]:
+        """Return the outputs of the accumulation steps of all ranks, in their order."""
         outputs = event.outputs
         steps = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        if event.run.world_size > 1 and outputs is None:
+            steps = ()  # a rank may have no samples
         others = [step for step in steps if not isinstance(step, Mapping)]
-        if others or not steps:
-            found = "nothing" if not steps or others[0] is None else f"a {type(others[0]).__name__}"
+        if others or (not steps and event.run.world_size == 1):
+            found = "nothing" if not others or others[0] is None else f"a {type(others[0]).__name__}"
             raise OutputError(f"{self.name}: the model returns {found}; to track outputs, return a dict")
-        return steps
+        sizes = event.accumulated or (1,) * len(steps)
+        # A step without samples has outputs without a mean.
+        own = [self._read_step(step, size) for step, size in zip(steps, sizes, strict=True) if size]
+        if event.run.world_size == 1:
+            return own
+        content = {"names": tuple(step.names for step in own), "steps": pack_batches([step.pack() for step in own])}
+        gathered = event.run.gather(f"{self.name}: outputs of the update", content)
+        device = device_of(state.params.values())
+        return [
+            _StepOutputs.unpack(names, size, results)
+            for each in gathered
+            for names, (size, results) in zip(each["names"], unpack_batches(each["steps"], device), strict=True)
+        ]
 
-    def _chosen_names(self, steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _read_step(self, outputs: Mapping[str, Any], samples: int) -> _StepOutputs:
+        chosen = [name for name in outputs if self._chooses(name)]
+        is_whole = self.reduce == "last" and self.save_output
+        return _StepOutputs(
+            samples=samples,
+            names=tuple(outputs),
+            means={name: mean_of_output(name, outputs[name]) for name in chosen},
+            values={name: to_tensor(outputs[name]) for name in chosen if is_whole},
+        )
+
+    def _chooses(self, name: str) -> bool:
+        return name in self.keys or any(pattern in name for pattern in self.patterns)
+
+    def _chosen_names(self, names_of_steps: Sequence[Sequence[str]]) -> list[str]:
         """Return the names of the chosen outputs; all `keys` are among them."""
-        outputs = {name: None for step in steps for name in step}
+        outputs = {name: None for names in names_of_steps for name in names}
         for key in self.keys:
-            if steps and key not in outputs:
+            if names_of_steps and key not in outputs:
                 known = ", ".join(map(repr, outputs)) or "none"
                 fix = suggest(key, outputs) or f"; if only some updates have it, write patterns: [{key}]"
                 raise OutputError(f"{self.name}: the model returns no {key!r}; it returns {known}{fix}")
-        return [name for name in outputs if name in self.keys or any(pattern in name for pattern in self.patterns)]
+        return [name for name in outputs if self._chooses(name)]
+
+
+class _StepOutputs(NamedTuple):
+    """What is tracked of the outputs of one accumulation step.
+
+    Args:
+        samples: Its samples.
+        names: Names of all outputs.
+        means: Mean of each chosen output.
+        values: Each chosen output that is saved whole.
+    """
+
+    samples: int
+    names: Sequence[str]
+    means: Mapping[str, torch.Tensor]
+    values: Mapping[str, torch.Tensor]
+
+    def pack(self) -> tuple[int, dict[str, BatchResult]]:
+        """Return it as `pack_batches` takes it."""
+        parts = {"mean": self.means, "value": self.values}
+        return self.samples, {
+            f"{part}/{name}": BatchResult(part, tensor)
+            for part, tensors in parts.items()
+            for name, tensor in tensors.items()
+        }
+
+    @classmethod
+    def unpack(cls, names: Sequence[str], samples: int, results: Mapping[str, BatchResult]) -> _StepOutputs:
+        """Return the step of which another rank has gathered this."""
+        means, values = (
+            {name.removeprefix(f"{part}/"): each.tensor for name, each in results.items() if each.kind == part}
+            for part in ("mean", "value")
+        )
+        return cls(samples, names, means, values)
 
 
 def _add(totals: Mapping[str, Any], outputs: Mapping[str, Any]) -> FrozenDict:
@@ -176,12 +243,6 @@ def _add(totals: Mapping[str, Any], outputs: Mapping[str, Any]) -> FrozenDict:
         if name in totals
     }
     return FrozenDict({**totals, **outputs, **both})
-
-
-def _mean(name: str, values: Sequence[Any], sizes: Sequence[int]) -> torch.Tensor:
-    """Return the mean of an output over the samples of an update, from its values at each accumulation step."""
-    terms = [mean_of_output(name, each) * (size / sum(sizes)) for each, size in zip(values, sizes, strict=True)]
-    return torch.stack(terms).sum()
 
 
 TrackAdditionalOutputsCallback = TrackOutputsCallback

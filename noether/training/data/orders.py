@@ -9,6 +9,7 @@ import torch
 
 from noether.config.objects.kinds import build_nested
 from noether.core.errors import NoetherError
+from noether.core.object_graph import parts_of_loader
 from noether.session.hidden_state import generators_of
 from noether.session.randomness import derive, preserve_generators, seed_all, seed_generator
 
@@ -102,6 +103,7 @@ class SamplerOrder:
                 sampler.set_epoch(epoch)
             for number, generator in enumerate(generators_of(sampler)):
                 seed_generator(generator, derive(seed, "sampler", number))
+            _check_whole(sampler, self._name)
             if not hasattr(sampler, "__iter__"):
                 raise SamplerError(f"{self._name} returns {sampler!r}: return an iterable of indices, such as a list")
             drawn = sampler.tolist() if hasattr(sampler, "tolist") else list(sampler)
@@ -133,6 +135,17 @@ class SamplerOrder:
                 )
             indices.append(index)
         return indices
+
+
+def _check_whole(sampler: Any, name: str) -> None:
+    """Refuse a sampler that yields the share of one of several processes: the data takes shares of the whole order."""
+    for part in parts_of_loader(sampler):
+        count = getattr(part, "num_replicas", 1)
+        if type(count) is int and count > 1:
+            raise SamplerError(
+                f"{name} yields one of {count} shares, as its num_replicas says: noether itself splits each update "
+                "over the ranks, so give it the order of all samples, with num_replicas: 1 and rank: 0"
+            )
 
 
 def _accepted_arguments(target: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
