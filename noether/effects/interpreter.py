@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
@@ -25,9 +25,20 @@ if TYPE_CHECKING:
     Handler = Callable[[Any, TrainState, Event], None]
     Measure = Callable[[Any, TrainState, Event], Mapping[str, float]]
 
+_Handler = TypeVar("_Handler", bound="Callable[..., None]")
+
 
 class UnhandledEffectError(NoetherError, LookupError):
     """A callback returned an effect that has no handler."""
+
+
+def on_all_ranks(handler: _Handler) -> _Handler:
+    """Return the handler, marked as one that every rank calls; all others are called on rank 0 only.
+
+    On other ranks it gets the effect as callbacks returned it, and events there have no logs.
+    """
+    handler.is_on_all_ranks = True  # type: ignore[attr-defined]  # functions have any attributes
+    return handler
 
 
 class Interpreter:
@@ -57,7 +68,9 @@ class Interpreter:
         self._check_background = check
 
     def __call__(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
-        """Merge and run the effects of one event on the settled state; a no-op on ranks other than 0.
+        """Merge and run the effects of one event on the settled state.
+
+        On ranks other than 0, only handlers that are marked with `on_all_ranks` run.
 
         Handlers of `LogScalars` receive plain numbers: tensors on an accelerator are read here, in one transfer.
 
@@ -75,8 +88,10 @@ class Interpreter:
                     self._require_handler(LogScalars)  # the measured values are logged
                     measured = True
             if event.run.rank != 0:
-                return
-            if measured:
+                effects = [
+                    effect for effect in effects if any(map(_is_on_all_ranks, self._handlers.get(type(effect), ())))
+                ]
+            elif measured:
                 effects = [each for effect in effects for each in self._replace_by_scalars(effect, state, event)]
         except Exception as error:
             attach_effects(error, tuple(effects))
@@ -89,7 +104,8 @@ class Interpreter:
             for index, merged in enumerate(effects):  # noqa: B007  # the error needs the index
                 effect = _read_tensors(merged)
                 for handler in self._handlers[type(effect)]:
-                    handler(effect, state, event)
+                    if event.run.rank == 0 or _is_on_all_ranks(handler):
+                        handler(effect, state, event)
         except Exception as error:
             name = type(effects[index]).__name__
             error.add_note(f"raised by a handler of {name} at {state.iteration}, {type(event).__name__}")
@@ -130,6 +146,10 @@ class Interpreter:
                 f"no handler for the effect {name}{suggest(name, known)}; "
                 f"add one with interpreter.with_handlers({name}, handler). Handled: {', '.join(known) or 'none'}"
             )
+
+
+def _is_on_all_ranks(handler: Handler) -> bool:
+    return getattr(handler, "is_on_all_ranks", False)
 
 
 def _read_tensors(effect: Effect) -> Effect:

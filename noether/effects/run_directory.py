@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, Self, final
 from noether.core.effect import MeasurePeakMemory, SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.event import AfterEpoch, AfterUpdate
+from noether.effects.checkpoints.joint_saves import ALONE
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.saver import Saver
 from noether.effects.checkpoints.store import CheckpointStore
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from noether.core.callback import Effects
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.checkpoints.joint_saves import SavingRanks
     from noether.effects.checkpoints.manifest import Manifest
     from noether.effects.checkpoints.saver import OnError
     from noether.effects.disk.calls import Disk
@@ -50,6 +52,7 @@ def open_run(  # noqa: PLR0913  # every setting, by name
     console: Console | None = None,
     *,
     rank: int = 0,
+    ranks: SavingRanks = ALONE,
     asynchronous: bool = False,
     borrowed: bool = True,
     on_error: OnError = "stop",
@@ -65,7 +68,9 @@ def open_run(  # noqa: PLR0913  # every setting, by name
     Args:
         directory: The run directory.
         console: Where lines for a person go; by default the standard output.
-        rank: Rank of this process; only rank 0 locks and writes.
+        rank: Rank of this process if `ranks` is not given; only rank 0 locks and writes.
+        ranks: The ranks of the run, from `noether.distributed.ranks.join`: all of them write their parts of a state
+            with shards, such as that of a module of `fully_shard`.
         asynchronous: Whether a background thread writes checkpoints while training continues. Use the result as a
             context manager, or `close` it: this raises the error of the last checkpoint.
         borrowed: Whether states view live tensors, as those of `TrainState.from_module` do: an asynchronous save then
@@ -89,6 +94,7 @@ def open_run(  # noqa: PLR0913  # every setting, by name
         'E0_U1_S4'
     """
     path = Path(directory).resolve()
+    rank = rank if ranks is ALONE else ranks.rank
     if rank == 0:
         make_directories(path, disk)
     access = RunAccess(path, path / CHECKPOINTS, disk, locks=rank == 0)
@@ -97,6 +103,7 @@ def open_run(  # noqa: PLR0913  # every setting, by name
     return RunDirectory(
         Path(directory),
         access,
+        ranks=ranks,
         console=console or Console(),
         asynchronous=asynchronous,
         borrowed=borrowed,
@@ -120,6 +127,7 @@ class RunDirectory:
     Args:
         path: The directory as it was given.
         access: The open directory of the run.
+        ranks: As in `open_run`.
         console: Where lines for a person go.
         asynchronous: As in `open_run`.
         borrowed: As in `open_run`.
@@ -134,6 +142,7 @@ class RunDirectory:
         path: Path,
         access: RunAccess,
         *,
+        ranks: SavingRanks,
         console: Console,
         asynchronous: bool,
         borrowed: bool,
@@ -144,7 +153,7 @@ class RunDirectory:
     ) -> None:
         self.path = path
         self.run_id = access.path.name
-        self.checkpoints = CheckpointStore(access.path / CHECKPOINTS, self.run_id, disk)
+        self.checkpoints = CheckpointStore(access.path / CHECKPOINTS, self.run_id, disk, ranks)
         self._access = access
         self._disk = disk
         self._drop_memory = (drop_memory,) if isinstance(drop_memory, str) else tuple(drop_memory)
@@ -159,6 +168,7 @@ class RunDirectory:
             borrowed=borrowed,
             on_error=on_error,
             after_first=partial(mark_saved_run, access.path, disk),
+            is_first=access.writes,
         )
         self.interpreter = Interpreter(
             {**self._logs.handlers(), SaveCheckpoint: [self._saver.save]},

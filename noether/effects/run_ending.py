@@ -56,13 +56,14 @@ def save_end(directory: RunDirectory, interpret: Interpret, state: TrainState, e
 def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_s: float) -> None:
     """Save a run that is interrupted before its end, under the pointer `latest`; return when this is on the disk.
 
-    It does nothing on other ranks than 0, or if this process has already saved a checkpoint from which the run resumes
-    at `state`, or later. The checkpoint stays until the resumed run has saved the next one from which it can resume.
+    It does nothing if this process has already saved a checkpoint from which the run resumes at `state`, or later; and
+    on ranks other than 0, unless the state has shards, which all ranks save together. The checkpoint stays until the
+    resumed run has saved the next one from which it can resume.
 
     Raises:
         CheckpointError: If it cannot be saved, whatever `on_error` of the directory is.
     """
-    if not directory.writes:
+    if not directory.writes and not directory.checkpoints.needs_all_ranks(state):
         return
     save = SaveCheckpoint(pointers=("latest",), retention=FrozenDict(interrupted=0))
     with suppress(CheckpointError):  # an earlier background save failed; the saver logged or will raise that
@@ -84,9 +85,10 @@ def record_failure(
 ) -> None:
     """Save the run after an exception, and add notes to the exception that say what is saved where.
 
-    First it saves the settled state, from which a resumed run repeats the event that raised the exception. Then it
-    writes the logs of the callbacks before the one that failed; the resumed run replaces them. Last, it writes the
-    traceback to `traceback.txt`. If one of the three fails, a note says so; the exception itself does not change.
+    First it saves the settled state, from which a resumed run repeats the event that raised the exception; but not a
+    state with shards, which the other ranks would have to save, too. Then it writes the logs of the callbacks before
+    the one that failed; the resumed run replaces them. Last, it writes the traceback to `traceback.txt`. If one of the
+    three fails, a note says so; the exception itself does not change.
 
     Args:
         error: The exception.
@@ -100,6 +102,8 @@ def record_failure(
         error.add_note("no update was made: a resumed run begins at update 0")
     elif settled is None:
         error.add_note(f"no state at {state.iteration} could be saved from which a run continues exactly")
+    elif directory.checkpoints.needs_all_ranks(settled):
+        error.add_note("each rank has a part of the state, so one that fails saves nothing: resume the last checkpoint")
     else:
         try:
             save_interrupted(directory, settled, event.run, event.time_s)

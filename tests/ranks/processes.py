@@ -14,7 +14,13 @@ import torch.distributed as dist
 
 LIMIT_S = 120
 """A safeguard against tests that hang, not a measurement."""
-PRELOADED = ["torch", "torch.distributed.device_mesh", "noether.training.runs.train", "noether.cli.main"]
+PRELOADED = [
+    "torch",
+    "torch._dynamo",  # which the first DTensor imports
+    "torch.distributed.tensor",
+    "noether.training.runs.train",
+    "noether.cli.main",
+]
 
 
 @functools.cache

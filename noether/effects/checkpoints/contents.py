@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.errors import NoetherError
 from noether.core.state import TrainState
+from noether.core.tensors.dtensors import local_part
 from noether.core.tensors.live.buffers import changed_forms, describe_form
 from noether.core.tensors.stored_weights import use_weights, weights_by_name
 from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, extra_state_name, names_below
 from noether.core.tensors.tree import have_same_bits
+from noether.effects.checkpoints.shards import is_sharded, read_shards, shard_pieces
 from noether.effects.checkpoints.state_codec import decode_mapping, decode_state, encode_state, error_text
 from noether.effects.disk.encoding import encode_tree
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
@@ -23,20 +26,25 @@ if TYPE_CHECKING:
 
     from noether.core.effect import SaveCheckpoint
     from noether.core.iteration import TrainingIteration
+    from noether.effects.checkpoints.shards import Place
 
     Pieces = Iterable[bytes | memoryview]
+    Tensors = Mapping[str, torch.Tensor]
+    Facts = Mapping[str, Any]
 
 WEIGHTS: Final = "weights.safetensors"
 OPTIMIZER: Final = "optimizer.safetensors"
 STATE: Final = "state.json"
 MEMORY: Final = "state.safetensors"
 FILES: Final = frozenset({WEIGHTS, OPTIMIZER, STATE, MEMORY})
-"""The names that a file of a checkpoint can have, its manifest aside."""
+"""The names that a file of a checkpoint can have, its manifest and shards aside."""
+_SHARD: Final = re.compile(r"(weights|optimizer|state)-(\d{5,})-of-(\d{5,})(\.safetensors)", re.ASCII)
 
 _TIED_NAMES: Final = "tied_names"
 _CONSTRUCTED: Final = "constructed"
 """The entry of a file of weights with the forms of buffers that training gave another one."""
 _WEIGHT_KINDS: Final = ("params", "buffers")
+_PARTS_IN_ERRORS: Final = {WEIGHTS: "weights", OPTIMIZER: "opt_state"}
 
 
 class ModelNamesError(NoetherError, LookupError):
@@ -47,6 +55,50 @@ class ContentError(NoetherError, ValueError):
     """A file of a checkpoint does not hold valid content; the message names the file."""
 
 
+def shard_name(file: str, rank: int, world_size: int) -> str:
+    """Return the name of the file in which a rank writes its part of the tensors of `file`.
+
+    Example:
+        >>> shard_name("weights.safetensors", 0, 2)
+        'weights-00001-of-00002.safetensors'
+    """
+    stem, _, suffix = file.rpartition(".")
+    return f"{stem}-{rank + 1:05}-of-{world_size:05}.{suffix}"
+
+
+def file_of(name: str) -> str | None:
+    """Return the file of a checkpoint that a name means: itself, or that of which it is a shard; None for no such file.
+
+    Example:
+        >>> file_of("weights-00001-of-00002.safetensors"), file_of("state.json"), file_of("notes.txt")
+        ('weights.safetensors', 'state.json', None)
+    """
+    if name in FILES:
+        return name
+    found = _SHARD.fullmatch(name)
+    return None if found is None else found[1] + found[4]
+
+
+def shard_names(names: Iterable[str], file: str) -> list[str]:
+    """Return the shards of a file among the names of files, in the order of ranks; empty if there are none.
+
+    Raises:
+        ValueError: If one is missing, or they are not of one save.
+
+    Example:
+        >>> shard_names(["state.json", "weights-00002-of-00002.safetensors", "weights-00001-of-00002.safetensors"],
+        ...             "weights.safetensors")
+        ['weights-00001-of-00002.safetensors', 'weights-00002-of-00002.safetensors']
+    """
+    found = sorted(name for name in names if name != file and file_of(name) == file)
+    if not found:
+        return []
+    expected = [shard_name(file, rank, len(found)) for rank in range(len(found))]
+    if missing := sorted(set(expected).difference(found)):
+        raise ValueError(f"{missing[0]} is missing beside {found[0]}")
+    return expected
+
+
 def requested_files(effect: SaveCheckpoint) -> set[str]:
     """Return the names of the files that every checkpoint of this request has.
 
@@ -55,18 +107,43 @@ def requested_files(effect: SaveCheckpoint) -> set[str]:
     return ({WEIGHTS} if effect.weights else set()) | ({STATE} if effect.optimizer else set())
 
 
-def checkpoint_files(effect: SaveCheckpoint, state: TrainState) -> dict[str, Pieces]:
-    """Return the content of each file of a checkpoint of `state`, in pieces.
+def checkpoint_files(
+    effect: SaveCheckpoint, state: TrainState, rank: int = 0, world_size: int = 1
+) -> dict[str, Pieces]:
+    """Return the content of each file of a checkpoint of `state` that a rank writes, in pieces.
+
+    A file with sharded tensors is cut into one file for each rank; rank 0 writes all others.
+
+    Args:
+        effect: The request.
+        state: The state, with the same tensors on all ranks, or their shards.
+        rank: The rank.
+        world_size: Number of ranks.
 
     Raises:
         ModelNamesError: If the model has no weights below the requested names of sub-modules.
         TypeError: If the state holds an object of a type that cannot be saved.
         WeightsError: If no callback keeps the requested weights.
     """
+    writer = rank, world_size
     files: dict[str, Pieces] = {}
     if effect.weights:
-        files[WEIGHTS] = _name_part("weights", _weights_file(effect, state))
-    return files | (_state_files(state) if effect.optimizer else {})
+        files |= _tensor_files(WEIGHTS, *_weights_content(effect, state), writer)
+    if effect.optimizer:
+        text, optimizer, memory = _state_content(state)
+        files |= {STATE: [text.encode()]} if rank == 0 else {}
+        files |= _tensor_files(OPTIMIZER, optimizer, {}, writer) if optimizer else {}
+        files |= _tensor_files(MEMORY, memory, {}, writer) if memory else {}
+    return files
+
+
+def _tensor_files(file: str, tensors: Tensors, facts: Facts, writer: tuple[int, int]) -> dict[str, Pieces]:
+    rank, world_size = writer
+    part = _PARTS_IN_ERRORS.get(file)
+    if any(map(is_sharded, tensors.values())):
+        return {shard_name(file, rank, world_size): _name_part(part, shard_pieces(tensors, rank, world_size, facts))}
+    whole = {name: local_part(tensor) for name, tensor in tensors.items()}
+    return {file: _name_part(part, tensor_pieces(whole, **facts))} if rank == 0 else {}
 
 
 def select_weights(effect: SaveCheckpoint, state: TrainState) -> dict[str, torch.Tensor]:
@@ -84,23 +161,25 @@ def select_weights(effect: SaveCheckpoint, state: TrainState) -> dict[str, torch
     return weights
 
 
-def _weights_file(effect: SaveCheckpoint, state: TrainState) -> Pieces:
-    """Return a file of weights, which `load_state_dict` of the model takes: each tensor is there under all its names.
+def _weights_content(effect: SaveCheckpoint, state: TrainState) -> tuple[Tensors, Facts]:
+    """Return the tensors and facts of a file of weights, which `load_state_dict` of the model takes.
 
-    The facts beside the tensors name each tensor once, in the order of the state, and then its other names.
+    Each tensor is there under all its names. The facts name it once, in the order of the state, and then its other
+    names.
     """
     weights = select_weights(effect, state)
     first: dict[str, str] = {}  # the first name in the file, by the name in the state
     for name in weights:
         first.setdefault(state.tied_names.get(name, name), name)
     order = {kind: [first[name] for name in getattr(state, kind) if name in first] for kind in _WEIGHT_KINDS}
-    facts = _encode_extra_state(effect, state, weights)
+    facts: dict[str, Any] = {"order": order}
+    facts |= _encode_extra_state(effect, state, weights)
     tied = {name: first.get(own, own) for name, own in state.tied_names.items() if name in weights}
     if tied := {name: own for name, own in tied.items() if name != own}:
         facts[_TIED_NAMES] = tied  # left out otherwise, as earlier versions have no such entry
     if forms := {first[name]: form for name, form in changed_forms(state).items() if name in first}:
         facts[_CONSTRUCTED] = forms  # likewise
-    return tensor_pieces(weights, order=order, **facts)
+    return weights, facts
 
 
 def _encode_extra_state(
@@ -118,28 +197,38 @@ def _encode_extra_state(
     return {EXTRA_STATE: encoded} if encoded else {}  # likewise
 
 
-def read_state(files: Mapping[str, bytes], iteration: TrainingIteration) -> TrainState:
+def read_state(
+    files: Mapping[str, bytes],
+    iteration: TrainingIteration,
+    place: Place = lambda name, shape: None,  # noqa: ARG005  # names the arguments
+) -> TrainState:
     """Return the state in the files of a checkpoint, on the CPU; fields that were not saved have their defaults.
 
     Args:
         files: Content of the files by name.
         iteration: Iteration in the manifest, with which the state has to agree.
+        place: Where tensors of sharded files are to be; by default each is the whole tensor.
 
     Raises:
         ContentError: If the content of a file is not exactly what `checkpoint_files` writes.
     """
     state = TrainState(iteration=iteration)
-    read: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
-    for name in (WEIGHTS, OPTIMIZER, MEMORY):
-        with _name_file_in_errors(name):
-            read[name] = read_tensors(files[name]) if name in files else ({}, {})
+    read = {file: _read_tensor_file(files, file, place) for file in (WEIGHTS, OPTIMIZER, MEMORY)}
     if STATE in files:
         with _name_file_in_errors(STATE):
             state = _decode_state_file(files[STATE], iteration, read[OPTIMIZER][0], read[MEMORY][0])
-    if WEIGHTS in files:
+    if WEIGHTS in map(file_of, files):
         with _name_file_in_errors(WEIGHTS):
             state = state.replace(**_split_weights(*read[WEIGHTS]))
     return state
+
+
+def _read_tensor_file(files: Mapping[str, bytes], file: str, place: Place) -> tuple[dict[str, torch.Tensor], Facts]:
+    with _name_file_in_errors(file):
+        if file in files:
+            return read_tensors(files[file])
+        shards = shard_names(files, file)
+        return read_shards((files[name] for name in shards), place) if shards else ({}, {})
 
 
 @contextmanager
@@ -150,27 +239,24 @@ def _name_file_in_errors(name: str) -> Iterator[None]:
         raise ContentError(f"{name}: {error_text(error)}") from error
 
 
-def _state_files(state: TrainState) -> dict[str, Pieces]:
+def _state_content(state: TrainState) -> tuple[str, Tensors, Tensors]:
+    """Return the JSON text of a state, and the tensors of the optimizer and of callbacks to which it refers."""
     saved = encode_state(state)
     optimizer: dict[str, torch.Tensor] = {}
     try:
         content = {**saved["state"], "opt_state": encode_tree(state.opt_state, optimizer)}
     except TypeError as error:
         raise TypeError(f"opt_state: {error}") from error
-    text = json.dumps(content, indent=1, allow_nan=False)
-    files: dict[str, Pieces] = {STATE: [text.encode()]}
-    if optimizer:
-        files[OPTIMIZER] = _name_part("opt_state", tensor_pieces(optimizer))
-    if saved["tensors"]:
-        files[MEMORY] = tensor_pieces(saved["tensors"])
-    return files
+    return json.dumps(content, indent=1, allow_nan=False), optimizer, saved["tensors"]
 
 
-def _name_part(part: str, pieces: Pieces) -> Pieces:
+def _name_part(part: str | None, pieces: Pieces) -> Pieces:
     """Yield the pieces, with the part of the state in the message of an error."""
     try:
         yield from pieces
     except TypeError as error:
+        if part is None:
+            raise
         raise TypeError(f"{part}: {error}") from error
 
 
@@ -184,7 +270,7 @@ def _decode_state_file(
     opt_state = decode_mapping("opt_state", values.pop("opt_state"), optimizer)
     state = decode_state({"state": values, "tensors": memory}).replace(opt_state=opt_state)
     # The decoder accepts content that the encoder never writes, such as repeated keys: encode again and compare.
-    if b"".join(_state_files(state)[STATE]) != text:
+    if _state_content(state)[0].encode() != text:
         raise ValueError("its content is not what was written")
     if state.iteration != iteration:
         raise ValueError(f"it is the state of {state.iteration}, but the manifest says {iteration}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from noether.core.errors import NoetherError
-from noether.effects.checkpoints.contents import FILES
+from noether.effects.checkpoints.contents import file_of
 from noether.effects.checkpoints.manifest import MANIFEST, MAX_BYTES, NAME, Manifest, ManifestError
 from noether.effects.disk.files import os_error_text, read_file
 
@@ -150,7 +150,7 @@ def read_manifest(directory: Path, name: str, disk: Disk) -> Manifest | None:
     path = directory / name / MANIFEST
     try:
         if disk.kind(path) is None:
-            parts = [part for part in disk.names(path.parent) if part in FILES]
+            parts = [part for part in disk.names(path.parent) if file_of(part) is not None]
             if not parts:
                 return None
             raise CheckpointError(f"{_printable(path)} is missing, beside {', '.join(parts)}")

@@ -6,22 +6,27 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotation
-from noether.effects.checkpoints.contents import FILES
+from noether.effects.checkpoints.contents import FILES, file_of, shard_names
 from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.state_codec import CONVERTER, error_text
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 MANIFEST: Final = "MANIFEST.json"
-FORMAT: Final = 3
+FORMAT: Final = 4
+"""The latest format, that of sharded checkpoints; others have the format before, which earlier versions read."""
+_FORMAT_WITHOUT_SHARDS: Final = 3
 _ADDED_IN_FORMAT_3: Final = ("requests", "pointers")
 MAX_BYTES: Final = 1 << 24
-"""Largest size of a manifest, which lists at most four files and the saves of one event."""
+"""Largest size of a manifest, which lists three files for each rank and the saves of one event."""
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=%\-]{0,199}", re.ASCII)
 """The names of checkpoints and pointers; none is a path to another directory."""
 END: Final = ".end"
@@ -74,7 +79,7 @@ class Manifest:
         log_lines_lost: How many earlier lines could not be written.
         requests: Of a checkpoint to resume from: all saves that its event requested, this one included.
         pointers: Tag by name of the pointers that earlier saves of the process failed to set.
-        format: Version of the format, 1 to 3.
+        format: Version of the format, 1 to 4.
     """
 
     tag: str
@@ -92,7 +97,17 @@ class Manifest:
     log_lines_lost: int = 0
     requests: tuple[SaveCheckpoint, ...] = ()
     pointers: dict[str, str] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = _FORMAT_WITHOUT_SHARDS
+
+    def with_parts(self, parts: Mapping[str, Part]) -> Manifest:
+        """Return the manifest with these files, in the format that they need."""
+        is_sharded = not FILES.issuperset(parts)
+        return replace(self, parts=dict(parts), format=FORMAT if is_sharded else _FORMAT_WITHOUT_SHARDS)
+
+    @property
+    def files(self) -> set[str]:
+        """The files that it has; shards count as the file of which they are parts."""
+        return {file for name in self.parts if (file := file_of(name)) is not None}
 
     @property
     def order(self) -> tuple[int, int, int, int]:
@@ -115,7 +130,7 @@ class Manifest:
     @property
     def resumable(self) -> bool:
         """Whether a run can resume from it: it holds all training weights, the optimizer and the state."""
-        return is_resumable(self.parts, self.models, self.weights_of)
+        return is_resumable(self.files, self.models, self.weights_of)
 
     @property
     def sha256(self) -> str:
@@ -128,7 +143,7 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = CONVERTER.unstructure(self)
-        later = () if self.format >= FORMAT else _ADDED_IN_FORMAT_3
+        later = () if self.format >= _FORMAT_WITHOUT_SHARDS else _ADDED_IN_FORMAT_3
         return {key: value for key, value in content.items() if key not in later}
 
     @classmethod
@@ -140,10 +155,10 @@ class Manifest:
                 checkpoint has.
 
         Example:
-            >>> Manifest.loads('{"format": 4}')
+            >>> Manifest.loads('{"format": 5}')
             Traceback (most recent call last):
-            noether.effects.checkpoints.manifest.ManifestError: it has format 4, which a later version writes; this
-            version reads up to 3
+            noether.effects.checkpoints.manifest.ManifestError: it has format 5, which a later version writes; this
+            version reads up to 4
         """
         written = _parse(text)
         version = written.get("format")
@@ -219,9 +234,18 @@ def _structure(content: dict[str, Any]) -> Manifest:
         )
     except Exception as error:  # noqa: BLE001  # a converter can fail in any way on a file that we did not write
         raise ManifestError(f"its content is not what was written: {error_text(error)}") from None
-    if not set(manifest.parts) <= FILES:
-        foreign = ", ".join(map(repr, sorted(set(manifest.parts) - FILES)))
-        raise ManifestError(f"it lists files that no checkpoint has: {foreign}")
+    if wrong := [name for name in manifest.parts if file_of(name) is None]:
+        raise ManifestError(f"it lists files that no checkpoint has: {', '.join(map(repr, sorted(wrong)))}")
+    _check_shards(manifest)
     if not valid:
         raise ManifestError("it contains an invalid name, number or hash")
     return manifest
+
+
+def _check_shards(manifest: Manifest) -> None:
+    try:
+        shards = [name for file in FILES for name in shard_names(manifest.parts, file)]
+    except ValueError as error:
+        raise ManifestError(f"a shard {error}") from None
+    if bool(shards) != (manifest.format >= FORMAT) or any(file_of(name) in manifest.parts for name in shards):
+        raise ManifestError("its shards do not fit its format, or lie beside a whole file")

@@ -109,4 +109,4 @@ def _rank(manifest: Manifest) -> tuple[object, ...]:
 
 
 def _has_training_weights(manifest: Manifest) -> bool:
-    return WEIGHTS in manifest.parts and not manifest.models and manifest.weights_of is None
+    return WEIGHTS in manifest.files and not manifest.models and manifest.weights_of is None

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from noether.core.event import AfterTraining
-from noether.effects.checkpoints.contents import STATE, WEIGHTS, checkpoint_files, requested_files
+from noether.effects.checkpoints.contents import FILES, STATE, WEIGHTS, requested_files
 from noether.effects.checkpoints.manifest import RUN_STATE_SUFFIXES, name_of_slot
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Iterable
 
     from noether.core.effect import SaveCheckpoint
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
     from noether.effects.checkpoints.manifest import Manifest
+
+    Hashes = Callable[[SaveCheckpoint, TrainState, Collection[str]], Iterable[tuple[str, str]]]
+    """Returns name and SHA-256 of the files that a save would write: those of the given names, with their shards."""
 
 
 def covers(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingIteration) -> bool:
@@ -73,35 +75,28 @@ def _has_slot(saved: Manifest, effect: SaveCheckpoint, iteration: TrainingIterat
 
 
 def _has_files(saved: Manifest, effect: SaveCheckpoint) -> bool:
-    return requested_files(effect) <= saved.parts.keys()
+    return requested_files(effect) <= saved.files
 
 
 def _models(effect: SaveCheckpoint) -> tuple[str, ...]:
     return effect.models if effect.weights else ()
 
 
-def same_weights(saved: Manifest, effect: SaveCheckpoint, state: TrainState) -> bool:
+def same_weights(saved: Manifest, effect: SaveCheckpoint, state: TrainState, hashes: Hashes) -> bool:
     """Return whether a checkpoint has the weights that a save of `state` would write, if it would write any."""
-    return not effect.weights or _same_files(saved, replace(effect, models=saved.models), state, [WEIGHTS])
+    return not effect.weights or _has_hashes(saved, hashes(replace(effect, models=saved.models), state, {WEIGHTS}))
 
 
-def same_content(saved: Manifest, effect: SaveCheckpoint, state: TrainState) -> bool:
+def same_content(saved: Manifest, effect: SaveCheckpoint, state: TrainState, hashes: Hashes) -> bool:
     """Return whether a checkpoint has every file that a save of `state` would write, with the same content."""
-    return _same_files(saved, effect, state, None)
+    return _has_hashes(saved, hashes(effect, state, FILES))
 
 
-def differs_only_in_end(saved: Manifest, effect: SaveCheckpoint, state: TrainState) -> bool:
+def differs_only_in_end(saved: Manifest, effect: SaveCheckpoint, state: TrainState, hashes: Hashes) -> bool:
     """Return whether a checkpoint holds `state` as it was before the end of the run was reached."""
-    return state.ended and STATE in requested_files(effect) and same_content(saved, effect, state.replace(ended=False))
+    has_state = state.ended and STATE in requested_files(effect)
+    return has_state and same_content(saved, effect, state.replace(ended=False), hashes)
 
 
-def _same_files(saved: Manifest, effect: SaveCheckpoint, state: TrainState, names: list[str] | None) -> bool:
-    for name, pieces in checkpoint_files(effect, state).items():
-        if names is not None and name not in names:
-            continue
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-        if name not in saved.parts or digest.hexdigest() != saved.parts[name].sha256:
-            return False
-    return True
+def _has_hashes(saved: Manifest, hashes: Iterable[tuple[str, str]]) -> bool:
+    return all(name in saved.parts and saved.parts[name].sha256 == sha256 for name, sha256 in hashes)

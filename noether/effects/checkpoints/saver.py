@@ -15,6 +15,7 @@ from noether.effects.checkpoints.state_codec import error_text
 from noether.effects.disk.finalizers import finalize
 from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.disk.tensor_files import is_panic
+from noether.effects.interpreter import on_all_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ class Saver:
             raises, for a background save at the next event; `warn` tries again, then logs a warning, and training
             continues. Later saves set the pointers and make the saves that failed beside a checkpoint to resume from.
         after_first: Called after a save of this process until it returns True.
+        is_first: Whether this is rank 0, which saves. Other ranks write their parts of a state with shards; `on_error`
+            and what is logged is decided by rank 0.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Saver:
         borrowed: bool = True,
         on_error: OnError = "stop",
         after_first: Callable[[], bool] = lambda: True,
+        is_first: bool = True,
     ) -> None:
         self._store = store
         self._logs = logs
@@ -81,12 +85,15 @@ class Saver:
         self._on_error = on_error
         self._after_first = after_first
         self._first_is_saved = False
+        self._is_first = is_first
+        self._is_joint = False  # whether all ranks take part in the saves that are running
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
         self._running: list[Future[None]] = []
         self._running_for: tuple[Event, TrainingIteration] | None = None
         # At exit Python waits for the thread, but does not report its errors.
         finalize(self, _log_errors, self._running)
 
+    @on_all_ranks
     def save(self, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
         """Save a checkpoint, or start a background save.
 
@@ -95,9 +102,15 @@ class Saver:
             RunMovedError: If the run directory is not where it was opened, even if `on_error` is `warn`: nothing that
                 the run writes would be found.
         """
-        fsync_logs = partial(self._logs.fsync, self._logs.flush())
+        self._is_joint = self._store.needs_all_ranks(state)
+        if self._is_first:
+            write = partial(self._write, effect, event=event, fsync_logs=partial(self._logs.fsync, self._logs.flush()))
+        elif self._is_joint:
+            write = partial(self._store.save, effect, event=event)
+        else:
+            return
         if self._worker is None:
-            self._write(effect, state, event, fsync_logs)
+            write(state=state)
             return
         # Identity of the event alone is not enough: a user's loop may dispatch one event object again and again.
         if self._running_for is None or self._running_for[0] is not event or self._running_for[1] != state.iteration:
@@ -108,7 +121,7 @@ class Saver:
                 copied = state.replace(**{name: clone_tensors(getattr(state, name)) for name in _TREES})
             else:
                 copied = lease(state)
-            self._running.append(self._worker.submit(self._write, effect, copied, event, fsync_logs))
+            self._running.append(self._worker.submit(write, state=copied))
 
     def complete(self, manifest: Manifest) -> None:
         """Carry out what the event of the checkpoint that a run resumes from requested and a crash prevented.
@@ -124,11 +137,16 @@ class Saver:
     def check(self) -> None:
         """Raise the error of a background save that has ended; called at every event.
 
+        An error of a save in which all ranks take part is raised by the next save or `wait`, at the same event on each.
         If several failed for different reasons, the first error is raised and the others are logged.
 
         Raises:
             CheckpointError: If a save failed and `on_error` is `stop`.
         """
+        if not self._is_joint:
+            self._raise_ended()
+
+    def _raise_ended(self) -> None:
         errors: list[BaseException] = []
         while self._running and self._running[0].done():
             error = self._running.pop(0).exception()
@@ -147,14 +165,14 @@ class Saver:
         """
         wait(self._running)
         self._running_for = None
-        self.check()
+        self._raise_ended()
 
     def _write(
         self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount]
     ) -> None:
-        self._logs.check_location()
         save = partial(self._store.save, effect, state, event, fsync_logs)
-        with self._report_failures(state):
+        with self._store.lead(state), self._report_failures(state):
+            self._logs.check_location()
             try:
                 save()
             except Exception:
@@ -171,14 +189,15 @@ class Saver:
 
         Raises:
             RunMovedError: If the run directory is not where it was opened, whatever `on_error` says.
+            Exception: If ranks cannot exchange anything any more, likewise.
         """
         try:
             yield
         except RunMovedError:
             raise
         except BaseException as error:
-            if not isinstance(error, Exception) and not is_panic(error):
-                raise  # Ctrl-C, or the end of the process
+            if (not isinstance(error, Exception) and not is_panic(error)) or self._store.has_lost_ranks:
+                raise  # Ctrl-C, the end of the process, or of another one
             self._logs.check_location()  # in a directory that was moved every later save would fail, too
             failure = error
             if not isinstance(error, CheckpointError):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import hashlib
+import json
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain, count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from noether.core.effect import SaveCheckpoint
 from noether.core.errors import WeightsError
 from noether.core.event import AfterTraining, AfterUpdate, kind_of
-from noether.effects.checkpoints.contents import ModelNamesError, checkpoint_files, requested_files
+from noether.effects.checkpoints.contents import FILES, ModelNamesError, checkpoint_files, file_of, requested_files
+from noether.effects.checkpoints.joint_saves import ALONE, JointSaves, has_shards
 from noether.effects.checkpoints.listing import CheckpointError, Listing
 from noether.effects.checkpoints.manifest import END, NAME, Manifest, Part, recorded_saves
 from noether.effects.checkpoints.pointers import Pointers
@@ -17,18 +22,23 @@ from noether.effects.checkpoints.pruning import Pruner
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.reuse import covers, covers_end, differs_only_in_end, same_content, same_weights
+from noether.effects.checkpoints.state_codec import CONVERTER
 from noether.effects.checkpoints.writer import Writer
 from noether.effects.disk.calls import DISK
 from noether.effects.logs.jsonl import LogCount
 
+_Result = TypeVar("_Result")
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from noether.core.effect import SaveCheckpoint
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
+    from noether.effects.checkpoints.contents import Pieces
+    from noether.effects.checkpoints.joint_saves import Order, SavingRanks
     from noether.effects.disk.calls import Disk
 
 
@@ -46,11 +56,13 @@ class CheckpointStore(CheckpointReader):
         directory: Where the checkpoints are; the first save creates it.
         run_id: Name of the run.
         disk: The disk.
+        ranks: The ranks of the run. Rank 0 saves; all write their parts of a state with shards.
     """
 
-    def __init__(self, directory: Path, run_id: str, disk: Disk = DISK) -> None:
+    def __init__(self, directory: Path, run_id: str, disk: Disk = DISK, ranks: SavingRanks = ALONE) -> None:
         super().__init__(directory, disk)
         self._run_id = run_id
+        self._joint = JointSaves(ranks)
         self._writer = Writer(directory, disk)
         listing = self._list()
         # The number of a segment is never used twice, and a damaged checkpoint may belong to a later segment.
@@ -66,6 +78,8 @@ class CheckpointStore(CheckpointReader):
     ) -> None:
         """Save `state` as `effect` requests; the handler of `SaveCheckpoint`. The checkpoint is saved on return.
 
+        Of several ranks, each calls it for a state with shards, and only rank 0 for any other state.
+
         Args:
             effect: The request.
             state: The state.
@@ -79,6 +93,28 @@ class CheckpointStore(CheckpointReader):
         for role, names in (("tag", [effect.tag or str(state.iteration)]), ("pointer", effect.pointers)):
             for name in names:
                 _check_name(role, name)
+        if self._joint.rank == 0 or not self.needs_all_ranks(state):
+            with self.lead(state):
+                self._save(effect, state, event, fsync_logs)
+        else:
+            self._joint.follow(partial(self._carry_out, state))
+
+    def lead(self, state: TrainState) -> AbstractContextManager[None]:
+        """Return a block of rank 0 in which the other ranks, which call `save`, write what it tells them to."""
+        return self._joint.lead() if self.needs_all_ranks(state) else nullcontext()
+
+    def needs_all_ranks(self, state: TrainState) -> bool:
+        """Return whether all ranks have to save a state together, because each stores a part of it."""
+        return self._joint.are_several and has_shards(state)
+
+    @property
+    def has_lost_ranks(self) -> bool:
+        """Whether an exchange with other ranks failed, so that no state with shards can be saved any more."""
+        return self._joint.failure is not None
+
+    def _save(
+        self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount]
+    ) -> None:
         self._retry_failed()
         listing = self._list()
         kind = kind_of(type(event))
@@ -123,7 +159,8 @@ class CheckpointStore(CheckpointReader):
         """Return whether a run can resume at `state` or later: this process has a resumable checkpoint from there.
 
         Those are the checkpoints that this process wrote, and the one that it resumed from. No file of the checkpoint
-        is read but its manifest. Wait for background saves before you ask: call `RunDirectory.wait`.
+        is read but its manifest. Wait for background saves before you ask: call `RunDirectory.wait`. For a state with
+        shards every rank has to ask, and rank 0 answers.
 
         Example:
             >>> import tempfile
@@ -136,6 +173,10 @@ class CheckpointStore(CheckpointReader):
             ...     store.holds(state), store.holds(state.advance(samples=4))
             (True, False)
         """
+        answer = self._holds(state)
+        return self._joint.answer_of_rank_0("checkpoint of a state", answer) if self.needs_all_ranks(state) else answer
+
+    def _holds(self, state: TrainState) -> bool:
         own, epoch, update = {*self._committed, self._parent}, state.iteration.epoch, state.iteration.update
         return any(
             manifest.resumable
@@ -182,11 +223,12 @@ class CheckpointStore(CheckpointReader):
             return True
         if saved.tag in {*self._committed, self._parent}:
             if event is AfterTraining:  # a run that resumes before the end dispatches it again, so weights are enough
-                return same_weights(saved, effect, state)
-            return event is AfterUpdate and same_content(saved, effect, state)  # saved again when interrupted
+                return same_weights(saved, effect, state, self._hash_files)
+            # Saved again when interrupted.
+            return event is AfterUpdate and same_content(saved, effect, state, self._hash_files)
         # A process that was killed before it saved the checkpoint to resume from left it.
-        left = saved.segment < self._segment and not saved.resumable and same_content(saved, effect, state)
-        return left and self._is_intact(saved)
+        left = saved.segment < self._segment and not saved.resumable
+        return left and same_content(saved, effect, state, self._hash_files) and self._is_intact(saved)
 
     def _is_intact(self, manifest: Manifest) -> bool:
         """Return whether all files of a checkpoint of another process are intact; its name is then on the disk."""
@@ -237,12 +279,47 @@ class CheckpointStore(CheckpointReader):
         """Write the files of a checkpoint, fsync the logs, and return the complete manifest."""
         with self._writer.report_errors(f"checkpoint {self._directory / draft.tag} could not be written"):
             try:
-                files = checkpoint_files(effect, state)
+                files = checkpoint_files(effect, state, 0, self._joint.world_size)
             except ModelNamesError as error:
                 raise CheckpointError(str(error)) from error
-            written = self._writer.write(draft, files)
+            self._writer.begin(draft.tag)
+            order = {"do": "write", "tag": draft.tag}
+            written = self._run_on_ranks(order, effect, files, lambda: self._writer.write(draft.tag, files))
             log = fsync_logs()
-        return replace(written, log_lines=log.lines, log_lines_lost=log.lost)
+        parts = {name: Part(size_bytes=size_bytes, sha256=sha256) for name, (size_bytes, sha256) in written.items()}
+        return replace(draft.with_parts(parts), log_lines=log.lines, log_lines_lost=log.lost)
+
+    def _hash_files(
+        self, effect: SaveCheckpoint, state: TrainState, names: Collection[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield name and SHA-256 of the files that a save would write, those of this rank first."""
+        files = checkpoint_files(effect, state, 0, self._joint.world_size)
+        yield from _hashes(files, names)
+        order = {"do": "hash", "names": tuple(sorted(names))}
+        others = self._run_on_ranks(order, effect, files, dict[str, str])
+        yield from others.items()
+
+    def _run_on_ranks(
+        self,
+        order: Order,
+        effect: SaveCheckpoint,
+        files: Mapping[str, Pieces],
+        carry_out: Callable[[], Mapping[str, _Result]],
+    ) -> dict[str, _Result]:
+        """Return the results of all ranks if files have shards, else those of rank 0, which others do not wait for."""
+        if FILES.issuperset(files):
+            return dict(carry_out())
+        request = json.dumps(CONVERTER.unstructure(effect))
+        results = self._joint.run({**order, "request": request}, carry_out)
+        return {name: result for each in results for name, result in each.items()}
+
+    def _carry_out(self, state: TrainState, order: Order) -> dict[str, Any]:
+        """Carry out an order of rank 0: write the shards of this rank, or return their hashes."""
+        request = CONVERTER.structure(json.loads(order["request"]), SaveCheckpoint)
+        files = checkpoint_files(request, state, self._joint.rank, self._joint.world_size)
+        if order["do"] == "hash":
+            return dict(_hashes(files, order["names"]))
+        return self._writer.write(order["tag"], files)
 
     def _commit(self, saved: Manifest) -> None:
         with self._writer.report_errors(f"checkpoint {self._directory / saved.tag} could not be written"):
@@ -344,10 +421,19 @@ class CheckpointStore(CheckpointReader):
 
         Otherwise a resumed run dispatches `AfterTraining` again.
         """
-        if saved.resumable and differs_only_in_end(saved, effect, state):
+        if saved.resumable and differs_only_in_end(saved, effect, state, self._hash_files):
             with self._writer.report_errors(f"the end of the run could not be recorded in {self._directory}"):
                 fsync_logs()
                 self._writer.mark_ended(saved)
+
+
+def _hashes(files: Mapping[str, Pieces], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    for name, pieces in files.items():
+        if file_of(name) in names:
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            yield name, digest.hexdigest()
 
 
 def _check_name(role: str, name: str) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 from noether.core.errors import NoetherError
-from noether.effects.checkpoints.contents import FILES
+from noether.effects.checkpoints.contents import file_of
 from noether.effects.checkpoints.listing import ENDED, CheckpointError, UnsavableError, pointer_text
-from noether.effects.checkpoints.manifest import MANIFEST, Manifest, Part
+from noether.effects.checkpoints.manifest import MANIFEST
 from noether.effects.checkpoints.state_codec import error_text
 from noether.effects.disk.files import TEMPORARY_PREFIX, make_directories, remove_tree, replace_text, write_new_file
 
@@ -19,9 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from noether.effects.checkpoints.contents import Pieces
+    from noether.effects.checkpoints.manifest import Manifest
     from noether.effects.disk.calls import Disk
-
-_OUR_FILES: Final = FILES | {MANIFEST}
 
 
 @final
@@ -37,18 +35,17 @@ class Writer:
         self._directory = directory
         self._disk = disk
 
-    def write(self, draft: Manifest, files: Mapping[str, Pieces]) -> Manifest:
-        """Write and fsync the files of a checkpoint in a temporary directory; return the manifest with their hashes.
-
-        Readers ignore the temporary directory until `commit` renames it.
-        """
+    def begin(self, tag: str) -> None:
+        """Make the temporary directory of a checkpoint, which readers ignore until `commit` renames it."""
         make_directories(self._directory, self._disk)
         self.remove_leftovers()
-        temporary = self._temporary(draft.tag)
-        self._disk.make_directory(temporary)
+        self._disk.make_directory(self._temporary(tag))
+
+    def write(self, tag: str, files: Mapping[str, Pieces]) -> dict[str, tuple[int, str]]:
+        """Write and fsync files of a checkpoint in its temporary directory; return size and SHA-256 of each."""
+        temporary = self._temporary(tag)
         written = {name: write_new_file(temporary / name, pieces, self._disk) for name, pieces in files.items()}
-        parts = {name: Part(size_bytes=each.size_bytes, sha256=each.sha256) for name, each in written.items()}
-        return replace(draft, parts=parts)
+        return {name: (each.size_bytes, each.sha256) for name, each in written.items()}
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest and rename the temporary directory to the tag; the checkpoint is saved on return."""
@@ -72,14 +69,14 @@ class Writer:
         Raises:
             OSError: If a call fails, or if a checkpoint stays because its directory holds files that are not ours.
         """
-        foreign = {tag: set(self._disk.names(self._directory / tag)) - _OUR_FILES for tag in tags}
+        foreign = {tag: list(filter(_is_foreign, self._disk.names(self._directory / tag))) for tag in tags}
         removable = [tag for tag, names in foreign.items() if not names]
         for tag in removable:
             self._disk.rename(self._directory / tag, self._temporary(tag))
         self._disk.fsync_directory(self._directory)
         for tag in removable:
             remove_tree(self._temporary(tag), self._disk)
-        if lost := [f"{tag}/{name}" for tag, names in foreign.items() for name in sorted(names)]:
+        if lost := [f"{tag}/{name}" for tag, names in foreign.items() for name in names]:
             raise OSError(errno.ENOTEMPTY, f"{', '.join(lost)} would be lost", str(self._directory))
 
     def remove_leftovers(self) -> None:
@@ -104,3 +101,7 @@ class Writer:
 
     def _temporary(self, tag: str) -> Path:
         return self._directory / f"{TEMPORARY_PREFIX}{tag}"
+
+
+def _is_foreign(name: str) -> bool:
+    return file_of(name) is None and name != MANIFEST

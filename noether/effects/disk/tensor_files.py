@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 FACTS: Final = "noether"
 METADATA: Final = "__metadata__"
 """The one name that no tensor in a file can have."""
+SHARDING_INFO: Final = "DCP_SHARDING_INFO"
+"""Metadata of a file with shards: where each tensor lies in the whole; torch.distributed.checkpoint reads it, too."""
+_OFFSETS: Final = "saved_offsets"
 _LENGTH_BYTES: Final = 8
 _PIECE_BYTES: Final = 1 << 20
 _DTYPES: Final = {
@@ -49,7 +52,9 @@ _PARTS: Final = {torch.complex128: torch.float64, torch.complex32: torch.float16
 """Dtypes of real and imaginary part, which `torch.view_as_real` returns; any reader can join them again."""
 
 
-def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator[bytes | memoryview]:
+def tensor_pieces(
+    tensors: Mapping[str, torch.Tensor], *, offsets: Mapping[str, Sequence[int]] | None = None, **facts: Any
+) -> Iterator[bytes | memoryview]:
     """Yield the content of a safetensors file; equal tensors and facts give equal bytes.
 
     A large tensor is one piece and is not copied. Small tensors are joined, so that a background writer does not wait
@@ -58,6 +63,7 @@ def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator
     Args:
         tensors: Tensor by name, on any device. Of a dtype that the format does not have, complex128 and complex32 are
             stored as `torch.view_as_real` returns them, the others as bytes.
+        offsets: In a file with shards: where each tensor begins in the whole, by dimension.
         facts: JSON values that are stored beside them.
 
     Raises:
@@ -73,11 +79,18 @@ def tensor_pieces(tensors: Mapping[str, torch.Tensor], **facts: Any) -> Iterator
     for name, tensor in tensors.items():
         _check(name, tensor)
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    facts["strides"] = {name: tensor.stride() for name, tensor in tensors.items() if _is_permuted(tensor)}
+    facts["strides"] = {name: tensor.stride() for name, tensor in tensors.items() if is_permuted(tensor)}
     if other := {name: str(each.dtype) for name, each in tensors.items() if each.dtype not in _DTYPES}:
         facts["dtypes"] = {name: dtype.removeprefix("torch.") for name, dtype in other.items()}
     # The format allows only text as metadata.
     header: dict[str, Any] = {METADATA: {FACTS: json.dumps(facts)}}
+    if offsets is not None:
+        # A dtype that the format does not have is stored with one more dimension.
+        stored_offsets = {
+            name: [*begin, *([] if tensors[name].dtype in _DTYPES else [0])] for name, begin in offsets.items()
+        }
+        info = {name: {_OFFSETS: begin} for name, begin in stored_offsets.items()}
+        header[METADATA] |= {"format": "pt", SHARDING_INFO: json.dumps(info)}
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -101,11 +114,30 @@ def read_tensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any
         ValueError, KeyError, TypeError: If its facts are not those that `tensor_pieces` writes.
     """
     tensors = _load(content)  # which also validates the header
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    facts = json.loads(json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])[METADATA][FACTS])
+    facts = json.loads(_read_metadata(content)[FACTS])
     for name, dtype in facts.get("dtypes", {}).items():
         tensors[name] = _from_bytes(tensors[name], dtype)
     return tensors | {name: _with_stride(tensors[name], stride) for name, stride in facts["strides"].items()}, facts
+
+
+def read_offsets(content: bytes) -> dict[str, list[int]]:
+    """Return where each tensor in a file with shards begins in the whole; the file was read by `read_tensors` before.
+
+    Raises:
+        KeyError, ValueError, TypeError: If it is no file with shards.
+
+    Example:
+        >>> content = b"".join(tensor_pieces({"w": torch.ones(2, 3)}, offsets={"w": (4, 0)}))
+        >>> read_offsets(content)
+        {'w': [4, 0]}
+    """
+    return {name: each[_OFFSETS] for name, each in json.loads(_read_metadata(content)[SHARDING_INFO]).items()}
+
+
+def _read_metadata(content: bytes) -> dict[str, str]:
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    metadata: dict[str, str] = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])[METADATA]
+    return metadata
 
 
 def find_unsavable(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -185,7 +217,7 @@ def _join_small(contents: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
     yield b"".join(small)
 
 
-def _is_permuted(tensor: torch.Tensor) -> bool:
+def is_permuted(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is dense in memory but in another order, as channels last is."""
     return not tensor.is_contiguous() and torch.empty_like(tensor).stride() == tensor.stride()
 
@@ -195,6 +227,6 @@ def _with_stride(tensor: torch.Tensor, stride: list[int]) -> torch.Tensor:
     last = sum((size - 1) * step for size, step in zip(tensor.shape, stride, strict=True))
     fits = last + 1 == tensor.numel() and min(stride) >= 1
     permuted = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype) if fits else tensor
-    if not _is_permuted(permuted):
+    if not is_permuted(permuted):
         raise ValueError(f"stride {stride} does not fit the shape {tuple(tensor.shape)}")
     return permuted.copy_(tensor)

@@ -142,7 +142,7 @@ def open_on_ranks(path: Path, config: Config, ranks: Ranks) -> Iterator[RunDirec
 
     A launcher ends all processes as soon as one has ended with an exit code other than 0.
     """
-    with open_directory(path, config, rank=ranks.rank) as directory:
+    with open_directory(path, config, ranks=ranks) as directory:
         yield directory
     ranks.control.reduce("run directory is closed")
 

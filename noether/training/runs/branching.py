@@ -62,7 +62,7 @@ def load_resumable(run_dir: Path, checkpoint: str | None, allow: Sequence[str]) 
         return manifest, state
     others = ", ".join(each.tag for each in reader.manifests() if each.resumable) or "none"
     message = f"{manifest.tag} does not hold weights, optimizer and state of the whole model; those that do: {others}"
-    if WEIGHTS in manifest.parts and not manifest.models:
+    if WEIGHTS in manifest.files and not manifest.models:
         path = run_dir / CHECKPOINTS / manifest.tag
         command = ["noether", "train", str(run_dir / CONFIG_FILE), "--set", f"run.init_from={path}"]
         command += [word for prefix in allow for word in ("--allow", prefix)]

@@ -237,7 +237,7 @@ def _load(directory: RunDirectory, allow: Sequence[str]) -> TrainState | None:
 def _newest_weights(store: CheckpointStore) -> str | None:
     """Return the tag of the newest intact checkpoint with weights of the whole model, averaged weights included."""
     for manifest in reversed(store.manifests()):
-        if WEIGHTS in manifest.parts and not manifest.models:
+        if WEIGHTS in manifest.files and not manifest.models:
             with suppress(CheckpointError):
                 store.load(manifest)
                 return manifest.tag

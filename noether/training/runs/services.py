@@ -10,6 +10,7 @@ from noether.config.objects.functions import build_function
 from noether.config.objects.import_policy import import_path
 from noether.core.tensors.stored_weights import name_in_tags
 from noether.effects import open_run
+from noether.effects.checkpoints.joint_saves import ALONE
 from noether.effects.disk.files import make_directories
 from noether.effects.logs.tensorboard import TensorBoard
 from noether.effects.logs.wandb import WeightsAndBiases
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from noether.config import Config
     from noether.effects import Interpreter, RunDirectory
+    from noether.effects.checkpoints.joint_saves import SavingRanks
     from noether.effects.interpreter import Handler
     from noether.effects.run_logs import LogService
 
@@ -44,12 +46,14 @@ def _is_installed(name: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def open_directory(path: Path, config: Config, *, with_services: bool = True, rank: int = 0) -> RunDirectory:
-    """Open the directory of a run with the settings and services of its configuration; only rank 0 writes there."""
-    with_services = with_services and rank == 0
+def open_directory(
+    path: Path, config: Config, *, with_services: bool = True, ranks: SavingRanks = ALONE
+) -> RunDirectory:
+    """Open the directory of a run with the settings and services of its configuration; rank 0 logs and saves there."""
+    with_services = with_services and ranks.rank == 0
     return open_run(
         path,
-        rank=rank,
+        ranks=ranks,
         asynchronous=config.trainer.checkpoints.asynchronous,
         borrowed=False,  # the trainer never writes to the tensors of a state, so saves need no copy
         on_error=config.trainer.checkpoints.on_error,

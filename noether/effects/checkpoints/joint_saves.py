@@ -1,0 +1,180 @@
+"""Saves of a sharded state: rank 0 decides and tells the other ranks what to write; an error on one aborts all."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, final
+
+from noether.core.errors import NoetherError
+from noether.core.tensors.tree import tensors
+from noether.effects.checkpoints.listing import CheckpointError
+from noether.effects.checkpoints.shards import is_sharded
+from noether.effects.checkpoints.state_codec import error_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from noether.core.state import TrainState
+
+    Order = Mapping[str, Any]
+    """What the other ranks have to do; the last one of a save has the key `end`, with an error text or None."""
+
+_Result = TypeVar("_Result")
+_END: Final = "end"
+_ORDER: Final = "order of rank 0 for a checkpoint"
+_RESULT: Final = "results of ranks for a checkpoint"
+_TREES: Final = ("params", "buffers", "opt_state", "callback_states", "pending")
+
+
+class RankSaveError(NoetherError):
+    """A rank could not write its part of a checkpoint; the message names the rank."""
+
+
+class Exchange(Protocol):
+    """What `noether.distributed.channel.Channel` is for the ranks that save."""
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """Return a value of each rank, in the order of ranks."""
+
+
+class SavingRanks(Protocol):
+    """The ranks of a run, as `noether.distributed.ranks.Ranks` describes them to those that save."""
+
+    @property
+    def rank(self) -> int:
+        """Index of this process."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+
+    @property
+    def saving(self) -> Exchange:
+        """What they exchange while they save."""
+
+
+@final
+class _Alone:
+    rank, world_size = 0, 1
+
+    @property
+    def saving(self) -> Exchange:
+        return self
+
+    def gather(self, what: str, value: Any) -> list[Any]:
+        del what
+        return [value]
+
+
+ALONE: Final[SavingRanks] = _Alone()
+"""The only process of a run."""
+
+
+def has_shards(state: TrainState) -> bool:
+    """Return whether ranks store different parts of a tensor of a state, so that all of them have to save it.
+
+    Example:
+        >>> from noether import TrainState
+        >>> has_shards(TrainState())
+        False
+    """
+    return any(is_sharded(tensor) for tree in _TREES for _, tensor in tensors(getattr(state, tree)))
+
+
+@final
+class JointSaves:
+    """What the ranks exchange in saves of a sharded state.
+
+    In each save rank 0 gives any number of orders, which all ranks carry out at the same time, and then ends it. So the
+    decisions of a save, such as its tag and what an earlier checkpoint makes unnecessary, are those of rank 0.
+
+    Args:
+        ranks: The ranks of the run.
+    """
+
+    def __init__(self, ranks: SavingRanks) -> None:
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self._exchange = ranks.saving
+        self._is_leading = False
+        self.failure: BaseException | None = None
+        """Why an exchange failed, after which the ranks cannot save together; None as long as none did."""
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there is more than one rank."""
+        return self.world_size > 1
+
+    @contextmanager
+    def lead(self) -> Iterator[None]:
+        """End the save on all ranks on exit; an error that leaves the block is raised on all. For rank 0.
+
+        Inside of another such block it does nothing, so one save can be tried twice.
+        """
+        if self._is_leading:
+            yield
+            return
+        self._is_leading = True
+        try:
+            yield
+        except BaseException as error:
+            if self.failure is not None:  # no disk failed, and no retry helps
+                raise self.failure from None
+            self._gather(_ORDER, {_END: str(error) if isinstance(error, NoetherError) else error_text(error)})
+            raise
+        else:
+            self._gather(_ORDER, {_END: None})
+        finally:
+            self._is_leading = False
+
+    def run(self, order: Order, carry_out: Callable[[], _Result]) -> list[_Result]:
+        """Give an order to the other ranks, carry it out here, and return the results of all ranks. For rank 0.
+
+        Raises:
+            RankSaveError: If another rank failed, once all have ended; the message names the rank and its error.
+            Exception: Whatever `carry_out` raises here.
+        """
+        self._gather(_ORDER, order)
+        error: Exception | None = None
+        result: _Result | None = None
+        try:
+            result = carry_out()
+        except Exception as caught:  # noqa: BLE001  # raised below, once the others have ended
+            error = caught
+        reports = self._gather(_RESULT, {"result": result, "error": None if error is None else str(error)})
+        if error is not None:
+            raise error
+        for rank, report in enumerate(reports):
+            if report["error"] is not None:
+                raise RankSaveError(f"rank {rank}: {report['error']}")
+        return [report["result"] for report in reports]
+
+    def follow(self, carry_out: Callable[[Order], Any]) -> None:
+        """Carry out the orders of rank 0 until it ends the save. For all other ranks.
+
+        Raises:
+            CheckpointError: If the save failed, with the error of rank 0.
+        """
+        while True:
+            order = self._gather(_ORDER, None)[0]
+            if _END in order:
+                if order[_END] is not None:
+                    raise CheckpointError(order[_END])
+                return
+            report: dict[str, Any] = {"result": None, "error": None}
+            try:
+                report["result"] = carry_out(order)
+            except Exception as error:  # noqa: BLE001  # rank 0 raises it
+                is_clear = isinstance(error, (OSError, NoetherError, TypeError))
+                report["error"] = str(error) if is_clear else error_text(error)
+            self._gather(_RESULT, report)
+
+    def answer_of_rank_0(self, what: str, answer: bool) -> bool:  # noqa: FBT001  # it is data
+        """Return the answer of rank 0 on all ranks."""
+        return bool(self._gather(what, answer)[0])
+
+    def _gather(self, what: str, value: Any) -> list[Any]:
+        try:
+            return self._exchange.gather(what, value)
+        except BaseException as error:
+            self.failure = error
+            raise
