@@ -63,7 +63,7 @@ class RunSettings:
         init_from: Checkpoint or file whose weights the run starts with; None for newly initialized weights. A resumed
             run ignores it.
         handlers: Maps the dotted path of a type of effect to its handler `(effect, state, event)`, as for
-            `trainer.loss`.
+            `trainer.loss`. Of several ranks, only rank 0 calls handlers.
         tensorboard: Whether to write metrics to TensorBoard too, in the run's folder `tensorboard`.
         wandb: Settings for logging metrics to Weights & Biases too; None to not use it.
 

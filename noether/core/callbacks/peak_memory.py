@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class PeakMemoryCallback(PeriodicCallback):
     """Logs `memory/peak_bytes/{interval}`: the peak memory of the device since the last firing, in bytes.
 
-    On the CPU it is the peak resident memory of the process since its start. The interpreter measures it after all
-    callbacks have run, so the value is only logged, and no callback can consume it.
+    On the CPU it is the peak resident memory of the process since its start. Of several ranks it is that of rank 0,
+    which also logs and saves. The interpreter measures it after all callbacks have run, so the value is only logged,
+    and no callback can consume it.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.

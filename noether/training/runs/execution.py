@@ -111,7 +111,7 @@ def execute(
     interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
     interpret: Interpret = interpreter
     if (minutes := experiment.config.trainer.checkpoints.every_n_minutes) is not None:
-        interpret = TimedSaves(interpret, minutes)
+        interpret = TimedSaves(interpret, minutes, **({"clock": None} if ranks.are_several else {}))
     if experiment.config.trainer.record == "events":
         interpret = directory.recording_interpreter(interpret, event_recorder(experiment.reducer))
     with interruption, closing(experiment):

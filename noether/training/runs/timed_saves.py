@@ -33,7 +33,7 @@ class TimedSaves:
     Args:
         interpret: Runs the effects.
         minutes: Minutes between checkpoints, above 0.
-        clock: Reads the time.
+        clock: Reads the time; None for the times of events, which all ranks of a run share.
 
     Example:
         >>> from noether import TrainState
@@ -49,15 +49,16 @@ class TimedSaves:
         E0_U3_S12 []
     """
 
-    def __init__(self, interpret: Interpret, minutes: float, clock: Clock = _CLOCK) -> None:
+    def __init__(self, interpret: Interpret, minutes: float, clock: Clock | None = _CLOCK) -> None:
         self._interpret = interpret
         self._interval_s = minutes * _MINUTE_S
-        self._elapsed_s, self._saved_s = clock.elapsed_s, clock.elapsed_s()
+        self._clock = clock
+        self._saved_s = None if clock is None else clock.elapsed_s()
 
     def __call__(self, effects: Effects, state: TrainState, event: Event) -> None:
         """Run the effects, with a save if it is time."""
-        now_s = self._elapsed_s()
-        if any(map(_saves_run, effects)):
+        now_s = event.time_s if self._clock is None else self._clock.elapsed_s()
+        if self._saved_s is None or any(map(_saves_run, effects)):
             self._saved_s = now_s
         elif isinstance(event, AfterUpdate) and now_s - self._saved_s >= self._interval_s:
             self._saved_s = now_s
