@@ -121,10 +121,12 @@ class BeforeTraining(Event):
 class AfterAccumulationStep(Event):
     """The gradients of one micro-batch are computed; the optimizer has not stepped. Logging or saving here is an error.
 
+    On several ranks, noether's trainer dispatches on each rank the events of the micro-batches of all ranks, in their
+    order, after all gradients are computed; if a callback listens, that takes an exchange in each update.
+
     Args:
-        losses: Mean loss of the micro-batch by name, each 0-dimensional. On several ranks each has micro-batches and
-            accumulation steps of its own, in other numbers than other ranks, so a callback cannot combine them here.
-        outputs: The model's output for it.
+        losses: Mean loss of the micro-batch by name, each 0-dimensional.
+        outputs: The model's output for it; None on several ranks, as only one rank has it.
         samples: Samples in the micro-batch, >= 1.
         accumulation_step: Index of the micro-batch in its update, `0 <= accumulation_step < accumulation_steps`.
         accumulation_steps: Micro-batches of this update, >= 1.
@@ -165,7 +167,8 @@ class AfterUpdate(Event):
             the step did not check.
         skipped: Whether the update was skipped, because it was not finite or had no samples; callbacks that average
             leave it out.
-        duration_s: Seconds since the previous update ended, or since training began; callbacks included.
+        duration_s: Seconds since the previous update ended, or since training began; callbacks included. On several
+            ranks, all seconds are those of rank 0, from one reduction of gradients to the next.
         data_s: Seconds of `duration_s` spent waiting for data; None if the loop does not measure it.
         step_s: Seconds of `duration_s` spent in the step, likewise.
         forward_s: Seconds of `step_s` in forward passes and losses; None if the step does not measure it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+import logging
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import torch
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from noether.training.replicated.tail import AllNumbers
     from noether.training.step.accumulation import Accumulation, Grads, Groups, Losses
     from noether.training.step.step import Observer, Step
+
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 class RankReport(NamedTuple):
@@ -111,6 +115,7 @@ class ReplicatedStep:
         self._groups: Groups | None = None  # of the last update whose losses were gathered
         self._gathers_first = False
         self._optimizer_s = 0.0
+        self._has_named_extra_state = False
 
     def __call__(
         self,
@@ -266,7 +271,8 @@ class ReplicatedStep:
             counters=norms.read_counters(local.buffers),
             statistics=norms.changes(update.buffers, local.buffers, sum(local.samples)),
         )
-        numbers = tail.read(reduction.sum_over_ranks(grads, weight, lambda place: tail.write(place, own)))
+        with self._ranks.failures.explain("sum of the gradients"):
+            numbers = tail.read(reduction.sum_over_ranks(grads, weight, lambda place: tail.write(place, own)))
         if numbers.is_abandoned:
             raise DataInterrupt
         return numbers
@@ -307,6 +313,13 @@ class ReplicatedStep:
         """Return the state with extra state of modules that all ranks have: that of the last rank with samples."""
         if not state.extra_state:
             return state
+        if self._ranks.is_first and not self._has_named_extra_state:
+            _LOGGER.warning(
+                "extra state of %s: ranks may change it in other ways, so all continue with that of the last rank that "
+                "has samples; each update gathers it",
+                ", ".join(path or "the model" for path in state.extra_state),
+            )
+        self._has_named_extra_state = True
         own = {"samples": samples, "values": state.extra_state}
         ranks = [each for each in self._ranks.control.gather("extra state of modules", own) if each["samples"]]
         return state.replace(extra_state=ranks[-1]["values"]) if ranks else state
