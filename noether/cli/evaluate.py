@@ -26,10 +26,10 @@ from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.disk.files import os_error_text
 from noether.effects.evaluation_logs import EvaluationLogs
 from noether.effects.run_directory import CHECKPOINTS
-from noether.session.processes import refuse_several_processes
 from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.experiment import build
+from noether.training.runs.agreement import agree_to_start, ask_rank_0, join_ranks, load_tag
 from noether.training.runs.directories import load_checkpoint, load_run_config
 from noether.training.runs.evaluated_data import check_datasets, evaluate_on
 from noether.training.runs.interruption import Interruption
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.reducer import Reducer
     from noether.core.state import TrainState
+    from noether.distributed.ranks import Ranks
     from noether.effects import Interpreter
+    from noether.effects.checkpoints.manifest import Manifest
     from noether.effects.run_directory import Interpret
 
 
@@ -61,6 +63,9 @@ def evaluate(
     lock the run. If it cannot write to `eval/`, as in a run that is read-only, it warns and succeeds. A signal ends the
     evaluation at the next batch. Returns the exit code.
 
+    Under torchrun, each rank evaluates its share of the data, and the metrics have the bits of one process; rank 0
+    chooses the checkpoint, prints and writes.
+
     Args:
         run_dir: The run directory.
         checkpoint: A name of the checkpoint, as in `find_tag`.
@@ -72,14 +77,14 @@ def evaluate(
             says; the files are then `eval/TAG.test.json`.
 
     Raises:
-        ProcessesError: If this is one of several processes.
         ConfigError: If `run_dir` is not the directory of a run, or the checkpoint, the weights or a dataset do not
             exist.
         CheckpointError: If the checkpoint is damaged, or contains none of the weights that its callbacks evaluate.
     """
-    refuse_several_processes()
     config = load_run_config(run_dir, settings, allow)
-    experiment = build(config, run_id=run_dir.resolve().name, fresh=False)
+    ranks = join_ranks(config)
+    experiment = build(config, run_id=run_dir.resolve().name, fresh=False, ranks=ranks)
+    agree_to_start(experiment)
     data = tuple(dict.fromkeys(data))
     check_datasets(data, experiment)
     if not data and not listens_to(experiment.reducer, AtEval):
@@ -88,7 +93,7 @@ def evaluate(
             "no callback evaluates data; add trainer.evaluate: {val: [loss], every_n_epochs: 1}, or give --data NAME",
         )
     reader = CheckpointReader(run_dir / CHECKPOINTS)
-    manifest, saved = load_checkpoint(reader, checkpoint)
+    manifest, saved = _load_on_ranks(run_dir, reader, checkpoint, ranks)
     state = experiment.to_device(saved)
     if manifest.weights_of is not None:  # the checkpoint stores averaged weights as its params: remember them as such
         averaged = {"params": state.params, "buffers": state.buffers}
@@ -101,12 +106,14 @@ def evaluate(
             f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"
         )
     name = manifest.tag if weights is None else f"{manifest.tag}.{name_in_tags(weights)}"
-    services, missing = evaluation_services(run_dir, config, weights or manifest.weights_of)
+    weights = weights or manifest.weights_of
+    services, missing = evaluation_services(run_dir, config, weights) if ranks.is_first else ([], [])
     for service in missing:
         echo(f"Warning: {service} is not installed, so the evaluation is not logged there", err=True)
     interruption = Interruption(second_kills=True)
     with interruption, closing(experiment):
-        event = AtEval(run=interruptible(experiment.run, interruption), time_s=Clock().wall_s())
+        time_s = ask_rank_0(ranks, "time of the evaluation", Clock().wall_s)
+        event = AtEval(run=interruptible(experiment.run, interruption), time_s=time_s)
         for suffix, reducers in passes.items():
             logs = EvaluationLogs(run_dir, name + suffix, services=services)
             interpret = _without_checkpoints(add_handlers(logs.interpreter, config))
@@ -115,11 +122,21 @@ def evaluate(
                     for reducer in reducers:
                         dispatch(state, event, reducer, interpret)
                 except DataInterrupt:
+                    interruption.share(experiment.run.gather)
                     echo(f"interrupted in the evaluation of {name}{suffix}; its metrics were not written")
+                    ask_rank_0(ranks, "the interruption is reported", lambda: None)
                     return interruption.exit_code
-                _print_metrics(name + suffix, logs.metrics)
-                _write(logs)
+                if ranks.is_first:
+                    _print_metrics(name + suffix, logs.metrics)
+                    _write(logs)
     return 0
+
+
+def _load_on_ranks(run_dir: Path, reader: CheckpointReader, name: str, ranks: Ranks) -> tuple[Manifest, TrainState]:
+    """Return the checkpoint that a name means on rank 0, and its state."""
+    loaded = load_checkpoint(reader, name) if ranks.is_first else None
+    tag = ask_rank_0(ranks, "checkpoint", lambda: None if loaded is None else loaded[0].tag)
+    return loaded or load_tag(run_dir, tag, ranks)
 
 
 def _without_checkpoints(interpret: Interpreter) -> Interpret:

@@ -20,6 +20,7 @@ PRELOADED = [
     "torch.distributed.tensor",
     "noether.training.runs.train",
     "noether.cli.main",
+    "noether.cli.evaluate",
 ]
 
 
