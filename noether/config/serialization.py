@@ -70,7 +70,8 @@ def _(value: FunctionKind) -> dict[str, Any] | str:
 @_plain_value.register
 def _(value: MetricKind) -> Any:
     entry = _plain_value(value.entry)
-    named = {} if value.name is None else {"name": value.name}
+    beside = {"name": value.name, "prepare": value.prepare}
+    named = {name: _plain_value(each) for name, each in beside.items() if each is not None}
     return {**({"kind": entry} if isinstance(entry, str) else entry), **named} if named else entry
 
 

@@ -54,6 +54,8 @@ class MetricKind(Entry):
     Args:
         entry: Its function, or the class that makes it.
         name: Its name in metric keys as it was written; None for the last part of the path.
+        prepare: For a metric of torchmetrics, the function that returns what its `update` gets; None for outputs and
+            targets.
 
     Example:
         >>> MetricKind(FunctionKind("mine.strict", print)).label
@@ -62,6 +64,7 @@ class MetricKind(Entry):
 
     entry: FunctionKind | Kind
     name: str | None = None
+    prepare: FunctionKind | Kind | None = None
 
     @property
     def label(self) -> str:
@@ -73,7 +76,8 @@ class MetricKind(Entry):
         # Imported here, because it imports torch and a configuration can be read without it.
         from noether.core.callbacks.metric_functions import NamedMetric
 
-        return NamedMetric(self.label, self.entry.build())
+        prepare = None if self.prepare is None else self.prepare.build()
+        return NamedMetric(self.label, self.entry.build(), prepare)
 
 
 Function: TypeAlias = FunctionKind | Kind | Callable[..., Any] | str

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 ALLOWED = ("noether", "torch")
 """Prefixes that are always allowed, beside the modules under the working directory."""
+_METRICS = ("aggregation", "classification", "clustering", "nominal", "regression", "retrieval", "segmentation")
+ALLOWED_METRICS = tuple(f"torchmetrics.{part}" for part in _METRICS)
+"""Parts of torchmetrics that are always allowed: they compute on what they get. Others load what settings name."""
+_LIBRARIES = (*ALLOWED, "torchmetrics")
 
 
 def import_allowed(path: object, allow: Sequence[str] = (), run_dir: Path | None = None) -> Any:
@@ -40,7 +44,12 @@ def import_allowed(path: object, allow: Sequence[str] = (), run_dir: Path | None
     """
     if not isinstance(path, str) or "." not in path or not all(part.isidentifier() for part in path.split(".")):
         raise InvalidValueError(f"{path!r} is not a dotted path such as 'package.module.name'")
-    return _walk(path, lambda module: _check_module(module, path, allow, run_dir))
+
+    # torchmetrics has its classes under short paths too, such as torchmetrics.F1Score: where they are defined counts.
+    is_short = path.startswith("torchmetrics.") and path.count(".") == 1 and not _is_of_user("torchmetrics")
+    return _walk(
+        path, lambda module: None if is_short and module == path else _check_module(module, path, allow, run_dir)
+    )
 
 
 def import_path(path: str) -> Any:
@@ -69,7 +78,7 @@ def _walk(path: str, check: Callable[[str], None]) -> object:
         if isinstance(found, types.ModuleType) and found.__name__ != walked:
             check(found.__name__)
     home = getattr(found, "__module__", None)
-    if head in ALLOWED and isinstance(home, str):
+    if head in _LIBRARIES and isinstance(home, str):
         check(home)
     return found
 
@@ -89,23 +98,27 @@ def _import_module(module: str, path: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a module of the user may raise anything
+        if module == "torchmetrics" and isinstance(error, ModuleNotFoundError) and error.name == module:
+            install = "torchmetrics is not installed; run: pip install 'noether[metrics]'"
+            raise InvalidValueError(f"{path!r}: {install}") from None
         raise InvalidValueError(f"{path!r}: importing {module!r} failed: {type(error).__name__}: {error}") from None
 
 
 def _check_module(module: str, path: str, allow: Sequence[str], run_dir: Path | None) -> None:
     """Raise unless the prefix of `module` is allowed; no code of the module runs."""
     head, *rest = module.split(".")
-    if any(f"{module}.".startswith(f"{prefix}.") for prefix in (*ALLOWED, *allow)):
+    metrics = ALLOWED_METRICS if head == "torchmetrics" and not _is_of_user(head) else ()
+    if any(f"{module}.".startswith(f"{prefix}.") for prefix in (*ALLOWED, *metrics, *allow)):
         return
     files = _module_files(head)
-    if files and all(map(_belongs_to_user, files)):
-        if run_dir is None or not any(_is_in_run(run_dir, file, rest) for file in files):
+    if _is_of_user(head):
+        if run_dir is None or not any(_is_in_run(run_dir, file, rest) for file in files or ()):
             return
         where = f"is in {run_dir}, the directory of the run itself"
         raise InvalidValueError(f"{path!r} {where}; to import it, add --allow {head} on the command line")
     if files is None:
         raise InvalidValueError(f"{path!r}: there is no module {head!r}{suggest(head, ALLOWED)}")
-    prefixes = ", ".join((*ALLOWED, *allow, "modules under the working directory"))
+    prefixes = ", ".join((*ALLOWED, *metrics, *allow, "modules under the working directory"))
     hint = f"to allow it, pass allow=({head!r},), or --allow {head} on the command line"
     raise InvalidValueError(f"{path!r}: {head!r} is not an allowed prefix ({prefixes}); {hint}")
 
@@ -126,6 +139,12 @@ def _module_files(head: str) -> list[str] | None:
     if spec.has_location and spec.origin:
         return [spec.origin]
     return list(spec.submodule_search_locations or ())  # empty for a module built into the interpreter
+
+
+def _is_of_user(head: str) -> bool:
+    """Return whether a top-level module is one under the working directory, which may have the name of a library."""
+    files = _module_files(head)
+    return bool(files) and all(map(_belongs_to_user, files or ()))
 
 
 def _belongs_to_user(file: str) -> bool:

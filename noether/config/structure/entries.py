@@ -154,9 +154,9 @@ class EntryHooks:
                 return str(kind)
             entry: FunctionKind | Kind = self.metric_of_noether(str(kind), value)
         else:
-            entry = self.function(value, METRIC, beside=("name",))
+            entry = self.function(value, METRIC, beside=("name", "prepare") if self.is_metric(value) else ("name",))
         errors: list[Exception] = []
-        name = None
+        name, prepare = None, None
         if isinstance(value, dict) and "name" in value:
             with collect_errors(errors, "name"):
                 name = self.converter.structure(value["name"], str)
@@ -166,8 +166,22 @@ class EntryHooks:
                     raise InvalidValueError(
                         f"is the name of the metric, so {entry.path} cannot have a parameter of that name; rename it"
                     )
+        if isinstance(value, dict) and "prepare" in value and self.is_metric(value):
+            with collect_errors(errors, "prepare"):
+                prepare = self.function(value["prepare"], OUTPUT_FUNCTION)
         raise_together(errors, MetricKind)
-        return MetricKind(entry, name)
+        return MetricKind(entry, name, prepare)
+
+    def is_metric(self, value: object) -> bool:
+        """Return whether an entry names a class of metrics of torchmetrics."""
+        # Imported here, because it imports torch and a configuration can be read without it.
+        from noether.core.callbacks.metric_states import is_metric_class
+
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if not isinstance(kind, str) or not self.fits(kind, dataclasses.replace(METRIC, fits=callable)):
+            return False
+        target = self.resolve(kind, dataclasses.replace(METRIC, fits=callable))
+        return isinstance(target, type) and is_metric_class(target)
 
     def metric_of_noether(self, kind: str, value: Mapping[str, object]) -> FunctionKind:
         """Return the entry of a metric that noether knows by name."""

@@ -11,18 +11,22 @@ import torch
 from noether.core.callables import without_partial
 from noether.core.callback import OptionalKey
 from noether.core.callbacks.metric_functions import METRICS, MetricFunction, NamedMetric, mean_of_output
+from noether.core.callbacks.metric_objects import MetricObject, metric_objects, numbers_of
+from noether.core.callbacks.metric_states import MetricStates, is_metric_class
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metrics import is_current, log, patterns_containing
 from noether.core.tensors.calls import call_with_outputs
 from noether.core.tensors.losses import loss_weights, name_of, sum_as_total
-from noether.core.tensors.means import Mean, Sum
+from noether.core.tensors.means import Mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from noether.core.callback import Effects
+    from noether.core.callbacks.metric_states import Accumulator
     from noether.core.event import Event
+    from noether.core.run import Run
     from noether.core.state import TrainState
 
 
@@ -33,26 +37,31 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def _losses(self) -> bool:
         return False
 
+    @property
+    def _measures(self) -> tuple[str | MetricFunction, ...]:
+        """The metrics as they were given."""
+        return ()
+
     @cached_property
-    def _metrics(self) -> Mapping[str, str | MetricFunction]:
-        return {}
+    def _metrics(self) -> Mapping[str, MetricFunction | MetricObject]:
+        return {name: metric for measure in self._measures for name, metric in _named(measure)}
 
     @property
     def _output_patterns(self) -> tuple[str, ...]:
         return ()
 
-    def process_data(
-        self, state: TrainState, batch: Any, forward: Callable[..., Any]
-    ) -> Mapping[str, torch.Tensor | int | Mean | Sum]:
+    def process_data(self, state: TrainState, batch: Any, forward: Callable[..., Any]) -> Mapping[str, Any]:
         """Return the losses, metrics and outputs of a batch."""
         losses, outputs = _call_forward(forward, state, batch)
-        results: dict[str, torch.Tensor | int | Mean | Sum] = {}
+        results: dict[str, Any] = {}
         if self._losses:
             results |= {f"loss/{name}": loss for name, loss in losses.items()}
             results |= {"weighted": 1} if any(loss.weight is not None for loss in losses.values()) else {}
         for name, metric in self._metrics.items():
-            function = METRICS[metric] if isinstance(metric, str) else metric
-            value = call_with_outputs(function, outputs, batch, f"metric {name}")
+            if isinstance(metric, MetricObject):
+                results[f"metric/{name}"] = metric.arguments(outputs, batch)
+                continue
+            value = call_with_outputs(metric, outputs, batch, f"metric {name}")
             results[f"metric/{name}"] = value if isinstance(value, Mean) else Mean(value)
         if self._output_patterns:
             results |= _mean_outputs(outputs, self._output_patterns)
@@ -68,7 +77,19 @@ class _Evaluation(PeriodicDataIteratorCallback):
         values: dict[str, Any] = {}
         for name, value in means["loss"].items():
             values |= {self._loss_key(name): value, **self._difference(state, name, value)}
-        return log(state, event, values | {self.key(name): value for name, value in means["metric"].items()})
+        for name, value in means["metric"].items():
+            numbers = numbers_of(name, value) if isinstance(self._metrics.get(name), MetricObject) else [(name, value)]
+            values |= {self.key(part): number for part, number in numbers}
+        return log(state, event, values)
+
+    def _accumulators(self, run: Run) -> Mapping[str, Accumulator]:
+        objects = (metric for metric in self._metrics.values() if isinstance(metric, MetricObject))
+        return {
+            f"metric/{each.name}": MetricStates(
+                each.metric, f"the metric {each.name} of {self.name}", keep=run.world_size > 1
+            )
+            for each in objects
+        }
 
     def _loss_key(self, name: str, prefix: str = "loss") -> str:
         return "/".join((prefix, self.dataset_key, name, *((self.weights,) if self.weights else ())))
@@ -84,7 +105,8 @@ class _Evaluation(PeriodicDataIteratorCallback):
         """The keys of losses, metrics and outputs."""
         losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._losses else ()
         outputs = (name for pattern in self._output_patterns for name in patterns_containing(pattern))
-        return (*losses, *(self.key(name) for name in (*self._metrics, *outputs)))
+        metrics = (key for name, each in self._metrics.items() for key in getattr(each, "keys", (name,)))
+        return (*losses, *(self.key(name) for name in (*metrics, *outputs)))
 
     @property
     def consumes(self) -> tuple[str, ...]:
@@ -136,16 +158,24 @@ class OfflineLossCallback(_Evaluation):
 
 @final
 class MetricCallback(_Evaluation):
-    """Logs `{dataset}/{metric}`, such as `val/accuracy`: the mean of a metric over a dataset.
+    """Logs `{dataset}/{metric}`, such as `val/accuracy`: a metric over a dataset.
 
-    It keeps sums only, so memory does not grow with the dataset. With `weights: ema=0.999`, the key ends in
-    `/ema=0.999`.
+    Of a function it logs the mean, and keeps sums only, so memory does not grow with the dataset. With
+    `weights: ema=0.999`, the key ends in `/ema=0.999`.
+
+    A metric of torchmetrics (`pip install 'noether[metrics]'`) gets the outputs and `target_of(batch)`. Where its
+    `update` needs something else, such as probabilities, one of several outputs, or `indexes`, `prepare` returns that:
+    a function of outputs and batch, in YAML a setting beside those of the metric, in Python
+    `NamedMetric(name, metric, prepare)`. Several numbers, such as those of each class with `average=None`, are logged
+    as `val/f1/0`, `val/f1/1`; a `MetricCollection` logs each of its metrics. The metric is copied, never changed. Its
+    states are merged batch by batch, or, if torchmetrics does not say how (`full_state_update` is not False), it gets
+    all batches in order; several ranks then exchange what it gets of all batches, so that takes memory.
 
     Args:
         dataset_key: Name of the dataset to evaluate.
-        metric: `accuracy`, `binary_accuracy`, or a pure function of outputs and batch (in YAML its dotted path, or
-            `{kind: mine.within, tol: 0.03, name: within_3}`) that returns one value per sample, `(batch,)`, or the mean
-            over the batch, `()`.
+        metric: `accuracy`, `binary_accuracy`, a metric of torchmetrics, or a pure function of outputs and batch (in
+            YAML its dotted path, or `{kind: mine.within, tol: 0.03, name: within_3}`) that returns one value per
+            sample, `(batch,)`, or the mean over the batch, `()`.
         batch_size: Samples per batch, >= 1; None for that of the trainer.
         weights: Name of the weights to evaluate, such as `ema=0.999`; None for those in training.
         every_n_epochs: Epochs between firings, >= 1.
@@ -157,11 +187,20 @@ class MetricCallback(_Evaluation):
       every_n_epochs: 1
       dataset_key: val
       metric: accuracy
+    - kind: noether.core.callbacks.MetricCallback
+      every_n_epochs: 1
+      dataset_key: val
+      metric: {kind: torchmetrics.classification.MulticlassF1Score, num_classes: 10, average: macro, name: f1}
     ```
 
     Example:
         >>> MetricCallback(every_n_epochs=1, dataset_key="val", metric="accuracy").produces
         ('val/accuracy',)
+        >>> from torchmetrics.classification import MulticlassF1Score
+        >>> from noether.core.callbacks.metric_functions import NamedMetric
+        >>> f1 = NamedMetric("f1", MulticlassF1Score(num_classes=10, average="macro"))
+        >>> MetricCallback(every_n_epochs=1, dataset_key="val", metric=f1).produces
+        ('val/f1',)
     """
 
     metric: str | MetricFunction
@@ -171,9 +210,9 @@ class MetricCallback(_Evaluation):
         yield from super().problems()
         yield _metric_problem("metric", self.metric)
 
-    @cached_property
-    def _metrics(self) -> Mapping[str, str | MetricFunction]:
-        return {metric_name(self.metric): self.metric}
+    @property
+    def _measures(self) -> tuple[str | MetricFunction, ...]:
+        return (self.metric,)
 
     def name_parts(self) -> tuple[str, ...]:
         """Return the interval, the dataset and the metric."""
@@ -188,7 +227,8 @@ class EvaluateCallback(_Evaluation):
 
     Args:
         dataset_key: Name of the dataset to evaluate.
-        measures: `loss`, and metrics as for `MetricCallback`; at least one, without duplicates.
+        measures: `loss`, and metrics as for `MetricCallback`, those of torchmetrics too; at least one, without
+            duplicates.
         batch_size: Samples per batch, >= 1; None for that of the trainer.
         weights: Name of the weights to evaluate, such as `ema=0.999`; None for those in training.
         every_n_epochs: Epochs between firings, >= 1.
@@ -217,20 +257,21 @@ class EvaluateCallback(_Evaluation):
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
         yield from super().problems()
-        names = ["loss" if measure == "loss" else f"metric {metric_name(measure)}" for measure in self.measures]
+        names = ["loss"] * sum(map(_is_loss, self.measures))
+        names += [f"metric {name}" for measure in self._measures for name, _ in _named(measure)]
         if not names or len(set(names)) < len(names):
             yield Problem(
                 "measures", f"{list(self.measures)} is not a list of different measures, like [loss, accuracy]"
             )
-        yield from (_metric_problem("measures", measure) for measure in self.measures if measure != "loss")
+        yield from (_metric_problem("measures", measure) for measure in self._measures)
 
     @cached_property
     def _losses(self) -> bool:
-        return "loss" in self.measures
+        return any(map(_is_loss, self.measures))
 
-    @cached_property
-    def _metrics(self) -> Mapping[str, str | MetricFunction]:
-        return {metric_name(measure): measure for measure in self.measures if measure != "loss"}
+    @property
+    def _measures(self) -> tuple[str | MetricFunction, ...]:
+        return tuple(measure for measure in self.measures if not _is_loss(measure))
 
 
 def metric_name(metric: str | MetricFunction) -> str:
@@ -243,13 +284,33 @@ def metric_name(metric: str | MetricFunction) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _metric_problem(setting: str, metric: object) -> Problem | None:
-    if callable(metric) or metric in METRICS:
-        return None
-    known = ", ".join(map(repr, METRICS))
-    return Problem(
-        setting, f"{metric!r} is not {known}, or a function of outputs and batch{suggest(str(metric), METRICS)}"
-    )
+def _is_loss(measure: object) -> bool:
+    return isinstance(measure, str) and measure == "loss"  # a metric of torchmetrics makes a metric of `==`
+
+
+def _named(metric: str | MetricFunction) -> Iterator[tuple[str, MetricFunction | MetricObject]]:
+    """Yield the name and the function of a metric, or those of each metric in a collection of torchmetrics."""
+    objects = metric_objects(metric)
+    if objects is None:
+        function: Any = METRICS.get(metric) if isinstance(metric, str) else metric
+        yield metric_name(metric), function
+    else:
+        yield from ((each.name, each) for each in objects)
+
+
+def _metric_problem(setting: str, metric: Any) -> Problem | None:
+    if isinstance(metric, type) and is_metric_class(metric):
+        return Problem(setting, f"{metric.__name__} is a class: give a metric, {metric.__name__}(...)")
+    if not callable(metric) and metric not in METRICS:
+        known = ", ".join(map(repr, METRICS))
+        fix = f"a function of outputs and batch, or a metric of torchmetrics{suggest(str(metric), METRICS)}"
+        return Problem(setting, f"{metric!r} is not {known}, {fix}")
+    objects = metric_objects(metric)
+    if objects is None and getattr(metric, "prepare", None) is not None:
+        name = metric_name(metric)
+        return Problem(setting, f"{name} is a function, which gets outputs and batch: leave `prepare` out")
+    found = next((each.problem for each in objects or () if each.problem is not None), None)
+    return None if found is None else Problem(setting, found)
 
 
 def _call_forward(forward: Callable[..., Any], state: TrainState, batch: Any) -> tuple[dict[str, Mean], Any]:

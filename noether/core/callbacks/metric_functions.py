@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 import torch
 
+from noether.core.callbacks.metric_states import is_metric_class
 from noether.core.errors import NoetherError, OutputError
 from noether.core.tensors.batch import target_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from noether.core.tensors.means import Mean
 
 
@@ -18,7 +21,8 @@ class MetricFunction(Protocol):
     """A pure function `(outputs, batch)` that returns one value per sample, `(batch,)`, or their mean, `()`.
 
     It returns `Mean(value, weight=n)` if that is the mean over something else than samples. In YAML a setting of this
-    type is a dotted path, or a `kind` with settings and a `name`; it becomes a `NamedMetric`.
+    type is a dotted path, or a `kind` with settings and a `name`; it becomes a `NamedMetric`. `MetricCallback` and
+    `EvaluateCallback` also take a metric of torchmetrics.
     """
 
     def __call__(self, outputs: Any, batch: Any, /) -> torch.Tensor | Mean:
@@ -32,7 +36,9 @@ class NamedMetric:
 
     Args:
         name: The name.
-        function: The metric.
+        function: The metric: a function, or a metric of torchmetrics.
+        prepare: For a metric of torchmetrics, a pure function of outputs and batch that returns the arguments of its
+            `update`, as a tuple or by name; None for the outputs and `target_of(batch)`.
 
     Example:
         >>> half = NamedMetric("half", lambda outputs, batch: outputs / 2)
@@ -42,9 +48,19 @@ class NamedMetric:
 
     name: str
     function: MetricFunction
+    prepare: Callable[[Any, Any], Any] | None = None
 
     def __call__(self, outputs: Any, batch: Any) -> torch.Tensor | Mean:
-        """Return the result of the metric."""
+        """Return the result of a function.
+
+        Raises:
+            TypeError: If the metric is one of torchmetrics, which a call would change.
+        """
+        if any(is_metric_class(type(self.function), base) for base in ("Metric", "MetricCollection")):
+            raise TypeError(
+                f"{self.name} is a metric of torchmetrics, which a call would change: give it to MetricCallback or "
+                "EvaluateCallback, which measure with a copy of it"
+            )
         return self.function(outputs, batch)
 
 

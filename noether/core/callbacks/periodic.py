@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from noether.core.callback_checks import check_result
 from noether.core.callbacks.base import HOOKS, CallbackBase
 from noether.core.callbacks.dataset_results import DatasetResults
+from noether.core.callbacks.metric_states import add_to
 from noether.core.callbacks.rank_results import results_over_ranks
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_whole, raise_problems, suggest
@@ -28,6 +29,7 @@ from noether.core.shards import check_not_sharded
 from noether.core.tensors.means import Mean, Sum
 from noether.core.tensors.module import device_of
 from noether.core.tensors.stored_weights import memory_of, use_weights
+from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     import torch
 
     from noether.core.callback import Callback, Effects
+    from noether.core.callbacks.metric_states import Accumulator
+    from noether.core.run import Run
     from noether.core.schedules.base import Schedule
     from noether.core.state import TrainState
 
@@ -290,9 +294,11 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         """Iterate the dataset, and call `process_results` with its results."""
         evaluated = state if self.weights is None else use_weights(state, self.weights)
         run, data, forward = event.run, self._batches(event), event.run.forward
+        accumulators = self._accumulators(run)
 
         def process(batch: Any) -> Any:
-            return self.process_data(evaluated, batch, forward)
+            results = self.process_data(evaluated, batch, forward)
+            return add_to(accumulators, results) if accumulators else results
 
         with getattr(forward, "evaluating", nullcontext)():
             if run.world_size == 1:
@@ -302,11 +308,12 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
                         results.add(process(batch), size)
             else:
                 device = device_of(evaluated.params.values())
-                results = results_over_ranks(run, self.dataset_key, data, process, self.name, device)
+                results = results_over_ranks(run, self.dataset_key, data, process, self.name, device, accumulators)
         values = results.values()
         if not values["samples"]:
             return state, (LogText(f"{self.name}: no batch of {self.dataset_key} has samples, so nothing is measured"),)
-        return self.process_results(state, event, values)
+        accumulated = {name: each.value() for name, each in accumulators.items()}
+        return self.process_results(state, event, FrozenDict({**values, **accumulated}) if accumulated else values)
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Refuse a run without what `periodic_callback` reads, which would fail only at the first firing."""
@@ -329,6 +336,10 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
         if self.dataset_key in event.data:
             check_not_sharded(event.data[self.dataset_key], self.dataset_key)
         return self.periodic_callback(state, event, "eval")
+
+    def _accumulators(self, run: Run) -> Mapping[str, Accumulator]:
+        """Return what accumulates the results of these names, in place of means, sums and concatenations."""
+        return {}
 
     def _batches(self, event: Event) -> Iterable[Any]:
         if self.dataset_key not in event.data:

@@ -10,11 +10,12 @@ import torch
 from noether.core.callbacks.dataset_results import BatchResult, DatasetResults, read_results, source_of
 from noether.core.shards import ShardedDataError
 from noether.core.tensors.containers import map_tensors
-from noether.core.tensors.tree import FrozenDict
+from noether.core.tensors.tree import FrozenDict, move_to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from noether.core.callbacks.metric_states import Accumulator
     from noether.core.run import Run
 
     Batch = tuple[int, Mapping[str, BatchResult]]
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 
 
 def results_over_ranks(
-    run: Run, key: str, data: Iterable[Any], process: Callable[[Any], Any], callback: str, device: torch.device
+    run: Run,
+    key: str,
+    data: Iterable[Any],
+    process: Callable[[Any], Any],
+    callback: str,
+    device: torch.device,
+    accumulators: Mapping[str, Accumulator],
 ) -> DatasetResults:
     """Return the results of a dataset, bit for bit those of one process.
 
@@ -35,7 +42,9 @@ def results_over_ranks(
         data: Batches.
         process: Returns the results of a batch, as `process_data`.
         callback: Name of the callback, for messages.
-        device: Device for results that another rank has computed on a device of the same type.
+        device: Device for results that another rank has computed on a device of the same type, and for all that
+            accumulators merge.
+        accumulators: To which `process` adds its batches, by name; they merge those of all ranks.
 
     Raises:
         ShardedDataError: On all ranks, if they iterate different batches of data that does not split them.
@@ -52,11 +61,16 @@ def results_over_ranks(
         if size:
             batches.append((size, read_results(source_of(callback), process(batch), size)))
     iterated = "" if is_split else f"{count} batches with {sum(size for size, _ in batches)} samples, the first {first}"
-    contents = run.gather(f"{callback}: results of {key}", {"iterated": iterated, "batches": pack_batches(batches)})
+    parts = {name: each.parts() for name, each in accumulators.items()}
+    content = {"iterated": iterated, "batches": pack_batches(batches), "accumulated": parts}
+    contents = run.gather(f"{callback}: results of {key}", content)
     if not is_split:
         _check_same_batches(key, [content["iterated"] for content in contents])
+    contents = contents if is_split else contents[:1]
+    for name, each in accumulators.items():
+        each.merge(move_to_device(device, [part for content in contents for part in content["accumulated"][name]]))
     results = DatasetResults(callback)
-    for content in contents if is_split else contents[:1]:
+    for content in contents:
         for samples, result in unpack_batches(content["batches"], device):
             results.add_batch(result, samples)
     return results
