@@ -192,11 +192,7 @@ class GradientReduction:
             if grad is None:
                 self._views[name].zero_()
                 continue
-            if grad.layout is not torch.strided:
-                raise ValueError(
-                    f"the gradient of {name!r} is sparse, and several ranks sum dense gradients: write sparse=False "
-                    "where the module is constructed"
-                )
+            refuse_sparse(name, grad)
             views.append(self._views[name])
             present.append(grad)
         if present:
@@ -211,3 +207,16 @@ class GradientReduction:
             part = torch.view_as_complex(part.view(-1, 2))
         strides: Sequence[int] = torch.empty_like(param, device="meta").stride()
         return part.as_strided(param.shape, strides, part.storage_offset())
+
+
+def refuse_sparse(name: str, grad: Tensor) -> None:
+    """Refuse a sparse gradient, which buckets cannot have.
+
+    Raises:
+        ValueError: If the gradient of the parameter `name` is sparse.
+    """
+    if grad.layout is not torch.strided:
+        raise ValueError(
+            f"the gradient of {name!r} is sparse, and several ranks sum dense gradients: write sparse=False where the "
+            "module is constructed"
+        )

@@ -26,6 +26,7 @@ from noether.core.tensors.module import device_of, frozen_names
 from noether.core.tensors.step_counters import counts_on_device
 from noether.core.tensors.tree import clone_tensors
 from noether.distributed.ranks import ONE_PROCESS, Ranks
+from noether.distributed.sharding import Sharding
 from noether.effects import CheckpointError
 from noether.effects.disk.tensor_files import describe_unsavable
 from noether.session.randomness import derive, seed_all
@@ -41,6 +42,7 @@ from noether.training.initial_weights import load_weights
 from noether.training.step.loss_scaling import LossScaling, find_float16_problem
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.parallel_modules import refuse_cpu_sync_norms
+from noether.training.step.sharded import find_optimizer_problem, place_state
 from noether.training.step.step import Step
 from noether.training.value_schedules import ValueSchedule, value_schedule
 from noether.training.weights import check_opt_state, fit_weights, to_device
@@ -107,7 +109,8 @@ class Experiment:
         check_opt_state(self.step.optimizer, state)
         groups = self.step.optimizer.group_settings(self.state.params).values()
         device = device_of(self.state.params.values())
-        return to_device(state, device, counts_on_device=any(map(counts_on_device, groups)))
+        state = to_device(state, device, counts_on_device=any(map(counts_on_device, groups)))
+        return state if self.step.sharding is None else place_state(state, self.step.sharding)
 
 
 def build(
@@ -161,6 +164,8 @@ def build(
     lr, weight_decay = build_value_schedules(config, optimizer, state, run)
     run = run.replace(frozen=frozenset(state.params) - set(optimizer.trainable(state.params)))
     state = state.replace(opt_state=optimizer.init(state.params), lengths=data.batching.lengths)
+    sharding = _build_sharding(config, state, ranks)
+    state = state if sharding is None else place_state(state, sharding)
     callbacks = build_callbacks(config, state, run)
     scaling = _build_loss_scaling(config, state, device)
     members = [each for each in (data, scaling) if isinstance(each, (StreamedData, LossScaling))]
@@ -183,6 +188,7 @@ def build(
             elapsed_s=time.perf_counter if _TIME_READINGS & set(reducer.readings) else None,
             batch_size=run.batch_size,
             donate=config.trainer.donate,
+            sharding=sharding,
         )
         if ranks.are_several:
             refuse_cpu_sync_norms(network, device)
@@ -363,6 +369,15 @@ def _build_optimizer(config: Config, model: nn.Module, tied: Mapping[str, str]) 
     frozen = frozen_names(model)
     with locate_errors(config, ("optimizer",)):
         return FunctionalOptimizer(cast("Any", optimizer.kind.target), settings, optimizer.groups, frozen, tied)
+
+
+def _build_sharding(config: Config, state: TrainState, ranks: Ranks) -> Sharding | None:
+    """Return where parameters are under `trainer.parallel: shard`; None if each rank has all."""
+    if config.trainer.parallel != "shard" or not ranks.are_several:
+        return None
+    if problem := find_optimizer_problem(config.optimizer.kind.target):
+        raise config.error(("optimizer",), problem)
+    return Sharding(state.params, ranks)
 
 
 def build_value_schedules(

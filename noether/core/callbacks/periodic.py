@@ -300,7 +300,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
             results = self.process_data(evaluated, batch, forward)
             return add_to(accumulators, results) if accumulators else results
 
-        with getattr(forward, "evaluating", nullcontext)():
+        with getattr(forward, "evaluating", nullcontext)(evaluated):
             if run.world_size == 1:
                 results = DatasetResults(self.name)
                 for batch, size in run.sized_batches(data):

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
-from noether.core.tensors.dtensors import are_same_memory
+from noether.core.tensors.dtensors import are_same_memory, is_distributed, whole_tensor
 from noether.core.tensors.fully_sharded import is_fully_sharded, lend_weights, reshard
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.buffers import BufferPlaces
@@ -65,6 +65,7 @@ class Forward:
         self._precision = precision
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
         self._buffers = BufferPlaces(model)  # renewed by `evaluating`
+        self._gathered: tuple[Any, Mapping[str, Tensor]] | None = None  # params of a state, and the whole ones
         self._is_fully_sharded = False  # set by `evaluating`
         self._has_extra_state = False  # set by `evaluating`
         self._mode = False  # set by `evaluating`; a model may define `train`, and stay in training mode
@@ -88,8 +89,13 @@ class Forward:
                 return self._evaluate(self._model_params, state, batch)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Keep the model in evaluation mode for several calls, so that its mode changes once and not at each batch."""
+    def evaluating(self, state: TrainState | None = None) -> Iterator[None]:
+        """Keep the model in evaluation mode for several calls, so that its mode changes once and not at each batch.
+
+        Args:
+            state: The state that the calls will have, whose params are gathered now if they are sharded over ranks: a
+                rank may have no batch, and every rank has to take part.
+        """
         self._is_fully_sharded = any(map(is_fully_sharded, self._model.modules()))
         if self._is_fully_sharded:
             reshard(self._model)
@@ -100,9 +106,11 @@ class Forward:
             self._model_params = {} if self._autocasts() else named_parameters(self._model)
             self._has_extra_state = any(modules_with_extra_state(self._model))
             try:
+                if state is not None and not self._is_fully_sharded:
+                    self._whole_params(state)
                 yield
             finally:
-                self._model_params = None
+                self._model_params = self._gathered = None
 
     def _autocasts(self) -> bool:
         device_type = device_of(self._model.parameters()).type
@@ -121,10 +129,22 @@ class Forward:
         with self._buffers.exchange(buffers):  # by copies: a module may write to its buffers even in evaluation mode
             if self._is_fully_sharded:
                 return self._call_fully_sharded(state, batch)
-            if _are_same(model_params, state.params):
+            params = self._whole_params(state)
+            if _are_same(model_params, params):
                 return call_model(self._model, batch)
             self._check_held_tensors(state, buffers)
-            return call_model(self._model, batch, rename_for_model(self._model, state.params))
+            return call_model(self._model, batch, rename_for_model(self._model, params))
+
+    def _whole_params(self, state: TrainState) -> Mapping[str, Tensor]:
+        """Return the params of a state; those that are sharded over ranks are gathered once for an evaluation."""
+        source = vars(state)["params"]
+        if self._gathered is not None and self._gathered[0] is source:
+            return self._gathered[1]
+        params = state.params
+        if not any(map(is_distributed, params.values())):
+            return params
+        self._gathered = source, {name: whole_tensor(param) for name, param in params.items()}
+        return self._gathered[1]
 
     def _call_fully_sharded(self, state: TrainState, batch: Any) -> Any:
         own, params = named_parameters(self._model), state.params

@@ -52,6 +52,10 @@ class SavingRanks(Protocol):
     def saving(self) -> Exchange:
         """What they exchange while they save."""
 
+    @property
+    def control(self) -> Exchange:
+        """What their main threads exchange."""
+
 
 @final
 class _Alone:
@@ -60,6 +64,8 @@ class _Alone:
     @property
     def saving(self) -> Exchange:
         return self
+
+    control = saving
 
     def gather(self, what: str, value: Any) -> list[Any]:
         del what
@@ -94,7 +100,7 @@ class JointSaves:
 
     def __init__(self, ranks: SavingRanks) -> None:
         self.rank, self.world_size = ranks.rank, ranks.world_size
-        self._exchange = ranks.saving
+        self._exchange, self._control = ranks.saving, ranks.control
         self._is_leading = False
         self.failure: BaseException | None = None
         """Why an exchange failed, after which the ranks cannot save together; None as long as none did."""
@@ -169,8 +175,8 @@ class JointSaves:
             self._gather(_RESULT, report)
 
     def answer_of_rank_0(self, what: str, answer: bool) -> bool:  # noqa: FBT001  # it is data
-        """Return the answer of rank 0 on all ranks."""
-        return bool(self._gather(what, answer)[0])
+        """Return the answer of rank 0 on all ranks, asked in the main thread."""
+        return bool(self._control.gather(what, answer)[0])
 
     def _gather(self, what: str, value: Any) -> list[Any]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import torch
@@ -11,6 +12,7 @@ from noether.core.event import AfterAccumulationStep
 from noether.core.tensors.losses import with_total
 from noether.core.tensors.tree import FrozenDict
 from noether.distributed.gradients import GradientReduction, start_all_reduce
+from noether.distributed.sharded_sums import ShardedReduction
 from noether.training.data.interruptible import DataInterrupt
 from noether.training.replicated.buffers import NormBuffers, OtherBuffers, any_change, find_changes
 from noether.training.replicated.losses import GatheredLosses, LossNames, RankLosses
@@ -18,6 +20,7 @@ from noether.training.replicated.tail import MAX_LOSSES, RankNumbers, Tail
 from noether.training.step import kernels
 from noether.training.step.accumulation import Gradients, drop_empty
 from noether.training.step.part_times import PartTimes
+from noether.training.step.sharded import gather_state, place_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +65,7 @@ class _Local(NamedTuple):
 class _Layout(NamedTuple):
     """What is fixed for a model: where gradients, other numbers and statistics of batch norms are in the buckets."""
 
-    reduction: GradientReduction
+    reduction: GradientReduction | ShardedReduction
     tail: Tail
     norms: NormBuffers
 
@@ -144,14 +147,17 @@ class ReplicatedStep:
         eager = self.eager
         batches, samples = drop_empty(batches, eager.batch_size)
         times = None if eager.elapsed_s is None else PartTimes(eager.elapsed_s)
-        local = self._run(state, batches, samples, times, self._groups)
+        if eager.sharding is not None:
+            state = place_state(state, eager.sharding)
+        whole = state if eager.sharding is None else gather_state(state, eager.sharding)
+        local = self._run(whole, batches, samples, times, self._groups)
         if observe is not None:
             state = self._observe_all(state, local, observe)
         own = report()
         if times is not None:
             own = own._replace(times={**own.times, **times.seconds, "optimizer_s": self._optimizer_s})
         before = eager.buffers.collect(state)
-        update = _Update(state, batches, before, own, self._layout(state.params, before))
+        update = _Update(whole, batches, before, own, self._layout(state.params, before))
         total = self._sum_over_ranks(update, local)
         self.is_interrupted = total.numbers.is_interrupted
         if times is not None:
@@ -284,7 +290,8 @@ class ReplicatedStep:
             norms = NormBuffers(self.model, buffers)
             sizes = {"trained": len(trained), "counters": norms.counters, "statistics": norms.size}
             tail = Tail(self._ranks.rank, self._ranks.world_size, **sizes)
-            reduction = GradientReduction(trained, tail.size, self._start, is_double=norms.is_double)
+            make = GradientReduction if (by := self.eager.sharding) is None else partial(ShardedReduction, by)
+            reduction = make(trained, tail.size, self._start, is_double=norms.is_double)
             self._fixed = _Layout(reduction, tail, norms)
         return self._fixed
 

@@ -112,7 +112,7 @@ class PreparedStep:
 
         Raises:
             ValueError: If a rank has no samples, the ranks have different numbers of micro-batches and the module
-                gathers its parameters in each forward pass, or a loss has a weight of its own.
+                gathers its parameters in each forward pass, or a loss has a separate weight.
         """
         batches, samples = drop_empty(batches, self.batch_size)
         total = self._agree_on_samples(samples)
@@ -198,7 +198,7 @@ class PreparedStep:
             losses = compute_losses(self.loss, outputs, batch)
         if loss_weights(losses):
             raise ValueError(
-                f"{name_of(self.loss)} gives losses weights of their own (noether.Mean), and a module that reduces its "
+                f"{name_of(self.loss)} gives losses separate weights (noether.Mean), and a module that reduces its "
                 "gradients in backward() averages them by samples: return plain means, or train without DDP and "
                 "fully_shard"
             )

@@ -38,6 +38,7 @@ from noether.training.step.gradients import (
 from noether.training.step.model_tensors import ModelTensors
 from noether.training.step.parallel_modules import refuse_parallel_modules
 from noether.training.step.part_times import PartTimes
+from noether.training.step.sharded import apply_to_shards
 from noether.training.step.update_event import make_event
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.core.tensors.hidden_parameters import HeldTensor
     from noether.core.tensors.losses import Losses, LossResult
+    from noether.distributed.sharding import Sharding
     from noether.training.step.accumulation import Grads, Groups
     from noether.training.step.loss_scaling import LossScaling
     from noether.training.step.optimizer import FunctionalOptimizer
@@ -92,6 +94,8 @@ class Step:
         donate: Whether an update may write to the tensors of a state that an update returned; that state cannot be read
             afterwards. It is faster, needs less memory, and gives the same bits. The model's own weights are then those
             of the newest state. Only Adam, AdamW and SGD write in place; with other classes it has no effect.
+        sharding: Where the parameters are, if they are sharded over several ranks; only a `ReplicatedStep` of these
+            ranks makes such updates.
 
     Raises:
         HiddenParameterError: If the model or the loss holds a parameter in a list, a closure or another object.
@@ -128,6 +132,7 @@ class Step:
     elapsed_s: Callable[[], float] | None = None
     batch_size: Callable[[Any], int] = batch_size
     donate: bool = False
+    sharding: Sharding | None = None
 
     def __post_init__(self) -> None:
         refuse_parallel_modules(self.model)
@@ -345,21 +350,29 @@ class Step:
                 f"update {state.iteration.update + 1}: {describe_nonfinite(result.losses, grads)}; nothing was "
                 "applied. Lower the learning rate, clip gradients, or skip such updates with trainer.nonfinite: skip"
             )
-        grads, grad_norm = self.clip(grads)
+        grads, grad_norm = self.clip(grads, total_norm if self.sharding is None else self.sharding.total_norm)
         settings = self.settings_for(state)
         if not skipped:
-            buffers = self.buffers.split(result.buffers)
-            state = apply_gradients(
-                state, grads, settings, buffers, model=self.model, optimizer=self.optimizer, donate=self.donate
-            )
+            state = self._apply_gradients(state, grads, settings, self.buffers.split(result.buffers))
             if state.extra_state:
                 state = state.replace(extra_state=read_extra_state(self.model))
         if self.loss_scaling is not None:
-            state = self.loss_scaling.advance(state, finite=not skipped or bool(all_finite(result.grads)))
+            state = self.loss_scaling.advance(state, finite=not skipped or bool(self._all_finite(result.grads)))
         seconds = {} if times is None else times.stop("optimizer_s")
         return state, make_event(
             result.losses, outputs, samples, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **seconds
         )
+
+    def _apply_gradients(
+        self, state: TrainState, grads: Grads, settings: Settings, buffers: Mapping[str, FrozenDict]
+    ) -> TrainState:
+        how: dict[str, Any] = {"optimizer": self.optimizer, "donate": self.donate}
+        if self.sharding is not None:
+            return apply_to_shards(state, grads, settings, buffers, sharding=self.sharding, **how)
+        return apply_gradients(state, grads, settings, buffers, model=self.model, **how)
+
+    def _all_finite(self, grads: Grads) -> Tensor | bool:
+        return all_finite(grads) if self.sharding is None else self.sharding.all_finite(grads)
 
     def settings_for(self, state: TrainState) -> dict[str, dict[str, float]]:
         """Return the scheduled settings of the optimizer for the next update of `state`, by group."""
@@ -377,7 +390,7 @@ class Step:
         finite = total - total == 0  # `isfinite` takes four times as long
         if not self.checks_gradients:
             return finite, False
-        gradients = all_finite(grads)
+        gradients = self._all_finite(grads)
         both = bool(finite & gradients)
         return both, not both if self.nonfinite != "apply" else not bool(gradients)
 
