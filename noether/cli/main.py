@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from noether.cli.output import discard_unwritten, echo, printable
+from noether.cli.ranks import Commands, announce
 from noether.core.errors import NoetherError
 from noether.core.text import count_of
 
@@ -38,7 +39,7 @@ _CHECKPOINT_NAMES = (
 _CONFIG_ERROR = 2
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="noether")
 def main() -> None:
     """Train PyTorch models with callbacks that are pure functions.
@@ -332,4 +333,10 @@ class _CommandError(NoetherError, click.ClickException):
         text = str(error) if is_plain else f"{type(error).__name__}: {error}".removesuffix(": ")
         message = "\n  ".join([text, *getattr(error, "__notes__", ())])
         super().__init__(printable(message))
+        self._error = error
         self.exit_code = exit_code  # type: ignore[misc]  # click declares it on the class and reads it on the instance
+
+    def show(self, file: Any = None) -> None:
+        """Print the message, unless another of several processes prints it."""
+        if (prefix := announce(self._error)) is not None:
+            click.echo(f"{prefix}Error: {self.format_message()}", file=file, err=file is None)

@@ -8,16 +8,18 @@ import sys
 import click
 
 from noether.core.text import escape_controls
+from noether.distributed.launch import launched_rank
 
 
 def echo(text: object, *, err: bool = False) -> None:
-    """Print lines of text, with control characters escaped.
+    """Print lines of text, with control characters escaped; of several processes that were launched, rank 0 prints.
 
     Args:
         text: The lines.
         err: Whether to print to the standard error.
     """
-    click.echo(printable(str(text)), err=err)
+    if not launched_rank():
+        click.echo(printable(str(text)), err=err)
 
 
 def printable(text: str) -> str:
@@ -40,7 +42,7 @@ def print_line(text: str, *, err: bool = False) -> None:
         err: Whether it goes to the standard error.
     """
     try:
-        echo(text, err=err)
+        click.echo(printable(text), err=err)
     except (OSError, ValueError):  # ValueError: the stream is closed
         if not err:
             print_line(text, err=True)

@@ -8,7 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from noether.cli.output import echo, print_line
+from noether.cli.ranks import announce
 from noether.config import load
+from noether.distributed.failures import RankError
+from noether.distributed.launch import launched_rank
 from noether.training.error_locations import describe_error
 from noether.training.runs.ending import failure_of
 from noether.training.runs.interruption import Interruption
@@ -77,10 +80,15 @@ def _run(train: Callable[..., TrainedRun], allow: Sequence[str]) -> int:
         failure = failure_of(error)
         if failure is None:
             raise
-        print_line(f"Error: {', '.join([describe_error(error), *failure.places])}", err=True)
-        resume_command = [_resume_command(failure.directory, allow)] if failure.directory.is_dir() else []
-        for line in (*failure.outcome, *resume_command):
+        prefix = announce(error)
+        if prefix is not None:
+            print_line(f"{prefix}Error: {', '.join([describe_error(error), *failure.places])}", err=True)
+        for line in failure.outcome:
             print_line(line, err=True)
+        if failure.directory.is_dir() and (
+            launched_rank() == 0 or (prefix is not None and isinstance(error, RankError))
+        ):
+            print_line(_resume_command(failure.directory, allow), err=True)
         if isinstance(error, KeyboardInterrupt):  # raised by the user's code
             return 128 + signal.SIGINT
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1

@@ -91,6 +91,8 @@ class Failures:
     def report(self, error: BaseException) -> RankFailure | None:
         """Report an error of this rank, unless a failure was reported before; return the first failure.
 
+        An error of noether itself, such as one in the configuration, is usually that of all ranks: rank 0 reports it.
+
         Returns:
             The first failure of all ranks; None for one process.
         """
@@ -98,6 +100,8 @@ class Failures:
             return None
         if isinstance(error, RankError):
             return error.failure
+        if isinstance(error, NoetherError) and self._rank != 0:
+            self._await_first()
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         text = f"{type(error).__name__}: {error}".removesuffix(": ") + notes
         return self._report(RankFailure(rank=self._rank, text=text, reporter=self._rank, time_s=time.time()))
@@ -110,6 +114,11 @@ class Failures:
             return RankFailure(**json.loads(self._store.get(_KEY))) if self._store.check([_KEY]) else None
         except RuntimeError:  # the process that holds the store has ended
             return None
+
+    def _await_first(self) -> None:
+        deadline_s = time.monotonic() + _QUIET_S
+        while self.first() is None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
 
     @contextmanager
     def explain(self, what: str) -> Iterator[None]:

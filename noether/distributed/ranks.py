@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -12,21 +13,18 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 import torch.distributed as dist
 
-from noether.core.errors import NoetherError
 from noether.core.tensors.torch_internals import default_store
 from noether.distributed.channel import Channel
 from noether.distributed.failures import Failures
+from noether.distributed.launch import LaunchError, check_launch, launched_world_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
 
 DEFAULT_TIMEOUT_S: Final = 600.0
 _RESTARTS: Final = "TORCHELASTIC_RESTART_COUNT"
 _JOINS: Final = count()
-
-
-class LaunchError(NoetherError, RuntimeError):
-    """The processes of a run do not find each other."""
+_JOINED: Final[list[Ranks]] = []
 
 
 @final
@@ -76,37 +74,6 @@ ONE_PROCESS: Final = Ranks()
 """The only process of a run."""
 
 
-def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of processes that a launcher such as torchrun started, as `WORLD_SIZE` says; else 1.
-
-    Slurm and MPI set other variables, also for independent processes: alone these do not count.
-
-    Example:
-        >>> launched_world_size({"WORLD_SIZE": "4"}), launched_world_size({})
-        (4, 1)
-    """
-    value = environment.get("WORLD_SIZE", "").strip()
-    return int(value) if value.isdecimal() and int(value) else 1
-
-
-def check_launch(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse an environment that says that there are several processes, but not how they find each other.
-
-    Raises:
-        LaunchError: With the variables that are missing.
-
-    Example:
-        >>> check_launch({"WORLD_SIZE": "2", "RANK": "0"})
-        Traceback (most recent call last):
-        noether.distributed.ranks.LaunchError: WORLD_SIZE is set to 2, but not MASTER_ADDR, MASTER_PORT: ...
-    """
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    if missing:
-        found = f"WORLD_SIZE is set to {launched_world_size(environment)}, but not {', '.join(missing)}"
-        fix = "start the processes with torchrun, or unset WORLD_SIZE if this is the only process"
-        raise LaunchError(f"{found}: {fix}")
-
-
 def count_processes() -> int:
     """Return the number of processes in the group of torch.distributed, or that a launcher started; 1 for none."""
     if dist.is_available() and dist.is_initialized():
@@ -150,15 +117,39 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
         world_size=world_size,
         timeout_s=timeout_s,
     )
-    return Ranks(
-        rank=rank,
-        world_size=world_size,
-        training=_find_training_group(device, timeout),
-        control=Channel(control, failures),
-        saving=Channel(saving, failures),
-        failures=failures,
-        timeout_s=timeout_s,
-    )
+    _JOINED[:] = [
+        Ranks(
+            rank=rank,
+            world_size=world_size,
+            training=_find_training_group(device, timeout),
+            control=Channel(control, failures),
+            saving=Channel(saving, failures),
+            failures=failures,
+            timeout_s=timeout_s,
+        )
+    ]
+    return _JOINED[0]
+
+
+def current_ranks() -> Ranks:
+    """Return the ranks that this process joined last; `ONE_PROCESS` if it joined none."""
+    return _JOINED[0] if _JOINED and dist.is_initialized() else ONE_PROCESS
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Report an error of the block to the other ranks, if the block joins any; it is raised unchanged.
+
+    Example:
+        >>> @report_errors()
+        ... def train(): ...
+        >>> train()
+    """
+    try:
+        yield
+    except BaseException as error:
+        current_ranks().failures.report(error)
+        raise
 
 
 def _make_default_group(device: torch.device | None, timeout: timedelta) -> None:

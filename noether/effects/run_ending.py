@@ -82,6 +82,8 @@ def record_failure(
     settled: TrainState | None,
     at: tuple[TrainState, Event],
     logs: Interpret,
+    *,
+    with_traceback: bool = True,
 ) -> None:
     """Save the run after an exception, and add notes to the exception that say what is saved where.
 
@@ -96,42 +98,51 @@ def record_failure(
         settled: The state to save, from which the run continues exactly; None if there is none.
         at: The state and the event at which the exception was raised.
         logs: Runs the effects that write logs.
+        with_traceback: Whether to write the traceback; of several ranks, only the one that shows the exception does.
     """
     state, event = at
-    if (settled or state).iteration.update == 0:
-        error.add_note("no update was made: a resumed run begins at update 0")
-    elif settled is None:
-        error.add_note(f"no state at {state.iteration} could be saved from which a run continues exactly")
-    elif directory.checkpoints.needs_all_ranks(settled):
-        error.add_note("each rank has a part of the state, so one that fails saves nothing: resume the last checkpoint")
-    else:
-        try:
-            save_interrupted(directory, settled, event.run, event.time_s)
-        except Exception as failure:  # noqa: BLE001  # the first error is the one to report
-            error.add_note(f"the state at {settled.iteration} could not be saved: {failure}")
-        else:
-            error.add_note(f"the state at {settled.iteration} is saved in {directory.path}")
+    if directory.writes:
+        error.add_note(_save_after_failure(directory, settled, state, event))
     try:
         logs(tuple(effect for effect in remaining_effects(error) if isinstance(effect, LOG_EFFECTS)), state, event)
-        write_traceback(error, directory, state)
+        if with_traceback:
+            write_traceback(error, directory, state, rank=event.run.rank if event.run.world_size > 1 else None)
     except Exception as failure:  # noqa: BLE001  # likewise
         error.add_note(f"its logs and traceback could not be written: {failure}")
     else:
-        error.add_note(f"the traceback is in {directory.path / TRACEBACK_FILE}")
+        if with_traceback:
+            error.add_note(f"the traceback is in {directory.path / TRACEBACK_FILE}")
 
 
-def write_traceback(error: BaseException, directory: RunDirectory, state: TrainState) -> None:
+def _save_after_failure(directory: RunDirectory, settled: TrainState | None, state: TrainState, event: Event) -> str:
+    """Save the settled state; return what is saved where, or why nothing is."""
+    if (settled or state).iteration.update == 0:
+        return "no update was made: a resumed run begins at update 0"
+    if settled is None:
+        return f"no state at {state.iteration} could be saved from which a run continues exactly"
+    if directory.checkpoints.needs_all_ranks(settled):
+        return "each rank has a part of the state, so one that fails saves nothing: resume the last checkpoint"
+    try:
+        save_interrupted(directory, settled, event.run, event.time_s)
+    except Exception as failure:  # noqa: BLE001  # the first error is the one to report
+        return f"the state at {settled.iteration} could not be saved: {failure}"
+    return f"the state at {settled.iteration} is saved in {directory.path}"
+
+
+def write_traceback(
+    error: BaseException, directory: RunDirectory, state: TrainState, *, rank: int | None = None
+) -> None:
     """Write the traceback of an exception to `traceback.txt` in the run directory.
 
     Args:
         error: The exception.
         directory: The run on disk.
         state: The state at which it was raised.
+        rank: The rank that raised it, of several.
 
     Raises:
         OSError: If it cannot be written.
     """
+    where = f"at {state.iteration}{'' if rank is None else f', on rank {rank}'}"
     text = "".join(traceback.format_exception(error))
-    replace_text(
-        directory.path / TRACEBACK_FILE, f"{time.strftime('%Y-%m-%d %H:%M:%S')}, at {state.iteration}\n\n{text}"
-    )
+    replace_text(directory.path / TRACEBACK_FILE, f"{time.strftime('%Y-%m-%d %H:%M:%S')}, {where}\n\n{text}")

@@ -4,7 +4,7 @@ import pytest
 from command import SMALL, contents, invoke
 
 import noether
-from noether.distributed.ranks import LaunchError
+from noether.distributed.launch import LaunchError
 
 UNSET = "WORLD_SIZE is set to 2, but not RANK, MASTER_ADDR, MASTER_PORT: start the processes with torchrun"
 REFUSED = "this is one of 2 processes (WORLD_SIZE=2, as torchrun sets it)"

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from processes import outcomes_on_ranks, run_on_ranks
 
 from noether.distributed.failures import RankError
-from noether.distributed.ranks import ONE_PROCESS, LaunchError, join
+from noether.distributed.launch import LaunchError
+from noether.distributed.ranks import ONE_PROCESS, join
 
 TIMEOUT_S = 2
 

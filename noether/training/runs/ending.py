@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, final
 
 from noether.core.effect import SetSummary
@@ -11,6 +11,7 @@ from noether.core.errors import NoetherError
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
+from noether.distributed.failures import Failures
 from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.run_ending import TRACEBACK_FILE, record_failure, save_end, save_interrupted, write_traceback
 from noether.training.error_locations import describe_error
@@ -85,6 +86,7 @@ class Ending:
         interpret: Runs the effects.
         interruption: Receives the signals.
         at_end: Whether to save the end of training.
+        failures: Where this process reports an exception to the other ranks of the run.
     """
 
     run: Run
@@ -92,6 +94,7 @@ class Ending:
     interpret: Interpret
     interruption: Interruption
     at_end: bool
+    failures: Failures = field(default_factory=Failures)
 
     def finish(self, state: TrainState) -> None:
         """Save the state at the end of the run, or where it was interrupted.
@@ -109,6 +112,7 @@ class Ending:
     def fail(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event) -> None:
         """Save the settled state after an exception, and attach to the exception what the run left behind.
 
+        Of several ranks, rank 0 saves, whichever raised the exception; the rank that shows it writes the traceback.
         Do neither after the KeyboardInterrupt of a second signal, which asks to end at once.
 
         Args:
@@ -117,10 +121,12 @@ class Ending:
             state: The state at the event.
             event: The event at which the exception was raised.
         """
+        first = self.failures.report(error)  # before the save, which takes time
         if isinstance(error, KeyboardInterrupt) and self.interruption.is_signal:
             return
+        is_shown = first is None or first.reporter == self.run.rank
         places = tuple(getattr(error, "__notes__", ()))
-        record_failure(error, self.directory, settled, (state, event), self.interpret)
+        record_failure(error, self.directory, settled, (state, event), self.interpret, with_traceback=is_shown)
         outcome = tuple(getattr(error, "__notes__", ()))[len(places) :]
         vars(error)[_FAILURE] = Failure(self.directory.path, places, outcome)
         error.add_note(f"resume with noether.train(resume={str(self.directory.path)!r})")

@@ -124,6 +124,7 @@ def execute(
             interpret=interpret,
             interruption=interruption,
             at_end=experiment.config.trainer.checkpoints.at_end,
+            failures=experiment.ranks.failures,
         )
         trainer = make_trainer(experiment, interpret, interruption)
         begin = state.iteration

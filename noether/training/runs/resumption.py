@@ -18,6 +18,7 @@ from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate, BeforeTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
+from noether.distributed.ranks import report_errors
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.contents import WEIGHTS
 from noether.effects.disk.files import replace_text
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from noether.training.runs.interruption import Interruption
 
 
+@report_errors()
 def resume_run(  # noqa: PLR0913  # the options of the command line
     run_dir: Path,
     overrides: Sequence[str],

@@ -1,0 +1,89 @@
+"""The command line as one of several processes: an error is printed once, and the launcher gets the first one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from noether.cli.output import discard_unwritten, print_line
+from noether.config.errors import ConfigError
+from noether.distributed.launch import launched_rank, launched_world_size, write_error_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def announce(error: BaseException) -> str | None:
+    """Report an error to the other ranks and to the launcher.
+
+    Returns:
+        What this process prints before the error, such as `rank 1: `; None if another rank prints the first error.
+    """
+    if launched_world_size() == 1:
+        return ""
+    text, time_s, prefix = f"{type(error).__name__}: {error}", time.time(), None if launched_rank() else ""
+    if (joined := sys.modules.get("noether.distributed.ranks")) is not None:
+        ranks = joined.current_ranks()
+        first = ranks.failures.report(error)
+        if first is not None and first.reporter != ranks.rank:
+            # torchrun takes the earliest second as the root cause, and this rank ended in the same one.
+            text, time_s, prefix = str(first), first.time_s + 1, None
+        elif first is not None:
+            text, time_s, prefix = str(first), first.time_s, _prefix(error, ranks.rank)
+    write_error_file(text, time_s)
+    return prefix
+
+
+def _prefix(error: BaseException, rank: int) -> str:
+    """Return which rank an error is of, unless it says so, or is that of all ranks."""
+    from noether.distributed.failures import RankError
+
+    return "" if isinstance(error, RankError | ConfigError) else f"rank {rank}: "
+
+
+class Commands(click.Group):
+    """Commands that several processes may run at once."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command as click does; as one of several processes, print its errors once and then end at once."""
+        run: Callable[..., Any] = super().main
+        if not standalone_mode or launched_world_size() == 1:
+            return run(*args, standalone_mode=standalone_mode, **extra)
+        if launched_rank():
+            logging.getLogger("noether").setLevel(logging.ERROR)  # rank 0 logs the same
+            warnings.simplefilter("ignore")
+        try:
+            code = run(*args, standalone_mode=False, **extra)
+        except click.UsageError as error:
+            if announce(error) is not None:
+                error.show()
+            code = error.exit_code
+        except click.ClickException as error:  # which reports itself
+            error.show()
+            code = error.exit_code
+        except click.Abort:
+            code = 1
+        except SystemExit as end:
+            code = end.code
+        except Exception as error:  # noqa: BLE001  # an error of noether, whose traceback is shown
+            if (prefix := announce(error)) is not None:
+                print_line(f"{prefix}{''.join(traceback.format_exception(error))}", err=True)
+            code = 1
+        return end_process(code)
+
+
+def end_process(code: Any) -> NoReturn:
+    """End this process; after a failure of a rank, without waiting for collectives that are under way."""
+    joined = sys.modules.get("noether.distributed.ranks")
+    if joined is not None and joined.current_ranks().failures.first() is not None:
+        discard_unwritten()
+        logging.shutdown()
+        os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)
