@@ -1,4 +1,4 @@
-"""`noether`: plan, train, resume, evaluate, replay and validate runs of a YAML file."""
+"""`noether`: plan, train, resume, evaluate, export, replay and validate runs of a YAML file."""
 
 from __future__ import annotations
 
@@ -161,6 +161,30 @@ def evaluate(
 
     with _errors_as_messages():
         sys.exit(command.evaluate(run_dir, checkpoint, weights, settings, allow, data))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--checkpoint", default="latest", show_default=True, metavar="TAG", help=f"{_CHECKPOINT_NAMES}.")
+@click.option(
+    "--to",
+    "target",
+    metavar="FILE.safetensors",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The file to write; it must not exist.",
+)
+@click.option("--weights", metavar="NAME", help="Export averaged weights, e.g. ema=0.999.")
+def export(run_dir: Path, checkpoint: str, target: Path, weights: str | None) -> None:
+    """Write the weights of a checkpoint to one safetensors file.
+
+    `load_state_dict` of the model takes it, and so does `run.init_from` of another run. The command needs no code of
+    the model, and joins the shards that several ranks saved.
+    """
+    from noether.cli import export as command
+
+    with _errors_as_messages():
+        command.export(run_dir, checkpoint, weights, target)
 
 
 @main.command()

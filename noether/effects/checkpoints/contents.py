@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from noether.core.effect import SaveCheckpoint
     from noether.core.iteration import TrainingIteration
-    from noether.effects.checkpoints.shards import Place
+    from noether.effects.checkpoints.shards import Placement
 
     Pieces = Iterable[bytes | memoryview]
     Tensors = Mapping[str, torch.Tensor]
@@ -93,9 +93,12 @@ def shard_names(names: Iterable[str], file: str) -> list[str]:
     found = sorted(name for name in names if name != file and file_of(name) == file)
     if not found:
         return []
-    expected = [shard_name(file, rank, len(found)) for rank in range(len(found))]
-    if missing := sorted(set(expected).difference(found)):
+    count = int(found[0].rpartition("-")[2].partition(".")[0])
+    expected = [shard_name(file, rank, count) for rank in range(min(count, len(found) + 1))]
+    if missing := [name for name in expected if name not in found]:
         raise ValueError(f"{missing[0]} is missing beside {found[0]}")
+    if len(found) > len(expected):
+        raise ValueError(f"{max(set(found).difference(expected))} lies beside {found[0]}, which is of another save")
     return expected
 
 
@@ -198,22 +201,20 @@ def _encode_extra_state(
 
 
 def read_state(
-    files: Mapping[str, bytes],
-    iteration: TrainingIteration,
-    place: Place = lambda name, shape: None,  # noqa: ARG005  # names the arguments
+    files: Mapping[str, bytes], iteration: TrainingIteration, placement: Placement | None = None
 ) -> TrainState:
     """Return the state in the files of a checkpoint, on the CPU; fields that were not saved have their defaults.
 
     Args:
-        files: Content of the files by name.
+        files: Content of the files by name; each is read once.
         iteration: Iteration in the manifest, with which the state has to agree.
-        place: Where tensors of sharded files are to be; by default each is the whole tensor.
+        placement: What this rank stores of tensors in sharded files; None for the whole tensors.
 
     Raises:
         ContentError: If the content of a file is not exactly what `checkpoint_files` writes.
     """
     state = TrainState(iteration=iteration)
-    read = {file: _read_tensor_file(files, file, place) for file in (WEIGHTS, OPTIMIZER, MEMORY)}
+    read = {file: _read_tensor_file(files, file, placement) for file in (WEIGHTS, OPTIMIZER, MEMORY)}
     if STATE in files:
         with _name_file_in_errors(STATE):
             state = _decode_state_file(files[STATE], iteration, read[OPTIMIZER][0], read[MEMORY][0])
@@ -223,18 +224,22 @@ def read_state(
     return state
 
 
-def _read_tensor_file(files: Mapping[str, bytes], file: str, place: Place) -> tuple[dict[str, torch.Tensor], Facts]:
+def _read_tensor_file(
+    files: Mapping[str, bytes], file: str, placement: Placement | None
+) -> tuple[dict[str, torch.Tensor], Facts]:
     with _name_file_in_errors(file):
         if file in files:
             return read_tensors(files[file])
         shards = shard_names(files, file)
-        return read_shards((files[name] for name in shards), place) if shards else ({}, {})
+        return read_shards(shards, files, placement) if shards else ({}, {})
 
 
 @contextmanager
 def _name_file_in_errors(name: str) -> Iterator[None]:
     try:
         yield
+    except NoetherError:  # the file could not be read
+        raise
     except Exception as error:  # anyone may have written the file, so a reader can fail in any way: all are damage
         raise ContentError(f"{name}: {error_text(error)}") from error
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, final
 
+from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.tensors.tree import tensors
+from noether.effects.checkpoints.contents import FILES, checkpoint_files, file_of
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.shards import is_sharded
-from noether.effects.checkpoints.state_codec import error_text
+from noether.effects.checkpoints.state_codec import CONVERTER, error_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from noether.core.state import TrainState
+    from noether.effects.checkpoints.contents import Pieces
+    from noether.effects.checkpoints.writer import Writer
 
     Order = Mapping[str, Any]
     """What the other ranks have to do; the last one of a save has the key `end`, with an error text or None."""
@@ -96,9 +102,11 @@ class JointSaves:
 
     Args:
         ranks: The ranks of the run.
+        writer: Writes the files of this rank.
     """
 
-    def __init__(self, ranks: SavingRanks) -> None:
+    def __init__(self, ranks: SavingRanks, writer: Writer) -> None:
+        self._writer = writer
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self._exchange, self._control = ranks.saving, ranks.control
         self._is_leading = False
@@ -132,13 +140,49 @@ class JointSaves:
         finally:
             self._is_leading = False
 
-    def run(self, order: Order, carry_out: Callable[[], _Result]) -> list[_Result]:
-        """Give an order to the other ranks, carry it out here, and return the results of all ranks. For rank 0.
+    def write(self, tag: str, effect: SaveCheckpoint, files: Mapping[str, Pieces]) -> dict[str, tuple[int, str]]:
+        """Write the files of a checkpoint on all ranks that have some; return size and SHA-256 by name. For rank 0.
+
+        Args:
+            tag: Tag of the checkpoint, whose temporary directory exists.
+            effect: The request.
+            files: The files of this rank, as `checkpoint_files` returns them.
 
         Raises:
-            RankSaveError: If another rank failed, once all have ended; the message names the rank and its error.
-            Exception: Whatever `carry_out` raises here.
+            RankSaveError: If another rank failed; the message names the rank and its error.
         """
+        return self._run_if_sharded({"do": "write", "tag": tag}, effect, files, lambda: self._writer.write(tag, files))
+
+    def hash_files(
+        self, effect: SaveCheckpoint, state: TrainState, names: Collection[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield name and SHA-256 of the files that a save would write, those of this rank first. For rank 0.
+
+        Args:
+            effect: The request.
+            state: The state.
+            names: Names of the files; shards belong to the file of which they are parts.
+        """
+        files = checkpoint_files(effect, state, 0, self.world_size)
+        yield from _hashes(files, names)
+        order = {"do": "hash", "names": tuple(sorted(names))}
+        yield from self._run_if_sharded(order, effect, files, dict[str, str]).items()
+
+    def _run_if_sharded(
+        self,
+        order: Order,
+        effect: SaveCheckpoint,
+        files: Mapping[str, Pieces],
+        carry_out: Callable[[], Mapping[str, _Result]],
+    ) -> dict[str, _Result]:
+        """Return the results of all ranks if files have shards, else those of rank 0, which others do not wait for."""
+        if FILES.issuperset(files):
+            return dict(carry_out())
+        results = self._run({**order, "request": json.dumps(CONVERTER.unstructure(effect))}, carry_out)
+        return {name: result for each in results for name, result in each.items()}
+
+    def _run(self, order: Order, carry_out: Callable[[], _Result]) -> list[_Result]:
+        """Give an order to the other ranks, carry it out here, and return the results of all ranks."""
         self._gather(_ORDER, order)
         error: Exception | None = None
         result: _Result | None = None
@@ -154,8 +198,8 @@ class JointSaves:
                 raise RankSaveError(f"rank {rank}: {report['error']}")
         return [report["result"] for report in reports]
 
-    def follow(self, carry_out: Callable[[Order], Any]) -> None:
-        """Carry out the orders of rank 0 until it ends the save. For all other ranks.
+    def follow(self, state: TrainState) -> None:
+        """Carry out the orders of rank 0 for a state until it ends the save. For all other ranks.
 
         Raises:
             CheckpointError: If the save failed, with the error of rank 0.
@@ -168,11 +212,19 @@ class JointSaves:
                 return
             report: dict[str, Any] = {"result": None, "error": None}
             try:
-                report["result"] = carry_out(order)
+                report["result"] = self._carry_out(state, order)
             except Exception as error:  # noqa: BLE001  # rank 0 raises it
                 is_clear = isinstance(error, (OSError, NoetherError, TypeError))
                 report["error"] = str(error) if is_clear else error_text(error)
             self._gather(_RESULT, report)
+
+    def _carry_out(self, state: TrainState, order: Order) -> dict[str, Any]:
+        """Write the shards of this rank, or return their hashes."""
+        request = CONVERTER.structure(json.loads(order["request"]), SaveCheckpoint)
+        files = checkpoint_files(request, state, self.rank, self.world_size)
+        if order["do"] == "hash":
+            return dict(_hashes(files, order["names"]))
+        return dict(self._writer.write(order["tag"], files))
 
     def answer_of_rank_0(self, what: str, answer: bool) -> bool:  # noqa: FBT001  # it is data
         """Return the answer of rank 0 on all ranks, asked in the main thread."""
@@ -184,3 +236,12 @@ class JointSaves:
         except BaseException as error:
             self.failure = error
             raise
+
+
+def _hashes(files: Mapping[str, Pieces], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    for name, pieces in files.items():
+        if file_of(name) in names:
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            yield name, digest.hexdigest()

@@ -246,6 +246,6 @@ def _check_shards(manifest: Manifest) -> None:
     try:
         shards = [name for file in FILES for name in shard_names(manifest.parts, file)]
     except ValueError as error:
-        raise ManifestError(f"a shard {error}") from None
+        raise ManifestError(f"its shards are incomplete: {error}") from None
     if bool(shards) != (manifest.format >= FORMAT) or any(file_of(name) in manifest.parts for name in shards):
         raise ManifestError("its shards do not fit its format, or lie beside a whole file")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from noether.effects.checkpoints.contents import ContentError, read_state
@@ -18,10 +20,13 @@ from noether.effects.checkpoints.listing import (
     read_error,
 )
 from noether.effects.checkpoints.names import find_tag
+from noether.effects.checkpoints.shards import Placement, find_placement
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.files import read_file
+from noether.effects.disk.files import read_begin, read_file
+from noether.effects.disk.tensor_files import header_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from noether.core.state import TrainState
@@ -29,6 +34,25 @@ if TYPE_CHECKING:
     from noether.effects.disk.calls import Disk
 
 _LOGGER: Final = logging.getLogger(__name__)
+
+
+class _VerifiedFiles(Mapping[str, bytes]):
+    """The files of a checkpoint by name; each is read and verified when it is asked for, and not kept."""
+
+    def __init__(self, manifest: Manifest, read: Callable[[str, str, Part], bytes]) -> None:
+        self._manifest, self._read = manifest, read
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._read(self._manifest.tag, name, self._manifest.parts[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._manifest.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manifest.parts)
+
+    def __len__(self) -> int:
+        return len(self._manifest.parts)
 
 
 class CheckpointReader:
@@ -73,15 +97,21 @@ class CheckpointReader:
         """Return the manifest of the newest resumable checkpoint, or None; its files are not verified."""
         return next((manifest for manifest in reversed(self.manifests()) if manifest.resumable), None)
 
-    def load(self, manifest: Manifest) -> TrainState:
+    def load(self, manifest: Manifest, like: TrainState | None = None) -> TrainState:
         """Return the state in a checkpoint, on the CPU; fields that were not saved have their defaults.
+
+        Args:
+            manifest: The checkpoint.
+            like: A state with shards on several ranks, which gives the placement of tensors: see `find_placement`. Each
+                rank reads only the files that have a part of what it stores. By default all tensors are whole.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
         """
-        files = {name: self._read_verified(manifest.tag, name, part) for name, part in manifest.parts.items()}
+        files = _VerifiedFiles(manifest, self._read_verified)
+        placement = None if like is None else Placement(find_placement(like), partial(self._read_header, manifest.tag))
         try:
-            state = read_state(files, manifest.iteration)
+            state = read_state(files, manifest.iteration, placement)
         except ContentError as error:
             raise CheckpointError(f"{self._directory / manifest.tag} does not hold a state: {error}") from error
         has_ended = pointer_text(manifest) == read_ended(self._directory, self._disk)
@@ -133,6 +163,17 @@ class CheckpointReader:
         if len(content) != part.size_bytes or hashlib.sha256(content).hexdigest() != part.sha256:
             raise CheckpointError(f"{path} is damaged: its content is not what was written")
         return content
+
+    def _read_header(self, tag: str, name: str) -> bytes:
+        """Return the header of a file of tensors, which is not verified."""
+        path = self._directory / tag / name
+        try:
+            begin = read_begin(path, 8, self._disk)
+            return read_begin(path, header_bytes(begin), self._disk)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing") from error
+        except (OSError, MemoryError) as error:
+            raise read_error(path, error) from error
 
     def _refuse_to_start_over(self, listing: Listing, damaged: list[CheckpointError]) -> None:
         """Raise the reasons why the run can resume from none of its checkpoints; do nothing if it has none."""

@@ -12,13 +12,12 @@ import torch
 
 from noether.core.errors import NoetherError
 from noether.core.tensors.dtensors import is_distributed, local_part, with_local_part
-from noether.effects.disk.tensor_files import is_permuted, read_offsets, read_tensors, tensor_pieces
+from noether.effects.disk.tensor_files import is_permuted, read_offsets, read_shapes, read_tensors, tensor_pieces
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    Place = Callable[[str, tuple[int, ...]], torch.Tensor | None]
-    """Returns the DTensor whose placement a tensor of this name and shape gets, or None for the whole tensor."""
+    from noether.core.state import TrainState
 
 _INDEX: Final = "whole"
 """The entry of the first of several files with shape and dtype of all whole tensors, in their order."""
@@ -28,6 +27,19 @@ _SMALL_BYTES: Final = 1 << 20
 
 class ShardingError(NoetherError, TypeError):
     """A tensor is distributed over ranks in a way that a checkpoint cannot hold."""
+
+
+class Placement(NamedTuple):
+    """What this rank stores of the tensors in sharded files.
+
+    Args:
+        find: Returns a DTensor of the shape of a tensor in the placement that it gets, by its name and shape; None for
+            the whole tensor.
+        read_header: Returns the begin of a file, at least its header; it need not be verified.
+    """
+
+    find: Callable[[str, tuple[int, ...]], torch.Tensor | None]
+    read_header: Callable[[str], bytes]
 
 
 class Region(NamedTuple):
@@ -199,9 +211,10 @@ def _describe(tensor: torch.Tensor) -> dict[str, Any]:
 class _Target:
     """A tensor, or the part of it that this rank stores, which is filled with what files have of it."""
 
-    def __init__(self, name: str, described: Mapping[str, Any], place: Place) -> None:
+    def __init__(self, name: str, described: Mapping[str, Any], placement: Placement | None) -> None:
         shape, dtype = tuple(described["shape"]), getattr(torch, described["dtype"])
-        self._like = place(name, shape)
+        self._like = None if placement is None else placement.find(name, shape)
+        self.ndim = len(shape)
         self._name, self._region = name, whole_region(shape)
         if self._like is not None:
             local = local_part(self._like)
@@ -246,27 +259,66 @@ def _own_region(like: torch.Tensor) -> Region:
     return region
 
 
+def find_placement(like: TrainState) -> Callable[[str, tuple[int, ...]], torch.Tensor | None]:
+    """Return the function that finds where a tensor of a checkpoint belongs: where the parameter of its name does.
+
+    A tensor of an optimizer or a callback, such as a moment or an average, has the name of its parameter in its path;
+    if it has the same shape, too, it gets the same placement. Others are whole on each rank.
+
+    Args:
+        like: A state whose params have the placements.
+    """
+    distributed = {name: param for name, param in like.params.items() if is_distributed(param)}
+    named = {**distributed, **{name: distributed[own] for name, own in like.tied_names.items() if own in distributed}}
+
+    def find(path: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        parts = path.split(".")
+        ends = ((begin, end) for begin in range(len(parts)) for end in range(len(parts), begin, -1))
+        for begin, end in ends:  # the longest name first, from the left
+            found = named.get(".".join(parts[begin:end]))
+            if found is not None and found.shape == shape:
+                return found
+        return None
+
+    return find
+
+
 def read_shards(
-    contents: Iterable[bytes],
-    place: Place = lambda name, shape: None,  # noqa: ARG005  # names the arguments
+    names: Sequence[str], files: Mapping[str, bytes], placement: Placement | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the tensors whose parts are in several files, on the CPU, and the facts in the first file.
 
     Args:
-        contents: Content of the files in their order; each is needed only until the next one is requested.
-        place: Where the tensors are to be; by default each is the whole tensor.
+        names: Names of the files in their order.
+        files: Content of the files by name; each is needed only until the next one is read.
+        placement: What this rank stores; by default each tensor is whole. Files without a part of that are not read.
 
     Raises:
         Exception: If the files are not exactly those that `shard_pieces` makes.
     """
     targets: dict[str, _Target] = {}
     facts: dict[str, Any] = {}
-    for index, content in enumerate(contents):
+    for index, name in enumerate(names):
+        if index and placement is not None and not _has_part(placement.read_header(name), targets):
+            continue
+        content = files[name]
         parts, found = read_tensors(content)
         if index == 0:
             facts = found
-            targets = {name: _Target(name, described, place) for name, described in facts.pop(_INDEX).items()}
+            targets = {key: _Target(key, described, placement) for key, described in facts.pop(_INDEX).items()}
         offsets = read_offsets(content)
-        for name, part in parts.items():
-            targets[name].fill(Region(tuple(offsets[name][: part.ndim]), tuple(part.shape)), part)
+        for key, part in parts.items():
+            targets[key].fill(Region(tuple(offsets[key][: part.ndim]), tuple(part.shape)), part)
     return {name: target.result() for name, target in targets.items()}, facts
+
+
+def _has_part(header: bytes, targets: Mapping[str, _Target]) -> bool:
+    """Return whether a file has a part that belongs here, by its header, which is not verified.
+
+    A part that a damaged header hides is missing in the end, which is an error.
+    """
+    offsets = read_offsets(header)
+    return any(
+        targets[name].needs(Region(tuple(offsets[name][: targets[name].ndim]), tuple(shape[: targets[name].ndim])))
+        for name, shape in read_shapes(header).items()
+    )

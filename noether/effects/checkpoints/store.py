@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from noether.core.effect import SaveCheckpoint
 from noether.core.errors import WeightsError
 from noether.core.event import AfterTraining, AfterUpdate, kind_of
-from noether.effects.checkpoints.contents import FILES, ModelNamesError, checkpoint_files, file_of, requested_files
+from noether.effects.checkpoints.contents import ModelNamesError, checkpoint_files, requested_files
 from noether.effects.checkpoints.joint_saves import ALONE, JointSaves, has_shards
 from noether.effects.checkpoints.listing import CheckpointError, Listing
 from noether.effects.checkpoints.manifest import END, NAME, Manifest, Part, recorded_saves
@@ -22,23 +18,20 @@ from noether.effects.checkpoints.pruning import Pruner
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.reuse import covers, covers_end, differs_only_in_end, same_content, same_weights
-from noether.effects.checkpoints.state_codec import CONVERTER
 from noether.effects.checkpoints.writer import Writer
 from noether.effects.disk.calls import DISK
 from noether.effects.logs.jsonl import LogCount
 
-_Result = TypeVar("_Result")
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from noether.core.effect import SaveCheckpoint
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
-    from noether.effects.checkpoints.contents import Pieces
-    from noether.effects.checkpoints.joint_saves import Order, SavingRanks
+    from noether.effects.checkpoints.joint_saves import SavingRanks
     from noether.effects.disk.calls import Disk
 
 
@@ -62,8 +55,8 @@ class CheckpointStore(CheckpointReader):
     def __init__(self, directory: Path, run_id: str, disk: Disk = DISK, ranks: SavingRanks = ALONE) -> None:
         super().__init__(directory, disk)
         self._run_id = run_id
-        self._joint = JointSaves(ranks)
         self._writer = Writer(directory, disk)
+        self._joint = JointSaves(ranks, self._writer)
         listing = self._list()
         # The number of a segment is never used twice, and a damaged checkpoint may belong to a later segment.
         self._segment = 1 + max((each.segment for each in listing.manifests), default=0) + len(listing.damaged)
@@ -97,7 +90,7 @@ class CheckpointStore(CheckpointReader):
             with self.lead(state):
                 self._save(effect, state, event, fsync_logs)
         else:
-            self._joint.follow(partial(self._carry_out, state))
+            self._joint.follow(state)
 
     def lead(self, state: TrainState) -> AbstractContextManager[None]:
         """Return a block of rank 0 in which the other ranks, which call `save`, write what it tells them to."""
@@ -223,12 +216,12 @@ class CheckpointStore(CheckpointReader):
             return True
         if saved.tag in {*self._committed, self._parent}:
             if event is AfterTraining:  # a run that resumes before the end dispatches it again, so weights are enough
-                return same_weights(saved, effect, state, self._hash_files)
+                return same_weights(saved, effect, state, self._joint.hash_files)
             # Saved again when interrupted.
-            return event is AfterUpdate and same_content(saved, effect, state, self._hash_files)
+            return event is AfterUpdate and same_content(saved, effect, state, self._joint.hash_files)
         # A process that was killed before it saved the checkpoint to resume from left it.
         left = saved.segment < self._segment and not saved.resumable
-        return left and same_content(saved, effect, state, self._hash_files) and self._is_intact(saved)
+        return left and same_content(saved, effect, state, self._joint.hash_files) and self._is_intact(saved)
 
     def _is_intact(self, manifest: Manifest) -> bool:
         """Return whether all files of a checkpoint of another process are intact; its name is then on the disk."""
@@ -283,43 +276,10 @@ class CheckpointStore(CheckpointReader):
             except ModelNamesError as error:
                 raise CheckpointError(str(error)) from error
             self._writer.begin(draft.tag)
-            order = {"do": "write", "tag": draft.tag}
-            written = self._run_on_ranks(order, effect, files, lambda: self._writer.write(draft.tag, files))
+            written = self._joint.write(draft.tag, effect, files)
             log = fsync_logs()
         parts = {name: Part(size_bytes=size_bytes, sha256=sha256) for name, (size_bytes, sha256) in written.items()}
         return replace(draft.with_parts(parts), log_lines=log.lines, log_lines_lost=log.lost)
-
-    def _hash_files(
-        self, effect: SaveCheckpoint, state: TrainState, names: Collection[str]
-    ) -> Iterator[tuple[str, str]]:
-        """Yield name and SHA-256 of the files that a save would write, those of this rank first."""
-        files = checkpoint_files(effect, state, 0, self._joint.world_size)
-        yield from _hashes(files, names)
-        order = {"do": "hash", "names": tuple(sorted(names))}
-        others = self._run_on_ranks(order, effect, files, dict[str, str])
-        yield from others.items()
-
-    def _run_on_ranks(
-        self,
-        order: Order,
-        effect: SaveCheckpoint,
-        files: Mapping[str, Pieces],
-        carry_out: Callable[[], Mapping[str, _Result]],
-    ) -> dict[str, _Result]:
-        """Return the results of all ranks if files have shards, else those of rank 0, which others do not wait for."""
-        if FILES.issuperset(files):
-            return dict(carry_out())
-        request = json.dumps(CONVERTER.unstructure(effect))
-        results = self._joint.run({**order, "request": request}, carry_out)
-        return {name: result for each in results for name, result in each.items()}
-
-    def _carry_out(self, state: TrainState, order: Order) -> dict[str, Any]:
-        """Carry out an order of rank 0: write the shards of this rank, or return their hashes."""
-        request = CONVERTER.structure(json.loads(order["request"]), SaveCheckpoint)
-        files = checkpoint_files(request, state, self._joint.rank, self._joint.world_size)
-        if order["do"] == "hash":
-            return dict(_hashes(files, order["names"]))
-        return self._writer.write(order["tag"], files)
 
     def _commit(self, saved: Manifest) -> None:
         with self._writer.report_errors(f"checkpoint {self._directory / saved.tag} could not be written"):
@@ -421,19 +381,10 @@ class CheckpointStore(CheckpointReader):
 
         Otherwise a resumed run dispatches `AfterTraining` again.
         """
-        if saved.resumable and differs_only_in_end(saved, effect, state, self._hash_files):
+        if saved.resumable and differs_only_in_end(saved, effect, state, self._joint.hash_files):
             with self._writer.report_errors(f"the end of the run could not be recorded in {self._directory}"):
                 fsync_logs()
                 self._writer.mark_ended(saved)
-
-
-def _hashes(files: Mapping[str, Pieces], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    for name, pieces in files.items():
-        if file_of(name) in names:
-            digest = hashlib.sha256()
-            for piece in pieces:
-                digest.update(piece)
-            yield name, digest.hexdigest()
 
 
 def _check_name(role: str, name: str) -> None:

@@ -15,12 +15,12 @@ from noether.core.errors import suggest
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tied_names import EXTRA_STATE, extra_state_name
-from noether.effects.checkpoints.contents import WEIGHTS, ContentError, read_state
+from noether.effects.checkpoints.contents import WEIGHTS, ContentError, file_of, read_state, shard_names
 from noether.effects.checkpoints.listing import MAX_POINTER_BYTES, CheckpointError
 from noether.effects.checkpoints.manifest import MANIFEST
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.checkpoints.state_codec import error_text
-from noether.effects.disk.tensor_files import FACTS, is_panic
+from noether.effects.disk.tensor_files import FACTS, SHARDING_INFO, is_panic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,8 +63,8 @@ def read_weights(path: Path, key: str | None = None) -> SavedWeights:
 
     Args:
         path: A checkpoint such as `runs/NAME/RUN_ID/checkpoints/latest`; a file `.safetensors`, or any other one that
-            torch saved, such as `.pt` or `.pth.tar`; or a directory with `weights.safetensors`, `model.safetensors`,
-            the index of several such files, or `pytorch_model.bin`.
+            torch saved, such as `.pt` or `.pth.tar`; or a directory with `weights.safetensors`, the shards of that,
+            `model.safetensors`, the index of several such files, or `pytorch_model.bin`.
         key: Dotted key of the state dict in a file of torch; None if there is only one, or one with a usual name.
 
     Raises:
@@ -95,6 +95,9 @@ def _read_directory(path: Path, key: str | None) -> SavedWeights:
     for name in _FILES:
         if (path / name).is_file():
             return _read_file(path / name, key)
+    if any(file_of(each.name) == WEIGHTS for each in path.iterdir()):
+        _refuse_key(key)
+        return SavedWeights(_read_shards(path), "file")
     for folder, what in ((path / "checkpoints", "a whole run"), (path, "a folder of checkpoints")):
         if folder.is_dir() and (folder is not path or any(path.glob(f"*/{MANIFEST}"))):
             raise CheckpointError(f"it is {what}: give one of its checkpoints, such as {folder / 'newest'}")
@@ -133,10 +136,21 @@ def _refuse_key(key: str | None) -> None:
         raise CheckpointError(f"key: {key!r} is for files of torch, which may hold several state dicts; remove it")
 
 
+def _read_shards(folder: Path) -> Mapping[str, Any]:
+    """Return the weights in a folder with the shards of all ranks."""
+    try:
+        names = shard_names([each.name for each in folder.iterdir()], WEIGHTS)
+        return _values_of(read_state({name: (folder / name).read_bytes() for name in names}, TrainingIteration()))
+    except (ContentError, OSError, ValueError) as error:
+        raise CheckpointError(f"the folder does not hold weights: {error}") from error
+
+
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         with safe_open(path, "pt") as file:
-            if FACTS not in (file.metadata() or {}):
+            metadata = file.metadata() or {}
+            _refuse_shard(path, metadata)
+            if FACTS not in metadata:
                 return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # it is no mapping
         return _values_of(read_state({WEIGHTS: path.read_bytes()}, TrainingIteration()))
     except ContentError as error:
@@ -145,6 +159,11 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise CheckpointError(f"{path.name} is no safetensors file: {error_text(error)}") from error
+
+
+def _refuse_shard(path: Path, metadata: Mapping[str, str]) -> None:
+    if SHARDING_INFO in metadata:
+        raise ContentError(f"it has only the shards that one rank saved: give the folder {path.parent}")
 
 
 def _values_of(state: TrainState) -> dict[str, Any]:

@@ -100,6 +100,19 @@ def read_file(path: Path, disk: Disk = DISK, *, limit: int | None = None) -> byt
     return b"".join(pieces)
 
 
+def read_begin(path: Path, size: int, disk: Disk = DISK) -> bytes:
+    """Return the first bytes of a regular file, at most `size`; links are not followed.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    file = disk.open_to_read(path)
+    try:
+        return disk.read(file, min(size, disk.size(file)))
+    finally:
+        disk.close(file)
+
+
 def make_directories(path: Path, disk: Disk = DISK) -> None:
     """Create a directory and its missing parents, and return once their entries are on the disk."""
     missing = disk.kind(path) is None

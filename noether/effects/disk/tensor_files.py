@@ -22,6 +22,7 @@ METADATA: Final = "__metadata__"
 SHARDING_INFO: Final = "DCP_SHARDING_INFO"
 """Metadata of a file with shards: where each tensor lies in the whole; torch.distributed.checkpoint reads it, too."""
 _OFFSETS: Final = "saved_offsets"
+_OF_TORCH: Final = {"format": "pt"}
 _LENGTH_BYTES: Final = 8
 _PIECE_BYTES: Final = 1 << 20
 _DTYPES: Final = {
@@ -75,22 +76,40 @@ def tensor_pieces(
         >>> read_tensors(content)
         ({'w': tensor([1., 1.])}, {'note': 'x', 'strides': {}})
     """
-    # Sorted by decreasing element size, so that every tensor is aligned.
     for name, tensor in tensors.items():
         _check(name, tensor)
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     facts["strides"] = {name: tensor.stride() for name, tensor in tensors.items() if is_permuted(tensor)}
     if other := {name: str(each.dtype) for name, each in tensors.items() if each.dtype not in _DTYPES}:
         facts["dtypes"] = {name: dtype.removeprefix("torch.") for name, dtype in other.items()}
-    # The format allows only text as metadata.
-    header: dict[str, Any] = {METADATA: {FACTS: json.dumps(facts)}}
+    metadata = {FACTS: json.dumps(facts)}
     if offsets is not None:
         # A dtype that the format does not have is stored with one more dimension.
-        stored_offsets = {
-            name: [*begin, *([] if tensors[name].dtype in _DTYPES else [0])] for name, begin in offsets.items()
-        }
-        info = {name: {_OFFSETS: begin} for name, begin in stored_offsets.items()}
-        header[METADATA] |= {"format": "pt", SHARDING_INFO: json.dumps(info)}
+        info = {name: {_OFFSETS: [*begin, *([0] if name in other else [])]} for name, begin in offsets.items()}
+        metadata |= {**_OF_TORCH, SHARDING_INFO: json.dumps(info)}
+    yield from _file_pieces(tensors, metadata)
+
+
+def plain_tensor_pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file without facts, as other programs write it.
+
+    Raises:
+        TypeError: As `tensor_pieces`, and if the format does not have the dtype of a tensor.
+
+    Example:
+        >>> load(b"".join(plain_tensor_pieces({"w": torch.ones(2)})))
+        {'w': tensor([1., 1.])}
+    """
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} is of type {tensor.dtype}, which safetensors files do not have")
+    yield from _file_pieces(tensors, _OF_TORCH)
+
+
+def _file_pieces(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    # Sorted by decreasing element size, so that every tensor is aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {METADATA: metadata}  # the format allows only text there
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -121,7 +140,7 @@ def read_tensors(content: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
 
 def read_offsets(content: bytes) -> dict[str, list[int]]:
-    """Return where each tensor in a file with shards begins in the whole; the file was read by `read_tensors` before.
+    """Return where each tensor in a file with shards begins in the whole; the header of the file is enough.
 
     Raises:
         KeyError, ValueError, TypeError: If it is no file with shards.
@@ -134,9 +153,23 @@ def read_offsets(content: bytes) -> dict[str, list[int]]:
     return {name: each[_OFFSETS] for name, each in json.loads(_read_metadata(content)[SHARDING_INFO]).items()}
 
 
+def read_shapes(content: bytes) -> dict[str, list[int]]:
+    """Return the shapes with which the tensors in a file are stored, by name; the header of the file is enough."""
+    return {name: each["shape"] for name, each in _read_header(content).items() if name != METADATA}
+
+
+def header_bytes(begin: bytes) -> int:
+    """Return the size of the header of a file, from its first eight bytes."""
+    return _LENGTH_BYTES + int.from_bytes(begin[:_LENGTH_BYTES], "little")
+
+
+def _read_header(content: bytes) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(content[_LENGTH_BYTES : header_bytes(content)])
+    return header
+
+
 def _read_metadata(content: bytes) -> dict[str, str]:
-    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    metadata: dict[str, str] = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])[METADATA]
+    metadata: dict[str, str] = _read_header(content)[METADATA]
     return metadata
 
 

@@ -17,7 +17,7 @@ from noether.effects.disk.moves import move_directory
 from noether.effects.run_directory import CONFIG_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from noether.config import Config
     from noether.core.state import TrainState
@@ -39,13 +39,22 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = (), allow: Sequenc
         ConfigError: If `run_dir` is not the directory of a run, or an override changes what a resumed run may not
             change.
     """
+    require_run(run_dir)
     path = run_dir / CONFIG_FILE
-    if not path.is_file():
-        raise ConfigError([LocatedProblem(Place(str(run_dir)), (), _describe_no_run(run_dir))])
     config = load(path, overrides, allow, run_dir)
     if overrides:
         refuse_changes(load(path, (), allow, run_dir), config)
     return config
+
+
+def require_run(run_dir: Path) -> None:
+    """Raise an error that says what to give instead if `run_dir` is not the directory of a run.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise ConfigError([LocatedProblem(Place(str(run_dir)), (), _describe_no_run(run_dir))])
 
 
 def _describe_no_run(path: Path) -> str:
@@ -85,7 +94,9 @@ def target_directory(run_dir: Path, old: Config, config: Config) -> Path:
     return target
 
 
-def load_checkpoint(reader: CheckpointReader, name: str) -> tuple[Manifest, TrainState]:
+def load_checkpoint(
+    reader: CheckpointReader, name: str, select: Callable[[Manifest], Manifest] = lambda found: found
+) -> tuple[Manifest, TrainState]:
     """Return the checkpoint that a name means, and its state.
 
     A training process may replace the checkpoint of a pointer meanwhile; then the name is looked up again.
@@ -93,6 +104,7 @@ def load_checkpoint(reader: CheckpointReader, name: str) -> tuple[Manifest, Trai
     Args:
         reader: The checkpoints of the run.
         name: As in `find_tag`.
+        select: Returns the manifest with the files to read.
 
     Raises:
         ConfigError: If the name means no checkpoint, or several.
@@ -101,7 +113,7 @@ def load_checkpoint(reader: CheckpointReader, name: str) -> tuple[Manifest, Trai
     before = None
     while True:
         try:
-            manifest = reader.find(name)
+            manifest = select(reader.find(name))
         except CheckpointError as error:
             raise ConfigError([LocatedProblem(Place(f"--checkpoint {name}"), (), str(error))]) from error
         try:

@@ -1,0 +1,115 @@
+"""`noether export`: writes the weights of a checkpoint to one safetensors file."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from noether.cli.output import echo
+from noether.config import ConfigError
+from noether.config.errors import LocatedProblem, Place
+from noether.core.errors import WeightsError
+from noether.core.tensors.stored_weights import use_weights, weights_by_name
+from noether.core.tensors.tied_names import extra_state_name
+from noether.effects import CheckpointError
+from noether.effects.checkpoints.contents import WEIGHTS, file_of
+from noether.effects.checkpoints.reader import CheckpointReader
+from noether.effects.disk.calls import DISK
+from noether.effects.disk.files import TEMPORARY_PREFIX, os_error_text, replace_file
+from noether.effects.disk.tensor_files import plain_tensor_pieces
+from noether.effects.run_directory import CHECKPOINTS
+from noether.session.processes import refuse_several_processes
+from noether.training.runs.directories import load_checkpoint, require_run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from noether.core.state import TrainState
+    from noether.effects.checkpoints.manifest import Manifest
+
+_SUFFIX = ".safetensors"
+
+
+def export(run_dir: Path, checkpoint: str, weights: str | None, target: Path) -> None:
+    """Write the weights of a checkpoint, sharded or not, to one file that `load_state_dict` of the model takes.
+
+    It needs neither the model nor the code of the run, and does not change or lock the run. The file appears under its
+    name once it is complete.
+
+    Args:
+        run_dir: The run directory.
+        checkpoint: A name of the checkpoint, as in `find_tag`.
+        weights: Averaged weights in it, such as `ema=0.999`; None for those that the checkpoint is for.
+        target: The file, which must not exist.
+
+    Raises:
+        ProcessesError: If this is one of several processes.
+        ConfigError: If `run_dir` is not the directory of a run, the checkpoint or the weights do not exist, or `target`
+            cannot be the name of the file.
+        CheckpointError: If the checkpoint is damaged, or has no weights.
+        OSError: If the file cannot be written.
+    """
+    refuse_several_processes()
+    require_run(run_dir)
+    _check_target(target)
+    reader = CheckpointReader(run_dir / CHECKPOINTS)
+    manifest, state = load_checkpoint(reader, checkpoint, lambda found: _select_files(found, weights))
+    if WEIGHTS not in manifest.files:
+        raise CheckpointError(f"{manifest.tag} has no weights; give another checkpoint by --checkpoint")
+    if weights not in {None, manifest.weights_of}:
+        try:
+            state = use_weights(state, weights)
+        except WeightsError as error:
+            raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), str(error))]) from error
+    tensors, left_out = _collect_tensors(state)
+    _write(target, tensors)
+    if left_out:
+        echo(f"Warning: left out, because the file can hold only tensors: {', '.join(left_out)}", err=True)
+    size_mb = sum(each.numel() * each.element_size() for each in tensors.values()) / 1e6
+    source = weights or manifest.weights_of
+    of = f"{source} of {manifest.tag}" if source else manifest.tag
+    parts = f", below {', '.join(manifest.models)} only" if manifest.models else ""
+    echo(f"{target}: {len(tensors)} tensors, {size_mb:.1f} MB; the weights of {of}{parts}")
+
+
+def _check_target(target: Path) -> None:
+    problem = None
+    if target.suffix.lower() != _SUFFIX:
+        problem = f"is the name of another kind of file; write {target.with_suffix(_SUFFIX).name}"
+    elif target.exists() or target.is_symlink():
+        problem = "exists already; remove it, or give another name"
+    elif not target.parent.is_dir():
+        problem = f"the folder {str(target.parent)!r} does not exist; create it first"
+    if problem is not None:
+        raise ConfigError([LocatedProblem(Place(f"--to {target}"), (), problem)])
+
+
+def _select_files(manifest: Manifest, weights: str | None) -> Manifest:
+    """Return the manifest with the files that are needed: averages lie beside the state of callbacks."""
+    if weights not in {None, manifest.weights_of}:
+        return manifest
+    return replace(manifest, parts={name: part for name, part in manifest.parts.items() if file_of(name) == WEIGHTS})
+
+
+def _collect_tensors(state: TrainState) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the entries of a state dict that are tensors, and the names of the others."""
+    extra: dict[str, Any] = {extra_state_name(path): value for path, value in state.extra_state.items()}
+    values = {**weights_by_name(state), **extra}
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return tensors, [name for name in values if name not in tensors]
+
+
+def _write(target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    try:
+        replace_file(target, plain_tensor_pieces(tensors))
+    except BaseException as error:
+        with suppress(OSError):
+            DISK.remove(target.with_name(f"{TEMPORARY_PREFIX}{target.name}"))
+        if isinstance(error, OSError):
+            raise OSError(f"{target} could not be written: {os_error_text(error)}") from error
+        if isinstance(error, TypeError):
+            raise CheckpointError(f"{target} could not be written: {error}") from error
+        raise
