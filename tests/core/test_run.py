@@ -146,3 +146,13 @@ def test_a_rank_is_less_than_the_world_size():
     assert Run(rank=3, world_size=4).rank == 3
     with pytest.raises(SettingsError, match=r"^Run\.rank: 4 is not less than world_size, which is 4$"):
         Run(rank=4, world_size=4)
+
+
+def test_a_run_of_several_ranks_that_cannot_gather_is_refused_where_it_would():
+    several = Run(world_size=2)
+    with pytest.raises(
+        RuntimeError, match=r"^sizes: this run has several ranks, and cannot gather from them: pass Run"
+    ):
+        several.gather("sizes", 1)
+    assert several.replace(world_size=1).gather("sizes", 1) == (1,)
+    assert several.replace(gather=lambda _, value: [value, 2]).replace(rank=1).gather("sizes", 1) == [1, 2]

@@ -70,7 +70,7 @@ def results_have_the_bits_of_one_process():
     for seed in range(SEEDS):
         draw = random.Random(seed)  # noqa: S311
         length, batch_size = draw.randint(1, 23) if seed else 1, draw.choice([None, 1, 2, 3, 5])
-        data = {"val": EvaluationData(Collated(range(length)), seed=seed, batch_size=4)}
+        data = {"val": EvaluationData(Collated(range(length)), seed=seed, batch_size=4, num_workers=seed == 1)}
         callback = RandomResults(every_n_epochs=1, dataset_key="val", batch_size=batch_size, seed=seed)
         one = evaluate(callback, Run(data=data, forward=None))
         run = Run(data=data, forward=None, rank=ranks.rank, world_size=3, gather=ranks.control.gather)

@@ -99,6 +99,29 @@ def test_an_evaluation_is_left_before_the_next_batch(batch_size, by_time):
     assert len(data) == 6
 
 
+def test_ranks_leave_an_evaluation_at_the_exchange_after_it():
+    """The share of a rank ends; a rank that iterates all batches goes on, because no rank may leave alone."""
+
+    class Batches(list):
+        def with_sizes(self, rank=0, world_size=1):
+            yield from [(each, 1) for each in self[rank::world_size]]
+
+    def gather(_, value):
+        return [value, {"has_left": False, "value": 2}]
+
+    interrupted = []
+    run = interruptible(Run(data={"val": Batches(range(6))}, world_size=2, gather=gather), lambda: bool(interrupted))
+    share = run.data["val"].with_sizes(0, 2)
+    assert next(share) == (0, 1)
+    assert run.gather("results", 1) == [1, 2]
+    interrupted.append(True)
+    assert list(run.data["val"]) == [*range(6)]
+    assert [batch for batch, _ in run.data["val"].with_sizes()] == [*range(6)]
+    assert list(share) == []
+    with pytest.raises(DataInterrupt):
+        run.gather("results", 1)
+
+
 def test_data_without_batched_has_none_when_it_is_interruptible():
     data = interruptible(Run(data={"val": [1, 2]}), lambda: False).data["val"]
     assert list(data) == [1, 2]
