@@ -55,8 +55,9 @@ def _require_same_config(ranks: Ranks, config: Config) -> None:
         return
     first, *others = ranks.control.gather("configuration", _plain_tree(values))
     for rank, other in enumerate(others, 1):
-        for path, here, there in find_differences(first, other):
-            message = f"is {here!r} on rank 0 and {there!r} on rank {rank}; give all ranks the same configuration"
+        for path, *both in find_differences(first, other):
+            here, there = ("not given" if value is None else value for value in both)
+            message = f"is {here} on rank 0 and {there} on rank {rank}; give all ranks the same configuration"
             raise config.error(path, message)
 
 
@@ -112,7 +113,7 @@ def load_tag(run_dir: Path, tag: str, ranks: Ranks) -> tuple[Manifest, TrainStat
     Raises:
         CheckpointError: If this rank does not see it, or it is damaged.
     """
-    path = run_dir / CHECKPOINTS / tag
+    path = (run_dir / CHECKPOINTS / tag).absolute()
     if not path.is_dir():
         raise CheckpointError(f"rank {ranks.rank} does not see {path}, which rank 0 does: all ranks need the same disk")
     reader = CheckpointReader(run_dir / CHECKPOINTS)
