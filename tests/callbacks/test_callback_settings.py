@@ -123,12 +123,12 @@ def test_nan():
 
 
 def test_metric():
-    known = "'accuracy', 'binary_accuracy', or a function of outputs and batch"
+    known = "'accuracy', 'binary_accuracy', a function of outputs and batch, or a metric of torchmetrics"
     assert problems(MetricCallback, every_n_epochs=1, metric="acuracy") == [
         f"metric: 'acuracy' is not {known}; did you mean 'accuracy'?"
     ]
     assert problems(EvaluateCallback, every_n_epochs=1, measures=("loss", 3)) == [
-        "measures: 3 is not 'accuracy', 'binary_accuracy', or a function of outputs and batch"
+        "measures: 3 is not 'accuracy', 'binary_accuracy', a function of outputs and batch, or a metric of torchmetrics"
     ]
 
 

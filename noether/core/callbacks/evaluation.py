@@ -44,7 +44,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
 
     @cached_property
     def _metrics(self) -> Mapping[str, MetricFunction | MetricObject]:
-        return {name: metric for measure in self._measures for name, metric in _named(measure)}
+        return {name: metric for measure in self._measures for name, metric in _metrics_in(measure)}
 
     @property
     def _output_patterns(self) -> tuple[str, ...]:
@@ -258,7 +258,7 @@ class EvaluateCallback(_Evaluation):
         """Yield the problems of the settings."""
         yield from super().problems()
         names = ["loss"] * sum(map(_is_loss, self.measures))
-        names += [f"metric {name}" for measure in self._measures for name, _ in _named(measure)]
+        names += [f"metric {name}" for measure in self._measures for name, _ in _metrics_in(measure)]
         if not names or len(set(names)) < len(names):
             yield Problem(
                 "measures", f"{list(self.measures)} is not a list of different measures, like [loss, accuracy]"
@@ -288,7 +288,7 @@ def _is_loss(measure: object) -> bool:
     return isinstance(measure, str) and measure == "loss"  # a metric of torchmetrics makes a metric of `==`
 
 
-def _named(metric: str | MetricFunction) -> Iterator[tuple[str, MetricFunction | MetricObject]]:
+def _metrics_in(metric: str | MetricFunction) -> Iterator[tuple[str, MetricFunction | MetricObject]]:
     """Yield the name and the function of a metric, or those of each metric in a collection of torchmetrics."""
     objects = metric_objects(metric)
     if objects is None:

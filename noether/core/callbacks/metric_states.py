@@ -78,7 +78,7 @@ def is_metric_class(kind: type, base: str = "Metric") -> bool:
 
 
 def is_metric(value: object) -> bool:
-    """Return whether `value` is a metric of torchmetrics; a `MetricCollection` is none."""
+    """Return whether `value` is one metric of torchmetrics, which a `MetricCollection` is not."""
     return is_metric_class(type(value))
 
 

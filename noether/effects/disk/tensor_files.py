@@ -75,6 +75,8 @@ def tensor_pieces(
         >>> content = b"".join(tensor_pieces({"w": torch.ones(2)}, note="x"))
         >>> read_tensors(content)
         ({'w': tensor([1., 1.])}, {'note': 'x', 'strides': {}})
+        >>> read_tensors(b"".join(tensor_pieces({"column of one row": torch.ones(1, 3)[:, 0]})))[0]
+        {'column of one row': tensor([1.])}
     """
     for name, tensor in tensors.items():
         _check(name, tensor)
@@ -206,7 +208,8 @@ def _check(name: str, tensor: torch.Tensor) -> None:
 def _tensor_bytes(name: str, tensor: torch.Tensor) -> memoryview:
     try:
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        content: Any = plain.reshape(-1).view(torch.uint8).numpy()
+        flat = plain.as_strided((plain.numel(),), (1,))  # `reshape` keeps any stride of one number
+        content: Any = flat.view(torch.uint8).numpy()
     except RuntimeError as error:  # a lost device, for example
         raise TypeError(f"{name} cannot be read from {tensor.device}: {error}") from error
     return memoryview(content)
