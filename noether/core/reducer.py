@@ -150,6 +150,18 @@ class Reducer:
         """Return the memory that the members start with, by name."""
         return FrozenDict({name: memory for member in self.members for name, memory in init_of(member, state).items()})
 
+    def members_called(self, state: TrainState, event_type: type[Event]) -> tuple[Callback, ...]:
+        """Return the members that it calls at an event of this type: a function of their schedules and the iteration.
+
+        Example:
+            >>> from noether import TrainState, every_n_updates
+            >>> reducer = compose(every_n_updates(2)(lambda state, event: (state, ())))
+            >>> state = TrainState().advance(samples=4)
+            >>> [len(reducer.members_called(each, AfterUpdate)) for each in (state, state.advance(samples=4))]
+            [0, 1]
+        """
+        return tuple(member for member, _ in self._find_selector(event_type)(state))
+
     @property
     def produces(self) -> tuple[str, ...] | None:
         """Patterns of the metric keys that the members log; None if one of them may log any."""

@@ -7,11 +7,14 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
+import torch.distributed as dist
+
 from noether.core.errors import NoetherError
 from noether.effects.disk.lock import RunLock
 from noether.effects.disk.path_checks import HeldDirectory
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from noether.effects.disk.calls import Disk
@@ -19,6 +22,23 @@ if TYPE_CHECKING:
 
 class RunClosedError(NoetherError, RuntimeError):
     """A run was used after it was closed, or in a forked child of the process that opened it."""
+
+
+def rank_of_process(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the rank of this process among those that train together, before or after they have a group.
+
+    Example:
+        >>> rank_of_process({"WORLD_SIZE": "4", "RANK": "3"}), rank_of_process({"RANK": "3"})
+        (3, 0)
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    values = {name: environment.get(name, "").strip() for name in ("WORLD_SIZE", "RANK", "NODE_RANK", "LOCAL_RANK")}
+    counts = {name: int(value) for name, value in values.items() if value.isdecimal()}
+    if counts.get("WORLD_SIZE", 1) == 1:
+        return 0
+    # Lightning sets no RANK for the processes that it starts.
+    return counts.get("RANK", counts.get("NODE_RANK", 0) + counts.get("LOCAL_RANK", 0))
 
 
 @final

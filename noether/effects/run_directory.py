@@ -22,7 +22,7 @@ from noether.effects.logs.console import Console
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
 from noether.effects.logs.peak_memory import PeakMemory
 from noether.effects.never_saved import find_progress, mark_new_run, mark_saved_run
-from noether.effects.run_access import RunAccess
+from noether.effects.run_access import RunAccess, rank_of_process
 from noether.effects.run_logs import EVENTS_FILE, RunLogs
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def open_run(  # noqa: PLR0913  # every setting, by name
     directory: str | Path,
     console: Console | None = None,
     *,
-    rank: int = 0,
+    rank: int | None = None,
     ranks: SavingRanks = ALONE,
     asynchronous: bool = False,
     borrowed: bool = True,
@@ -68,7 +68,8 @@ def open_run(  # noqa: PLR0913  # every setting, by name
     Args:
         directory: The run directory.
         console: Where lines for a person go; by default the standard output.
-        rank: Rank of this process if `ranks` is not given; only rank 0 locks and writes.
+        rank: Rank of this process if `ranks` is not given; only rank 0 locks and writes. By default that in
+            `torch.distributed`, or that which a launcher such as torchrun gave it.
         ranks: The ranks of the run, from `noether.distributed.ranks.join`: all of them write their parts of a state
             with shards, such as that of a module of `fully_shard`.
         asynchronous: Whether a background thread writes checkpoints while training continues. Use the result as a
@@ -94,7 +95,10 @@ def open_run(  # noqa: PLR0913  # every setting, by name
         'E0_U1_S4'
     """
     path = Path(directory).resolve()
-    rank = rank if ranks is ALONE else ranks.rank
+    if ranks is not ALONE:
+        rank = ranks.rank
+    elif rank is None:
+        rank = rank_of_process()
     if rank == 0:
         make_directories(path, disk)
     access = RunAccess(path, path / CHECKPOINTS, disk, locks=rank == 0)

@@ -40,10 +40,9 @@ Differences from noether's own trainer and from `Session`:
   `forward_s`, `backward_s` and `optimizer_s` are missing.
 - Of several optimizers, a batch may step any: it is one update. Call `accelerator.backward` for some losses and
   `session.backward` for the last. Then `grad_norm` is that of the gradients as each optimizer steps, after clipping.
-- On several processes losses are averaged, samples summed (including those that accelerate repeats to fill up batches),
-  and the main process runs effects: `open_run(path, rank=accelerator.process_index)`. Other readings, such as outputs and
-  durations, are those of each process: no callback may stop a run because of them. Every process evaluates all of `data`, and a
-  loader that `prepare` has split is refused.
+- On several processes all is as in `Session`: samples are summed, including those that accelerate repeats to fill up
+  batches, and losses are averaged over them. Loaders of `data` that `prepare` has split are evaluated whole. A model that
+  FSDP or DeepSpeed shards is refused, because no process has it whole.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, final
 
-import torch
-from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.utils.data import default_collate
 
 from noether.core.run import Run
+from noether.core.tensors.batch import batch_size as count_rows
 from noether.core.tensors.means import Mean, read_weight
 from noether.session.errors import SessionError
 from noether.session.hidden_state import generators_of_model
@@ -70,8 +69,9 @@ from noether.session.timing import Clock
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    import torch
     from accelerate import Accelerator  # type: ignore[import-untyped]  # it has no types
-    from torch import nn
+    from torch import Tensor, nn
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
@@ -94,8 +94,7 @@ class AcceleratedSession:
         optimizer: Its optimizer, prepared, or several by name, as `{"g": adam_g, "d": adam_d}`.
         scheduler: A scheduler of the learning rate, prepared, or several by name; noether's checkpoints then hold its
             position.
-        directory: The run on disk, `noether.open_run(path, rank=accelerator.process_index)`; if it holds a checkpoint,
-            the run resumes there.
+        directory: The run on disk, `noether.open_run(path)`; if it holds a checkpoint, the run resumes there.
         interpreter: Runs effects; by default that of the directory.
         data: Batches by dataset key, for callbacks that evaluate.
         loss: `(outputs, batch) -> {name: mean over samples}`, for evaluations.
@@ -165,7 +164,7 @@ class AcceleratedSession:
             seed=seed,
             precision=precision,
             clock=clock,
-            run=run.replace(rank=accelerator.process_index, world_size=accelerator.num_processes),
+            run=run,
         )
         self.session.seeds_loop = self.session.resumes_within_epochs = True
         self._generators = generators_of_model(self._model)
@@ -205,9 +204,9 @@ class AcceleratedSession:
         if terms:
             self._accelerator.backward(sum(terms), **keywords)
         self.session.micro_batch(
-            {name: self._mean_over_ranks(mean) for name, mean in means.items()},
+            {name: Mean(mean.of_batch.detach(), mean.weight) for name, mean in means.items()},
             outputs=outputs,
-            samples=self._samples(),
+            samples=self.session.run.count_samples(self._batch),
             of=self._accelerator.gradient_accumulation_steps,
         )
         if self._accelerator.sync_gradients and "grad_norm" in self.session.readings and not self._has_several:
@@ -248,7 +247,8 @@ class AcceleratedSession:
         known: dict[str, Any] = {**epoch_lengths(loader, steps, self._accelerator.num_processes)}
         if known and len(loader) % steps and not self._accelerator.gradient_state.sync_with_dataloader:
             known = {}  # an epoch ends inside of an update, and the next one has another number of updates
-        self.session.count_batches(known.get("updates_per_epoch"), steps)
+        self.session.count_batches(known.get("updates_per_epoch"), steps, known.get("effective_batch_size"))
+        self.session.has_equal_batches = has_even_batches(loader, self.session.run)
         self.session.begin(**known)
 
     def _epoch(self, loader: Any) -> Iterator[Any]:
@@ -276,27 +276,6 @@ class AcceleratedSession:
             if session.is_over:
                 return
 
-    def _samples(self) -> int:
-        accelerator, size = self._accelerator, self.session.run.count_samples(self._batch)
-        if accelerator.num_processes == 1:
-            return size
-        if accelerator.even_batches:
-            return size * int(accelerator.num_processes)
-        samples: Tensor = accelerator.reduce(torch.tensor(size, device=accelerator.device), "sum")
-        return int(samples)
-
-    def _mean_over_ranks(self, mean: Mean) -> Tensor | Mean:
-        loss, weight = mean.of_batch.detach(), mean.weight
-        if self._accelerator.num_processes == 1:
-            return loss if weight is None else Mean(loss, weight)
-        if weight is None:
-            averaged: Tensor = self._accelerator.reduce(loss.clone(), "mean")
-            return averaged
-        terms = torch.stack([loss.double() * weight if weight else loss.new_zeros((), dtype=torch.float64),
-                             torch.tensor(weight, dtype=torch.float64, device=loss.device)])  # fmt: skip
-        total, weights = self._accelerator.reduce(terms, "sum")
-        return Mean(total / weights, weights)
-
 
 def _unwrap(prepared: Any, kind: str) -> Any:
     """Return what accelerate wrapped, or several by name."""
@@ -310,6 +289,13 @@ def _to_mean(name: str, loss: Tensor | Mean) -> Mean:
     if not isinstance(loss, Mean):
         return Mean(loss)
     return loss if loss.weight is None else Mean(loss.of_batch, read_weight(name, loss.weight))
+
+
+def has_even_batches(loader: Any, run: Run) -> bool:
+    """Return whether the batches of all processes certainly have equally many samples."""
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    is_filled_up = type(sampler).__name__ == "BatchSamplerShard" and sampler.even_batches
+    return is_filled_up and loader.collate_fn is default_collate and run.batch_size is count_rows
 
 
 def epoch_lengths(loader: Any, steps: int, processes: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from noether.core.callback import listens_to
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
@@ -22,8 +22,8 @@ from noether.session.lengths import (
     without_fields,
 )
 from noether.session.losses import EMPTY_UPDATE
-from noether.session.processes import refuse_several_processes
 from noether.session.randomness import derive, seed_all
+from noether.session.rank_exchange import check_joined
 from noether.session.session_state import SessionState
 from noether.session.settings import fill_run
 
@@ -61,7 +61,7 @@ class SessionEvents(SessionState):
             CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
         """
         if saved is None and self._directory is not None and not self._remembers:
-            saved = self._directory.load()
+            saved = self._exchange.load(self._directory)
         if saved is None:
             return False
         saved = self._take_generators(saved)
@@ -97,13 +97,10 @@ class SessionEvents(SessionState):
             What `load` returns.
 
         Raises:
-            ProcessesError: If this is one of several processes of `torch.distributed`, and `run=` does not say so.
+            ProcessesError: If the ranks do not begin the same run, or have no common group.
             LogError: If the log in the directory is damaged.
         """
-        if self._given.world_size == 1:  # else the framework gathers losses and samples over ranks
-            refuse_several_processes(
-                "report losses and samples of all ranks, and pass run=Run(rank=..., world_size=...)", launched=False
-            )
+        check_joined(self.ranks, launched=self.seeds_loop)
         self.run = fill_run(
             self._given,
             end=end,
@@ -115,6 +112,7 @@ class SessionEvents(SessionState):
             self._state, self._micro_batches = self._settled, []
         self._model_status, self._current_dispatch, self._recorded_error, self._has_begun = "settled", None, None, False
         loaded, resumed = self.load(), self._remembers
+        time_s = self._exchange.begin(self._clock.wall_s(), self._state, self.run, self._reducer)
         if resumed and self._scheduler is not None:
             self._scheduler.check_groups()
         if resumed and self._scaler is not None and not self._scaler.is_current(self._state):
@@ -135,10 +133,10 @@ class SessionEvents(SessionState):
             self._steps_before = self._optimizer.steps
         self._state = self._state.replace(lengths=FrozenDict(known_lengths(self.run)))
         self._live.apply_lr_scale(self._state)
-        self._dispatch(self._state, BeforeTraining, resumed=resumed)
+        self._dispatch(self._state, BeforeTraining, resumed=resumed, time_s=time_s)
         if self._state.pending is not None:
             state, readings = take_pending(self._state)
-            self._dispatch(state, AfterUpdate, **readings)
+            self._dispatch(state, AfterUpdate, **readings, time_s=time_s)
         self._epoch_batches = self._state.epoch_batches
         if epoch_is_full or (self._trusts_lengths and (was_full or self._is_full())):
             self._dispatch_epoch_end()
@@ -177,16 +175,34 @@ class SessionEvents(SessionState):
         self._dispatch_epoch_end()
         self._settled = self._state
 
-    def count_batches(self, updates_per_epoch: int | None, accumulation: int) -> int:
+    def count_batches(
+        self, updates_per_epoch: int | None, accumulation: int, effective_batch_size: int | None = None
+    ) -> int:
         """Return the number of completed batches of the epoch; called before `begin`.
 
         Args:
             updates_per_epoch: Used for a state of an earlier version, which counts only updates.
             accumulation: Micro-batches of an update, likewise.
+            effective_batch_size: Samples of an update of all ranks. If it is not that of the saved run, for example
+                because there are other ranks, the batches that have the same samples are counted.
+
+        Raises:
+            SessionError: If the saved run is between two updates of this size.
         """
         state = self._state
         if not state.epoch_batches and updates_per_epoch is not None:
             updates = updates_in_epoch(state, Run(updates_per_epoch=updates_per_epoch))
+            self._state = state.replace(epoch_batches=updates * accumulation)
+        saved = state.lengths.get("effective_batch_size")
+        if state.epoch_batches and None not in (saved, effective_batch_size) and saved != effective_batch_size:
+            read = state.iteration.sample - state.epoch_start.sample
+            updates, rest = divmod(read, cast("int", effective_batch_size))
+            if rest:
+                raise SessionError(
+                    f"the saved run is at {state.iteration}, within an epoch with updates of {saved} samples, and this "
+                    f"run has {effective_batch_size} per update, on all ranks: {read} samples are no whole number of "
+                    "these; pass the batch size and the ranks with which it was begun, or resume at the end of an epoch"
+                )
             self._state = state.replace(epoch_batches=updates * accumulation)
         return self._state.epoch_batches
 
@@ -206,13 +222,15 @@ class SessionEvents(SessionState):
         self._end_full_epoch()
         if not self._state.ended:
             self._seed_event("end of training")
-            self._dispatch(self._state.replace(ended=True), AfterTraining)
+            time_s = self._exchange.settle("after training", self._clock.wall_s())
+            self._dispatch(self._state.replace(ended=True), AfterTraining, time_s=time_s)
         if self._directory is not None:
             self._directory.wait()
             if self.resumes_within_epochs and self._directory.is_open and self.run.rank == 0:
                 # Where a framework has the loop, it saves what it wants.
                 event = AfterTraining(run=self.run, time_s=self._clock.wall_s())
                 save_end(self._directory, self._directory.interpreter, self._live.view(self._state), event)
+        self._exchange.wait("the end of the run, which is saved")
         self.close()
 
     def check_scheduler_position(self) -> None:
@@ -268,7 +286,8 @@ class SessionEvents(SessionState):
         self._epoch_batches = 0
         self._seed_event("end of epoch")
         self._note_generators()
-        self._dispatch(self._state.next_epoch(), AfterEpoch)
+        time_s = self._exchange.settle(f"after epoch {self._state.iteration.epoch + 1}", self._clock.wall_s())
+        self._dispatch(self._state.next_epoch(), AfterEpoch, time_s=time_s)
         self._note_generators()
 
     def _seed_event(self, purpose: str) -> None:
@@ -276,8 +295,10 @@ class SessionEvents(SessionState):
         if self.seeds_loop:
             seed_all(derive(self._state.seed, purpose, self._state.iteration.epoch))
 
-    def _dispatch(self, state: TrainState, event_type: type[Event], **readings: Any) -> None:
-        event = event_type.of(run=self.run, time_s=self._clock.wall_s(), **readings)
+    def _dispatch(
+        self, state: TrainState, event_type: type[Event], *, time_s: float | None = None, **readings: Any
+    ) -> None:
+        event = event_type.of(run=self.run, time_s=self._clock.wall_s() if time_s is None else time_s, **readings)
         before = self._live.view(state)
         self._current_dispatch = before, event
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from noether.core.run import Run
     from noether.core.state import TrainState
@@ -35,6 +35,24 @@ def known_lengths(run: Run) -> dict[str, int]:
         {'updates_per_epoch': 3}
     """
     return {name: vars(run)[name] for name in LENGTHS if name in vars(run)}
+
+
+def lengths_of_ranks(lengths: Mapping[str, int], world_size: int | None) -> dict[str, int]:
+    """Return the lengths of a run on several ranks.
+
+    Args:
+        lengths: Those of one rank.
+        world_size: Number of ranks, of equal batches; None if batches may differ, so that samples are not known.
+
+    Example:
+        >>> lengths_of_ranks({"updates_per_epoch": 3, "samples_per_epoch": 9}, 2)
+        {'updates_per_epoch': 3, 'samples_per_epoch': 18}
+    """
+    return {
+        name: count if name == "updates_per_epoch" else count * (world_size or 1)
+        for name, count in lengths.items()
+        if name == "updates_per_epoch" or world_size is not None
+    }
 
 
 def without_fields(run: Run, names: Iterable[str]) -> Run:

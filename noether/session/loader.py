@@ -7,10 +7,11 @@ import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, default_collate
 
 from noether.core.object_graph import parts_of_loader
 from noether.core.tensors.batch import UnknownBatchSizeError
+from noether.core.tensors.batch import batch_size as count_rows
 from noether.core.tensors.tree import freeze, tensors
 from noether.session.errors import ResumeWarning, SessionError
 from noether.session.hidden_state import find_unseedable, generators_of
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
+
+    from noether.core.state import TrainState
 
 _LOGGER: Final = logging.getLogger(__name__)
 
@@ -154,6 +157,54 @@ def _are_equal(before: list[Tensor], found: list[Tensor]) -> bool:
     """Return whether two batches are equal, and their samples are not, which would tell nothing."""
     equal = len(before) == len(found) and all(map(torch.equal, before, found))
     return equal and any(tensor.dim() > 0 and bool((tensor != tensor[:1]).any()) for tensor in found)
+
+
+def is_split_by_torch(loader: Any) -> bool:
+    """Return whether `DistributedSampler` splits a loader, so that the global generators do not draw its order."""
+    return isinstance(loader, DataLoader) and type(loader.sampler) is DistributedSampler
+
+
+def has_equal_batches(loader: Any, batch_size: Callable[[Any], int]) -> bool:
+    """Return whether the batches of all ranks certainly have equally many samples, so that one rank knows their sum.
+
+    Args:
+        loader: The loader of this rank.
+        batch_size: `batch -> number of samples`.
+    """
+    is_plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
+    return is_plain and is_split_by_torch(loader) and loader.collate_fn is default_collate and batch_size is count_rows
+
+
+def count_batches_of_rank(state: TrainState, loader: Any, accumulation: int, world_size: int, saved: int) -> int:
+    """Return how many batches of the current epoch a rank has read, where another number of ranks has begun it.
+
+    `DistributedSampler` deals out the samples of an order in turn: of n ranks that have read k batches of size b, all
+    together have read the first n * k * b samples, whatever n is.
+
+    Args:
+        state: The state to resume, which counts the samples of the epoch.
+        loader: The loader of this rank.
+        accumulation: Micro-batches of an update.
+        world_size: Number of ranks.
+        saved: Number of ranks that made the state.
+
+    Raises:
+        SessionError: If the ranks cannot continue where the others ended.
+    """
+    at, read = state.iteration, state.iteration.sample - state.epoch_start.sample
+    ranks = f"{saved} rank{'s'[: saved != 1]}"
+    place = f"the saved run is at {at}, within an epoch that {ranks} began, and this run has {world_size}"
+    instead = f"start it on {ranks}, or resume at the end of an epoch"
+    sampler: Any = getattr(loader, "sampler", None)
+    if not is_split_by_torch(loader) or sampler.num_replicas != world_size:
+        raise SessionError(f"{place}, where only a loader with torch's DistributedSampler continues it: {instead}")
+    updates, rest = divmod(read, world_size * loader.batch_size * accumulation)
+    if rest:
+        raise SessionError(
+            f"{place} with batch_size={loader.batch_size}: the {read} samples that it counts are no whole number of "
+            f"updates: {instead}, or pass a batch_size whose product with the number of ranks is as before"
+        )
+    return int(updates * accumulation)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

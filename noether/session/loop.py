@@ -15,6 +15,8 @@ from noether.session.loader import (
     batch_seeder,
     batches_per_epoch,
     compare_workers,
+    count_batches_of_rank,
+    is_split_by_torch,
     seed_pass,
     set_epoch,
     warn_about_changes,
@@ -71,6 +73,9 @@ class BatchLoop:
         self._generators = generators_of_model(model)
         self._model = model
         self._knows_mode = self._has_iterated = False
+        ranks = session.ranks
+        self._rank = (ranks.rank,) if ranks.rank else ()  # ranks draw different dropout, and rank 0 that of one process
+        self._is_split = is_split_by_torch(loader)
 
     @property
     def is_last(self) -> bool | None:
@@ -138,8 +143,10 @@ class BatchLoop:
         return state, ()
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as for every callback
-        """Return the accumulation."""
-        return {MEMORY: FrozenDict(accumulation=self.accumulation)}
+        """Return the accumulation, and the number of ranks if there are several."""
+        ranks = self._session.ranks
+        several = {"ranks": ranks.world_size} if ranks.are_several else {}
+        return {MEMORY: FrozenDict(accumulation=self.accumulation, **several)}
 
     def _listens(self, event_type: type[Event]) -> bool:  # noqa: ARG002  # see `listens_to`
         return False
@@ -167,6 +174,9 @@ class BatchLoop:
                 f"{memory['accumulation']}, and this session has accumulation={self.accumulation}: pass what the run "
                 "was begun with, or begin one in a new directory"
             )
+        world_size = self._session.ranks.world_size
+        if counted and memory.get("ranks", 1) != world_size:
+            counted = count_batches_of_rank(state, self._loader, self.accumulation, world_size, memory.get("ranks", 1))
         return state.replace(epoch_batches=counted).remember(MEMORY, self.init(state)[MEMORY])
 
     def run(self) -> Iterator[Any]:
@@ -205,7 +215,7 @@ class BatchLoop:
                         return
                 continue
             self._batch, self._is_reported = batch, False
-            seed_all(derive(self._seed, "step", epoch, self._drawn), self._generators)
+            seed_all(derive(self._seed, "step", epoch, self._drawn, *self._rank), self._generators)
             session.batch_arrived()
             yield batch
             self._check_complete()
@@ -274,11 +284,12 @@ class BatchLoop:
 
     def _draw_seeded(self, iterator: Iterator[Any], epoch: int) -> Iterator[Any]:
         # A loader without workers draws its augmentations in this process, and a sampler its order.
-        index = 0
+        # Its order is the same on all ranks, unless DistributedSampler draws it: then augmentations may differ.
+        index, rank = 0, self._rank if self._is_split else ()
         while True:
             self._session.stopwatch.wait_begins()
             if self._seed_batch is not None:
-                self._seed_batch(derive(self._seed, "batch", epoch, index))
+                self._seed_batch(derive(self._seed, "batch", epoch, index, *rank))
             try:
                 batch = next(iterator)
             except StopIteration:

@@ -14,7 +14,7 @@ _VARIABLE: Final = "WORLD_SIZE"
 
 
 class ProcessesError(SessionError):
-    """This process is one of several that would train together."""
+    """This process is one of several, and they cannot train together."""
 
 
 _INSTEAD: Final = "start it without torchrun, or unset WORLD_SIZE if this is the only process"

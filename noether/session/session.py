@@ -16,17 +16,18 @@ from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.losses import loss_weights
 from noether.core.tensors.modes import ModeWatch
 from noether.core.tensors.tree import FrozenDict
+from noether.effects.interpreter import Interpreter
 from noether.session import settings
 from noether.session.errors import SessionError
 from noether.session.events import SessionEvents
 from noether.session.hidden_state import ModelWatch
-from noether.session.lengths import Contradiction
+from noether.session.lengths import Contradiction, lengths_of_ranks
 from noether.session.live_state import LiveState
-from noether.session.loader import check_not_empty, epoch_lengths, has_exact_length, warn
+from noether.session.loader import check_not_empty, epoch_lengths, has_equal_batches, has_exact_length, warn
 from noether.session.loop import BatchLoop
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
 from noether.session.optimizers import is_skipped
-from noether.session.processes import refuse_several_processes
+from noether.session.rank_exchange import check_joined, ranks_of_model
 from noether.session.scaler import ScalerMemory
 from noether.session.scheduler import SchedulerMemory
 from noether.session.timing import Clock
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.core.tensors.live.optimizer import Optimizers
     from noether.effects import RunDirectory
-    from noether.session.losses import ReportedLosses
+    from noether.session.losses import Losses, ReportedLosses
     from noether.session.optimizers import LiveOptimizer
 
 _CLOCK: Final = Clock()
@@ -75,6 +76,13 @@ class Session(SessionEvents):
     two there is none, and the run resumes from its last checkpoint. If the loader, a callback or a handler raised the
     exception, notes on it say where and what is saved, and `traceback.txt` in the run directory has its traceback.
     SIGTERM ends Python at once, without a save: install a handler that calls `sys.exit`.
+
+    On several ranks of a process group of `torch.distributed`, the model is in `DistributedDataParallel`, which averages
+    the gradients. Events carry the losses of all ranks, the sum of their samples and the times of rank 0, so callbacks
+    decide alike everywhere. Rank 0 logs and saves, and calls `interpreter=`; every rank evaluates its share of each
+    `DataLoader` of `data`, whole also where a library has split it. Of buffers that differ, as those of batch norm do, the
+    ones of rank 0 count. An exchange is left out at updates that no callback reads, if batches have equal sizes. A run
+    may resume on another number of ranks: at the end of an epoch, and within one if `DistributedSampler` splits it.
 
     A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`, `end_epoch` and `end` itself.
 
@@ -159,7 +167,8 @@ class Session(SessionEvents):
         settings.check_savable(model, directory)
         run = settings.end_of_run(run, max_epochs, max_updates, max_samples)
         parts = {"model": model, "data": data, "loss": loss, "precision": precision, "directory": directory}
-        run = settings.complete_run(run, seed=seed, **parts)  # type: ignore[arg-type]  # by name
+        ranks = ranks_of_model(model)
+        run = settings.complete_run(run, seed=seed, ranks=ranks, **parts)  # type: ignore[arg-type]  # by name
         watched = settings.watch_optimizer(model, optimizer)
         members = settings.list_callbacks(callbacks)
         memory = None if scheduler is None else SchedulerMemory(scheduler)
@@ -173,14 +182,20 @@ class Session(SessionEvents):
             live=LiveState(model, watched),
             scheduler=memory,
             scaler=scale,
-            interpreter=interpreter or directory.interpreter,  # type: ignore[union-attr]  # one of them is there
+            interpreter=settings.interpreter_of_rank(interpreter, directory, ranks.rank),
             directory=directory,
             seed=seed,
             clock=clock,
+            ranks=ranks,
         )
         self._accumulation, self._given_scheduler = accumulation, scheduler
         self._model_watch, self._mode_watch = ModelWatch(model), ModeWatch(model)
         self._loop: BatchLoop | None = None
+        self._steps_with_samples = 0  # micro-batches of this update, on any rank
+        self._interpreter_reads_events = interpreter is not None and not isinstance(interpreter, Interpreter)
+        self._has_compared_params = False  # of all ranks, after the first update of this process
+        self.has_equal_batches = False
+        """Whether all ranks certainly have batches of equal sizes, so that the samples of an update are known."""
 
     @property
     def is_last_batch(self) -> bool:
@@ -213,7 +228,7 @@ class Session(SessionEvents):
             continue_stopped: Whether a saved run continues that a callback stopped; otherwise it has ended.
 
         Raises:
-            ProcessesError: If this is one of several processes.
+            ProcessesError: If this is one of several processes without a group, or the ranks do not begin the same run.
             SessionError: If batches are iterated a second time, the loader is empty, or the saved run does not fit it.
             CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
         """
@@ -222,9 +237,7 @@ class Session(SessionEvents):
                 "session.batches(...) yields every epoch, once: write one loop, without `for epoch in ...` around it; "
                 "to resume, make a new Session"
             )
-        refuse_several_processes(
-            "use noether.integrations.accelerate.AcceleratedSession; if this is the only process, unset WORLD_SIZE"
-        )
+        check_joined(self.ranks, launched=True)
         settings.check_epochs(loader, self.run)
         check_not_empty(loader)
         settings.check_scheduler_is_given(self._optimizer, self._given_scheduler, self._directory)
@@ -241,6 +254,9 @@ class Session(SessionEvents):
         loop.prepare_epoch(self._state.iteration.epoch)
         self._trusts_lengths = has_exact_length(loader)  # else the loop reads the epoch again, to find its end
         lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.count_samples)
+        self.has_equal_batches = has_equal_batches(loader, self.run.batch_size)
+        if self.ranks.are_several:
+            lengths = lengths_of_ranks(lengths, self.ranks.world_size if self.has_equal_batches else None)
         self.begin(**lengths)
         self._loop = loop
         return loop.run()
@@ -266,6 +282,7 @@ class Session(SessionEvents):
         if samples is not None:
             check_fields(AfterAccumulationStep, {"samples": samples})
         batch = None if self._loop is None else self._loop.report()
+        self.has_equal_batches = self.has_equal_batches and (samples is None or self._loop is None)
         if samples is None:
             if self._loop is None:
                 raise SessionError("outside of session.batches(loader) a batch is not known: pass samples=")
@@ -273,24 +290,40 @@ class Session(SessionEvents):
         if of is None:
             of = 1 if self._loop is None else self._loop.accumulation_steps
         if not self._micro_batches:
-            self._settled = self._state
+            self._settled, self._steps_with_samples = self._state, 0
         losses = named_losses(losses) if samples else FrozenDict()  # the mean over no samples is NaN
         if outputs is not None:
             outputs = map_tensors(Tensor.detach, outputs)
         self._epoch_batches += 1
-        self._micro_batches.append(MicroBatch(samples=samples, losses=losses, outputs=outputs))
+        micro_batch = MicroBatch(samples=samples, losses=losses, outputs=outputs)
+        self._micro_batches.append(micro_batch)
         self.stopwatch.step_made()
-        if samples and self.listens_to_micro_batches:
-            steps = sum(each.samples > 0 for each in self._micro_batches)
-            self._dispatch(
-                self._state,
-                AfterAccumulationStep,
-                losses=losses,
-                outputs=outputs,
-                samples=samples,
-                accumulation_step=steps - 1,
-                accumulation_steps=max(of, steps),
-            )
+        if self.listens_to_micro_batches:
+            self._dispatch_micro_batch(micro_batch, of)
+
+    def _dispatch_micro_batch(self, micro_batch: MicroBatch, of: int) -> None:
+        """Dispatch `AfterAccumulationStep` with the samples and losses of all ranks, unless there are none."""
+        samples, losses, time_s = micro_batch.samples, micro_batch.losses, self._clock.wall_s()
+        if self.ranks.are_several:
+            what = f"micro-batch {len(self._micro_batches)} of {self._next_update}"
+            samples, losses, time_s = self._exchange.reduce_micro_batch(what, micro_batch, time_s)
+        if not samples:
+            return
+        self._steps_with_samples += 1
+        self._dispatch(
+            self._state,
+            AfterAccumulationStep,
+            losses=losses,
+            outputs=micro_batch.outputs,
+            samples=samples,
+            accumulation_step=self._steps_with_samples - 1,
+            accumulation_steps=max(of, self._steps_with_samples),
+            time_s=time_s,
+        )
+
+    @property
+    def _next_update(self) -> str:
+        return f"update {self._state.iteration.update + 1}"
 
     def update(  # noqa: PLR0913  # every reading, by name
         self,
@@ -355,15 +388,35 @@ class Session(SessionEvents):
             known["loss_weights"] = weights
         if grad_norm is not None or skipped:
             known["grad_norm"] = grad_norm
-        samples = sum([each.samples for each in counted])
-        if not counted:
+        known["samples"] = sum([each.samples for each in counted])
+        if self.ranks.are_several:
+            known |= self._reduce_update(counted, known, None if mean is None else reported)
+        if not known["samples"]:
             self._warn_of_empty_update()
-        state = self._state.advance(samples=samples, epoch_batches=self._epoch_batches)
-        self._dispatch(state, AfterUpdate, samples=samples, **known)
+        state = self._state.advance(samples=known["samples"], epoch_batches=self._epoch_batches)
+        self._dispatch(state, AfterUpdate, **known)
         self._steps_before += self.steps
         if self._optimizer is not None:
             self._optimizer.end_update()
         self._warn_of_changes()
+
+    def _reduce_update(
+        self, counted: list[MicroBatch], known: Mapping[str, Any], mean: Losses | None
+    ) -> dict[str, Any]:
+        """Return the readings of an update over all ranks; without an exchange where no callback reads them."""
+        is_first, self._has_compared_params = not self._has_compared_params, True
+        total = known["samples"] * self.ranks.world_size
+        if not is_first and self.has_equal_batches and not self._is_read(total):
+            return {"samples": total}
+        sent = {"mean": None if mean is None else dict(mean), "time_s": self._clock.wall_s()}
+        return self._exchange.reduce_update(self._next_update, counted, {**known, **sent}, params=is_first)
+
+    def _is_read(self, samples: int) -> bool:
+        """Return whether a callback, or an interpreter of the user's, reads the update that ends now."""
+        state = self._state.advance(samples=samples, epoch_batches=self._epoch_batches)
+        called = self._reducer.members_called(state, AfterUpdate)
+        own = {id(self._scheduler), id(self._scaler)}
+        return self._interpreter_reads_events or any(id(member) not in own for member in called)
 
     def _warn_of_changes(self) -> None:
         """Name what updates change of the model that no checkpoint has."""

@@ -12,7 +12,9 @@ from noether.core.state import TrainState
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.effects.run_ending import record_failure, save_interrupted
+from noether.session.errors import SessionError
 from noether.session.generators import MEMORY, GeneratorStates, take_states, warn_without_states
+from noether.session.rank_exchange import RankExchange
 from noether.session.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.reducer import Reducer
     from noether.core.run import Run
+    from noether.distributed.ranks import Ranks
     from noether.effects import RunDirectory
     from noether.session.live_state import LiveState
     from noether.session.losses import MicroBatch
@@ -45,6 +48,7 @@ class SessionState:
         directory: The run on disk, if there is one.
         seed: The run's seed.
         clock: Reads the time.
+        ranks: This process among those of the run.
     """
 
     def __init__(  # noqa: PLR0913  # every part of a run, by name
@@ -59,8 +63,12 @@ class SessionState:
         directory: RunDirectory | None,
         seed: int,
         clock: Clock,
+        ranks: Ranks,
     ) -> None:
         self.run = self._given = run
+        self.ranks = ranks
+        """This process among those of the run."""
+        self._exchange = RankExchange(ranks, live.model)
         self.readings = frozenset(reducer.readings)
         """Costly fields of `AfterUpdate` that a callback needs, such as `grad_norm`."""
         self.stopwatch = Stopwatch(clock.elapsed_s)
@@ -190,9 +198,12 @@ class SessionState:
     def record_failure(self, error: Exception) -> None:
         """Save what an exception would lose, and add notes to it that say where; a no-op without an open directory.
 
+        Of several ranks, rank 0 saves; the others end with a `RankError` that names the first rank that failed.
         The session does this for every exception that passes through it; a framework's loop does it for others.
         """
         at = self._current_dispatch or (self._state, AfterUpdate.of(run=self.run, time_s=self._clock.wall_s()))
+        if self._recorded_error is not error:
+            self.ranks.failures.report(error)  # first of all: the other ranks wait
         if self._recorded_error is error or not self._has_begun or self.run.rank != 0:
             return
         self._recorded_error = error
@@ -230,6 +241,10 @@ class SessionState:
         if not self._has_begun or self._state.ended or self._recorded_error is not None:
             return
         at, settled = self._state.iteration, self.settled_state
+        if self.ranks.are_several:
+            self.ranks.failures.report(SessionError(f"the loop was left at {at}, before the end of the run"))
+        if self.run.rank != 0:
+            return
         if settled is None:
             _LOGGER.warning(
                 "the loop ended between two states that can be resumed, before update %d was complete: nothing is "

@@ -18,6 +18,7 @@ from noether.core.tensors.losses import name_of
 from noether.core.tensors.means import Mean
 from noether.core.tensors.module import frozen_names, named_parameters, persistent_buffers
 from noether.effects.disk.tensor_files import describe_unsavable
+from noether.effects.interpreter import Interpreter
 from noether.session.errors import SessionError
 from noether.session.evaluation import evaluation_data
 from noether.session.optimizers import TorchOptimizer
@@ -27,10 +28,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from noether.core.callback import Callback
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
+    from noether.core.state import TrainState
     from noether.core.tensors.live.optimizer import Optimizers
+    from noether.distributed.ranks import Ranks
     from noether.effects import RunDirectory
     from noether.session.optimizers import LiveOptimizer
+
+    Interpret = Callable[[Effects, TrainState, Event], None]
 
 
 def check_parts(*, model: Any, loss: Any, precision: Any, interpreter: Any, seed: int, run: Any) -> None:
@@ -115,8 +121,9 @@ def complete_run(
     precision: torch.dtype | None,
     directory: RunDirectory | None,
     seed: int,
+    ranks: Ranks,
 ) -> Run:
-    """Return `run` with its data, forward, frozen params and run id, as far as they are known.
+    """Return `run` with its data, forward, frozen params, run id and ranks, as far as they are known.
 
     Raises:
         SessionError: If data or loss are given twice, or data cannot be iterated for every evaluation.
@@ -137,9 +144,12 @@ def complete_run(
     predict = None if loss is None else forward(model, _SessionLoss(loss), precision=precision)
     run_id = None if directory is None else directory.run_id
     run = fill_run(run, data=data, forward=predict, frozen=frozen, run_id=run_id)
+    if ranks.are_several:
+        run = run.replace(rank=ranks.rank, world_size=ranks.world_size, gather=ranks.control.gather)
     if "data" not in vars(run):
         return run
-    return run.replace(data={key: evaluation_data(each, model, seed, key) for key, each in run.data.items()})
+    counts: dict[str, Any] = {"ranks": ranks, "batch_size": run.batch_size}
+    return run.replace(data={key: evaluation_data(each, model, seed, key, **counts) for key, each in run.data.items()})
 
 
 class _SessionLoss:
@@ -240,6 +250,18 @@ def check_directory(directory: Any, interpreter: Any) -> None:
         )
     if directory is not None and not hasattr(directory, "interpreter"):
         raise SessionError(f"directory= takes an open run: pass directory=noether.open_run({str(directory)!r})")
+
+
+def interpreter_of_rank(given: Interpret | None, directory: RunDirectory | None, rank: int) -> Interpret:
+    """Return what runs the effects: the interpreter of the user, or of the directory; only rank 0 calls a function."""
+    chosen = given if directory is None or given is not None else directory.interpreter
+    if chosen is None or (rank > 0 and not isinstance(chosen, Interpreter)):
+        return _run_no_effects
+    return chosen
+
+
+def _run_no_effects(effects: Effects, state: TrainState, event: Event) -> None:
+    """Run nothing: rank 0 does."""
 
 
 def check_data(members: tuple[Callback, ...], run: Run) -> None:

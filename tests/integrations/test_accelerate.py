@@ -22,9 +22,7 @@ from reference import (
 
 from noether import AfterUpdate, Mean, Session, TrainingIteration, compose
 from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
-from noether.core.shards import ShardedDataError
 from noether.integrations.accelerate import AcceleratedSession
-from noether.session.processes import ProcessesError
 from noether.testing import assert_same
 
 SIZE = 2
@@ -203,21 +201,20 @@ def on_two_processes():
     updates = collector.of(AfterUpdate)
     assert [event.samples for event in updates] == [2 * SIZE] * 2 * EPOCHS
     assert updates[0].run.samples_per_epoch == 8
-    assert updates[0].run.rank == accelerator.process_index
-    losses = torch.stack([event.losses["ce"] for event in updates])
+    rank = accelerator.process_index
+    assert updates[0].run.rank == rank
+    losses = torch.tensor([event.losses["ce"] for event in updates])
     assert_same(*accelerator.gather(losses).chunk(2))  # both have the mean over both
-    assert recorder.lines[-1][1] == "E3_U6_S24"
-    with pytest.raises(ShardedDataError, match=r"data\['val'\] yields one of 2 shares: its BatchSamplerShard"):
-        Session([], interpreter=recorder, model=model(), data={"val": parts[4]})
-    session = Session([], interpreter=recorder, model=model())
-    with pytest.raises(ProcessesError, match=r"one of 2 processes of torch.distributed, .* run=Run\(rank="):
-        session.begin()
-    with pytest.raises(ProcessesError, match=r"one of 2 processes of torch.distributed.*AcceleratedSession"):
-        session.batches([torch.ones(1)])
-    weighted = [Mean(torch.tensor(1.0), 3), Mean(torch.tensor(5.0), 1)], [Mean(torch.tensor(torch.nan), 0)] * 2
-    for ranks, expected in zip(weighted, ((2.0, 4), (torch.nan, 0)), strict=True):
-        mean = parts[-2]._mean_over_ranks(ranks[accelerator.process_index])  # noqa: SLF001  # without a training
-        assert_same((float(mean.of_batch), int(mean.weight)), expected)
+    assert recorder.lines[-1:] == ([] if rank else [("AfterTraining", "E3_U6_S24", ())])  # rank 0 runs effects
+    session = Session([], interpreter=recorder, model=model(), data={"val": parts[4]}, loss=loss)
+    sizes = [[size for _, size in session.run.data["val"].with_sizes(each, 2)] for each in range(2)]
+    assert sizes == [[SIZE, SIZE], [SIZE, SIZE]]  # of 8 samples, each once
+    collector.events.clear()
+    session = Session(collector, interpreter=recorder, model=model())
+    session.begin()
+    session.update({"ce": Mean([1.0, 5.0][rank], [3, 1][rank]), "gone": Mean(torch.nan, 0)}, samples=SIZE)
+    (event,) = collector.of(AfterUpdate)
+    assert_same((dict(event.losses), dict(event.loss_weights)), ({"ce": 2.0, "total": 2.0}, {"ce": 4}))
 
 
 # Newer versions of Python warn of every fork of a process with threads.

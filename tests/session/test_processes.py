@@ -22,7 +22,7 @@ def test_a_single_process_is_not_refused(value, monkeypatch):
 def test_processes_that_a_launcher_started_are_refused_before_a_plain_loop(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     session = Session([], interpreter=lambda *_: None, model=nn.Linear(1, 1))
-    message = r"this is one of 2 processes \(WORLD_SIZE=2, as torchrun sets it\), .* unset WORLD_SIZE"
+    message = r"this is one of 2 processes \(WORLD_SIZE=2, as torchrun sets it\).* no process group.* unset WORLD_SIZE"
     with pytest.raises(ProcessesError, match=message):
         session.batches([torch.ones(1)])
     session.begin()  # a framework knows how many processes train together
