@@ -103,6 +103,22 @@ def test_metrics_have_the_bits_of_one_process(run, tmp_path):
     assert outputs[0][1].count("written to") == 2
 
 
+def train(folder, config):
+    os.chdir(folder)
+    run = noether.train(config)
+    return run.finished, str(run.state.iteration), str(run.directory)
+
+
+def test_a_signal_to_one_rank_in_an_evaluation_of_training_saves_the_run(run, tmp_path):
+    evaluate_and_interrupt = CONFIG["trainer"] | {"evaluate": {"val": ["points.interrupt"], "every_n_updates": 1}}
+    results = run_on_ranks(train, 2, tmp_path, CONFIG | {"trainer": evaluate_and_interrupt})
+    assert results == [(False, "E0_U1_S4", results[0][2])] * 2
+    resumed = noether.train(resume=results[0][2])
+    assert (resumed.finished, str(resumed.state.iteration)) == (True, "E2_U4_S16")
+    lines = [json.loads(line) for line in (tmp_path / results[0][2] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines if "val/interrupt" in line["metrics"]] == [1, 2, 3, 4]
+
+
 def test_a_signal_to_one_rank_ends_all(run, tmp_path):
     changes = ("--set", "trainer.evaluate.val=[points.interrupt]")
     first, second = run_on_ranks(evaluate, 2, tmp_path, run, *changes)
