@@ -33,7 +33,7 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
         ConfigError: If the configuration is wrong; this creates no directory.
     """
     config = load(config_path, settings, allow)
-    return _run(partial(start_run, config), allow)
+    return _run(partial(start_run, config, allow), allow)
 
 
 def resume(

@@ -19,6 +19,7 @@ from noether.core.event import AfterUpdate, BeforeTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
 from noether.distributed.ranks import report_errors
+from noether.distributed.restarts import Restart
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.contents import WEIGHTS
 from noether.effects.disk.files import replace_text
@@ -98,6 +99,11 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
     ranks = join_ranks(load_run_config(found, overrides, allow))
     notify = notify_once(ranks, notify)
     run_dir = Path(ask_rank_0(ranks, "move that was killed", lambda: str(finish_move(found))))
+    options = (overrides, drop_memory, continue_stopped, checkpoint, into)
+    restart = Restart(f"resume {given} {options}") if any(options) else None  # without options, once more does the same
+    if restart is not None and (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
+        return resume_run(Path(begun), (), allow, (), interruption=interruption, notify=notify)
+    proceed = partial(_continue, restart=restart, interruption=interruption, notify=notify)
     if run_dir != given:
         notify(f"{given} moved to {run_dir}")
     old, config = load_run_config(run_dir, (), allow), load_run_config(run_dir, overrides, allow)
@@ -115,7 +121,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         with open_on_ranks(into, config, ranks) as directory:
             saved = load_newest(directory, ranks)
             state, notes = adapt(saved, experiment, into, directory)
-            return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
+            return proceed(experiment, directory, saved, state, notes)
     target = target_directory(run_dir, old, config)
     with open_on_ranks(run_dir, config, ranks) as directory:
         saved = load_newest(directory, ranks, partial(_load, allow=allow))
@@ -126,13 +132,13 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         state, notes = adapt(saved, experiment, run_dir, directory)
         agree_to_start(experiment)
         if target == run_dir:
-            return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
+            return proceed(experiment, directory, saved, state, notes)
     ask_rank_0(ranks, "move", lambda: move_run(run_dir, target, old, config))
     notify(f"{run_dir} moved to {target}")
     with open_on_ranks(target, config, ranks) as directory:
         saved = load_newest(directory, ranks)  # again: the directory was unlocked for a moment
         state, notes = adapt(saved, experiment, target, directory)
-        return _continue(experiment, directory, saved, state, notes, interruption=interruption, notify=notify)
+        return proceed(experiment, directory, saved, state, notes)
 
 
 def _adapt(
@@ -178,6 +184,7 @@ def _continue(
     state: TrainState | None,
     notes: Sequence[str],
     *,
+    restart: Restart | None,
     interruption: Interruption,
     notify: Callable[[str], None],
 ) -> TrainedRun:
@@ -207,6 +214,8 @@ def _continue(
         directory.wait()
     if directory.writes:
         replace_text(directory.path / CONFIG_FILE, dump(experiment.config))
+        if restart is not None:
+            restart.note(str(directory.path.resolve()))
     resumed = state is not None
     state = experiment.state if state is None else state
     return execute(experiment, directory, state, resumed=resumed, interruption=interruption, notify=notify)

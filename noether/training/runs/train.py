@@ -18,6 +18,7 @@ from noether.config.serialization import dump
 from noether.config.source import apply_overrides, read
 from noether.config.values import source_from_values
 from noether.distributed.ranks import report_errors
+from noether.distributed.restarts import Restart
 from noether.effects.disk.files import make_directories, replace_text
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
@@ -125,15 +126,18 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
         )
     source = source_from_values(config) if isinstance(config, Mapping) else read(config or "")
     loaded = from_source(apply_overrides(source, overrides), allow)
-    return start_run(loaded, interruption=interruption, notify=notify)
+    return start_run(loaded, allow, interruption=interruption, notify=notify)
 
 
 @report_errors()
-def start_run(config: Config, *, interruption: Interruption, notify: Callable[[str], None]) -> TrainedRun:
-    """Train a configuration in a new run directory.
+def start_run(
+    config: Config, allow: Sequence[str] = (), *, interruption: Interruption, notify: Callable[[str], None]
+) -> TrainedRun:
+    """Train a configuration in a new run directory; a worker that torchrun restarts resumes the run that it began.
 
     Args:
         config: The configuration.
+        allow: Further prefixes of modules that `kind` may name.
         interruption: Receives signals during training.
         notify: Receives lines for the user.
 
@@ -142,6 +146,9 @@ def start_run(config: Config, *, interruption: Interruption, notify: Callable[[s
     """
     ranks = join_ranks(config)
     notify = notify_once(ranks, notify)
+    restart = Restart(f"train {dump(config)}")
+    if (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
+        return resume_run(Path(begun), (), allow, (), interruption=interruption, notify=notify)
     check_services(config)
     experiment = build(config, ranks=ranks)
     agree_to_start(experiment)
@@ -155,6 +162,7 @@ def start_run(config: Config, *, interruption: Interruption, notify: Callable[[s
     with open_on_ranks(path, config, ranks) as directory:
         if ranks.is_first:
             replace_text(directory.path / CONFIG_FILE, dump(config))
+            restart.note(str(directory.path.resolve()))
         state = experiment.state
         return execute(experiment, directory, state, resumed=False, interruption=interruption, notify=notify)
 
