@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from noether.distributed.launch import launched_rank, launched_world_size, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
 
 def announce(error: BaseException) -> str | None:
@@ -56,6 +58,7 @@ class Commands(click.Group):
         run: Callable[..., Any] = super().main
         if not standalone_mode or launched_world_size() == 1:
             return run(*args, standalone_mode=standalone_mode, **extra)
+        signal.signal(signal.SIGTERM, _end_unless_failed)
         if launched_rank():
             logging.getLogger("noether").setLevel(logging.ERROR)  # rank 0 logs the same
             warnings.simplefilter("ignore")
@@ -77,6 +80,14 @@ class Commands(click.Group):
                 print_line(f"{prefix}{''.join(traceback.format_exception(error))}", err=True)
             code = 1
         return end_process(code)
+
+
+def _end_unless_failed(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # signature of signal handlers
+    """End at a signal, but not if a rank has failed: then torchrun ends all, and rank 0 may still save."""
+    joined = sys.modules.get("noether.distributed.ranks")
+    if joined is None or joined.current_ranks().failures.first() is None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 def end_process(code: Any) -> NoReturn:

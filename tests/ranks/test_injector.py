@@ -1,0 +1,107 @@
+"""A fault of one rank at any phase ends all ranks, is shown once, loses no checkpoint, and the run resumes exactly."""
+
+import functools
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import pytest
+from faulty_runs import AT, command, write_config
+from processes import outcomes_on_ranks
+from safetensors.torch import load_file
+
+from noether.effects.checkpoints.reader import CheckpointReader
+
+RANKS = 2
+TIMEOUT_S = 3
+TERMINATED = 143
+PHASES = {0: ("data", "step", "evaluation", "save", "commit"), 1: ("data", "step", "evaluation", "other save")}
+"""Rank 0 writes the checkpoints; the other rank can fail while it does."""
+KINDS = ("raise", "kill", "hang", "full", "signal")
+FAULTS = [
+    (rank, phase, how)
+    for rank, phases in PHASES.items()
+    for phase, how in product(phases, KINDS)
+    if how != "full" or phase in {"save", "commit"}
+]
+QUICK = [
+    (0, "step", "kill"),
+    (1, "data", "raise"),
+    (1, "evaluation", "hang"),
+    (0, "commit", "full"),
+    (1, "step", "signal"),
+]
+SHOWN = {
+    "raise": "rank {}: Error: LookupError: no such file",
+    "full": "rank {}: Error: ",
+    "kill": "Error: rank {} ended without a message (killed, or out of memory?) during ",
+    "hang": "Error: rank {} hangs: the others waited 3 s for it in ",
+}
+
+
+def train(folder, words, *fault):
+    """Return how each rank ended, and what all of them printed."""
+    outcomes = outcomes_on_ranks(command, RANKS, folder, words, *fault, limit_s=60, detail=False)
+    return outcomes, [(folder / f"{rank}.txt").read_text() for rank in range(RANKS)]
+
+
+def last_weights(run):
+    tag = (run / "checkpoints/latest").read_text().split()[0]
+    return {
+        name: load_file(run / "checkpoints" / tag / name) for name in ("weights.safetensors", "optimizer.safetensors")
+    }
+
+
+@functools.cache
+def train_without_fault():
+    """Return the tensors at the end of a run without a fault."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_config(folder)
+        outcomes, printed = train(folder, ["train", "numbers.yaml"])
+        assert outcomes == [("returned", 0)] * RANKS, printed
+        assert printed[0].count("ended at E4_U12_S96") == 1
+        assert printed[1] == ""
+        return last_weights(next((folder / "runs/numbers").iterdir()))
+
+
+def check_fault(folder, rank, phase, how):
+    write_config(folder, **({"rank_timeout_s": TIMEOUT_S} if how == "hang" else {}))
+    outcomes, printed = train(folder, ["train", "numbers.yaml"], rank, phase, how)
+    text = "".join(printed)
+    if how == "signal":
+        assert outcomes == [("returned", TERMINATED)] * RANKS, printed
+        assert text.count("Error") == 0, printed
+        assert text.count("saved E") == 1, printed
+    else:
+        codes = {"kill": -9, "hang": 3}
+        expected = [("ended", codes.get(how, 1) if each == rank else 1) for each in range(RANKS)]
+        assert outcomes == expected, printed
+        assert text.count("Error: ") - text.count("LookupError: ") == 1, printed
+        assert text.count(SHOWN[how].format(rank)) == 1, printed
+        assert "Traceback" not in text, printed
+    (run,) = (folder / "runs/numbers").iterdir()
+    reader = CheckpointReader(run / "checkpoints")
+    manifests = reader.manifests()
+    assert {each.name for each in (run / "checkpoints").glob("E*") if each.is_dir()} == {each.tag for each in manifests}
+    for manifest in manifests:
+        reader.load(manifest)
+    newest = reader.newest()
+    assert newest.iteration.update >= (AT - AT % 3 if rank == 0 and how in {"kill", "hang"} else AT), printed
+    outcomes, printed = train(folder, ["train", "--resume", str(run)])
+    assert outcomes == [("returned", 0)] * RANKS, printed
+    for name, tensors in train_without_fault().items():
+        found = last_weights(run)[name]
+        assert found.keys() == tensors.keys()
+        assert all(found[key].equal(tensor) for key, tensor in tensors.items()), name
+
+
+@pytest.mark.parametrize(("rank", "phase", "how"), QUICK)
+def test_a_fault_of_one_rank_ends_all(rank, phase, how, tmp_path):
+    check_fault(tmp_path, rank, phase, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "phase", "how"), FAULTS)
+def test_each_fault_of_one_rank_ends_all(rank, phase, how, tmp_path):
+    check_fault(tmp_path, rank, phase, how)
