@@ -17,6 +17,7 @@ LIMIT_S = 120
 PRELOADED = [
     "torch",
     "torch._dynamo",  # which the first DTensor imports
+    "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "noether.training.runs.train",
     "noether.cli.main",

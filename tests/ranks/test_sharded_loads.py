@@ -59,7 +59,7 @@ def load_on_ranks(folder):
     return [name for name, each in targets.items() if torch.equal(whole_tensor(each), expected[name])]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def checkpoints(request, tmp_path_factory):
     """The checkpoints of a run on some ranks, and how many there are."""
     folder = tmp_path_factory.mktemp("saved") / "run"
