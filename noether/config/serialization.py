@@ -116,10 +116,14 @@ def _(value: Mapping[str, object]) -> dict[str, Any]:
 
 @_plain_value.register(list)
 @_plain_value.register(tuple)
+def _(value: Collection[object]) -> list[Any]:
+    return [_plain_value(each) for each in value]
+
+
 @_plain_value.register(set)
 @_plain_value.register(frozenset)
 def _(value: Collection[object]) -> list[Any]:
-    return [_plain_value(each) for each in value]
+    return sorted(map(_plain_value, value), key=repr)  # the order of a set is another one in each process
 
 
 @_plain_value.register

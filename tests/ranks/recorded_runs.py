@@ -50,6 +50,15 @@ class Network(nn.Module):
         return self.layers(x)
 
 
+class UnseededNetwork(Network):
+    """A model whose initial values differ between ranks."""
+
+    def __init__(self, dropout: float):
+        super().__init__(dropout)
+        generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
+        nn.init.normal_(self.layers[3].weight, generator=generator)
+
+
 def loss(outputs, batch):
     if torch.is_grad_enabled():
         TRAINED.append(batch["index"].tolist())

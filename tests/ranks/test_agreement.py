@@ -24,7 +24,9 @@ def refusals_of_new_runs(folder):
         other_data = make_config()
         other_data["data"]["train"] = {"kind": "recorded_runs.Shares"}
         other_seed = make_config() | {"run": {"name": "fields", "output": "out"} | ({"seed": 3} if rank else {})}
-        for config in (other_rate, other_data, other_seed, make_config(device="cuda:0")):
+        other_model = make_config()
+        other_model["model"]["kind"] = "recorded_runs.UnseededNetwork"
+        for config in (other_rate, other_data, other_seed, make_config(device="cuda:0"), other_model):
             with pytest.raises(ConfigError) as refused:
                 noether.train(config, allow=ALLOW)
             said.append(str(refused.value))
@@ -36,11 +38,12 @@ def test_ranks_that_differ_are_refused_on_all_of_them(tmp_path):
     assert results[0] == results[1]
     said, files = results[0]
     assert files == []
-    rate, data, seed, device = said
+    rate, data, seed, device, model = said
     assert "optimizer.lr: is 0.01 on rank 0 and 1.01 on rank 1; give all ranks the same configuration" in rate
     assert "data: samples/train is 24 on rank 0 and 23 on rank 1; all ranks need the same data" in data
     assert "run.seed: is 0 on rank 0 and 3 on rank 1" in seed
     assert "trainer.device: 'cuda:0' is one device, and each process needs its own; write 'cuda'" in device
+    assert "model: layers.3.weight has other initial values on rank 1 than on rank 0: draw them by" in model
 
 
 def resume_elsewhere(folder):

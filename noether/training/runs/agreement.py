@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from noether.config import ConfigError
 from noether.config.changes import find_differences
-from noether.config.errors import LocatedProblem
 from noether.config.serialization import resolve_config
 from noether.core.callbacks.summaries import dataset_lengths
 from noether.core.tensors.module import device_of
@@ -72,9 +70,12 @@ def agree_to_start(experiment: Experiment) -> None:
     """Return once all ranks have built their experiment; until then none may write.
 
     Raises:
-        ConfigError: If their datasets have different lengths, or their devices different types.
+        ConfigError: If their datasets have different lengths, their devices different types, or their models different
+            initial values.
     """
     config, ranks = experiment.config, experiment.ranks
+    if not ranks.are_several:
+        return
     lengths = {**dataset_lengths(experiment.run), **experiment.data.batching.lengths}
     facts = {"device": device_of(experiment.state.params.values()).type, "lengths": lengths}
     first, *others = ranks.control.gather("start", facts)
@@ -86,7 +87,30 @@ def agree_to_start(experiment: Experiment) -> None:
             here, there = first["lengths"].get(name), other["lengths"].get(name)
             if here != there:
                 message = f"{name} is {here} on rank 0 and {there} on rank {rank}; all ranks need the same data"
-                raise ConfigError([LocatedProblem(config.place(("data",)), ("data",), message)])
+                raise config.error(("data",), message)
+    _require_same_values(experiment)
+
+
+def _require_same_values(experiment: Experiment) -> None:
+    """Refuse a model whose constructor draws other values on another rank."""
+    sums = {name: _sum_bits(param) for name, param in experiment.model.named_parameters()}
+    digest = hashlib.sha256(repr(sums).encode()).hexdigest()
+    gather = experiment.ranks.control.gather
+    if len(set(gather("hash of the initial values", digest))) == 1:
+        return
+    first, *others = gather("initial values", sums)
+    for rank, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
+                fix = "draw them by functions of torch, numpy or random, which are seeded with run.seed"
+                message = f"{name} has other initial values on rank {rank} than on rank 0: {fix}"
+                raise experiment.config.error(("model",), message)
+
+
+def _sum_bits(tensor: torch.Tensor) -> int:
+    """Return a sum over a tensor that is exact in any order: its elements as whole numbers of the same bits."""
+    whole = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
+    return int(tensor.detach().reshape(-1).view(whole).sum(dtype=torch.int64))
 
 
 def load_newest(
