@@ -169,6 +169,11 @@ class Whole(Sized):
     shard = property()  # as if it had none
 
 
+class OfAnotherLibrary(Sized):
+    def shard(self, num_shards, index):
+        return type(self)(self.length, index, num_shards)
+
+
 class TooLong(Sized):
     def shard(self, rank, world_size):
         return Sized(self.length * 2, rank, world_size)
@@ -176,6 +181,7 @@ class TooLong(Sized):
 
 REFUSED = {
     "without a shard": (Whole, {}, TypeError, r"Whole is a stream, and each of the 2 ranks would read all of it: give"),
+    "another shard": (OfAnotherLibrary, {}, TypeError, r"give it a method shard\(rank, world_size\) that returns"),
     "workers": (Sized, {"num_workers": 1}, TypeError, "set trainer.num_workers: 0"),
     "a batch of 3": (Sized, {"effective_batch_size": 3}, ValueError, "3 is not a multiple of the number of ranks, 2"),
     "a state of a rank": (OfOneRank, {}, StreamShardError, r"OfOneRank.shard\(1, 2\) is not that of the whole stream"),

@@ -90,6 +90,11 @@ class TrainingData:
         self._expected: int | None = None
         self._loading: LoadedBatches | None = None
 
+    @property
+    def order_digest(self) -> str:
+        """A hash of the order that a sampler gives the first epoch; empty without a sampler."""
+        return "" if self._sampler is None else self._sampler.digest
+
     def batch(self, iteration: TrainingIteration, *, last: int | None = None) -> SizedBatches:
         """Return the micro-batches of this rank in the update that comes after `iteration`; there may be none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -89,6 +90,11 @@ class SamplerOrder:
                 f"{self._name} yields {len(order)} indices in epoch {epoch}, and {self.length} in epoch 0: {_WHY_FIXED}"
             )
         return order
+
+    @property
+    def digest(self) -> str:
+        """A hash of the order of the first epoch, which is the same on all ranks."""
+        return hashlib.sha256(repr(self(0)).encode()).hexdigest()
 
     def _draw(self, epoch: int) -> list[int]:
         seed = derive(self._seed, "order", epoch)

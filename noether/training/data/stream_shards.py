@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from noether.core.errors import NoetherError
@@ -46,13 +47,13 @@ def shard_stream(dataset: Any, rank: int, world_size: int, *, num_workers: int =
             f"{kind} is a stream, and the workers of {world_size} ranks would read it in an order that depends on the "
             "number of ranks: set trainer.num_workers: 0"
         )
-    if not hasattr(dataset, "shard"):
+    if not _takes_rank(getattr(dataset, "shard", None)):
         raise TypeError(
             f"{kind} is a stream, and each of the {world_size} ranks would read all of it: give it a method "
             "shard(rank, world_size) that returns a stream of the samples rank, rank + world_size, ... of each epoch, "
             "whose state_dict() is the position of all ranks in the whole stream, the same on each"
         )
-    shard = dataset.shard(rank, world_size)
+    shard = dataset.shard(rank=rank, world_size=world_size)
     missing = [name for name in ("__iter__", "state_dict", "load_state_dict") if not hasattr(shard, name)]
     if missing:
         raise TypeError(
@@ -64,6 +65,14 @@ def shard_stream(dataset: Any, rank: int, world_size: int, *, num_workers: int =
             "return the position in the whole stream, without anything that only one rank has"
         )
     return shard
+
+
+def _takes_rank(shard: Any) -> bool:
+    """Return whether a method has the parameters of the protocol; those of other libraries mean something else."""
+    try:
+        return {"rank", "world_size"} <= inspect.signature(shard).parameters.keys()
+    except (TypeError, ValueError):
+        return False
 
 
 def check_positions_agree(run: Run, position: Memory, name: str) -> None:

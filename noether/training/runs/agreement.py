@@ -16,6 +16,7 @@ from noether.distributed.ranks import Ranks, count_processes, join
 from noether.effects import CheckpointError, RunDirectory
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.run_directory import CHECKPOINTS
+from noether.training.data.indexed import TrainingData
 from noether.training.devices import choose_device
 from noether.training.runs.services import open_directory
 
@@ -70,14 +71,16 @@ def agree_to_start(experiment: Experiment) -> None:
     """Return once all ranks have built their experiment; until then none may write.
 
     Raises:
-        ConfigError: If their datasets have different lengths, their devices different types, or their models different
-            initial values.
+        ConfigError: If their datasets have different lengths, `trainer.sampler` yields different orders, their devices
+            have different types, or their models different initial values.
     """
     config, ranks = experiment.config, experiment.ranks
     if not ranks.are_several:
         return
     lengths = {**dataset_lengths(experiment.run), **experiment.data.batching.lengths}
-    facts = {"device": device_of(experiment.state.params.values()).type, "lengths": lengths}
+    facts = {"device": device_of(experiment.state.params.values()).type, "lengths": lengths, "order": ""}
+    if isinstance(experiment.data, TrainingData):
+        facts["order"] = experiment.data.order_digest
     first, *others = ranks.control.gather("start", facts)
     for rank, other in enumerate(others, 1):
         if first["device"] != other["device"]:
@@ -88,6 +91,9 @@ def agree_to_start(experiment: Experiment) -> None:
             if here != there:
                 message = f"{name} is {here} on rank 0 and {there} on rank {rank}; all ranks need the same data"
                 raise config.error(("data",), message)
+        if first["order"] != other["order"]:
+            message = f"yields another order on rank {rank} than on rank 0; draw it from seed and epoch alone"
+            raise config.error(("trainer", "sampler"), message)
     _require_same_values(experiment)
 
 

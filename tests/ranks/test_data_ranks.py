@@ -1,4 +1,4 @@
-"""A stream that the ranks of a run share: trained on two ranks and resumed on three, it is that of one process."""
+"""Data that ranks share: a stream is that of one process, and a sampler has one order on all ranks."""
 
 import json
 import os
@@ -11,7 +11,18 @@ from processes import outcomes_on_ranks, run_on_ranks
 import noether
 
 MODULE = """
+import os
 import torch
+
+class Points(torch.utils.data.Dataset):
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        return torch.ones(2)
+
+def rotate(dataset):
+    return torch.arange(len(dataset)).roll(int(os.environ.get("RANK", 0))).tolist()
 
 class Stream(torch.utils.data.IterableDataset):
     def __init__(self, length, wrong=False, rank=0, world_size=1):
@@ -84,5 +95,14 @@ def test_a_stream_on_several_ranks_is_that_of_one_process(tmp_path, monkeypatch)
         assert ours.keys() == expected.keys()
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
     sys.modules.pop("streams")
+
+
+def test_other_positions_or_orders_on_another_rank_are_refused(tmp_path):
+    (tmp_path / "streams.py").write_text(MODULE)
     outcomes = outcomes_on_ranks(train, 2, tmp_path, config(3, wrong=True))
     assert all("state_dict of data.train on rank 1 is not that of rank 0" in text for _, text in outcomes)
+    rotated = config(3) | {"data": {"train": {"kind": "streams.Points"}}}
+    rotated["trainer"] |= {"sampler": "streams.rotate", "evaluate": None}
+    outcomes = outcomes_on_ranks(train, 2, tmp_path, rotated)
+    message = "trainer.sampler: yields another order on rank 1 than on rank 0; draw it from seed and epoch alone"
+    assert all(message in text for _, text in outcomes)
