@@ -228,7 +228,9 @@ class TrainerSettings:
         compile: Whether `torch.compile` compiles each update as a whole: faster after some seconds, and equal up to the
             last bits. If an update cannot be compiled, a warning says why.
         parallel: What each of several processes, as torchrun starts them, holds: `replicate` for the whole model and
-            optimizer, with gradients averaged over processes. One process holds all.
+            optimizer, with gradients averaged over processes; `shard` for a part of the rows of each parameter of at
+            least 1,024 numbers, and of the optimizer's memory of it. An update and an evaluation gather whole
+            parameters. One process holds all.
         rank_timeout_s: Seconds, above 0, that one of several processes waits for the others before it gives up. Rank 0
             saves and closes the run within this time, too.
         record: `events` writes what `noether replay` needs to `events.jsonl`, which reads every loss from its device at

@@ -37,7 +37,7 @@ def local_part(tensor: Tensor) -> Tensor:
         >>> local_part(tensor) is tensor
         True
     """
-    if not is_distributed(tensor):
+    if type(tensor) is Tensor or not is_distributed(tensor):  # the first for speed: callbacks ask at every update
         return tensor
     distributed: Any = tensor
     with torch.no_grad():  # else it is a view with a gradient
@@ -62,7 +62,7 @@ def with_local_part(like: Tensor, local: Tensor) -> Tensor:
         like: Has the shape of the whole.
         local: The part of this rank; it is not copied.
     """
-    if not is_distributed(like):
+    if type(like) is Tensor or not is_distributed(like):
         return local
     distributed: Any = like
     with torch.no_grad():
@@ -88,6 +88,8 @@ def place_like(value: Tensor, like: Tensor) -> Tensor:
     Returns:
         A DTensor in the placement of `like`; the whole tensor if `like` is plain.
     """
+    if type(value) is Tensor and type(like) is Tensor:
+        return value
     if not is_distributed(like):
         return whole_tensor(value)
     source: Any = value
