@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun tells this process in its environment, and what it is told of an error."""
+"""What a launcher such as torchrun sets in the environment of this process, and where it reads an error."""
 
 from __future__ import annotations
 

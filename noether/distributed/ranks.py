@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S: Final = 600.0
 _RESTARTS: Final = "TORCHELASTIC_RESTART_COUNT"
 _JOINS: Final = count()
-_JOINED: Final[list[Ranks]] = []
+_JOINED: Final[list[tuple[Ranks, list[dist.ProcessGroup]]]] = []
 
 
 @final
@@ -84,7 +84,8 @@ def count_processes() -> int:
 def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = None) -> Ranks:
     """Return the ranks of this run; it joins the processes that a launcher started, or a group that exists.
 
-    All processes have to call it, also if each has the group already, and as often as the others.
+    All processes have to call it, as often as the others. Each call makes groups with the timeout, which
+    `leave_at_end` removes; only the first of a process that a launcher started makes the default group.
 
     Args:
         timeout_s: Seconds that a rank waits for the others before it gives up, above 0.
@@ -105,9 +106,14 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
         if launched_world_size() == 1:
             return ONE_PROCESS
         _make_default_group(device, timeout)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if world_size == 1:
+        training = dist.group.WORLD
+    elif dist.get_world_size() == 1:
         return ONE_PROCESS
+    else:  # the timeout of an adopted group is its own, and it may be for another device
+        training = dist.new_group(
+            backend="nccl" if device is not None and device.type == "cuda" else "gloo", timeout=timeout
+        )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     # A name that only this call has: an adopted group may have been in use, and its store holds what was written then.
     (name, *_) = Channel(control).gather("name of the run", secrets.token_hex(8))
@@ -117,39 +123,45 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
         world_size=world_size,
         timeout_s=timeout_s,
     )
-    _JOINED[:] = [
-        Ranks(
-            rank=rank,
-            world_size=world_size,
-            training=_find_training_group(device, timeout),
-            control=Channel(control, failures),
-            saving=Channel(saving, failures),
-            failures=failures,
-            timeout_s=timeout_s,
-        )
-    ]
-    return _JOINED[0]
+    ranks = Ranks(
+        rank=rank,
+        world_size=world_size,
+        training=training,
+        control=Channel(control, failures),
+        saving=Channel(saving, failures),
+        failures=failures,
+        timeout_s=timeout_s,
+    )
+    own = [control, saving] if training is dist.group.WORLD else [control, saving, training]
+    _JOINED.append((ranks, own))
+    return ranks
 
 
 def current_ranks() -> Ranks:
     """Return the ranks that this process joined last; `ONE_PROCESS` if it joined none."""
-    return _JOINED[0] if _JOINED and dist.is_initialized() else ONE_PROCESS
+    return _JOINED[-1][0] if _JOINED and dist.is_initialized() else ONE_PROCESS
 
 
 @contextmanager
-def report_errors() -> Iterator[None]:
-    """Report an error of the block to the other ranks, if the block joins any; it is raised unchanged.
+def leave_at_end() -> Iterator[None]:
+    """Leave the ranks that the block joined, at its end; an error of the block is reported to them and raised.
+
+    After an error nothing else is done, because others may still use the groups.
 
     Example:
-        >>> @report_errors()
+        >>> @leave_at_end()
         ... def train(): ...
         >>> train()
     """
+    joined = len(_JOINED)
     try:
         yield
     except BaseException as error:
         current_ranks().failures.report(error)
         raise
+    while len(_JOINED) > joined:
+        for group in _JOINED.pop()[1]:
+            dist.destroy_process_group(group)
 
 
 def _make_default_group(device: torch.device | None, timeout: timedelta) -> None:
@@ -172,12 +184,3 @@ def _make_default_group(device: torch.device | None, timeout: timedelta) -> None
     except RuntimeError as error:
         waited = f"{timeout.total_seconds():g} s"
         raise LaunchError(f"rank {os.environ['RANK']} waited {waited} for the others to join: {error}") from error
-
-
-def _find_training_group(device: torch.device | None, timeout: timedelta) -> dist.ProcessGroup | None:
-    """Return the group of all ranks if it can reduce tensors on the device, else a new one."""
-    kind = "cpu" if device is None else device.type
-    group: dist.ProcessGroup | None = dist.group.WORLD
-    if f"{kind}:" not in dist.get_backend_config():
-        group = dist.new_group(backend="nccl" if kind == "cuda" else "gloo", timeout=timeout)
-    return group

@@ -182,7 +182,8 @@ class Sharding:
             works.append(_all_gather(as_real(received[-1]), as_real(own), group=self.ranks.training, async_op=True))
         whole = dict(locals_)
         for index, work in enumerate(works):
-            work.wait()
+            with self.ranks.failures.explain("gathering of the weights"):
+                work.wait()
             table = received[index].view(self.ranks.world_size, -1)
             for name in self._buckets.names(index):
                 _, start, size = self._buckets.pieces[name]
@@ -205,7 +206,8 @@ class Sharding:
         for name, grad in grads.items():
             if grad is not None:
                 (parts if name in self.shapes else whole).add_(measure(as_real(grad)))
-        dist.all_reduce(parts, group=self.ranks.training)
+        with self.ranks.failures.explain("sum over all shards"):
+            dist.all_reduce(parts, group=self.ranks.training)
         return whole + parts
 
 

@@ -11,7 +11,7 @@ from processes import outcomes_on_ranks, run_on_ranks
 
 from noether.distributed.failures import RankError
 from noether.distributed.launch import LaunchError
-from noether.distributed.ranks import ONE_PROCESS, join
+from noether.distributed.ranks import ONE_PROCESS, current_ranks, join, leave_at_end
 
 TIMEOUT_S = 2
 
@@ -108,6 +108,34 @@ def wait_in_different_places():
 def test_ranks_that_wait_in_different_places_name_them():
     expected = "the ranks lost each other after up to 2 s: rank 0 in losses, rank 1 in save"
     assert run_on_ranks(wait_in_different_places, 2, detail=False) == [expected] * 2
+
+
+@leave_at_end()
+def fail_in_block():
+    join(timeout_s=30)
+    raise ValueError(f"of rank {dist.get_rank()}")
+
+
+def leave_groups():
+    """Return what an earlier block left behind, and whether an error of a later one is reported."""
+    join(timeout_s=60)
+    before = current_ranks()
+    for _ in range(2):
+        with leave_at_end():
+            ranks = join(timeout_s=30)
+            ranks.control.reduce("ranks", sums={"ranks": 1})
+            assert current_ranks() is ranks
+    assert current_ranks() is before
+    with pytest.raises(ValueError, match="of rank"):
+        fail_in_block()
+    return str(current_ranks().failures.first())
+
+
+def test_ranks_leave_their_groups_unless_one_failed():
+    first, second = run_on_ranks(leave_groups, 2)
+    assert first == second
+    assert first.startswith("rank ")
+    assert "ValueError: of rank" in first
 
 
 def join_again():

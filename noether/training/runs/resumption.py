@@ -18,7 +18,7 @@ from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate, BeforeTraining
 from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
-from noether.distributed.ranks import report_errors
+from noether.distributed.ranks import leave_at_end
 from noether.distributed.restarts import Restart
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.contents import WEIGHTS
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from noether.training.runs.interruption import Interruption
 
 
-@report_errors()
+@leave_at_end()
 def resume_run(  # noqa: PLR0913  # the options of the command line
     run_dir: Path,
     overrides: Sequence[str],

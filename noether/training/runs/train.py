@@ -17,7 +17,7 @@ from noether.config.references import escape_references
 from noether.config.serialization import dump
 from noether.config.source import apply_overrides, read
 from noether.config.values import source_from_values
-from noether.distributed.ranks import report_errors
+from noether.distributed.ranks import leave_at_end
 from noether.distributed.restarts import Restart
 from noether.effects.disk.files import make_directories, replace_text
 from noether.effects.run_directory import CONFIG_FILE
@@ -129,7 +129,7 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
     return start_run(loaded, allow, interruption=interruption, notify=notify)
 
 
-@report_errors()
+@leave_at_end()
 def start_run(
     config: Config, allow: Sequence[str] = (), *, interruption: Interruption, notify: Callable[[str], None]
 ) -> TrainedRun:
