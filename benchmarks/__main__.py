@@ -26,6 +26,7 @@ _ALL = {
     "step": ((), ("--rounds", "2", "--updates", "2")),
     "session": ((), ("--rounds", "2", "--updates", "2")),
     "training": ((), ("--rounds", "2", "--epochs", "3", "--network", "small")),
+    "ranks": ((), ("--rounds", "2", "--updates", "2", "--epochs", "1")),
     "memory": ((), ("--rounds", "1", "--params", "100000")),
     "ema": ((), ("--rounds", "2", "--params", "100000")),
     "saving": ((), ("--rounds", "2", "--params", "1000")),

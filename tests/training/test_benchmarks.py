@@ -19,6 +19,11 @@ SLOW = [
     ("step", ("--rounds", "2", "--updates", "2"), {"mutable loop": 2, "noether step": 4}),
     ("training", ("--rounds", "2", "--network", "small", "--epochs", "3"), {"bare loop": 2, "noether": 4}),
     ("dispatch", ("--rounds", "2"), {"noether": 3}),
+    (
+        "ranks",
+        ("--rounds", "2", "--updates", "2", "--epochs", "1"),
+        {"the job": 1, "noether's step": 3, "DDP, two ranks": 1, "rank 1": 1, "gradients": 2, "time of AfterEpoch": 2},
+    ),
     ("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
     ("saving", ("--rounds", "2", "--params", "1000"), {"one copy": 1, "noether": 2}),
     ("checkpoint", ("--rounds", "2", "--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
