@@ -128,10 +128,12 @@ def plan_shards(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[st
             for rank, region in plan[name].items():
                 loads[rank] += math.prod(region.shape) * tensor.element_size()
     sizes = {name: each.numel() * each.element_size() for name, each in tensors.items() if name not in plan}
-    plan |= {name: {0: whole_region(tensors[name].shape)} for name, size in sizes.items() if size <= _SMALL_BYTES}
+    small = {name for name, size in sizes.items() if size <= _SMALL_BYTES}
+    plan |= {name: {0: whole_region(tensors[name].shape)} for name in small}
+    loads[0] += sum(sizes[name] for name in small)
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
-    for name in sorted(sizes.keys() - plan.keys(), key=lambda name: (-sizes[name], name)):
+    for name in sorted(sizes.keys() - small, key=lambda name: (-sizes[name], name)):
         load, rank = heap[0]
         heapq.heapreplace(heap, (load + sizes[name], rank))
         plan[name] = {rank: whole_region(tensors[name].shape)}
@@ -154,14 +156,25 @@ def _stored_regions(name: str, tensor: torch.Tensor, world_size: int) -> Mapping
             "open_run, and give its mesh all ranks"
         )
     dimensions = tuple(None if each.is_replicate() else each.dim % tensor.ndim for each in placements)
-    return _split(tuple(tensor.shape), tuple(ranks.shape), tuple(ranks.flatten().tolist()), dimensions)
+    return split_regions(tuple(tensor.shape), tuple(ranks.shape), tuple(ranks.flatten().tolist()), dimensions)
 
 
 @lru_cache(_CACHED_LAYOUTS)
-def _split(
+def split_regions(
     shape: tuple[int, ...], mesh: tuple[int, ...], ranks: tuple[int, ...], dimensions: tuple[int | None, ...]
 ) -> Mapping[int, Region]:
-    """Return the region that each rank writes of a tensor; a mesh dimension without tensor dimension replicates it."""
+    """Return the region that each rank writes of a tensor; ranks that write nothing are left out.
+
+    Args:
+        shape: Shape of the tensor.
+        mesh: Shape of the mesh of ranks.
+        ranks: The ranks in the mesh, in its order.
+        dimensions: For each dimension of the mesh the dimension of the tensor that it cuts; None if it replicates.
+
+    Example:
+        >>> split_regions((3, 2), (2, 2), (0, 1, 2, 3), (None, 0))
+        {0: Region(offsets=(0, 0), shape=(2, 2)), 1: Region(offsets=(2, 0), shape=(1, 2))}
+    """
     found: dict[int, Region] = {}
     for rank, coordinate in zip(ranks, itertools.product(*map(range, mesh)), strict=True):
         if any(index and dimension is None for index, dimension in zip(coordinate, dimensions, strict=True)):
@@ -246,7 +259,7 @@ class _Target:
         """
         if self._missing != 0:
             raise ValueError(f"the files do not have every part of {self._name} once")
-        return self._tensor if self._like is None else with_local_part(self._like, self._tensor)
+        return self._tensor if self._like is None else with_local_part(self._like, self._tensor.to(self._like.device))
 
 
 def _own_region(like: torch.Tensor) -> Region:
