@@ -136,7 +136,7 @@ def unpack_batches(packed: Mapping[str, Any], device: torch.device) -> Iterator[
 
     Args:
         packed: What it returned.
-        device: Device of tensors that were on a device of its type; others are on the one of their own type.
+        device: Device of tensors that were on a device of its type; others get a device of the type that they had.
     """
     values: dict[str, _Reader] = {}
     for column, tensor in packed["values"].items():

@@ -77,7 +77,7 @@ class InterruptibleData:
     Args:
         data: The batches.
         interrupted: Returns whether the run is interrupted.
-        leaving: Is told that this rank has left its share; None for one process.
+        leaving: Remembers that this rank has left its share; None for one process.
 
     Example:
         >>> data = InterruptibleData([1, 2], interrupted=lambda: False)
