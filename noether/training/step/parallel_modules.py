@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from noether.core.errors import NoetherError
+
 if TYPE_CHECKING:
     import torch
 
 
-class ParallelModuleError(TypeError):
+class ParallelModuleError(NoetherError, TypeError):
     """A module reduces gradients over ranks in a way in which it does not work."""
 
 
