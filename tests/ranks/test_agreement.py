@@ -11,6 +11,9 @@ from recorded_runs import make_config
 
 import noether
 from noether.config import ConfigError
+from noether.config.loading import from_source
+from noether.config.values import source_from_values
+from noether.training.runs.smoke import smoke_test
 
 ALLOW = ["recorded_runs"]
 
@@ -71,8 +74,9 @@ def test_a_rank_that_does_not_see_the_checkpoint_says_so(tmp_path):
 
 
 def move_and_branch(folder):
-    """Return where a run is after it was moved, and where a run that starts at a checkpoint of it is."""
+    """Try a run; then return where it is after it was moved, and where a run that starts at a checkpoint of it is."""
     with contextlib.chdir(folder):
+        smoke_test(from_source(source_from_values(make_config()), ALLOW))
         run = noether.train(make_config(max_updates=4), allow=ALLOW)
         overrides = ["trainer.max_updates=8", "run.output=moved"]
         moved = noether.train(resume=run.directory, overrides=overrides, allow=ALLOW)
@@ -83,11 +87,12 @@ def move_and_branch(folder):
     return run.directory, moved.directory, branch.directory, branch.ending, again.ending, again.rank
 
 
-def test_rank_0_moves_and_branches_a_run(tmp_path):
+def test_rank_0_tries_moves_and_branches_a_run(tmp_path):
     results = run_on_ranks(move_and_branch, 2, tmp_path)
     run, moved, branch, *endings = results[0]
     assert results[1] == (run, moved, branch, *endings[:2], 1)
     assert not (tmp_path / run).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["branch", "moved", "out"]
     assert moved == Path("moved/fields") / run.name
     assert endings == ["ended at E3_U12_S72"] * 2 + [0]
     assert "branched_from" in (tmp_path / branch / "summary.json").read_text()

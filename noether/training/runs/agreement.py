@@ -168,12 +168,12 @@ def ask_rank_0(ranks: Ranks, what: str, make: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def open_on_ranks(path: Path, config: Config, ranks: Ranks) -> Iterator[RunDirectory]:
+def open_on_ranks(path: Path, config: Config, ranks: Ranks, *, with_services: bool = True) -> Iterator[RunDirectory]:
     """Open the directory of a run on all ranks, of which rank 0 writes; at the end, all wait until it has closed it.
 
     A launcher ends all processes as soon as one has ended with an exit code other than 0.
     """
-    with open_directory(path, config, ranks=ranks) as directory:
+    with open_directory(path, config, with_services=with_services, ranks=ranks) as directory:
         yield directory
     ranks.control.reduce("run directory is closed")
 
