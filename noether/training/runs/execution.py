@@ -143,8 +143,8 @@ def execute(
         world_size=ranks.world_size,
     )
     write_ending(run, experiment, interpreter)
+    is_saved = finished or directory.checkpoints.holds(final)  # for a state with shards every rank asks
     if not finished and ranks.is_first:
-        is_saved = directory.checkpoints.holds(final)
         notify(f"saved {final.iteration}" if is_saved else "nothing is saved: the first update was not completed")
     notify(f"{run.ending}; the run is in {directory.path}")
     if interruption.is_time_over and not finished and final.iteration == begin:
