@@ -84,7 +84,7 @@ def test_importing_the_core_brings_no_outer_room():
 
 
 def test_a_framework_is_imported_by_its_own_adapter_only():
-    frameworks = {"lightning", "ignite", "transformers", "accelerate", "keras"}
+    frameworks = {"lightning", "ignite", "transformers", "accelerate", "keras", "torchmetrics"}
     code = "import noether, noether.integrations, noether.session.session, sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = run.stdout.split()
