@@ -33,7 +33,8 @@ Differences from noether's own trainer:
   torch's schedulers. The user saves schedulers of other settings.
 - The scale of a `GradScaler` is in noether's checkpoints if `attach` received the scaler.
 - Of several optimizers, an iteration may step any: it is one update. `optim/lr` has one key for each.
-- One process: losses are not gathered over ranks.
+- On several ranks (`idist.Parallel`, `idist.auto_model`) all is as in `Session`. A resumed run restores the generators of
+  rank 0 on all ranks. Call `attach` on each rank, after `idist.initialize`.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.tensors.live.optimizer import by_name
 from noether.integrations.losses import losses_of
-from noether.session.loader import batches_per_epoch, epoch_lengths, warn
-from noether.session.processes import refuse_several_processes
+from noether.session.loader import batches_per_epoch, warn
+from noether.session.rank_exchange import check_ranks
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -172,8 +173,8 @@ class _Handlers:
         self._has_hidden_scheduler = has_hidden_scheduler
 
     def begin(self, engine: Engine) -> None:
-        refuse_several_processes("run the engine in one", count=idist.get_world_size())
         state, session = engine.state, self._session
+        check_ranks(session.ranks, idist.get_world_size(), "attach the callbacks after idist.initialize(...)")
         loaded = session.load()
         if isinstance(engine, DeterministicEngine):
             if session.saved_seed is not None:
@@ -188,8 +189,7 @@ class _Handlers:
                 "ignite"
             )
         epoch_is_full = self._move(engine, loaded=loaded)
-        batches, batch_size = state.epoch_length, session.run.count_samples
-        lengths: dict[str, Any] = epoch_lengths(state.dataloader, batches, self._accumulation, batch_size)
+        lengths: dict[str, Any] = session.lengths_of_epoch(state.dataloader, state.epoch_length, self._accumulation)
         session.begin(end=self._end(engine), epoch_is_full=epoch_is_full, **lengths)
         self._apply_stop(engine)
 

@@ -36,7 +36,8 @@ Differences from noether's trainer:
   and those of generators that the module or the loader holds, are in noether's checkpoints and in Lightning's: a resume at
   the end of an epoch is exact. It is not where a validation that draws random numbers comes between a checkpoint of
   Lightning and the end of the epoch, or where workers persist, whose generators no checkpoint has.
-- Only one process: losses are not gathered over ranks.
+- On several ranks with `strategy="ddp"` all is as in `Session`; of other strategies no rank has the whole model. A resumed
+  run restores the generators of rank 0 on all ranks, so dropout is exact where `seed_everything` made them equal.
 """  # noqa: E501  # a table
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 from lightning.pytorch import Callback as LightningCallback
+from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.utils import get_total_norm
 
 from noether.core.iteration import TrainingIteration
@@ -53,8 +55,8 @@ from noether.core.run import Run
 from noether.integrations.lightning_memory import STEPS, FinetuningMemory, StepCount
 from noether.integrations.losses import losses_of
 from noether.session import settings
-from noether.session.loader import epoch_lengths
-from noether.session.processes import refuse_several_processes
+from noether.session.processes import ProcessesError
+from noether.session.rank_exchange import check_ranks
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -153,6 +155,7 @@ class NoetherCallback(LightningCallback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
         )
         self.session = session
+        check_ranks(session.ranks, trainer.world_size, "pass Trainer(devices=1)")
         session.continue_after_end = "give the Trainer a larger max_epochs or max_steps, which count from the start"
         session.remember_generators(trainer.train_dataloader)
         if saved:
@@ -266,7 +269,11 @@ def _check(trainer: Trainer) -> None:
         raise ValueError(
             f"{type(trainer.lightning_module).__name__}.configure_optimizers returns no optimizer: return one"
         )
-    refuse_several_processes("pass Trainer(devices=1, num_nodes=1)", count=trainer.world_size)
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        raise ProcessesError(
+            f"the trainer trains on {trainer.world_size} ranks with {type(trainer.strategy).__name__}, and callbacks "
+            "need the whole model on each: pass Trainer(strategy='ddp'), or devices=1"
+        )
 
 
 def _renew_iterator(trainer: Trainer) -> None:
@@ -283,7 +290,7 @@ def _run_facts(trainer: Trainer, session: Session) -> dict[str, Any]:
     automatic = trainer.lightning_module.automatic_optimization
     batches = int(trainer.num_training_batches) if trainer.num_training_batches != float("inf") else None
     steps = trainer.accumulate_grad_batches
-    lengths = epoch_lengths(trainer.train_dataloader, batches, steps, session.run.count_samples) if automatic else {}
+    lengths = session.lengths_of_epoch(trainer.train_dataloader, batches, steps) if automatic else {}
     return {**lengths, "end": _end(trainer, lengths.get("updates_per_epoch"))}
 
 

@@ -19,9 +19,12 @@ from noether.session.lengths import (
     compare_epoch_lengths,
     compare_saved_lengths,
     known_lengths,
+    lengths_of_ranks,
     without_fields,
 )
+from noether.session.loader import epoch_lengths, has_equal_batches
 from noether.session.losses import EMPTY_UPDATE
+from noether.session.processes import ProcessesError
 from noether.session.randomness import derive, seed_all
 from noether.session.rank_exchange import check_joined
 from noether.session.session_state import SessionState
@@ -101,6 +104,12 @@ class SessionEvents(SessionState):
             LogError: If the log in the directory is damaged.
         """
         check_joined(self.ranks, launched=self.seeds_loop)
+        if self._directory is not None and self.ranks.is_first and not self._directory.writes:
+            raise ProcessesError(
+                f"the run in {self._directory.path} was opened for another rank than 0, and this loop trains alone, so "
+                "nothing would be logged or saved: train on all processes that torchrun started, or give each its own "
+                "directory with open_run(path, rank=0)"
+            )
         self.run = fill_run(
             self._given,
             end=end,
@@ -174,6 +183,20 @@ class SessionEvents(SessionState):
             )
         self._dispatch_epoch_end()
         self._settled = self._state
+
+    def lengths_of_epoch(self, loader: Any, batches: int | None, accumulation: int) -> dict[str, int]:
+        """Return the arguments of `begin` that describe an epoch, over all ranks, as far as a loader tells them.
+
+        Args:
+            loader: The loader of this rank.
+            batches: Batches of one epoch; None if unknown.
+            accumulation: Micro-batches of an update.
+        """
+        lengths = epoch_lengths(loader, batches, accumulation, self.run.count_samples)
+        self.has_equal_batches = has_equal_batches(loader, self.run.batch_size)
+        if not self.ranks.are_several:
+            return lengths
+        return lengths_of_ranks(lengths, self.ranks.world_size if self.has_equal_batches else None)
 
     def count_batches(
         self, updates_per_epoch: int | None, accumulation: int, effective_batch_size: int | None = None

@@ -91,6 +91,28 @@ _START_FIXES: Final = {
 }
 
 
+def check_ranks(ranks: Ranks, expected: int, fix: str) -> None:
+    """Refuse a framework that trains on other processes than those of the process group.
+
+    Args:
+        ranks: The ranks of the session.
+        expected: Number of processes as the framework knows it.
+        fix: What to write instead.
+
+    Raises:
+        ProcessesError: If they differ.
+
+    Example:
+        >>> check_ranks(ONE_PROCESS, 2, "pass devices=1")
+        Traceback (most recent call last):
+        noether.session.processes.ProcessesError: the loop trains on 2 ranks, and the group ... has 1: pass devices=1
+    """
+    if ranks.world_size != expected:
+        raise ProcessesError(
+            f"the loop trains on {expected} ranks, and the group of torch.distributed has {ranks.world_size}: {fix}"
+        )
+
+
 @final
 class RankExchange:
     """Exchanges readings of a session between its ranks, each in one collective; one process exchanges nothing.

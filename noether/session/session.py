@@ -21,9 +21,9 @@ from noether.session import settings
 from noether.session.errors import SessionError
 from noether.session.events import SessionEvents
 from noether.session.hidden_state import ModelWatch
-from noether.session.lengths import Contradiction, lengths_of_ranks
+from noether.session.lengths import Contradiction
 from noether.session.live_state import LiveState
-from noether.session.loader import check_not_empty, epoch_lengths, has_equal_batches, has_exact_length, warn
+from noether.session.loader import check_not_empty, has_exact_length, warn
 from noether.session.loop import BatchLoop
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
 from noether.session.optimizers import is_skipped
@@ -194,8 +194,6 @@ class Session(SessionEvents):
         self._steps_with_samples = 0  # micro-batches of this update, on any rank
         self._interpreter_reads_events = interpreter is not None and not isinstance(interpreter, Interpreter)
         self._has_compared_params = False  # of all ranks, after the first update of this process
-        self.has_equal_batches = False
-        """Whether all ranks certainly have batches of equal sizes, so that the samples of an update are known."""
 
     @property
     def is_last_batch(self) -> bool:
@@ -253,10 +251,7 @@ class Session(SessionEvents):
                 self._state = self._state.replace(stop=None, stopped_by=None)
         loop.prepare_epoch(self._state.iteration.epoch)
         self._trusts_lengths = has_exact_length(loader)  # else the loop reads the epoch again, to find its end
-        lengths: dict[str, Any] = epoch_lengths(loader, loop.length, self._accumulation, self.run.count_samples)
-        self.has_equal_batches = has_equal_batches(loader, self.run.batch_size)
-        if self.ranks.are_several:
-            lengths = lengths_of_ranks(lengths, self.ranks.world_size if self.has_equal_batches else None)
+        lengths: dict[str, Any] = self.lengths_of_epoch(loader, loop.length, self._accumulation)
         self.begin(**lengths)
         self._loop = loop
         return loop.run()

@@ -77,6 +77,8 @@ class SessionState:
         self._interpreter, self._directory, self._clock = interpreter, directory, clock
         self._state = TrainState(seed=seed)
         self._remembers = False
+        self.has_equal_batches = False
+        """Whether all ranks certainly have batches of equal sizes, so that the samples of an update are known."""
         self.seeds_loop = False
         self._micro_batches: list[MicroBatch] = []
         self._settled = self._state  # as it was before the current update began

@@ -35,10 +35,8 @@ Differences from noether's trainer:
 - The order of data is a function of `args.data_seed` and the epoch. Dropout draws from torch's generator, whose state is
   in the checkpoints of transformers and of noether; `to_checkpoint` writes it. Within an epoch, transformers restores it
   after it has read the batches of the next update, so there a dataset that draws random numbers itself draws others.
-- Several processes must have batches of the same size, as accelerate makes them by default: samples are counted as
-  those of this process times the number of processes, including samples repeated at the end of an epoch.
-  Losses are means over processes; other readings are those of each, so no callback may stop a run because of them. Every process
-  evaluates all of `data`, and a loader that is split over processes is refused.
+- On several processes all is as in `Session`: samples are summed, including those that accelerate repeats at the end of an
+  epoch, and the loss of an update is the plain mean over processes, as transformers averages the gradients.
 - With a gradient scaler, `grad_norm` is that of scaled gradients. `forward_s`, `backward_s`, `optimizer_s` are missing.
 - Models sharded by FSDP or DeepSpeed are not supported, because no process has the whole model; nor is a hyperparameter
   search, whose trials save elsewhere.

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerState
@@ -19,6 +18,7 @@ from noether.core.tensors.forward import forward
 from noether.integrations.accelerate import epoch_lengths
 from noether.integrations.huggingface.checkpoints import checkpoint_path, read_memory, write_memory
 from noether.integrations.huggingface.outputs import drop_loss
+from noether.session.rank_exchange import check_ranks
 from noether.session.session import Session
 from noether.session.settings import fill_run
 from noether.session.timing import Clock
@@ -126,9 +126,9 @@ class NoetherCallback(TrainerCallback):
         session, mean = self.session, loss * of
         self._parts.append(loss if samples else torch.zeros_like(loss))  # the loss of an empty micro-batch is NaN
         session.micro_batch(
-            {"total": _over_ranks(mean) if session.listens_to_micro_batches else mean},
+            {"total": mean},
             outputs=outputs,
-            samples=samples * session.run.world_size,
+            samples=samples,
             of=of,
         )
         if len(self._parts) == of and "grad_norm" in session.readings:
@@ -154,6 +154,7 @@ class NoetherCallback(TrainerCallback):
             scheduler=kwargs["lr_scheduler"],
             scaler=self._scaler,
         )
+        check_ranks(session.ranks, args.world_size, "start all processes with torchrun or accelerate launch")
         session.continue_after_end = "set a larger num_train_epochs or max_steps in TrainingArguments"
         session.remember_generators(kwargs["train_dataloader"])  # transformers restores them
         if self.resume_from is not None:
@@ -185,7 +186,7 @@ class NoetherCallback(TrainerCallback):
     ) -> TrainerControl:
         """Report an update."""
         session, total = self.session, sum(self._parts[1:], start=self._parts[0])
-        session.update(mean=_over_ranks(total), skipped=not session.steps, grad_norm=self._grad_norm)
+        session.update(mean=total, skipped=not session.steps, grad_norm=self._grad_norm)
         self._parts, self._grad_norm = [], None
         return self._apply_stop(control)
 
@@ -224,7 +225,7 @@ def _fill_run(run: Run, model: nn.Module, args: TrainingArguments, state: Traine
         **epoch_lengths(loader, args.gradient_accumulation_steps, args.world_size),
         "forward": _forward_of(model),
     }
-    return fill_run(run.replace(rank=args.process_index, world_size=args.world_size), **known)
+    return fill_run(run, **known)
 
 
 def _forward_of(model: nn.Module) -> Callable[..., Any]:
@@ -238,15 +239,6 @@ def _forward_of(model: nn.Module) -> Callable[..., Any]:
         return losses, drop_loss(outputs)
 
     return call
-
-
-def _over_ranks(loss: Tensor) -> Tensor:
-    """Return the mean of a loss over all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return loss
-    mean = loss.clone()
-    dist.all_reduce(mean)
-    return mean / dist.get_world_size()
 
 
 def _check_position(at: TrainingIteration, update: int) -> None:
