@@ -249,10 +249,12 @@ class SessionEvents(SessionState):
             self._dispatch(self._state.replace(ended=True), AfterTraining, time_s=time_s)
         if self._directory is not None:
             self._directory.wait()
-            if self.resumes_within_epochs and self._directory.is_open and self.run.rank == 0:
+            final = self._live.view(self._state)
+            saves = self.run.rank == 0 or self._directory.checkpoints.needs_all_ranks(final)
+            if self.resumes_within_epochs and self._directory.is_open and saves:
                 # Where a framework has the loop, it saves what it wants.
                 event = AfterTraining(run=self.run, time_s=self._clock.wall_s())
-                save_end(self._directory, self._directory.interpreter, self._live.view(self._state), event)
+                save_end(self._directory, self._directory.interpreter, final, event)
         self._exchange.wait("the end of the run, which is saved")
         self.close()
 

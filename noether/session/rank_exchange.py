@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from noether.core.state import TrainState
+from noether.core.tensors.dtensors import is_distributed, whole_tensor
 from noether.core.tensors.module import device_of, named_buffers, named_parameters
 from noether.core.tensors.tree import map_leaves
 from noether.distributed.launch import launched_world_size
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
     from noether.core.reducer import Reducer
     from noether.core.run import Run
-    from noether.core.state import TrainState
     from noether.effects import RunDirectory
     from noether.session.losses import Losses, MicroBatch
 
@@ -37,24 +38,26 @@ _GROUP: Final = (
 )
 
 
-def ranks_of_model(model: nn.Module) -> Ranks:
+def ranks_of_model(model: nn.Module, directory: RunDirectory | None) -> Ranks:
     """Return the ranks of the process group that exists, or the only process; start no group.
 
+    Args:
+        model: The model of the session.
+        directory: Its run directory, if it has one.
+
     Raises:
-        ProcessesError: If there are several ranks, and the model is sharded over them.
+        ProcessesError: If the model is sharded over several ranks, and not all of them write to the directory.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return ONE_PROCESS
     ranks = join(device=device_of(model.parameters()))
     if not ranks.are_several:
         return ranks
-    from torch.distributed.tensor import DTensor  # slow to import, and needless in one process
-
-    sharded = [name for name, parameter in named_parameters(model).items() if isinstance(parameter, DTensor)]
-    if sharded:
+    sharded = [name for name, parameter in named_parameters(model).items() if is_distributed(parameter)]
+    if sharded and not (directory is not None and directory.checkpoints.needs_all_ranks(TrainState.from_module(model))):
         raise ProcessesError(
-            f"model= is sharded: {sharded[0]!r} is a DTensor, and a Session saves what rank 0 has: pass a model that "
-            "each rank has whole, such as one in DistributedDataParallel, or train with noether.train"
+            f"model= is sharded: {sharded[0]!r} is a DTensor, of which each rank has to save its part: pass "
+            "directory=noether.open_run(path, ranks=noether.distributed.ranks.join())"
         )
     return ranks
 
@@ -234,7 +237,7 @@ class RankExchange:
 
     def digests(self, *, params: bool) -> dict[str, list[str]]:
         """Return digests of the buffers and, if `params`, of the parameters of this rank, for `settle_model`."""
-        parts = {"buffers": named_buffers(self._model)} | ({"params": named_parameters(self._model)} if params else {})
+        parts = {"buffers": named_buffers(self._model)} | ({"params": self._whole_parameters} if params else {})
         return {name: [_digest_layout(tensors), _digest(_checksums(tensors))] for name, tensors in parts.items()}
 
     def settle_model(self, what: str, parts: Sequence[Mapping[str, Any]]) -> None:
@@ -257,10 +260,16 @@ class RankExchange:
                 self._raise_difference(what)
             self._broadcast_buffers()
 
+    @property
+    def _whole_parameters(self) -> dict[str, Tensor]:
+        """The parameters that each rank has whole; of the others the ranks have different parts."""
+        return {name: each for name, each in named_parameters(self._model).items() if not is_distributed(each)}
+
     def _raise_difference(self, what: str) -> None:
-        sums = [part["sums"] for part in self.gather("params", {"sums": _checksums(named_parameters(self._model))})]
+        parameters = self._whole_parameters
+        sums = [part["sums"] for part in self.gather("params", {"sums": _checksums(parameters)})]
         rank = next(rank for rank, each in enumerate(sums) if each != sums[0])
-        names = list(named_parameters(self._model))
+        names = list(parameters)
         differing = [name for name, own, first in zip(names, sums[rank], sums[0], strict=True) if own != first]
         raise ProcessesError(
             f"the parameters of rank {rank} differ from those of rank 0 {what}, first {differing[0]!r}: each rank "
@@ -317,7 +326,7 @@ def check_equal(what: str, parts: Sequence[Mapping[str, Any]], fixes: Mapping[st
 def _read_tensors(tree: Any) -> Any:
     """Return a tree with numbers in place of 0-dimensional tensors; those of one device are read in one transfer."""
     found: dict[int, Tensor] = {}
-    map_leaves(lambda leaf: found.setdefault(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    map_leaves(lambda leaf: found.setdefault(id(leaf), whole_tensor(leaf)) if isinstance(leaf, Tensor) else leaf, tree)
     numbers: dict[int, float] = {}
     for device in {each.device for each in found.values()}:
         here = {key: each for key, each in found.items() if each.device == device}

@@ -167,7 +167,7 @@ class Session(SessionEvents):
         settings.check_savable(model, directory)
         run = settings.end_of_run(run, max_epochs, max_updates, max_samples)
         parts = {"model": model, "data": data, "loss": loss, "precision": precision, "directory": directory}
-        ranks = ranks_of_model(model)
+        ranks = ranks_of_model(model, directory)
         run = settings.complete_run(run, seed=seed, ranks=ranks, **parts)  # type: ignore[arg-type]  # by name
         watched = settings.watch_optimizer(model, optimizer)
         members = settings.list_callbacks(callbacks)

@@ -7,8 +7,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import noether
-from noether import AfterUpdate, TrainState
-from noether.core.callbacks import EMACallback, GradNormCallback, NanGuardCallback
+from noether import AfterUpdate, Session, TrainState, open_run
+from noether.core.callbacks import (
+    CheckpointCallback,
+    EMACallback,
+    GradNormCallback,
+    NanGuardCallback,
+    OfflineLossCallback,
+)
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.run import Run
@@ -16,6 +22,7 @@ from noether.core.shares import share_of
 from noether.core.tensors.dtensors import is_distributed, whole_tensor
 from noether.core.tensors.tree import map_leaves, tensors
 from noether.distributed.ranks import ONE_PROCESS, join
+from noether.session.processes import ProcessesError
 from noether.testing.array_bits import same_tensors
 from noether.training.step.prepared import PreparedStep
 
@@ -154,16 +161,68 @@ def refuse_shares(ranks):
     return messages
 
 
-def check_everything():
+def train_in_session(ranks, folder, updates):
+    """Train a sharded module in a loop of its own; the run resumes where the folder has one."""
+    model = prepare("fsdp", make_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    save = CheckpointCallback(every_n_updates=2, save_weights=True, save_optim=True)
+    members = [EMACallback(every_n_epochs=1, target_factors=(0.5,)), GradNormCallback(every_n_updates=1), save]
+    guard = NanGuardCallback(action="rollback", every_n_updates=2, tolerance=1)
+    check = OfflineLossCallback(every_n_epochs=1, dataset_key="val", weights="ema=0.5")
+    loader = [make_batch(update, ranks.rank, ranks.world_size) for update in range(UPDATES)]
+    with open_run(folder, ranks=ranks) as directory:
+        session = Session(
+            [*members, guard, check],
+            directory=directory,
+            model=model,
+            optimizer=optimizer,
+            data={"val": [make_batch(9)]},
+            loss=loss,
+            max_updates=updates,
+        )
+        for batch in session.batches(loader):
+            losses = loss(model(batch[0]), batch)
+            optimizer.zero_grad()
+            losses["ce"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            session.update(losses)
+        state = session.state
+        trees = {"params": state.params, "opt": state.opt_state, "memory": state.callback_states}
+        return {key: each.value for key, each in state.metrics.items()}, dict(tensors(whole(trees)))
+
+
+def compare_sessions(ranks, folder):
+    """Compare a session that is cut and resumed with one that is not."""
+    metrics, uncut = train_in_session(ranks, folder / "uncut", 2 * UPDATES)
+    train_in_session(ranks, folder / "cut", UPDATES - 1)
+    resumed_metrics, resumed = train_in_session(ranks, folder / "cut", 2 * UPDATES)
+    assert metrics == resumed_metrics
+    assert metrics.keys() >= {"loss/val/ce/ema=0.5", "optim/grad_norm/max/U1"}
+    assert uncut.keys() == resumed.keys()
+    for name, tensor in uncut.items():
+        assert same_tensors(tensor, resumed[name]), name
+    model = prepare("fsdp", make_model())
+    with (
+        open_run(folder / "alone") as directory,
+        pytest.raises(ProcessesError, match="of which each rank has to save its part"),
+    ):
+        Session([], directory=directory, model=model, max_updates=1)
+
+
+def check_everything(folder):
     ranks = join(timeout_s=60)
+    compare_sessions(ranks, folder)
     alone = train(ONE_PROCESS, None)
     for kind in ("ddp", "fsdp"):
         compare_updates(ranks, alone, kind)
     return refuse_shares(ranks)
 
 
-def test_prepared_modules_train_like_one_process():
-    first, second = run_on_ranks(check_everything, 2, detail=False)  # torch's DDP crashes under its own debug level
+def test_prepared_modules_train_like_one_process(tmp_path):
+    first, second = run_on_ranks(
+        check_everything, 2, tmp_path, detail=False
+    )  # torch's DDP crashes under its own debug level
     assert first == second
     assert "a rank has no samples in this update" in first[0]
     assert "ranks have different numbers of micro-batches" in first[1]

@@ -10,6 +10,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import Effect, LogText, SetSummary
 from noether.core.errors import check_choice, check_whole
 from noether.core.metrics import log
+from noether.core.tensors.dtensors import place_like
 from noether.core.tensors.live.optimizer import OPT_STATE_PARTS
 from noether.core.tensors.memory import GRAD_SCALER
 from noether.core.tensors.stored_weights import find_weights, memory_of
@@ -178,7 +179,7 @@ def _is_finite(tree: Mapping[str, Any], snapshot: Mapping[str, Any]) -> bool:
     for path, tensor in tensors(tree):
         finite = tensor.isfinite()
         if path in before and before[path].shape == tensor.shape:
-            finite |= ~before[path].isfinite()
+            finite |= ~place_like(before[path], tensor).isfinite()  # a loaded snapshot has whole tensors
         if not bool(finite.all()):
             return False
     return True
