@@ -64,8 +64,9 @@ class Commands(click.Group):
             warnings.simplefilter("ignore")
         try:
             code = run(*args, standalone_mode=False, **extra)
-        except click.UsageError as error:
-            if announce(error) is not None:
+        except click.UsageError as error:  # of all ranks alike
+            announce(error)
+            if not launched_rank():
                 error.show()
             code = error.exit_code
         except click.ClickException as error:  # which reports itself

@@ -22,6 +22,8 @@ from noether.effects.disk.calls import Disk
 
 AT = 5
 """The fault is in the next phase of its kind after this update."""
+ALL = -1
+"""In place of a rank: all of them."""
 FAULT = {"phase": None, "how": None, "update": 0, "is_armed": False}
 """Of this process."""
 
@@ -84,6 +86,25 @@ def count(state, event):
     return state, ()
 
 
+@dataclass(frozen=True)
+class KillOnce:
+    """Kills one rank in the first life of the workers; without a rank, waits on all ranks for a signal."""
+
+    at: int
+    rank: int | None
+
+    def __call__(self, state, event):
+        if isinstance(event, AfterUpdate) and state.iteration.update == self.at:
+            if self.rank is None:
+                Path("paused").touch()
+                received = signal.getsignal(signal.SIGTERM).__self__
+                while not received.is_signal:
+                    time.sleep(0.02)
+            elif int(os.environ["RANK"]) == self.rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                fail("kill")
+        return state, ()
+
+
 CONFIG = {
     "run": {"name": "numbers", "output": "runs"},
     "model": {"kind": "faulty_runs.Network"},
@@ -118,7 +139,7 @@ def patch_disk():
 
 
 def command(folder, words, rank=None, phase=None, how=None):
-    """Run the command line in a folder, with a fault on one rank; return the exit code.
+    """Run the command line in a folder, with a fault on one rank, or on `ALL`; return the exit code.
 
     What each rank prints is in `RANK.txt`. A process that ends at once, as after a failure, returns nothing.
     """
@@ -127,7 +148,7 @@ def command(folder, words, rank=None, phase=None, how=None):
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-    FAULT.update({"phase": phase, "how": how, "update": 0, "is_armed": own == rank})
+    FAULT.update({"phase": phase, "how": how, "update": 0, "is_armed": rank in {own, ALL}})
     patch_disk()
     join(timeout_s=60)
     with contextlib.chdir(folder), contextlib.suppress(SystemExit):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from processes import outcomes_on_ranks, run_on_ranks
 
-from noether.distributed.failures import RankError
+from noether.distributed.failures import Failures, RankError
 from noether.distributed.launch import LaunchError
 from noether.distributed.ranks import ONE_PROCESS, current_ranks, join, leave_at_end
 
@@ -81,12 +81,8 @@ def check_failure(what, faulty, how, debug):
     assert (reporter == faulty) == (how == "raise")
 
 
-@pytest.mark.parametrize(
-    ("what", "faulty", "how"),
-    [("reduction of gradients", 0, "kill"), ("losses", 1, "hang"), ("save", 2, "raise")],
-)
-def test_all_ranks_name_the_rank_that_failed(what, faulty, how):
-    check_failure(what, faulty, how, "plain")
+def test_all_ranks_name_the_rank_that_hangs():
+    check_failure("losses", 1, "hang", "plain")
 
 
 @pytest.mark.slow
@@ -97,6 +93,31 @@ def test_all_ranks_name_the_rank_that_failed_in_each_collective(what, faulty, ho
     check_failure(what, faulty, how, debug)
 
 
+def wait_in_vain(failures, what, message):
+    """Return the error of a collective that fails with a message."""
+    with pytest.raises(RankError) as caught, failures.explain(what):
+        raise RuntimeError(message)
+    return str(caught.value)
+
+
+def test_ranks_that_wait_in_different_places_name_them():
+    store = dist.HashStore()
+    store.set("arrived/1", "save")
+    failures = [Failures(store, rank=rank, world_size=2, timeout_s=2.0) for rank in range(2)]
+    expected = "the ranks lost each other after up to 2 s: rank 0 in losses, rank 1 in save"
+    assert wait_in_vain(failures[0], "losses", "Timed out waiting 2000ms for recv") == expected
+    assert wait_in_vain(failures[1], "save", "Connection closed by peer") == expected
+
+
+def test_an_error_of_this_rank_in_a_collective_is_its_own():
+    failures = Failures(dist.HashStore(), rank=0, world_size=2, timeout_s=2.0)
+    with pytest.raises(RuntimeError, match="invalid tensor size"), failures.explain("losses"):
+        raise RuntimeError("invalid tensor size")
+    with pytest.raises(torch.OutOfMemoryError), failures.explain("losses"):
+        raise torch.OutOfMemoryError("timed out")
+    assert failures.first() is None
+
+
 def wait_in_different_places():
     ranks = join_impatient_ranks()
     ranks.control.reduce("losses", sums={"samples": 1})
@@ -105,7 +126,8 @@ def wait_in_different_places():
     return str(caught.value)
 
 
-def test_ranks_that_wait_in_different_places_name_them():
+@pytest.mark.slow
+def test_processes_that_wait_in_different_places_name_them():
     expected = "the ranks lost each other after up to 2 s: rank 0 in losses, rank 1 in save"
     assert run_on_ranks(wait_in_different_places, 2, detail=False) == [expected] * 2
 
@@ -177,6 +199,7 @@ def wait_alone():
         return str(error)
 
 
+@pytest.mark.slow
 def test_a_rank_that_no_other_joins_says_so():
     text = run_on_ranks(wait_alone, 1, environment={"WORLD_SIZE": "2"})[0]
     assert text.startswith("rank 0 waited 1 s for the others to join: ")

@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from faulty_runs import AT, command, write_config
+from faulty_runs import ALL, AT, command, write_config
 from processes import outcomes_on_ranks
 from safetensors.torch import load_file
 
@@ -27,9 +27,8 @@ FAULTS = [
 QUICK = [
     (0, "step", "kill"),
     (1, "data", "raise"),
-    (1, "evaluation", "hang"),
     (0, "commit", "full"),
-    (1, "step", "signal"),
+    (ALL, "step", "signal"),
 ]
 SHOWN = {
     "raise": "rank {}: Error: LookupError: no such file",
@@ -99,6 +98,19 @@ def check_fault(folder, rank, phase, how):
 @pytest.mark.parametrize(("rank", "phase", "how"), QUICK)
 def test_a_fault_of_one_rank_ends_all(rank, phase, how, tmp_path):
     check_fault(tmp_path, rank, phase, how)
+
+
+def test_an_error_of_all_ranks_is_printed_once(tmp_path):
+    write_config(tmp_path)
+    for setting, code in (("trainer.max_updats=1", 2), ("data.train.length=0", 2)):
+        outcomes, printed = train(tmp_path, ["train", "numbers.yaml", "--set", setting])
+        assert [outcome[1] for outcome in outcomes] == [code] * RANKS, printed
+        assert "".join(printed).count("Error: ") == 1, printed
+        assert printed[0].startswith("Error: "), printed
+    assert not (tmp_path / "runs").exists()
+    outcomes, printed = train(tmp_path, ["train", "--no-such-option"])
+    assert [outcome[1] for outcome in outcomes] == [2] * RANKS, printed
+    assert (printed[0].count("No such option"), printed[1]) == (1, "")
 
 
 @pytest.mark.slow
