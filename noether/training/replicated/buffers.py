@@ -74,12 +74,12 @@ class NormBuffers:
             counters: Counters after it.
             samples: Samples of all ranks, > 0.
         """
-        combined, start = {}, 0
-        for name in self._statistics:
-            old = before[name]
-            change = changes[start : start + old.numel()].view(old.shape) / samples
-            combined[name] = old + change.to(old.dtype)
-            start += old.numel()
+        olds = [before[name] for name in self._statistics]
+        means = torch.split(changes / samples, [old.numel() for old in olds]) if olds else ()
+        combined = {
+            name: old + mean.view(old.shape).to(old.dtype)
+            for name, old, mean in zip(self._statistics, olds, means, strict=True)
+        }
         for name, counter in zip(self._counters, counters, strict=True):
             combined[name] = counter.to(before[name].device, copy=True)
         return combined
@@ -106,12 +106,12 @@ def _differs(old: Tensor | None, new: Tensor) -> Tensor | bool:
     return ((old != new) & ((old == old) | (new == new))).any()  # noqa: PLR0124  # NaN stays NaN
 
 
-def any_change(changes: Mapping[str, Tensor | bool]) -> Tensor:
-    """Return whether a buffer changed, 0-dimensional, without waiting for the device."""
+def any_change(changes: Mapping[str, Tensor | bool]) -> Tensor | bool:
+    """Return whether a buffer changed, without waiting for the device."""
+    if any(each is True for each in changes.values()):
+        return True
     tensors = [each for each in changes.values() if isinstance(each, Tensor)]
-    if any(each is True for each in changes.values()) or not tensors:
-        return torch.tensor(any(each is True for each in changes.values()))
-    return torch.stack(tensors).any()
+    return torch.stack(tensors).any() if tensors else False
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import torch
@@ -34,10 +35,12 @@ class LossNames(NamedTuple):
     dtypes: tuple[str, ...] = ()
     weighted: frozenset[str] = frozenset()
 
-    def digest(self) -> bytes:
-        """Return a hash that differs for other names, dtypes or weights."""
-        text = repr((self.names, self.dtypes, sorted(self.weighted)))
-        return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
+
+@lru_cache(maxsize=64)
+def digest_of(known: LossNames) -> bytes:
+    """Return a hash that differs for other names, dtypes or weights."""
+    text = repr((known.names, known.dtypes, sorted(known.weighted)))
+    return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
 
 
 class RankLosses(NamedTuple):

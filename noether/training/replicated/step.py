@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 import torch
 
 from noether.core.event import AfterAccumulationStep
+from noether.core.tensors.live.extra_state import modules_with_extra_state
 from noether.core.tensors.losses import with_total
 from noether.core.tensors.tree import FrozenDict
 from noether.distributed.gradients import GradientReduction, start_all_reduce
 from noether.distributed.sharded_sums import ShardedReduction
 from noether.training.data.interruptible import DataInterrupt
 from noether.training.replicated.buffers import NormBuffers, OtherBuffers, any_change, find_changes
-from noether.training.replicated.losses import GatheredLosses, LossNames, RankLosses
+from noether.training.replicated.losses import GatheredLosses, LossNames, RankLosses, digest_of
 from noether.training.replicated.tail import MAX_LOSSES, RankNumbers, Tail
 from noether.training.step import kernels
 from noether.training.step.accumulation import Gradients, drop_empty
@@ -118,6 +119,7 @@ class ReplicatedStep:
         self._groups: Groups | None = None  # of the last update whose losses were gathered
         self._gathers_first = False
         self._optimizer_s = 0.0
+        self._has_extra_state = next(modules_with_extra_state(self.model), None) is not None
         self._has_named_extra_state = False
 
     def __call__(
@@ -265,7 +267,7 @@ class ReplicatedStep:
         reduction, tail, norms = update.layout
         own = RankNumbers(
             present=[weight > 0 and grads.get(name) is not None for name in reduction.names],
-            digest=known.digest() if known.names else None,
+            digest=digest_of(known) if known.names else None,
             samples=sum(local.samples),
             weight=weight,
             needs_exchange=not losses.have_one_weight or len(losses.known.names) > MAX_LOSSES,
@@ -318,7 +320,7 @@ class ReplicatedStep:
 
     def _share_extra_state(self, state: TrainState, samples: int) -> TrainState:
         """Return the state with extra state of modules that all ranks have: that of the last rank with samples."""
-        if not state.extra_state:
+        if not self._has_extra_state:
             return state
         if self._ranks.is_first and not self._has_named_extra_state:
             _LOGGER.warning(

@@ -35,7 +35,7 @@ class RankNumbers(NamedTuple):
         is_abandoned: Whether the rank has no data for this update, and leaves.
         times: Seconds by name, of `TIMES`.
         losses: Means of its losses, in the order of their names.
-        changed: Whether forward changed a buffer that is not here, 0-dimensional.
+        changed: Whether forward changed a buffer that is not here; a 0-dimensional tensor where the device knows it.
         counters: Counters of batch norms, `(counters,)` of dtype int64.
         statistics: Changes of the statistics of batch norms, `(statistics,)`.
     """
@@ -49,7 +49,7 @@ class RankNumbers(NamedTuple):
     is_abandoned: bool
     times: Mapping[str, float | None]
     losses: Sequence[Tensor]
-    changed: Tensor
+    changed: Tensor | bool
     counters: Tensor
     statistics: Tensor
 
@@ -139,7 +139,8 @@ class Tail:
         ]
         tail.zero_()
         tail[: self._host_size].copy_(torch.tensor(numbers, dtype=tail.dtype), non_blocking=True)
-        self._part(tail, "changed").copy_(own.changed)
+        if own.changed is not False:
+            self._part(tail, "changed").fill_(own.changed)
         if self._rank == self._world_size - 1:  # its share is never smaller than that of another rank
             self._part(tail, "counters").copy_(split_numbers(own.counters))
         losses = own.losses[:MAX_LOSSES]
