@@ -13,7 +13,9 @@ from torch import nn
 from noether import Mean
 from noether.core.event import AfterAccumulationStep
 from noether.core.tensors.tree import clone_tensors
+from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt
+from noether.training.replicated.loop import ReplicatedUpdates
 from noether.training.replicated.step import RankReport, ReplicatedStep
 from noether.training.step.loss_scaling import LossScaling
 from noether.training.step.parallel_modules import ParallelModuleError, refuse_cpu_sync_norms
@@ -174,6 +176,35 @@ def test_an_abandoned_update_is_left_by_all_ranks_before_it_is_applied():
         return thread.reductions
 
     assert run_on(3, work, donate=True) == [2] * 3
+
+
+def test_a_rank_that_is_interrupted_while_it_waits_for_data_leaves_with_all_others():
+    def work(step, state, thread):
+        updates = ReplicatedUpdates(step, Clock(lambda: 5.0, lambda: 1.0), lambda: False)
+
+        def next_batches(state):
+            if state.iteration.update == 2 and thread.ranks.rank == 1:
+                raise DataInterrupt
+            return state, [batch_of([1.0, 2.0])]
+
+        for _ in range(2):
+            state, event = updates.make(state, next_batches, None)
+            state = state.advance(samples=event.samples)
+        with pytest.raises(DataInterrupt):
+            updates.make(state, next_batches, None)
+        return event.time_s, event.duration_s, event.step_s, thread.reductions
+
+    assert run_on(3, work) == [(5.0, 0.0, 0.0, 3)] * 3
+
+
+def test_a_rank_that_is_interrupted_is_heard_by_all_after_the_update():
+    def work(step, state, thread):
+        updates = ReplicatedUpdates(step, Clock(), lambda: thread.ranks.rank == 1)
+        before = updates.are_interrupted()
+        updates.make(state, lambda state: (state, [batch_of([1.0, 2.0])]), None)
+        return before, updates.are_interrupted()
+
+    assert run_on(2, work) == [(False, True)] * 2
 
 
 def test_rank_0_says_the_time_and_any_rank_that_it_is_interrupted():
@@ -396,6 +427,15 @@ def test_a_parameter_that_some_ranks_use_is_trained_and_one_that_none_uses_is_no
 
 
 # Refusals
+
+
+def test_a_module_that_reduces_its_gradients_itself_is_refused():
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)  # without a process group, which its constructor needs
+    wrapped.module = Line()
+    message = "0 (DistributedDataParallel) was prepared by DistributedDataParallel, whose gradients are reduced in"
+    with pytest.raises(ParallelModuleError, match=re.escape(message)):
+        make_step(model=lambda: nn.Sequential(wrapped), loss=square)
 
 
 def test_synchronized_norms_are_refused_on_the_cpu():

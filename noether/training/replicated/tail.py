@@ -140,7 +140,7 @@ class Tail:
         tail.zero_()
         tail[: self._host_size].copy_(torch.tensor(numbers, dtype=tail.dtype), non_blocking=True)
         if own.changed is not False:
-            self._part(tail, "changed").fill_(own.changed)
+            self._part(tail, "changed").copy_(torch.as_tensor(own.changed))
         if self._rank == self._world_size - 1:  # its share is never smaller than that of another rank
             self._part(tail, "counters").copy_(split_numbers(own.counters))
         losses = own.losses[:MAX_LOSSES]
