@@ -14,7 +14,7 @@ from noether.testing import assert_same
 from noether.training.data.indexed import EvaluationData
 from noether.training.data.interruptible import DataInterrupt, interruptible
 
-SEEDS = 24
+SEEDS = 16
 
 
 class Collated(list):
