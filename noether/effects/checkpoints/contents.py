@@ -238,8 +238,6 @@ def _read_tensor_file(
 def _name_file_in_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except NoetherError:  # the file could not be read
-        raise
     except Exception as error:  # anyone may have written the file, so a reader can fail in any way: all are damage
         raise ContentError(f"{name}: {error_text(error)}") from error
 

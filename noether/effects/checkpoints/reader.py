@@ -113,6 +113,9 @@ class CheckpointReader:
         try:
             state = read_state(files, manifest.iteration, placement)
         except ContentError as error:
+            unread = error.__cause__
+            if isinstance(unread, CheckpointError):  # the file was not read, so its content is unknown
+                raise unread from unread.__cause__
             raise CheckpointError(f"{self._directory / manifest.tag} does not hold a state: {error}") from error
         has_ended = pointer_text(manifest) == read_ended(self._directory, self._disk)
         return state.replace(ended=True) if has_ended else state
