@@ -1,4 +1,4 @@
-"""Refuses evaluation data that is split over processes, because results are not gathered over ranks."""
+"""Refuses evaluation data that is split over processes in a way that noether does not put together again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class ShardedDataError(NoetherError, ValueError):
 
 
 def check_not_sharded(data: Any, key: str) -> None:
-    """Refuse evaluation data that is split over processes: results are not gathered over them.
+    """Refuse evaluation data that is split over processes, of which a callback would see one share.
+
+    A `Session` on several ranks puts together what it knows, such as loaders with `DistributedSampler`.
 
     Args:
         data: Anything that yields batches.
@@ -38,8 +40,8 @@ def check_not_sharded(data: Any, key: str) -> None:
         if count > 1:
             raise ShardedDataError(
                 f"data[{key!r}] yields one of {count} shares: its {type(part).__name__} has {name}={count}, and "
-                "evaluations are not gathered over processes, so metrics would be those of one share: pass a loader of "
-                "the whole data set, not split by DistributedSampler, accelerator.prepare or split_dataset_by_node"
+                "noether does not put these together, so metrics would be those of one share: pass a loader of the "
+                "whole data set, not split by DistributedSampler, accelerator.prepare or split_dataset_by_node"
             )
 
 

@@ -1,4 +1,4 @@
-"""Refuses training on several processes, because noether does not gather losses and results over ranks."""
+"""Refuses several processes where only one can work."""
 
 from __future__ import annotations
 

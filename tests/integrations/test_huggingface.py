@@ -337,7 +337,7 @@ def train_on_two_processes(path):
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]  # the mean over both
     if trainer.is_world_process_zero():
         assert [float(event.losses["total"]) for event in updates] == pytest.approx(logged)
-    losses = torch.stack([event.losses["total"] for event in updates])
+    losses = torch.tensor([event.losses["total"] for event in updates])
     assert_same(*trainer.accelerator.gather(losses).chunk(2))
 
 
