@@ -157,6 +157,18 @@ def test_states_that_merge_exactly_are_exchanged_once():
     assert set(parts.values()) == {1, len(batches)}
 
 
+def test_random_numbers_of_a_metric_are_those_of_one_process():
+    boots, batches = torchmetrics.BootStrapper(regression.MeanSquaredError(), num_bootstraps=3), make_batches([3, 4], 0)
+    state = torch.get_rng_state()
+    one = accumulate(boots, numbers, batches).value()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)  # as a rank draws that has other batches
+    rank = accumulate(boots, numbers, batches[:1], keep=True)
+    rank.merge([*rank.parts(), *accumulate(boots, numbers, batches[1:], keep=True).parts()])
+    assert have_same_bits(flat(rank.value()), flat(one))
+    assert one["std"] > 0
+
+
 def test_keys_are_known_before_training():
     batches = make_batches([5, 4, 3], seed=1)
     f1, recall = classification.MulticlassF1Score(CLASSES), classification.MulticlassRecall(CLASSES, average="none")

@@ -121,6 +121,8 @@ class MetricStates:
         self._merges = _merges_of(self._metric)
         self._keep = keep
         self._parts: list[Any] = []
+        self._draws = any(is_metric_class(type(each), "BootStrapper") for each in self._metric.modules())
+        self._updates = 0
 
     def add(self, of_batch: Arguments) -> None:
         """Add the arguments of a batch.
@@ -151,7 +153,7 @@ class MetricStates:
 
     def _add_part(self, part: Any) -> None:
         if self._merges is None and not self._keep:
-            self._update(Arguments(*part))
+            self._update_in_order(Arguments(*part))
         elif self._merges is None or not self._parts or (self._keep and not _merges_exactly(self._merges, part)):
             self._parts.append(part)
         else:
@@ -172,6 +174,16 @@ class MetricStates:
             )
         states = {name: getattr(self._metric, name) for name in self._merges or ()}
         return {name: tuple(state) if isinstance(state, list) else state for name, state in states.items()}
+
+    def _update_in_order(self, arguments: Arguments) -> None:
+        """Update with what comes after all batches before, with the same random numbers on all ranks."""
+        self._updates += 1
+        if not self._draws:
+            self._update(arguments)
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._updates)
+            self._update(arguments)
 
     def _update(self, arguments: Arguments) -> None:
         try:
