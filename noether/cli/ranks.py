@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from noether.cli.output import discard_unwritten, print_line
-from noether.config.errors import ConfigError
 from noether.distributed.launch import launched_rank, launched_world_size, write_error_file
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ def announce(error: BaseException) -> str | None:
 
 def _prefix(error: BaseException, rank: int) -> str:
     """Return which rank an error is of, unless it says so, or is that of all ranks."""
+    from noether.config.errors import ConfigError
     from noether.distributed.failures import RankError
 
     return "" if isinstance(error, RankError | ConfigError) else f"rank {rank}: "
