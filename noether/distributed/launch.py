@@ -45,17 +45,21 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def check_launch(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse an environment that says that there are several processes, but not how they find each other.
+    """Refuse an environment that says that there are several processes, but was not made by torchrun.
+
+    Its agent starts all of them, keeps the store in which a rank leaves its error, and ends them together. A variable
+    that another tool set, or a batch job of which only one process runs, would wait for processes that never come.
 
     Raises:
         LaunchError: With the variables that are missing.
 
     Example:
-        >>> check_launch({"WORLD_SIZE": "2", "RANK": "0"})
+        >>> check_launch({"WORLD_SIZE": "2", "RANK": "0", "TORCHELASTIC_RUN_ID": "none"})
         Traceback (most recent call last):
         noether.distributed.launch.LaunchError: WORLD_SIZE is set to 2, but not MASTER_ADDR, MASTER_PORT: ...
     """
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    missing = [name for name in names if not environment.get(name)]
     if missing:
         found = f"WORLD_SIZE is set to {launched_world_size(environment)}, but not {', '.join(missing)}"
         fix = "start the processes with torchrun, or unset WORLD_SIZE if this is the only process"

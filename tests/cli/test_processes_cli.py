@@ -6,7 +6,10 @@ from command import SMALL, contents, invoke
 import noether
 from noether.distributed.launch import LaunchError
 
-UNSET = "WORLD_SIZE is set to 2, but not RANK, MASTER_ADDR, MASTER_PORT: start the processes with torchrun"
+UNSET = (
+    "WORLD_SIZE is set to 2, but not RANK, MASTER_ADDR, MASTER_PORT, TORCHELASTIC_RUN_ID: start the processes with "
+    "torchrun"
+)
 
 
 @pytest.mark.parametrize(

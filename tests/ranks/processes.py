@@ -84,6 +84,7 @@ def outcomes_on_ranks(function, world_size, *arguments, detail=True, limit_s=LIM
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RUN_ID": "none",
         "OMP_NUM_THREADS": "1",
         "TORCH_DISTRIBUTED_DEBUG": "DETAIL" if detail else "OFF",
         **(environment or {}),

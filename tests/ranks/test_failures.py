@@ -176,13 +176,14 @@ def test_ranks_join_again_and_adopt_a_group():
     assert run_on_ranks(join_again, 2) == [[(None, 2), (None, 2)]] * 2
 
 
-def test_an_incomplete_launch_says_how_to_start(monkeypatch):
+@pytest.mark.parametrize("missing", ["MASTER_ADDR, MASTER_PORT", "TORCHELASTIC_RUN_ID"])
+def test_an_incomplete_launch_says_how_to_start(missing, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "0")
+    for name in missing.split(", "):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(
-        LaunchError, match=r"WORLD_SIZE is set to 2, but not MASTER_ADDR, MASTER_PORT: start .* torchrun"
-    ):
+    with pytest.raises(LaunchError, match=rf"WORLD_SIZE is set to 2, but not {missing}: start .* torchrun"):
         join()
 
 
