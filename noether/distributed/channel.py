@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _FRAME_BYTES: Final = 1024
-"""What one collective carries of each rank; longer contents take a second one."""
+"""What the first collective carries of each rank; longer contents take a second one."""
+_RECEIVED_BYTES: Final = 1 << 20
+"""What a rank receives of all ranks in one collective, at most, once frames have grown."""
 _TEXT_BYTES: Final = 4096
 _HASH_BYTES: Final = 8
 _HEADER_BYTES: Final = 2 * _HASH_BYTES
@@ -37,6 +39,10 @@ class Channel:
     Every exchange is headed by a hash of what it is: of ranks that exchange different things, each raises an error
     with what all of them do, where a plain collective would give wrong numbers. Sums are computed by each rank in the
     order of ranks, in float64, so all ranks have the same bits.
+
+    The first collective of an exchange carries a frame of each rank, and a second one what did not fit. Frames then
+    grow to the longest content so far, up to 1 MiB of all ranks together, so exchanges of equal size take one from then
+    on. All ranks see all sizes, so their frames grow alike.
 
     Args:
         group: A gloo group of all ranks; None for one process, which exchanges nothing.
@@ -55,6 +61,7 @@ class Channel:
         self._group = group
         self._failures = failures or Failures()
         self._thread: threading.Thread | None = None
+        self._frame_bytes = _FRAME_BYTES
         self.collectives = 0
         self.sent_bytes = 0
         self._world_size = 1 if group is None else group.size()
@@ -69,7 +76,7 @@ class Channel:
         smallest: Mapping[str, float] | None = None,
         of_rank_0: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Return numbers reduced over all ranks, in float64, by name; in one collective of up to 126 numbers.
+        """Return numbers reduced over all ranks, in float64, by name; in one collective if it has up to 126 numbers.
 
         Args:
             what: Name of the exchange, for errors.
@@ -149,16 +156,24 @@ class Channel:
     def _exchange(self, what: str, content: bytes) -> list[bytes]:
         expected = hashlib.sha256(what.encode()).digest()[:_HASH_BYTES]
         header = expected + len(content).to_bytes(_HASH_BYTES, "little")
-        frames = self._gather_bytes((header + content)[:_FRAME_BYTES], _FRAME_BYTES)
+        size = self._frame_bytes
+        frames = self._gather_bytes((header + content)[:size], size)
         if any(frame[:_HASH_BYTES] != expected for frame in frames):
             raise self._mismatch(what)
         sizes = [int.from_bytes(frame[_HASH_BYTES:_HEADER_BYTES], "little") for frame in frames]
-        room = _FRAME_BYTES - _HEADER_BYTES
+        room = size - _HEADER_BYTES
         contents = [frame[_HEADER_BYTES:] for frame in frames]
         if max(sizes) > room:
             rests = self._gather_bytes(content[room:], max(sizes) - room)
             contents = [first + rest for first, rest in zip(contents, rests, strict=True)]
+            self._grow(max(sizes) + _HEADER_BYTES)
         return [each[:size] for each, size in zip(contents, sizes, strict=True)]
+
+    def _grow(self, size: int) -> None:
+        """Enlarge the frames, so that the next content of this size fits, unless all ranks together send too much."""
+        power = 1 << (size - 1).bit_length()
+        if power * self._world_size <= _RECEIVED_BYTES:
+            self._frame_bytes = power
 
     def _gather_bytes(self, content: bytes, size: int) -> list[bytes]:
         """Return `size` bytes of each rank; shorter contents are padded."""

@@ -40,8 +40,13 @@ def exchange_everything():
     counts = ranks.control.collectives, ranks.control.sent_bytes
     tree = {"tensor": torch.full((rank,), float(rank)), "text": "x" * 600 * rank, "tuple": (rank, None)}
     gathered = ranks.saving.gather("trees", tree)
-    many = ranks.control.reduce("many", sums={f"{index:04}": index + rank for index in range(1000)})
-    return reduced, gathered, list(many.values()), counts
+    many, taken = [], []
+    for _ in range(2):
+        before = ranks.control.collectives
+        sums = ranks.control.reduce("many", sums={f"{index:04}": index + rank for index in range(1000)})
+        many.append(list(sums.values()))
+        taken.append(ranks.control.collectives - before)
+    return reduced, gathered, many, (counts, taken)
 
 
 def test_ranks_exchange_numbers_and_trees():
@@ -61,7 +66,8 @@ def test_ranks_exchange_numbers_and_trees():
     assert [each["tuple"] for each in gathered] == [(0, None), (1, None), (2, None)]
     assert [len(each["text"]) for each in gathered] == [0, 600, 1200]
     assert [each["tensor"].tolist() for each in gathered] == [[], [1.0], [2.0, 2.0]]
-    assert many == [3 * index + 3 for index in range(1000)]
+    assert many == [[3 * index + 3 for index in range(1000)]] * 2
+    assert counts == ((1, 1024), [2, 1])
     assert [result[2:] for result in results] == [(many, counts)] * 3
 
 
