@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
+from noether.core.callbacks.rank_results import digest_batch
 from noether.core.shards import check_not_sharded
 from noether.core.tensors.batch import batch_size, count_samples
 from noether.core.tensors.containers import move_batch
@@ -122,6 +123,16 @@ class SharedEvaluationData(EvaluationData):
     def __init__(self, loader: WholeLoader, model: nn.Module, seed: int, batch_size: Callable[[Any], int]) -> None:
         super().__init__(loader, model, seed)
         self._count = batch_size
+
+    def describe(self) -> str:
+        """Return a text that is the same on all ranks whose loaders read the same dataset in batches of one size."""
+        sampler = self._data.batch_sampler
+        try:
+            ends = [digest_batch(batch) for batch in self._iterate(self._data.load_ends)]
+        except Exception:  # noqa: BLE001  # of the user's, which only workers can read; an evaluation raises others
+            ends = []
+        size = f"{len(self.dataset)} samples in {len(sampler)} batches of {sampler.batch_size}"
+        return f"{size}, the first and the last sample {' and '.join(ends)}" if ends else size
 
     def with_sizes(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Any, int]]:
         """Yield the batches, each with its number of samples: all, or the share of one rank of several.

@@ -16,6 +16,7 @@ from noether.core.tensors.module import device_of, named_buffers, named_paramete
 from noether.core.tensors.tree import map_leaves
 from noether.distributed.launch import launched_world_size
 from noether.distributed.ranks import ONE_PROCESS, Ranks, join
+from noether.session.evaluation import SharedEvaluationData
 from noether.session.losses import mean_losses
 from noether.session.processes import ProcessesError
 from noether.session.rank_updates import combine_updates, decode_micro_batches, encode_micro_batches
@@ -91,7 +92,12 @@ _START_FIXES: Final = {
     "end": "pass the same max_epochs, max_updates or max_samples on all ranks",
     "updates_per_epoch": "give each rank equally many batches, as torch.utils.data.DistributedSampler does",
     "callbacks": "pass the same callbacks on all ranks",
+    "data": "pass loaders of the same kind as data= on all ranks",
 }
+_WHOLE_DATA: Final = (
+    "each rank reads its share of whole batches, so pass a loader of the whole dataset with the same batch_size on all "
+    "ranks, not of a Subset, random_split or split_dataset_by_node that differs between ranks"
+)
 
 
 def check_ranks(ranks: Ranks, expected: int, fix: str) -> None:
@@ -181,8 +187,13 @@ class RankExchange:
             "updates_per_epoch": given.get("updates_per_epoch"),
             "callbacks": repr(reducer),
         }
-        parts = self.gather(_AT_START, {**readings, **self.digests(params=False)})
-        check_equal(_AT_START, parts, _START_FIXES)
+        data = {
+            f"data[{key!r}]": each.describe()
+            for key, each in given.get("data", {}).items()
+            if isinstance(each, SharedEvaluationData)
+        }
+        parts = self.gather(_AT_START, {**readings, "data": list(data), **data, **self.digests(params=False)})
+        check_equal(_AT_START, parts, {**_START_FIXES, **dict.fromkeys(data, _WHOLE_DATA)})
         self.settle_model(_AT_START, parts)
         return float(parts[0]["time_s"])
 

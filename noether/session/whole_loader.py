@@ -83,6 +83,11 @@ class WholeLoader:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._load(self.batch_sampler))
 
+    def load_ends(self) -> Iterator[Any]:
+        """Return the first and the last sample of the dataset, each as a batch, without starting workers."""
+        ends = [[0], [len(self.dataset) - 1]] if len(self.dataset) else []
+        return iter(DataLoader(self.dataset, batch_sampler=ends, collate_fn=self._loader.collate_fn))
+
     def _draw_indices(self) -> Iterator[list[int]]:
         # As the loader draws: a number for its workers, and then the order.
         generator = self._loader.generator

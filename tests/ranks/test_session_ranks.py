@@ -9,7 +9,7 @@ from processes import run_on_ranks
 from rich.console import Console as RichConsole
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
 from noether import Session, open_run
 from noether.core.callbacks import (
@@ -64,6 +64,7 @@ def train(  # noqa: PLR0913  # every way in which the runs differ
     more=(),
     only=None,
     splits_val=False,
+    is_val_subset=False,
     wraps=True,
     seed=0,
     samples=SAMPLES,
@@ -81,6 +82,8 @@ def train(  # noqa: PLR0913  # every way in which the runs differ
     sampler = DistributedSampler(data, num_replicas=world_size, rank=rank, shuffle=True)
     loader = DataLoader(data, batch_size=effective // world_size, sampler=sampler)
     val_sampler = DistributedSampler(val) if splits_val else None
+    if is_val_subset:
+        val = Subset(val, range(rank, 10, world_size))  # equally many on each rank
     clock = Clock(wall_s=lambda: 100.0 * rank, elapsed_s=lambda: 0.0)
     with open_run(path, Console(RichConsole(file=io.StringIO()))) as directory:
         session = Session(
@@ -216,6 +219,7 @@ def make_mistakes(path):
     messages.append(error_of(train, path / "unwrapped", wraps=False))
     messages.append(error_of(train, path / "seeds", seed=rank))
     messages.append(error_of(train, path / "lengths", samples=SAMPLES - 12 * rank))
+    messages.append(error_of(train, path / "subsets", is_val_subset=True))
     stream = DataLoader(HalfOfStream(rank), batch_size=2)
     messages.append(error_of(evaluation_data, stream, nn.Linear(1, 1), 0, "val", ranks=join()))
     return messages
@@ -242,7 +246,7 @@ def error_of(function, *arguments, **settings):
 def test_mistakes_are_named_on_every_rank_with_what_to_write(of_ranks):
     first, second = of_ranks[0]
     assert first == second
-    ungrouped, late, unwrapped, seeds, lengths, stream = first
+    ungrouped, late, unwrapped, seeds, lengths, subsets, stream = first
     assert "WORLD_SIZE=2, as torchrun sets it" in ungrouped
     assert "write torch.distributed.init_process_group() before the Session" in ungrouped
     assert late == "the Session was made before the group of 2 processes: make it after"
@@ -251,4 +255,7 @@ def test_mistakes_are_named_on_every_rank_with_what_to_write(of_ranks):
     assert seeds.startswith("seed differs between ranks as the run begins: pass the same seed= on all ranks")
     assert seeds.endswith("rank 0: 0\n  rank 1: 1")
     assert "updates_per_epoch differs between ranks" in lengths
+    assert "data['val'] differs between ranks as the run begins" in subsets
+    assert "pass a loader of the whole dataset" in subsets
+    assert "rank 1: 5 samples in 3 batches of 2, the first and the last sample" in subsets
     assert "data['val'] yields one of 2 shares: its HalfOfStream has num_processes=2" in stream

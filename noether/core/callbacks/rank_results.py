@@ -56,7 +56,7 @@ def results_over_ranks(
     first, count, batches = "", 0, list[Any]()
     for batch, size in own:
         if not is_split and not count:
-            first = _digest(batch)
+            first = digest_batch(batch)
         count += 1
         if size:
             batches.append((size, read_results(source_of(callback), process(batch), size)))
@@ -85,7 +85,7 @@ def _check_same_batches(key: str, iterated: Sequence[str]) -> None:
             )
 
 
-def _digest(batch: Any) -> str:
+def digest_batch(batch: Any) -> str:
     """Return a text that depends on all values in the tensors of a batch."""
     content = hashlib.sha256()
 
