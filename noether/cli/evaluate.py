@@ -122,7 +122,7 @@ def evaluate(
                     for reducer in reducers:
                         dispatch(state, event, reducer, interpret)
                 except DataInterrupt:
-                    interruption.share(experiment.run.gather)
+                    interruption.agree_on_reason(experiment.run.gather)
                     echo(f"interrupted in the evaluation of {name}{suffix}; its metrics were not written")
                     ask_rank_0(ranks, "the interruption is reported", lambda: None)
                     return interruption.exit_code

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     Grads = Mapping[str, Tensor | None]
 
-_BUCKET_BYTES: Final = 25 * 2**20
+BUCKET_BYTES: Final = 25 * 2**20
+"""Most bytes of a bucket of several tensors, as in torch's DistributedDataParallel."""
 _ALIGNMENT: Final = 4
 """Each gradient starts at a multiple of so many numbers, as kernels with vectors and complex numbers need it."""
 _DOUBLE: Final = frozenset({torch.float64, torch.complex128})
@@ -56,7 +57,7 @@ class _Plan(NamedTuple):
     dtypes: list[torch.dtype]
 
 
-def plan_buckets(params: Mapping[str, Tensor], *, is_double: bool = False, bucket_bytes: int = _BUCKET_BYTES) -> _Plan:
+def plan_buckets(params: Mapping[str, Tensor], *, is_double: bool = False, bucket_bytes: int = BUCKET_BYTES) -> _Plan:
     """Return the layout of the gradients of `params`.
 
     Gradients in double precision come last, in buckets of double precision; all others are summed in float32. Complex
@@ -124,7 +125,7 @@ class GradientReduction:
         start: Callable[[Tensor], Work],
         *,
         is_double: bool = False,
-        bucket_bytes: int = _BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         plan = plan_buckets(params, is_double=is_double, bucket_bytes=bucket_bytes)
         self.names = tuple(params)

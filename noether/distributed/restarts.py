@@ -1,4 +1,4 @@
-"""What a process leaves to the one that replaces it when torchrun restarts all workers."""
+"""How a process that torchrun restarts finds the run that it had begun."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _TIMEOUT: Final = timedelta(seconds=30)
 
 @final
 class Restart:
-    """The directory of a run, which a restarted worker finds under the command that made it.
+    """The directory of a run, which a restarted process finds under the command that made it.
 
-    It is in the store of torchrun, which lives as long as torchrun and which no other job has, so a worker never finds
-    the run of another. Without torchrun nothing is noted and nothing is found. Rank 0 uses it for all.
+    It is in the store of torchrun, which lives as long as torchrun and which no other job has, so a process never
+    finds the run of another. Without torchrun it stores and finds nothing. Only rank 0 uses it.
 
     Args:
         command: What started the run. A process that does so twice makes two runs.
@@ -32,12 +32,12 @@ class Restart:
         _STARTS[name] += 1
 
     def find(self) -> str | None:
-        """Return the directory that an earlier life of this worker noted; None if there is none."""
+        """Return the directory that this process stored before a restart; None if there is none."""
         store = _launcher_store()
         return store.get(self._key).decode() if store is not None and store.check([self._key]) else None
 
     def note(self, directory: str) -> None:
-        """Note the directory of the run, from which a restarted worker resumes."""
+        """Store the directory of the run, which a restarted process resumes."""
         if (store := _launcher_store()) is not None:
             store.set(self._key, directory)
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from noether.distributed.gradients import GradientReduction, refuse_sparse
-from noether.distributed.sharding import as_real, plan_shards
+from noether.distributed.sharding import as_real, plan_shard_buckets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,7 +61,7 @@ class ShardedReduction:
         self._dtypes = {name: param.dtype for name, param in params.items() if name in sharding.shapes}
         shapes = {name: sharding.shapes[name] for name in self._dtypes}
         dtypes = {name: torch.promote_types(dtype, torch.float32) for name, dtype in self._dtypes.items()}
-        self._buckets = plan_shards(shapes, dtypes, sharding.ranks.world_size, sharding.bucket_bytes)
+        self._buckets = plan_shard_buckets(shapes, dtypes, sharding.ranks.world_size, sharding.bucket_bytes)
         self._sums: list[Tensor] = []
 
     def sum_over_ranks(self, grads: Grads, weight: float, write_tail: Callable[[Tensor], object]) -> Tensor:

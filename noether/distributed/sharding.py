@@ -1,4 +1,4 @@
-"""Parameters that are sharded over the ranks of a run: their placement, whole tensors from it, and sums in it."""
+"""Parameters that are sharded over the ranks of a run: which rank stores which rows, and gathers of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from noether.core.tensors.dtensors import local_part, whole_tensor
+from noether.distributed.gradients import BUCKET_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 SMALLEST: Final = 1024
 """Fewest numbers of a parameter that is sharded: smaller ones, such as those of norms, would not save memory."""
-_BUCKET_BYTES: Final = 25 * 2**20
 _all_gather: Final[Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in 2.13
 
 
@@ -54,11 +54,11 @@ class Buckets(NamedTuple):
         return [name for name, piece in self.pieces.items() if piece.bucket == bucket]
 
 
-def plan_shards(
+def plan_shard_buckets(
     shapes: Mapping[str, Sequence[int]],
     dtypes: Mapping[str, torch.dtype],
     world_size: int,
-    bucket_bytes: int = _BUCKET_BYTES,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> Buckets:
     """Return the layout of tensors that are sharded in their first dimension.
 
@@ -69,7 +69,7 @@ def plan_shards(
         bucket_bytes: Most bytes of a bucket of several tensors, of all ranks together.
 
     Example:
-        >>> plan = plan_shards({"a": (3, 2), "b": (4,)}, dict.fromkeys("ab", torch.float32), world_size=2)
+        >>> plan = plan_shard_buckets({"a": (3, 2), "b": (4,)}, dict.fromkeys("ab", torch.float32), world_size=2)
         >>> plan.pieces["b"], plan.sizes
         (Piece(bucket=0, start=4, size=2), [6])
     """
@@ -91,7 +91,7 @@ def plan_shards(
 
 @final
 class Sharding:
-    """Places parameters on the ranks of a run, each rank with a part of their rows, and collects whole tensors.
+    """Shards parameters over the ranks of a run, by rows, and gathers whole parameters from the shards.
 
     A sharded parameter is a DTensor in the placement `Shard(0)` on a mesh of all ranks. Small parameters, and those
     with fewer rows than ranks, are whole on each rank.
@@ -105,7 +105,7 @@ class Sharding:
         shapes: Shape of each whole parameter that is sharded, by name.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], ranks: Ranks, bucket_bytes: int = _BUCKET_BYTES) -> None:
+    def __init__(self, params: Mapping[str, Tensor], ranks: Ranks, bucket_bytes: int = BUCKET_BYTES) -> None:
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
 
@@ -116,7 +116,7 @@ class Sharding:
         group: Any = ranks.training
         self._mesh = DeviceMesh.from_group(group, self._device.type)
         self._placements = (Shard(0),)
-        self._buckets = plan_shards(self.shapes, self._dtypes, ranks.world_size, bucket_bytes)
+        self._buckets = plan_shard_buckets(self.shapes, self._dtypes, ranks.world_size, bucket_bytes)
 
     def _is_sharded(self, param: Tensor) -> bool:
         has_rows = param.ndim > 0 and param.shape[0] >= self.ranks.world_size

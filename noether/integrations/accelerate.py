@@ -63,7 +63,7 @@ from noether.session.hidden_state import generators_of_model
 from noether.session.loader import seed_pass, set_epoch, warn_if_unrepeatable
 from noether.session.loop import log_skipped
 from noether.session.randomness import derive, preserve_generators, seed_all
-from noether.session.rank_exchange import check_ranks
+from noether.session.rank_exchange import check_world_size
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -167,7 +167,7 @@ class AcceleratedSession:
             clock=clock,
             run=run,
         )
-        check_ranks(self.session.ranks, accelerator.num_processes, "start all processes with accelerate launch")
+        check_world_size(self.session.ranks, accelerator.num_processes, "start all processes with accelerate launch")
         self.session.seeds_loop = self.session.resumes_within_epochs = True
         self._generators = generators_of_model(self._model)
         self._batch: Any = None

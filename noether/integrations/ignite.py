@@ -50,7 +50,7 @@ from noether.core.run import Run
 from noether.core.tensors.live.optimizer import by_name
 from noether.integrations.losses import losses_of
 from noether.session.loader import batches_per_epoch, warn
-from noether.session.rank_exchange import check_ranks
+from noether.session.rank_exchange import check_world_size
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -174,7 +174,7 @@ class _Handlers:
 
     def begin(self, engine: Engine) -> None:
         state, session = engine.state, self._session
-        check_ranks(session.ranks, idist.get_world_size(), "attach the callbacks after idist.initialize(...)")
+        check_world_size(session.ranks, idist.get_world_size(), "attach the callbacks after idist.initialize(...)")
         loaded = session.load()
         if isinstance(engine, DeterministicEngine):
             if session.saved_seed is not None:

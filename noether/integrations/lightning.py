@@ -56,7 +56,7 @@ from noether.integrations.lightning_memory import STEPS, FinetuningMemory, StepC
 from noether.integrations.losses import losses_of
 from noether.session import settings
 from noether.session.processes import ProcessesError
-from noether.session.rank_exchange import check_ranks
+from noether.session.rank_exchange import check_world_size
 from noether.session.session import Session
 from noether.session.timing import Clock
 
@@ -155,7 +155,7 @@ class NoetherCallback(LightningCallback):
             scaler=getattr(trainer.precision_plugin, "scaler", None),
         )
         self.session = session
-        check_ranks(session.ranks, trainer.world_size, "pass Trainer(devices=1)")
+        check_world_size(session.ranks, trainer.world_size, "pass Trainer(devices=1)")
         session.continue_after_end = "give the Trainer a larger max_epochs or max_steps, which count from the start"
         session.remember_generators(trainer.train_dataloader)
         if saved:

@@ -245,7 +245,7 @@ class SessionEvents(SessionState):
         self._end_full_epoch()
         if not self._state.ended:
             self._seed_event("end of training")
-            time_s = self._exchange.settle("after training", self._clock.wall_s())
+            time_s = self._exchange.sync_ranks("after training", self._clock.wall_s())
             self._dispatch(self._state.replace(ended=True), AfterTraining, time_s=time_s)
         if self._directory is not None:
             self._directory.wait()
@@ -311,7 +311,7 @@ class SessionEvents(SessionState):
         self._epoch_batches = 0
         self._seed_event("end of epoch")
         self._note_generators()
-        time_s = self._exchange.settle(f"after epoch {self._state.iteration.epoch + 1}", self._clock.wall_s())
+        time_s = self._exchange.sync_ranks(f"after epoch {self._state.iteration.epoch + 1}", self._clock.wall_s())
         self._dispatch(self._state.next_epoch(), AfterEpoch, time_s=time_s)
         self._note_generators()
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from noether.core.state import TrainState
+from noether.core.tensors.checksums import sum_bits
 from noether.core.tensors.dtensors import is_distributed, whole_tensor
 from noether.core.tensors.module import device_of, named_buffers, named_parameters
 from noether.core.tensors.tree import map_leaves
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from noether.effects import RunDirectory
     from noether.session.losses import Losses, MicroBatch
 
-_INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GROUP: Final = (
     "write torch.distributed.init_process_group() before the Session, and train "
     "torch.nn.parallel.DistributedDataParallel(model), which averages the gradients; if this is the only process, "
@@ -100,7 +100,7 @@ _WHOLE_DATA: Final = (
 )
 
 
-def check_ranks(ranks: Ranks, expected: int, fix: str) -> None:
+def check_world_size(ranks: Ranks, expected: int, fix: str) -> None:
     """Refuse a framework that trains on other processes than those of the process group.
 
     Args:
@@ -112,7 +112,7 @@ def check_ranks(ranks: Ranks, expected: int, fix: str) -> None:
         ProcessesError: If they differ.
 
     Example:
-        >>> check_ranks(ONE_PROCESS, 2, "pass devices=1")
+        >>> check_world_size(ONE_PROCESS, 2, "pass devices=1")
         Traceback (most recent call last):
         noether.session.processes.ProcessesError: the loop trains on 2 ranks, and the group ... has 1: pass devices=1
     """
@@ -165,7 +165,7 @@ class RankExchange:
         return saved
 
     def begin(self, time_s: float, state: TrainState, run: Run, reducer: Reducer) -> float:
-        """Refuse ranks that do not begin the same run, copy the buffers of rank 0, and return its time.
+        """Refuse ranks that do not begin the same run, copy the buffers of rank 0 to all, and return its time.
 
         Args:
             time_s: Time of this rank.
@@ -194,11 +194,11 @@ class RankExchange:
         }
         parts = self.gather(_AT_START, {**readings, "data": list(data), **data, **self.digests(params=False)})
         check_equal(_AT_START, parts, {**_START_FIXES, **dict.fromkeys(data, _WHOLE_DATA)})
-        self.settle_model(_AT_START, parts)
+        self.sync_model(_AT_START, parts)
         return float(parts[0]["time_s"])
 
-    def settle(self, what: str, time_s: float) -> float:
-        """Refuse ranks whose parameters differ, copy the buffers of rank 0, and return its time.
+    def sync_ranks(self, what: str, time_s: float) -> float:
+        """Refuse ranks whose parameters differ, copy the buffers of rank 0 to all, and return the time of rank 0.
 
         Args:
             what: When this is, such as `after epoch 3`.
@@ -207,7 +207,7 @@ class RankExchange:
         if not self._ranks.are_several:
             return time_s
         parts = self.gather(what, {"time_s": time_s, **self.digests(params=True)})
-        self.settle_model(what, parts)
+        self.sync_model(what, parts)
         return float(parts[0]["time_s"])
 
     def reduce_micro_batch(self, what: str, micro_batch: MicroBatch, time_s: float) -> tuple[int, Losses, float]:
@@ -243,15 +243,18 @@ class RankExchange:
             **{name: known[name] for name in ("mean", "time_s")},
         }
         parts = self.gather(what, {**sent, **self.digests(params=params)})
-        self.settle_model(f"after {what}", parts)
+        self.sync_model(f"after {what}", parts)
         return combine_updates(what, parts)
 
     def digests(self, *, params: bool) -> dict[str, list[str]]:
-        """Return digests of the buffers and, if `params`, of the parameters of this rank, for `settle_model`."""
+        """Return digests of the buffers and, if `params`, of the parameters of this rank, for `sync_model`."""
         parts = {"buffers": named_buffers(self._model)} | ({"params": self._whole_parameters} if params else {})
-        return {name: [_digest_layout(tensors), _digest(_checksums(tensors))] for name, tensors in parts.items()}
+        return {
+            name: [_digest_layout(tensors), _digest(sum_bits(list(tensors.values())))]
+            for name, tensors in parts.items()
+        }
 
-    def settle_model(self, what: str, parts: Sequence[Mapping[str, Any]]) -> None:
+    def sync_model(self, what: str, parts: Sequence[Mapping[str, Any]]) -> None:
         """Refuse ranks whose parameters differ, and copy the buffers of rank 0 to all if these differ.
 
         Args:
@@ -278,7 +281,7 @@ class RankExchange:
 
     def _raise_difference(self, what: str) -> None:
         parameters = self._whole_parameters
-        sums = [part["sums"] for part in self.gather("params", {"sums": _checksums(parameters)})]
+        sums = [part["sums"] for part in self.gather("params", {"sums": sum_bits(list(parameters.values()))})]
         rank = next(rank for rank, each in enumerate(sums) if each != sums[0])
         names = list(parameters)
         differing = [name for name, own, first in zip(names, sums[rank], sums[0], strict=True) if own != first]
@@ -345,29 +348,6 @@ def _read_tensors(tree: Any) -> Any:
         read = torch.stack([each.detach().reshape(()).to(dtype) for each in here.values()]).tolist()
         numbers |= dict(zip(here, read, strict=True))
     return map_leaves(lambda leaf: numbers.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf, tree)
-
-
-def _checksums(tensors: Mapping[str, Tensor]) -> list[int]:
-    """Return a sum of the bits of each tensor, as whole numbers; it is the same in any order of summation."""
-    sums: dict[int, Tensor] = {
-        index: _as_integers(tensor.detach()).sum(dtype=torch.int64)
-        for index, tensor in enumerate(tensors.values())
-        if tensor.numel()
-    }
-    results = [0] * len(tensors)
-    for device in {each.device for each in sums.values()}:
-        here = [index for index, each in sums.items() if each.device == device]
-        for index, value in zip(here, torch.stack([sums[index] for index in here]).tolist(), strict=True):
-            results[index] = int(value)
-    return results
-
-
-def _as_integers(tensor: Tensor) -> Tensor:
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    return tensor if tensor.dtype is torch.bool else tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def _digest_layout(tensors: Mapping[str, Tensor]) -> str:

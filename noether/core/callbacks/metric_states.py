@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Merge = Callable[[Any, Any], Any]
 
 _HOME: Final = "torchmetrics"
-_OF_BASE: Final = ("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache")
+_BASE_ATTRIBUTES: Final = ("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache")
 """Attributes with which the base class of torchmetrics counts updates and keeps results."""
 
 
@@ -31,7 +31,7 @@ class Accumulator(Protocol):
     Each rank adds its batches, the ranks exchange their `parts`, and each of them merges those of all.
     """
 
-    def add(self, of_batch: Any, /) -> None:
+    def add(self, result: Any, /) -> None:
         """Add the result of a batch."""
 
     def parts(self) -> tuple[Any, ...]:
@@ -121,17 +121,17 @@ class MetricStates:
         self._merges = _merges_of(self._metric)
         self._keep = keep
         self._parts: list[Any] = []
-        self._draws = any(is_metric_class(type(each), "BootStrapper") for each in self._metric.modules())
+        self._is_random = any(is_metric_class(type(each), "BootStrapper") for each in self._metric.modules())
         self._updates = 0
 
-    def add(self, of_batch: Arguments) -> None:
+    def add(self, arguments: Arguments) -> None:
         """Add the arguments of a batch.
 
         Raises:
             MetricStateError: If `update` changes what is no state of the metric, so that the states are not all that
                 it remembers.
         """
-        self._add_part(freeze(of_batch) if self._merges is None else self._states_after(of_batch))
+        self._add_part(freeze(arguments) if self._merges is None else self._states_after(arguments))
 
     def parts(self) -> tuple[Any, ...]:
         """Return the states of the batches, of which those that merge exactly are one part; or their arguments."""
@@ -176,9 +176,9 @@ class MetricStates:
         return {name: tuple(state) if isinstance(state, list) else state for name, state in states.items()}
 
     def _update_in_order(self, arguments: Arguments) -> None:
-        """Update with what comes after all batches before, with the same random numbers on all ranks."""
+        """Update with the next batch, with the same random numbers on all ranks."""
         self._updates += 1
-        if not self._draws:
+        if not self._is_random:
             self._update(arguments)
             return
         with torch.random.fork_rng(devices=[]):
@@ -239,4 +239,6 @@ def _merges_exactly(merges: Mapping[str, Merge], part: Mapping[str, Any]) -> boo
 def _plain_attributes(metric: Any) -> dict[str, Any]:
     """Return the attributes that are numbers, text or None, other than those of torchmetrics itself."""
     plain = (bool, int, float, str, type(None))
-    return {name: value for name, value in vars(metric).items() if type(value) in plain and name not in _OF_BASE}
+    return {
+        name: value for name, value in vars(metric).items() if type(value) in plain and name not in _BASE_ATTRIBUTES
+    }

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.dtensors import are_same_memory, is_distributed, whole_tensor
-from noether.core.tensors.fully_sharded import is_fully_sharded, lend_weights, reshard
+from noether.core.tensors.fully_sharded import is_fully_sharded, reshard, use_other_weights
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.buffers import BufferPlaces
 from noether.core.tensors.live.extra_state import modules_with_extra_state, use_extra_state
@@ -148,7 +148,7 @@ class Forward:
 
     def _call_fully_sharded(self, state: TrainState, batch: Any) -> Any:
         own, params = named_parameters(self._model), state.params
-        with lend_weights(self._model, own, None if _are_same(own, params) else params):
+        with use_other_weights(self._model, own, None if _are_same(own, params) else params):
             return call_model(self._model, batch)
 
     def _check_held_tensors(self, state: TrainState, buffers: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have the modules of `fully_shard` hold their parameters as DTensors; after a forward pass some hold the whole."""
+    """Reshard the modules of `fully_shard`: after a forward pass some hold whole parameters in place of DTensors."""
     for module in model.modules():
         if is_fully_sharded(module):
             sharded: Any = module
@@ -34,8 +34,10 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def lend_weights(model: nn.Module, own: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Let a model with modules of `fully_shard` compute with other weights, which replace its values for a while.
+def use_other_weights(
+    model: nn.Module, own: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
+) -> Iterator[None]:
+    """Let a model with modules of `fully_shard` compute with other weights inside the block.
 
     `torch.func.functional_call` cannot exchange the parameters of such a module, because it gathers its own.
 
@@ -44,12 +46,12 @@ def lend_weights(model: nn.Module, own: Mapping[str, Tensor], weights: Mapping[s
         own: Its parameters by name.
         weights: The other values by name; None to leave its own.
     """
-    kept = {name: own[name].detach().clone() for name in weights or {}}
+    own_values = {name: own[name].detach().clone() for name in weights or {}}
     try:
         for name, value in (weights or {}).items():
             copy_into(own[name], value)
         yield
     finally:
         reshard(model)
-        for name, value in kept.items():
+        for name, value in own_values.items():
             copy_into(own[name], value)

@@ -1,4 +1,4 @@
-"""Saves of a sharded state: rank 0 decides and tells the other ranks what to write; an error on one aborts all."""
+"""Saves of a sharded state: rank 0 sends commands to the other ranks; an error on one rank fails the save on all."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from noether.effects.checkpoints.contents import Pieces
     from noether.effects.checkpoints.writer import Writer
 
-    Order = Mapping[str, Any]
+    Command = Mapping[str, Any]
     """What the other ranks have to do; the last one of a save has the key `end`, with an error text or None."""
 
 _Result = TypeVar("_Result")
 _END: Final = "end"
-_ORDER: Final = "order of rank 0 for a checkpoint"
+_COMMAND: Final = "command of rank 0 for a checkpoint"
 _RESULT: Final = "results of ranks for a checkpoint"
 _TREES: Final = ("params", "buffers", "opt_state", "callback_states", "pending")
 
 
 class RankSaveError(NoetherError):
-    """A rank could not write its part of a checkpoint; the message names the rank."""
+    """A rank could not write its files of a checkpoint; the message names the rank."""
 
 
 class Exchange(Protocol):
@@ -95,10 +95,10 @@ def has_shards(state: TrainState) -> bool:
 
 @final
 class JointSaves:
-    """What the ranks exchange in saves of a sharded state.
+    """Saves of a sharded state that all ranks write together.
 
-    In each save rank 0 gives any number of orders, which all ranks carry out at the same time, and then ends it. So the
-    decisions of a save, such as its tag and what an earlier checkpoint makes unnecessary, are those of rank 0.
+    In each save rank 0 sends any number of commands, which all ranks carry out at the same time, and then ends the
+    save. So the decisions of a save, such as its tag and which files an earlier checkpoint has, are those of rank 0.
 
     Args:
         ranks: The ranks of the run.
@@ -133,10 +133,10 @@ class JointSaves:
         except BaseException as error:
             if self.failure is not None:  # no disk failed, and no retry helps
                 raise self.failure from None
-            self._gather(_ORDER, {_END: str(error) if isinstance(error, NoetherError) else error_text(error)})
+            self._gather(_COMMAND, {_END: str(error) if isinstance(error, NoetherError) else error_text(error)})
             raise
         else:
-            self._gather(_ORDER, {_END: None})
+            self._gather(_COMMAND, {_END: None})
         finally:
             self._is_leading = False
 
@@ -165,12 +165,12 @@ class JointSaves:
         """
         files = checkpoint_files(effect, state, 0, self.world_size)
         yield from _hashes(files, names)
-        order = {"do": "hash", "names": tuple(sorted(names))}
-        yield from self._run_if_sharded(order, effect, files, dict[str, str]).items()
+        command = {"do": "hash", "names": tuple(sorted(names))}
+        yield from self._run_if_sharded(command, effect, files, dict[str, str]).items()
 
     def _run_if_sharded(
         self,
-        order: Order,
+        command: Command,
         effect: SaveCheckpoint,
         files: Mapping[str, Pieces],
         carry_out: Callable[[], Mapping[str, _Result]],
@@ -178,12 +178,12 @@ class JointSaves:
         """Return the results of all ranks if files have shards, else those of rank 0, which others do not wait for."""
         if FILES.issuperset(files):
             return dict(carry_out())
-        results = self._run({**order, "request": json.dumps(CONVERTER.unstructure(effect))}, carry_out)
+        results = self._run({**command, "request": json.dumps(CONVERTER.unstructure(effect))}, carry_out)
         return {name: result for each in results for name, result in each.items()}
 
-    def _run(self, order: Order, carry_out: Callable[[], _Result]) -> list[_Result]:
-        """Give an order to the other ranks, carry it out here, and return the results of all ranks."""
-        self._gather(_ORDER, order)
+    def _run(self, command: Command, carry_out: Callable[[], _Result]) -> list[_Result]:
+        """Send a command to the other ranks, carry it out here, and return the results of all ranks."""
+        self._gather(_COMMAND, command)
         error: Exception | None = None
         result: _Result | None = None
         try:
@@ -199,32 +199,32 @@ class JointSaves:
         return [report["result"] for report in reports]
 
     def follow(self, state: TrainState) -> None:
-        """Carry out the orders of rank 0 for a state until it ends the save. For all other ranks.
+        """Carry out the commands of rank 0 for a state until it ends the save. For all other ranks.
 
         Raises:
             CheckpointError: If the save failed, with the error of rank 0.
         """
         while True:
-            order = self._gather(_ORDER, None)[0]
-            if _END in order:
-                if order[_END] is not None:
-                    raise CheckpointError(order[_END])
+            command = self._gather(_COMMAND, None)[0]
+            if _END in command:
+                if command[_END] is not None:
+                    raise CheckpointError(command[_END])
                 return
             report: dict[str, Any] = {"result": None, "error": None}
             try:
-                report["result"] = self._carry_out(state, order)
+                report["result"] = self._carry_out(state, command)
             except Exception as error:  # noqa: BLE001  # rank 0 raises it
                 is_clear = isinstance(error, (OSError, NoetherError, TypeError))
                 report["error"] = str(error) if is_clear else error_text(error)
             self._gather(_RESULT, report)
 
-    def _carry_out(self, state: TrainState, order: Order) -> dict[str, Any]:
+    def _carry_out(self, state: TrainState, command: Command) -> dict[str, Any]:
         """Write the shards of this rank, or return their hashes."""
-        request = CONVERTER.structure(json.loads(order["request"]), SaveCheckpoint)
+        request = CONVERTER.structure(json.loads(command["request"]), SaveCheckpoint)
         files = checkpoint_files(request, state, self.rank, self.world_size)
-        if order["do"] == "hash":
-            return dict(_hashes(files, order["names"]))
-        return dict(self._writer.write(order["tag"], files))
+        if command["do"] == "hash":
+            return dict(_hashes(files, command["names"]))
+        return dict(self._writer.write(command["tag"], files))
 
     def answer_of_rank_0(self, what: str, answer: bool) -> bool:  # noqa: FBT001  # it is data
         """Return the answer of rank 0 on all ranks, asked in the main thread."""

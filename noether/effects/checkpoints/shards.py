@@ -103,7 +103,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return any(size > 1 and not each.is_replicate() for size, each in zip(sizes, distributed.placements, strict=True))
 
 
-def plan_shards(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, Mapping[int, Region]]:
+def assign_regions(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, Mapping[int, Region]]:
     """Return which rank writes which region of each tensor; no rank has to ask another one.
 
     Of a sharded tensor each rank writes the part that it stores, and of equal parts the first of their ranks writes it.
@@ -196,10 +196,10 @@ def shard_pieces(
     The file of rank 0 also has `facts`, and shape and dtype of all tensors.
 
     Raises:
-        ShardingError: As `plan_shards`.
+        ShardingError: As `assign_regions`.
         TypeError: As `tensor_pieces`.
     """
-    plan = plan_shards(tensors, world_size)
+    plan = assign_regions(tensors, world_size)
     own = {name: regions[rank] for name, regions in plan.items() if rank in regions}
     parts = {name: local_part(tensors[name]) for name in own}
     for name, region in own.items():

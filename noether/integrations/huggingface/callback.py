@@ -18,7 +18,7 @@ from noether.core.tensors.forward import forward
 from noether.integrations.accelerate import epoch_lengths
 from noether.integrations.huggingface.checkpoints import checkpoint_path, read_memory, write_memory
 from noether.integrations.huggingface.outputs import drop_loss
-from noether.session.rank_exchange import check_ranks
+from noether.session.rank_exchange import check_world_size
 from noether.session.session import Session
 from noether.session.settings import fill_run
 from noether.session.timing import Clock
@@ -154,7 +154,7 @@ class NoetherCallback(TrainerCallback):
             scheduler=kwargs["lr_scheduler"],
             scaler=self._scaler,
         )
-        check_ranks(session.ranks, args.world_size, "start all processes with torchrun or accelerate launch")
+        check_world_size(session.ranks, args.world_size, "start all processes with torchrun or accelerate launch")
         session.continue_after_end = "set a larger num_train_epochs or max_steps in TrainingArguments"
         session.remember_generators(kwargs["train_dataloader"])  # transformers restores them
         if self.resume_from is not None:

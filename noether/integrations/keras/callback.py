@@ -55,7 +55,7 @@ from noether.core.tensors.tree import FrozenDict
 from noether.integrations.keras.backend import keras
 from noether.integrations.keras.module import KerasModule
 from noether.integrations.keras.optimizers import wrap_optimizers
-from noether.session.rank_exchange import check_ranks
+from noether.session.rank_exchange import check_world_size
 from noether.session.session import Session
 from noether.session.settings import fill_run
 from noether.session.timing import Clock
@@ -219,7 +219,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             run = fill_run(self._run, forward=module.evaluate)
             self._session = self._make_session(run=run, model=module, optimizer=self._optimizer)
             alone = "Keras does not average gradients over processes with torch, so train in one, without torchrun"
-            check_ranks(self._session.ranks, 1, alone)
+            check_world_size(self._session.ranks, 1, alone)
             self._session.continue_after_end = (
                 "call fit with more epochs, which count from the start of the run, such as epochs=6 after epochs=3"
             )

@@ -28,12 +28,12 @@ class _Waiting:
         self.interrupted: Callable[[], bool] = lambda: False
         """Returns whether the run is interrupted; set while signals are caught."""
         self._is_waiting = False
-        self._is_kept = False
+        self._is_uninterrupted = False
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Raise `DataInterrupt` if the run is interrupted before the block, or by a signal in it."""
-        if self._is_kept or threading.current_thread() is not threading.main_thread():
+        if self._is_uninterrupted or threading.current_thread() is not threading.main_thread():
             yield
             return
         self._is_waiting = True
@@ -45,13 +45,13 @@ class _Waiting:
             self._is_waiting = False
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Let no wait inside the block be interrupted."""
-        before, self._is_kept = self._is_kept, True
+    def uninterrupted(self) -> Iterator[None]:
+        """Let no signal interrupt a wait inside the block."""
+        before, self._is_uninterrupted = self._is_uninterrupted, True
         try:
             yield
         finally:
-            self._is_kept = before
+            self._is_uninterrupted = before
 
     def leave(self) -> None:
         """Raise `DataInterrupt` if the main thread waits; for signal handlers.
@@ -77,7 +77,7 @@ class InterruptibleData:
     Args:
         data: The batches.
         interrupted: Returns whether the run is interrupted.
-        leaving: Remembers that this rank has left its share; None for one process.
+        gather: Says to all ranks that this rank has left its share; None for one process.
 
     Example:
         >>> data = InterruptibleData([1, 2], interrupted=lambda: False)
@@ -85,8 +85,8 @@ class InterruptibleData:
         ([1, 2], 2)
     """
 
-    def __init__(self, data: Any, interrupted: Callable[[], bool], leaving: LeavingTogether | None = None) -> None:
-        self._data, self._interrupted, self._leaving = data, interrupted, leaving
+    def __init__(self, data: Any, interrupted: Callable[[], bool], gather: InterruptibleGather | None = None) -> None:
+        self._data, self._interrupted, self._gather = data, interrupted, gather
 
     def __len__(self) -> int:
         return len(self._data)
@@ -95,7 +95,7 @@ class InterruptibleData:
         return self._iterate(self._data)
 
     def _iterate(self, batches: Iterable[Any]) -> Iterator[Any]:
-        return self._interrupt(batches) if self._leaving is None else _iterate_to_end(batches)
+        return self._interrupt(batches) if self._gather is None else _iterate_to_end(batches)
 
     def _interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -103,17 +103,17 @@ class InterruptibleData:
                 raise DataInterrupt
             yield batch
 
-    def _iterate_share(self, batches: Iterable[Any], leaving: LeavingTogether) -> Iterator[Any]:
+    def _iterate_share(self, batches: Iterable[Any], gather: InterruptibleGather) -> Iterator[Any]:
         try:
             yield from self._interrupt(batches)
         except DataInterrupt:
-            leaving.has_left = True
+            gather.has_left = True
 
     def _with_sizes(self, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         batches = self._data.with_sizes(rank, world_size)
-        if world_size == 1 or self._leaving is None:
+        if world_size == 1 or self._gather is None:
             return self._iterate(batches)
-        return self._iterate_share(batches, self._leaving)
+        return self._iterate_share(batches, self._gather)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -122,14 +122,14 @@ class InterruptibleData:
         if name == "with_sizes":
             return self._with_sizes
         if name == "batched":
-            return lambda size: InterruptibleData(found(size), self._interrupted, self._leaving)
+            return lambda size: InterruptibleData(found(size), self._interrupted, self._gather)
         return found
 
 
 def _iterate_to_end(batches: Iterable[Any]) -> Iterator[Any]:
     iterator = iter(batches)
     while True:
-        with WAITING.kept():
+        with WAITING.uninterrupted():
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -138,15 +138,15 @@ def _iterate_to_end(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 @final
-class LeavingTogether:
-    """Lets all ranks leave an evaluation at the exchange after one of them has left its share of the data.
+class InterruptibleGather:
+    """A `gather` at which all ranks leave an evaluation once one of them has left its share of the data.
 
     Args:
         gather: As `Run.gather`.
 
     Example:
-        >>> leaving = LeavingTogether(lambda what, value: [value, {"has_left": True, "value": 0}])
-        >>> leaving.gather("results", 1)
+        >>> interruptible = InterruptibleGather(lambda what, value: [value, {"has_left": True, "value": 0}])
+        >>> interruptible.gather("results", 1)
         Traceback (most recent call last):
         noether.training.data.interruptible.DataInterrupt
     """
@@ -173,6 +173,6 @@ def interruptible(run: Run, interrupted: Callable[[], bool]) -> Run:
 
     On several ranks its `gather` raises it, on all of them, once one has left its share of the data.
     """
-    leaving = None if run.world_size == 1 else LeavingTogether(run.gather)
-    data = {key: InterruptibleData(data, interrupted, leaving) for key, data in run.data.items()}
-    return run.replace(data=data) if leaving is None else run.replace(data=data, gather=leaving.gather)
+    gather = None if run.world_size == 1 else InterruptibleGather(run.gather)
+    data = {key: InterruptibleData(data, interrupted, gather) for key, data in run.data.items()}
+    return run.replace(data=data) if gather is None else run.replace(data=data, gather=gather.gather)

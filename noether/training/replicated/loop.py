@@ -1,4 +1,4 @@
-"""Updates of a loop that several ranks run: what each rank says in a reduction, and what all of them know after it."""
+"""Updates of a loop that several ranks run, with the times of rank 0 and the interruptions of all ranks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @final
 class ReplicatedUpdates:
-    """Makes updates on several ranks, with the times of rank 0, and leaves on all ranks where one is interrupted.
+    """Makes updates on several ranks, with the times of rank 0; all ranks leave if one is interrupted.
 
-    Times are measured from one reduction to the next, so that they need no exchange: `step_s` has the rest of the step
-    before, after its reduction, and `optimizer_s` is of the update before.
+    Times are measured from one reduction to the next, so that they need no exchange: `step_s` includes the
+    part of the previous step after its reduction, and `optimizer_s` is of the previous update.
 
     Args:
         step: Makes an update.

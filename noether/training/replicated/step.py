@@ -41,7 +41,7 @@ _LOGGER: Final = logging.getLogger(__name__)
 
 
 class RankReport(NamedTuple):
-    """What the loop of a rank says with the gradients of an update.
+    """What the loop of a rank sends to all ranks together with the gradients of an update.
 
     Args:
         is_interrupted: Whether the rank got a signal, or its time is over.
@@ -64,7 +64,7 @@ class _Local(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What is fixed for a model: where gradients, other numbers and statistics of batch norms are in the buckets."""
+    """Where gradients, other numbers and statistics of batch norms are in the buckets; the same for all updates."""
 
     reduction: GradientReduction | ShardedReduction
     tail: Tail
@@ -72,7 +72,7 @@ class _Layout(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """What an update starts from: the state, the micro-batches of this rank, all buffers, and what the rank says."""
+    """What an update starts from: the state, the micro-batches and the report of this rank, and all buffers."""
 
     state: TrainState
     batches: Sequence[Any]
@@ -113,14 +113,14 @@ class ReplicatedStep:
         """Whether a rank was interrupted, as all ranks know since the last update."""
         self._ranks = ranks
         self._start = start or start_all_reduce(ranks.training)
-        self._fixed: _Layout | None = None
+        self._layout_of_model: _Layout | None = None
         self._others = OtherBuffers(ranks.control.gather, warns=ranks.is_first)
         self._known = LossNames()
         self._groups: Groups | None = None  # of the last update whose losses were gathered
         self._gathers_first = False
         self._optimizer_s = 0.0
         self._has_extra_state = next(modules_with_extra_state(self.model), None) is not None
-        self._has_named_extra_state = False
+        self._has_warned_of_extra_state = False
 
     def __call__(
         self,
@@ -170,7 +170,7 @@ class ReplicatedStep:
         if times is not None:
             self._optimizer_s = times.seconds.get("optimizer_s", 0.0)
         times_of_rank_0 = {name: total.numbers.times[name] for name in own.times}
-        return self._share_extra_state(state, sum(samples)), event.complete(
+        return self._combine_extra_state(state, sum(samples)), event.complete(
             samples=total.numbers.samples, **times_of_rank_0
         )
 
@@ -182,7 +182,7 @@ class ReplicatedStep:
         times: PartTimes | None,
         groups: Groups | None,
     ) -> _Local:
-        """Return what the micro-batches of this rank give, with a gradient for each group of losses."""
+        """Run the micro-batches of this rank forward and backward, with a gradient for each group of losses."""
         steps: list[AfterAccumulationStep] = []
 
         def collect(state: TrainState, event: AfterAccumulationStep) -> TrainState:
@@ -286,16 +286,16 @@ class ReplicatedStep:
         return numbers
 
     def _layout(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> _Layout:
-        """Return what is fixed for a model; all ranks make it alike, from the first update."""
-        if self._fixed is None:
+        """Return the layout of the buckets, which all ranks make alike at the first update."""
+        if self._layout_of_model is None:
             trained = {name: params[name] for name in self.eager.optimizer.trainable(params)}
             norms = NormBuffers(self.model, buffers)
             sizes = {"trained": len(trained), "counters": norms.counters, "statistics": norms.size}
             tail = Tail(self._ranks.rank, self._ranks.world_size, **sizes)
             make = GradientReduction if (by := self.eager.sharding) is None else partial(ShardedReduction, by)
             reduction = make(trained, tail.size, self._start, is_double=norms.is_double)
-            self._fixed = _Layout(reduction, tail, norms)
-        return self._fixed
+            self._layout_of_model = _Layout(reduction, tail, norms)
+        return self._layout_of_model
 
     def _divide(self, update: _Update, numbers: AllNumbers, by: float) -> Grads:
         """Return the gradients of all ranks, None for parameters that no rank uses."""
@@ -318,17 +318,17 @@ class ReplicatedStep:
             combined |= self._others.combine(update.buffers, local.buffers, changes, sum(local.samples))
         return FrozenDict({**local.buffers, **combined})
 
-    def _share_extra_state(self, state: TrainState, samples: int) -> TrainState:
+    def _combine_extra_state(self, state: TrainState, samples: int) -> TrainState:
         """Return the state with extra state of modules that all ranks have: that of the last rank with samples."""
         if not self._has_extra_state:
             return state
-        if self._ranks.is_first and not self._has_named_extra_state:
+        if self._ranks.is_first and not self._has_warned_of_extra_state:
             _LOGGER.warning(
                 "extra state of %s: ranks may change it in other ways, so all continue with that of the last rank that "
                 "has samples; each update gathers it",
                 ", ".join(path or "the model" for path in state.extra_state),
             )
-        self._has_named_extra_state = True
+        self._has_warned_of_extra_state = True
         own = {"samples": samples, "values": state.extra_state}
         ranks = [each for each in self._ranks.control.gather("extra state of modules", own) if each["samples"]]
         return state.replace(extra_state=ranks[-1]["values"]) if ranks else state

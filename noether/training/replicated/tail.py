@@ -1,4 +1,4 @@
-"""Numbers that travel behind the gradients, so that an update needs no exchange of its own for them."""
+"""The tail of the last gradient bucket: numbers that are summed with the gradients, without another exchange."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 MAX_LOSSES: Final = 16
-"""Most losses that travel; more are gathered."""
+"""Most losses that are summed in the tail; more are gathered."""
 TIMES: Final = ("time_s", "duration_s", "data_s", "step_s", "forward_s", "backward_s", "optimizer_s")
 """Fields of `AfterUpdate` that are those of rank 0."""
 _FLAGS: Final = ("needs_exchange", "is_unknown", "is_interrupted", "is_abandoned")
@@ -35,7 +35,8 @@ class RankNumbers(NamedTuple):
         is_abandoned: Whether the rank has no data for this update, and leaves.
         times: Seconds by name, of `TIMES`.
         losses: Means of its losses, in the order of their names.
-        changed: Whether forward changed a buffer that is not here; a 0-dimensional tensor where the device knows it.
+        changed: Whether forward changed a buffer that has no place in the tail; a 0-dimensional tensor if the device
+            has to say it.
         counters: Counters of batch norms, `(counters,)` of dtype int64.
         statistics: Changes of the statistics of batch norms, `(statistics,)`.
     """
@@ -66,7 +67,7 @@ class AllNumbers(NamedTuple):
         is_unknown: Whether a rank knows of no losses.
         is_interrupted: Whether a rank got a signal, or its time is over.
         is_abandoned: Whether a rank leaves without having made the update.
-        is_changed: Whether forward changed a buffer that is not here, on a rank.
+        is_changed: Whether forward changed, on a rank, a buffer that has no place in the tail.
         times: Seconds of rank 0 by name.
         losses: Sums of means times weights, on the device.
         counters: Counters of batch norms, those of the last rank, on the CPU.

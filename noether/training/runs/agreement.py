@@ -11,6 +11,7 @@ import torch
 from noether.config.changes import find_differences
 from noether.config.serialization import resolve_config
 from noether.core.callbacks.summaries import dataset_lengths
+from noether.core.tensors.checksums import sum_bits
 from noether.core.tensors.module import device_of
 from noether.distributed.ranks import Ranks, count_processes, join
 from noether.effects import CheckpointError, RunDirectory
@@ -99,7 +100,8 @@ def agree_to_start(experiment: Experiment) -> None:
 
 def _require_same_values(experiment: Experiment) -> None:
     """Refuse a model whose constructor draws other values on another rank."""
-    sums = {name: _sum_bits(param) for name, param in experiment.model.named_parameters()}
+    params = dict(experiment.model.named_parameters())
+    sums = dict(zip(params, sum_bits(list(params.values())), strict=True))
     digest = hashlib.sha256(repr(sums).encode()).hexdigest()
     gather = experiment.ranks.control.gather
     if len(set(gather("hash of the initial values", digest))) == 1:
@@ -111,12 +113,6 @@ def _require_same_values(experiment: Experiment) -> None:
                 fix = "draw them by functions of torch, numpy or random, which are seeded with run.seed"
                 message = f"{name} has other initial values on rank {rank} than on rank 0: {fix}"
                 raise experiment.config.error(("model",), message)
-
-
-def _sum_bits(tensor: torch.Tensor) -> int:
-    """Return a sum over a tensor that is exact in any order: its elements as whole numbers of the same bits."""
-    whole = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
-    return int(tensor.detach().reshape(-1).view(whole).sum(dtype=torch.int64))
 
 
 def load_newest(
@@ -151,7 +147,7 @@ def load_tag(run_dir: Path, tag: str, ranks: Ranks) -> tuple[Manifest, TrainStat
     return manifest, reader.load(manifest)
 
 
-def on_ranks(ranks: Ranks) -> str:
+def describe_ranks(ranks: Ranks) -> str:
     """Return ` on N ranks`, or nothing for one process."""
     return f" on {ranks.world_size} ranks" if ranks.are_several else ""
 

@@ -133,7 +133,7 @@ def execute(
         final = replace(trainer, finish=ending.finish, fail=ending.fail)(start, resumed=resumed)
     finished = next_move(final, experiment.run) is Move.NOTHING
     if not finished:
-        interruption.share(experiment.run.gather)
+        interruption.agree_on_reason(experiment.run.gather)
     run = TrainedRun(
         directory=directory.path,
         state=final,

@@ -78,8 +78,8 @@ class Interruption:
         """
         self._max_hours, self._counts_time = hours, counts
 
-    def share(self, gather: Callable[[str, Any], Sequence[Any]]) -> None:
-        """Take over the reason of the first rank that has one, so that all ranks end with the same exit code.
+    def agree_on_reason(self, gather: Callable[[str, Any], Sequence[Any]]) -> None:
+        """Take the reason of the first rank that has one, so that all ranks end with the same exit code.
 
         Args:
             gather: As `Run.gather`; all ranks call this at the same point.

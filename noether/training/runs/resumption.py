@@ -29,11 +29,11 @@ from noether.training.experiment import build
 from noether.training.runs.agreement import (
     agree_to_start,
     ask_rank_0,
+    describe_ranks,
     join_ranks,
     load_newest,
     load_tag,
     notify_once,
-    on_ranks,
     open_on_ranks,
 )
 from noether.training.runs.branching import check_newest, check_target, load_resumable, make_branch
@@ -199,9 +199,9 @@ def _continue(
         notify(f"{directory.path} already {run.ending}; to continue it, {_ways_to_continue(run, experiment)}")
         return run
     if state is None:
-        notify(f"{directory.path} has no checkpoint: training starts at update 0{on_ranks(experiment.ranks)}")
+        notify(f"{directory.path} has no checkpoint: training starts at update 0{describe_ranks(experiment.ranks)}")
     else:
-        notify(f"resuming at {state.iteration}{on_ranks(experiment.ranks)}")
+        notify(f"resuming at {state.iteration}{describe_ranks(experiment.ranks)}")
     for note in notes:
         notify(note)
     if removed := directory.truncate_logs(state):

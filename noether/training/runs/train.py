@@ -22,7 +22,14 @@ from noether.distributed.restarts import Restart
 from noether.effects.disk.files import make_directories, replace_text
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
-from noether.training.runs.agreement import agree_to_start, ask_rank_0, join_ranks, notify_once, on_ranks, open_on_ranks
+from noether.training.runs.agreement import (
+    agree_to_start,
+    ask_rank_0,
+    describe_ranks,
+    join_ranks,
+    notify_once,
+    open_on_ranks,
+)
 from noether.training.runs.execution import execute
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
@@ -133,7 +140,7 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
 def start_run(
     config: Config, allow: Sequence[str] = (), *, interruption: Interruption, notify: Callable[[str], None]
 ) -> TrainedRun:
-    """Train a configuration in a new run directory; a worker that torchrun restarts resumes the run that it began.
+    """Train a configuration in a new run directory; a process that torchrun restarts resumes the run that it began.
 
     Args:
         config: The configuration.
@@ -153,7 +160,7 @@ def start_run(
     experiment = build(config, ranks=ranks)
     agree_to_start(experiment)
     if ranks.are_several:
-        notify(f"training{on_ranks(ranks)}")
+        notify(f"training{describe_ranks(ranks)}")
     for note in experiment.notes:
         notify(note)
     folder = Path(config.run.output) / config.run.name

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether.effects.checkpoints.shards import Region, plan_shards, split_regions, whole_region
+from noether.effects.checkpoints.shards import Region, assign_regions, split_regions, whole_region
 
 SHAPES = st.lists(st.integers(0, 6), max_size=3).map(tuple)
 
@@ -65,8 +65,8 @@ def test_the_common_part_of_regions_is_in_both(shape, data):
 def test_large_tensors_go_to_the_rank_with_the_fewest_bytes_and_small_ones_to_the_first():
     sizes = {"a": 4 << 20, "b": 3 << 20, "c": 2 << 20, "small": 1 << 20, "number": 1}
     tensors = {name: torch.empty(size, dtype=torch.uint8) for name, size in sizes.items()}
-    plan = plan_shards(tensors, 2)
-    assert plan == plan_shards(dict(reversed(tensors.items())), 2)
+    plan = assign_regions(tensors, 2)
+    assert plan == assign_regions(dict(reversed(tensors.items())), 2)
     assert {name: next(iter(regions)) for name, regions in plan.items()} == {
         "a": 1, "b": 0, "c": 1, "small": 0, "number": 0
     }  # fmt: skip
