@@ -12,6 +12,7 @@ from noether.cli.output import echo
 from noether.config import ConfigError
 from noether.config.descriptions import PREFIX, describe, known_kinds
 from noether.config.errors import InvalidValueError, LocatedProblem, Place
+from noether.distributed.launch import launched_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +45,7 @@ def show_kind(kind: str, allow: Sequence[str]) -> None:
     echo(description.kind + (f"  (also {', '.join(description.aliases)})" if description.aliases else ""))
     echo(f"\n{description.text}\n")
     if description.settings:
-        Console(width=_WIDTH, highlight=False).print(_table(description))
+        Console(width=_WIDTH, highlight=False, quiet=launched_rank() > 0).print(_table(description))
     for older, name in description.renamed.items():
         echo(f"\n{older} is an older name of {name}")
     echo(f"\ncallbacks:\n{indent(description.yaml, '  ')}")

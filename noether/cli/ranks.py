@@ -30,24 +30,29 @@ def announce(error: BaseException) -> str | None:
     if launched_world_size() == 1:
         return ""
     text, time_s, prefix = f"{type(error).__name__}: {error}", time.time(), None if launched_rank() else ""
-    if (joined := sys.modules.get("noether.distributed.ranks")) is not None:
-        ranks = joined.current_ranks()
-        first = ranks.failures.report(error)
-        if first is not None and first.reporter != ranks.rank:
-            # torchrun takes the earliest second as the root cause, and this rank ended in the same one.
-            text, time_s, prefix = str(first), first.time_s + 1, None
-        elif first is not None:
-            text, time_s, prefix = str(first), first.time_s, _prefix(error, ranks.rank)
+    from noether.distributed.ranks import current_ranks
+    from noether.distributed.starting import start_failures
+
+    ranks = current_ranks()
+    failures = ranks.failures if ranks.are_several else start_failures()
+    first = failures.report(error, is_of_all=isinstance(error, click.UsageError))
+    if first is not None and first.reporter != launched_rank():
+        # torchrun takes the earliest second as the root cause, and this rank ended in the same one.
+        text, time_s, prefix = str(first), first.time_s + 1, None
+    elif first is not None:
+        text, time_s, prefix = str(first), first.time_s, _prefix(error, launched_rank())
     write_error_file(text, time_s)
     return prefix
 
 
 def _prefix(error: BaseException, rank: int) -> str:
-    """Return which rank an error is of, unless it says so, or is that of all ranks."""
+    """Return which rank an error is of, unless it says so, or is that of all ranks, which rank 0 shows."""
     from noether.config.errors import ConfigError
     from noether.distributed.failures import RankError
+    from noether.distributed.launch import LaunchError
 
-    return "" if isinstance(error, RankError | ConfigError) else f"rank {rank}: "
+    is_of_all = rank == 0 and isinstance(error, ConfigError | click.UsageError)
+    return "" if is_of_all or isinstance(error, RankError | LaunchError) else f"rank {rank}: "
 
 
 class Commands(click.Group):
@@ -65,8 +70,8 @@ class Commands(click.Group):
         try:
             code = run(*args, standalone_mode=False, **extra)
         except click.UsageError as error:  # of all ranks alike
-            announce(error)
-            if not launched_rank():
+            if (prefix := announce(error)) is not None:
+                click.echo(prefix, nl=False, err=True)
                 error.show()
             code = error.exit_code
         except click.ClickException as error:  # which reports itself
@@ -85,16 +90,22 @@ class Commands(click.Group):
 
 def _end_unless_failed(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # signature of signal handlers
     """End at a signal, but not if a rank has failed: then torchrun ends all, and rank 0 may still save."""
-    joined = sys.modules.get("noether.distributed.ranks")
-    if joined is None or joined.current_ranks().failures.first() is None:
+    if not _has_failed():
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
 
+def _has_failed() -> bool:
+    """Return whether a rank has reported a failure, as far as this process can have met it."""
+    joined, starting = (sys.modules.get(f"noether.distributed.{name}") for name in ("ranks", "starting"))
+    return (joined is not None and joined.current_ranks().failures.first() is not None) or (
+        starting is not None and starting.start_failure() is not None
+    )
+
+
 def end_process(code: Any) -> NoReturn:
     """End this process; after a failure of a rank, without waiting for collectives that are under way."""
-    joined = sys.modules.get("noether.distributed.ranks")
-    if joined is not None and joined.current_ranks().failures.first() is not None:
+    if _has_failed():
         discard_unwritten()
         logging.shutdown()
         os._exit(code if isinstance(code, int) else 1)

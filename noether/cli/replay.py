@@ -23,6 +23,7 @@ from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.schedules.gate import Gate
 from noether.core.schedules.schedule import At
 from noether.core.tensors.tree import leaves
+from noether.distributed.launch import launched_rank
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.events import read_events
@@ -64,7 +65,7 @@ def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Se
         replayed = _replay_run(run_dir, config, other, select)
         if point is not None and not replayed.steps:
             raise ReplayError(f"--at {at}: the run has no event there; it ended at {replayed.state.iteration}")
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False, soft_wrap=True, quiet=launched_rank() > 0)
         for step in replayed.steps:
             if point is not None:
                 _print_event(console, step)

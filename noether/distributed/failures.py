@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ _LONGEST_TEXT: Final = 16_000
 _KEY: Final = "first"
 _TIMEOUTS: Final = ("timed out", "timeout")
 _CLOSED: Final = ("closed by peer", "connection closed", "reset by peer", "broken pipe", "connection refused")
+_BLAMED: Final = re.compile(r"rank (\d+) failed to pass monitoredbarrier")
 _BARRIER: Final = "monitoredbarrier"
 """In the error of a rank that ended or hangs, under `TORCH_DISTRIBUTED_DEBUG=DETAIL`."""
 
@@ -88,10 +90,13 @@ class Failures:
         self._world_size = world_size
         self._timeout_s = timeout_s
 
-    def report(self, error: BaseException) -> RankFailure | None:
+    def report(self, error: BaseException, *, is_of_all: bool = False) -> RankFailure | None:
         """Report an error of this rank, unless a failure was reported before; return the first failure.
 
-        An error of noether itself, such as one in the configuration, is usually that of all ranks: rank 0 reports it.
+        Args:
+            error: The error.
+            is_of_all: Whether it is usually that of all ranks, so that rank 0 reports it; as for any error of noether
+                itself, such as one in the configuration.
 
         Returns:
             The first failure of all ranks; None for one process.
@@ -100,7 +105,7 @@ class Failures:
             return None
         if isinstance(error, RankError):
             return error.failure
-        if isinstance(error, NoetherError) and self._rank != 0:
+        if (is_of_all or isinstance(error, NoetherError)) and self._rank != 0:
             self._await_first()
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         text = f"{type(error).__name__}: {error}".removesuffix(": ") + notes
@@ -114,6 +119,30 @@ class Failures:
             return RankFailure(**json.loads(self._store.get(_KEY))) if self._store.check([_KEY]) else None
         except RuntimeError:  # the process that holds the store has ended
             return None
+
+    def await_ranks(self, what: str, timeout_s: float) -> list[int]:
+        """Wait until all ranks have called this; return those that have not in time.
+
+        Args:
+            what: Name of what the ranks wait for, the same on all ranks and another one for each call.
+            timeout_s: Seconds to wait.
+
+        Raises:
+            RankError: If a rank reports a failure before.
+        """
+        if self._store is None:
+            return []
+        deadline_s = time.monotonic() + timeout_s
+        self._store.set(f"{what}/{self._rank}", "")
+        arrived = self._store.add(what, 1)
+        while arrived < self._world_size:
+            if (first := self.first()) is not None:
+                raise RankError(first)
+            if time.monotonic() >= deadline_s:
+                return [rank for rank in range(self._world_size) if not self._store.check([f"{what}/{rank}"])]
+            time.sleep(_POLL_S)
+            arrived = self._store.add(what, 0)
+        return []
 
     def _await_first(self) -> None:
         deadline_s = time.monotonic() + _QUIET_S
@@ -150,6 +179,8 @@ class Failures:
                 return self.first()
             store.set(f"arrived/{self._rank}", what)
             absent = self._find_absent(store)
+            if (blamed := _BLAMED.search(message)) is not None and int(blamed[1]) in absent:
+                absent = [int(blamed[1])]  # the others wait for this rank, and have not met an error yet
             if (first := self.first()) is not None:
                 return first
             text = self._describe_absent(what, absent, message) if absent else self._describe_waits(store)

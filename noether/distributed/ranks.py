@@ -17,12 +17,12 @@ from noether.core.tensors.torch_internals import default_store
 from noether.distributed.channel import Channel
 from noether.distributed.failures import Failures
 from noether.distributed.launch import LaunchError, check_launch, launched_world_size
+from noether.distributed.starting import await_start, restart_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_TIMEOUT_S: Final = 600.0
-_RESTARTS: Final = "TORCHELASTIC_RESTART_COUNT"
 _JOINS: Final = count()
 _JOINED: Final[list[tuple[Ranks, list[dist.ProcessGroup]]]] = []
 
@@ -96,6 +96,7 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
 
     Raises:
         LaunchError: If `WORLD_SIZE` is set, but not what a launcher sets beside it; or if other processes do not join.
+        RankError: If one of them fails before it joins.
     """
     if not dist.is_available():
         return ONE_PROCESS
@@ -170,12 +171,14 @@ def _make_default_group(device: torch.device | None, timeout: timedelta) -> None
     from torch.distributed.rendezvous import rendezvous
 
     is_cuda = device is not None and device.type == "cuda"
+    number = next(_JOINS)
+    await_start(number, timeout.total_seconds())
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # The store of torchrun outlives a restart, with the addresses of the processes from before it.
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
-            store=PrefixStore(f"noether/{os.environ.get(_RESTARTS, '0')}/{next(_JOINS)}", store),
+            store=PrefixStore(f"noether/{restart_count()}/{number}", store),
             rank=rank,
             world_size=world_size,
             timeout=timeout,

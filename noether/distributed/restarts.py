@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from datetime import timedelta
-from typing import TYPE_CHECKING, Final, final
+from typing import Final, final
 
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
+from noether.distributed.starting import launcher_store
 
 _STARTS: Final[Counter[str]] = Counter()
-_TIMEOUT: Final = timedelta(seconds=30)
 
 
 @final
@@ -33,23 +29,10 @@ class Restart:
 
     def find(self) -> str | None:
         """Return the directory that this process stored before a restart; None if there is none."""
-        store = _launcher_store()
+        store = launcher_store()
         return store.get(self._key).decode() if store is not None and store.check([self._key]) else None
 
     def note(self, directory: str) -> None:
         """Store the directory of the run, which a restarted process resumes."""
-        if (store := _launcher_store()) is not None:
+        if (store := launcher_store()) is not None:
             store.set(self._key, directory)
-
-
-def _launcher_store() -> Store | None:
-    """Return the store of the torchrun that started this process; None if there is none."""
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not all(map(os.environ.get, names)):
-        return None
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported without being listed
-    from torch.distributed.distributed_c10d import PrefixStore
-
-    run_id, host, port = (os.environ[name] for name in names)
-    store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
-    return PrefixStore(f"noether/runs/{run_id}", store)

@@ -138,10 +138,11 @@ def patch_disk():
     Disk.create, Disk.rename = create_or_fail, rename_or_fail
 
 
-def command(folder, words, rank=None, phase=None, how=None):
+def command(folder, words, rank=None, phase=None, how=None, *, joins=True):
     """Run the command line in a folder, with a fault on one rank, or on `ALL`; return the exit code.
 
-    What each rank prints is in `RANK.txt`. A process that ends at once, as after a failure, returns nothing.
+    What each rank prints is in `RANK.txt`. Unless it `joins` before, a rank meets the others only in the command. A
+    process that ends at once, as after a failure, returns nothing.
     """
     own = int(os.environ["RANK"])
     with Path(folder, f"{own}.txt").open("wb") as file:
@@ -150,12 +151,18 @@ def command(folder, words, rank=None, phase=None, how=None):
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     FAULT.update({"phase": phase, "how": how, "update": 0, "is_armed": rank in {own, ALL}})
     patch_disk()
-    join(timeout_s=60)
+    if joins:
+        join(timeout_s=60)
     with contextlib.chdir(folder), contextlib.suppress(SystemExit):
         try:
             main([*words, "--allow", "faulty_runs"], prog_name="noether")
         except SystemExit as end:
             return end.code
+
+
+def different_commands(folder, first, second):
+    """Run a command on rank 0 and another one on the other ranks, before they have joined; return the exit code."""
+    return command(folder, second if int(os.environ["RANK"]) else first, joins=False)
 
 
 def write_config(folder, **trainer):

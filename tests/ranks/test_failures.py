@@ -109,6 +109,13 @@ def test_ranks_that_wait_in_different_places_name_them():
     assert wait_in_vain(failures[1], "save", "Connection closed by peer") == expected
 
 
+def test_the_rank_that_a_monitored_barrier_names_is_to_blame():
+    store = dist.HashStore()
+    failures = Failures(store, rank=0, world_size=3, timeout_s=2.0)
+    text = wait_in_vain(failures, "losses", "[Rank 0]: Rank 2 failed to pass monitoredBarrier in 2000 ms")
+    assert text == "rank 2 ended or hangs during losses"
+
+
 def test_an_error_of_this_rank_in_a_collective_is_its_own():
     failures = Failures(dist.HashStore(), rank=0, world_size=2, timeout_s=2.0)
     with pytest.raises(RuntimeError, match="invalid tensor size"), failures.explain("losses"):
@@ -203,4 +210,4 @@ def wait_alone():
 @pytest.mark.slow
 def test_a_rank_that_no_other_joins_says_so():
     text = run_on_ranks(wait_alone, 1, environment={"WORLD_SIZE": "2"})[0]
-    assert text.startswith("rank 0 waited 1 s for the others to join: ")
+    assert text == "rank 0 waited 1 s for the others to join: rank 1 did not"

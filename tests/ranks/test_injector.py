@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from faulty_runs import ALL, AT, command, write_config
+from faulty_runs import ALL, AT, command, different_commands, write_config
 from processes import outcomes_on_ranks
 from safetensors.torch import load_file
 
@@ -108,9 +108,38 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path):
         assert "".join(printed).count("Error: ") == 1, printed
         assert printed[0].startswith("Error: "), printed
     assert not (tmp_path / "runs").exists()
+    for words in (["plan", "numbers.yaml"], ["callbacks", "noether.EMACallback"]):
+        outcomes, printed = train(tmp_path, words)
+        assert outcomes == [("returned", None)] * RANKS, printed
+        assert printed[0], printed
+        assert not printed[1], printed
     outcomes, printed = train(tmp_path, ["train", "--no-such-option"])
     assert [outcome[1] for outcome in outcomes] == [2] * RANKS, printed
     assert (printed[0].count("No such option"), printed[1]) == (1, "")
+
+
+TRAIN = ["train", "numbers.yaml"]
+UNKNOWN = [*TRAIN, "--set", "trainer.max_updats=1"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        (TRAIN, UNKNOWN, "rank 1: Error: --set trainer.max_updats=1: "),
+        (UNKNOWN, TRAIN, "Error: --set trainer.max_updats=1: "),
+        (UNKNOWN, UNKNOWN, "Error: --set trainer.max_updats=1: "),
+        (TRAIN, ["train", "--no-such-option"], "rank 1: Usage: "),
+    ],
+    ids=["rank 1", "rank 0", "both", "usage"],
+)
+def test_a_rank_that_fails_before_it_joins_ends_all(first, second, shown, tmp_path):
+    write_config(tmp_path)
+    outcomes = outcomes_on_ranks(different_commands, RANKS, tmp_path, first, second, limit_s=60, detail=False)
+    printed = [(tmp_path / f"{rank}.txt").read_text() for rank in range(RANKS)]
+    assert sorted(outcome[1] for outcome in outcomes) == ([2, 2] if first == second else [1, 2]), printed
+    assert "".join(printed).startswith(shown), printed
+    assert "".join(printed).count("Error: ") == 1, printed
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from rich.table import Table
 from noether.cli.output import printable
 from noether.cli.plan.timeline import ASCII_MARKS, UNICODE_MARKS, row, scale
 from noether.core.text import count_of, format_bytes
+from noether.distributed.launch import launched_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -55,13 +56,17 @@ def print_interval(fired: Iterable[tuple[PlannedCallback, Firings]], where: str)
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
+    return _make_console(None if sys.stdout.isatty() else _WIDTH)
+
+
+def _make_console(width: int | None) -> Console:
+    return Console(width=width, highlight=False, markup=False, quiet=launched_rank() > 0)
 
 
 def _wide_console(table: Table) -> Console:
     """Return a console on which the table does not wrap, for output to a file."""
-    unlimited = Console(width=_UNLIMITED_WIDTH, highlight=False, markup=False)
-    return Console(width=max(_WIDTH, unlimited.measure(table).maximum), highlight=False, markup=False)
+    unlimited = _make_console(_UNLIMITED_WIDTH)
+    return _make_console(max(_WIDTH, unlimited.measure(table).maximum))
 
 
 def _print_list(table: Table, if_empty: str) -> None:
