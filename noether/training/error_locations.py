@@ -6,17 +6,19 @@ import inspect
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from noether.config.errors import ConfigError
+from noether.config.objects.functions import build_function
 from noether.core.errors import NoetherError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from noether.config.errors import SettingPath
+    from noether.config.objects.functions import Function
     from noether.config.schema import Config
 
 
@@ -67,6 +69,12 @@ def _with_line(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     last = next((frame for frame in reversed(frames) if not frame.filename.startswith(_TORCH)), frames[-1])
     return f"{describe_error(error)}, raised at {last.filename}:{last.lineno}"
+
+
+def build_located_function(config: Config, path: SettingPath, function: Function) -> Any:
+    """Return the function or object that a setting names; an error of its constructor names the setting."""
+    with locate_errors(config, path):
+        return build_function(function)
 
 
 def _setting_path(config: Config, setting: str) -> SettingPath:

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
-from torch.utils.data import IterableDataset
 
-from noether.config.objects.functions import build_function
 from noether.config.objects.kinds import build_nested
 from noether.config.optimizer_settings import ScheduleSettings
 from noether.config.schema import ENDS
@@ -31,13 +29,10 @@ from noether.effects import CheckpointError
 from noether.effects.disk.tensor_files import describe_unsavable
 from noether.session.randomness import derive, seed_all
 from noether.training.configured_callbacks import build_callbacks
-from noether.training.data.batches import SampleCounter
-from noether.training.data.indexed import EvaluationData, TrainingData
-from noether.training.data.orders import SamplerOrder
+from noether.training.configured_data import build_datasets, build_evaluation_data, build_training_data
 from noether.training.data.streamed import StreamedData
-from noether.training.data.streamed_evaluation import StreamedEvaluationData
 from noether.training.devices import choose_device
-from noether.training.error_locations import locate_errors
+from noether.training.error_locations import build_located_function, locate_errors
 from noether.training.initial_weights import load_weights
 from noether.training.step.loss_scaling import LossScaling, find_float16_problem
 from noether.training.step.optimizer import FunctionalOptimizer
@@ -52,11 +47,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from noether.config.errors import SettingPath
-    from noether.config.objects.functions import Function
     from noether.config.schema import Config
     from noether.core.reducer import Reducer
     from noether.training.configured_callbacks import ConfiguredCallback
+    from noether.training.data.indexed import TrainingData
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TIME_READINGS = frozenset({"forward_s", "backward_s", "optimizer_s"})
@@ -135,15 +129,15 @@ def build(
             parameter group that matches nothing, a metric that no callback produces.
     """
     device = choose_device(config, are_several=ranks.are_several)
-    datasets = _build_datasets(config)
-    data = _build_training_data(config, datasets["train"], device, ranks)
+    datasets = build_datasets(config)
+    data = build_training_data(config, datasets["train"], device, ranks)
     network = _build_model(config, model or config.model.build, device)
     count = (
         {}
         if config.batch_size is None
-        else {"batch_size": _build_function(config, ("data", "batch_size"), config.batch_size)}
+        else {"batch_size": build_located_function(config, ("data", "batch_size"), config.batch_size)}
     )
-    loss = _build_function(config, ("trainer", "loss"), config.trainer.loss)
+    loss = build_located_function(config, ("trainer", "loss"), config.trainer.loss)
     run = Run(
         end=configured_end(config),
         updates_per_epoch=data.batching.updates_per_epoch,
@@ -154,7 +148,7 @@ def build(
         world_size=ranks.world_size,
         gather=ranks.control.gather,
         config=resolve_config(config),
-        data=_build_evaluation_data(config, datasets, device),
+        data=build_evaluation_data(config, datasets, device),
         forward=forward(network, loss, precision=_PRECISIONS[config.trainer.precision]),
         **count,
     )
@@ -204,112 +198,6 @@ def build(
         ranks=ranks,
         notes=notes,
     )
-
-
-# Data
-
-
-def _build_loss_scaling(config: Config, state: TrainState, device: torch.device) -> LossScaling | None:
-    if config.trainer.precision != "float16":
-        return None
-    if problem := find_float16_problem(device, state.params):
-        raise config.error(("trainer", "precision"), problem)
-    return LossScaling()
-
-
-def _build_datasets(config: Config) -> dict[str, Any]:
-    datasets = {}
-    for key, kind in config.data.items():
-        # A dataset that draws its split in its constructor has to draw the same split when the run is resumed.
-        seed_all(derive(config.run.seed, f"data/{key}"))
-        with locate_errors(config, ("data", key)):
-            datasets[key] = kind.build()
-    return datasets
-
-
-def _build_training_data(
-    config: Config, dataset: Any, device: torch.device, ranks: Ranks
-) -> TrainingData | StreamedData:
-    trainer = config.trainer
-    settings: dict[str, Any] = {
-        "seed": config.run.seed,
-        "effective_batch_size": trainer.effective_batch_size,
-        "max_batch_size": trainer.max_batch_size,
-        "drop_last": trainer.drop_last,
-        "device": device,
-        "name": "train",
-        "count_samples": _sample_counter(config, dataset),
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-    }
-    is_stream = isinstance(dataset, IterableDataset)
-    sampler = _build_sampler(config, dataset)
-    try:
-        if is_stream:
-            settings |= {"num_workers": trainer.num_workers, "run_samples": _samples_of_run(config)}
-            return StreamedData(dataset, **settings)
-        order: dict[str, Any] = {"shuffle": trainer.shuffle is not False, "sampler": sampler}
-        return TrainingData(dataset, **settings, **order, num_workers=trainer.num_workers)
-    except TypeError as error:
-        raise config.error(("data", "train"), str(error)) from error
-    except ValueError as error:
-        raise config.error(("trainer", "effective_batch_size"), str(error)) from error
-
-
-def _samples_of_run(config: Config) -> int | None:
-    """Return the samples after which the run ends; None if it ends after epochs."""
-    trainer = config.trainer
-    updates = -(-(trainer.max_samples or 0) // trainer.effective_batch_size) or trainer.max_updates
-    return None if updates is None else updates * trainer.effective_batch_size
-
-
-def _build_sampler(config: Config, dataset: Any) -> SamplerOrder | None:
-    """Return the order of `trainer.sampler`; refuse an order for a stream, which has its own."""
-    trainer = config.trainer
-    name = "sampler" if trainer.sampler is not None else "shuffle"
-    if isinstance(dataset, IterableDataset) and getattr(trainer, name):
-        kind = type(dataset).__name__
-        message = (
-            f"data.train is a stream ({kind}), which gives its own order; remove it, and order samples in __iter__"
-        )
-        raise config.error(("trainer", name), message)
-    if trainer.sampler is None or not hasattr(dataset, "__len__"):
-        return None
-    with locate_errors(config, ("trainer", "sampler")):
-        return SamplerOrder(
-            trainer.sampler, dataset, seed=config.run.seed, effective_batch_size=trainer.effective_batch_size
-        )
-
-
-def _build_evaluation_data(
-    config: Config, datasets: Mapping[str, Any], device: torch.device
-) -> dict[str, EvaluationData | StreamedEvaluationData]:
-    """Return the datasets in batches, by key, without a stream that the run trains on: it would lose its position."""
-    trainer = config.trainer
-    size = trainer.eval_batch_size or trainer.max_batch_size or trainer.effective_batch_size
-    settings: dict[str, Any] = {"seed": config.run.seed, "batch_size": size, "device": device}
-    data: dict[str, EvaluationData | StreamedEvaluationData] = {}
-    for key, dataset in datasets.items():
-        with locate_errors(config, ("data", key)):
-            settings |= {"name": key, "count_samples": _sample_counter(config, dataset)}
-            if not isinstance(dataset, IterableDataset):
-                data[key] = EvaluationData(dataset, **settings, num_workers=trainer.num_workers)
-            elif key != "train":
-                data[key] = StreamedEvaluationData(dataset, **settings)
-    return data
-
-
-def _sample_counter(config: Config, dataset: Any) -> SampleCounter:
-    """Return what counts the samples of the batches of a dataset: `data.batch_size`, if it is given."""
-    if config.batch_size is None:
-        return SampleCounter(dataset)
-    setting = f"{config.place(('data', 'batch_size'))}: data.batch_size: "
-    return SampleCounter(dataset, _build_function(config, ("data", "batch_size"), config.batch_size), setting)
-
-
-def _build_function(config: Config, path: SettingPath, function: Function) -> Any:
-    with locate_errors(config, path):
-        return build_function(function)
 
 
 def configured_end(config: Config) -> TrainingIteration:
@@ -369,6 +257,14 @@ def _build_optimizer(config: Config, model: nn.Module, tied: Mapping[str, str]) 
     frozen = frozen_names(model)
     with locate_errors(config, ("optimizer",)):
         return FunctionalOptimizer(cast("Any", optimizer.kind.target), settings, optimizer.groups, frozen, tied)
+
+
+def _build_loss_scaling(config: Config, state: TrainState, device: torch.device) -> LossScaling | None:
+    if config.trainer.precision != "float16":
+        return None
+    if problem := find_float16_problem(device, state.params):
+        raise config.error(("trainer", "precision"), problem)
+    return LossScaling()
 
 
 def _build_sharding(config: Config, state: TrainState, ranks: Ranks) -> Sharding | None:

@@ -193,8 +193,8 @@ CASES = {
     "unknown metric": (
         [("metric: accuracy", "metric: acuracy")],
         (
-            "bad.yaml:31: callbacks[2].metric: 'acuracy' is not 'accuracy', 'binary_accuracy', or a function of "
-            "outputs and batch; did you mean 'accuracy'?"
+            "bad.yaml:31: callbacks[2].metric: 'acuracy' is not 'accuracy', 'binary_accuracy', a function of "
+            "outputs and batch, or a metric of torchmetrics; did you mean 'accuracy'?"
         ),
     ),
     "group that matches nothing": (
@@ -278,8 +278,8 @@ CASES = {
             "bad.yaml:20: trainer.max_epochs: True is not a whole number of at least 1\n"
             "bad.yaml:21: trainer.effective_batch_size: 0 is not a whole number of at least 1\n"
             "bad.yaml:25: callbacks[0].every_n_updates: 2.5 is not a whole number of at least 1\n"
-            "bad.yaml:31: callbacks[2].metric: 'acuracy' is not 'accuracy', 'binary_accuracy', or a function of "
-            "outputs and batch; did you mean 'accuracy'?"
+            "bad.yaml:31: callbacks[2].metric: 'acuracy' is not 'accuracy', 'binary_accuracy', a function of "
+            "outputs and batch, or a metric of torchmetrics; did you mean 'accuracy'?"
         ),
     ),
 }
