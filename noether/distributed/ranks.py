@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,7 +24,12 @@ from noether.distributed.starting import await_start, restart_count
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch.distributed.distributed_c10d import Store
+
 DEFAULT_TIMEOUT_S: Final = 600.0
+LONG_WAIT_S: Final = 10.0
+"""After this time a rank that waits for others to join names them in a warning."""
+_LOGGER: Final = logging.getLogger(__name__)
 _JOINS: Final = count()
 _JOINED: Final[list[tuple[Ranks, list[dist.ProcessGroup]]]] = []
 
@@ -95,7 +102,8 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
         `ONE_PROCESS` if there is only one.
 
     Raises:
-        LaunchError: If `WORLD_SIZE` is set, but not what a launcher sets beside it; or if other processes do not join.
+        LaunchError: If `WORLD_SIZE` is set, but not what a launcher sets beside it; or if other processes do not join
+            within the timeout, which a warning names after 10 s.
         RankError: If one of them fails before it joins.
     """
     if not dist.is_available():
@@ -111,6 +119,7 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
     elif dist.get_world_size() == 1:
         return ONE_PROCESS
     else:  # the timeout of an adopted group is its own, and it may be for another device
+        _wait_for_all(PrefixStore(f"noether/adopted/{next(_JOINS)}", default_store()), timeout_s)
         training = dist.new_group(
             backend="nccl" if device is not None and device.type == "cuda" else "gloo", timeout=timeout
         )
@@ -163,6 +172,34 @@ def leave_at_end() -> Iterator[None]:
     while len(_JOINED) > joined:
         for group in _JOINED.pop()[1]:
             dist.destroy_process_group(group)
+
+
+def _wait_for_all(store: Store, timeout_s: float) -> None:
+    """Wait until all ranks of an adopted group join, which a program may do on one of them only; log who is missing."""
+    rank, world_size, deadline_s = dist.get_rank(), dist.get_world_size(), time.monotonic() + timeout_s
+    store.set(f"joined/{rank}", "")
+    if store.add("count", 1) == world_size:
+        store.set("all", "")
+    is_first_wait = True
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        try:
+            store.wait(["all"], timedelta(seconds=max(min(left_s, LONG_WAIT_S), 0.001)))
+        except RuntimeError:
+            if is_first_wait and left_s > LONG_WAIT_S:
+                _LOGGER.warning("%s", _describe_missing(store, LONG_WAIT_S))
+            is_first_wait = False
+        else:
+            return
+    raise LaunchError(_describe_missing(store, timeout_s))
+
+
+def _describe_missing(store: Store, waited_s: float) -> str:
+    missing = [str(rank) for rank in range(dist.get_world_size()) if not store.check([f"joined/{rank}"])]
+    return (
+        f"rank {dist.get_rank()} has waited {waited_s:g} s for rank{'s'[: len(missing) != 1]} {', '.join(missing)} of "
+        "the process group: make the Session (or call noether.distributed.ranks.join) on every rank, not inside of "
+        "`if rank == 0:`; rank 0 alone logs and saves"
+    )
 
 
 def _make_default_group(device: torch.device | None, timeout: timedelta) -> None:

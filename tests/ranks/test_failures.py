@@ -1,5 +1,6 @@
 """A rank that fails, is killed or hangs ends all ranks, and all of them name it."""
 
+import logging
 import os
 import signal
 import time
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 from processes import outcomes_on_ranks, run_on_ranks
 
+from noether.core.tensors.torch_internals import default_store
+from noether.distributed import ranks as module
 from noether.distributed.failures import Failures, RankError
 from noether.distributed.launch import LaunchError
 from noether.distributed.ranks import ONE_PROCESS, current_ranks, join, leave_at_end
@@ -211,3 +214,27 @@ def wait_alone():
 def test_a_rank_that_no_other_joins_says_so():
     text = run_on_ranks(wait_alone, 1, environment={"WORLD_SIZE": "2"})[0]
     assert text == "rank 0 waited 1 s for the others to join: rank 1 did not"
+
+
+def join_on_rank_0_only():
+    """Return the warning and the error of the rank that joins alone."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() > 0:
+        return default_store().wait(["rank 0 gave up"])
+    warnings, module.LONG_WAIT_S = [], 0.1
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger(module.__name__).addHandler(handler)
+    with pytest.raises(LaunchError) as caught:
+        join(timeout_s=0.3)
+    default_store().set("rank 0 gave up", "")
+    return warnings, str(caught.value)
+
+
+def test_a_rank_that_joins_alone_names_the_others_and_what_to_write():
+    warnings, error = run_on_ranks(join_on_rank_0_only, 3)[0]
+    assert [each.partition(":")[0] for each in warnings] == [
+        "rank 0 has waited 0.1 s for ranks 1, 2 of the process group"
+    ]
+    assert error.startswith("rank 0 has waited 0.3 s for ranks 1, 2 of the process group: make the Session (or call")
+    assert "not inside of `if rank == 0:`" in error
