@@ -8,6 +8,7 @@ from noether.core.callbacks.rank_results import digest_batch
 from noether.core.shards import check_not_sharded
 from noether.core.tensors.batch import batch_size, count_samples
 from noether.core.tensors.containers import move_batch
+from noether.core.tensors.fully_sharded import is_fully_sharded
 from noether.core.tensors.module import device_of
 from noether.distributed.ranks import ONE_PROCESS
 from noether.session.hidden_state import generators_of
@@ -36,6 +37,7 @@ def evaluation_data(  # every fact about the data
 
     On several ranks a `DataLoader` is split into whole batches, of which each rank reads its share. One that another
     library has split is put together again, in the order of its dataset and without what was added to fill up batches.
+    If the model has modules of `fully_shard`, all ranks read all batches: each forward pass is a collective.
 
     Args:
         data: Anything that yields batches.
@@ -60,7 +62,9 @@ def evaluation_data(  # every fact about the data
         device = device_of(model.parameters())
         return [move_batch(batch, device) for batch in data]
     seed = derive(seed, f"evaluation of {key}")
-    return EvaluationData(data, model, seed) if whole is None else SharedEvaluationData(whole, model, seed, batch_size)
+    if whole is None or any(map(is_fully_sharded, model.modules())):
+        return EvaluationData(data if whole is None else whole, model, seed)
+    return SharedEvaluationData(whole, model, seed, batch_size)
 
 
 class EvaluationData:

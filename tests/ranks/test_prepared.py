@@ -5,6 +5,7 @@ import torch
 from processes import run_on_ranks
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 import noether
 from noether import AfterUpdate, Session, TrainState, open_run
@@ -176,7 +177,7 @@ def train_in_session(ranks, folder, updates):
             directory=directory,
             model=model,
             optimizer=optimizer,
-            data={"val": [make_batch(9)]},
+            data={"val": DataLoader(TensorDataset(*make_batch(9)), batch_size=4)},  # more batches than ranks
             loss=loss,
             max_updates=updates,
         )
