@@ -106,15 +106,16 @@ class Sharding:
     """
 
     def __init__(self, params: Mapping[str, Tensor], ranks: Ranks, bucket_bytes: int = BUCKET_BYTES) -> None:
-        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor, Shard
 
         self.ranks, self.bucket_bytes, self._dtensor = ranks, bucket_bytes, DTensor
         self.shapes = {name: tuple(each.shape) for name, each in params.items() if self._is_sharded(each)}
         self._dtypes = {name: each.dtype for name, each in params.items()}
         self._device = next((each.device for each in params.values()), torch.device("cpu"))
-        group: Any = ranks.training
-        self._mesh = DeviceMesh.from_group(group, self._device.type)
+        # Of the default group, which outlives the run: DTensors that a run returned use it, and torch takes meshes of
+        # the same ranks for one, also in its caches.
+        self._mesh = init_device_mesh(self._device.type, (ranks.world_size,))
         self._placements = (Shard(0),)
         self._buckets = plan_shard_buckets(self.shapes, self._dtypes, ranks.world_size, bucket_bytes)
 

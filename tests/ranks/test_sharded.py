@@ -1,13 +1,14 @@
 """Parameters that are sharded over ranks: their placement, sums and updates are those of whole parameters."""
 
 import torch
+import torch.distributed as dist
 from processes import run_on_ranks
 
 from noether import TrainState, lease
 from noether.core.tensors.dtensors import is_distributed, local_part, whole_tensor
 from noether.core.tensors.tree import tensors
 from noether.distributed.gradients import start_all_reduce
-from noether.distributed.ranks import join
+from noether.distributed.ranks import join, leave_at_end
 from noether.distributed.sharded_sums import ShardedReduction
 from noether.distributed.sharding import Sharding
 from noether.testing.array_bits import same_tensors
@@ -123,3 +124,22 @@ def check_everything():
 
 def test_shards_are_updated_like_whole_parameters():
     run_on_ranks(check_everything, 3)
+
+
+@leave_at_end()
+def place_in_run(params):
+    placed = Sharding(params, join(timeout_s=60)).place("a", params["a"])
+    assert same_tensors(whole_tensor(placed), params["a"])
+    return placed
+
+
+def read_after_runs():
+    """Read what two runs returned whose own groups are gone, on ranks with a group that neither has made."""
+    dist.init_process_group("gloo")
+    returned = [place_in_run(make_tensors(seed)) for seed in range(2)]
+    for seed, placed in enumerate(returned):
+        assert same_tensors(whole_tensor(placed), make_tensors(seed)["a"])
+
+
+def test_shards_outlive_the_run_that_made_them():
+    run_on_ranks(read_after_runs, 2)
