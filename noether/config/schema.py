@@ -197,7 +197,7 @@ class TrainerSettings:
         max_hours: Time of one process, above 0, such as 11.5 for jobs of 12 hours; None for no limit. It counts from
             the start of `noether train`. Once it has passed, the run is saved and left as at a SIGTERM, with exit code
             75: after the current update, or before the next batch of an evaluation. It is no end of training: a resumed
-            run has the full time again.
+            run has the full time again, but not one that torchrun restarts (`--max-restarts`).
         effective_batch_size: Samples of one update, at least 1.
         max_batch_size: Largest number of samples in one forward pass; larger updates accumulate gradients. None for no
             limit.

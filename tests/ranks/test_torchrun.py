@@ -20,8 +20,9 @@ LIMIT_S = 120
 pytestmark = pytest.mark.slow
 
 
-def start(folder, *words, **callback):
-    config = {**CONFIG, "callbacks": [*CONFIG["callbacks"], {"kind": "faulty_runs.KillOnce", **callback}]}
+def start(folder, *words, at, rank, **trainer):
+    kill = {"kind": "faulty_runs.KillOnce", "at": at, "rank": rank}
+    config = {**CONFIG, "trainer": {**CONFIG["trainer"], **trainer}, "callbacks": [*CONFIG["callbacks"], kill]}
     (folder / "numbers.yaml").write_text(yaml.safe_dump(config))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
     command = [*torchrun, "-m", "noether", "train", "numbers.yaml", "--allow", "faulty_runs"]
@@ -39,6 +40,16 @@ def test_torchrun_restarts_a_killed_worker_which_resumes_its_own_run(tmp_path):
     assert printed.count("resuming at E1_U5_S40 on 2 ranks") == 1
     assert printed.count("ended at E4_U12_S96") == 1
     assert len([*(tmp_path / "runs/numbers").iterdir()]) == 1
+
+
+def test_a_restart_after_the_time_limit_ends_at_once(tmp_path):
+    process = start(tmp_path, "--max-restarts=2", at=5, rank=1, max_hours=1e-9, max_updates=100)
+    assert process.wait(LIMIT_S) == 1
+    printed = (tmp_path / "printed.txt").read_text()
+    assert printed.count("trainer.max_hours (1e-09) has passed") == 3, printed
+    assert "is too short" not in printed
+    (run,) = (tmp_path / "runs/numbers").iterdir()
+    assert CheckpointReader(run / "checkpoints").newest().iteration.update <= 3
 
 
 def test_torchrun_without_restarts_names_the_killed_rank(tmp_path):

@@ -103,7 +103,8 @@ def execute(
         notify: Receives a line for the user at the end.
 
     Raises:
-        TimeLimitError: If `trainer.max_hours` passed before an update was completed.
+        TimeLimitError: If `trainer.max_hours` passed before an update was completed, in a process that torchrun has not
+            restarted.
     """
     max_hours = experiment.config.trainer.max_hours
     ranks = experiment.ranks
@@ -147,7 +148,7 @@ def execute(
     if not finished and ranks.is_first:
         notify(f"saved {final.iteration}" if is_saved else "nothing is saved: the first update was not completed")
     notify(f"{run.ending}; the run is in {directory.path}")
-    if interruption.is_time_over and not finished and final.iteration == begin:
+    if interruption.is_time_over and not interruption.is_restarted and not finished and final.iteration == begin:
         raise TimeLimitError(
             f"trainer.max_hours: {max_hours:g} is too short: the process ends where it began, at {final.iteration}, "
             "and so would one that resumes the run; give it more hours"

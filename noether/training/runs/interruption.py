@@ -53,6 +53,8 @@ class Interruption:
         self._max_hours: float | None = None
         self._counts_time = True
         self._is_time_over = False
+        self.is_restarted = False
+        """Whether the time counts from the start of an earlier process."""
         self._outer = WAITING.interrupted  # of an enclosing block
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -77,6 +79,22 @@ class Interruption:
             (False, True, 75, 'trainer.max_hours (0.5) has passed')
         """
         self._max_hours, self._counts_time = hours, counts
+
+    def count_from(self, passed_s: float) -> None:
+        """Count the time from the start of a process that this one replaces, after a restart by torchrun.
+
+        Args:
+            passed_s: Seconds since that start; 0 if this process replaces none.
+
+        Example:
+            >>> interruption = Interruption(clock=Clock(elapsed_s=lambda: 10.0))
+            >>> interruption.count_from(3600.0)
+            >>> interruption.limit_time(1)
+            >>> interruption()
+            True
+        """
+        self._began_s = min(self._began_s, self._elapsed_s() - passed_s)
+        self.is_restarted = self.is_restarted or passed_s > 0
 
     def agree_on_reason(self, gather: Callable[[str, Any], Sequence[Any]]) -> None:
         """Take the reason of the first rank that has one, so that all ranks end with the same exit code.

@@ -100,8 +100,10 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
     notify = notify_once(ranks, notify)
     run_dir = Path(ask_rank_0(ranks, "move that was killed", lambda: str(finish_move(found))))
     options = (overrides, drop_memory, continue_stopped, checkpoint, into)
-    restart = Restart(f"resume {given} {options}") if any(options) else None  # without options, once more does the same
-    if restart is not None and (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
+    restart = Restart(f"resume {given} {options}")
+    interruption.count_from(ask_rank_0(ranks, "time before a restart", restart.passed_s))
+    # Without options, the same command once more does the same.
+    if any(options) and (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
         return resume_run(Path(begun), (), allow, (), interruption=interruption, notify=notify)
     proceed = partial(_continue, restart=restart, interruption=interruption, notify=notify)
     if run_dir != given:
@@ -184,7 +186,7 @@ def _continue(
     state: TrainState | None,
     notes: Sequence[str],
     *,
-    restart: Restart | None,
+    restart: Restart,
     interruption: Interruption,
     notify: Callable[[str], None],
 ) -> TrainedRun:
@@ -214,8 +216,7 @@ def _continue(
         directory.wait()
     if directory.writes:
         replace_text(directory.path / CONFIG_FILE, dump(experiment.config))
-        if restart is not None:
-            restart.note(str(directory.path.resolve()))
+        restart.note(str(directory.path.resolve()))
     resumed = state is not None
     state = experiment.state if state is None else state
     return execute(experiment, directory, state, resumed=resumed, interruption=interruption, notify=notify)
