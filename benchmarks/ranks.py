@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.measurement import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
 from noether import AfterUpdate, TrainingIteration, dispatch
 from noether.config import load
-from noether.distributed.channel import Channel
+from noether.distributed.channel import FRAME_BYTES, Channel
 from noether.distributed.ranks import Ranks, join, launched_world_size
 from noether.effects import open_run
 from noether.training.experiment import Experiment, build
@@ -54,7 +54,6 @@ _CONFIG = Path(__file__).parents[1] / "configs/digits.yaml"
 _RANKS = 2
 _PAPER_RANKS = (8, 256, 4096)
 _OF_BENCHMARK = ("folder of the run", "end of the run")  # exchanges that are no part of the job
-_FRAME_BYTES = 1024  # the least that a rank sends in an exchange
 _ONE, _TWO = "the job, one process", "the job, two ranks"
 _BARE, _STEP_ONE, _STEP_TWO, _DDP = "bare loop", "noether's step", "noether's step, two ranks", "DDP, two ranks"
 
@@ -80,7 +79,7 @@ class Traffic:
     what: str = "gradients"
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def count_traffic(self) -> Iterator[None]:
         """Count what the code in the context exchanges."""
         names = ("all_reduce", "all_gather", "broadcast", "barrier", "all_gather_into_tensor", "reduce_scatter_tensor")
         plain = {name: getattr(dist, name) for name in names}
@@ -297,7 +296,7 @@ def traffic_tables(traffic: Traffic, updates: int, gradient_bytes: int) -> list[
 def _bytes_on(ranks: int, what: str, traffic: Traffic) -> float:
     """Return what each rank sends: its share of the results of an evaluation, at least one frame."""
     each = traffic.bytes[what] / traffic.exchanges[what]
-    return max(each * _RANKS / ranks, _FRAME_BYTES) if "results of" in what else each
+    return max(each * _RANKS / ranks, FRAME_BYTES) if "results of" in what else each
 
 
 def reduce_s(size: float, ranks: int, network: Network) -> float:
@@ -338,7 +337,7 @@ def main(epochs: int, updates: int, rounds: int, *, cpu: bool, markdown: bool) -
     measured = take_turns(bench.rows(), rounds)
     shares = bench.shares()
     traffic = Traffic()
-    with traffic.counted():
+    with traffic.count_traffic():
         train(two, epochs)
     if ranks.is_first:
         gradient_bytes = sum(param.nbytes for param in two.model.parameters())

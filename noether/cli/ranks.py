@@ -31,10 +31,10 @@ def announce(error: BaseException) -> str | None:
         return ""
     text, time_s, prefix = f"{type(error).__name__}: {error}", time.time(), None if launched_rank() else ""
     from noether.distributed.ranks import current_ranks
-    from noether.distributed.starting import start_failures
+    from noether.distributed.startup import startup_failures
 
     ranks = current_ranks()
-    failures = ranks.failures if ranks.are_several else start_failures()
+    failures = ranks.failures if ranks.are_several else startup_failures()
     first = failures.report(error, is_of_all=isinstance(error, click.UsageError))
     if first is not None and first.reporter != launched_rank():
         # torchrun takes the earliest second as the root cause, and this rank ended in the same one.
@@ -99,7 +99,7 @@ def _has_failed() -> bool:
     """Return whether a rank has reported a failure, as far as this process can have met it."""
     joined, starting = (sys.modules.get(f"noether.distributed.{name}") for name in ("ranks", "starting"))
     return (joined is not None and joined.current_ranks().failures.first() is not None) or (
-        starting is not None and starting.start_failure() is not None
+        starting is not None and starting.find_startup_failure() is not None
     )
 
 

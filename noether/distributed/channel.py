@@ -19,10 +19,10 @@ from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_FRAME_BYTES: Final = 1024
-"""What the first collective carries of each rank; longer contents take a second one."""
+FRAME_BYTES: Final = 1024
+"""Bytes of each rank in the first collective of an exchange; longer contents take a second one."""
 _RECEIVED_BYTES: Final = 1 << 20
-"""What a rank receives of all ranks in one collective, at most, once frames have grown."""
+"""Most bytes that a rank receives of all ranks in one collective, once frames have grown."""
 _TEXT_BYTES: Final = 4096
 _HASH_BYTES: Final = 8
 _HEADER_BYTES: Final = 2 * _HASH_BYTES
@@ -61,7 +61,7 @@ class Channel:
         self._group = group
         self._failures = failures or Failures()
         self._thread: threading.Thread | None = None
-        self._frame_bytes = _FRAME_BYTES
+        self._frame_bytes = FRAME_BYTES
         self.collectives = 0
         self.sent_bytes = 0
         self._world_size = 1 if group is None else group.size()
@@ -189,7 +189,10 @@ class Channel:
         texts = self._gather_bytes(what.encode()[:_TEXT_BYTES], _TEXT_BYTES)
         names = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
         listed = "\n".join(f"  rank {rank}: {name}" for rank, name in enumerate(names))
-        return RankMismatchError(f"ranks exchange different things, so they no longer make the same steps:\n{listed}")
+        return RankMismatchError(
+            "ranks exchange different things at one point; all have to make the same calls in one order, so let no "
+            f"callback, dataset or loop decide by its rank, clock or own data:\n{listed}"
+        )
 
 
 def _decode(content: bytes) -> Any:

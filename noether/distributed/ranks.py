@@ -19,7 +19,7 @@ from noether.core.tensors.torch_internals import default_store
 from noether.distributed.channel import Channel
 from noether.distributed.failures import Failures
 from noether.distributed.launch import LaunchError, check_launch, launched_world_size
-from noether.distributed.starting import await_start, restart_count
+from noether.distributed.startup import restart_count, wait_for_startup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,7 +91,7 @@ def count_processes() -> int:
 def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = None) -> Ranks:
     """Return the ranks of this run; it joins the processes that a launcher started, or a group that exists.
 
-    All processes have to call it, as often as the others. Each call makes groups with the timeout, which
+    All processes have to call it equally often. Each call makes groups with the timeout, which
     `leave_at_end` removes; only the first of a process that a launcher started makes the default group.
 
     Args:
@@ -123,7 +123,16 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
         training = dist.new_group(
             backend="nccl" if device is not None and device.type == "cuda" else "gloo", timeout=timeout
         )
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    ranks = _make_ranks(training, timeout)
+    _JOINED.append(ranks)
+    return ranks[0]
+
+
+def _make_ranks(training: dist.ProcessGroup | None, timeout: timedelta) -> tuple[Ranks, list[dist.ProcessGroup]]:
+    """Return the ranks with new channels, and the groups that `leave_at_end` removes."""
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    rank, world_size, timeout_s = dist.get_rank(), dist.get_world_size(), timeout.total_seconds()
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     # A name that only this call has: an adopted group may have been in use, and its store holds what was written then.
     (name, *_) = Channel(control).gather("name of the run", secrets.token_hex(8))
@@ -143,8 +152,7 @@ def join(*, timeout_s: float = DEFAULT_TIMEOUT_S, device: torch.device | None = 
         timeout_s=timeout_s,
     )
     own = [control, saving] if training is dist.group.WORLD else [control, saving, training]
-    _JOINED.append((ranks, own))
-    return ranks
+    return ranks, own
 
 
 def current_ranks() -> Ranks:
@@ -209,7 +217,7 @@ def _make_default_group(device: torch.device | None, timeout: timedelta) -> None
 
     is_cuda = device is not None and device.type == "cuda"
     number = next(_JOINS)
-    await_start(number, timeout.total_seconds())
+    wait_for_startup(number, timeout.total_seconds())
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # The store of torchrun outlives a restart, with the addresses of the processes from before it.

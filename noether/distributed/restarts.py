@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final, final
 
-from noether.distributed.starting import launcher_store
+from noether.distributed.startup import launcher_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable

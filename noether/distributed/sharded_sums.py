@@ -1,4 +1,4 @@
-"""Sums of the gradients of all ranks, of which each rank gets those of its parts of the parameters."""
+"""Sums of the gradients of all ranks, of which each rank gets those of its shards of the parameters."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ShardedReduction:
         return tail
 
     def divide(self, names: set[str], *, by: float) -> dict[str, Tensor | None]:
-        """Return the sums divided by a number, in the dtypes of the parameters: of sharded ones the part of this rank.
+        """Return the sums divided by a number, in the dtypes of the parameters: of sharded ones the shard of this rank.
 
         Args:
             names: Parameters that have a gradient; the others have None.

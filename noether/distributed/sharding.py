@@ -23,12 +23,12 @@ _all_gather: Final[Any] = getattr(dist, "all_gather_single", None) or dist.all_g
 
 
 class Piece(NamedTuple):
-    """Where the part of each rank of a tensor is in a bucket.
+    """Where the shards of a tensor are in a bucket.
 
     Args:
         bucket: Index of the bucket.
         start: Number of the bucket at which it begins.
-        size: Numbers of the part of a rank that has most; those of the others are padded.
+        size: Numbers of the largest shard; the others are padded.
     """
 
     bucket: int
@@ -157,7 +157,7 @@ class Sharding:
             )
 
     def local_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of the part of this rank of a sharded parameter."""
+        """Return the shape of the shard that this rank stores of a parameter."""
         return len(self._rows(name)), *self.shapes[name][1:]
 
     def _rows(self, name: str) -> range:

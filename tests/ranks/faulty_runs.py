@@ -88,7 +88,7 @@ def count(state, event):
 
 @dataclass(frozen=True)
 class KillOnce:
-    """Kills one rank in the first life of the workers; without a rank, waits on all ranks for a signal."""
+    """Kills one rank before the first restart; without a rank, waits on all ranks for a signal."""
 
     at: int
     rank: int | None

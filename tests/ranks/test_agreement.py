@@ -66,7 +66,9 @@ def test_a_rank_that_does_not_see_the_checkpoint_says_so(tmp_path):
     (_, first), (kind, second) = outcomes_on_ranks(resume_elsewhere, 2, tmp_path)
     (run,) = (tmp_path / "out/fields").iterdir()
     path = tmp_path / "elsewhere/out/fields" / run.name / "checkpoints/E0_U2_S14"
-    message = f"CheckpointError: rank 1 does not see {path}, which rank 0 does: all ranks need the same disk"
+    message = (
+        f"CheckpointError: rank 1 does not see {path}, which rank 0 does: put run.output on a disk that all ranks share"
+    )
     assert kind == "raised"
     assert second.startswith(message)
     assert first.startswith("RankError: rank 1")

@@ -49,7 +49,7 @@ def fail(ranks, how):
 
 
 def meet_failure(what, faulty, how):
-    """Return what each rank that is not faulty learns, and whether it is the one that shows it."""
+    """Return the failure that each other rank raises, and whether that rank shows it."""
     ranks = join_impatient_ranks()
     COLLECTIVES[what](ranks)  # works
     if ranks.rank == faulty:
@@ -96,7 +96,7 @@ def test_all_ranks_name_the_rank_that_failed_in_each_collective(what, faulty, ho
     check_failure(what, faulty, how, debug)
 
 
-def wait_in_vain(failures, what, message):
+def explain_error(failures, what, message):
     """Return the error of a collective that fails with a message."""
     with pytest.raises(RankError) as caught, failures.explain(what):
         raise RuntimeError(message)
@@ -108,14 +108,14 @@ def test_ranks_that_wait_in_different_places_name_them():
     store.set("arrived/1", "save")
     failures = [Failures(store, rank=rank, world_size=2, timeout_s=2.0) for rank in range(2)]
     expected = "the ranks lost each other after up to 2 s: rank 0 in losses, rank 1 in save"
-    assert wait_in_vain(failures[0], "losses", "Timed out waiting 2000ms for recv") == expected
-    assert wait_in_vain(failures[1], "save", "Connection closed by peer") == expected
+    assert explain_error(failures[0], "losses", "Timed out waiting 2000ms for recv") == expected
+    assert explain_error(failures[1], "save", "Connection closed by peer") == expected
 
 
 def test_the_rank_that_a_monitored_barrier_names_is_to_blame():
     store = dist.HashStore()
     failures = Failures(store, rank=0, world_size=3, timeout_s=2.0)
-    text = wait_in_vain(failures, "losses", "[Rank 0]: Rank 2 failed to pass monitoredBarrier in 2000 ms")
+    text = explain_error(failures, "losses", "[Rank 0]: Rank 2 failed to pass monitoredBarrier in 2000 ms")
     assert text == "rank 2 ended or hangs during losses"
 
 

@@ -333,7 +333,7 @@ def test_other_buffers_agree_and_those_that_differed_are_named_once(caplog):
     assert (buffers["seen"], buffers["calls"], buffers["late"]) == (4, 2, [1.0, 1.0])
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 1
-    assert warned[0].startswith("forward changes the buffers 'largest', 'seen' in other ways on each rank")
+    assert warned[0].startswith("forward changes the buffers 'largest', 'seen' differently on each rank")
 
 
 class Extra(nn.Linear):

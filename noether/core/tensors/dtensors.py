@@ -1,4 +1,4 @@
-"""Distributed tensors (DTensor): the part that this rank stores, the whole, and values in the placement of another.
+"""Distributed tensors (DTensor): the shard that this rank stores, the whole, and values in the placement of another.
 
 Torch has no operation on a DTensor and a plain tensor together, and none that compares the memory of two DTensors. A
 state may have both kinds, such as the parameters of a module of `fully_shard` and its buffers.
@@ -60,7 +60,7 @@ def with_local_part(like: Tensor, local: Tensor) -> Tensor:
 
     Args:
         like: Has the shape of the whole.
-        local: The part of this rank; it is not copied.
+        local: The shard of this rank; it is not copied.
     """
     if type(like) is Tensor or not is_distributed(like):
         return local

@@ -79,11 +79,11 @@ class _Alone:
 
 
 ALONE: Final[SavingRanks] = _Alone()
-"""The only process of a run."""
+"""The only process of a run, for `effects`, which cannot import `ONE_PROCESS` of `noether.distributed`."""
 
 
 def has_shards(state: TrainState) -> bool:
-    """Return whether ranks store different parts of a tensor of a state, so that all of them have to save it.
+    """Return whether ranks store different parts of a tensor of a state, so that all ranks have to save it together.
 
     Example:
         >>> from noether import TrainState

@@ -93,11 +93,11 @@ class CheckpointStore(CheckpointReader):
             self._joint.follow(state)
 
     def lead(self, state: TrainState) -> AbstractContextManager[None]:
-        """Return a block of rank 0 in which the other ranks, which call `save`, write what it tells them to."""
+        """Return a block of rank 0 in which the other ranks, which call `save`, carry out its commands."""
         return self._joint.lead() if self.needs_all_ranks(state) else nullcontext()
 
     def needs_all_ranks(self, state: TrainState) -> bool:
-        """Return whether all ranks have to save a state together, because each stores a part of it."""
+        """Return whether all ranks have to save a state together, because it has shards."""
         return self._joint.are_several and has_shards(state)
 
     @property

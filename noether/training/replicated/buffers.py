@@ -162,7 +162,7 @@ class OtherBuffers:
         self._named.update(new)
         if new and self._warns:
             _LOGGER.warning(
-                "forward changes the buffers %s in other ways on each rank: all ranks continue with their mean by "
+                "forward changes the buffers %s differently on each rank: all ranks continue with their mean by "
                 "samples, or with the value of the last rank where there is no mean; each update gathers them",
                 ", ".join(map(repr, new)),
             )

@@ -324,7 +324,7 @@ class ReplicatedStep:
             return state
         if self._ranks.is_first and not self._has_warned_of_extra_state:
             _LOGGER.warning(
-                "extra state of %s: ranks may change it in other ways, so all continue with that of the last rank that "
+                "extra state of %s: ranks may change it differently, so all continue with that of the last rank that "
                 "has samples; each update gathers it",
                 ", ".join(path or "the model" for path in state.extra_state),
             )

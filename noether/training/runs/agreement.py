@@ -141,7 +141,9 @@ def load_tag(run_dir: Path, tag: str, ranks: Ranks) -> tuple[Manifest, TrainStat
     """
     path = (run_dir / CHECKPOINTS / tag).absolute()
     if not path.is_dir():
-        raise CheckpointError(f"rank {ranks.rank} does not see {path}, which rank 0 does: all ranks need the same disk")
+        raise CheckpointError(
+            f"rank {ranks.rank} does not see {path}, which rank 0 does: put run.output on a disk that all ranks share"
+        )
     reader = CheckpointReader(run_dir / CHECKPOINTS)
     manifest = reader.find(tag)
     return manifest, reader.load(manifest)

@@ -1,4 +1,4 @@
-"""Updates of parameters that are sharded over ranks: each rank updates its parts, and keeps memory of these only."""
+"""Updates of parameters that are sharded over ranks: each rank updates its shards, and has memory of these only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ELEMENTWISE: Final = (
 
 
 def find_optimizer_problem(cls: Any) -> str | None:
-    """Return why parts of parameters cannot be updated by an optimizer, or None.
+    """Return why an optimizer cannot update shards of parameters, or None.
 
     Example:
         >>> print(find_optimizer_problem(optim.Adam))
@@ -90,11 +90,11 @@ def apply_to_shards(
 
     Args:
         state: The state before the update, whose params and memory are shards.
-        grads: Gradients of the parts of this rank by parameter, None where no rank has one.
+        grads: Gradients of the shards of this rank by parameter, None where no rank has one.
         settings: Settings of the optimizer by group.
         buffers: The fields of the state that hold the new buffers.
         sharding: The placement.
-        optimizer: Computes new parts from gradients.
+        optimizer: Computes new shards from gradients.
         donate: Whether to write to the tensors of a donated state, and to donate those of the new one.
     """
     present = {name: grad for name, grad in grads.items() if grad is not None}
@@ -113,15 +113,15 @@ def apply_to_shards(
 
 @final
 class Shards:
-    """The parts that this rank stores of params and optimizer memory, and the DTensors of which they are parts.
+    """The shards that this rank stores of params and optimizer memory, and the DTensors that wrap them.
 
-    A part that something else holds keeps its value: `OwnedStorages` copies it before an update writes to it.
+    A shard that something else holds keeps its value: `OwnedStorages` copies it before an update writes to it.
 
     Args:
         sharding: The placement.
         trainable: Names of the parameters that are trained.
-        params: Parts of all parameters; those that are not sharded are whole.
-        opt_state: The optimizer's memory of the parts.
+        params: Shards of all parameters; those that are not sharded are whole.
+        opt_state: The optimizer's memory of the shards.
 
     Attributes:
         params: The parameters, as a state has them.
@@ -150,7 +150,7 @@ class Shards:
 
     @classmethod
     def of(cls, state: TrainState) -> Self | None:
-        """Return the parts of a donated state, or None."""
+        """Return the shards of a donated state, or None."""
         if not isinstance(state.params, DonatedTree) or not isinstance(state.opt_state, DonatedTree):
             return None
         owner = state.params.owner
@@ -165,7 +165,7 @@ class Shards:
     def write(
         self, state: TrainState, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor], settings: Settings
     ) -> None:
-        """Write an update to the parts; `state`, whose parts they are, cannot be read afterwards."""
+        """Write an update to the shards; `state`, whose shards they are, cannot be read afterwards."""
         for tree in (state.params, state.opt_state):
             if isinstance(tree, DonatedTree):
                 tree.take()  # before the first write, so that no error leaves half of an update readable
@@ -180,7 +180,7 @@ class Shards:
         self._writer[1](grads, settings)
 
     def donate_to(self, state: TrainState, buffers: Mapping[str, FrozenDict]) -> TrainState:
-        """Return the state with these parts as params and optimizer memory; the next update may write to them."""
+        """Return the state with these shards as params and optimizer memory; the next update may write to them."""
         params, opt_state = DonatedTree(self.params, self), DonatedTree(self.opt_state, self)
         return state.replace(params=params, opt_state=opt_state, **buffers)
 

@@ -1,4 +1,4 @@
-"""What the processes that torchrun starts know of each other before they join."""
+"""The startup of several processes: each waits for the others, and learns if one has failed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def launcher_store() -> Store | None:
 
 
 @cache
-def start_failures() -> Failures:
-    """Return where a process reports a failure before it has joined the others; nowhere if it is the only one."""
+def startup_failures() -> Failures:
+    """Return the failures of processes that have not joined yet; those of one process if there is no other."""
     try:
         store = launcher_store() if launched_world_size() > 1 else None
     except RuntimeError:  # torchrun has ended
@@ -50,15 +50,15 @@ def start_failures() -> Failures:
     return Failures(store, rank=launched_rank(), world_size=launched_world_size())
 
 
-def start_failure() -> RankFailure | None:
-    """Return the failure of a process before it joined, if this process has met it."""
-    return start_failures().first() if start_failures.cache_info().currsize else None
+def find_startup_failure() -> RankFailure | None:
+    """Return the first failure of a process that had not joined yet; None if this process waits for no others."""
+    return startup_failures().first() if startup_failures.cache_info().currsize else None
 
 
-def await_start(number: int, timeout_s: float) -> None:
-    """Return once all processes are here.
+def wait_for_startup(number: int, timeout_s: float) -> None:
+    """Wait until all processes have started, or raise the error of one that has failed.
 
-    A collective would wait for a process that has failed, and no signal ends it before.
+    A collective would wait for a failed process until its timeout, and no signal would end it.
 
     Args:
         number: How many times the processes have joined before.
@@ -66,8 +66,8 @@ def await_start(number: int, timeout_s: float) -> None:
 
     Raises:
         RankError: If a process has failed.
-        LaunchError: If some are not here in time.
+        LaunchError: If some have not started in time.
     """
-    if absent := start_failures().await_ranks(f"join {number}", timeout_s):
+    if absent := startup_failures().await_ranks(f"join {number}", timeout_s):
         ranks = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))} did not"
         raise LaunchError(f"rank {launched_rank()} waited {timeout_s:g} s for the others to join: {ranks}")
