@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from click.testing import CliRunner
+from process_server import ForkedProcess, can_fork
 from safetensors.torch import load_file
 
 from noether.cli.main import main
@@ -202,11 +203,19 @@ def command(*argv):
 
 def noether(*argv, cwd, code=0):
     """Run the real command line in a separate process; return the finished process."""
-    done = subprocess.run(
-        command(*argv), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=PATIENCE_S
-    )
+    done = finish(ForkedProcess(argv, cwd=cwd, environment=ENVIRONMENT))
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def finish(process):
+    """Wait for a process; return it as `subprocess.run` does."""
+    try:
+        stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def invoke(*argv, cwd, code=0):
@@ -230,10 +239,13 @@ def invoke(*argv, cwd, code=0):
 
 def start(*argv, cwd, **environment):
     """Start the real command line in a separate process group; return the process."""
+    environment = {name: str(value) for name, value in environment.items()}
+    if can_fork(environment):
+        return ForkedProcess(argv, cwd=cwd, environment={**ENVIRONMENT, **environment}, new_session=True)
     return subprocess.Popen(
         command(*argv),
         cwd=cwd,
-        env={**ENVIRONMENT, **{name: str(value) for name, value in environment.items()}},
+        env={**ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

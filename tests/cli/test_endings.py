@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command import ENVIRONMENT, PATIENCE_S, check_equal, command, contents, invoke, noether, only_run
+from command import ENVIRONMENT, check_equal, contents, finish, invoke, noether, only_run
+from process_server import ForkedProcess
 
 from noether.effects import CheckpointStore
 
@@ -215,10 +216,7 @@ def words(output, settings=()):
 
 
 def run_process(folder, end, arguments, stdout=subprocess.PIPE):
-    return subprocess.run(
-        command(*arguments), cwd=folder, env={**ENVIRONMENT, "END": end}, stdout=stdout, stderr=subprocess.PIPE,
-        text=True, check=False, timeout=PATIENCE_S,
-    )  # fmt: skip
+    return finish(ForkedProcess(arguments, cwd=folder, environment={**ENVIRONMENT, "END": end}, stdout=stdout))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join([row.end or "end", *row.settings]))
