@@ -111,6 +111,7 @@ class AcceleratedSession:
         SessionError: If the parts cannot work together.
 
     Example:
+        >>> import torch
         >>> from accelerate import Accelerator
         >>> from noether.core.callbacks import OnlineLossCallback
         >>> accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 1)

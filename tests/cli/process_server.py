@@ -78,11 +78,11 @@ class ForkedProcess:
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Return everything that the process writes, once it has ended."""
+        """Return everything that the process writes, once it has ended; empty texts at a second call."""
         texts = {}
 
         def read(name, stream):
-            texts[name] = "" if stream is None else stream.read()
+            texts[name] = "" if stream is None or stream.closed else stream.read()
 
         readers = [
             threading.Thread(target=read, args=(name, getattr(self, name)), daemon=True)
