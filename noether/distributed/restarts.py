@@ -1,4 +1,4 @@
-"""How a process that torchrun restarts finds the run that it had begun."""
+"""How a process that torchrun restarts finds the run that it had begun, and the time that it has taken."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Restart:
         if (store := launcher_store()) is not None:
             store.set(self._key, directory)
 
-    def passed_s(self) -> float:
-        """Return the seconds since this was first called for the command, before restarts; 0 without torchrun."""
+    def elapsed_s(self) -> float:
+        """Return the seconds since the command first called this, restarts included; 0 without torchrun."""
         store, now_s = launcher_store(), self._wall_s()
         if store is None:
             return 0.0

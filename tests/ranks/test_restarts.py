@@ -12,10 +12,10 @@ def restart_after_10_s():
     for now_s in (1000.0, 1010.0):
         restarts._STARTS.clear()  # noqa: SLF001  # as in a new process
         restart = Restart("train numbers", wall_s=lambda now_s=now_s: now_s)
-        found.append((restart.find(), restart.passed_s()))
+        found.append((restart.find(), restart.elapsed_s()))
         restart.note("runs/numbers")
     again = Restart("train numbers", wall_s=lambda: 1020.0)  # the second run of this process
-    return [*found, (again.find(), again.passed_s())]
+    return [*found, (again.find(), again.elapsed_s())]
 
 
 def test_a_restarted_process_finds_its_run_and_the_time_that_passed():
@@ -25,4 +25,4 @@ def test_a_restarted_process_finds_its_run_and_the_time_that_passed():
 def test_without_torchrun_nothing_is_found():
     restart = Restart("train numbers")
     restart.note("runs/numbers")
-    assert (restart.find(), restart.passed_s()) == (None, 0.0)
+    assert (restart.find(), restart.elapsed_s()) == (None, 0.0)

@@ -101,7 +101,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
     run_dir = Path(ask_rank_0(ranks, "move that was killed", lambda: str(finish_move(found))))
     options = (overrides, drop_memory, continue_stopped, checkpoint, into)
     restart = Restart(f"resume {given} {options}")
-    interruption.count_from(ask_rank_0(ranks, "time before a restart", restart.passed_s))
+    interruption.count_from(ask_rank_0(ranks, "time before a restart", restart.elapsed_s))
     # Without options, the same command once more does the same.
     if any(options) and (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
         return resume_run(Path(begun), (), allow, (), interruption=interruption, notify=notify)

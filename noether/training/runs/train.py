@@ -154,7 +154,7 @@ def start_run(
     ranks = join_ranks(config)
     notify = notify_once(ranks, notify)
     restart = Restart(f"train {dump(config)}")
-    interruption.count_from(ask_rank_0(ranks, "time before a restart", restart.passed_s))
+    interruption.count_from(ask_rank_0(ranks, "time before a restart", restart.elapsed_s))
     if (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
         return resume_run(Path(begun), (), allow, (), interruption=interruption, notify=notify)
     check_services(config)
