@@ -97,9 +97,9 @@ def _end_unless_failed(number: int, frame: FrameType | None) -> None:  # noqa: A
 
 def _has_failed() -> bool:
     """Return whether a rank has reported a failure, as far as this process can have met it."""
-    joined, starting = (sys.modules.get(f"noether.distributed.{name}") for name in ("ranks", "starting"))
+    joined, startup = (sys.modules.get(f"noether.distributed.{name}") for name in ("ranks", "startup"))
     return (joined is not None and joined.current_ranks().failures.first() is not None) or (
-        starting is not None and starting.find_startup_failure() is not None
+        startup is not None and startup.find_startup_failure() is not None
     )
 
 
