@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command import ENVIRONMENT, check_equal, contents, finish, invoke, noether, only_run
+from command import ENVIRONMENT, check_equal, command, contents, finish, invoke, noether, only_run
 from process_server import ForkedProcess
 
 from noether.effects import CheckpointStore
@@ -216,7 +216,14 @@ def words(output, settings=()):
 
 
 def run_process(folder, end, arguments, stdout=subprocess.PIPE):
-    return finish(ForkedProcess(arguments, cwd=folder, environment={**ENVIRONMENT, "END": end}, stdout=stdout))
+    environment = {**ENVIRONMENT, "END": end}
+    if any("num_workers" in str(word) for word in arguments):  # processes that it starts find the state of a new one
+        process = subprocess.Popen(
+            command(*arguments), cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
+        )
+    else:
+        process = ForkedProcess(arguments, cwd=folder, environment=environment, stdout=stdout)
+    return finish(process)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join([row.end or "end", *row.settings]))
