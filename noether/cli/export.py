@@ -52,7 +52,7 @@ def export(run_dir: Path, checkpoint: str, weights: str | None, target: Path) ->
         CheckpointError: If the checkpoint is damaged, or has no weights.
         OSError: If the file cannot be written.
     """
-    refuse_several_processes()
+    refuse_several_processes("noether export")
     require_run(run_dir)
     _check_target(target)
     reader = CheckpointReader(run_dir / CHECKPOINTS)

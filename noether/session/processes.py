@@ -14,37 +14,30 @@ _VARIABLE: Final = "WORLD_SIZE"
 
 
 class ProcessesError(SessionError):
-    """This process is one of several, and they cannot train together."""
+    """This process is one of several, and they cannot work together."""
 
 
-_INSTEAD: Final = "start it without torchrun, or unset WORLD_SIZE if this is the only process"
-
-
-def refuse_several_processes(instead: str = _INSTEAD, *, count: int | None = None, launched: bool = True) -> None:
-    """Refuse to train as one of several processes, which would all write the same run and decide by other losses.
+def refuse_several_processes(command: str) -> None:
+    """Refuse a command that writes its results in one process.
 
     Args:
-        instead: What to write instead.
-        count: Number of processes, if a framework knows it; by default that of `torch.distributed`.
-        launched: Whether a launcher such as torchrun counts, which has not set up `torch.distributed` yet.
+        command: The command, such as `noether export`.
 
     Raises:
-        ProcessesError: If there are several, with how that was found.
+        ProcessesError: If this is one of several processes of `torch.distributed`, or that a launcher such as torchrun
+            started.
 
     Example:
-        >>> refuse_several_processes("use one", count=1)
-        >>> refuse_several_processes("use devices=1", count=2)
-        Traceback (most recent call last):
-        noether.session.processes.ProcessesError: this is one of 2 processes, and ... in one process: use devices=1
+        >>> refuse_several_processes("noether export")
     """
-    found, reason = count, ""
-    if found is None and dist.is_available() and dist.is_initialized():
+    found, reason = 1, ""
+    if dist.is_available() and dist.is_initialized():
         found, reason = dist.get_world_size(), " of torch.distributed"
-    if (found is None or found <= 1) and launched and count is None:
+    if found <= 1:
         value = os.environ.get(_VARIABLE, "")
         found, reason = int(value) if value.strip().isdecimal() else 1, f" ({_VARIABLE}={value}, as torchrun sets it)"
-    if found is not None and found > 1:
+    if found > 1:
         raise ProcessesError(
-            f"this is one of {found} processes{reason}, and noether does not gather losses over them: it trains and "
-            f"evaluates in one process: {instead}"
+            f"this is one of {found} processes{reason}, and {command} works in one: start it without torchrun, or "
+            f"unset {_VARIABLE} if this is the only process"
         )

@@ -16,7 +16,16 @@ from noether.session.processes import ProcessesError, refuse_several_processes
 @pytest.mark.parametrize("value", ["", " ", "1", "none"])
 def test_a_single_process_is_not_refused(value, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", value)
-    refuse_several_processes()
+    refuse_several_processes("noether export")
+
+
+def test_a_command_for_one_process_is_refused_on_several(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = (
+        r"one of 2 processes \(WORLD_SIZE=2, as torchrun sets it\), and noether export works in one: start it without"
+    )
+    with pytest.raises(ProcessesError, match=message):
+        refuse_several_processes("noether export")
 
 
 def test_processes_that_a_launcher_started_are_refused_before_a_plain_loop(monkeypatch):
