@@ -110,7 +110,7 @@ class Channel:
 
         Args:
             what: Name of the exchange, for errors.
-            value: A tree of JSON scalars, tuples, mappings and tensors; tensors arrive on the CPU.
+            value: A tree of JSON scalars, tuples, mappings and dense tensors; tensors arrive on the CPU.
 
         Raises:
             RankMismatchError: If the ranks gather other things.
@@ -120,7 +120,14 @@ class Channel:
         if self._group is None:
             return [value]
         tensors: dict[str, torch.Tensor] = {}
-        tree = encode_tree(value, tensors)
+        try:
+            tree = encode_tree(value, tensors)
+        except TypeError as error:
+            problem = str(error).replace("which cannot be saved", "which ranks cannot exchange")
+            raise TypeError(
+                f"{what}: {problem}; gather tensors, numbers, text, None, or tuples and mappings of these, such as "
+                "tuple(...) in place of a list"
+            ) from None
         contents = self.exchange(what, b"".join(tensor_pieces(tensors, tree=tree)), kind="gather")
         return [_decode(content) for content in contents]
 

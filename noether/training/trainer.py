@@ -26,6 +26,7 @@ from noether.session.hidden_state import ModelWatch
 from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt
 from noether.training.data.sample_counts import SampleCounts
+from noether.training.replicated.agreement import StateAgreement
 from noether.training.replicated.loop import ReplicatedUpdates
 from noether.training.replicated.step import ReplicatedStep
 
@@ -105,9 +106,10 @@ class Trainer:
                     if move is Move.UPDATE:
                         state, event, since_s = self._update(state, since_s)
                     elif move is Move.END_EPOCH:
-                        state, event = state.next_epoch(), self._make_event(AfterEpoch)
+                        state, event = state.next_epoch(), self._make_event(AfterEpoch, state)
                     else:
-                        state, event = state.replace(ended=True), self._make_event(AfterTraining)
+                        self._stop_together(state)
+                        state, event = state.replace(ended=True), self._make_event(AfterTraining, state)
                     state = dispatch(state, event, self.reducer, self.interpreter)
                     settled, event = state, None
             except DataInterrupt:
@@ -208,12 +210,24 @@ class Trainer:
         at = AfterUpdate.of(run=self.run, time_s=self.clock.wall_s()) if event is None else event
         self.fail(error, _settle(settled, state, event), state, at)
 
-    def _make_event(self, event_type: type[Event], **fields: Any) -> Event:
-        """Return an event at the time of rank 0; all ranks make it."""
+    def _stop_together(self, state: TrainState) -> None:
+        """Make sure that all ranks leave the loop, if a callback stops it."""
+        if state.stop is not None and self._updates is not None:
+            self._updates.stop(state, self._observe if self._is_observed else None)
+
+    @cached_property
+    def _agreement(self) -> StateAgreement:
+        return StateAgreement(self.ranks)
+
+    def _make_event(self, event_type: type[Event], state: TrainState | None = None, **fields: Any) -> Event:
+        """Return an event at the time of rank 0; all ranks make it, and compare the state if it is given."""
         time_s = self.clock.wall_s()
         if self.ranks.are_several:
             name = f"time of {event_type.__name__}"
-            time_s = self.ranks.control.reduce(name, of_rank_0={"time_s": time_s})["time_s"]
+            if state is None:
+                time_s = self.ranks.control.reduce(name, of_rank_0={"time_s": time_s})["time_s"]
+            else:
+                time_s = self._agreement.compare(name, state, time_s)
         return event_type.of(run=self.run, time_s=time_s, **fields)
 
 

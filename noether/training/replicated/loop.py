@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, final
 
 from noether.training.data.interruptible import DataInterrupt
@@ -38,6 +39,19 @@ class ReplicatedUpdates:
     def are_interrupted(self) -> bool:
         """Whether a rank was interrupted, as all ranks know since the last update."""
         return self._step.is_interrupted
+
+    def stop(self, state: TrainState, observe: Observer | None) -> None:
+        """Return once all ranks have stopped the run in place of the next update.
+
+        Args:
+            state: The state, whose `stop` is set.
+            observe: As for `make`.
+
+        Raises:
+            RankStateError: If other ranks do not stop, on all ranks.
+        """
+        with suppress(DataInterrupt):
+            self._step(state, (), observe, lambda: RankReport(is_stopping=True))
 
     def make(
         self,

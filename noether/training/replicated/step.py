@@ -15,6 +15,7 @@ from noether.core.tensors.tree import FrozenDict
 from noether.distributed.gradients import GradientReduction, start_all_reduce
 from noether.distributed.sharded_sums import ShardedReduction
 from noether.training.data.interruptible import DataInterrupt
+from noether.training.replicated.agreement import CAUSE, RankStateError
 from noether.training.replicated.buffers import NormBuffers, OtherBuffers, any_change, find_changes
 from noether.training.replicated.losses import GatheredLosses, LossNames, RankLosses, digest_of
 from noether.training.replicated.tail import MAX_LOSSES, RankNumbers, Tail
@@ -46,11 +47,13 @@ class RankReport(NamedTuple):
     Args:
         is_interrupted: Whether the rank got a signal, or its time is over.
         is_abandoned: Whether it has no data for the update, because it is interrupted.
+        is_stopping: Whether it makes no update, because a callback stopped the run.
         times: Seconds of `AfterUpdate` by field; those of rank 0 count.
     """
 
     is_interrupted: bool = False
     is_abandoned: bool = False
+    is_stopping: bool = False
     times: Mapping[str, float | None] = FrozenDict()
 
 
@@ -139,8 +142,9 @@ class ReplicatedStep:
             report: Called right before the reduction.
 
         Raises:
-            DataInterrupt: If a rank abandons the update.
+            DataInterrupt: If a rank abandons the update, or a callback stopped the run on all ranks.
             FloatingPointError: As for `Step`, on all ranks.
+            RankStateError: If a callback stopped the run on some of the ranks, on all.
             ValueError: As for `Step`.
         """
         if not torch.is_grad_enabled():
@@ -257,7 +261,8 @@ class ReplicatedStep:
             shares: Share of this rank in the mean of each group of losses, if there are several groups.
 
         Raises:
-            DataInterrupt: If a rank abandons the update.
+            DataInterrupt: If a rank abandons the update, or all ranks stop.
+            RankStateError: If some of the ranks stop.
         """
         if shares is not None:
             grads, weight = local.accumulation.weighted_grads(shares), 1.0
@@ -273,6 +278,7 @@ class ReplicatedStep:
             needs_exchange=not losses.have_one_weight or len(losses.known.names) > MAX_LOSSES,
             is_interrupted=update.report.is_interrupted,
             is_abandoned=update.report.is_abandoned,
+            is_stopping=update.report.is_stopping,
             times=update.report.times,
             losses=[losses.means[name] for name in sorted(losses.means)],
             changed=any_change(find_changes(update.buffers, local.buffers, norms.names)),
@@ -281,9 +287,26 @@ class ReplicatedStep:
         )
         with self._ranks.failures.explain("sum of the gradients"):
             numbers = tail.read(reduction.sum_over_ranks(grads, weight, lambda place: tail.write(place, own)))
-        if numbers.is_abandoned:
+        if numbers.stopping:
+            self._check_stop(update.state, numbers.stopping)
+        if numbers.is_abandoned or numbers.stopping:
             raise DataInterrupt
         return numbers
+
+    def _check_stop(self, state: TrainState, stopping: int) -> None:
+        """Refuse that some ranks stop the run and others do not.
+
+        Raises:
+            RankStateError: On all ranks.
+        """
+        if stopping == self._ranks.world_size:
+            return
+        reasons = self._ranks.control.gather("stop", state.stop)
+        rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+        raise RankStateError(
+            f"at {state.iteration}, rank {rank} stops the run ({reason!r}), and rank {reasons.index(None)} does not. "
+            f"{CAUSE}"
+        )
 
     def _layout(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> _Layout:
         """Return the layout of the buckets, which all ranks make alike at the first update."""

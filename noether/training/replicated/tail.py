@@ -33,6 +33,7 @@ class RankNumbers(NamedTuple):
         needs_exchange: Whether its losses have different weights, or are too many.
         is_interrupted: Whether the rank got a signal, or its time is over.
         is_abandoned: Whether the rank has no data for this update, and leaves.
+        is_stopping: Whether the rank makes no update, because a callback stopped the run.
         times: Seconds by name, of `TIMES`.
         losses: Means of its losses, in the order of their names.
         changed: Whether forward changed a buffer that has no place in the tail; a 0-dimensional tensor if the device
@@ -48,6 +49,7 @@ class RankNumbers(NamedTuple):
     needs_exchange: bool
     is_interrupted: bool
     is_abandoned: bool
+    is_stopping: bool
     times: Mapping[str, float | None]
     losses: Sequence[Tensor]
     changed: Tensor | bool
@@ -67,6 +69,7 @@ class AllNumbers(NamedTuple):
         is_unknown: Whether a rank knows of no losses.
         is_interrupted: Whether a rank got a signal, or its time is over.
         is_abandoned: Whether a rank leaves without having made the update.
+        stopping: Number of ranks that make no update, because a callback stopped the run.
         is_changed: Whether forward changed, on a rank, a buffer that has no place in the tail.
         times: Seconds of rank 0 by name.
         losses: Sums of means times weights, on the device.
@@ -82,6 +85,7 @@ class AllNumbers(NamedTuple):
     is_unknown: bool
     is_interrupted: bool
     is_abandoned: bool
+    stopping: int
     is_changed: bool
     times: dict[str, float | None]
     losses: Tensor
@@ -110,6 +114,7 @@ class Tail:
             "samples": AMOUNT_PARTS,
             "weight": AMOUNT_PARTS,
             "flags": len(_FLAGS),
+            "stopping": 1,
             "times": PARTS * len(TIMES),
             "changed": 1,
             "counters": PARTS * counters,
@@ -136,6 +141,7 @@ class Tail:
             *split_amount(own.samples),
             *split_amount(own.weight),
             *flags,
+            own.is_stopping,
             *([0] * PARTS * len(TIMES) if parts is None else parts.tolist()),
         ]
         tail.zero_()
@@ -162,6 +168,7 @@ class Tail:
             samples=int(join_amount(numbers["samples"])),
             weight=join_amount(numbers["weight"]),
             **{name: count > 0 for name, count in zip(_FLAGS, numbers["flags"], strict=True)},
+            stopping=int(numbers["stopping"][0]),
             is_changed=numbers["changed"][0] > 0,
             times={name: None if math.isnan(value) else value for name, value in zip(TIMES, times, strict=True)},
             losses=self._part(tail, "losses"),
