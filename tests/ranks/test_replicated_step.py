@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from rank_threads import run_in_threads
-from test_gradients import make_step
+from test_rank_gradients import make_step
 from torch import nn
 
 from noether import Mean

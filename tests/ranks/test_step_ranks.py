@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from processes import LIMIT_S, run_on_ranks
 from recorded_runs import Fields, make_config
-from test_gradients import make_step, train
+from test_rank_gradients import make_step, train
 from torch import nn
 
 import noether
