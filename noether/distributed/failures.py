@@ -27,7 +27,7 @@ _LONGEST_TEXT: Final = 16_000
 _KEY: Final = "first"
 _TIMEOUTS: Final = ("timed out", "timeout")
 _CLOSED: Final = ("closed by peer", "connection closed", "reset by peer", "broken pipe", "connection refused")
-_BLAMED: Final = re.compile(r"rank (\d+) failed to pass monitoredbarrier")
+_BLAMED: Final = re.compile(r"ranks? ([\d, ]+) failed to pass monitoredbarrier")
 _BARRIER: Final = "monitoredbarrier"
 """In the error of a rank that ended or hangs, under `TORCH_DISTRIBUTED_DEBUG=DETAIL`."""
 
@@ -179,8 +179,9 @@ class Failures:
                 return self.first()
             store.set(f"arrived/{self._rank}", what)
             absent = self._find_absent(store)
-            if (blamed := _BLAMED.search(message)) is not None and int(blamed[1]) in absent:
-                absent = [int(blamed[1])]  # the others wait for this rank, and have not met an error yet
+            if (blamed := _BLAMED.search(message)) is not None:  # others wait for these, without an error yet
+                named = {int(rank) for rank in blamed[1].split(",")}
+                absent = [rank for rank in absent if rank in named] or absent
             if (first := self.first()) is not None:
                 return first
             text = self._describe_absent(what, absent, message) if absent else self._describe_waits(store)
