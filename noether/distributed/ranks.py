@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S: Final = 600.0
 LONG_WAIT_S: Final = 10.0
 """After this time a rank that waits for others to join names them in a warning."""
+_POLL_S: Final = 0.02
 _LOGGER: Final = logging.getLogger(__name__)
 _JOINS: Final = count()
 _JOINED: Final[list[tuple[Ranks, list[dist.ProcessGroup]]]] = []
@@ -188,17 +189,15 @@ def _wait_for_all(store: Store, timeout_s: float) -> None:
     store.set(f"joined/{rank}", "")
     if store.add("count", 1) == world_size:
         store.set("all", "")
-    is_first_wait = True
-    while (left_s := deadline_s - time.monotonic()) > 0:
-        try:
-            store.wait(["all"], timedelta(seconds=max(min(left_s, LONG_WAIT_S), 0.001)))
-        except RuntimeError:
-            if is_first_wait and left_s > LONG_WAIT_S:
-                _LOGGER.warning("%s", _describe_missing(store, LONG_WAIT_S))
-            is_first_wait = False
-        else:
-            return
-    raise LaunchError(_describe_missing(store, timeout_s))
+    warn_s = time.monotonic() + LONG_WAIT_S
+    while not store.check(["all"]):  # a wait of the store prints a warning of its own every few seconds
+        now_s = time.monotonic()
+        if now_s > deadline_s:
+            raise LaunchError(_describe_missing(store, timeout_s))
+        if now_s > warn_s:
+            _LOGGER.warning("%s", _describe_missing(store, LONG_WAIT_S))
+            warn_s = deadline_s
+        time.sleep(_POLL_S)
 
 
 def _describe_missing(store: Store, waited_s: float) -> str:

@@ -229,6 +229,18 @@ class SessionEvents(SessionState):
             self._state = state.replace(epoch_batches=updates * accumulation)
         return self._state.epoch_batches
 
+    def compare_batches(self, count: int, *, has_more: bool) -> None:
+        """Refuse ranks of which some have another batch in this epoch, and some have not.
+
+        Args:
+            count: Batches of the epoch so far.
+            has_more: Whether this rank has another one.
+
+        Raises:
+            ProcessesError: On all ranks.
+        """
+        self._exchange.compare_batches(self._state.iteration.epoch, count, has_more=has_more)
+
     def expect_updates(self, updates: int | None) -> None:
         """Take the number of updates in the epoch that begins, which may differ from earlier ones; None if unknown."""
         expected = self._updates_per_epoch

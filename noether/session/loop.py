@@ -16,6 +16,7 @@ from noether.session.loader import (
     batches_per_epoch,
     compare_workers,
     count_batches_of_rank,
+    has_exact_length,
     is_split_by_torch,
     seed_pass,
     set_epoch,
@@ -76,6 +77,7 @@ class BatchLoop:
         ranks = session.ranks
         self._rank = (ranks.rank,) if ranks.rank else ()  # ranks draw different dropout, and rank 0 that of one process
         self._is_split = is_split_by_torch(loader)
+        self._has_exact_length = has_exact_length(loader)
 
     @property
     def is_last(self) -> bool | None:
@@ -290,9 +292,10 @@ class BatchLoop:
             self._session.stopwatch.wait_begins()
             if self._seed_batch is not None:
                 self._seed_batch(derive(self._seed, "batch", epoch, index, *rank))
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            batch = next(iterator, _NO_BATCH)
+            if not self._has_exact_length:
+                self._session.compare_batches(index, has_more=batch is not _NO_BATCH)
+            if batch is _NO_BATCH:
                 return
             index += 1
             yield batch

@@ -164,6 +164,28 @@ class RankExchange:
         check_equal(_AT_START, parts, {"checkpoint": shared})
         return saved
 
+    def compare_batches(self, epoch: int, count: int, *, has_more: bool) -> None:
+        """Refuse ranks of which some have another batch, for whose gradients the others would wait in vain.
+
+        Args:
+            epoch: The epoch.
+            count: Batches of it so far.
+            has_more: Whether this rank has another one.
+
+        Raises:
+            ProcessesError: On all ranks.
+        """
+        if not self._ranks.are_several:
+            return
+        parts = self.gather(f"batch {count + 1} of epoch {epoch}", {"has_more": has_more})
+        ended = [str(rank) for rank, part in enumerate(parts) if not part["has_more"]]
+        if 0 < len(ended) < len(parts):
+            raise ProcessesError(
+                f"epoch {epoch} has {count} batches on rank {', '.join(ended)} of {len(parts)}, "
+                "and more on the others, which would wait for its gradients: give each rank equally many batches, for "
+                "example by leaving out the last ones of a stream"
+            )
+
     def begin(self, time_s: float, state: TrainState, run: Run, reducer: Reducer) -> float:
         """Refuse ranks that do not begin the same run, copy the buffers of rank 0 to all, and return its time.
 

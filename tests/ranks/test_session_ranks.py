@@ -68,6 +68,7 @@ def train(  # noqa: PLR0913  # every way in which the runs differ
     wraps=True,
     seed=0,
     samples=SAMPLES,
+    stream=None,
 ):
     """Train until the end, or until `cut` updates are counted; return what all ranks have to share."""
     is_several = torch.distributed.is_initialized()
@@ -81,6 +82,8 @@ def train(  # noqa: PLR0913  # every way in which the runs differ
     rank = torch.distributed.get_rank() if is_several else 0
     sampler = DistributedSampler(data, num_replicas=world_size, rank=rank, shuffle=True)
     loader = DataLoader(data, batch_size=effective // world_size, sampler=sampler)
+    if stream is not None:
+        loader = stream
     val_sampler = DistributedSampler(val) if splits_val else None
     if is_val_subset:
         val = Subset(val, range(rank, 10, world_size))  # equally many on each rank
@@ -219,10 +222,22 @@ def make_mistakes(path):
     messages.append(error_of(train, path / "unwrapped", wraps=False))
     messages.append(error_of(train, path / "seeds", seed=rank))
     messages.append(error_of(train, path / "lengths", samples=SAMPLES - 12 * rank))
+    batches = [dataset(4, 1).tensors] * (2 + rank)
+    messages.append(error_of(train, path / "uneven", stream=Stream(batches), only=[]))
     messages.append(error_of(train, path / "subsets", is_val_subset=True))
     stream = DataLoader(HalfOfStream(rank), batch_size=2)
     messages.append(error_of(evaluation_data, stream, nn.Linear(1, 1), 0, "val", ranks=join()))
     return messages
+
+
+class Stream:
+    """Batches of an epoch, without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
 
 
 class HalfOfStream(IterableDataset):
@@ -246,7 +261,7 @@ def error_of(function, *arguments, **settings):
 def test_mistakes_are_named_on_every_rank_with_what_to_write(of_ranks):
     first, second = of_ranks[0]
     assert first == second
-    ungrouped, late, unwrapped, seeds, lengths, subsets, stream = first
+    ungrouped, late, unwrapped, seeds, lengths, uneven, subsets, stream = first
     assert "WORLD_SIZE=2, as torchrun sets it" in ungrouped
     assert "write torch.distributed.init_process_group() before the Session" in ungrouped
     assert late == "the Session was made before the group of 2 processes: make it after"
@@ -255,6 +270,8 @@ def test_mistakes_are_named_on_every_rank_with_what_to_write(of_ranks):
     assert seeds.startswith("seed differs between ranks as the run begins: pass the same seed= on all ranks")
     assert seeds.endswith("rank 0: 0\n  rank 1: 1")
     assert "updates_per_epoch differs between ranks" in lengths
+    assert uneven.startswith("epoch 0 has 2 batches on rank 0 of 2, and more on the others")
+    assert "give each rank equally many batches" in uneven
     assert "data['val'] differs between ranks as the run begins" in subsets
     assert "pass a loader of the whole dataset" in subsets
     assert "rank 1: 5 samples in 3 batches of 2, the first and the last sample" in subsets
