@@ -165,7 +165,7 @@ class RankExchange:
         return saved
 
     def compare_batches(self, epoch: int, count: int, *, has_more: bool) -> None:
-        """Refuse ranks of which some have another batch, for whose gradients the others would wait in vain.
+        """Refuse ranks of which some have another batch, so that some wait for gradients that do not come.
 
         Args:
             epoch: The epoch.
