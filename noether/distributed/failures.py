@@ -28,6 +28,7 @@ _KEY: Final = "first"
 _TIMEOUTS: Final = ("timed out", "timeout")
 _CLOSED: Final = ("closed by peer", "connection closed", "reset by peer", "broken pipe", "connection refused")
 _BLAMED: Final = re.compile(r"ranks? ([\d, ]+) failed to pass monitoredbarrier")
+_BACKENDS: Final = ("gloo", "nccl")
 _BARRIER: Final = "monitoredbarrier"
 """In the error of a rank that ended or hangs, under `TORCH_DISTRIBUTED_DEBUG=DETAIL`."""
 
@@ -105,6 +106,8 @@ class Failures:
             return None
         if isinstance(error, RankError):
             return error.failure
+        if _is_of_backend(error) and (cause := self._find_cause("a collective", str(error).lower())) is not None:
+            return cause  # of a collective outside of `explain`, such as one of the model
         if (is_of_all or isinstance(error, NoetherError)) and self._rank != 0:
             self._await_first()
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
@@ -223,3 +226,11 @@ class Failures:
             return RankFailure(**json.loads(cast("Store", self._store).compare_set(_KEY, "", text)))
         except RuntimeError:  # the process that holds the store has ended
             return failure
+
+
+def _is_of_backend(error: BaseException) -> bool:
+    """Return whether a backend of torch.distributed raised an error because another rank is gone."""
+    message = str(error).lower()
+    is_of_torch = isinstance(error, RuntimeError) and not isinstance(error, NoetherError)
+    is_of_backend = is_of_torch and any(each in message for each in _BACKENDS)
+    return is_of_backend and any(each in message for each in (*_TIMEOUTS, *_CLOSED))

@@ -128,6 +128,16 @@ def test_an_error_of_this_rank_in_a_collective_is_its_own():
     assert failures.first() is None
 
 
+def test_a_collective_of_the_model_blames_the_rank_that_is_gone():
+    failures = Failures(dist.HashStore(), rank=1, world_size=2, timeout_s=2.0)
+    message = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:6378: Connection reset by peer."
+    failure = failures.report(RuntimeError(message))
+    assert (failure.rank, failure.reporter) == (0, 1)
+    assert failure.text == "rank 0 ended without a message (killed, or out of memory?) during a collective"
+    own = Failures(dist.HashStore(), rank=1, world_size=2, timeout_s=2.0)
+    assert own.report(ConnectionResetError("Connection reset by peer")).rank == 1
+
+
 def wait_in_different_places():
     ranks = join_impatient_ranks()
     ranks.control.reduce("losses", sums={"samples": 1})

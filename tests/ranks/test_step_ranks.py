@@ -5,6 +5,8 @@ import dataclasses
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,13 +125,22 @@ class Blocking(Fields):
     def __getitem__(self, index):
         self.asked = getattr(self, "asked", 0) + 1
         if os.environ["RANK"] == "1" and self.asked == 9:
+            while not Path("updated").exists():  # samples are loaded ahead, also before the first update
+                time.sleep(0.01)
             os.kill(int(os.environ["TRAINING_PROCESS"]), signal.SIGTERM)
             threading.Event().wait(LIMIT_S)
         return super().__getitem__(index)
 
 
+@noether.on(noether.AfterUpdate)
+def note_update(state, event):
+    Path("updated").touch()
+    return state, ()
+
+
 def train_until_blocked(folder):
     config = make_config(num_workers=1, max_batch_size=4, effective_batch_size=8)
+    config["callbacks"] = [{"kind": "test_step_ranks.note_update"}]
     config["data"]["train"] = {"kind": "test_step_ranks.Blocking"}
     os.environ["TRAINING_PROCESS"] = str(os.getpid())
     with contextlib.chdir(folder):
