@@ -23,6 +23,15 @@ ROOMS = {
     "noether.training": {*CORE, "noether.effects", "noether.config", "noether.distributed", "noether.session"},
     "noether.planning": {*CORE, "noether.effects", "noether.config", "noether.distributed", "noether.training"},
     "noether.integrations": {*CORE, "noether.effects", "noether.config", "noether.distributed", "noether.session"},
+    "noether.reports": {
+        *CORE,
+        "noether.effects",
+        "noether.config",
+        "noether.distributed",
+        "noether.session",
+        "noether.training",
+        "noether.planning",
+    },
     "noether.cli": {
         *CORE,
         "noether.effects",
@@ -31,6 +40,7 @@ ROOMS = {
         "noether.session",
         "noether.training",
         "noether.planning",
+        "noether.reports",
     },
     "noether.examples": {"noether.core"},
 }
