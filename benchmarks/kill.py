@@ -60,6 +60,7 @@ callbacks:
 _CHANGES: Final = (os.write, os.mkdir, os.rename, os.unlink, os.rmdir, os.ftruncate, fsync)
 """Calls that change the disk; between two of them a kill leaves the same as at the second one."""
 _PHASES: Final = ("train", "resume", "second resume")
+_OF_PROCESSES: Final = {"phases", "processes"}  # entries of the summary that measure each process
 _EXTRA_CALLS: Final = 40  # that a resumed process makes beside those of the uncut run
 
 
@@ -161,11 +162,12 @@ def describe_run(run: Path) -> dict[str, Any]:
         for tag, each in manifests.items()
     }
     recovered = store.recover()
+    summary = json.loads((run / "summary.json").read_text())
     return {
         "state": None if recovered is None else recovered[0],
         "pointers": {name: contents[tag] for name, tag in store.pointers().items()},
         "checkpoints": set(map(str, contents.values())),
-        "summary.json": json.loads((run / "summary.json").read_text()),
+        "summary.json": {name: each for name, each in summary.items() if name not in _OF_PROCESSES},
         "metrics.jsonl": [_without_time(line) for line in (run / "metrics.jsonl").read_text().splitlines()],
         "unfinished files": [str(path) for path in run.rglob(".tmp-*")],
     }

@@ -80,5 +80,6 @@ def _describe_lines(content: bytes) -> str:
 
 def _describe_summary(content: bytes) -> str:
     with suppress(ValueError, KeyError, TypeError, RecursionError):
-        return f"says {json.loads(content)['ending']!r}"
+        ending = json.loads(content)["ending"]
+        return "exists" if ending is None else f"says {ending!r}"
     return "exists"

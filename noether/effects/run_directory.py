@@ -174,9 +174,10 @@ class RunDirectory:
             after_first=partial(mark_saved_run, access.path, disk),
             is_first=access.writes,
         )
+        self._peak_memory = PeakMemory()
         self.interpreter = Interpreter(
             {**self._logs.handlers(), SaveCheckpoint: [self._saver.save]},
-            measures={MeasurePeakMemory: PeakMemory().measure},
+            measures={MeasurePeakMemory: self._peak_memory.measure},
             check=_event_check(access, self._saver, self._logs),
         )
 
@@ -194,6 +195,20 @@ class RunDirectory:
     def loaded(self) -> Manifest | None:
         """The checkpoint that `load` or `resume` loaded; None before, and for a new run."""
         return self._loaded
+
+    @property
+    def saving_s(self) -> float:
+        """Seconds for which training waited for saves, since the run was opened."""
+        return self._saver.waited_s
+
+    @property
+    def background_saving_s(self) -> float:
+        """Seconds in which a background thread wrote checkpoints, since the run was opened."""
+        return self._saver.background_s
+
+    def peak_bytes(self, state: TrainState) -> int:
+        """Return the peak memory of the device of a state, or of this process, since it started."""
+        return self._peak_memory.read(state)
 
     def check_location(self) -> None:
         """Raise an error if the run is closed, or its directory is not where it was opened.

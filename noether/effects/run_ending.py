@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterTraining, AfterUpdate
@@ -22,6 +22,20 @@ if TYPE_CHECKING:
     from noether.effects.run_directory import Interpret, RunDirectory
 
 TRACEBACK_FILE: Final = "traceback.txt"
+
+Status = Literal["running", "finished", "stopped", "interrupted", "failed"]
+"""What `summary.json` says of a run; one that says `running`, and that no process has locked, was killed."""
+
+
+def describe_status(status: Status, ending: str | None = None) -> dict[str, str | None]:
+    """Return the entries of the summary that say whether a run is running, or how it ended.
+
+    Args:
+        status: `stopped` if a callback ended it, `interrupted` after a signal or a time limit, `failed` after an
+            exception.
+        ending: Where and why it ended; None while it is running.
+    """
+    return {"status": status, "ending": ending}
 
 
 def save_at_end(state: TrainState) -> SaveCheckpoint:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
+    from noether.effects import RunDirectory
 
 _LOGGER: Final = logging.getLogger(__name__)
 
@@ -127,8 +128,7 @@ class SessionEvents(SessionState):
         if resumed and self._scaler is not None and not self._scaler.is_current(self._state):
             self._scaler.restore(self._state)  # not every framework does
         if self._directory is not None:
-            self._directory.truncate_logs(self._state if resumed else None)
-            self._directory.complete_saves(self._state if resumed else None)
+            self._begin_in(self._directory, self._state if resumed else None)
         was_full = self._position is not None and self._position == self._state.lengths.get("updates_per_epoch")
         self._forget_lengths(compare_saved_lengths(self._state, self.run) if resumed else None)
         names = ("callback_states", "pending")
@@ -153,6 +153,12 @@ class SessionEvents(SessionState):
         self._warn_if_ended()
         self.stopwatch.read()
         return loaded
+
+    def _begin_in(self, directory: RunDirectory, saved: TrainState | None) -> None:
+        directory.truncate_logs(saved)
+        directory.complete_saves(saved)
+        if not (self.is_over and self._state.ended):
+            self.set_status("running")
 
     def batch_arrived(self) -> None:
         """Start the time of the step; the time since the last mark was spent waiting for data."""
@@ -267,6 +273,10 @@ class SessionEvents(SessionState):
                 # Where a framework has the loop, it saves what it wants.
                 event = AfterTraining(run=self.run, time_s=self._clock.wall_s())
                 save_end(self._directory, self._directory.interpreter, final, event)
+            reason = "" if self.stop is None else f": {self.stop}"
+            # Without a checkpoint of noether's, the text would refuse a new run in this directory.
+            ending = f"ended at {self._state.iteration}{reason}" if self.resumes_within_epochs else None
+            self.set_status("finished" if self.stop is None else "stopped", ending)
         self._exchange.wait("the end of the run, which is saved")
         self.close()
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from noether.core.effect import SetSummary
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate
 from noether.core.pending import set_pending
 from noether.core.state import TrainState
+from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
-from noether.effects.run_ending import record_failure, save_interrupted
+from noether.effects.disk.path_checks import RunMovedError
+from noether.effects.run_ending import describe_status, record_failure, save_interrupted
 from noether.session.errors import SessionError
 from noether.session.generators import MEMORY, GeneratorStates, take_states, warn_without_states
 from noether.session.rank_exchange import RankExchange
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.distributed.ranks import Ranks
     from noether.effects import RunDirectory
+    from noether.effects.run_ending import Status
     from noether.session.live_state import LiveState
     from noether.session.losses import MicroBatch
     from noether.session.scaler import ScalerMemory
@@ -211,6 +215,8 @@ class SessionState:
         self._recorded_error = error
         if self._directory is not None and self._directory.is_open:
             record_failure(error, self._directory, self.settled_state, at, self._interpreter)
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            self.set_status("failed", f"failed at {at[0].iteration}: {reason}")
 
     @contextmanager
     def save_where_it_ends(self) -> Iterator[None]:
@@ -225,6 +231,15 @@ class SessionState:
             raise
         finally:
             self.close()
+
+    def set_status(self, status: Status, ending: str | None = None) -> None:
+        """Write to `summary.json` that the run is running, or how it ended; a no-op without an open directory."""
+        if self._directory is None or not self._directory.is_open:
+            return
+        entries = FrozenDict(describe_status(status, ending))
+        event = AfterTraining.of(run=self.run, time_s=self._clock.wall_s())
+        with suppress(RunMovedError):  # the next save or flush of logs raises it
+            self._directory.interpreter([SetSummary(entries)], self._state, event)
 
     def _warn_if_ended(self) -> None:
         """Say that a resumed run has nothing left to train, and how it would continue."""
@@ -247,6 +262,7 @@ class SessionState:
             self.ranks.failures.report(SessionError(f"the loop was left at {at}, before the end of the run"))
         if self.run.rank != 0:
             return
+        self.set_status("interrupted", f"interrupted at {at}")
         if settled is None:
             _LOGGER.warning(
                 "the loop ended between two states that can be resumed, before update %d was complete: nothing is "

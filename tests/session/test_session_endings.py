@@ -1,5 +1,7 @@
 """Every way in which the loop of a session can end: what is saved then, and that the resumed run is exact."""
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -217,3 +219,32 @@ def test_a_stopped_run_continues_where_the_loop_says_so(tmp_path, caplog):
     cut.train()
     whole.train()
     assert_same(cut.result(), whole.result())
+
+
+STOP = noether.FixedUpdateEarlyStopping(stop_at_update=7)
+
+
+@noether.on(noether.AfterUpdate)
+def fail_at_7(state, event):
+    if state.iteration.update == 7:
+        raise ValueError("at 7")
+    return state, ()
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "reach", "status", "ending"),
+    [
+        ([], None, "finished", "ended at E3_U18_S66"),
+        ([STOP], None, "stopped", "ended at E1_U7_S26: stop_at_update: 7 is reached"),
+        ([fail_at_7], None, "failed", "failed at E1_U7_S26: ValueError: at 7"),
+        ([], KeyboardInterrupt, "interrupted", "interrupted at E1_U6_S22"),
+    ],
+)
+def test_the_summary_says_how_a_session_ends(tmp_path, callbacks, reach, status, ending):
+    loop = Loop(tmp_path / "run", callbacks)
+    if reach is not None:
+        loop.reach = Fault("backward", 7, reach)
+    with suppress(ValueError, KeyboardInterrupt):
+        loop.train()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["ending"]) == (status, ending)

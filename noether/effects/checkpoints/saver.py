@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
@@ -90,6 +91,10 @@ class Saver:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
         self._running: list[Future[None]] = []
         self._running_for: tuple[Event, TrainingIteration] | None = None
+        self.waited_s = 0.0
+        """Seconds for which training waited for saves."""
+        self.background_s = 0.0
+        """Seconds in which a background thread wrote checkpoints."""
         # At exit Python waits for the thread, but does not report its errors.
         finalize(self, _log_errors, self._running)
 
@@ -102,6 +107,10 @@ class Saver:
             RunMovedError: If the run directory is not where it was opened, even if `on_error` is `warn`: nothing that
                 the run writes would be found.
         """
+        with self._count_waiting():
+            self._save(effect, state, event)
+
+    def _save(self, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
         self._is_joint = self._store.needs_all_ranks(state)
         if self._is_first:
             write = partial(self._write, effect, event=event, fsync_logs=partial(self._logs.fsync, self._logs.flush()))
@@ -114,14 +123,14 @@ class Saver:
             return
         # Identity of the event alone is not enough: a user's loop may dispatch one event object again and again.
         if self._running_for is None or self._running_for[0] is not event or self._running_for[1] != state.iteration:
-            self.wait()
+            self._wait()
         self._running_for = (event, state.iteration)
         with self._report_failures(state):
             if self._copies:
                 copied = state.replace(**{name: clone_tensors(getattr(state, name)) for name in _TREES})
             else:
                 copied = lease(state)
-            self._running.append(self._worker.submit(write, state=copied))
+            self._running.append(self._worker.submit(self._write_in_background, partial(write, state=copied)))
 
     def complete(self, manifest: Manifest) -> None:
         """Carry out what the event of the checkpoint that a run resumes from requested and a crash prevented.
@@ -163,9 +172,28 @@ class Saver:
         Raises:
             CheckpointError: If a save failed and `on_error` is `stop`.
         """
+        with self._count_waiting():
+            self._wait()
+
+    def _wait(self) -> None:
         wait(self._running)
         self._running_for = None
         self._raise_ended()
+
+    @contextmanager
+    def _count_waiting(self) -> Iterator[None]:
+        since_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - since_s
+
+    def _write_in_background(self, write: Callable[[], None]) -> None:
+        since_s = time.perf_counter()
+        try:
+            write()
+        finally:
+            self.background_s += time.perf_counter() - since_s
 
     def _write(
         self, effect: SaveCheckpoint, state: TrainState, event: Event, fsync_logs: Callable[[], LogCount]

@@ -26,12 +26,22 @@ class PeakMemory:
 
     def measure(self, effect: MeasurePeakMemory, state: TrainState, event: Event) -> Mapping[str, float]:  # noqa: ARG002  # a measure
         """Return the peak in bytes, by key, since the key was last measured or since the process started."""
-        device = next((tensor.device for tensor in state.params.values()), torch.device("cpu"))
-        peak = peak_memory_bytes(device)
+        peak = peak_memory_bytes(_device_of(state))
         self._overall = max(self._overall, peak)
         peaks = {key: max(earlier, peak) for key, earlier in self._since_last.items()}
         self._since_last = {**peaks, effect.key: 0}
         return {effect.key: peaks.get(effect.key, self._overall)}
+
+    def read(self, state: TrainState) -> int:
+        """Return the peak in bytes since the process started, and leave every measurement as it is."""
+        device = _device_of(state)
+        if device.type == "cuda":
+            return max(self._overall, int(torch.cuda.max_memory_allocated(device)))
+        return peak_memory_bytes(device)
+
+
+def _device_of(state: TrainState) -> torch.device:
+    return next((tensor.device for tensor in state.params.values()), torch.device("cpu"))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

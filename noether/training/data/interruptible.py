@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from noether.core.run import Run
 
+    Watch = Callable[[Iterable[Any]], Iterator[Any]]
+
 
 class DataInterrupt(BaseException):
     """Leaves an evaluation or a wait for a batch at an interruption; no `except Exception` of a callback catches it."""
@@ -78,6 +80,7 @@ class InterruptibleData:
         data: The batches.
         interrupted: Returns whether the run is interrupted.
         gather: Says to all ranks that this rank has left its share; None for one process.
+        watch: Returns an iterator over batches, which may measure or show how far it is.
 
     Example:
         >>> data = InterruptibleData([1, 2], interrupted=lambda: False)
@@ -85,8 +88,14 @@ class InterruptibleData:
         ([1, 2], 2)
     """
 
-    def __init__(self, data: Any, interrupted: Callable[[], bool], gather: InterruptibleGather | None = None) -> None:
-        self._data, self._interrupted, self._gather = data, interrupted, gather
+    def __init__(
+        self,
+        data: Any,
+        interrupted: Callable[[], bool],
+        gather: InterruptibleGather | None = None,
+        watch: Watch = iter,
+    ) -> None:
+        self._data, self._interrupted, self._gather, self._watch = data, interrupted, gather, watch
 
     def __len__(self) -> int:
         return len(self._data)
@@ -95,10 +104,10 @@ class InterruptibleData:
         return self._iterate(self._data)
 
     def _iterate(self, batches: Iterable[Any]) -> Iterator[Any]:
-        return self._interrupt(batches) if self._gather is None else _iterate_to_end(batches)
+        return self._interrupt(batches) if self._gather is None else _iterate_to_end(self._watch(batches))
 
     def _interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in batches:
+        for batch in self._watch(batches):
             if self._interrupted():
                 raise DataInterrupt
             yield batch
@@ -122,7 +131,7 @@ class InterruptibleData:
         if name == "with_sizes":
             return self._with_sizes
         if name == "batched":
-            return lambda size: InterruptibleData(found(size), self._interrupted, self._gather)
+            return lambda size: InterruptibleData(found(size), self._interrupted, self._gather, self._watch)
         return found
 
 
@@ -168,11 +177,16 @@ class InterruptibleGather:
         return [answer["value"] for answer in answers]
 
 
-def interruptible(run: Run, interrupted: Callable[[], bool]) -> Run:
+def interruptible(run: Run, interrupted: Callable[[], bool], watch: Watch = iter) -> Run:
     """Return the run with datasets that raise `DataInterrupt` before the first batch after an interruption.
 
     On several ranks its `gather` raises it, on all of them, once one has left its share of the data.
+
+    Args:
+        run: The run.
+        interrupted: Returns whether the run is interrupted.
+        watch: Returns an iterator over the batches of a dataset that a callback iterates.
     """
     gather = None if run.world_size == 1 else InterruptibleGather(run.gather)
-    data = {key: InterruptibleData(data, interrupted, gather) for key, data in run.data.items()}
+    data = {key: InterruptibleData(data, interrupted, gather, watch) for key, data in run.data.items()}
     return run.replace(data=data) if gather is None else run.replace(data=data, gather=gather.gather)

@@ -13,7 +13,15 @@ from noether.core.loop import Move, next_move
 from noether.core.tensors.tree import FrozenDict
 from noether.distributed.failures import Failures
 from noether.effects.disk.path_checks import RunMovedError
-from noether.effects.run_ending import TRACEBACK_FILE, record_failure, save_end, save_interrupted, write_traceback
+from noether.effects.run_ending import (
+    TRACEBACK_FILE,
+    Status,
+    describe_status,
+    record_failure,
+    save_end,
+    save_interrupted,
+    write_traceback,
+)
 from noether.training.error_locations import describe_error
 
 if TYPE_CHECKING:
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.effects import RunDirectory
     from noether.effects.run_directory import Interpret
+    from noether.session.phases import PhaseTimes
     from noether.training.runs.interruption import Interruption
 
 _FAILURE: Final = "_noether_failure"
@@ -85,6 +94,7 @@ class Ending:
         directory: Its open directory.
         interpret: Runs the effects.
         interruption: Receives the signals.
+        phases: Where the time went, for the summary.
         at_end: Whether to save the end of training.
         failures: Where this process reports an exception to the other ranks of the run.
     """
@@ -93,6 +103,7 @@ class Ending:
     directory: RunDirectory
     interpret: Interpret
     interruption: Interruption
+    phases: PhaseTimes
     at_end: bool
     failures: Failures = field(default_factory=Failures)
 
@@ -123,6 +134,7 @@ class Ending:
         """
         first = self.failures.report(error)  # before the save, which takes time
         if isinstance(error, KeyboardInterrupt) and self.interruption.is_signal:
+            self._record("interrupted", f"interrupted at {state.iteration} by a second signal", state, event)
             return
         is_shown = first is None or first.reporter == self.run.rank
         places = tuple(getattr(error, "__notes__", ()))
@@ -130,6 +142,9 @@ class Ending:
         outcome = tuple(getattr(error, "__notes__", ()))[len(places) :]
         vars(error)[_FAILURE] = Failure(self.directory.path, places, outcome)
         error.add_note(f"resume with noether.train(resume={str(self.directory.path)!r})")
-        ending = f"failed at {state.iteration}: {describe_error(error)}"
+        self._record("failed", f"failed at {state.iteration}: {describe_error(error)}", state, event)
+
+    def _record(self, status: Status, ending: str, state: TrainState, event: Event) -> None:
+        entries = {**self.phases.entry(state), **describe_status(status, ending)}
         with suppress(RunMovedError):  # which the notes name, or the error itself
-            self.directory.interpreter([SetSummary(FrozenDict(ending=ending))], state, event)
+            self.directory.interpreter([SetSummary(FrozenDict(entries))], state, event)

@@ -13,13 +13,14 @@ from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.effect import SetSummary
 from noether.core.errors import NoetherError
 from noether.core.event import AfterTraining
-from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move
 from noether.core.tensors.donation import donate
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.logs.events import event_line_builder
-from noether.effects.logs.summary import read_summary
+from noether.effects.logs.summary import read_summary, set_process_entry
+from noether.effects.run_ending import Status, describe_status
 from noether.effects.run_logs import SUMMARY_FILE
+from noether.session.phases import PhaseTimes
 from noether.training.data.interruptible import interruptible
 from noether.training.replicated.step import ReplicatedStep
 from noether.training.runs.ending import Ending
@@ -29,20 +30,23 @@ from noether.training.step.compiled import CompiledStep
 from noether.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from noether.core.iteration import TrainingIteration
     from noether.core.reducer import Reducer
     from noether.core.run import Run
     from noether.core.state import TrainState
     from noether.effects import Interpreter, RunDirectory
     from noether.effects.logs.jsonl import ToLine
     from noether.effects.run_directory import Interpret
+    from noether.training.data.interruptible import Watch
     from noether.training.experiment import Experiment
     from noether.training.runs.interruption import Interruption
     from noether.training.step.step import Step
 
 _LOGGER: Final = logging.getLogger(__name__)
+_WORLD_SIZE: Final = "world_size"
 
 
 class TimeLimitError(NoetherError, RuntimeError):
@@ -75,6 +79,13 @@ class TrainedRun:
     def metrics(self) -> dict[str, float]:
         """The last value of every metric, best values such as `val/accuracy/best` included if a callback logs them."""
         return {key: float(measured.value) for key, measured in self.state.metrics.items()}
+
+    @property
+    def status(self) -> Status:
+        """How the run ended: `finished`, `stopped` by a callback, or `interrupted`."""
+        if not self.finished:
+            return "interrupted"
+        return "finished" if self.state.stop is None else "stopped"
 
     @property
     def ending(self) -> str:
@@ -110,7 +121,8 @@ def execute(
     ranks = experiment.ranks
     interruption.limit_time(max_hours, counts=ranks.is_first)
     interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
-    interpret: Interpret = interpreter
+    phases = PhaseTimes(interpreter, directory, state)
+    interpret: Interpret = phases
     if (minutes := experiment.config.trainer.checkpoints.every_n_minutes) is not None:
         interpret = TimedSaves(interpret, minutes, **({"clock": None} if ranks.are_several else {}))
     if experiment.config.trainer.record == "events":
@@ -118,16 +130,18 @@ def execute(
     with interruption, closing(experiment):
         facts: dict[str, Any] = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
         facts |= _world_sizes(directory, ranks.world_size, state.iteration)
+        facts |= describe_status("running")
         interpreter([SetSummary(FrozenDict(facts))], state, AfterTraining(run=experiment.run))
         ending = Ending(
             run=experiment.run,
             directory=directory,
             interpret=interpret,
             interruption=interruption,
+            phases=phases,
             at_end=experiment.config.trainer.checkpoints.at_end,
             failures=experiment.ranks.failures,
         )
-        trainer = make_trainer(experiment, interpret, interruption)
+        trainer = make_trainer(experiment, interpret, interruption, watch=phases.evaluate)
         begin = state.iteration
         start = donate(state) if experiment.step.donate else state
         del state  # the first state would otherwise stay in memory during the whole training
@@ -143,7 +157,7 @@ def execute(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    write_ending(run, experiment, interpreter)
+    write_ending(run, experiment, interpreter, phases.entry(final))
     is_saved = finished or directory.checkpoints.holds(final)  # for a state with shards every rank asks
     if not finished and ranks.is_first:
         notify(f"saved {final.iteration}" if is_saved else "nothing is saved: the first update was not completed")
@@ -167,16 +181,18 @@ def _world_sizes(directory: RunDirectory, world_size: int, begin: TrainingIterat
     Returns:
         Nothing for a run that only one process has trained.
     """
-    before = read_summary(directory.path / SUMMARY_FILE).get("world_size", {}) if directory.writes else {}
-    before = before if isinstance(before, dict) else {}  # a callback may have set an entry of this name
-    if world_size == 1 and not before:
+    before = read_summary(directory.path / SUMMARY_FILE) if directory.writes else {}
+    if world_size == 1 and not before.get(_WORLD_SIZE):
         return {}
-    valid = {at: size for at, size in before.items() if not TrainingIteration.parse(at).reached(begin)}
-    return {"world_size": {**valid, str(begin): world_size}}
+    return {_WORLD_SIZE: set_process_entry(before, _WORLD_SIZE, begin, world_size)}
 
 
 def make_trainer(
-    experiment: Experiment, interpret: Interpret, interrupted: Callable[[], bool], run: Run | None = None
+    experiment: Experiment,
+    interpret: Interpret,
+    interrupted: Callable[[], bool],
+    run: Run | None = None,
+    watch: Watch = iter,
 ) -> Trainer:
     """Return the trainer of an experiment.
 
@@ -185,9 +201,10 @@ def make_trainer(
         interpret: Runs the effects.
         interrupted: Returns whether to stop at the next update.
         run: Replaces the run of the experiment.
+        watch: Returns an iterator over the batches of a dataset that a callback iterates.
     """
     return Trainer(
-        run=interruptible(run or experiment.run, interrupted),
+        run=interruptible(run or experiment.run, interrupted, watch),
         step=_choose_step(experiment),
         data=experiment.data,
         reducer=experiment.reducer,
@@ -210,9 +227,12 @@ def _choose_step(experiment: Experiment) -> Step | CompiledStep | ReplicatedStep
     return ReplicatedStep(experiment.step, experiment.ranks)
 
 
-def write_ending(run: TrainedRun, experiment: Experiment, interpreter: Interpreter) -> None:
-    """Write where the run ended to `summary.json`."""
-    interpreter([SetSummary(FrozenDict(ending=run.ending))], run.state, AfterTraining(run=experiment.run))
+def write_ending(
+    run: TrainedRun, experiment: Experiment, interpreter: Interpreter, more: Mapping[str, Any] = FrozenDict()
+) -> None:
+    """Write how and where the run ended to `summary.json`, with more entries."""
+    entries = FrozenDict({**more, **describe_status(run.status, run.ending)})
+    interpreter([SetSummary(entries)], run.state, AfterTraining(run=experiment.run))
 
 
 def event_recorder(reducer: Reducer) -> ToLine:
