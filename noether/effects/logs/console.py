@@ -24,6 +24,8 @@ from noether.effects.logs.progress_bar import LiveProgress, describe_progress, i
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from rich.console import RenderableType
+
     from noether.core.effect import LogScalars, LogText, ShowProgress
     from noether.core.event import Event
     from noether.core.state import TrainState
@@ -85,6 +87,13 @@ class Console:
             self._live.stop()
         else:
             self._live.show(effect, state)
+
+    def print_above(self, renderable: RenderableType) -> None:
+        """Print anything that rich can render, such as a table, above the live display; text is never markup."""
+        if self._is_plain and isinstance(renderable, str):
+            self._print(renderable)
+        else:
+            self._console.print(renderable, markup=False, emoji=False, soft_wrap=isinstance(renderable, str))
 
     def close(self) -> None:
         """Stop the heartbeat, and remove the live display."""

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as RichConsole
+from rich.text import Text
 
 from noether import (
     AfterEpoch,
@@ -196,6 +197,13 @@ def test_a_released_console_has_no_heartbeat(timers):
     del target  # as in a loop that raised without closing its run
     timers[0].fire()
     assert len(written.getvalue().splitlines()) == 1
+
+
+def test_tables_and_texts_are_printed_above(console):
+    target, printed = console
+    target.print_above("[bold]text[/bold]")
+    target.print_above(Text("styled", "bold"))
+    assert printed() == ["[bold]text[/bold]", "styled"]
 
 
 # ------------------------------------------------------------------------------------------------ columns
