@@ -1,44 +1,117 @@
-"""`read_run`: a run directory as Python values, also while the run is being written."""
+"""`read_run` and `read_runs`: run directories as Python values, also while the runs are being written."""
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import yaml
 
+from noether.config import ConfigError
+from noether.config.errors import LocatedProblem, Place
+from noether.core.callbacks.improvement import MODES, direction_of
+from noether.core.iteration import TrainingIteration
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.evaluation_logs import EVALUATIONS
 from noether.effects.logs.summary import read_summary
 from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
 from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
-from noether.reports.metric_series import Metrics, read_metrics
-from noether.training.runs.directories import require_run
+from noether.reports.log_lines import LogLines
+from noether.reports.metrics_log import MetricsLog, parse_metrics
+from noether.reports.run_folders import find_runs, require_readable
+from noether.reports.status import find_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from noether.core.callbacks.improvement import Mode
     from noether.effects.checkpoints.manifest import Manifest
+    from noether.reports.metric_series import Best, Metrics, Point
+    from noether.reports.status import RunStatus
+
+_LOGGER: Final = logging.getLogger(__name__)
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Return a run directory as Python values; each part is read when it is first used.
+    """Return a run directory as Python values; each part is read when it is first used, and then stays as it was.
 
-    A run that is being written can be read: an incomplete last line of a log is left out. Call `read_run` again for
-    what was written since.
+    A run that is being written can be read, without its lock: an incomplete last line of a log is left out. Call
+    `read_run` again for what was written since, or follow the log with `noether.reports.metrics_tail.MetricsTail`.
 
     Args:
-        path: The run directory.
+        path: The run directory: of `noether train`, or of a `Session` with `open_run`, which has no `config.yaml`.
 
     Raises:
         ConfigError: If it is not the directory of a run; the message says what to give instead.
+
+    Example:
+        >>> import noether, tempfile
+        >>> with noether.open_run(tempfile.mkdtemp()) as directory:
+        ...     state = noether.TrainState().advance(samples=8)
+        ...     directory.interpreter([noether.LogScalars({"loss": 0.5})], state, noether.AfterUpdate(time_s=0.0))
+        E0_U1_S8  ...
+        >>> run = noether.read_run(directory.path)
+        >>> run.metrics["loss"].values, run.metrics["loss"].points.sample
+        (array([0.5]), array([8]))
     """
     path = Path(path)
-    require_run(path)
+    require_readable(path)
     return RunRecord(path)
+
+
+def read_runs(folder: str | Path) -> list[RunRecord]:
+    """Return the runs in a folder, at most two folders down, as in `RUNS/NAME/RUN_ID`, in the order of their paths.
+
+    A run whose `config.yaml` or `summary.json` is damaged is left out, and a warning is logged.
+
+    Args:
+        folder: The folder, or the directory of one run.
+
+    Raises:
+        ConfigError: If there is no run in it.
+
+    Example:
+        >>> import noether, tempfile, pathlib
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> for name in ("a", "b"):
+        ...     noether.open_run(folder / name).close()
+        >>> [run.run_id for run in noether.read_runs(folder)]
+        ['a', 'b']
+    """
+    runs = []
+    for path in find_runs(Path(folder)):
+        run = RunRecord(path)
+        try:
+            run.config, run.summary  # noqa: B018  # read now, and kept
+        except ConfigError as error:
+            _LOGGER.warning("left out a damaged run: %s", error)
+        else:
+            runs.append(run)
+    return runs
+
+
+class ArtifactRecord(NamedTuple):
+    """An artifact that a run logged.
+
+    Args:
+        key: The key under which it was logged.
+        kind: `figure`, `images`, `histogram`, `table`, `text` or `file`.
+        path: Its file.
+        caption: Its caption, or an empty text.
+        bytes: Size of the file.
+        point: Where it was logged.
+    """
+
+    key: str
+    kind: str
+    path: Path
+    caption: str
+    bytes: int
+    point: Point
 
 
 @final
@@ -57,21 +130,95 @@ class RunRecord:
         """Name of the run directory."""
         return self.path.resolve().name
 
+    @property
+    def name(self) -> str:
+        """The setting `run.name`; without a configuration, the name of the directory."""
+        settings = self.config.get("run")
+        name = settings.get("name") if isinstance(settings, dict) else None
+        return self.run_id if name is None else str(name)
+
+    @property
+    def status(self) -> RunStatus:
+        """Whether the run is being written now, and else how it ended; see `find_status`."""
+        return find_status(self.path, read_summary(self.path / SUMMARY_FILE))
+
+    @property
+    def started_s(self) -> float | None:
+        """When the run started, in seconds since 1970; None if nothing tells."""
+        processes = [each for each in self.provenance.values() if isinstance(each, dict)]
+        times = [time for each in processes if isinstance(time := each.get("started_s"), (int, float))]
+        if not times and len(self.metrics.points):
+            times = [self.metrics.points[0].time_s]
+        return min(times) if times else None
+
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The resolved configuration, as plain values."""
-        content: Mapping[str, Any] = yaml.safe_load((self.path / CONFIG_FILE).read_text(encoding="utf-8"))
+        """The resolved configuration, as plain values; empty for the run of a `Session`, which has none.
+
+        Raises:
+            ConfigError: If the file is damaged.
+        """
+        path = self.path / CONFIG_FILE
+        if not path.is_file():
+            return {}
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise _damage_error(path, error) from error
+        if not isinstance(content, dict):
+            raise _damage_error(path, "it has no settings")
         return content
 
     @cached_property
     def summary(self) -> Mapping[str, Any]:
-        """The entries of `summary.json`."""
-        return read_summary(self.path / SUMMARY_FILE)
+        """The entries of `summary.json`; empty if the run has not written it yet.
+
+        Raises:
+            ConfigError: If the file is damaged.
+        """
+        path = self.path / SUMMARY_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise _damage_error(path, error) from error
+        if not isinstance(content, dict):
+            raise _damage_error(path, "it has no entries")
+        return content
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What each process that trained the run was, by the iteration where it began; empty for older runs."""
+        return self._entry("processes")
+
+    @property
+    def phases(self) -> Mapping[str, Any]:
+        """Where the time of each process went, by the iteration where it began; empty for older runs."""
+        return self._entry("phases")
+
+    @property
+    def metrics(self) -> Metrics:
+        """The logged metrics by key.
+
+        A warning is logged for lines that are damaged; the others are there.
+        """
+        return self._log.metrics
 
     @cached_property
-    def metrics(self) -> Metrics:
-        """The logged metrics by key."""
-        return read_metrics(_whole_lines(self.path / METRICS_FILE))
+    def artifacts(self) -> tuple[ArtifactRecord, ...]:
+        """The logged artifacts in the order of the log; a file may be missing in an incomplete copy of the run."""
+        return tuple(
+            ArtifactRecord(
+                key,
+                str(entry.get("kind", "file")),
+                self.path / str(entry.get("file", "")),
+                str(entry.get("caption", "")),
+                int(entry.get("bytes", 0)),
+                self.metrics.points[line],
+            )
+            for line, key, entry in self._log.artifacts
+        )
 
     @cached_property
     def checkpoints(self) -> tuple[Manifest, ...]:
@@ -91,11 +238,59 @@ class RunRecord:
 
     def events(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of `events.jsonl`, which a run with `trainer.record: events` writes."""
-        return map(json.loads, _whole_lines(self.path / EVENTS_FILE))
+        lines = LogLines(path=self.path / EVENTS_FILE)
+        for block in lines.blocks():
+            yield from (line for line in block if line is not None)
+        lines.report_damage()
+
+    def direction(self, key: str) -> Mode | None:
+        """Return whether higher or lower values of a metric are better; None if nothing tells.
+
+        A callback of the configuration that has the metric as its `metric_key` and a `mode` decides; else the words of
+        the key do.
+        """
+        modes = (each.get("mode") for each in _settings_in(self.config) if each.get("metric_key") == key)
+        return next((mode for mode in modes if mode in MODES), None) or direction_of(key)
+
+    def best(self, key: str) -> Best | None:
+        """Return the best value of a metric and where it was logged first.
+
+        Returns:
+            None if there is no finite value, or if `direction` is None.
+
+        Raises:
+            KeyError: If the run logged no such metric; the message has the nearest key.
+        """
+        mode = self.direction(key)
+        series = self.metrics[key]
+        return None if mode is None else series.best(mode)
+
+    @cached_property
+    def _log(self) -> MetricsLog:
+        lines = LogLines(path=self.path / METRICS_FILE)
+        log = parse_metrics(lines)
+        lines.report_damage()
+        return log
+
+    def _entry(self, name: str) -> Mapping[str, Any]:
+        """Return an entry of the summary by iteration, in the order of iterations; a user's own is left out."""
+        entry = self.summary.get(name)
+        if not isinstance(entry, dict):
+            return {}
+        try:
+            return dict(sorted(entry.items(), key=lambda item: TrainingIteration.parse(item[0]).update))
+        except ValueError:
+            return {}
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file that end with a line break; none if it does not exist."""
-    if path.exists():
-        with path.open("rb") as file:
-            yield from (line for line in file if line.endswith(b"\n"))
+def _damage_error(path: Path, reason: object) -> ConfigError:
+    text = " ".join(str(reason).split())
+    return ConfigError([LocatedProblem(Place(str(path)), (), f"is damaged: {text}; restore or remove it")])
+
+
+def _settings_in(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield each mapping in a configuration."""
+    if isinstance(value, dict):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _settings_in(each)

@@ -81,6 +81,14 @@ class Disk:
         """
         self._call(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def lock_shared(self, file: int) -> None:
+        """Take a shared lock of a file without waiting; it fails only while another open file has an exclusive lock.
+
+        Raises:
+            BlockingIOError: If another open file holds the exclusive lock.
+        """
+        self._call(fcntl.flock, file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
     def write(self, file: int, content: memoryview | bytes) -> int:
         """Write to a file and return how many bytes were written, which may be fewer than given."""
         return int(self._call(os.write, file, content))

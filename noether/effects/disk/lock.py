@@ -16,7 +16,7 @@ import socket
 import sys
 import traceback
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 from noether.core.errors import NoetherError
 from noether.core.text import escape_controls
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from noether.effects.disk.calls import Disk
 
+LockUse = Literal["free", "held", "abandoned", "unknown"]
 LOCK: Final = ".lock"
 _LOGGER: Final = logging.getLogger(__name__)
 _MAX_HOLDER_BYTES: Final = 4096
@@ -98,6 +99,60 @@ class RunLock:
         self._release()
 
 
+def find_lock_use(directory: Path, disk: Disk = DISK) -> LockUse:
+    """Return whether a process writes to a run directory, without creating or changing a file.
+
+    For a moment it has a shared lock, which does not refuse a process that starts to write. It needs no permission to
+    write.
+
+    Args:
+        directory: The directory.
+        disk: The disk.
+
+    Returns:
+        `held` while a process has the lock, `free` if there is none, and `abandoned` if its process ended without
+        releasing it, as after `kill -9`. It is `unknown` if the file system has no locks, or if the lock file names a
+        process on another host: the directory is a copy, or the locks of that host do not reach this one.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> directory = pathlib.Path(tempfile.mkdtemp())
+        >>> lock = RunLock(directory)
+        >>> find_lock_use(directory)
+        'held'
+        >>> lock.release()
+        >>> find_lock_use(directory)
+        'free'
+    """
+    path = directory / LOCK
+    try:
+        file = disk.open_to_read(path)
+    except FileNotFoundError:
+        return "free"
+    except OSError:
+        return "unknown"
+    try:
+        if _is_held(file, disk):
+            return "held"
+        if not disk.is_at(file, path):  # released meanwhile
+            return "free"
+    except OSError:
+        return "unknown"
+    finally:
+        disk.close(file)
+    holder = _read_holder(path, disk)
+    return "abandoned" if holder is None or holder["host"] == socket.gethostname() else "unknown"
+
+
+def _is_held(file: int, disk: Disk) -> bool:
+    """Return whether another open file holds the exclusive lock."""
+    try:
+        disk.lock_shared(file)
+    except BlockingIOError:
+        return True
+    return False
+
+
 _HOLDERS: Final[dict[tuple[int, int], tuple[str]]] = {}
 """Where this process opened the directories that it holds, by device and inode number."""
 
@@ -123,6 +178,9 @@ def _open_locked(path: Path, disk: Disk) -> int:
         try:
             disk.lock(file)
         except BlockingIOError:
+            if not _is_held(file, disk):  # only readers have it, for a moment: see `find_lock_use`
+                disk.close(file)
+                continue
             holder = _describe_holder(path, disk)
             disk.close(file)
             place = escape_controls(f"{path.parent} is in use by {holder}")
@@ -142,11 +200,17 @@ def _open_locked(path: Path, disk: Disk) -> int:
 
 
 def _describe_holder(path: Path, disk: Disk) -> str:
+    holder = _read_holder(path, disk)
+    return "another process" if holder is None else "process {pid} on {host} ({command})".format_map(holder)
+
+
+def _read_holder(path: Path, disk: Disk) -> dict[str, Any] | None:
+    """Return process, host and command of the holder; None if it has not written them yet."""
     try:
         holder = json.loads(read_file(path, disk, limit=_MAX_HOLDER_BYTES))
-        return f"process {holder['pid']} on {holder['host']} ({holder['command']})"
-    except (OSError, ValueError, KeyError, TypeError):  # the holder may not have written its name yet
-        return "another process"
+        return {name: holder[name] for name in ("pid", "host", "command")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write_holder(file: int, path: Path, disk: Disk) -> None:

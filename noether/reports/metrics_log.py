@@ -1,0 +1,162 @@
+"""Parses `metrics.jsonl`: points, values by key, and references to artifacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
+
+import numpy as np
+
+from noether.effects.disk.encoding import NUMBERS
+from noether.reports.metric_series import Metrics, Points
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from noether.reports.log_lines import LogLines
+
+_DTYPES: Final = {"epoch": np.int64, "update": np.int64, "sample": np.int64, "time_s": np.float64, "event": np.str_}
+_POINT_OF: Final = itemgetter(*_DTYPES)
+_ARTIFACTS: Final = "artifacts"
+_WHOLE: Final = frozenset({int, bool})
+_NUMBERS: Final = frozenset({int, bool, float, str})
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MetricsLog:
+    """The content of `metrics.jsonl`.
+
+    Args:
+        metrics: The metrics.
+        artifacts: Index of the line, key and entry of each artifact.
+    """
+
+    metrics: Metrics
+    artifacts: Sequence[tuple[int, str, Mapping[str, Any]]]
+
+
+def parse_metrics(lines: LogLines, blocks: Iterable[list[Any]] | None = None) -> MetricsLog:
+    r"""Return the metrics in a log file; a line that is damaged is left out and recorded in `lines`.
+
+    Args:
+        lines: The file.
+        blocks: Some of its blocks; None for all.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from noether.reports.log_lines import LogLines
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> point = '"event": "after_update", "epoch": 0, "update": 3, "sample": 6, "time_s": 0.5'
+        >>> _ = path.write_text('{' + point + ', "metrics": {"a": "NaN"}}\n')
+        >>> metrics = parse_metrics(LogLines(path=path)).metrics
+        >>> metrics["a"].values, metrics["a"].points.update
+        (array([nan]), array([3]))
+    """
+    columns = _Columns()
+    for block in lines.blocks() if blocks is None else blocks:
+        try:
+            columns.add(block)
+        except _DAMAGE:
+            for number, line in enumerate(block, lines.count + 1):
+                try:
+                    columns.add([line])
+                except _DAMAGE as error:
+                    if number not in lines.damaged:
+                        lines.add_damage(number, f"it is no line of metrics: {type(error).__name__}: {error}")
+    return columns.finish()
+
+
+_DAMAGE: Final = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
+
+class _Part(NamedTuple):
+    """Values of one metric on some lines."""
+
+    lines: NDArray[np.int64]
+    values: NDArray[Any]
+
+
+class _Columns:
+    """Collects blocks of lines as arrays."""
+
+    def __init__(self) -> None:
+        self._points: list[Points] = []
+        self._parts: dict[str, list[_Part]] = {}
+        self._artifacts: list[tuple[int, str, Mapping[str, Any]]] = []
+        self._count = 0
+
+    def add(self, block: list[Any]) -> None:
+        """Add all lines of a block, or none if one is damaged."""
+        if not block:
+            return
+        fields = zip(*map(_POINT_OF, block), strict=True)
+        points: dict[str, Any] = {
+            name: np.array(each, dtype) for each, (name, dtype) in zip(fields, _DTYPES.items(), strict=True)
+        }
+        parts: list[tuple[str, _Part]] = []
+        for keys, members in _group_by_keys([line["metrics"] for line in block]).items():
+            lines = np.array([*members]) + self._count
+            rows = zip(*map(dict.values, members.values()), strict=True)
+            parts += [(key, _Part(lines, _to_array(row))) for key, row in zip(keys, rows, strict=True)]
+        artifacts = [
+            (self._count + index, key, dict(entry))
+            for index, line in enumerate(block)
+            if _ARTIFACTS in line
+            for key, entry in line[_ARTIFACTS].items()
+        ]
+        self._points.append(Points(**points))
+        self._artifacts += artifacts
+        for key, part in parts:
+            self._parts.setdefault(key, []).append(part)
+        self._count += len(block)
+
+    def finish(self) -> MetricsLog:
+        """Return all that was added."""
+        points = Points(
+            **{
+                name: np.concatenate([np.zeros(0, dtype), *(getattr(each, name) for each in self._points)])
+                for name, dtype in _DTYPES.items()
+            }
+        )
+        joined: dict[tuple[int, ...], NDArray[np.int64]] = {}  # keys that were logged together share their lines
+        columns = {}
+        for key, parts in self._parts.items():
+            identity = tuple(id(part.lines) for part in parts)
+            if identity not in joined:
+                joined[identity] = np.concatenate([part.lines for part in parts])
+            lines, values = joined[identity], np.concatenate([part.values for part in parts])
+            if np.any(lines[1:] < lines[:-1]):  # other keys were logged with it on some lines of a block
+                order = np.argsort(lines)
+                lines, values = lines[order], values[order]
+            columns[key] = (lines, values)
+        return MetricsLog(metrics=Metrics(points, columns), artifacts=self._artifacts)
+
+
+def _group_by_keys(metrics: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[int, dict[str, Any]]]:
+    """Return the metrics of lines by index, grouped by their keys."""
+    keys = list(map(tuple, metrics))
+    if keys.count(keys[0]) == len(keys):  # the usual case
+        return {keys[0]: dict(enumerate(metrics))}
+    groups: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    for index, (key, each) in enumerate(zip(keys, metrics, strict=True)):
+        groups.setdefault(key, {})[index] = each
+    return groups
+
+
+def _to_array(values: Sequence[Any]) -> NDArray[Any]:
+    """Return numbers as an array; names such as `NaN` become the numbers that they stand for."""
+    types = set(map(type, values))
+    if not types <= _NUMBERS:
+        raise TypeError(f"a metric is a {next(iter(types - _NUMBERS)).__name__} and not a number")
+    if types <= _WHOLE:
+        try:
+            return np.array(values, np.int64)
+        except OverflowError:
+            return np.array(values, np.float64)
+    if str in types:
+        values = [NUMBERS[value] if type(value) is str else value for value in values]
+    return np.array(values, np.float64)

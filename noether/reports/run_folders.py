@@ -1,0 +1,84 @@
+"""Finds the directories of runs."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from noether.config import ConfigError
+from noether.config.errors import LocatedProblem, Place
+from noether.core.text import count_of
+from noether.effects.checkpoints.manifest import MANIFEST
+from noether.effects.never_saved import NEVER_SAVED
+from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
+from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_LOGS: Final = (METRICS_FILE, SUMMARY_FILE, EVENTS_FILE, NEVER_SAVED)
+_LEVELS: Final = 2  # below OUTPUT, there are NAME and RUN_ID
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Return the directories of runs in a folder, at most two folders down, or the folder itself if it is a run.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    runs = list(_runs_below(folder, _LEVELS))
+    if not runs and (folder / CONFIG_FILE).is_file():
+        return [folder]
+    if not runs:
+        what = "has no run in it" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
+        raise _problem(folder, f"{what}; give a run such as runs/NAME/RUN_ID, or a folder of runs")
+    return runs
+
+
+def require_readable(path: Path) -> None:
+    """Raise an error that says what to give instead if `path` is not the directory of a run that can be read.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if _has_logs(path):
+        return
+    for parent in path.absolute().parents:
+        if _has_logs(parent):
+            raise _problem(path, f"lies in the directory of a run; give {parent}")
+    runs = list(_runs_below(path, _LEVELS))
+    if not runs and (path / CONFIG_FILE).is_file():
+        return
+    fix = "give one like runs/NAME/RUN_ID"
+    if runs:
+        newest = max(runs, key=lambda run: run.stat().st_mtime)
+        count = count_of(len(runs), "run")
+        fix = f"the newest of the {count} in it is {newest}" if len(runs) > 1 else f"the run in it is {newest}"
+    what = "is not the directory of a run" if path.exists() else "does not exist"
+    raise _problem(path, f"{what}; {fix}")
+
+
+def _runs_below(path: Path, levels: int) -> Iterator[Path]:
+    if _has_logs(path):
+        yield path
+    elif path.is_dir():
+        below: list[Path] = []
+        if levels:
+            folders = sorted(each.path for each in os.scandir(path) if each.is_dir() and not each.name.startswith("."))
+            for folder in folders:
+                below += _runs_below(path.__class__(folder), levels - 1)
+        # A folder of runs may contain a configuration, too; a run that has logged nothing has only that.
+        is_new = not below and levels < _LEVELS and (path / CONFIG_FILE).is_file()
+        yield from [path] if is_new else below
+
+
+def _has_logs(path: Path) -> bool:
+    """Return whether a directory has what only a run has."""
+    if any((path / name).is_file() for name in _LOGS):
+        return True
+    return any((path / CHECKPOINTS).glob(f"*/{MANIFEST}"))
+
+
+def _problem(path: Path, text: str) -> ConfigError:
+    return ConfigError([LocatedProblem(Place(str(path)), (), text)])
