@@ -188,6 +188,26 @@ def export(run_dir: Path, checkpoint: str, target: Path, weights: str | None) ->
 
 
 @main.command()
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "target",
+    metavar="FILE.html",
+    type=click.Path(path_type=Path),
+    help="The file to write; by default report.html, in RUN_DIR if there is one run.",
+)
+def report(run_dirs: tuple[Path, ...], target: Path | None) -> None:
+    """Write charts and tables of runs to one HTML file, which needs no network.
+
+    The runs may be in training.
+    """
+    from noether.cli import report as command
+
+    with _errors_as_messages():
+        command.report(run_dirs, target)
+
+
+@main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option(
     "--callbacks",

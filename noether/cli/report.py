@@ -1,0 +1,66 @@
+"""`noether report`: writes the report of runs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from noether.cli.output import echo
+from noether.config import ConfigError
+from noether.config.errors import LocatedProblem, Place
+from noether.core.errors import NoetherError
+from noether.effects.disk.files import os_error_text
+from noether.reports.html.page import GENERATOR
+from noether.reports.html.report import write_report
+from noether.reports.run_record import read_run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_NAME = "report.html"
+_HEAD_BYTES = 2000  # where the mark of a report is
+
+
+def report(run_dirs: Sequence[Path], target: Path | None) -> None:
+    """Write the report of some runs, and print its path.
+
+    Args:
+        run_dirs: The run directories, at least one.
+        target: The file; None for `report.html`, in the directory of a single run, else in the working directory.
+
+    Raises:
+        ConfigError: If one is not the directory of a run, or the file exists and is no report.
+        NoetherError: If bokeh is not installed.
+        OSError: If the file cannot be written.
+    """
+    runs = [read_run(path) for path in dict.fromkeys(run_dirs)]
+    if find_spec("bokeh") is None:
+        raise NoetherError("bokeh, which draws the charts, is not installed; run: pip install 'noether[report]'")
+    if target is None:
+        target = runs[0].path / _NAME if len(runs) == 1 else Path(_NAME)
+    _check_target(target)
+    try:
+        write_report(runs, target)
+    except OSError as error:
+        raise OSError(f"{target} could not be written: {os_error_text(error)}; give another file by --to") from error
+    echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+def _check_target(target: Path) -> None:
+    problem = None
+    if target.is_dir():
+        problem = f"is a folder; write {target / _NAME}"
+    elif target.suffix.lower() not in {".html", ".htm"}:
+        problem = f"is the name of another kind of file; write {target.name}.html"
+    elif not target.parent.is_dir():
+        problem = f"the folder {str(target.parent)!r} does not exist; create it first"
+    elif target.exists() and not _is_report(target):
+        problem = "exists already and is no report; remove it, or give another name"
+    if problem is not None:
+        raise ConfigError([LocatedProblem(Place(f"--to {target}"), (), problem)])
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(_HEAD_BYTES)

@@ -1,0 +1,37 @@
+"""`noether report` on the command line."""
+
+from click.testing import CliRunner
+
+import noether
+from noether.cli.main import main
+
+
+def run_report(*arguments):
+    return CliRunner().invoke(main, ["report", *map(str, arguments)])
+
+
+def make_run(path, values=(1.0, 0.5)):
+    with noether.open_run(path) as directory:
+        (path / "config.yaml").write_text("run: {name: mine}\n")
+        state = noether.TrainState()
+        for value in values:
+            state = state.advance(samples=4)
+            directory.interpreter([noether.LogScalars({"loss": value})], state, noether.AfterUpdate(time_s=1.0))
+    return path
+
+
+def test_the_report_of_a_run_is_one_file_in_its_directory(tmp_path):
+    run = make_run(tmp_path / "run")
+    result = run_report(run)
+    assert result.stdout.startswith(f"{run / 'report.html'}: 1.3 MB")
+    page = (run / "report.html").read_text()
+    assert "from 1 at update 1 to 0.5 at update 2" in page
+
+
+def test_a_file_that_is_no_report_stays(tmp_path):
+    run, target = make_run(tmp_path / "run"), tmp_path / "thesis.html"
+    target.write_text("<p>my thesis</p>")
+    result = run_report(run, "--to", target)
+    assert result.exit_code == 2
+    assert "exists already and is no report" in result.stderr
+    assert target.read_text() == "<p>my thesis</p>"
