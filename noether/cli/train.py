@@ -12,6 +12,7 @@ from noether.cli.ranks import announce
 from noether.config import load
 from noether.distributed.failures import RankError
 from noether.distributed.launch import launched_rank
+from noether.planning.warnings import find_start_warnings
 from noether.training.error_locations import describe_error
 from noether.training.runs.ending import failure_of
 from noether.training.runs.interruption import Interruption
@@ -33,7 +34,7 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
         ConfigError: If the configuration is wrong; this creates no directory.
     """
     config = load(config_path, settings, allow)
-    return _run(partial(start_run, config, allow), allow)
+    return _run(partial(start_run, config, allow, find_warnings=find_start_warnings), allow)
 
 
 def resume(
@@ -61,6 +62,7 @@ def resume(
         continue_stopped=continue_stopped,
         checkpoint=checkpoint,
         into=into,
+        find_warnings=find_start_warnings,
     )
     return _run(continuing, allow)
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from noether.effects.checkpoints.saver import OnError
     from noether.effects.disk.calls import Disk
     from noether.effects.logs.jsonl import ToLine
+    from noether.effects.logs.run_panels import RunPanel
     from noether.effects.run_logs import LogService
 
     Interpret = Callable[[Effects, TrainState, Event], None]
@@ -209,6 +210,21 @@ class RunDirectory:
     def peak_bytes(self, state: TrainState) -> int:
         """Return the peak memory of the device of a state, or of this process, since it started."""
         return self._peak_memory.read(state)
+
+    @property
+    def shows_panels(self) -> bool:
+        """Whether the console is a terminal or a notebook."""
+        return self._logs.shows_panels
+
+    def write_panel(self, panel: RunPanel) -> None:
+        """Write a panel to the console; a no-op on ranks other than 0."""
+        if self.writes:
+            self._logs.write_panel(panel)
+
+    def write_notice(self, text: str) -> None:
+        """Write a line to the console at once, from any thread; a no-op on ranks other than 0."""
+        if self.writes:
+            self._logs.write_notice(text)
 
     def check_location(self) -> None:
         """Raise an error if the run is closed, or its directory is not where it was opened.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from noether.effects.disk.calls import Disk
     from noether.effects.interpreter import Handler
     from noether.effects.logs.console import Console
+    from noether.effects.logs.run_panels import RunPanel
     from noether.effects.run_access import RunAccess
 
 METRICS_FILE: Final = "metrics.jsonl"
@@ -171,6 +172,19 @@ class RunLogs:
             SaveTensors: [guard("tensors", self._save_tensors)],
             ShowProgress: [guard("console", console.show_progress)],
         }
+
+    @property
+    def shows_panels(self) -> bool:
+        """Whether the console is a terminal or a notebook."""
+        return self._console.shows_panels
+
+    def write_panel(self, panel: RunPanel) -> None:
+        """Write a panel to the console; errors are reported and counted."""
+        self.guard("console", self._console.write_panel)(panel)
+
+    def write_notice(self, text: str) -> None:
+        """Write a line to the console at once, from any thread; likewise."""
+        self.guard("console", self._console.write_notice)(text)
 
     def flush_files(self) -> None:
         """Write the buffers of all files to the operating system; errors are reported and counted.

@@ -97,7 +97,7 @@ def plan_callback(configured: ConfiguredCallback, probe: Probe, *, evaluate_firs
         evaluate_first: Whether the run evaluates before the first update.
     """
     callback, run = configured.callback, probe.run
-    events = tuple(kind for kind in EVENTS if listens_to(callback, kind) and (kind is not AtEval or evaluate_first))
+    events = _events(callback, evaluate_first=evaluate_first)
     occasions = _occasions(callback, events, run)
     result, probe_error, save_error = ProbeResult((), stops=False), None, None
     try:
@@ -119,6 +119,28 @@ def plan_callback(configured: ConfiguredCallback, probe: Probe, *, evaluate_firs
         probe_error=probe_error,
         save_error=save_error,
     )
+
+
+def plan_firings(configured: ConfiguredCallback, run: Run, *, evaluate_first: bool = False) -> PlannedCallback:
+    """Return when one callback will fire, without calling it, so without what it requests."""
+    callback = configured.callback
+    occasions = _occasions(callback, _events(callback, evaluate_first=evaluate_first), run)
+    return PlannedCallback(
+        callback=callback,
+        path=configured.path,
+        occasions=occasions,
+        firings=firings(occasions, run),
+        requests=(),
+        checkpoints=None,
+        evaluations=_evaluations(callback, occasions, run),
+        stops=False,
+        probe_error=None,
+        save_error=None,
+    )
+
+
+def _events(callback: Callback, *, evaluate_first: bool) -> tuple[type[Event], ...]:
+    return tuple(kind for kind in EVENTS if listens_to(callback, kind) and (kind is not AtEval or evaluate_first))
 
 
 def _occasions(callback: Callback, events: tuple[type[Event], ...], run: Run) -> Occasions:

@@ -10,6 +10,7 @@ from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.schedules.forecast import Occasions, firings
 from noether.core.schedules.schedule import INTERVALS
 from noether.core.text import count_of
+from noether.planning.planned_callback import plan_firings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.planning.planned_callback import PlannedCallback
     from noether.planning.requests import SaveRequest
+    from noether.training.experiment import Experiment
 
 _CHECKPOINTS: Final = "noether.core.callbacks.CheckpointCallback"
 
@@ -36,11 +38,27 @@ def find_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) 
             why = each.save_error.removeprefix("model_names: ")
             path = each.path if why == each.save_error else (*each.path, "model_names")
             yield _warning(config, path, f"{each.name} requests a checkpoint that cannot be saved: {why}")
+    yield from _setting_warnings(config, planned, run)
+    if not any(each.probe_error or each.save_error for each in planned):
+        yield from _unsaved_weights_warnings(config, planned, run)
+
+
+def find_start_warnings(experiment: Experiment) -> list[str]:
+    """Return the warnings about a run that need no call of a callback, for the start of the run.
+
+    Args:
+        experiment: The run.
+    """
+    config, run = experiment.config, experiment.run
+    planned = [plan_firings(each, run, evaluate_first=config.trainer.evaluate_first) for each in experiment.callbacks]
+    return [str(each) for each in _setting_warnings(config, planned, run)]
+
+
+def _setting_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) -> Iterator[LocatedProblem]:
+    for each in planned:
         if not _interval_is_reached(each, run):
             yield _interval_warning(config, each, run)
     yield from _schedule_warnings(config, run)
-    if not any(each.probe_error or each.save_error for each in planned):
-        yield from _unsaved_weights_warnings(config, planned, run)
 
 
 def _warning(config: Config, path: SettingPath, message: str) -> LocatedProblem:

@@ -215,7 +215,8 @@ def test_on_a_terminal_the_progress_bar_is_live_and_then_removed(tmp_path):
     assert re.search(rf"run .*\d+/342 +epoch 0/9 +sample \d+/10845 +{pace} +0:\d\d:\d\d left", plain)
     assert re.search(r"next .*\d+/20 +in 0:00:\d\d", plain)
     assert " end in " not in plain
-    assert plain.rstrip().splitlines()[-1].startswith(f"ended at {END}")
+    assert f"─ ended at {END}" in plain
+    assert plain.rstrip().splitlines()[-1].startswith("continue  noether train --resume ")
     assert "loss/val/cross_entropy/ema=0.5" in plain
 
 

@@ -49,6 +49,8 @@ def test_a_run_interrupted_by_a_signal_can_be_resumed(paper, tmp_path, holding, 
     output, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (128 + number, "")
     run = only_run(tmp_path / "paper")
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert output.count(f"{name}: stopping after this update and saving; again: end now without saving\n") == 1
     assert output.splitlines()[-2:] == [
         f"interrupted at E1_U20_S80; the run is in {run}",
         f"resume with: noether train --resume {run}",

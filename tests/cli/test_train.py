@@ -293,7 +293,7 @@ def test_the_digits_are_learned(tmp_path):
 def test_a_closed_output_pipe_does_not_end_the_run(folder):
     """As in `noether train ... | head`, which closes the pipe after some lines."""
     with start("train", "small.yaml", cwd=folder) as process:
-        assert process.stdout.readline().startswith("E0_U0_S0")
+        assert process.stdout.readline().startswith("directory  out/small/")
         process.stdout.close()
         errors = process.stderr.read()
     assert errors.count("console failed and may have lost log entries; training continues") == 1

@@ -20,6 +20,7 @@ from rich.text import Text
 from noether.core.event import AfterTraining, AfterUpdate
 from noether.core.text import escape_controls
 from noether.effects.logs.progress_bar import LiveProgress, describe_progress, is_live
+from noether.effects.logs.run_panels import command_lines, plain_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from noether.core.effect import LogScalars, LogText, ShowProgress
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.logs.run_panels import RunPanel
 
 _UPDATE_INTERVAL_S: Final = 1.0
 _HEARTBEAT_S: Final = 300.0
@@ -74,7 +76,7 @@ class Console:
             return
         if is_update:
             self._last_update_s = event.time_s
-        metrics = {key: value for key, value in metrics.items() if not _repeats_single_loss(key, metrics)}
+        metrics = {key: value for key, value in metrics.items() if not repeats_single_loss(key, metrics)}
         width = self._console.width if self._is_terminal else _DEFAULT_WIDTH
         self._write(_add_label(state, format_columns(metrics, width - len(_add_label(state, [""])))), event)
 
@@ -94,6 +96,27 @@ class Console:
             self._print(renderable)
         else:
             self._console.print(renderable, markup=False, emoji=False, soft_wrap=isinstance(renderable, str))
+
+    @property
+    def shows_panels(self) -> bool:
+        """Whether panels have a border and colours: on a terminal and in a notebook."""
+        return self._console.is_jupyter or (self._is_terminal and not self._console.is_dumb_terminal)
+
+    def write_panel(self, panel: RunPanel) -> None:
+        """Write a panel, in place of the live display; its commands are never broken into lines."""
+        if self._live is not None:
+            self._live.stop()
+        if not self.shows_panels:
+            self._print("\n".join(plain_lines(panel)))
+            return
+        self._console.print(panel, soft_wrap=False)
+        for line in command_lines(panel):
+            self._console.print(line, soft_wrap=True)
+
+    def write_notice(self, text: str) -> None:
+        """Write a line at once, from any thread; a terminal may have echoed ^C before it."""
+        is_apart = self._is_terminal and (self._live is None or not self._live.is_shown)
+        self._print("\n" * is_apart + escape_controls(text))
 
     def close(self) -> None:
         """Stop the heartbeat, and remove the live display."""
@@ -178,7 +201,7 @@ def _add_label(state: TrainState, lines: Sequence[str]) -> str:
     return "\n".join(f"{label if number == 0 else ' ' * len(label)}{line}" for number, line in enumerate(lines))
 
 
-def _repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
+def repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
     """Return whether a metric is the total of one single loss, which is shown already."""
     parts = key.split("/")
     if "total" not in parts:

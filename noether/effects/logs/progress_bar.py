@@ -78,6 +78,11 @@ class LiveProgress:
         for task, bar in enumerate(bars):
             self._progress.update(TaskID(task), **bar)  # type: ignore[union-attr, arg-type]  # started; fields by name
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the display is on the terminal."""
+        return self._progress is not None
+
     def stop(self) -> None:
         """Remove the display; `show` starts it again."""
         if self._progress is not None:

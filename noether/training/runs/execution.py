@@ -23,14 +23,16 @@ from noether.effects.run_logs import SUMMARY_FILE
 from noether.session.phases import PhaseTimes
 from noether.training.data.interruptible import interruptible
 from noether.training.replicated.step import ReplicatedStep
+from noether.training.runs.end_panel import describe_end
 from noether.training.runs.ending import Ending
 from noether.training.runs.services import add_handlers
+from noether.training.runs.start_panel import describe_start
 from noether.training.runs.timed_saves import TimedSaves
 from noether.training.step.compiled import CompiledStep
 from noether.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from noether.core.iteration import TrainingIteration
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from noether.training.experiment import Experiment
     from noether.training.runs.interruption import Interruption
     from noether.training.step.step import Step
+
+    FindWarnings = Callable[[Experiment], Sequence[str]]
 
 _LOGGER: Final = logging.getLogger(__name__)
 _WORLD_SIZE: Final = "world_size"
@@ -94,6 +98,11 @@ class TrainedRun:
         return f"{what} at {self.state.iteration}{f': {reason}' if reason else ''}"
 
 
+def no_warnings(experiment: Experiment) -> Sequence[str]:  # noqa: ARG001  # as `FindWarnings`
+    """Return no warnings."""
+    return ()
+
+
 def execute(
     experiment: Experiment,
     directory: RunDirectory,
@@ -102,6 +111,8 @@ def execute(
     resumed: bool,
     interruption: Interruption,
     notify: Callable[[str], None],
+    allow: Sequence[str] = (),
+    find_warnings: FindWarnings = no_warnings,
 ) -> TrainedRun:
     """Train from `state` to the end of the run, or until it is interrupted.
 
@@ -112,6 +123,8 @@ def execute(
         resumed: Whether the state is that of a checkpoint.
         interruption: Receives signals during training; its clock counts `trainer.max_hours`.
         notify: Receives a line for the user at the end.
+        allow: Further prefixes of modules that `kind` may name, for the commands that the run suggests.
+        find_warnings: Returns what may be wrong with the plan of the run.
 
     Raises:
         TimeLimitError: If `trainer.max_hours` passed before an update was completed, in a process that torchrun has not
@@ -120,6 +133,10 @@ def execute(
     max_hours = experiment.config.trainer.max_hours
     ranks = experiment.ranks
     interruption.limit_time(max_hours, counts=ranks.is_first)
+    interruption.announce = directory.write_notice
+    if directory.writes:
+        warnings = find_warnings(experiment)
+        directory.write_panel(describe_start(experiment, directory.path, state, warnings))
     interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
     phases = PhaseTimes(interpreter, directory, state)
     interpret: Interpret = phases
@@ -158,10 +175,16 @@ def execute(
         world_size=ranks.world_size,
     )
     write_ending(run, experiment, interpreter, phases.entry(final))
+    if directory.writes:
+        summary = read_summary(directory.path / SUMMARY_FILE)
+        pointers = directory.checkpoints.pointers()
+        times = phases.read(final)
+        directory.write_panel(describe_end(run, experiment, begin, times, summary, pointers, allow=allow))
     is_saved = finished or directory.checkpoints.holds(final)  # for a state with shards every rank asks
-    if not finished and ranks.is_first:
-        notify(f"saved {final.iteration}" if is_saved else "nothing is saved: the first update was not completed")
-    notify(f"{run.ending}; the run is in {directory.path}")
+    if not directory.shows_panels:  # which say the same
+        if not finished and ranks.is_first:
+            notify(f"saved {final.iteration}" if is_saved else "nothing is saved: the first update was not completed")
+        notify(f"{run.ending}; the run is in {directory.path}")
     if interruption.is_time_over and not interruption.is_restarted and not finished and final.iteration == begin:
         raise TimeLimitError(
             f"trainer.max_hours: {max_hours:g} is too short: the process ends where it began, at {final.iteration}, "

@@ -5,6 +5,7 @@ A signal while the run waits for a process that loads samples ends the wait.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import threading
@@ -55,13 +56,18 @@ class Interruption:
         self._is_time_over = False
         self.is_restarted = False
         """Whether the time counts from the start of an earlier process."""
+        self.announce: Callable[[str], None] = lambda text: None  # noqa: ARG005  # names the argument
+        """Says once what the interruption does; called in another thread after a signal."""
         self._outer = WAITING.interrupted  # of an enclosing block
         self._previous: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
         """Return whether a signal was received or the time is over."""
         if self._received is None and self._max_hours is not None and self._counts_time:
-            self._is_time_over = self._is_time_over or self._elapsed_s() - self._began_s >= self._max_hours * _HOUR_S
+            was_over = self._is_time_over
+            self._is_time_over = was_over or self._elapsed_s() - self._began_s >= self._max_hours * _HOUR_S
+            if self._is_time_over and not was_over:
+                self.announce(f"{self.reason}: stopping, and saving the run")
         return self._received is not None or self._is_time_over
 
     def limit_time(self, hours: float | None, *, counts: bool = True) -> None:
@@ -156,7 +162,13 @@ class Interruption:
                 signal.signal(each, signal.SIG_DFL)
         else:
             self.restore_handlers()
+        # In another thread, because this one may hold the locks of the stream.
+        _thread.start_new_thread(self.announce, (self._describe_signal(number),))
         WAITING.leave()
+
+    def _describe_signal(self, number: int) -> str:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        return f"{name}: stopping after this update and saving; again: end now without saving"
 
 
 _ACTIVE: Final[weakref.WeakSet[Interruption]] = weakref.WeakSet()

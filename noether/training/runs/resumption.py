@@ -39,7 +39,7 @@ from noether.training.runs.agreement import (
 from noether.training.runs.branching import check_newest, check_target, load_resumable, make_branch
 from noether.training.runs.directories import find_run, load_run_config, move_run, target_directory
 from noether.training.runs.ending import record_refusal
-from noether.training.runs.execution import TrainedRun, execute, write_ending
+from noether.training.runs.execution import TrainedRun, execute, no_warnings, write_ending
 from noether.training.runs.services import check_services
 from noether.training.runs.stops import clear_stop
 from noether.training.runs.value_jumps import describe_jumps
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.effects import CheckpointStore, RunDirectory
     from noether.training.experiment import Experiment
+    from noether.training.runs.execution import FindWarnings
     from noether.training.runs.interruption import Interruption
 
 
@@ -68,6 +69,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
     into: Path | None = None,
     interruption: Interruption,
     notify: Callable[[str], None],
+    find_warnings: FindWarnings = no_warnings,
 ) -> TrainedRun:
     """Resume a run from its newest checkpoint, or start it again if it never saved one.
 
@@ -85,6 +87,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         into: Directory of the new run; None to resume the run itself.
         interruption: Receives signals during training.
         notify: Receives lines for the user.
+        find_warnings: Returns what may be wrong with the plan of the run.
 
     Raises:
         ConfigError: As `load_run_config`, or if the checkpoint is not one to resume from, a dropped memory does not
@@ -105,7 +108,8 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
     # Without options, the same command once more does the same.
     if any(options) and (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
         return resume_run(Path(begun), (), allow, (), interruption=interruption, notify=notify)
-    proceed = partial(_continue, restart=restart, interruption=interruption, notify=notify)
+    execution = partial(execute, interruption=interruption, notify=notify, allow=allow, find_warnings=find_warnings)
+    proceed = partial(_continue, restart=restart, execution=execution, notify=notify)
     if run_dir != given:
         notify(f"{given} moved to {run_dir}")
     old, config = load_run_config(run_dir, (), allow), load_run_config(run_dir, overrides, allow)
@@ -187,7 +191,7 @@ def _continue(
     notes: Sequence[str],
     *,
     restart: Restart,
-    interruption: Interruption,
+    execution: Callable[..., TrainedRun],
     notify: Callable[[str], None],
 ) -> TrainedRun:
     """Train from `state` in the open directory of the run; do nothing if the run has ended."""
@@ -219,7 +223,7 @@ def _continue(
         restart.note(str(directory.path.resolve()))
     resumed = state is not None
     state = experiment.state if state is None else state
-    return execute(experiment, directory, state, resumed=resumed, interruption=interruption, notify=notify)
+    return execution(experiment, directory, state, resumed=resumed)
 
 
 def _ways_to_continue(run: TrainedRun, experiment: Experiment) -> str:

@@ -30,7 +30,7 @@ from noether.training.runs.agreement import (
     notify_once,
     open_on_ranks,
 )
-from noether.training.runs.execution import execute
+from noether.training.runs.execution import execute, no_warnings
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
 from noether.training.runs.services import check_services
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from noether.config import Config
-    from noether.training.runs.execution import TrainedRun
+    from noether.training.runs.execution import FindWarnings, TrainedRun
 
 _LOGGER: Final = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
         ... }
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = train(config, output=folder)
+        directory  ...
         >>> run.ending, run.directory.parent.name
         ('ended at E0_U2_S16', 'digits')
     """
@@ -138,7 +139,12 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
 
 @leave_at_end()
 def start_run(
-    config: Config, allow: Sequence[str] = (), *, interruption: Interruption, notify: Callable[[str], None]
+    config: Config,
+    allow: Sequence[str] = (),
+    *,
+    interruption: Interruption,
+    notify: Callable[[str], None],
+    find_warnings: FindWarnings = no_warnings,
 ) -> TrainedRun:
     """Train a configuration in a new run directory; a process that torchrun restarts resumes the run that it began.
 
@@ -147,6 +153,7 @@ def start_run(
         allow: Further prefixes of modules that `kind` may name.
         interruption: Receives signals during training.
         notify: Receives lines for the user.
+        find_warnings: Returns what may be wrong with the plan of the run.
 
     Raises:
         ConfigError: If the configuration is wrong; this creates no directory.
@@ -172,7 +179,16 @@ def start_run(
             replace_text(directory.path / CONFIG_FILE, dump(config))
             restart.note(str(directory.path.resolve()))
         state = experiment.state
-        return execute(experiment, directory, state, resumed=False, interruption=interruption, notify=notify)
+        return execute(
+            experiment,
+            directory,
+            state,
+            resumed=False,
+            interruption=interruption,
+            notify=notify,
+            allow=allow,
+            find_warnings=find_warnings,
+        )
 
 
 def _make_run_directory(folder: Path) -> Path:

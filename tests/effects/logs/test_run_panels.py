@@ -1,0 +1,97 @@
+"""Panels fit the width of the terminal, lose nothing, and break only words that are longer than a line."""
+
+import io
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console as RichConsole
+
+from noether.effects.logs.console import Console
+from noether.effects.logs.run_panels import RunPanel, Table, layout, plain_lines, wrap_words
+
+WORDS = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=30)
+TEXTS = st.lists(WORDS, min_size=1, max_size=4).map(" ".join)
+NAMES = st.text("abc ", min_size=1, max_size=14)
+FACTS = st.lists(st.tuples(NAMES, st.lists(TEXTS, min_size=1, max_size=4)), max_size=3)
+TABLES = st.builds(
+    lambda rows: Table(("metric", "last", "best"), rows),
+    st.lists(st.tuples(WORDS, st.text("0123.", max_size=9), st.text("0123.", max_size=9)), max_size=3),
+)
+PANELS = st.builds(
+    lambda title, facts, table: RunPanel(title=title, facts=facts, table=table),
+    TEXTS,
+    FACTS,
+    st.one_of(st.none(), TABLES),
+)
+WIDTHS = st.integers(4, 120)
+
+
+def squeezed(text):
+    return "".join(text.split())
+
+
+@given(text=TEXTS, width=st.integers(2, 100))
+def test_wrapped_lines_fit_and_only_longer_words_are_broken(text, width):
+    lines = wrap_words(text, width)
+    assert all(cell_len(line) <= width for line in lines)
+    assert squeezed("".join(lines)) == squeezed(text)
+    whole = [word for word in text.split() if cell_len(word) <= width]
+    remaining = " ".join(lines).split()
+    for word in whole:
+        assert word in remaining
+        remaining.remove(word)
+
+
+def text_of(panel, width):
+    return ["".join(part for part, _ in line) for line in layout(panel, width)]
+
+
+@given(panel=PANELS, width=WIDTHS)
+def test_no_line_of_a_panel_is_wider_than_the_terminal(panel, width):
+    assert all(cell_len(line) <= width for line in text_of(panel, width))
+
+
+@given(panel=PANELS, width=WIDTHS)
+def test_a_panel_shows_every_fact_and_value(panel, width):
+    rows = [] if panel.table is None else panel.table.rows
+    values = [text for texts in (*(entries for _, entries in panel.facts), *rows) for text in texts]
+    assert Counter(squeezed("".join(values))) <= Counter(squeezed("".join(text_of(panel, width))))
+
+
+@given(panel=PANELS, width=st.integers(12, 120))
+def test_the_border_fits_too(panel, width):
+    console = RichConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(panel)
+    assert all(cell_len(line) <= width for line in console.file.getvalue().splitlines())
+
+
+@given(panel=PANELS)
+def test_without_a_terminal_each_fact_is_one_line(panel):
+    lines = plain_lines(panel)
+    rows = 0 if panel.table is None or not panel.table.rows else len(panel.table.rows) + 1
+    assert len(lines) == len(panel.facts) + rows
+
+
+PANEL = RunPanel(
+    title="run digits",
+    facts=[("directory", ["runs/digits/[bold]1"]), ("data", ["train 1 sample", "val\x1b[2J 2 samples"])],
+    table=Table(("metric", "last", "best"), [("val/accuracy", "nan", "")]),
+    commands=[("show", f"noether show {'runs/' * 30}")],
+)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_markup_and_controls_are_shown_as_text_and_commands_stay_in_one_piece(is_terminal):
+    file = io.StringIO()
+    rich = RichConsole(file=file, width=60, force_terminal=is_terminal, color_system=None, soft_wrap=not is_terminal)
+    Console(rich).write_panel(PANEL)
+    shown = file.getvalue()
+    assert "runs/digits/[bold]1" in shown
+    assert r"val\x1b[2J 2 samples" in shown
+    assert f"show  {' ' * 5 * (not is_terminal)}noether show {'runs/' * 30}" in shown
+    assert ("╭─ run digits" in shown) == is_terminal
+    assert "best" not in shown  # a column without entries
+    assert shown.count("nan") == 1

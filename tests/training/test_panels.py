@@ -1,0 +1,92 @@
+"""What a run says of itself at its start and at its end."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny_runs import CALLBACKS, make_config
+
+from noether.cli.train import start
+from noether.config import load
+from noether.planning.warnings import find_start_warnings
+from noether.training.experiment import build
+from noether.training.runs.train import train
+
+BEST = {"kind": f"{CALLBACKS}.BestCheckpointCallback", "every_n_epochs": 1, "metric_key": "loss/val/square"}
+EVALUATE = {"kind": f"{CALLBACKS}.OfflineLossCallback", "every_n_epochs": 1, "dataset_key": "val"}
+
+
+@pytest.fixture
+def shown(capsys, tiny_module):
+    """Return a function that gives the lines that were printed since its last call, by their first word."""
+
+    def read():
+        lines = capsys.readouterr().out.splitlines()
+        begins = [number for number, line in enumerate(lines) if line.startswith("directory ")]
+        blocks = [lines[begin:] for begin in begins]
+        return [{line.split("  ")[0]: line.partition("  ")[2].strip() for line in block} for block in blocks]
+
+    return read
+
+
+def test_the_start_says_what_is_trained_until_where_and_what_callbacks_do(shown):
+    run = train(make_config({"kind": "tiny.stop"}, max_hours=2))
+    start, end = shown()
+    assert {name: start[name] for name in list(start)[:7]} == {
+        "directory": str(run.directory),
+        "model": "torch.nn.Linear, 3 parameters",
+        "data": "train 8 samples",
+        "device": "cpu, float32, updates of 4 samples",
+        "optimizer": "SGD, lr 0.1",
+        "end": "4 epochs = 8 updates = 32 samples, or after 2 hours in this process",
+        "callbacks": "CheckpointCallback every epoch; OnlineLossCallback every update; stop",
+    }
+    assert end["stopped by"] == "stop"
+
+
+def test_the_end_has_best_values_with_their_checkpoints_and_commands(shown):
+    config = make_config(EVALUATE, BEST)
+    config["data"]["val"] = {"kind": "tiny.Data"}
+    run = train(config)
+    _, end = shown()
+    best = run.state.callback_states["BestCheckpointCallback/E1/loss/val/square"]["best"]
+    last, *rest = end["loss/val/square"].split()
+    assert (float(last), float(rest[0])) == pytest.approx((run.metrics["loss/val/square"], best), rel=1e-4)
+    assert rest[1:] == ["E4_U8_S32", "best_model.loss.val.square"]
+    assert "E4_U8_S32" in end["checkpoints"]
+    assert end["training"].startswith("8 updates, 32 samples in ")
+    assert {name: shlex.split(end[name]) for name in ("evaluate", "show", "report", "continue")} == {
+        "evaluate": ["noether", "eval", str(run.directory), "--checkpoint", "best_model.loss.val.square"],
+        "show": ["noether", "show", str(run.directory)],
+        "report": ["noether", "report", str(run.directory), "--to", "report.html"],
+        "continue": ["noether", "train", "--resume", str(run.directory), "--set", "trainer.max_epochs=8"],
+    }
+
+
+def test_commands_that_make_no_sense_are_left_out(shown):
+    config = make_config(checkpoints={"at_end": False})
+    config["callbacks"] = []
+    train(config)
+    _, end = shown()
+    assert "evaluate" not in end
+    assert "continue" not in end
+    assert "metric" not in end
+
+
+def test_a_resumed_run_says_where_it_begins(shown):
+    run = train(make_config())
+    shown()
+    train(resume=run.directory, overrides=["trainer.max_epochs=5"])
+    start, end = shown()
+    assert start["begins at"] == "E4_U8_S32, 80 % of the run"
+    assert end["training"].startswith("2 updates, 8 samples in ")
+
+
+def test_the_command_warns_of_callbacks_that_never_fire(shown):
+    late = {"kind": f"{CALLBACKS}.OnlineLossCallback", "every_n_epochs": 7}
+    Path("tiny.yaml").write_text(json.dumps(make_config(late)))
+    assert start(Path("tiny.yaml"), [], []) == 0
+    said, _ = shown()
+    assert "the run does not reach epoch 7, so OnlineLossCallback/E7 never fires" in said["warnings"]
+    assert find_start_warnings(build(load(Path("tiny.yaml"), ["callbacks.2.every_n_epochs=4"]))) == []
