@@ -7,11 +7,14 @@ import signal
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from noether.cli.output import echo, print_line
 from noether.cli.ranks import announce
 from noether.config import load
 from noether.distributed.failures import RankError
 from noether.distributed.launch import launched_rank
+from noether.effects.logs.run_panels import wrap_words
 from noether.planning.warnings import find_start_warnings
 from noether.training.error_locations import describe_error
 from noether.training.runs.ending import failure_of
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from noether.training.runs.ending import Failure
     from noether.training.runs.execution import TrainedRun
 
 
@@ -82,15 +86,7 @@ def _run(train: Callable[..., TrainedRun], allow: Sequence[str]) -> int:
         failure = failure_of(error)
         if failure is None:
             raise
-        prefix = announce(error)
-        if prefix is not None:
-            print_line(f"{prefix}Error: {', '.join([describe_error(error), *failure.places])}", err=True)
-        for line in failure.outcome:
-            print_line(line, err=True)
-        if failure.directory.is_dir() and (
-            launched_rank() == 0 or (prefix is not None and isinstance(error, RankError))
-        ):
-            print_line(_resume_command(failure.directory, allow), err=True)
+        _print_failure(error, failure, allow)
         if isinstance(error, KeyboardInterrupt):  # raised by the user's code
             return 128 + signal.SIGINT
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
@@ -100,6 +96,24 @@ def _run(train: Callable[..., TrainedRun], allow: Sequence[str]) -> int:
         hint = " (under torchrun, any number of ranks can resume it)" if run.world_size > 1 else ""
         print_line(_resume_command(run.directory, allow) + hint)
     return interruption.exit_code
+
+
+def _print_failure(error: BaseException, failure: Failure, allow: Sequence[str]) -> None:
+    """Print what was raised and where, what is saved, where the traceback is, and how to resume.
+
+    Of several ranks, the first that failed prints what it raised, and rank 0 what it saved.
+    """
+    prefix = announce(error)
+    lines = [] if prefix is None else [f"{prefix}Error: {', '.join([describe_error(error), *failure.places])}"]
+    lines += failure.outcome
+    if failure.directory.is_dir() and (launched_rank() == 0 or (prefix is not None and isinstance(error, RankError))):
+        lines.append(_resume_command(failure.directory, allow))
+    console = Console(stderr=True)
+    for line in lines:
+        is_wrapped = console.is_terminal and not line.startswith(
+            "resume with: "
+        )  # a command can be copied in one piece
+        print_line("\n".join(wrap_words(line, console.width)) if is_wrapped else line, err=True)
 
 
 def _resume_command(directory: Path, allow: Sequence[str]) -> str:

@@ -146,10 +146,13 @@ def _break_word(word: str, width: int) -> list[str]:
 
 
 def _arrange(entries: Sequence[str], width: int) -> list[str]:
-    """Return short entries in columns, read downwards, and long ones wrapped."""
+    """Return short entries in columns, read downwards, and long ones wrapped, with further lines indented."""
     longest = _width(entries)
-    if len(entries) <= 1 or longest > width:
+    if len(entries) <= 1 or width < _MIN_TEXT:
         return [line for entry in entries for line in wrap_words(entry, width)] or [""]
+    if longest > width:
+        wrapped = (wrap_words(entry, width if cell_len(entry) <= width else width - _GAP) for entry in entries)
+        return [f"{' ' * (_GAP * (number > 0))}{line}" for lines in wrapped for number, line in enumerate(lines)]
     columns = max(1, (width + 2 * _GAP) // (longest + 2 * _GAP))
     rows = -(-len(entries) // columns)
     by_column = [entries[start : start + rows] for start in range(0, len(entries), rows)]

@@ -148,7 +148,8 @@ def tabulate_best(
     watchers = [each for each in leaves_of(reducer) if isinstance(each, MetricWatcher)]
     keys = dict.fromkeys(each.metric_key for each in watchers)
     rows = [(key, _last_value(state, key), *_find_best(key, watchers, state, summary, pointers)) for key in keys]
-    return Table(("metric", "last", "best", "at", "checkpoint"), rows) if rows else None
+    measured = [row for row in rows if any(row[1:])]
+    return Table(("metric", "last", "best", "at", "checkpoint"), measured) if measured else None
 
 
 def describe_last_values(state: TrainState, reducer: Reducer) -> list[str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from noether.training.experiment import Experiment
 
 _MAX_CALLBACKS: Final = 24
+_MAX_WARNINGS: Final = 5
 _INTERVALS: Final = {EveryNEpochs: "epoch", EveryNUpdates: "update", EveryNSamples: "sample"}
 
 
@@ -48,7 +49,7 @@ def describe_start(experiment: Experiment, path: Path, state: TrainState, warnin
         "begins at": [describe_position(state.iteration, run)] if state.iteration.update else [],
         "callbacks": describe_callbacks(experiment.reducer.members),
         "logs": [name for name, is_used in _services(config).items() if is_used],
-        "warnings": list(warnings),
+        "warnings": _limit_lines(warnings, _MAX_WARNINGS, "more warning"),
     }
     return RunPanel(title=f"run {config.run.name}", facts=[(name, each) for name, each in facts.items() if each])
 
@@ -113,8 +114,12 @@ def describe_callbacks(members: Iterable[Callback]) -> list[str]:
     """
     listed = [inner for each in members for inner in (each.members if isinstance(each, Reducer) else (each,))]
     lines = [_describe_callback(each) for each in listed]
-    more = len(lines) - _MAX_CALLBACKS
-    return lines if more <= 0 else [*lines[:_MAX_CALLBACKS], f"and {count_of(more, 'more callback')}"]
+    return _limit_lines(lines, _MAX_CALLBACKS, "more callback")
+
+
+def _limit_lines(lines: Sequence[str], limit: int, what: str) -> list[str]:
+    more = len(lines) - limit
+    return list(lines) if more <= 0 else [*lines[:limit], f"and {count_of(more, what)}, which noether plan shows"]
 
 
 def _describe_callback(callback: Callback) -> str:
