@@ -111,7 +111,8 @@ def _template(count: int, y_axis_type: Literal["linear", "log"]) -> Any:
     hovered: list[Any] = []
     for index in range(count):
         color, dash = run_style(index)
-        columns: dict[str, list[Any]] = {"x": [], "y": [], "label": []}
+        # Without any value bokeh warns that there is no range.
+        columns: dict[str, list[Any]] = {"x": [0.0, 1.0], "y": [1.0, 2.0], "label": ["", ""]}
         line, points, marks, ends = (
             ColumnDataSource(columns, name=f"{kind}{index}") for kind in ("line", "points", "marks", "ends")
         )

@@ -64,11 +64,11 @@ class Chart {
   }
 
   async build() {
-    this.element.replaceChildren();
     this.scale = settings.scale;
+    this.remove();
     const item = JSON.parse(JSON.stringify(templates[this.scale]));
-    const views = await Bokeh.embed.embed_item({ ...item, target_id: this.element.id });
-    this.plot = (views.roots ? views.roots[0] : [...views][0]).model;
+    [this.view] = (await Bokeh.embed.embed_item({ ...item, target_id: this.element.id })).roots;
+    this.plot = this.view.model;
     this.sources = new Map();
     for (const renderer of this.plot.renderers) this.sources.set(renderer.data_source.name, renderer.data_source);
     if (matchMedia("(pointer: fine)").matches) this.plot.toolbar.tools[0].active = true;
@@ -77,6 +77,15 @@ class Chart {
     paint(this.plot);
     this.draw();
     this.element.dataset.state = "drawn";
+  }
+
+  /** Remove what bokeh has drawn: it keeps views and documents, also of elements that are gone. */
+  remove() {
+    if (!this.view) return;
+    Bokeh.documents.splice(Bokeh.documents.indexOf(this.plot.document), 1);
+    Bokeh.index.delete(this.view);
+    this.view.remove();
+    this.element.replaceChildren();
   }
 
   async update() {
@@ -240,8 +249,7 @@ for (const [id, item] of Object.entries(report.plots)) {
   const observer = new IntersectionObserver(async ([entry]) => {
     if (!entry.isIntersecting) return;
     observer.disconnect();
-    const views = await Bokeh.embed.embed_item({ ...item, target_id: id });
-    const plot = (views.roots ? views.roots[0] : [...views][0]).model;
+    const [{ model: plot }] = (await Bokeh.embed.embed_item({ ...item, target_id: id })).roots;
     if (plot.below) { others.push(plot); paint(plot); }
     target.dataset.state = "drawn";
   }, { rootMargin: "300px" });
