@@ -10,16 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from noether.cli.output import echo, printable
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
 from noether.core.callback import label_of, listens_to
 from noether.core.effect import SaveCheckpoint
-from noether.core.errors import WeightsError
 from noether.core.event import AtEval
 from noether.core.file_names import escape_name
 from noether.core.loop import dispatch
 from noether.core.reducer import compose
-from noether.core.tensors.stored_weights import find_weights, memory_of, name_in_tags, use_weights
+from noether.core.tensors.stored_weights import find_weights, memory_of, name_in_tags
 from noether.core.tensors.tree import clone_tensors
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.reader import CheckpointReader
@@ -30,7 +27,7 @@ from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.experiment import build
 from noether.training.runs.agreement import agree_to_start, ask_rank_0, join_ranks, load_tag
-from noether.training.runs.directories import load_checkpoint, load_run_config
+from noether.training.runs.directories import choose_weights, load_checkpoint, load_run_config
 from noether.training.runs.evaluated_data import check_datasets, evaluate_on
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.services import add_handlers, evaluation_services
@@ -98,7 +95,7 @@ def evaluate(
     if manifest.weights_of is not None:  # the checkpoint stores averaged weights as its params: remember them as such
         averaged = {"params": state.params, "buffers": state.buffers}
         state = state.remember(memory_of(manifest.weights_of), clone_tensors(averaged))
-    state = state if weights is None else _use_weights(state, weights, reader)
+    state = state if weights is None else choose_weights(state, weights, reader)
     members = _drop_callbacks_without_weights(experiment.reducer, state)
     passes = {f".{escape_name(key)}": evaluate_on(members, key) for key in data} or {"": [compose(*members)]}
     if not any(listens_to(reducer, AtEval) for reducers in passes.values() for reducer in reducers):
@@ -159,15 +156,6 @@ def _drop_callbacks_without_weights(reducer: Reducer, state: TrainState) -> list
     for member in dropped:
         echo(f"{label_of(member)} is skipped: the checkpoint does not contain its weights")
     return [member for member in reducer.members if not any(member is each for each in dropped)]
-
-
-def _use_weights(state: TrainState, weights: str, reader: CheckpointReader) -> TrainState:
-    try:
-        return use_weights(state, weights)
-    except WeightsError as error:
-        pointers = [name for name in reader.pointers() if name.endswith(f".{name_in_tags(weights)}")]
-        fix = f"; use --checkpoint {' or '.join(pointers)} without --weights" if pointers else ""
-        raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), f"{error}{fix}")]) from error
 
 
 def _write(logs: EvaluationLogs) -> None:

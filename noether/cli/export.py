@@ -11,8 +11,7 @@ import torch
 from noether.cli.output import echo
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
-from noether.core.errors import WeightsError
-from noether.core.tensors.stored_weights import use_weights, weights_by_name
+from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tied_names import extra_state_name
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.contents import WEIGHTS, file_of
@@ -22,7 +21,7 @@ from noether.effects.disk.files import TEMPORARY_PREFIX, os_error_text, replace_
 from noether.effects.disk.tensor_files import plain_tensor_pieces
 from noether.effects.run_directory import CHECKPOINTS
 from noether.session.processes import refuse_several_processes
-from noether.training.runs.directories import load_checkpoint, require_run
+from noether.training.runs.directories import load_weights, require_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,14 +55,7 @@ def export(run_dir: Path, checkpoint: str, weights: str | None, target: Path) ->
     require_run(run_dir)
     _check_target(target)
     reader = CheckpointReader(run_dir / CHECKPOINTS)
-    manifest, state = load_checkpoint(reader, checkpoint, lambda found: _select_files(found, weights))
-    if WEIGHTS not in manifest.files:
-        raise CheckpointError(f"{manifest.tag} has no weights; give another checkpoint by --checkpoint")
-    if weights not in {None, manifest.weights_of}:
-        try:
-            state = use_weights(state, weights)
-        except WeightsError as error:
-            raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), str(error))]) from error
+    manifest, state = load_weights(reader, checkpoint, weights, lambda found: _select_files(found, weights))
     tensors, left_out = _collect_tensors(state)
     _write(target, tensors)
     if left_out:

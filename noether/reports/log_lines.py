@@ -28,6 +28,8 @@ class LogLines:
         path: The file; it may not exist.
         count: Lines read so far.
         damaged: Number, from 1, and reason of each line that was left out.
+        size: Bytes of the lines read so far.
+        last: The last line read.
 
     Example:
         >>> import tempfile, pathlib
@@ -43,6 +45,8 @@ class LogLines:
     path: Path
     count: int = 0
     damaged: dict[int, str] = field(default_factory=dict)
+    size: int = 0
+    last: bytes = b""
 
     def blocks(self) -> Iterator[list[Any]]:
         """Yield the lines of each block as objects, None for one that is not JSON.
@@ -62,6 +66,8 @@ class LogLines:
                 block = self._parse(whole)
                 yield block
                 self.count += len(block)
+                self.size += len(whole)
+                self.last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
             if len(whole) < len(content):
                 return
 

@@ -13,6 +13,8 @@ from noether.core.errors import check_choice, raise_problems, suggest
 from noether.core.iteration import TrainingIteration
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import polars as pl
     from numpy.typing import NDArray
 
     from noether.core.callbacks.improvement import Mode
@@ -164,3 +166,15 @@ class Metrics(Mapping[str, Series]):
 
     def __len__(self) -> int:
         return len(self._columns)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a wide frame of pandas: see `noether.reports.frames.to_pandas`."""
+        from noether.reports.frames import to_pandas
+
+        return to_pandas(self)
+
+    def to_polars(self) -> pl.DataFrame:
+        """Return a wide frame of polars: see `noether.reports.frames.to_polars`."""
+        from noether.reports.frames import to_polars
+
+        return to_polars(self)

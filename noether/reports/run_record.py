@@ -15,6 +15,8 @@ from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.core.callbacks.improvement import MODES, direction_of
 from noether.core.iteration import TrainingIteration
+from noether.core.tensors.live.loading import write_model
+from noether.effects import CheckpointError
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.evaluation_logs import EVALUATIONS
 from noether.effects.logs.summary import read_summary
@@ -24,9 +26,12 @@ from noether.reports.log_lines import LogLines
 from noether.reports.metrics_log import MetricsLog, parse_metrics
 from noether.reports.run_folders import find_runs, require_readable
 from noether.reports.status import find_status
+from noether.training.runs.directories import load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from torch import nn
 
     from noether.core.callbacks.improvement import Mode
     from noether.effects.checkpoints.manifest import Manifest
@@ -229,6 +234,52 @@ class RunRecord:
     def pointers(self) -> Mapping[str, str]:
         """The tag that each pointer names, such as that of `latest`."""
         return CheckpointReader(self.path / CHECKPOINTS).pointers()
+
+    def load_into(self, model: nn.Module, checkpoint: str = "latest", weights: str | None = None) -> Manifest:
+        """Load the weights of a checkpoint into a live model: all of them, or none if one does not fit.
+
+        Parameters, buffers and extra state are loaded, on the device of the model; its mode and `requires_grad` stay.
+        Names may have the parts that `torch.compile` and DDP add, shards of several ranks are joined, and the run is
+        neither changed nor locked.
+
+        Args:
+            model: The model, as it was built for the run.
+            checkpoint: Its tag or a part of that, such as `E10`; a pointer, such as `latest` or
+                `best_model.val/accuracy`; `newest`, or `best`.
+            weights: Averaged weights in it, such as `ema=0.999`; None for those that the checkpoint is for.
+
+        Returns:
+            The manifest, with the iteration of the checkpoint.
+
+        Raises:
+            CheckpointError: If the checkpoint does not exist, is damaged, or has not these weights of the whole model;
+                the message lists what there is.
+            MismatchError: If names, shapes or dtypes are not those of the model; the message lists the differences.
+
+        Example:
+            >>> import noether, tempfile, torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> with noether.open_run(tempfile.mkdtemp()) as directory:
+            ...     state = noether.TrainState.from_module(model).advance(samples=8)
+            ...     save = noether.SaveCheckpoint(pointers=("latest",))
+            ...     directory.interpreter([save], state, noether.AfterUpdate(time_s=0.0))
+            >>> other = torch.nn.Linear(2, 1)
+            >>> str(noether.read_run(directory.path).load_into(other).iteration)
+            'E0_U1_S8'
+            >>> torch.equal(other.weight, model.weight)
+            True
+        """
+        try:
+            manifest, state = load_weights(CheckpointReader(self.path / CHECKPOINTS), checkpoint, weights)
+        except ConfigError as error:  # it names the options of the command line
+            raise CheckpointError(str(error.__cause__)) from None
+        if manifest.models:
+            raise CheckpointError(
+                f"{manifest.tag} has the weights below {', '.join(manifest.models)} only; give another checkpoint, or "
+                f"write these to a file with noether export and load it with strict=False"
+            )
+        write_model(model, state)
+        return manifest
 
     @cached_property
     def evaluations(self) -> Mapping[str, Mapping[str, float]]:

@@ -8,16 +8,15 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reading import NUMBERS, expected_column, quiet, read_lines
 
 import noether
 from noether import AfterUpdate, LogScalars, SetSummary, TrainState, open_run
 from noether.config import ConfigError
 from noether.effects.disk.lock import LOCK, find_lock_use
-from noether.effects.logs.jsonl import metrics_file
 
 
 def log(directory, state, **values):
@@ -54,29 +53,13 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path):
         assert (run.name, run.run_id, run.status) == ("mine", "run", "running")
 
 
-NUMBERS = st.floats() | st.integers(-(2**70), 2**70) | st.booleans()
-
-
-def expected_column(values):
-    """What a column holds by the docstring of `Series`."""
-    if all(type(value) in {int, bool} and -(2**63) <= value < 2**63 for value in values):
-        return np.array([int(value) for value in values], np.int64)
-    return np.array([float(value) for value in values], np.float64)
-
-
 @given(lines=st.lists(st.dictionaries(st.sampled_from("abc") | st.text(max_size=3), NUMBERS, max_size=4), max_size=12))
-def test_metrics_have_the_bits_that_were_logged(tmp_path_factory, lines):
-    path = tmp_path_factory.mktemp("run")
-    file, state = metrics_file(path / "metrics.jsonl"), TrainState()
+def test_metrics_have_the_bits_that_were_logged(lines):
+    metrics = read_lines(lines)
     logged = {}
-    for line in lines:
-        state = state.advance(samples=3)
-        file.write(LogScalars(line), state, AfterUpdate(time_s=0.25))
+    for update, line in enumerate(lines, 1):
         for key, value in line.items():
-            logged.setdefault(key, []).append((state.iteration.update, value))
-    file.close()
-    (path / "summary.json").write_text("{}")
-    metrics = noether.read_run(path).metrics
+            logged.setdefault(key, []).append((update, value))
     assert list(metrics) == list(logged)
     for key, pairs in logged.items():
         series = metrics[key]
@@ -86,11 +69,6 @@ def test_metrics_have_the_bits_that_were_logged(tmp_path_factory, lines):
         assert series.points.update.tolist() == [update for update, _ in pairs]
         assert series.points.sample.tolist() == [3 * update for update, _ in pairs]
         assert series.lines.tolist() == [update - 1 for update, _ in pairs]
-
-
-def quiet(values):
-    """NaN has one bit pattern in a log: its sign and payload are not logged."""
-    return np.where(np.isnan(values), np.nan, values) if values.dtype == np.float64 else values
 
 
 @pytest.mark.parametrize(

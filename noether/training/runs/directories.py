@@ -11,7 +11,10 @@ from noether.config import ConfigError, load
 from noether.config.changes import refuse_changes
 from noether.config.errors import LocatedProblem, Place
 from noether.config.serialization import dump
+from noether.core.errors import WeightsError
+from noether.core.tensors.stored_weights import name_in_tags, use_weights
 from noether.effects import CheckpointError
+from noether.effects.checkpoints.contents import WEIGHTS
 from noether.effects.disk.files import os_error_text
 from noether.effects.disk.moves import move_directory
 from noether.effects.run_directory import CONFIG_FILE
@@ -122,6 +125,51 @@ def load_checkpoint(
             if manifest == before:
                 raise
             before = manifest
+
+
+def load_weights(
+    reader: CheckpointReader,
+    name: str,
+    weights: str | None,
+    select: Callable[[Manifest], Manifest] = lambda found: found,
+) -> tuple[Manifest, TrainState]:
+    """Return the checkpoint that a name means, and its state with the weights that were chosen.
+
+    Args:
+        reader: The checkpoints of the run.
+        name: As in `find_tag`.
+        weights: Averaged weights in it, such as `ema=0.999`; None for those that the checkpoint is for.
+        select: As in `load_checkpoint`.
+
+    Raises:
+        ConfigError: If the name means no checkpoint, or several, or it stores no such weights.
+        CheckpointError: If the checkpoint is damaged, or has no weights.
+    """
+    manifest, state = load_checkpoint(reader, name, select)
+    if WEIGHTS not in manifest.files:
+        raise CheckpointError(f"{manifest.tag} has no weights; give another checkpoint by --checkpoint")
+    if weights is not None and weights != manifest.weights_of:
+        state = choose_weights(state, weights, reader)
+    return manifest, state
+
+
+def choose_weights(state: TrainState, weights: str, reader: CheckpointReader) -> TrainState:
+    """Return the state of a checkpoint with averaged weights in it as its params and buffers.
+
+    Args:
+        state: The state.
+        weights: Their name, such as `ema=0.999`.
+        reader: The checkpoints of the run.
+
+    Raises:
+        ConfigError: If it stores no such weights; the message lists those that there are.
+    """
+    try:
+        return use_weights(state, weights)
+    except WeightsError as error:
+        pointers = [name for name in reader.pointers() if name.endswith(f".{name_in_tags(weights)}")]
+        fix = f"; use --checkpoint {' or '.join(pointers)} without --weights" if pointers else ""
+        raise ConfigError([LocatedProblem(Place(f"--weights {weights}"), (), f"{error}{fix}")]) from error
 
 
 def move_run(run_dir: Path, target: Path, old: Config, config: Config) -> None:

@@ -1,0 +1,71 @@
+"""Follows the metrics of a run that is being written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, final
+
+from noether.effects.run_logs import METRICS_FILE
+from noether.reports.log_lines import LogLines
+from noether.reports.metrics_log import parse_metrics
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from noether.reports.metric_series import Metrics
+
+
+class NewMetrics(NamedTuple):
+    """What a run logged since the last call.
+
+    Args:
+        metrics: The metrics on the new lines; on all lines if `rewound`.
+        rewound: Whether lines that were read before are not in the log any more, because the run resumed from a
+            checkpoint before them.
+    """
+
+    metrics: Metrics
+    rewound: bool
+
+
+@final
+class MetricsTail:
+    """Reads what was appended to the metrics of a run; each call takes the time of the new lines only.
+
+    Args:
+        run: The run directory.
+
+    Example:
+        >>> import noether, tempfile
+        >>> with noether.open_run(tempfile.mkdtemp()) as directory:
+        ...     tail, state = MetricsTail(directory.path), noether.TrainState()
+        ...     for loss in (0.5, 0.25):
+        ...         state = state.next_epoch()
+        ...         directory.interpreter([noether.LogScalars({"loss": loss})], state, noether.AfterEpoch(time_s=0.0))
+        ...         new = tail.read()
+        E1_U0_S0  ...
+        E2_U0_S0  ...
+        >>> new.metrics["loss"].values, new.rewound
+        (array([0.25]), False)
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._lines = LogLines(path=run / METRICS_FILE)
+
+    def read(self) -> NewMetrics:
+        """Return the metrics on the lines that were appended since the last call; at the first call, on all lines.
+
+        A warning is logged for new lines that are damaged.
+        """
+        path, last = self._lines.path, self._lines.last
+        if not path.exists():
+            self._lines = LogLines(path=path)
+            return NewMetrics(parse_metrics(self._lines, ()).metrics, rewound=bool(last))
+        with path.open("rb") as file:  # a resume replaces the file: this one stays as it is while it is read
+            file.seek(self._lines.size - len(last))
+            if rewound := file.read(len(last)) != last:  # each line has its time, so no other line is the same
+                self._lines = LogLines(path=path)
+                file.seek(0)
+            self._lines.damaged.clear()
+            metrics = parse_metrics(self._lines, self._lines.blocks_of(file)).metrics
+        self._lines.report_damage()
+        return NewMetrics(metrics, rewound)

@@ -1,0 +1,43 @@
+"""Helpers of tests that read logs back."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import strategies as st
+
+from noether import AfterUpdate, LogScalars, TrainState
+from noether.effects.logs.jsonl import metrics_file
+from noether.reports.log_lines import LogLines
+from noether.reports.metrics_log import parse_metrics
+
+
+def write_lines(path, lines):
+    """Write a line of metrics for each mapping; the update counts the lines, with three samples each."""
+    file, state = metrics_file(path), TrainState()
+    for line in lines:
+        state = state.advance(samples=3)
+        file.write(LogScalars(line), state, AfterUpdate(time_s=0.25))
+    file.close()
+
+
+def read_lines(lines):
+    """Return the metrics after writing and reading them."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_lines(Path(folder) / "metrics.jsonl", lines)
+        return parse_metrics(LogLines(path=Path(folder) / "metrics.jsonl")).metrics
+
+
+NUMBERS = st.floats() | st.integers(-(2**70), 2**70) | st.booleans()
+
+
+def expected_column(values):
+    """What a column holds by the docstring of `Series`."""
+    if all(type(value) in {int, bool} and -(2**63) <= value < 2**63 for value in values):
+        return np.array([int(value) for value in values], np.int64)
+    return np.array([float(value) for value in values], np.float64)
+
+
+def quiet(values):
+    """NaN has one bit pattern in a log: its sign and payload are not logged."""
+    return np.where(np.isnan(values), np.nan, values) if values.dtype == np.float64 else values
