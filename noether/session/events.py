@@ -25,6 +25,7 @@ from noether.session.lengths import (
 from noether.session.loader import epoch_lengths, has_equal_batches
 from noether.session.losses import EMPTY_UPDATE
 from noether.session.processes import ProcessesError
+from noether.session.provenance import record_process
 from noether.session.randomness import derive, seed_all
 from noether.session.rank_exchange import check_joined
 from noether.session.session_state import SessionState
@@ -159,6 +160,7 @@ class SessionEvents(SessionState):
         directory.complete_saves(saved)
         if not (self.is_over and self._state.ended):
             self.set_status("running")
+            record_process(directory, self._state, self.run)
 
     def batch_arrived(self) -> None:
         """Start the time of the step; the time since the last mark was spent waiting for data."""

@@ -100,6 +100,8 @@ def test_the_summary(run):
     summary = json.loads((run / "summary.json").read_text())
     (phases,) = summary.pop("phases").values()
     assert phases["updates"] == 76
+    (process,) = summary.pop("processes").values()
+    assert process["samples"] == {"train": 1205, "val": 296}
     assert summary == {
         "params/trainable": 1638,
         "params/frozen": 0,

@@ -92,7 +92,7 @@ def lines(run):
 
 def summary(run):
     entries = json.loads((run / "summary.json").read_text())
-    return {key: value for key, value in entries.items() if key not in {"world_size", "phases"}}
+    return {key: value for key, value in entries.items() if key not in {"world_size", "phases", "processes"}}
 
 
 def paths(run):

@@ -21,6 +21,7 @@ from noether.effects.logs.summary import read_summary, set_process_entry
 from noether.effects.run_ending import Status, describe_status
 from noether.effects.run_logs import SUMMARY_FILE
 from noether.session.phases import PhaseTimes
+from noether.session.provenance import record_process
 from noether.training.data.interruptible import interruptible
 from noether.training.replicated.step import ReplicatedStep
 from noether.training.runs.end_panel import describe_end
@@ -149,6 +150,7 @@ def execute(
         facts |= _world_sizes(directory, ranks.world_size, state.iteration)
         facts |= describe_status("running")
         interpreter([SetSummary(FrozenDict(facts))], state, AfterTraining(run=experiment.run))
+        record_process(directory, state, experiment.run)
         ending = Ending(
             run=experiment.run,
             directory=directory,
