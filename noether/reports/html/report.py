@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from noether.effects.disk.files import replace_text
 from noether.reports.html.page import Section, render_page
+from noether.reports.html.sections.configuration import configuration_section
 from noether.reports.html.sections.curves import curves_section
+from noether.reports.html.sections.environment import environment_section
+from noether.reports.html.sections.overview import overview_section
+from noether.reports.html.sections.saved import checkpoints_section, evaluations_section, problems_section
+from noether.reports.html.sections.timing import timing_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from noether.reports.run_record import RunRecord
+
+_AFTER_CURVES: Final = (
+    evaluations_section,
+    timing_section,
+    checkpoints_section,
+    configuration_section,
+    environment_section,
+)
 
 
 def write_report(runs: Sequence[RunRecord], target: Path) -> None:
@@ -39,13 +52,14 @@ def render_report(runs: Sequence[RunRecord]) -> str:
         ImportError: If bokeh is not installed.
     """
     curves, data = curves_section(runs)
-    sections: list[Section] = [curves]
-    return render_page(report_title(runs), sections, data)
+    sections: list[Section | None] = [overview_section(runs), problems_section(runs), curves]
+    sections += [section(runs) for section in _AFTER_CURVES]
+    return render_page(report_title(runs), [each for each in sections if each is not None], data)
 
 
 def report_title(runs: Sequence[RunRecord]) -> str:
     """Return the title of the report of some runs."""
-    names = dict.fromkeys(str(run.config.get("run", {}).get("name", run.path.parent.name)) for run in runs)
+    names = dict.fromkeys(run.name for run in runs)
     if len(runs) == 1:
         return f"{next(iter(names))} {runs[0].run_id}"
     return f"{len(runs)} runs of {', '.join(names)}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from noether.reports.html.charts import chart_data, group_curves, run_style
+from noether.reports.html.labels import run_labels
 from noether.reports.html.page import Section
 
 if TYPE_CHECKING:
@@ -63,15 +64,6 @@ def _group_keys(keys: Sequence[str]) -> dict[str, list[str]]:
         if key not in derived:
             grouped.setdefault(key.split("/")[0] if "/" in key else "other", []).append(key)
     return {**grouped, **({_DERIVED_TITLE: derived} if derived else {})}
-
-
-def run_labels(runs: Sequence[RunRecord]) -> list[str]:
-    """Return a short name of each run, different for each: its id, with the name of its folder where needed."""
-    ids = [run.run_id for run in runs]
-    if len(set(ids)) == len(ids):
-        return ids
-    longer = [f"{run.path.resolve().parent.name}/{run.run_id}" for run in runs]
-    return longer if len(set(longer)) == len(longer) else [str(run.path) for run in runs]
 
 
 def _controls() -> str:

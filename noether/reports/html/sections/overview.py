@@ -1,0 +1,98 @@
+"""The section of facts: what each run was and what came of it, as a sentence and as a table."""
+
+from __future__ import annotations
+
+import time
+from html import escape
+from typing import TYPE_CHECKING, Any, Final
+
+from noether.core.effect import format_duration
+from noether.reports.html.labels import run_labels
+from noether.reports.html.page import Section
+from noether.reports.html.tables import html_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from noether.reports.metric_series import Best
+    from noether.reports.run_record import RunRecord
+
+_DERIVED: Final = ("/best", "/best_update")
+_BEST_ROWS: Final = 12
+
+
+def overview_section(runs: Sequence[RunRecord]) -> Section:
+    """Return the section that says what each run was and what came of it."""
+    labels = run_labels(runs)
+    sentences = "".join(f"<p>{escape(summarize(run, label))}</p>" for run, label in zip(runs, labels, strict=True))
+    facts = [dict(_facts(run)) for run in runs]
+    names = list(dict.fromkeys(name for each in facts for name in each))
+    table = html_table("Runs", ["", *labels], [[name, *(each.get(name) for each in facts)] for name in names])
+    return Section(title="Overview", anchor="overview", html=sentences + table + _best_table(runs, labels))
+
+
+def summarize(run: RunRecord, label: str) -> str:
+    """Return what came of a run in one or two sentences.
+
+    Args:
+        run: The run.
+        label: Its name.
+    """
+    points = run.metrics.points
+    ending = run.summary.get("ending")
+    end = f": {ending}" if isinstance(ending, str) and ending else ""
+    reached = f", at update {points[-1].update:,}" if len(points) and not end else ""
+    parts = [f"{label} is {run.status}{reached}{end}."]
+    for key, best in list(_best_values(run))[:3]:
+        parts.append(f"The best {key} is {best.value:.5g}, at update {best.point.update:,}.")
+    return " ".join(parts)
+
+
+def _facts(run: RunRecord) -> Iterator[tuple[str, Any]]:
+    points, summary = run.metrics.points, run.summary
+    yield "status", run.status
+    yield "name", run.name
+    yield "directory", str(run.path.resolve())
+    if run.started_s is not None:
+        yield "started", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started_s))
+    if (total_s := sum(each.get("total_s", 0) for each in run.phases.values())) > 0:
+        yield "duration", format_duration(total_s)
+    elif len(points) > 1:
+        yield "duration of the log", format_duration(points[-1].time_s - points[0].time_s)
+    if len(points):
+        yield "reached", str(points[-1].iteration)
+    yield "end", summary.get("ending")
+    model = run.config.get("model")
+    yield "model", model.get("kind") if isinstance(model, dict) else None
+    yield "trainable parameters", summary.get("params/trainable")
+    yield "frozen parameters", summary.get("params/frozen") or None
+    for key, value in summary.items():
+        if key.startswith("samples/"):
+            yield f"samples of {key.removeprefix('samples/')}", value
+
+
+def _best_values(run: RunRecord) -> Iterator[tuple[str, Best]]:
+    """Yield the best value of each metric that was measured on a dataset; else of each loss."""
+    keys = [key for key in run.metrics if not key.endswith(_DERIVED) and "/at_best/" not in key]
+    watched = [key for key in keys if f"{key}/best" in run.summary or f"{key}/best" in run.metrics]
+    for key in watched or [key for key in keys if "online" not in key and "lossdiff" not in key]:
+        if (best := run.best(key)) is not None:
+            yield key, best
+
+
+def _best_table(runs: Sequence[RunRecord], labels: Sequence[str]) -> str:
+    bests = [dict(_best_values(run)) for run in runs]
+    keys = list(dict.fromkeys(key for each in bests for key in each))[:_BEST_ROWS]
+    rows: list[list[object]] = []
+    for key in keys:
+        for label, run, best in zip(labels, runs, bests, strict=True):
+            if key in best:
+                value, point = best[key]
+                rows.append([key, label, value, str(point.iteration), _checkpoints_at(run, point.update)])
+    if not rows:
+        return ""
+    return html_table("Best values", ["metric", "run", "best value", "reached at", "checkpoint"], rows)
+
+
+def _checkpoints_at(run: RunRecord, update: int) -> str:
+    return ", ".join(each.tag for each in run.checkpoints if each.iteration.update == update) or "none kept"
