@@ -9,6 +9,7 @@ from noether.reports.html.page import Section, render_page
 from noether.reports.html.sections.configuration import configuration_section
 from noether.reports.html.sections.curves import curves_section
 from noether.reports.html.sections.environment import environment_section
+from noether.reports.html.sections.firings import firings_section
 from noether.reports.html.sections.overview import overview_section
 from noether.reports.html.sections.saved import checkpoints_section, evaluations_section, problems_section
 from noether.reports.html.sections.timing import timing_section
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _AFTER_CURVES: Final = (
     evaluations_section,
     timing_section,
+    firings_section,
     checkpoints_section,
     configuration_section,
     environment_section,
