@@ -18,6 +18,7 @@ from noether.core.loop import dispatch
 from noether.core.reducer import compose
 from noether.core.tensors.stored_weights import find_weights, memory_of, name_in_tags
 from noether.core.tensors.tree import clone_tensors
+from noether.distributed.ranks import leave_at_end
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.disk.files import os_error_text
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from noether.effects.run_directory import Interpret
 
 
+@leave_at_end()
 def evaluate(
     run_dir: Path,
     checkpoint: str,

@@ -106,7 +106,7 @@ def _print_failure(error: BaseException, failure: Failure, allow: Sequence[str])
     prefix = announce(error)
     lines = [] if prefix is None else [f"{prefix}Error: {', '.join([describe_error(error), *failure.places])}"]
     lines += failure.outcome
-    if failure.directory.is_dir() and (launched_rank() == 0 or (prefix is not None and isinstance(error, RankError))):
+    if failure.directory.is_dir() and _prints_resume(error, is_shown=prefix is not None):
         lines.append(_resume_command(failure.directory, allow))
     console = Console(stderr=True)
     for line in lines:
@@ -114,6 +114,14 @@ def _print_failure(error: BaseException, failure: Failure, allow: Sequence[str])
             "resume with: "
         )  # a command can be copied in one piece
         print_line("\n".join(wrap_words(line, console.width)) if is_wrapped else line, err=True)
+
+
+def _prints_resume(error: BaseException, *, is_shown: bool) -> bool:
+    """Return whether this process prints how to resume: rank 0, or the rank that shows that rank 0 hangs or ended."""
+    if not isinstance(error, RankError):
+        return launched_rank() == 0
+    failure = error.failure
+    return is_shown or (launched_rank() == 0 and failure.rank == failure.reporter)
 
 
 def _resume_command(directory: Path, allow: Sequence[str]) -> str:

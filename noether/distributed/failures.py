@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final, cast, final
 
@@ -147,6 +147,26 @@ class Failures:
             arrived = self._store.add(what, 0)
         return []
 
+    @contextmanager
+    def announce_work(self, what: str) -> Iterator[None]:
+        """Tell the ranks that wait for this one what it does in the block, for their error if that takes too long.
+
+        Args:
+            what: What it does, such as `a save at E1_U8_S32`.
+        """
+        if self._store is None:
+            yield
+            return
+        self._announce(what)
+        try:
+            yield
+        finally:
+            self._announce("")
+
+    def _announce(self, what: str) -> None:
+        with suppress(RuntimeError):  # the process that holds the store has ended
+            cast("Store", self._store).set(f"works/{self._rank}", what)
+
     def _await_first(self) -> None:
         deadline_s = time.monotonic() + _QUIET_S
         while self.first() is None and time.monotonic() < deadline_s:
@@ -187,7 +207,10 @@ class Failures:
                 absent = [rank for rank in absent if rank in named] or absent
             if (first := self.first()) is not None:
                 return first
-            text = self._describe_absent(what, absent, message) if absent else self._describe_waits(store)
+            if absent:
+                text = self._describe_work(store, what, absent, message) or self._describe_absent(what, absent, message)
+            else:
+                text = self._describe_waits(store)
         except RuntimeError:
             absent, text = [], f"the process that holds the store (torchrun, or rank 0) ended during {what}"
         rank = absent[0] if len(absent) == 1 else NO_RANK
@@ -214,6 +237,19 @@ class Failures:
             verb, them = ("hangs", "it") if len(absent) == 1 else ("hang", "them")
             return f"{ranks} {verb}: the others waited {self._timeout_s:g} s for {them} in {what}"
         return f"{one_of}{ranks} ended without a message (killed, or out of memory?) during {what}"
+
+    def _describe_work(self, store: Store, what: str, absent: list[int], message: str) -> str | None:
+        """Return what the one absent rank has announced to do, and for how long the others waited; else None."""
+        if len(absent) != 1 or not any(each in message for each in _TIMEOUTS):
+            return None
+        key = f"works/{absent[0]}"
+        work = store.get(key).decode() if store.check([key]) else ""
+        if not work:
+            return None
+        return (
+            f"rank {absent[0]} hangs in {work}, or needs longer for it than the {self._timeout_s:g} s for which the "
+            f"others waited in {what}: trainer.rank_timeout_s sets how long they wait"
+        )
 
     def _describe_waits(self, store: Store) -> str:
         places = (f"rank {rank} in {store.get(f'arrived/{rank}').decode()}" for rank in range(self._world_size))

@@ -79,6 +79,7 @@ def check_fault(folder, rank, phase, how):
         assert text.count("Error: ") - text.count("LookupError: ") == 1, printed
         assert text.count(SHOWN[how].format(rank)) == 1, printed
         assert "Traceback" not in text, printed
+    assert text.count("resume with: ") == 1, printed
     (run,) = (folder / "runs/numbers").iterdir()
     reader = CheckpointReader(run / "checkpoints")
     manifests = reader.manifests()

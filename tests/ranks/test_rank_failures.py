@@ -112,6 +112,28 @@ def test_ranks_that_wait_in_different_places_name_them():
     assert explain_error(failures[1], "save", "Connection closed by peer") == expected
 
 
+def test_a_rank_that_works_for_too_long_is_named_with_its_work_and_the_setting():
+    store = dist.HashStore()
+    worker, waiting = (Failures(store, rank=rank, world_size=2, timeout_s=2.0) for rank in range(2))
+    with worker.announce_work("an earlier save"):
+        pass
+    with worker.announce_work("a save at E1_U8_S32"):
+        text = explain_error(waiting, "time of AfterEpoch", "Timed out waiting 2000ms for recv")
+    assert text == (
+        "rank 0 hangs in a save at E1_U8_S32, or needs longer for it than the 2 s for which the others waited in time "
+        "of AfterEpoch: trainer.rank_timeout_s sets how long they wait"
+    )
+
+
+def test_a_rank_that_has_ended_its_work_hangs_elsewhere():
+    store = dist.HashStore()
+    worker, waiting = (Failures(store, rank=rank, world_size=2, timeout_s=2.0) for rank in range(2))
+    with worker.announce_work("a save at E1_U8_S32"):
+        pass
+    text = explain_error(waiting, "losses", "Timed out waiting 2000ms for recv")
+    assert text == "rank 0 hangs: the others waited 2 s for it in losses"
+
+
 def test_the_rank_that_a_monitored_barrier_names_is_to_blame():
     for named, expected in (("Ranks 2", "rank 2"), ("Ranks 2, 3", "one of ranks 2, 3")):
         failures = Failures(dist.HashStore(), rank=0, world_size=4, timeout_s=2.0)

@@ -113,8 +113,12 @@ class Ending:
         Raises:
             CheckpointError: If this checkpoint, or an earlier one in the background, cannot be written.
         """
-        self.directory.wait()
         event = AfterTraining(run=self.run)
+        with self.failures.announce_work(f"the save of the end at {state.iteration}"):
+            self._save(state, event)
+
+    def _save(self, state: TrainState, event: AfterTraining) -> None:
+        self.directory.wait()
         if next_move(state, self.run) is not Move.NOTHING:
             save_interrupted(self.directory, state, self.run, event.time_s)
         elif self.at_end:

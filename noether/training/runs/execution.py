@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import leaves_of
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.callbacks.summaries import dataset_lengths, param_counts
-from noether.core.effect import SetSummary
+from noether.core.effect import SaveCheckpoint, SetSummary
 from noether.core.errors import NoetherError
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
@@ -36,10 +37,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from noether.core.callback import Effects
+    from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.reducer import Reducer
     from noether.core.run import Run
     from noether.core.state import TrainState
+    from noether.distributed.failures import Failures
     from noether.effects import Interpreter, RunDirectory
     from noether.effects.logs.jsonl import ToLine
     from noether.effects.run_directory import Interpret
@@ -134,7 +138,7 @@ def execute(
     max_hours = experiment.config.trainer.max_hours
     ranks = experiment.ranks
     interruption.limit_time(max_hours, counts=ranks.is_first)
-    interruption.announce = directory.write_notice
+    interruption.announce = partial(_announce_interruption, directory, ranks.failures)
     if directory.writes:
         warnings = find_warnings(experiment)
         directory.write_panel(describe_start(experiment, directory.path, state, warnings))
@@ -143,6 +147,8 @@ def execute(
     interpret: Interpret = phases
     if (minutes := experiment.config.trainer.checkpoints.every_n_minutes) is not None:
         interpret = TimedSaves(interpret, minutes, **({"clock": None} if ranks.are_several else {}))
+    if ranks.are_several and ranks.is_first:
+        interpret = _announce_saves(interpret, ranks.failures)
     if experiment.config.trainer.record == "events":
         interpret = directory.recording_interpreter(interpret, event_recorder(experiment.reducer))
     with interruption, closing(experiment):
@@ -193,6 +199,24 @@ def execute(
             "and so would one that resumes the run; give it more hours"
         )
     return run
+
+
+def _announce_interruption(directory: RunDirectory, failures: Failures, text: str) -> None:
+    if failures.first() is None:  # else a launcher ends all ranks, with a signal
+        directory.write_notice(text)
+
+
+def _announce_saves(interpret: Interpret, failures: Failures) -> Interpret:
+    """Return an interpreter that tells the other ranks, which wait meanwhile, that rank 0 saves."""
+
+    def run_effects(effects: Effects, state: TrainState, event: Event) -> None:
+        if any(isinstance(effect, SaveCheckpoint) for effect in effects):
+            with failures.announce_work(f"a save at {state.iteration}"):
+                interpret(effects, state, event)
+        else:
+            interpret(effects, state, event)
+
+    return run_effects
 
 
 def _world_sizes(directory: RunDirectory, world_size: int, begin: TrainingIteration) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterTraining, AtEval
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import dispatch
+from noether.distributed.ranks import leave_at_end
 from noether.training.experiment import build
 from noether.training.runs.agreement import agree_to_start, ask_rank_0, join_ranks, open_on_ranks
 from noether.training.runs.execution import make_trainer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from noether.config import Config
 
 
+@leave_at_end()
 def smoke_test(config: Config) -> None:
     """Make one update, one evaluation and one save that is loaded again; nothing stays on the disk.
 
