@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from noether.cli.output import echo, printable
+from noether.cli.ranks import announce_exit
 from noether.core.callback import label_of, listens_to
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AtEval
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from noether.effects.run_directory import Interpret
 
 
+@announce_exit()
 @leave_at_end()
 def evaluate(
     run_dir: Path,

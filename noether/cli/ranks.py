@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -17,7 +18,7 @@ from noether.cli.output import discard_unwritten, print_line
 from noether.distributed.launch import launched_rank, launched_world_size, write_error_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 
@@ -43,6 +44,17 @@ def announce(error: BaseException) -> str | None:
         text, time_s, prefix = str(first), first.time_s, _prefix(error, launched_rank())
     write_error_file(text, time_s)
     return prefix
+
+
+@contextmanager
+def announce_exit() -> Iterator[None]:
+    """Print a `sys.exit` of the user's code in the block, which ends all of several ranks."""
+    try:
+        yield
+    except SystemExit as error:
+        if launched_world_size() > 1 and (prefix := announce(error)) is not None:
+            print_line(f"{prefix}Error: SystemExit: {error.code}", err=True)
+        raise
 
 
 def _prefix(error: BaseException, rank: int) -> str:

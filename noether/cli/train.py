@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from noether.cli.output import echo, print_line
-from noether.cli.ranks import announce
+from noether.cli.ranks import announce, announce_exit
 from noether.config import load
 from noether.distributed.failures import RankError
 from noether.distributed.launch import launched_rank
@@ -73,7 +73,9 @@ def resume(
 
 def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     """Try a configuration file: one update, one evaluation and one save, in a temporary directory."""
-    smoke_test(load(config_path, settings, allow))
+    config = load(config_path, settings, allow)
+    with announce_exit():
+        smoke_test(config)
     echo(f"{config_path}: one update, one evaluation and one save succeeded")
 
 

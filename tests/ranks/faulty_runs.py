@@ -30,7 +30,8 @@ FAULT = {"phase": None, "how": None, "update": 0, "is_armed": False}
 
 def meet(phase):
     """Fail if this is the phase of the fault, once."""
-    if FAULT["is_armed"] and phase == FAULT["phase"] and FAULT["update"] >= AT:
+    is_early = FAULT["how"] == "exit"  # in a smoke test, which makes one update
+    if FAULT["is_armed"] and phase == FAULT["phase"] and (FAULT["update"] >= AT or is_early):
         FAULT["is_armed"] = False
         fail(FAULT["how"])
 
@@ -38,6 +39,8 @@ def meet(phase):
 def fail(how):
     if how == "raise":
         raise LookupError("no such file")
+    if how == "exit":
+        sys.exit(0)
     if how == "full":
         raise OSError(errno.ENOSPC, "No space left on device")
     if how == "signal":

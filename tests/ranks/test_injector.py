@@ -119,6 +119,14 @@ def test_an_error_of_all_ranks_is_printed_once(tmp_path):
     assert (printed[0].count("No such option"), printed[1]) == (1, "")
 
 
+def test_a_rank_that_leaves_a_smoke_test_is_named(tmp_path):
+    write_config(tmp_path)
+    outcomes, printed = train(tmp_path, ["train", "numbers.yaml", "--smoke"], 1, "data", "exit")
+    assert sorted(outcome[1] for outcome in outcomes) == [0, 1], printed
+    assert printed[1] == "rank 1: Error: SystemExit: 0\n", printed
+    assert "Error" not in printed[0], printed
+
+
 TRAIN = ["train", "numbers.yaml"]
 UNKNOWN = [*TRAIN, "--set", "trainer.max_updats=1"]
 
