@@ -208,6 +208,23 @@ def report(run_dirs: tuple[Path, ...], target: Path | None) -> None:
 
 
 @main.command()
+@click.argument("runs", metavar="RUNS...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("statement", metavar="SQL")
+@click.option("--csv", "form", flag_value="csv", help="Print CSV.")
+@click.option("--json", "form", flag_value="json", help="Print a list of JSON objects, with NaN as a text.")
+def query(runs: tuple[Path, ...], statement: str, form: str | None) -> None:
+    """Run a SQL statement over runs, in the dialect of duckdb.
+
+    RUNS are runs or folders of runs. The tables are metrics(run, event, epoch, update, sample, time_s, key, value),
+    runs, config, summary, checkpoints and artifacts; a wrong statement lists their columns. Nothing is written.
+    """
+    from noether.cli import query as command
+
+    with _errors_as_messages():
+        command.query(runs, statement, form or "table")
+
+
+@main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option(
     "--callbacks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -53,7 +54,7 @@ def to_pandas(metrics: Metrics) -> pd.DataFrame:
         0  after_update      0       0   0.5              1
         1  after_update      0       0   NaN           <NA>
     """
-    pandas = _import("pandas")
+    pandas = import_optional("pandas", "pip install pandas")
     arrays = {np.dtype(np.float64): pandas.arrays.FloatingArray, np.dtype(np.int64): pandas.arrays.IntegerArray}
     columns = {
         name: values if missing is None else arrays[values.dtype](values, missing)
@@ -85,7 +86,7 @@ def to_polars(metrics: Metrics) -> pl.DataFrame:
         >>> to_polars(noether.read_run(directory.path).metrics).select("loss", "step").rows()
         [(0.5, 1), (nan, None)]
     """
-    polars = _import("polars")
+    polars = import_optional("polars", "pip install polars")
     columns = []
     for name, values, missing in _columns(metrics):
         series = polars.Series(name, values)
@@ -118,10 +119,17 @@ def _columns(metrics: Metrics) -> Iterator[tuple[str, NDArray[Any], NDArray[np.b
         yield name, values, missing
 
 
-def _import(name: str) -> ModuleType:
-    import importlib
+def import_optional(name: str, fix: str) -> ModuleType:
+    """Return a library that is not required.
 
+    Args:
+        name: Its module.
+        fix: The command that installs it.
+
+    Raises:
+        MissingLibraryError: If it is not installed; the message has the command.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingLibraryError(f"{name} is not installed: pip install {name}") from error
+        raise MissingLibraryError(f"{name} is not installed: {fix}") from error
