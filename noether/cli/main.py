@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import atexit
-import signal
 import sys
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from noether.cli.output import discard_unwritten, echo, printable
-from noether.cli.ranks import Commands, announce
-from noether.core.errors import NoetherError
+from noether.cli import reference
+from noether.cli.messages import errors_as_messages
+from noether.cli.options import ALLOW, CHECKPOINT_NAMES, SET
+from noether.cli.output import discard_unwritten, echo
+from noether.cli.ranks import Commands
 from noether.core.text import count_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-_SET = click.option(
-    "--set",
-    "settings",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="Override a setting, e.g. trainer.max_epochs=20; repeatable.",
-)
-_ALLOW = click.option(
-    "--allow",
-    metavar="PREFIX",
-    multiple=True,
-    help="Let `kind` in YAML name modules that begin with PREFIX; repeatable.",
-)
-_CHECKPOINT_NAMES = (
-    "Tag of a checkpoint, e.g. E10_U200_S800, or a part of it, e.g. E10; a pointer, e.g. latest; newest, or best"
-)
-_CONFIG_ERROR = 2
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,7 +43,7 @@ def main() -> None:
 @click.option(
     "--checkpoint",
     metavar="TAG",
-    help=f"With --resume: where to resume, in place of the newest checkpoint. {_CHECKPOINT_NAMES}.",
+    help=f"With --resume: where to resume, in place of the newest checkpoint. {CHECKPOINT_NAMES}.",
 )
 @click.option(
     "--into",
@@ -74,8 +51,8 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="With --resume: start a new run at the checkpoint, and leave the run in RUN_DIR as it is.",
 )
-@_SET
-@_ALLOW
+@SET
+@ALLOW
 def train(  # noqa: PLR0913, PLR0917  # click passes one argument for each option
     config: Path | None,
     resume: Path | None,
@@ -105,7 +82,7 @@ def train(  # noqa: PLR0913, PLR0917  # click passes one argument for each optio
             raise click.UsageError(f"{option} needs --resume")
     from noether.cli import train as commands
 
-    with _errors_as_messages():
+    with errors_as_messages():
         if config is not None and smoke:
             commands.smoke(config, settings, allow)
         elif config is not None:
@@ -131,7 +108,7 @@ def train(  # noqa: PLR0913, PLR0917  # click passes one argument for each optio
     default="latest",
     show_default=True,
     metavar="TAG",
-    help=f"{_CHECKPOINT_NAMES}.",
+    help=f"{CHECKPOINT_NAMES}.",
 )
 @click.option(
     "--weights", metavar="NAME", help="Evaluate averaged weights, e.g. ema=0.999, in place of the training weights."
@@ -142,8 +119,8 @@ def train(  # noqa: PLR0913, PLR0917  # click passes one argument for each optio
     multiple=True,
     help="Evaluate this dataset of the configuration in place of those that the callbacks name; repeatable.",
 )
-@_SET
-@_ALLOW
+@SET
+@ALLOW
 def evaluate(
     run_dir: Path,
     checkpoint: str,
@@ -159,13 +136,13 @@ def evaluate(
     """
     from noether.cli import evaluate as command
 
-    with _errors_as_messages():
+    with errors_as_messages():
         sys.exit(command.evaluate(run_dir, checkpoint, weights, settings, allow, data))
 
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--checkpoint", default="latest", show_default=True, metavar="TAG", help=f"{_CHECKPOINT_NAMES}.")
+@click.option("--checkpoint", default="latest", show_default=True, metavar="TAG", help=f"{CHECKPOINT_NAMES}.")
 @click.option(
     "--to",
     "target",
@@ -183,7 +160,7 @@ def export(run_dir: Path, checkpoint: str, target: Path, weights: str | None) ->
     """
     from noether.cli import export as command
 
-    with _errors_as_messages():
+    with errors_as_messages():
         command.export(run_dir, checkpoint, weights, target)
 
 
@@ -203,7 +180,7 @@ def report(run_dirs: tuple[Path, ...], target: Path | None) -> None:
     """
     from noether.cli import report as command
 
-    with _errors_as_messages():
+    with errors_as_messages():
         command.report(run_dirs, target)
 
 
@@ -220,7 +197,7 @@ def query(runs: tuple[Path, ...], statement: str, form: str | None) -> None:
     """
     from noether.cli import query as command
 
-    with _errors_as_messages():
+    with errors_as_messages():
         command.query(runs, statement, form or "table")
 
 
@@ -234,7 +211,7 @@ def query(runs: tuple[Path, ...], statement: str, form: str | None) -> None:
 )
 @click.option("--at", metavar="POINT", help="Show state and effects at one point, e.g. U1000, E2 or S512.")
 @click.option("--log", is_flag=True, help="Also show the metrics and texts that callbacks log.")
-@_ALLOW
+@ALLOW
 def replay(
     run_dir: Path,
     callbacks: Path | None,
@@ -248,14 +225,14 @@ def replay(
     """
     from noether.cli import replay as command
 
-    with _errors_as_messages():
+    with errors_as_messages():
         command.show_replay(run_dir, callbacks, at, allow, log=log)
 
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@_SET
-@_ALLOW
+@SET
+@ALLOW
 def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
     """Check a configuration without training.
 
@@ -265,7 +242,7 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
     from noether.config import load
     from noether.config.default_callbacks import default_names
 
-    with _errors_as_messages():
+    with errors_as_messages():
         loaded = load(config, settings, allow)
         # These import torch, which is slow: `load` reports wrong settings before that.
         from noether.planning.single_samples import find_single_sample_warnings
@@ -297,8 +274,8 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
 @click.option(
     "--ranks", metavar="N", type=click.IntRange(min=1), default=1, help="Plan for N processes, as torchrun starts them."
 )
-@_SET
-@_ALLOW
+@SET
+@ALLOW
 def plan(  # noqa: PLR0917  # click passes one argument for each option
     config: Path,
     at: str | None,
@@ -318,86 +295,11 @@ def plan(  # noqa: PLR0917  # click passes one argument for each option
     from noether.cli.plan import command
     from noether.config import load
 
-    with _errors_as_messages():
+    with errors_as_messages():
         command.check_picture(png)
         points = command.parse_points(at, between)
         command.show_plan(load(config, settings, allow), str(config), points, png, as_json=as_json, world_size=ranks)
 
 
-@main.command()
-@click.argument("kind", required=False)
-@_ALLOW
-def callbacks(kind: str | None, allow: tuple[str, ...]) -> None:
-    """List the shipped callbacks, or describe one callback.
-
-    KIND is the name of a shipped callback, or the dotted path of one in your code. Shows its documentation, settings
-    and YAML.
-    """
-    from noether.cli import callbacks as command
-
-    with _errors_as_messages():
-        if kind is None:
-            command.list_kinds()
-        else:
-            command.show_kind(kind, allow)
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """Show errors that a user can fix as messages with an exit code; other errors are bugs and show tracebacks."""
-    from noether.config import ConfigError
-
-    try:
-        with _config_warnings_as_lines():
-            yield
-    except ConfigError as error:
-        raise _CommandError(error, _CONFIG_ERROR) from error
-    except KeyboardInterrupt:  # before or after training; a run catches the signal
-        echo("interrupted", err=True)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        raise  # the reader closed the pipe, as `head` does: click exits without a message
-    except (NoetherError, OSError, FloatingPointError) as error:
-        raise _CommandError(error, 1) from error
-    except Exception as error:
-        from noether.core.tensors.calls import CallNote
-
-        if CallNote not in map(type, getattr(error, "__notes__", ())):
-            raise
-        raise _CommandError(error, 1) from error
-
-
-@contextmanager
-def _config_warnings_as_lines() -> Iterator[None]:
-    """Show each warning about a configuration once, as a line on the standard error; leave other warnings alone."""
-    from noether.config.compatibility import ConfigWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("once", ConfigWarning)
-        show_other = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-            if issubclass(category, ConfigWarning):
-                echo(f"Warning: {message}", err=True)
-            else:
-                show_other(message, category, *place)
-
-        warnings.showwarning = show  # type: ignore[assignment]  # Python calls this hook with positional arguments
-        yield
-
-
-class _CommandError(NoetherError, click.ClickException):
-    """A message on the standard error, and an exit code."""
-
-    def __init__(self, error: Exception, exit_code: int) -> None:
-        is_plain = isinstance(error, (NoetherError, OSError, FloatingPointError)) and str(error)
-        text = str(error) if is_plain else f"{type(error).__name__}: {error}".removesuffix(": ")
-        message = "\n  ".join([text, *getattr(error, "__notes__", ())])
-        super().__init__(printable(message))
-        self._error = error
-        self.exit_code = exit_code  # type: ignore[misc]  # click declares it on the class and reads it on the instance
-
-    def show(self, file: Any = None) -> None:
-        """Print the message, unless another of several processes prints it."""
-        if (prefix := announce(self._error)) is not None:
-            click.echo(f"{prefix}Error: {self.format_message()}", file=file, err=file is None)
+for _command in (reference.callbacks, reference.help_):
+    main.add_command(_command)

@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import inspect
 import re
-import textwrap
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from noether.config.compatibility import current_path, translation_of
+from noether.config.docstrings import SECTION, Setting, argument_texts, docstring_of, inherited_texts, make_setting
 from noether.config.errors import InvalidValueError
 from noether.config.objects.function_callback import FunctionCallbackFactory
-from noether.config.objects.kinds import CALLBACK, resolve
-from noether.config.structure.converter import is_function_type
+from noether.config.objects.import_policy import import_allowed
+from noether.config.objects.kinds import CALLBACK, OPTIMIZER, resolve
 from noether.config.structure.signatures import parameters
 from noether.core.callback import declaration_of
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.callbacks.registry import ALIASES, EXPORTS, SHIPPED
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
 PREFIX = "noether.core.callbacks"
-_WORDS: dict[object, str] = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
-
-
-@final
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a callback.
-
-    Args:
-        name: Its name.
-        type: Its type in words, such as `list of number`.
-        default: Its default in YAML; None if it is required.
-        text: Its documentation, or an empty text.
-    """
-
-    name: str
-    type: str
-    default: str | None
-    text: str
+_YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @final
@@ -101,9 +83,9 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
     aliases = known_kinds().get(getattr(target, "__name__", ""), ()) if path.startswith(f"{PREFIX}.") else ()
     if path.removeprefix(f"{PREFIX}.") in aliases:
         path = f"{PREFIX}.{target.__name__}"
-    doc = _docstring(target if isinstance(target, type) else inspect.unwrap(target))
+    doc = docstring_of(target if isinstance(target, type) else inspect.unwrap(target))
     settings = _settings(target)
-    text = re.sub(r"\n{3,}", "\n\n", _SECTION.sub("", _YAML.sub("", doc))).strip()
+    text = re.sub(r"\n{3,}", "\n\n", SECTION.sub("", _YAML.sub("", doc))).strip()
     return Description(
         kind=path,
         aliases=aliases,
@@ -115,70 +97,41 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
     )
 
 
+def describe_object(path: str, allow: Sequence[str] = ()) -> tuple[str, tuple[Setting, ...]]:
+    """Return the summary and the settings of a class or function that YAML may name, from docstring and signature.
+
+    Args:
+        path: Its dotted path.
+        allow: As for `describe`.
+
+    Raises:
+        InvalidValueError: If there is no such object, or it cannot be called.
+
+    Example:
+        >>> describe_object("noether.examples.digits.ConvNet")[1][0].name
+        'width'
+    """
+    target = import_allowed(path, allow)
+    if not callable(target):
+        raise InvalidValueError(f"{path!r} is of type {type(target).__name__}; name a class or a function")
+    doc = docstring_of(target)
+    texts = argument_texts(doc)
+    summary = " ".join(doc.partition("\n\n")[0].split())
+    given = OPTIMIZER.given if OPTIMIZER.fits(target) else ()
+    return summary, tuple(make_setting(each, texts) for each in parameters(target).values() if each.name not in given)
+
+
 def _settings(target: Any) -> tuple[Setting, ...]:
     """Return the settings of a class or a function: required before optional, own before inherited."""
     if not isinstance(target, type):
-        texts = _inherited_texts(PeriodicCallback) | _argument_texts(_docstring(inspect.unwrap(target)))
-        return tuple(_setting(each, texts) for each in parameters(FunctionCallbackFactory(target)).values())
+        texts = inherited_texts(PeriodicCallback) | argument_texts(docstring_of(inspect.unwrap(target)))
+        return tuple(make_setting(each, texts) for each in parameters(FunctionCallbackFactory(target)).values())
     known, settings = parameters(target), dict[str, Setting]()
-    texts = _inherited_texts(target)
+    texts = inherited_texts(target)
     for owner in target.__mro__:
         own = [name for name in vars(owner).get("__annotations__", {}) if name in known and name not in settings]
-        settings |= {name: _setting(known[name], texts) for name in own}
+        settings |= {name: make_setting(known[name], texts) for name in own}
     return tuple(sorted(settings.values(), key=lambda setting: setting.default is not None))
-
-
-def _inherited_texts(target: type) -> dict[str, str]:
-    """Return the documentation of each setting of a class and its base classes, by name."""
-    return {name: text for each in reversed(target.__mro__) for name, text in _argument_texts(_docstring(each)).items()}
-
-
-def _docstring(target: object) -> str:
-    """Return the docstring of an object without those of its base classes, which `inspect.getdoc` would add."""
-    doc = (vars(target).get("__doc__") if isinstance(target, type) else target.__doc__) or ""
-    # A dataclass without a docstring gets its signature as one.
-    return "" if doc.startswith(f"{getattr(target, '__name__', '')}(") else inspect.cleandoc(doc)
-
-
-def _setting(parameter: inspect.Parameter, texts: dict[str, str]) -> Setting:
-    default = None if parameter.default is parameter.empty else _to_yaml(parameter.default)
-    return Setting(parameter.name, type_in_words(parameter.annotation), default, texts.get(parameter.name, ""))
-
-
-def type_in_words(annotation: Any) -> str:
-    """Return the name of a type for readers of YAML.
-
-    Example:
-        >>> type_in_words(tuple[float, ...]), type_in_words(typing.Literal["mean", "last"]), type_in_words(int | None)
-        ('list of number', 'mean | last', 'whole number')
-    """
-    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(type_in_words(each) for each in inside if each is not type(None)))
-    if origin is typing.Literal:
-        return " | ".join(map(str, inside))
-    if origin in (tuple, list, Sequence):
-        return f"list of {', '.join(type_in_words(each) for each in inside if each is not Ellipsis)}"
-    if origin is not type and is_function_type(annotation):
-        return "dotted path of a function"
-    return _WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
-
-
-def _to_yaml(default: object) -> str:
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return f"[{', '.join(map(_to_yaml, default))}]" if isinstance(default, (tuple, list)) else str(default)
-
-
-_YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_SECTION = re.compile(r"^(Args|Raises|Returns|Example):\n((?:[ ]+.*\n?|\n)*)", re.MULTILINE)
-_ARGUMENT = re.compile(r"^(\w+): (.*(?:\n[ ]+.*)*)", re.MULTILINE)
-
-
-def _argument_texts(doc: str) -> dict[str, str]:
-    """Return the documentation of each argument in a docstring, by name."""
-    section = next((body for title, body in _SECTION.findall(doc) if title == "Args"), "")
-    return {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(textwrap.dedent(section))}
 
 
 def _example(path: str, target: Any, doc: str, settings: Sequence[Setting]) -> str:

@@ -94,6 +94,12 @@ class Role:
     arguments: tuple[str, ...] = ()
     has_names: bool = False
 
+    def in_words(self, annotation: object) -> str:
+        """Return what YAML has for a setting of this role: the type of `annotation` in words."""
+        if annotation is Kind:
+            return f"{self.name}: `kind` and settings"
+        return f"{'name or ' if self.has_names else ''}dotted path of {self.name}"
+
 
 def resolve(path: object, role: Role, allow: Sequence[str] = (), run_dir: Path | None = None) -> Any:
     """Return the object at a dotted path, if it may be imported and fits the role.

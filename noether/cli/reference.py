@@ -1,0 +1,41 @@
+"""The commands that describe what a configuration may contain."""
+
+from __future__ import annotations
+
+import click
+
+from noether.cli.messages import errors_as_messages
+from noether.cli.options import ALLOW
+
+
+@click.command()
+@click.argument("kind", required=False)
+@ALLOW
+def callbacks(kind: str | None, allow: tuple[str, ...]) -> None:
+    """List the shipped callbacks, or describe one callback.
+
+    KIND is the name of a shipped callback, or the dotted path of one in your code. Shows its documentation, settings
+    and YAML.
+    """
+    from noether.cli import callbacks as command
+
+    with errors_as_messages():
+        if kind is None:
+            command.list_kinds()
+        else:
+            command.show_kind(kind, allow)
+
+
+@click.command("help")
+@click.argument("name", metavar="[SETTING]", required=False)
+@ALLOW
+def help_(name: str | None, allow: tuple[str, ...]) -> None:
+    """Describe the sections and settings of a configuration.
+
+    SETTING is a section such as `trainer`, a setting such as `trainer.max_epochs` or `callbacks.LrCallback`, or the
+    dotted path of an object such as `torch.optim.AdamW`. Without it, all sections are listed.
+    """
+    from noether.cli import help as command
+
+    with errors_as_messages():
+        command.show_help(name, allow)
