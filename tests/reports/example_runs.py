@@ -38,3 +38,14 @@ def write_evaluation(run, name, metrics):
     """Write the results of a standalone evaluation of a run."""
     (run.path / "eval").mkdir(exist_ok=True)
     (run.path / "eval" / f"{name}.json").write_text(json.dumps(metrics))
+
+
+def add_artifact(run, key, kind, content, suffix, update):
+    """Add an artifact to the log of a run, as a run writes it."""
+    name = f"artifacts/{key}{update}{suffix}"
+    (run.path / "artifacts").mkdir(exist_ok=True)
+    (run.path / name).write_bytes(content)
+    entry = {key: {"kind": kind, "file": name, "bytes": len(content), "caption": f"at {update} <b>"}}
+    line = {"run": "r", "event": "after_update", "epoch": 0, "update": update, "sample": 4, "time_s": 1e9}
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "metrics": {}, "artifacts": entry}) + "\n")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from noether.effects.disk.files import replace_text
 from noether.reports.html.page import Section, render_page
+from noether.reports.html.sections.artifacts import artifacts_section
 from noether.reports.html.sections.configuration import configuration_section
 from noether.reports.html.sections.curves import curves_section
 from noether.reports.html.sections.environment import environment_section
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from noether.reports.run_record import RunRecord
 
 _AFTER_CURVES: Final = (
+    artifacts_section,
     evaluations_section,
     timing_section,
     firings_section,
