@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from noether.reports.html.curves import choose_levels, choose_points
+from noether.reports.html.curves import average_parts, choose_levels, choose_points
 
 VALUES = arrays.arrays(np.float64, st.integers(1, 400), elements=st.floats(width=64))
 
@@ -47,3 +47,18 @@ def test_levels_get_finer_and_the_last_is_the_finest(values, overview, finest):
 def test_a_limit_without_room_for_a_bucket_is_refused():
     with pytest.raises(ValueError, match="at least 5"):
         choose_points(np.zeros(10), 4)
+
+
+@given(VALUES, st.integers(1, 20))
+def test_averages_of_parts_are_those_of_their_finite_values(values, limit):
+    ends, averages = average_parts(values, limit)
+    assert len(ends) == len(averages) <= limit
+    starts = [0, *(ends[:-1] + 1)]
+    for start, end, average in zip(starts, ends, averages, strict=True):
+        part = values[start : end + 1]
+        finite = part[np.isfinite(part)]
+        assert np.isnan(average) == (len(finite) == 0)
+        if len(finite):
+            assert average == pytest.approx((finite / len(finite)).sum(), rel=1e-9, abs=1e-300)
+    if len(values):
+        assert ends[-1] == len(values) - 1

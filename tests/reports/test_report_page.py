@@ -84,7 +84,7 @@ class Page:
         """Return a column of one source of data of the chart of a metric."""
         return self.run(
             f"""const id = [...document.querySelectorAll('.chart')].find((each) => each.closest('figure')
-                .querySelector('h4').textContent === {key!r}).id;
+                .querySelector('h3').textContent === {key!r}).id;
             const view = Bokeh.index.roots.find((each) => each.el.closest('#' + id));
             const source = view.model.renderers.map((each) => each.data_source).find((each) => each.name === {name!r});
             return [...source.data[{column!r}]].map((each) => Number.isFinite(each) ? each : String(each));"""
@@ -102,6 +102,8 @@ def test_a_chart_has_spikes_and_gaps(browser):
     assert 100.0 in values
     assert "NaN" in values
     assert browser.source("noise", "ends0", "label") == ["first: infinity at update 3001"]
+    assert browser.source("noise", "ends0", "marker") == ["triangle"]
+    assert browser.source("noise", "ends0", "y") == [100.0]
 
 
 def test_checkpoints_are_marked(browser):
@@ -113,7 +115,7 @@ def test_hover_shows_the_value(browser):
 
     x, y = browser.run(
         """const id = [...document.querySelectorAll('.chart')].find((each) => each.closest('figure')
-            .querySelector('h4').textContent === 'loss/val').id;
+            .querySelector('h3').textContent === 'loss/val').id;
         document.getElementById(id).scrollIntoView({block: 'center'});
         const view = Bokeh.index.roots.find((each) => each.el.closest('#' + id));
         const {left, top} = view.canvas_view.el.getBoundingClientRect();
@@ -159,6 +161,28 @@ def test_the_axis_the_scale_and_smoothing_change_all_charts(browser):
     browser.find("#log").click()
     browser.wait(f"return {FIGURES}.length >= 3 && {FIGURES}.every((figure) => figure.y_scale.type === 'LogScale')")
     browser.find("#log").click()
+
+
+def test_the_time_axis_has_dates(browser):
+    change = "axis.dispatchEvent(new Event('change'))"
+    browser.run(f"const axis = document.getElementById('axis'); axis.value = 'clock'; {change}")
+    assert browser.source("loss/val", "line0", "x") == [1000 * (1e9 + update) for update in (999, 1999, 2999, 3999)]
+    browser.wait(f"return {FIGURES}[0].below[0].formatter.type === 'DatetimeTickFormatter'")
+    browser.run(f"const axis = document.getElementById('axis'); axis.value = 'update'; {change}")
+
+
+@pytest.mark.parametrize(
+    ("ticks", "texts"),
+    [
+        ([0, 0.0002, 0.0004], ["0", "2e-4", "4e-4"]),
+        ([0.1, 0.30000000000000004], ["0.1", "0.3"]),
+        ([0, 2500, 5000], ["0", "2500", "5000"]),
+        ([0, 200_000, 1_000_000], ["0", "0.2M", "1M"]),
+        ([10_000, 15_000], ["10k", "15k"]),
+    ],
+)
+def test_ticks_are_short(browser, ticks, texts):
+    assert browser.run(f"return {FIGURES}[0].left[0].formatter.doFormat({ticks})") == texts
 
 
 def test_a_narrow_window_needs_no_horizontal_scrolling(browser):

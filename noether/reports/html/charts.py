@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 import numpy as np
 
-from noether.reports.html.curves import choose_levels, choose_points
+from noether.reports.html.curves import average_parts, choose_levels, choose_points
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _OVERVIEW_POINTS: Final = 2000
 _FINEST_POINTS: Final = 60_000  # of all curves of a page together, which bounds its size
+_AVERAGES: Final = 500  # of a curve, where smoothing starts from if the page does not have all values
 _SCALES: Final[tuple[Literal["linear", "log"], ...]] = ("linear", "log")
 _KNOTS: Final = 4000
 _INT32_LIMIT: Final = 2**31
@@ -112,7 +113,7 @@ def _template(count: int, y_axis_type: Literal["linear", "log"]) -> Any:
     for index in range(count):
         color, dash = run_style(index)
         # Without any value bokeh warns that there is no range.
-        columns: dict[str, list[Any]] = {"x": [0.0, 1.0], "y": [1.0, 2.0], "label": ["", ""]}
+        columns: dict[str, list[Any]] = {"x": [0.0, 1.0], "y": [1.0, 2.0], "label": ["", ""], "marker": ["diamond"] * 2}
         line, points, marks, ends = (
             ColumnDataSource(columns, name=f"{kind}{index}") for kind in ("line", "points", "marks", "ends")
         )
@@ -121,11 +122,9 @@ def _template(count: int, y_axis_type: Literal["linear", "log"]) -> Any:
         plot.line("x", "y", source=smooth, color=color, line_dash=dash, line_width=2.5)
         hovered.append(plot.scatter("x", "y", source=points, color=color, size=5, name=f"dots{index}"))
         hovered.append(
-            plot.scatter(
-                "x", "y", source=marks, line_color=color, fill_color=None, line_width=2, size=11, marker="diamond"
-            )
+            plot.scatter("x", "y", source=marks, fill_color=color, size=11, marker="diamond", name=f"marks{index}")
         )
-        hovered.append(plot.scatter("x", "y", source=ends, color=color, size=9, marker="inverted_triangle"))
+        hovered.append(plot.scatter("x", "y", source=ends, color=color, size=9, marker="marker"))
     plot.add_tools(
         HoverTool(renderers=hovered, tooltips="@label", point_policy="snap_to_data", attachment="horizontal")
     )
@@ -143,6 +142,7 @@ def _encode_run(run: RunRecord) -> dict[str, Any]:
         "sample": _encode(points.sample[chosen]),
         "epoch": _encode(_epochs(points)[chosen]),
         "hours": _encode((points.time_s[chosen] - start_s) / 3600),
+        "start_s": start_s,
         "checkpoints": [[each.iteration.update, each.tag] for each in run.checkpoints],
     }
 
@@ -172,13 +172,17 @@ def _encode_curve(curve: Curve, overview: int, finest: int) -> dict[str, Any]:
     updates = curve.series.points.update
     infinite = np.flatnonzero(np.isinf(values))
     infinite = infinite[choose_points(infinite.astype(np.float64), 50)]
-    return {
+    encoded: dict[str, Any] = {
         "run": curve.run,
         "levels": [
             {"update": _encode(updates[level]), "y": _encode(_hide_infinities(values[level]))} for level in levels
         ],
         "infinite": [[int(updates[at]), "infinity" if values[at] > 0 else "-infinity"] for at in infinite],
     }
+    if len(levels[-1]) < len(values):
+        ends, averages = average_parts(values, min(_AVERAGES, overview // 2))
+        encoded["averages"] = {"update": _encode(updates[ends]), "y": _encode(averages)}
+    return encoded
 
 
 def _hide_infinities(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -78,11 +78,41 @@ def choose_levels(values: NDArray[np.float64], overview: int, finest: int) -> li
     Example:
         >>> [len(level) for level in choose_levels(np.arange(100.0), overview=12, finest=48)]
         [10, 20, 40]
-        >>> [len(level) for level in choose_levels(np.arange(10.0), overview=12, finest=48)]
-        [10]
+        >>> [len(level) for level in choose_levels(np.arange(20.0), overview=12, finest=48)]
+        [20]
     """
+    if len(values) <= min(2 * overview, finest):
+        return [np.arange(len(values))]
     if len(values) <= overview or finest <= overview:
         return [choose_points(values, overview)]
     middle = int((overview * min(finest, len(values))) ** 0.5)
     limits = [overview, middle, finest] if middle >= 2 * overview else [overview, finest]
     return [choose_points(values, limit) for limit in limits]
+
+
+def average_parts(values: NDArray[np.float64], limit: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the averages of at most `limit` parts of a curve, from which a smooth curve is drawn.
+
+    The points that `choose_points` returns are extreme values, so their average is not that of the curve.
+
+    Args:
+        values: The curve, shape `(n,)`.
+        limit: Largest number of parts, at least 1.
+
+    Returns:
+        The index of the last value of each part, and the average of its finite values; NaN where there are none.
+
+    Example:
+        >>> average_parts(np.array([1.0, 3.0, np.nan, 5.0, 7.0]), limit=3)
+        (array([1, 3, 4]), array([2., 5., 7.]))
+    """
+    count = len(values)
+    length = max(1, -(-count // limit))
+    starts = np.arange(0, count, length)
+    is_finite = np.isfinite(values)
+    if not count:
+        return starts, values
+    finite = np.add.reduceat(is_finite, starts, dtype=np.int64)
+    shares = np.where(is_finite, values, 0.0) / np.repeat(np.maximum(finite, 1), length)[:count]
+    averages = np.where(finite > 0, np.add.reduceat(shares, starts), np.nan)
+    return np.minimum(starts + length, count) - 1, averages

@@ -4,9 +4,10 @@
 const report = JSON.parse(document.getElementById("report-data").textContent);
 const { templates, runs, charts } = Object.keys(report.charts).length ? report.charts : { charts: [], runs: [] };
 const settings = { axis: "update", scale: "linear", smoothing: 0, hidden: new Set(), range: null };
-const axisNames = { update: "update", sample: "sample", epoch: "epoch", hours: "hours since the first line of the log" };
+const axisNames = { update: "update", sample: "sample", epoch: "epoch", hours: "hours since the first line of the log", clock: "time, UTC" };
 const VISIBLE_POINTS = 1500; // a finer level is drawn where fewer points are in view
 const MAX_DOTS = 300; // with more points, a chart shows lines only
+const PREFIXES = [[1e9, "G"], [1e6, "M"], [1e4, "k"]]; // from which number on, and what is written
 
 function decode(text) {
   const bytes = Uint8Array.from(atob(text.slice(1)), (char) => char.charCodeAt(0));
@@ -30,10 +31,27 @@ function findLast(sorted, value) {
 /** Return the place of an update on the chosen axis, between two lines of the log if it has none of its own. */
 function place(run, update) {
   if (settings.axis === "update" || !run.update.length) return update;
-  const axis = run[settings.axis], at = findLast(run.update, update);
+  if (settings.axis === "clock") return (run.start_s + 3600 * interpolate(run, run.hours, update)) * 1000;
+  return interpolate(run, run[settings.axis], update);
+}
+
+function interpolate(run, axis, update) {
+  const at = findLast(run.update, update);
   if (run.update[at] === update || at + 1 >= axis.length) return axis[at];
   const share = (update - run.update[at]) / (run.update[at + 1] - run.update[at]);
   return axis[at] + share * (axis[at + 1] - axis[at]);
+}
+
+/** Return short texts of the ticks of an axis, such as `250k` and `2e-4`. */
+function formatTicks(ticks) {
+  const largest = ticks.reduce((most, tick) => Math.max(most, Math.abs(tick)), 0);
+  const [limit, prefix] = PREFIXES.find(([from]) => largest >= from) ?? [1, ""];
+  const unit = prefix === "k" ? 1e3 : limit;
+  return ticks.map((tick) => {
+    const value = Number((tick / unit).toPrecision(10));
+    if (value === 0) return "0";
+    return (largest < 1e-2 || largest >= 1e13 ? value.toExponential() : String(value)) + prefix;
+  });
 }
 
 /** Return the exponential moving average, which starts at the first value instead of zero; gaps stay. */
@@ -60,6 +78,8 @@ class Chart {
       ...curve,
       levels: curve.levels.map((level) => ({ update: decode(level.update), y: decode(level.y) })),
     }));
+    for (const { averages } of this.curves) if (averages) Object.assign(averages, { update: decode(averages.update), y: decode(averages.y) });
+    this.maxDots = MAX_DOTS / data.curves.length;
     this.scale = null;
   }
 
@@ -74,6 +94,9 @@ class Chart {
     if (matchMedia("(pointer: fine)").matches) this.plot.toolbar.tools[0].active = true;
     const range = this.plot.x_range;
     for (const name of ["start", "end"]) range.properties[name].change.connect(() => this.zoomed());
+    if (this.scale === "linear") this.plot.left[0].formatter.doFormat = formatTicks;
+    [this.ticker, this.formatter] = [this.plot.below[0].ticker, this.plot.below[0].formatter];
+    this.formatter.doFormat = formatTicks;
     paint(this.plot);
     this.draw();
     this.element.dataset.state = "drawn";
@@ -116,14 +139,12 @@ class Chart {
     const { x_range: range } = this.plot;
     if (!keepRange) this.setRange();
     let [start, end] = keepRange ? [range.start, range.end] : settings.range ?? [NaN, NaN];
-    const empty = { x: [], y: [], label: [] };
-    const drawn = new Set();
+    const empty = { x: [], y: [], label: [], marker: [] };
     for (const curve of this.curves) {
       const isHidden = settings.hidden.has(curve.run), { x, y, update, first, last } = this.choose(curve, start, end);
-      drawn.add(curve.run);
       // Outside of the view the overview stays, so that a reset shows the whole curve at once.
       const line = { x, y: Array.from(y, (value) => (settings.scale === "log" && value <= 0 ? NaN : value)) };
-      const few = last - first <= MAX_DOTS;
+      const few = last - first <= this.maxDots;
       const inView = few ? { x: x.slice(first, last), y: line.y.slice(first, last) } : thin(line, first, last);
       const updates = few ? update.slice(first, last) : inView.index.map((at) => update[at]);
       const label = inView.y.map((value, at) => describe(curve.run, updates[at], value));
@@ -132,35 +153,49 @@ class Chart {
       renderer.glyph.line_alpha = settings.smoothing ? 0.3 : 1;
       const dots = this.plot.renderers.find((each) => each.name === `dots${curve.run}`);
       dots.glyph.fill_alpha = dots.glyph.line_alpha = few ? (settings.smoothing ? 0.3 : 1) : 0;
-      set("line", isHidden ? { x: [], y: [], label: [] } : { ...line, label: line.y.map(() => "") });
-      set("points", isHidden ? empty : { x: inView.x, y: inView.y, label });
-      set("smooth", isHidden || !settings.smoothing ? { x: [], y: [] } : { x, y: smooth(line.y, settings.smoothing) });
+      set("line", isHidden ? empty : { ...line, label: line.y.map(() => ""), marker: line.y.map(() => "") });
+      set("points", isHidden ? empty : { x: inView.x, y: inView.y, label, marker: label });
+      set("smooth", isHidden || !settings.smoothing ? { x: [], y: [] } : this.smoothed(curve, line));
       set("marks", isHidden ? empty : this.marks(curve, line, update));
       set("ends", isHidden ? empty : this.infinities(curve, line));
     }
-    this.plot.below[0].axis_label = axisNames[settings.axis];
+    const [axis] = this.plot.below, isTime = settings.axis === "clock";
+    axis.ticker = isTime ? new (Bokeh.Models.get("DatetimeTicker"))() : this.ticker;
+    axis.formatter = isTime ? new (Bokeh.Models.get("DatetimeTickFormatter"))() : this.formatter;
+    axis.axis_label = axisNames[settings.axis];
+  }
+
+  /** Return the smooth curve: of all values if the page has them, else of averages over parts of the run. */
+  smoothed(curve, line) {
+    const { update, y } = curve.averages ?? {};
+    const x = update ? Array.from(update, (each) => place(runs[curve.run], each)) : line.x;
+    const values = smooth(y ? Array.from(y) : line.y, settings.smoothing);
+    return { x, y: settings.scale === "log" ? values.map((value) => (value <= 0 ? NaN : value)) : values };
   }
 
   /** Return the marks of the checkpoints, on the curve. */
   marks(curve, line, update) {
-    const marks = { x: [], y: [], label: [] }, run = runs[curve.run];
+    const marks = { x: [], y: [], label: [], marker: [] }, run = runs[curve.run];
     for (const [at, tag] of run.checkpoints) {
       const index = findLast(update, at);
       if (!(update[index] <= at) || !Number.isFinite(line.y[index])) continue;
       marks.x.push(place(run, at));
       marks.y.push(line.y[index]);
+      marks.marker.push("diamond");
       marks.label.push(`${runs.length > 1 ? `${run.name}: ` : ""}checkpoint ${tag}`);
     }
     return marks;
   }
 
-  /** Return marks at the upper edge of the curve for infinite values. */
+  /** Return marks for infinite values, at the upper or lower edge of the curve. */
   infinities(curve, line) {
-    const finite = line.y.filter(Number.isFinite), top = finite.length ? finite.reduce((a, b) => Math.max(a, b)) : 1;
+    const finite = line.y.filter(Number.isFinite);
+    const [low, high] = finite.length ? [Math.min, Math.max].map((choose) => finite.reduce((a, b) => choose(a, b))) : [1, 1];
     const run = runs[curve.run];
     return {
       x: curve.infinite.map(([update]) => place(run, update)),
-      y: curve.infinite.map(() => top),
+      y: curve.infinite.map(([, name]) => (name === "infinity" ? high : low)),
+      marker: curve.infinite.map(([, name]) => (name === "infinity" ? "triangle" : "inverted_triangle")),
       label: curve.infinite.map(([update, name]) => describe(curve.run, update, name)),
     };
   }
@@ -195,6 +230,7 @@ function paint(plot) {
     Object.assign(axis, { major_tick_line_color: line, minor_tick_line_color: null, axis_label_text_font_style: "normal" });
     Object.assign(axis, { axis_label_text_font_size: "12px", major_label_text_font_size: "12px" });
   }
+  for (const { name, glyph } of plot.renderers) if (name?.startsWith("marks")) glyph.line_color = text;
   for (const grid of plot.center) if (grid.grid_line_color !== undefined) grid.grid_line_color = line;
 }
 

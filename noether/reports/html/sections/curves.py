@@ -12,13 +12,15 @@ from noether.reports.html.labels import run_labels
 from noether.reports.html.page import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from noether.reports.html.charts import Curve
     from noether.reports.metric_series import Series
     from noether.reports.run_record import RunRecord
 
-_TABLE_ROWS: Final = 60  # a longer curve shows its values on hover only
+_TABLE_ROWS: Final = 60  # more values are summarized
+_PARTS: Final = 12
+_NUMBER: Final = ' class="number"'
 _OPEN_CHARTS: Final = 24  # groups after so many charts begin closed
 _DERIVED: Final = ("/best", "/best_update")
 _DASH_ARRAYS: Final = {"solid": "none", "dashed": "7 4", "dotted": "2 3", "dotdash": "2 3 7 3"}
@@ -69,7 +71,7 @@ def _group_keys(keys: Sequence[str]) -> dict[str, list[str]]:
 def _controls() -> str:
     options = "".join(
         f'<option value="{value}">{text}</option>'
-        for value, text in (("update", "update"), ("sample", "sample"), ("epoch", "epoch"), ("hours", "hours"))
+        for value, text in ({name: name for name in ("update", "sample", "epoch", "hours")} | {"clock": "time"}).items()
     )
     return (
         '<form class="controls" aria-label="Charts" onsubmit="return false">'
@@ -80,7 +82,9 @@ def _controls() -> str:
         '<label><input type="checkbox" id="log" autocomplete="off"> logarithmic y axis</label>'
         '<label>smoothing <input type="range" id="smoothing" min="0" max="0.99" step="0.01" value="0" '
         'autocomplete="off"> <output id="smoothing-value" for="smoothing">0</output></label></form>'
-        '<p class="note">A diamond is a checkpoint that still exists, a triangle an infinite value; NaN is a gap.</p>'
+        '<p class="note">A diamond is a checkpoint that still exists, a triangle an infinite value; NaN is a gap. '
+        "Logarithmic axes leave out zero and negative values. Of a long curve, averages over parts of it are smoothed."
+        "</p>"
     )
 
 
@@ -109,7 +113,7 @@ def _figure(key: str, element: str, curves: Sequence[Curve], runs: Sequence[RunR
         rest = "".join(f"<div>{escape(text)}</div>" for text in texts[4:])
         caption += f"<details><summary>{len(texts) - 4} more runs</summary>{rest}</details>"
     return (
-        f'<figure aria-labelledby="{element}-name"><h4 id="{element}-name">{escape(key)}</h4>'
+        f'<figure aria-labelledby="{element}-name"><h3 id="{element}-name">{escape(key)}</h3>'
         f'<div class="chart" id="{element}" role="img" aria-label="{escape(f"{key}. {texts[0]}")}"></div>'
         f"<figcaption>{caption}</figcaption>{_table(key, curves, labels)}</figure>"
     )
@@ -142,21 +146,38 @@ def _number(value: float) -> str:
 
 
 def _table(key: str, curves: Sequence[Curve], labels: Sequence[str]) -> str:
-    """Return the values in a table, if they are few."""
-    if sum(len(curve.series) for curve in curves) > _TABLE_ROWS:
-        return ""
-    several = len(labels) > 1
-    rows = "".join(
+    """Return the values in a table, or the range of values in parts of the curves if there are many."""
+    if sum(len(curve.series) for curve in curves) <= _TABLE_ROWS:
+        title, headings = "Values", ["update", "value"]
+        rows: list[tuple[Any, ...]] = [
+            (labels[curve.run], update, value)
+            for curve in curves
+            for update, value in zip(curve.series.points.update.tolist(), curve.series.values.tolist(), strict=True)
+        ]
+    else:
+        title, headings = "Values in parts", ["updates", "lowest", "highest", "last"]
+        parts = max(1, _PARTS // len(curves))
+        rows = [(labels[curve.run], *row) for curve in curves for row in _summarize_parts(curve.series, parts)]
+    start = 0 if len(labels) > 1 else 1
+    head = "".join(f'<th scope="col"{_NUMBER}>{text}</th>' for text in headings)
+    run = "" if start else '<th scope="col">run</th>'
+    body = "".join(
         "<tr>"
-        + (f"<td>{escape(labels[curve.run])}</td>" if several else "")
-        + f'<td class="number">{update}</td><td class="number">{value!r}</td></tr>'
-        for curve in curves
-        for update, value in zip(curve.series.points.update.tolist(), curve.series.values.tolist(), strict=True)
+        + ("" if start else f"<td>{escape(str(label))}</td>")
+        + "".join(f"<td{_NUMBER}>{cell if isinstance(cell, str) else repr(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for label, *cells in rows
     )
-    run = '<th scope="col">run</th>' if several else ""
     return (
-        f'<details><summary>Values</summary><div class="scroll"><table><caption>{escape(key)}</caption>'
-        f'<thead><tr>{run}<th scope="col" class="number">update</th>'
-        '<th scope="col" class="number">value</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></details>"
+        f'<details><summary>{title}</summary><div class="scroll"><table><caption>{escape(key)}</caption>'
+        f"<thead><tr>{run}{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
     )
+
+
+def _summarize_parts(series: Series, count: int) -> Iterator[tuple[str, str, str, str]]:
+    """Yield of each part of a curve its updates, and its lowest, highest and last value."""
+    values, updates = series.values.astype(np.float64), series.points.update
+    for part in np.array_split(np.arange(len(values)), min(count, len(values))):
+        finite = values[part][np.isfinite(values[part])]
+        ends = (_number(finite.min()), _number(finite.max())) if len(finite) else ("none", "none")
+        yield (f"{updates[part[0]]} to {updates[part[-1]]}", *ends, _number(values[part[-1]]))
