@@ -11,6 +11,7 @@ from noether.cli.train import start
 from noether.config import load
 from noether.planning.warnings import find_start_warnings
 from noether.training.experiment import build
+from noether.training.runs import execution
 from noether.training.runs.train import train
 
 BEST = {"kind": f"{CALLBACKS}.BestCheckpointCallback", "every_n_epochs": 1, "metric_key": "loss/val/square"}
@@ -90,3 +91,14 @@ def test_the_command_warns_of_callbacks_that_never_fire(shown):
     said, _ = shown()
     assert "the run does not reach epoch 7, so OnlineLossCallback/E7 never fires" in said["warnings"]
     assert find_start_warnings(build(load(Path("tiny.yaml"), ["callbacks.2.every_n_epochs=4"]))) == []
+
+
+@pytest.mark.parametrize("name", ["describe_start", "describe_end"])
+def test_an_error_in_a_panel_does_not_end_the_run(shown, monkeypatch, caplog, name):
+    def fail(*_, **__):
+        raise ValueError("no panel")
+
+    monkeypatch.setattr(execution, name, fail)
+    assert train(make_config()).finished
+    assert len(shown()) == 1
+    assert "panel failed and may have lost log entries; training continues: ValueError: no panel" in caplog.text

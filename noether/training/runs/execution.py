@@ -28,7 +28,7 @@ from noether.training.replicated.step import ReplicatedStep
 from noether.training.runs.end_panel import describe_end
 from noether.training.runs.ending import Ending
 from noether.training.runs.services import add_handlers
-from noether.training.runs.start_panel import describe_start
+from noether.training.runs.start_panel import describe_start, no_warnings
 from noether.training.runs.timed_saves import TimedSaves
 from noether.training.step.compiled import CompiledStep
 from noether.training.trainer import Trainer
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from noether.distributed.failures import Failures
     from noether.effects import Interpreter, RunDirectory
     from noether.effects.logs.jsonl import ToLine
+    from noether.effects.logs.run_panels import RunPanel
     from noether.effects.run_directory import Interpret
     from noether.training.data.interruptible import Watch
     from noether.training.experiment import Experiment
     from noether.training.runs.interruption import Interruption
+    from noether.training.runs.start_panel import FindWarnings
     from noether.training.step.step import Step
-
-    FindWarnings = Callable[[Experiment], Sequence[str]]
 
 _LOGGER: Final = logging.getLogger(__name__)
 _WORLD_SIZE: Final = "world_size"
@@ -103,11 +103,6 @@ class TrainedRun:
         return f"{what} at {self.state.iteration}{f': {reason}' if reason else ''}"
 
 
-def no_warnings(experiment: Experiment) -> Sequence[str]:  # noqa: ARG001  # as `FindWarnings`
-    """Return no warnings."""
-    return ()
-
-
 def execute(
     experiment: Experiment,
     directory: RunDirectory,
@@ -139,9 +134,7 @@ def execute(
     ranks = experiment.ranks
     interruption.limit_time(max_hours, counts=ranks.is_first)
     interruption.announce = partial(_announce_interruption, directory, ranks.failures)
-    if directory.writes:
-        warnings = find_warnings(experiment)
-        directory.write_panel(describe_start(experiment, directory.path, state, warnings))
+    _show(directory, partial(describe_start, experiment, directory.path, state, find_warnings))
     interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
     phases = PhaseTimes(interpreter, directory, state)
     interpret: Interpret = phases
@@ -183,11 +176,9 @@ def execute(
         world_size=ranks.world_size,
     )
     write_ending(run, experiment, interpreter, phases.entry(final))
-    if directory.writes:
-        summary = read_summary(directory.path / SUMMARY_FILE)
-        pointers = directory.checkpoints.pointers()
-        times = phases.read(final)
-        directory.write_panel(describe_end(run, experiment, begin, times, summary, pointers, allow=allow))
+    summary, pointers = directory.path / SUMMARY_FILE, directory.checkpoints.pointers
+    describe = partial(describe_end, run, experiment, begin, phases.read(final), allow=allow)
+    _show(directory, lambda: describe(read_summary(summary), pointers()))
     is_saved = finished or directory.checkpoints.holds(final)  # for a state with shards every rank asks
     if not directory.shows_panels:  # which say the same
         if not finished and ranks.is_first:
@@ -199,6 +190,12 @@ def execute(
             "and so would one that resumes the run; give it more hours"
         )
     return run
+
+
+def _show(directory: RunDirectory, describe: Callable[[], RunPanel]) -> None:
+    """Write a panel on rank 0; an error in it is reported, and the run continues."""
+    if directory.writes:
+        directory.guard_log("panel", lambda: directory.write_panel(describe()))()
 
 
 def _announce_interruption(directory: RunDirectory, failures: Failures, text: str) -> None:

@@ -39,8 +39,9 @@ from noether.training.runs.agreement import (
 from noether.training.runs.branching import check_newest, check_target, load_resumable, make_branch
 from noether.training.runs.directories import find_run, load_run_config, move_run, target_directory
 from noether.training.runs.ending import record_refusal
-from noether.training.runs.execution import TrainedRun, execute, no_warnings, write_ending
+from noether.training.runs.execution import TrainedRun, execute, write_ending
 from noether.training.runs.services import check_services
+from noether.training.runs.start_panel import no_warnings
 from noether.training.runs.stops import clear_stop
 from noether.training.runs.value_jumps import describe_jumps
 
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.effects import CheckpointStore, RunDirectory
     from noether.training.experiment import Experiment
-    from noether.training.runs.execution import FindWarnings
     from noether.training.runs.interruption import Interruption
+    from noether.training.runs.start_panel import FindWarnings
 
 
 @leave_at_end()

@@ -14,7 +14,7 @@ from noether.core.text import count_of
 from noether.effects.logs.run_panels import RunPanel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from noether.config import Config
@@ -24,19 +24,28 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.training.experiment import Experiment
 
+    FindWarnings = Callable[[Experiment], Sequence[str]]
+
 _MAX_CALLBACKS: Final = 24
 _MAX_WARNINGS: Final = 5
 _INTERVALS: Final = {EveryNEpochs: "epoch", EveryNUpdates: "update", EveryNSamples: "sample"}
 
 
-def describe_start(experiment: Experiment, path: Path, state: TrainState, warnings: Sequence[str] = ()) -> RunPanel:
+def no_warnings(experiment: Experiment) -> Sequence[str]:  # noqa: ARG001  # as `FindWarnings`
+    """Return no warnings."""
+    return ()
+
+
+def describe_start(
+    experiment: Experiment, path: Path, state: TrainState, find_warnings: FindWarnings = no_warnings
+) -> RunPanel:
     """Return the panel at the start of a process that trains a run.
 
     Args:
         experiment: The run.
         path: The run directory.
         state: The state in which the process begins.
-        warnings: What may be wrong with the plan of the run.
+        find_warnings: Returns what may be wrong with the plan of the run.
     """
     config, run = experiment.config, experiment.run
     facts = {
@@ -49,7 +58,7 @@ def describe_start(experiment: Experiment, path: Path, state: TrainState, warnin
         "begins at": [describe_position(state.iteration, run)] if state.iteration.update else [],
         "callbacks": describe_callbacks(experiment.reducer.members),
         "logs": [name for name, is_used in _services(config).items() if is_used],
-        "warnings": _limit_lines(warnings, _MAX_WARNINGS, "more warning"),
+        "warnings": _limit_lines(find_warnings(experiment), _MAX_WARNINGS, "more warning"),
     }
     return RunPanel(title=f"run {config.run.name}", facts=[(name, each) for name, each in facts.items() if each])
 

@@ -30,16 +30,18 @@ from noether.training.runs.agreement import (
     notify_once,
     open_on_ranks,
 )
-from noether.training.runs.execution import execute, no_warnings
+from noether.training.runs.execution import execute
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
 from noether.training.runs.services import check_services
+from noether.training.runs.start_panel import no_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from noether.config import Config
-    from noether.training.runs.execution import FindWarnings, TrainedRun
+    from noether.training.runs.execution import TrainedRun
+    from noether.training.runs.start_panel import FindWarnings
 
 _LOGGER: Final = logging.getLogger(__name__)
 
