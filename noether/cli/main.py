@@ -301,5 +301,5 @@ def plan(  # noqa: PLR0917  # click passes one argument for each option
         command.show_plan(load(config, settings, allow), str(config), points, png, as_json=as_json, world_size=ranks)
 
 
-for _command in (reference.callbacks, reference.help_):
+for _command in (reference.callbacks, reference.help_, reference.schema):
     main.add_command(_command)

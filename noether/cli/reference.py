@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from noether.cli.messages import errors_as_messages
@@ -39,3 +41,22 @@ def help_(name: str | None, allow: tuple[str, ...]) -> None:
 
     with errors_as_messages():
         command.show_help(name, allow)
+
+
+@click.command()
+@click.option(
+    "--to",
+    "target",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The file to write; by default it is printed.",
+)
+def schema(target: Path | None) -> None:
+    """Write a JSON schema of the configuration, which editors use.
+
+    With `# yaml-language-server: $schema=FILE` as the first line of a YAML file, an editor completes and checks it.
+    """
+    from noether.cli import schema as command
+
+    with errors_as_messages():
+        command.write_schema(target)
