@@ -173,7 +173,10 @@ def export(run_dir: Path, checkpoint: str, target: Path, weights: str | None) ->
     type=click.Path(path_type=Path),
     help="The file to write; by default report.html, in RUN_DIR if there is one run.",
 )
-def report(run_dirs: tuple[Path, ...], target: Path | None) -> None:
+@click.option(
+    "--png", metavar="FILE", type=click.Path(path_type=Path), help="Also draw the curves into FILE, as a PNG image."
+)
+def report(run_dirs: tuple[Path, ...], target: Path | None, png: Path | None) -> None:
     """Write charts and tables of runs to one HTML file, which needs no network.
 
     The runs may be in training.
@@ -181,7 +184,7 @@ def report(run_dirs: tuple[Path, ...], target: Path | None) -> None:
     from noether.cli import report as command
 
     with errors_as_messages():
-        command.report(run_dirs, target)
+        command.report(run_dirs, target, png)
 
 
 @main.command()

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from noether.cli.output import echo
+from noether.cli.plan.command import check_picture
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.core.errors import NoetherError
+from noether.core.text import count_of
 from noether.effects.disk.files import os_error_text
 from noether.reports.html.page import GENERATOR
+from noether.reports.html.picture import draw_picture
 from noether.reports.html.report import write_report
 from noether.reports.run_record import read_run
 
@@ -22,12 +25,13 @@ _NAME = "report.html"
 _HEAD_BYTES = 2000  # where the mark of a report is
 
 
-def report(run_dirs: Sequence[Path], target: Path | None) -> None:
+def report(run_dirs: Sequence[Path], target: Path | None, png: Path | None) -> None:
     """Write the report of some runs, and print its path.
 
     Args:
         run_dirs: The run directories, at least one.
         target: The file; None for `report.html`, in the directory of a single run, else in the working directory.
+        png: A picture of the curves to write as well, which is replaced if it exists; None for none.
 
     Raises:
         ConfigError: If one is not the directory of a run, or the file exists and is no report.
@@ -40,11 +44,17 @@ def report(run_dirs: Sequence[Path], target: Path | None) -> None:
     if target is None:
         target = runs[0].path / _NAME if len(runs) == 1 else Path(_NAME)
     _check_target(target)
+    check_picture(png)
     try:
         write_report(runs, target)
+        echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+        if png is not None:
+            picture, left_out = draw_picture(runs)
+            png.write_bytes(picture)
+            echo(f"{png}: without {count_of(left_out, 'metric')}, of which it has no room" if left_out else png)
     except OSError as error:
-        raise OSError(f"{target} could not be written: {os_error_text(error)}; give another file by --to") from error
-    echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+        place = error.filename or target
+        raise OSError(f"{place} could not be written: {os_error_text(error)}; give another file") from error
 
 
 def _check_target(target: Path) -> None:

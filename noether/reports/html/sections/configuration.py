@@ -22,7 +22,7 @@ def configuration_section(runs: Sequence[RunRecord]) -> Section | None:
     if not any(run.config for run in runs):
         return None
     labels = run_labels(runs)
-    flat = [dict(flatten(run.config)) for run in runs]
+    flat = [dict(walk_settings(run.config)) for run in runs]
     parts = [_difference_table(labels, flat)] if len(runs) > 1 else []
     for label, run in zip(labels, runs, strict=True):
         text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
@@ -33,11 +33,11 @@ def configuration_section(runs: Sequence[RunRecord]) -> Section | None:
     return Section(title="Configuration", anchor="configuration", html="".join(parts))
 
 
-def flatten(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def walk_settings(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield each single setting by its dotted path, as `--set` takes it.
 
     Example:
-        >>> dict(flatten({"trainer": {"max_epochs": 3}, "callbacks": [{"kind": "a"}]}))
+        >>> dict(walk_settings({"trainer": {"max_epochs": 3}, "callbacks": [{"kind": "a"}]}))
         {'trainer.max_epochs': 3, 'callbacks.0.kind': 'a'}
     """
     if isinstance(settings, dict) and settings:
@@ -48,7 +48,7 @@ def flatten(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, settings
         return
     for name, value in items:
-        yield from flatten(value, f"{path}.{name}" if path else str(name))
+        yield from walk_settings(value, f"{path}.{name}" if path else str(name))
 
 
 def _difference_table(labels: Sequence[str], flat: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.reports.html.labels import run_labels
 from noether.reports.html.page import Section
-from noether.reports.html.sections.configuration import flatten
+from noether.reports.html.sections.configuration import walk_settings
 from noether.reports.html.tables import html_table
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def environment_section(runs: Sequence[RunRecord]) -> Section | None:
         for begin, process in run.provenance.items():
             if isinstance(process, dict):
                 name = label if len(run.provenance) == 1 else f"{label} from {begin}"
-                columns[name] = dict(flatten(process))
+                columns[name] = dict(walk_settings(process))
                 diffs.append(_diff(name, run, process))
     if not columns:
         return None
