@@ -31,6 +31,7 @@ _ALL = {
     "ema": ((), ("--rounds", "2", "--params", "100000")),
     "saving": ((), ("--rounds", "2", "--params", "1000")),
     "checkpoint": ((), ("--rounds", "2", "--params", "1000")),
+    "reading": ((), ("--rounds", "2", "--lines", "1000")),
     "startup": ((), ("--rounds", "1")),
 }
 

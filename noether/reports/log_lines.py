@@ -60,15 +60,14 @@ class LogLines:
     def blocks_of(self, file: BinaryIO) -> Iterator[list[Any]]:
         """Yield the lines of each block from the position of an open file on, as `blocks` does."""
         while content := file.read(_BLOCK_BYTES):
-            content += file.readline()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole:
-                block = self._parse(whole)
+            *lines, rest = (content + file.readline()).split(b"\n")
+            if lines:
+                block = self._parse(lines)
                 yield block
                 self.count += len(block)
-                self.size += len(whole)
-                self.last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
-            if len(whole) < len(content):
+                self.size += sum(map(len, lines)) + len(lines)
+                self.last = lines[-1] + b"\n"
+            if rest:
                 return
 
     def add_damage(self, line: int, reason: object) -> None:
@@ -83,15 +82,15 @@ class LogLines:
             lines = count_of(len(self.damaged), "damaged line")
             _LOGGER.warning("%s: left out %s (%s)", self.path, lines, escape_controls(shown + more))
 
-    def _parse(self, content: bytes) -> list[Any]:
+    def _parse(self, lines: list[bytes]) -> list[Any]:
         try:  # one array of all lines takes less time than each line alone
-            lines: list[Any] = orjson.loads(b"[" + content[:-1].replace(b"\n", b",") + b"]")
+            block: list[Any] = orjson.loads(b"[" + b",".join(lines) + b"]")
         except ValueError:
             pass
         else:
-            if len(lines) == content.count(b"\n"):
-                return lines
-        return [self._parse_line(line, number) for number, line in enumerate(content[:-1].split(b"\n"), self.count + 1)]
+            if len(block) == len(lines):
+                return block
+        return [self._parse_line(line, number) for number, line in enumerate(lines, self.count + 1)]
 
     def _parse_line(self, line: bytes, number: int) -> Any:
         try:

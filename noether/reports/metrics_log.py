@@ -138,12 +138,12 @@ class _Columns:
 
 def _group_by_keys(metrics: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[int, dict[str, Any]]]:
     """Return the metrics of lines by index, grouped by their keys."""
-    keys = list(map(tuple, metrics))
-    if keys.count(keys[0]) == len(keys):  # the usual case
-        return {keys[0]: dict(enumerate(metrics))}
+    first = tuple(metrics[0])
+    if all(map(first.__eq__, map(tuple, metrics))):  # the usual case, with no object for each line
+        return {first: dict(enumerate(metrics))}
     groups: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
-    for index, (key, each) in enumerate(zip(keys, metrics, strict=True)):
-        groups.setdefault(key, {})[index] = each
+    for index, each in enumerate(metrics):
+        groups.setdefault(tuple(each), {})[index] = each
     return groups
 
 
