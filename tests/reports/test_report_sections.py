@@ -5,8 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 from example_runs import HOSTILE, write_evaluation, write_run
+from hypothesis import given
+from hypothesis import strategies as st
 
 from noether.reports.html.report import render_report
+from noether.reports.html.tables import html_table
 
 PHASES = {"total_s": 10.0, "data_s": 1.0, "step_s": 6.0, "evaluation_s": 2.0, "saving_s": 0.5, "updates": 40}
 CONFIG = "run: {name: mine}\nmodel: {kind: my.Model}\noptimizer: {lr: 0.1}\n"
@@ -113,7 +116,18 @@ def test_it_shows_where_runs_differ(document):
 
 def test_it_lists_checkpoints_and_evaluations(document):
     assert any(row[:3] == ["E2_U4_S16", "first", "latest"] for row in document.rows)
+    tags = {row[0]: row[5:] for row in document.rows if row[1:2] == ["first"] and row[0].startswith("E")}
+    assert tags["E1_U2_S8"] == ["0.5", "1"]
+    assert tags["E2_U4_S16"] == ["0.4", "1"]
     assert ["test/accuracy", "first", "E1_U2_S8", "0.45"] in document.rows
+
+
+@given(text=st.text(st.sampled_from("<>&'\"/! -[]`$a"), min_size=1, max_size=12).map(lambda text: f"<script>{text}"))
+def test_text_of_a_run_adds_no_element(text):
+    table = html_table(text, ["", text], [[text, text], [text, 1.5]])
+    expected = html_table("x", ["", "x"], [["x", "x"], ["x", 1.5]])
+    assert Document(table).tags == Document(expected).tags
+    assert Document(table).rows == [["", text], [text, text], [text, "1.5"]]
 
 
 def test_a_run_without_anything_has_a_report(tmp_path):

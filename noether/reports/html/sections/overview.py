@@ -43,7 +43,7 @@ def summarize(run: RunRecord, label: str) -> str:
     end = f": {ending}" if isinstance(ending, str) and ending else ""
     reached = f", at update {points[-1].update:,}" if len(points) and not end else ""
     parts = [f"{label} is {run.status}{reached}{end}."]
-    for key, best in list(_best_values(run))[:3]:
+    for key, best in list(best_values(run))[:3]:
         parts.append(f"The best {key} is {best.value:.5g}, at update {best.point.update:,}.")
     return " ".join(parts)
 
@@ -71,7 +71,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, Any]]:
             yield f"samples of {key.removeprefix('samples/')}", value
 
 
-def _best_values(run: RunRecord) -> Iterator[tuple[str, Best]]:
+def best_values(run: RunRecord) -> Iterator[tuple[str, Best]]:
     """Yield the best value of each metric that was measured on a dataset; else of each loss."""
     keys = [key for key in run.metrics if not key.endswith(_DERIVED) and "/at_best/" not in key]
     watched = [key for key in keys if f"{key}/best" in run.summary or f"{key}/best" in run.metrics]
@@ -81,7 +81,7 @@ def _best_values(run: RunRecord) -> Iterator[tuple[str, Best]]:
 
 
 def _best_table(runs: Sequence[RunRecord], labels: Sequence[str]) -> str:
-    bests = [dict(_best_values(run)) for run in runs]
+    bests = [dict(best_values(run)) for run in runs]
     keys = list(dict.fromkeys(key for each in bests for key in each))[:_BEST_ROWS]
     rows: list[list[object]] = []
     for key in keys:

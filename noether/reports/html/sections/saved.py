@@ -11,6 +11,7 @@ from noether.core.text import format_bytes
 from noether.effects.run_ending import TRACEBACK_FILE
 from noether.reports.html.labels import run_labels
 from noether.reports.html.page import Section
+from noether.reports.html.sections.overview import best_values
 from noether.reports.html.tables import html_table
 
 if TYPE_CHECKING:
@@ -19,21 +20,33 @@ if TYPE_CHECKING:
     from noether.reports.run_record import RunRecord
 
 _TRACEBACK_CHARACTERS: Final = 20_000
+_VALUES: Final = 4  # metrics beside each checkpoint
 
 
 def checkpoints_section(runs: Sequence[RunRecord]) -> Section | None:
     """Return the section of the checkpoints that exist; None if there are none."""
     rows: list[list[object]] = []
+    keys = list(dict.fromkeys(key for run in runs for key, _ in best_values(run)))[:_VALUES]
     for label, run in zip(run_labels(runs), runs, strict=True):
         for each in run.checkpoints:
             pointers = ", ".join(name for name, tag in run.pointers.items() if tag == each.tag)
             size = sum(part.size_bytes for part in each.parts.values())
             content = "whole state" if each.resumable else ", ".join(each.files)
-            rows.append([each.tag, label, pointers, content, format_bytes(size)])
+            values = (_value_at(run, key, each.iteration.update) for key in keys)
+            rows.append([each.tag, label, pointers, content, format_bytes(size), *values])
     if not rows:
         return None
-    table = html_table("Checkpoints that exist now", ["tag", "run", "pointers", "content", "size"], rows)
+    table = html_table("Checkpoints that exist now", ["tag", "run", "pointers", "content", "size", *keys], rows)
     return Section(title="Checkpoints", anchor="checkpoints", html=table)
+
+
+def _value_at(run: RunRecord, key: str, update: int) -> float | None:
+    """Return the value of a metric that was logged last at an update; None if there is none."""
+    if key not in run.metrics:
+        return None
+    series = run.metrics[key]
+    found = np.flatnonzero(series.points.update == update)
+    return float(series.values[found[-1]]) if len(found) else None
 
 
 def evaluations_section(runs: Sequence[RunRecord]) -> Section | None:
