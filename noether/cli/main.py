@@ -165,6 +165,41 @@ def export(run_dir: Path, checkpoint: str, target: Path, weights: str | None) ->
 
 
 @main.command()
+@click.argument("paths", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--follow", is_flag=True, help="Show a run until it ends.")
+@click.option("--metric", "metrics", metavar="KEY", multiple=True, help="Show this metric of several runs; repeatable.")
+@click.option(
+    "--sort", metavar="KEY", help="Sort by a metric, or by run, status, started, duration or update; -KEY reverses."
+)
+@click.option("--diff", is_flag=True, help="Show in which settings, code, machine and packages runs differ.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def show(
+    paths: tuple[Path, ...],
+    follow: bool,  # noqa: FBT001  # click passes it by name
+    metrics: tuple[str, ...],
+    sort: str | None,
+    diff: bool,  # noqa: FBT001  # click passes it by name
+    as_json: bool,  # noqa: FBT001  # click passes it by name
+) -> None:
+    """Show a run, which may be in training, or compare several runs.
+
+    Give several directories, or a folder of runs such as runs/NAME, for a table.
+    """
+    from noether.cli import show as command
+
+    with errors_as_messages():
+        is_single = command.is_single_run(paths)
+        if follow and (not is_single or as_json):
+            raise click.UsageError("--follow needs one RUN_DIR, and no --json")
+        if is_single and (metrics or sort is not None or diff):
+            raise click.UsageError("--metric, --sort and --diff need several runs: give more RUN_DIR, or a folder")
+        if is_single:
+            command.show_run(paths[0], as_json=as_json, follow=follow)
+        else:
+            command.show_runs(paths, metrics=metrics, sort=sort, only_differences=diff, as_json=as_json)
+
+
+@main.command()
 @click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--to",

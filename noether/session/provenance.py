@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -37,10 +38,10 @@ def record_process(directory: RunDirectory, state: TrainState, run: Run, disk: D
         disk: The disk.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from noether import Run, TrainState, open_run
         >>> with tempfile.TemporaryDirectory() as path, open_run(path) as directory:
-        ...     record_process(directory, TrainState(), Run(data={"val": [[1, 2]]}))
+        ...     record_process(directory, TrainState(), Run(data={"val": [torch.zeros(2, 3)]}))
         ...     entries = read_summary(directory.path / "summary.json")
         >>> entries["processes"]["E0_U0_S0"]["samples"]
         {'val': 2}
@@ -53,7 +54,9 @@ def _record(directory: RunDirectory, state: TrainState, run: Run, disk: Disk) ->
     facts = describe_process(
         (param.device for param in state.params.values()), partial(store_content, directory.path, disk=disk)
     )
-    lengths = {key.partition("/")[2]: length for key, length in dataset_lengths(run).items()}
+    lengths: dict[str, int] = {}
+    with suppress(Exception):  # of a user's dataset, or batches whose size is not known
+        lengths = {key.partition("/")[2]: length for key, length in dataset_lengths(run).items()}
     facts |= {"seed": state.seed, "samples": lengths}
     entry = set_process_entry(read_summary(directory.path / SUMMARY_FILE, disk), PROCESSES, state.iteration, facts)
     directory.interpreter([SetSummary(FrozenDict({PROCESSES: entry}))], state, AfterTraining(run=run))

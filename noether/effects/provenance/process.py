@@ -93,8 +93,8 @@ def command_line(words: Sequence[str]) -> str:
     Example:
         >>> command_line(["/usr/bin/python3", "/usr/bin/noether", "train", "a.yaml", "--set", "data.api_key=abc"])
         'noether train a.yaml --set data.api_key=***'
-        >>> command_line(["python3", "train.py", "--hub-token", "abc", "--url=https://me:abc@host/x", "max_tokens=3"])
-        'python3 train.py --hub-token *** --url=https://***@host/x max_tokens=3'
+        >>> command_line(["python3", "train.py", "--hub-token", "abc", "--from=https://me:abc@host", "max_tokens=3"])
+        "python3 train.py --hub-token *** '--from=https://***@host' max_tokens=3"
     """
     words = list(words)
     if len(words) > 1 and Path(words[1]).name == "noether":

@@ -1,0 +1,168 @@
+"""`noether show`: one run, a table of runs, or what differs between them."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+from rich.live import Live
+
+from noether.cli.output import echo
+from noether.config import ConfigError
+from noether.config.errors import LocatedProblem, Place
+from noether.core.errors import suggest
+from noether.effects.disk.encoding import to_plain
+from noether.effects.logs.console import format_columns
+from noether.effects.logs.run_panels import RunPanel, Table, command_lines, plain_lines
+from noether.reports.differences import find_run_differences
+from noether.reports.metrics_tail import MetricsTail
+from noether.reports.run_folders import find_runs
+from noether.reports.run_record import read_run, read_runs
+from noether.reports.run_table import FACTS, choose_metrics, make_rows, sort_rows, tabulate_runs
+from noether.reports.run_view import describe_run, to_values
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from noether.reports.run_record import RunRecord
+
+_INTERVAL_S: Final = 1.0
+_LINE_WIDTH: Final = 100
+
+
+def show_run(path: Path, *, as_json: bool, follow: bool) -> None:
+    """Print one screen about a run.
+
+    Args:
+        path: The run directory.
+        as_json: Whether to print JSON.
+        follow: Whether to show it until it ends: live on a terminal, else as a line for each new line of its log.
+
+    Raises:
+        ConfigError: If it is not the directory of a run.
+    """
+    run, console = read_run(path), Console()
+    if as_json:
+        echo(json.dumps(to_plain(to_values(run)), indent=1))
+    elif not follow:
+        _print_panel(describe_run(run), console)
+    else:
+        with suppress(KeyboardInterrupt):
+            if console.is_terminal and not console.is_dumb_terminal:
+                _follow_live(run, console)
+            else:
+                _follow_lines(run)
+        _print_panel(describe_run(read_run(path)), console)
+
+
+def _follow_live(run: RunRecord, console: Console) -> None:
+    with Live(describe_run(run), console=console, transient=True, auto_refresh=False) as live:
+        while run.status == "running":
+            time.sleep(_INTERVAL_S)
+            run = read_run(run.path)
+            live.update(describe_run(run), refresh=True)
+
+
+def _follow_lines(run: RunRecord) -> None:
+    tail = MetricsTail(run.path)
+    tail.read()
+    is_running = True
+    while is_running:
+        is_running = run.status == "running"  # read before the log, so that its last lines are printed
+        metrics, rewound = tail.read()
+        if rewound:
+            echo("the run was resumed from an earlier checkpoint")
+        else:
+            lines: dict[int, dict[str, float]] = {number: {} for number in range(len(metrics.points))}
+            for key, series in metrics.items():
+                for number, value in zip(series.lines.tolist(), series.values.tolist(), strict=True):
+                    lines[number][key] = value
+            for number, values in lines.items():
+                for text in format_columns(values, _LINE_WIDTH):
+                    echo(f"{metrics.points[number].iteration}  {text}")
+        if is_running:
+            time.sleep(_INTERVAL_S)
+
+
+def show_runs(
+    paths: Sequence[Path], *, metrics: Sequence[str], sort: str | None, only_differences: bool, as_json: bool
+) -> None:
+    """Print a table of runs, or what differs between them.
+
+    Args:
+        paths: Directories of runs, and folders of runs.
+        metrics: Metrics to show; by default those whose best value is in the summary of a run.
+        sort: What to sort by, as in `sort_rows`; by default by path.
+        only_differences: Whether to print what differs.
+        as_json: Whether to print JSON.
+
+    Raises:
+        ConfigError: If there is no run at a path, or no run has a metric that is shown or sorted by.
+    """
+    runs = list({run.path: run for path in paths for run in read_runs(path)}.values())
+    if only_differences:
+        _show_differences(runs, as_json=as_json)
+        return
+    keys = list(metrics) or choose_metrics(runs)
+    name = (sort or "run").removeprefix("-")
+    if name not in FACTS and name not in keys:
+        keys.append(name)
+    rows = sort_rows(make_rows(runs, keys), sort or "run")
+    for key in keys:
+        if all(row.metrics[key] is None for row in rows):
+            known = dict.fromkeys([*FACTS, *(each for run in runs for each in run.metrics)])
+            option = "--metric" if key in metrics else "--sort"
+            raise _error(f"{option} {key}", f"no run has this metric{suggest(key, known)}")
+    if as_json:
+        echo(json.dumps([to_plain(vars(row)) for row in rows], indent=1))
+    else:
+        _print_panel(RunPanel(title=f"{len(rows)} runs", table=tabulate_runs(rows, keys)), Console())
+
+
+def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
+    if len(runs) == 1:
+        raise _error("--diff", f"compares runs, and only {runs[0].path} is given; name a second one")
+    found = find_run_differences(runs)
+    paths = [str(run.path) for run in runs]
+    if as_json:
+        values = {name: dict(zip(paths, map(to_plain, each), strict=True)) for name, each in found.items()}
+        echo(json.dumps(values, indent=1, default=str))
+    elif not found:
+        echo(f"{len(runs)} runs do not differ in configuration, code, machine or packages")
+    else:
+        labels = _short_labels(runs)
+        rows = [(name, *("" if value is None else str(value) for value in each)) for name, each in found.items()]
+        _print_panel(RunPanel(title="differences", table=Table(("setting", *labels), rows)), Console())
+
+
+def _error(place: str, message: str) -> ConfigError:
+    return ConfigError([LocatedProblem(Place(place), (), message)])
+
+
+def _short_labels(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the ids of runs, or their paths where two have one id."""
+    ids = [run.run_id for run in runs]
+    return ids if len(set(ids)) == len(ids) else [str(run.path) for run in runs]
+
+
+def _print_panel(panel: RunPanel, console: Console) -> None:
+    if console.is_terminal and not console.is_dumb_terminal:
+        console.print(panel)
+        for line in command_lines(panel):
+            console.print(line, soft_wrap=True)
+    else:
+        for text in (panel.title, *plain_lines(panel)):
+            echo(text)
+
+
+def is_single_run(paths: Sequence[Path]) -> bool:
+    """Return whether one path is given, and it is the directory of a run.
+
+    Raises:
+        ConfigError: If there is no run at it.
+    """
+    return len(paths) == 1 and find_runs(paths[0]) == [paths[0]]

@@ -1,0 +1,36 @@
+"""What differs between runs: settings of their configurations, and the code and machine that trained them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from noether.reports.html.sections.configuration import walk_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from noether.reports.run_record import RunRecord
+
+_COMPARED: Final = ("git", "python", "platform", "host", "devices", "packages", "seed", "samples")
+_NOT_COMPARED: Final = ("git.untracked", "git.problem")
+
+
+def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
+    """Return the settings and facts in which runs differ, each with its value in every run; None where it is missing.
+
+    Settings have their dotted path as in `--set`; facts about the process that began the last part of a run have the
+    path in its entry of `processes`, such as `git.commit` or `packages.torch`.
+
+    Args:
+        runs: The runs, at least two.
+    """
+    described = [{**dict(walk_settings(run.config)), **_describe_process(run)} for run in runs]
+    names = dict.fromkeys(name for each in described for name in each if name)
+    values = {name: tuple(each.get(name) for each in described) for name in names}
+    return {name: each for name, each in values.items() if len(set(map(repr, each))) > 1}
+
+
+def _describe_process(run: RunRecord) -> Mapping[str, Any]:
+    *_, last = [{}, *run.provenance.values()]
+    facts = dict(walk_settings({name: last[name] for name in _COMPARED if last.get(name) is not None}))
+    return {name: value for name, value in facts.items() if name and not name.startswith(_NOT_COMPARED)}
