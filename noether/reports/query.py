@@ -135,8 +135,8 @@ def _create_tables(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, Run
     for run, record in runs.items():
         started = None if record.started_s is None else np.datetime64(int(record.started_s * 1e6), "us")
         rows["runs"].append((run, record.name, record.status, started, record.summary.get("ending"), str(record.path)))
-        rows["config"] += [(run, *item) for item in _flatten(record.config)]
-        rows["summary"] += [(run, *item) for item in _flatten(record.summary)]
+        rows["config"] += [(run, *item) for item in _scalars_by_path(record.config)]
+        rows["summary"] += [(run, *item) for item in _scalars_by_path(record.summary)]
         for manifest in record.checkpoints:
             pointers = ", ".join(name for name, tag in record.pointers.items() if tag == manifest.tag)
             size = sum(part.size_bytes for part in manifest.parts.values())
@@ -190,15 +190,15 @@ def _register_metrics(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, 
     connection.execute(_METRICS)
 
 
-def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, str | None]]:
+def _scalars_by_path(value: Any, path: str = "") -> Iterator[tuple[str, str | None]]:
     """Yield each scalar in a tree with its dotted path, as text.
 
     Example:
-        >>> list(_flatten({"run": {"name": "a", "tags": [1, True, None]}}))
+        >>> list(_scalars_by_path({"run": {"name": "a", "tags": [1, True, None]}}))
         [('run.name', 'a'), ('run.tags.0', '1'), ('run.tags.1', 'true'), ('run.tags.2', None)]
     """
     if isinstance(value, (dict, list)) and value:
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flatten(each, f"{path}.{key}" if path else str(key))
+            yield from _scalars_by_path(each, f"{path}.{key}" if path else str(key))
     elif path:
         yield path, value if value is None or isinstance(value, str) else json.dumps(value, default=str)
