@@ -83,11 +83,12 @@ def describe_progress(run: RunRecord) -> str:
 
 
 def last_iteration(run: RunRecord) -> TrainingIteration:
-    """Return the last iteration that a log line, a checkpoint or the ending of a run names."""
+    """Return the iteration in the ending of a run, else the last one that a log line or a checkpoint names."""
+    if named := _ITERATION.findall(str(run.summary.get("ending") or "").partition(":")[0]):
+        return TrainingIteration.parse(named[-1])  # without reading the log, which may be long
     known = [TrainingIteration(), *(each.iteration for each in run.checkpoints)]
     if len(run.metrics.points):
         known.append(run.metrics.points[-1].iteration)
-    known += map(TrainingIteration.parse, _ITERATION.findall(str(run.summary.get("ending") or "").partition(":")[0]))
     return max(known, key=lambda each: (each.update, each.epoch))
 
 
