@@ -57,14 +57,14 @@ def _show_entry(name: str, entry: Entry) -> None:
     echo(wrap(_one_line(section_text(entry.name)) or setting.text))
     if entry.settings:
         echo("")
-        print_settings(_shorten(entry.settings))
+        print_settings(_summarize_settings(entry.settings))
         echo("\n" + wrap(f"`noether help {name}.{entry.settings[0].setting.name}` describes a setting in full."))
     echo(f"\n{example_of(name, entry)}")
     for line in _notes(name, entry):
         echo("\n" + wrap(line))
 
 
-def _shorten(entries: Sequence[Entry]) -> Iterator[Setting]:
+def _summarize_settings(entries: Sequence[Entry]) -> Iterator[Setting]:
     for each in entries:
         kind = ", ".join(filter(None, (each.setting.type, each.bounds)))
         yield dataclasses.replace(each.setting, type=kind, text=first_sentence(each.setting.text))

@@ -49,7 +49,7 @@ def make_schema() -> Schema:
     """Return the schema of a whole configuration.
 
     Example:
-        >>> make_schema()["properties"]["trainer"]["properties"]["max_batch_size"]["anyOf"][0]
+        >>> make_schema()["properties"]["trainer"]["anyOf"][0]["properties"]["max_batch_size"]["anyOf"][0]
         {'type': 'integer', 'minimum': 1}
     """
     root = _section(Config)

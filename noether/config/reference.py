@@ -189,7 +189,7 @@ def _nearest(name: str) -> str:
 
 
 def _older(name: str) -> str:
-    """Return what replaces a setting of the class-based framework, for a message; empty if it is none."""
+    """Return what replaces a setting of the class-based framework, for a message, or an empty text."""
     section, _, key = name.rpartition(".")
     for translation, prefix in ((TRAINER, "trainer"), (SECTIONS, "")):
         if section not in {prefix, ""}:
