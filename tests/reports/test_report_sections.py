@@ -91,6 +91,7 @@ def test_it_says_what_came_of_each_run(document):
     )
     assert ["val/accuracy", "first", "0.5", "E0_U2_S8", "E1_U2_S8"] in document.rows
     assert ["trainable parameters", "1,234", ""] in document.rows
+    assert not any(row[0] == "frozen parameters" for row in document.rows), "a fact of no run is left out"
 
 
 def test_it_says_where_time_went(document):

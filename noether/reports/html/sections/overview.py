@@ -26,7 +26,7 @@ def overview_section(runs: Sequence[RunRecord]) -> Section:
     labels = run_labels(runs)
     sentences = "".join(f"<p>{escape(summarize(run, label))}</p>" for run, label in zip(runs, labels, strict=True))
     facts = [dict(_facts(run)) for run in runs]
-    names = list(dict.fromkeys(name for each in facts for name in each))
+    names = list(dict.fromkeys(name for each in facts for name, value in each.items() if value is not None))
     table = html_table("Runs", ["", *labels], [[name, *(each.get(name) for each in facts)] for name in names])
     return Section(title="Overview", anchor="overview", html=sentences + table + _best_table(runs, labels))
 
