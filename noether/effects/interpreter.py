@@ -47,7 +47,8 @@ class Interpreter:
     Args:
         handlers: Handlers by type of effect, called in their order.
         measures: Functions by type of effect; each returns scalars that are logged with those of the same event.
-        check: Called first at every event, with or without effects; it raises errors of background work.
+        check: Called first at every event, with or without effects; it raises errors of background work, and lets a
+            display see the state.
 
     Example:
         >>> from noether import AfterTraining, LogText, TrainState
@@ -60,7 +61,7 @@ class Interpreter:
         self,
         handlers: Mapping[type[Effect], Sequence[Handler]],
         measures: Mapping[type[Effect], Measure] | None = None,
-        check: Callable[[Event], None] = lambda event: None,  # noqa: ARG005  # names the argument
+        check: Callable[[TrainState, Event], None] = lambda state, event: None,  # noqa: ARG005  # names the arguments
     ) -> None:
         self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
         self._measures = dict(measures or {})
@@ -78,7 +79,7 @@ class Interpreter:
             UnhandledEffectError: If an effect has no handler; then no effect is run.
         """
         try:
-            self._check_background(event)
+            self._check_background(state, event)
             if not effects:
                 return
             measured = False

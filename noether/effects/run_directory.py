@@ -128,6 +128,7 @@ class RunDirectory:
         run_id: Name of the run, which is the name of the directory.
         checkpoints: Its checkpoints.
         interpreter: Runs effects: writes the logs and checkpoints of this run.
+        console: Where lines for a person go.
 
     Args:
         path: The directory as it was given.
@@ -165,6 +166,7 @@ class RunDirectory:
         self._loaded: Manifest | None = None  # the checkpoint of the loaded state
         self._saved_lines = UNKNOWN_COUNT  # metrics lines when the loaded state was saved
         # The interpreter has the logs and the access, and may outlive this object: the run stays locked meanwhile.
+        self.console = console
         self._logs = RunLogs(access, self.run_id, console=console, services=services, disk=disk)
         self._saver = Saver(
             self.checkpoints,
@@ -179,7 +181,7 @@ class RunDirectory:
         self.interpreter = Interpreter(
             {**self._logs.handlers(), SaveCheckpoint: [self._saver.save]},
             measures={MeasurePeakMemory: self._peak_memory.measure},
-            check=_event_check(access, self._saver, self._logs),
+            check=_event_check(access, self._saver, self._logs, self.console),
         )
 
     @property
@@ -380,11 +382,19 @@ class RunDirectory:
                 _LOGGER.error("%s", close_error)  # noqa: TRY400  # the run's own error has the traceback
 
 
-def _event_check(access: RunAccess, saver: Saver, logs: RunLogs) -> Callable[[Event], None]:
-    """Return a function that refuses a closed run, raises the error of a failed save, and flushes once a second."""
-    interval = FlushInterval(AfterUpdate, AfterEpoch)
+def _event_check(
+    access: RunAccess, saver: Saver, logs: RunLogs, console: Console
+) -> Callable[[TrainState, Event], None]:
+    """Return a function that refuses a closed run, raises the error of a failed save, and flushes once a second.
 
-    def check(event: Event) -> None:
+    On rank 0 it also shows the state on the live display.
+    """
+    interval = FlushInterval(AfterUpdate, AfterEpoch)
+    observe = console.observe if access.writes else None
+
+    def check(state: TrainState, event: Event) -> None:
+        if observe is not None:
+            observe(state, event)
         if access.refusal is not None:
             access.require_open()
         saver.check()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -13,16 +12,15 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
 from noether.core.errors import Problem, SettingsError, check_choice, check_whole, raise_problems
+from noether.core.progress import track_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -115,11 +113,9 @@ def _squared_waves(size: int) -> NDArray[np.float64]:
 
 
 def _generate(split: str, size: int, samples: int) -> dict[str, NDArray[np.float32]]:
-    """Generate the arrays of a split, with a progress bar on a terminal."""
+    """Generate the arrays of a split."""
     smoothing = _smoothing(size)
-    indices: Iterable[int] = range(samples)
-    if sys.stderr.isatty():
-        indices = track(indices, f"heat fields ({split})", total=samples, console=Console(stderr=True))
+    indices = track_progress(range(samples), f"generating heat fields ({split})")
     # One seed per sample, so that a sample does not depend on the number of samples.
     drawn = [_draw_sample(smoothing, np.random.default_rng([SPLITS.index(split), index])) for index in indices]
     initial, time, target = (np.array(part, dtype=np.float32) for part in zip(*drawn, strict=True))

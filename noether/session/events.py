@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from noether.core.callback import listens_to
+from noether.core.callback import leaves_of, listens_to
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch, updates_in_epoch
 from noether.core.pending import take_pending
@@ -156,6 +156,7 @@ class SessionEvents(SessionState):
         return loaded
 
     def _begin_in(self, directory: RunDirectory, saved: TrainState | None) -> None:
+        directory.console.watch(leaves_of(self._reducer), self._state)
         directory.truncate_logs(saved)
         directory.complete_saves(saved)
         if not (self.is_over and self._state.ended):

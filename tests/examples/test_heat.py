@@ -1,8 +1,6 @@
 """Heat equation example: laws of the solver, the cache, the network and its losses."""
 
-import io
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch.utils.data import default_collate
 
 from noether.config.loading import load
 from noether.core.errors import SettingsError
+from noether.core.progress import show_progress_on
 from noether.core.tensors.batch import batch_size, model_arguments, target_of
 from noether.examples import heat
 from noether.examples.heat import DIFFUSIVITY, GRADIENT_WEIGHT, FourierNet, HeatFields, losses, relative_l2, solve
@@ -252,23 +251,21 @@ def test_the_default_cache_follows_the_xdg_specification(tmp_path, monkeypatch):
     assert only_file(tmp_path / "home/.cache/noether/heat").name == "v1-val-4x4-1.fields"
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+def test_generation_shows_its_progress_where_there_is_a_display(fields, capsys):
+    shown = []
 
+    class Display:
+        def track(self, iterable, description, total=None):
+            for done, item in enumerate(iterable):
+                shown.append((description, done, total))
+                yield item
 
-def test_a_progress_bar_is_shown_only_on_a_terminal(fields, monkeypatch, capsys):
-    fields()
-    assert capsys.readouterr() == ("", "")
-    terminal = Terminal()
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stderr", terminal)
-        patched.setenv("TERM", "xterm")
+    with show_progress_on(Display()):
         fields("test")
-        shown = terminal.getvalue()
+        count = len(shown)
         fields("test")
-    assert "heat fields (test)" in shown
-    assert terminal.getvalue() == shown, "cached fields need no progress bar"
+    assert shown[0] == ("generating heat fields (test)", 0, None)
+    assert len(shown) == count, "cached fields need no progress bar"
     assert capsys.readouterr() == ("", "")
 
 

@@ -1,4 +1,4 @@
-"""Console output of a run: aligned lines, and on a terminal a live display below them."""
+"""Where the lines of a run go: to a file as they are, on a terminal above a live display and the bars of others."""
 
 from __future__ import annotations
 
@@ -6,44 +6,60 @@ import errno
 import io
 import math
 import os
+import sys
+import textwrap
 import threading
 import weakref
-from contextlib import suppress
-from itertools import zip_longest
+from contextlib import contextmanager, suppress
+from functools import partial
 from time import monotonic
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
-import torch
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from noether.core.event import AfterTraining, AfterUpdate
+from noether.core.event import AfterTraining, AfterUpdate, AtEval
 from noether.core.text import escape_controls
-from noether.effects.logs.progress_bar import LiveProgress, describe_progress, is_live
+from noether.effects.disk.finalizers import finalize
+from noether.effects.logs.bottom_rows import BottomRows
+from noether.effects.logs.columns import add_label, format_line, format_value, repeats_single_loss
+from noether.effects.logs.live_region import LiveRegion, Looks
+from noether.effects.logs.notebook import NotebookRows
+from noether.effects.logs.other_bars import choose_output, removed_bars
+from noether.effects.logs.progress_lines import describe_progress, is_live
 from noether.effects.logs.run_panels import command_lines, plain_lines
+from noether.effects.logs.run_view import RunView, TaskView
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from rich.console import RenderableType
 
+    from noether.core.callback import Callback
     from noether.core.effect import LogScalars, LogText, ShowProgress
     from noether.core.event import Event
+    from noether.core.run import Run
     from noether.core.state import TrainState
     from noether.effects.logs.run_panels import RunPanel
 
 _UPDATE_INTERVAL_S: Final = 1.0
 _HEARTBEAT_S: Final = 300.0
-_LABEL_WIDTH: Final = 18
-_DEFAULT_WIDTH: Final = 120  # without a terminal
+_LIVE_UPDATE_INTERVAL_S: Final = 10.0  # the live display has the newest values
+_INDENT: Final = 19  # the label of an iteration
+_NOTEBOOK_SIZE: Final = (100, 40)
+_Item = TypeVar("_Item")
 
 
 class Console:
-    r"""Writes lines for a person: texts at once, metrics in aligned columns; at most one line of metrics a second.
+    r"""Writes lines for a person: texts, and one line of metrics per event; on a terminal, above a live display.
 
     Control characters in texts and metrics are written as visible escapes, such as `\x1b`; the log has them unchanged.
-    The limit applies to metrics of updates. As a heartbeat, the last lines are repeated after 300 s without output,
-    until training ends.
+    Without a terminal, metrics of updates are written at most once a second, and as a heartbeat, the last lines are
+    repeated after 300 s without output, until training ends. The live display has the newest values, so above it
+    appear the metrics of updates at most every ten seconds, and only those that changed and fit into one line.
+
+    Attributes:
+        view: What the live display shows.
 
     Args:
         console: Where to write; by default the standard output, where long lines are not wrapped.
@@ -54,48 +70,143 @@ class Console:
         self._is_terminal = self._console.is_terminal
         # Without a terminal, rich takes ten times longer to write the same text. A console that the user passes may
         # wrap, record or capture it.
-        self._is_plain = console is None and not self._is_terminal and not self._console.is_jupyter
-        self._live = LiveProgress(self._console) if is_live(self._console) else None
+        self._is_plain = console is None and (not self._is_terminal or self._console.is_jupyter)
+        self.view = RunView()
+        self._measure = partial(_measure, self._console)  # no reference to this object, for the thread
+        self._rows = BottomRows(self._console.file, self._measure)
+        self._live = self._make_live()
+        if self._live is not None:
+            # Without this, a loop that raises without closing its run would leave the rows on the terminal.
+            finalize(self, _stop, self._live)
+        self._run: Run | None = None
         self._last_update_s = -math.inf
+        self._last_values: dict[str, str] = {}
         self._timer: threading.Timer | None = None
         self._last_lines: tuple[str, float] | None = None  # text and time; None where no heartbeat is needed
+
+    def _make_live(self) -> LiveRegion | None:
+        if self._console.is_jupyter:
+            looks = Looks(has_colors=False, has_signs=True)
+            return LiveRegion(self.view, NotebookRows(), lambda: _NOTEBOOK_SIZE, looks)
+        if not is_live(self._console):
+            return None
+        has_colors = self._console.color_system is not None and not self._console.no_color
+        looks = Looks(has_colors=has_colors, has_signs=self._console.encoding.startswith("utf"))
+        return LiveRegion(self.view, self._rows, self._measure, looks)
+
+    def watch(self, callbacks: Iterable[Callback], state: TrainState) -> None:
+        """Show the metrics that callbacks watch on the live display, with their best.
+
+        Args:
+            callbacks: The callbacks of the run, without decorators.
+            state: Where it begins.
+        """
+        self.view.watch(callbacks, state)
+
+    def observe(self, state: TrainState, event: Event) -> None:
+        """Take the newest counters; called at every event, so it costs next to nothing."""
+        self.view.newest = state.iteration, state.epoch_start
+        if event.run is not self._run or type(event) is AfterTraining:
+            self._begin_or_end(event)
+
+    def _begin_or_end(self, event: Event) -> None:
+        """Show the live display from the first event of a run to its last."""
+        if isinstance(event, AfterTraining):
+            self._run = None
+            if self._live is not None:
+                with suppress(OSError, ValueError):  # the terminal is closed: the next line reports it
+                    self._live.stop()
+            return
+        self._run = event.run
+        self.view.begin(event.run)
+        if self._live is not None and not isinstance(event, AtEval):
+            self._live.start()
+
+    def track(self, iterable: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
+        """Yield the items of an iterable, and show on the live display how far it is, if it takes long.
+
+        Args:
+            iterable: The items.
+            description: What is done, such as `evaluating val`.
+            total: The number of items; None takes `len(iterable)` if it has one.
+        """
+        if self._live is None:
+            yield from iterable
+            return
+        task = TaskView(description, _length_of(iterable) if total is None else total)
+        is_first = not self._live.is_running
+        self.view.tasks.append(task)
+        self._live.start()
+        try:
+            for item in iterable:
+                yield item
+                task.done += 1
+        finally:
+            self.view.tasks.remove(task)
+            if is_first and self._run is None:
+                self._live.stop()
 
     def write_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Write a text: the handler of `LogText`."""
         text = escape_controls(effect.text.replace("\r\n", "\n"), keep="\n\t")
-        self._write(_add_label(state, text.splitlines() or [""]), event)
+        self._write(add_label(state, text.splitlines() or [""]), event)
 
     def write_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
-        """Write metrics in aligned columns: a handler of `LogScalars`."""
+        """Write metrics as one line of columns: a handler of `LogScalars`."""
+        loud = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
+        metrics = {key: value for key, value in loud.items() if not repeats_single_loss(key, loud)}
+        self.view.log(metrics, state.iteration)
         # A loop that sets no time on its events gets every line. The difference is negative if the clock was set back.
-        is_update = isinstance(event, AfterUpdate)
-        if is_update and event.time_s and 0 <= event.time_s - self._last_update_s < _UPDATE_INTERVAL_S:
+        is_update, is_shown = isinstance(event, AfterUpdate), self._live is not None and self._live.is_running
+        interval_s = _LIVE_UPDATE_INTERVAL_S if is_shown else _UPDATE_INTERVAL_S
+        if is_update and event.time_s and 0 <= event.time_s - self._last_update_s < interval_s:
             return
-        metrics = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
         if not metrics:
             return
         if is_update:
             self._last_update_s = event.time_s
-        metrics = {key: value for key, value in metrics.items() if not repeats_single_loss(key, metrics)}
-        width = self._console.width if self._is_terminal else _DEFAULT_WIDTH
-        self._write(_add_label(state, format_columns(metrics, width - len(_add_label(state, [""])))), event)
+        if not is_shown:
+            self._write(add_label(state, [format_line(metrics)]), event)
+        elif changed := self._select_changed(metrics):
+            self._write(add_label(state, [self._shorten_line(changed, len(add_label(state, [""])))]), event)
+
+    def _select_changed(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metrics that changed since their last line, those of the live display first."""
+        texts = {key: format_value(value) for key, value in metrics.items()}
+        changed = [key for key, text in texts.items() if self._last_values.get(key) != text or self.view.is_shown(key)]
+        self._last_values |= texts
+        changed = [key for key in changed if not key.endswith(("/best", "/best_update"))]
+        return {key: metrics[key] for key in sorted(changed, key=self.view.rank_of)}
+
+    def _shorten_line(self, metrics: Mapping[str, Any], indent: int) -> str:
+        """Return as many metrics as fit into one line of the terminal, and how many more there are."""
+        line, left, room = "", len(metrics), self._console.width - indent - len("   +99 more") - 1
+        for key, value in metrics.items():
+            shown = self.view.metrics.get(key)
+            sign = (
+                f" {self._live.looks.better}" if shown is not None and shown.is_best and self._live is not None else ""
+            )
+            cell = f"{escape_controls(key)} {format_value(value)}{sign}"
+            if not line or len(line) + len(cell) + 3 <= room:
+                line, left = f"{line}   {cell}" if line else cell, left - 1
+        return f"{line}   +{left} more" if left else line
 
     def show_progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
         """Show progress on the live display, or as a line where it is due: the handler of `ShowProgress`."""
         if self._live is None:
             if effect.due:
-                self._write(_add_label(state, [describe_progress(effect, state)]), event)
-        elif isinstance(event, AfterTraining):
-            self._live.stop()
-        else:
-            self._live.show(effect, state)
+                self._write(add_label(state, [describe_progress(effect, state)]), event)
+            return
+        self._live.raise_error()
+        self.view.progress = None if isinstance(event, AfterTraining) else effect
 
     def print_above(self, renderable: RenderableType) -> None:
         """Print anything that rich can render, such as a table, above the live display; text is never markup."""
-        if self._is_plain and isinstance(renderable, str):
+        if isinstance(renderable, str):
             self._print(renderable)
-        else:
-            self._console.print(renderable, markup=False, emoji=False, soft_wrap=isinstance(renderable, str))
+            return
+        with self._begun_line():
+            self._console.print(renderable, markup=False, emoji=False)
 
     @property
     def shows_panels(self) -> bool:
@@ -104,28 +215,31 @@ class Console:
 
     def write_panel(self, panel: RunPanel) -> None:
         """Write a panel, in place of the live display; its commands are never broken into lines."""
+        self._run = None  # the next event shows the display again
         if self._live is not None:
             self._live.stop()
         if not self.shows_panels:
             self._print("\n".join(plain_lines(panel)))
             return
-        self._console.print(panel, soft_wrap=False)
-        for line in command_lines(panel):
-            self._console.print(line, soft_wrap=True)
+        with self._begun_line():
+            self._console.print(panel, soft_wrap=False)
+            for line in command_lines(panel):
+                self._console.print(line, soft_wrap=True)
 
     def write_notice(self, text: str) -> None:
         """Write a line at once, from any thread; a terminal may have echoed ^C before it."""
-        is_apart = self._is_terminal and (self._live is None or not self._live.is_shown)
+        is_apart = self._is_terminal and not self._rows.are_shown
         self._print("\n" * is_apart + escape_controls(text))
 
     def close(self) -> None:
         """Stop the heartbeat, and remove the live display."""
         self._stop_heartbeat()
+        self._run = None
         if self._live is not None:
             self._live.stop()
 
     def _write(self, lines: str, event: Event) -> None:
-        """Write lines, and start the heartbeat if training continues after the event."""
+        """Write lines, and start the heartbeat if training continues after the event and no display shows it."""
         self._print(lines)
         if isinstance(event, AfterTraining):
             self._stop_heartbeat()
@@ -136,12 +250,26 @@ class Console:
 
     def _print(self, lines: str) -> None:
         """Print a text unchanged, without interpreting `[bold]` or `:100:` in logged texts as markup."""
-        if not self._is_plain:
-            self._console.print(lines, markup=False, emoji=False)
-            return
-        text = Text(lines)
-        text.expand_tabs(self._console.tab_size)
-        _write_text(self._console.file, f"{text.plain}\n")
+        with self._begun_line():
+            output = choose_output(self._console.file)
+            if self._live is not None and self._is_terminal:
+                lines = _wrap_words(lines, self._console.width)
+            if not self._is_plain and output is self._console.file:
+                self._console.print(lines, markup=False, emoji=False)
+                return
+            text = Text(lines)
+            text.expand_tabs(self._console.tab_size)
+            _write_text(output, f"{text.plain}\n")
+
+    @contextmanager
+    def _begun_line(self) -> Iterator[None]:
+        """Let what is written in the block begin at the start of a line, and above the bars of others."""
+        if self._live is not None:
+            self._live.raise_error()
+        with removed_bars(sys.stdout):
+            if self._rows.are_shown:
+                self._console.file.write(self._rows.start_line())
+            yield
 
     def _start_timer(self, wait_s: float) -> None:
         # A weak reference, so that the heartbeat ends when the loop drops the run. The thread refers to no tensors,
@@ -175,46 +303,41 @@ def _heartbeat(reference: weakref.ref[Console]) -> None:
         console._repeat_last_lines()  # noqa: SLF001  # the console's own timer
 
 
-def format_columns(metrics: Mapping[str, Any], width: int) -> list[str]:
-    r"""Return metrics as lines of aligned columns, read downwards; as many columns as fit into `width` characters.
-
-    Example:
-        >>> print(*format_columns({"loss/val/mse": 0.25, "val/accuracy": 0.5, "optim/lr": 1e-3}, width=60), sep="|\n")
-        loss/val/mse  0.25    optim/lr      0.001|
-        val/accuracy  0.5
-    """
-    names, values = [escape_controls(name) for name in metrics], [_format_value(value) for value in metrics.values()]
-    name_width, value_width = max(map(len, names)), max(map(len, values))
-    cells = [f"{name:<{name_width}}  {value:<{value_width}}" for name, value in zip(names, values, strict=True)]
-    column_count = max(1, (width + len(_GAP)) // (len(cells[0]) + len(_GAP)))
-    row_count = -(-len(cells) // column_count)
-    by_column = (cells[start : start + row_count] for start in range(0, len(cells), row_count))
-    return [_GAP.join(row).rstrip() for row in zip_longest(*by_column, fillvalue="")]
-
-
-_GAP: Final = "    "
-
-
-def _add_label(state: TrainState, lines: Sequence[str]) -> str:
-    """Return lines as one text; the first begins with the counters, the others are indented as far."""
-    label = f"{state.iteration!s:<{_LABEL_WIDTH}} "
-    return "\n".join(f"{label if number == 0 else ' ' * len(label)}{line}" for number, line in enumerate(lines))
+def _wrap_words(lines: str, width: int) -> str:
+    """Return lines wrapped at words, and indented as the texts behind the label of an iteration are."""
+    wrapped = []
+    for line in lines.split("\n"):
+        fits = len(line) < width or width <= 2 * _INDENT
+        wrapped += (
+            [line]
+            if fits
+            else textwrap.wrap(
+                line,
+                width - 1,
+                subsequent_indent=" " * _INDENT,
+                break_long_words=False,
+                break_on_hyphens=False,
+                drop_whitespace=True,
+                replace_whitespace=False,
+            )
+        )
+    return "\n".join(wrapped)
 
 
-def repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
-    """Return whether a metric is the total of one single loss, which is shown already."""
-    parts = key.split("/")
-    if "total" not in parts:
-        return False
-    place = parts.index("total")
-    others = [name.split("/") for name in metrics if name != key]
-    losses = [each for each in others if each[:place] == parts[:place] and each[place + 1 :] == parts[place + 1 :]]
-    return len(losses) == 1 and _format_value(metrics["/".join(losses[0])]) == _format_value(metrics[key])
+def _length_of(iterable: Any) -> int | None:
+    try:
+        return len(iterable)
+    except TypeError:  # a stream
+        return None
 
 
-def _format_value(value: Any) -> str:
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    return f"{value:.5g}" if isinstance(value, float) else escape_controls(str(value))
+def _measure(console: RichConsole) -> tuple[int, int]:
+    return console.width, console.height
+
+
+def _stop(live: LiveRegion) -> None:
+    with suppress(OSError, ValueError):  # the terminal is closed
+        live.stop()
 
 
 def _write_text(file: IO[str], text: str) -> None:

@@ -10,6 +10,8 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
+from noether.core.progress import track_progress
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -80,7 +82,8 @@ class InterruptibleData:
         data: The batches.
         interrupted: Returns whether the run is interrupted.
         gather: Says to all ranks that this rank has left its share; None for one process.
-        watch: Returns an iterator over batches, which may measure or show how far it is.
+        watch: Returns an iterator over batches, which may measure it.
+        description: What the display of the run says while the batches are iterated.
 
     Example:
         >>> data = InterruptibleData([1, 2], interrupted=lambda: False)
@@ -94,8 +97,10 @@ class InterruptibleData:
         interrupted: Callable[[], bool],
         gather: InterruptibleGather | None = None,
         watch: Watch = iter,
+        description: str = "evaluating",
     ) -> None:
         self._data, self._interrupted, self._gather, self._watch = data, interrupted, gather, watch
+        self._description = description
 
     def __len__(self) -> int:
         return len(self._data)
@@ -104,10 +109,13 @@ class InterruptibleData:
         return self._iterate(self._data)
 
     def _iterate(self, batches: Iterable[Any]) -> Iterator[Any]:
-        return self._interrupt(batches) if self._gather is None else _iterate_to_end(self._watch(batches))
+        return self._interrupt(batches) if self._gather is None else _iterate_to_end(self._show(batches))
+
+    def _show(self, batches: Iterable[Any]) -> Iterator[Any]:
+        return track_progress(self._watch(batches), self._description, _length_of(self._data))
 
     def _interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in self._watch(batches):
+        for batch in self._show(batches):
             if self._interrupted():
                 raise DataInterrupt
             yield batch
@@ -131,7 +139,9 @@ class InterruptibleData:
         if name == "with_sizes":
             return self._with_sizes
         if name == "batched":
-            return lambda size: InterruptibleData(found(size), self._interrupted, self._gather, self._watch)
+            return lambda size: InterruptibleData(
+                found(size), self._interrupted, self._gather, self._watch, self._description
+            )
         return found
 
 
@@ -188,5 +198,14 @@ def interruptible(run: Run, interrupted: Callable[[], bool], watch: Watch = iter
         watch: Returns an iterator over the batches of a dataset that a callback iterates.
     """
     gather = None if run.world_size == 1 else InterruptibleGather(run.gather)
-    data = {key: InterruptibleData(data, interrupted, gather, watch) for key, data in run.data.items()}
+    data = {
+        key: InterruptibleData(data, interrupted, gather, watch, f"evaluating {key}") for key, data in run.data.items()
+    }
     return run.replace(data=data) if gather is None else run.replace(data=data, gather=gather.gather)
+
+
+def _length_of(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # a stream
+        return None

@@ -15,6 +15,7 @@ from noether.core.effect import SaveCheckpoint, SetSummary
 from noether.core.errors import NoetherError
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
+from noether.core.progress import show_progress_on
 from noether.core.tensors.donation import donate
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.logs.events import event_line_builder
@@ -144,7 +145,7 @@ def execute(
         interpret = _announce_saves(interpret, ranks.failures)
     if experiment.config.trainer.record == "events":
         interpret = directory.recording_interpreter(interpret, event_recorder(experiment.reducer))
-    with interruption, closing(experiment):
+    with interruption, closing(experiment), show_progress_on(directory.console if directory.writes else None):
         facts: dict[str, Any] = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
         facts |= _world_sizes(directory, ranks.world_size, state.iteration)
         facts |= describe_status("running")
@@ -159,6 +160,7 @@ def execute(
             at_end=experiment.config.trainer.checkpoints.at_end,
             failures=experiment.ranks.failures,
         )
+        directory.console.watch(leaves_of(experiment.reducer), state)
         trainer = make_trainer(experiment, interpret, interruption, watch=phases.evaluate)
         begin = state.iteration
         start = donate(state) if experiment.step.donate else state

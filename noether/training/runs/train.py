@@ -17,9 +17,11 @@ from noether.config.references import escape_references
 from noether.config.serialization import dump
 from noether.config.source import apply_overrides, read
 from noether.config.values import source_from_values
+from noether.core.progress import show_progress_on
 from noether.distributed.ranks import leave_at_end
 from noether.distributed.restarts import Restart
 from noether.effects.disk.files import make_directories, replace_text
+from noether.effects.logs.console import Console
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
 from noether.training.runs.agreement import (
@@ -167,7 +169,8 @@ def start_run(
     if (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
         return resume_run(Path(begun), (), allow, (), interruption=interruption, notify=notify)
     check_services(config)
-    experiment = build(config, ranks=ranks)
+    with show_progress_on(Console() if ranks.is_first else None):
+        experiment = build(config, ranks=ranks)
     agree_to_start(experiment)
     if ranks.are_several:
         notify(f"training{describe_ranks(ranks)}")

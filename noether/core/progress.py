@@ -1,0 +1,67 @@
+"""Progress of work that takes long, such as generating a dataset; the work does not know where it is shown."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_Item = TypeVar("_Item")
+
+
+class ShowsProgress(Protocol):
+    """What shows how far an iteration is, such as the console of a run."""
+
+    def track(self, iterable: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
+        """Yield the items, and show how many of them are done."""
+
+
+_DISPLAY: Final[ContextVar[ShowsProgress | None]] = ContextVar("noether_progress_display", default=None)
+
+
+def track_progress(iterable: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
+    """Yield the items of an iterable, with a progress bar where there is a display.
+
+    `noether train` shows it while it constructs datasets, models and callbacks.
+
+    Args:
+        iterable: The items.
+        description: What is done, such as `generating fields`.
+        total: The number of items; None takes `len(iterable)` if it has one.
+
+    Example:
+        >>> [2 * number for number in track_progress(range(3), "generating numbers")]
+        [0, 2, 4]
+    """
+    display = _DISPLAY.get()
+    if display is None:
+        yield from iterable
+    else:
+        yield from display.track(iterable, description, total)
+
+
+@contextmanager
+def show_progress_on(display: ShowsProgress | None) -> Iterator[None]:
+    """Let `track_progress` show its progress on a display inside the block.
+
+    Args:
+        display: The display; None for no display.
+
+    Example:
+        >>> class Printed:
+        ...     def track(self, iterable, description, total=None):
+        ...         print(description, total)
+        ...         yield from iterable
+        >>> with show_progress_on(Printed()):
+        ...     list(track_progress("ab", "reading", total=2))
+        reading 2
+        ['a', 'b']
+    """
+    token = _DISPLAY.set(display)
+    try:
+        yield
+    finally:
+        _DISPLAY.reset(token)

@@ -1,0 +1,52 @@
+"""Metrics as text: one aligned line per event, shortened values, and what a line leaves out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from noether.core.text import escape_controls
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from noether.core.state import TrainState
+
+GAP: Final = "    "
+_LABEL_WIDTH: Final = 18
+_VALUE_WIDTH: Final = 12  # of the longest number: -1.2345e-100
+
+
+def format_line(metrics: Mapping[str, Any]) -> str:
+    """Return metrics as one line of columns; lines of the same metrics are aligned below each other.
+
+    Example:
+        >>> print(format_line({"loss/val/mse": 0.25, "optim/lr": 1e-3}))
+        loss/val/mse  0.25            optim/lr  0.001
+    """
+    cells = (f"{escape_controls(name)}  {format_value(value):<{_VALUE_WIDTH}}" for name, value in metrics.items())
+    return GAP.join(cells).rstrip()
+
+
+def add_label(state: TrainState, lines: Sequence[str]) -> str:
+    """Return lines as one text; the first begins with the counters, the others are indented as far."""
+    label = f"{state.iteration!s:<{_LABEL_WIDTH}} "
+    return "\n".join(f"{label if number == 0 else ' ' * len(label)}{line}" for number, line in enumerate(lines))
+
+
+def repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
+    """Return whether a metric is the total of one single loss, which is shown already."""
+    parts = key.split("/")
+    if "total" not in parts:
+        return False
+    place = parts.index("total")
+    others = [name.split("/") for name in metrics if name != key]
+    losses = [each for each in others if each[:place] == parts[:place] and each[place + 1 :] == parts[place + 1 :]]
+    return len(losses) == 1 and format_value(metrics["/".join(losses[0])]) == format_value(metrics[key])
+
+
+def format_value(value: Any) -> str:
+    """Return a value as text; of a fraction five digits."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return f"{value:.5g}" if isinstance(value, float) else escape_controls(str(value))
