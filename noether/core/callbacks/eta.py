@@ -25,9 +25,10 @@ class EtaCallback(PeriodicCallback):
     """Shows counters, update time, and the time to the next firing and to the end; refreshed at every update.
 
     On a terminal, the live display of the run shows the next firing. Without one (pipe, file, CI, batch job), a plain
-    line is written at each firing. The update time is a mean in seconds and includes everything between two updates, such as evaluation. The
-    first update is left out because it is slower. A resumed run continues with the mean that it had. If the length of
-    epochs is unknown, times are estimated from the epochs and updates so far, or left out where that is impossible.
+    line is written at each firing. The update time is a mean in seconds and includes everything between two updates,
+    such as evaluation. The first update is left out because it is slower. A resumed run continues with the mean that it
+    had. If the length of epochs is unknown, times are estimated from the epochs and updates so far, or left out where
+    that is impossible.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
