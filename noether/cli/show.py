@@ -15,7 +15,7 @@ from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.core.errors import suggest
 from noether.effects.disk.encoding import to_plain
-from noether.effects.logs.console import format_columns
+from noether.effects.logs.columns import format_columns
 from noether.effects.logs.run_panels import RunPanel, Table, command_lines, plain_lines
 from noether.reports.differences import find_run_differences
 from noether.reports.metrics_tail import MetricsTail

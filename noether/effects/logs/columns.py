@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -27,6 +28,23 @@ def format_line(metrics: Mapping[str, Any]) -> str:
     """
     cells = (f"{escape_controls(name)}  {format_value(value):<{_VALUE_WIDTH}}" for name, value in metrics.items())
     return GAP.join(cells).rstrip()
+
+
+def format_columns(metrics: Mapping[str, Any], width: int) -> list[str]:
+    r"""Return metrics as lines of aligned columns, read downwards; as many columns as fit into `width` characters.
+
+    Example:
+        >>> print(*format_columns({"loss/val/mse": 0.25, "val/accuracy": 0.5, "optim/lr": 1e-3}, width=60), sep="|\n")
+        loss/val/mse  0.25    optim/lr      0.001|
+        val/accuracy  0.5
+    """
+    names, values = [escape_controls(name) for name in metrics], [format_value(value) for value in metrics.values()]
+    name_width, value_width = max(map(len, names)), max(map(len, values))
+    cells = [f"{name:<{name_width}}  {value:<{value_width}}" for name, value in zip(names, values, strict=True)]
+    column_count = max(1, (width + len(GAP)) // (len(cells[0]) + len(GAP)))
+    row_count = -(-len(cells) // column_count)
+    by_column = (cells[start : start + row_count] for start in range(0, len(cells), row_count))
+    return [GAP.join(row).rstrip() for row in zip_longest(*by_column, fillvalue="")]
 
 
 def add_label(state: TrainState, lines: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.cells import cell_len, set_cell_size
 
-from noether.core.callbacks.estimates import estimate_end
+from noether.core.callbacks.estimates import estimate_end, known_end
 from noether.core.effect import format_duration
 from noether.core.state import TrainState
 from noether.core.text import escape_controls
@@ -205,10 +205,10 @@ def _run_progress(view: RunView, state: TrainState) -> tuple[float | None, list[
     share = None if not end else at.update / end
     percent = [] if share is None else [f"{min(int(100 * share), 100)}%"]
     left = [] if left_s is None else [f"{format_duration(left_s)} left"]
-    epochs = getattr(vars(view.run).get("end"), "epoch", 0)
-    samples = vars(view.run).keys() >= {"end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size"}
+    final = known_end(view.run)
+    epochs = getattr(vars(view.run).get("end"), "epoch", 0) if final is None else final.epoch
     counts = [_count("update", at.update, end), _count("epoch", at.epoch, epochs)]
-    return share, [*percent, *left, *counts, _count("sample", at.sample, view.run.final.sample if samples else None)]
+    return share, [*percent, *left, *counts, _count("sample", at.sample, final.sample if final else None)]
 
 
 def _epoch_progress(view: RunView, state: TrainState) -> tuple[float | None, list[str]]:
