@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from noether.core.callbacks.estimates import estimate_end, estimate_updates, known_end
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import ShowProgress
+from noether.core.estimates import estimate_end, estimate_updates, known_end
 from noether.core.iteration import COUNTERS
 from noether.core.tensors.tree import FrozenDict
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
-from noether.core.callbacks.estimates import estimate_end, known_end
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText, format_count, format_duration
+from noether.core.estimates import estimate_end, known_end
 from noether.core.iteration import COUNTERS
 from noether.core.tensors.tree import FrozenDict
 

@@ -6,9 +6,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from noether.core.callbacks.improvement import MetricWatcher, direction_of, improves
 from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.logs.columns import format_value
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from noether.core.callback import Callback
-    from noether.core.callbacks.improvement import Mode
     from noether.core.effect import ShowProgress
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
 
+Mode = Literal["higher", "lower"]
 _SIZES: Final = ("end", "updates_per_epoch", "samples_per_epoch", "effective_batch_size")
 _LOSS: Final = "loss/"
 _RATE_S: Final = 10.0
@@ -51,10 +50,15 @@ class MetricView:
     def update(self, value: float | str, at: TrainingIteration) -> None:
         """Take a new value, logged at an iteration."""
         self.value, had_best = value, self.best is not None
-        is_better = isinstance(value, float) and self.direction and improves(value, self.best, self.direction)
-        self.is_best = bool(is_better) and had_best
+        is_better = isinstance(value, float) and math.isfinite(value) and self._improves(value)
+        self.is_best = is_better and had_best
         if is_better:
-            self.best, self.best_at = value, str(at)  # type: ignore[assignment]  # a number, as checked
+            self.best, self.best_at = float(value), str(at)
+
+    def _improves(self, value: float) -> bool:
+        if self.best is None:
+            return self.direction is not None
+        return value > self.best if self.direction == "higher" else value < self.best
 
 
 @dataclass(eq=False)
@@ -99,7 +103,7 @@ class RunView:
             callbacks: The callbacks of the run, without decorators.
             state: Where it begins.
         """
-        watchers = [each for each in callbacks if isinstance(each, MetricWatcher)]
+        watchers: list[Any] = [each for each in callbacks if hasattr(each, "metric_key") and hasattr(each, "direction")]
         self._watched = {each.metric_key: each.direction for each in watchers}
         for each in watchers:
             memory = state.callback_states.get(each.name, FrozenDict())
@@ -123,7 +127,7 @@ class RunView:
             if self.is_shown(key):
                 shown = self.metrics.get(key)
                 if shown is None:
-                    direction = self._watched.get(key, direction_of(key))
+                    direction = self._watched.get(key, "lower")
                     shown = self.metrics[key] = MetricView(math.nan, direction, key in self._watched)
                 shown.update(float(value) if isinstance(value, int | float) else format_value(value), at)
 
