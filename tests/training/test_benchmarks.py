@@ -13,6 +13,7 @@ QUICK = [
     ("session", ("--rounds", "2", "--updates", "2"), {"bare loop": 1, "Session": 1}),
     ("ema", ("--rounds", "2", "--params", "1000"), {"torch": 1, "noether": 2}),
     ("scaling", ("--rounds", "2"), {"1,000 callbacks": 2, "1,000,000,000 updates": 1}),
+    ("report", ("--rounds", "2", "--updates", "200"), {"read the log": 1, "read it and write the report": 1}),
     ("replay", ("--rounds", "2", "--updates", "200"), {"callbacks that decide": 1, "and two that look": 1}),
 ]
 SLOW = [

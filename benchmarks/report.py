@@ -1,0 +1,71 @@
+"""Time and size of the report of a long run.
+
+Run as `python -m benchmarks.report`. A log of metrics is written as the trainer does, and the report of it is one HTML
+file. The first row only reads the log; the second reads it and writes the report.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+import orjson
+
+from benchmarks.measurement import Table, markdown_option, quartiles, seconds, show, take_turns
+from noether.effects import open_run
+from noether.reports.html.report import write_report
+from noether.reports.run_record import read_run
+
+_SAMPLES = 32
+_UPDATES_PER_EPOCH = 10_000
+
+
+def write_log(path: Path, updates: int, keys: int) -> None:
+    """Write the log of a run in which each metric is a random walk, logged after every update."""
+    open_run(path).close()
+    steps = np.random.default_rng(0).normal(size=(updates, keys))
+    names = [f"loss/{index}" for index in range(keys)]
+    with (path / "metrics.jsonl").open("wb") as file:
+        for update, values in enumerate(np.cumsum(steps, axis=0).tolist(), 1):
+            place = {"event": "after_update", "epoch": update // _UPDATES_PER_EPOCH, "update": update}
+            where = {**place, "sample": update * _SAMPLES, "time_s": update / 100}
+            file.write(orjson.dumps({**where, "metrics": dict(zip(names, values, strict=True))}) + b"\n")
+
+
+def read_metrics(path: Path) -> None:
+    """Read every metric of a run.
+
+    Raises:
+        click.ClickException: If there is none.
+    """
+    if not len(read_run(path).metrics):
+        raise click.ClickException("the run has no metrics")
+
+
+@click.command(help=__doc__)
+@click.option("--updates", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Updates of the run.")
+@click.option("--keys", default=20, show_default=True, type=click.IntRange(min=1), help="Metrics of each update.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
+@markdown_option
+def main(updates: int, keys: int, rounds: int, *, markdown: bool) -> None:
+    """Write the log, measure and print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, target = Path(folder, "run"), Path(folder, "report.html")
+        write_log(run, updates, keys)
+        log_size = (run / "metrics.jsonl").stat().st_size
+        work = {
+            "read the log": partial(read_metrics, run),
+            "read it and write the report": lambda: write_report([read_run(run)], target),
+        }
+        measured = take_turns({name: partial(seconds, each) for name, each in work.items()}, rounds)
+        size = target.stat().st_size
+    title = f"{updates:,} updates x {keys} metrics, {log_size / 1e6:.0f} MB of log; the report has {size / 1e6:.1f} MB"
+    rows = [(name, quartiles(each[name] for each in measured)) for name in work]
+    show(Table(title, ("", "seconds"), rows), markdown=markdown)
+
+
+if __name__ == "__main__":
+    main()
