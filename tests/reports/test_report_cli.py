@@ -35,3 +35,10 @@ def test_a_file_that_is_no_report_stays(tmp_path):
     assert result.exit_code == 2
     assert "exists already and is no report" in result.stderr
     assert target.read_text() == "<p>my thesis</p>"
+
+
+def test_a_run_without_a_configuration_is_named_once(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").unlink()
+    assert run_report(run).exit_code == 0
+    assert "<title>run</title>" in (run / "report.html").read_text()

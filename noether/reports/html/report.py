@@ -65,5 +65,5 @@ def report_title(runs: Sequence[RunRecord]) -> str:
     """Return the title of the report of some runs."""
     names = dict.fromkeys(run.name for run in runs)
     if len(runs) == 1:
-        return f"{next(iter(names))} {runs[0].run_id}"
+        return " ".join(dict.fromkeys([runs[0].name, runs[0].run_id]))
     return f"{len(runs)} runs of {', '.join(names)}"
