@@ -33,6 +33,7 @@ def write_run(path, scale):
             if update % 1000 == 999:
                 state = state.next_epoch()
                 metrics = {"loss/val": scale / state.iteration.epoch, HOSTILE: 1.0, LONG_NAME: 2.0}
+                metrics[f"loss/{'w' * 80}"] = 3.0
                 event = noether.AfterEpoch(time_s=1e9 + update)
                 directory.interpreter([noether.LogScalars(metrics), noether.SaveCheckpoint()], state, event)
     return noether.read_run(path)
@@ -65,6 +66,7 @@ class Page:
     def __init__(self, driver, path):
         self.driver = driver
         driver.get(path.as_uri())
+        driver.execute_script("document.getElementById('curves').scrollIntoView()")
         self.wait("return document.querySelectorAll('.chart[data-state=drawn]').length >= 3")
 
     def run(self, script):
