@@ -1,6 +1,11 @@
 # The public names of noether, listed once: type checkers read this file, and `__init__.py` reads it at run time.
 # ruff: noqa: F403
 
+from noether.core.artifacts import LogFigure as LogFigure
+from noether.core.artifacts import LogFile as LogFile
+from noether.core.artifacts import LogHistogram as LogHistogram
+from noether.core.artifacts import LogImages as LogImages
+from noether.core.artifacts import LogTable as LogTable
 from noether.core.callback import Callback as Callback
 from noether.core.callbacks.shipped import *
 from noether.core.combinators import callback as callback

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping  # noqa: TC003  # cattrs reads the annotations of SaveCheckpoint
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from noether.core.tensors.tree import FrozenDict
 
@@ -33,11 +33,26 @@ class LogScalars(Effect):
     quiet: frozenset[str] = field(default=frozenset(), repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogText(Effect):
-    """Write a line to the console."""
+    """Write a line to the console; with a key, write a text to a file of the run instead, as an artifact.
 
+    Args:
+        text: The text.
+        key: Name of the artifact; empty for a line on the console.
+
+    Example:
+        >>> LogText("training begins"), LogText("37 samples are mislabelled", key="data/report")
+        (LogText(text='training begins'), LogText(text='37 samples are mislabelled', key='data/report'))
+    """
+
+    kind: ClassVar[str] = "text"
     text: str
+    key: str = ""
+
+    def __repr__(self) -> str:
+        key = f", key={self.key!r}" if self.key else ""
+        return f"LogText(text={self.text!r}{key})"
 
 
 @dataclass(frozen=True)
