@@ -17,6 +17,7 @@ from noether.cli.output import echo, printable
 from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.config.loading import replace_callbacks
 from noether.config.serialization import resolve_config
+from noether.core.artifacts import artifact_key
 from noether.core.effect import LogScalars, LogText, SaveCheckpoint
 from noether.core.errors import SettingsError
 from noether.core.iteration import COUNTERS, TrainingIteration
@@ -136,6 +137,8 @@ def _describe_decisions(step: ReplayStep, *, log: bool) -> Iterator[tuple[str, s
         if isinstance(effect, SaveCheckpoint):
             pointers = f" as {', '.join(effect.pointers)}" if effect.pointers else ""
             yield name, f"saves {effect.tag or step.state.iteration}{pointers}"
+        elif log and (key := artifact_key(effect)) is not None:
+            yield name, f"{type(effect).__name__} {key}"
         elif log and isinstance(effect, LogText):
             yield name, effect.text
         elif log and isinstance(effect, LogScalars):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from noether.core.artifacts import artifact_key
 from noether.core.callback import label_of
 from noether.core.effect import LogScalars, MeasurePeakMemory, SaveTensors, SetSummary
 from noether.core.errors import NoetherError
@@ -31,8 +32,8 @@ def check_overwrites(requests: Sequence[tuple[Callback, Effects]], event: Event)
         event: The event.
 
     Raises:
-        OverwriteError: If two effects log different values of one metric, set one summary entry to different values, or
-            save different tensors under one name.
+        OverwriteError: If two effects log different values of one metric, set one summary entry to different values,
+            save different tensors under one name, or write two artifacts under one key.
     """
     if not _may_overwrite(requests):
         return
@@ -55,7 +56,7 @@ def _may_overwrite(requests: Sequence[tuple[Callback, Effects]]) -> bool:
             if type(effect) is LogScalars:
                 metrics.update(effect.values)
                 count += len(effect.values)
-            elif isinstance(effect, _WRITING_TYPES):
+            elif isinstance(effect, _WRITING_TYPES) or artifact_key(effect) is not None:
                 return True
     return len(metrics) < count
 
@@ -76,6 +77,8 @@ def _writes(effect: Effect) -> Iterator[tuple[tuple[str, str], Any]]:
             yield ("tensor", f"{effect.name}: {key}"), value
     elif isinstance(effect, MeasurePeakMemory):
         yield ("metric", effect.key), effect
+    elif (artifact := artifact_key(effect)) is not None:
+        yield ("artifact", artifact), effect
 
 
 def _describe(place: tuple[str, str], first: Callback, second: Callback, event: Event) -> str:

@@ -17,6 +17,7 @@ from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
 from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from noether.core.state import TrainState
@@ -31,10 +32,11 @@ _LATEST: Final = "latest"
 def branch_run(source: Path, target: Path, manifest: Manifest, state: TrainState, disk: Disk = DISK) -> list[str]:
     """Make a run directory from which a run resumes exactly at a checkpoint of another run, which is not changed.
 
-    It holds the configuration, the checkpoint, the lines that were logged up to it, and the checkpoints that pointers
-    of the run name if they are not later. `summary.json` names the checkpoint. Files of checkpoints get a second name
-    in place of a copy where the file system allows. The directory is written under a temporary name and renamed when
-    it is on the disk; the next branch to the same path removes what a killed process left.
+    It holds the configuration, the checkpoint, the lines that were logged up to it with their artifacts, and the
+    checkpoints that pointers of the run name if they are not later. `summary.json` names the checkpoint. Files of
+    checkpoints get a second name in place of a copy where the file system allows. The directory is written under a
+    temporary name and renamed when it is on the disk; the next branch to the same path removes what a killed process
+    left.
 
     Args:
         source: The run directory; a process may be training the run.
@@ -90,6 +92,8 @@ def _write_branch(source: Path, target: Path, manifest: Manifest, state: TrainSt
             lines = read_file(source / name, disk).splitlines(keepends=True)
             remaining, _ = lines_before_resume(lines, ResumePoint.of(state), saved, source / name)
             write_new_file(target / name, remaining, disk)
+            if name == METRICS_FILE:
+                _copy_artifacts(source, target, remaining, disk)
     checkpoint = source.resolve() / CHECKPOINTS / manifest.tag
     summary = json.dumps({BRANCHED_FROM: str(checkpoint)}, indent=1) + "\n"
     write_new_file(target / SUMMARY_FILE, [summary.encode()], disk)
@@ -97,6 +101,16 @@ def _write_branch(source: Path, target: Path, manifest: Manifest, state: TrainSt
     later = _write_checkpoints(source / CHECKPOINTS, target / CHECKPOINTS, manifest, disk)
     disk.fsync_directory(target)
     return later
+
+
+def _copy_artifacts(source: Path, target: Path, lines: Sequence[bytes], disk: Disk) -> None:
+    """Copy the files that lines of metrics name; one that is missing in the run is missing in the branch."""
+    entries = [json.loads(line).get("artifacts", {}) for line in lines if b'"artifacts"' in line]
+    for name in sorted({entry["file"] for each in entries for entry in each.values()}):
+        if disk.kind(source / name) is not None:
+            make_directories((target / name).parent, disk)
+            copy_file(source / name, target / name, is_unchanging=True, disk=disk)
+            disk.fsync_directory((target / name).parent)
 
 
 def _write_checkpoints(source: Path, target: Path, manifest: Manifest, disk: Disk) -> list[str]:

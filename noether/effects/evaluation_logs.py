@@ -7,8 +7,9 @@ from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, final
 
-from noether.core.effect import LogScalars, LogText, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
+from noether.core.effect import LogScalars, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
 from noether.core.file_names import escape_path
+from noether.effects.artifacts.files import artifact_handlers, write_artifact
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, replace_file, replace_text
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.artifacts.encoding import EncodedArtifact
     from noether.effects.disk.calls import Disk
     from noether.effects.run_logs import LogService
 
@@ -35,12 +37,14 @@ class EvaluationLogs:
     """The logs of one evaluation of a run; no file of the run or of an earlier evaluation is changed.
 
     The metrics go to `eval/NAME.json`; entries of the summary to `eval/NAME/summary.json`; tensors to
-    `eval/NAME/tensors/`; texts and progress to the console. If an evaluation of this name exists, NAME is `NAME.2`,
+    `eval/NAME/tensors/`; artifacts to `eval/NAME/artifacts/`, and their entries by key to `eval/NAME/artifacts.json`;
+    texts and progress to the console. If an evaluation of this name exists, NAME is `NAME.2`,
     `NAME.3`, .... The run is not locked, so a process may train it meanwhile.
 
     Attributes:
         metrics: The metrics logged so far.
         summary: The entries of the summary.
+        artifacts: The entries of the artifacts: kind, path below `eval/NAME`, bytes and caption.
 
     Args:
         run: The run directory.
@@ -73,6 +77,7 @@ class EvaluationLogs:
     ) -> None:
         self.metrics: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
+        self.artifacts: dict[str, Any] = {}
         self._folder = run / EVALUATIONS
         self._name = name
         self._claimed: Path | None = None
@@ -83,7 +88,11 @@ class EvaluationLogs:
         guard = self._guard.guard
         self.interpreter = Interpreter(
             {
-                LogText: [self._console.write_text, *(guard(each.name, each.log_text) for each in services)],
+                **artifact_handlers(
+                    [self._console.write_text, *(guard(each.name, each.log_text) for each in services)],
+                    guard,
+                    [("artifacts", self._add_artifact), *((each.name, each.log_artifact) for each in services)],
+                ),
                 LogScalars: [self._add_metrics, *(guard(each.name, each.log_scalars) for each in services)],
                 SetSummary: [self._add_summary, *(guard(each.name, each.set_summary) for each in services)],
                 SaveTensors: [guard("tensors", self._save_tensors)],
@@ -97,7 +106,7 @@ class EvaluationLogs:
         return self._json_path(next(self._free_folders()) if self._claimed is None else self._claimed)
 
     def write(self) -> Path:
-        """Write metrics and summary, and return the path of the metrics.
+        """Write metrics, summary and entries of artifacts, and return the path of the metrics.
 
         Raises:
             OSError: If they cannot be written.
@@ -107,6 +116,8 @@ class EvaluationLogs:
         replace_text(path, _to_json(self.metrics), self._disk)
         if self.summary:
             replace_text(folder / "summary.json", _to_json(self.summary), self._disk)
+        if self.artifacts:
+            replace_text(folder / "artifacts.json", _to_json(self.artifacts), self._disk)
         return path
 
     def close(self) -> None:
@@ -145,6 +156,9 @@ class EvaluationLogs:
 
     def _add_summary(self, effect: SetSummary, _state: TrainState, _event: Event) -> None:
         self.summary |= {key: to_plain(value) for key, value in effect.values.items()}
+
+    def _add_artifact(self, artifact: EncodedArtifact, _state: TrainState, _event: Event) -> None:
+        self.artifacts[artifact.key] = write_artifact(artifact, self._claim(), self._disk)
 
     def _save_tensors(self, effect: SaveTensors, _state: TrainState, _event: Event) -> None:
         path = self._claim() / "tensors" / f"{escape_path(effect.name)}.safetensors"

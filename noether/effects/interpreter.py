@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
+from noether.core.artifacts import artifact_key
 from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress
 from noether.core.errors import NoetherError, suggest
 from noether.core.reducer import attach_effects
@@ -169,10 +170,11 @@ def _read_tensors(effect: Effect) -> Effect:
 def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """Merge the effects of one event: one log line, one checkpoint per tag, logs before checkpoints.
 
-    Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one. Of several
-    `ShowProgress` the last due one remains, or the last if none is due. Checkpoints of one tag are united and come
-    last, so that a checkpoint is never ahead of the log. A request for `TAG.latest` joins that for `TAG` if this is for
-    the whole state, too. Those to resume from come first: from one of them, the others can be made again.
+    Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one, and so does a
+    later artifact of one key. Of several `ShowProgress` the last due one remains, or the last if none is due.
+    Checkpoints of one tag are united and come last, so that a checkpoint is never ahead of the log. A request for
+    `TAG.latest` joins that for `TAG` if this is for the whole state, too. Those to resume from come first: from one of
+    them, the others can be made again.
 
     Example:
         >>> merge_effects([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
@@ -182,7 +184,12 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
         return tuple(effects)
     # A line is written only where progress is due, so a `ShowProgress` that is due comes last.
     progress = sorted((effect for effect in effects if isinstance(effect, ShowProgress)), key=lambda each: each.due)
-    others = [effect for effect in effects if not isinstance(effect, _MERGED_TYPES)]
+    last = {key: effect for effect in effects if (key := artifact_key(effect)) is not None}
+    others = [
+        effect
+        for effect in effects
+        if not isinstance(effect, _MERGED_TYPES) and last.get(artifact_key(effect) or "", effect) is effect
+    ]
     merged = (
         *_merge_scalars(effects),
         *_merge_summary(effects),

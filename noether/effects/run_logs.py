@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 
+from noether.core.artifacts import ARTIFACTS
 from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary, ShowProgress
 from noether.core.file_names import escape_path
 from noether.core.text import count_of, escape_controls
+from noether.effects.artifacts.files import ArtifactFiles, artifact_handlers
 from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.finalizers import finalize
 from noether.effects.disk.path_checks import RunMovedError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.artifacts.encoding import EncodedArtifact
     from noether.effects.disk.calls import Disk
     from noether.effects.interpreter import Handler
     from noether.effects.logs.console import Console
@@ -31,7 +34,7 @@ METRICS_FILE: Final = "metrics.jsonl"
 EVENTS_FILE: Final = "events.jsonl"
 SUMMARY_FILE: Final = "summary.json"
 
-LOG_EFFECTS: Final = (LogScalars, LogText, SetSummary, ShowProgress, SaveTensors)
+LOG_EFFECTS: Final = (LogScalars, LogText, SetSummary, ShowProgress, SaveTensors, *ARTIFACTS)
 """Types of effects that write logs: an error in one of their handlers does not stop training."""
 
 _Arguments = ParamSpec("_Arguments")
@@ -52,7 +55,10 @@ class LogService(Protocol):
         """Handle `LogScalars`."""
 
     def log_text(self, effect: LogText, state: TrainState, event: Event) -> None:
-        """Handle `LogText`."""
+        """Handle a `LogText` without a key."""
+
+    def log_artifact(self, artifact: EncodedArtifact, state: TrainState, event: Event) -> None:
+        """Show an artifact; of a kind that the service cannot show, say so once."""
 
     def set_summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:
         """Handle `SetSummary`."""
@@ -155,11 +161,11 @@ class RunLogs:
     def handlers(self) -> dict[type[Effect], list[Handler]]:
         """Return the guarded handlers of each type of effect that writes logs."""
         guard, console, services = self.guard, self._console, self._services
+        files = ArtifactFiles(self._access.path, self._access.check, self._metrics.write, self._disk)
+        texts = [("console", console.write_text), *((service.name, service.log_text) for service in services)]
+        artifacts = [("artifacts", files.write), *((service.name, service.log_artifact) for service in services)]
         return {
-            LogText: [
-                guard("console", console.write_text),
-                *(guard(service.name, service.log_text) for service in services),
-            ],
+            **artifact_handlers([guard(name, write) for name, write in texts], guard, artifacts),
             LogScalars: [
                 guard(METRICS_FILE, self._metrics.write),
                 guard("console", console.write_scalars),

@@ -276,7 +276,10 @@ def test_the_installed_script_finds_modules_in_the_working_directory(folder):
 
 def test_an_effect_without_a_handler_is_named(folder):
     output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=1)
-    handled = "LogText, LogScalars, SetSummary, SaveTensors, ShowProgress, SaveCheckpoint, MeasurePeakMemory"
+    handled = (
+        "LogText, LogFigure, LogImages, LogHistogram, LogTable, LogFile, LogScalars, SetSummary, SaveTensors, "
+        "ShowProgress, SaveCheckpoint, MeasurePeakMemory"
+    )
     (error,) = (line for line in output.splitlines() if line.startswith("Error: "))
     assert error.startswith(
         "Error: no handler for the effect Ring; add one with interpreter.with_handlers(Ring, handler). "

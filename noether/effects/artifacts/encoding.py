@@ -95,7 +95,8 @@ def _(effect: LogHistogram) -> EncodedArtifact:
             raise ValueError(f"the counts {counts.tolist()} are not all 0 or more")
     else:
         values = effect.values if isinstance(effect.values, torch.Tensor) else torch.as_tensor(np.array(effect.values))
-        counts, edges, nan, infinite = count_values(values, effect.bins)
+        histogram = count_values(values, effect.bins)
+        counts, edges, nan, infinite = histogram.counts.numpy(), histogram.edges.numpy(), *histogram[2:]
     content = {"counts": counts.tolist(), "edges": edges.tolist(), "nan": int(nan), "infinite": int(infinite)}
     return _encode_json(effect, content)
 
@@ -121,9 +122,10 @@ def _(effect: LogFile) -> EncodedArtifact:
 
 def close_figure(effect: object) -> None:
     """Close the figure of an effect if pyplot manages it, which would keep each figure in memory otherwise."""
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    if pyplot is not None and isinstance(effect, LogFigure) and not isinstance(effect.figure, bytes):
-        pyplot.close(effect.figure)
+    pyplot, module = sys.modules.get("matplotlib.pyplot"), sys.modules.get("matplotlib.figure")
+    figure = effect.figure if isinstance(effect, LogFigure) else None
+    if pyplot is not None and module is not None and isinstance(figure, module.Figure):
+        pyplot.close(figure)
 
 
 def _draw(figure: Any) -> bytes:

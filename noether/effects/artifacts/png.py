@@ -13,6 +13,9 @@ from noether.core.artifacts import PNG
 
 _COLOUR_TYPES: Final = {1: 0, 3: 2, 4: 6}
 """Of PNG, by the number of channels: gray, RGB, RGB with opacity."""
+_SIZES: Final = struct.Struct(">II")
+_SIZES_AT: Final = 16
+"""Place of width and height in a file: after its first bytes, and the length and name of its first chunk."""
 _GAP: Final = 1
 _GRAY: Final = 128
 
@@ -37,6 +40,22 @@ def encode_png(pixels: Pixels) -> bytes:
     return PNG + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
+
+
+def png_size(content: bytes) -> tuple[int, int]:
+    """Return width and height of a PNG file.
+
+    Raises:
+        ValueError: If it is cut off.
+
+    Example:
+        >>> png_size(encode_png(np.zeros((2, 3, 1), dtype=np.uint8)))
+        (3, 2)
+    """
+    if len(content) < _SIZES.size + _SIZES_AT:
+        raise ValueError(f"a PNG file of {len(content)} bytes is cut off")
+    width, height = _SIZES.unpack_from(content, _SIZES_AT)
+    return width, height
 
 
 def tile(images: Pixels) -> Pixels:

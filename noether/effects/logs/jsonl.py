@@ -80,7 +80,9 @@ def do_nothing() -> None:
 def metrics_file(
     path: Path, run_id: str = "", disk: Disk = DISK, check_location: Callable[[], None] = do_nothing
 ) -> LinesFile:
-    """Return the metrics file of a run; its `write` is a handler of `LogScalars` and writes one line per event.
+    """Return the metrics file of a run; its `write` is a handler of `LogScalars` and writes one line.
+
+    It also writes the entries of artifacts by key, in lines that have no metrics.
 
     Args:
         path: The file; created with its first line.
@@ -91,9 +93,11 @@ def metrics_file(
     return LinesFile(path, partial(_metrics_line, run_id), disk, check_location)
 
 
-def _metrics_line(run_id: str, effect: LogScalars, state: TrainState, event: Event) -> dict[str, Any]:
+def _metrics_line(run_id: str, content: LogScalars | dict[str, Any], state: TrainState, event: Event) -> dict[str, Any]:
+    if isinstance(content, dict):
+        return {"run": run_id, **position_fields(state, event), "metrics": {}, "artifacts": content}
     # Copied, and without tensors, because the line may be buffered.
-    values = dict(effect.values)
+    values = dict(content.values)
     if not NUMBER_TYPES.issuperset(map(type, values.values())):
         values = to_plain(values)
     return {"run": run_id, **position_fields(state, event), "metrics": values}

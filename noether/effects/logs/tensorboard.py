@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import struct
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.iteration import TrainingIteration
+from noether.effects.artifacts.png import png_size
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import read_file
 from noether.effects.logs.jsonl import event_name
@@ -22,8 +25,10 @@ if TYPE_CHECKING:
     from noether.core.effect import LogScalars, LogText, SetSummary
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.artifacts.encoding import EncodedArtifact
     from noether.effects.disk.calls import Disk
 
+_LOGGER: Final = logging.getLogger(__name__)
 _PREFIX: Final = "events.out.tfevents."
 _SUFFIX: Final = ".noether"
 _LENGTH: Final = struct.Struct("<Q")
@@ -33,7 +38,9 @@ _FRAME_BYTES: Final = _LENGTH.size + 2 * _CHECKSUM_BYTES  # of a record: length,
 
 @final
 class TensorBoard:
-    """Writes scalars and texts for TensorBoard, by update; a resumed run replaces the values that it logs again.
+    """Writes scalars, texts and artifacts for TensorBoard, by update; a resumed run replaces what it logs again.
+
+    Tables are shown as texts. An artifact and a metric with one name have one tag, of which TensorBoard shows one.
 
     TensorBoard has a record that discards everything from an update on. Where an epoch ends at the update of the
     checkpoint that a run resumes from, this discards too much or too little. So the files are truncated, as
@@ -55,11 +62,14 @@ class TensorBoard:
         # files from the same second in the wrong order.
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # as the others, it has no types
         from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.histogram_pb2 import HistogramProto  # type: ignore[import-untyped]
         from tensorboard.plugins.text.summary_v2 import text_pb  # type: ignore[import-untyped]
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
         self._event, self._session_log, self._summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
         self._text, self._record_writer, self._decode_error = text_pb, RecordWriter, DecodeError
+        self._histogram = HistogramProto
+        self._told: set[str] = set()  # kinds that cannot be shown, which was said
         self._directory = directory
         self._disk = disk
         self._file: int | None = None
@@ -88,6 +98,27 @@ class TensorBoard:
         number = self._last_text[2] + 1 if self._last_text[:2] == (name, iteration) else 1
         self._last_text = (name, iteration, number)
         self._write(self._text(f"log/{name}" if number == 1 else f"log/{name}/{number}", effect.text), state, event)
+
+    def log_artifact(self, artifact: EncodedArtifact, state: TrainState, event: Event) -> None:
+        """Write an artifact; SVG and files cannot be shown, which is said once."""
+        key, value = artifact.key, artifact.value
+        if artifact.suffix == ".png":
+            width, height = png_size(artifact.content)
+            image = self._summary.Image(width=width, height=height, encoded_image_string=artifact.content)
+            summary = self._summary(value=[self._summary.Value(tag=key, image=image)])
+        elif artifact.kind == "histogram":
+            summary = self._summary(value=[self._summary.Value(tag=key, histo=self._histogram(**_moments(value)))])
+        elif artifact.kind == "table":
+            summary = self._text(key, _to_markdown(value))
+        elif artifact.kind == "text":
+            summary = self._text(key, value)
+        else:
+            what = "files" if artifact.kind == "file" else "SVG figures"
+            if what not in self._told:
+                _LOGGER.warning("TensorBoard cannot show %s, such as %r: it is in artifacts/ of the run", what, key)
+            self._told.add(what)
+            return
+        self._write(summary, state, event)
 
     def set_summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:
         """Do nothing: TensorBoard has no summary."""
@@ -181,6 +212,28 @@ class TensorBoard:
         self._is_torn = False
         self._size += len(content)
         self._discard_from = None
+
+
+def _moments(histogram: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a histogram in TensorBoard; sums are those of values in the middle of their bins."""
+    counts, edges = histogram["counts"], histogram["edges"]
+    middles = [low / 2 + high / 2 for low, high in pairwise(edges)]
+    return {
+        "min": edges[0],
+        "max": edges[-1],
+        "num": sum(counts),
+        "sum": sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+        "sum_squares": sum(count * middle * middle for count, middle in zip(counts, middles, strict=True)),
+        "bucket_limit": edges[1:],
+        "bucket": counts,
+    }
+
+
+def _to_markdown(table: dict[str, Any]) -> str:
+    """Return a table in Markdown."""
+    rows = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _read_records(content: bytes) -> Iterator[tuple[int, bytes]]:

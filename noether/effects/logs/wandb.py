@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import io
+import re
 from typing import TYPE_CHECKING, Any, Final, final
+
+import numpy as np
 
 from noether.effects.disk.encoding import to_plain
 
@@ -12,13 +17,15 @@ if TYPE_CHECKING:
     from noether.core.effect import LogScalars, LogText, SetSummary
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.effects.artifacts.encoding import EncodedArtifact
 
 
 @final
 class WeightsAndBiases:
-    """Sends scalars and the summary to Weights & Biases; the x-axis of every chart is `update`, also after a resume.
+    """Sends scalars, artifacts and the summary to Weights & Biases.
 
-    Values that a resumed run measures again appear twice at the same update, because the service cannot delete values.
+    The x-axis of every chart is `update`, also after a resume. Values that a resumed run measures again appear twice at
+    the same update, because the service cannot delete values.
 
     Args:
         directory: Where the files of wandb go.
@@ -65,6 +72,40 @@ class WeightsAndBiases:
 
     def log_text(self, effect: LogText, state: TrainState, event: Event) -> None:
         """Do nothing: texts are for the console."""
+
+    def log_artifact(self, artifact: EncodedArtifact, state: TrainState, event: Event) -> None:
+        """Send an artifact: figures and images as images, SVG and texts as HTML, files as artifacts of wandb."""
+        run = self._started_run(event)
+        if artifact.kind == "file":
+            name = re.sub(r"[^\w.-]", "_", f"{run.id}-{artifact.key}")
+            sent = self._wandb.Artifact(name, type="file")
+            with sent.new_file(artifact.name, mode="wb") as file:
+                file.write(artifact.content)
+            run.log_artifact(sent)
+        else:
+            counts = {"epoch": state.iteration.epoch, "update": state.iteration.update}
+            run.log({artifact.key: self._to_media(artifact), **counts, "sample": state.iteration.sample})
+
+    def _to_media(self, artifact: EncodedArtifact) -> Any:
+        """Return what wandb shows of an artifact that is not a file."""
+        wandb, value = self._wandb, artifact.value
+        if artifact.kind == "histogram":
+            return wandb.Histogram(np_histogram=(np.asarray(value["counts"]), np.asarray(value["edges"])))
+        if artifact.kind == "table":
+            return wandb.Table(columns=value["columns"], data=value["rows"], allow_mixed_types=True)
+        if artifact.kind == "text":
+            return wandb.Html(f"<pre>{html.escape(value)}</pre>")
+        if artifact.suffix == ".svg":
+            return wandb.Html(artifact.content.decode(errors="replace"))
+        if artifact.kind == "images":
+            captions = artifact.captions or (None,) * len(value)
+            return [
+                wandb.Image(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, caption=caption)
+                for pixels, caption in zip(value, captions, strict=True)
+            ]
+        from PIL import Image  # wandb reads images by it
+
+        return wandb.Image(Image.open(io.BytesIO(artifact.content)), caption=artifact.caption or None)
 
     def set_summary(self, effect: SetSummary, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
         """Set entries of the summary: a handler of `SetSummary`."""
