@@ -67,6 +67,16 @@ class Points:
         return Points(**{name: array[lines] for name, array in vars(self).items()})
 
 
+def is_derived(key: str) -> bool:
+    """Return whether a callback makes the metric of another one, such as `val/accuracy/best` of `val/accuracy`.
+
+    Example:
+        >>> [is_derived(key) for key in ("val/accuracy", "val/accuracy/best_update", "loss/val/at_best/val/accuracy")]
+        [False, True, True]
+    """
+    return key.endswith(("/best", "/best_update")) or "/at_best/" in key
+
+
 class Best(NamedTuple):
     """The best value of a series.
 

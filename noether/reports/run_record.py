@@ -18,6 +18,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.tensors.live.loading import write_model
 from noether.effects import CheckpointError
 from noether.effects.checkpoints.reader import CheckpointReader
+from noether.effects.disk.encoding import NUMBERS
 from noether.effects.evaluation_logs import EVALUATIONS
 from noether.effects.logs.summary import read_summary
 from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
@@ -283,9 +284,15 @@ class RunRecord:
 
     @cached_property
     def evaluations(self) -> Mapping[str, Mapping[str, float]]:
-        """The metrics of each standalone evaluation, by the name of its file."""
-        files = sorted((self.path / EVALUATIONS).glob("*.json"))
-        return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+        """The metrics of each standalone evaluation, by the name of its file; a warning is logged for damaged files."""
+        found: dict[str, Mapping[str, float]] = {}
+        for file in sorted((self.path / EVALUATIONS).glob("*.json")):
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                found[file.stem] = {key: NUMBERS.get(value, value) for key, value in content.items()}
+            except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # not as it was written
+                _LOGGER.warning("%s is damaged, and left out: %s", file, error)
+        return found
 
     def events(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of `events.jsonl`, which a run with `trainer.record: events` writes."""

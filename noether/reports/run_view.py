@@ -16,6 +16,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.text import count_of, format_bytes
 from noether.effects.logs.run_panels import RunPanel, Table
 from noether.effects.run_ending import TRACEBACK_FILE
+from noether.reports.metric_series import is_derived
 from noether.training.runs.end_panel import describe_phases, format_seconds
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ _CHECKPOINTS: Final = 6
 _PARTS: Final = 8
 _TRACEBACK_LINES: Final = 3
 _BARS: Final = "▁▂▃▄▅▆▇█"
-_DERIVED: Final = ("/best", "/best_update")
 _ITERATION: Final = re.compile(r"\bE\d+_U\d+_S\d+\b")
 
 
@@ -160,7 +160,7 @@ def tabulate_metrics(run: RunRecord) -> Table:
     """Return a table with the last and best value and the trend of each metric."""
     rows = []
     for key, series in run.metrics.items():
-        if not key.endswith(_DERIVED):
+        if not is_derived(key):
             rows.append((key, format_number(series.last), *_describe_best(run, key), draw_trend(series.values)))
     return Table(("metric", "last", "best", "at", "trend"), rows)
 

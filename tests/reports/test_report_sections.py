@@ -89,7 +89,7 @@ def test_it_says_what_came_of_each_run(document):
         "first is finished: ended at E2_U4_S16: no progress. The best val/accuracy is 0.5, at update 2."
         in document.text
     )
-    assert ["val/accuracy", "first", "0.5", "E0_U2_S8", "E1_U2_S8"] in document.rows
+    assert ["val/accuracy", "first", "0.5", "E0_U2_S8", "E1_U2_S8", "0.4"] in document.rows
     assert ["trainable parameters", "1,234", ""] in document.rows
     assert not any(row[0] == "frozen parameters" for row in document.rows), "a fact of no run is left out"
 

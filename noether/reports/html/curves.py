@@ -114,5 +114,8 @@ def average_parts(values: NDArray[np.float64], limit: int) -> tuple[NDArray[np.i
         return starts, values
     finite = np.add.reduceat(is_finite, starts, dtype=np.int64)
     shares = np.where(is_finite, values, 0.0) / np.repeat(np.maximum(finite, 1), length)[:count]
-    averages = np.where(finite > 0, np.add.reduceat(shares, starts), np.nan)
+    with np.errstate(over="ignore"):  # the shares of the largest floats may round to more than these
+        sums = np.add.reduceat(shares, starts)
+    largest = np.finfo(np.float64).max
+    averages = np.where(finite > 0, sums.clip(-largest, largest), np.nan)
     return np.minimum(starts + length, count) - 1, averages

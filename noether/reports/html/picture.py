@@ -10,6 +10,7 @@ import numpy as np
 from noether.reports.html.charts import group_curves, run_style
 from noether.reports.html.curves import choose_points
 from noether.reports.html.labels import run_labels
+from noether.reports.metric_series import is_derived
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,6 @@ _POINTS: Final = 2000
 _FEW_POINTS: Final = 60  # which are drawn as dots, too
 _COLUMNS: Final = 3
 _NAME_CHARACTERS: Final = 48  # that fit above a chart in one line
-_DERIVED: Final = ("/best", "/best_update")
 
 
 def draw_picture(runs: Sequence[RunRecord]) -> tuple[bytes, int]:
@@ -41,7 +41,7 @@ def draw_picture(runs: Sequence[RunRecord]) -> tuple[bytes, int]:
     from matplotlib.figure import Figure
 
     groups = group_curves(runs)
-    keys = sorted(groups, key=lambda key: key.endswith(_DERIVED) or "/at_best/" in key)
+    keys = sorted(groups, key=is_derived)
     shown = keys[:_MAX_CHARTS]
     columns = min(_COLUMNS, len(shown)) or 1
     rows = -(-len(shown) // columns) or 1
@@ -66,7 +66,7 @@ def _draw(axes: Any, key: str, curves: Sequence[Curve], runs: Sequence[RunRecord
         marker = "." if len(chosen) <= _FEW_POINTS else ""
         axes.plot(updates[chosen], drawn, color=color, linestyle=_STYLES[dash], marker=marker, linewidth=1.2)
         run = runs[curve.run]
-        mode = run.direction(key)
+        mode = None if is_derived(key) else run.direction(key)
         best = None if mode is None else series.best(mode)
         if best is not None:
             axes.plot(best.point.update, best.value, marker="D", color=color, markersize=6, markerfacecolor="none")

@@ -10,6 +10,7 @@ import numpy as np
 from noether.reports.html.charts import chart_data, group_curves, run_style
 from noether.reports.html.labels import run_labels
 from noether.reports.html.page import Section
+from noether.reports.metric_series import is_derived
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +23,6 @@ _TABLE_ROWS: Final = 60  # more values are summarized
 _PARTS: Final = 12
 _NUMBER: Final = ' class="number"'
 _OPEN_CHARTS: Final = 24  # groups after so many charts begin closed
-_DERIVED: Final = ("/best", "/best_update")
 _DASH_ARRAYS: Final = {"solid": "none", "dashed": "7 4", "dotted": "2 3", "dotdash": "2 3 7 3"}
 
 
@@ -61,7 +61,7 @@ _DERIVED_TITLE: Final = "best values"
 def _group_keys(keys: Sequence[str]) -> dict[str, list[str]]:
     """Return metric keys by the title of their group: the first part of the key; values derived from others last."""
     grouped: dict[str, list[str]] = {}
-    derived = [key for key in keys if key.endswith(_DERIVED) or "/at_best/" in key]
+    derived = [key for key in keys if is_derived(key)]
     for key in keys:
         if key not in derived:
             grouped.setdefault(key.split("/")[0] if "/" in key else "other", []).append(key)

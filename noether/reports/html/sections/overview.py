@@ -6,10 +6,13 @@ import time
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
+from noether.config.schema import ENDS
 from noether.core.effect import format_duration
+from noether.core.text import count_of
 from noether.reports.html.labels import run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
+from noether.reports.metric_series import is_derived
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
     from noether.reports.metric_series import Best
     from noether.reports.run_record import RunRecord
 
-_DERIVED: Final = ("/best", "/best_update")
 _BEST_ROWS: Final = 12
 
 
@@ -61,7 +63,12 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, Any]]:
         yield "duration of the log", format_duration(points[-1].time_s - points[0].time_s)
     if len(points):
         yield "reached", str(points[-1].iteration)
+    trainer, settings = run.config.get("trainer"), run.config.get("run")
+    ends = {name: value for name, value in trainer.items() if name in ENDS} if isinstance(trainer, dict) else {}
+    given = (f"{value} {name.removeprefix('max_')}" for name, value in ends.items() if value)
+    yield "configured end", next(given, None)
     yield "end", summary.get("ending")
+    yield "seed", settings.get("seed") if isinstance(settings, dict) else None
     model = run.config.get("model")
     yield "model", model.get("kind") if isinstance(model, dict) else None
     yield "trainable parameters", summary.get("params/trainable")
@@ -73,7 +80,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, Any]]:
 
 def best_values(run: RunRecord) -> Iterator[tuple[str, Best]]:
     """Yield the best value of each metric that was measured on a dataset; else of each loss."""
-    keys = [key for key in run.metrics if not key.endswith(_DERIVED) and "/at_best/" not in key]
+    keys = [key for key in run.metrics if not is_derived(key)]
     watched = [key for key in keys if f"{key}/best" in run.summary or f"{key}/best" in run.metrics]
     for key in watched or [key for key in keys if "online" not in key and "lossdiff" not in key]:
         if (best := run.best(key)) is not None:
@@ -82,16 +89,20 @@ def best_values(run: RunRecord) -> Iterator[tuple[str, Best]]:
 
 def _best_table(runs: Sequence[RunRecord], labels: Sequence[str]) -> str:
     bests = [dict(best_values(run)) for run in runs]
-    keys = list(dict.fromkeys(key for each in bests for key in each))[:_BEST_ROWS]
+    keys = list(dict.fromkeys(key for each in bests for key in each))
+    left_out = count_of(len(keys) - _BEST_ROWS, "more metric")
     rows: list[list[object]] = []
-    for key in keys:
+    for key in keys[:_BEST_ROWS]:
         for label, run, best in zip(labels, runs, bests, strict=True):
             if key in best:
                 value, point = best[key]
-                rows.append([key, label, value, str(point.iteration), _checkpoints_at(run, point.update)])
+                at = str(point.iteration)
+                rows.append([key, label, value, at, _checkpoints_at(run, point.update), float(run.metrics[key].last)])
     if not rows:
         return ""
-    return html_table("Best values", ["metric", "run", "best value", "reached at", "checkpoint"], rows)
+    head = ["metric", "run", "best value", "reached at", "checkpoint", "last value"]
+    note = f"<p>{left_out}: see the curves.</p>" if len(keys) > _BEST_ROWS else ""
+    return html_table("Best values", head, rows) + note
 
 
 def _checkpoints_at(run: RunRecord, update: int) -> str:
