@@ -7,7 +7,13 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DISTRIBUTIONS = {"yaml": "pyyaml", "ignite": "pytorch-ignite", "google": "protobuf"}  # where the import name differs
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "ignite": "pytorch-ignite",
+    "google": "protobuf",
+    "PIL": "pillow",
+    "IPython": "ipython",
+}  # where the import name differs
 
 
 def declared(requirements):

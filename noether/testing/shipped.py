@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from noether.core.artifacts import LogTable
 from noether.core.callbacks.ema import EMACallback
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.callbacks.registry import SHIPPED
@@ -33,6 +34,11 @@ def error(outputs: Tensor, batch: Any) -> Tensor:
     return difference.abs()
 
 
+def compare(outputs: Tensor, batch: Any) -> LogTable:
+    """Return the error of each sample as a table."""
+    return LogTable("val/errors", ["error"], [[each] for each in error(outputs, batch).tolist()])
+
+
 @callback("sometimes", produces=("sometimes/error", "sometimes/loss"))
 def sometimes(state: TrainState, event: Event) -> tuple[TrainState, Effects]:
     """Log two metrics after some updates, and the second one after fewer."""
@@ -59,6 +65,8 @@ SETTINGS: Final[dict[str, list[dict[str, Any]]]] = {
         {"keys": ("drift",)},
         {"patterns": ("shap", "scal"), "reduce": "last", "save_output": True},
     ],
+    "HistogramCallback": [{"bins": 4}],
+    "PredictionsCallback": [{"dataset_key": "val", "figure": compare, "weights": "ema=0.5"}],
     "OnlineLossCallback": [{"nan": "log"}],
     "EvaluateCallback": [{"dataset_key": "val", "measures": ("loss", error)}],
     "MetricCallback": [{"dataset_key": "val", "metric": error, "weights": "ema=0.5"}],

@@ -32,6 +32,18 @@ FIXED_AT_START = ("PYTHON", "LC_", "LANG", "OMP_", "TORCH")
 """Beginnings of environment variables that Python or torch reads once, as it starts."""
 
 
+def can_be_read(files, timeout=None):
+    """Return those of the files that can be read, or have ended, after at most `timeout` seconds.
+
+    Unlike `select`, `poll` takes files with numbers above 1023, which a process with many open files has.
+    """
+    waiting = {file if isinstance(file, int) else file.fileno(): file for file in files}
+    poll = select.poll()
+    for number in waiting:
+        poll.register(number, select.POLLIN)
+    return [waiting[number] for number, _ in poll.poll(None if timeout is None else timeout * 1000)]
+
+
 class ForkedProcess:
     """A process of the server, with the part of the interface of `subprocess.Popen` that tests use.
 
@@ -71,7 +83,7 @@ class ForkedProcess:
     def wait(self, timeout=None):
         """Return the exit code; negative for a signal."""
         if self.returncode is None:
-            if not select.select([self._connection], [], [], timeout)[0]:
+            if not can_be_read([self._connection], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout)
             self.returncode = int.from_bytes(_receive(self._connection, 8), "little", signed=True)
             self._connection.close()
@@ -183,7 +195,7 @@ def serve(path):
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     while True:
-        ready, _, _ = select.select([listening, ended, sys.stdin], [], [])
+        ready = can_be_read([listening, ended, sys.stdin])
         if sys.stdin in ready:
             return
         if ended in ready:

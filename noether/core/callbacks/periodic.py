@@ -317,9 +317,13 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Refuse a run without what `periodic_callback` reads, which would fail only at the first firing."""
-        if self.overrides("periodic_callback", PeriodicDataIteratorCallback):
-            return state, ()
-        given = vars(event.run)
+        if not self.overrides("periodic_callback", PeriodicDataIteratorCallback):
+            self._check_run(event.run)
+        return state, ()
+
+    def _check_run(self, run: Run) -> None:
+        """Refuse a run without the dataset, or without a forward pass."""
+        given = vars(run)
         known = given.get("data", {})
         if self.dataset_key not in known:
             fix = f"pass Run(data={{{self.dataset_key!r}: loader}}, forward=...)"
@@ -329,7 +333,6 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
             fix = "pass Run(forward=...), a function (state, batch) -> (losses, outputs), or use a Session"
             raise_problems([Problem("", f"{self.name} evaluates the model, and the run has no forward: {fix}")])
         check_not_sharded(known[self.dataset_key], self.dataset_key)
-        return state, ()
 
     def at_eval(self, state: TrainState, event: AtEval) -> tuple[TrainState, Effects]:
         """Fire at every standalone evaluation."""

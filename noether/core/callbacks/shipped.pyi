@@ -11,6 +11,7 @@ from noether.core.callbacks.grad_norm import GradNormCallback as GradNormCallbac
 from noether.core.callbacks.track_outputs import TrackOutputsCallback as TrackOutputsCallback
 from noether.core.callbacks.train_time import TrainTimeCallback as TrainTimeCallback
 from noether.core.callbacks.peak_memory import PeakMemoryCallback as PeakMemoryCallback
+from noether.core.callbacks.histogram import HistogramCallback as HistogramCallback
 
 # describe
 from noether.core.callbacks.summaries import ParamCountCallback as ParamCountCallback
@@ -22,6 +23,7 @@ from noether.core.callbacks.evaluation import OfflineLossCallback as OfflineLoss
 from noether.core.callbacks.evaluation import MetricCallback as MetricCallback
 from noether.core.callbacks.evaluation import EvaluateCallback as EvaluateCallback
 from noether.core.callbacks.best_metric import BestMetricCallback as BestMetricCallback
+from noether.core.callbacks.predictions import PredictionsCallback as PredictionsCallback
 
 # save
 from noether.core.callbacks.checkpoint import CheckpointCallback as CheckpointCallback

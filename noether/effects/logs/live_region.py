@@ -71,17 +71,17 @@ class Looks:
             note = f" {self.better}" if metric.is_best else note.partition(" at ")[0]
         if len(note) + 8 > room:
             note = ""
-        name = shorten(name, max(room - len(note), 4))
+        name = shorten_name(name, max(room - len(note), 4))
         color = "32" if metric.is_best else "31" if value in {"nan", "inf", "-inf"} else "1"
         padding = " " * max(width - cell_len(name) - 2 - len(value) - len(note), 0)
         return f"{name}  {self.paint(value, color)}{self.paint(note, '32' if metric.is_best else '2')}{padding}"
 
 
-def shorten(name: str, width: int) -> str:
+def shorten_name(name: str, width: int) -> str:
     """Return a name in at most `width` columns; the middle of a longer one is left out.
 
     Example:
-        >>> shorten("loss/val/cross_entropy", 12)
+        >>> shorten_name("loss/val/cross_entropy", 12)
         'loss/…ntropy'
     """
     if cell_len(name) <= width:
@@ -252,7 +252,7 @@ def _bar_line(name: str, share: float | None, details: Sequence[str], looks: Loo
 
 
 def _task_line(task: TaskView, looks: Looks, width: int) -> str:
-    name = shorten(escape_controls(task.description), max(width // 2, 10))
+    name = shorten_name(escape_controls(task.description), max(width // 2, 10))
     share = None if not task.total else task.done / task.total
     bar = min(max(_BAR[0], width // 5), _BAR[1])
     count = _count("", task.done, task.total) if task.total or task.done else "..."

@@ -48,7 +48,7 @@ def describe_process(devices: Iterable[torch.device], store: Callable[[bytes, st
 
     Example:
         >>> facts = describe_process([torch.device("cpu")], lambda content, suffix: f"artifacts/changes{suffix}")
-        >>> facts["packages"]["torch"] == torch.__version__, facts["python"] == platform.python_version()
+        >>> "torch" in facts["packages"], facts["python"] == platform.python_version()
         (True, True)
     """
     directory = Path.cwd()

@@ -26,6 +26,7 @@ def write_all(path, *lines):
     metrics = metrics_file(path)
     for state, event in lines:
         metrics.write(LogScalars({"x": state.iteration.update}), state, event)
+    metrics.close()
 
 
 def test_truncate_removes_lines_that_a_resumed_run_logs_again(path):
