@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.reports.html.sections.configuration import walk_settings
+from noether.reports.setting_paths import walk_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]
         runs: The runs, at least two.
     """
     described = [{**dict(walk_settings(run.config)), **_describe_process(run)} for run in runs]
-    names = dict.fromkeys(name for each in described for name in each if name)
+    names = dict.fromkeys(name for each in described for name in each)
     values = {name: tuple(each.get(name) for each in described) for name in names}
     return {name: each for name, each in values.items() if len(set(map(repr, each))) > 1}
 
@@ -33,4 +33,4 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]
 def _describe_process(run: RunRecord) -> Mapping[str, Any]:
     *_, last = [{}, *run.provenance.values()]
     facts = dict(walk_settings({name: last[name] for name in _COMPARED if last.get(name) is not None}))
-    return {name: value for name, value in facts.items() if name and not name.startswith(_NOT_COMPARED)}
+    return {name: value for name, value in facts.items() if not name.startswith(_NOT_COMPARED)}

@@ -10,9 +10,10 @@ import yaml
 from noether.reports.html.labels import run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
+from noether.reports.setting_paths import walk_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from noether.reports.run_record import RunRecord
 
@@ -31,24 +32,6 @@ def configuration_section(runs: Sequence[RunRecord]) -> Section | None:
             f'<details{is_open}><summary>{escape(label)}</summary><pre tabindex="0">{escape(text)}</pre></details>'
         )
     return Section(title="Configuration", anchor="configuration", html="".join(parts))
-
-
-def walk_settings(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each single setting by its dotted path, as `--set` takes it.
-
-    Example:
-        >>> dict(walk_settings({"trainer": {"max_epochs": 3}, "callbacks": [{"kind": "a"}]}))
-        {'trainer.max_epochs': 3, 'callbacks.0.kind': 'a'}
-    """
-    if isinstance(settings, dict) and settings:
-        items: Any = settings.items()
-    elif isinstance(settings, list) and settings:
-        items = enumerate(settings)
-    else:
-        yield path, settings
-        return
-    for name, value in items:
-        yield from walk_settings(value, f"{path}.{name}" if path else str(name))
 
 
 def _difference_table(labels: Sequence[str], flat: Sequence[Mapping[str, Any]]) -> str:

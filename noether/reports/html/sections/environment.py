@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.reports.html.labels import run_labels
 from noether.reports.html.page import Section
-from noether.reports.html.sections.configuration import walk_settings
 from noether.reports.html.tables import html_table
+from noether.reports.setting_paths import walk_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
