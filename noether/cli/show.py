@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
@@ -60,11 +61,14 @@ def show_run(path: Path, *, as_json: bool, follow: bool) -> None:
 
 
 def _follow_live(run: RunRecord, console: Console) -> None:
-    with Live(describe_run(run), console=console, transient=True, auto_refresh=False) as live:
+    def describe() -> RunPanel:
+        return replace(describe_run(run), max_lines=max(console.height - 1, 4))  # the cursor has a line, too
+
+    with Live(describe(), console=console, transient=True, auto_refresh=False) as live:
         while run.status == "running":
             time.sleep(_INTERVAL_S)
-            run = read_run(run.path)
-            live.update(describe_run(run), refresh=True)
+            run = run.reread()
+            live.update(describe(), refresh=True)
 
 
 def _follow_lines(run: RunRecord) -> None:

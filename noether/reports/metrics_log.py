@@ -39,12 +39,15 @@ class MetricsLog:
     artifacts: Sequence[tuple[int, str, Mapping[str, Any]]]
 
 
-def parse_metrics(lines: LogLines, blocks: Iterable[list[Any]] | None = None) -> MetricsLog:
+def parse_metrics(
+    lines: LogLines, blocks: Iterable[list[Any]] | None = None, columns: Columns | None = None
+) -> MetricsLog:
     r"""Return the metrics in a log file; a line that is damaged is left out and recorded in `lines`.
 
     Args:
         lines: The file.
         blocks: Some of its blocks; None for all.
+        columns: The lines that were read before, to which these are added; None for none.
 
     Example:
         >>> import tempfile, pathlib
@@ -56,7 +59,7 @@ def parse_metrics(lines: LogLines, blocks: Iterable[list[Any]] | None = None) ->
         >>> metrics["a"].values, metrics["a"].points.update
         (array([nan]), array([3]))
     """
-    columns = _Columns()
+    columns = Columns() if columns is None else columns
     for block in lines.blocks() if blocks is None else blocks:
         try:
             columns.add(block)
@@ -80,8 +83,8 @@ class _Part(NamedTuple):
     values: NDArray[Any]
 
 
-class _Columns:
-    """Collects blocks of lines as arrays."""
+class Columns:
+    """Collects blocks of lines as arrays, also after `finish`."""
 
     def __init__(self) -> None:
         self._points: list[Points] = []
@@ -133,7 +136,9 @@ class _Columns:
                 order = np.argsort(lines)
                 lines, values = lines[order], values[order]
             columns[key] = (lines, values)
-        return MetricsLog(metrics=Metrics(points, columns), artifacts=self._artifacts)
+        self._points = [points]
+        self._parts = {key: [_Part(*each)] for key, each in columns.items()}
+        return MetricsLog(metrics=Metrics(points, columns), artifacts=tuple(self._artifacts))
 
 
 def _group_by_keys(metrics: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[int, dict[str, Any]]]:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 from noether.effects.run_logs import METRICS_FILE
 from noether.reports.log_lines import LogLines
-from noether.reports.metrics_log import parse_metrics
+from noether.reports.metrics_log import Columns, parse_metrics
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from noether.reports.metric_series import Metrics
+    from noether.reports.metrics_log import MetricsLog
 
 
 class NewMetrics(NamedTuple):
@@ -50,22 +51,33 @@ class MetricsTail:
 
     def __init__(self, run: Path) -> None:
         self._lines = LogLines(path=run / METRICS_FILE)
+        self._all = Columns()
 
     def read(self) -> NewMetrics:
         """Return the metrics on the lines that were appended since the last call; at the first call, on all lines.
 
         A warning is logged for new lines that are damaged.
         """
+        log, rewound = self._read(Columns())
+        return NewMetrics(log.metrics, rewound)
+
+    def read_all(self) -> MetricsLog:
+        """Return all lines of the log; call either this or `read`, always the same."""
+        return self._read(self._all)[0]
+
+    def _read(self, columns: Columns) -> tuple[MetricsLog, bool]:
+        """Add the new lines to columns; if the run was resumed, the columns begin again with all lines."""
         path, last = self._lines.path, self._lines.last
         if not path.exists():
-            self._lines = LogLines(path=path)
-            return NewMetrics(parse_metrics(self._lines, ()).metrics, rewound=bool(last))
+            self._lines, self._all = LogLines(path=path), Columns()
+            return Columns().finish(), bool(last)
         with path.open("rb") as file:  # a resume replaces the file: this one stays as it is while it is read
             file.seek(self._lines.size - len(last))
             if rewound := file.read(len(last)) != last:  # each line has its time, so no other line is the same
                 self._lines = LogLines(path=path)
+                columns = self._all = Columns()
                 file.seek(0)
             self._lines.damaged.clear()
-            metrics = parse_metrics(self._lines, self._lines.blocks_of(file)).metrics
+            log = parse_metrics(self._lines, self._lines.blocks_of(file), columns)
         self._lines.report_damage()
-        return NewMetrics(metrics, rewound)
+        return log, rewound

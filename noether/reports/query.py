@@ -10,6 +10,7 @@ import numpy as np
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.reports.frames import import_optional
+from noether.reports.setting_paths import walk_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ def query_runs(runs: Mapping[str, RunRecord], statement: str) -> QueryResult:
     """
     duckdb = import_optional("duckdb", "pip install 'noether[query]'")
     with duckdb.connect(":memory:", config=_SETTINGS) as connection:
-        _create_tables(connection, runs)
+        _create_tables(connection, runs, statement)
         connection.execute("set lock_configuration = true")
         try:
             result = connection.execute(statement)
@@ -129,22 +130,24 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _create_tables(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, RunRecord]) -> None:
-    _register_metrics(connection, runs)
+def _create_tables(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, RunRecord], statement: str) -> None:
+    """Make all tables; those of the logs, which may be long, are empty if the statement does not name them."""
+    _register_metrics(connection, runs if _may_read("metrics", statement) else {})
     rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in VIEWS}
     for run, record in runs.items():
         started = None if record.started_s is None else np.datetime64(int(record.started_s * 1e6), "us")
         rows["runs"].append((run, record.name, record.status, started, record.summary.get("ending"), str(record.path)))
-        rows["config"] += [(run, *item) for item in _scalars_by_path(record.config)]
-        rows["summary"] += [(run, *item) for item in _scalars_by_path(record.summary)]
+        rows["config"] += [(run, *item) for item in _settings_as_text(record.config)]
+        rows["summary"] += [(run, *item) for item in _settings_as_text(record.summary)]
         for manifest in record.checkpoints:
             pointers = ", ".join(name for name, tag in record.pointers.items() if tag == manifest.tag)
             size = sum(part.size_bytes for part in manifest.parts.values())
             at = manifest.iteration
             rows["checkpoints"].append((run, manifest.tag, at.epoch, at.update, at.sample, size, pointers))
+        artifacts = record.artifacts if _may_read("artifacts", statement) else ()
         rows["artifacts"] += [
             (run, at.epoch, at.update, at.sample, each.key, each.kind, str(each.path))
-            for each in record.artifacts
+            for each in artifacts
             for at in [each.point]
         ]
     for name, columns in VIEWS.items():
@@ -155,6 +158,16 @@ def _create_tables(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, Run
                 connection.register("_rows", dict(zip(_names(columns), arrays, strict=True)))
                 connection.execute(f"insert into {name} select * from _rows")  # noqa: S608  # our own names
                 connection.unregister("_rows")
+
+
+def _may_read(table: str, statement: str) -> bool:
+    """Return whether a statement may read a table: its name is in it, or a call that gets names of tables as text.
+
+    Example:
+        >>> _may_read("metrics", 'from "Metrics"'), _may_read("metrics", "from runs")
+        (True, False)
+    """
+    return any(text in statement.lower() for text in (table, "query(", "query_table", "execute"))
 
 
 def _register_metrics(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, RunRecord]) -> None:
@@ -190,15 +203,12 @@ def _register_metrics(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, 
     connection.execute(_METRICS)
 
 
-def _scalars_by_path(value: Any, path: str = "") -> Iterator[tuple[str, str | None]]:
-    """Yield each scalar in a tree with its dotted path, as text.
+def _settings_as_text(settings: Any) -> Iterator[tuple[str, str | None]]:
+    """Yield each single value by its dotted path, as text.
 
     Example:
-        >>> list(_scalars_by_path({"run": {"name": "a", "tags": [1, True, None]}}))
+        >>> list(_settings_as_text({"run": {"name": "a", "tags": [1, True, None]}}))
         [('run.name', 'a'), ('run.tags.0', '1'), ('run.tags.1', 'true'), ('run.tags.2', None)]
     """
-    if isinstance(value, (dict, list)) and value:
-        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _scalars_by_path(each, f"{path}.{key}" if path else str(key))
-    elif path:
+    for path, value in walk_settings(settings):
         yield path, value if value is None or isinstance(value, str) else json.dumps(value, default=str)

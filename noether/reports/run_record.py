@@ -23,8 +23,9 @@ from noether.effects.evaluation_logs import EVALUATIONS
 from noether.effects.logs.summary import read_summary
 from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
 from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
+from noether.reports.log_ends import read_first_point, read_last_point
 from noether.reports.log_lines import LogLines
-from noether.reports.metrics_log import MetricsLog, parse_metrics
+from noether.reports.metrics_tail import MetricsTail
 from noether.reports.run_folders import find_runs, require_readable
 from noether.reports.status import find_status
 from noether.training.runs.directories import load_weights
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from noether.core.callbacks.improvement import Mode
     from noether.effects.checkpoints.manifest import Manifest
     from noether.reports.metric_series import Best, Metrics, Point
+    from noether.reports.metrics_log import MetricsLog
     from noether.reports.status import RunStatus
 
 _LOGGER: Final = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def read_run(path: str | Path) -> RunRecord:
     """Return a run directory as Python values; each part is read when it is first used, and then stays as it was.
 
     A run that is being written can be read, without its lock: an incomplete last line of a log is left out. Call
-    `read_run` again for what was written since, or follow the log with `noether.reports.metrics_tail.MetricsTail`.
+    `reread` of the run for what was written since, or follow the log with `noether.reports.metrics_tail.MetricsTail`.
 
     Args:
         path: The run directory: of `noether train`, or of a `Session` with `open_run`, which has no `config.yaml`.
@@ -153,9 +155,16 @@ class RunRecord:
         """When the run started, in seconds since 1970; None if nothing tells."""
         processes = [each for each in self.provenance.values() if isinstance(each, dict)]
         times = [time for each in processes if isinstance(time := each.get("started_s"), (int, float))]
-        if not times and len(self.metrics.points):
-            times = [self.metrics.points[0].time_s]
+        if not times and (first := read_first_point(self.path / METRICS_FILE)) is not None:
+            times = [first.time_s]
         return min(times) if times else None
+
+    @property
+    def last_point(self) -> Point | None:
+        """Where the last line of the log was written; None without one. Only the end of the log is read."""
+        if "_log" in vars(self):
+            return self.metrics.points[-1] if len(self.metrics.points) else None
+        return read_last_point(self.path / METRICS_FILE)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -323,12 +332,34 @@ class RunRecord:
         series = self.metrics[key]
         return None if mode is None else series.best(mode)
 
+    def reread(self) -> RunRecord:
+        """Return the run as it is now; of the log, only lines that were appended since are read.
+
+        Example:
+            >>> import noether, tempfile
+            >>> with noether.open_run(tempfile.mkdtemp()) as directory:
+            ...     run = noether.read_run(directory.path)
+            ...     for epoch in (1, 2):
+            ...         state = noether.TrainState().next_epoch()
+            ...         directory.interpreter([noether.LogScalars({"a": epoch})], state, noether.AfterEpoch(time_s=0.0))
+            ...         run = run.reread()
+            ...         run.metrics["a"].values
+            E1_U0_S0  ...
+            array([1])
+            E1_U0_S0  ...
+            array([1, 2])
+        """
+        run = RunRecord(self.path)
+        vars(run)["_tail"] = self._tail
+        return run
+
+    @cached_property
+    def _tail(self) -> MetricsTail:
+        return MetricsTail(self.path)
+
     @cached_property
     def _log(self) -> MetricsLog:
-        lines = LogLines(path=self.path / METRICS_FILE)
-        log = parse_metrics(lines)
-        lines.report_damage()
-        return log
+        return self._tail.read_all()
 
     def _entry(self, name: str) -> Mapping[str, Any]:
         """Return an entry of the summary by iteration, in the order of iterations; a user's own is left out."""

@@ -87,8 +87,8 @@ def last_iteration(run: RunRecord) -> TrainingIteration:
     if named := _ITERATION.findall(str(run.summary.get("ending") or "").partition(":")[0]):
         return TrainingIteration.parse(named[-1])  # without reading the log, which may be long
     known = [TrainingIteration(), *(each.iteration for each in run.checkpoints)]
-    if len(run.metrics.points):
-        known.append(run.metrics.points[-1].iteration)
+    if (last := run.last_point) is not None:
+        known.append(last.iteration)
     return max(known, key=lambda each: (each.update, each.epoch))
 
 

@@ -14,6 +14,7 @@ from reading import NUMBERS, write_lines
 
 from noether import AfterUpdate, SaveCheckpoint, TrainState, open_run
 from noether.cli.main import main
+from noether.reports.metrics_tail import MetricsTail
 from noether.reports.query import VIEWS, query_runs
 from noether.reports.run_record import RunRecord, read_run
 
@@ -55,6 +56,16 @@ def test_a_key_with_quotes_is_found(tmp_path):
     record = record_of(tmp_path / "run", [{'it\'s "é"': 1.5, "its": 2.5}])
     rows = query_runs({"run": record}, "select value from metrics where key = 'it''s \"é\"'").rows
     assert rows == [(1.5,)]
+
+
+def test_a_log_is_read_only_for_a_statement_that_names_its_tables(tmp_path, monkeypatch):
+    record = record_of(tmp_path / "run", [{"loss": 1.5}])
+    monkeypatch.setattr(MetricsTail, "read_all", lambda self: pytest.fail("the log was read"))
+    assert query_runs({"mine": record}, "select run, epoch(started) from runs").rows == [("mine", 0.25)]
+    assert query_runs({"mine": record}, "select count(*) from checkpoints").rows == [(0,)]
+    monkeypatch.undo()
+    for statement in ("select value from METRICS", "from query('select value from met' || 'rics')"):
+        assert query_runs({"mine": record}, statement).rows == [(1.5,)]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """What `noether show` says about one run."""
 
+import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reading import write_lines
+from rich.console import Console
 
 from noether import open_run, read_run
 from noether.effects.logs.run_panels import layout, plain_lines
@@ -104,3 +107,17 @@ def test_values_for_programs(tmp_path):
     values = to_values(write_run(tmp_path / "a", [{"loss": 2.0}, {"loss": 1.0}]))
     assert values["metrics"]["loss"] == {"last": 1.0, "best": 1.0, "best_at": "E0_U2_S6", "count": 2}
     assert values["iteration"] == {"epoch": 0, "update": 2, "sample": 6}
+
+
+@pytest.mark.parametrize("height", [5, 12, 40, 100])
+def test_a_panel_that_is_higher_than_the_terminal_says_how_many_lines_are_left_out(tmp_path, height):
+    panel = describe_run(write_run(tmp_path / "a", [{f"metric/{number}": 1.0 for number in range(60)}]))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(panel)
+    whole = console.export_text().splitlines()
+    console.print(replace(panel, max_lines=height))
+    lines = console.export_text().splitlines()
+    assert len(lines) == min(height, len(whole))
+    if height < len(whole):
+        assert f"and {len(whole) - height + 1} more lines: make the terminal taller" in lines[-2]
+        assert lines[: height - 2] == whole[: height - 2]

@@ -16,7 +16,7 @@ from rich.cells import cell_len, chop_cells
 from rich.panel import Panel
 from rich.text import Text
 
-from noether.core.text import escape_controls
+from noether.core.text import count_of, escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -58,6 +58,7 @@ class RunPanel:
         table: A table below the facts.
         commands: Names with commands, which are never broken into lines, so that they can be copied.
         style: Colour of the border.
+        max_lines: Most lines on a terminal, border included; the last one says how many are left out. None for all.
 
     Example:
         >>> facts = [("model", ["Net, 1,638 parameters"]), ("data", ["train 1,205 samples", "val 296 samples"])]
@@ -72,15 +73,23 @@ class RunPanel:
     table: Table | None = None
     commands: Sequence[tuple[str, str]] = ()
     style: str = "dim"
+    max_lines: int | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the panel for a terminal; the commands follow below its border."""
         width = options.max_width - _BORDER
         fits = cell_len(self.title) <= width - _GAP
         lines = [] if fits else [((line, _HEAD),) for line in wrap_words(escape_controls(self.title), width)]
-        content = Text("\n").join(map(_to_text, [*lines, *layout(self, width)]))
+        content = Text("\n").join(map(_to_text, self._shorten([*lines, *layout(self, width)])))
         title = Text(escape_controls(self.title), _HEAD) if fits else None
         yield Panel(content, ROUNDED, title=title, title_align="left", border_style=self.style, expand=False)
+
+    def _shorten(self, lines: list[Line]) -> list[Line]:
+        if self.max_lines is None or len(lines) <= self.max_lines - 2:
+            return lines
+        shown = lines[: max(self.max_lines - 3, 0)]
+        left_out = count_of(len(lines) - len(shown), "more line")
+        return [*shown, ((f"and {left_out}: make the terminal taller", self.style),)]
 
 
 def plain_lines(panel: RunPanel) -> list[str]:
