@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from noether.core.artifacts import LogImages
 from noether.core.errors import check_choice, raise_problems
 
 if TYPE_CHECKING:
@@ -97,3 +98,18 @@ def cross_entropy(outputs: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor
         {'cross_entropy': tensor(2.3026)}
     """
     return {"cross_entropy": functional.cross_entropy(outputs, batch[1])}
+
+
+def show_predictions(outputs: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> LogImages:
+    """Return the images of a batch with their predicted digits: the `figure` of a `PredictionsCallback`.
+
+    Example:
+        >>> images, labels = torch.zeros(2, 1, 8, 8), torch.tensor([0, 7])
+        >>> show_predictions(torch.zeros(2, 10), (images, labels)).captions
+        ('0', '0 instead of 7')
+    """
+    images, labels = batch
+    predicted = outputs.argmax(dim=1).tolist()
+    pairs = zip(predicted, labels.tolist(), strict=True)
+    captions = [f"{guess}" if guess == label else f"{guess} instead of {label}" for guess, label in pairs]
+    return LogImages("predictions", images, captions)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 from noether.core.artifacts import LogHistogram
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.effect import LogText
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest
 from noether.core.tensors.dtensors import whole_tensor
 from noether.core.tensors.histograms import count_values
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 _KINDS: Final = ("weights", "momentum")
-_MOMENTUM: Final = ("exp_avg", "momentum_buffer")  # what the optimizers of torch call it
+_MOMENTUM: Final = ("exp_avg", "momentum_buffer", "momentum")  # names in optimizers of torch and Keras
 
 
 @final
@@ -30,9 +31,9 @@ class HistogramCallback(PeriodicCallback):
     """Logs a histogram of each chosen param, and of the momentum that the optimizer keeps for it.
 
     The keys are `weights/{param}` and `momentum/{param}`. Momentum is the running mean of the gradients, `exp_avg` of
-    Adam or `momentum_buffer` of SGD. Gradients of single updates are not available to callbacks, so that no update
-    becomes slower; a firing reads each chosen tensor twice. Values that are not finite are counted apart. Params of a
-    sharded state are gathered, one after the other.
+    Adam or `momentum_buffer` of SGD; a firing says so if there is none. Gradients of single updates are not available
+    to callbacks, so that no update becomes slower; a firing reads each chosen tensor twice. Values that are not finite
+    are counted apart. Params of a sharded state are gathered, one after the other.
 
     Args:
         patterns: Names of params, in which `*` stands for any text, such as `head.*`.
@@ -43,8 +44,7 @@ class HistogramCallback(PeriodicCallback):
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
-        SettingsError: If a setting is out of range; before training, if no param has a name like one of `patterns`, or
-            the optimizer keeps no momentum.
+        SettingsError: If a setting is out of range; before training, if no param has a name like one of `patterns`.
 
     ```yaml
     - kind: noether.core.callbacks.HistogramCallback
@@ -84,20 +84,21 @@ class HistogramCallback(PeriodicCallback):
         return (*super().name_parts(), ",".join(self.patterns), ",".join(self.of))
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
-        """Refuse patterns that no param has, and an optimizer that keeps no momentum."""
+        """Refuse patterns that no param has."""
         unknown = [each for each in self.patterns if not any(fnmatchcase(name, each) for name in state.params)]
         problems = [
             Problem("patterns", f"no param has a name like {each!r}{suggest(each, state.params)}") for each in unknown
         ]
-        if "momentum" in self.of and not any(_keeps_momentum(group) for group in _groups(state.opt_state)):
-            fix = "remove momentum, or give the optimizer one, such as torch.optim.AdamW or momentum: 0.9"
-            problems.append(Problem("of", f"the optimizer keeps no momentum; {fix}"))
         raise_problems(problems)
         return state, ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Log the histograms."""
-        return state, tuple(self._histogram(key, tensor) for key, tensor in self._choose(state).items())
+        """Log the histograms; say so if the optimizer keeps no momentum."""
+        histograms = tuple(self._histogram(key, tensor) for key, tensor in self._choose(state).items())
+        if "momentum" in self.of and not any(each.key.startswith("momentum/") for each in histograms):
+            fix = "write of: [weights], or use an optimizer that has one, such as torch.optim.AdamW"
+            return state, (*histograms, LogText(f"{self.name}: the optimizer keeps no momentum of these params; {fix}"))
+        return state, histograms
 
     def _choose(self, state: TrainState) -> dict[str, torch.Tensor]:
         sources = {"weights": state.params, "momentum": _momentum_by_name(state.opt_state)}
@@ -122,16 +123,3 @@ def _momentum_by_name(opt_state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         name: next((memory[kind] for kind in _MOMENTUM if kind in memory), None) for name, memory in memories.items()
     }
     return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-def _groups(opt_state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if "groups" in opt_state:
-        yield from opt_state["groups"]
-    else:
-        for part in opt_state.values():
-            yield from _groups(part)
-
-
-def _keeps_momentum(group: Mapping[str, Any]) -> bool:
-    """Return whether an optimizer with these settings keeps the running mean of gradients."""
-    return "betas" in group or bool(group.get("momentum"))

@@ -46,7 +46,7 @@ class PredictionsCallback(PeriodicDataIteratorCallback):
       every_n_epochs: 5
       dataset_key: val
       batch_size: 16
-      figure: my_module.draw_predictions
+      figure: noether.examples.digits.show_predictions
     ```
 
     Example:

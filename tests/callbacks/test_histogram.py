@@ -1,0 +1,68 @@
+import math
+
+import pytest
+import torch
+
+from noether import AfterEpoch, BeforeTraining, LogHistogram, LogText, TrainState
+from noether.core.callbacks import HistogramCallback
+from noether.core.errors import SettingsError
+
+
+def fire(callback, model, optimizer=None):
+    state = TrainState.from_module(model, optimizer).next_epoch()
+    return callback(state, AfterEpoch())[1]
+
+
+def train_once(optimizer_type, **settings):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    optimizer = optimizer_type(model.parameters(), **settings)
+    model(torch.ones(4, 2)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "slot"),
+    [(torch.optim.AdamW, {}, "exp_avg"), (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "momentum_buffer")],
+)
+def test_weights_and_momentum_of_the_chosen_params_are_counted(kind, settings, slot):
+    model, optimizer = train_once(kind, **settings)
+    callback = HistogramCallback(every_n_epochs=1, patterns=("1.*",), of=("weights", "momentum"), bins=3)
+    effects = fire(callback, model, optimizer)
+    assert [each.key for each in effects] == [
+        "weights/1.weight",
+        "weights/1.bias",
+        "momentum/1.weight",
+        "momentum/1.bias",
+    ]
+    for effect, tensor in zip(effects, [*model[1].parameters()], strict=False):
+        assert effect.counts.sum() == tensor.numel()
+    momentum = optimizer.state[model[1].weight][slot]
+    assert effects[2].edges[0] <= momentum.min() <= momentum.max() <= effects[2].edges[-1]
+
+
+def test_values_that_are_not_finite_are_counted_apart():
+    model = torch.nn.Linear(4, 1, bias=False)
+    model.weight.data = torch.tensor([[0.0, math.nan, math.inf, 1.0]])
+    (effect,) = fire(HistogramCallback(every_n_epochs=1, bins=2), model)
+    assert isinstance(effect, LogHistogram)
+    assert (effect.counts.tolist(), effect.nan, effect.infinite) == ([1, 1], 1, 1)
+
+
+def test_an_optimizer_without_momentum_is_named():
+    callback = HistogramCallback(every_n_epochs=1, of=("momentum",))
+    (effect,) = fire(callback, *train_once(torch.optim.SGD, lr=0.1))
+    assert isinstance(effect, LogText)
+    assert "keeps no momentum" in effect.text
+
+
+def test_a_pattern_that_no_param_has_is_refused_before_training():
+    callback = HistogramCallback(every_n_epochs=1, patterns=("wieght",))
+    with pytest.raises(SettingsError, match="no param has a name like 'wieght'; did you mean 'weight'"):
+        callback(TrainState.from_module(torch.nn.Linear(2, 1)), BeforeTraining())
+
+
+@pytest.mark.parametrize("settings", [{"patterns": ()}, {"of": ()}, {"of": ("grads",)}, {"bins": 0}])
+def test_settings_without_meaning_are_refused(settings):
+    with pytest.raises(SettingsError):
+        HistogramCallback(every_n_epochs=1, **settings)
