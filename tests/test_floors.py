@@ -42,6 +42,7 @@ ROOMS = {
         "noether.planning",
         "noether.reports",
     },
+    "noether.docs": {"noether.cli"},
     "noether.examples": {"noether.core"},
 }
 
