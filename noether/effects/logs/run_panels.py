@@ -170,23 +170,31 @@ def _arrange(entries: Sequence[str], width: int) -> list[str]:
 
 
 def _layout_table(table: Table, width: int | None) -> list[Line]:
-    """Return the lines of a table; where its columns do not fit beside each other, each row is a paragraph."""
+    """Return the lines of a table; where its columns do not fit beside each other, each row is a paragraph.
+
+    In a narrow terminal, the names of columns are wrapped to the width of their entries, and then the first column.
+    """
     rows = [[escape_controls(entry) for entry in row] for row in (table.columns, *table.rows)]
     used = [number for number, column in enumerate(zip(*rows[1:], strict=True)) if any(column)]
     rows = [[row[number] for number in used] for row in rows]
-    first, *others = (_width(column) for column in zip(*rows, strict=True))
-    if width is not None:
-        left = width - sum(others) - _GAP * len(others)
-        if left < min(first, _MIN_TEXT):
+    widths = [_width(column) for column in zip(*rows, strict=True)]
+    if width is not None and sum(widths) + _GAP * (len(widths) - 1) > width:
+        for number, (head, *entries) in list(enumerate(zip(*rows, strict=True)))[1:]:
+            widths[number] = max(2, _width(entries), _width(_PARTS.findall(head.replace(" ", "/"))))
+        left = width - sum(widths[1:]) - _GAP * (len(widths) - 1)
+        if left < min(widths[0], _MIN_TEXT):
             return list(_layout_paragraphs(rows, width))
-        first = min(first, left)
+        widths[0] = min(widths[0], left)
     lines: list[Line] = []
-    for number, (name, *entries) in enumerate(rows):
-        names = [name] if width is None else wrap_words(name, first)
-        values = "".join(" " * _GAP + _pad(entry, each) for entry, each in zip(entries, others, strict=True))
+    for number, row in enumerate(rows):
         styles = (_HEAD, _HEAD) if number == 0 else (_NAME, _TEXT)
-        lines.append(((_pad(names[0], first), styles[0]), (values.rstrip(), styles[1])))
-        lines += [((rest, styles[0]),) for rest in names[1:]]
+        cells = [
+            wrap_words(entry, each) if cell_len(entry) > each else [entry]
+            for entry, each in zip(row, widths, strict=True)
+        ]
+        for name, *entries in zip_longest(*cells, fillvalue=""):
+            values = "".join(" " * _GAP + _pad(entry, each) for entry, each in zip(entries, widths[1:], strict=True))
+            lines.append(((_pad(name, widths[0]), styles[0]), (values.rstrip(), styles[1])))
     return lines
 
 

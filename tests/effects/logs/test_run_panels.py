@@ -95,3 +95,17 @@ def test_markup_and_controls_are_shown_as_text_and_commands_stay_in_one_piece(is
     assert ("╭─ run digits" in shown) == is_terminal
     assert "best" not in shown  # a column without entries
     assert shown.count("nan") == 1
+
+
+def test_names_of_columns_are_wrapped_before_rows_become_paragraphs():
+    columns = ("run", "status", "started", "duration", "update", "best val/accuracy")
+    rows = [("runs/digits/20261129-082202", "finished", "2026-11-29 08:22:02", "1.2 s", "152", "0.969595")]
+    lines = ["".join(text for text, _ in line) for line in layout(RunPanel(title="", table=Table(columns, rows)), 76)]
+    assert [line.split() for line in lines] == [
+        ["run", "status", "started", "duration", "update", "best"],
+        ["val/"],
+        ["accuracy"],
+        ["runs/digits/", "finished", "2026-11-29", "08:22:02", "1.2", "s", "152", "0.969595"],
+        ["20261129-082202"],
+    ]
+    assert len({line.index(word) for line, word in zip(lines, ("best", "val/", "accuracy", "0.9"), strict=False)}) == 1
