@@ -15,6 +15,7 @@ from noether.cli.output import echo
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.core.errors import suggest
+from noether.core.text import count_of
 from noether.effects.disk.encoding import to_plain
 from noether.effects.logs.columns import format_columns
 from noether.effects.logs.run_panels import RunPanel, Table, command_lines, plain_lines
@@ -124,7 +125,7 @@ def show_runs(
     if as_json:
         echo(json.dumps([to_plain(vars(row)) for row in rows], indent=1))
     else:
-        _print_panel(RunPanel(title=f"{len(rows)} runs", table=tabulate_runs(rows, keys)), Console())
+        _print_panel(RunPanel(title=count_of(len(rows), "run"), table=tabulate_runs(rows, keys)), Console())
 
 
 def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:

@@ -31,6 +31,7 @@ def find_runs(folder: Path) -> list[Path]:
     if not runs and (folder / CONFIG_FILE).is_file():
         return [folder]
     if not runs:
+        _refuse_inside_of_run(folder)
         what = "has no run in it" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
         raise _problem(folder, f"{what}; give a run such as runs/NAME/RUN_ID, or a folder of runs")
     return runs
@@ -44,9 +45,7 @@ def require_readable(path: Path) -> None:
     """
     if _has_logs(path):
         return
-    for parent in path.absolute().parents:
-        if _has_logs(parent):
-            raise _problem(path, f"lies in the directory of a run; give {parent}")
+    _refuse_inside_of_run(path)
     runs = list(_runs_below(path, _LEVELS))
     if not runs and (path / CONFIG_FILE).is_file():
         return
@@ -57,6 +56,12 @@ def require_readable(path: Path) -> None:
         fix = f"the newest of the {count} in it is {newest}" if len(runs) > 1 else f"the run in it is {newest}"
     what = "is not the directory of a run" if path.exists() else "does not exist"
     raise _problem(path, f"{what}; {fix}")
+
+
+def _refuse_inside_of_run(path: Path) -> None:
+    for parent in path.absolute().parents:
+        if _has_logs(parent):
+            raise _problem(path, f"lies in the directory of a run; give {parent}")
 
 
 def _runs_below(path: Path, levels: int) -> Iterator[Path]:

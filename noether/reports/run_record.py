@@ -153,8 +153,7 @@ class RunRecord:
     @property
     def started_s(self) -> float | None:
         """When the run started, in seconds since 1970; None if nothing tells."""
-        processes = [each for each in self.provenance.values() if isinstance(each, dict)]
-        times = [time for each in processes if isinstance(time := each.get("started_s"), (int, float))]
+        times = [time for each in self.provenance.values() if isinstance(time := each.get("started_s"), (int, float))]
         if not times and (first := read_first_point(self.path / METRICS_FILE)) is not None:
             times = [first.time_s]
         return min(times) if times else None
@@ -205,12 +204,16 @@ class RunRecord:
     @property
     def provenance(self) -> Mapping[str, Any]:
         """What each process that trained the run was, by the iteration where it began; empty for older runs."""
-        return self._entry("processes")
+        return {at: each for at, each in self._entry("processes").items() if isinstance(each, dict)}
 
     @property
-    def phases(self) -> Mapping[str, Any]:
+    def phases(self) -> Mapping[str, Mapping[str, float]]:
         """Where the time of each process went, by the iteration where it began; empty for older runs."""
-        return self._entry("phases")
+        return {
+            at: {name: value for name, value in each.items() if isinstance(value, (int, float))}
+            for at, each in self._entry("phases").items()
+            if isinstance(each, dict)
+        }
 
     @property
     def metrics(self) -> Metrics:

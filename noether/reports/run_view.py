@@ -112,9 +112,9 @@ def duration_s(run: RunRecord, status: str) -> float | None:
     if status != "running" or not run.provenance:
         return known or None
     *_, begin = run.provenance
-    earlier = sum(each["total_s"] for at, each in run.phases.items() if at != begin)
+    earlier = sum(each.get("total_s", 0.0) for at, each in run.phases.items() if at != begin)
     started_s = run.provenance[begin].get("started_s")
-    return known if started_s is None else max(known, earlier + time.time() - started_s)
+    return known if not isinstance(started_s, (int, float)) else max(known, earlier + time.time() - started_s)
 
 
 def format_time(time_s: float | None) -> str:
@@ -183,10 +183,11 @@ def _describe_processes(run: RunRecord) -> list[str]:
     """Return a line for each process, the last ones only if there are many."""
     lines = []
     for at, each in run.provenance.items():
-        code = each.get("git") or {}
-        commit = "" if not code.get("commit") else f", commit {code['commit'][:10]}"
+        code = each["git"] if isinstance(each.get("git"), dict) else {}
+        commit = "" if not code.get("commit") else f", commit {str(code['commit'])[:10]}"
         changed = " with changes" if code.get("dirty") else ""
-        where = f"{each.get('host')}, {', '.join(each.get('devices', ()))}{commit}{changed}"
+        devices = each["devices"] if isinstance(each.get("devices"), (dict, list)) else ()
+        where = f"{', '.join(map(str, (each.get('host', 'unknown host'), *devices)))}{commit}{changed}"
         lines.append(where if len(run.provenance) == 1 else f"{where}, from {at}")
     return lines[-_PARTS:]
 

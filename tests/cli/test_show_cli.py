@@ -112,3 +112,27 @@ def test_ctrl_c_ends_following(tmp_path, monkeypatch):
     monkeypatch.setattr("noether.cli.show.time.sleep", interrupt)
     with open_run(tmp_path / "a"):
         assert "a: running" in show(tmp_path / "a", "--follow")
+
+
+def test_entries_of_a_summary_that_are_not_as_noether_writes_them_are_left_out(tmp_path):
+    at = "E0_U0_S0"
+    summaries = [
+        {"processes": {at: None}, "phases": {at: 3}},
+        {
+            "status": "running",
+            "processes": {at: {"started_s": "soon", "devices": 1}},
+            "phases": {at: {"total_s": None}},
+        },
+        {"ending": 5, "processes": {at: {"git": "main", "devices": [1]}}, "phases": {at: {"step_s": 1.0}}},
+    ]
+    for number, summary in enumerate(summaries):
+        write_run(tmp_path / str(number), [0.5], summary)
+        assert "val/accuracy" in show(tmp_path / str(number))
+    assert show(tmp_path).startswith("3 runs")
+    assert show(tmp_path / "0", "--json")
+    assert show(tmp_path, "--diff")
+
+
+def test_a_path_in_a_run_is_refused_with_the_path_of_the_run(folder):
+    (folder / "a/checkpoints").mkdir(exist_ok=True)
+    assert f"lies in the directory of a run; give {folder / 'a'}" in show(folder / "a/checkpoints", code=2)
