@@ -201,3 +201,10 @@ def test_the_theme_changes_text_and_charts(browser):
     button.click()
     assert browser.run("return " + COLOR) != before
     assert button.get_attribute("aria-pressed") == "true"
+
+
+def test_charts_below_the_screen_are_drawn_before_someone_prints(browser):
+    browser.run("scrollTo(0, 0)")
+    browser.wait("return [...document.querySelectorAll('.chart')].every((each) => each.dataset.state === 'drawn')")
+    policy = browser.run("return document.querySelector('meta[http-equiv]').content")
+    assert "unsafe-eval" not in policy

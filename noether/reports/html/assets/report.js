@@ -235,15 +235,42 @@ function paint(plot) {
 }
 
 const drawn = new Map(charts.map((data) => [data.id, new Chart(data)]));
+const others = [];
+const waiting = new Map([...drawn].map(([id, chart]) => [id, () => chart.build()])); // what is not drawn yet, by id
+for (const [id, item] of Object.entries(report.plots)) {
+  waiting.set(id, async () => {
+    const [{ model: plot }] = (await Bokeh.embed.embed_item({ ...item, target_id: id })).roots;
+    if (plot.below) { others.push(plot); paint(plot); }
+    document.getElementById(id).dataset.state = "drawn";
+  });
+}
+
+function drawNow(id) {
+  const draw = waiting.get(id);
+  waiting.delete(id);
+  return draw?.();
+}
+
+/** Draw the charts that are on the page but not in view, one after the other; those in closed groups wait. */
+async function drawRest(pause = () => undefined) {
+  for (const id of [...waiting.keys()]) {
+    if (!document.getElementById(id).getClientRects().length) continue;
+    await pause();
+    await drawNow(id);
+  }
+}
+
 const watcher = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;
     watcher.unobserve(target);
-    const chart = drawn.get(target.id);
-    chart.ready = chart.build();
+    drawNow(target.id);
   }
 }, { rootMargin: "300px" });
-for (const id of drawn.keys()) watcher.observe(document.getElementById(id));
+for (const id of waiting.keys()) watcher.observe(document.getElementById(id));
+// A page is printed without waiting for charts, so they are drawn before someone prints it.
+addEventListener("load", () => drawRest(() => new Promise((resolve) => setTimeout(resolve, 50))));
+addEventListener("beforeprint", () => drawRest());
 
 const updateAll = () => Promise.all([...drawn.values()].map((chart) => chart.update()));
 
@@ -277,19 +304,6 @@ for (const button of document.querySelectorAll("button[data-run]")) {
     button.setAttribute("aria-pressed", String(!settings.hidden.has(run)));
     updateAll();
   });
-}
-
-const others = [];
-for (const [id, item] of Object.entries(report.plots)) {
-  const target = document.getElementById(id);
-  const observer = new IntersectionObserver(async ([entry]) => {
-    if (!entry.isIntersecting) return;
-    observer.disconnect();
-    const [{ model: plot }] = (await Bokeh.embed.embed_item({ ...item, target_id: id })).roots;
-    if (plot.below) { others.push(plot); paint(plot); }
-    target.dataset.state = "drawn";
-  }, { rootMargin: "300px" });
-  observer.observe(target);
 }
 
 const dark = matchMedia("(prefers-color-scheme: dark)"), theme = document.getElementById("theme");
