@@ -9,6 +9,7 @@ from noether.reports.log_lines import LogLines
 from noether.reports.metrics_log import Columns, parse_metrics
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from noether.reports.metric_series import Metrics
@@ -52,6 +53,11 @@ class MetricsTail:
     def __init__(self, run: Path) -> None:
         self._lines = LogLines(path=run / METRICS_FILE)
         self._all = Columns()
+
+    @property
+    def damaged(self) -> Mapping[int, str]:
+        """Number, from 1, of each line that was left out, and why."""
+        return self._lines.damaged
 
     def read(self) -> NewMetrics:
         """Return the metrics on the lines that were appended since the last call; at the first call, on all lines.

@@ -223,6 +223,12 @@ class RunRecord:
         """
         return self._log.metrics
 
+    @property
+    def damaged_lines(self) -> Mapping[int, str]:
+        """Number, from 1, of each line of `metrics.jsonl` that is damaged and left out of the metrics, and why."""
+        self._log  # noqa: B018  # reading it finds them
+        return self._tail.damaged
+
     @cached_property
     def artifacts(self) -> tuple[ArtifactRecord, ...]:
         """The logged artifacts in the order of the log; a file may be missing in an incomplete copy of the run."""

@@ -134,3 +134,20 @@ def test_text_of_a_run_adds_no_element(text):
 def test_a_run_without_anything_has_a_report(tmp_path):
     run = write_run(tmp_path / "empty", [], config=None)
     assert "No metric was logged." in Document(render_report([run])).text
+
+
+def test_control_characters_of_a_run_are_visible_escapes(tmp_path):
+    run = write_run(
+        tmp_path / "a\x1bb", [{"loss\u202e/\x07": 1.0}], config='run: {name: "mine\\x1b\\u202E"}\n', epochs=1
+    )
+    page = render_report([run])
+    assert not {"\x07", "\x1b", "\u202e"} & set(page)
+    assert r"loss\u202e/\x07" in Document(page).text
+
+
+def test_damaged_lines_of_the_log_are_a_problem(tmp_path):
+    run = write_run(tmp_path / "a", [{"loss": 1.0}], epochs=1)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"cut\n{"metrics": 3}\n')
+    text = Document(render_report([run.reread()])).text
+    assert "metrics.jsonl has 2 damaged lines, which the curves leave out: line 2: it is not JSON" in text

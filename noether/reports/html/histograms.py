@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+
+from noether.reports.html.labels import escape_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ def draw_histograms(name: str, histograms: Sequence[tuple[int, Mapping[str, Any]
     """
     filled = [(update, each) for update, each in histograms if sum(each.get("counts", ())) > 0]
     if not filled:
-        return f"<p>{escape(name)}: no finite values.</p>"
+        return f"<p>{escape_text(name)}: no finite values.</p>"
     chosen = [filled[at] for at in np.unique(np.linspace(0, len(filled) - 1, _COLUMNS).round().astype(int))]
     low = min(float(each["edges"][0]) for _, each in chosen)
     high = max(float(each["edges"][-1]) for _, each in chosen)
@@ -46,11 +47,11 @@ def draw_histograms(name: str, histograms: Sequence[tuple[int, Mapping[str, Any]
     )
     odd = sum(int(each.get("nan", 0)) + int(each.get("infinite", 0)) for _, each in histograms)
     note = f"; {odd:,} values were not finite" if odd else ""
-    label = escape(f"{name}: {sentence}")
+    label = escape_text(f"{name}: {sentence}")
     return (
         '<figure class="histogram"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
         f'aria-label="{label}">{cells}</svg>'
-        f"<figcaption>{escape(sentence + note)}</figcaption></figure>"
+        f"<figcaption>{escape_text(sentence + note)}</figcaption></figure>"
     )
 
 

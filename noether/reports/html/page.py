@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, final
+
+from noether.reports.html.labels import escape_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,15 +57,15 @@ def render_page(title: str, sections: Sequence[Section], data: Any) -> str:
 
     plots = {element: item for section in sections for element, item in section.plots.items()}
     scripts = Resources(mode="inline", components=["bokeh"]).js_raw
-    contents = "".join(f'<li><a href="#{each.anchor}">{escape(each.title)}</a></li>' for each in sections)
+    contents = "".join(f'<li><a href="#{each.anchor}">{escape_text(each.title)}</a></li>' for each in sections)
     body = "".join(
         f'<section id="{each.anchor}" aria-labelledby="{each.anchor}-title"><h2 id="{each.anchor}-title">'
-        f"{escape(each.title)}</h2>{each.html}</section>"
+        f"{escape_text(each.title)}</h2>{each.html}</section>"
         for each in sections
     )
     parts = {
         "GENERATOR": GENERATOR,
-        "TITLE": escape(title),
+        "TITLE": escape_text(title),
         "STYLE": _read("report.css"),
         "CONTENTS": contents,
         "BODY": body,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from noether.core.text import escape_controls
 from noether.reports.html.charts import group_curves, run_style
 from noether.reports.html.curves import choose_points
 from noether.reports.html.labels import run_labels
@@ -73,6 +74,7 @@ def _draw(axes: Any, key: str, curves: Sequence[Curve], runs: Sequence[RunRecord
         if len(runs) == 1:
             for update in {each.iteration.update for each in run.checkpoints}:
                 axes.axvline(update, color="0.6", linewidth=0.8, linestyle=":")
+    key = escape_controls(key)
     name = key if len(key) <= _NAME_CHARACTERS else f"...{key[3 - _NAME_CHARACTERS :]}"
     axes.set_title(name.replace("$", r"\$"), fontsize=10, loc="left")
     axes.set_xlabel("update", fontsize=8)

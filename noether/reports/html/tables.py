@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
+
+from noether.reports.html.labels import escape_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,9 +24,9 @@ def html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object
         >>> "&lt;a&gt;" in html_table("Sizes", ["name", "bytes"], [["<a>", 12]])
         True
     """
-    headings = "".join(f'<th scope="col">{escape(each)}</th>' for each in head)
+    headings = "".join(f'<th scope="col">{escape_text(each)}</th>' for each in head)
     body = "".join(_row(row) for row in rows)
-    name = escape(caption)
+    name = escape_text(caption)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption>{name}</caption>'
         f"<thead><tr>{headings}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -49,4 +50,4 @@ def _text(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return escape(f"{value:.5g}" if isinstance(value, float) else str(value))
+    return escape_text(f"{value:.5g}" if isinstance(value, float) else str(value))

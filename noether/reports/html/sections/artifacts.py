@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.text import count_of, format_bytes
 from noether.reports.html.histograms import draw_histograms
-from noether.reports.html.labels import run_labels
+from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
 
@@ -39,7 +38,7 @@ def artifacts_section(runs: Sequence[RunRecord]) -> Section | None:
         for key, records in by_key.items():
             heading = key if len(runs) == 1 else f"{key} of {label}"
             content = "".join(_show_all(run.path.resolve(), heading, records, budget))
-            parts.append(f"<h3>{escape(heading)}</h3>{content}")
+            parts.append(f"<h3>{escape_text(heading)}</h3>{content}")
     return Section(title="Artifacts", anchor="artifacts", html="".join(parts)) if parts else None
 
 
@@ -66,7 +65,7 @@ def _show_all(folder: Path, heading: str, records: Sequence[ArtifactRecord], bud
     if newest.kind not in {"figure", "images"}:
         yield _show_text(folder, heading, newest)
         if len(records) > 1:
-            yield f"<p>{count_of(len(records) - 1, 'earlier one')} in {escape(str(folder / 'artifacts'))}.</p>"
+            yield f"<p>{count_of(len(records) - 1, 'earlier one')} in {escape_text(str(folder / 'artifacts'))}.</p>"
         return
     embedded = [budget.take(4 * each.bytes // 3) for each in records]
     pictures = [_picture(folder, each) for each, fits in zip(records, embedded, strict=True) if fits]
@@ -79,7 +78,7 @@ def _show_all(folder: Path, heading: str, records: Sequence[ArtifactRecord], bud
         size = format_bytes(sum(each.bytes for each in left_out))
         yield (
             f"<p>Left out, because the page would be too large: {count_of(len(left_out), 'picture')} of {size}; "
-            f"the newest is {escape(str(left_out[0].path))}.</p>"
+            f"the newest is {escape_text(str(left_out[0].path))}.</p>"
         )
 
 
@@ -93,8 +92,8 @@ def _picture(folder: Path, record: ArtifactRecord) -> str:
     # An SVG file in an `img` runs no script and fetches nothing.
     data = base64.b64encode(content).decode()
     return (
-        f'<figure><img loading="lazy" alt="{escape(text)}" src="data:{mime};base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure><img loading="lazy" alt="{escape_text(text)}" src="data:{mime};base64,{data}">'
+        f"<figcaption>{escape_text(caption)}</figcaption></figure>"
     )
 
 
@@ -106,20 +105,20 @@ def _show_text(folder: Path, heading: str, record: ArtifactRecord) -> str:
         if table is not None and table.get("columns"):
             rows = table["rows"][:_TABLE_ROWS]
             more = len(table["rows"]) - len(rows)
-            note = f"<p>{count_of(more, 'more row')} in {escape(str(record.path))}.</p>" if more else ""
+            note = f"<p>{count_of(more, 'more row')} in {escape_text(str(record.path))}.</p>" if more else ""
             return html_table(where, table["columns"], rows) + note
     elif record.kind == "text":
         content = _read(folder, record)
         if content is not None:
             text = content.decode(errors="replace")
-            return f'<p>{escape(where)}</p><pre tabindex="0">{escape(text[:_TEXT_CHARACTERS])}</pre>'
+            return f'<p>{escape_text(where)}</p><pre tabindex="0">{escape_text(text[:_TEXT_CHARACTERS])}</pre>'
     elif record.path.exists():
-        return f"<p>{escape(where)}: {escape(str(record.path))}, {format_bytes(record.bytes)}</p>"
+        return f"<p>{escape_text(where)}: {escape_text(str(record.path))}, {format_bytes(record.bytes)}</p>"
     return _missing(record)
 
 
 def _missing(record: ArtifactRecord) -> str:
-    return f"<p>The file {escape(str(record.path))} is missing or cannot be shown.</p>"
+    return f"<p>The file {escape_text(str(record.path))} is missing or cannot be shown.</p>"
 
 
 def _read_json(folder: Path, record: ArtifactRecord) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from noether.reports.html.labels import run_labels
+from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
 from noether.reports.setting_paths import walk_settings
@@ -28,9 +27,8 @@ def configuration_section(runs: Sequence[RunRecord]) -> Section | None:
     for label, run in zip(labels, runs, strict=True):
         text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
         is_open = " open" if len(runs) == 1 else ""
-        parts.append(
-            f'<details{is_open}><summary>{escape(label)}</summary><pre tabindex="0">{escape(text)}</pre></details>'
-        )
+        content = f'<pre tabindex="0">{escape_text(text)}</pre>'
+        parts.append(f"<details{is_open}><summary>{escape_text(label)}</summary>{content}</details>")
     return Section(title="Configuration", anchor="configuration", html="".join(parts))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from noether.reports.html.charts import chart_data, group_curves, run_style
-from noether.reports.html.labels import run_labels
+from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.metric_series import is_derived
 
@@ -46,7 +45,7 @@ def curves_section(runs: Sequence[RunRecord]) -> tuple[Section, dict[str, Any]]:
         shown += len(keys)
         figures = "".join(_figure(key, ids[key], groups[key], runs) for key in keys)
         parts.append(
-            f'<details class="group"{" open" if is_open else ""}><summary>{escape(name)} ({len(keys)})</summary>'
+            f'<details class="group"{" open" if is_open else ""}><summary>{escape_text(name)} ({len(keys)})</summary>'
             f'<div class="grid">{figures}</div></details>'
         )
     data = chart_data(runs, groups, ids)
@@ -100,7 +99,7 @@ def _legend(runs: Sequence[RunRecord]) -> str:
             f'stroke-width="3" stroke-dasharray="{_DASH_ARRAYS[dash]}"/></svg>'
         )
         buttons.append(
-            f'<li><button type="button" data-run="{index}" aria-pressed="true">{line}{escape(label)}</button></li>'
+            f'<li><button type="button" data-run="{index}" aria-pressed="true">{line}{escape_text(label)}</button></li>'
         )
     return f'<ul class="legend" aria-label="Runs: press to show or hide">{"".join(buttons)}</ul>'
 
@@ -108,13 +107,13 @@ def _legend(runs: Sequence[RunRecord]) -> str:
 def _figure(key: str, element: str, curves: Sequence[Curve], runs: Sequence[RunRecord]) -> str:
     labels = run_labels(runs)
     texts = [(f"{labels[curve.run]}: " if len(runs) > 1 else "") + describe_series(curve.series) for curve in curves]
-    caption = "".join(f"<div>{escape(text)}</div>" for text in texts[:4])
+    caption = "".join(f"<div>{escape_text(text)}</div>" for text in texts[:4])
     if len(texts) > len(texts[:4]):
-        rest = "".join(f"<div>{escape(text)}</div>" for text in texts[4:])
+        rest = "".join(f"<div>{escape_text(text)}</div>" for text in texts[4:])
         caption += f"<details><summary>{len(texts) - 4} more runs</summary>{rest}</details>"
     return (
-        f'<figure aria-labelledby="{element}-name"><h3 id="{element}-name">{escape(key)}</h3>'
-        f'<div class="chart" id="{element}" role="img" aria-label="{escape(f"{key}. {texts[0]}")}"></div>'
+        f'<figure aria-labelledby="{element}-name"><h3 id="{element}-name">{escape_text(key)}</h3>'
+        f'<div class="chart" id="{element}" role="img" aria-label="{escape_text(f"{key}. {texts[0]}")}"></div>'
         f"<figcaption>{caption}</figcaption>{_table(key, curves, labels)}</figure>"
     )
 
@@ -163,13 +162,13 @@ def _table(key: str, curves: Sequence[Curve], labels: Sequence[str]) -> str:
     run = "" if start else '<th scope="col">run</th>'
     body = "".join(
         "<tr>"
-        + ("" if start else f"<td>{escape(str(label))}</td>")
+        + ("" if start else f"<td>{escape_text(str(label))}</td>")
         + "".join(f"<td{_NUMBER}>{cell if isinstance(cell, str) else repr(cell)}</td>" for cell in cells)
         + "</tr>"
         for label, *cells in rows
     )
     return (
-        f'<details><summary>{title}</summary><div class="scroll"><table><caption>{escape(key)}</caption>'
+        f'<details><summary>{title}</summary><div class="scroll"><table><caption>{escape_text(key)}</caption>'
         f"<thead><tr>{run}{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
     )
 

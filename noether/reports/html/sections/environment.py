@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.reports.html.labels import run_labels
+from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
 from noether.reports.setting_paths import walk_settings
@@ -59,11 +58,11 @@ def _diff(name: str, run: RunRecord, process: Mapping[str, Any]) -> str:
             return ""
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return f"<p>{escape(name)}: the file of the changes to the code, {escape(file)}, is missing.</p>"
+        return f"<p>{escape_text(name)}: the file of the changes to the code, {escape_text(file)}, is missing.</p>"
     cut = (
         f"\n... {len(text) - _DIFF_CHARACTERS:,} more characters are in {file}" if len(text) > _DIFF_CHARACTERS else ""
     )
     return (
-        f"<details><summary>Changes to the code since its commit, in {escape(name)}</summary>"
-        f'<pre tabindex="0">{escape(text[:_DIFF_CHARACTERS] + cut)}</pre></details>'
+        f"<details><summary>Changes to the code since its commit, in {escape_text(name)}</summary>"
+        f'<pre tabindex="0">{escape_text(text[:_DIFF_CHARACTERS] + cut)}</pre></details>'
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.config.schema import ENDS
 from noether.core.effect import format_duration
 from noether.core.text import count_of
-from noether.reports.html.labels import run_labels
+from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
 from noether.reports.metric_series import is_derived
@@ -26,7 +25,7 @@ _BEST_ROWS: Final = 12
 def overview_section(runs: Sequence[RunRecord]) -> Section:
     """Return the section that says what each run was and what came of it."""
     labels = run_labels(runs)
-    sentences = "".join(f"<p>{escape(summarize(run, label))}</p>" for run, label in zip(runs, labels, strict=True))
+    sentences = "".join(f"<p>{escape_text(summarize(run, label))}</p>" for run, label in zip(runs, labels, strict=True))
     facts = [dict(_facts(run)) for run in runs]
     names = list(dict.fromkeys(name for each in facts for name, value in each.items() if value is not None))
     table = html_table("Runs", ["", *labels], [[name, *(each.get(name) for each in facts)] for name in names])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from noether.core.text import format_bytes
+from noether.core.text import count_of, format_bytes
 from noether.effects.run_ending import TRACEBACK_FILE
-from noether.reports.html.labels import run_labels
+from noether.effects.run_logs import METRICS_FILE
+from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.sections.overview import best_values
 from noether.reports.html.tables import html_table
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from noether.reports.run_record import RunRecord
 
 _TRACEBACK_CHARACTERS: Final = 20_000
+_DAMAGED_LINES: Final = 5
 _VALUES: Final = 4  # metrics beside each checkpoint
 
 
@@ -67,16 +68,20 @@ def problems_section(runs: Sequence[RunRecord]) -> Section | None:
     """Return the section of errors and of values that are not finite; None if there are none."""
     parts: list[str] = []
     for label, run in zip(run_labels(runs), runs, strict=True):
-        items = "".join(f"<li>{escape(each)}</li>" for each in _find_problems(run))
+        items = "".join(f"<li>{escape_text(each)}</li>" for each in _find_problems(run))
         trace = _read_traceback(run)
         if items or trace:
-            parts.append(f"<h3>{escape(label)}</h3>{f'<ul>{items}</ul>' if items else ''}{trace}")
+            parts.append(f"<h3>{escape_text(label)}</h3>{f'<ul>{items}</ul>' if items else ''}{trace}")
     return Section(title="Problems", anchor="problems", html="".join(parts)) if parts else None
 
 
 def _find_problems(run: RunRecord) -> Iterator[str]:
     if run.status == "killed":
         yield "its process ended without an end of the run: it was killed, or the machine stopped"
+    if damaged := run.damaged_lines:
+        shown = "; ".join(f"line {line}: {reason}" for line, reason in list(damaged.items())[:_DAMAGED_LINES])
+        more = "; ..." if len(damaged) > _DAMAGED_LINES else ""
+        yield f"{METRICS_FILE} has {count_of(len(damaged), 'damaged line')}, which the curves leave out: {shown}{more}"
     for key, series in run.metrics.items():
         values = series.values.astype(np.float64)
         where = np.flatnonzero(~np.isfinite(values))
@@ -90,4 +95,4 @@ def _read_traceback(run: RunRecord) -> str:
     if run.status != "failed" or not path.is_file():
         return ""
     text = path.read_text(encoding="utf-8", errors="replace")[-_TRACEBACK_CHARACTERS:]
-    return f'<details open><summary>Its last error</summary><pre tabindex="0">{escape(text)}</pre></details>'
+    return f'<details open><summary>Its last error</summary><pre tabindex="0">{escape_text(text)}</pre></details>'

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Final
 
 from noether.core.effect import format_duration
 from noether.core.text import format_bytes
-from noether.reports.html.labels import run_labels
+from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
 
@@ -79,6 +78,6 @@ def _bar(name: str, phases: Mapping[str, float]) -> str:
         for number, (text, share) in enumerate(shares.items())
     )
     return (
-        f'<div class="phases" aria-hidden="true"><p>{escape(name)}</p><svg viewBox="0 0 100 10" '
+        f'<div class="phases" aria-hidden="true"><p>{escape_text(name)}</p><svg viewBox="0 0 100 10" '
         f'preserveAspectRatio="none">{"".join(parts)}</svg><ul class="legend">{legend}</ul></div>'
     )
