@@ -117,7 +117,7 @@ def evaluate(
         event = AtEval(run=interruptible(experiment.run, interruption), time_s=time_s)
         for suffix, reducers in passes.items():
             logs = EvaluationLogs(run_dir, name + suffix, services=services)
-            interpret = _without_checkpoints(add_handlers(logs.interpreter, config))
+            interpret = _without_checkpoints(add_handlers(logs.interpreter, config, logs.claim_folder, logs.services))
             with closing(logs):
                 try:
                     for reducer in reducers:

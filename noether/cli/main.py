@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
@@ -274,8 +275,9 @@ def replay(
 def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) -> None:
     """Check a configuration without training.
 
-    Checks every setting of CONFIG, builds the datasets and the model, and checks that the callbacks fit together. Warns
-    of a last batch of one sample if the model fails on it.
+    Checks every setting of CONFIG, builds the datasets and the model, and checks that the callbacks fit together and
+    that their effects have handlers. For this it calls callbacks of the user's a few times, as a plan does. Warns of a
+    last batch of one sample if the model fails on it.
     """
     from noether.config import load
     from noether.config.default_callbacks import default_names
@@ -284,6 +286,7 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
         loaded = load(config, settings, allow)
         # These import torch, which is slow: `load` reports wrong settings before that.
         from noether.planning.single_samples import find_single_sample_warnings
+        from noether.planning.unhandled_effects import check_requests
         from noether.training.experiment import build
         from noether.training.runs.services import check_services
 
@@ -293,6 +296,8 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
             echo(note)
         for warning in find_single_sample_warnings(experiment):
             echo(f"Warning: {warning}", err=True)
+        with redirect_stdout(sys.stderr):  # callbacks of the user may print
+            check_requests(experiment)
         count, updates = len(experiment.reducer.members), experiment.run.final.update
         echo(f"{config} is valid: {count_of(count, 'callback')}, {count_of(updates, 'update')}")
         if loaded.source is not None and (names := default_names(loaded.source)):

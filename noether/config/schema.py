@@ -63,7 +63,9 @@ class RunSettings:
         init_from: Checkpoint or file whose weights the run starts with; None for newly initialized weights. A resumed
             run ignores it.
         handlers: Maps the dotted path of a type of effect to its handler `(effect, state, event)`, as for
-            `trainer.loss`. Of several ranks, only rank 0 calls handlers.
+            `trainer.loss`. Of several ranks, only rank 0 calls handlers. A handler may have the keyword parameters
+            `directory`, the path of the run (of the evaluation for `noether eval`), and `services`, the log services in
+            use by name.
         tensorboard: Whether to write metrics to TensorBoard too, in the run's folder `tensorboard`.
         wandb: Settings for logging metrics to Weights & Biases too; None to not use it.
 

@@ -110,6 +110,31 @@ def positional_names(target: Any) -> list[str]:
     return [each.name for each in signature.parameters.values() if each.kind in positional]
 
 
+def takes_by_name(target: Any, name: str) -> bool:
+    """Return whether `target` has a parameter of this name that can be passed by name and has no value yet.
+
+    A default is not a value, and a setting that a `functools.partial` binds is one. `**kwargs` has no names.
+
+    Example:
+        >>> def ring(effect, state, event, *, directory): ...
+        >>> takes_by_name(ring, "directory"), takes_by_name(functools.partial(ring, directory="."), "directory")
+        (True, False)
+    """
+    bound = {key for each in _partials_of(target) for key in each.keywords}
+    try:
+        parameter = signature_of(target).parameters.get(name)
+    except (TypeError, ValueError):
+        return False
+    by_name = parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    return by_name and name not in bound
+
+
+def _partials_of(target: Any) -> Iterator[functools.partial[Any]]:
+    while isinstance(target, functools.partial):
+        yield target
+        target = target.func
+
+
 def unbound_settings(target: Any) -> list[str]:
     """Return the keyword-only parameters of `target` that have no value.
 

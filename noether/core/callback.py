@@ -11,6 +11,7 @@ attributes are all that a callback may add; each is optional:
 | `produces` | patterns of the metric keys that it logs | it may log any key |
 | `consumes` | metric keys that must be current when it acts; a `SkippableKey` or `OptionalKey` need not be | none |
 | `readings` | names of the costly fields of `AfterUpdate` that it reads, listed in `READINGS` | none |
+| `effects` | types of effects of yours that it requests; without a handler for each, no run starts | none |
 
 `CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have private attributes:
 `_listens` (see `listens_to`) and `_tracker` (see `tracker_of`), from which a reducer knows when it need not call them;
@@ -24,13 +25,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from noether.core.callables import without_partial
+from noether.core.effect import Effect
 from noether.core.errors import CallbackError, raise_problems
 from noether.core.event import AfterUpdate, check_reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.schedules.gate import Gate
     from noether.core.state import Memory, TrainState
@@ -41,7 +42,7 @@ Effects = tuple["Effect", ...]
 class Callback(Protocol):
     """A pure function of a state and an event.
 
-    It may have the attributes `name`, `init`, `gate`, `produces`, `consumes` and `readings`; see
+    It may have the attributes `name`, `init`, `gate`, `produces`, `consumes`, `readings` and `effects`; see
     `noether.core.callback`.
 
     Example:
@@ -108,6 +109,7 @@ class Declaration:
         consumes: Metric keys that have to be current when it acts, and each `SkippableKey` and `OptionalKey` that it
             reads if current.
         readings: Costly fields of `AfterUpdate` that it reads, such as `grad_norm`.
+        effects: Types of effects that it requests and that need a handler of the user's.
     """
 
     label: str
@@ -115,6 +117,7 @@ class Declaration:
     produces: tuple[str, ...] | None
     consumes: tuple[str, ...]
     readings: tuple[str, ...]
+    effects: tuple[type[Effect], ...] = ()
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -130,6 +133,7 @@ def declaration_of(callback: Callback) -> Declaration:
         produces=getattr(callback, "produces", None),
         consumes=getattr(callback, "consumes", ()),
         readings=getattr(callback, "readings", ()),
+        effects=getattr(callback, "effects", ()),
     )
 
 
@@ -158,6 +162,27 @@ def check_readings(callback: Callback) -> None:
     """
     declared = declaration_of(callback)
     raise_problems(check_reading(declared.label, name) for name in declared.readings)
+
+
+def describe_effect_types(effects: Any) -> str | None:
+    """Return what is wrong with the types of effects that a callback declares, or None if nothing is.
+
+    Example:
+        >>> from noether import LogText
+        >>> describe_effect_types((LogText("done"),))
+        "effects holds LogText(text='done'), not a type of effect: write LogText"
+    """
+    if isinstance(effects, type):
+        return f"effects is the class {effects.__name__}, not a tuple: write ({effects.__name__},)"
+    if callable(effects):
+        return "effects is a method, not a tuple: write @property above def effects"
+    if not isinstance(effects, (tuple, list)):
+        return f"effects is {effects!r}, not a tuple: write (MyEffect,)"
+    for each in effects:
+        if not (isinstance(each, type) and issubclass(each, Effect)):
+            fix = type(each).__name__ if isinstance(each, Effect) else "a subclass of noether.Effect"
+            return f"effects holds {each!r}, not a type of effect: write {fix}"
+    return None
 
 
 def label_of(callback: Callback | Callable[..., Any]) -> str:

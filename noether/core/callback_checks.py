@@ -7,7 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from noether.core.callables import describe_misfit, held_objects, unbound_settings
-from noether.core.callback import check_readings, declaration_of, init_of, label_of, tracker_of
+from noether.core.callback import check_readings, declaration_of, describe_effect_types, init_of, label_of, tracker_of
 from noether.core.effect import Effect
 from noether.core.errors import CallbackError
 from noether.core.schedules.gate import Gate
@@ -47,6 +47,7 @@ def check_callback(callback: Any, caller: str) -> None:
     _check_wrapper(callback)
     declared = declaration_of(callback)
     check_key_tuples(declared.label, produces=declared.produces, consumes=declared.consumes, readings=declared.readings)
+    check_effect_types(declared.label, declared.effects)
     check_readings(callback)
 
 
@@ -63,6 +64,21 @@ def check_key_tuples(label: str, **declared: Any) -> None:
             raise CallbackError(f"{label}: {name} is a method, not a tuple: write @property above def {name}")
 
 
+def check_effect_types(label: str, effects: Any) -> None:
+    """Refuse declared effects that are not a tuple of types of effects.
+
+    Raises:
+        CallbackError: If they are something else, saying what to write.
+
+    Example:
+        >>> check_effect_types("Bell", Effect)
+        Traceback (most recent call last):
+        noether.core.errors.CallbackError: Bell: effects is the class Effect, not a tuple: write (Effect,)
+    """
+    if problem := describe_effect_types(effects):
+        raise CallbackError(f"{label}: {problem}")
+
+
 def check_bound(callback: Callback) -> None:
     """Refuse a function with a keyword-only parameter that has no value.
 
@@ -75,18 +91,26 @@ def check_bound(callback: Callback) -> None:
 
 
 def _check_wrapper(callback: Callback) -> None:
-    """Refuse a partial or wrapped function without the memory and readings of the callback inside."""
+    """Refuse a partial or wrapped function without the memory, readings and effects of the callback inside."""
     attributes: Any = getattr(callback, "__dict__", {})  # not those of its class, such as noether's decorators
     inner = callback.func if isinstance(callback, functools.partial) else attributes.get("__wrapped__")
     if inner is None:
         return
-    hidden = {"init": _has_memory(inner), "readings": bool(getattr(inner, "readings", ()))}
+    hidden = {
+        "init": _has_memory(inner),
+        "readings": _declares(inner, "readings"),
+        "effects": _declares(inner, "effects"),
+    }
     for name in (name for name, is_set in hidden.items() if is_set):
         if not getattr(callback, name, ()):
             raise CallbackError(
                 f"the wrapper around {label_of(inner)} hides its {name}: wrap the function inside instead, or set "
                 f"wrapper.{name} = callback.{name}"
             )
+
+
+def _declares(callback: Callback, name: str) -> bool:
+    return bool(getattr(callback, name, ()))
 
 
 def _has_memory(callback: Callback) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from noether.core.callables import describe_misfit
 from noether.core.callback import label_of
-from noether.core.callback_checks import check_callback, check_key_tuples, check_unscheduled
+from noether.core.callback_checks import check_callback, check_effect_types, check_key_tuples, check_unscheduled
 from noether.core.errors import raise_problems
 from noether.core.event import AfterUpdate, Event, check_reading
 from noether.core.reducer import Reducer
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from noether.core.callback import Callback
+    from noether.core.effect import Effect
     from noether.core.state import Memory, TrainState
 
     Decorator = Callable[[Callback], "Callback"]
@@ -123,6 +124,7 @@ def callback(
     produces: tuple[str, ...] | None = None,
     consumes: tuple[str, ...] = (),
     readings: tuple[str, ...] = (),
+    effects: tuple[type[Effect], ...] = (),
 ) -> Decorator:
     """Return the decorator that gives a function a name, a memory, and declarations.
 
@@ -135,10 +137,12 @@ def callback(
         produces: Patterns of the metric keys that it logs; None if it may log any.
         consumes: Metric keys that have to be current; an `OptionalKey` is read only where it is.
         readings: Costly fields of `AfterUpdate` that it reads, such as `grad_norm`; see `READINGS`.
+        effects: Types of effects of yours that it requests; a run starts only if each has a handler.
 
     Raises:
         TypeError: If `track` is given without `init`.
         SettingsError: If a reading is unknown.
+        CallbackError: If what it declares is not a tuple, or `effects` has something else than types of effects.
 
     Example:
         >>> from noether import AfterUpdate, TrainState, callback, every_n_updates, log
@@ -161,11 +165,12 @@ def callback(
         if function is not None and (misfit := describe_misfit(function, *arguments)):
             raise TypeError(f"callback {name!r}: its {setting} {misfit}")
     check_key_tuples(name, produces=produces, consumes=consumes, readings=readings)
+    check_effect_types(name, effects)
     raise_problems(check_reading(name, each) for each in readings)
 
     def decorate(body: Callback) -> Callback:
         check_callback(body, f"callback({name!r})")
-        return Remembering(_without_checks(body), name, init, track, produces, consumes, readings)
+        return Remembering(_without_checks(body), name, init, track, produces, consumes, readings, effects)
 
     return decorate
 

@@ -17,7 +17,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effect:
-    """A request. To add one, subclass this and register a handler with the interpreter."""
+    """A request as data. To add one, subclass this and register a handler `(effect, state, event)`.
+
+    In YAML, `run.handlers: {my_module.Ring: my_module.ring_bell}` names the type and its handler; in Python,
+    `directory.interpreter.with_handlers(Ring, ring_bell)` returns the interpreter to pass on. A handler in YAML may
+    have the keyword parameters `directory`, the path of the run (of the evaluation for `noether eval`), and `services`,
+    the log services in use by name (`tensorboard`, `wandb`). If a callback declares `effects = (Ring,)`, no run starts
+    without a handler.
+
+    Example:
+        >>> from noether.core.callbacks.base import CallbackBase
+        >>> @dataclass(frozen=True)
+        ... class Ring(Effect):
+        ...     times: int
+        >>> class Bell(CallbackBase):
+        ...     effects = (Ring,)
+        ...     def after_epoch(self, state, event):
+        ...         return state, (Ring(state.iteration.epoch),)
+        >>> def ring_bell(effect, state, event, *, directory):
+        ...     (directory / "bell.txt").write_text("ding " * effect.times)
+    """
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.schedules.base import Schedule
     from noether.core.state import Memory, TrainState
@@ -183,6 +184,11 @@ class Reducer:
     def readings(self) -> tuple[str, ...]:
         """Costly fields of `AfterUpdate` that a member reads; a loop need not compute the others."""
         return tuple(dict.fromkeys(name for member in self.members for name in declaration_of(member).readings))
+
+    @property
+    def effects(self) -> tuple[type[Effect], ...]:
+        """Types of effects that the members declare."""
+        return tuple(dict.fromkeys(kind for member in self.members for kind in declaration_of(member).effects))
 
     @property
     def _tracker(self) -> Callback | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
     from noether.core.schedules.gate import Gate
     from noether.core.state import Memory, TrainState
 
@@ -69,6 +70,11 @@ class Wrapper:
     def readings(self) -> tuple[str, ...]:
         """Costly fields of `AfterUpdate` that its callback reads."""
         return declaration_of(self.callback).readings
+
+    @property
+    def effects(self) -> tuple[type[Effect], ...]:
+        """Types of effects that its callback requests."""
+        return declaration_of(self.callback).effects
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return the memory that its callback starts with."""
@@ -210,6 +216,7 @@ class Remembering(Wrapper):
     own_produces: tuple[str, ...] | None
     own_consumes: tuple[str, ...]
     own_readings: tuple[str, ...]
+    own_effects: tuple[type[Effect], ...] = ()
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the result of the callback, with the memory initialized and the update tracked first."""
@@ -249,6 +256,11 @@ class Remembering(Wrapper):
     def readings(self) -> tuple[str, ...]:
         """Costly fields of `AfterUpdate` that it or its callback reads."""
         return tuple(dict.fromkeys((*super().readings, *self.own_readings)))
+
+    @property
+    def effects(self) -> tuple[type[Effect], ...]:
+        """Types of effects that it or its callback requests."""
+        return tuple(dict.fromkeys((*super().effects, *self.own_effects)))
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return the memory that it and its callback start with."""

@@ -20,7 +20,7 @@ from noether.effects.logs.peak_memory import PeakMemory
 from noether.effects.run_logs import LogGuard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from noether.core.event import Event
@@ -101,6 +101,11 @@ class EvaluationLogs:
             measures={MeasurePeakMemory: PeakMemory().measure},
         )
 
+    @property
+    def services(self) -> Mapping[str, LogService]:
+        """The log services in use, by name."""
+        return {service.name: service for service in self._services}
+
     def planned_path(self) -> Path:
         """Return the path of the metrics: the one that `write` wrote, or the next free one."""
         return self._json_path(next(self._free_folders()) if self._claimed is None else self._claimed)
@@ -111,7 +116,7 @@ class EvaluationLogs:
         Raises:
             OSError: If they cannot be written.
         """
-        folder = self._claim()
+        folder = self.claim_folder()
         path = self._json_path(folder)
         replace_text(path, _to_json(self.metrics), self._disk)
         if self.summary:
@@ -130,8 +135,12 @@ class EvaluationLogs:
             with suppress(OSError):  # it holds files
                 self._disk.remove_directory(self._claimed)
 
-    def _claim(self) -> Path:
-        """Return the folder of this evaluation, which `mkdir` gives to one process only."""
+    def claim_folder(self) -> Path:
+        """Return the folder of this evaluation, which `mkdir` gives to one process only; it is made at the first call.
+
+        Raises:
+            OSError: If it cannot be made.
+        """
         if self._claimed is None:
             make_directories(self._folder, self._disk)
             for folder in self._free_folders():
@@ -158,10 +167,10 @@ class EvaluationLogs:
         self.summary |= {key: to_plain(value) for key, value in effect.values.items()}
 
     def _add_artifact(self, artifact: EncodedArtifact, _state: TrainState, _event: Event) -> None:
-        self.artifacts[artifact.key] = write_artifact(artifact, self._claim(), self._disk)
+        self.artifacts[artifact.key] = write_artifact(artifact, self.claim_folder(), self._disk)
 
     def _save_tensors(self, effect: SaveTensors, _state: TrainState, _event: Event) -> None:
-        path = self._claim() / "tensors" / f"{escape_path(effect.name)}.safetensors"
+        path = self.claim_folder() / "tensors" / f"{escape_path(effect.name)}.safetensors"
         make_directories(path.parent, self._disk)
         replace_file(path, tensor_pieces(effect.tensors), self._disk)
 

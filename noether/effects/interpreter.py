@@ -132,6 +132,15 @@ class Interpreter:
         table = {**self._handlers, effect_type: (*self._handlers.get(effect_type, ()), *handlers)}
         return Interpreter(table, self._measures, self._check_background)
 
+    def handles(self, effect_type: type[Effect]) -> bool:
+        """Return whether effects of this type have a handler, or are measured.
+
+        Example:
+            >>> Interpreter({LogText: []}).handles(LogText), Interpreter({}).handles(LogText)
+            (True, False)
+        """
+        return effect_type in self._handlers or effect_type in self._measures
+
     def _replace_by_scalars(self, effect: Effect, state: TrainState, event: Event) -> Iterator[Effect]:
         """Yield the scalars measured for an effect; and the effect itself if it has a handler or no measure."""
         measure = self._measures.get(type(effect))
@@ -141,7 +150,7 @@ class Interpreter:
             yield LogScalars(FrozenDict(measure(effect, state, event)))
 
     def _require_handler(self, effect_type: type[Effect]) -> None:
-        if effect_type not in self._handlers and effect_type not in self._measures:
+        if not self.handles(effect_type):
             name = effect_type.__name__
             known = [each.__name__ for each in dict.fromkeys((*self._handlers, *self._measures))]
             raise UnhandledEffectError(

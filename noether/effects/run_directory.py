@@ -26,7 +26,7 @@ from noether.effects.run_access import RunAccess, rank_of_process
 from noether.effects.run_logs import EVENTS_FILE, RunLogs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from noether.core.callback import Effects
@@ -193,6 +193,11 @@ class RunDirectory:
     def writes(self) -> bool:
         """Whether this process writes to the run: of several ranks only rank 0 does."""
         return self._access.writes
+
+    @property
+    def services(self) -> Mapping[str, LogService]:
+        """The log services in use, by name, such as `tensorboard`; none on ranks other than 0."""
+        return self._logs.services
 
     @property
     def loaded(self) -> Manifest | None:

@@ -180,6 +180,11 @@ class RunLogs:
         }
 
     @property
+    def services(self) -> dict[str, LogService]:
+        """The other destinations, by name."""
+        return {service.name: service for service in self._services}
+
+    @property
     def shows_panels(self) -> bool:
         """Whether the console is a terminal or a notebook."""
         return self._console.shows_panels

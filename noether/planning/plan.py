@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping
 from noether.core.callbacks.summaries import param_counts
-from noether.core.reducer import Reducer
 from noether.planning.end_checkpoint import find_end_request
-from noether.planning.planned_callback import plan_callback
+from noether.planning.planned_callback import plan_callback, split_composed
 from noether.planning.rank_shares import describe_shares, find_rank_warnings
 from noether.planning.requests import PROBED_FIRINGS, Probe
 from noether.planning.retention_forecast import forecast_checkpoints
 from noether.planning.shapes import build_on_meta
 from noether.planning.single_samples import find_single_sample_warnings
-from noether.planning.warnings import find_warnings
-from noether.training.configured_callbacks import ConfiguredCallback
+from noether.planning.unhandled_effects import find_unhandled_requests
+from noether.planning.warnings import find_warnings, warning_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -77,7 +76,7 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
         ConfigError: If the datasets, the model or the callbacks show that a setting is wrong, as `build` does.
     """
     experiment, updated, notes = build_on_meta(config)
-    callbacks = list(_split_composed(experiment.callbacks))
+    callbacks = list(split_composed(experiment.callbacks))
     run = _run_until_fixed_stop(experiment.run, [configured.callback for configured in callbacks])
     probe = Probe(state=updated, initial=experiment.state, run=run)
     planned = tuple(plan_callback(each, probe, evaluate_first=config.trainer.evaluate_first) for each in callbacks)
@@ -94,19 +93,13 @@ def make_plan(config: Config, *, world_size: int = 1) -> Plan:
         checkpoints=checkpoints,
         warnings=(
             *find_warnings(config, planned, run),
+            *(warning_at(config, path, text) for path, text in find_unhandled_requests(config, planned)),
             *find_single_sample_warnings(experiment, world_size),
             *find_rank_warnings(experiment, checkpoints, world_size),
         ),
         notes=(*notes, *_notes(config, planned), *describe_shares(experiment, world_size)),
         world_size=world_size,
     )
-
-
-def _split_composed(callbacks: Iterable[ConfiguredCallback]) -> Iterator[ConfiguredCallback]:
-    """Yield every callback by itself; one setting may describe several callbacks composed into one."""
-    for configured in callbacks:
-        members = configured.callback.members if isinstance(configured.callback, Reducer) else (configured.callback,)
-        yield from (ConfiguredCallback(member, configured.path) for member in members)
 
 
 def _run_until_fixed_stop(run: Run, callbacks: Iterable[Callback]) -> Run:

@@ -9,20 +9,24 @@ from noether.core.callback import declaration_of, label_of, leaves_of, listens_t
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping, MetricEarlyStopping
 from noether.core.callbacks.nan_guard import NanGuardCallback
 from noether.core.event import EVENTS, AfterTraining, AtEval, BeforeTraining
+from noether.core.reducer import Reducer
 from noether.core.schedules.forecast import Occasions, firings, occasions_of
 from noether.core.schedules.schedule import At
 from noether.planning.requests import UNSAVABLE_ERRORS, ProbeError, ProbeResult
 from noether.planning.retention_forecast import forecast_checkpoints
+from noether.training.configured_callbacks import ConfiguredCallback
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from noether.config.errors import SettingPath
     from noether.core.callback import Callback
+    from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.run import Run
     from noether.core.schedules.forecast import Firings
     from noether.planning.requests import Probe, SaveRequest
     from noether.planning.retention_forecast import CheckpointForecast
-    from noether.training.configured_callbacks import ConfiguredCallback
 
 
 _STOPPERS: Final = (MetricEarlyStopping, NanGuardCallback)
@@ -61,6 +65,7 @@ class PlannedCallback:
         checkpoints: Forecast for these requests alone; None without requests.
         evaluations: What it evaluates; None if it iterates no dataset.
         stops: Whether it may stop the run early, at a point that the plan does not know.
+        effects: Types of effects that it requested as the plan called it.
         probe_error: Why its requests are unknown; None if they are known.
         save_error: Why a checkpoint that it requests cannot be saved; None if all can.
     """
@@ -73,6 +78,7 @@ class PlannedCallback:
     checkpoints: CheckpointForecast | None
     evaluations: Evaluations | None
     stops: bool
+    effects: tuple[type[Effect], ...]
     probe_error: str | None
     save_error: str | None
 
@@ -116,6 +122,7 @@ def plan_callback(configured: ConfiguredCallback, probe: Probe, *, evaluate_firs
         checkpoints=forecast_checkpoints(result.requests, run) if result.requests else None,
         evaluations=_evaluations(callback, occasions, run),
         stops=stops and not isinstance(callback, FixedUpdateEarlyStopping),  # the plan ends at its fixed point
+        effects=result.effects,
         probe_error=probe_error,
         save_error=save_error,
     )
@@ -134,9 +141,17 @@ def plan_firings(configured: ConfiguredCallback, run: Run, *, evaluate_first: bo
         checkpoints=None,
         evaluations=_evaluations(callback, occasions, run),
         stops=False,
+        effects=(),
         probe_error=None,
         save_error=None,
     )
+
+
+def split_composed(callbacks: Iterable[ConfiguredCallback]) -> Iterator[ConfiguredCallback]:
+    """Yield every callback by itself; one setting may describe several callbacks composed into one."""
+    for configured in callbacks:
+        members = configured.callback.members if isinstance(configured.callback, Reducer) else (configured.callback,)
+        yield from (ConfiguredCallback(member, configured.path) for member in members)
 
 
 def _events(callback: Callback, *, evaluate_first: bool) -> tuple[type[Event], ...]:
@@ -162,7 +177,8 @@ def _probe_with_ends(
     at_ends = probe.find_requests(callback, Occasions(None, ends))
     saving = dict.fromkeys(kind for request in at_ends.requests for kind in request.occasions.once)
     occasions = replace(occasions, once=(*occasions.once, *saving))
-    return occasions, ProbeResult((*gated.requests, *at_ends.requests), stops=gated.stops or at_ends.stops)
+    effects = tuple(dict.fromkeys((*gated.effects, *at_ends.effects)))
+    return occasions, ProbeResult((*gated.requests, *at_ends.requests), gated.stops or at_ends.stops, effects)
 
 
 def _evaluations(callback: Callback, occasions: Occasions, run: Run) -> Evaluations | None:

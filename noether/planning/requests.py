@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from noether.core.callback import Callback, Effects
-    from noether.core.effect import SaveCheckpoint
+    from noether.core.effect import Effect, SaveCheckpoint
     from noether.core.iteration import TrainingIteration
     from noether.core.run import Run
     from noether.core.schedules.forecast import Firing
@@ -75,10 +75,12 @@ class ProbeResult:
     Args:
         requests: The checkpoints that it requested.
         stops: Whether it stopped the run before its end.
+        effects: The types of effects that it requested.
     """
 
     requests: tuple[SaveRequest, ...]
     stops: bool
+    effects: tuple[type[Effect], ...] = ()
 
 
 class ProbeError(NoetherError):
@@ -110,21 +112,25 @@ class Probe:
         """
         results = [self._probe_part(callback, part) for part in _parts_by_event(occasions)]
         requests = tuple(request for result in results for request in result.requests)
-        return ProbeResult(requests, any(result.stops for result in results))
+        effects = dict.fromkeys(kind for result in results for kind in result.effects)
+        return ProbeResult(requests, any(result.stops for result in results), tuple(effects))
 
     def _probe_part(self, callback: Callback, part: Occasions) -> ProbeResult:
         count, state = firings(part, self.run).count, self.state
         reads_metrics = any(not names_weights(key) for key in declaration_of(callback).required)
         saves: list[tuple[Firing, list[SaveCheckpoint]]] = []
         stops = False
+        kinds: dict[type[Effect], None] = {}
         # The callback's memory may make the first firing differ from the next; the last may differ as the run ends.
         for n in sorted({*range(1, min(count, PROBED_FIRINGS) + 1), count} - {0}):
             firing = nth_firing(part, n, self.run)
             for value in _METRIC_VALUES if reads_metrics else _METRIC_VALUES[:1]:
                 state, effects = self._call(callback, firing, self._state_at(firing, callback, state, value))
                 saves.append((firing, unite_saves(effects)))
+                kinds |= dict.fromkeys(map(type, effects))
                 stops = stops or (state.stop is not None and firing.iteration.update < self.run.final.update)
-        return ProbeResult(tuple(self._unite_saves(part, _saves_by_slot(saves), reads_metrics=reads_metrics)), stops)
+        requests = tuple(self._unite_saves(part, _saves_by_slot(saves), reads_metrics=reads_metrics))
+        return ProbeResult(requests, stops, tuple(kinds))
 
     def _state_at(self, firing: Firing, callback: Callback, memory: TrainState, value: float) -> TrainState:
         """Return the state at a firing, in which each metric that the callback consumes has the value."""

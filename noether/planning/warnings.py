@@ -37,7 +37,7 @@ def find_warnings(config: Config, planned: Sequence[PlannedCallback], run: Run) 
         if each.save_error is not None:
             why = each.save_error.removeprefix("model_names: ")
             path = each.path if why == each.save_error else (*each.path, "model_names")
-            yield _warning(config, path, f"{each.name} requests a checkpoint that cannot be saved: {why}")
+            yield warning_at(config, path, f"{each.name} requests a checkpoint that cannot be saved: {why}")
     yield from _setting_warnings(config, planned, run)
     if not any(each.probe_error or each.save_error for each in planned):
         yield from _unsaved_weights_warnings(config, planned, run)
@@ -61,7 +61,8 @@ def _setting_warnings(config: Config, planned: Sequence[PlannedCallback], run: R
     yield from _schedule_warnings(config, run)
 
 
-def _warning(config: Config, path: SettingPath, message: str) -> LocatedProblem:
+def warning_at(config: Config, path: SettingPath, message: str) -> LocatedProblem:
+    """Return a warning with the place of its setting."""
     (located,) = config.error(path, message).problems
     return located
 
@@ -71,7 +72,7 @@ def _schedule_warnings(config: Config, run: Run) -> Iterator[LocatedProblem]:
         length = getattr(getattr(config.optimizer, section), "length", None)
         if length is not None and length > run.final.update:
             message = f"the run ends after {count_of(run.final.update, 'update')}, before the schedule reaches its end"
-            yield _warning(config, ("optimizer", section, "length"), message)
+            yield warning_at(config, ("optimizer", section, "length"), message)
 
 
 def _interval_is_reached(planned: PlannedCallback, run: Run) -> bool:
@@ -87,7 +88,7 @@ def _interval_warning(config: Config, planned: PlannedCallback, run: Run) -> Loc
     end = f"the run ends at {run.final}"
     name, value = _interval_setting(planned)
     if name is None:
-        return _warning(config, planned.path, f"{fires}: {end}")
+        return warning_at(config, planned.path, f"{fires}: {end}")
     counter = name.removeprefix("every_n_").removeprefix("stop_at_").removesuffix("s")
     largest = getattr(run.final, counter)
     fix = f"write at most {largest}" if largest else "count in updates instead"
@@ -95,7 +96,7 @@ def _interval_warning(config: Config, planned: PlannedCallback, run: Run) -> Loc
     if is_listed and isinstance(planned.callback, PeriodicCallback) and not planned.firings.count:
         fix += ", or at_end: true"
     path = planned.path if is_listed else planned.path[:-1]  # all evaluations share one interval
-    return _warning(config, (*path, name), f"the run does not reach {counter} {value}, so {fires}: {end}; {fix}")
+    return warning_at(config, (*path, name), f"the run does not reach {counter} {value}, so {fires}: {end}; {fix}")
 
 
 def _interval_setting(planned: PlannedCallback) -> tuple[str | None, int | None]:
@@ -115,20 +116,20 @@ def _unsaved_weights_warnings(config: Config, planned: Sequence[PlannedCallback]
     if config.trainer.checkpoints.at_end:
         if not saving and config.trainer.checkpoints.every_n_minutes is None:
             message = f"no callback saves checkpoints, so a run that is killed starts again; add {_CHECKPOINTS}"
-            yield _warning(config, ("callbacks",), message)
+            yield warning_at(config, ("callbacks",), message)
         return
     certain = [(_last_update(request, run), each) for each, request in saving if request.certain]
     last, saver = max(certain, key=lambda item: item[0], default=(0, None))
     if not saving:
-        yield _warning(config, ("callbacks",), f"no callback saves the weights; add {_CHECKPOINTS}")
+        yield warning_at(config, ("callbacks",), f"no callback saves the weights; add {_CHECKPOINTS}")
     elif saver is None:
         message = f"a metric decides whether weights are saved, so the last ones may be lost; add {_CHECKPOINTS}"
-        yield _warning(config, saving[-1][0].path, message)
+        yield warning_at(config, saving[-1][0].path, message)
     elif last < run.final.update:
         missed = run.final.update - last
         lost = f"the {count_of(missed, 'update')} up to the end at {run.final} {'is' if missed == 1 else 'are'} lost"
         fix = f"write at_end: true, or add {_CHECKPOINTS}"
-        yield _warning(config, saver.path, f"{saver.name} saves last at {run.iteration_after(last)}; {lost}; {fix}")
+        yield warning_at(config, saver.path, f"{saver.name} saves last at {run.iteration_after(last)}; {lost}; {fix}")
 
 
 def _last_update(request: SaveRequest, run: Run) -> int:

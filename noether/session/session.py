@@ -176,13 +176,15 @@ class Session(SessionEvents):
         reducer = compose(*(each for each in (memory, scale) if each is not None), *members)
         settings.check_data(leaves_of(reducer), run)
         settings.check_optimizer(leaves_of(reducer), watched)
+        interpret = settings.interpreter_of_rank(interpreter, directory, ranks.rank)
+        settings.check_handlers(reducer.members, interpret)
         super().__init__(
             run=run,
             reducer=reducer,
             live=LiveState(model, watched),
             scheduler=memory,
             scaler=scale,
-            interpreter=settings.interpreter_of_rank(interpreter, directory, ranks.rank),
+            interpreter=interpret,
             directory=directory,
             seed=seed,
             clock=clock,

@@ -18,6 +18,7 @@ from noether.core.tensors.losses import name_of
 from noether.core.tensors.means import Mean
 from noether.core.tensors.module import frozen_names, named_parameters, persistent_buffers
 from noether.effects.disk.tensor_files import describe_unsavable
+from noether.effects.handled_effects import find_unhandled
 from noether.effects.interpreter import Interpreter
 from noether.session.errors import SessionError
 from noether.session.evaluation import evaluation_data
@@ -258,6 +259,18 @@ def interpreter_of_rank(given: Interpret | None, directory: RunDirectory | None,
     if chosen is None or (rank > 0 and not isinstance(chosen, Interpreter)):
         return _run_no_effects
     return chosen
+
+
+def check_handlers(members: Iterable[Callback], interpret: Interpret) -> None:
+    """Refuse callbacks that declare effects for which an interpreter has no handler; other functions may handle any.
+
+    Raises:
+        SessionError: With each callback, the type of effect and what to write.
+    """
+    if not isinstance(interpret, Interpreter):
+        return
+    if problems := [text for member in members for text in find_unhandled(member, interpret.handles)]:
+        raise SessionError("\n".join(problems))
 
 
 def _run_no_effects(effects: Effects, state: TrainState, event: Event) -> None:

@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING, final
 
 from noether.config.errors import ConfigError
 from noether.config.objects.functions import build_metric
+from noether.config.objects.import_policy import import_path
 from noether.config.repeated_callbacks import find_repeated, warn_of_repeated
 from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
 from noether.core.metrics import keys_overlap
 from noether.core.schedules.schedule import INTERVALS
+from noether.effects.handled_effects import HANDLED_EFFECTS, find_unhandled
 from noether.training.error_locations import locate_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from noether.config.errors import SettingPath
     from noether.config.schema import Config
     from noether.core.callback import Callback
+    from noether.core.effect import Effect
     from noether.core.run import Run
     from noether.core.state import TrainState
 
@@ -66,6 +69,31 @@ def build_callbacks(
             raise config.error((*each.path, "dataset_key"), message)
     _check_declarations(config, configured, state, run)
     return configured
+
+
+def find_handled(config: Config) -> frozenset[type[Effect]]:
+    """Return the types of effects that have a handler in a run of `config`."""
+    return frozenset({*HANDLED_EFFECTS, *map(import_path, config.run.handlers)})
+
+
+def check_handlers(config: Config, configured: Sequence[ConfiguredCallback]) -> None:
+    """Refuse callbacks that declare effects without a handler.
+
+    Raises:
+        ConfigError: With each callback, the type of effect and what to write.
+    """
+    handled = find_handled(config)
+    raise_located(
+        config,
+        [(each.path, text) for each in configured for text in find_unhandled(each.callback, handled.__contains__)],
+    )
+
+
+def raise_located(config: Config, problems: Iterable[tuple[SettingPath, str]]) -> None:
+    """Raise one ConfigError with all problems, each at its setting; return if there are none."""
+    located = [problem for path, text in problems for problem in config.error(path, text).problems]
+    if located:
+        raise ConfigError(located)
 
 
 def _build_evaluations(config: Config) -> list[EvaluateCallback]:

@@ -28,7 +28,7 @@ from noether.distributed.sharding import Sharding
 from noether.effects import CheckpointError
 from noether.effects.disk.tensor_files import describe_unsavable
 from noether.session.randomness import derive, seed_all
-from noether.training.configured_callbacks import build_callbacks
+from noether.training.configured_callbacks import build_callbacks, check_handlers
 from noether.training.configured_data import build_datasets, build_evaluation_data, build_training_data
 from noether.training.data.streamed import StreamedData
 from noether.training.devices import choose_device
@@ -126,7 +126,7 @@ def build(
 
     Raises:
         ConfigError: If something is wrong that only the built objects show: a batch larger than the dataset, a
-            parameter group that matches nothing, a metric that no callback produces.
+            parameter group that matches nothing, a metric that no callback produces, an effect that nothing handles.
     """
     device = choose_device(config, are_several=ranks.are_several)
     datasets = build_datasets(config)
@@ -161,6 +161,7 @@ def build(
     sharding = _build_sharding(config, state, ranks)
     state = state if sharding is None else place_state(state, sharding)
     callbacks = build_callbacks(config, state, run)
+    check_handlers(config, callbacks)
     scaling = _build_loss_scaling(config, state, device)
     members = [each for each in (data, scaling) if isinstance(each, (StreamedData, LossScaling))]
     reducer = compose(*members, *(configured.callback for configured in callbacks))

@@ -32,6 +32,31 @@ def other_scheduler():
     return torch.optim.lr_scheduler.StepLR(torch.optim.SGD(MODEL.parameters(), lr=0.1), 1)
 
 
+class Ring(noether.Effect):
+    pass
+
+
+@noether.callback("bell", effects=(Ring,))
+@noether.every_n_epochs(1)
+def ring(state, event):
+    return state, (Ring(),)
+
+
+def test_a_declared_effect_without_a_handler_is_refused_unless_a_function_runs_the_effects(tmp_path):
+    rung = []
+    with noether.open_run(tmp_path) as directory:
+        for settings in ({"interpreter": None, "directory": directory}, {"interpreter": directory.interpreter}):
+            with pytest.raises(SessionError, match=r"^bell requests the effect Ring, which has no handler: write"):
+                make([ring], **settings)
+        extended = directory.interpreter.with_handlers(Ring, lambda effect, state, event: rung.append(state.iteration))
+        for interpreter in (extended, extended.__call__):
+            session, _, optimizer = make([ring], interpreter=interpreter)
+            for batch in session.batches(BATCHES):
+                optimizer.step()
+                session.update(batch.mean())
+    assert [each.epoch for each in rung] == [1, 2, 1, 2]
+
+
 def run(session, body):
     iterate(session.batches(BATCHES), body)
 

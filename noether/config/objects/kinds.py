@@ -83,6 +83,7 @@ class Role:
         fits: Returns whether an object fits.
         expected: Description of the objects that fit, for messages.
         given: Parameters that the caller passes when it builds the object; they are no settings.
+        passed_by_name: Keyword parameters that the caller passes when it calls the object, unless settings have them.
         arguments: What the caller passes when it calls the object, if that is a function.
         has_names: Whether text without a dot is the name of an object of noether, which its reader checks.
     """
@@ -91,6 +92,7 @@ class Role:
     fits: Callable[[object], bool]
     expected: str
     given: tuple[str, ...] = ()
+    passed_by_name: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     has_names: bool = False
 
@@ -352,6 +354,7 @@ HANDLER = Role(
     _is_handler,
     "a callable that is not a class, called with (effect, state, event)",
     arguments=("effect", "state", "event"),
+    passed_by_name=("directory", "services"),
 )
 SAMPLER = Role(
     "a sampler",

@@ -95,7 +95,9 @@ class EntryHooks:
     def resolve_function(self, path: str, role: Role) -> Any:
         """Return the function at a path without settings."""
         target = self.resolve(path, role)
-        missing = unbound_settings(target) if role.arguments else []
+        missing = (
+            [each for each in unbound_settings(target) if each not in role.passed_by_name] if role.arguments else []
+        )
         if missing:
             write = ", ".join(f"{name}: ..." for name in missing)
             raise InvalidValueError(
@@ -141,10 +143,11 @@ class EntryHooks:
             raise InvalidValueError(f"{path!r} gets no settings from a configuration; call it in a function of yours")
         if isinstance(target, type):
             return Kind(path, target, self.settings(target, written, (), beside))
-        # Those that its caller passes by position are no settings.
+        # Those that its caller passes are no settings.
         passed = positional_names(target)
         given = passed[: len(role.arguments)] if role.arguments else [each for each in passed if each not in written]
-        return FunctionKind(path, target, self.settings(target, written, given, beside))
+        by_name = [name for name in role.passed_by_name if name not in written]
+        return FunctionKind(path, target, self.settings(target, written, (*given, *by_name), beside))
 
     def metric(self, value: object) -> MetricKind | str:
         """Return the entry of a metric, or the name of one of noether's that has no other name."""

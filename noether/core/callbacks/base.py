@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self, dataclass_transform
 
+from noether.core.callback import describe_effect_types
 from noether.core.callbacks.hooks import find_hook_problems, find_mistyped
 from noether.core.errors import Problem, raise_problems, suggest
 from noether.core.event import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from noether.core.callback import Effects
+    from noether.core.effect import Effect
     from noether.core.state import Memory, TrainState
 
 HOOKS: Final[dict[type[Event], str]] = {
@@ -52,7 +54,8 @@ class CallbackBase:
 
     Each hook takes `(state, event)` and returns `(state, effects)`; a hook with nothing to do returns `state, ()`.
     Every subclass becomes a frozen dataclass with keyword-only fields, its settings, without a decorator. A subclass
-    that logs lists the keys in `produces`; None means any key.
+    that logs lists the keys in `produces`; None means any key. One that requests an effect of yours lists its type in
+    `effects`.
 
     Args:
         id: Name of the callback's memory; None for a name made of its class and settings.
@@ -105,6 +108,8 @@ class CallbackBase:
             yield Problem("", f"{label}: readings is {readings!r}, not a tuple: write ({readings!r},)")
         else:
             yield from (check_reading(label, name) for name in readings)
+        if problem := describe_effect_types(self.effects):
+            yield Problem("", f"{label}: {problem}")
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the result of the hook for this type of event."""
@@ -169,6 +174,11 @@ class CallbackBase:
     @property
     def readings(self) -> tuple[str, ...]:
         """Costly fields of `AfterUpdate` that it reads, such as `grad_norm`; see `READINGS`."""
+        return ()
+
+    @property
+    def effects(self) -> tuple[type[Effect], ...]:
+        """Types of effects of yours that it requests; a run starts only if each has a handler."""
         return ()
 
     def _listens(self, event_type: type[Event]) -> bool:

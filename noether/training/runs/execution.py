@@ -136,7 +136,9 @@ def execute(
     interruption.limit_time(max_hours, counts=ranks.is_first)
     interruption.announce = partial(_announce_interruption, directory, ranks.failures)
     _show(directory, partial(describe_start, experiment, directory.path, state, find_warnings))
-    interpreter = add_handlers(directory.interpreter, experiment.config, directory.guard_log)
+    interpreter = add_handlers(
+        directory.interpreter, experiment.config, directory.path.resolve, directory.services, directory.guard_log
+    )
     phases = PhaseTimes(interpreter, directory, state)
     interpret: Interpret = phases
     if (minutes := experiment.config.trainer.checkpoints.every_n_minutes) is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from noether.config.objects.functions import build_function
 from noether.config.objects.import_policy import import_path
+from noether.core.callables import takes_by_name
 from noether.core.tensors.stored_weights import name_in_tags
 from noether.effects import open_run
 from noether.effects.checkpoints.joint_saves import ALONE
@@ -18,10 +20,12 @@ from noether.effects.run_logs import LOG_EFFECTS
 from noether.training.error_locations import locate_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from noether.config import Config
+    from noether.core.event import Event
+    from noether.core.state import TrainState
     from noether.effects import Interpreter, RunDirectory
     from noether.effects.checkpoints.joint_saves import SavingRanks
     from noether.effects.interpreter import Handler
@@ -64,21 +68,41 @@ def open_directory(
 def add_handlers(
     interpreter: Interpreter,
     config: Config,
+    find_folder: Callable[[], Path],
+    services: Mapping[str, LogService],
     guard: Callable[[str, Handler], Handler] = lambda _, handler: handler,
 ) -> Interpreter:
     """Return the interpreter with the handlers of `run.handlers` added.
 
+    A handler with a keyword parameter `directory` or `services` gets the folder, or the services.
+
     Args:
         interpreter: The interpreter.
         config: The configuration.
+        find_folder: Returns the folder in which handlers may write, when one is called that takes it.
+        services: The log services in use, by name.
         guard: Wraps handlers of logs by name, so that their failures do not stop training.
     """
     for effect_type, entry in config.run.handlers.items():
         with locate_errors(config, ("run", "handlers", effect_type)):
             kind, handler = import_path(effect_type), build_function(entry)
+        handler = _pass_by_name(handler, {"directory": find_folder, "services": lambda: services})
         handler = guard(str(getattr(entry, "path", entry)), handler) if issubclass(kind, LOG_EFFECTS) else handler
         interpreter = interpreter.with_handlers(kind, handler)
     return interpreter
+
+
+def _pass_by_name(handler: Handler, parts: Mapping[str, Callable[[], Any]]) -> Handler:
+    """Return the handler, called with those parts that it has a keyword parameter for."""
+    taken = {name: read for name, read in parts.items() if takes_by_name(handler, name)}
+    if not taken:
+        return handler
+
+    @functools.wraps(handler)  # it may be marked as one that all ranks call
+    def handle(effect: Any, state: TrainState, event: Event) -> None:
+        handler(effect, state, event, **{name: read() for name, read in taken.items()})
+
+    return handle
 
 
 def _services(path: Path, config: Config) -> list[LogService]:

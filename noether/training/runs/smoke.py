@@ -34,7 +34,9 @@ def smoke_test(config: Config) -> None:
     with closing(experiment), tempfile.TemporaryDirectory() as own:
         folder = Path(ask_rank_0(ranks, "folder of the smoke test", lambda: own))
         with open_on_ranks(folder / "smoke", config, ranks, with_services=False) as directory:
-            interpreter = add_handlers(directory.interpreter, config, directory.guard_log)
+            interpreter = add_handlers(
+                directory.interpreter, config, directory.path.resolve, directory.services, directory.guard_log
+            )
             state = make_trainer(experiment, interpreter, lambda: False, run)(experiment.state)
             state = dispatch(state, AtEval(run=run), experiment.reducer, interpreter)
             interpreter([SaveCheckpoint(tag="smoke")], state, AfterTraining(run=run))
