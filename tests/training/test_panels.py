@@ -55,6 +55,7 @@ def test_the_end_has_best_values_with_their_checkpoints_and_commands(shown):
     last, *rest = end["loss/val/square"].split()
     assert (float(last), float(rest[0])) == pytest.approx((run.metrics["loss/val/square"], best), rel=1e-4)
     assert rest[1:] == ["E4_U8_S32", "best_model.loss.val.square"]
+    assert "loss/val/total" not in end["last values"]  # the same number as the only loss, which is in the table
     assert "E4_U8_S32" in end["checkpoints"]
     assert end["training"].startswith("8 updates, 32 samples in ")
     assert {name: shlex.split(end[name]) for name in ("evaluate", "show", "report", "continue")} == {

@@ -161,13 +161,14 @@ def describe_last_values(state: TrainState, reducer: Reducer) -> list[str]:
     watched = {each.metric_key for each in leaves if isinstance(each, MetricWatcher)}
     declared = [declaration_of(each) for each in leaves if getattr(each, "verbose", None) is False]
     quiet = [pattern for each in declared for pattern in each.produces or ()]
-    values = {
-        key: measured.value
-        for key, measured in state.metrics.items()
+    values = {key: measured.value for key, measured in state.metrics.items()}
+    keys = [
+        key
+        for key in values
         if key not in watched and not key.endswith(_DERIVED) and not key.startswith(_SIDE_METRICS)
         if not any(keys_overlap(pattern, key) for pattern in quiet)
-    }
-    keys = [key for key in values if not repeats_single_loss(key, values)]
+        if not repeats_single_loss(key, values)
+    ]
     keys.sort(key=lambda key: not key.startswith("loss/"))
     lines = [f"{key} {_format(values[key])}" for key in keys[:_MAX_METRICS]]
     more = len(keys) - len(lines)
