@@ -66,6 +66,16 @@ def test_the_end_has_best_values_with_their_checkpoints_and_commands(shown):
     }
 
 
+def test_an_interrupted_run_of_a_program_says_how_to_resume_it(capsys, tiny_module):
+    with Path("tiny.py").open("a") as module:
+        module.write("import signal\ndef interrupt(state, event):\n")
+        module.write("    signal.raise_signal(signal.SIGTERM)\n    return state, ()\n")
+    run = train(make_config({"kind": "tiny.interrupt"}))
+    assert not run.finished
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"resume with noether.train(resume={str(run.directory)!r})"
+
+
 def test_commands_that_make_no_sense_are_left_out(shown):
     config = make_config(checkpoints={"at_end": False})
     config["callbacks"] = []

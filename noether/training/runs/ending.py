@@ -25,7 +25,7 @@ from noether.effects.run_ending import (
 from noether.training.error_locations import describe_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from noether.core.event import Event
@@ -59,6 +59,22 @@ def failure_of(error: BaseException) -> Failure | None:
     """Return what a run left behind that `error` ended; None if no run was ended by it."""
     failure: Failure | None = vars(error).get(_FAILURE)
     return failure
+
+
+def describe_resume(directory: Path, allow: Sequence[str] = ()) -> str:
+    """Return how a Python program resumes a run.
+
+    Args:
+        directory: The run directory.
+        allow: Further prefixes of modules that `kind` may name.
+
+    Example:
+        >>> from pathlib import Path
+        >>> describe_resume(Path("runs/digits"), ["lab"])
+        "resume with noether.train(resume='runs/digits', allow=['lab'])"
+    """
+    allowed = f", allow={list(allow)!r}" if allow else ""
+    return f"resume with noether.train(resume={str(directory)!r}{allowed})"
 
 
 @contextmanager
@@ -145,7 +161,7 @@ class Ending:
         record_failure(error, self.directory, settled, (state, event), self.interpret, with_traceback=is_shown)
         outcome = tuple(getattr(error, "__notes__", ()))[len(places) :]
         vars(error)[_FAILURE] = Failure(self.directory.path, places, outcome)
-        error.add_note(f"resume with noether.train(resume={str(self.directory.path)!r})")
+        error.add_note(describe_resume(self.directory.path))
         self._record("failed", f"failed at {state.iteration}: {describe_error(error)}", state, event)
 
     def _record(self, status: Status, ending: str, state: TrainState, event: Event) -> None:

@@ -32,6 +32,7 @@ from noether.training.runs.agreement import (
     notify_once,
     open_on_ranks,
 )
+from noether.training.runs.ending import describe_resume
 from noether.training.runs.execution import execute
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
@@ -125,7 +126,7 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
         overrides = [*overrides, f"run.output={json.dumps(escape_references(str(output)))}"]
     interruption, notify = Interruption(), _LOGGER.info
     if resume is not None:
-        return resume_run(
+        run = resume_run(
             Path(resume),
             overrides,
             allow,
@@ -136,9 +137,14 @@ def train(  # noqa: PLR0913  # all but one are keywords, as the options of the c
             interruption=interruption,
             notify=notify,
         )
-    source = source_from_values(config) if isinstance(config, Mapping) else read(config or "")
-    loaded = from_source(apply_overrides(source, overrides), allow)
-    return start_run(loaded, allow, interruption=interruption, notify=notify)
+    else:
+        source = source_from_values(config) if isinstance(config, Mapping) else read(config or "")
+        loaded = from_source(apply_overrides(source, overrides), allow)
+        run = start_run(loaded, allow, interruption=interruption, notify=notify)
+    if not run.finished and run.rank == 0:
+        with suppress(OSError, ValueError):  # the standard output is closed
+            print(describe_resume(run.directory, allow))  # noqa: T201  # below the panel
+    return run
 
 
 @leave_at_end()
