@@ -92,7 +92,7 @@ def _picture(folder: Path, record: ArtifactRecord) -> str:
     # An SVG file in an `img` runs no script and fetches nothing.
     data = base64.b64encode(content).decode()
     return (
-        f'<figure><img loading="lazy" alt="{escape_text(text)}" src="data:{mime};base64,{data}">'
+        f'<figure><img class="{record.kind}" loading="lazy" alt="{escape_text(text)}" src="data:{mime};base64,{data}">'
         f"<figcaption>{escape_text(caption)}</figcaption></figure>"
     )
 
