@@ -10,20 +10,22 @@ from pathlib import Path
 import click
 
 from noether.cli import reference
+from noether.cli.command_groups import GroupedCommands
 from noether.cli.messages import errors_as_messages
 from noether.cli.options import ALLOW, CHECKPOINT_NAMES, SET
 from noether.cli.output import discard_unwritten, echo
-from noether.cli.ranks import Commands
 from noether.core.text import count_of
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=GroupedCommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="noether")
 def main() -> None:
     """Train PyTorch models with callbacks that are pure functions.
 
     CONFIG is a YAML file that describes a run. `noether train CONFIG` writes the run to a new directory RUN_DIR, such
     as runs/NAME/20260102-030405, from which the run can be resumed, evaluated and replayed.
+
+    After `eval "$(_NOETHER_COMPLETE=bash_source noether)"`, bash completes commands and options with the Tab key.
     """
     atexit.register(discard_unwritten)
 

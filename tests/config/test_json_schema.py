@@ -2,19 +2,23 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from noether.cli.main import main
 from noether.config import ConfigError
+from noether.config.descriptions import PREFIX, describe, known_kinds
 from noether.config.json_schema import make_schema
 from noether.config.loading import from_source
 from noether.config.source import parse, read
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+README = Path(__file__).parents[2] / "README.md"
 SCHEMA = make_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
@@ -30,6 +34,18 @@ def test_the_schema_is_a_schema():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configurations_are_valid(path):
     VALIDATOR.validate(read(path).data)
+
+
+@pytest.mark.parametrize("name", known_kinds())
+def test_the_example_of_each_callback_is_valid(name):
+    VALIDATOR.validate(digits() | {"callbacks": yaml.safe_load(describe(f"{PREFIX}.{name}").yaml)})
+
+
+def test_the_yaml_of_the_readme_is_valid():
+    examples = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    assert examples
+    for example in examples:
+        VALIDATOR.validate(digits() | yaml.safe_load(example))
 
 
 LOADED = {
