@@ -45,16 +45,21 @@ def report(run_dirs: Sequence[Path], target: Path | None, png: Path | None) -> N
         target = runs[0].path / _NAME if len(runs) == 1 else Path(_NAME)
     _check_target(target)
     check_picture(png)
+    lines = []
     try:
+        place = target
         write_report(runs, target)
-        echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+        lines.append(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
         if png is not None:
+            place = png
             picture, left_out = draw_picture(runs)
             png.write_bytes(picture)
-            echo(f"{png}: without {count_of(left_out, 'metric')}, of which it has no room" if left_out else png)
+            rest = f": without {count_of(left_out, 'metric')}, of which it has no room" if left_out else ""
+            lines.append(f"{png}{rest}")
     except OSError as error:
-        place = error.filename or target
         raise OSError(f"{place} could not be written: {os_error_text(error)}; give another file") from error
+    for line in lines:
+        echo(line)
 
 
 def _check_target(target: Path) -> None:
@@ -65,7 +70,7 @@ def _check_target(target: Path) -> None:
         problem = f"is the name of another kind of file; write {target.name}.html"
     elif not target.parent.is_dir():
         problem = f"the folder {str(target.parent)!r} does not exist; create it first"
-    elif target.exists() and not _is_report(target):
+    elif target.exists() and not (target.is_file() and _is_report(target)):
         problem = "exists already and is no report; remove it, or give another name"
     if problem is not None:
         raise ConfigError([LocatedProblem(Place(f"--to {target}"), (), problem)])

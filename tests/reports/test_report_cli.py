@@ -1,5 +1,7 @@
 """`noether report` on the command line."""
 
+import os
+
 from click.testing import CliRunner
 
 import noether
@@ -42,3 +44,22 @@ def test_a_run_without_a_configuration_is_named_once(tmp_path):
     (run / "config.yaml").unlink()
     assert run_report(run).exit_code == 0
     assert "<title>run</title>" in (run / "report.html").read_text()
+
+
+def test_a_pipe_is_no_report(tmp_path):
+    run, target = make_run(tmp_path / "run"), tmp_path / "pipe.html"
+    os.mkfifo(target)
+    result = run_report(run, "--to", target)
+    assert result.exit_code == 2
+    assert "exists already and is no report" in result.stderr
+
+
+def test_a_closed_output_is_not_taken_for_a_file_that_cannot_be_written(tmp_path, monkeypatch):
+    def fail(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("noether.cli.report.echo", fail)
+    run, target = make_run(tmp_path / "run"), tmp_path / "report.html"
+    result = run_report(run, "--to", target)
+    assert "could not be written" not in result.stderr
+    assert target.is_file()
