@@ -1,8 +1,8 @@
 """Run all benchmarks and write their tables into one file.
 
 Run as `python -m benchmarks --out FILE.md`; it takes less than ten minutes. Each benchmark runs in a fresh process, one
-after the other, so that they do not affect each other. Three are not included, because they take minutes each and
-compare noether with itself: `kill`, `replay` and `report`, as in `python -m benchmarks.kill`.
+after the other, so that they do not affect each other. Four are not included, because they take minutes each and
+compare noether with itself: `display`, `kill`, `replay` and `report`, as in `python -m benchmarks.kill`.
 """
 
 from __future__ import annotations

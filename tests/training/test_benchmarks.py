@@ -28,6 +28,7 @@ SLOW = [
     ("memory", ("--rounds", "1", "--params", "1000"), {"mutable loop": 1, "noether": 2}),
     ("saving", ("--rounds", "2", "--params", "1000"), {"one copy": 1, "noether": 2}),
     ("checkpoint", ("--rounds", "2", "--params", "1000"), {"torch.save": 3, "distributed": 2, "noether": 2}),
+    ("display", ("--rounds", "2", "--epochs", "2"), {"lines only": 1, "live display": 1}),
     ("startup", ("--rounds", "1"), {"noether --help": 1, "noether validate": 2, "import torch, every name": 1}),
 ]
 
