@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, final
 
 from noether.core.callbacks.rank_results import digest_batch
+from noether.core.progress import track_progress
 from noether.core.shards import check_not_sharded
 from noether.core.tensors.batch import batch_size, count_samples
 from noether.core.tensors.containers import move_batch
@@ -63,8 +64,8 @@ def evaluation_data(  # every fact about the data
         return [move_batch(batch, device) for batch in data]
     seed = derive(seed, f"evaluation of {key}")
     if whole is None or any(map(is_fully_sharded, model.modules())):
-        return EvaluationData(data if whole is None else whole, model, seed)
-    return SharedEvaluationData(whole, model, seed, batch_size)
+        return EvaluationData(data if whole is None else whole, model, seed, key)
+    return SharedEvaluationData(whole, model, seed, batch_size, key)
 
 
 class EvaluationData:
@@ -77,6 +78,7 @@ class EvaluationData:
         data: Anything that yields batches.
         model: The model.
         seed: Seeds torch, numpy, `random` and the loader's own generators at the start of every pass.
+        key: The dataset key, for the display of the run.
 
     Example:
         >>> import torch
@@ -87,8 +89,9 @@ class EvaluationData:
         ([tensor([0., 1.]), tensor([2.])], True)
     """
 
-    def __init__(self, data: Any, model: nn.Module, seed: int) -> None:
+    def __init__(self, data: Any, model: nn.Module, seed: int, key: str = "") -> None:
         self._data, self._model, self._seed = data, model, seed
+        self._description = f"evaluating {key}".rstrip()
 
     @property
     def dataset(self) -> Any:
@@ -96,7 +99,10 @@ class EvaluationData:
         return getattr(self._data, "dataset", self._data)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._iterate(lambda: self._data)
+        return self._iterate(lambda: self._show(self._data))
+
+    def _show(self, batches: Iterable[Any]) -> Iterator[Any]:
+        return track_progress(batches, self._description)
 
     def _iterate(self, batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
         """Yield batches on the device of the model, seeded as a pass.
@@ -122,10 +128,13 @@ class SharedEvaluationData(EvaluationData):
         model: The model.
         seed: As for `EvaluationData`.
         batch_size: `batch -> number of samples`.
+        key: The dataset key, for the display of the run.
     """
 
-    def __init__(self, loader: WholeLoader, model: nn.Module, seed: int, batch_size: Callable[[Any], int]) -> None:
-        super().__init__(loader, model, seed)
+    def __init__(
+        self, loader: WholeLoader, model: nn.Module, seed: int, batch_size: Callable[[Any], int], key: str = ""
+    ) -> None:
+        super().__init__(loader, model, seed, key)
         self._count = batch_size
 
     def describe(self) -> str:
@@ -145,5 +154,5 @@ class SharedEvaluationData(EvaluationData):
             rank: Index of the process; the batches of all ranks, in their order, are those of one process.
             world_size: Number of processes; a rank has no batch if there are fewer batches than ranks.
         """
-        for batch in self._iterate(lambda: self._data.share(rank, world_size)):
+        for batch in self._iterate(lambda: self._show(self._data.share(rank, world_size))):
             yield batch, count_samples(batch, self._count)

@@ -9,6 +9,7 @@ from noether.core.callback import leaves_of, listens_to
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch, updates_in_epoch
 from noether.core.pending import take_pending
+from noether.core.progress import show_progress_on
 from noether.core.run import Run
 from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
@@ -355,7 +356,9 @@ class SessionEvents(SessionState):
             interpreter = self._interpreter
             if self._generators is not None:
                 interpreter = self._generators.with_states(interpreter)
-            after = dispatch(before, event, self._reducer, interpreter)
+            shown = None if self._directory is None or not self._directory.writes else self._directory.console
+            with show_progress_on(shown):
+                after = dispatch(before, event, self._reducer, interpreter)
             model_status, self._model_status = self._model_status, "partly written"
             self._live.write_changes(before, after)
         except Exception as error:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset
 
+from noether.core.progress import track_progress
 from noether.session.randomness import derive, seed_all
 from noether.training.data.batches import SampleCounter
 from noether.training.data.indexed import EvaluationData, TrainingData
@@ -30,7 +31,8 @@ def build_datasets(config: Config) -> dict[str, Any]:
         # A dataset that draws its split in its constructor has to draw the same split when the run is resumed.
         seed_all(derive(config.run.seed, f"data/{key}"))
         with locate_errors(config, ("data", key)):
-            datasets[key] = kind.build()
+            # One item of unknown length: the display says what takes long, before the constructor shows its own bar.
+            (datasets[key],) = (each.build() for each in track_progress(iter([kind]), f"building data.{key}"))
     return datasets
 
 

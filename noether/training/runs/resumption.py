@@ -17,10 +17,11 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate, BeforeTraining
 from noether.core.loop import Move, next_move
+from noether.core.progress import show_progress_on
 from noether.core.tensors.tree import FrozenDict
 from noether.distributed.ranks import leave_at_end
 from noether.distributed.restarts import Restart
-from noether.effects import CheckpointError
+from noether.effects import CheckpointError, Console
 from noether.effects.checkpoints.contents import WEIGHTS
 from noether.effects.disk.files import replace_text
 from noether.effects.disk.moves import finish_move
@@ -121,7 +122,8 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         chosen = load_resumable(run_dir, checkpoint, allow) if ranks.is_first else None
         tag = ask_rank_0(ranks, "checkpoint", lambda: chosen and chosen[0].tag)
         manifest, branched = chosen or load_tag(run_dir, tag, ranks)
-        experiment = build(config, run_id=into.resolve().name, fresh=False, ranks=ranks)
+        with show_progress_on(Console() if ranks.is_first else None):
+            experiment = build(config, run_id=into.resolve().name, fresh=False, ranks=ranks)
         adapt(branched, experiment, run_dir)  # before anything is written
         agree_to_start(experiment)
         ask_rank_0(ranks, "branch", lambda: make_branch(run_dir, into, manifest, branched, notify))
@@ -134,7 +136,8 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         saved = load_newest(directory, ranks, partial(_load, allow=allow))
         if checkpoint is not None:
             check_newest(directory, checkpoint, saved)
-        experiment = build(config, run_id=directory.run_id, fresh=saved is None, ranks=ranks)
+        with show_progress_on(directory.console if directory.writes else None):
+            experiment = build(config, run_id=directory.run_id, fresh=saved is None, ranks=ranks)
         # All that can be refused is refused here, before anything is written.
         state, notes = adapt(saved, experiment, run_dir, directory)
         agree_to_start(experiment)
