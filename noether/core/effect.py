@@ -59,6 +59,7 @@ class LogText(Effect):
     Args:
         text: The text.
         key: Name of the artifact; empty for a line on the console.
+        is_progress: Whether the line says how far the run is; a terminal leaves it out while a live display says it.
 
     Example:
         >>> LogText("training begins"), LogText("37 samples are mislabelled", key="data/report")
@@ -68,10 +69,11 @@ class LogText(Effect):
     kind: ClassVar[str] = "text"
     text: str
     key: str = ""
+    is_progress: bool = False
 
     def __repr__(self) -> str:
         key = f", key={self.key!r}" if self.key else ""
-        return f"LogText(text={self.text!r}{key})"
+        return f"LogText(text={self.text!r}{key}{', is_progress=True' if self.is_progress else ''})"
 
 
 @dataclass(frozen=True)

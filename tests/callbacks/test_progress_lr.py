@@ -56,7 +56,8 @@ def test_progress_at_epochs_and_at_the_end_of_training():
     assert requests == (
         LogText(
             " 62.5 %  epoch 1/2  update 5/8  sample 19/30  3600000.0 ms/update  "
-            "last 5:00:00  total 5:00:00  left unknown"
+            "last 5:00:00  total 5:00:00  left unknown",
+            is_progress=True,
         ),
     )
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @final
 class ProgressCallback(PeriodicCallback):
-    """Writes a line with percentage, counters, elapsed time and expected end.
+    """Writes a line with percentage, counters, elapsed time and expected end; a terminal's live display has them, too.
 
     In detail: percent done; epoch, update and sample with their ends; milliseconds per update; time since the last line
     (`last`); total time; remaining time and end in UTC. The estimate leaves out the first interval because its updates
@@ -92,7 +92,7 @@ class ProgressCallback(PeriodicCallback):
             steady_updates=steady_updates,
             lines=memory["lines"] + 1,
         )
-        return state.remember(self.name, memory), (LogText("  ".join(parts)),)
+        return state.remember(self.name, memory), (LogText("  ".join(parts), is_progress=True),)
 
 
 def _format_share(state: TrainState, run: Run, end: int | None) -> list[str]:

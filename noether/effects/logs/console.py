@@ -147,7 +147,9 @@ class Console:
                 self._live.stop()
 
     def write_text(self, effect: LogText, state: TrainState, event: Event) -> None:
-        """Write a text: the handler of `LogText`."""
+        """Write a text, unless it is progress that the live display shows: the handler of `LogText`."""
+        if effect.is_progress and self._live is not None and self._live.is_shown:
+            return
         text = escape_controls(effect.text.replace("\r\n", "\n"), keep="\n\t")
         self._write(add_label(state, text.splitlines() or [""]), event)
 
@@ -187,8 +189,9 @@ class Console:
                 f" {self._live.looks.better}" if shown is not None and shown.is_best and self._live is not None else ""
             )
             cell = f"{escape_controls(key)} {format_value(value)}{sign}"
-            if not line or len(line) + len(cell) + 3 <= room:
-                line, left = f"{line}   {cell}" if line else cell, left - 1
+            if line and len(line) + len(cell) + 3 > room:
+                break  # a less important metric that fits does not take its place
+            line, left = f"{line}   {cell}" if line else cell, left - 1
         return f"{line}   +{left} more" if left else line
 
     def show_progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
@@ -327,7 +330,7 @@ def _wrap_words(lines: str, width: int) -> str:
 def _length_of(iterable: Any) -> int | None:
     try:
         return len(iterable)
-    except TypeError:  # a stream
+    except (TypeError, NotImplementedError):  # a stream
         return None
 
 

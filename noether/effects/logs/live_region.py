@@ -118,6 +118,11 @@ class LiveRegion:
         """Whether the thread draws."""
         return self._stop is not None
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether its lines are on the terminal."""
+        return self._rows.are_shown
+
     def start(self) -> None:
         """Start to draw; a no-op if it draws already."""
         if self._stop is None:

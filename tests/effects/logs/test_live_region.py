@@ -168,6 +168,30 @@ def test_everything_else_scrolls_above_the_display(open_terminal):
     assert terminal.wait_for(lambda lines: lines == expected) == expected
 
 
+def test_progress_that_the_display_shows_is_no_line(open_terminal):
+    terminal = open_terminal()
+    with closing(open_console(terminal)) as console:
+        console.write_text(LogText("50 %", is_progress=True), at(1), UPDATE)
+        console.observe(at(1), UPDATE)
+        tick(console)
+        console.write_text(LogText("75 %", is_progress=True), at(2), UPDATE)
+        console.write_text(LogText("end"), at(2), UPDATE)
+        lines = terminal.wait_for(has("end"))
+    assert [line[19:] for line in lines if not is_bar(line)] == ["50 %", "end"]
+
+
+def test_metrics_that_do_not_fit_are_not_replaced_by_less_important_ones(open_terminal):
+    terminal = open_terminal(60)
+    with closing(open_console(terminal)) as console:
+        console.observe(at(1), UPDATE)
+        tick(console)
+        metrics = {"loss/a": 0.5, f"loss/{'b' * 40}": 0.25, "optim/lr": 0.1}
+        console.write_scalars(LogScalars(metrics), at(1), UPDATE)
+        lines = terminal.wait_for(has("more"))
+    (line,) = [line for line in lines if "more" in line]
+    assert line[19:] == "loss/a 0.5   +2 more"
+
+
 def test_texts_are_wrapped_at_words(open_terminal):
     terminal = open_terminal(60)
     with closing(open_console(terminal)) as console:
