@@ -1,4 +1,4 @@
-"""Whether a person watches a terminal, and the progress of a run as one line where no person does."""
+"""Whether a person watches a terminal, and the progress of a run as one line for logs."""
 
 from __future__ import annotations
 
