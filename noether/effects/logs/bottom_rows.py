@@ -24,6 +24,10 @@ _REPAIR: Final = r"\0337\033[r\0338\033[J"
 class Rows(Protocol):
     """Where the lines of a display are drawn."""
 
+    @property
+    def are_shown(self) -> bool:
+        """Whether the lines are shown."""
+
     def draw(self, lines: Sequence[str]) -> None:
         """Draw the lines in place of those before."""
 
