@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.reports.setting_paths import walk_settings
+from noether.reports.setting_paths import comparable_settings, walk_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ _NOT_COMPARED: Final = ("git.untracked", "git.problem")
 def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
     """Return the settings and facts in which runs differ, each with its value in every run; None where it is missing.
 
-    Settings have their dotted path as in `--set`; facts about the process that began the last part of a run have the
-    path in its entry of `processes`, such as `git.commit` or `packages.torch`.
+    Settings have their dotted path as in `--set`, those of callbacks the name of the callback. Facts about the process
+    that began the last part of a run have the path in its entry of `processes`, such as `git.commit`.
 
     Args:
         runs: The runs, at least two.
     """
-    described = [{**dict(walk_settings(run.config)), **_describe_process(run)} for run in runs]
+    described = [{**comparable_settings(run.config), **_describe_process(run)} for run in runs]
     names = dict.fromkeys(name for each in described for name in each)
     values = {name: tuple(each.get(name) for each in described) for name in names}
     return {name: each for name, each in values.items() if len(set(map(repr, each))) > 1}

@@ -13,6 +13,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.metrics import keys_overlap
 from noether.core.run import Run
 from noether.core.schedules.schedule import INTERVALS
+from noether.reports.setting_paths import name_callback
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -66,7 +67,7 @@ def count_firings(record: RunRecord) -> list[FiringCounts]:
             due = schedule.count(TrainingIteration(), reached, run)
         counts.append(
             FiringCounts(
-                callback=_name(entry),
+                callback=name_callback(entry),
                 schedule=f"{interval}: {entry[interval]}",
                 planned=planned,
                 due=due,
@@ -104,12 +105,6 @@ def _run_of(record: RunRecord) -> Run | None:
         samples_per_epoch=samples,
         effective_batch_size=batch,
     )
-
-
-def _name(entry: Mapping[str, Any]) -> str:
-    kind = str(entry.get("kind")).rpartition("noether.core.callbacks.")[2]
-    details = (str(entry[name]) for name in ("dataset_key", "metric", "metric_key") if entry.get(name) is not None)
-    return " ".join((kind, *details))
 
 
 def _count_lines(metrics: Metrics, entry: Mapping[str, Any]) -> int | None:

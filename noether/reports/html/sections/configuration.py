@@ -9,7 +9,7 @@ import yaml
 from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
-from noether.reports.setting_paths import walk_settings
+from noether.reports.setting_paths import comparable_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ def configuration_section(runs: Sequence[RunRecord]) -> Section | None:
     if not any(run.config for run in runs):
         return None
     labels = run_labels(runs)
-    flat = [dict(walk_settings(run.config)) for run in runs]
+    flat = [comparable_settings(run.config) for run in runs]
     parts = [_difference_table(labels, flat)] if len(runs) > 1 else []
     for label, run in zip(labels, runs, strict=True):
         text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
