@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def find_unhandled_requests(config: Config, planned: Iterable[PlannedCallback]) -> Iterator[tuple[SettingPath, str]]:
-    """Yield the setting and a message for each type of effect that a planned callback requests in vain.
+    """Yield the setting and a message for each requested type of effect that has no handler.
 
     Args:
         config: The configuration, whose handlers count.
