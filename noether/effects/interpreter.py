@@ -136,6 +136,7 @@ class Interpreter:
         """Return whether effects of this type have a handler, or are measured.
 
         Example:
+            >>> from noether import LogText
             >>> Interpreter({LogText: []}).handles(LogText), Interpreter({}).handles(LogText)
             (True, False)
         """
@@ -155,7 +156,8 @@ class Interpreter:
             known = [each.__name__ for each in dict.fromkeys((*self._handlers, *self._measures))]
             raise UnhandledEffectError(
                 f"no handler for the effect {name}{suggest(name, known)}; "
-                f"add one with interpreter.with_handlers({name}, handler). Handled: {', '.join(known) or 'none'}"
+                f"add one with interpreter.with_handlers({name}, handler), or by run.handlers in YAML. "
+                f"Handled: {', '.join(known) or 'none'}"
             )
 
 

@@ -282,7 +282,8 @@ def test_an_effect_without_a_handler_is_named(folder):
     )
     (error,) = (line for line in output.splitlines() if line.startswith("Error: "))
     assert error.startswith(
-        "Error: no handler for the effect Ring; add one with interpreter.with_handlers(Ring, handler). "
+        "Error: no handler for the effect Ring; add one with interpreter.with_handlers(Ring, handler), "
+        "or by run.handlers in YAML. "
         f"Handled: {handled}"
     )
     assert output.splitlines()[-1].startswith("resume with: noether train --resume ")

@@ -63,7 +63,7 @@ def test_an_effect_without_a_handler_is_an_error_that_suggests_a_name():
         interpreter([LogText("hello"), LogScalar()], TrainState(), AfterTraining())
     assert str(error.value) == (
         "no handler for the effect LogScalar; did you mean 'LogScalars'?; add one with "
-        "interpreter.with_handlers(LogScalar, handler). Handled: LogText, LogScalars"
+        "interpreter.with_handlers(LogScalar, handler), or by run.handlers in YAML. Handled: LogText, LogScalars"
     )
     assert calls == []
 
@@ -192,7 +192,8 @@ def test_the_error_lists_measured_effects_as_handled():
     with pytest.raises(LookupError) as error:
         interpreter([Rong()], TrainState(), AfterTraining())
     assert str(error.value) == (
-        "no handler for the effect Rong; did you mean 'Ring'?; add one with interpreter.with_handlers(Rong, handler). "
+        "no handler for the effect Rong; did you mean 'Ring'?; add one with interpreter.with_handlers(Rong, handler), "
+        "or by run.handlers in YAML. "
         "Handled: LogScalars, Ring"
     )
     with pytest.raises(LookupError, match=r"Handled: none$"):
