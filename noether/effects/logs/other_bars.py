@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -12,16 +12,31 @@ if TYPE_CHECKING:
 
 
 def others_draw() -> bool:
-    """Return whether tqdm or rich shows a progress bar of others now."""
-    return bool(_tqdm_bars()) or _find_rich_proxy() is not None or _has_rich_display()
+    """Return whether tqdm, rich or a framework shows a progress bar of others now."""
+    return bool(_ANNOUNCED) or bool(_tqdm_bars()) or _find_rich_proxy() is not None or _has_rich_display()
+
+
+_ANNOUNCED: Final[set[int]] = set()
+
+
+def announce_bar(owner: object, *, is_shown: bool) -> None:
+    """Tell whether a framework shows a bar that it draws again from the beginning of the line, as Keras does.
+
+    Args:
+        owner: What runs while the bar is shown, such as the callback of an integration.
+        is_shown: Whether it is shown from now on.
+    """
+    (_ANNOUNCED.add if is_shown else _ANNOUNCED.discard)(id(owner))
 
 
 def removed_bars(file: IO[str]) -> AbstractContextManager[Any]:
-    """Return a context in which the bars of tqdm are not on the terminal; at its end they are drawn again.
+    """Return a context in which the bars of others are not on the terminal; later these are drawn again.
 
     Args:
         file: Where the lines go that are written in the context.
     """
+    if _ANNOUNCED and _is_terminal(file):
+        file.write("\r\x1b[2K")
     tqdm = _find_tqdm()
     if tqdm is None or not _tqdm_bars():
         return nullcontext()

@@ -52,6 +52,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.loop import updates_in_epoch
 from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
+from noether.effects.logs.other_bars import announce_bar
 from noether.integrations.keras.backend import keras
 from noether.integrations.keras.module import KerasModule
 from noether.integrations.keras.optimizers import wrap_optimizers
@@ -160,6 +161,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         session.load()
         optimizer.check_update_boundary()
         _check_position(session.state, fill_run(session.run, end=end, updates_per_epoch=updates), updates)
+        announce_bar(self, is_shown=self.params.get("verbose") in {1, "auto"})
         session.begin(end=end, updates_per_epoch=updates)
         self._override_compute_loss()
         # As keras.callbacks.BackupAndRestore does; after the last epoch nothing is left to train.
@@ -210,6 +212,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             self.session.end()
         else:
             self.session.close()
+        announce_bar(self, is_shown=False)
 
     def _session_and_optimizer(self) -> tuple[Session, KerasOptimizer | KerasOptimizers]:
         """Return the session and the optimizer, created at the first call because Keras sets the model late."""

@@ -1,0 +1,42 @@
+"""A bar that a framework draws again from the beginning of the line, as Keras does."""
+
+import io
+
+import pyte
+
+from noether import AfterTraining, LogText, TrainState
+from noether.effects.logs.console import Console
+from noether.effects.logs.other_bars import announce_bar, others_draw, removed_bars
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_line_replaces_the_bar_and_the_bar_comes_below_it():
+    owner, terminal = object(), Terminal()
+    announce_bar(owner, is_shown=True)
+    try:
+        assert others_draw()
+        terminal.write("9/20 =====")
+        with removed_bars(terminal):
+            terminal.write("a line\n")
+        terminal.write("\b" * 10 + "\r10/20 =====")
+    finally:
+        announce_bar(owner, is_shown=False)
+    screen = pyte.Screen(40, 4)
+    screen.set_mode(pyte.modes.LNM)  # a line feed also returns, as on a terminal
+    pyte.Stream(screen).feed(terminal.getvalue())
+    assert [line.rstrip() for line in screen.display][:3] == ["a line", "10/20 =====", ""]
+    assert not others_draw()
+
+
+def test_without_a_terminal_nothing_is_cleared(capsys):
+    owner = object()
+    announce_bar(owner, is_shown=True)
+    try:
+        Console().write_text(LogText("plain"), TrainState(), AfterTraining())
+    finally:
+        announce_bar(owner, is_shown=False)
+    assert "\x1b" not in capsys.readouterr().out
