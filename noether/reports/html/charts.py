@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from noether.reports.run_record import RunRecord
 
 _OVERVIEW_POINTS: Final = 2000
-_FINEST_POINTS: Final = (60_000, 120_000)  # of all curves of a page together, which bounds its size
+_OVERVIEWS_POINTS: Final = 40_000  # of the overviews of all curves of a page together
+_FINEST_POINTS: Final = (24_000, 120_000)  # of all curves of a page together, which bounds its size
 _VALUES_PER_POINT: Final = 50  # long runs have a larger page, so that zooming shows more of them
 _AVERAGES: Final = 500  # of a curve, where smoothing starts from if the page does not have all values
 _SCALES: Final[tuple[Literal["linear", "log"], ...]] = ("linear", "log")
@@ -79,7 +80,9 @@ def chart_data(runs: Sequence[RunRecord], groups: dict[str, list[Curve]], ids: d
     least, most = _FINEST_POINTS
     values = sum(len(curve.series) for curves in groups.values() for curve in curves)
     finest = max(_OVERVIEW_POINTS, min(max(values // _VALUES_PER_POINT, least), most) // count)
-    overview = min(_OVERVIEW_POINTS, max(200, 2 * least // count))
+    overview = min(_OVERVIEW_POINTS, max(200, _OVERVIEWS_POINTS // count))
+    if finest < 2 * overview:  # two levels would be nearly the same
+        overview = finest
     return {
         "templates": {scale: _template(len(runs), scale) for scale in _SCALES},
         "runs": [_encode_run(run) for run in runs],
