@@ -99,13 +99,13 @@ class Traffic:
             finally:
                 self.what = "gradients"
 
-        Channel.exchange = label  # type: ignore[method-assign]
+        Channel.exchange = label  # type: ignore[method-assign]  # to name the exchange that is counted
         for name in names:
             setattr(dist, name, partial(count, name))
         try:
             yield
         finally:
-            Channel.exchange = exchange  # type: ignore[method-assign]
+            Channel.exchange = exchange  # type: ignore[method-assign]  # as it was
             for name in names:
                 setattr(dist, name, plain[name])
 

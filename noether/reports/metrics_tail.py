@@ -55,7 +55,7 @@ class MetricsTail:
         self._all = Columns()
 
     @property
-    def damaged(self) -> Mapping[int, str]:
+    def damaged_lines(self) -> Mapping[int, str]:
         """Number, from 1, of each line that was left out, and why."""
         return self._lines.damaged
 

@@ -227,7 +227,7 @@ class RunRecord:
     def damaged_lines(self) -> Mapping[int, str]:
         """Number, from 1, of each line of `metrics.jsonl` that is damaged and left out of the metrics, and why."""
         self._log  # noqa: B018  # reading it finds them
-        return self._tail.damaged
+        return self._tail.damaged_lines
 
     @cached_property
     def artifacts(self) -> tuple[ArtifactRecord, ...]:

@@ -38,14 +38,14 @@ def describe_progress(effect: ShowProgress, state: TrainState) -> str:
     updates = format_count("update", state.iteration, effect.end)
     next_firing = [] if effect.next_s is None else [f"next in {format_duration(effect.next_s)}"]
     end = [] if effect.left_s is None else [f"end in {format_duration(effect.left_s)}"]
-    return "  ".join((updates, *_counts(effect, state), *_speed(effect), *next_firing, *end))
+    return "  ".join((updates, *_counts(effect, state), *_describe_rate(effect), *next_firing, *end))
 
 
 def _counts(effect: ShowProgress, state: TrainState) -> list[str]:
     return [format_count("epoch", state.iteration, effect.end), format_count("sample", state.iteration, effect.end)]
 
 
-def _speed(effect: ShowProgress) -> list[str]:
+def _describe_rate(effect: ShowProgress) -> list[str]:
     if not effect.update_s:
         return []
     return [f"{1000 * effect.update_s:.1f} ms/update", f"{1 / effect.update_s:.1f} updates/s"]

@@ -80,11 +80,11 @@ class RunPanel:
         width = options.max_width - _BORDER
         fits = cell_len(self.title) <= width - _GAP
         lines = [] if fits else [((line, _HEAD),) for line in wrap_words(escape_controls(self.title), width)]
-        content = Text("\n").join(map(_to_text, self._shorten([*lines, *layout(self, width)])))
+        content = Text("\n").join(map(_to_text, self._fit_height([*lines, *layout(self, width)])))
         title = Text(escape_controls(self.title), _HEAD) if fits else None
         yield Panel(content, ROUNDED, title=title, title_align="left", border_style=self.style, expand=False)
 
-    def _shorten(self, lines: list[Line]) -> list[Line]:
+    def _fit_height(self, lines: list[Line]) -> list[Line]:
         if self.max_lines is None or len(lines) <= self.max_lines - 2:
             return lines
         shown = lines[: max(self.max_lines - 3, 0)]
