@@ -22,7 +22,7 @@ from typing import NamedTuple
 import click
 
 from benchmarks.measurement import Table, markdown_option, quartiles, show
-from noether.reports.run_record import read_run
+from noether.reports.reading.run_record import read_run
 
 _ROOT = Path(__file__).parents[1]
 _MARGINS = re.compile(rb"\x1b\[1;\d+r")  # that the display sets

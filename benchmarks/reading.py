@@ -17,8 +17,8 @@ import numpy as np
 import orjson
 
 from benchmarks.measurement import Table, markdown_option, quartiles, show, take_turns
-from noether.reports.log_lines import LogLines
-from noether.reports.metrics_log import parse_metrics
+from noether.reports.reading.log_lines import LogLines
+from noether.reports.reading.metrics_log import parse_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measurement import Table, markdown_option, quartiles, ratios, seconds, show, take_turns
 from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, Run, TrainingIteration, TrainState, compose
-from noether.cli.replay import has_decision
+from noether.cli.commands.replay import has_decision
 from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,

@@ -17,7 +17,7 @@ import orjson
 from benchmarks.measurement import Table, markdown_option, quartiles, seconds, show, take_turns
 from noether.effects import open_run
 from noether.reports.html.report import write_report
-from noether.reports.run_record import read_run
+from noether.reports.reading.run_record import read_run
 
 _SAMPLES = 32
 _UPDATES_PER_EPOCH = 10_000

@@ -51,8 +51,8 @@ from noether.core.tensors.forward import forward as forward
 from noether.core.tensors.means import Mean as Mean
 from noether.core.tensors.means import Sum as Sum
 from noether.effects.run_directory import open_run as open_run
-from noether.reports.run_record import read_run as read_run
-from noether.reports.run_record import read_runs as read_runs
+from noether.reports.reading.run_record import read_run as read_run
+from noether.reports.reading.run_record import read_runs as read_runs
 from noether.session.session import Session as Session
 from noether.training.runs.train import train as train
 

@@ -83,7 +83,7 @@ def train(  # noqa: PLR0913, PLR0917  # click passes one argument for each optio
     for option, value in (("--checkpoint", checkpoint), ("--into", into)):
         if value is not None and resume is None:
             raise click.UsageError(f"{option} needs --resume")
-    from noether.cli import train as commands
+    from noether.cli.commands import train as commands
 
     with errors_as_messages():
         if config is not None and smoke:
@@ -137,7 +137,7 @@ def evaluate(
     The callbacks of the run that iterate datasets evaluate it. Their metrics are printed and written to RUN_DIR/eval,
     where no earlier file is overwritten, and to the log services of the run.
     """
-    from noether.cli import evaluate as command
+    from noether.cli.commands import evaluate as command
 
     with errors_as_messages():
         sys.exit(command.evaluate(run_dir, checkpoint, weights, settings, allow, data))
@@ -161,7 +161,7 @@ def export(run_dir: Path, checkpoint: str, target: Path, weights: str | None) ->
     `load_state_dict` of the model takes it, and so does `run.init_from` of another run. The command needs no code of
     the model, and joins the shards that several ranks saved.
     """
-    from noether.cli import export as command
+    from noether.cli.commands import export as command
 
     with errors_as_messages():
         command.export(run_dir, checkpoint, weights, target)
@@ -188,7 +188,7 @@ def show(
 
     Give several directories, or a folder of runs such as runs/NAME, for a table.
     """
-    from noether.cli import show as command
+    from noether.cli.commands import show as command
 
     with errors_as_messages():
         is_single = command.is_single_run(paths)
@@ -219,7 +219,7 @@ def report(run_dirs: tuple[Path, ...], target: Path | None, png: Path | None) ->
 
     The runs may be in training.
     """
-    from noether.cli import report as command
+    from noether.cli.commands import report as command
 
     with errors_as_messages():
         command.report(run_dirs, target, png)
@@ -236,7 +236,7 @@ def query(runs: tuple[Path, ...], statement: str, form: str | None) -> None:
     RUNS are runs or folders of runs. The tables are metrics(run, event, epoch, update, sample, time_s, key, value),
     runs, config, summary, checkpoints and artifacts; a wrong statement lists their columns. Nothing is written.
     """
-    from noether.cli import query as command
+    from noether.cli.commands import query as command
 
     with errors_as_messages():
         command.query(runs, statement, form or "table")
@@ -264,7 +264,7 @@ def replay(
 
     Calls them with the events in RUN_DIR/events.jsonl, which a run with `trainer.record: events` writes.
     """
-    from noether.cli import replay as command
+    from noether.cli.commands import replay as command
 
     with errors_as_messages():
         command.show_replay(run_dir, callbacks, at, allow, log=log)

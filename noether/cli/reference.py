@@ -19,7 +19,7 @@ def callbacks(kind: str | None, allow: tuple[str, ...]) -> None:
     KIND is the name of a shipped callback, or the dotted path of one in your code. Shows its documentation, settings
     and YAML.
     """
-    from noether.cli import callbacks as command
+    from noether.cli.commands import callbacks as command
 
     with errors_as_messages():
         if kind is None:
@@ -37,7 +37,7 @@ def help_(name: str | None, allow: tuple[str, ...]) -> None:
     SETTING is a section such as `trainer`, a setting such as `trainer.max_epochs` or `callbacks.LrCallback`, or the
     dotted path of an object such as `torch.optim.AdamW`. Without it, all sections are listed.
     """
-    from noether.cli import help as command
+    from noether.cli.commands import help as command
 
     with errors_as_messages():
         command.show_help(name, allow)
@@ -56,7 +56,7 @@ def schema(target: Path | None) -> None:
 
     With `# yaml-language-server: $schema=FILE` as the first line of a YAML file, an editor completes and checks it.
     """
-    from noether.cli import schema as command
+    from noether.cli.commands import schema as command
 
     with errors_as_messages():
         command.write_schema(target)

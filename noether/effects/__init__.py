@@ -5,10 +5,10 @@ A line here may touch files, streams and devices; it reads the state and never c
 
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.store import CheckpointStore
+from noether.effects.console.console import Console
 from noether.effects.disk.lock import LockedError
 from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.interpreter import Interpreter, UnhandledEffectError
-from noether.effects.logs.console import Console
 from noether.effects.logs.resumption import LogError
 from noether.effects.run_access import RunClosedError
 from noether.effects.run_directory import RunDirectory, open_run

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, final
 from noether.core.effect import LogScalars, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
 from noether.core.file_names import escape_path
 from noether.effects.artifacts.files import artifact_handlers, write_artifact
+from noether.effects.console.console import Console
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, replace_file, replace_text
 from noether.effects.disk.tensor_files import tensor_pieces
 from noether.effects.interpreter import Interpreter
-from noether.effects.logs.console import Console
 from noether.effects.logs.peak_memory import PeakMemory
 from noether.effects.run_logs import LogGuard
 

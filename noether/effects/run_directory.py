@@ -14,11 +14,11 @@ from noether.effects.checkpoints.joint_saves import ALONE
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.saver import Saver
 from noether.effects.checkpoints.store import CheckpointStore
+from noether.effects.console.console import Console
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories
 from noether.effects.interpreter import Interpreter
 from noether.effects.logs.buffers import FlushInterval
-from noether.effects.logs.console import Console
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
 from noether.effects.logs.peak_memory import PeakMemory
 from noether.effects.never_saved import find_progress, mark_new_run, mark_saved_run
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from noether.effects.checkpoints.joint_saves import SavingRanks
     from noether.effects.checkpoints.manifest import Manifest
     from noether.effects.checkpoints.saver import OnError
+    from noether.effects.console.run_panels import RunPanel
     from noether.effects.disk.calls import Disk
     from noether.effects.logs.jsonl import ToLine
-    from noether.effects.logs.run_panels import RunPanel
     from noether.effects.run_logs import LogService
 
     Interpret = Callable[[Effects, TrainState, Event], None]

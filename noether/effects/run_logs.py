@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.state import TrainState
     from noether.effects.artifacts.encoding import EncodedArtifact
+    from noether.effects.console.console import Console
+    from noether.effects.console.run_panels import RunPanel
     from noether.effects.disk.calls import Disk
     from noether.effects.interpreter import Handler
-    from noether.effects.logs.console import Console
-    from noether.effects.logs.run_panels import RunPanel
     from noether.effects.run_access import RunAccess
 
 METRICS_FILE: Final = "metrics.jsonl"

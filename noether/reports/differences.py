@@ -9,7 +9,7 @@ from noether.reports.setting_paths import comparable_settings, walk_settings
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 _COMPARED: Final = ("git", "python", "platform", "host", "devices", "packages", "seed", "samples")
 _NOT_COMPARED: Final = ("git.untracked", "git.problem")

@@ -18,8 +18,8 @@ from noether.reports.setting_paths import name_callback
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from noether.reports.metric_series import Metrics
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.metric_series import Metrics
+    from noether.reports.reading.run_record import RunRecord
 
 _NEVER_LOGGED: Final = ("checkpoints/", "weights/")  # keys that only say what a callback writes or keeps
 _ENDS: Final = {"max_epochs": "epoch", "max_updates": "update", "max_samples": "sample"}

@@ -9,7 +9,7 @@ import numpy as np
 
 from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
-from noether.reports.frames import import_optional
+from noether.reports.reading.frames import import_optional
 from noether.reports.setting_paths import walk_settings
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import duckdb
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 VIEWS: Final = {
     "runs": "run VARCHAR, name VARCHAR, status VARCHAR, started TIMESTAMP, ending VARCHAR, path VARCHAR",

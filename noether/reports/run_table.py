@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callbacks.improvement import direction_of
-from noether.effects.logs.run_panels import Table
-from noether.reports.run_view import duration_s, format_number, format_time, last_iteration
+from noether.effects.console.run_panels import Table
+from noether.reports.run_panel import duration_s, format_number, format_time, last_iteration
 from noether.training.runs.end_panel import format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 FACTS: Final = ("run", "status", "started", "duration", "update")
 _MAX_METRICS: Final = 4

@@ -22,8 +22,8 @@ from pathlib import Path
 
 PRELOADED = [
     "noether.cli.main",
-    "noether.cli.train",
-    "noether.cli.evaluate",
+    "noether.cli.commands.train",
+    "noether.cli.commands.evaluate",
     "noether.cli.plan.command",
     "noether.training.runs.train",
     "noether.examples.digits",

@@ -96,7 +96,7 @@ def test_a_run_is_followed_until_it_ends(tmp_path, monkeypatch):
         else:
             directory.interpreter([LogScalars({"loss": 0.5})], state, AfterUpdate(time_s=state.iteration.update * 10.0))
 
-    monkeypatch.setattr("noether.cli.show.time.sleep", log_or_end)
+    monkeypatch.setattr("noether.cli.commands.show.time.sleep", log_or_end)
     lines = show(tmp_path / "a", "--follow").splitlines()
     assert [line for line in lines if "  loss  0.5" in line and "   " not in line] == [
         "E0_U1_S4  loss  0.5",
@@ -109,7 +109,7 @@ def test_ctrl_c_ends_following(tmp_path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("noether.cli.show.time.sleep", interrupt)
+    monkeypatch.setattr("noether.cli.commands.show.time.sleep", interrupt)
     with open_run(tmp_path / "a"):
         assert "a: running" in show(tmp_path / "a", "--follow")
 

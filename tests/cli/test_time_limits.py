@@ -18,7 +18,7 @@ def clock(monkeypatch):
     """Let an hour pass from each look at the clock to the next."""
     seconds = count(0, 3600)
     clock = Clock(elapsed_s=lambda: next(seconds))
-    monkeypatch.setattr("noether.cli.train.Interruption", partial(Interruption, clock=clock))
+    monkeypatch.setattr("noether.cli.commands.train.Interruption", partial(Interruption, clock=clock))
 
 
 def limit(output, hours, *settings):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from noether.cli.train import start
+from noether.cli.commands.train import start
 from noether.config import ConfigError, load
 from noether.core.callback import declaration_of
 from noether.core.event import AtEval

@@ -21,7 +21,7 @@ PRELOADED = [
     "torch.distributed.tensor",
     "noether.training.runs.train",
     "noether.cli.main",
-    "noether.cli.evaluate",
+    "noether.cli.commands.evaluate",
 ]
 
 

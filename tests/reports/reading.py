@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from noether import AfterUpdate, LogScalars, TrainState
 from noether.effects.logs.jsonl import metrics_file
-from noether.reports.log_lines import LogLines
-from noether.reports.metrics_log import parse_metrics
+from noether.reports.reading.log_lines import LogLines
+from noether.reports.reading.metrics_log import parse_metrics
 
 
 def write_lines(path, lines):

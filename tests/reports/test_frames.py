@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from reading import NUMBERS, expected_column, quiet, read_lines
 
-from noether.reports.frames import MissingLibraryError, to_pandas, to_polars
+from noether.reports.reading.frames import MissingLibraryError, to_pandas, to_polars
 
 pytest.importorskip("pandas")
 pytest.importorskip("polars")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from reading import write_lines
 
 from noether import read_run
-from noether.reports.metrics_tail import MetricsTail
+from noether.reports.reading.metrics_tail import MetricsTail
 from noether.reports.run_table import make_rows
 
 

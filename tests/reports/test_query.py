@@ -14,9 +14,9 @@ from reading import NUMBERS, write_lines
 
 from noether import AfterUpdate, SaveCheckpoint, TrainState, open_run
 from noether.cli.main import main
-from noether.reports.metrics_tail import MetricsTail
 from noether.reports.query import VIEWS, query_runs
-from noether.reports.run_record import RunRecord, read_run
+from noether.reports.reading.metrics_tail import MetricsTail
+from noether.reports.reading.run_record import RunRecord, read_run
 
 pytest.importorskip("duckdb")
 

@@ -58,7 +58,7 @@ def test_a_closed_output_is_not_taken_for_a_file_that_cannot_be_written(tmp_path
     def fail(*_):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("noether.cli.report.echo", fail)
+    monkeypatch.setattr("noether.cli.commands.report.echo", fail)
     run, target = make_run(tmp_path / "run"), tmp_path / "report.html"
     result = run_report(run, "--to", target)
     assert "could not be written" not in result.stderr

@@ -10,7 +10,7 @@ from tiny_runs import CALLBACKS, make_config
 from torch import nn
 
 from noether import AfterEpoch, Session, TrainState, log
-from noether.cli.evaluate import evaluate
+from noether.cli.commands.evaluate import evaluate
 from noether.core.callbacks import BestCheckpointCallback, BestMetricCallback, EMACallback, OfflineLossCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.tensors.stored_weights import measured_weights

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import CALLBACKS, MODULE, contents, make_config
 
-from noether.cli.evaluate import evaluate
+from noether.cli.commands.evaluate import evaluate
 from noether.config import ConfigError
 from noether.core.callbacks import EvaluateCallback, MetricCallback, OfflineLossCallback
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import CALLBACKS, make_config
 
-from noether.cli.train import start
+from noether.cli.commands.train import start
 from noether.config import load
 from noether.planning.warnings import find_start_warnings
 from noether.training.experiment import build

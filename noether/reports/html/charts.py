@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from noether.reports.metric_series import Points, Series
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.metric_series import Points, Series
+    from noether.reports.reading.run_record import RunRecord
 
 _OVERVIEW_POINTS: Final = 2000
 _OVERVIEWS_POINTS: Final = 40_000  # of the overviews of all curves of a page together

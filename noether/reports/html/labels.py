@@ -10,7 +10,7 @@ from noether.core.text import escape_controls
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 
 def escape_text(text: str) -> str:

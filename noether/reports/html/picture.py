@@ -11,13 +11,13 @@ from noether.core.text import escape_controls
 from noether.reports.html.charts import group_curves, run_style
 from noether.reports.html.curves import choose_points
 from noether.reports.html.labels import run_labels
-from noether.reports.metric_series import is_derived
+from noether.reports.reading.metric_series import is_derived
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from noether.reports.html.charts import Curve
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 _MAX_CHARTS: Final = 24
 _POINTS: Final = 2000

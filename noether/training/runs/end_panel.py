@@ -15,8 +15,8 @@ from noether.core.event import AtEval
 from noether.core.file_names import best_pointer
 from noether.core.metrics import keys_overlap
 from noether.core.text import count_of, format_bytes
-from noether.effects.logs.columns import repeats_single_loss
-from noether.effects.logs.run_panels import RunPanel, Table
+from noether.effects.console.columns import repeats_single_loss
+from noether.effects.console.run_panels import RunPanel, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.distributed.failures import Failures
     from noether.effects import Interpreter, RunDirectory
+    from noether.effects.console.run_panels import RunPanel
     from noether.effects.logs.jsonl import ToLine
-    from noether.effects.logs.run_panels import RunPanel
     from noether.effects.run_directory import Interpret
     from noether.training.data.interruptible import Watch
     from noether.training.experiment import Experiment

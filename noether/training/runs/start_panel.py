@@ -11,7 +11,7 @@ from noether.core.schedules.schedule import EveryNEpochs, EveryNSamples, EveryNU
 from noether.core.schedules.window import ALWAYS
 from noether.core.tensors.module import device_of
 from noether.core.text import count_of
-from noether.effects.logs.run_panels import RunPanel
+from noether.effects.console.run_panels import RunPanel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from noether.reports.run_record import ArtifactRecord, RunRecord
+    from noether.reports.reading.run_record import ArtifactRecord, RunRecord
 
 _PICTURE_BYTES: Final = 450_000  # of all pictures of a page, so that it stays below 2 MB
 _TEXT_CHARACTERS: Final = 10_000

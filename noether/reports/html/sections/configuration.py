@@ -14,7 +14,7 @@ from noether.reports.setting_paths import comparable_settings
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 
 def configuration_section(runs: Sequence[RunRecord]) -> Section | None:

@@ -9,14 +9,14 @@ import numpy as np
 from noether.reports.html.charts import chart_data, group_curves, run_style
 from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
-from noether.reports.metric_series import is_derived
+from noether.reports.reading.metric_series import is_derived
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from noether.reports.html.charts import Curve
-    from noether.reports.metric_series import Series
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.metric_series import Series
+    from noether.reports.reading.run_record import RunRecord
 
 _TABLE_ROWS: Final = 60  # more values are summarized
 _PARTS: Final = 12

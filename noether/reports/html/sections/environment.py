@@ -13,7 +13,7 @@ from noether.reports.setting_paths import walk_settings
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 _DIFF_CHARACTERS: Final = 200_000
 

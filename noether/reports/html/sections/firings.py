@@ -12,7 +12,7 @@ from noether.reports.html.tables import html_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 _HEAD = ("callback", "run", "schedule", "planned firings", "due until its last line", "lines logged")
 

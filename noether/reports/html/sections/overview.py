@@ -11,13 +11,13 @@ from noether.core.text import count_of
 from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
-from noether.reports.metric_series import is_derived
+from noether.reports.reading.metric_series import is_derived
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from noether.reports.metric_series import Best
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.metric_series import Best
+    from noether.reports.reading.run_record import RunRecord
 
 _BEST_ROWS: Final = 12
 

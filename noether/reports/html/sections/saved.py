@@ -17,7 +17,7 @@ from noether.reports.html.tables import html_table
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 _TRACEBACK_CHARACTERS: Final = 20_000
 _DAMAGED_LINES: Final = 5

@@ -13,7 +13,7 @@ from noether.reports.html.tables import html_table
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 _PHASES: Final = {
     "data_s": "waiting for data",

@@ -178,13 +178,13 @@ class Metrics(Mapping[str, Series]):
         return len(self._columns)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return a wide frame of pandas: see `noether.reports.frames.to_pandas`."""
-        from noether.reports.frames import to_pandas
+        """Return a wide frame of pandas: see `noether.reports.reading.frames.to_pandas`."""
+        from noether.reports.reading.frames import to_pandas
 
         return to_pandas(self)
 
     def to_polars(self) -> pl.DataFrame:
-        """Return a wide frame of polars: see `noether.reports.frames.to_polars`."""
-        from noether.reports.frames import to_polars
+        """Return a wide frame of polars: see `noether.reports.reading.frames.to_polars`."""
+        from noether.reports.reading.frames import to_polars
 
         return to_polars(self)

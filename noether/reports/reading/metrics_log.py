@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 import numpy as np
 
 from noether.effects.disk.encoding import NUMBERS
-from noether.reports.metric_series import Metrics, Points
+from noether.reports.reading.metric_series import Metrics, Points
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from noether.reports.log_lines import LogLines
+    from noether.reports.reading.log_lines import LogLines
 
 _DTYPES: Final = {"epoch": np.int64, "update": np.int64, "sample": np.int64, "time_s": np.float64, "event": np.str_}
 _POINT_OF: Final = itemgetter(*_DTYPES)
@@ -51,7 +51,7 @@ def parse_metrics(
 
     Example:
         >>> import tempfile, pathlib
-        >>> from noether.reports.log_lines import LogLines
+        >>> from noether.reports.reading.log_lines import LogLines
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
         >>> point = '"event": "after_update", "epoch": 0, "update": 3, "sample": 6, "time_s": 0.5'
         >>> _ = path.write_text('{' + point + ', "metrics": {"a": "NaN"}}\n')

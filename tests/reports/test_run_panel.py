@@ -12,8 +12,8 @@ from reading import write_lines
 from rich.console import Console
 
 from noether import open_run, read_run
-from noether.effects.logs.run_panels import layout, plain_lines
-from noether.reports.run_view import describe_run, draw_trend, to_values
+from noether.effects.console.run_panels import layout, plain_lines
+from noether.reports.run_panel import describe_run, draw_trend, to_values
 
 
 def write_run(path, lines, summary=None, config=None):

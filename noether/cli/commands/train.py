@@ -14,7 +14,7 @@ from noether.cli.ranks import announce, announce_exit
 from noether.config import load
 from noether.distributed.failures import RankError
 from noether.distributed.launch import launched_rank
-from noether.effects.logs.run_panels import wrap_words
+from noether.effects.console.run_panels import wrap_words
 from noether.planning.warnings import find_start_warnings
 from noether.training.error_locations import describe_error
 from noether.training.runs.ending import failure_of

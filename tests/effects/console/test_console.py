@@ -143,7 +143,7 @@ class Timer:
 def clock(monkeypatch):
     """The time that the console reads: a list with one number of seconds."""
     now = [1000.0]
-    monkeypatch.setattr("noether.effects.logs.console.monotonic", lambda: now[0])
+    monkeypatch.setattr("noether.effects.console.console.monotonic", lambda: now[0])
     return now
 
 

@@ -20,15 +20,15 @@ from rich.text import Text
 
 from noether.core.event import AfterTraining, AfterUpdate, AtEval
 from noether.core.text import escape_controls
+from noether.effects.console.bottom_rows import BottomRows
+from noether.effects.console.columns import add_label, format_line, format_value, repeats_single_loss
+from noether.effects.console.live_region import LiveRegion, Looks
+from noether.effects.console.live_view import RunView, TaskView
+from noether.effects.console.notebook import NotebookRows
+from noether.effects.console.other_bars import choose_output, removed_bars
+from noether.effects.console.progress_lines import describe_progress, is_live
+from noether.effects.console.run_panels import command_lines, plain_lines
 from noether.effects.disk.finalizers import finalize
-from noether.effects.logs.bottom_rows import BottomRows
-from noether.effects.logs.columns import add_label, format_line, format_value, repeats_single_loss
-from noether.effects.logs.live_region import LiveRegion, Looks
-from noether.effects.logs.notebook import NotebookRows
-from noether.effects.logs.other_bars import choose_output, removed_bars
-from noether.effects.logs.progress_lines import describe_progress, is_live
-from noether.effects.logs.run_panels import command_lines, plain_lines
-from noether.effects.logs.run_view import RunView, TaskView
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from noether.core.event import Event
     from noether.core.run import Run
     from noether.core.state import TrainState
-    from noether.effects.logs.run_panels import RunPanel
+    from noether.effects.console.run_panels import RunPanel
 
 _UPDATE_INTERVAL_S: Final = 1.0
 _HEARTBEAT_S: Final = 300.0

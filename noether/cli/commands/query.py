@@ -17,13 +17,13 @@ from rich.text import Text
 from noether.cli.output import echo, printable
 from noether.effects.disk.encoding import to_plain
 from noether.reports.query import query_runs
-from noether.reports.run_record import read_runs
+from noether.reports.reading.run_record import read_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from noether.reports.query import QueryResult
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 _PLAIN_WIDTH = 1 << 16
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from noether.effects.run_logs import METRICS_FILE
-from noether.reports.log_lines import LogLines
-from noether.reports.metrics_log import Columns, parse_metrics
+from noether.reports.reading.log_lines import LogLines
+from noether.reports.reading.metrics_log import Columns, parse_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from noether.reports.metric_series import Metrics
-    from noether.reports.metrics_log import MetricsLog
+    from noether.reports.reading.metric_series import Metrics
+    from noether.reports.reading.metrics_log import MetricsLog
 
 
 class NewMetrics(NamedTuple):

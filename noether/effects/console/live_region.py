@@ -13,14 +13,14 @@ from noether.core.effect import format_duration
 from noether.core.estimates import estimate_end, known_end
 from noether.core.state import TrainState
 from noether.core.text import escape_controls
-from noether.effects.logs.columns import format_value
-from noether.effects.logs.other_bars import others_draw
+from noether.effects.console.columns import format_value
+from noether.effects.console.other_bars import others_draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from noether.effects.logs.bottom_rows import Rows
-    from noether.effects.logs.run_view import MetricView, RunView, TaskView
+    from noether.effects.console.bottom_rows import Rows
+    from noether.effects.console.live_view import MetricView, RunView, TaskView
 
 _INTERVAL_S: Final = 0.25
 _MAX_ROWS: Final = 8

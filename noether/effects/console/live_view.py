@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.logs.columns import format_value
+from noether.effects.console.columns import format_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -16,21 +16,21 @@ from noether.config import ConfigError
 from noether.config.errors import LocatedProblem, Place
 from noether.core.errors import suggest
 from noether.core.text import count_of
+from noether.effects.console.columns import format_columns
+from noether.effects.console.run_panels import RunPanel, Table, command_lines, plain_lines
 from noether.effects.disk.encoding import to_plain
-from noether.effects.logs.columns import format_columns
-from noether.effects.logs.run_panels import RunPanel, Table, command_lines, plain_lines
 from noether.reports.differences import find_run_differences
-from noether.reports.metrics_tail import MetricsTail
-from noether.reports.run_folders import find_runs
-from noether.reports.run_record import read_run, read_runs
+from noether.reports.reading.metrics_tail import MetricsTail
+from noether.reports.reading.run_folders import find_runs
+from noether.reports.reading.run_record import read_run, read_runs
+from noether.reports.run_panel import describe_run, to_values
 from noether.reports.run_table import FACTS, choose_metrics, make_rows, sort_rows, tabulate_runs
-from noether.reports.run_view import describe_run, to_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 _INTERVAL_S: Final = 1.0
 _LINE_WIDTH: Final = 100

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
-from noether.effects.logs.console import Console
-from noether.effects.logs.run_panels import RunPanel, Table, layout, plain_lines, wrap_words
+from noether.effects.console.console import Console
+from noether.effects.console.run_panels import RunPanel, Table, layout, plain_lines, wrap_words
 
 WORDS = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=30)
 TEXTS = st.lists(WORDS, min_size=1, max_size=4).map(" ".join)

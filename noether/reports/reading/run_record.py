@@ -23,11 +23,11 @@ from noether.effects.evaluation_logs import EVALUATIONS
 from noether.effects.logs.summary import read_summary
 from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
 from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
-from noether.reports.log_ends import read_first_point, read_last_point
-from noether.reports.log_lines import LogLines
-from noether.reports.metrics_tail import MetricsTail
-from noether.reports.run_folders import find_runs, require_readable
-from noether.reports.status import find_status
+from noether.reports.reading.log_ends import read_first_point, read_last_point
+from noether.reports.reading.log_lines import LogLines
+from noether.reports.reading.metrics_tail import MetricsTail
+from noether.reports.reading.run_folders import find_runs, require_readable
+from noether.reports.reading.status import find_status
 from noether.training.runs.directories import load_weights
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from noether.core.callbacks.improvement import Mode
     from noether.effects.checkpoints.manifest import Manifest
-    from noether.reports.metric_series import Best, Metrics, Point
-    from noether.reports.metrics_log import MetricsLog
-    from noether.reports.status import RunStatus
+    from noether.reports.reading.metric_series import Best, Metrics, Point
+    from noether.reports.reading.metrics_log import MetricsLog
+    from noether.reports.reading.status import RunStatus
 
 _LOGGER: Final = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ def read_run(path: str | Path) -> RunRecord:
     """Return a run directory as Python values; each part is read when it is first used, and then stays as it was.
 
     A run that is being written can be read, without its lock: an incomplete last line of a log is left out. Call
-    `reread` of the run for what was written since, or follow the log with `noether.reports.metrics_tail.MetricsTail`.
+    `reread` of the run for what was written since, or follow the log with `MetricsTail` of
+    `noether.reports.reading.metrics_tail`.
 
     Args:
         path: The run directory: of `noether train`, or of a `Session` with `open_run`, which has no `config.yaml`.

@@ -125,7 +125,7 @@ def _value(entry: Entry) -> str:
 
 def _show_callback(name: str, allow: Sequence[str]) -> None:
     """Print a callback, or one setting of it."""
-    from noether.cli.callbacks import show_kind
+    from noether.cli.commands.callbacks import show_kind
     from noether.config.descriptions import describe, known_kinds
     from noether.core.errors import suggest
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from noether.core.iteration import TrainingIteration
 from noether.core.text import count_of, format_bytes
-from noether.effects.logs.run_panels import RunPanel, Table
+from noether.effects.console.run_panels import RunPanel, Table
 from noether.effects.run_ending import TRACEBACK_FILE
-from noether.reports.metric_series import is_derived
+from noether.reports.reading.metric_series import is_derived
 from noether.training.runs.end_panel import describe_phases, format_seconds
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from noether.reports.run_record import RunRecord
+    from noether.reports.reading.run_record import RunRecord
 
 STYLES: Final = {
     **dict.fromkeys(("finished", "stopped"), "green"),

@@ -6,13 +6,13 @@ import os
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from noether.reports.log_lines import LogLines
-from noether.reports.metrics_log import parse_metrics
+from noether.reports.reading.log_lines import LogLines
+from noether.reports.reading.metrics_log import parse_metrics
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from noether.reports.metric_series import Point
+    from noether.reports.reading.metric_series import Point
 
 _END_BYTES: Final = 1 << 16
 

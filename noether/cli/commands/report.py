@@ -16,7 +16,7 @@ from noether.effects.disk.files import os_error_text
 from noether.reports.html.page import GENERATOR
 from noether.reports.html.picture import draw_picture
 from noether.reports.html.report import write_report
-from noether.reports.run_record import read_run
+from noether.reports.reading.run_record import read_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

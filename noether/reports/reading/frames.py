@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
     from numpy.typing import NDArray
 
-    from noether.reports.metric_series import Metrics, Points
+    from noether.reports.reading.metric_series import Metrics, Points
 
 _POSITION: Final = ("event", "epoch", "update", "sample", "time_s")
 
