@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
@@ -161,8 +162,13 @@ class Interpreter:
             )
 
 
-def _is_on_all_ranks(handler: Handler) -> bool:
-    return getattr(handler, "is_on_all_ranks", False)
+def _is_on_all_ranks(handler: Any) -> bool:
+    """Return whether a handler is marked; so is one with bound settings or in a wrapper, if what it calls is marked."""
+    while handler is not None:
+        if any(getattr(each, "is_on_all_ranks", False) for each in (handler, type(handler).__call__)):
+            return True
+        handler = handler.func if isinstance(handler, partial) else getattr(handler, "__wrapped__", None)
+    return False
 
 
 def _read_tensors(effect: Effect) -> Effect:

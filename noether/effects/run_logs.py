@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 
@@ -102,6 +103,7 @@ class LogGuard:
             write: Writes to the log.
         """
 
+        @functools.wraps(write)  # a handler may be marked as one that all ranks call
         def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
             try:
                 write(*args, **kwargs)
