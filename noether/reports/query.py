@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -37,6 +38,9 @@ _SETTINGS: Final = {
     "python_enable_replacements": "false",
     "temp_directory": "",  # else a large sort writes to the working directory
 }
+
+_READING: Final = frozenset({"SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI"})
+"""Kinds of statements that return rows and change nothing; `pivot` is MULTI."""
 
 # duckdb reads NaN in an array as NULL; no logged value is NULL.
 _METRICS: Final = """
@@ -74,8 +78,8 @@ def query_runs(runs: Mapping[str, RunRecord], statement: str) -> QueryResult:
         statement: The statement, in the dialect of duckdb.
 
     Raises:
-        ConfigError: If duckdb refuses the statement; the message lists the tables. Statements that read or write files
-            are refused.
+        ConfigError: If duckdb refuses the statement, or it is not exactly one that reads tables; the message lists the
+            tables. Statements that read or write files are refused.
         MissingLibraryError: If duckdb is not installed.
 
     Example:
@@ -94,12 +98,36 @@ def query_runs(runs: Mapping[str, RunRecord], statement: str) -> QueryResult:
         _create_tables(connection, runs, statement)
         connection.execute("set lock_configuration = true")
         try:
-            result = connection.execute(statement)
-            if result is None or result.description is None:
-                raise _statement_error("it returns no rows; write one that begins with select")
+            _check_statement([each.type.name for each in connection.extract_statements(statement)])
+            result = connection.execute(_leave_out_arrays(statement))
             return QueryResult(_unique([column[0] for column in result.description]), result.fetchall())
         except duckdb.Error as error:
             raise _statement_error(error) from error
+
+
+def _check_statement(kinds: Sequence[str]) -> None:
+    """Refuse statements, of which each has a kind, if they are not one that returns rows and changes nothing."""
+    if len(kinds) > 1:
+        raise _statement_error(
+            f"there are {len(kinds)} statements, separated by `;`; write one, which `with NAME as (...)` may precede"
+        )
+    if not _READING.issuperset(kinds):
+        raise _statement_error(f"{kinds[0]} is not possible, because tables are only read; begin with select")
+    if not kinds:
+        raise _statement_error("it is empty; write one that begins with select")
+
+
+def _leave_out_arrays(statement: str) -> str:
+    """Return a statement; one that lists tables leaves out those of which the view `metrics` is made.
+
+    Example:
+        >>> _leave_out_arrays("select 1")
+        'select 1'
+    """
+    lists_tables = re.fullmatch(r"\s*(show(\s+all)?\s+tables)\s*;?\s*", statement, re.IGNORECASE)
+    if lists_tables is None:
+        return statement
+    return f"from ({lists_tables[1]}) where name in ({', '.join(map(repr, VIEWS))})"
 
 
 def _statement_error(reason: object) -> ConfigError:

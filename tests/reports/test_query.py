@@ -118,7 +118,12 @@ def test_forms_of_the_output(runs):
         ("select * from metric", 'Table with name metric does not exist! Did you mean "metrics"'),
         ("select losss from metrics", "losss"),
         ("selec 1", "syntax error"),
-        ("", "it returns no rows; write one that begins with select"),
+        ("", "it is empty; write one that begins with select"),
+        (";", "it is empty; write one that begins with select"),
+        ("select 1; drop table runs", "there are 2 statements, separated by `;`; write one"),
+        ("drop table runs", "DROP is not possible, because tables are only read; begin with select"),
+        ("update runs set name = 'a'", "UPDATE is not possible"),
+        ("insert into runs select * from runs returning *", "INSERT is not possible"),
     ],
 )
 def test_a_wrong_statement_gets_one_line_and_the_tables(runs, statement, text):
@@ -136,6 +141,7 @@ def test_a_wrong_statement_gets_one_line_and_the_tables(runs, statement, text):
     "statement",
     [
         "copy metrics to '{path}/out.csv'",
+        "explain analyze copy metrics to '{path}/out.csv'",
         "export database '{path}/out'",
         "attach '{path}/out.db'",
         "install httpfs",
@@ -155,6 +161,19 @@ def test_a_statement_reads_and_writes_no_file(tmp_path, monkeypatch, statement):
     assert code == 2
     assert errors.startswith("Error: the statement: ")
     assert sorted(os.walk(tmp_path)) == before
+
+
+@pytest.mark.parametrize("statement", ["show tables", "SHOW  ALL TABLES ;"])
+def test_the_list_of_tables_has_those_of_the_reference_only(runs, statement):
+    assert {row["name"] for row in json.loads(run_query(runs, statement, "--json")[1])} == {*VIEWS}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["from runs;", "values (';')", "select ';' -- ;", "describe metrics", "pivot runs on status", "explain from runs"],
+)
+def test_one_statement_that_reads_returns_rows(runs, statement):
+    assert json.loads(run_query(runs / "a", statement, "--json")[1])
 
 
 def test_every_listed_column_exists(runs):
