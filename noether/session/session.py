@@ -4,33 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, final
 
-from torch import Tensor
-
 from noether.core.callback import leaves_of
 from noether.core.errors import check_whole, raise_problems
-from noether.core.event import AfterAccumulationStep, AfterUpdate
-from noether.core.event_fields import check_fields
 from noether.core.reducer import compose
 from noether.core.run import Run
-from noether.core.tensors.containers import map_tensors
-from noether.core.tensors.losses import loss_weights
-from noether.core.tensors.modes import ModeWatch
-from noether.core.tensors.tree import FrozenDict
 from noether.effects.interpreter import Interpreter
 from noether.session import settings
 from noether.session.errors import SessionError
-from noether.session.events import SessionEvents
-from noether.session.hidden_state import ModelWatch
-from noether.session.lengths import Contradiction
 from noether.session.live_state import LiveState
-from noether.session.loader import check_not_empty, has_exact_length, warn
+from noether.session.loader import check_not_empty, has_exact_length
 from noether.session.loop import BatchLoop
-from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
-from noether.session.optimizers import is_skipped
 from noether.session.rank_exchange import check_joined, ranks_of_model
 from noether.session.scaler import ScalerMemory
 from noether.session.scheduler import SchedulerMemory
 from noether.session.timing import Clock
+from noether.session.updates import SessionUpdates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,7 +31,6 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.core.tensors.live.optimizer import Optimizers
     from noether.effects import RunDirectory
-    from noether.session.losses import Losses, ReportedLosses
     from noether.session.optimizers import LiveOptimizer
 
 _CLOCK: Final = Clock()
@@ -51,7 +38,7 @@ _RUN: Final = Run()
 
 
 @final
-class Session(SessionEvents):
+class Session(SessionUpdates):
     """Runs callbacks beside a training loop: dispatches its events, and applies what the callbacks change.
 
     A plain loop iterates `batches(loader)` and calls `update(losses)` once per update:
@@ -189,13 +176,10 @@ class Session(SessionEvents):
             seed=seed,
             clock=clock,
             ranks=ranks,
+            model=model,
+            reads_all_events=interpreter is not None and not isinstance(interpreter, Interpreter),
         )
         self._accumulation, self._given_scheduler = accumulation, scheduler
-        self._model_watch, self._mode_watch = ModelWatch(model), ModeWatch(model)
-        self._loop: BatchLoop | None = None
-        self._steps_with_samples = 0  # micro-batches of this update, on any rank
-        self._interpreter_reads_events = interpreter is not None and not isinstance(interpreter, Interpreter)
-        self._has_compared_params = False  # of all ranks, after the first update of this process
 
     @property
     def is_last_batch(self) -> bool:
@@ -258,182 +242,8 @@ class Session(SessionEvents):
         self._loop = loop
         return loop.run()
 
-    def micro_batch(
-        self, losses: ReportedLosses, *, outputs: Any = None, samples: int | None = None, of: int | None = None
-    ) -> None:
-        """Report a micro-batch whose gradients are computed, before the optimizer steps.
-
-        Args:
-            losses: Mean loss, or losses by name; `total` is added as their sum. They are detached. A `Mean` gives a
-                loss its weight in the mean over micro-batches and updates. Empty if the framework left the micro-batch
-                out. An update of such micro-batches only counts as skipped, and so does one whose micro-batches have no
-                samples; the losses of these are ignored.
-            outputs: What the model returned, for callbacks that track it.
-            samples: Its samples, >= 0; by default those of the batch that `batches` yielded.
-            of: Micro-batches of this update; by default as `accumulation` says.
-
-        Raises:
-            SessionError: If there is no batch, or it was reported.
-            SettingsError: If `samples` is not a whole number >= 0.
-        """
-        if samples is not None:
-            check_fields(AfterAccumulationStep, {"samples": samples})
-        batch = None if self._loop is None else self._loop.report()
-        self.has_equal_batches = self.has_equal_batches and (samples is None or self._loop is None)
-        if samples is None:
-            if self._loop is None:
-                raise SessionError("outside of session.batches(loader) a batch is not known: pass samples=")
-            samples = self.run.count_samples(batch)
-        if of is None:
-            of = 1 if self._loop is None else self._loop.accumulation_steps
-        if not self._micro_batches:
-            self._settled, self._steps_with_samples = self._state, 0
-        losses = named_losses(losses) if samples else FrozenDict()  # the mean over no samples is NaN
-        if outputs is not None:
-            outputs = map_tensors(Tensor.detach, outputs)
-        self._epoch_batches += 1
-        micro_batch = MicroBatch(samples=samples, losses=losses, outputs=outputs)
-        self._micro_batches.append(micro_batch)
-        self.stopwatch.step_made()
-        if self.listens_to_micro_batches:
-            self._dispatch_micro_batch(micro_batch, of)
-
-    def _dispatch_micro_batch(self, micro_batch: MicroBatch, of: int) -> None:
-        """Dispatch `AfterAccumulationStep` with the samples and losses of all ranks, unless there are none."""
-        samples, losses, time_s = micro_batch.samples, micro_batch.losses, self._clock.wall_s()
-        if self.ranks.are_several:
-            what = f"micro-batch {len(self._micro_batches)} of {self._next_update}"
-            samples, losses, time_s = self._exchange.reduce_micro_batch(what, micro_batch, time_s)
-        if not samples:
-            return
-        self._steps_with_samples += 1
-        self._dispatch(
-            self._state,
-            AfterAccumulationStep,
-            losses=losses,
-            outputs=micro_batch.outputs,
-            samples=samples,
-            accumulation_step=self._steps_with_samples - 1,
-            accumulation_steps=max(of, self._steps_with_samples),
-            time_s=time_s,
-        )
-
-    @property
-    def _next_update(self) -> str:
-        return f"update {self._state.iteration.update + 1}"
-
-    def update(  # noqa: PLR0913  # every reading, by name
-        self,
-        losses: ReportedLosses | None = None,
-        *,
-        outputs: Any = None,
-        samples: int | None = None,
-        skipped: bool | None = None,
-        mean: ReportedLosses | None = None,
-        grad_norm: Tensor | float | None = None,
-        finite: Tensor | bool | None = None,
-        forward_s: float | None = None,
-        backward_s: float | None = None,
-        optimizer_s: float | None = None,
-    ) -> None:
-        """Report an update, after `optimizer.step()` and `scheduler.step()`; apply what callbacks change.
-
-        Args:
-            losses: As for `micro_batch`, which is called with them; left out if the micro-batches were reported.
-            outputs: Likewise.
-            samples: Likewise.
-            skipped: Whether the optimizer left the update out, as under a `GradScaler`; by default whether it made no
-                step, and the scaler lowered its scale or the gradients are not finite.
-            mean: Losses of the update, in place of the sample-weighted mean over its micro-batches.
-            grad_norm: 2-norm of the gradients, such as `clip_grad_norm_` returns; by default that of the gradients as
-                the optimizer steps, if a callback reads it.
-            finite: Whether losses and gradients are finite; by default checked if a callback reads it.
-            forward_s: Seconds in forward passes, if the loop measured them.
-            backward_s: Seconds in backward passes, likewise.
-            optimizer_s: Seconds in the optimizer, likewise.
-
-        Raises:
-            SessionError: If there is no micro-batch, the optimizer made no step, or training is over.
-            SettingsError: If a reading is not what `AfterUpdate` documents.
-        """
-        times = {"forward_s": forward_s, "backward_s": backward_s, "optimizer_s": optimizer_s}
-        given = {"skipped": skipped, "grad_norm": grad_norm, "finite": finite, **times}
-        check_fields(AfterUpdate, {name: value for name, value in given.items() if value is not None})
-        if losses is not None:
-            self.micro_batch(losses, outputs=outputs, samples=samples)
-        self._check_update()
-        counted, self._micro_batches = [each for each in self._micro_batches if each.samples], []
-        reported = mean_losses(counted) if mean is None or not counted else named_losses(mean)
-        if skipped is None:
-            lowered = self._scaler is not None and self._scaler.has_lowered(self._state)
-            skipped = is_skipped(self._optimizer, self.steps, reported, lowered=lowered)
-        skipped = skipped or not reported
-        rates = {} if self._optimizer is None else self._optimizer.readings
-        if finite is None and "finite" in self.readings:
-            finite = not skipped and is_finite(reported["total"]) & rates.get("finite", True)
-        known: dict[str, Any] = {
-            **rates,
-            "losses": reported,
-            "outputs": tuple([each.outputs for each in counted]),
-            "accumulated": tuple([each.samples for each in counted]),
-            "finite": finite,
-            "skipped": skipped,
-            **times,
-            **self.stopwatch.read(),
-        }
-        if weights := loss_weights(reported):
-            known["loss_weights"] = weights
-        if grad_norm is not None or skipped:
-            known["grad_norm"] = grad_norm
-        known["samples"] = sum([each.samples for each in counted])
-        if self.ranks.are_several:
-            known |= self._reduce_update(counted, known, None if mean is None else reported)
-        if not known["samples"]:
-            self._warn_of_empty_update()
-        state = self._state.advance(samples=known["samples"], epoch_batches=self._epoch_batches)
-        self._dispatch(state, AfterUpdate, **known)
-        self._steps_before += self.steps
-        if self._optimizer is not None:
-            self._optimizer.end_update()
-        self._warn_of_changes()
-
-    def _reduce_update(
-        self, counted: list[MicroBatch], known: Mapping[str, Any], mean: Losses | None
-    ) -> dict[str, Any]:
-        """Return the readings of an update over all ranks; without an exchange where no callback reads them."""
-        is_first, self._has_compared_params = not self._has_compared_params, True
-        total = known["samples"] * self.ranks.world_size
-        if not is_first and self.has_equal_batches and not self._is_read(total):
-            return {"samples": total}
-        sent = {"mean": None if mean is None else dict(mean), "time_s": self._clock.wall_s()}
-        return self._exchange.reduce_update(self._next_update, counted, {**known, **sent}, params=is_first)
-
-    def _is_read(self, samples: int) -> bool:
-        """Return whether a callback, or an interpreter of the user's, reads the update that ends now."""
-        state = self._state.advance(samples=samples, epoch_batches=self._epoch_batches)
-        called = self._reducer.members_called(state, AfterUpdate)
-        own = {id(self._scheduler), id(self._scaler)}
-        return self._interpreter_reads_events or any(id(member) not in own for member in called)
-
-    def _warn_of_changes(self) -> None:
-        """Name what updates change of the model that no checkpoint has."""
-        epoch = self._state.iteration.epoch
-        for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
-            if changes is not None:
-                warn(changes)
-
     @property
     def _running_loop(self) -> BatchLoop:
         if self._loop is None:
             raise SessionError("this is known inside of `for batch in session.batches(loader):` only")
         return self._loop
-
-    def _check_update(self) -> None:
-        if self._loop is not None:
-            self._loop.check_update(self.pending_micro_batches)
-        elif not self._micro_batches:
-            raise SessionError("an update needs micro-batches: call update(losses, samples=...) or micro_batch(...)")
-        per_epoch = self._updates_per_epoch
-        if per_epoch is not None and self._position == per_epoch:
-            reason = f"epoch {self._state.iteration.epoch} has more updates than updates_per_epoch={per_epoch}"
-            self._forget_lengths(Contradiction(reason))
