@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003  # cattrs reads the annotations of SaveCheckpoint
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from noether.core.tensors.tree import FrozenDict
 
@@ -163,9 +162,6 @@ class ShowProgress(Effect):
     due: bool
 
 
-_LONGEST_S: Final = timedelta.max.days * 86_400
-
-
 def format_count(name: Counter, iteration: TrainingIteration, end: TrainingIteration | None) -> str:
     """Return a count with its end, if that is known.
 
@@ -177,13 +173,3 @@ def format_count(name: Counter, iteration: TrainingIteration, end: TrainingItera
     """
     count = f"{name} {getattr(iteration, name)}"
     return count if end is None else f"{count}/{getattr(end, name)}"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as `h:mm:ss`, whole seconds; a negative one is zero.
-
-    Example:
-        >>> format_duration(3661.5), format_duration(-1.0)
-        ('1:01:01', '0:00:00')
-    """
-    return str(timedelta(seconds=int(min(max(seconds, 0.0), _LONGEST_S))))

@@ -1,8 +1,9 @@
-"""Text for a person: control characters made visible, counts and sizes."""
+"""Text for a person: control characters made visible, counts, sizes and durations."""
 
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Final
 
 # C0 and C1 controls, line separators, marks that reverse the direction of text, and halves of surrogate pairs, which no
@@ -12,6 +13,8 @@ _CONTROLS: Final = re.compile(
 )
 
 _THOUSAND: Final = 1000
+_MINUTE_S: Final = 60.0
+_LONGEST_S: Final = timedelta.max.days * 86_400
 
 
 def escape_controls(text: str, keep: str = "") -> str:
@@ -64,3 +67,25 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= _THOUSAND
     return f"{count:,.2f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as `h:mm:ss`, whole seconds; a negative one is zero.
+
+    Example:
+        >>> format_duration(3661.5), format_duration(-1.0)
+        ('1:01:01', '0:00:00')
+    """
+    return str(timedelta(seconds=int(min(max(seconds, 0.0), _LONGEST_S))))
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration: in seconds below a minute, then as `h:mm:ss`.
+
+    Example:
+        >>> format_seconds(0.0312), format_seconds(12.34), format_seconds(75)
+        ('0.03 s', '12.3 s', '0:01:15')
+    """
+    if seconds >= _MINUTE_S:
+        return format_duration(seconds)
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from noether.core.iteration import TrainingIteration
-from noether.core.text import count_of, format_bytes
+from noether.core.text import count_of, format_bytes, format_seconds
 from noether.effects.console.run_panels import RunPanel, Table
 from noether.effects.run_ending import TRACEBACK_FILE
 from noether.reports.reading.metric_series import is_derived
-from noether.training.runs.end_panel import describe_phases, format_seconds
+from noether.session.phase_texts import describe_phases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callbacks.improvement import direction_of
+from noether.core.text import format_seconds
 from noether.effects.console.run_panels import Table
 from noether.reports.run_panel import duration_s, format_number, format_time, last_iteration
-from noether.training.runs.end_panel import format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

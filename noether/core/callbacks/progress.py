@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.effect import LogText, format_count, format_duration
+from noether.core.effect import LogText, format_count
 from noether.core.estimates import estimate_end, known_end
 from noether.core.iteration import COUNTERS
 from noether.core.tensors.tree import FrozenDict
+from noether.core.text import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

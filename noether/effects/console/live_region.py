@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from rich.cells import cell_len, set_cell_size
 
-from noether.core.effect import format_duration
 from noether.core.estimates import estimate_end, known_end
 from noether.core.state import TrainState
-from noether.core.text import escape_controls
+from noether.core.text import escape_controls, format_duration
 from noether.effects.console.columns import format_value
 from noether.effects.console.other_bars import others_draw
 

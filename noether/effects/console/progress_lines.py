@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from noether.core.effect import format_count, format_duration
+from noether.core.effect import format_count
+from noether.core.text import format_duration
 
 if TYPE_CHECKING:
     from rich.console import Console

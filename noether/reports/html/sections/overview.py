@@ -6,8 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from noether.config.schema import ENDS
-from noether.core.effect import format_duration
-from noether.core.text import count_of
+from noether.core.text import count_of, format_duration
 from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table

@@ -1,0 +1,30 @@
+"""Where the time of a run went, as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from noether.core.text import format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+_PHASES: Final = {"step_s": "steps", "data_s": "waiting for data", "evaluation_s": "evaluation", "saving_s": "saving"}
+
+
+def describe_phases(phases: Mapping[str, Any]) -> list[str]:
+    """Return the phases of a run with their seconds and shares, the longest first.
+
+    Example:
+        >>> times = {"total_s": 10.0, "step_s": 7.0, "data_s": 0.0, "evaluation_s": 2.5, "saving_s": 0.0}
+        >>> describe_phases(times)
+        ['steps 7.0 s (70 %)', 'evaluation 2.5 s (25 %)', 'callbacks and other 0.50 s (5 %)']
+    """
+    total_s = phases["total_s"]
+    times = {label: phases.get(name) or 0.0 for name, label in _PHASES.items()}
+    times["callbacks and other"] = max(total_s - sum(times.values()), 0.0)
+    if not total_s:
+        return []
+    ordered = sorted(times.items(), key=lambda item: -item[1])
+    return [f"{label} {format_seconds(each)} ({100 * each / total_s:.0f} %)" for label, each in ordered if each]
