@@ -212,7 +212,7 @@ def show(
     help="The file to write; by default report.html, in RUN_DIR if there is one run.",
 )
 @click.option(
-    "--png", metavar="FILE", type=click.Path(path_type=Path), help="Also draw the curves into FILE, as a PNG image."
+    "--png", metavar="FILE.png", type=click.Path(path_type=Path), help="Also draw the curves, as a PNG image."
 )
 def report(run_dirs: tuple[Path, ...], target: Path | None, png: Path | None) -> None:
     """Write charts and tables of runs to one HTML file, which needs no network.
@@ -313,7 +313,7 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
     "--between", nargs=2, metavar="START END", help="List the callbacks that fire after one point and up to another."
 )
 @click.option(
-    "--png", metavar="FILE", type=click.Path(path_type=Path), help="Also draw the timeline into FILE, as a PNG image."
+    "--png", metavar="FILE.png", type=click.Path(path_type=Path), help="Also draw the timeline, as a PNG image."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.option(

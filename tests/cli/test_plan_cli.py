@@ -242,6 +242,7 @@ def test_checkpoints_larger_than_the_free_space_are_warned_of(small, monkeypatch
                             "save_latest_optim, a longer interval")  # fmt: skip
 
 
+NO_PNG = "is the name of another kind of file than a PNG image"
 FIX = "give a point on one counter, like U1000, E2 or S512"
 
 
@@ -266,6 +267,7 @@ FIX = "give a point on one counter, like U1000, E2 or S512"
         (["--at", "U1", "--between", "E1", "E2"], "give either --at or --between"),
         (["--png", "nowhere/plan.png"], "--png nowhere/plan.png: the folder 'nowhere' does not exist; create it first"),
         (["--png", "."], "--png .: is a folder; give the path of a file"),
+        (["--png", "plan.jpg"], f"--png plan.jpg: {NO_PNG}; write plan.png"),
     ],
 )  # fmt: skip
 def test_bad_arguments(small, arguments, message):

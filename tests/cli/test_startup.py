@@ -115,8 +115,8 @@ def test_a_valid_configuration_needs_torch(tmp_path):
 
 
 def test_importing_the_commands_does_not_import_the_compiler():
-    rooms = "callbacks, evaluate, plan, replay, train"
-    code = f"from noether.cli import {rooms}; import noether.cli.plan.command; import sys; print(*sys.modules)"
+    commands = "callbacks, evaluate, replay, report, train"
+    code = f"from noether.cli.commands import {commands}; import noether.cli.plan.command, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "torch.optim" in done.stdout.split()
     assert "torch._dynamo" not in done.stdout.split()

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from click.testing import CliRunner
 
 import noether
@@ -37,6 +38,25 @@ def test_a_file_that_is_no_report_stays(tmp_path):
     assert result.exit_code == 2
     assert "exists already and is no report" in result.stderr
     assert target.read_text() == "<p>my thesis</p>"
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "fix"),
+    [
+        ("--to", "page.pdf", "page.html"),
+        ("--to", "page", "page.html"),
+        ("--png", "curves.jpg", "curves.png"),
+        ("--png", "curves", "curves.png"),
+    ],
+)
+def test_a_name_of_another_kind_of_file_is_refused(tmp_path, option, name, fix):
+    run = make_run(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    result = run_report(run, option, tmp_path / name)
+    assert result.exit_code == 2
+    assert "is the name of another kind of file" in result.stderr
+    assert result.stderr.endswith(f"write {fix}\n")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_run_without_a_configuration_is_named_once(tmp_path):

@@ -67,7 +67,7 @@ def _check_target(target: Path) -> None:
     if target.is_dir():
         problem = f"is a folder; write {target / _NAME}"
     elif target.suffix.lower() not in {".html", ".htm"}:
-        problem = f"is the name of another kind of file; write {target.name}.html"
+        problem = f"is the name of another kind of file; write {target.with_suffix('.html').name}"
     elif not target.parent.is_dir():
         problem = f"the folder {str(target.parent)!r} does not exist; create it first"
     elif target.exists() and not (target.is_file() and _is_report(target)):

@@ -35,7 +35,7 @@ def check_picture(png: Path | None) -> None:
     """Check that the picture can be written, before the plan takes time.
 
     Raises:
-        UsageError: If the folder or matplotlib is missing.
+        UsageError: If it has the name of another kind of file, or the folder or matplotlib is missing.
     """
     if png is None:
         return
@@ -43,6 +43,10 @@ def check_picture(png: Path | None) -> None:
         raise click.UsageError(f"--png {png}: the folder {str(png.parent)!r} does not exist; create it first")
     if png.is_dir():
         raise click.UsageError(f"--png {png}: is a folder; give the path of a file")
+    is_device = png.exists() and not png.is_file()
+    if png.suffix.lower() != ".png" and not is_device:
+        fix = f"write {png.with_suffix('.png').name}"
+        raise click.UsageError(f"--png {png}: is the name of another kind of file than a PNG image; {fix}")
     if find_spec("matplotlib") is None:
         raise click.UsageError("--png: matplotlib is not installed; run: pip install 'noether[plot]'")
 
