@@ -8,19 +8,21 @@ import shlex
 import time
 from collections import Counter
 from datetime import datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from noether.core.iteration import TrainingIteration
 from noether.core.text import count_of, format_bytes, format_seconds
+from noether.effects.console.next_commands import suggest_commands
 from noether.effects.console.run_panels import RunPanel, Table
 from noether.effects.run_ending import TRACEBACK_FILE
 from noether.reports.reading.metric_series import is_derived
 from noether.session.phase_texts import describe_phases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -222,22 +224,25 @@ def _read_error(run: RunRecord) -> list[str]:
 
 
 def _suggest_commands(run: RunRecord, status: str) -> list[tuple[str, str]]:
-    return [(name, shlex.join(words)) for name, words in _commands(run, status)]
+    commands = suggest_commands(
+        run.path,
+        status,
+        config=run.config or None,
+        pointers=run.pointers,
+        at=last_iteration(run),
+        allow=_read_allowed(run),
+    )
+    return [each for each in commands.items() if each[0] != "show"]
 
 
-def _commands(run: RunRecord, status: str) -> Iterator[tuple[str, list[str]]]:
-    path = str(run.path)
-    trains_from_file = bool(run.config)
-    if status == "running":
-        yield "follow", ["noether", "show", path, "--follow"]
-    elif trains_from_file and status in {"interrupted", "failed", "killed"}:
-        yield "resume", ["noether", "train", "--resume", path]
-    elif trains_from_file and status == "stopped":
-        yield "continue", ["noether", "train", "--resume", path, "--continue"]
-    if trains_from_file and run.pointers:
-        best = next((name for name in run.pointers if name.startswith("best_model.")), None)
-        yield "evaluate", ["noether", "eval", path, *([] if best is None else ["--checkpoint", best])]
-    yield "report", ["noether", "report", path]
+def _read_allowed(run: RunRecord) -> list[str]:
+    """Return the values of `--allow` in the command that trained a run last."""
+    *_, process = [{}, *run.provenance.values()]
+    try:
+        words = shlex.split(str(process.get("command") or ""))
+    except ValueError:  # it was changed by hand
+        return []
+    return [value for option, value in pairwise(words) if option == "--allow"]
 
 
 def to_values(run: RunRecord) -> Mapping[str, Any]:

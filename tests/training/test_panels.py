@@ -59,9 +59,17 @@ def test_the_end_has_best_values_with_their_checkpoints_and_commands(shown):
     assert "E4_U8_S32" in end["checkpoints"]
     assert end["training"].startswith("8 updates, 32 samples in ")
     assert {name: shlex.split(end[name]) for name in ("evaluate", "show", "report", "continue")} == {
-        "evaluate": ["noether", "eval", str(run.directory), "--checkpoint", "best_model.loss.val.square"],
+        "evaluate": [
+            "noether",
+            "eval",
+            str(run.directory),
+            "--checkpoint",
+            "best_model.loss.val.square",
+            "--data",
+            "val",
+        ],
         "show": ["noether", "show", str(run.directory)],
-        "report": ["noether", "report", str(run.directory), "--to", "report.html"],
+        "report": ["noether", "report", str(run.directory)],
         "continue": ["noether", "train", "--resume", str(run.directory), "--set", "trainer.max_epochs=8"],
     }
 

@@ -157,7 +157,7 @@ def _short_labels(runs: Sequence[RunRecord]) -> list[str]:
 def _print_panel(panel: RunPanel, console: Console) -> None:
     if console.is_terminal and not console.is_dumb_terminal:
         console.print(panel)
-        for line in command_lines(panel):
+        for line in command_lines(panel, console.width):
             console.print(line, soft_wrap=True)
     else:
         for text in (panel.title, *plain_lines(panel)):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
@@ -14,6 +13,7 @@ from noether.cli.ranks import announce, announce_exit
 from noether.config import load
 from noether.distributed.failures import RankError
 from noether.distributed.launch import launched_rank
+from noether.effects.console.next_commands import suggest_commands, wrap_command
 from noether.effects.console.run_panels import wrap_words
 from noether.planning.warnings import find_start_warnings
 from noether.training.error_locations import describe_error
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from noether.training.runs.ending import Failure
     from noether.training.runs.execution import TrainedRun
+
+_RESUME: Final = "resume with: "
 
 
 def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> int:
@@ -95,8 +97,9 @@ def _run(train: Callable[..., TrainedRun], allow: Sequence[str]) -> int:
     if run.finished:
         return 0
     if run.rank == 0:
-        hint = " (under torchrun, any number of ranks can resume it)" if run.world_size > 1 else ""
-        print_line(_resume_command(run.directory, allow) + hint)
+        if run.world_size > 1:
+            print_line("under torchrun, any number of ranks can resume it")
+        _print_resume(run.directory, allow)
     return interruption.exit_code
 
 
@@ -108,14 +111,11 @@ def _print_failure(error: BaseException, failure: Failure, allow: Sequence[str])
     prefix = announce(error)
     lines = [] if prefix is None else [f"{prefix}Error: {', '.join([describe_error(error), *failure.places])}"]
     lines += failure.outcome
-    if failure.directory.is_dir() and _prints_resume(error, is_shown=prefix is not None):
-        lines.append(_resume_command(failure.directory, allow))
     console = Console(stderr=True)
     for line in lines:
-        is_wrapped = console.is_terminal and not line.startswith(
-            "resume with: "
-        )  # a command can be copied in one piece
-        print_line("\n".join(wrap_words(line, console.width)) if is_wrapped else line, err=True)
+        print_line("\n".join(wrap_words(line, console.width)) if console.is_terminal else line, err=True)
+    if failure.directory.is_dir() and _prints_resume(error, is_shown=prefix is not None):
+        _print_resume(failure.directory, allow, err=True)
 
 
 def _prints_resume(error: BaseException, *, is_shown: bool) -> bool:
@@ -126,6 +126,8 @@ def _prints_resume(error: BaseException, *, is_shown: bool) -> bool:
     return is_shown or (launched_rank() == 0 and failure.rank == failure.reporter)
 
 
-def _resume_command(directory: Path, allow: Sequence[str]) -> str:
-    prefixes = [word for prefix in allow for word in ("--allow", prefix)]
-    return f"resume with: {shlex.join(['noether', 'train', '--resume', str(directory), *prefixes])}"
+def _print_resume(directory: Path, allow: Sequence[str], *, err: bool = False) -> None:
+    """Print the command that resumes a run; on a terminal in lines that a shell makes one command again."""
+    command, console = suggest_commands(directory, "interrupted", config={}, allow=allow)["resume"], Console(stderr=err)
+    lines = wrap_command(command, console.width - len(_RESUME)) if console.is_terminal else [command]
+    print_line(_RESUME + "\n".join(lines), err=err)

@@ -217,7 +217,7 @@ class Console:
         return self._console.is_jupyter or (self._is_terminal and not self._console.is_dumb_terminal)
 
     def write_panel(self, panel: RunPanel) -> None:
-        """Write a panel, in place of the live display; its commands are never broken into lines."""
+        """Write a panel, in place of the live display."""
         self._run = None  # the next event shows the display again
         if self._live is not None:
             self._live.stop()
@@ -226,7 +226,7 @@ class Console:
             return
         with self._begun_line():
             self._console.print(panel, soft_wrap=False)
-            for line in command_lines(panel):
+            for line in command_lines(panel, self._console.width):
                 self._console.print(line, soft_wrap=True)
 
     def write_notice(self, text: str) -> None:

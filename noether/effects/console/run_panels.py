@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from typing import TYPE_CHECKING, Final, final
 
 from rich.box import ROUNDED
@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from noether.core.text import count_of, escape_controls
+from noether.effects.console.next_commands import wrap_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -56,7 +57,7 @@ class RunPanel:
         title: Its first line.
         facts: Names with what there is to say, each in one or several entries.
         table: A table below the facts.
-        commands: Names with commands, which are never broken into lines, so that they can be copied.
+        commands: Names with commands; a terminal has them below the border, so that they can be copied.
         style: Colour of the border.
         max_lines: Most lines on a terminal, border included; the last one says how many are left out. None for all.
 
@@ -101,9 +102,15 @@ def plain_lines(panel: RunPanel) -> list[str]:
     return [_to_text(line).plain.rstrip() for line in lines]
 
 
-def command_lines(panel: RunPanel) -> list[Text]:
-    """Return the commands of a panel as lines for a terminal."""
-    return [_to_text(line) for line in _name_lines(panel.commands, _width(name for name, _ in panel.commands))]
+def command_lines(panel: RunPanel, width: int) -> list[Text]:
+    """Return the commands of a panel as lines for a terminal of `width` characters, so that they can be copied."""
+    indent = _width(name for name, _ in panel.commands) + _GAP
+    lines: list[Line] = []
+    for name, command in panel.commands:
+        heads = chain([name], repeat(""))
+        for head, text in zip(heads, wrap_command(command, width - indent), strict=False):
+            lines.append(((_pad(escape_controls(head), indent), _NAME), (escape_controls(text), _TEXT)))
+    return [_to_text(line) for line in lines]
 
 
 def layout(panel: RunPanel, width: int) -> list[Line]:

@@ -84,14 +84,15 @@ PANEL = RunPanel(
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_markup_and_controls_are_shown_as_text_and_commands_stay_in_one_piece(is_terminal):
+def test_markup_and_controls_are_shown_as_text_and_words_of_commands_stay_whole(is_terminal):
     file = io.StringIO()
     rich = RichConsole(file=file, width=60, force_terminal=is_terminal, color_system=None, soft_wrap=not is_terminal)
     Console(rich).write_panel(PANEL)
     shown = file.getvalue()
     assert "runs/digits/[bold]1" in shown
     assert r"val\x1b[2J 2 samples" in shown
-    assert f"show  {' ' * 5 * (not is_terminal)}noether show {'runs/' * 30}" in shown
+    begin = "show  noether show \\\n        " if is_terminal else "show       noether show "
+    assert f"{begin}{'runs/' * 30}\n" in shown
     assert ("╭─ run digits" in shown) == is_terminal
     assert "best" not in shown  # a column without entries
     assert shown.count("nan") == 1
