@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
@@ -298,8 +297,7 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
             echo(note)
         for warning in find_single_sample_warnings(experiment):
             echo(f"Warning: {warning}", err=True)
-        with redirect_stdout(sys.stderr):  # callbacks of the user may print
-            check_requests(experiment)
+        check_requests(experiment)
         count, updates = len(experiment.reducer.members), experiment.run.final.update
         echo(f"{config} is valid: {count_of(count, 'callback')}, {count_of(updates, 'update')}")
         if loaded.source is not None and (names := default_names(loaded.source)):

@@ -22,7 +22,8 @@ class Effect:
     `directory.interpreter.with_handlers(Ring, ring_bell)` returns the interpreter to pass on. A handler in YAML may
     have the keyword parameters `directory`, the path of the run (of the evaluation for `noether eval`), and `services`,
     the log services in use by name (`tensorboard`, `wandb`). If a callback declares `effects = (Ring,)`, no run starts
-    without a handler.
+    without a handler. For those that do not, `noether validate` and `noether train` call them a few times, the latter
+    only if there is a type of effect without a handler.
 
     Example:
         >>> from noether.core.callbacks.base import CallbackBase

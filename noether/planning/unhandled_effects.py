@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from noether.config.objects.callables import is_from
 from noether.core.callback import leaves_of
+from noether.core.effect import Effect
+from noether.core.run import Run
 from noether.effects.handled_effects import describe_unhandled
 from noether.planning.planned_callback import plan_callback, split_composed
 from noether.planning.requests import Probe
@@ -37,7 +42,8 @@ def find_unhandled_requests(config: Config, planned: Iterable[PlannedCallback]) 
 def check_requests(experiment: Experiment) -> None:
     """Refuse callbacks of the user's that request effects without a handler, as far as a few calls of them show.
 
-    The calls are those of a plan, with the initial state; a callback that fails without training is not checked.
+    The calls are those of a plan, with the initial state; a callback that fails without training is not checked. What
+    they print goes to the standard error.
 
     Args:
         experiment: The run.
@@ -51,8 +57,32 @@ def check_requests(experiment: Experiment) -> None:
         return
     state = initial.replace(callback_states=experiment.reducer.init(initial))
     probe = Probe(state=state, initial=state, run=experiment.run)
-    planned = [plan_callback(each, probe, evaluate_first=config.trainer.evaluate_first) for each in theirs]
+    with redirect_stdout(sys.stderr):
+        planned = [plan_callback(each, probe, evaluate_first=config.trainer.evaluate_first) for each in theirs]
     raise_located(config, find_unhandled_requests(config, planned))
+
+
+def check_start_requests(experiment: Experiment) -> None:
+    """Refuse the same at the start of a run, where callbacks are called only if a type of effect lacks a handler.
+
+    Args:
+        experiment: The run.
+
+    Raises:
+        ConfigError: As `check_requests`.
+    """
+    alone = Run()  # the calls exchange nothing with other ranks
+    run = experiment.run.replace(rank=alone.rank, world_size=alone.world_size, gather=alone.gather)
+    if not find_handled(experiment.config).issuperset(_known_effects(Effect)):
+        check_requests(replace(experiment, run=run))
+
+
+def _known_effects(base: type[Effect]) -> Iterator[type[Effect]]:
+    """Yield the types of effects of the user's that are defined, which are those that callbacks can request."""
+    for kind in base.__subclasses__():
+        yield from _known_effects(kind)
+        if not is_from(kind, "noether"):
+            yield kind
 
 
 def _is_shipped(callback: Callback) -> bool:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command import contents, invoke, only_run
+from command import contents, invoke, noether, only_run
 
 MODULE = """
 from dataclasses import dataclass
@@ -54,6 +54,13 @@ def ringing(state, event):
 
 def late(state, event):
     return state, ((Ring(1),) if state.iteration.update == 2 else ())
+
+
+def counted(state, event):
+    if type(event).__name__ == "AfterUpdate":
+        with open("calls.txt", "a") as file:
+            file.write(f"{state.iteration.update}\\n")
+    return state, ()
 
 
 def failing(state, event):
@@ -152,28 +159,44 @@ def test_a_declared_effect_without_a_handler_is_refused_before_anything_is_writt
     assert contents(folder) == before
 
 
-def test_a_declared_effect_without_a_handler_is_refused_by_resume_and_eval(write):
-    folder = write(RING)
+@pytest.mark.parametrize("name", ["Bell", "Silent"])
+def test_an_effect_without_a_handler_is_refused_by_resume_and_a_declared_one_by_eval(write, name):
+    folder = write(RING, callback=name)
     invoke("train", "bells.yaml", cwd=folder)
     run = only_run(folder / "out/bells")
     text = (run / "config.yaml").read_text()
     assert text.count("    bells.Ring: bells.ring_bell\n") == 1
     (run / "config.yaml").write_text(text.replace("    bells.Ring: bells.ring_bell\n", "    {}\n"))
     before = contents(run)
-    for argv in (("train", "--resume", run), ("eval", run)):
+    for argv in (("train", "--resume", run), ("eval", run))[: 1 + (name == "Bell")]:
         output = invoke(*argv, cwd=folder, code=2)
-        assert "Bell requests the effect Ring, which has no handler" in output
+        assert f"{name} requests the effect Ring, which has no handler" in output
     assert contents(run) == before
 
 
 @pytest.mark.parametrize("name", ["Silent", "late"])
-def test_an_effect_that_is_not_declared_is_found_by_calls(write, name):
+@pytest.mark.parametrize("argv", [("validate",), ("train",), ("train", "--smoke")], ids=["validate", "train", "smoke"])
+def test_an_effect_that_is_not_declared_is_found_by_calls(write, argv, name):
     folder = write(callback=name)
-    assert invoke("validate", "bells.yaml", cwd=folder, code=2) == f"Error: {message('callbacks[1]', name)}\n"
+    before = contents(folder)
+    output = invoke(argv[0], "bells.yaml", *argv[1:], cwd=folder, code=2)
+    assert output == f"Error: {message('callbacks[1]', name)}\n"
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["Silent", "late"])
+def test_a_plan_warns_of_an_effect_that_is_not_declared(write, name):
+    folder = write(callback=name)
     assert f"Warning: {message('callbacks[1]', name)}\n" in invoke("plan", "bells.yaml", cwd=folder)
     folder = write(RING, callback=name)
     assert invoke("validate", "bells.yaml", cwd=folder) == "bells.yaml is valid: 2 callbacks, 4 updates\n"
     assert "no handler" not in invoke("plan", "bells.yaml", cwd=folder)
+
+
+def test_training_calls_no_callback_before_it_starts_if_all_effects_have_handlers(write):
+    folder = write(RING, callback="counted")
+    noether("train", "bells.yaml", cwd=folder)  # in a process without the effects of other tests
+    assert (folder / "calls.txt").read_text().splitlines() == ["1", "2", "3", "4"]
 
 
 def test_a_callback_that_fails_without_training_is_not_refused(write):

@@ -15,6 +15,7 @@ from noether.distributed.failures import RankError
 from noether.distributed.launch import launched_rank
 from noether.effects.console.next_commands import suggest_commands, wrap_command
 from noether.effects.console.run_panels import wrap_words
+from noether.planning.unhandled_effects import check_start_requests
 from noether.planning.warnings import find_start_warnings
 from noether.training.error_locations import describe_error
 from noether.training.runs.ending import failure_of
@@ -40,7 +41,8 @@ def start(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> i
         ConfigError: If the configuration is wrong; this creates no directory.
     """
     config = load(config_path, settings, allow)
-    return _run(partial(start_run, config, allow, find_warnings=find_start_warnings), allow)
+    training = partial(start_run, config, allow, find_warnings=find_start_warnings, check=check_start_requests)
+    return _run(training, allow)
 
 
 def resume(
@@ -69,6 +71,7 @@ def resume(
         checkpoint=checkpoint,
         into=into,
         find_warnings=find_start_warnings,
+        check=check_start_requests,
     )
     return _run(continuing, allow)
 
@@ -77,7 +80,7 @@ def smoke(config_path: Path, settings: Sequence[str], allow: Sequence[str]) -> N
     """Try a configuration file: one update, one evaluation and one save, in a temporary directory."""
     config = load(config_path, settings, allow)
     with announce_exit():
-        smoke_test(config)
+        smoke_test(config, check_start_requests)
     echo(f"{config_path}: one update, one evaluation and one save succeeded")
 
 

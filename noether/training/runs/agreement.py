@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from noether.effects.checkpoints.manifest import Manifest
     from noether.training.experiment import Experiment
 
+    CheckExperiment = Callable[[Experiment], None]
     Notify = Callable[[str], None]
 
 
@@ -68,14 +69,23 @@ def _plain_tree(values: Any) -> Any:
     return tuple(map(_plain_tree, values)) if isinstance(values, (list, tuple)) else repr(values)
 
 
-def agree_to_start(experiment: Experiment) -> None:
+def accept(experiment: Experiment) -> None:
+    """Refuse nothing."""
+
+
+def agree_to_start(experiment: Experiment, check: CheckExperiment = accept) -> None:
     """Return once all ranks have built their experiment; until then none may write.
+
+    Args:
+        experiment: The run.
+        check: Raises an error, on every rank, if the run has to be refused for another reason.
 
     Raises:
         ConfigError: If their datasets have different lengths, `trainer.sampler` yields different orders, their devices
             have different types, or their models different initial values.
     """
     config, ranks = experiment.config, experiment.ranks
+    check(experiment)
     if not ranks.are_several:
         return
     lengths = {**dataset_lengths(experiment.run), **experiment.data.batching.lengths}

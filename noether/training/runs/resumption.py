@@ -28,6 +28,7 @@ from noether.effects.disk.moves import finish_move
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
 from noether.training.runs.agreement import (
+    accept,
     agree_to_start,
     ask_rank_0,
     describe_ranks,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.effects import CheckpointStore, RunDirectory
     from noether.training.experiment import Experiment
+    from noether.training.runs.agreement import CheckExperiment
     from noether.training.runs.interruption import Interruption
     from noether.training.runs.start_panel import FindWarnings
 
@@ -72,6 +74,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
     interruption: Interruption,
     notify: Callable[[str], None],
     find_warnings: FindWarnings = no_warnings,
+    check: CheckExperiment = accept,
 ) -> TrainedRun:
     """Resume a run from its newest checkpoint, or start it again if it never saved one.
 
@@ -90,6 +93,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         interruption: Receives signals during training.
         notify: Receives lines for the user.
         find_warnings: Returns what may be wrong with the plan of the run.
+        check: Refuses the run before anything is written, as in `agree_to_start`.
 
     Raises:
         ConfigError: As `load_run_config`, or if the checkpoint is not one to resume from, a dropped memory does not
@@ -125,7 +129,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         with show_progress_on(Console() if ranks.is_first else None):
             experiment = build(config, run_id=into.resolve().name, fresh=False, ranks=ranks)
         adapt(branched, experiment, run_dir)  # before anything is written
-        agree_to_start(experiment)
+        agree_to_start(experiment, check)
         ask_rank_0(ranks, "branch", lambda: make_branch(run_dir, into, manifest, branched, notify))
         with open_on_ranks(into, config, ranks) as directory:
             saved = load_newest(directory, ranks)
@@ -140,7 +144,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
             experiment = build(config, run_id=directory.run_id, fresh=saved is None, ranks=ranks)
         # All that can be refused is refused here, before anything is written.
         state, notes = adapt(saved, experiment, run_dir, directory)
-        agree_to_start(experiment)
+        agree_to_start(experiment, check)
         if target == run_dir:
             return proceed(experiment, directory, saved, state, notes)
     ask_rank_0(ranks, "move", lambda: move_run(run_dir, target, old, config))

@@ -25,6 +25,7 @@ from noether.effects.disk.files import make_directories, replace_text
 from noether.effects.run_directory import CONFIG_FILE
 from noether.training.experiment import build
 from noether.training.runs.agreement import (
+    accept,
     agree_to_start,
     ask_rank_0,
     describe_ranks,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from noether.config import Config
+    from noether.training.runs.agreement import CheckExperiment
     from noether.training.runs.execution import TrainedRun
     from noether.training.runs.start_panel import FindWarnings
 
@@ -155,6 +157,7 @@ def start_run(
     interruption: Interruption,
     notify: Callable[[str], None],
     find_warnings: FindWarnings = no_warnings,
+    check: CheckExperiment = accept,
 ) -> TrainedRun:
     """Train a configuration in a new run directory; a process that torchrun restarts resumes the run that it began.
 
@@ -164,6 +167,7 @@ def start_run(
         interruption: Receives signals during training.
         notify: Receives lines for the user.
         find_warnings: Returns what may be wrong with the plan of the run.
+        check: Refuses the run before anything is written, as in `agree_to_start`.
 
     Raises:
         ConfigError: If the configuration is wrong; this creates no directory.
@@ -177,7 +181,7 @@ def start_run(
     check_services(config)
     with show_progress_on(Console() if ranks.is_first else None):
         experiment = build(config, ranks=ranks)
-    agree_to_start(experiment)
+    agree_to_start(experiment, check)
     if ranks.are_several:
         notify(f"training{describe_ranks(ranks)}")
     for note in experiment.notes:
