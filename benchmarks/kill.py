@@ -29,7 +29,7 @@ import click
 
 from benchmarks.measurement import Table, markdown_option, show
 from noether.effects import CheckpointStore
-from noether.effects.checkpoints.contents import WEIGHTS
+from noether.effects.checkpoints.file_names import WEIGHTS
 from noether.effects.disk.calls import DISK, fsync
 from noether.testing import same
 from noether.training.runs.train import train

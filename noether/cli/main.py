@@ -11,7 +11,7 @@ import click
 from noether.cli import reference
 from noether.cli.command_groups import GroupedCommands
 from noether.cli.messages import errors_as_messages
-from noether.cli.options import ALLOW, CHECKPOINT_NAMES, SET
+from noether.cli.options import ALLOW, CHECKPOINT_NAMES, SET, check_picture
 from noether.cli.output import discard_unwritten, echo
 from noether.core.text import count_of
 
@@ -339,7 +339,7 @@ def plan(  # noqa: PLR0917  # click passes one argument for each option
     from noether.config import load
 
     with errors_as_messages():
-        command.check_picture(png)
+        check_picture(png)
         points = command.parse_points(at, between)
         command.show_plan(load(config, settings, allow), str(config), points, png, as_json=as_json, world_size=ranks)
 

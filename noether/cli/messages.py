@@ -12,7 +12,7 @@ import click
 
 from noether.cli.output import echo, printable
 from noether.cli.ranks import announce
-from noether.core.errors import NoetherError
+from noether.core.errors import CallNote, NoetherError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ _CONFIG_ERROR = 2
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
     """Show errors that a user can fix as messages with an exit code; other errors are bugs and show tracebacks."""
-    from noether.config import ConfigError
+    from noether.config.errors import ConfigError
 
     try:
         with _config_warnings_as_lines():
@@ -38,8 +38,6 @@ def errors_as_messages() -> Iterator[None]:
     except (NoetherError, OSError, FloatingPointError) as error:
         raise _CommandError(error, 1) from error
     except Exception as error:
-        from noether.core.tensors.calls import CallNote
-
         if CallNote not in map(type, getattr(error, "__notes__", ())):
             raise
         raise _CommandError(error, 1) from error

@@ -4,10 +4,6 @@ A line here may touch YAML text, environment variables, signatures and importlib
 imports a module of the user only after `objects.import_policy` allowed it.
 """
 
-from __future__ import annotations
+from noether.core.exports import load_lazily
 
-from noether.config.errors import ConfigError
-from noether.config.loading import load, load_callbacks
-from noether.config.schema import Config
-
-__all__ = ["Config", "ConfigError", "load", "load_callbacks"]
+__getattr__, __dir__, __all__ = load_lazily(__name__)

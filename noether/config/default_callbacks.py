@@ -171,7 +171,7 @@ def _find_watched_metric(evaluate: Mapping[str, Any]) -> dict[str, Any]:
 
     The section may be wrong in any way, which is reported elsewhere.
     """
-    from noether.core.callbacks.improvement import direction_of  # it imports torch
+    from noether.core.metric_keys import direction_of  # it imports torch
 
     interval = {name: value for name, value in evaluate.items() if name in INTERVALS}
     datasets = sorted((name for name in evaluate if name not in INTERVALS), key=lambda name: name != _VALIDATION)

@@ -17,7 +17,7 @@ from noether.core.callback import (
     parts_of,
 )
 from noether.core.errors import NoetherError, suggest
-from noether.core.metrics import keys_overlap
+from noether.core.metric_keys import keys_overlap
 from noether.core.schedules.window import ALWAYS
 from noether.core.tensors.stored_weights import names_weights
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping  # noqa: TC003  # cattrs reads the annotatio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from noether.core.tensors.tree import FrozenDict
-
 if TYPE_CHECKING:
     import torch
 
@@ -87,6 +85,12 @@ class SetSummary(Effect):
     values: Mapping[str, Any]
 
 
+def _keep_all() -> Mapping[str, int | None]:
+    from noether.core.tensors.tree import FrozenDict  # it imports torch, which reading a manifest does without
+
+    return FrozenDict(default=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaveCheckpoint(Effect):
     """Save the state under `tag` as a new checkpoint. Requests of one event for the same tag are merged.
@@ -111,7 +115,7 @@ class SaveCheckpoint(Effect):
     weights_of: str | None = None
     models: tuple[str, ...] = ()
     pointers: tuple[str, ...] = ()
-    retention: Mapping[str, int | None] = field(default_factory=lambda: FrozenDict(default=None))
+    retention: Mapping[str, int | None] = field(default_factory=_keep_all)
     event_saves: tuple[SaveCheckpoint, ...] = field(default=(), compare=False, repr=False)
 
 

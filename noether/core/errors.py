@@ -137,3 +137,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class CallNote(str):
+    """A note on an error of the user's model, loss or metric, which says what failed."""
+
+    __slots__ = ()

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import sys
 from importlib import import_module
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from noether.core.errors import suggest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 _LINE: Final = re.compile(
     r"^(?:# (?P<heading>\w+)|from (?P<module>[\w.]+) import (?P<name>\w+) as (?P=name))$", re.MULTILINE
@@ -52,3 +58,30 @@ def read_exports(package: str, stub: str = "__init__.pyi") -> dict[str, Export]:
         if line["name"]:
             exports[line["name"]] = Export(line["name"], line["module"], heading)
     return exports
+
+
+def load_lazily(
+    package: str, exports: Mapping[str, Export] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` of a package that imports each of its names at its first use.
+
+    Args:
+        package: Name of the package.
+        exports: Its names; None for those in its stub.
+
+    Example:
+        >>> load, names, _ = load_lazily("noether.config")
+        >>> load("ConfigErorr")
+        Traceback (most recent call last):
+        AttributeError: module 'noether.config' has no attribute 'ConfigErorr'; did you mean 'ConfigError'?
+    """
+    known = read_exports(package) if exports is None else exports
+
+    def load(name: str) -> Any:
+        if name not in known:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{suggest(name, known)}", name=name)
+        value = known[name].load()
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, lambda: sorted(known), list(known)

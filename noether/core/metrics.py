@@ -108,35 +108,3 @@ def current(state: TrainState, key: str) -> float:
             f"{state.iteration}; current metrics: {known}. Give its producer the same interval, and list it first"
         )
     return float(value)
-
-
-def keys_overlap(pattern: str, key: str) -> bool:
-    """Return whether a pattern and a key, or two patterns, can match the same key; `*` does not match a `/`.
-
-    Example:
-        >>> keys_overlap("loss/val/*", "loss/val/total"), keys_overlap("loss/val/*", "loss/val/total/ema=0.9")
-        (True, False)
-    """
-    patterns, others = pattern.split("/"), key.split("/")
-    return len(patterns) == len(others) and all(map(_parts_overlap, patterns, others))
-
-
-def patterns_containing(part: str) -> tuple[str, ...]:
-    """Return the key patterns for names that contain `part` and at most one `/`.
-
-    Example:
-        >>> patterns_containing("loss")
-        ('*loss*', '*/*loss*', '*loss*/*')
-    """
-    return (f"*{part}*", f"*/*{part}*", f"*{part}*/*")
-
-
-def _parts_overlap(a: str, b: str) -> bool:
-    """Return whether some text matches both patterns, in which `*` stands for any text."""
-    if not a or not b:
-        return set(a + b) <= {"*"}
-    if a[0] == "*":
-        return _parts_overlap(a[1:], b) or _parts_overlap(a, b[1:])
-    if b[0] == "*":
-        return _parts_overlap(b, a)
-    return a[0] == b[0] and _parts_overlap(a[1:], b[1:])

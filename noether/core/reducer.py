@@ -19,7 +19,7 @@ from noether.core.callback_checks import check_bound, check_callback, check_effe
 from noether.core.declarations import check_declarations
 from noether.core.errors import NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
-from noether.core.metrics import keys_overlap
+from noether.core.metric_keys import keys_overlap
 from noether.core.overwrites import check_overwrites
 from noether.core.schedules.pending import PendingSchedules
 from noether.core.schedules.window import ALWAYS

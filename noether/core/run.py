@@ -1,4 +1,4 @@
-"""The constants of a run, and the arithmetic of its epochs."""
+"""The constants of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from noether.core.errors import Problem, check_whole, raise_problems
-from noether.core.iteration import COUNTERS, Counter, TrainingIteration
+from noether.core.iteration import TrainingIteration
+from noether.core.run_lengths import RunLengths
 from noether.core.tensors.batch import batch_size, count_samples
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _find_problems(given: Mapping[str, Any]) -> Iterator[Problem | None]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Run:
+class Run(RunLengths):
     """The constants of a run; every event carries them as `event.run`.
 
     Every field may be left out. Reading one that was not given raises an error that names it.
@@ -164,32 +165,3 @@ class Run:
             return
         for batch in data:
             yield batch, self.count_samples(batch)
-
-    def iteration_after(self, update: int) -> TrainingIteration:
-        """Return the iteration after `update` updates, counting every epoch that they complete."""
-        epoch, rest = divmod(update, self.updates_per_epoch)
-        sample = epoch * self.samples_per_epoch
-        if rest:
-            sample += min(rest * self.effective_batch_size, self.samples_per_epoch)
-        return TrainingIteration(epoch, update, sample)
-
-    def updates_until(self, sample: int) -> int:
-        """Return the number of updates after which at least `sample` samples are completed.
-
-        Example:
-            >>> Run(updates_per_epoch=3, samples_per_epoch=10, effective_batch_size=4).updates_until(11)
-            4
-        """
-        epoch, rest = divmod(sample, self.samples_per_epoch)
-        return epoch * self.updates_per_epoch + -(-rest // self.effective_batch_size)
-
-    def updates_to(self, counter: Counter, count: int) -> int:
-        """Return the number of updates after which `count` of `counter` are completed."""
-        if counter == "epoch":
-            return count * self.updates_per_epoch
-        return count if counter == "update" else self.updates_until(count)
-
-    @property
-    def final(self) -> TrainingIteration:
-        """The last iteration of the run, unless a callback stops it early."""
-        return self.iteration_after(max(self.updates_to(name, getattr(self.end, name)) for name in COUNTERS))

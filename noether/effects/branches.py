@@ -7,14 +7,13 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from noether.effects.checkpoints.listing import ENDED, list_checkpoints, pointer_text, read_ended
+from noether.effects.checkpoints.listing import list_checkpoints, pointer_text, read_ended
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import TEMPORARY_PREFIX, make_directories, read_file, remove_tree, write_new_file
 from noether.effects.disk.lock import LOCK, RunLock
 from noether.effects.disk.moves import copy_file
 from noether.effects.logs.resumption import ResumePoint, lines_before_resume
-from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
-from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
+from noether.effects.run_files import CHECKPOINTS, CONFIG_FILE, ENDED, EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

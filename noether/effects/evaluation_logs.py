@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from itertools import count
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, final
 
 from noether.core.effect import LogScalars, MeasurePeakMemory, SaveTensors, SetSummary, ShowProgress
 from noether.core.file_names import escape_path
 from noether.effects.artifacts.files import artifact_handlers, write_artifact
 from noether.effects.console.console import Console
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import make_directories, replace_file, replace_text
+from noether.effects.disk.json_numbers import to_plain
 from noether.effects.disk.tensor_files import tensor_pieces
 from noether.effects.interpreter import Interpreter
 from noether.effects.logs.peak_memory import PeakMemory
+from noether.effects.run_files import EVALUATIONS
 from noether.effects.run_logs import LogGuard
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from noether.effects.artifacts.encoding import EncodedArtifact
     from noether.effects.disk.calls import Disk
     from noether.effects.run_logs import LogService
-
-EVALUATIONS: Final = "eval"
 
 
 @final

@@ -13,10 +13,10 @@ from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors,
 from noether.core.errors import NoetherError, suggest
 from noether.core.reducer import attach_effects
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.checkpoints.contents import requested_files
+from noether.effects.checkpoints.file_names import requested_files
 from noether.effects.checkpoints.manifest import NEWEST_TAG
 from noether.effects.checkpoints.retention import is_resumable, unite_limits
-from noether.effects.disk.encoding import NUMBER_TYPES
+from noether.effects.disk.json_numbers import NUMBER_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

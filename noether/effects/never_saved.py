@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from noether.core.text import count_of
 from noether.effects.disk.files import read_file, write_new_file
-from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
+from noether.effects.run_files import EVENTS_FILE, METRICS_FILE, NEVER_SAVED, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from noether.effects.disk.calls import Disk
 
-NEVER_SAVED: Final = ".never-saved"
-"""The marker of a run that has not saved a checkpoint yet."""
 _TEXT: Final = b"This run has not saved a checkpoint yet.\n"
 
 

@@ -23,7 +23,8 @@ from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
 from noether.effects.logs.peak_memory import PeakMemory
 from noether.effects.never_saved import find_progress, mark_new_run, mark_saved_run
 from noether.effects.run_access import RunAccess, rank_of_process
-from noether.effects.run_logs import EVENTS_FILE, RunLogs
+from noether.effects.run_files import CHECKPOINTS, CONFIG_FILE, EVENTS_FILE
+from noether.effects.run_logs import RunLogs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
     Interpret = Callable[[Effects, TrainState, Event], None]
 
-CONFIG_FILE: Final = "config.yaml"
-CHECKPOINTS: Final = "checkpoints"
 _Arguments = ParamSpec("_Arguments")
 _LOGGER: Final = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterTraining, AfterUpdate
@@ -13,6 +13,7 @@ from noether.core.reducer import remaining_effects
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.disk.files import replace_text
+from noether.effects.run_files import TRACEBACK_FILE
 from noether.effects.run_logs import LOG_EFFECTS
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.effects.run_directory import Interpret, RunDirectory
 
-TRACEBACK_FILE: Final = "traceback.txt"
 
 Status = Literal["running", "finished", "stopped", "interrupted", "failed"]
 """What `summary.json` says of a run; one that says `running`, and that no process has locked, was killed."""

@@ -17,6 +17,7 @@ from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.disk.tensor_files import tensor_pieces
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LinesFile, LogCount, metrics_file
 from noether.effects.logs.summary import Summary
+from noether.effects.run_files import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from noether.effects.interpreter import Handler
     from noether.effects.run_access import RunAccess
 
-METRICS_FILE: Final = "metrics.jsonl"
-EVENTS_FILE: Final = "events.jsonl"
-SUMMARY_FILE: Final = "summary.json"
 
 LOG_EFFECTS: Final = (LogScalars, LogText, SetSummary, ShowProgress, SaveTensors, *ARTIFACTS)
 """Types of effects that write logs: an error in one of their handlers does not stop training."""

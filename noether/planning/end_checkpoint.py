@@ -9,7 +9,7 @@ from noether.core.event import AfterEpoch, AfterTraining
 from noether.core.schedules.forecast import Occasions, events_at, fires
 from noether.core.schedules.schedule import EveryNEpochs, EveryNUpdates
 from noether.core.state import TrainState
-from noether.effects.checkpoints.contents import requested_files
+from noether.effects.checkpoints.file_names import requested_files
 from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.reuse import contains_models
 from noether.effects.interpreter import unite_saves

@@ -12,7 +12,8 @@ from noether.core.errors import NoetherError, OutputError
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import Move, next_move
-from noether.core.metrics import MetricError, keys_overlap, log
+from noether.core.metric_keys import keys_overlap
+from noether.core.metrics import MetricError, log
 from noether.core.reducer import compose
 from noether.core.run import Run
 from noether.core.state import TrainState

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 from noether.core.event import AfterTraining
 from noether.core.schedules.forecast import Occasions, events_at, fires, firings
-from noether.effects.checkpoints.contents import requested_files
+from noether.effects.checkpoints.file_names import requested_files
 from noether.effects.checkpoints.retention import is_kept, is_resumable
 from noether.effects.interpreter import unite_saves
 from noether.planning.checkpoint_counts import (

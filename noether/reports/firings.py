@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
-from noether.core.callbacks.registry import EXPORTS
-from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration
-from noether.core.metrics import keys_overlap
-from noether.core.run import Run
+from noether.core.metric_keys import keys_overlap
+from noether.core.run_lengths import RunLengths
 from noether.core.schedules.schedule import INTERVALS
+from noether.effects.logs.summary_entries import PRODUCES
 from noether.reports.setting_paths import name_callback
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
-    from noether.reports.reading.metric_series import Metrics
     from noether.reports.reading.run_record import RunRecord
 
+_EVALUATE: Final = "trainer.evaluate"
 _NEVER_LOGGED: Final = ("checkpoints/", "weights/")  # keys that only say what a callback writes or keeps
 _ENDS: Final = {"max_epochs": "epoch", "max_updates": "update", "max_samples": "sample"}
 
@@ -35,7 +34,8 @@ class FiringCounts:
         schedule: Its interval, such as `every_n_epochs: 1`.
         planned: Firings up to the configured end of the run; None if the end or the length of an epoch is unknown.
         due: Firings up to where the run is, likewise.
-        logged: Lines of the log with a metric of it; None if it logs no metric, or cannot be constructed here.
+        logged: Lines of the log with a metric of it; None if it declares none, or the summary of an earlier version has
+            no declarations.
     """
 
     callback: str
@@ -48,7 +48,7 @@ class FiringCounts:
 def count_firings(record: RunRecord) -> list[FiringCounts]:
     """Return the firings of the callbacks of a run that have an interval, from its configuration and its log.
 
-    It constructs no dataset and no model, and imports no code of the user's.
+    It imports no code of callbacks: the summary of a run has the keys that they log.
 
     Args:
         record: The run.
@@ -56,7 +56,7 @@ def count_firings(record: RunRecord) -> list[FiringCounts]:
     run, points = _run_of(record), record.metrics.points
     reached = points[-1].iteration if len(points) else TrainingIteration()
     counts = []
-    for entry in _entries(record.config):
+    for section, entry in _entries(record.config):
         interval = next((name for name in INTERVALS if entry.get(name) is not None), None)
         if interval is None:
             continue
@@ -71,22 +71,24 @@ def count_firings(record: RunRecord) -> list[FiringCounts]:
                 schedule=f"{interval}: {entry[interval]}",
                 planned=planned,
                 due=due,
-                logged=_count_lines(record.metrics, entry),
+                logged=_count_lines(record, section),
             )
         )
     return counts
 
 
-def _entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the path and the settings of the section of each callback."""
     trainer, callbacks = config.get("trainer"), config.get("callbacks")
     evaluate = trainer.get("evaluate") if isinstance(trainer, dict) else None
     if isinstance(evaluate, dict):
-        yield {"kind": "trainer.evaluate", **evaluate}
-    if isinstance(callbacks, list):
-        yield from (each for each in callbacks if isinstance(each, dict))
+        yield _EVALUATE, {"kind": _EVALUATE, **evaluate}
+    for number, each in enumerate(callbacks if isinstance(callbacks, list) else ()):
+        if isinstance(each, dict):
+            yield f"callbacks.{number}", each
 
 
-def _run_of(record: RunRecord) -> Run | None:
+def _run_of(record: RunRecord) -> RunLengths | None:
     """Return the end of a run and the length of its epochs; None if they are unknown."""
     trainer = record.config.get("trainer")
     samples = record.summary.get("samples/train")
@@ -99,7 +101,7 @@ def _run_of(record: RunRecord) -> Run | None:
     rest = samples % batch
     if trainer.get("drop_last") and samples > rest:
         samples -= rest
-    return Run(
+    return RunLengths(
         end=TrainingIteration(**end),
         updates_per_epoch=-(-samples // batch),
         samples_per_epoch=samples,
@@ -107,29 +109,19 @@ def _run_of(record: RunRecord) -> Run | None:
     )
 
 
-def _count_lines(metrics: Metrics, entry: Mapping[str, Any]) -> int | None:
-    """Return in how many lines of the log a callback has logged."""
-    patterns = _produced_keys(entry)
+def _count_lines(record: RunRecord, section: str) -> int | None:
+    """Return in how many lines of the log the callbacks of a section have logged."""
+    produced = record.summary.get(PRODUCES)
+    known = produced.items() if isinstance(produced, dict) else ()
+    patterns = [
+        pattern
+        for path, keys in known
+        if (path == section or path.startswith(f"{section}.")) and isinstance(keys, list)
+        for pattern in map(str, keys)
+        if not pattern.startswith(_NEVER_LOGGED)
+    ]
     if not patterns:
         return None
+    metrics = record.metrics
     lines = [metrics[key].lines for key in metrics if any(keys_overlap(pattern, key) for pattern in patterns)]
     return len(np.unique(np.concatenate(lines))) if lines else 0
-
-
-def _produced_keys(entry: Mapping[str, Any]) -> Sequence[str]:
-    """Return patterns of the keys that a callback of noether logs."""
-    kind = str(entry["kind"])
-    if kind == "trainer.evaluate":
-        datasets = [name for name in entry if name not in {"kind", "datasets", *INTERVALS}]
-        datasets += entry["datasets"] if isinstance(entry.get("datasets"), dict) else []
-        return [pattern for name in datasets for pattern in (f"loss/{name}/*", f"{name}/*")]
-    prefix, _, name = kind.rpartition(".")
-    if not prefix.startswith("noether.core.callbacks") or name not in EXPORTS:
-        return ()
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    del settings["kind"]
-    try:
-        produced: Sequence[str] | None = EXPORTS[name].load()(**settings).produces
-    except (NoetherError, TypeError):  # such as settings of an older version, or the name of a function
-        return ()
-    return [key for key in produced or () if not key.startswith(_NEVER_LOGGED)]

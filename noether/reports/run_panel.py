@@ -17,7 +17,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.text import count_of, format_bytes, format_seconds
 from noether.effects.console.next_commands import suggest_commands
 from noether.effects.console.run_panels import RunPanel, Table
-from noether.effects.run_ending import TRACEBACK_FILE
+from noether.effects.run_files import TRACEBACK_FILE
 from noether.reports.reading.metric_series import is_derived
 from noether.session.phase_texts import describe_phases
 

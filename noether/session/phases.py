@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 from noether.core.effect import SetSummary
 from noether.core.event import AfterUpdate
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.logs.summary import read_summary, set_process_entry
-from noether.effects.run_logs import SUMMARY_FILE
+from noether.effects.logs.summary_entries import read_summary, set_process_entry
+from noether.effects.run_files import SUMMARY_FILE
 from noether.session.timing import Clock
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from noether.core.event import AfterTraining
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.content_files import store_content
-from noether.effects.logs.summary import read_summary, set_process_entry
+from noether.effects.logs.summary_entries import read_summary, set_process_entry
 from noether.effects.provenance.process import describe_process
-from noether.effects.run_logs import SUMMARY_FILE
+from noether.effects.run_files import SUMMARY_FILE
 
 if TYPE_CHECKING:
     from noether.core.run import Run

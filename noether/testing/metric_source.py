@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 from noether.core.callback import SkippableKey, declaration_of, label_of, merge_keys
 from noether.core.combinators import callback, on
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval
-from noether.core.metrics import keys_overlap, log
+from noether.core.metric_keys import keys_overlap
+from noether.core.metrics import log
 from noether.core.reducer import Reducer, compose, identity
 from noether.core.tensors.stored_weights import names_weights
 

@@ -12,7 +12,7 @@ from noether.config.repeated_callbacks import find_repeated, warn_of_repeated
 from noether.core.callback import declaration_of, init_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.declarations import DeclarationError, check_declarations
-from noether.core.metrics import keys_overlap
+from noether.core.metric_keys import keys_overlap
 from noether.core.schedules.schedule import INTERVALS
 from noether.effects.handled_effects import HANDLED_EFFECTS, find_unhandled
 from noether.training.error_locations import locate_errors
@@ -94,6 +94,15 @@ def raise_located(config: Config, problems: Iterable[tuple[SettingPath, str]]) -
     located = [problem for path, text in problems for problem in config.error(path, text).problems]
     if located:
         raise ConfigError(located)
+
+
+def produced_keys(configured: Iterable[ConfiguredCallback]) -> dict[str, list[str]]:
+    """Return the patterns of metric keys that callbacks declare, by the path of their section, such as `callbacks.0`.
+
+    The summary of a run has them, so that a report of the run needs no code of its callbacks.
+    """
+    declared = {".".join(map(str, each.path)): declaration_of(each.callback).produces for each in configured}
+    return {path: list(patterns) for path, patterns in declared.items() if patterns}
 
 
 def _build_evaluations(config: Config) -> list[EvaluateCallback]:

@@ -25,7 +25,7 @@ from noether.core.tensors.step_counters import counts_on_device
 from noether.core.tensors.tree import clone_tensors
 from noether.distributed.ranks import ONE_PROCESS, Ranks
 from noether.distributed.sharding import Sharding
-from noether.effects import CheckpointError
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.disk.tensor_files import describe_unsavable
 from noether.session.randomness import derive, seed_all
 from noether.training.configured_callbacks import build_callbacks, check_handlers

@@ -21,7 +21,7 @@ from noether.core.tensors.live.weights import (
 from noether.core.tensors.module import device_of
 from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, extra_state_name, list_modules, names_below
 from noether.core.tensors.tree import freeze, move_to_device, pack
-from noether.effects import CheckpointError
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.weight_files import read_weights
 
 if TYPE_CHECKING:

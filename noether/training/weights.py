@@ -17,7 +17,7 @@ from noether.core.tensors.live.buffers import (
 from noether.core.tensors.live.weights import find_differences, join_problems, match_names
 from noether.core.tensors.step_counters import move_memory
 from noether.core.tensors.tree import FrozenDict, move_to_device
-from noether.effects import CheckpointError
+from noether.effects.checkpoints.listing import CheckpointError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,7 +15,7 @@ from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars, SaveTensors
 from noether.core.errors import OutputError, SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, AtEval, BeforeTraining
-from noether.core.metrics import keys_overlap
+from noether.core.metric_keys import keys_overlap
 from noether.core.reducer import compose
 from noether.core.state import TrainState
 from noether.core.tensors.tree import tensors

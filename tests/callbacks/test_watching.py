@@ -15,11 +15,12 @@ from noether.core.callbacks import (
     MetricEarlyStopping,
     ReduceLROnPlateauCallback,
 )
-from noether.core.callbacks.improvement import direction_of, improves
+from noether.core.callbacks.improvement import improves
 from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars, LogText, SaveCheckpoint, SetSummary
 from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AtEval, BeforeTraining
+from noether.core.metric_keys import direction_of
 from noether.core.metrics import MetricError, log
 from noether.core.reducer import compose
 from noether.core.state import TrainState

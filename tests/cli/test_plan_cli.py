@@ -320,7 +320,7 @@ def test_no_configuration(small):
 
 
 def test_a_picture_without_matplotlib(small, monkeypatch):
-    monkeypatch.setattr("noether.cli.plan.command.find_spec", lambda name: None)
+    monkeypatch.setattr("noether.cli.options.find_spec", lambda name: None)
     output = invoke("plan", "small.yaml", "--png", "plan.png", cwd=small, code=2)
     assert output.splitlines()[-1] == ("Error: --png: matplotlib is not installed; run: pip install 'noether[plot]'")
     assert not (small / "plan.png").exists()

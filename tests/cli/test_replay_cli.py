@@ -16,7 +16,7 @@ from noether.core.effect import LogScalars, SaveCheckpoint
 from noether.core.tensors.tree import leaves
 from noether.effects import CheckpointStore, open_run
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import to_plain
+from noether.effects.disk.json_numbers import to_plain
 from noether.effects.interpreter import merge_effects
 from noether.effects.logs.events import read_events
 from noether.effects.logs.jsonl import event_name

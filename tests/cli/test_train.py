@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -102,6 +103,10 @@ def test_the_summary(run):
     assert phases["updates"] == 76
     (process,) = summary.pop("processes").values()
     assert process["samples"] == {"train": 1205, "val": 296}
+    produces = summary.pop("produces")
+    assert set(produces["trainer.evaluate.val"]) >= {"loss/val/*", "val/accuracy"}
+    assert produces["callbacks.1"] == ["loss/online/*/U5"]
+    assert "callbacks.0" not in produces
     assert summary == {
         "params/trainable": 1638,
         "params/frozen": 0,
@@ -116,6 +121,35 @@ def test_the_summary(run):
         "status": "finished",
         "ending": "ended at E2_U76_S2410",
     }
+
+
+WITHOUT_TORCH = """\
+import sys, noether
+from noether.cli.main import main
+sys.modules["torch"] = None  # importing it raises ImportError
+path, report = sys.argv[1:]
+run = noether.read_run(path)
+best = run.best("val/accuracy").value
+assert run.status == "finished" and run.pointers["latest"] == run.checkpoints[-1].tag and run.started_s is not None
+for argv in (
+    ["show", path], ["show", path, "--json"], ["show", path, path, "--sort", "val/accuracy"],
+    ["query", path, "select max(value) from metrics where key = 'val/accuracy'", "--csv"],
+    ["report", path, "--to", report], ["help", "trainer"], ["help"],
+):
+    main(argv, standalone_mode=False)
+assert not [name for name in sys.modules if name.startswith(("torch.", "safetensors", "optree"))]
+print(best)
+"""
+
+
+def test_a_run_is_read_shown_and_reported_without_torch(run, tmp_path):
+    report = tmp_path / "report.html"
+    argv = [sys.executable, "-c", WITHOUT_TORCH, run, report]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(lines(run)[-1]["metrics"]["val/accuracy"])
+    row = [f'<td class="number">{count}</td>' for count in (15, 15, 15)]  # planned, due, logged
+    assert "<td>every_n_updates: 5</td>" + "".join(row) in report.read_text()
 
 
 def test_the_output(trained_small, run):

@@ -22,7 +22,8 @@ from noether.core.combinators import callback, every_n_epochs, on, when
 from noether.core.declarations import DeclarationError, check_declarations, covers
 from noether.core.event import AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration
-from noether.core.metrics import is_current, keys_overlap, log
+from noether.core.metric_keys import keys_overlap
+from noether.core.metrics import is_current, log
 from noether.core.reducer import compose, identity
 from noether.core.run import Run
 from noether.core.schedules.gate import Gate

@@ -10,7 +10,8 @@ from noether.core.reducer import compose
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict
 from noether.effects import open_run
-from noether.effects.run_ending import TRACEBACK_FILE, record_failure
+from noether.effects.run_ending import record_failure
+from noether.effects.run_files import TRACEBACK_FILE
 
 
 def log_epoch(state, event):

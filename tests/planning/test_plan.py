@@ -14,7 +14,7 @@ from noether.cli.commands.train import start
 from noether.config import ConfigError, load
 from noether.core.callback import declaration_of
 from noether.core.event import AtEval
-from noether.core.metrics import keys_overlap
+from noether.core.metric_keys import keys_overlap
 from noether.core.run import Run
 from noether.core.schedules.forecast import nth_firing
 from noether.effects.checkpoints.writer import Writer

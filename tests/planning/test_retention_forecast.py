@@ -18,7 +18,8 @@ from noether.core.run import Run
 from noether.core.schedules.schedule import EveryNUpdates
 from noether.core.state import TrainState
 from noether.core.tensors.tree import FrozenDict, tensors
-from noether.effects.checkpoints.contents import STATE, WEIGHTS, select_weights
+from noether.effects.checkpoints.contents import select_weights
+from noether.effects.checkpoints.file_names import STATE, WEIGHTS
 from noether.effects.checkpoints.manifest import Manifest, Part
 from noether.effects.checkpoints.retention import select_prunable, unite_limits
 from noether.effects.checkpoints.reuse import covers, covers_end

@@ -16,7 +16,7 @@ from noether.cli.main import main
 from noether.core.tensors.dtensors import is_distributed, whole_tensor
 from noether.core.tensors.tree import map_leaves
 from noether.distributed.ranks import join
-from noether.effects.checkpoints.contents import shard_name
+from noether.effects.checkpoints.file_names import shard_name
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.manifest import Manifest, ManifestError
 from noether.effects.checkpoints.reader import CheckpointReader

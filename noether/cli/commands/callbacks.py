@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from noether.cli.output import echo
 from noether.cli.setting_table import print_settings
-from noether.config import ConfigError
 from noether.config.descriptions import PREFIX, describe, known_kinds
-from noether.config.errors import InvalidValueError, LocatedProblem, Place
+from noether.config.errors import ConfigError, InvalidValueError, LocatedProblem, Place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

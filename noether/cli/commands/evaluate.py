@@ -20,11 +20,11 @@ from noether.core.reducer import compose
 from noether.core.tensors.stored_weights import find_weights, memory_of, name_in_tags
 from noether.core.tensors.tree import clone_tensors
 from noether.distributed.ranks import leave_at_end
-from noether.effects import CheckpointError
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.disk.files import os_error_text
 from noether.effects.evaluation_logs import EvaluationLogs
-from noether.effects.run_directory import CHECKPOINTS
+from noether.effects.run_files import CHECKPOINTS
 from noether.session.timing import Clock
 from noether.training.data.interruptible import DataInterrupt, interruptible
 from noether.training.experiment import build

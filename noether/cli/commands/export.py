@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from noether.cli.output import echo
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tied_names import extra_state_name
-from noether.effects import CheckpointError
-from noether.effects.checkpoints.contents import WEIGHTS, file_of
+from noether.effects.checkpoints.file_names import WEIGHTS, file_of
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import TEMPORARY_PREFIX, os_error_text, replace_file
 from noether.effects.disk.tensor_files import plain_tensor_pieces
-from noether.effects.run_directory import CHECKPOINTS
+from noether.effects.run_files import CHECKPOINTS
 from noether.session.processes import refuse_several_processes
 from noether.training.runs.directories import load_weights, require_run
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from noether.cli.output import echo, printable
-from noether.effects.disk.encoding import to_plain
+from noether.effects.disk.json_numbers import to_plain
 from noether.reports.query import query_runs
 from noether.reports.reading.run_record import read_runs
 

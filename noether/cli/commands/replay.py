@@ -26,10 +26,10 @@ from noether.core.schedules.schedule import At
 from noether.core.tensors.tree import leaves
 from noether.distributed.launch import launched_rank
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import to_plain
+from noether.effects.disk.json_numbers import to_plain
 from noether.effects.logs.events import read_events
 from noether.effects.logs.resumption import LogError
-from noether.effects.run_logs import EVENTS_FILE
+from noether.effects.run_files import EVENTS_FILE
 from noether.planning.replay import ReplayError, initial_state, missing_producers, replay
 from noether.training.configured_callbacks import build_callbacks
 from noether.training.runs.directories import load_run_config

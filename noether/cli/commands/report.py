@@ -6,10 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from noether.cli.options import check_picture
 from noether.cli.output import echo
-from noether.cli.plan.command import check_picture
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.errors import NoetherError
 from noether.core.text import count_of
 from noether.effects.disk.files import os_error_text

@@ -12,13 +12,12 @@ from rich.console import Console
 from rich.live import Live
 
 from noether.cli.output import echo
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.errors import suggest
 from noether.core.text import count_of
 from noether.effects.console.columns import format_columns
 from noether.effects.console.run_panels import RunPanel, Table, command_lines, plain_lines
-from noether.effects.disk.encoding import to_plain
+from noether.effects.disk.json_numbers import to_plain
 from noether.reports.differences import find_run_differences
 from noether.reports.reading.metrics_tail import MetricsTail
 from noether.reports.reading.run_folders import find_runs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,26 +28,6 @@ if TYPE_CHECKING:
 
 Points = tuple[tuple[str, TrainingIteration], ...]
 """Points of the run as text and parsed: one for `--at`, two for `--between`, none for the whole plan."""
-
-
-def check_picture(png: Path | None) -> None:
-    """Check that the picture can be written, before the plan takes time.
-
-    Raises:
-        UsageError: If it has the name of another kind of file, or the folder or matplotlib is missing.
-    """
-    if png is None:
-        return
-    if not png.parent.is_dir():
-        raise click.UsageError(f"--png {png}: the folder {str(png.parent)!r} does not exist; create it first")
-    if png.is_dir():
-        raise click.UsageError(f"--png {png}: is a folder; give the path of a file")
-    is_device = png.exists() and not png.is_file()
-    if png.suffix.lower() != ".png" and not is_device:
-        fix = f"write {png.with_suffix('.png').name}"
-        raise click.UsageError(f"--png {png}: is the name of another kind of file than a PNG image; {fix}")
-    if find_spec("matplotlib") is None:
-        raise click.UsageError("--png: matplotlib is not installed; run: pip install 'noether[plot]'")
 
 
 def parse_points(at: str | None, between: tuple[str, str] | None) -> Points:

@@ -15,7 +15,8 @@ from noether.core.callbacks.metric_objects import MetricObject, metric_objects, 
 from noether.core.callbacks.metric_states import MetricStates, is_metric_class
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
-from noether.core.metrics import is_current, log, patterns_containing
+from noether.core.metric_keys import patterns_containing
+from noether.core.metrics import is_current, log
 from noether.core.tensors.calls import call_with_outputs
 from noether.core.tensors.losses import loss_weights, name_of, sum_as_total
 from noether.core.tensors.means import Mean

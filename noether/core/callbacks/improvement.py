@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.callback import OptionalKey, SkippableKey
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText
-from noether.core.errors import Problem, check_choice, is_number, suggest
+from noether.core.errors import Problem, check_choice, is_number
+from noether.core.metric_keys import Mode, direction_of, mode_problem
 from noether.core.metrics import MetricError, current, is_current
 
 if TYPE_CHECKING:
@@ -18,43 +18,9 @@ if TYPE_CHECKING:
 
     from noether.core.state import TrainState
 
-Mode = Literal["higher", "lower"]
-MODES: Final = ("higher", "lower")
 
 NONFINITE: Final = "nonfinite"
 """Key of the metric that `NanGuardCallback` logs at an update that is not finite, and only there."""
-
-HIGHER: Final = frozenset({"accuracy", "f1", "auc", "iou", "psnr", "r2"})
-LOWER: Final = frozenset({"loss", "error", "rmse", "mse", "mae", "perplexity"})
-
-
-def direction_of(metric_key: str) -> Mode | None:
-    """Return the direction that the words of a metric key imply; None if they imply neither or both.
-
-    Example:
-        >>> direction_of("val/accuracy@5"), direction_of("loss/val/total"), direction_of("val/dice")
-        ('higher', 'lower', None)
-    """
-    words = set(_words(metric_key))
-    if bool(words & HIGHER) == bool(words & LOWER):
-        return None
-    return "higher" if words & HIGHER else "lower"
-
-
-def _words(metric_key: str) -> list[str]:
-    return re.split(r"[\W_]+", metric_key.lower())
-
-
-def mode_problem(metric_key: str, mode: str | None) -> Problem | None:
-    """Return the problem of `mode`, or of its absence for this key, or None."""
-    if mode is not None:
-        return check_choice("mode", mode, MODES)
-    if direction_of(metric_key) is None:
-        like = next(filter(None, (suggest(word, HIGHER | LOWER) for word in _words(metric_key))), "")
-        return Problem(
-            "mode", f"the key {metric_key!r} does not say whether higher or lower is better; give mode{like}"
-        )
-    return None
 
 
 def improves(value: float, best: float | None, mode: Mode, min_delta: float = 0.0) -> bool:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, final
 
 import torch
 
-from noether.core.errors import NoetherError
-from noether.core.tensors.calls import CallNote, describe_value
+from noether.core.errors import CallNote, NoetherError
+from noether.core.tensors.calls import describe_value
 from noether.core.tensors.tree import freeze, tensors
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from noether.core.callbacks.rank_results import pack_batches, unpack_batches
 from noether.core.effect import Effect, SaveTensors
 from noether.core.errors import OutputError, Problem, check_choice, suggest
 from noether.core.event import AfterUpdate
-from noether.core.metrics import log, patterns_containing
+from noether.core.metric_keys import patterns_containing
+from noether.core.metrics import log
 from noether.core.tensors.module import device_of
 from noether.core.tensors.tree import FrozenDict
 

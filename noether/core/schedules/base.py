@@ -19,7 +19,7 @@ from noether.core.schedules.window import ALWAYS, START, Thresholds, Window, ear
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from noether.core.run import Run
+    from noether.core.run_lengths import RunLengths
 
 
 class Schedule(ABC):
@@ -50,7 +50,7 @@ class Schedule(ABC):
         """
         return earliest_thresholds(member.next_due(iteration) for member in self.members)
 
-    def count(self, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+    def count(self, start: TrainingIteration, end: TrainingIteration, run: RunLengths) -> int:
         """Return how often the schedule fires in `(start, end]`, without walking through the run.
 
         Several thresholds at one update, or at the end of one epoch, are one firing. The time does not grow with the
@@ -141,7 +141,7 @@ class OneCounter(Schedule):
         """Return the first threshold greater than `value`, or None."""
 
     @abstractmethod
-    def updates_crossing(self, updates: int, run: Run) -> int:
+    def updates_crossing(self, updates: int, run: RunLengths) -> int:
         """Return how many of the first `updates` updates of `run` have a threshold among their samples."""
 
     @abstractmethod

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from noether.core.iteration import Counter, TrainingIteration
-    from noether.core.run import Run
+    from noether.core.run_lengths import RunLengths
     from noether.core.schedules.window import Window
 
 _AROUND = (-1, 0, 1, 2)
@@ -44,10 +44,12 @@ class Countable(Protocol):
     def singles(self) -> tuple[int, ...]: ...  # noqa: D102
     def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> bool: ...  # noqa: D102
     def thresholds_in(self, low: int, high: int) -> int: ...  # noqa: D102
-    def updates_crossing(self, updates: int, run: Run) -> int: ...  # noqa: D102
+    def updates_crossing(self, updates: int, run: RunLengths) -> int: ...  # noqa: D102
 
 
-def count_firings(members: Sequence[Countable], start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+def count_firings(
+    members: Sequence[Countable], start: TrainingIteration, end: TrainingIteration, run: RunLengths
+) -> int:
     """Return how often the union of schedules of one counter fires in `(start, end]`.
 
     Example:
@@ -70,7 +72,7 @@ def count_firings(members: Sequence[Countable], start: TrainingIteration, end: T
 # One schedule
 
 
-def _count_one(member: Countable, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+def _count_one(member: Countable, start: TrainingIteration, end: TrainingIteration, run: RunLengths) -> int:
     if member.counter == "epoch":
         return _count_epochs(member, start, end, run)
     if member.counter == "update":
@@ -78,7 +80,7 @@ def _count_one(member: Countable, start: TrainingIteration, end: TrainingIterati
     return _count_samples(member, start, end, run)
 
 
-def _count_epochs(member: Countable, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+def _count_epochs(member: Countable, start: TrainingIteration, end: TrainingIteration, run: RunLengths) -> int:
     low, high = member.window.clip("epoch", start.epoch, end.epoch)
     first, last = member.window.updates(run, apart_from="epoch")
     # An epoch lies in the window of another counter if its last update does.
@@ -89,14 +91,14 @@ def _count_epochs(member: Countable, start: TrainingIteration, end: TrainingIter
     return member.thresholds_in(low, high) if low < high else 0
 
 
-def _count_updates(member: Countable, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+def _count_updates(member: Countable, start: TrainingIteration, end: TrainingIteration, run: RunLengths) -> int:
     low, high = member.window.clip("update", start.update, end.update)
     first, last = member.window.updates(run, apart_from="update")
     low, high = max(low, first), high if last is None else min(high, last)
     return member.thresholds_in(low, high) if low < high else 0
 
 
-def _count_samples(member: Countable, start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+def _count_samples(member: Countable, start: TrainingIteration, end: TrainingIteration, run: RunLengths) -> int:
     first, last = member.window.updates(run, apart_from="sample")
     low, high = max(start.update, first), end.update if last is None else min(end.update, last)
     if low >= high:
@@ -115,7 +117,7 @@ def _count_samples(member: Countable, start: TrainingIteration, end: TrainingIte
     return between + at_opening + at_closing
 
 
-def updates_crossing_multiples(n: int, updates: int, run: Run) -> int:
+def updates_crossing_multiples(n: int, updates: int, run: RunLengths) -> int:
     """Return how many of the first `updates` updates have a multiple of `n` among their samples.
 
     Example:
@@ -134,7 +136,7 @@ def updates_crossing_multiples(n: int, updates: int, run: Run) -> int:
     return updates - epochs + crossing
 
 
-def steps_crossing_multiples(step: int, n: int, updates: int, run: Run) -> int:
+def steps_crossing_multiples(step: int, n: int, updates: int, run: RunLengths) -> int:
     """Return how many of the updates `step`, `2 * step`, ... up to `updates` cross a multiple of `n` samples.
 
     The positions of epoch ends relative to multiples of `step` repeat after their least common multiple. So the tested
@@ -161,7 +163,7 @@ def steps_crossing_multiples(step: int, n: int, updates: int, run: Run) -> int:
     return crossing
 
 
-def batch_period(run: Run) -> tuple[int, int]:
+def batch_period(run: RunLengths) -> tuple[int, int]:
     """Return the updates and samples after which batch sizes repeat: those of an epoch, or of one batch.
 
     Example:
@@ -175,7 +177,7 @@ def batch_period(run: Run) -> tuple[int, int]:
     return (1, run.effective_batch_size) if even else (run.updates_per_epoch, run.samples_per_epoch)
 
 
-def _shortest_batch(run: Run) -> int:
+def _shortest_batch(run: RunLengths) -> int:
     return run.samples_per_epoch - (run.updates_per_epoch - 1) * run.effective_batch_size
 
 
@@ -204,7 +206,9 @@ def floor_sum(terms: int, divisor: int, slope: int, offset: int) -> int:
 # Unions
 
 
-def _count_union(members: Sequence[Countable], start: TrainingIteration, end: TrainingIteration, run: Run) -> int:
+def _count_union(
+    members: Sequence[Countable], start: TrainingIteration, end: TrainingIteration, run: RunLengths
+) -> int:
     """Return how often any of several schedules fires in `(start, end]`, where all read the same kind of event."""
     on_epoch = members[0].counter == "epoch"
     length = run.updates_per_epoch if on_epoch else 1
@@ -218,7 +222,7 @@ def _count_union(members: Sequence[Countable], start: TrainingIteration, end: Tr
     return firings
 
 
-def _special_ticks(members: Iterable[Countable], run: Run, length: int) -> set[int]:
+def _special_ticks(members: Iterable[Countable], run: RunLengths, length: int) -> set[int]:
     """Return the ticks near which a window starts or ends, or a single point lies."""
     ticks: set[int] = set()
     for member in members:
@@ -229,12 +233,12 @@ def _special_ticks(members: Iterable[Countable], run: Run, length: int) -> set[i
     return ticks
 
 
-def _fires(members: Iterable[Countable], update: int, run: Run, *, on_epoch: bool) -> bool:
+def _fires(members: Iterable[Countable], update: int, run: RunLengths, *, on_epoch: bool) -> bool:
     previous, iteration = _event_at(update, run, on_epoch=on_epoch)
     return any(member.due(previous, iteration) for member in members)
 
 
-def _event_at(update: int, run: Run, *, on_epoch: bool) -> tuple[TrainingIteration, TrainingIteration]:
+def _event_at(update: int, run: RunLengths, *, on_epoch: bool) -> tuple[TrainingIteration, TrainingIteration]:
     """Return the previous and the present iteration at the event after `update` updates."""
     previous, iteration = run.iteration_after(update - 1), run.iteration_after(update)
     # At an update, the epoch that it completes is not counted yet.
@@ -248,7 +252,7 @@ class _Multiples(NamedTuple):
     samples: tuple[int, ...]
 
 
-def _active_multiples(members: Iterable[Countable], update: int, run: Run, *, on_epoch: bool) -> _Multiples:
+def _active_multiples(members: Iterable[Countable], update: int, run: RunLengths, *, on_epoch: bool) -> _Multiples:
     """Return the intervals whose window is open at `update`."""
     previous, iteration = _event_at(update, run, on_epoch=on_epoch)
     active = [m for m in members if m.interval is not None and m.window.is_open(previous, iteration)]
@@ -268,14 +272,14 @@ def _drop_multiples(numbers: Iterable[int]) -> tuple[int, ...]:
     return tuple(independent)
 
 
-def _count_multiples(active: _Multiples, low: int, high: int, run: Run) -> int:
+def _count_multiples(active: _Multiples, low: int, high: int, run: RunLengths) -> int:
     """Return at how many ticks in `(low, high]` a multiple lies."""
     if len(active.samples) > 1:
         return _walk_multiples(active, low, high, run)
     return _multiples_until(active, high, run) - _multiples_until(active, low, run)
 
 
-def _multiples_until(active: _Multiples, limit: int, run: Run) -> int:
+def _multiples_until(active: _Multiples, limit: int, run: RunLengths) -> int:
     """Return at how many of the first `limit` ticks a multiple lies, for at most one interval of samples."""
     ticks = multiples_of_any(active.ticks, limit)
     for n in active.samples:
@@ -311,7 +315,7 @@ def _signed_terms(numbers: Sequence[int], limit: int) -> Iterable[tuple[int, int
     return terms.items()
 
 
-def _walk_multiples(active: _Multiples, low: int, high: int, run: Run) -> int:
+def _walk_multiples(active: _Multiples, low: int, high: int, run: RunLengths) -> int:
     """Return at how many updates in `(low, high]` a multiple lies, by walking from firing to firing for one period."""
     period = _period(active, run)
     periods, rest = divmod(high - low, period)
@@ -320,7 +324,7 @@ def _walk_multiples(active: _Multiples, low: int, high: int, run: Run) -> int:
     return part + periods * (part + _count_steps(next_multiple, low + rest, low + period)) if periods else part
 
 
-def _period(active: _Multiples, run: Run) -> int:
+def _period(active: _Multiples, run: RunLengths) -> int:
     """Return the number of updates after which the positions of multiples and batches repeat."""
     updates, samples = batch_period(run)
     return updates * lcm(
@@ -329,7 +333,7 @@ def _period(active: _Multiples, run: Run) -> int:
     )
 
 
-def _next_multiple_function(active: _Multiples, run: Run) -> Callable[[int], int]:
+def _next_multiple_function(active: _Multiples, run: RunLengths) -> Callable[[int], int]:
     """Return the function from an update to the next one at which a multiple lies."""
 
     def next_multiple(update: int) -> int:

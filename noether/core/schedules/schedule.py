@@ -15,7 +15,7 @@ from noether.core.schedules.window import ALWAYS, START, Window
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from noether.core.run import Run
+    from noether.core.run_lengths import RunLengths
     from noether.core.schedules.base import Schedule
 
 
@@ -46,7 +46,7 @@ class _EveryN(OneCounter):
     def threshold_after(self, value: int) -> int | None:
         return (value // self.n + 1) * self.n
 
-    def updates_crossing(self, updates: int, run: Run) -> int:
+    def updates_crossing(self, updates: int, run: RunLengths) -> int:
         return updates_crossing_multiples(self.n, updates, run)
 
     def within(self, window: Window) -> Self:
@@ -171,7 +171,7 @@ class At(OneCounter):
         """Return the first point after `value`, or None."""
         return next((point for point in self.singles if point > value), None)
 
-    def updates_crossing(self, updates: int, run: Run) -> int:
+    def updates_crossing(self, updates: int, run: RunLengths) -> int:
         """Return how many of the first `updates` updates of `run` have a point among their samples."""
         crossing = {run.updates_until(sample) for sample in self.singles}
         return sum(update <= updates for update in crossing)

@@ -10,7 +10,7 @@ from noether.core.iteration import COUNTERS, Counter, TrainingIteration
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from noether.core.run import Run
+    from noether.core.run_lengths import RunLengths
 
 START: Final = TrainingIteration()
 """The iteration before the first update."""
@@ -72,7 +72,7 @@ class Window:
         last = getattr(self.until, counter)
         return max(low, getattr(self.start, counter) - 1), high if last is None else min(high, last)
 
-    def updates(self, run: Run, *, apart_from: Counter) -> tuple[int, int | None]:
+    def updates(self, run: RunLengths, *, apart_from: Counter) -> tuple[int, int | None]:
         """Return `(low, high]`, the updates of `run` at which the window is open on every counter but one."""
         lows, highs = [0], list[int]()
         for counter in set(COUNTERS) - {apart_from}:

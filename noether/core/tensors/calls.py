@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.func import functional_call
 
+from noether.core.errors import CallNote
 from noether.core.tensors.batch import model_arguments, takes_whole_batch
 from noether.core.tensors.losses import name_of, read_losses
 from noether.core.tensors.module import named_modules
@@ -28,12 +29,6 @@ _PARTS: Final = 6
 _LETTERS: Final = 60
 """Largest length of the description of a module or a value."""
 _INTEGERS: Final = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
-
-
-class CallNote(str):
-    """A note on an error of the user's model, loss or metric, which says what failed."""
-
-    __slots__ = ()
 
 
 def call_model(model: nn.Module, batch: Any, weights: dict[str, Tensor] | None = None) -> Any:

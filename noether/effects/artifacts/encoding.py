@@ -18,7 +18,7 @@ from noether.core.artifacts import LogFigure, LogFile, LogHistogram, LogImages, 
 from noether.core.effect import LogText
 from noether.core.tensors.histograms import count_values
 from noether.effects.artifacts.png import encode_png, tile
-from noether.effects.disk.encoding import to_plain
+from noether.effects.disk.json_numbers import to_plain
 
 if TYPE_CHECKING:
     from noether.core.artifacts import Artifact

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,8 +13,18 @@ from noether.core.tensors.live.buffers import changed_forms, describe_form
 from noether.core.tensors.stored_weights import use_weights, weights_by_name
 from noether.core.tensors.tied_names import EXTRA_STATE, add_tied, extra_state_name, names_below
 from noether.core.tensors.tree import have_same_bits
+from noether.effects.checkpoints.converter import error_text
+from noether.effects.checkpoints.file_names import (
+    MEMORY,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    file_of,
+    shard_name,
+    shard_names,
+)
 from noether.effects.checkpoints.shards import is_sharded, read_shards, shard_pieces
-from noether.effects.checkpoints.state_codec import decode_mapping, decode_state, encode_state, error_text
+from noether.effects.checkpoints.state_codec import decode_mapping, decode_state, encode_state
 from noether.effects.disk.encoding import encode_tree
 from noether.effects.disk.tensor_files import read_tensors, tensor_pieces
 
@@ -32,13 +41,6 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
     Facts = Mapping[str, Any]
 
-WEIGHTS: Final = "weights.safetensors"
-OPTIMIZER: Final = "optimizer.safetensors"
-STATE: Final = "state.json"
-MEMORY: Final = "state.safetensors"
-FILES: Final = frozenset({WEIGHTS, OPTIMIZER, STATE, MEMORY})
-"""The names that a file of a checkpoint can have, its manifest and shards aside."""
-_SHARD: Final = re.compile(r"(weights|optimizer|state)-(\d{5,})-of-(\d{5,})(\.safetensors)", re.ASCII)
 
 _TIED_NAMES: Final = "tied_names"
 _CONSTRUCTED: Final = "constructed"
@@ -53,61 +55,6 @@ class ModelNamesError(NoetherError, LookupError):
 
 class ContentError(NoetherError, ValueError):
     """A file of a checkpoint does not hold valid content; the message names the file."""
-
-
-def shard_name(file: str, rank: int, world_size: int) -> str:
-    """Return the name of the file in which a rank writes its part of the tensors of `file`.
-
-    Example:
-        >>> shard_name("weights.safetensors", 0, 2)
-        'weights-00001-of-00002.safetensors'
-    """
-    stem, _, suffix = file.rpartition(".")
-    return f"{stem}-{rank + 1:05}-of-{world_size:05}.{suffix}"
-
-
-def file_of(name: str) -> str | None:
-    """Return the file of a checkpoint that a name means: itself, or that of which it is a shard; None for no such file.
-
-    Example:
-        >>> file_of("weights-00001-of-00002.safetensors"), file_of("state.json"), file_of("notes.txt")
-        ('weights.safetensors', 'state.json', None)
-    """
-    if name in FILES:
-        return name
-    found = _SHARD.fullmatch(name)
-    return None if found is None else found[1] + found[4]
-
-
-def shard_names(names: Iterable[str], file: str) -> list[str]:
-    """Return the shards of a file among the names of files, in the order of ranks; empty if there are none.
-
-    Raises:
-        ValueError: If one is missing, or they are not of one save.
-
-    Example:
-        >>> shard_names(["state.json", "weights-00002-of-00002.safetensors", "weights-00001-of-00002.safetensors"],
-        ...             "weights.safetensors")
-        ['weights-00001-of-00002.safetensors', 'weights-00002-of-00002.safetensors']
-    """
-    found = sorted(name for name in names if name != file and file_of(name) == file)
-    if not found:
-        return []
-    count = int(found[0].rpartition("-")[2].partition(".")[0])
-    expected = [shard_name(file, rank, count) for rank in range(min(count, len(found) + 1))]
-    if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{missing[0]} is missing beside {found[0]}")
-    if len(found) > len(expected):
-        raise ValueError(f"{max(set(found).difference(expected))} lies beside {found[0]}, which is of another save")
-    return expected
-
-
-def requested_files(effect: SaveCheckpoint) -> set[str]:
-    """Return the names of the files that every checkpoint of this request has.
-
-    Files for tensors of the optimizer and of callbacks are added where the state has such tensors.
-    """
-    return ({WEIGHTS} if effect.weights else set()) | ({STATE} if effect.optimizer else set())
 
 
 def checkpoint_files(

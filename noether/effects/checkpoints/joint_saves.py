@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, final
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.tensors.tree import tensors
-from noether.effects.checkpoints.contents import FILES, checkpoint_files, file_of
+from noether.effects.checkpoints.contents import checkpoint_files
+from noether.effects.checkpoints.converter import CONVERTER, error_text
+from noether.effects.checkpoints.file_names import FILES, file_of
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.shards import is_sharded
-from noether.effects.checkpoints.state_codec import CONVERTER, error_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from noether.core.errors import NoetherError
-from noether.effects.checkpoints.contents import file_of
-from noether.effects.checkpoints.manifest import MANIFEST, MAX_BYTES, NAME, Manifest, ManifestError
+from noether.effects.checkpoints.file_names import file_of
+from noether.effects.checkpoints.manifest import MAX_BYTES, NAME, Manifest, ManifestError
 from noether.effects.disk.files import os_error_text, read_file
+from noether.effects.run_files import ENDED, MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from noether.effects.disk.calls import Disk
 
-ENDED: Final = ".ended"
-"""File with the text of a pointer: the run ended at this checkpoint, which was saved just before."""
 MAX_POINTER_BYTES: Final = 400
 _POINTER: Final = re.compile(rf"{NAME.pattern} [0-9a-f]{{64}}\n", re.ASCII)
 _TEMPORARY_ERRORS: Final = {

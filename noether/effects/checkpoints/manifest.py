@@ -13,14 +13,13 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, overrid
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.iteration import TrainingIteration  # noqa: TC001  # cattrs reads the annotation
-from noether.effects.checkpoints.contents import FILES, file_of, shard_names
+from noether.effects.checkpoints.converter import CONVERTER, error_text
+from noether.effects.checkpoints.file_names import FILES, file_of, shard_names
 from noether.effects.checkpoints.retention import is_resumable
-from noether.effects.checkpoints.state_codec import CONVERTER, error_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MANIFEST: Final = "MANIFEST.json"
 FORMAT: Final = 4
 """The latest format, that of sharded checkpoints; others have the format before, which earlier versions read."""
 _FORMAT_WITHOUT_SHARDS: Final = 3

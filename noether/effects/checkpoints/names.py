@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from noether.core.errors import suggest
 from noether.core.file_names import describe_name, find_name
-from noether.effects.checkpoints.contents import WEIGHTS
+from noether.effects.checkpoints.file_names import WEIGHTS
 from noether.effects.checkpoints.listing import CheckpointError
 
 if TYPE_CHECKING:

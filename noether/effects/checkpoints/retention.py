@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from noether.effects.checkpoints.contents import STATE, WEIGHTS
+from noether.effects.checkpoints.file_names import STATE, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterable, Mapping, Sequence

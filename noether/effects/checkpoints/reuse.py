@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from noether.core.event import AfterTraining
-from noether.effects.checkpoints.contents import FILES, STATE, WEIGHTS, requested_files
+from noether.effects.checkpoints.file_names import FILES, STATE, WEIGHTS, requested_files
 from noether.effects.checkpoints.manifest import RUN_STATE_SUFFIXES, name_of_slot
 
 if TYPE_CHECKING:

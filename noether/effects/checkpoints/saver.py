@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, Literal, final
 
 from noether.core.tensors.donation import lease
 from noether.core.tensors.tree import clone_tensors
+from noether.effects.checkpoints.converter import error_text
 from noether.effects.checkpoints.listing import CheckpointError
-from noether.effects.checkpoints.state_codec import error_text
 from noether.effects.disk.finalizers import finalize
 from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.disk.tensor_files import is_panic

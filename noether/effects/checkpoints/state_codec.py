@@ -9,15 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from cattrs import transform_error
-from cattrs.errors import BaseValidationError
-from cattrs.preconf.json import make_converter
-
 from noether.core.iteration import TrainingIteration
 from noether.core.state import Measured, TrainState
 from noether.core.tensors.live.buffers import changed_buffers
 from noether.core.tensors.memory import check_memory, check_savable
 from noether.core.tensors.tree import FrozenDict
+from noether.effects.checkpoints.converter import CONVERTER
 from noether.effects.disk.encoding import decode_tree, encode_tree
 
 if TYPE_CHECKING:
@@ -26,12 +23,6 @@ if TYPE_CHECKING:
 _PARTS: Final = ("state", "tensors")
 _START: Final = TrainingIteration()
 _MAX_SEED: Final = 2**63 - 1
-_MAX_ERROR_CHARS: Final = 300
-
-CONVERTER: Final = make_converter(forbid_extra_keys=True)
-"""Converts between classes and JSON values; it refuses unknown keys."""
-CONVERTER.register_unstructure_hook(TrainingIteration, str)
-CONVERTER.register_structure_hook(TrainingIteration, lambda text, _: TrainingIteration.parse(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +146,3 @@ def decode_mapping(name: str, value: Any, tensors: Mapping[str, torch.Tensor]) -
     if not isinstance(tree, Mapping):
         raise TypeError(f"{name} has to be a mapping")
     return tree
-
-
-def error_text(error: BaseException) -> str:
-    r"""Return the message of a library's error in one printable line of at most 300 characters.
-
-    Example:
-        >>> error_text(ValueError("no\n"))
-        'ValueError: no\\n'
-    """
-    validation = isinstance(error, BaseValidationError)
-    text = "; ".join(transform_error(error)) if validation else f"{type(error).__name__}: {error}"
-    return text.encode("unicode_escape").decode()[:_MAX_ERROR_CHARS]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from noether.core.errors import WeightsError
 from noether.core.event import AfterTraining, AfterUpdate, kind_of
-from noether.effects.checkpoints.contents import ModelNamesError, checkpoint_files, requested_files
+from noether.effects.checkpoints.contents import ModelNamesError, checkpoint_files
+from noether.effects.checkpoints.file_names import requested_files
 from noether.effects.checkpoints.joint_saves import ALONE, JointSaves, has_shards
 from noether.effects.checkpoints.listing import CheckpointError, Listing
 from noether.effects.checkpoints.manifest import END, NAME, Manifest, Part, recorded_saves

@@ -15,12 +15,13 @@ from noether.core.errors import suggest
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tied_names import EXTRA_STATE, extra_state_name
-from noether.effects.checkpoints.contents import WEIGHTS, ContentError, file_of, read_state, shard_names
+from noether.effects.checkpoints.contents import ContentError, read_state
+from noether.effects.checkpoints.converter import error_text
+from noether.effects.checkpoints.file_names import WEIGHTS, file_of, shard_names
 from noether.effects.checkpoints.listing import MAX_POINTER_BYTES, CheckpointError
-from noether.effects.checkpoints.manifest import MANIFEST
 from noether.effects.checkpoints.reader import CheckpointReader
-from noether.effects.checkpoints.state_codec import error_text
 from noether.effects.disk.tensor_files import FACTS, SHARDING_INFO, is_panic
+from noether.effects.run_files import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,11 +7,11 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, final
 
 from noether.core.errors import NoetherError
-from noether.effects.checkpoints.contents import file_of
-from noether.effects.checkpoints.listing import ENDED, CheckpointError, UnsavableError, pointer_text
-from noether.effects.checkpoints.manifest import MANIFEST
-from noether.effects.checkpoints.state_codec import error_text
+from noether.effects.checkpoints.converter import error_text
+from noether.effects.checkpoints.file_names import file_of
+from noether.effects.checkpoints.listing import CheckpointError, UnsavableError, pointer_text
 from noether.effects.disk.files import TEMPORARY_PREFIX, make_directories, remove_tree, replace_text, write_new_file
+from noether.effects.run_files import ENDED, MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -5,8 +5,6 @@ from __future__ import annotations
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
 from noether.core.text import escape_controls
 
 if TYPE_CHECKING:
@@ -66,5 +64,5 @@ def repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
 
 def format_value(value: Any) -> str:
     """Return a value as text; of a fraction five digits."""
-    value = value.item() if isinstance(value, torch.Tensor) else value
+    value = value.item() if hasattr(value, "item") else value  # a tensor; this module imports no torch
     return f"{value:.5g}" if isinstance(value, float) else escape_controls(str(value))

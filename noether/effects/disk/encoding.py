@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from noether.core.tensors.tree import MAX_LEVELS, SCALARS, FrozenDict
+from noether.effects.disk.json_numbers import NUMBERS, json_number
 from noether.effects.disk.tensor_files import METADATA
 
 if TYPE_CHECKING:
@@ -22,33 +23,6 @@ _HALVES: Final = re.compile(r"[\ud800-\udbff][\udc00-\udfff]")
 """Two halves of a character, which JSON would join to one."""
 _QUIET_NAN: Final = struct.pack(">d", math.nan)
 _SCALAR_TYPES: Final = frozenset(SCALARS)
-NUMBER_TYPES: Final = frozenset({float, int, bool})
-NUMBERS: Final = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def json_number(value: float) -> float | str:
-    """Return a number as strict JSON can hold it: NaN and the infinities by name.
-
-    Example:
-        >>> json_number(0.5), json_number(float("nan")), json_number(float("-inf"))
-        (0.5, 'NaN', '-Infinity')
-    """
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def to_plain(value: Any) -> Any:
-    """Return a logged value as strict JSON can hold it; tensors are read from their device."""
-    if isinstance(value, float):
-        return json_number(value)
-    if isinstance(value, torch.Tensor):
-        return to_plain(value.item())
-    if isinstance(value, Mapping):
-        return {key: to_plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(each) for each in value]
-    return value
 
 
 def encode_tree(tree: Any, tensors: dict[str, torch.Tensor], path: str = "", level: int = 0) -> Any:

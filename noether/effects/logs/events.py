@@ -14,10 +14,10 @@ import torch
 from noether.core.effect import LogScalars
 from noether.core.event import EVENTS, BeforeTraining, kind_of
 from noether.core.iteration import COUNTERS, TrainingIteration
-from noether.core.metrics import keys_overlap
+from noether.core.metric_keys import keys_overlap
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.disk.encoding import NUMBERS, json_number
 from noether.effects.disk.files import read_file
+from noether.effects.disk.json_numbers import NUMBERS, json_number
 from noether.effects.logs.jsonl import event_name, position_fields
 from noether.effects.logs.resumption import LogError
 

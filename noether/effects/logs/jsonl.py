@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from noether.core.event import AfterUpdate, kind_of
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import NUMBER_TYPES, to_plain
 from noether.effects.disk.files import os_error_text, read_file, replace_file
+from noether.effects.disk.json_numbers import NUMBER_TYPES, to_plain
 from noether.effects.disk.path_checks import RunMovedError, require_in_place
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
 from noether.effects.logs.resumption import ResumePoint, lines_before_resume

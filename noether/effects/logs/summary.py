@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterUpdate
-from noether.core.iteration import TrainingIteration
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.encoding import to_plain
 from noether.effects.disk.files import read_file, replace_text
+from noether.effects.disk.json_numbers import to_plain
 from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
 from noether.effects.logs.jsonl import do_nothing
@@ -120,45 +117,3 @@ class Summary:
     def discard_buffer(self) -> None:
         """Discard the buffered entries."""
         self._buffer = {}
-
-
-def read_summary(path: Path, disk: Disk = DISK) -> dict[str, Any]:
-    """Return the entries of a summary; none if the file does not exist or is damaged.
-
-    Args:
-        path: The file `summary.json`.
-        disk: The disk.
-    """
-    with suppress(OSError, ValueError, RecursionError):
-        entries = json.loads(read_file(path, disk))
-        return entries if isinstance(entries, dict) else {}
-    return {}
-
-
-def set_process_entry(entries: Mapping[str, Any], name: str, begin: TrainingIteration, value: Any) -> dict[str, Any]:
-    """Return an entry with one value for each process that trained the run, by the iteration at which it began.
-
-    A process that resumes the run repeats what came after its first iteration, so it replaces the values of processes
-    that began there or later.
-
-    Args:
-        entries: The entries of the summary before.
-        name: Name of the entry.
-        begin: Where this process begins.
-        value: Its value.
-
-    Example:
-        >>> entries = {"phases": {"E0_U0_S0": 1, "E2_U8_S32": 2, "E3_U12_S48": 3}}
-        >>> set_process_entry(entries, "phases", TrainingIteration(epoch=2, update=8, sample=32), 4)
-        {'E0_U0_S0': 1, 'E2_U8_S32': 4}
-    """
-    before = entries.get(name, {})
-    before = before if isinstance(before, dict) else {}  # a callback may have set an entry of this name
-    return {**{at: each for at, each in before.items() if not _is_repeated(at, begin)}, str(begin): value}
-
-
-def _is_repeated(at: str, begin: TrainingIteration) -> bool:
-    try:
-        return TrainingIteration.parse(at).reached(begin)
-    except SettingsError:  # of an entry that a callback set
-        return True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import numpy as np
 
-from noether.effects.disk.encoding import to_plain
+from noether.effects.disk.json_numbers import to_plain
 
 if TYPE_CHECKING:
     from pathlib import Path

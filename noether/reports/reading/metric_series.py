@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from noether.core.callbacks.improvement import MODES, direction_of
 from noether.core.errors import check_choice, raise_problems, suggest
 from noether.core.iteration import TrainingIteration
+from noether.core.metric_keys import MODES, direction_of
 
 if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
     from numpy.typing import NDArray
 
-    from noether.core.callbacks.improvement import Mode
+    from noether.core.metric_keys import Mode
 
 
 class Point(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import numpy as np
 
-from noether.effects.disk.encoding import NUMBERS
+from noether.effects.disk.json_numbers import NUMBERS
 from noether.reports.reading.metric_series import Metrics, Points
 
 if TYPE_CHECKING:

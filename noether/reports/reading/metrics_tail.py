@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from noether.effects.run_logs import METRICS_FILE
+from noether.effects.run_files import METRICS_FILE
 from noether.reports.reading.log_lines import LogLines
 from noether.reports.reading.metrics_log import Columns, parse_metrics
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.text import count_of
-from noether.effects.checkpoints.manifest import MANIFEST
-from noether.effects.never_saved import NEVER_SAVED
-from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
-from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
+from noether.effects.run_files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    EVENTS_FILE,
+    MANIFEST,
+    METRICS_FILE,
+    NEVER_SAVED,
+    SUMMARY_FILE,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

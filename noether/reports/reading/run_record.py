@@ -11,31 +11,26 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import yaml
 
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
-from noether.core.callbacks.improvement import MODES, direction_of
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.iteration import TrainingIteration
-from noether.core.tensors.live.loading import write_model
-from noether.effects import CheckpointError
-from noether.effects.checkpoints.reader import CheckpointReader
-from noether.effects.disk.encoding import NUMBERS
-from noether.effects.evaluation_logs import EVALUATIONS
-from noether.effects.logs.summary import read_summary
-from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
-from noether.effects.run_logs import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
+from noether.core.metric_keys import MODES, direction_of
+from noether.effects.checkpoints.listing import CheckpointError, Listing, list_checkpoints
+from noether.effects.disk.calls import DISK
+from noether.effects.disk.json_numbers import NUMBERS
+from noether.effects.logs.summary_entries import read_summary
+from noether.effects.run_files import CHECKPOINTS, CONFIG_FILE, EVALUATIONS, EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
 from noether.reports.reading.log_ends import read_first_point, read_last_point
 from noether.reports.reading.log_lines import LogLines
 from noether.reports.reading.metrics_tail import MetricsTail
 from noether.reports.reading.run_folders import find_runs, require_readable
 from noether.reports.reading.status import find_status
-from noether.training.runs.directories import load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import nn
 
-    from noether.core.callbacks.improvement import Mode
+    from noether.core.metric_keys import Mode
     from noether.effects.checkpoints.manifest import Manifest
     from noether.reports.reading.metric_series import Best, Metrics, Point
     from noether.reports.reading.metrics_log import MetricsLog
@@ -245,15 +240,15 @@ class RunRecord:
             for line, key, entry in self._log.artifacts
         )
 
-    @cached_property
+    @property
     def checkpoints(self) -> tuple[Manifest, ...]:
         """The manifests of the checkpoints, oldest first."""
-        return tuple(CheckpointReader(self.path / CHECKPOINTS).manifests())
+        return tuple(self._listing.manifests)
 
-    @cached_property
+    @property
     def pointers(self) -> Mapping[str, str]:
         """The tag that each pointer names, such as that of `latest`."""
-        return CheckpointReader(self.path / CHECKPOINTS).pointers()
+        return self._listing.targets
 
     def load_into(self, model: nn.Module, checkpoint: str = "latest", weights: str | None = None) -> Manifest:
         """Load the weights of a checkpoint into a live model: all of them, or none if one does not fit.
@@ -289,6 +284,11 @@ class RunRecord:
             >>> torch.equal(other.weight, model.weight)
             True
         """
+        # These import torch; reading a run does without.
+        from noether.core.tensors.live.loading import write_model
+        from noether.effects.checkpoints.reader import CheckpointReader
+        from noether.training.runs.directories import load_weights
+
         try:
             manifest, state = load_weights(CheckpointReader(self.path / CHECKPOINTS), checkpoint, weights)
         except ConfigError as error:  # it names the options of the command line
@@ -362,6 +362,10 @@ class RunRecord:
         run = RunRecord(self.path)
         vars(run)["_tail"] = self._tail
         return run
+
+    @cached_property
+    def _listing(self) -> Listing:
+        return list_checkpoints(self.path / CHECKPOINTS, DISK)
 
     @cached_property
     def _tail(self) -> MetricsTail:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from noether.effects.checkpoints.listing import ENDED
 from noether.effects.disk.lock import find_lock_use
-from noether.effects.run_directory import CHECKPOINTS
+from noether.effects.run_files import CHECKPOINTS, ENDED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from noether.core.callback import declaration_of, leaves_of
 from noether.core.callbacks.best_checkpoint import BestCheckpointCallback
 from noether.core.callbacks.improvement import MetricWatcher
 from noether.core.file_names import best_pointer
-from noether.core.metrics import keys_overlap
+from noether.core.metric_keys import keys_overlap
 from noether.core.text import count_of, format_bytes, format_seconds
 from noether.effects.console.columns import repeats_single_loss
 from noether.effects.console.run_panels import RunPanel, Table

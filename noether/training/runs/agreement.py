@@ -14,9 +14,10 @@ from noether.core.callbacks.summaries import dataset_lengths
 from noether.core.tensors.checksums import sum_bits
 from noether.core.tensors.module import device_of
 from noether.distributed.ranks import Ranks, count_processes, join
-from noether.effects import CheckpointError, RunDirectory
+from noether.effects import RunDirectory
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.reader import CheckpointReader
-from noether.effects.run_directory import CHECKPOINTS
+from noether.effects.run_files import CHECKPOINTS
 from noether.training.data.indexed import TrainingData
 from noether.training.devices import choose_device
 from noether.training.runs.services import open_directory

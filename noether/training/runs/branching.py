@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.effects.branches import branch_run
-from noether.effects.checkpoints.contents import WEIGHTS
+from noether.effects.checkpoints.file_names import WEIGHTS
 from noether.effects.checkpoints.names import NEWEST
 from noether.effects.checkpoints.reader import CheckpointReader
 from noether.effects.disk.files import os_error_text
-from noether.effects.run_directory import CHECKPOINTS, CONFIG_FILE
+from noether.effects.run_files import CHECKPOINTS, CONFIG_FILE
 from noether.training.runs.directories import load_checkpoint
 
 if TYPE_CHECKING:

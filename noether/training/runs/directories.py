@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from noether.config import ConfigError, load
+from noether.config import load
 from noether.config.changes import refuse_changes
-from noether.config.errors import LocatedProblem, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.config.serialization import dump
 from noether.core.errors import WeightsError
 from noether.core.tensors.stored_weights import name_in_tags, use_weights
-from noether.effects import CheckpointError
-from noether.effects.checkpoints.contents import WEIGHTS
+from noether.effects.checkpoints.file_names import WEIGHTS
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.disk.files import os_error_text
 from noether.effects.disk.moves import move_directory
-from noether.effects.run_directory import CONFIG_FILE
+from noether.effects.run_files import CONFIG_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,7 +14,6 @@ from noether.core.tensors.tree import FrozenDict
 from noether.distributed.failures import Failures
 from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.run_ending import (
-    TRACEBACK_FILE,
     Status,
     describe_status,
     record_failure,
@@ -22,6 +21,7 @@ from noether.effects.run_ending import (
     save_interrupted,
     write_traceback,
 )
+from noether.effects.run_files import TRACEBACK_FILE
 from noether.training.error_locations import describe_error
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.callback import leaves_of
 from noether.core.callbacks.evaluation import EvaluateCallback
 from noether.core.callbacks.periodic import PeriodicDataIteratorCallback

@@ -19,11 +19,12 @@ from noether.core.progress import show_progress_on
 from noether.core.tensors.donation import donate
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.logs.events import event_line_builder
-from noether.effects.logs.summary import read_summary, set_process_entry
+from noether.effects.logs.summary_entries import PRODUCES, read_summary, set_process_entry
 from noether.effects.run_ending import Status, describe_status
-from noether.effects.run_logs import SUMMARY_FILE
+from noether.effects.run_files import SUMMARY_FILE
 from noether.session.phases import PhaseTimes
 from noether.session.provenance import record_process
+from noether.training.configured_callbacks import produced_keys
 from noether.training.data.interruptible import interruptible
 from noether.training.replicated.step import ReplicatedStep
 from noether.training.runs.end_panel import describe_end
@@ -150,7 +151,7 @@ def execute(
     with interruption, closing(experiment), show_progress_on(directory.console if directory.writes else None):
         facts: dict[str, Any] = {**param_counts(state.params, experiment.run.frozen), **dataset_lengths(experiment.run)}
         facts |= _world_sizes(directory, ranks.world_size, state.iteration)
-        facts |= describe_status("running")
+        facts |= {**describe_status("running"), PRODUCES: produced_keys(experiment.callbacks)}
         interpreter([SetSummary(FrozenDict(facts))], state, AfterTraining(run=experiment.run))
         record_process(directory, state, experiment.run)
         ending = Ending(

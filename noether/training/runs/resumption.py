@@ -9,8 +9,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING
 
-from noether.config import ConfigError
-from noether.config.errors import LocatedProblem, Place
+from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.config.schema import ENDS
 from noether.config.serialization import dump
 from noether.core.effect import SaveCheckpoint
@@ -21,11 +20,12 @@ from noether.core.progress import show_progress_on
 from noether.core.tensors.tree import FrozenDict
 from noether.distributed.ranks import leave_at_end
 from noether.distributed.restarts import Restart
-from noether.effects import CheckpointError, Console
-from noether.effects.checkpoints.contents import WEIGHTS
+from noether.effects import Console
+from noether.effects.checkpoints.file_names import WEIGHTS
+from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.disk.files import replace_text
 from noether.effects.disk.moves import finish_move
-from noether.effects.run_directory import CONFIG_FILE
+from noether.effects.run_files import CONFIG_FILE
 from noether.training.experiment import build
 from noether.training.runs.agreement import (
     accept,

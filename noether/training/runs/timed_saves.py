@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, final
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterUpdate
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.checkpoints.contents import requested_files
+from noether.effects.checkpoints.file_names import requested_files
 from noether.effects.checkpoints.retention import is_resumable
 from noether.session.timing import Clock
 

@@ -22,7 +22,7 @@ from noether.distributed.ranks import leave_at_end
 from noether.distributed.restarts import Restart
 from noether.effects.console.console import Console
 from noether.effects.disk.files import make_directories, replace_text
-from noether.effects.run_directory import CONFIG_FILE
+from noether.effects.run_files import CONFIG_FILE
 from noether.training.experiment import build
 from noether.training.runs.agreement import (
     accept,

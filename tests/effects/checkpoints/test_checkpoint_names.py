@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from noether import TrainingIteration
-from noether.effects.checkpoints.contents import STATE, WEIGHTS
+from noether.effects.checkpoints.file_names import STATE, WEIGHTS
 from noether.effects.checkpoints.listing import CheckpointEntry, CheckpointError, Listing, PointerEntry
 from noether.effects.checkpoints.manifest import Manifest, Part
 from noether.effects.checkpoints.names import find_tag

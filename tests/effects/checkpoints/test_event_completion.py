@@ -23,7 +23,7 @@ from noether.core.loop import Move, dispatch, next_move
 from noether.core.metrics import log
 from noether.core.reducer import compose
 from noether.effects import CheckpointStore
-from noether.effects.checkpoints.contents import WEIGHTS
+from noether.effects.checkpoints.file_names import WEIGHTS
 from noether.effects.disk.calls import Disk, fsync
 from noether.effects.logs.buffers import discard_all_buffers
 from noether.testing import same

@@ -13,7 +13,8 @@ from noether import SaveCheckpoint, TrainState
 from noether.core.iteration import TrainingIteration
 from noether.core.tensors.stored_weights import use_weights, weights_by_name
 from noether.core.tensors.tied_names import find_tied_names
-from noether.effects.checkpoints.contents import WEIGHTS, ContentError, checkpoint_files, read_state, select_weights
+from noether.effects.checkpoints.contents import ContentError, checkpoint_files, read_state, select_weights
+from noether.effects.checkpoints.file_names import WEIGHTS
 
 START = TrainingIteration()
 

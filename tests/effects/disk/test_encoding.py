@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from noether.core.tensors.tree import FrozenDict, freeze
-from noether.effects.disk.encoding import decode_tree, encode_tree, json_number
+from noether.effects.disk.encoding import decode_tree, encode_tree
+from noether.effects.disk.json_numbers import json_number
 from noether.testing import same
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

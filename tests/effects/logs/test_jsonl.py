@@ -25,7 +25,7 @@ from noether import (
     LogScalars,
 )
 from noether.effects.disk.calls import Disk, fsync
-from noether.effects.disk.encoding import to_plain
+from noether.effects.disk.json_numbers import to_plain
 from noether.effects.logs.jsonl import LinesFile, LogCount, event_name, metrics_file
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import noether
 from noether import Run, TrainState, open_run
-from noether.effects.logs.summary import read_summary
+from noether.effects.logs.summary_entries import read_summary
 from noether.effects.provenance import process
 from noether.effects.provenance.process import command_line, describe_process
 from noether.session import provenance

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from noether.core.text import count_of, format_bytes
-from noether.effects.run_ending import TRACEBACK_FILE
-from noether.effects.run_logs import METRICS_FILE
+from noether.effects.run_files import METRICS_FILE, TRACEBACK_FILE
 from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.sections.overview import best_values
