@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from noether.core.text import escape_controls
 from noether.distributed.launch import launched_rank
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from noether.effects.console.run_panels import RunPanel
 
 
 def echo(text: object, *, err: bool = False) -> None:
@@ -46,6 +52,18 @@ def print_line(text: str, *, err: bool = False) -> None:
     except (OSError, ValueError):  # ValueError: the stream is closed
         if not err:
             print_line(text, err=True)
+
+
+def print_panel(panel: RunPanel, console: Console) -> None:
+    """Print a panel: with a border on a terminal, else as lines with its title."""
+    from noether.effects.console.run_panels import command_lines, plain_lines
+
+    if console.is_terminal and not console.is_dumb_terminal:
+        console.print(panel)
+        for line in command_lines(panel, console.width):
+            console.print(line, soft_wrap=True)
+    else:
+        echo("\n".join((panel.title, *plain_lines(panel))))
 
 
 def discard_unwritten() -> None:

@@ -30,6 +30,29 @@ def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]
     return {name: each for name, each in values.items() if len(set(map(repr, each))) > 1}
 
 
+def merge_missing_callbacks(found: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """Return differences with one entry for a callback that some runs do not have, in place of all its settings.
+
+    Args:
+        found: What `find_run_differences` returns.
+
+    Example:
+        >>> found = {"callbacks[my.Stop].kind": ("my.Stop", None), "callbacks[my.Stop].after": (3, None)}
+        >>> merge_missing_callbacks({"run.seed": (0, 1), **found})
+        {'run.seed': (0, 1), 'callbacks[my.Stop]': ('present', None)}
+    """
+    merged: dict[str, tuple[Any, ...]] = {}
+    for name, values in found.items():
+        callback, is_callback, setting = name.partition("].")
+        if not (is_callback and f"{callback}].kind" in found):
+            merged[name] = values
+        elif setting == "kind":  # which differs only where it is missing: the name of a callback contains it
+            merged[f"{callback}]"] = tuple(None if value is None else "present" for value in values)
+        elif len({repr(value) for value in values if value is not None}) > 1:
+            merged[name] = values
+    return merged
+
+
 def _describe_process(run: RunRecord) -> Mapping[str, Any]:
     *_, last = [{}, *run.provenance.values()]
     facts = dict(walk_settings({name: last[name] for name in _COMPARED if last.get(name) is not None}))

@@ -15,8 +15,10 @@ import numpy as np
 
 from noether.core.iteration import TrainingIteration
 from noether.core.text import count_of, format_bytes, format_seconds
+from noether.effects.console.columns import SIDE_METRICS, repeats_single_loss
 from noether.effects.console.next_commands import suggest_commands
-from noether.effects.console.run_panels import RunPanel, Table
+from noether.effects.console.run_panels import RunPanel
+from noether.effects.console.tables import Table
 from noether.effects.run_files import TRACEBACK_FILE
 from noether.reports.reading.metric_series import is_derived
 from noether.session.phase_texts import describe_phases
@@ -160,11 +162,21 @@ def draw_trend(values: NDArray[Any], width: int = 12) -> str:
 
 def tabulate_metrics(run: RunRecord) -> Table:
     """Return a table with the last and best value and the trend of each metric."""
-    rows = []
-    for key, series in run.metrics.items():
-        if not is_derived(key):
-            rows.append((key, format_number(series.last), *_describe_best(run, key), draw_trend(series.values)))
+    shown = {key: series for key, series in run.metrics.items() if not is_derived(key)}
+    values = {key: series.last for key, series in shown.items()}
+    rows = [
+        (key, format_number(shown[key].last), *_describe_best(run, key), draw_trend(shown[key].values))
+        for key in sorted(shown, key=lambda key: _rank_metric(run, key))
+        if not repeats_single_loss(key, values)
+    ]
     return Table(("metric", "last", "best", "at", "trend"), rows)
+
+
+def _rank_metric(run: RunRecord, key: str) -> int:
+    """Return the place of a metric: those that a callback watches first, then losses, and the optimizer's last."""
+    if f"{key}/best" in run.summary:
+        return 0
+    return 1 if key.startswith("loss/") else 3 if key.startswith(SIDE_METRICS) else 2
 
 
 def _describe_best(run: RunRecord, key: str) -> tuple[str, str]:

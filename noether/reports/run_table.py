@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.metric_keys import direction_of
 from noether.core.text import format_seconds
-from noether.effects.console.run_panels import Table
+from noether.effects.console.tables import Table
 from noether.reports.run_panel import duration_s, format_number, format_time, last_iteration
 
 if TYPE_CHECKING:

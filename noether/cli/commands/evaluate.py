@@ -6,10 +6,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from noether.cli.output import echo, printable
+from noether.cli.output import echo, print_panel
 from noether.cli.ranks import announce_exit
 from noether.core.callback import label_of, listens_to
 from noether.core.effect import SaveCheckpoint
@@ -22,6 +20,8 @@ from noether.core.tensors.tree import clone_tensors
 from noether.distributed.ranks import leave_at_end
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.reader import CheckpointReader
+from noether.effects.console.run_panels import RunPanel
+from noether.effects.console.tables import Table
 from noether.effects.disk.files import os_error_text
 from noether.effects.evaluation_logs import EvaluationLogs
 from noether.effects.run_files import CHECKPOINTS
@@ -174,8 +174,5 @@ def _write(logs: EvaluationLogs) -> None:
 
 
 def _print_metrics(tag: str, metrics: Mapping[str, Any]) -> None:
-    table = Table("metric", "value", title=Text(printable(tag)))
-    for key, value in metrics.items():
-        text = f"{value:.6g}" if isinstance(value, (int, float)) else str(value)
-        table.add_row(Text(printable(key)), Text(printable(text)))
-    Console().print(table)
+    rows = [(key, f"{value:.6g}" if isinstance(value, (int, float)) else str(value)) for key, value in metrics.items()]
+    print_panel(RunPanel(title=tag, table=Table(("metric", "value"), rows)), Console())

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 from rich.live import Live
 
-from noether.cli.output import echo
+from noether.cli.output import echo, print_panel
 from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.errors import suggest
 from noether.core.text import count_of
 from noether.effects.console.columns import format_columns
-from noether.effects.console.run_panels import RunPanel, Table, command_lines, plain_lines
+from noether.effects.console.run_panels import RunPanel
+from noether.effects.console.tables import Table
 from noether.effects.disk.json_numbers import to_plain
-from noether.reports.differences import find_run_differences
+from noether.reports.differences import find_run_differences, merge_missing_callbacks
 from noether.reports.reading.metrics_tail import MetricsTail
 from noether.reports.reading.run_folders import find_runs
 from noether.reports.reading.run_record import read_run, read_runs
@@ -50,14 +51,14 @@ def show_run(path: Path, *, as_json: bool, follow: bool) -> None:
     if as_json:
         echo(json.dumps(to_plain(to_values(run)), indent=1))
     elif not follow:
-        _print_panel(describe_run(run), console)
+        print_panel(describe_run(run), console)
     else:
         with suppress(KeyboardInterrupt):
             if console.is_terminal and not console.is_dumb_terminal:
                 _follow_live(run, console)
             else:
                 _follow_lines(run)
-        _print_panel(describe_run(read_run(path)), console)
+        print_panel(describe_run(read_run(path)), console)
 
 
 def _follow_live(run: RunRecord, console: Console) -> None:
@@ -124,7 +125,7 @@ def show_runs(
     if as_json:
         echo(json.dumps([to_plain(vars(row)) for row in rows], indent=1))
     else:
-        _print_panel(RunPanel(title=count_of(len(rows), "run"), table=tabulate_runs(rows, keys)), Console())
+        print_panel(RunPanel(title=count_of(len(rows), "run"), table=tabulate_runs(rows, keys)), Console())
 
 
 def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
@@ -138,9 +139,9 @@ def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
     elif not found:
         echo(f"{len(runs)} runs do not differ in configuration, code, machine or packages")
     else:
-        labels = _short_labels(runs)
-        rows = [(name, *("" if value is None else str(value) for value in each)) for name, each in found.items()]
-        _print_panel(RunPanel(title="differences", table=Table(("setting", *labels), rows)), Console())
+        labels, shown = _short_labels(runs), merge_missing_callbacks(found)
+        rows = [(name, *("" if value is None else str(value) for value in each)) for name, each in shown.items()]
+        print_panel(RunPanel(title="differences", table=Table(("setting", *labels), rows)), Console())
 
 
 def _error(place: str, message: str) -> ConfigError:
@@ -151,16 +152,6 @@ def _short_labels(runs: Sequence[RunRecord]) -> list[str]:
     """Return the ids of runs, or their paths where two have one id."""
     ids = [run.run_id for run in runs]
     return ids if len(set(ids)) == len(ids) else [str(run.path) for run in runs]
-
-
-def _print_panel(panel: RunPanel, console: Console) -> None:
-    if console.is_terminal and not console.is_dumb_terminal:
-        console.print(panel)
-        for line in command_lines(panel, console.width):
-            console.print(line, soft_wrap=True)
-    else:
-        for text in (panel.title, *plain_lines(panel)):
-            echo(text)
 
 
 def is_single_run(paths: Sequence[Path]) -> bool:

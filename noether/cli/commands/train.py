@@ -14,7 +14,7 @@ from noether.config import load
 from noether.distributed.failures import RankError
 from noether.distributed.launch import launched_rank
 from noether.effects.console.next_commands import suggest_commands, wrap_command
-from noether.effects.console.run_panels import wrap_words
+from noether.effects.console.tables import wrap_words
 from noether.planning.unhandled_effects import check_start_requests
 from noether.planning.warnings import find_start_warnings
 from noether.training.error_locations import describe_error

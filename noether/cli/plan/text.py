@@ -6,15 +6,14 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
-from rich.table import Table
 
-from noether.cli.output import printable
+from noether.cli.output import echo
 from noether.cli.plan.timeline import ASCII_MARKS, UNICODE_MARKS, row, scale
 from noether.core.text import count_of, format_bytes
-from noether.distributed.launch import launched_rank
+from noether.effects.console.tables import Table, table_lines, wrap_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from noether.core.schedules.forecast import Firing, Firings
     from noether.planning.plan import Plan
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 _WIDTH: Final = 144
 """Columns of output that does not go to a terminal."""
-_UNLIMITED_WIDTH: Final = 10_000
 _MIN_COLUMNS: Final = 20
 """Minimum width of the names and of the timeline."""
 _SAVE_COLUMNS: Final = ("written", "kept", "of each", "in all")
@@ -32,56 +30,43 @@ _EVALUATION_COLUMNS: Final = ("evaluations", "samples")
 
 def print_plan(plan: Plan, file: str) -> None:
     """Print the whole plan."""
-    console, table = _console(), _table(plan)
-    console.print(printable(_heading(plan, file)), soft_wrap=True)
-    (console if sys.stdout.isatty() else _wide_console(table)).print(table)
-    for line in (*_timeline(plan, console), "", *_footer(plan)):
-        console.print(printable(line), soft_wrap=True)
+    width = _terminal_width()
+    _print_lines([_heading(plan, file), ""], width)
+    _print_table(_tabulate(plan), width)
+    echo("\n".join(_timeline(plan, width or _WIDTH, ascii_only=Console().options.ascii_only)))
+    _print_lines(["", *_footer(plan)], width)
 
 
 def print_point(fired: Iterable[tuple[PlannedCallback, Firing]], where: str) -> None:
     """Print the callbacks that fire at one point, in their order."""
-    table = _plain_table("at", "event", "callback")
-    for planned, firing in fired:
-        table.add_row(str(firing), firing.event.__name__, printable(planned.name))
-    _print_list(table, f"nothing fires at {where}")
+    rows = [(str(firing), firing.event.__name__, planned.name) for planned, firing in fired]
+    _print_list(Table(("at", "event", "callback"), rows), f"nothing fires at {where}")
 
 
 def print_interval(fired: Iterable[tuple[PlannedCallback, Firings]], where: str) -> None:
     """Print the callbacks that fire in a part of the run, and how often."""
-    table = _plain_table("callback", "first", "last", "firings", right=("first", "last", "firings"))
-    for planned, firings in fired:
-        table.add_row(printable(planned.name), str(firings.first), str(firings.last), f"{firings.count:,}")
-    _print_list(table, f"nothing fires {where}")
+    rows = [(planned.name, str(each.first), str(each.last), f"{each.count:,}") for planned, each in fired]
+    columns = ("callback", "first", "last", "firings")
+    _print_list(Table(columns, rows, right=columns[1:]), f"nothing fires {where}")
 
 
-def _console() -> Console:
-    return _make_console(None if sys.stdout.isatty() else _WIDTH)
+def _terminal_width() -> int | None:
+    return Console().width if sys.stdout.isatty() else None
 
 
-def _make_console(width: int | None) -> Console:
-    return Console(width=width, highlight=False, markup=False, quiet=launched_rank() > 0)
+def _print_lines(lines: Iterable[str], width: int | None) -> None:
+    echo("\n".join(line if width is None else "\n".join(wrap_words(line, width)) for line in lines))
 
 
-def _wide_console(table: Table) -> Console:
-    """Return a console on which the table does not wrap, for output to a file."""
-    unlimited = _make_console(_UNLIMITED_WIDTH)
-    return _make_console(max(_WIDTH, unlimited.measure(table).maximum))
+def _print_table(table: Table, width: int | None) -> None:
+    echo("\n".join(table_lines(table, width)))
 
 
 def _print_list(table: Table, if_empty: str) -> None:
-    console = _console()
-    if not table.row_count:
-        console.print(if_empty, soft_wrap=True)
+    if table.rows:
+        _print_table(table, _terminal_width())
     else:
-        (console if sys.stdout.isatty() else _wide_console(table)).print(table)
-
-
-def _plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return table
+        echo(if_empty)
 
 
 def _heading(plan: Plan, file: str) -> str:
@@ -90,24 +75,22 @@ def _heading(plan: Plan, file: str) -> str:
     ranks = f"; {plan.world_size} ranks" if plan.world_size > 1 else ""
     return (
         f"{file}: {count_of(final.epoch, 'epoch', form=',')}, {count_of(final.update, 'update', form=',')}, "
-        f"{count_of(final.sample, 'sample', form=',')}; {params}{frozen}{ranks}\n"
+        f"{count_of(final.sample, 'sample', form=',')}; {params}{frozen}{ranks}"
     )
 
 
-def _table(plan: Plan) -> Table:
+def _tabulate(plan: Plan) -> Table:
     saves = any(each.checkpoints for each in plan.callbacks)
     evaluates = bool(plan.evaluations)
     optional = (*(_SAVE_COLUMNS if saves else ()), *(_EVALUATION_COLUMNS if evaluates else ()))
     columns = ("first", "last", "firings", *optional)
-    table = _plain_table("callback", *columns, right=columns)
-    for each in plan.callbacks:
-        table.add_row(
-            printable(each.name), *_firing_cells(each.firings), *_cells(each, saves=saves, evaluates=evaluates)
-        )
+    rows = [
+        (each.name, *_firing_cells(each.firings), *_cells(each, saves=saves, evaluates=evaluates))
+        for each in plan.callbacks
+    ]
     if saves or evaluates:
-        table.add_section()
-        table.add_row("together", "", "", "", *_totals(plan, saves=saves, evaluates=evaluates))
-    return table
+        rows.append(("together", "", "", "", *_totals(plan, saves=saves, evaluates=evaluates)))
+    return Table(("callback", *columns), rows, right=columns)
 
 
 def _firing_cells(firings: Firings) -> tuple[str, str, str]:
@@ -151,12 +134,12 @@ def _format_bounds(bounds: Bounds, least: str, most: str) -> str:
     return f"{least} to {most}" if bounds.at_least else f"<= {most}"
 
 
-def _timeline(plan: Plan, console: Console) -> list[str]:
-    """Return the lines of the timeline, as wide as the terminal."""
-    marks = ASCII_MARKS if console.options.ascii_only else UNICODE_MARKS
+def _timeline(plan: Plan, width: int, *, ascii_only: bool) -> list[str]:
+    """Return the lines of the timeline, which has `width` columns."""
+    marks = ASCII_MARKS if ascii_only else UNICODE_MARKS
     names = [each.name for each in plan.callbacks]
-    label = min(max(map(len, names), default=0), max(_MIN_COLUMNS, console.width // 3))
-    columns = max(_MIN_COLUMNS, console.width - label - 2)
+    label = min(max(map(len, names), default=0), max(_MIN_COLUMNS, width // 3))
+    columns = max(_MIN_COLUMNS, width - label - 2)
     rows = [row(each.occasions, plan.run, columns, marks) for each in plan.callbacks]
     labels = [name.ljust(label) if len(name) <= label else f"{name[: label - 3]}..." for name in names]
     lines = [f"{name}  {drawn}" for name, drawn in zip(labels, rows, strict=True)]

@@ -84,7 +84,7 @@ def scale(run: Run, columns: int) -> list[str]:
     width = len(edges(run, columns)) - 1
     epochs = [(_column(tick, run, width), f"E{tick.epoch}") for tick in places if tick.epoch is not None]
     updates = [(_column(tick, run, width), f"U{tick.update}") for tick in places]
-    return [_line(labels) for labels in (epochs, updates) if labels]
+    return [_line(labels, width) for labels in (epochs, updates) if labels]
 
 
 def _round_step(length: int, max_parts: int) -> int:
@@ -102,10 +102,18 @@ def _column(tick: Tick, run: Run, width: int) -> int:
     return max(0, -(-tick.update * width // run.final.update) - 1)
 
 
-def _line(labels: list[tuple[int, str]]) -> str:
-    """Return the labels at their columns, without labels that would touch an earlier one."""
+def _line(labels: list[tuple[int, str]], width: int) -> str:
+    """Return the labels at their columns, the last one before the end, without labels that would touch an earlier one.
+
+    Example:
+        >>> _line([(0, "U0"), (4, "U50"), (9, "U100")], 10)
+        'U0  U50'
+        >>> _line([(0, "U0"), (9, "U100")], 10)
+        'U0    U100'
+    """
     line = ""
     for column, label in labels:
-        if len(line) < column or not line:
-            line = line.ljust(column) + label
+        place = max(min(column, width - len(label)), 0)
+        if len(line) < place or not line:
+            line = line.ljust(place) + label
     return line

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
 
 GAP: Final = "    "
+SIDE_METRICS: Final = ("optim/", "train_time/", "memory/", "lossdiff/")
+"""Beginnings of the names of metrics about training itself, which come last."""
 _LABEL_WIDTH: Final = 18
 _VALUE_WIDTH: Final = 12  # of the longest number: -1.2345e-100
 

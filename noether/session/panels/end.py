@@ -12,8 +12,9 @@ from noether.core.callbacks.improvement import MetricWatcher
 from noether.core.file_names import best_pointer
 from noether.core.metric_keys import keys_overlap
 from noether.core.text import count_of, format_bytes, format_seconds
-from noether.effects.console.columns import repeats_single_loss
-from noether.effects.console.run_panels import RunPanel, Table
+from noether.effects.console.columns import SIDE_METRICS, repeats_single_loss
+from noether.effects.console.run_panels import RunPanel
+from noether.effects.console.tables import Table
 from noether.session.phase_texts import describe_phases
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _MAX_METRICS: Final = 12
 _STYLES: Final = {"finished": "green", "stopped": "green", "interrupted": "yellow", "failed": "red"}
 _DERIVED: Final = ("/best", "/best_update")
-_SIDE_METRICS: Final = ("optim/", "train_time/", "memory/", "lossdiff/")
 
 
 @final
@@ -149,7 +149,7 @@ def describe_last_values(state: TrainState, reducer: Reducer) -> list[str]:
     keys = [
         key
         for key in values
-        if key not in watched and not key.endswith(_DERIVED) and not key.startswith(_SIDE_METRICS)
+        if key not in watched and not key.endswith(_DERIVED) and not key.startswith(SIDE_METRICS)
         if not any(keys_overlap(pattern, key) for pattern in quiet)
         if not repeats_single_loss(key, values)
     ]

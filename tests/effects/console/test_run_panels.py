@@ -10,15 +10,17 @@ from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
 from noether.effects.console.console import Console
-from noether.effects.console.run_panels import RunPanel, Table, layout, plain_lines, wrap_words
+from noether.effects.console.run_panels import RunPanel, layout, plain_lines
+from noether.effects.console.tables import Table, table_lines, wrap_words
 
 WORDS = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=30)
 TEXTS = st.lists(WORDS, min_size=1, max_size=4).map(" ".join)
 NAMES = st.text("abc ", min_size=1, max_size=14)
 FACTS = st.lists(st.tuples(NAMES, st.lists(TEXTS, min_size=1, max_size=4)), max_size=3)
 TABLES = st.builds(
-    lambda rows: Table(("metric", "last", "best"), rows),
+    lambda rows, right: Table(("metric", "last", "best"), rows, right),
     st.lists(st.tuples(WORDS, st.text("0123.", max_size=9), st.text("0123.", max_size=9)), max_size=3),
+    st.sets(st.sampled_from(["last", "best"])),
 )
 PANELS = st.builds(
     lambda title, facts, table: RunPanel(title=title, facts=facts, table=table),
@@ -110,3 +112,14 @@ def test_names_of_columns_are_wrapped_before_rows_become_paragraphs():
         ["20261129-082202"],
     ]
     assert len({line.index(word) for line, word in zip(lines, ("best", "val/", "accuracy", "0.9"), strict=False)}) == 1
+
+
+def test_wide_entries_are_wrapped_before_rows_become_paragraphs():
+    rows = [("model.kind", "noether.examples.digits.ConvNet", "noether.examples.heat.FourierNet"), ("lr", "0.1", "0.2")]
+    lines = table_lines(Table(("setting", "20261129-094458", "20261129-094505"), rows), 64)
+    assert [line.split() for line in lines] == [
+        ["setting", "20261129-094458", "20261129-094505"],
+        ["model.kind", "noether.examples.digits.", "noether.examples.heat."],
+        ["ConvNet", "FourierNet"],
+        ["lr", "0.1", "0.2"],
+    ]
