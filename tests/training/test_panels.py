@@ -1,17 +1,21 @@
 """What a run says of itself at its start and at its end."""
 
+import io
 import json
 import shlex
 from pathlib import Path
+from time import monotonic
 
 import pytest
+from rich.console import Console as RichConsole
 from tiny_runs import CALLBACKS, make_config
 
 from noether.cli.commands.train import start
 from noether.config import load
+from noether.effects import Console
 from noether.planning.warnings import find_start_warnings
 from noether.training.experiment import build
-from noether.training.runs import execution
+from noether.training.runs import execution, start_panel
 from noether.training.runs.train import train
 
 BEST = {"kind": f"{CALLBACKS}.BestCheckpointCallback", "every_n_epochs": 1, "metric_key": "loss/val/square"}
@@ -110,6 +114,24 @@ def test_the_command_warns_of_callbacks_that_never_fire(shown):
     said, _ = shown()
     assert "the run does not reach epoch 7, so OnlineLossCallback/E7 never fires" in said["warnings"]
     assert find_start_warnings(build(load(Path("tiny.yaml"), ["callbacks.2.every_n_epochs=4"]))) == []
+
+
+def test_datasets_that_take_long_are_announced_above_the_panel(monkeypatch, tiny_module):
+    monkeypatch.setattr(start_panel, "_BUILDING_AFTER_S", 0.0)
+    output = io.StringIO()
+    console = Console(RichConsole(file=output))
+    deadline = monotonic() + 60
+    with start_panel.show_building(console, Path("out/tiny/1")):
+        while "\n" not in output.getvalue() and monotonic() < deadline:
+            pass
+    assert output.getvalue() == "building datasets and model of out/tiny/1\n"
+    with start_panel.show_building(None, Path("out/tiny/1")):
+        pass
+
+
+def test_datasets_that_are_built_at_once_are_not_announced(capsys, tiny_module):
+    train(make_config())
+    assert "building" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["describe_start", "describe_end"])

@@ -16,7 +16,6 @@ from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate, BeforeTraining
 from noether.core.loop import Move, next_move
-from noether.core.progress import show_progress_on
 from noether.core.tensors.tree import FrozenDict
 from noether.distributed.ranks import leave_at_end
 from noether.distributed.restarts import Restart
@@ -43,7 +42,7 @@ from noether.training.runs.directories import find_run, load_run_config, move_ru
 from noether.training.runs.ending import record_refusal
 from noether.training.runs.execution import TrainedRun, execute, write_ending
 from noether.training.runs.services import check_services
-from noether.training.runs.start_panel import no_warnings
+from noether.training.runs.start_panel import no_warnings, show_building
 from noether.training.runs.stops import clear_stop
 from noether.training.runs.value_jumps import describe_jumps
 
@@ -126,7 +125,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         chosen = load_resumable(run_dir, checkpoint, allow) if ranks.is_first else None
         tag = ask_rank_0(ranks, "checkpoint", lambda: chosen and chosen[0].tag)
         manifest, branched = chosen or load_tag(run_dir, tag, ranks)
-        with show_progress_on(Console() if ranks.is_first else None):
+        with show_building(Console() if ranks.is_first else None, into):
             experiment = build(config, run_id=into.resolve().name, fresh=False, ranks=ranks)
         adapt(branched, experiment, run_dir)  # before anything is written
         agree_to_start(experiment, check)
@@ -140,7 +139,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
         saved = load_newest(directory, ranks, partial(_load, allow=allow))
         if checkpoint is not None:
             check_newest(directory, checkpoint, saved)
-        with show_progress_on(directory.console if directory.writes else None):
+        with show_building(directory.console if directory.writes else None, directory.path):
             experiment = build(config, run_id=directory.run_id, fresh=saved is None, ranks=ranks)
         # All that can be refused is refused here, before anything is written.
         state, notes = adapt(saved, experiment, run_dir, directory)

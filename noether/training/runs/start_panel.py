@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
+from noether.core.progress import show_progress_on
 from noether.core.text import count_of
 from noether.session.panels import start
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from noether.config import Config
     from noether.core.state import TrainState
+    from noether.effects.console.console import Console
     from noether.effects.console.run_panels import RunPanel
     from noether.training.experiment import Experiment
 
     FindWarnings = Callable[[Experiment], Sequence[str]]
 
+_BUILDING_AFTER_S: Final = 1.0
 _MAX_WARNINGS: Final = 5
 _PLAN: Final = ", which noether plan shows"
 
@@ -25,6 +30,35 @@ _PLAN: Final = ", which noether plan shows"
 def no_warnings(experiment: Experiment) -> Sequence[str]:  # noqa: ARG001  # as `FindWarnings`
     """Return no warnings."""
     return ()
+
+
+@contextmanager
+def show_building(console: Console | None, path: Path) -> Iterator[None]:
+    """Show the progress of datasets inside the block; if that takes long, say of which run they are.
+
+    The panel follows once datasets and model are built.
+
+    Args:
+        console: Where it is shown; None for nowhere.
+        path: The run directory; that of a new run is made after the block, because it may be refused.
+    """
+    if console is None:
+        yield
+        return
+    timer = threading.Timer(_BUILDING_AFTER_S, _announce_building, [console, path])
+    timer.daemon = True
+    timer.start()
+    try:
+        with show_progress_on(console):
+            yield
+    finally:
+        timer.cancel()
+        timer.join()  # the line stands above the panel
+
+
+def _announce_building(console: Console, path: Path) -> None:
+    with suppress(OSError, ValueError):  # the standard output is closed
+        console.print_above(f"building datasets and model of {path}")
 
 
 def describe_start(

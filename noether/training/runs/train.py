@@ -17,7 +17,6 @@ from noether.config.references import escape_references
 from noether.config.serialization import dump
 from noether.config.source import apply_overrides, read
 from noether.config.values import source_from_values
-from noether.core.progress import show_progress_on
 from noether.distributed.ranks import leave_at_end
 from noether.distributed.restarts import Restart
 from noether.effects.console.console import Console
@@ -38,7 +37,7 @@ from noether.training.runs.execution import execute
 from noether.training.runs.interruption import Interruption
 from noether.training.runs.resumption import resume_run
 from noether.training.runs.services import check_services
-from noether.training.runs.start_panel import no_warnings
+from noether.training.runs.start_panel import no_warnings, show_building
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -179,15 +178,15 @@ def start_run(
     if (begun := ask_rank_0(ranks, "run before a restart", restart.find)) is not None:
         return resume_run(Path(begun), (), allow, (), interruption=interruption, notify=notify)
     check_services(config)
-    with show_progress_on(Console() if ranks.is_first else None):
+    planned = Path(config.run.output) / config.run.name / time.strftime("%Y%m%d-%H%M%S")
+    with show_building(Console() if ranks.is_first else None, planned):
         experiment = build(config, ranks=ranks)
     agree_to_start(experiment, check)
     if ranks.are_several:
         notify(f"training{describe_ranks(ranks)}")
     for note in experiment.notes:
         notify(note)
-    folder = Path(config.run.output) / config.run.name
-    path = Path(ask_rank_0(ranks, "run directory", lambda: str(_make_run_directory(folder))))
+    path = Path(ask_rank_0(ranks, "run directory", lambda: str(_make_run_directory(planned))))
     experiment = replace(experiment, run=experiment.run.replace(run_id=path.name))
     with open_on_ranks(path, config, ranks) as directory:
         if ranks.is_first:
@@ -206,12 +205,11 @@ def start_run(
         )
 
 
-def _make_run_directory(folder: Path) -> Path:
+def _make_run_directory(planned: Path) -> Path:
     """Make the directory of a new run and return it; two runs that start in one second get different ones."""
-    make_directories(folder)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    make_directories(planned.parent)
     for number in count(1):
-        path = folder / (stamp if number == 1 else f"{stamp}-{number}")
+        path = planned if number == 1 else planned.with_name(f"{planned.name}-{number}")
         with suppress(FileExistsError):
             path.mkdir()
             break
